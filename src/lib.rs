@@ -1,0 +1,12 @@
+#![warn(missing_docs)]
+//! Segment Anything with LoRA, fast and small in memory, for the candle ML framework.
+
+mod error;
+pub mod files;
+pub mod lora;
+pub mod nn;
+pub mod ops;
+pub mod philox;
+pub mod sam;
+
+pub use error::{Error, Result, TensorMismatch};

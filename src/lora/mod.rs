@@ -1,0 +1,1 @@
+//! PEFT-compatible LoRA: configuration, adapters, injection, merging, reports.

@@ -1,0 +1,216 @@
+//! A model as a tree of named tensors, the way PyTorch's `named_parameters` shows one.
+//!
+//! Checkpoints, LoRA injection, optimizers and reports all work on this view: they walk the tree and see each
+//! tensor and each [`Linear`] with its dotted name. A layer takes part by listing its children once, with
+//! [`module_tree!`](crate::module_tree), under the names its checkpoint uses.
+
+use super::Linear;
+use crate::Result;
+use candle_core::{Tensor, Var};
+
+/// What a walk meets.
+#[derive(Debug)]
+pub enum Node<'a> {
+    /// A parameter; trainable if [`Tensor::is_variable`].
+    Parameter(&'a Tensor),
+    /// A tensor that is saved with the model but never trained nor counted.
+    Buffer(&'a Tensor),
+    /// A linear layer, met before its own parameters.
+    Linear(&'a Linear),
+}
+
+/// What a mutable walk meets; see [`Node`].
+#[derive(Debug)]
+pub enum NodeMut<'a> {
+    /// A parameter.
+    Parameter(&'a mut Tensor),
+    /// A tensor that is saved with the model but never trained nor counted.
+    Buffer(&'a mut Tensor),
+    /// A linear layer, met before its own parameters.
+    Linear(&'a mut Linear),
+}
+
+/// A tree of named tensors.
+pub trait ModuleTree {
+    /// Calls `f` with every node below `path`, in checkpoint order.
+    fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>));
+
+    /// As [`visit`](Self::visit), with leave to change the nodes; stops at the first error.
+    fn visit_mut(
+        &mut self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
+    ) -> Result<()>;
+}
+
+/// `path.name`, or `name` at the root.
+pub fn join(path: &str, name: &str) -> String {
+    if path.is_empty() {
+        name.to_string()
+    } else {
+        format!("{path}.{name}")
+    }
+}
+
+/// Implements [`ModuleTree`] for a struct by naming its fields: `module_tree!(Mlp { lin1, lin2 })`. A field
+/// whose checkpoint name is no Rust identifier gives it after an arrow: `{ layers => "0.layers" }`; an empty
+/// name adds no path component.
+#[macro_export]
+macro_rules! module_tree {
+    (@name $field:ident) => { stringify!($field) };
+    (@name $field:ident $name:literal) => { $name };
+    ($module:ty { $($field:ident $(=> $name:literal)?),* $(,)? }) => {
+        impl $crate::nn::ModuleTree for $module {
+            #[allow(unused_variables)]
+            fn visit(&self, path: &str, f: &mut dyn FnMut(&str, $crate::nn::Node<'_>)) {
+                $($crate::nn::ModuleTree::visit(
+                    &self.$field,
+                    &$crate::nn::child(path, $crate::module_tree!(@name $field $($name)?)),
+                    f,
+                );)*
+            }
+
+            #[allow(unused_variables)]
+            fn visit_mut(
+                &mut self,
+                path: &str,
+                f: &mut dyn FnMut(&str, $crate::nn::NodeMut<'_>) -> $crate::Result<()>,
+            ) -> $crate::Result<()> {
+                $($crate::nn::ModuleTree::visit_mut(
+                    &mut self.$field,
+                    &$crate::nn::child(path, $crate::module_tree!(@name $field $($name)?)),
+                    f,
+                )?;)*
+                Ok(())
+            }
+        }
+    };
+}
+
+/// The path of a child; an empty name adds no component. Used by [`module_tree!`](crate::module_tree).
+pub fn child(path: &str, name: &str) -> String {
+    if name.is_empty() {
+        path.to_string()
+    } else {
+        join(path, name)
+    }
+}
+
+impl ModuleTree for Tensor {
+    fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
+        f(path, Node::Parameter(self))
+    }
+
+    fn visit_mut(
+        &mut self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        f(path, NodeMut::Parameter(self))
+    }
+}
+
+/// A tensor that belongs to the checkpoint but is never trained nor counted.
+#[derive(Clone, Debug)]
+pub struct Buffer(pub Tensor);
+
+impl ModuleTree for Buffer {
+    fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
+        f(path, Node::Buffer(&self.0))
+    }
+
+    fn visit_mut(
+        &mut self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        f(path, NodeMut::Buffer(&mut self.0))
+    }
+}
+
+impl<T: ModuleTree> ModuleTree for Option<T> {
+    fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
+        if let Some(module) = self {
+            module.visit(path, f)
+        }
+    }
+
+    fn visit_mut(
+        &mut self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.as_mut().map_or(Ok(()), |module| module.visit_mut(path, f))
+    }
+}
+
+/// The elements are named by their index.
+impl<T: ModuleTree> ModuleTree for Vec<T> {
+    fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
+        for (index, module) in self.iter().enumerate() {
+            module.visit(&join(path, &index.to_string()), f)
+        }
+    }
+
+    fn visit_mut(
+        &mut self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        for (index, module) in self.iter_mut().enumerate() {
+            module.visit_mut(&join(path, &index.to_string()), f)?
+        }
+        Ok(())
+    }
+}
+
+impl<T: ModuleTree + ?Sized> ModuleTree for Box<T> {
+    fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
+        self.as_ref().visit(path, f)
+    }
+
+    fn visit_mut(
+        &mut self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.as_mut().visit_mut(path, f)
+    }
+}
+
+/// Every parameter with its name, adapters included, in checkpoint order. Buffers are left out.
+pub fn named_parameters(module: &dyn ModuleTree) -> Vec<(String, Tensor)> {
+    let mut parameters = Vec::new();
+    module.visit("", &mut |name, node| {
+        if let Node::Parameter(tensor) = node {
+            parameters.push((name.to_string(), tensor.clone()));
+        }
+    });
+    parameters
+}
+
+/// Every trainable parameter with its name, as the variables an optimizer updates in place.
+pub fn trainable(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>> {
+    named_parameters(module)
+        .into_iter()
+        .filter(|(_, tensor)| tensor.is_variable())
+        .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
+        .collect()
+}
+
+/// Makes each parameter trainable or frozen as `wanted` says of its name.
+pub fn set_trainable(
+    module: &mut dyn ModuleTree,
+    wanted: &mut dyn FnMut(&str) -> bool,
+) -> Result<()> {
+    module.visit_mut("", &mut |name, node| {
+        if let NodeMut::Parameter(tensor) = node {
+            match (wanted(name), tensor.is_variable()) {
+                (true, false) => *tensor = Var::from_tensor(tensor)?.into_inner(),
+                (false, true) => *tensor = tensor.detach(),
+                _ => {}
+            }
+        }
+        Ok(())
+    })
+}

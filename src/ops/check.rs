@@ -1,0 +1,71 @@
+//! Checks shared by the operations; every message names the operation, what it expected and what it got.
+
+use candle_core::{bail, DType, Result, Tensor};
+
+/// The dtype is one the operations take.
+pub(super) fn float(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.dtype() {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(()),
+        dtype => bail!("{op}: {name} must be f32, f16 or bf16, got {dtype:?}"),
+    }
+}
+
+/// `tensor` lives on the device of `like`.
+pub(super) fn same_device(
+    op: &'static str,
+    name: &str,
+    tensor: &Tensor,
+    like: &Tensor,
+) -> Result<()> {
+    if !tensor.device().same_device(like.device()) {
+        bail!(
+            "{op}: {name} is on {:?}, expected {:?}",
+            tensor.device().location(),
+            like.device().location()
+        )
+    }
+    Ok(())
+}
+
+/// `tensor` has the dtype of `like` and lives on its device.
+pub(super) fn same_kind(
+    op: &'static str,
+    name: &str,
+    tensor: &Tensor,
+    like: &Tensor,
+) -> Result<()> {
+    same_device(op, name, tensor, like)?;
+    if tensor.dtype() != like.dtype() {
+        bail!("{op}: {name} is {:?}, expected {:?}", tensor.dtype(), like.dtype())
+    }
+    Ok(())
+}
+
+/// `tensor` has exactly the shape `expected`.
+pub(super) fn shape(
+    op: &'static str,
+    name: &str,
+    tensor: &Tensor,
+    expected: &[usize],
+) -> Result<()> {
+    if tensor.dims() != expected {
+        bail!("{op}: {name} must have shape {expected:?}, got {:?}", tensor.dims())
+    }
+    Ok(())
+}
+
+/// No dimension of `tensor` is zero, and it has at least one.
+pub(super) fn not_empty(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
+    if tensor.rank() == 0 || tensor.elem_count() == 0 {
+        bail!("{op}: {name} must not be empty, got shape {:?}", tensor.dims())
+    }
+    Ok(())
+}
+
+/// `value` is a finite number.
+pub(super) fn finite(op: &'static str, name: &str, value: f64) -> Result<()> {
+    if !value.is_finite() {
+        bail!("{op}: {name} must be finite, got {value}")
+    }
+    Ok(())
+}

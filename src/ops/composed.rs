@@ -1,0 +1,161 @@
+//! The operations written with candle's own: the way one would write them without this crate.
+//!
+//! Differentiable in everything, weights included, but they hold every intermediate; the attention builds its
+//! N x N weights. They are the oracle of the fused operations and the path for what those do not cover.
+//! Arguments are taken as checked.
+
+use super::{Activation, Projection, RelPosAttention};
+use candle_core::{DType, Result, Tensor, D};
+
+/// LayerNorm over the last dimension; statistics in f32.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let x32 = x.to_dtype(DType::F32)?;
+    let centred = x32.broadcast_sub(&x32.mean_keepdim(D::Minus1)?)?;
+    let var = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = centred.broadcast_div(&(var + eps)?.sqrt()?)?.to_dtype(x.dtype())?;
+    normed.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
+/// One projection with LoRA, activation and residual.
+pub fn lora_linear(
+    x: &Tensor,
+    projection: &Projection<'_>,
+    activation: Activation,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mut out_dims = x.dims().to_vec();
+    let in_dim = out_dims.pop().unwrap_or(1);
+    out_dims.push(projection.weight.dim(0)?);
+    let rows = x.reshape(((), in_dim))?;
+    let mut y = rows.matmul(&projection.weight.t()?)?;
+    if let Some(bias) = projection.bias {
+        y = y.broadcast_add(bias)?;
+    }
+    if let Some(lora) = &projection.lora {
+        let mut input = rows.to_dtype(lora.a.dtype())?;
+        if let Some(dropout) = lora.dropout {
+            input = super::dropout(&input, dropout)?;
+        }
+        let s = input.matmul(&lora.a.t()?)?;
+        let mut low_rank = s.matmul(&lora.b.to_dtype(s.dtype())?.t()?)?;
+        if let Some(bias) = lora.b_bias {
+            low_rank = low_rank.broadcast_add(&bias.to_dtype(s.dtype())?)?;
+        }
+        y = (y + (low_rank * lora.scaling)?.to_dtype(x.dtype())?)?;
+    }
+    let y = activation.apply(&y)?.reshape(out_dims)?;
+    residual.map_or(Ok(y.clone()), |residual| residual + &y)
+}
+
+/// Three projections, concatenated along the last dimension.
+pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor> {
+    let parts = projections
+        .iter()
+        .map(|projection| lora_linear(x, projection, Activation::None, None))
+        .collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&parts, D::Minus1)
+}
+
+/// Attention with partition, padding and crop as copies. Tables must have their final length. Returns the output
+/// `[B, H, W, C]` and the attention weights `[B * windows, heads, N, N]`.
+pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(Tensor, Tensor)> {
+    let (batch, h, w, packed) = qkv.dims4()?;
+    let (heads, dim) = (config.num_heads, packed / 3 / config.num_heads);
+    let windows = match config.window {
+        Some(side) => partition(qkv, side, config.pad)?,
+        None => qkv.clone(),
+    };
+    let (count, side_h, side_w, _) = windows.dims4()?;
+    let tokens = side_h * side_w;
+    // [3, count, heads, N, d]
+    let split = windows.reshape((count, tokens, 3, heads, dim))?.permute((2, 0, 3, 1, 4))?;
+    let part = |i: usize| split.get(i)?.contiguous()?.reshape((count * heads, tokens, dim));
+    let (q, k, v) = (part(0)?, part(1)?, part(2)?);
+    let mut scores = ((&q * config.softmax_scale)?).matmul(&k.transpose(1, 2)?)?;
+    if let Some((rel_pos_h, rel_pos_w)) = config.rel_pos {
+        let grid = q.reshape((count * heads, side_h, side_w, dim))?;
+        // rel_h[b, h, w, kh] = sum_d q[b, h, w, d] Rh[h, kh, d], one matrix product per query row.
+        let rel_h = {
+            let rows = grid.permute((1, 0, 2, 3))?.contiguous()?;
+            let rows = rows.reshape((side_h, count * heads * side_w, dim))?;
+            let r = relative_table(rel_pos_h, side_h)?;
+            let rel = rows.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+            rel.reshape((side_h, count * heads, side_w, side_h))?.permute((1, 0, 2, 3))?
+        };
+        let rel_w = {
+            let cols = grid.permute((2, 0, 1, 3))?.contiguous()?;
+            let cols = cols.reshape((side_w, count * heads * side_h, dim))?;
+            let r = relative_table(rel_pos_w, side_w)?;
+            let rel = cols.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+            rel.reshape((side_w, count * heads, side_h, side_w))?.permute((1, 2, 0, 3))?
+        };
+        let grid = (count * heads, side_h, side_w, side_h, side_w);
+        scores = scores
+            .reshape(grid)?
+            .broadcast_add(&rel_h.unsqueeze(4)?)?
+            .broadcast_add(&rel_w.unsqueeze(3)?)?
+            .reshape((count * heads, tokens, tokens))?;
+    }
+    let weights = candle_nn::ops::softmax(&scores.to_dtype(DType::F32)?, D::Minus1)?;
+    let weights = weights.to_dtype(qkv.dtype())?;
+    let dropped = match config.dropout {
+        Some(dropout) => super::dropout(&weights, dropout)?,
+        None => weights.clone(),
+    };
+    let out = dropped
+        .matmul(&v)?
+        .reshape((count, heads, side_h, side_w, dim))?
+        .permute((0, 2, 3, 1, 4))?
+        .reshape((count, side_h, side_w, heads * dim))?;
+    let out = match config.window {
+        Some(side) => unpartition(&out, side, (batch, h, w))?,
+        None => out,
+    };
+    Ok((out, weights.reshape((count, heads, tokens, tokens))?))
+}
+
+/// `R[i, j] = table[i - j + side - 1]`: `[2 side - 1, d] -> [side, side, d]`.
+fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
+    let index: Vec<u32> =
+        (0..side).flat_map(|i| (0..side).map(move |j| (i + side - 1 - j) as u32)).collect();
+    let index = Tensor::from_vec(index, side * side, table.device())?;
+    table.index_select(&index, 0)?.reshape((side, side, ()))
+}
+
+/// Splits a grid into square windows, filling what hangs over with `pad` (zero if none):
+/// `[B, H, W, X] -> [B * windows, side, side, X]`.
+pub fn partition(x: &Tensor, side: usize, pad: Option<&Tensor>) -> Result<Tensor> {
+    let (batch, h, w, channels) = x.dims4()?;
+    let (rows, cols) = (h.div_ceil(side), w.div_ceil(side));
+    let filled = |dims: (usize, usize, usize, usize)| match pad {
+        Some(pad) => pad.reshape((1, 1, 1, channels))?.broadcast_as(dims)?.contiguous(),
+        None => Tensor::zeros(dims, x.dtype(), x.device()),
+    };
+    let mut x = x.clone();
+    if cols * side > w {
+        x = Tensor::cat(&[x, filled((batch, h, cols * side - w, channels))?], 2)?;
+    }
+    if rows * side > h {
+        x = Tensor::cat(&[x, filled((batch, rows * side - h, cols * side, channels))?], 1)?;
+    }
+    x.reshape(vec![batch, rows, side, cols, side, channels])?
+        .permute(vec![0, 1, 3, 2, 4, 5])?
+        .reshape((batch * rows * cols, side, side, channels))
+}
+
+/// Undoes [`partition`], cropping what hung over: `[B * windows, side, side, X] -> [B, H, W, X]`.
+pub fn unpartition(
+    windows: &Tensor,
+    side: usize,
+    (batch, h, w): (usize, usize, usize),
+) -> Result<Tensor> {
+    let (rows, cols) = (h.div_ceil(side), w.div_ceil(side));
+    let channels = windows.dim(D::Minus1)?;
+    windows
+        .reshape(vec![batch, rows, cols, side, side, channels])?
+        .permute(vec![0, 1, 3, 2, 4, 5])?
+        .reshape((batch, rows * side, cols * side, channels))?
+        .narrow(1, 0, h)?
+        .narrow(2, 0, w)?
+        .contiguous()
+}

@@ -1,0 +1,16 @@
+//! Dropout whose mask is a function of the element's place; see [`crate::philox`].
+
+use super::check;
+use crate::philox::Dropout;
+use candle_core::{Result, Tensor};
+
+/// Drops elements of `x [.., C]`, seen as rows of `C`; the kept ones are scaled. The shape stays.
+pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
+    const OP: &str = "dropout";
+    check::float(OP, "x", x)?;
+    check::not_empty(OP, "x", x)?;
+    dropout.validate(OP)?;
+    let cols = x.dims()[x.rank() - 1];
+    let mask = dropout.mask(x.elem_count() / cols, cols);
+    x * Tensor::from_vec(mask, x.dims(), x.device())?.to_dtype(x.dtype())?
+}

@@ -1,0 +1,30 @@
+//! The operations: free functions over tensors, each with a true gradient for every differentiable input.
+//!
+//! | op | computes |
+//! |---|---|
+//! | [`layer_norm`] | LayerNorm over the last dimension |
+//! | [`lora_linear`] | `act(x W^T + b + scaling (drop(x) A^T B^T + lora_bias)) + residual` |
+//! | [`lora_qkv`] | q, k and v projections side by side, LoRA on any of them |
+//! | [`rel_pos_attention`] | attention with decomposed relative positions, global or windowed |
+//! | [`dora_linear`] | a linear with a DoRA adapter |
+//! | [`dropout`] | counter-based dropout |
+//!
+//! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output.
+//! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
+//! It is what the fused ones are tested against, and what runs where they do not apply.
+
+mod check;
+pub mod composed;
+mod dora;
+mod dropout;
+mod layer_norm;
+mod projection;
+mod rel_pos_attention;
+mod resize;
+
+pub use dora::{dora_linear, dora_weight_norm};
+pub use dropout::dropout;
+pub use layer_norm::layer_norm;
+pub use projection::{lora_linear, lora_qkv, Activation, Lora, Projection};
+pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
+pub use resize::{linear_resize_matrix, resize_linear};

@@ -1,0 +1,88 @@
+//! Attention with decomposed relative positions, as SAM's image encoder has it, global or in windows.
+//!
+//! ```text
+//! S[n, m] = softmax_scale q_n . k_m + rel_h[n, h_m] + rel_w[n, w_m]            O = dropout(softmax(S)) V
+//! rel_h[n, kh] = q_n . Rh[h_n - kh + K_h - 1]      rel_w[n, kw] = q_n . Rw[w_n - kw + K_w - 1]     (unscaled q)
+//! ```
+//! Input and output are whole grids, `[B, H, W, ..]`. Windows are a matter of addressing: where the last window of
+//! a row or column hangs over the grid, the keys and values outside are the `pad` vector (SAM pads with zeros
+//! *before* the projection, so they are its bias), they take part in the softmax, and their queries do not exist.
+//!
+//! Source: `segment_anything/modeling/image_encoder.py`.
+
+use super::{check, composed, resize_linear};
+use crate::philox::Dropout;
+use candle_core::{bail, Result, Tensor};
+
+/// Everything of [`rel_pos_attention`] but its input.
+#[derive(Clone, Copy, Debug)]
+pub struct RelPosAttention<'a> {
+    /// Number of heads; it divides C.
+    pub num_heads: usize,
+    /// Factor of `q . k`; `head_dim^-0.5` in SAM.
+    pub softmax_scale: f64,
+    /// The tables `rel_pos_h` and `rel_pos_w`, `[L, head_dim]` each, shared by the heads. A table of another
+    /// length than `2 * side - 1` is resized linearly.
+    pub rel_pos: Option<(&'a Tensor, &'a Tensor)>,
+    /// Side of the square windows; none for global attention.
+    pub window: Option<usize>,
+    /// What a padded token projects to, `[3C]`: the bias of the qkv projection. None is zero.
+    pub pad: Option<&'a Tensor>,
+    /// Dropout on the attention weights, over `[windows, heads, queries, keys]` seen as rows of keys.
+    pub dropout: Option<Dropout>,
+}
+
+/// Attention over a grid: packed `qkv [B, H, W, 3C] -> [B, H, W, C]`.
+///
+/// Gradients go to `qkv`, the tables and `pad`. Nothing of size N x N is allocated.
+///
+/// # Errors
+/// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
+pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
+    let (h, w) = validate(qkv, config)?;
+    let (side_h, side_w) = config.window.map_or((h, w), |window| (window, window));
+    let tables = match config.rel_pos {
+        None => None,
+        Some((rel_pos_h, rel_pos_w)) => Some((
+            resize_linear(rel_pos_h, 2 * side_h - 1)?,
+            resize_linear(rel_pos_w, 2 * side_w - 1)?,
+        )),
+    };
+    let config = RelPosAttention { rel_pos: tables.as_ref().map(|(h, w)| (h, w)), ..*config };
+    Ok(composed::rel_pos_attention(qkv, &config)?.0)
+}
+
+/// Checks everything; returns the grid.
+pub(super) fn validate(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(usize, usize)> {
+    const OP: &str = "rel-pos-attention";
+    check::float(OP, "qkv", qkv)?;
+    let &[_, h, w, packed] = qkv.dims() else {
+        bail!("{OP}: qkv must have shape [B, H, W, 3C], got {:?}", qkv.dims())
+    };
+    check::not_empty(OP, "qkv", qkv)?;
+    let heads = config.num_heads;
+    if heads == 0 || packed % 3 != 0 || (packed / 3) % heads != 0 {
+        bail!("{OP}: qkv's last dimension must be 3 x {heads} heads x head_dim, got {packed}")
+    }
+    let head_dim = packed / 3 / heads;
+    if let Some((rel_pos_h, rel_pos_w)) = config.rel_pos {
+        for (name, table) in [("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)] {
+            if table.rank() != 2 || table.dims()[0] == 0 || table.dims()[1] != head_dim {
+                bail!("{OP}: {name} must have shape [length, {head_dim}], got {:?}", table.dims())
+            }
+            check::same_kind(OP, name, table, qkv)?;
+        }
+    }
+    if config.window == Some(0) {
+        bail!("{OP}: the window must be positive; none is global attention")
+    }
+    if let Some(pad) = config.pad {
+        check::shape(OP, "pad", pad, &[packed])?;
+        check::same_kind(OP, "pad", pad, qkv)?;
+    }
+    check::finite(OP, "softmax_scale", config.softmax_scale)?;
+    if let Some(dropout) = config.dropout {
+        dropout.validate(OP)?;
+    }
+    Ok((h, w))
+}
