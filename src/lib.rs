@@ -1,12 +1,15 @@
 #![warn(missing_docs)]
 //! Segment Anything with LoRA, fast and small in memory, for the candle ML framework.
 
+mod cpu;
 mod error;
 pub mod files;
 pub mod lora;
 pub mod nn;
 pub mod ops;
 pub mod philox;
+mod problem;
+pub mod reference;
 pub mod sam;
 
 pub use error::{Error, Result, TensorMismatch};

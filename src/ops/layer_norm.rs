@@ -4,15 +4,18 @@
 //! y = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps),   the biased variance
 //! ```
 
+use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
 use super::{check, composed};
-use candle_core::{bail, Result, Tensor};
+use crate::cpu;
+use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+
+const OP: &str = "layer-norm";
 
 /// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three.
 ///
 /// # Errors
 /// On empty tensors, shapes that do not fit, mixed dtypes or devices, an `eps` that is not a positive number.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    const OP: &str = "layer-norm";
     check::float(OP, "x", x)?;
     check::not_empty(OP, "x", x)?;
     let size = x.dims()[x.rank() - 1];
@@ -23,5 +26,53 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if !(eps.is_finite() && eps > 0.0) {
         bail!("{OP}: eps must be positive and finite, got {eps}")
     }
-    composed::layer_norm(x, weight, bias, eps)
+    if !x.device().is_cpu() {
+        return composed::layer_norm(x, weight, bias, eps);
+    }
+    x.apply_op3(weight, bias, FusedLayerNorm { eps })
+}
+
+struct FusedLayerNorm {
+    eps: f64,
+}
+
+impl CustomOp3 for FusedLayerNorm {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let rows = to_f32(OP, x, x_layout)?;
+        let weight = to_f32(OP, weight, weight_layout)?;
+        let bias = to_f32(OP, bias, bias_layout)?;
+        let y = cpu::layer_norm::forward(&rows, &weight, &bias, self.eps);
+        Ok((from_f32(OP, y, dtype_of(x))?, x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _res: &Tensor,
+        grad_res: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let weight_values = vec_f32(OP, weight)?;
+        let (dx, dweight, dbias) = with_f32(OP, x, |x| {
+            with_f32(OP, grad_res, |grad| {
+                Ok(cpu::layer_norm::backward(&x, &weight_values, &grad, self.eps))
+            })
+        })?;
+        let wanted =
+            |values, like: &Tensor| like.track_op().then(|| tensor_like(values, like)).transpose();
+        Ok((wanted(dx, x)?, wanted(dweight, weight)?, wanted(dbias, bias)?))
+    }
 }

@@ -15,6 +15,7 @@
 
 mod check;
 pub mod composed;
+mod custom;
 mod dora;
 mod dropout;
 mod layer_norm;

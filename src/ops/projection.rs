@@ -8,9 +8,13 @@
 //! q, k and v stay three tensors under three names, for checkpoints, adapters and users; the operation writes
 //! them side by side into one packed output, so nothing is ever concatenated.
 
+use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
 use super::{check, composed};
+use crate::cpu::projection::{self, Epilogue, Saved, Weights};
 use crate::philox::Dropout;
-use candle_core::{bail, Result, Tensor};
+use crate::problem::{LoraProblem, ProjectionProblem};
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
+use std::sync::OnceLock;
 
 /// The low-rank part of a projection.
 #[derive(Clone, Copy, Debug)]
@@ -84,7 +88,10 @@ pub fn lora_linear(
         check::shape(OP, "residual", residual, &expected)?;
         check::same_kind(OP, "residual", residual, x)?;
     }
-    composed::lora_linear(x, projection, activation, residual)
+    if !fusable(x, &[*projection]) {
+        return composed::lora_linear(x, projection, activation, residual);
+    }
+    apply(OP, x, &[*projection], activation, residual)
 }
 
 /// The q, k and v projections of attention, packed: `x [.., C] -> [.., 3C]`, q first, then k, then v.
@@ -102,7 +109,10 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     if q != k || k != v {
         bail!("{OP}: q, k and v must have equal output widths, got {q}, {k} and {v}")
     }
-    composed::lora_qkv(x, projections)
+    if !fusable(x, projections) {
+        return composed::lora_qkv(x, projections);
+    }
+    apply(OP, x, projections, Activation::None, None)
 }
 
 fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result<()> {
@@ -143,4 +153,150 @@ fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result
     }
     check::finite(op, "scaling", lora.scaling)?;
     lora.dropout.map_or(Ok(()), |dropout| dropout.validate(op))
+}
+
+/// The fused operation holds its weights captured, where no gradient reaches them; trainable ones, and devices
+/// without kernels, take the composed path.
+fn fusable(x: &Tensor, projections: &[Projection<'_>]) -> bool {
+    x.device().is_cpu() && projections.iter().all(|p| !p.weight.track_op())
+}
+
+/// Packs everything small and differentiable into one flat f32 tensor, and applies the operation.
+fn apply(
+    name: &'static str,
+    x: &Tensor,
+    projections: &[Projection<'_>],
+    activation: Activation,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mut small = Vec::new();
+    for p in projections {
+        small.extend(p.bias);
+        if let Some(lora) = &p.lora {
+            small.extend([lora.a, lora.b]);
+            small.extend(lora.b_bias);
+        }
+    }
+    let small = if small.is_empty() {
+        Tensor::zeros(1, DType::F32, x.device())?
+    } else {
+        let flat = small.iter().map(|tensor| tensor.flatten_all()?.to_dtype(DType::F32));
+        Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
+    };
+    let absent = Tensor::zeros(1, x.dtype(), x.device())?;
+    let op = FusedProjection {
+        name,
+        problems: projections.iter().map(problem).collect(),
+        weights: projections.iter().map(|p| p.weight.clone()).collect(),
+        epilogue: match activation {
+            Activation::None => Epilogue::Identity,
+            Activation::Gelu => Epilogue::Gelu,
+            Activation::Relu => Epilogue::Relu,
+        },
+        residual: residual.is_some(),
+        keep: x.track_op() || small.track_op(),
+        saved: OnceLock::new(),
+    };
+    x.apply_op3(&small, residual.unwrap_or(&absent), op)
+}
+
+fn problem(p: &Projection<'_>) -> ProjectionProblem {
+    ProjectionProblem {
+        out_dim: p.weight.dims()[0],
+        bias: p.bias.is_some(),
+        lora: p.lora.map(|lora| LoraProblem {
+            rank: lora.a.dims()[0],
+            scaling: lora.scaling as f32,
+            dropout: lora.dropout,
+            bias: lora.b_bias.is_some(),
+        }),
+    }
+}
+
+/// Inputs: x, the flat small tensors, the residual (or a placeholder).
+struct FusedProjection {
+    name: &'static str,
+    problems: Vec<ProjectionProblem>,
+    weights: Vec<Tensor>,
+    epilogue: Epilogue,
+    residual: bool,
+    keep: bool,
+    saved: OnceLock<Saved>,
+}
+
+impl FusedProjection {
+    /// Calls `f` with the weights as f32 slices.
+    fn with_weights<R>(&self, f: impl FnOnce(&Weights<'_>) -> Result<R>) -> Result<R> {
+        let guards: Vec<_> = self.weights.iter().map(Tensor::storage_and_layout).collect();
+        let weights = guards
+            .iter()
+            .map(|(storage, layout)| match &**storage {
+                Storage::Cpu(storage) => to_f32(self.name, storage, layout),
+                _ => bail!("{}: the weight left the CPU", self.name),
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let in_dim = self.weights[0].dims()[1];
+        f(&Weights { in_dim, projections: &self.problems, weights })
+    }
+}
+
+impl CustomOp3 for FusedProjection {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        small: &CpuStorage,
+        small_layout: &Layout,
+        residual: &CpuStorage,
+        residual_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let rows = to_f32(self.name, x, x_layout)?;
+        let small = to_f32(self.name, small, small_layout)?;
+        let residual = match self.residual {
+            true => Some(to_f32(self.name, residual, residual_layout)?),
+            false => None,
+        };
+        let (out, saved) = self.with_weights(|weights| {
+            let residual = residual.as_deref();
+            Ok(projection::forward(weights, &rows, &small, residual, self.epilogue, self.keep))
+        })?;
+        let mut dims = x_layout.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.problems.iter().map(|p| p.out_dim).sum();
+        }
+        // The operation runs once; a second value could only be equal.
+        let _ = self.saved.set(saved);
+        Ok((from_f32(self.name, out, dtype_of(x))?, Shape::from(dims)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        small: &Tensor,
+        residual: &Tensor,
+        _res: &Tensor,
+        grad_res: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(saved) = self.saved.get() else {
+            bail!("{}: backward without a forward", self.name)
+        };
+        let wanted = (x.track_op(), small.track_op());
+        let small_values = vec_f32(self.name, small)?;
+        let grads = with_f32(self.name, x, |x| {
+            with_f32(self.name, grad_res, |grad| {
+                self.with_weights(|weights| {
+                    let (epilogue, small) = (self.epilogue, &small_values);
+                    Ok(projection::backward(weights, &x, small, saved, &grad, epilogue, wanted))
+                })
+            })
+        })?;
+        let dx = wanted.0.then(|| tensor_like(grads.x, x)).transpose()?;
+        let dsmall = wanted.1.then(|| tensor_like(grads.small, small)).transpose()?;
+        let dresidual = (self.residual && residual.track_op()).then(|| grad_res.clone());
+        Ok((dx, dsmall, dresidual))
+    }
 }

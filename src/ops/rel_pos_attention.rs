@@ -10,9 +10,15 @@
 //!
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
+use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
 use super::{check, composed, resize_linear};
+use crate::cpu::attention;
 use crate::philox::Dropout;
-use candle_core::{bail, Result, Tensor};
+use crate::problem::AttentionProblem;
+use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use std::sync::OnceLock;
+
+const OP: &str = "rel-pos-attention";
 
 /// Everything of [`rel_pos_attention`] but its input.
 #[derive(Clone, Copy, Debug)]
@@ -49,12 +55,102 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
         )),
     };
     let config = RelPosAttention { rel_pos: tables.as_ref().map(|(h, w)| (h, w)), ..*config };
-    Ok(composed::rel_pos_attention(qkv, &config)?.0)
+    if !qkv.device().is_cpu() {
+        return Ok(composed::rel_pos_attention(qkv, &config)?.0);
+    }
+    let (batch, _, _, packed) = qkv.dims4()?;
+    let problem = AttentionProblem {
+        batch,
+        h,
+        w,
+        num_heads: config.num_heads,
+        head_dim: packed / 3 / config.num_heads,
+        side_h,
+        side_w,
+        softmax_scale: config.softmax_scale as f32,
+        rel_pos: config.rel_pos.is_some(),
+        dropout: config.dropout,
+    };
+    let absent = Tensor::zeros(1, qkv.dtype(), qkv.device())?;
+    let tables = match config.rel_pos {
+        Some((rel_pos_h, rel_pos_w)) => Tensor::cat(&[rel_pos_h, rel_pos_w], 0)?,
+        None => absent.clone(),
+    };
+    let padded = h % side_h != 0 || w % side_w != 0;
+    let pad = config.pad.filter(|_| padded);
+    let op = FusedAttention { problem, pad: pad.is_some(), lse: OnceLock::new() };
+    qkv.apply_op3(&tables, pad.unwrap_or(&absent), op)
+}
+
+/// Inputs: qkv, both tables in one tensor, pad; placeholders for what is absent.
+struct FusedAttention {
+    problem: AttentionProblem,
+    pad: bool,
+    lse: OnceLock<Vec<f32>>,
+}
+
+impl CustomOp3 for FusedAttention {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        qkv: &CpuStorage,
+        qkv_layout: &Layout,
+        tables: &CpuStorage,
+        tables_layout: &Layout,
+        pad: &CpuStorage,
+        pad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let p = &self.problem;
+        let values = to_f32(OP, qkv, qkv_layout)?;
+        let tables = to_f32(OP, tables, tables_layout)?;
+        let pad = to_f32(OP, pad, pad_layout)?;
+        let inputs = attention::Inputs {
+            qkv: &values,
+            tables: if p.rel_pos { &tables } else { &[] },
+            pad: if self.pad { &pad } else { &[] },
+        };
+        let (out, lse) = attention::forward(p, &inputs);
+        // The operation runs once; a second value could only be equal.
+        let _ = self.lse.set(lse);
+        let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
+        Ok((from_f32(OP, out, dtype_of(qkv))?, shape))
+    }
+
+    fn bwd(
+        &self,
+        qkv: &Tensor,
+        tables: &Tensor,
+        pad: &Tensor,
+        res: &Tensor,
+        grad_res: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(lse) = self.lse.get() else { bail!("{OP}: backward without a forward") };
+        let table_values = if self.problem.rel_pos { vec_f32(OP, tables)? } else { Vec::new() };
+        let pad_values = if self.pad { vec_f32(OP, pad)? } else { Vec::new() };
+        let grads = with_f32(OP, qkv, |qkv| {
+            let inputs = attention::Inputs { qkv: &qkv, tables: &table_values, pad: &pad_values };
+            with_f32(OP, res, |out| {
+                with_f32(OP, grad_res, |grad| {
+                    Ok(attention::backward(&self.problem, &inputs, &out, lse, &grad))
+                })
+            })
+        })?;
+        let wanted = |present: bool, values, like: &Tensor| {
+            (present && like.track_op()).then(|| tensor_like(values, like)).transpose()
+        };
+        Ok((
+            wanted(true, grads.qkv, qkv)?,
+            wanted(self.problem.rel_pos, grads.tables, tables)?,
+            wanted(self.pad, grads.pad, pad)?,
+        ))
+    }
 }
 
 /// Checks everything; returns the grid.
 pub(super) fn validate(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(usize, usize)> {
-    const OP: &str = "rel-pos-attention";
     check::float(OP, "qkv", qkv)?;
     let &[_, h, w, packed] = qkv.dims() else {
         bail!("{OP}: qkv must have shape [B, H, W, 3C], got {:?}", qkv.dims())

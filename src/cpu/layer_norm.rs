@@ -1,0 +1,84 @@
+//! LayerNorm over rows of `size` values, and its gradient.
+//!
+//! ```text
+//! xhat = (x - mean) rstd,   y = xhat w + b
+//! dx = rstd (g w - mean(g w) - xhat mean(g w xhat)),   dw = sum_rows g xhat,   db = sum_rows g
+//! ```
+//! A row's statistics are summed in f64, the variance around the mean, so a large common offset does not cancel;
+//! the backward recomputes them. Rows run in parallel, in blocks of fixed size.
+
+use super::math::dot;
+use rayon::prelude::*;
+
+/// Rows that one task handles; the sums over rows are taken block by block, in order.
+const ROWS: usize = 64;
+
+/// A row's mean, as the sum of two f32, and its reciprocal standard deviation.
+fn statistics(row: &[f32], eps: f64) -> ([f32; 2], f32) {
+    let n = row.len() as f64;
+    let mean = row.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+    let var = row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+    let high = mean as f32;
+    ([high, (mean - f64::from(high)) as f32], (1.0 / (var + eps).sqrt()) as f32)
+}
+
+/// `y` for `x [rows, size]`.
+pub fn forward(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Vec<f32> {
+    let size = weight.len();
+    let mut y = vec![0f32; x.len()];
+    y.par_chunks_mut(ROWS * size).zip(x.par_chunks(ROWS * size)).for_each(|(y, x)| {
+        for (y, x) in y.chunks_mut(size).zip(x.chunks(size)) {
+            let (mean, rstd) = statistics(x, eps);
+            for ((y, x), (w, b)) in y.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
+                *y = ((x - mean[0]) - mean[1]) * rstd * w + b;
+            }
+        }
+    });
+    y
+}
+
+/// The gradients of x `[rows, size]`, weight `[size]` and bias `[size]`.
+pub fn backward(
+    x: &[f32],
+    weight: &[f32],
+    grad: &[f32],
+    eps: f64,
+) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let size = weight.len();
+    let mut dx = vec![0f32; x.len()];
+    let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
+        .par_chunks_mut(ROWS * size)
+        .zip(x.par_chunks(ROWS * size).zip(grad.par_chunks(ROWS * size)))
+        .map(|(dx, (x, grad))| {
+            let (mut dw, mut db) = (vec![0f32; size], vec![0f32; size]);
+            let (mut xhat, mut gw) = (vec![0f32; size], vec![0f32; size]);
+            for (dx, (x, grad)) in dx.chunks_mut(size).zip(x.chunks(size).zip(grad.chunks(size))) {
+                let (mean, rstd) = statistics(x, eps);
+                for i in 0..size {
+                    xhat[i] = ((x[i] - mean[0]) - mean[1]) * rstd;
+                    gw[i] = grad[i] * weight[i];
+                    dw[i] += grad[i] * xhat[i];
+                    db[i] += grad[i];
+                }
+                let mean_gw = gw.iter().sum::<f32>() / size as f32;
+                let mean_gwx = dot(&gw, &xhat) / size as f32;
+                for i in 0..size {
+                    dx[i] = rstd * (gw[i] - mean_gw - xhat[i] * mean_gwx);
+                }
+            }
+            (dw, db)
+        })
+        .collect();
+    let (mut dw, mut db) = (vec![0f32; size], vec![0f32; size]);
+    for (part_w, part_b) in &partial {
+        add(&mut dw, part_w);
+        add(&mut db, part_b);
+    }
+    (dx, dw, db)
+}
+
+fn add(sum: &mut [f32], part: &[f32]) {
+    for (sum, part) in sum.iter_mut().zip(part) {
+        *sum += part;
+    }
+}

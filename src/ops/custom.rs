@@ -1,0 +1,90 @@
+//! From candle's storages to the plain f32 slices of [`crate::cpu`] and back.
+
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, Tensor};
+use half::{bf16, f16};
+use std::borrow::Cow;
+
+/// The elements of a tensor in row-major order as f32; borrowed where they already are that.
+pub(super) fn to_f32<'a>(
+    op: &'static str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Result<Cow<'a, [f32]>> {
+    fn gather<T: Copy>(data: &[T], layout: &Layout, convert: impl Fn(T) -> f32) -> Vec<f32> {
+        match layout.contiguous_offsets() {
+            Some((start, end)) => data[start..end].iter().map(|&x| convert(x)).collect(),
+            None => offsets(layout).map(|index| convert(data[index])).collect(),
+        }
+    }
+    Ok(match storage {
+        CpuStorage::F32(data) => match layout.contiguous_offsets() {
+            Some((start, end)) => Cow::Borrowed(&data[start..end]),
+            None => Cow::Owned(gather(data, layout, |x| x)),
+        },
+        CpuStorage::F16(data) => Cow::Owned(gather(data, layout, f16::to_f32)),
+        CpuStorage::BF16(data) => Cow::Owned(gather(data, layout, bf16::to_f32)),
+        _ => bail!("{op}: tensors must be f32, f16 or bf16"),
+    })
+}
+
+/// The offsets of a layout's elements in row-major order, for any strides.
+fn offsets(layout: &Layout) -> impl Iterator<Item = usize> + '_ {
+    let (dims, strides) = (layout.dims(), layout.stride());
+    let mut index = vec![0usize; dims.len()];
+    let mut offset = layout.start_offset();
+    (0..layout.shape().elem_count()).map(move |_| {
+        let current = offset;
+        for axis in (0..dims.len()).rev() {
+            index[axis] += 1;
+            offset += strides[axis];
+            if index[axis] < dims[axis] {
+                break;
+            }
+            offset -= strides[axis] * dims[axis];
+            index[axis] = 0;
+        }
+        current
+    })
+}
+
+/// The dtype of a storage that [`to_f32`] accepts.
+pub(super) fn dtype_of(storage: &CpuStorage) -> DType {
+    match storage {
+        CpuStorage::F16(_) => DType::F16,
+        CpuStorage::BF16(_) => DType::BF16,
+        _ => DType::F32,
+    }
+}
+
+/// Rounds f32 values to `dtype`.
+pub(super) fn from_f32(op: &'static str, values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
+    Ok(match dtype {
+        DType::F32 => CpuStorage::F32(values),
+        DType::F16 => CpuStorage::F16(values.into_iter().map(f16::from_f32).collect()),
+        DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::from_f32).collect()),
+        dtype => bail!("{op}: tensors must be f32, f16 or bf16, got {dtype:?}"),
+    })
+}
+
+/// Calls `f` with the elements of a tensor on the CPU as f32.
+pub(super) fn with_f32<R>(
+    op: &'static str,
+    tensor: &Tensor,
+    f: impl FnOnce(Cow<'_, [f32]>) -> Result<R>,
+) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(to_f32(op, storage, layout)?),
+        _ => bail!("{op}: expected a tensor on the CPU, got {:?}", tensor.device().location()),
+    }
+}
+
+/// An owned f32 copy of a tensor on the CPU.
+pub(super) fn vec_f32(op: &'static str, tensor: &Tensor) -> Result<Vec<f32>> {
+    with_f32(op, tensor, |values| Ok(values.into_owned()))
+}
+
+/// A tensor shaped and typed like `like` with these values.
+pub(super) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(values, like.shape(), like.device())?.to_dtype(like.dtype())
+}

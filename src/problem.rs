@@ -1,0 +1,164 @@
+//! The shapes of an operation's work, checked and free of tensors: what the CPU path, and any other, computes from.
+
+use crate::philox::Dropout;
+
+/// Attention over `batch` grids of `h x w` tokens, in windows of `side_h x side_w` (the grid itself if global).
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionProblem {
+    /// Images.
+    pub batch: usize,
+    /// Rows of the grid.
+    pub h: usize,
+    /// Columns of the grid.
+    pub w: usize,
+    /// Heads.
+    pub num_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Rows of a window.
+    pub side_h: usize,
+    /// Columns of a window.
+    pub side_w: usize,
+    /// Factor of `q . k`.
+    pub softmax_scale: f32,
+    /// Whether there are relative positions: tables of `2 side - 1` rows.
+    pub rel_pos: bool,
+    /// Dropout on the attention weights.
+    pub dropout: Option<Dropout>,
+}
+
+impl AttentionProblem {
+    /// Windows in a column of windows.
+    pub fn window_rows(&self) -> usize {
+        self.h.div_ceil(self.side_h)
+    }
+
+    /// Windows in a row of windows.
+    pub fn window_cols(&self) -> usize {
+        self.w.div_ceil(self.side_w)
+    }
+
+    /// Windows of the whole batch; with global attention, one per image.
+    pub fn windows(&self) -> usize {
+        self.batch * self.window_rows() * self.window_cols()
+    }
+
+    /// Tokens of a window, padding included.
+    pub fn tokens(&self) -> usize {
+        self.side_h * self.side_w
+    }
+
+    /// Channels: all heads together.
+    pub fn channels(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Rows of the two tables together.
+    pub fn table_rows(&self) -> (usize, usize) {
+        if self.rel_pos {
+            (2 * self.side_h - 1, 2 * self.side_w - 1)
+        } else {
+            (0, 0)
+        }
+    }
+
+    /// Where token `token` of window `window` lies in the flattened `[batch, h, w]`; none if it is padding.
+    pub fn grid_index(&self, window: usize, token: usize) -> Option<usize> {
+        let (rows, cols) = (self.window_rows(), self.window_cols());
+        let (image, row, col) = (window / (rows * cols), window / cols % rows, window % cols);
+        let y = row * self.side_h + token / self.side_w;
+        let x = col * self.side_w + token % self.side_w;
+        (y < self.h && x < self.w).then_some((image * self.h + y) * self.w + x)
+    }
+}
+
+/// The low-rank part of one projection.
+#[derive(Clone, Copy, Debug)]
+pub struct LoraProblem {
+    /// Rows of A.
+    pub rank: usize,
+    /// Factor of the low-rank part.
+    pub scaling: f32,
+    /// Dropout on the input of A.
+    pub dropout: Option<Dropout>,
+    /// Whether there is a LoRA bias.
+    pub bias: bool,
+}
+
+/// One of the projections that share an input.
+#[derive(Clone, Copy, Debug)]
+pub struct ProjectionProblem {
+    /// Width of the output.
+    pub out_dim: usize,
+    /// Whether there is a bias.
+    pub bias: bool,
+    /// The low-rank part.
+    pub lora: Option<LoraProblem>,
+}
+
+/// Where the small tensors of one projection lie in the flat vector that holds those of all.
+///
+/// `[bias? | A | B | lora_bias?]` for each projection in turn: one differentiable input instead of a dozen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SmallLayout {
+    /// `[out]`
+    pub bias: Option<std::ops::Range<usize>>,
+    /// `[rank, in]`
+    pub a: std::ops::Range<usize>,
+    /// `[out, rank]`
+    pub b: std::ops::Range<usize>,
+    /// `[out]`
+    pub lora_bias: Option<std::ops::Range<usize>>,
+}
+
+/// The layout of every projection's small tensors, and their total length.
+pub fn small_layout(in_dim: usize, projections: &[ProjectionProblem]) -> (Vec<SmallLayout>, usize) {
+    let mut end = 0;
+    let mut take = |length: usize| {
+        let start = end;
+        end += length;
+        start..end
+    };
+    let layouts = projections
+        .iter()
+        .map(|p| SmallLayout {
+            bias: p.bias.then(|| take(p.out_dim)),
+            a: take(p.lora.map_or(0, |lora| lora.rank * in_dim)),
+            b: take(p.lora.map_or(0, |lora| lora.rank * p.out_dim)),
+            lora_bias: p.lora.filter(|lora| lora.bias).map(|_| take(p.out_dim)),
+        })
+        .collect();
+    (layouts, end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_grid_token_lies_in_exactly_one_window() {
+        for (h, w, side) in [(10, 13, 7), (6, 6, 14), (14, 28, 14), (1, 5, 2)] {
+            let problem = AttentionProblem {
+                batch: 2,
+                h,
+                w,
+                num_heads: 1,
+                head_dim: 1,
+                side_h: side,
+                side_w: side,
+                softmax_scale: 1.0,
+                rel_pos: true,
+                dropout: None,
+            };
+            let mut seen = vec![0; 2 * h * w];
+            for window in 0..problem.windows() {
+                for token in 0..problem.tokens() {
+                    if let Some(index) = problem.grid_index(window, token) {
+                        seen[index] += 1;
+                    }
+                }
+            }
+            assert!(seen.iter().all(|&count| count == 1), "{h}x{w} in windows of {side}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Shared by the integration tests: fixtures written by PyTorch, errors measured against them, seeded tensors.
+#![allow(dead_code)]
+
+use candle_core::{DType, Device, Result, Tensor};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Where the fixtures lie.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+/// One case of a fixture file: its tensors and scalars.
+pub struct Case {
+    /// Name in the file.
+    pub name: String,
+    tensors: BTreeMap<String, Tensor>,
+    scalars: serde_json::Value,
+}
+
+impl Case {
+    /// A tensor that must be there.
+    pub fn tensor(&self, name: &str) -> Tensor {
+        self.get(name).unwrap_or_else(|| panic!("{} has no tensor {name}", self.name))
+    }
+
+    /// A tensor that may be absent.
+    pub fn get(&self, name: &str) -> Option<Tensor> {
+        self.tensors.get(name).cloned()
+    }
+
+    /// Every tensor.
+    pub fn tensors(&self) -> &BTreeMap<String, Tensor> {
+        &self.tensors
+    }
+
+    /// A scalar as f64.
+    pub fn number(&self, name: &str) -> f64 {
+        self.scalars[name].as_f64().unwrap_or_else(|| panic!("{} has no {name}", self.name))
+    }
+
+    /// A scalar as u64.
+    pub fn integer(&self, name: &str) -> u64 {
+        self.scalars[name].as_u64().unwrap_or_else(|| panic!("{} has no {name}", self.name))
+    }
+
+    /// A scalar as bool.
+    pub fn flag(&self, name: &str) -> bool {
+        self.scalars[name].as_bool().unwrap_or_else(|| panic!("{} has no {name}", self.name))
+    }
+}
+
+/// The cases of a fixture file, by name.
+pub fn cases(file: &str) -> Vec<Case> {
+    let path = fixtures().join(file);
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let scalars = metadata.metadata().clone().unwrap_or_default();
+    let mut cases: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
+    for (name, tensor) in candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap() {
+        let (case, tensor_name) = name.split_once('/').unwrap();
+        cases.entry(case.to_string()).or_default().insert(tensor_name.to_string(), tensor);
+    }
+    assert!(!cases.is_empty(), "{file} holds no case");
+    let parse = |name: &str| scalars.get(name).map(|s| serde_json::from_str(s).unwrap());
+    cases
+        .into_iter()
+        .map(|(name, tensors)| Case { scalars: parse(&name).unwrap_or_default(), name, tensors })
+        .collect()
+}
+
+/// All elements as f64.
+pub fn values(tensor: &Tensor) -> Vec<f64> {
+    tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
+}
+
+/// The largest difference, relative to the largest magnitude expected. Where the expected result is zero to rounding
+/// it cancels from terms of order one, and is judged on their scale.
+pub fn error(got: &[f64], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len(), "lengths differ");
+    assert!(got.iter().all(|x| x.is_finite()), "a result is not finite");
+    let magnitude = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
+    let scale = if magnitude < 1e-6 { 1.0 } else { magnitude };
+    got.iter().zip(expected).fold(0f64, |m, (a, b)| m.max((a - b).abs())) / scale
+}
+
+/// [`error`] of two tensors of one shape.
+pub fn tensor_error(got: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(got.dims(), expected.dims(), "shapes differ");
+    error(&values(got), &values(expected))
+}
+
+/// Collects the largest error of each kind, and fails on one above the bound.
+#[derive(Default)]
+pub struct Worst(BTreeMap<String, (f64, String)>);
+
+impl Worst {
+    /// Notes the error of `what` in `case`.
+    pub fn note(&mut self, what: &str, case: &str, error: f64) {
+        let entry = self.0.entry(what.to_string()).or_default();
+        if error >= entry.0 {
+            *entry = (error, case.to_string());
+        }
+    }
+
+    /// Prints the table; fails if anything was above `bound`, or nothing was noted.
+    pub fn check(&self, title: &str, bound: f64) {
+        println!("{title}: largest relative errors (bound {bound:e})");
+        for (what, (error, case)) in &self.0 {
+            println!("  {what:<24} {error:9.2e}  in {case}");
+        }
+        assert!(!self.0.is_empty(), "{title}: nothing was compared");
+        for (what, (error, case)) in &self.0 {
+            assert!(*error <= bound, "{title}: {what} in {case}: {error:e} > {bound:e}");
+        }
+    }
+}
+
+/// Deterministic values, roughly normal: sums of twelve uniform ones, from Philox.
+pub fn random(seed: u64, shape: impl Into<candle_core::Shape>) -> Tensor {
+    let shape = shape.into();
+    let data: Vec<f32> = (0..shape.elem_count() as u64)
+        .map(|i| {
+            let words = (0..3).flat_map(|block| {
+                let counter = [i as u32, (i >> 32) as u32, block, 99];
+                candle_sam_lora::philox::philox4x32(counter, [seed as u32, (seed >> 32) as u32])
+            });
+            words.map(|w| w as f32 / u32::MAX as f32).sum::<f32>() - 6.0
+        })
+        .collect();
+    Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
+}
+
+/// The gradients of `sum(f(vars) * grad_out)` for each of `inputs`, made variables.
+pub fn gradients(
+    inputs: &[Tensor],
+    grad_out: &Tensor,
+    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<(Tensor, Vec<Tensor>)> {
+    let vars: Vec<candle_core::Var> =
+        inputs.iter().map(candle_core::Var::from_tensor).collect::<Result<_>>()?;
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let out = f(&tensors)?;
+    let grads = (&out * grad_out)?.sum_all()?.backward()?;
+    let grads = tensors
+        .iter()
+        .enumerate()
+        .map(|(i, t)| grads.get(t).cloned().unwrap_or_else(|| panic!("input {i} got no gradient")))
+        .collect();
+    Ok((out, grads))
+}
