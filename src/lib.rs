@@ -2,6 +2,7 @@
 //! Segment Anything with LoRA, fast and small in memory, for the candle ML framework.
 
 mod cpu;
+mod device;
 mod error;
 pub mod files;
 pub mod lora;
@@ -12,4 +13,5 @@ mod problem;
 pub mod reference;
 pub mod sam;
 
+pub use device::device;
 pub use error::{Error, Result, TensorMismatch};

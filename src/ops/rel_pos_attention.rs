@@ -19,6 +19,8 @@ use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use std::sync::OnceLock;
 
 const OP: &str = "rel-pos-attention";
+/// Largest side of a window.
+const MAX_WINDOW: usize = 1024;
 
 /// Everything of [`rel_pos_attention`] but its input.
 #[derive(Clone, Copy, Debug)]
@@ -169,8 +171,9 @@ pub(super) fn validate(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(us
             check::same_kind(OP, name, table, qkv)?;
         }
     }
-    if config.window == Some(0) {
-        bail!("{OP}: the window must be positive; none is global attention")
+    // A window far larger than the grid is all padding; the bound keeps its size from overflowing.
+    if let Some(window) = config.window.filter(|&window| window == 0 || window > MAX_WINDOW) {
+        bail!("{OP}: the window must be 1 to {MAX_WINDOW} (none is global attention), got {window}")
     }
     if let Some(pad) = config.pad {
         check::shape(OP, "pad", pad, &[packed])?;

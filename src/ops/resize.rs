@@ -34,5 +34,5 @@ pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
         return Ok(table.clone());
     }
     let matrix = linear_resize_matrix(len_in, len_out, table.device())?;
-    matrix.matmul(&table.to_dtype(DType::F32)?)?.to_dtype(table.dtype())
+    matrix.matmul(&table.to_dtype(DType::F32)?.contiguous()?)?.to_dtype(table.dtype())
 }
