@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Source: `peft/tuners/lora/layer.py` and `variants.py`. Arithmetic is in [`crate::ops`]; configuration, files
-//! and injection are in [`crate::lora`].
+//! and injection are in the `lora` module.
 
 use super::{Mode, ModuleTree, Node, NodeMut};
 use crate::ops::{self, Activation, Lora, Projection};
