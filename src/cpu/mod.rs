@@ -5,6 +5,10 @@
 
 pub mod attention;
 mod gemm;
+mod head;
 pub mod layer_norm;
 mod math;
+mod panel;
 pub mod projection;
+mod simd;
+mod softmax;
