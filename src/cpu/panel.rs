@@ -103,26 +103,25 @@ impl Panel<'_> {
         let lanes = S::F32_LANES;
         let (b_stride, b_column) = (self.b.1 / lanes, column / lanes);
         let b = &vectors::<S>(self.b.0)[b_column..];
-        let mut step = |b: &[S::f32s], a: [f32; MR]| {
-            let b: [S::f32s; NV] = std::array::from_fn(|j| b[j]);
-            for i in 0..MR {
-                let a = simd.splat_f32s(a[i]);
-                for j in 0..NV {
-                    sums[i][j] = simd.mul_add_f32s(a, b[j], sums[i][j]);
-                }
-            }
-        };
         match self.a {
             Left::Rows(a, stride) => {
-                let rows: [&[f32]; MR] = std::array::from_fn(|i| &a[(row + i) * stride..][..k]);
+                let mut rows: [&[f32]; MR] = [&[]; MR];
+                for (i, rows) in rows.iter_mut().enumerate() {
+                    *rows = &a[(row + i) * stride..][..k];
+                }
                 for p in 0..k {
-                    step(&b[p * b_stride..][..NV], std::array::from_fn(|i| rows[i][p]));
+                    let mut column = [0f32; MR];
+                    for i in 0..MR {
+                        column[i] = rows[i][p];
+                    }
+                    step(simd, &mut sums, column, &b[p * b_stride..]);
                 }
             }
             Left::Columns(a, stride) => {
                 for p in 0..k {
-                    let column = &a[p * stride + row..][..MR];
-                    step(&b[p * b_stride..][..NV], std::array::from_fn(|i| column[i]));
+                    let mut column = [0f32; MR];
+                    column.copy_from_slice(&a[p * stride + row..][..MR]);
+                    step(simd, &mut sums, column, &b[p * b_stride..]);
                 }
             }
         }
@@ -137,6 +136,24 @@ impl Panel<'_> {
             }
         }
         MR
+    }
+}
+
+/// One step of k: the outer product of a column of A and a row of B. A function, since a closure would not be
+/// compiled for the instruction set.
+#[inline(always)]
+fn step<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    sums: &mut [[S::f32s; NV]; MR],
+    a: [f32; MR],
+    b: &[S::f32s],
+) {
+    let b = &b[..NV];
+    for i in 0..MR {
+        let a = simd.splat_f32s(a[i]);
+        for j in 0..NV {
+            sums[i][j] = simd.mul_add_f32s(a, b[j], sums[i][j]);
+        }
     }
 }
 
