@@ -35,12 +35,15 @@ fn the_lines_of_the_guide_are_those_of_dora() -> Result<()> {
     Ok(())
 }
 
+/// A variant's name in the counts, and what makes a plain configuration one.
+type Variant = (&'static str, fn(LoraConfig) -> LoraConfig);
+
 #[test]
 fn every_variant_counts_as_in_peft() -> Result<()> {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/counts.json");
     let counts: serde_json::Value =
         serde_json::from_str(&candle_sam_lora::files::read_text(&path)?).expect("JSON");
-    let variants: [(&str, fn(LoraConfig) -> LoraConfig); 5] = [
+    let variants: [Variant; 5] = [
         ("lora", |config| config),
         ("rslora", LoraConfig::rslora),
         ("dora", LoraConfig::dora),
