@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Layers import downward only:  reference | philox <- problem <- cpu <- ops <- nn <- lora, sam <- train <- examples.
+# Layers import downward only:  reference | philox <- problem <- cpu, launch <- ops <- nn <- lora, sam <- train <- examples.
 # Each line below names a layer and the modules of this crate it must not import.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,9 +13,10 @@ forbid() {
     status=1
   fi
 }
-forbid "src/philox.rs src/reference.rs src/error.rs src/device.rs" "problem|cpu|ops|nn|lora|sam|train"
-forbid "src/problem.rs src/files.rs" "cpu|ops|nn|lora|sam|train"
-forbid "src/cpu" "ops|nn|lora|sam|train|files"
+forbid "src/philox.rs src/reference.rs src/error.rs src/device.rs" "problem|cpu|launch|ops|nn|lora|sam|train"
+forbid "src/problem.rs src/files.rs" "cpu|launch|ops|nn|lora|sam|train"
+forbid "src/cpu" "launch|ops|nn|lora|sam|train|files"
+forbid "src/launch" "cpu|ops|nn|lora|sam|train|files|reference"
 forbid "src/ops" "nn|lora|sam|train|files|reference"
 forbid "src/nn" "lora|sam|train|reference"
 forbid "src/lora" "sam|train|cpu|reference"

@@ -5,6 +5,8 @@ mod cpu;
 mod device;
 mod error;
 pub mod files;
+#[doc(hidden)]
+pub mod launch;
 pub mod lora;
 pub mod nn;
 pub mod ops;

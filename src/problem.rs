@@ -2,6 +2,17 @@
 
 use crate::philox::Dropout;
 
+/// LayerNorm of `rows` rows.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNormProblem {
+    /// Rows: all dimensions but the last.
+    pub rows: usize,
+    /// Length of a row.
+    pub size: usize,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
 /// Attention over `batch` grids of `h x w` tokens, in windows of `side_h x side_w` (the grid itself if global).
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionProblem {

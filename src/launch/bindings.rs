@@ -1,0 +1,170 @@
+// Made from kernels/abi.h by scripts/bindings.sh; not edited by hand.
+
+pub const DROPOUT_THREADS: u32 = 256;
+pub const LAYER_NORM_THREADS: u32 = 128;
+pub const LAYER_NORM_COLUMN_WARPS: u32 = 8;
+pub const LAYER_NORM_COLUMN_ROWS: u32 = 256;
+pub const LAYER_NORM_COLUMN_SHARED_BYTES: u32 = 2048;
+pub const SUM_PARTIALS_THREADS: u32 = 256;
+#[doc = " An address in device memory."]
+pub type device_ptr = u64;
+#[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at least\n `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct DropoutMask {
+    pub seed_low: u32,
+    pub seed_high: u32,
+    pub stream: u32,
+    pub threshold: u32,
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DropoutMask"][::std::mem::size_of::<DropoutMask>() - 20usize];
+    ["Alignment of DropoutMask"][::std::mem::align_of::<DropoutMask>() - 4usize];
+    ["Offset of field: DropoutMask::seed_low"]
+        [::std::mem::offset_of!(DropoutMask, seed_low) - 0usize];
+    ["Offset of field: DropoutMask::seed_high"]
+        [::std::mem::offset_of!(DropoutMask, seed_high) - 4usize];
+    ["Offset of field: DropoutMask::stream"][::std::mem::offset_of!(DropoutMask, stream) - 8usize];
+    ["Offset of field: DropoutMask::threshold"]
+        [::std::mem::offset_of!(DropoutMask, threshold) - 12usize];
+    ["Offset of field: DropoutMask::scale"][::std::mem::offset_of!(DropoutMask, scale) - 16usize];
+};
+#[doc = " `y = x * mask`, all `[rows, cols]`."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct DropoutParams {
+    pub x: device_ptr,
+    pub y: device_ptr,
+    pub rows: u64,
+    pub cols: u32,
+    pub mask: DropoutMask,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DropoutParams"][::std::mem::size_of::<DropoutParams>() - 48usize];
+    ["Alignment of DropoutParams"][::std::mem::align_of::<DropoutParams>() - 8usize];
+    ["Offset of field: DropoutParams::x"][::std::mem::offset_of!(DropoutParams, x) - 0usize];
+    ["Offset of field: DropoutParams::y"][::std::mem::offset_of!(DropoutParams, y) - 8usize];
+    ["Offset of field: DropoutParams::rows"][::std::mem::offset_of!(DropoutParams, rows) - 16usize];
+    ["Offset of field: DropoutParams::cols"][::std::mem::offset_of!(DropoutParams, cols) - 24usize];
+    ["Offset of field: DropoutParams::mask"][::std::mem::offset_of!(DropoutParams, mask) - 28usize];
+};
+#[doc = " `y = (x - mean) rstd weight + bias` of each row of `x [rows, size]`."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct LayerNormFwdParams {
+    pub x: device_ptr,
+    pub weight: device_ptr,
+    pub bias: device_ptr,
+    pub y: device_ptr,
+    pub rows: u64,
+    pub size: u32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LayerNormFwdParams"][::std::mem::size_of::<LayerNormFwdParams>() - 48usize];
+    ["Alignment of LayerNormFwdParams"][::std::mem::align_of::<LayerNormFwdParams>() - 8usize];
+    ["Offset of field: LayerNormFwdParams::x"]
+        [::std::mem::offset_of!(LayerNormFwdParams, x) - 0usize];
+    ["Offset of field: LayerNormFwdParams::weight"]
+        [::std::mem::offset_of!(LayerNormFwdParams, weight) - 8usize];
+    ["Offset of field: LayerNormFwdParams::bias"]
+        [::std::mem::offset_of!(LayerNormFwdParams, bias) - 16usize];
+    ["Offset of field: LayerNormFwdParams::y"]
+        [::std::mem::offset_of!(LayerNormFwdParams, y) - 24usize];
+    ["Offset of field: LayerNormFwdParams::rows"]
+        [::std::mem::offset_of!(LayerNormFwdParams, rows) - 32usize];
+    ["Offset of field: LayerNormFwdParams::size"]
+        [::std::mem::offset_of!(LayerNormFwdParams, size) - 40usize];
+    ["Offset of field: LayerNormFwdParams::eps"]
+        [::std::mem::offset_of!(LayerNormFwdParams, eps) - 44usize];
+};
+#[doc = " The gradient of x, and the rows' statistics for the column pass: `[3, rows]` f32, mean high, mean low, rstd; 0 if\n they are not wanted."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct LayerNormBwdParams {
+    pub x: device_ptr,
+    pub weight: device_ptr,
+    pub dy: device_ptr,
+    pub dx: device_ptr,
+    pub statistics: device_ptr,
+    pub rows: u64,
+    pub size: u32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LayerNormBwdParams"][::std::mem::size_of::<LayerNormBwdParams>() - 56usize];
+    ["Alignment of LayerNormBwdParams"][::std::mem::align_of::<LayerNormBwdParams>() - 8usize];
+    ["Offset of field: LayerNormBwdParams::x"]
+        [::std::mem::offset_of!(LayerNormBwdParams, x) - 0usize];
+    ["Offset of field: LayerNormBwdParams::weight"]
+        [::std::mem::offset_of!(LayerNormBwdParams, weight) - 8usize];
+    ["Offset of field: LayerNormBwdParams::dy"]
+        [::std::mem::offset_of!(LayerNormBwdParams, dy) - 16usize];
+    ["Offset of field: LayerNormBwdParams::dx"]
+        [::std::mem::offset_of!(LayerNormBwdParams, dx) - 24usize];
+    ["Offset of field: LayerNormBwdParams::statistics"]
+        [::std::mem::offset_of!(LayerNormBwdParams, statistics) - 32usize];
+    ["Offset of field: LayerNormBwdParams::rows"]
+        [::std::mem::offset_of!(LayerNormBwdParams, rows) - 40usize];
+    ["Offset of field: LayerNormBwdParams::size"]
+        [::std::mem::offset_of!(LayerNormBwdParams, size) - 48usize];
+    ["Offset of field: LayerNormBwdParams::eps"]
+        [::std::mem::offset_of!(LayerNormBwdParams, eps) - 52usize];
+};
+#[doc = " Partial sums of the gradients of weight and bias: `partials [2, ceil(rows / LAYER_NORM_COLUMN_ROWS), size]` f32."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct LayerNormBwdWeightParams {
+    pub x: device_ptr,
+    pub dy: device_ptr,
+    pub statistics: device_ptr,
+    pub partials: device_ptr,
+    pub rows: u64,
+    pub size: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LayerNormBwdWeightParams"]
+        [::std::mem::size_of::<LayerNormBwdWeightParams>() - 48usize];
+    ["Alignment of LayerNormBwdWeightParams"]
+        [::std::mem::align_of::<LayerNormBwdWeightParams>() - 8usize];
+    ["Offset of field: LayerNormBwdWeightParams::x"]
+        [::std::mem::offset_of!(LayerNormBwdWeightParams, x) - 0usize];
+    ["Offset of field: LayerNormBwdWeightParams::dy"]
+        [::std::mem::offset_of!(LayerNormBwdWeightParams, dy) - 8usize];
+    ["Offset of field: LayerNormBwdWeightParams::statistics"]
+        [::std::mem::offset_of!(LayerNormBwdWeightParams, statistics) - 16usize];
+    ["Offset of field: LayerNormBwdWeightParams::partials"]
+        [::std::mem::offset_of!(LayerNormBwdWeightParams, partials) - 24usize];
+    ["Offset of field: LayerNormBwdWeightParams::rows"]
+        [::std::mem::offset_of!(LayerNormBwdWeightParams, rows) - 32usize];
+    ["Offset of field: LayerNormBwdWeightParams::size"]
+        [::std::mem::offset_of!(LayerNormBwdWeightParams, size) - 40usize];
+};
+#[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct SumPartialsParams {
+    pub partials: device_ptr,
+    pub out: device_ptr,
+    pub parts: u64,
+    pub size: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SumPartialsParams"][::std::mem::size_of::<SumPartialsParams>() - 32usize];
+    ["Alignment of SumPartialsParams"][::std::mem::align_of::<SumPartialsParams>() - 8usize];
+    ["Offset of field: SumPartialsParams::partials"]
+        [::std::mem::offset_of!(SumPartialsParams, partials) - 0usize];
+    ["Offset of field: SumPartialsParams::out"]
+        [::std::mem::offset_of!(SumPartialsParams, out) - 8usize];
+    ["Offset of field: SumPartialsParams::parts"]
+        [::std::mem::offset_of!(SumPartialsParams, parts) - 16usize];
+    ["Offset of field: SumPartialsParams::size"]
+        [::std::mem::offset_of!(SumPartialsParams, size) - 24usize];
+};
