@@ -2,6 +2,8 @@
 //! Segment Anything with LoRA, fast and small in memory, for the candle ML framework.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod error;
 pub mod files;

@@ -1,8 +1,27 @@
-//! From candle's storages to the plain f32 slices of [`crate::cpu`] and back.
+//! Where the fused operations run, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
 
-use candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, Tensor};
+use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use std::borrow::Cow;
+
+/// Whether the fused operations run on this device: the CPU, or a GPU of compute capability 8.0 or newer that the
+/// kernels were compiled for. Elsewhere the composed graph does.
+pub(super) fn fused_on(device: &Device) -> bool {
+    match device {
+        Device::Cpu => true,
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::supported(device),
+        _ => false,
+    }
+}
+
+/// The tensor as its device's code takes it: the CPU any strides, kernels contiguous ones.
+pub(super) fn operand(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.device() {
+        Device::Cpu => Ok(tensor.clone()),
+        _ => tensor.contiguous(),
+    }
+}
 
 /// The elements of a tensor in row-major order as f32; borrowed where they already are that.
 pub(super) fn to_f32<'a>(
