@@ -8,5 +8,7 @@ mod common;
 mod device;
 #[path = "kernels/dropout.rs"]
 mod dropout;
+#[path = "kernels/instructions.rs"]
+mod instructions;
 #[path = "kernels/layer_norm.rs"]
 mod layer_norm;

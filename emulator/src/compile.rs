@@ -12,7 +12,7 @@ use std::sync::Mutex;
 pub struct Sources {
     /// The folder with the headers; of its `.cu` files every one is compiled, unless `files` names others.
     pub kernels: PathBuf,
-    /// Compile these `.cu` files instead; headers beside a file go before those in `kernels`.
+    /// Compile these `.cu` files instead, against the headers of that folder.
     pub files: Option<Vec<PathBuf>>,
 }
 
@@ -31,8 +31,7 @@ impl Sources {
             Some(files) => files.clone(),
             None => with_extension(&self.kernels, &["cu"])?,
         };
-        let mut headers = with_extension(&self.kernels, &["cuh", "h"])?;
-        headers.extend(with_extension(&here.join("include"), &["h"])?);
+        let mut headers = with_extension(&here.join("include"), &["h"])?;
         headers.extend(with_extension(&here.join("include/emulator"), &["h"])?);
         headers.extend(with_extension(&here.join("runtime"), &["h"])?);
         let compiler = Compiler::new(&self.kernels)?;
@@ -83,6 +82,7 @@ struct Compiler {
     /// What `--version` says: another compiler makes other objects.
     version: String,
     sanitize: Option<String>,
+    kernels: PathBuf,
 }
 
 impl Compiler {
@@ -104,10 +104,9 @@ impl Compiler {
         if std::env::var_os("EMULATOR_UCONTEXT").is_some() {
             flags.push("-DEMULATOR_UCONTEXT".to_string());
         }
-        for folder in [kernels.to_path_buf(), here.join("include"), here.join("runtime")] {
-            flags.push(format!("-I{}", folder.display()));
-        }
-        let mut compiler = Self { program, flags, version: String::new(), sanitize };
+        flags.push(format!("-I{}", here.join("include").display()));
+        let kernels = kernels.to_path_buf();
+        let mut compiler = Self { program, flags, version: String::new(), sanitize, kernels };
         compiler.version = compiler.run(&["--version".to_string()])?;
         if !compiler.version.contains("clang") {
             // Each library keeps its own table of kernels though several are loaded.
@@ -136,9 +135,12 @@ impl Compiler {
 
     fn object(&self, source: &Path, headers: &[PathBuf], cache: &Path) -> Result<PathBuf, String> {
         let mut flags = self.flags.clone();
+        let is_runtime = source.extension().is_some_and(|e| e == "cpp");
+        if !is_runtime {
+            flags.push(format!("-I{}", self.kernels.display()));
+        }
         if let Some(sanitize) = &self.sanitize {
             // The scheduler is no subject of ThreadSanitizer, but tells it what orders what.
-            let is_runtime = source.extension().is_some_and(|e| e == "cpp");
             if sanitize == "thread" {
                 flags.push("-DEMULATOR_TSAN".to_string());
             }
@@ -152,8 +154,12 @@ impl Compiler {
         }
         let mut hasher = DefaultHasher::new();
         (&self.version, &flags, source).hash(&mut hasher);
-        let beside = source.parent().map(|p| with_extension(p, &["cuh"])).transpose()?;
-        for file in headers.iter().chain(beside.iter().flatten()).chain([&source.to_path_buf()]) {
+        let mut files = headers.to_vec();
+        if !is_runtime {
+            files.extend(with_extension(&self.kernels, &["cuh", "h"])?);
+        }
+        files.push(source.to_path_buf());
+        for file in &files {
             let content = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
             (file, content).hash(&mut hasher);
         }

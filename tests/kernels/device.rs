@@ -5,16 +5,24 @@ use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::{device_ptr, Backend, Launch};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources};
 use std::alloc::Layout;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+
+/// Where the kernels' sources are.
+pub fn kernels() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+}
+
+/// Where what is compiled is kept.
+pub fn cache() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator")
+}
 
 /// All kernels, compiled when first asked for.
 pub fn emulator() -> &'static Emulator {
     static EMULATOR: OnceLock<Emulator> = OnceLock::new();
     EMULATOR.get_or_init(|| {
-        let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
-        Emulator::new(&Sources::all(kernels), &cache).unwrap_or_else(|e| panic!("{e}"))
+        Emulator::new(&Sources::all(kernels()), &cache()).unwrap_or_else(|e| panic!("{e}"))
     })
 }
 
