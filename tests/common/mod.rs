@@ -1,13 +1,16 @@
 //! Shared by the integration tests: fixtures written by PyTorch, errors measured against them, seeded tensors.
 #![allow(dead_code)]
 
+pub mod cases;
+
 use candle_core::{DType, Device, Result, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Where the fixtures lie.
+/// Where the fixtures lie: beside the sources, or elsewhere if the tests run without these.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    std::env::var_os("CANDLE_SAM_LORA_FIXTURES")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from)
 }
 
 /// One case of a fixture file: its tensors and scalars.
