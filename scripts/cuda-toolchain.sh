@@ -31,9 +31,11 @@ print(*[os.path.dirname(p["manifest_path"]) for p in json.load(sys.stdin)["packa
 fi
 
 cuda=$(root)
-cat <<ENVIRONMENT
-export CUDA_HOME=$cuda
-export PATH=$cuda/bin:\$PATH
-export LD_LIBRARY_PATH=$cuda/lib/stubs\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}
-export CUDA_COMPUTE_CAP=\${CUDA_COMPUTE_CAP:-80}
-ENVIRONMENT
+echo "export CUDA_HOME=$cuda"
+echo "export PATH=$cuda/bin:\$PATH"
+# candle's own kernels want one capability where no GPU can be asked; PTX of 8.0 runs on everything newer.
+echo 'export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-80}'
+# A driver that is there goes before its stand-in.
+if ! ldconfig -p | grep -q 'libcuda\.so\.1'; then
+  echo "export LD_LIBRARY_PATH=$cuda/lib/stubs\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
+fi

@@ -33,7 +33,8 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(1);
     if !arguments.list {
         if let Err(error) = Device::new_cuda(0) {
-            println!("skipped: no CUDA device: {error}");
+            let error = error.to_string();
+            println!("skipped: no CUDA device: {}", error.lines().next().unwrap_or_default());
             let required = std::env::var_os("CANDLE_SAM_LORA_REQUIRE_GPU").is_some();
             return ExitCode::from(u8::from(required));
         }
