@@ -71,7 +71,10 @@ Block::Block(const Launch& launch) : launch_(launch), threads_(launch.threads())
 Block::~Block() {
     std::free(shared_);
     std::lock_guard lock(stacks_mutex);
-    for (auto& fiber : fibers_) free_stacks.push_back(fiber.context.stack);
+    for (auto& fiber : fibers_) {
+        release(fiber.context);
+        free_stacks.push_back(fiber.context.stack);
+    }
 }
 
 std::string Block::run(uint3 index) {
@@ -105,7 +108,6 @@ std::string Block::run(uint3 index) {
     }
     transfer(main_, next());
     ACQUIRE(this);
-    for (auto& fiber : fibers_) release(fiber.context);
     if (error_.empty() && live_ > 0) error_ = "deadlock: " + who_waits_where();
 #if defined(EMULATOR_ASAN)
     __asan_unpoison_memory_region(shared_, capacity_);
@@ -244,18 +246,12 @@ void check_shared(const char* name, const void* p, int bytes, Location at) {
     if (offset % bytes) block.fail(std::string(name) + " wants an address aligned to " + std::to_string(bytes) + " bytes", at);
 }
 
-static void perform(const Copy& copy) {
-    if (copy.valid) std::memcpy(copy.dst, copy.src, copy.bytes);
-    else std::memset(copy.dst, 0, copy.bytes);
-}
-
-void copy_async(void* dst, const void* src, int bytes, bool valid, Location at) {
+void copy_async(void* dst, const void* src, int bytes, bool valid, Move move, Location at) {
     Block& block = *current;
     check_shared("cp.async", dst, bytes, at);
     if (valid && reinterpret_cast<uintptr_t>(src) % bytes) block.fail("cp.async wants an aligned source", at);
-    const Copy copy{dst, src, bytes, valid};
-    if (block.launch_.mode.early) perform(copy);
-    else block.self_->open.push_back(copy);
+    if (block.launch_.mode.early) move(dst, src, valid);
+    else block.self_->open.push_back({dst, src, valid, move});
 }
 
 void commit_copies() {
@@ -264,10 +260,10 @@ void commit_copies() {
     fiber.open.clear();
 }
 
-void wait_copies(int in_flight, Location) {
+void wait_copies(int in_flight) {
     auto& groups = current->self_->groups;
     for (; int(groups.size()) > in_flight; groups.pop_front())
-        for (const Copy& copy : groups.front()) perform(copy);
+        for (const Copy& copy : groups.front()) copy.move(copy.dst, copy.src, copy.valid);
 }
 
 }  // namespace emulator
