@@ -7,7 +7,9 @@ use candle_sam_lora::lora::{
     eject, inject, load_adapter, merge, merge_and_unload, safe_merge, unmerge, LoraConfig,
 };
 use candle_sam_lora::nn::{trainable, Mode};
-use lora_support::{adapted, bits, fixture, read, relative_error, snapshot, values, Net, KINDS};
+use lora_support::{
+    adapted, bits, fixture, read, relative_error, snapshot, values, Net, F32_BOUND, KINDS,
+};
 
 fn loaded(kind: &str) -> Net {
     let mut model = Net::base();
@@ -26,9 +28,9 @@ fn merged_equals_unmerged_and_peft() {
         let merged = forward(&model);
         assert_ne!(bits(&model.q.weight), bits(&Net::base().q.weight), "{kind}");
         let error = relative_error(&merged, &unmerged);
-        assert!(error < 1e-6, "{kind}: {error}");
+        assert!(error < F32_BOUND, "{kind}: {error}");
         let error = relative_error(&merged, &io[&format!("merged/{kind}")]);
-        assert!(error < 1e-6, "{kind}: {error}");
+        assert!(error < F32_BOUND, "{kind}: {error}");
 
         let once = snapshot(&model);
         merge(&mut model).unwrap();

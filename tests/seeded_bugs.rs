@@ -83,6 +83,30 @@ fn run(folder: &Path, shared_bytes: u32) -> Outcomes {
         .collect()
 }
 
+/// Runs one of the tests below as a process of its own, in which a sanitizer watches; what it said, or none if the
+/// compiler lacks it.
+fn under_sanitizer(kind: &str, runtime: &str, test: &str) -> Option<String> {
+    let cxx = std::env::var("CXX").unwrap_or_else(|_| "c++".to_string());
+    let mut command = std::process::Command::new(cxx);
+    let output = command.arg(format!("-print-file-name={runtime}")).output().unwrap();
+    let library = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+    if !library.is_absolute() || !library.exists() {
+        println!("skipped: the C++ compiler has no {runtime}");
+        return None;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--ignored", "--nocapture"])
+        .env("EMULATOR_SANITIZE", kind)
+        .env("LD_PRELOAD", library)
+        .env("ASAN_OPTIONS", "detect_leaks=0")
+        .env("TSAN_OPTIONS", "halt_on_error=1:ignore_noninstrumented_modules=1")
+        .output()
+        .unwrap();
+    let report = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "not caught: {report}");
+    Some(report)
+}
+
 /// All modes' reports must hold every one of `words`.
 fn assert_reported(outcomes: &Outcomes, words: &[&str]) {
     for (mode, outcome) in outcomes {
@@ -185,4 +209,35 @@ fn a_barrier_that_a_warp_does_not_reach_is_reported() {
     let line = line_of(&folder, "// everybody's copies have landed");
     let ended = "threads 64-95 have ended";
     assert_reported(&run(&folder, SHARED_BYTES), &["deadlock", ended, "__syncthreads", &line]);
+}
+
+#[test]
+#[ignore = "ends the process: run by the test that follows"]
+fn a_read_past_a_tensor() {
+    let valid = "valid ? from + uint64_t(row0 + row) * k + k0 + col : from, valid);";
+    let folder = copy_with("asan", KERNEL, valid, &valid.replace(", valid)", " + rows * k, true)"));
+    run(&folder, SHARED_BYTES);
+}
+
+#[test]
+fn a_read_past_a_tensor_is_seen_by_address_sanitizer() {
+    if let Some(report) = under_sanitizer("address", "libasan.so", "a_read_past_a_tensor") {
+        assert!(report.contains("AddressSanitizer: heap-buffer-overflow"), "{report}");
+        assert!(report.contains(KERNEL), "{report}");
+    }
+}
+
+#[test]
+#[ignore = "ends the process: run by the test that follows"]
+fn a_race_for_a_stage() {
+    let barrier = "__syncthreads();  // nobody reads this stage any more";
+    run(&copy_with("tsan", KERNEL, barrier, ""), SHARED_BYTES);
+}
+
+#[test]
+fn a_race_for_a_stage_is_seen_by_thread_sanitizer() {
+    if let Some(report) = under_sanitizer("thread", "libtsan.so", "a_race_for_a_stage") {
+        assert!(report.contains("ThreadSanitizer: data race"), "{report}");
+        assert!(report.contains(KERNEL), "{report}");
+    }
 }

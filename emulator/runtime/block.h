@@ -27,8 +27,8 @@ struct Launch {
 struct Copy {
     void* dst;
     const void* src;
-    int bytes;
     bool valid;
+    Move move;
 };
 
 struct Fiber {

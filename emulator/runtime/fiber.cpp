@@ -59,7 +59,7 @@ void prepare(Context& context, void (*entry)()) {
     __asan_unpoison_memory_region(context.stack, context.stack_bytes);
 #endif
 #if defined(EMULATOR_TSAN)
-    context.tsan = __tsan_create_fiber(0);
+    if (!context.tsan) context.tsan = __tsan_create_fiber(0);
 #endif
 #if defined(EMULATOR_UCONTEXT)
     getcontext(&context.state);
@@ -111,7 +111,7 @@ void switched([[maybe_unused]] Context& context) {
 
 void release([[maybe_unused]] Context& context) {
 #if defined(EMULATOR_TSAN)
-    __tsan_destroy_fiber(context.tsan);
+    if (context.tsan) __tsan_destroy_fiber(context.tsan);
 #endif
 }
 

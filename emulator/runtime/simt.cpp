@@ -71,7 +71,10 @@ Block::Block(const Launch& launch) : launch_(launch), threads_(launch.threads())
 Block::~Block() {
     std::free(shared_);
     std::lock_guard lock(stacks_mutex);
-    for (auto& fiber : fibers_) free_stacks.push_back(fiber.context.stack);
+    for (auto& fiber : fibers_) {
+        release(fiber.context);
+        free_stacks.push_back(fiber.context.stack);
+    }
 }
 
 std::string Block::run(uint3 index) {
@@ -105,7 +108,6 @@ std::string Block::run(uint3 index) {
     }
     transfer(main_, next());
     ACQUIRE(this);
-    for (auto& fiber : fibers_) release(fiber.context);
     if (error_.empty() && live_ > 0) error_ = "deadlock: " + who_waits_where();
 #if defined(EMULATOR_ASAN)
     __asan_unpoison_memory_region(shared_, capacity_);
@@ -195,11 +197,14 @@ void Block::fail(const std::string& what, Location at) {
     std::abort();  // nothing switches back into a block that has failed
 }
 
+// Literals: mostly one and the same.
+static bool differ(const char* a, const char* b) { return a != b && std::strcmp(a, b) != 0; }
+
 void Block::meet(Group& group, int slot, int size, const char* name, bool same_line, void* operands, Operation operation, Location at) {
     if (group.arrived == 0) {
         group.name = name;
         group.at = at;
-    } else if (std::strcmp(group.name, name) != 0 || (same_line && (group.at.line != at.line || std::strcmp(group.at.file, at.file) != 0))) {
+    } else if (differ(group.name, name) || (same_line && (group.at.line != at.line || differ(group.at.file, at.file)))) {
         fail(std::string("divergence: reached ") + name + " while others of its group are in " + group.name + " at " + text(group.at), at);
     }
     if (group.operands.size() < size_t(size)) group.operands.resize(size);
@@ -244,18 +249,12 @@ void check_shared(const char* name, const void* p, int bytes, Location at) {
     if (offset % bytes) block.fail(std::string(name) + " wants an address aligned to " + std::to_string(bytes) + " bytes", at);
 }
 
-static void perform(const Copy& copy) {
-    if (copy.valid) std::memcpy(copy.dst, copy.src, copy.bytes);
-    else std::memset(copy.dst, 0, copy.bytes);
-}
-
-void copy_async(void* dst, const void* src, int bytes, bool valid, Location at) {
+void copy_async(void* dst, const void* src, int bytes, bool valid, Move move, Location at) {
     Block& block = *current;
     check_shared("cp.async", dst, bytes, at);
     if (valid && reinterpret_cast<uintptr_t>(src) % bytes) block.fail("cp.async wants an aligned source", at);
-    const Copy copy{dst, src, bytes, valid};
-    if (block.launch_.mode.early) perform(copy);
-    else block.self_->open.push_back(copy);
+    if (block.launch_.mode.early) move(dst, src, valid);
+    else block.self_->open.push_back({dst, src, valid, move});
 }
 
 void commit_copies() {
@@ -264,10 +263,10 @@ void commit_copies() {
     fiber.open.clear();
 }
 
-void wait_copies(int in_flight, Location) {
+void wait_copies(int in_flight) {
     auto& groups = current->self_->groups;
     for (; int(groups.size()) > in_flight; groups.pop_front())
-        for (const Copy& copy : groups.front()) perform(copy);
+        for (const Copy& copy : groups.front()) copy.move(copy.dst, copy.src, copy.valid);
 }
 
 }  // namespace emulator

@@ -119,10 +119,16 @@ inline uint32_t cvt_rna_tf32(float x) {
 
 template <int Bytes> void cp_async(void* dst, const void* src, bool valid = true, EMULATOR_LOCATION) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
-    emulator::copy_async(dst, src, Bytes, valid, at);
+    // Here, and not in the scheduler, so that sanitizers see the accesses as the kernel's.
+    const auto move = [](void* dst, const void* src, bool valid) {
+        uint32_t words[Bytes / 4] = {};
+        if (valid) std::memcpy(words, src, Bytes);
+        std::memcpy(dst, words, Bytes);
+    };
+    emulator::copy_async(dst, src, Bytes, valid, move, at);
 }
 inline void cp_async_commit_group() { emulator::commit_copies(); }
-template <int N> void cp_async_wait_group(EMULATOR_LOCATION) { emulator::wait_copies(N, at); }
+template <int N> void cp_async_wait_group() { emulator::wait_copies(N); }
 
 // --- barriers, shuffles, arithmetic -----------------------------------------------------------------------------------
 

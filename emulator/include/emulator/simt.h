@@ -45,10 +45,12 @@ unsigned char* shared_memory();
 // Fails the launch unless [p, p + bytes) lies in it and is aligned to `bytes`.
 void check_shared(const char* name, const void* p, int bytes, Location at);
 
-// cp.async: lands when it is issued (early mode) or when it is waited for (late mode); the rules allow both.
-void copy_async(void* dst, const void* src, int bytes, bool valid, Location at);
+// cp.async: `move(dst, src, valid)` happens when it is issued (early mode) or when it is waited for (late mode); the
+// rules allow both.
+using Move = void (*)(void* dst, const void* src, bool valid);
+void copy_async(void* dst, const void* src, int bytes, bool valid, Move move, Location at);
 void commit_copies();
-void wait_copies(int in_flight, Location at);
+void wait_copies(int in_flight);
 
 // Ends the launch, with this thread's place and the message in its error.
 [[noreturn]] void fail(const char* what, Location at);
