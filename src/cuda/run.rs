@@ -34,8 +34,19 @@ pub(crate) struct Addresses<const OUTPUTS: usize> {
 impl<const OUTPUTS: usize> Addresses<OUTPUTS> {
     /// Of the inputs' first elements, of which there are `N`.
     pub fn inputs<const N: usize>(&self) -> Result<[device_ptr; N]> {
-        let wrong = |_| Error::msg(format!("{} inputs, expected {N}", self.inputs.len()));
-        self.inputs.as_slice().try_into().map_err(wrong)
+        let (inputs, rest) = self.first_inputs()?;
+        if !rest.is_empty() {
+            bail!("{} inputs, expected {N}", self.inputs.len())
+        }
+        Ok(inputs)
+    }
+
+    /// Of the first `N` inputs, and of the others.
+    pub fn first_inputs<const N: usize>(&self) -> Result<([device_ptr; N], &[device_ptr])> {
+        match self.inputs.split_first_chunk() {
+            Some((first, rest)) => Ok((*first, rest)),
+            None => bail!("{} inputs, expected at least {N}", self.inputs.len()),
+        }
     }
 }
 

@@ -9,6 +9,8 @@
 mod bindings;
 pub mod dropout;
 pub mod layer_norm;
+pub mod projection;
+pub mod rel_pos_attention;
 mod sum_partials;
 
 pub use crate::problem::LayerNormProblem;

@@ -4,14 +4,17 @@ use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tens
 use half::{bf16, f16};
 use std::borrow::Cow;
 
-/// Whether the fused operations run on this device: the CPU, or a GPU of compute capability 8.0 or newer that the
-/// kernels were compiled for. Elsewhere the composed graph does.
-pub(super) fn fused_on(device: &Device) -> bool {
+/// Whether a fused operation runs on this device: the CPU, or a GPU of compute capability 8.0 or newer, if the kernels
+/// were compiled for it and cover the problem. Elsewhere the composed graph does.
+pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool {
     match device {
         Device::Cpu => true,
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::supported(device),
-        _ => false,
+        Device::Cuda(device) => crate::cuda::supported(device) && covered(),
+        _ => {
+            let _ = covered;
+            false
+        }
     }
 }
 
