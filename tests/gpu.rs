@@ -9,6 +9,8 @@ mod common;
 mod emulated;
 #[path = "gpu/graph.rs"]
 mod graph;
+#[path = "gpu/model.rs"]
+mod model;
 #[path = "gpu/ops.rs"]
 mod ops;
 
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(required));
         }
     }
-    let trials = [ops::trials(), graph::trials(), emulated::trials(), bench::trials()];
+    let trials =
+        [ops::trials(), graph::trials(), emulated::trials(), model::trials(), bench::trials()];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }

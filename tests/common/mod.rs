@@ -2,16 +2,11 @@
 #![allow(dead_code)]
 
 pub mod cases;
+pub mod model;
 
 use candle_core::{DType, Device, Result, Tensor};
+pub use model::fixtures;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
-/// Where the fixtures lie: beside the sources, or elsewhere if the tests run without these.
-pub fn fixtures() -> PathBuf {
-    std::env::var_os("CANDLE_SAM_LORA_FIXTURES")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from)
-}
 
 /// One case of a fixture file: its tensors and scalars.
 pub struct Case {
