@@ -8,5 +8,5 @@ mod modules;
 mod run;
 mod stream;
 
-pub(crate) use run::{run, with_tensors, Job};
+pub(crate) use run::{operand, run, with_tensors, Job};
 pub(crate) use stream::supported;

@@ -14,7 +14,7 @@ pub(crate) struct Job<'a, const OUTPUTS: usize> {
     pub op: &'static str,
     /// Where it runs.
     pub device: &'a CudaDevice,
-    /// What it reads: contiguous f32, f16 or bf16 tensors.
+    /// What it reads: contiguous f32, f16 or bf16 tensors, as [`operand`] makes them.
     pub inputs: &'a [(&'a CudaStorage, &'a Layout)],
     /// What it writes, entirely: new contiguous tensors.
     pub outputs: [(DType, Shape); OUTPUTS],
@@ -133,6 +133,16 @@ fn write<'a>(
     Ok(address!(&mut storage.slice, device_ptr_mut, stream))
 }
 
+/// The tensor as kernels take it: contiguous, and aligned to their widest accesses.
+pub(crate) fn operand(tensor: &Tensor) -> Result<Tensor> {
+    const ALIGNMENT: usize = 16;
+    let offset = tensor.layout().start_offset() * tensor.dtype().size_in_bytes();
+    match offset % ALIGNMENT {
+        0 => tensor.contiguous(),
+        _ => tensor.force_contiguous(),
+    }
+}
+
 /// Runs a job whose inputs and outputs are tensors, as a backward's are.
 ///
 /// # Errors
@@ -146,7 +156,7 @@ pub(crate) fn with_tensors<const OUTPUTS: usize>(
 ) -> Result<[Tensor; OUTPUTS]> {
     let Some(first) = inputs.first() else { bail!("{op}: no inputs") };
     let device = first.device().as_cuda_device()?;
-    let inputs = inputs.iter().map(|t| t.contiguous()).collect::<Result<Vec<_>>>()?;
+    let inputs = inputs.iter().map(|t| operand(t)).collect::<Result<Vec<_>>>()?;
     let guards: Vec<_> = inputs.iter().map(Tensor::storage_and_layout).collect();
     let storages = guards
         .iter()

@@ -1,19 +1,8 @@
 //! Projections that share an input, with LoRA. No kernel covers them yet: devices run the composed graph.
 
 use super::{device_ptr, Launch};
-use crate::problem::ProjectionProblem;
+use crate::problem::{Activation, ProjectionProblem};
 use candle_core::{bail, DType, Result};
-
-/// What is applied to a projection's sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// Nothing.
-    Identity,
-    /// The exact GELU.
-    Gelu,
-    /// `max(x, 0)`
-    Relu,
-}
 
 /// Projections of `x [rows, in_dim]`.
 #[derive(Clone, Copy, Debug)]

@@ -4,52 +4,49 @@ use super::{device_ptr, Launch};
 use crate::problem::AttentionProblem;
 use candle_core::{bail, DType, Result};
 
-/// Whether there are kernels for this problem; without, the composed graph computes it.
-pub fn covers(_problem: &AttentionProblem, _dtype: DType) -> bool {
-    false
+/// Why no kernel covers the problem: the composed graph computes it.
+///
+/// # Errors
+/// Always.
+pub fn check(problem: &AttentionProblem, dtype: DType, _addresses: &[device_ptr]) -> Result<()> {
+    bail!("no kernel covers {problem:?} in {dtype:?}")
 }
 
-/// f32 elements of `lse`, `[windows, heads, tokens]`.
-pub fn lse_len(problem: &AttentionProblem) -> usize {
+/// The addresses of the inputs, all of one dtype; 0 where absent.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs {
+    /// `[batch, h, w, 3, heads, head_dim]`
+    pub qkv: device_ptr,
+    /// rel_pos_h, then rel_pos_w: `[2 side_h - 1 + 2 side_w - 1, head_dim]`; 0 without relative positions.
+    pub tables: device_ptr,
+    /// What a token outside the grid projects to, `[3, heads, head_dim]`; 0 for zeros.
+    pub pad: device_ptr,
+}
+
+/// Elements of `lse`, f32.
+pub fn lse_elements(problem: &AttentionProblem) -> usize {
     problem.windows() * problem.num_heads * problem.tokens()
 }
 
-/// The addresses of the forward's operands; 0 is absent.
-#[derive(Clone, Copy, Debug)]
-pub struct ForwardOperands {
-    /// `[batch, h, w, 3, heads, head_dim]`
-    pub qkv: device_ptr,
-    /// The rows of both tables, h first; may be absent.
-    pub tables: device_ptr,
-    /// `[3, heads, head_dim]`; may be absent.
-    pub pad: device_ptr,
-    /// Output `[batch, h, w, heads, head_dim]`.
-    pub out: device_ptr,
-    /// Output, [`lse_len`] f32.
-    pub lse: device_ptr,
-}
-
-/// The forward.
+/// `out [batch, h, w, heads, head_dim]` and `lse` ([`lse_elements`]) of the inputs.
 ///
 /// # Errors
-/// If no kernel covers the problem.
+/// As [`check`].
 pub fn forward(
     problem: &AttentionProblem,
     dtype: DType,
-    _operands: &ForwardOperands,
-) -> Result<Vec<Launch>> {
+    _inputs: &Inputs,
+    _out: device_ptr,
+    _lse: device_ptr,
+) -> Result<Launch> {
     bail!("no kernel covers {problem:?} in {dtype:?}")
 }
 
 /// The addresses of the backward's operands; 0 is absent.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardOperands {
-    /// As in the forward.
-    pub qkv: device_ptr,
-    /// As in the forward.
-    pub tables: device_ptr,
-    /// As in the forward.
-    pub pad: device_ptr,
+    /// The forward's.
+    pub inputs: Inputs,
     /// The forward's output.
     pub out: device_ptr,
     /// The forward's output.

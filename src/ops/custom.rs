@@ -18,11 +18,12 @@ pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool 
     }
 }
 
-/// The tensor as its device's code takes it: the CPU any strides, kernels contiguous ones.
+/// The tensor as its device's code takes it: the CPU any strides, kernels contiguous and aligned ones.
 pub(super) fn operand(tensor: &Tensor) -> Result<Tensor> {
     match tensor.device() {
-        Device::Cpu => Ok(tensor.clone()),
-        _ => tensor.contiguous(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => crate::cuda::operand(tensor),
+        _ => Ok(tensor.clone()),
     }
 }
 

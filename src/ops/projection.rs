@@ -12,11 +12,10 @@ use super::custom::{
     dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
 };
 use super::{check, composed, Gradients};
-use crate::cpu::activation;
 use crate::cpu::projection::{self, Saved, Weights};
 use crate::launch::projection as kernels;
 use crate::philox::Dropout;
-use crate::problem::{LoraProblem, ProjectionProblem};
+use crate::problem::{self, LoraProblem, ProjectionProblem};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
 use std::sync::OnceLock;
 
@@ -65,6 +64,14 @@ impl Activation {
             Self::None => Ok(x.clone()),
             Self::Gelu => x.gelu_erf(),
             Self::Relu => x.relu(),
+        }
+    }
+
+    fn problem(self) -> problem::Activation {
+        match self {
+            Self::None => problem::Activation::Identity,
+            Self::Gelu => problem::Activation::Gelu,
+            Self::Relu => problem::Activation::Relu,
         }
     }
 }
@@ -164,6 +171,7 @@ fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result
 fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -> bool {
     let covered = || {
         let problems: Vec<_> = projections.iter().map(problem).collect();
+        let activation = activation.problem();
         kernels::covers(&kernel_problem(x.dims(), &problems, activation), x.dtype())
     };
     projections.iter().all(|p| !p.weight.track_op()) && fused_on(x.device(), covered)
@@ -173,15 +181,10 @@ fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -
 fn kernel_problem<'a>(
     x_dims: &[usize],
     projections: &'a [ProjectionProblem],
-    activation: Activation,
+    activation: problem::Activation,
 ) -> kernels::Problem<'a> {
     let in_dim = x_dims.last().copied().unwrap_or(1);
     let rows = x_dims.iter().product::<usize>() / in_dim.max(1);
-    let activation = match activation {
-        Activation::None => kernels::Activation::Identity,
-        Activation::Gelu => kernels::Activation::Gelu,
-        Activation::Relu => kernels::Activation::Relu,
-    };
     kernels::Problem { rows, in_dim, projections, activation }
 }
 
@@ -212,7 +215,7 @@ fn apply(
         name,
         problems: projections.iter().map(problem).collect(),
         weights: projections.iter().map(|p| operand(p.weight)).collect::<Result<_>>()?,
-        activation,
+        activation: activation.problem(),
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
         saved: OnceLock::new(),
@@ -238,7 +241,7 @@ struct FusedProjection {
     name: &'static str,
     problems: Vec<ProjectionProblem>,
     weights: Vec<Tensor>,
-    activation: Activation,
+    activation: problem::Activation,
     residual: bool,
     keep: bool,
     saved: OnceLock<Kept>,
@@ -252,14 +255,6 @@ enum Kept {
 }
 
 impl FusedProjection {
-    fn cpu_activation(&self) -> activation::Activation {
-        match self.activation {
-            Activation::None => activation::Activation::Identity,
-            Activation::Gelu => activation::Activation::Gelu,
-            Activation::Relu => activation::Activation::Relu,
-        }
-    }
-
     #[cfg(feature = "cuda")]
     fn on_gpu(&self, x_dims: &[usize]) -> super::gpu::projection::Projections<'_> {
         let problem = kernel_problem(x_dims, &self.problems, self.activation);
@@ -303,8 +298,7 @@ impl CustomOp3 for FusedProjection {
         };
         let (out, saved) = self.with_weights(|weights| {
             let residual = residual.as_deref();
-            let activation = self.cpu_activation();
-            Ok(projection::forward(weights, &rows, &small, residual, activation, self.keep))
+            Ok(projection::forward(weights, &rows, &small, residual, self.activation, self.keep))
         })?;
         let mut dims = x_layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
@@ -355,7 +349,7 @@ impl CustomOp3 for FusedProjection {
         let grads = with_f32(self.name, x, |x| {
             with_f32(self.name, grad_res, |grad| {
                 self.with_weights(|weights| {
-                    let (activation, small) = (self.cpu_activation(), &small_values);
+                    let (activation, small) = (self.activation, &small_values);
                     Ok(projection::backward(weights, &x, small, saved, &grad, activation, wanted))
                 })
             })

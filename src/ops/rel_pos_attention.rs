@@ -73,7 +73,7 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
         rel_pos: config.rel_pos.is_some(),
         dropout: config.dropout,
     };
-    if !fused_on(qkv.device(), || kernels::covers(&problem, qkv.dtype())) {
+    if !fused_on(qkv.device(), || kernels::check(&problem, qkv.dtype(), &[]).is_ok()) {
         return Ok(composed::rel_pos_attention(qkv, &config)?.0);
     }
     let absent = Tensor::zeros(1, qkv.dtype(), qkv.device())?;

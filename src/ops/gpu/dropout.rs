@@ -10,7 +10,7 @@ use candle_core::{bail, CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shap
 /// Drops elements of `x [.., C]`, seen as rows of `C`.
 pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
     let cols = x.dims().last().copied().unwrap_or(1);
-    x.contiguous()?.apply_op1(FusedDropout { size: (x.elem_count() / cols, cols), dropout })
+    cuda::operand(x)?.apply_op1(FusedDropout { size: (x.elem_count() / cols, cols), dropout })
 }
 
 struct FusedDropout {

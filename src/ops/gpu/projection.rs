@@ -2,9 +2,8 @@
 
 use super::Input;
 use crate::cuda::{self, Job};
-use crate::launch::projection::{
-    self as kernels, Activation, BackwardOperands, ForwardOperands, Problem,
-};
+use crate::launch::projection::{self as kernels, BackwardOperands, ForwardOperands, Problem};
+use crate::problem::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaStorage, DType, Result, Shape, Storage, Tensor};

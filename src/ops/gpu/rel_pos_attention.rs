@@ -2,7 +2,7 @@
 
 use super::Input;
 use crate::cuda::{self, Job};
-use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, ForwardOperands};
+use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
 use crate::ops::{rel_pos_attention::OP, Gradients};
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
@@ -18,6 +18,12 @@ fn address(present: bool, address: u64) -> u64 {
     }
 }
 
+/// The addresses of qkv, both tables, pad, of which the latter may be placeholders.
+fn present(problem: &AttentionProblem, pad_present: bool, [qkv, tables, pad]: [u64; 3]) -> Inputs {
+    let (tables, pad) = (address(problem.rel_pos, tables), address(pad_present, pad));
+    Inputs { qkv, tables, pad }
+}
+
 /// Inputs: qkv, both tables, pad. Returns the output with its shape, and lse.
 pub fn forward(
     problem: &AttentionProblem,
@@ -27,13 +33,12 @@ pub fn forward(
     let [(qkv, _), ..] = inputs;
     let dtype = qkv.dtype();
     let shape = Shape::from((problem.batch, problem.h, problem.w, problem.channels()));
-    let lse_shape = Shape::from(kernels::lse_len(problem));
+    let lse_shape = Shape::from(kernels::lse_elements(problem));
     let outputs = [(dtype, shape.clone()), (DType::F32, lse_shape.clone())];
     let job = Job { op: OP, device: qkv.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
     let [out, lse] = cuda::run(&job, |at| {
-        let ([qkv, tables, pad], [out, lse]) = (at.inputs()?, at.outputs);
-        let (tables, pad) = (address(problem.rel_pos, tables), address(pad_present, pad));
-        kernels::forward(problem, dtype, &ForwardOperands { qkv, tables, pad, out, lse })
+        let (inputs, [out, lse]) = (present(problem, pad_present, at.inputs()?), at.outputs);
+        Ok(vec![kernels::forward(problem, dtype, &inputs, out, lse)?])
     })?;
     let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
     Ok((out, shape, lse))
@@ -58,9 +63,7 @@ pub fn backward(
         let ([qkv, tables, pad, out, lse, dout], [dqkv, dtables, dpad]) =
             (at.inputs()?, at.outputs);
         let operands = BackwardOperands {
-            qkv,
-            tables: address(problem.rel_pos, tables),
-            pad: address(pad_present, pad),
+            inputs: present(problem, pad_present, [qkv, tables, pad]),
             out,
             lse,
             dout,
