@@ -87,6 +87,46 @@ typedef struct LayerNormBwdWeightParams {
 } LayerNormBwdWeightParams;
 ABI_SIZE(LayerNormBwdWeightParams, 48);
 
+/** Padding of a row of head_dim elements in the attention's shared memory, in elements: no bank conflicts. */
+#define REL_POS_ATTENTION_ROW_PAD 8
+/** Key tiles of the attention, whole key rows (or whole stretches of them, of that many columns), and the warps of a
+ * block, each with 16 queries. COLS columns by ROWS key rows. */
+#define REL_POS_ATTENTION_COLS16_ROWS 4
+#define REL_POS_ATTENTION_COLS16_WARPS 7
+#define REL_POS_ATTENTION_COLS64_ROWS 1
+#define REL_POS_ATTENTION_COLS64_WARPS 4
+/** The tile of f32: 16 columns. */
+#define REL_POS_ATTENTION_F32_ROWS 2
+#define REL_POS_ATTENTION_F32_WARPS 4
+
+/** Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no
+ * dropout the threshold is 0. */
+typedef struct RelPosAttentionShape {
+  uint32_t h;
+  uint32_t w;
+  uint32_t side_h;
+  uint32_t side_w;
+  uint32_t window_rows;
+  uint32_t window_cols;
+  uint32_t num_heads;
+  uint32_t head_dim;
+  float softmax_scale;
+  DropoutMask dropout;
+} RelPosAttentionShape;
+ABI_SIZE(RelPosAttentionShape, 56);
+
+/** `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,
+ * head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first. */
+typedef struct RelPosAttentionFwdParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  RelPosAttentionShape shape;
+} RelPosAttentionFwdParams;
+ABI_SIZE(RelPosAttentionFwdParams, 96);
+
 /** Threads of a block of the sum over partials. */
 #define SUM_PARTIALS_THREADS 256
 

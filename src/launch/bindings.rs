@@ -5,6 +5,13 @@ pub const LAYER_NORM_THREADS: u32 = 128;
 pub const LAYER_NORM_COLUMN_WARPS: u32 = 8;
 pub const LAYER_NORM_COLUMN_ROWS: u32 = 256;
 pub const LAYER_NORM_COLUMN_SHARED_BYTES: u32 = 2048;
+pub const REL_POS_ATTENTION_ROW_PAD: u32 = 8;
+pub const REL_POS_ATTENTION_COLS16_ROWS: u32 = 4;
+pub const REL_POS_ATTENTION_COLS16_WARPS: u32 = 7;
+pub const REL_POS_ATTENTION_COLS64_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_COLS64_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_F32_ROWS: u32 = 2;
+pub const REL_POS_ATTENTION_F32_WARPS: u32 = 4;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
@@ -145,6 +152,76 @@ const _: () = {
         [::std::mem::offset_of!(LayerNormBwdWeightParams, rows) - 32usize];
     ["Offset of field: LayerNormBwdWeightParams::size"]
         [::std::mem::offset_of!(LayerNormBwdWeightParams, size) - 40usize];
+};
+#[doc = " Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no\n dropout the threshold is 0."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct RelPosAttentionShape {
+    pub h: u32,
+    pub w: u32,
+    pub side_h: u32,
+    pub side_w: u32,
+    pub window_rows: u32,
+    pub window_cols: u32,
+    pub num_heads: u32,
+    pub head_dim: u32,
+    pub softmax_scale: f32,
+    pub dropout: DropoutMask,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionShape"][::std::mem::size_of::<RelPosAttentionShape>() - 56usize];
+    ["Alignment of RelPosAttentionShape"][::std::mem::align_of::<RelPosAttentionShape>() - 4usize];
+    ["Offset of field: RelPosAttentionShape::h"]
+        [::std::mem::offset_of!(RelPosAttentionShape, h) - 0usize];
+    ["Offset of field: RelPosAttentionShape::w"]
+        [::std::mem::offset_of!(RelPosAttentionShape, w) - 4usize];
+    ["Offset of field: RelPosAttentionShape::side_h"]
+        [::std::mem::offset_of!(RelPosAttentionShape, side_h) - 8usize];
+    ["Offset of field: RelPosAttentionShape::side_w"]
+        [::std::mem::offset_of!(RelPosAttentionShape, side_w) - 12usize];
+    ["Offset of field: RelPosAttentionShape::window_rows"]
+        [::std::mem::offset_of!(RelPosAttentionShape, window_rows) - 16usize];
+    ["Offset of field: RelPosAttentionShape::window_cols"]
+        [::std::mem::offset_of!(RelPosAttentionShape, window_cols) - 20usize];
+    ["Offset of field: RelPosAttentionShape::num_heads"]
+        [::std::mem::offset_of!(RelPosAttentionShape, num_heads) - 24usize];
+    ["Offset of field: RelPosAttentionShape::head_dim"]
+        [::std::mem::offset_of!(RelPosAttentionShape, head_dim) - 28usize];
+    ["Offset of field: RelPosAttentionShape::softmax_scale"]
+        [::std::mem::offset_of!(RelPosAttentionShape, softmax_scale) - 32usize];
+    ["Offset of field: RelPosAttentionShape::dropout"]
+        [::std::mem::offset_of!(RelPosAttentionShape, dropout) - 36usize];
+};
+#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,\n head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct RelPosAttentionFwdParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionFwdParams"]
+        [::std::mem::size_of::<RelPosAttentionFwdParams>() - 96usize];
+    ["Alignment of RelPosAttentionFwdParams"]
+        [::std::mem::align_of::<RelPosAttentionFwdParams>() - 8usize];
+    ["Offset of field: RelPosAttentionFwdParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionFwdParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionFwdParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionFwdParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionFwdParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionFwdParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 40usize];
 };
 #[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
 #[repr(C)]
