@@ -127,6 +127,47 @@ typedef struct RelPosAttentionFwdParams {
 } RelPosAttentionFwdParams;
 ABI_SIZE(RelPosAttentionFwdParams, 96);
 
+/** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
+#define REL_POS_ATTENTION_KEY_SIDE 8
+#define REL_POS_ATTENTION_KEY_WARPS 4
+#define REL_POS_ATTENTION_KEY_QUERIES 64
+#define REL_POS_ATTENTION_KEY_QUERIES_F32 32
+/** Blocks of the backward's query pass if the tables are trained: each sums the gradients of what it computes. */
+#define REL_POS_ATTENTION_TABLE_PARTS 264
+
+/** The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,
+ * side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the
+ * launch, rows of the tables, head_dim]`; `items` are the blocks of queries. */
+typedef struct RelPosAttentionBwdQueryParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  device_ptr dout;
+  device_ptr dqkv;
+  device_ptr bias;
+  device_ptr delta;
+  device_ptr table_partials;
+  uint64_t items;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdQueryParams;
+ABI_SIZE(RelPosAttentionBwdQueryParams, 144);
+
+/** The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums
+ * over a tile's keys outside the grid. */
+typedef struct RelPosAttentionBwdKeyParams {
+  device_ptr qkv;
+  device_ptr pad;
+  device_ptr dout;
+  device_ptr bias;
+  device_ptr delta;
+  device_ptr dqkv;
+  device_ptr pad_partials;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdKeyParams;
+ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
+
 /** Threads of a block of the sum over partials. */
 #define SUM_PARTIALS_THREADS 256
 

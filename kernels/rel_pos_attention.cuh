@@ -38,20 +38,19 @@ struct Token {
 
 // One head of one window.
 struct AttentionUnit {
-    uint64_t index, first_token;
-    uint32_t head, origin_y, origin_x, valid_h, valid_w, grid_w;
+    uint64_t first_token;
+    uint32_t index, head, origin_y, origin_x, valid_h, valid_w, grid_w;
 
-    __device__ __forceinline__ AttentionUnit(const RelPosAttentionShape& s, uint64_t unit) {
-        const uint64_t window = unit / s.num_heads;
-        const uint32_t in_image = uint32_t(window % (s.window_rows * s.window_cols));
+    __device__ __forceinline__ AttentionUnit(const RelPosAttentionShape& s, uint32_t unit) {
+        const uint32_t window = unit / s.num_heads, windows = s.window_rows * s.window_cols, in_image = window % windows;
         index = unit;
-        head = uint32_t(unit % s.num_heads);
+        head = unit % s.num_heads;
         origin_y = in_image / s.window_cols * s.side_h;
         origin_x = in_image % s.window_cols * s.side_w;
         valid_h = min(s.side_h, s.h - origin_y);
         valid_w = min(s.side_w, s.w - origin_x);
         grid_w = s.w;
-        first_token = (window / (s.window_rows * s.window_cols) * s.h + origin_y) * s.w + origin_x;
+        first_token = (uint64_t(window / windows) * s.h + origin_y) * s.w + origin_x;
     }
     __device__ __forceinline__ uint32_t queries() const { return valid_h * valid_w; }
     __device__ __forceinline__ Token query(uint32_t n) const { return {n / valid_w, n % valid_w}; }
@@ -207,7 +206,7 @@ template <class Tile>
 __device__ __forceinline__ uint32_t kept_keys(const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t query, uint32_t y, uint32_t x) {
     static_assert(Tile::kKeys / 8 * 2 <= 32);
     const Token token = unit.query(query);
-    const uint64_t row = unit.index * s.side_h * s.side_w + token.y * s.side_w + token.x;
+    const uint64_t row = uint64_t(unit.index) * (s.side_h * s.side_w) + token.y * s.side_w + token.x;
     uint32_t kept = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < Tile::kKeys / 8 * 2; ++i) {

@@ -12,6 +12,11 @@ pub const REL_POS_ATTENTION_COLS64_ROWS: u32 = 1;
 pub const REL_POS_ATTENTION_COLS64_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_F32_ROWS: u32 = 2;
 pub const REL_POS_ATTENTION_F32_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_KEY_SIDE: u32 = 8;
+pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
+pub const REL_POS_ATTENTION_KEY_QUERIES_F32: u32 = 32;
+pub const REL_POS_ATTENTION_TABLE_PARTS: u32 = 264;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
@@ -222,6 +227,90 @@ const _: () = {
         [::std::mem::offset_of!(RelPosAttentionFwdParams, lse) - 32usize];
     ["Offset of field: RelPosAttentionFwdParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 40usize];
+};
+#[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct RelPosAttentionBwdQueryParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub dout: device_ptr,
+    pub dqkv: device_ptr,
+    pub bias: device_ptr,
+    pub delta: device_ptr,
+    pub table_partials: device_ptr,
+    pub items: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdQueryParams"]
+        [::std::mem::size_of::<RelPosAttentionBwdQueryParams>() - 144usize];
+    ["Alignment of RelPosAttentionBwdQueryParams"]
+        [::std::mem::align_of::<RelPosAttentionBwdQueryParams>() - 8usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::dout"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dout) - 40usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dqkv) - 48usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::bias"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, bias) - 56usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::delta"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, delta) - 64usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::table_partials"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, table_partials) - 72usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::items"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, items) - 80usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, shape) - 88usize];
+};
+#[doc = " The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums\n over a tile's keys outside the grid."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+pub struct RelPosAttentionBwdKeyParams {
+    pub qkv: device_ptr,
+    pub pad: device_ptr,
+    pub dout: device_ptr,
+    pub bias: device_ptr,
+    pub delta: device_ptr,
+    pub dqkv: device_ptr,
+    pub pad_partials: device_ptr,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdKeyParams"]
+        [::std::mem::size_of::<RelPosAttentionBwdKeyParams>() - 112usize];
+    ["Alignment of RelPosAttentionBwdKeyParams"]
+        [::std::mem::align_of::<RelPosAttentionBwdKeyParams>() - 8usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, pad) - 8usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::dout"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, dout) - 16usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::bias"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, bias) - 24usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::delta"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, delta) - 32usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, dqkv) - 40usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::pad_partials"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, pad_partials) - 48usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, shape) - 56usize];
 };
 #[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
 #[repr(C)]

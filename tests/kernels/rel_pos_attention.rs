@@ -3,7 +3,7 @@
 use crate::common::{error, gradients, random, values, Worst};
 use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::rel_pos_attention::{self as attention, Inputs};
+use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
 use candle_sam_lora::launch::AttentionProblem;
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
@@ -220,5 +220,105 @@ fn forward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention forward", 1.0 / 64.0);
+    Ok(())
+}
+
+/// dqkv, and the gradients of the tables and of the pad where they are trained, the same in every mode.
+fn run_backward(
+    case: &Case,
+    on_device: &OnDevice,
+    forward: &[Memory],
+    dout: &Tensor,
+    trained: bool,
+) -> Vec<Memory> {
+    let dout = Memory::from_tensor(dout);
+    in_every_mode(&case.name, |device| {
+        let (p, dtype) = (&case.problem, case.dtype);
+        let (tables, pad) = (trained && case.shapes.rel_pos, trained && case.shapes.pad);
+        let [dqkv, dtables, dpad] = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad]
+            .map(|tensor| Memory::for_elements(tensor.elem_count(), dtype));
+        let workspace = Memory::new(attention::workspace_bytes(p, dtype, tables, pad)?);
+        let operands = BackwardOperands {
+            out: forward[0].address(),
+            lse: forward[1].address(),
+            dout: dout.address(),
+            dqkv: dqkv.address(),
+            dtables: if tables { dtables.address() } else { 0 },
+            dpad: if pad { dpad.address() } else { 0 },
+            workspace: workspace.address(),
+        };
+        let launches = attention::backward(p, dtype, &on_device.inputs(), &operands)?;
+        launch_all(device, &launches)?;
+        Ok(vec![dqkv, dtables, dpad])
+    })
+}
+
+/// Gradients of qkv, the tables together, and pad, by a function of the operations.
+fn gradients_by(
+    case: &Case,
+    dtype: DType,
+    dout: &Tensor,
+    f: impl Fn(&Tensor, &RelPosAttention) -> Result<Tensor>,
+) -> Result<[Vec<f64>; 3]> {
+    let inputs = [&case.qkv, &case.tables[0], &case.tables[1], &case.pad];
+    let inputs = inputs.into_iter().map(|t| t.to_dtype(dtype)).collect::<Result<Vec<_>>>()?;
+    let mut wanted = vec![inputs[0].clone()];
+    if case.shapes.rel_pos {
+        wanted.extend_from_slice(&inputs[1..3]);
+    }
+    if case.shapes.pad {
+        wanted.push(inputs[3].clone());
+    }
+    let (_, grads) = gradients(&wanted, &dout.to_dtype(dtype)?, |t| {
+        let tables = if case.shapes.rel_pos { &t[1..3] } else { &inputs[1..3] };
+        let pad = if case.shapes.pad { &t[t.len() - 1] } else { &inputs[3] };
+        f(&t[0], &case.config(tables, pad))
+    })?;
+    let mut grads = grads.iter().map(values);
+    let mut next = |is: bool| if is { grads.next().unwrap() } else { Vec::new() };
+    let (qkv, h, w) = (next(true), next(case.shapes.rel_pos), next(case.shapes.rel_pos));
+    Ok([qkv, [h, w].concat(), next(case.shapes.pad)])
+}
+
+#[test]
+fn backward() -> Result<()> {
+    let mut worst = Worst::default();
+    for dtype in DTYPES {
+        for shapes in shapes(dtype) {
+            let case = Case::new(shapes, dtype)?;
+            let on_device = case.memory()?;
+            let forward = run_forward(&case, &on_device);
+            let (b, h, w, packed) = case.qkv.dims4()?;
+            let dout = random(9, (b, h, w, packed / 3)).to_dtype(dtype)?;
+            let outputs = run_backward(&case, &on_device, &forward, &dout, true);
+            let frozen = run_backward(&case, &on_device, &forward, &dout, false);
+            assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: differs if frozen", case.name);
+
+            let expected = gradients_by(&case, DType::F32, &dout, ops::rel_pos_attention)?;
+            let eager = gradients_by(&case, dtype, &dout, |qkv, config| {
+                Ok(composed::rel_pos_attention(qkv, config)?.0)
+            })?;
+            for (index, what) in ["dqkv", "dtables", "dpad"].into_iter().enumerate() {
+                if expected[index].is_empty() {
+                    continue;
+                }
+                if case.problem.tokens() == 1 && what == "dtables" {
+                    // One weight is always 1: no gradient but rounding.
+                    let got = outputs[index].values(dtype);
+                    assert!(got.iter().all(|x| x.abs() < 1e-4), "{}", case.name);
+                    continue;
+                }
+                let got = error(&outputs[index].values(dtype), &expected[index]);
+                let eager = error(&eager[index], &expected[index]);
+                assert!(
+                    got <= bound(dtype, eager),
+                    "{what} {}: {got:e}, eager {eager:e}",
+                    case.name
+                );
+                worst.note(&format!("{what} {dtype:?}"), &case.name, got);
+            }
+        }
+    }
+    worst.check("rel_pos_attention backward", 1.0 / 16.0);
     Ok(())
 }
