@@ -12,3 +12,5 @@ mod dropout;
 mod instructions;
 #[path = "kernels/layer_norm.rs"]
 mod layer_norm;
+#[path = "kernels/rel_pos_attention.rs"]
+mod rel_pos_attention;

@@ -13,7 +13,7 @@ pub mod projection;
 pub mod rel_pos_attention;
 mod sum_partials;
 
-pub use crate::problem::LayerNormProblem;
+pub use crate::problem::{AttentionProblem, LayerNormProblem};
 pub use bindings::device_ptr;
 
 use candle_core::{bail, DType, Result};

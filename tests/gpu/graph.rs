@@ -1,7 +1,7 @@
 //! CUDA graphs: what an operation launches is captured and replayed. An operation that copied from the host, waited for
 //! the GPU or used another stream could not be.
 
-use crate::common::cases::{dropout, layer_norm, Op};
+use crate::common::cases::{dropout, layer_norm, Attention, Op};
 use crate::common::values;
 use crate::trial;
 use candle_core::backend::BackendDevice;
@@ -13,7 +13,16 @@ use libtest_mimic::Trial;
 
 /// The operations with kernels.
 fn captured() -> Vec<Op<'static>> {
-    vec![layer_norm(&[2, 14, 14, 768]), dropout(&[3, 100, 77])]
+    let attention = Attention {
+        batch: 1,
+        grid: (16, 20),
+        heads: 2,
+        dim: 64,
+        window: Some(14),
+        tables: (27, 27),
+        dropout: None,
+    };
+    vec![layer_norm(&[2, 14, 14, 768]), dropout(&[3, 100, 77]), attention.op()]
 }
 
 pub fn trials() -> Vec<Trial> {

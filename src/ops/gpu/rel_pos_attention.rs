@@ -56,14 +56,14 @@ pub fn backward(
     let dtype = qkv.dtype();
     let tables_wanted = problem.rel_pos && tables.track_op();
     let pad_wanted = pad_present && pad.track_op();
-    let workspace_bytes = kernels::workspace_bytes(problem, dtype);
+    let workspace_bytes = kernels::workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?;
     let inputs = [qkv, tables, pad, out, lse, grad];
     let outputs = [qkv, tables, pad].map(|t| (dtype, t.shape()));
     let [dqkv, dtables, dpad] = cuda::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
         let ([qkv, tables, pad, out, lse, dout], [dqkv, dtables, dpad]) =
             (at.inputs()?, at.outputs);
+        let inputs = present(problem, pad_present, [qkv, tables, pad]);
         let operands = BackwardOperands {
-            inputs: present(problem, pad_present, [qkv, tables, pad]),
             out,
             lse,
             dout,
@@ -72,7 +72,7 @@ pub fn backward(
             dpad: address(pad_wanted, dpad),
             workspace: at.workspace,
         };
-        kernels::backward(problem, dtype, &operands)
+        kernels::backward(problem, dtype, &inputs, &operands)
     })?;
     Ok((Some(dqkv), tables_wanted.then_some(dtables), pad_wanted.then_some(dpad)))
 }
