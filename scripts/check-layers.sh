@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Layers import downward only:  reference | philox <- problem <- cpu <- ops <- nn <- lora, sam <- train <- examples.
+# Layers import downward only:  reference | philox <- problem <- cpu, launch <- ops <- nn <- lora, sam <- train <- examples.
 # Each line below names a layer and the modules of this crate it must not import.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,12 +13,14 @@ forbid() {
     status=1
   fi
 }
-forbid "src/philox.rs src/reference.rs src/error.rs src/device.rs" "problem|cpu|ops|nn|lora|sam|train"
-forbid "src/problem.rs src/files.rs" "cpu|ops|nn|lora|sam|train"
-forbid "src/cpu" "ops|nn|lora|sam|train|files"
+forbid "src/philox.rs src/reference.rs src/error.rs src/device.rs" "problem|cpu|launch|ops|nn|lora|sam|train"
+forbid "src/problem.rs src/files.rs" "cpu|launch|ops|nn|lora|sam|train"
+forbid "src/cpu" "launch|ops|nn|lora|sam|train|files"
+forbid "src/launch" "cpu|ops|nn|lora|sam|train|files|reference"
+forbid "src/cuda" "cpu|ops|nn|lora|sam|train|files|reference"
 forbid "src/ops" "nn|lora|sam|train|files|reference"
-forbid "src/nn" "lora|sam|train|reference"
-forbid "src/lora" "sam|train|cpu|reference"
-forbid "src/sam" "lora|train|cpu|reference"
-forbid "src/train" "cpu|reference"
+forbid "src/nn" "cuda|launch|lora|sam|train|reference"
+forbid "src/lora" "cuda|launch|sam|train|cpu|reference"
+forbid "src/sam" "cuda|launch|lora|train|cpu|reference"
+forbid "src/train" "cuda|launch|cpu|reference"
 exit $status

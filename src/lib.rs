@@ -11,9 +11,13 @@
 //! The README shows how they go together; `docs/hack-your-own.md` how to put an attention of your own into the model.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod error;
 pub mod files;
+#[doc(hidden)]
+pub mod launch;
 pub mod lora;
 pub mod nn;
 pub mod ops;

@@ -56,7 +56,8 @@ impl Dropout {
         Ok(())
     }
 
-    fn threshold(&self) -> u32 {
+    /// An element is kept if its 16 bits are at least this.
+    pub(crate) fn threshold(&self) -> u32 {
         (self.p * 65536.0).round() as u32
     }
 

@@ -2,6 +2,17 @@
 
 use crate::philox::Dropout;
 
+/// LayerNorm of `rows` rows.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNormProblem {
+    /// Rows: all dimensions but the last.
+    pub rows: usize,
+    /// Length of a row.
+    pub size: usize,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
 /// Attention over `batch` grids of `h x w` tokens, in windows of `side_h x side_w` (the grid itself if global).
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionProblem {
@@ -83,6 +94,17 @@ pub struct LoraProblem {
     pub dropout: Option<Dropout>,
     /// Whether there is a LoRA bias.
     pub bias: bool,
+}
+
+/// What is applied to a projection's sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// The sum as it is.
+    Identity,
+    /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
+    Gelu,
+    /// `max(x, 0)`
+    Relu,
 }
 
 /// One of the projections that share an input.

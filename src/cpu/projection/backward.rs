@@ -7,11 +7,11 @@
 //! Gradients of the small tensors are summed within a group of consecutive rows, then over the groups, in order.
 
 use super::{copy_columns, dropped, Ready, Saved, Weights};
-use crate::cpu::activation::Activation;
 use crate::cpu::attention::add;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
 use crate::cpu::simd::padded;
 use crate::problem::small_layout;
+use crate::problem::Activation;
 use rayon::prelude::*;
 use std::borrow::Cow;
 

@@ -7,10 +7,10 @@
 //! Kept for the backward: S, and with an activation the sum before it.
 
 use super::{copy_columns, dropped, Ready, Saved, Weights};
-use crate::cpu::activation::Activation;
 use crate::cpu::attention::add;
 use crate::cpu::blocked::{accumulate, Packed, Term, PANEL, ROWS};
 use crate::cpu::simd::padded;
+use crate::problem::Activation;
 use crate::problem::LoraProblem;
 use rayon::prelude::*;
 

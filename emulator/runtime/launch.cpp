@@ -1,0 +1,99 @@
+// The table of kernels, and the launch of one by its name, as the driver does it: grid, block, shared memory, params.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "block.h"
+
+namespace emulator {
+
+struct Kernel {
+    size_t params_bytes;
+    void (*run)(const void* params);
+    int max_threads;
+};
+
+static std::map<std::string, Kernel>& kernels() {
+    static std::map<std::string, Kernel> table;
+    return table;
+}
+
+Registration::Registration(const char* name, size_t params_bytes, void (*run)(const void*), int max_threads, int) {
+    kernels()[name] = {params_bytes, run, max_threads};
+}
+
+// The blocks are independent; the report is that of the first one that fails, so it does not depend on their timing.
+static std::string run_blocks(const Launch& launch, unsigned workers) {
+    const uint64_t total = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    std::atomic<uint64_t> next{0}, failed{total};
+    std::mutex mutex;
+    std::string report;
+    const auto work = [&] {
+        try {
+            Block block(launch);
+            for (uint64_t i; (i = next++) < total && i < failed;) {
+                const uint3 index{unsigned(i % launch.grid.x), unsigned(i / launch.grid.x % launch.grid.y), unsigned(i / launch.grid.x / launch.grid.y)};
+                const std::string error = block.run(index);
+                std::lock_guard lock(mutex);
+                if (!error.empty() && i < failed) {
+                    failed = i;
+                    report = error;
+                }
+            }
+        } catch (const std::exception& error) {
+            std::lock_guard lock(mutex);
+            failed = 0;
+            report = error.what();
+        }
+    };
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < std::min<uint64_t>(workers, total); ++i) others.emplace_back(work);
+    work();
+    for (auto& other : others) other.join();
+    return report;
+}
+
+static std::string launch_by_name(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const void* params, size_t params_bytes, Mode mode, unsigned workers) {
+    const auto found = kernels().find(name);
+    if (found == kernels().end()) return "no such kernel";
+    const Kernel& kernel = found->second;
+    if (params_bytes != kernel.params_bytes)
+        return "params of " + std::to_string(params_bytes) + " bytes, the kernel takes " + std::to_string(kernel.params_bytes);
+    const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+    if (threads == 0 || threads % kWarp || threads > uint64_t(kernel.max_threads))
+        return "a block of " + std::to_string(threads) + " threads; expected a multiple of 32, at most " + std::to_string(kernel.max_threads);
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return "a grid that no device has";
+    if (shared_bytes > 227 * 1024) return std::to_string(shared_bytes) + " bytes of shared memory; a block has at most 227 KiB";
+    std::vector<uint64_t> aligned((params_bytes + 7) / 8 + 8);
+    auto* copy = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(aligned.data()) + 63) / 64 * 64);
+    std::memcpy(copy, params, params_bytes);
+    return run_blocks({kernel.run, copy, grid, block, shared_bytes, mode}, workers);
+}
+
+}  // namespace emulator
+
+// Launches a kernel and waits for it; 0, or 1 with the reason in `error`, cut to `error_bytes`.
+extern "C" __attribute__((visibility("default"))) int emulator_launch(
+    const char* kernel, const uint32_t grid[3], const uint32_t block[3], uint32_t shared_bytes, const void* params,
+    size_t params_bytes, int early, uint64_t seed, uint32_t workers, char* error, size_t error_bytes) {
+    const std::string report = emulator::launch_by_name(
+        kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, params, params_bytes, {early != 0, seed}, workers);
+    if (report.empty()) return 0;
+    const std::string full = std::string(kernel) + ": " + report;
+    const size_t length = std::min(full.size(), error_bytes - 1);
+    std::memcpy(error, full.data(), length);
+    error[length] = 0;
+    return 1;
+}
+
+// The names of all kernels, one a line; the bytes needed, the final zero included.
+extern "C" __attribute__((visibility("default"))) size_t emulator_kernels(char* names, size_t bytes) {
+    std::string all;
+    for (const auto& [name, kernel] : emulator::kernels()) all += name + "\n";
+    if (bytes > all.size()) std::memcpy(names, all.c_str(), all.size() + 1);
+    return all.size() + 1;
+}

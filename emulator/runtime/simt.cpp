@@ -1,0 +1,272 @@
+// The scheduler: runs one block's threads as fibers until all have ended, or tells why they cannot.
+#include "block.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#if defined(EMULATOR_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+#if defined(EMULATOR_TSAN)
+extern "C" {
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+}
+#define ACQUIRE(p) __tsan_acquire(p)
+#define RELEASE(p) __tsan_release(p)
+#else
+#define ACQUIRE(p) ((void)0)
+#define RELEASE(p) ((void)0)
+#endif
+
+constinit thread_local uint3 threadIdx{}, blockIdx{};
+constinit thread_local dim3 blockDim{}, gridDim{};
+
+namespace emulator {
+
+static constinit thread_local Block* current = nullptr;
+
+#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
+constexpr size_t kStackBytes = 256 << 10;
+#else
+constexpr size_t kStackBytes = 128 << 10;
+#endif
+constexpr size_t kPage = 4096;
+
+// Stacks are kept from launch to launch; each ends, at its low end, in a page that may not be touched.
+static std::mutex stacks_mutex;
+static std::vector<char*> free_stacks;
+
+static char* take_stack() {
+    {
+        std::lock_guard lock(stacks_mutex);
+        if (!free_stacks.empty()) {
+            char* stack = free_stacks.back();
+            free_stacks.pop_back();
+            return stack;
+        }
+    }
+    void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, kPage, PROT_NONE);
+    return static_cast<char*>(memory) + kPage;
+}
+
+Block::Block(const Launch& launch) : launch_(launch), threads_(launch.threads()), fibers_(threads_), warps_(threads_ / kWarp), barriers_(16), ready_(threads_) {
+    for (auto& fiber : fibers_) {
+        fiber.context.stack = take_stack();
+        fiber.context.stack_bytes = kStackBytes;
+    }
+    // A tail of NaN behind the exact size, which nobody may write.
+    capacity_ = (launch.shared_bytes + 1023) / 1024 * 1024 + 1024;
+    shared_ = static_cast<unsigned char*>(std::aligned_alloc(1024, capacity_));
+    if (!shared_) throw std::bad_alloc();
+}
+
+Block::~Block() {
+    std::free(shared_);
+    std::lock_guard lock(stacks_mutex);
+    for (auto& fiber : fibers_) {
+        release(fiber.context);
+        free_stacks.push_back(fiber.context.stack);
+    }
+}
+
+std::string Block::run(uint3 index) {
+    current = this;
+    index_ = blockIdx = index;
+    blockDim = launch_.block;
+    gridDim = launch_.grid;
+    error_.clear();
+    live_ = threads_;
+    head_ = count_ = 0;
+    random_ = (launch_.mode.seed + 1) * 0x9E3779B97F4A7C15u ^ (uint64_t(index.z) << 42 ^ uint64_t(index.y) << 21 ^ index.x) * 0xBF58476D1CE4E5B9u;
+    for (auto* groups : {&warps_, &barriers_})
+        for (auto& group : *groups) group = {};
+    std::memset(shared_, 0xFF, capacity_);
+#if defined(EMULATOR_ASAN)
+    __asan_poison_memory_region(shared_ + launch_.shared_bytes, capacity_ - launch_.shared_bytes);
+#endif
+    adopt(main_);
+    RELEASE(this);
+    const dim3 size = launch_.block;
+    for (int rank = 0; rank < threads_; ++rank) {
+        Fiber& fiber = fibers_[rank];
+        fiber.rank = rank;
+        fiber.index = {rank % size.x, rank / size.x % size.y, rank / (size.x * size.y)};
+        fiber.ended = false;
+        fiber.waits_in = nullptr;
+        fiber.open.clear();
+        fiber.groups.clear();
+        prepare(fiber.context, entry);
+        wake(fiber);
+    }
+    transfer(main_, next());
+    ACQUIRE(this);
+    if (error_.empty() && live_ > 0) error_ = "deadlock: " + who_waits_where();
+#if defined(EMULATOR_ASAN)
+    __asan_unpoison_memory_region(shared_, capacity_);
+#endif
+    if (error_.empty()) {
+        const auto* end = shared_ + capacity_;
+        const auto* touched = std::find_if(shared_ + launch_.shared_bytes, const_cast<unsigned char*>(end), [](unsigned char byte) { return byte != 0xFF; });
+        if (touched != end)
+            error_ = "wrote byte " + std::to_string(touched - shared_) + " of " + std::to_string(launch_.shared_bytes) + " bytes of shared memory";
+    }
+    current = nullptr;
+    if (error_.empty()) return {};
+    char where[64];
+    std::snprintf(where, sizeof where, "block (%u, %u, %u): ", index.x, index.y, index.z);
+    return where + error_;
+}
+
+// In a fiber: the kernel, for one thread.
+void Block::entry() {
+    Block& block = *current;
+    switched(block.self_->context);
+    ACQUIRE(&block);
+    block.launch_.run(block.launch_.params);
+    RELEASE(&block);
+    block.self_->ended = true;
+    --block.live_;
+    block.transfer(block.self_->context, block.next(), true);
+}
+
+void Block::wake(Fiber& fiber) { ready_[(head_ + count_++) % ready_.size()] = &fiber; }
+
+// Who runs next: the first ready fiber, or with a seed any; with none, the scheduler.
+Fiber* Block::next() {
+    if (count_ == 0) return nullptr;
+    if (launch_.mode.seed != 0) {
+        random_ ^= random_ << 13;
+        random_ ^= random_ >> 7;
+        random_ ^= random_ << 17;
+        std::swap(ready_[head_], ready_[(head_ + random_ % count_) % ready_.size()]);
+    }
+    Fiber* fiber = ready_[head_];
+    head_ = (head_ + 1) % ready_.size();
+    --count_;
+    return fiber;
+}
+
+void Block::transfer(Context& from, Fiber* to, bool last) {
+    self_ = to;
+    if (to) threadIdx = to->index;
+    switch_to(from, to ? to->context : main_, last);
+}
+
+void Block::sleep(const char* name, Location at) {
+    Fiber& self = *self_;
+    self.waits_in = name;
+    self.at = at;
+    transfer(self.context, next());
+    self.waits_in = nullptr;
+}
+
+static std::string text(Location at) {
+    const char* slash = std::strrchr(at.file, '/');
+    return std::string(slash ? slash + 1 : at.file) + ":" + std::to_string(at.line);
+}
+
+// "threads 0-31 wait in __syncthreads at x.cuh:12; threads 32-63 have ended"
+std::string Block::who_waits_where() const {
+    std::map<std::string, std::string> ranks;
+    for (int first = 0, last; first < threads_; first = last + 1) {
+        const auto state = [&](int rank) {
+            const Fiber& fiber = fibers_[rank];
+            return fiber.ended ? "have ended" : "wait in " + std::string(fiber.waits_in ? fiber.waits_in : "?") + " at " + text(fiber.at);
+        };
+        const std::string here = state(first);
+        for (last = first; last + 1 < threads_ && state(last + 1) == here;) ++last;
+        std::string& list = ranks[here];
+        list += (list.empty() ? "threads " : ", ") + std::to_string(first) + (last > first ? "-" + std::to_string(last) : "");
+    }
+    std::string all;
+    for (const auto& [state, list] : ranks) all += (all.empty() ? "" : "; ") + list + " " + state;
+    return all;
+}
+
+void Block::fail(const std::string& what, Location at) {
+    error_ = "thread " + std::to_string(self_->rank) + " at " + text(at) + ": " + what;
+    transfer(self_->context, nullptr, true);
+    std::abort();  // nothing switches back into a block that has failed
+}
+
+// Literals: mostly one and the same.
+static bool differ(const char* a, const char* b) { return a != b && std::strcmp(a, b) != 0; }
+
+void Block::meet(Group& group, int slot, int size, const char* name, bool same_line, void* operands, Operation operation, Location at) {
+    if (group.arrived == 0) {
+        group.name = name;
+        group.at = at;
+    } else if (differ(group.name, name) || (same_line && (group.at.line != at.line || differ(group.at.file, at.file)))) {
+        fail(std::string("divergence: reached ") + name + " while others of its group are in " + group.name + " at " + text(group.at), at);
+    }
+    if (group.operands.size() < size_t(size)) group.operands.resize(size);
+    group.operands[slot < 0 ? group.arrived : slot] = operands;
+    RELEASE(&group);
+    if (++group.arrived < size) {
+        group.sleepers.push_back(self_);
+        sleep(name, at);
+    } else {
+        ACQUIRE(&group);
+        group.arrived = 0;
+        operation(group.operands.data());
+        for (Fiber* fiber : group.sleepers) wake(*fiber);
+        group.sleepers.clear();
+        RELEASE(&group);
+    }
+    ACQUIRE(&group);
+}
+
+void meet_warp(const char* name, void* operands, Operation operation, Location at) {
+    Block& block = *current;
+    block.meet(block.warps_[block.self_->rank / kWarp], lane(), kWarp, name, true, operands, operation, at);
+}
+
+void meet_barrier(const char* name, int id, int threads, Location at) {
+    Block& block = *current;
+    if (threads > block.threads_) fail("a barrier for more threads than the block has", at);
+    block.meet(block.barriers_[id], -1, threads ? threads : block.threads_, name, false, nullptr, [](void**) {}, at);
+}
+
+int lane() { return current->self_->rank % kWarp; }
+
+unsigned char* shared_memory() { return current->shared_; }
+
+void fail(const char* what, Location at) { current->fail(what, at); }
+
+void check_shared(const char* name, const void* p, int bytes, Location at) {
+    Block& block = *current;
+    const auto offset = static_cast<const unsigned char*>(p) - block.shared_;
+    if (offset < 0 || offset + bytes > ptrdiff_t(block.launch_.shared_bytes))
+        block.fail(std::string(name) + " touches byte " + std::to_string(offset) + " of " + std::to_string(block.launch_.shared_bytes) + " bytes of shared memory", at);
+    if (offset % bytes) block.fail(std::string(name) + " wants an address aligned to " + std::to_string(bytes) + " bytes", at);
+}
+
+void copy_async(void* dst, const void* src, int bytes, bool valid, Move move, Location at) {
+    Block& block = *current;
+    check_shared("cp.async", dst, bytes, at);
+    if (valid && reinterpret_cast<uintptr_t>(src) % bytes) block.fail("cp.async wants an aligned source", at);
+    if (block.launch_.mode.early) move(dst, src, valid);
+    else block.self_->open.push_back({dst, src, valid, move});
+}
+
+void commit_copies() {
+    Fiber& fiber = *current->self_;
+    fiber.groups.push_back(std::move(fiber.open));
+    fiber.open.clear();
+}
+
+void wait_copies(int in_flight) {
+    auto& groups = current->self_->groups;
+    for (; int(groups.size()) > in_flight; groups.pop_front())
+        for (const Copy& copy : groups.front()) copy.move(copy.dst, copy.src, copy.valid);
+}
+
+}  // namespace emulator

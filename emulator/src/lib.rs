@@ -1,0 +1,148 @@
+#![warn(missing_docs)]
+//! Runs CUDA kernels on the CPU, for tests on machines without a GPU.
+//!
+//! The kernels' own sources (`kernels/*.cu`) are compiled as C++20 by the host compiler against stand-ins for CUDA's
+//! headers (`include/`), and run by a scheduler in which every CUDA thread is a fiber (`runtime/`). [`Emulator::launch`]
+//! takes what the driver takes: a name, grid, block, shared memory and the params struct's bytes.
+//!
+//! A wrong kernel is told apart from a right one by adversity: shared memory is exactly as large as asked for and NaN
+//! at first, asynchronous copies land as late or as early as the rules allow, threads run in seeded orders, and
+//! collectives that not all threads reach end in a report of who waits where. It is no proof of the GPU: it shows
+//! neither races between a GPU's real threads that no order of whole steps shows, nor its rounding in tensor cores.
+//!
+//! Compilation happens when a test first asks, not in a build script, so that building the crate or its examples needs
+//! no C++ compiler; objects are cached by content. In the environment, `CXX` names the compiler, and
+//! `EMULATOR_SANITIZE` (`address,undefined` or `thread`) instruments everything: see `scripts/sanitize-kernels.sh`.
+
+mod compile;
+
+pub use compile::Sources;
+
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
+use std::path::Path;
+
+/// When asynchronous copies land, of the moments the rules allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timing {
+    /// When they are waited for: shows a missing wait.
+    Late,
+    /// When they are issued: shows a buffer that is refilled while it is still read.
+    Early,
+}
+
+/// How the freedoms that a kernel leaves are used. A right kernel gives the same bits in every mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode {
+    /// When asynchronous copies land.
+    pub timing: Timing,
+    /// 0: the threads of a block take turns. Else: any one that can run, by this seed.
+    pub seed: u64,
+}
+
+impl Mode {
+    /// Late and early, each with three seeds.
+    pub fn all() -> impl Iterator<Item = Mode> {
+        [Timing::Late, Timing::Early]
+            .into_iter()
+            .flat_map(|timing| (0..3).map(move |seed| Mode { timing, seed }))
+    }
+}
+
+type LaunchFn = unsafe extern "C" fn(
+    *const c_char,
+    *const u32,
+    *const u32,
+    u32,
+    *const c_void,
+    usize,
+    c_int,
+    u64,
+    u32,
+    *mut c_char,
+    usize,
+) -> c_int;
+type KernelsFn = unsafe extern "C" fn(*mut c_char, usize) -> usize;
+
+/// Compiled kernels, ready to be launched.
+pub struct Emulator {
+    library: libloading::Library,
+    workers: u32,
+}
+
+impl Emulator {
+    /// Compiles `sources`, or takes the library out of `cache` if they have not changed, and loads it.
+    ///
+    /// # Errors
+    /// What the compiler or the loader said.
+    pub fn new(sources: &Sources, cache: &Path) -> Result<Self, String> {
+        let path = sources.compile(cache)?;
+        // SAFETY: the library's initialisers only fill the table of kernels.
+        let library = unsafe { libloading::Library::new(&path) }
+            .map_err(|e| format!("cannot load {}: {e}", path.display()))?;
+        let workers = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        Ok(Self { library, workers })
+    }
+
+    /// The names of all kernels, sorted.
+    ///
+    /// # Errors
+    /// If the library is not one of this crate's.
+    pub fn kernels(&self) -> Result<Vec<String>, String> {
+        // SAFETY: the signature is that of runtime/launch.cpp.
+        let kernels = unsafe { self.library.get::<KernelsFn>(b"emulator_kernels\0") }
+            .map_err(|e| e.to_string())?;
+        // SAFETY: with 0 bytes nothing is written; then it gets the bytes that it asked for.
+        let names = unsafe {
+            let mut names = vec![0u8; kernels(std::ptr::null_mut(), 0)];
+            kernels(names.as_mut_ptr().cast(), names.len());
+            names
+        };
+        let text = CStr::from_bytes_until_nul(&names).map_err(|e| e.to_string())?;
+        Ok(text.to_string_lossy().lines().map(str::to_string).collect())
+    }
+
+    /// Launches a kernel and waits for its end. `params` are the bytes of its params struct.
+    ///
+    /// # Errors
+    /// If there is no such kernel, the launch is one that no device takes, or the kernel went wrong: divergence,
+    /// deadlock, shared memory overrun. The message names kernel, block, threads, file and line.
+    ///
+    /// # Safety
+    /// The addresses in `params` must be those of live memory of the sizes that the kernel expects.
+    pub unsafe fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared_bytes: u32,
+        params: &[u8],
+        mode: Mode,
+    ) -> Result<(), String> {
+        let name = CString::new(kernel).map_err(|e| e.to_string())?;
+        let mut error = vec![0u8; 4096];
+        // SAFETY: the signature is that of runtime/launch.cpp.
+        let launch = unsafe { self.library.get::<LaunchFn>(b"emulator_launch\0") }
+            .map_err(|e| e.to_string())?;
+        // SAFETY: all arrays outlive the call; the addresses are the caller's promise.
+        let status = unsafe {
+            launch(
+                name.as_ptr(),
+                grid.as_ptr(),
+                block.as_ptr(),
+                shared_bytes,
+                params.as_ptr().cast(),
+                params.len(),
+                c_int::from(mode.timing == Timing::Early),
+                mode.seed,
+                self.workers,
+                error.as_mut_ptr().cast(),
+                error.len(),
+            )
+        };
+        if status == 0 {
+            return Ok(());
+        }
+        let message = CStr::from_bytes_until_nul(&error).map_err(|e| e.to_string())?;
+        Err(message.to_string_lossy().into_owned())
+    }
+}

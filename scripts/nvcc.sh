@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Prints the path of an nvcc: NVCC, CUDA_HOME, PATH, or else the one that scripts/cuda-toolchain.sh installs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ -n "${NVCC:-}" ]; then
+  echo "$NVCC"
+elif [ -n "${CUDA_HOME:-}" ] && [ -x "$CUDA_HOME/bin/nvcc" ]; then
+  echo "$CUDA_HOME/bin/nvcc"
+elif command -v nvcc; then
+  :
+else
+  eval "$(scripts/cuda-toolchain.sh)"
+  echo "$CUDA_HOME/bin/nvcc"
+fi

@@ -1,0 +1,122 @@
+//! From a problem to the launch of a kernel: its name, grid, block, shared memory and the bytes of its params struct.
+//!
+//! Nothing here needs a GPU: a [`Launch`] is plain data, made by one function per kernel from the problem's shapes and
+//! the operands' addresses. A [`Backend`] runs it: the CUDA driver, or in tests the emulator. A kernel that needs
+//! scratch memory says how much in a function of its own; sums over rows go through it, so they have a fixed order.
+
+// Their documentation stands in kernels/abi.h.
+#[allow(missing_docs, non_camel_case_types)]
+mod bindings;
+pub mod dropout;
+pub mod layer_norm;
+pub mod projection;
+pub mod rel_pos_attention;
+mod sum_partials;
+
+pub use crate::problem::{AttentionProblem, LayerNormProblem};
+pub use bindings::device_ptr;
+
+use candle_core::{bail, DType, Result};
+
+/// A kernel's launch, as plain data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// The kernel's name.
+    pub kernel: String,
+    /// Blocks in x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block in x, y, z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// The bytes of the params struct.
+    pub params: Vec<u8>,
+}
+
+impl Launch {
+    /// The instance of `family` for `dtype`, `threads` wide, without shared memory.
+    fn new<P: bytemuck::NoUninit>(
+        family: &str,
+        dtype: DType,
+        grid: [u64; 3],
+        threads: u32,
+        params: &P,
+    ) -> Result<Self> {
+        let kernel = format!("{family}_{}", dtype_name(family, dtype)?);
+        let [x, y, z] = grid;
+        if grid.contains(&0) || x > 0x7FFF_FFFF || y > 65535 || z > 65535 {
+            bail!("{kernel}: a grid of {x} x {y} x {z} blocks is empty or more than a device takes")
+        }
+        let params = bytemuck::bytes_of(params).to_vec();
+        let grid = grid.map(|blocks| blocks as u32);
+        Ok(Self { kernel, grid, block: [threads, 1, 1], shared_bytes: 0, params })
+    }
+}
+
+/// What kernels run on.
+pub trait Backend {
+    /// Memory of the device, freed on drop once the kernels that use it have ended.
+    type Memory;
+
+    /// Uninitialised memory, aligned to at least 256 bytes.
+    ///
+    /// # Errors
+    /// If there is none left.
+    fn alloc(&self, bytes: usize) -> Result<Self::Memory>;
+
+    /// Where the memory lies.
+    fn address(&self, memory: &Self::Memory) -> device_ptr;
+
+    /// Runs the kernel after those launched before.
+    ///
+    /// # Errors
+    /// If there is no such kernel, or it cannot be launched.
+    ///
+    /// # Safety
+    /// The addresses in the params must be those of live memory of the device, of the sizes that the kernel expects,
+    /// and stay so until it has ended.
+    unsafe fn launch(&self, launch: &Launch) -> Result<()>;
+}
+
+/// A size as kernels take it.
+fn narrow(op: &str, what: &str, size: usize) -> Result<u32> {
+    match u32::try_from(size) {
+        Ok(size) => Ok(size),
+        Err(_) => bail!("{op}: {what} must be less than 2^32, got {size}"),
+    }
+}
+
+/// `f32`, `f16` or `bf16`: how the names of the instances end.
+fn dtype_name(op: &str, dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(dtype.as_str()),
+        _ => bail!("{op}: tensors must be f32, f16 or bf16, got {dtype:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_names_its_instance_and_holds_the_bytes_of_its_params() -> Result<()> {
+        let launch = Launch::new("op", DType::BF16, [3, 2, 1], 128, &0x0102_0304u32)?;
+        assert_eq!((launch.kernel.as_str(), launch.grid), ("op_bf16", [3, 2, 1]));
+        assert_eq!(launch.params, 0x0102_0304u32.to_ne_bytes());
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_are_not_cut() {
+        assert!(narrow("op", "size", 1 << 32).is_err());
+    }
+
+    #[test]
+    fn what_no_device_takes_is_refused() {
+        assert!(Launch::new("op", DType::F64, [1, 1, 1], 32, &0u32).is_err());
+        for grid in [[0, 1, 1], [1 << 31, 1, 1], [1, 65536, 1], [1, 1, 65536]] {
+            let message = Launch::new("op", DType::F32, grid, 32, &0u32).unwrap_err().to_string();
+            assert!(message.contains("op_f32") && message.contains("grid"), "{message}");
+        }
+    }
+}

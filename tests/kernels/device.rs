@@ -1,0 +1,181 @@
+//! The emulator as a back end of `launch`, its memory, and the modes that every case runs in.
+#![allow(dead_code)]
+
+use candle_core::{DType, Result, Tensor};
+use candle_sam_lora::launch::{device_ptr, Backend, Launch};
+use candle_sam_lora_emulator::{Emulator, Mode, Sources};
+use std::alloc::Layout;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// Where the kernels' sources are.
+pub fn kernels() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+}
+
+/// Where what is compiled is kept.
+pub fn cache() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator")
+}
+
+/// All kernels, compiled when first asked for.
+pub fn emulator() -> &'static Emulator {
+    static EMULATOR: OnceLock<Emulator> = OnceLock::new();
+    EMULATOR.get_or_init(|| {
+        Emulator::new(&Sources::all(kernels()), &cache()).unwrap_or_else(|e| panic!("{e}"))
+    })
+}
+
+/// An emulated device, running in one mode.
+pub struct Device<'a> {
+    pub emulator: &'a Emulator,
+    pub mode: Mode,
+}
+
+impl Backend for Device<'_> {
+    type Memory = Memory;
+
+    fn alloc(&self, bytes: usize) -> Result<Memory> {
+        Ok(Memory::new(bytes))
+    }
+
+    fn address(&self, memory: &Memory) -> device_ptr {
+        memory.address()
+    }
+
+    unsafe fn launch(&self, launch: &Launch) -> Result<()> {
+        let Launch { kernel, grid, block, shared_bytes, params } = launch;
+        self.emulator
+            .launch(kernel, *grid, *block, *shared_bytes, params, self.mode)
+            .map_err(candle_core::Error::msg)
+    }
+}
+
+/// Device memory: exactly as long as asked for, aligned as CUDA aligns it, NaN until written.
+pub struct Memory {
+    start: *mut u8,
+    layout: Layout,
+}
+
+impl Memory {
+    pub fn new(bytes: usize) -> Self {
+        let layout = Layout::from_size_align(bytes.max(1), 256).unwrap();
+        // SAFETY: the layout is not empty; all bytes are written before anyone sees them.
+        let start = unsafe {
+            let start = std::alloc::alloc(layout);
+            assert!(!start.is_null(), "out of memory");
+            start.write_bytes(0xFF, layout.size());
+            start
+        };
+        Self { start, layout }
+    }
+
+    /// The elements of a tensor, `offset` elements into the memory (0: aligned).
+    pub fn from_tensor_at(tensor: &Tensor, offset: usize) -> Self {
+        let bytes = bytes(tensor);
+        let skip = offset * tensor.dtype().size_in_bytes();
+        let memory = Self::new(skip + bytes.len());
+        // SAFETY: the memory is that long, and nobody else's.
+        unsafe { memory.start.add(skip).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        memory
+    }
+
+    pub fn from_tensor(tensor: &Tensor) -> Self {
+        Self::from_tensor_at(tensor, 0)
+    }
+
+    pub fn for_elements(count: usize, dtype: DType) -> Self {
+        Self::new(count * dtype.size_in_bytes())
+    }
+
+    pub fn address(&self) -> device_ptr {
+        self.start as device_ptr
+    }
+
+    /// What the kernels left there.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: written when it was made; kernels run only inside `launch`.
+        unsafe { std::slice::from_raw_parts(self.start, self.layout.size()) }
+    }
+
+    /// Its elements as f64.
+    pub fn values(&self, dtype: DType) -> Vec<f64> {
+        let bytes = self.bytes();
+        match dtype {
+            DType::F32 => bytes.chunks_exact(4).map(|b| f32_of(b).into()).collect(),
+            DType::F16 => {
+                bytes.chunks_exact(2).map(|b| half::f16::from_bits(u16_of(b)).into()).collect()
+            }
+            DType::BF16 => {
+                bytes.chunks_exact(2).map(|b| half::bf16::from_bits(u16_of(b)).into()).collect()
+            }
+            other => panic!("no kernel writes {other:?}"),
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`.
+        unsafe { std::alloc::dealloc(self.start, self.layout) }
+    }
+}
+
+fn f32_of(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes(bytes.try_into().unwrap())
+}
+
+fn u16_of(bytes: &[u8]) -> u16 {
+    u16::from_le_bytes(bytes.try_into().unwrap())
+}
+
+fn bytes(tensor: &Tensor) -> Vec<u8> {
+    let flat = tensor.flatten_all().unwrap();
+    match tensor.dtype() {
+        DType::F32 => flat.to_vec1::<f32>().unwrap().iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::F16 => {
+            flat.to_vec1::<half::f16>().unwrap().iter().flat_map(|x| x.to_le_bytes()).collect()
+        }
+        DType::BF16 => {
+            flat.to_vec1::<half::bf16>().unwrap().iter().flat_map(|x| x.to_le_bytes()).collect()
+        }
+        other => panic!("no kernel reads {other:?}"),
+    }
+}
+
+/// Runs a case in every mode: `run` gets a device, and returns the memory of its outputs, which must have the same
+/// bits every time. Returns those of one.
+pub fn in_every_mode(case: &str, run: impl Fn(&Device) -> Result<Vec<Memory>>) -> Vec<Memory> {
+    let mut first: Option<Vec<Memory>> = None;
+    for mode in Mode::all() {
+        let outputs = run(&Device { emulator: emulator(), mode })
+            .unwrap_or_else(|e| panic!("{case}, {mode:?}: {e}"));
+        match &first {
+            None => first = Some(outputs),
+            Some(first) => {
+                for (index, (a, b)) in first.iter().zip(&outputs).enumerate() {
+                    assert!(a.bytes() == b.bytes(), "{case}: output {index} differs in {mode:?}");
+                }
+            }
+        }
+    }
+    first.unwrap()
+}
+
+/// Launches one after the other.
+pub fn launch_all(device: &Device, launches: &[Launch]) -> Result<()> {
+    // SAFETY: the tests keep the memory whose addresses they pass until they have read the outputs.
+    launches.iter().try_for_each(|launch| unsafe { device.launch(launch) })
+}
+
+/// The bound on the error of a result in `dtype`: f32 has its own; the others twice that of the eager graph, but one
+/// rounding is always allowed, since the eager graph may be exact by luck.
+pub fn bound(dtype: DType, eager_error: f64) -> f64 {
+    match dtype {
+        DType::F32 => 1e-5,
+        DType::F16 => (2.0 * eager_error).max(1.0 / 2048.0),
+        _ => (2.0 * eager_error).max(1.0 / 256.0),
+    }
+}
+
+pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
