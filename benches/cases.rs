@@ -177,7 +177,7 @@ impl Setup<'_> {
         let train = forward.with_backward();
         let (vit, rank) = (&self.vit, self.adapters.rank);
         Ok(match case {
-            Case::LinearForward => (self.linear()?, forward.linear(vit.dim, 3 * vit.dim, 0, 0)),
+            Case::LinearForward => (self.linear()?, forward.linear(vit.dim, 3 * vit.dim)),
             Case::AttentionForward => (self.attention(false)?, forward.attention(vit, false)),
             Case::AttentionTrain => (self.attention(true)?, train.attention(vit, false)),
             Case::GlobalLayerForward | Case::WindowedLayerForward => {
@@ -192,7 +192,7 @@ impl Setup<'_> {
                 let windowed = case == Case::WindowedLayerLora;
                 (self.layer_lora(windowed)?, forward.attention_layer(vit, windowed, rank))
             }
-            Case::QkvLora => (self.qkv_lora()?, forward.linear(vit.dim, 3 * vit.dim, rank, 2)),
+            Case::QkvLora => (self.qkv_lora()?, forward.qkv(vit.dim, rank)),
             Case::EncoderForward => (self.encoder_forward()?, forward.encoder(vit, 0)),
             Case::EncoderTrainStep => (self.encoder_train_step()?, train.encoder(vit, rank)),
             Case::GemmPeak => probe::gemm_peak(self.reps)?,
@@ -334,8 +334,8 @@ impl Setup<'_> {
         probe::measure_in_turns(
             self.reps,
             self.device,
-            || Ok(drop(adapted()?)),
-            || Ok(drop(frozen()?)),
+            || adapted().map(drop),
+            || frozen().map(drop),
         )
     }
 
@@ -348,7 +348,7 @@ impl Setup<'_> {
         let pixels = self.pixels()?;
         if self.implementation == Implementation::CandleTransformers {
             let encoder = candle_sam::encoder(&self.vit, self.grid, self.dtype, self.device)?;
-            return self.run(|| Ok(drop(encoder.forward(&pixels)?)));
+            return self.run(|| encoder.forward(&pixels).map(drop).map_err(Into::into));
         }
         let ours = self.ours()?;
         let config = self.vit.config(self.grid);

@@ -74,7 +74,7 @@ pub fn attention(
     Ok(attention)
 }
 
-/// A whole image encoder; `depth` layers of it.
+/// A whole image encoder.
 pub fn encoder(
     config: &SamVisionConfig,
     adapters: Adapters,

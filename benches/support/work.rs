@@ -1,9 +1,9 @@
 //! How much work an operation is: what its formula needs, not what an implementation does.
 //!
 //! ```text
-//! linear      2 rows in out  (+ 2 rows rank (in + out) per adapter)
+//! linear      2 rows in out, and 2 rows rank (in + out) for an adapter
 //! attention   queries x keys x heads x 4 head_dim, and 2 head_dim (side + side) per query for the relative positions
-//! backward    twice the forward where weights are frozen halves: dx alone for a frozen linear, 4 products for attention
+//! backward    frozen linear: dx, as much as the forward; adapter and attention: twice their forward
 //! ```
 //! Padded queries and recomputation are not counted; padded keys, which take part in SAM's softmax, are. Bytes are
 //! those of reading every input and writing every output once.
@@ -57,18 +57,26 @@ impl Pass {
         (self.batch * self.grid * self.grid) as f64
     }
 
-    /// `adapters` of `rank` on a frozen linear; backward: dx, and the four small products of each adapter.
-    pub fn linear(&self, in_dim: usize, out_dim: usize, rank: usize, adapters: usize) -> Work {
+    /// A frozen linear; backward: dx.
+    pub fn linear(&self, in_dim: usize, out_dim: usize) -> Work {
         let (rows, input, output) = (self.rows(), in_dim as f64, out_dim as f64);
-        let base = 2.0 * rows * input * output;
-        let adapter_out = if adapters == 0 { 0.0 } else { output / adapters.max(3) as f64 };
-        let low_rank = 2.0 * rows * rank as f64 * (input + adapter_out) * adapters as f64;
-        let passes = if self.backward { (2.0, 3.0) } else { (1.0, 1.0) };
-        let traffic = rows * (input + output) + input * output;
+        let passes = if self.backward { 2.0 } else { 1.0 };
         Work {
-            flops: passes.0 * base + passes.1 * low_rank,
-            bytes: passes.0 * traffic * self.element as f64,
+            flops: passes * 2.0 * rows * input * output,
+            bytes: passes * (rows * (input + output) + input * output) * self.element as f64,
         }
+    }
+
+    /// What an adapter adds to a linear: two small products, and in the backward four more.
+    pub fn lora(&self, in_dim: usize, out_dim: usize, rank: usize) -> Work {
+        let passes = if self.backward { 3.0 } else { 1.0 };
+        let flops = passes * 2.0 * self.rows() * rank as f64 * (in_dim + out_dim) as f64;
+        Work { flops, bytes: passes * ((in_dim + out_dim) * rank * self.element) as f64 }
+    }
+
+    /// The q, k, v projections, with adapters of `rank` on q and v.
+    pub fn qkv(&self, dim: usize, rank: usize) -> Work {
+        self.linear(dim, 3 * dim) + self.lora(dim, dim, rank) * 2.0
     }
 
     /// Global attention, or in windows of [`WINDOW`].
@@ -90,24 +98,27 @@ impl Pass {
 
     /// qkv, attention, proj; adapters of `rank` on q and v.
     pub fn attention_layer(&self, vit: &Vit, windowed: bool, rank: usize) -> Work {
-        self.linear(vit.dim, 3 * vit.dim, rank, if rank > 0 { 2 } else { 0 })
-            + self.attention(vit, windowed)
-            + self.linear(vit.dim, vit.dim, 0, 0)
+        self.qkv(vit.dim, rank) + self.attention(vit, windowed) + self.linear(vit.dim, vit.dim)
     }
 
     pub fn block(&self, vit: &Vit, windowed: bool, rank: usize) -> Work {
         self.attention_layer(vit, windowed, rank)
-            + self.linear(vit.dim, 4 * vit.dim, 0, 0) * 2.0
+            + self.linear(vit.dim, 4 * vit.dim) * 2.0
             + self.layer_norm(vit.dim) * 2.0
     }
 
     /// Backward reaches every layer: the first adapters are in the first layer.
     pub fn encoder(&self, vit: &Vit, rank: usize) -> Work {
-        let global = vit.global.len() as f64;
+        self.encoder_of(vit, vit.global.len(), rank)
+    }
+
+    /// An encoder with `global` global layers.
+    pub fn encoder_of(&self, vit: &Vit, global: usize, rank: usize) -> Work {
+        let global = global as f64;
         self.block(vit, false, rank) * global
             + self.block(vit, true, rank) * (vit.depth as f64 - global)
-            + Self { backward: false, ..*self }.linear(3 * 16 * 16, vit.dim, 0, 0)
-            + self.linear(vit.dim, 256, 0, 0)
-            + self.linear(9 * 256, 256, 0, 0)
+            + Self { backward: false, ..*self }.linear(3 * 16 * 16, vit.dim)
+            + self.linear(vit.dim, 256)
+            + self.linear(9 * 256, 256)
     }
 }
