@@ -20,13 +20,14 @@ from measure import measure
 IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "flex", "triton"]
 
 
-def core_of(args):
+def core_of(args, side):
+    """The attention of CUDA alone, for a grid of `side`; none for those that Hugging Face has."""
     if args.implementation in ("flex", "triton"):
         if args.device.type != "cuda":
             raise SystemExit(f"{args.implementation}: needs --device cuda")
         import cuda_attention
 
-        return getattr(cuda_attention, args.implementation)(args.grid)
+        return cuda_attention.CORES[args.implementation](side)
     return None
 
 
@@ -45,7 +46,7 @@ def attention(args):
     """The operation alone: from packed qkv, tables gathered, to the heads side by side."""
     model, grid = sam.MODELS[args.model], args.grid
     heads, dim = model["num_attention_heads"], model["hidden_size"]
-    core = core_of(args) or sam.cores()[args.implementation]
+    core = core_of(args, grid) or sam.cores()[args.implementation]
     head_dim = dim // heads
     qkv = tokens(args, 3 * dim)
     table = torch.randn(2, 2 * grid - 1, head_dim, device=args.device, dtype=args.torch_dtype) * 0.02
@@ -66,7 +67,8 @@ def attention(args):
 
 def layer(args):
     train = args.case.endswith("train")
-    module = sam.layer(args, args.case.startswith("windowed"), core_of(args))
+    windowed = args.case.startswith("windowed")
+    module = sam.layer(args, windowed, core_of(args, sam.WINDOW if windowed else args.grid))
     x = tokens(args, sam.MODELS[args.model]["hidden_size"]).requires_grad_(train)
     if not train:
         return lambda: module(x)
@@ -89,13 +91,13 @@ def pixels(args):
 
 
 def encoder_forward(args):
-    module, x = sam.encoder(args, core_of(args)), pixels(args)
+    module, x = sam.encoder(args, core_of(args, args.grid)), pixels(args)
     return lambda: module(pixel_values=x)
 
 
 def encoder_train_step(args):
     """Forward, backward, AdamW on the adapters: as ours."""
-    module, x = sam.encoder(args, core_of(args)), pixels(args)
+    module, x = sam.encoder(args, core_of(args, args.grid)), pixels(args)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
 
     def run():

@@ -75,6 +75,8 @@ class Runner:
         else:
             command = [sys.executable, str(ROOT / "benches/peers/run.py"), "--device", self.args.device]
         options = {"reps": reps, **comparison.options, **dict(config.options)}
+        if self.args.grid is not None:
+            options["grid"] = self.args.grid
         command += ["--case", comparison.case, "--implementation", config.implementation]
         return command + [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
@@ -159,9 +161,9 @@ def head(args):
     packages = ("torch", "transformers", "peft")
     versions = {name: locked(name) for name in crates} | {name: version(name) for name in packages}
     versions |= {"rustc": output("rustc", "--version"), "python": platform.python_version()}
-    changed = any(not line.endswith(("docs/performance.md",)) and "benches/results" not in line
-                  and "docs/performance" not in line
-                  for line in output("git", "status", "--porcelain").splitlines())
+    written = ("docs/performance", "benches/results")
+    status = output("git", "status", "--porcelain").splitlines()
+    changed = [line for line in status if not line.split()[-1].startswith(written)]
     return {
         "machine": machine,
         "versions": versions,
@@ -177,6 +179,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one process each, few repetitions")
     parser.add_argument("--cases", nargs="*", help="only the cases that contain one of these words")
     parser.add_argument("--reps", type=int, help="repetitions, in one process each")
+    parser.add_argument("--grid", type=int, help="all cases on small grids, say 8: to see that everything runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--document", type=Path, default=ROOT / "docs/performance.md")
