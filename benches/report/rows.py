@@ -31,7 +31,7 @@ class Samples:
 
 
 def spread(values):
-    if not values or median(values) == 0:
+    if len(values) < 2 or median(values) == 0:
         return None
     if len(values) < 3:
         return round((max(values) - min(values)) / median(values), 3)

@@ -190,7 +190,11 @@ def main():
     runner, before, start = Runner(args), head(args), time.monotonic()
     runs = [run for comparison in wanted for run in runner.compare(comparison)]
     before["seconds"] = round(time.monotonic() - start)
-    results = {"head": before, "rows": rows_of(runs), "runs": runs}
+    rows = rows_of(runs)
+    if args.grid is not None:
+        # The bars are for the cases' own shapes.
+        rows = [row | {"bar": None, "holds": None} for row in rows]
+    results = {"head": before, "rows": rows, "runs": runs}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     document.write(results, args.out, args.document)
