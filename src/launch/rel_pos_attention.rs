@@ -79,9 +79,9 @@ impl Tile {
         self.stage_bytes(dtype) + 4 * self.queries() * (h + w)
     }
 
-    /// The same with the gradients of rel_h.
+    /// The same with the gradients of rel_h, which need a place of their own if there are several stripes.
     fn backward_shared_bytes(&self, problem: &AttentionProblem, dtype: DType) -> usize {
-        let (h, _) = self.bias_strides(problem);
+        let h = if problem.side_w <= self.cols { 0 } else { self.bias_strides(problem).0 };
         self.forward_shared_bytes(problem, dtype) + 4 * self.queries() * h
     }
 
@@ -310,14 +310,14 @@ pub fn backward(
     Ok(launches)
 }
 
-/// Two stages of the key pass: q and the output's gradient, biases in rows of 12, delta.
+/// Two stages of the key pass: q and the output's gradient, biases in rows of 12, delta; in f32 keys and values too.
 fn key_shared_bytes(dim: usize, dtype: DType) -> usize {
-    let queries = match dtype {
-        DType::F32 => REL_POS_ATTENTION_KEY_QUERIES_F32,
-        _ => REL_POS_ATTENTION_KEY_QUERIES,
-    } as usize;
-    let stride = dim + REL_POS_ATTENTION_ROW_PAD as usize;
-    2 * queries * (2 * stride * dtype.size_in_bytes() + 4 * (12 + 12 + 1))
+    let row = (dim + REL_POS_ATTENTION_ROW_PAD as usize) * dtype.size_in_bytes();
+    let stages = |queries: u32| 2 * queries as usize * (2 * row + 4 * (12 + 12 + 1));
+    match dtype {
+        DType::F32 => stages(REL_POS_ATTENTION_KEY_QUERIES_F32) + 2 * KEY_SIDE * KEY_SIDE * row,
+        _ => stages(REL_POS_ATTENTION_KEY_QUERIES),
+    }
 }
 
 /// Blocks of queries of all heads of all windows.
