@@ -127,9 +127,9 @@ template <class Tile> struct Biases {
     uint32_t stride_h, stride_w;
 
     __device__ __forceinline__ Biases(const RelPosAttentionShape& s, float* memory) {
-        // Odd, so that the rows of a fragment lie in different banks.
+        // Odd, and with 8 more, so that the rows of a fragment lie in different banks.
         stride_h = ceil_div(s.side_h, uint32_t(Tile::kRows)) * Tile::kRows | 1;
-        stride_w = ceil_div(s.side_w, uint32_t(Tile::kCols)) * Tile::kCols;
+        stride_w = ceil_div(s.side_w, uint32_t(Tile::kCols)) * Tile::kCols + 8;
         h = memory;
         w = memory + Tile::kQueries * stride_h;
     }

@@ -180,7 +180,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
         float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
         float* drel_h = gradients.dh + (16 * warp + g) * bias.stride_h;
-        float fragment_w[kCols / 8][4] = {}, fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
+        float fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
 
         for (uint32_t tile = 0; tile < tiles; ++tile) {
             if (tile + 1 < tiles) copy_tile(tile + 1);
@@ -191,17 +191,13 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                 const T(*keys)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
                 const T(*values)[kStride] = keys + kKeys;
                 const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
-                const auto for_fragment = [&](auto body) {
-#pragma unroll
-                    for (int j = 0; j < kCols / 8; ++j)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) body(rel_w[8 * (i / 2) * bias.stride_w + x + 8 * j + 2 * t + i % 2], j, i);
-                };
+                // A stripe's drel_w stays in registers; its rel_w too would be too many, and is read where it lies.
                 if (y == 0)
-                    for_fragment([&](float& value, int j, int i) {
-                        fragment_w[j][i] = value;
-                        fragment_dw[j][i] = 0.0f;
-                    });
+                    for (auto& column : fragment_dw)
+                        for (float& value : column) value = 0.0f;
+                const auto rel_w_at = [&](int column, int half) {
+                    return reinterpret_cast<Vec<float, 2>*>(rel_w + 8 * half * bias.stride_w + x + 8 * column + 2 * t);
+                };
                 uint32_t kept[2] = {};
                 if (s.dropout.threshold != 0) {
                     kept[0] = kept_keys<Tile>(s, unit, warp_first + g, y, x);
@@ -226,15 +222,19 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                     for (int j = 0; j < 2; ++j) {
                         const int n = 2 * chunk + j, r = n / (kCols / 8), column = n % (kCols / 8);
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            const int half = i / 2;
+                        for (int half = 0; half < 2; ++half) {
                             const float bias_h = rel_h[8 * half * bias.stride_h + y + r];
-                            const float weight = ptx::ex2_approx(fmaf(scores[j][i], scale, fragment_w[column][i]) + bias_h);
-                            float dweight = dweights[j][i];
-                            if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * n + i % 2);
-                            scores[j][i] = weight * (dweight - delta[half]);
-                            fragment_dw[column][i] += scores[j][i];
-                            row_sum[half] += scores[j][i];
+                            const auto bias_w = *rel_w_at(column, half);
+#pragma unroll
+                            for (int c = 0; c < 2; ++c) {
+                                const int i = 2 * half + c;
+                                const float weight = ptx::ex2_approx(fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
+                                float dweight = dweights[j][i];
+                                if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
+                                scores[j][i] = weight * (dweight - delta[half]);
+                                fragment_dw[column][i] += scores[j][i];
+                                row_sum[half] += scores[j][i];
+                            }
                         }
                         if (column == kCols / 8 - 1) {
 #pragma unroll
@@ -256,9 +256,14 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                         mma(dq[2 * n + 1], a, b[1]);
                     }
                 }
-                // This lane read them, nobody else.
-                if (tile % tiles_of_stripe == tiles_of_stripe - 1)
-                    for_fragment([&](float& value, int j, int i) { value = fragment_dw[j][i]; });
+                // Only this lane has read them.
+                if (tile % tiles_of_stripe == tiles_of_stripe - 1) {
+#pragma unroll
+                    for (int column = 0; column < kCols / 8; ++column)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            *rel_w_at(column, half) = {fragment_dw[column][2 * half], fragment_dw[column][2 * half + 1]};
+                }
             }
             __syncthreads();  // nobody reads this stage any more; after the last, all see drel
         }

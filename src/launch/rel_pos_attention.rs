@@ -3,10 +3,11 @@
 use super::bindings::{
     device_ptr, RelPosAttentionBwdKeyParams, RelPosAttentionBwdQueryParams,
     RelPosAttentionFwdParams, RelPosAttentionShape, REL_POS_ATTENTION_COLS16_ROWS,
-    REL_POS_ATTENTION_COLS16_WARPS, REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS,
-    REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS, REL_POS_ATTENTION_KEY_QUERIES,
-    REL_POS_ATTENTION_KEY_QUERIES_F32, REL_POS_ATTENTION_KEY_SIDE, REL_POS_ATTENTION_KEY_WARPS,
-    REL_POS_ATTENTION_ROW_PAD, REL_POS_ATTENTION_TABLE_PARTS,
+    REL_POS_ATTENTION_COLS16_WARPS, REL_POS_ATTENTION_COLS40_ROWS, REL_POS_ATTENTION_COLS40_WARPS,
+    REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS, REL_POS_ATTENTION_F32_ROWS,
+    REL_POS_ATTENTION_F32_WARPS, REL_POS_ATTENTION_KEY_QUERIES, REL_POS_ATTENTION_KEY_QUERIES_F32,
+    REL_POS_ATTENTION_KEY_SIDE, REL_POS_ATTENTION_KEY_WARPS, REL_POS_ATTENTION_ROW_PAD,
+    REL_POS_ATTENTION_TABLE_PARTS,
 };
 use super::{dropout, sum_partials, AttentionProblem, Launch};
 use candle_core::{bail, DType, Result};
@@ -36,18 +37,22 @@ const DIMS: [usize; 4] = [16, 32, 64, 80];
 
 /// Which tile a problem gets, if any.
 ///
-/// | dtype | head_dim | width | tile | why |
+/// | dtype | head_dim | width of the window | tile | why |
 /// |---|---|---|---|---|
-/// | f16, bf16 | 33 to 80 | pads to 64 no worse than to 16 | 1 x 64, 4 warps | one rel_h for 64 keys; a block of 64 queries is one query row of SAM's 64 x 64 |
-/// | f16, bf16 | any | any | 4 x 16, 7 warps | a window's row of 14 is 16; its 196 queries are two blocks of 112 |
-/// | f32 | any | any | 2 x 16, 4 warps | twice the bytes: half the keys keep two stages under 99 KiB |
+/// | f16, bf16 | over 32 | a multiple of 64, or a little less | 1 x 64, 4 warps | one rel_h for 64 keys; a block's 64 queries are one row of SAM's 64 x 64 grid |
+/// | f16, bf16 | over 32 | of 40 likewise | 2 x 40, 4 warps | grids of 40 and 80, which stripes of 16 or 64 do not fill |
+/// | f16, bf16 | any | any other | 4 x 16, 7 warps | a window's row of 14 is 16; its 196 queries are two blocks of 112 |
+/// | f32 | any | any | 2 x 16, 4 warps | twice the bytes and registers: half the keys |
 pub fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
     let dim = *DIMS.iter().find(|&&dim| dim >= problem.head_dim)?;
-    let padded = |cols: usize| problem.side_w.next_multiple_of(cols);
+    let width = |cols: usize| problem.side_w.next_multiple_of(cols);
     let (cols, rows, warps) = match dtype {
         DType::F32 => (16, REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS),
-        DType::F16 | DType::BF16 if dim >= 64 && padded(64) == padded(16) => {
+        DType::F16 | DType::BF16 if dim >= 64 && width(64) <= width(16).min(width(40)) => {
             (64, REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS)
+        }
+        DType::F16 | DType::BF16 if dim >= 64 && width(40) < width(16) => {
+            (40, REL_POS_ATTENTION_COLS40_ROWS, REL_POS_ATTENTION_COLS40_WARPS)
         }
         DType::F16 | DType::BF16 => {
             (16, REL_POS_ATTENTION_COLS16_ROWS, REL_POS_ATTENTION_COLS16_WARPS)
@@ -71,7 +76,10 @@ impl Tile {
 
     /// Floats of a query's biases, as [`Biases` in rel_pos_attention.cuh] lays them out: rel_h, rel_w.
     fn bias_strides(&self, problem: &AttentionProblem) -> (usize, usize) {
-        (problem.side_h.next_multiple_of(self.rows) | 1, problem.side_w.next_multiple_of(self.cols))
+        (
+            problem.side_h.next_multiple_of(self.rows) | 1,
+            problem.side_w.next_multiple_of(self.cols) + 8,
+        )
     }
 
     fn forward_shared_bytes(&self, problem: &AttentionProblem, dtype: DType) -> usize {
@@ -360,16 +368,18 @@ mod tests {
         assert_eq!(tile(&WINDOWED, DType::BF16), Some(narrow));
         let f32 = Tile { dim: 64, cols: 16, rows: 2, warps: 4 };
         assert_eq!(tile(&GLOBAL, DType::F32), Some(f32));
-        // 40 and 80 columns are whole stripes of 16, or nearly, and not of 64.
-        for side in [14, 32, 40, 48, 80] {
+        let middle = Tile { dim: 64, cols: 40, rows: 2, warps: 4 };
+        for (side, expected) in
+            [(14, narrow), (32, narrow), (48, narrow), (40, middle), (37, middle)]
+        {
             let problem = AttentionProblem { side_h: side, side_w: side, ..GLOBAL };
-            assert_eq!(tile(&problem, DType::F16), Some(narrow), "{side}");
+            assert_eq!(tile(&problem, DType::F16), Some(expected), "{side}");
         }
         for (head_dim, dim) in [(1, 16), (14, 16), (32, 32), (33, 64), (80, 80)] {
             let problem = AttentionProblem { head_dim, ..WINDOWED };
             assert_eq!(tile(&problem, DType::BF16).map(|tile| tile.dim), Some(dim));
         }
-        for tile in [wide, Some(narrow), Some(f32)].into_iter().flatten() {
+        for tile in [wide, Some(narrow), Some(middle), Some(f32)].into_iter().flatten() {
             assert_eq!((tile.cols % 8, tile.rows * tile.cols % 16), (0, 0), "{tile:?}");
         }
     }
@@ -379,8 +389,8 @@ mod tests {
         let launch = forward(&GLOBAL, DType::BF16, &INPUTS, 4, 8)?;
         assert_eq!(launch.kernel, "rel_pos_attention_fwd_hd64_cols64_bf16");
         assert_eq!((launch.grid, launch.block), ([4 * 12 * 64, 1, 1], [128, 1, 1]));
-        // Two stages of 64 keys and values of 72 elements; 65 and 64 biases of 64 queries.
-        assert_eq!(launch.shared_bytes, 4 * 64 * 72 * 2 + 64 * (65 + 64) * 4);
+        // Two stages of 64 keys and values of 72 elements; 65 and 72 biases of 64 queries.
+        assert_eq!(launch.shared_bytes, 4 * 64 * 72 * 2 + 64 * (65 + 72) * 4);
         let launch = forward(&WINDOWED, DType::F16, &INPUTS, 4, 8)?;
         assert_eq!(launch.kernel, "rel_pos_attention_fwd_hd64_cols16_f16");
         // 25 windows an image, 196 queries in blocks of 112.
