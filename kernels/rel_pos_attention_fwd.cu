@@ -6,7 +6,7 @@ constexpr int min_blocks(int bytes) { return bytes == 4 ? 1 : 0; }
 
 #define INSTANCE(dim, cols, rows, warps, suffix, T)                                                                  \
     KERNEL(rel_pos_attention_fwd_hd##dim##_cols##cols##_##suffix, RelPosAttentionFwdParams, 32 * warps,              \
-           min_blocks(sizeof(T))) { \
+           min_blocks(sizeof(T))) {                                                                                  \
         rel_pos_attention_fwd<AttentionTile<T, dim, cols, rows, warps>>(p);                                          \
     }
 #include "rel_pos_attention_instances.h"

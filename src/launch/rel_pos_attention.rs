@@ -74,7 +74,7 @@ impl Tile {
         4 * self.rows * self.cols * stride * dtype.size_in_bytes()
     }
 
-    /// Floats of a query's biases, as [`Biases` in rel_pos_attention.cuh] lays them out: rel_h, rel_w.
+    /// Floats of a query's rel_h and rel_w, as `Biases` in `kernels/rel_pos_attention.cuh` lays them out.
     fn bias_strides(&self, problem: &AttentionProblem) -> (usize, usize) {
         (
             problem.side_h.next_multiple_of(self.rows) | 1,
@@ -125,7 +125,8 @@ pub fn check(problem: &AttentionProblem, dtype: DType, addresses: &[device_ptr])
             problem.head_dim
         )
     };
-    if problem.head_dim * dtype.size_in_bytes() % 4 != 0 || addresses.iter().any(|a| a % 4 != 0) {
+    let aligned = (problem.head_dim * dtype.size_in_bytes()).is_multiple_of(4);
+    if !aligned || addresses.iter().any(|a| a % 4 != 0) {
         bail!(
             "{OP}: a head of {} {dtype:?} must start and end at multiples of 4 bytes",
             problem.head_dim
