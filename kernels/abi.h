@@ -93,6 +93,8 @@ ABI_SIZE(LayerNormBwdWeightParams, 48);
  * block, each with 16 queries. COLS columns by ROWS key rows. */
 #define REL_POS_ATTENTION_COLS16_ROWS 4
 #define REL_POS_ATTENTION_COLS16_WARPS 7
+#define REL_POS_ATTENTION_COLS40_ROWS 2
+#define REL_POS_ATTENTION_COLS40_WARPS 4
 #define REL_POS_ATTENTION_COLS64_ROWS 1
 #define REL_POS_ATTENTION_COLS64_WARPS 4
 /** The tile of f32: 16 columns. */

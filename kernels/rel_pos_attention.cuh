@@ -38,25 +38,25 @@ struct Token {
 
 // One head of one window.
 struct AttentionUnit {
+    const RelPosAttentionShape& s;
     uint64_t first_token;
-    uint32_t index, head, origin_y, origin_x, valid_h, valid_w, grid_w;
+    uint32_t index, head, valid_h, valid_w;
 
-    __device__ __forceinline__ AttentionUnit(const RelPosAttentionShape& s, uint32_t unit) {
+    __device__ __forceinline__ AttentionUnit(const RelPosAttentionShape& s, uint32_t unit) : s(s), index(unit), head(unit % s.num_heads) {
         const uint32_t window = unit / s.num_heads, windows = s.window_rows * s.window_cols, in_image = window % windows;
-        index = unit;
-        head = unit % s.num_heads;
-        origin_y = in_image / s.window_cols * s.side_h;
-        origin_x = in_image % s.window_cols * s.side_w;
-        valid_h = min(s.side_h, s.h - origin_y);
-        valid_w = min(s.side_w, s.w - origin_x);
-        grid_w = s.w;
-        first_token = (uint64_t(window / windows) * s.h + origin_y) * s.w + origin_x;
+        const uint32_t y = in_image / s.window_cols * s.side_h, x = in_image % s.window_cols * s.side_w;
+        valid_h = min(s.side_h, s.h - y);
+        valid_w = min(s.side_w, s.w - x);
+        first_token = (uint64_t(window / windows) * s.h + y) * s.w + x;
     }
+    // Where the unit's queries start in what is [windows, heads, tokens].
+    __device__ __forceinline__ uint64_t first_row() const { return uint64_t(index) * (s.side_h * s.side_w); }
+    __device__ __forceinline__ uint64_t dropout_row(Token query) const { return first_row() + query.y * s.side_w + query.x; }
     __device__ __forceinline__ uint32_t queries() const { return valid_h * valid_w; }
     __device__ __forceinline__ Token query(uint32_t n) const { return {n / valid_w, n % valid_w}; }
     __device__ __forceinline__ bool on_grid(Token t) const { return t.y < valid_h && t.x < valid_w; }
     // Of a token on the grid, among all.
-    __device__ __forceinline__ uint64_t token(Token t) const { return first_token + uint64_t(t.y) * grid_w + t.x; }
+    __device__ __forceinline__ uint64_t token(Token t) const { return first_token + uint64_t(t.y) * s.w + t.x; }
 };
 
 // Copies `count` rows of head_dim elements to shared memory, asynchronously, with zeros up to kDim. source(i) is where
@@ -127,9 +127,9 @@ template <class Tile> struct Biases {
     uint32_t stride_h, stride_w;
 
     __device__ __forceinline__ Biases(const RelPosAttentionShape& s, float* memory) {
-        // Odd, so that the rows of a fragment lie in different banks.
+        // Odd, and with 8 more, so that the rows of a fragment lie in different banks.
         stride_h = ceil_div(s.side_h, uint32_t(Tile::kRows)) * Tile::kRows | 1;
-        stride_w = ceil_div(s.side_w, uint32_t(Tile::kCols)) * Tile::kCols;
+        stride_w = ceil_div(s.side_w, uint32_t(Tile::kCols)) * Tile::kCols + 8;
         h = memory;
         w = memory + Tile::kQueries * stride_h;
     }
@@ -205,8 +205,7 @@ __device__ __forceinline__ void project_tables(
 template <class Tile>
 __device__ __forceinline__ uint32_t kept_keys(const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t query, uint32_t y, uint32_t x) {
     static_assert(Tile::kKeys / 8 * 2 <= 32);
-    const Token token = unit.query(query);
-    const uint64_t row = uint64_t(unit.index) * (s.side_h * s.side_w) + token.y * s.side_w + token.x;
+    const uint64_t row = unit.dropout_row(unit.query(query));
     uint32_t kept = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < Tile::kKeys / 8 * 2; ++i) {

@@ -1,8 +1,9 @@
-// The instances of rel_pos_attention_bwd_key.cuh: head_dim rounded up, dtype.
+// The instances of rel_pos_attention_bwd_key.cuh: head_dim rounded up, dtype. One block a multiprocessor is asked for,
+// or the compiler would spill to have more.
 #include "rel_pos_attention_bwd_key.cuh"
 
 #define INSTANCE(dim, suffix, T, queries)                                                                             \
-    KERNEL(rel_pos_attention_bwd_key_hd##dim##_##suffix, RelPosAttentionBwdKeyParams, 32 * REL_POS_ATTENTION_KEY_WARPS) { \
+    KERNEL(rel_pos_attention_bwd_key_hd##dim##_##suffix, RelPosAttentionBwdKeyParams, 32 * REL_POS_ATTENTION_KEY_WARPS, 1) { \
         rel_pos_attention_bwd_key<KeyTile<T, dim, queries>>(p);                                                       \
     }
 #define INSTANCES(suffix, T, queries)   \

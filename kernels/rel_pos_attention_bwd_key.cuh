@@ -22,12 +22,21 @@ template <class Element, int Dim, int Queries> struct KeyTile {
         T q[kQueries][kStride], dout[kQueries][kStride];
         float rel_h[kQueries][kBiasStride], rel_w[kQueries][kBiasStride], delta[kQueries];
     };
-    // The stages, and before them the keys and values, after them the sums over keys outside the grid.
-    union Storage {
-        Stage stages[2];
-        T keys[2 * kKeys][kStride];
-        float pad_sums[kWarps][2][kDim];
+    // After the stages, in their place, the sums over keys outside the grid.
+    struct Stages {
+        union {
+            Stage stages[2];
+            float pad_sums[kWarps][2][kDim];
+        };
     };
+    struct StagesAndKeys : Stages {
+        T keys[2 * kKeys][kStride];
+    };
+    // In 16 bits the keys and values are taken into registers before the stages need the memory; in f32 they and their
+    // two tf32 parts would be too many, and stay in memory.
+    static constexpr bool kKeysInRegisters = sizeof(T) == 2;
+    using Storage = std::conditional_t<kKeysInRegisters, Stages, StagesAndKeys>;
+    static_assert(sizeof(Stages) >= 2 * kKeys * kStride * sizeof(T) || !kKeysInRegisters);
 };
 
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(const RelPosAttentionBwdKeyParams& p) {
@@ -35,7 +44,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
     constexpr int kDim = Tile::kDim, kQueries = Tile::kQueries, kKeys = Tile::kKeys, kSide = Tile::kSide, kStride = Tile::kStride;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
     const RelPosAttentionShape& s = p.shape;
-    const uint32_t tokens = s.side_h * s.side_w, channels = s.num_heads * s.head_dim;
+    const uint32_t channels = s.num_heads * s.head_dim;
     const uint32_t tile_cols = ceil_div(s.side_w, uint32_t(kSide)), tiles = tile_cols * ceil_div(s.side_h, uint32_t(kSide));
     const AttentionUnit unit(s, blockIdx.x / tiles);
     const uint32_t tile = blockIdx.x % tiles, y = tile / tile_cols * kSide, x = tile % tile_cols * kSide;
@@ -47,20 +56,26 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
     const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad), *dout = global<const T>(p.dout);
     const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.dout);
 
-    FragmentA<T> k[kDim / 16], v[kDim / 16];
-    copy_keys<Tile>(shared.keys, s, unit, y, x, wide, qkv, pad, 1);
-    copy_keys<Tile>(shared.keys + kKeys, s, unit, y, x, wide, qkv, pad, 2);
+    T(*keys)[kStride];
+    if constexpr (Tile::kKeysInRegisters) keys = reinterpret_cast<T(*)[kStride]>(&shared);
+    else keys = shared.keys;
+    copy_keys<Tile>(keys, s, unit, y, x, wide, qkv, pad, 1);
+    copy_keys<Tile>(keys + kKeys, s, unit, y, x, wide, qkv, pad, 2);
     wait_for_copies();
+    FragmentA<T> k[kDim / 16], v[kDim / 16];
+    const auto load_keys = [&](int c) {
+        load_a(k[c], &keys[16 * warp][16 * c], kStride);
+        load_a(v[c], &keys[kKeys + 16 * warp][16 * c], kStride);
+    };
+    if constexpr (Tile::kKeysInRegisters) {
 #pragma unroll
-    for (int c = 0; c < kDim / 16; ++c) {
-        load_a(k[c], &shared.keys[16 * warp][16 * c], kStride);
-        load_a(v[c], &shared.keys[kKeys + 16 * warp][16 * c], kStride);
+        for (int c = 0; c < kDim / 16; ++c) load_keys(c);
+        __syncthreads();
     }
-    __syncthreads();
 
     const uint32_t pad_h = ceil_div(s.side_h, 8u) * 8, pitch = pad_h + ceil_div(s.side_w, 8u) * 8;
-    const float* bias = global<const float>(p.bias) + uint64_t(unit.index) * tokens * pitch;
-    const float* delta = global<const float>(p.delta) + uint64_t(unit.index) * tokens;
+    const float* bias = global<const float>(p.bias) + unit.first_row() * pitch;
+    const float* delta = global<const float>(p.delta) + unit.first_row();
     const auto copy_block = [&](uint32_t first, int stage) {
         auto& to = shared.stages[stage];
         const auto source = [&](const T* array, uint64_t stride) {
@@ -99,6 +114,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
                 float scores[2][4] = {}, dweights[2][4] = {};
 #pragma unroll
                 for (int c = 0; c < kDim / 16; ++c) {
+                    if constexpr (!Tile::kKeysInRegisters) load_keys(c);
                     FragmentB<T> b[2];
                     load_b(b, &from.q[block][16 * c], kStride);
                     mma(scores[0], k[c], b[0]);
@@ -112,8 +128,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
                     kept = 0;
 #pragma unroll 1
                     for (int i = 0; i < 8; ++i) {
-                        const Token query = unit.query(first + block + 8 * (i / 4) + 2 * t + i % 2);
-                        const uint64_t row = uint64_t(unit.index) * tokens + query.y * s.side_w + query.x;
+                        const uint64_t row = unit.dropout_row(unit.query(first + block + 8 * (i / 4) + 2 * t + i % 2));
                         kept |= uint32_t(dropout_keeps(s.dropout, row, (y + 2 * warp + i / 2 % 2) * s.side_w + x + g)) << i;
                     }
                 }
@@ -159,6 +174,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
 
     if (p.pad_partials == 0) return;
     bool outside[2];
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
         const Token key{y + 2 * warp + half, x + g};
         outside[half] = key.y < s.side_h && key.x < s.side_w && !unit.on_grid(key);

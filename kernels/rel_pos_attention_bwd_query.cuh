@@ -12,13 +12,14 @@
 #pragma once
 #include "rel_pos_attention.cuh"
 
-// Behind the forward's storage: rel_h, rel_w (which drel_w replaces stripe by stripe), drel_h.
+// Behind the forward's storage: rel_h, rel_w, drel_h. drel_w replaces rel_w stripe by stripe; drel_h replaces rel_h row
+// by row, if there is but one stripe.
 template <class Tile> struct BiasGradients {
     Biases<Tile> bias;
     float* dh;
 
     __device__ __forceinline__ BiasGradients(const RelPosAttentionShape& s, float* memory) : bias(s, memory) {
-        dh = bias.w + Tile::kQueries * bias.stride_w;
+        dh = s.side_w <= Tile::kCols ? bias.h : bias.w + Tile::kQueries * bias.stride_w;
     }
     // The gradient of number i of the list for a query of the block.
     __device__ __forceinline__ float at(const TableRows& list, uint32_t row, Token query, uint32_t i) const {
@@ -33,9 +34,9 @@ template <class Tile>
 __device__ __forceinline__ void write_biases(
     const Biases<Tile>& bias, const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first, const float* lse, float* to) {
     const uint32_t pad_h = ceil_div(s.side_h, 8u) * 8, pad_w = ceil_div(s.side_w, 8u) * 8, pitch = pad_h + pad_w;
-    const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, tokens = s.side_h * s.side_w;
+    const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     for (uint32_t row = 16 * warp; row < 16 * warp + 16 && first + row < unit.queries(); ++row) {
-        const uint64_t query = uint64_t(unit.index) * tokens + first + row;
+        const uint64_t query = unit.first_row() + first + row;
         const float shift = lse[query] * kLog2e;
         for (uint32_t y = lane; y < pad_h; y += kWarp) {
             const float value = y < s.side_h ? bias.h[row * bias.stride_h + y] - shift : -INFINITY;
@@ -127,7 +128,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
     constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kStride = Tile::kStride;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
     const RelPosAttentionShape& s = p.shape;
-    const uint32_t tokens = s.side_h * s.side_w, blocks = ceil_div(tokens, uint32_t(Tile::kQueries));
+    const uint32_t blocks = ceil_div(s.side_h * s.side_w, uint32_t(Tile::kQueries));
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const uint32_t channels = s.num_heads * s.head_dim;
     const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad);
@@ -139,10 +140,11 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
     const uint32_t tiles = tiles_of_stripe * ceil_div(s.side_w, uint32_t(kCols));
     const float scale = s.softmax_scale * kLog2e;
 
+    // This block's part of the tables' gradients.
     const uint64_t partial_size = uint64_t(2 * s.side_h - 1 + 2 * s.side_w - 1) * s.head_dim;
-    float* partial = p.table_partials == 0 ? nullptr : global<float>(p.table_partials) + blockIdx.x * partial_size;
-    if (partial != nullptr)
-        for (uint64_t i = threadIdx.x; i < partial_size; i += Tile::kThreads) partial[i] = 0.0f;
+    const auto partial = [&] { return global<float>(p.table_partials) + blockIdx.x * partial_size; };
+    if (p.table_partials != 0)
+        for (uint64_t i = threadIdx.x; i < partial_size; i += Tile::kThreads) partial()[i] = 0.0f;
 
     for (uint32_t item = blockIdx.x; item < p.items; item += gridDim.x) {
         const AttentionUnit unit(s, item / blocks);
@@ -160,13 +162,11 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         for (int half = 0; half < 2; ++half) {
             delta[half] = quad_sum(delta[half]);
             const uint32_t n = warp_first + g + 8 * half;
-            if (t == 0 && n < queries) global<float>(p.delta)[uint64_t(unit.index) * tokens + n] = delta[half];
+            if (t == 0 && n < queries) global<float>(p.delta)[unit.first_row() + n] = delta[half];
         }
         load_queries<Tile>(q, shared, unit, first, wide, s.head_dim, qkv + head_column, 3 * channels);
         project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
         write_biases<Tile>(bias, s, unit, first, global<const float>(p.lse), global<float>(p.bias));
-        for (uint32_t i = lane; i < 16 * bias.stride_h; i += kWarp) gradients.dh[16 * warp * bias.stride_h + i] = 0.0f;
-        __syncwarp();
 
         const auto copy_tile = [&](uint32_t tile) {
             const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
@@ -180,7 +180,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
         float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
         float* drel_h = gradients.dh + (16 * warp + g) * bias.stride_h;
-        float fragment_w[kCols / 8][4] = {}, fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
+        float fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
 
         for (uint32_t tile = 0; tile < tiles; ++tile) {
             if (tile + 1 < tiles) copy_tile(tile + 1);
@@ -191,20 +191,18 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                 const T(*keys)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
                 const T(*values)[kStride] = keys + kKeys;
                 const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
-                const auto for_fragment = [&](auto body) {
-#pragma unroll
-                    for (int j = 0; j < kCols / 8; ++j)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) body(rel_w[8 * (i / 2) * bias.stride_w + x + 8 * j + 2 * t + i % 2], j, i);
-                };
+                // A stripe's drel_w stays in registers; its rel_w too would be too many, and is read where it lies.
                 if (y == 0)
-                    for_fragment([&](float& value, int j, int i) {
-                        fragment_w[j][i] = value;
-                        fragment_dw[j][i] = 0.0f;
-                    });
+                    for (auto& column : fragment_dw)
+                        for (float& value : column) value = 0.0f;
+                const auto rel_w_at = [&](int column, int half) {
+                    return reinterpret_cast<Vec<float, 2>*>(rel_w + 8 * half * bias.stride_w + x + 8 * column + 2 * t);
+                };
                 uint32_t kept[2] = {};
-                if (s.dropout.threshold != 0)
-                    for (int half = 0; half < 2; ++half) kept[half] = kept_keys<Tile>(s, unit, warp_first + g + 8 * half, y, x);
+                if (s.dropout.threshold != 0) {
+                    kept[0] = kept_keys<Tile>(s, unit, warp_first + g, y, x);
+                    kept[1] = kept_keys<Tile>(s, unit, warp_first + g + 8, y, x);
+                }
 
                 float row_sum[2] = {};
 #pragma unroll
@@ -224,21 +222,26 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                     for (int j = 0; j < 2; ++j) {
                         const int n = 2 * chunk + j, r = n / (kCols / 8), column = n % (kCols / 8);
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            const int half = i / 2;
+                        for (int half = 0; half < 2; ++half) {
                             const float bias_h = rel_h[8 * half * bias.stride_h + y + r];
-                            const float weight = ptx::ex2_approx(fmaf(scores[j][i], scale, fragment_w[column][i]) + bias_h);
-                            float dweight = dweights[j][i];
-                            if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * n + i % 2);
-                            scores[j][i] = weight * (dweight - delta[half]);
-                            fragment_dw[column][i] += scores[j][i];
-                            row_sum[half] += scores[j][i];
+                            const auto bias_w = *rel_w_at(column, half);
+#pragma unroll
+                            for (int c = 0; c < 2; ++c) {
+                                const int i = 2 * half + c;
+                                const float weight = ptx::ex2_approx(fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
+                                float dweight = dweights[j][i];
+                                if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
+                                scores[j][i] = weight * (dweight - delta[half]);
+                                fragment_dw[column][i] += scores[j][i];
+                                row_sum[half] += scores[j][i];
+                            }
                         }
                         if (column == kCols / 8 - 1) {
 #pragma unroll
                             for (int half = 0; half < 2; ++half) {
                                 const float sum = quad_sum(row_sum[half]);
-                                if (t == 0) drel_h[8 * half * bias.stride_h + y + r] += sum;
+                                float& total = drel_h[8 * half * bias.stride_h + y + r];
+                                if (t == 0) total = x == 0 ? sum : total + sum;
                                 row_sum[half] = 0.0f;
                             }
                         }
@@ -253,9 +256,14 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                         mma(dq[2 * n + 1], a, b[1]);
                     }
                 }
-                // This lane read them, nobody else.
-                if (tile % tiles_of_stripe == tiles_of_stripe - 1)
-                    for_fragment([&](float& value, int j, int i) { value = fragment_dw[j][i]; });
+                // Only this lane has read them.
+                if (tile % tiles_of_stripe == tiles_of_stripe - 1) {
+#pragma unroll
+                    for (int column = 0; column < kCols / 8; ++column)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            *rel_w_at(column, half) = {fragment_dw[column][2 * half], fragment_dw[column][2 * half + 1]};
+                }
             }
             __syncthreads();  // nobody reads this stage any more; after the last, all see drel
         }
@@ -273,7 +281,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
 #pragma unroll
             for (int c = 0; c < kDim / 8; ++c) store_pair(to, 8 * c + 2 * t, s.head_dim, dq[c][2 * half], dq[c][2 * half + 1]);
         }
-        if (partial != nullptr)
-            add_table_gradients<Tile>(partial, gradients, shared, s, unit, first, qkv + head_column, 3 * channels, wide);
+        if (p.table_partials != 0)
+            add_table_gradients<Tile>(partial(), gradients, shared, s, unit, first, qkv + head_column, 3 * channels, wide);
     }
 }

@@ -149,6 +149,6 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
 #pragma unroll
         for (int c = 0; c < kDim / 8; ++c)
             store_pair(to, 8 * c + 2 * t, s.head_dim, out[c][2 * half] * inverse, out[c][2 * half + 1] * inverse);
-        if (t == 0) global<float>(p.lse)[uint64_t(unit.index) * (s.side_h * s.side_w) + n] = row_max[half] * kLn2 + logf(sum);
+        if (t == 0) global<float>(p.lse)[unit.first_row() + n] = row_max[half] * kLn2 + logf(sum);
     }
 }

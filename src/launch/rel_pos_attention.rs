@@ -3,10 +3,11 @@
 use super::bindings::{
     device_ptr, RelPosAttentionBwdKeyParams, RelPosAttentionBwdQueryParams,
     RelPosAttentionFwdParams, RelPosAttentionShape, REL_POS_ATTENTION_COLS16_ROWS,
-    REL_POS_ATTENTION_COLS16_WARPS, REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS,
-    REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS, REL_POS_ATTENTION_KEY_QUERIES,
-    REL_POS_ATTENTION_KEY_QUERIES_F32, REL_POS_ATTENTION_KEY_SIDE, REL_POS_ATTENTION_KEY_WARPS,
-    REL_POS_ATTENTION_ROW_PAD, REL_POS_ATTENTION_TABLE_PARTS,
+    REL_POS_ATTENTION_COLS16_WARPS, REL_POS_ATTENTION_COLS40_ROWS, REL_POS_ATTENTION_COLS40_WARPS,
+    REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS, REL_POS_ATTENTION_F32_ROWS,
+    REL_POS_ATTENTION_F32_WARPS, REL_POS_ATTENTION_KEY_QUERIES, REL_POS_ATTENTION_KEY_QUERIES_F32,
+    REL_POS_ATTENTION_KEY_SIDE, REL_POS_ATTENTION_KEY_WARPS, REL_POS_ATTENTION_ROW_PAD,
+    REL_POS_ATTENTION_TABLE_PARTS,
 };
 use super::{dropout, sum_partials, AttentionProblem, Launch};
 use candle_core::{bail, DType, Result};
@@ -36,18 +37,22 @@ const DIMS: [usize; 4] = [16, 32, 64, 80];
 
 /// Which tile a problem gets, if any.
 ///
-/// | dtype | head_dim | width | tile | why |
+/// | dtype | head_dim | width of the window | tile | why |
 /// |---|---|---|---|---|
-/// | f16, bf16 | 33 to 80 | pads to 64 no worse than to 16 | 1 x 64, 4 warps | one rel_h for 64 keys; a block of 64 queries is one query row of SAM's 64 x 64 |
-/// | f16, bf16 | any | any | 4 x 16, 7 warps | a window's row of 14 is 16; its 196 queries are two blocks of 112 |
-/// | f32 | any | any | 2 x 16, 4 warps | twice the bytes: half the keys keep two stages under 99 KiB |
+/// | f16, bf16 | over 32 | a multiple of 64, or a little less | 1 x 64, 4 warps | one rel_h for 64 keys; a block's 64 queries are one row of SAM's 64 x 64 grid |
+/// | f16, bf16 | over 32 | of 40 likewise | 2 x 40, 4 warps | grids of 40 and 80, which stripes of 16 or 64 do not fill |
+/// | f16, bf16 | any | any other | 4 x 16, 7 warps | a window's row of 14 is 16; its 196 queries are two blocks of 112 |
+/// | f32 | any | any | 2 x 16, 4 warps | twice the bytes and registers: half the keys |
 pub fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
     let dim = *DIMS.iter().find(|&&dim| dim >= problem.head_dim)?;
-    let padded = |cols: usize| problem.side_w.next_multiple_of(cols);
+    let width = |cols: usize| problem.side_w.next_multiple_of(cols);
     let (cols, rows, warps) = match dtype {
         DType::F32 => (16, REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS),
-        DType::F16 | DType::BF16 if dim >= 64 && padded(64) == padded(16) => {
+        DType::F16 | DType::BF16 if dim >= 64 && width(64) <= width(16).min(width(40)) => {
             (64, REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS)
+        }
+        DType::F16 | DType::BF16 if dim >= 64 && width(40) < width(16) => {
+            (40, REL_POS_ATTENTION_COLS40_ROWS, REL_POS_ATTENTION_COLS40_WARPS)
         }
         DType::F16 | DType::BF16 => {
             (16, REL_POS_ATTENTION_COLS16_ROWS, REL_POS_ATTENTION_COLS16_WARPS)
@@ -69,9 +74,12 @@ impl Tile {
         4 * self.rows * self.cols * stride * dtype.size_in_bytes()
     }
 
-    /// Floats of a query's biases, as [`Biases` in rel_pos_attention.cuh] lays them out: rel_h, rel_w.
+    /// Floats of a query's rel_h and rel_w, as `Biases` in `kernels/rel_pos_attention.cuh` lays them out.
     fn bias_strides(&self, problem: &AttentionProblem) -> (usize, usize) {
-        (problem.side_h.next_multiple_of(self.rows) | 1, problem.side_w.next_multiple_of(self.cols))
+        (
+            problem.side_h.next_multiple_of(self.rows) | 1,
+            problem.side_w.next_multiple_of(self.cols) + 8,
+        )
     }
 
     fn forward_shared_bytes(&self, problem: &AttentionProblem, dtype: DType) -> usize {
@@ -79,9 +87,9 @@ impl Tile {
         self.stage_bytes(dtype) + 4 * self.queries() * (h + w)
     }
 
-    /// The same with the gradients of rel_h.
+    /// The same with the gradients of rel_h, which need a place of their own if there are several stripes.
     fn backward_shared_bytes(&self, problem: &AttentionProblem, dtype: DType) -> usize {
-        let (h, _) = self.bias_strides(problem);
+        let h = if problem.side_w <= self.cols { 0 } else { self.bias_strides(problem).0 };
         self.forward_shared_bytes(problem, dtype) + 4 * self.queries() * h
     }
 
@@ -117,9 +125,8 @@ pub fn check(problem: &AttentionProblem, dtype: DType, addresses: &[device_ptr])
             problem.head_dim
         )
     };
-    if !(problem.head_dim * dtype.size_in_bytes()).is_multiple_of(4)
-        || addresses.iter().any(|a| !a.is_multiple_of(4))
-    {
+    let aligned = (problem.head_dim * dtype.size_in_bytes()).is_multiple_of(4);
+    if !aligned || addresses.iter().any(|a| !a.is_multiple_of(4)) {
         bail!(
             "{OP}: a head of {} {dtype:?} must start and end at multiples of 4 bytes",
             problem.head_dim
@@ -312,14 +319,14 @@ pub fn backward(
     Ok(launches)
 }
 
-/// Two stages of the key pass: q and the output's gradient, biases in rows of 12, delta.
+/// Two stages of the key pass: q and the output's gradient, biases in rows of 12, delta; in f32 keys and values too.
 fn key_shared_bytes(dim: usize, dtype: DType) -> usize {
-    let queries = match dtype {
-        DType::F32 => REL_POS_ATTENTION_KEY_QUERIES_F32,
-        _ => REL_POS_ATTENTION_KEY_QUERIES,
-    } as usize;
-    let stride = dim + REL_POS_ATTENTION_ROW_PAD as usize;
-    2 * queries * (2 * stride * dtype.size_in_bytes() + 4 * (12 + 12 + 1))
+    let row = (dim + REL_POS_ATTENTION_ROW_PAD as usize) * dtype.size_in_bytes();
+    let stages = |queries: u32| 2 * queries as usize * (2 * row + 4 * (12 + 12 + 1));
+    match dtype {
+        DType::F32 => stages(REL_POS_ATTENTION_KEY_QUERIES_F32) + 2 * KEY_SIDE * KEY_SIDE * row,
+        _ => stages(REL_POS_ATTENTION_KEY_QUERIES),
+    }
 }
 
 /// Blocks of queries of all heads of all windows.
@@ -362,16 +369,18 @@ mod tests {
         assert_eq!(tile(&WINDOWED, DType::BF16), Some(narrow));
         let f32 = Tile { dim: 64, cols: 16, rows: 2, warps: 4 };
         assert_eq!(tile(&GLOBAL, DType::F32), Some(f32));
-        // 40 and 80 columns are whole stripes of 16, or nearly, and not of 64.
-        for side in [14, 32, 40, 48, 80] {
+        let middle = Tile { dim: 64, cols: 40, rows: 2, warps: 4 };
+        for (side, expected) in
+            [(14, narrow), (32, narrow), (48, narrow), (40, middle), (37, middle)]
+        {
             let problem = AttentionProblem { side_h: side, side_w: side, ..GLOBAL };
-            assert_eq!(tile(&problem, DType::F16), Some(narrow), "{side}");
+            assert_eq!(tile(&problem, DType::F16), Some(expected), "{side}");
         }
         for (head_dim, dim) in [(1, 16), (14, 16), (32, 32), (33, 64), (80, 80)] {
             let problem = AttentionProblem { head_dim, ..WINDOWED };
             assert_eq!(tile(&problem, DType::BF16).map(|tile| tile.dim), Some(dim));
         }
-        for tile in [wide, Some(narrow), Some(f32)].into_iter().flatten() {
+        for tile in [wide, Some(narrow), Some(middle), Some(f32)].into_iter().flatten() {
             assert_eq!((tile.cols % 8, tile.rows * tile.cols % 16), (0, 0), "{tile:?}");
         }
     }
@@ -381,8 +390,8 @@ mod tests {
         let launch = forward(&GLOBAL, DType::BF16, &INPUTS, 4, 8)?;
         assert_eq!(launch.kernel, "rel_pos_attention_fwd_hd64_cols64_bf16");
         assert_eq!((launch.grid, launch.block), ([4 * 12 * 64, 1, 1], [128, 1, 1]));
-        // Two stages of 64 keys and values of 72 elements; 65 and 64 biases of 64 queries.
-        assert_eq!(launch.shared_bytes, 4 * 64 * 72 * 2 + 64 * (65 + 64) * 4);
+        // Two stages of 64 keys and values of 72 elements; 65 and 72 biases of 64 queries.
+        assert_eq!(launch.shared_bytes, 4 * 64 * 72 * 2 + 64 * (65 + 72) * 4);
         let launch = forward(&WINDOWED, DType::F16, &INPUTS, 4, 8)?;
         assert_eq!(launch.kernel, "rel_pos_attention_fwd_hd64_cols16_f16");
         // 25 windows an image, 196 queries in blocks of 112.

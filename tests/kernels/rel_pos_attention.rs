@@ -1,13 +1,16 @@
 //! The attention's kernels: every instance against the f64 reference, grids and windows of any size, padding, dropout.
 
 use crate::common::{error, gradients, random, values, Worst};
-use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
+use crate::device::{bound, emulator, in_every_mode, launch_all, Device, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
 use candle_sam_lora::launch::AttentionProblem;
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
+use candle_sam_lora_emulator::{Mode, Timing};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 const DROPOUT: Dropout = Dropout { p: 0.2, seed: 77, stream: 5 };
 
@@ -44,14 +47,19 @@ fn shapes(dtype: DType) -> Vec<Shapes> {
     if dtype != DType::F32 {
         // The tile of 64 columns; more than one block of queries, and a last one with idle warps.
         all.extend([64, 80].map(|dim| Shapes { dim, grid: (2, 63), ..GLOBAL }));
+        // The tile of 40, with an odd number of key rows.
+        all.extend([64, 80].map(|dim| Shapes { dim, grid: (3, 39), ..GLOBAL }));
     }
     if dtype == DType::BF16 {
         all.extend([
             // SAM's window: two blocks of queries, tiles of four rows of which the last is half empty.
             Shapes { grid: (14, 17), window: Some(14), heads: 2, ..WINDOWED },
             // Several stripes, several blocks.
-            Shapes { grid: (9, 37), ..GLOBAL },
+            Shapes { grid: (9, 41), ..GLOBAL },
+            Shapes { grid: (2, 79), ..GLOBAL },
             Shapes { grid: (3, 65), dim: 32, ..GLOBAL },
+            // More blocks of queries than parts of the tables' gradients.
+            Shapes { grid: (24, 24), heads: 2, dim: 16, window: Some(2), ..GLOBAL },
         ]);
     }
     if dtype == DType::F16 {
@@ -190,26 +198,42 @@ impl OnDevice {
     }
 }
 
+/// Output and lse.
+fn forward_on(device: &Device, case: &Case, on_device: &OnDevice) -> Result<Vec<Memory>> {
+    let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
+    let lse = Memory::for_elements(attention::lse_elements(&case.problem), DType::F32);
+    let (to, lse_to) = (out.address(), lse.address());
+    let launch = attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;
+    launch_all(device, &[launch])?;
+    Ok(vec![out, lse])
+}
+
 /// Output and lse, the same in every mode.
 fn run_forward(case: &Case, on_device: &OnDevice) -> Vec<Memory> {
-    in_every_mode(&case.name, |device| {
-        let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
-        let lse = Memory::for_elements(attention::lse_elements(&case.problem), DType::F32);
-        let (to, lse_to) = (out.address(), lse.address());
-        let launch =
-            attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;
-        launch_all(device, &[launch])?;
-        Ok(vec![out, lse])
-    })
+    in_every_mode(&case.name, |device| forward_on(device, case, on_device))
+}
+
+/// All kernels of a pass must have been among those launched.
+fn assert_all_ran(pass: &str, launched: &BTreeSet<String>) -> Result<()> {
+    let kernels = emulator().kernels().map_err(candle_core::Error::msg)?;
+    let prefix = format!("rel_pos_attention_{pass}");
+    let kernels: BTreeSet<String> =
+        kernels.into_iter().filter(|name| name.starts_with(&prefix)).collect();
+    let missing: Vec<&String> = kernels.difference(launched).collect();
+    assert!(!kernels.is_empty() && missing.is_empty(), "no case runs {missing:?}");
+    Ok(())
 }
 
 #[test]
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
+    let mut launched = BTreeSet::new();
     for dtype in DTYPES {
         for shapes in shapes(dtype) {
             let case = Case::new(shapes, dtype)?;
             let outputs = run_forward(&case, &case.memory()?);
+            let inputs = Inputs { qkv: 16, tables: 0, pad: 0 };
+            launched.insert(attention::forward(&case.problem, dtype, &inputs, 16, 16)?.kernel);
             let expected = case.reference();
             let eager =
                 composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;
@@ -220,7 +244,7 @@ fn forward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention forward", 1.0 / 64.0);
-    Ok(())
+    assert_all_ran("fwd", &launched)
 }
 
 /// dqkv, and the gradients of the tables and of the pad where they are trained, the same in every mode.
@@ -230,8 +254,10 @@ fn run_backward(
     forward: &[Memory],
     dout: &Tensor,
     trained: bool,
+    launched: &mut BTreeSet<String>,
 ) -> Vec<Memory> {
     let dout = Memory::from_tensor(dout);
+    let names = RefCell::new(launched);
     in_every_mode(&case.name, |device| {
         let (p, dtype) = (&case.problem, case.dtype);
         let (tables, pad) = (trained && case.shapes.rel_pos, trained && case.shapes.pad);
@@ -248,6 +274,7 @@ fn run_backward(
             workspace: workspace.address(),
         };
         let launches = attention::backward(p, dtype, &on_device.inputs(), &operands)?;
+        names.borrow_mut().extend(launches.iter().map(|launch| launch.kernel.clone()));
         launch_all(device, &launches)?;
         Ok(vec![dqkv, dtables, dpad])
     })
@@ -283,16 +310,21 @@ fn gradients_by(
 #[test]
 fn backward() -> Result<()> {
     let mut worst = Worst::default();
+    let mut launched = BTreeSet::new();
     for dtype in DTYPES {
-        for shapes in shapes(dtype) {
+        for (index, shapes) in shapes(dtype).into_iter().enumerate() {
             let case = Case::new(shapes, dtype)?;
             let on_device = case.memory()?;
-            let forward = run_forward(&case, &on_device);
+            let device =
+                Device { emulator: emulator(), mode: Mode { timing: Timing::Late, seed: 0 } };
+            let forward = forward_on(&device, &case, &on_device)?;
             let (b, h, w, packed) = case.qkv.dims4()?;
             let dout = random(9, (b, h, w, packed / 3)).to_dtype(dtype)?;
-            let outputs = run_backward(&case, &on_device, &forward, &dout, true);
-            let frozen = run_backward(&case, &on_device, &forward, &dout, false);
-            assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: differs if frozen", case.name);
+            let outputs = run_backward(&case, &on_device, &forward, &dout, true, &mut launched);
+            if index == 0 || case.shapes.pad {
+                let frozen = run_backward(&case, &on_device, &forward, &dout, false, &mut launched);
+                assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: frozen", case.name);
+            }
 
             let expected = gradients_by(&case, DType::F32, &dout, ops::rel_pos_attention)?;
             let eager = gradients_by(&case, dtype, &dout, |qkv, config| {
@@ -320,5 +352,62 @@ fn backward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention backward", 1.0 / 16.0);
+    assert_all_ran("bwd", &launched)
+}
+
+/// Attention over one head's grid where every key takes `rel_h` of the row that `row_of` its own row says.
+fn with_key_rows(case: &Case, row_of: impl Fn(usize) -> usize) -> Vec<f64> {
+    let AttentionProblem { h, w, head_dim: d, softmax_scale, .. } = case.problem;
+    let (qkv, tables) = (values(&case.qkv), [0, 1].map(|which| values(&case.tables[which])));
+    let vector = |part: usize, token: usize| &qkv[(token * 3 + part) * d..][..d];
+    let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+    let mut out = vec![0.0; h * w * d];
+    for (query, out) in out.chunks_mut(d).enumerate() {
+        let q = vector(0, query);
+        let score = |key: usize| {
+            let (row_h, row_w) = (query / w + h - 1 - row_of(key / w), query % w + w - 1 - key % w);
+            f64::from(softmax_scale) * dot(q, vector(1, key))
+                + dot(q, &tables[0][row_h * d..][..d])
+                + dot(q, &tables[1][row_w * d..][..d])
+        };
+        let weights: Vec<f64> = (0..h * w).map(|key| score(key).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for (key, weight) in weights.iter().enumerate() {
+            out.iter_mut().zip(vector(2, key)).for_each(|(o, v)| *o += weight / sum * v);
+        }
+    }
+    out
+}
+
+/// A tile of several key rows whose `rel_h` is looked up by the tile's number is wrong, silently, unless a tile is one
+/// key row. Ours are right on data that tells, for every tile.
+#[test]
+fn rel_h_is_that_of_the_key_row_whatever_the_tile() -> Result<()> {
+    let mut tiles = BTreeSet::new();
+    for dtype in DTYPES {
+        for grid in [(16, 16), (6, 40), (4, 64)] {
+            let case = Case::new(Shapes { grid, ..GLOBAL }, dtype)?;
+            let tile = attention::tile(&case.problem, dtype).expect("a tile");
+            tiles.insert((tile.cols, tile.rows));
+            let expected = case.reference();
+            assert!(error(&with_key_rows(&case, |row| row), &expected) < 1e-12);
+            let rows = tile.rows.max(2);
+            let wrong = error(&with_key_rows(&case, |row| row / rows), &expected);
+            assert!(wrong > 0.3, "{}: the data would not tell: {wrong:e}", case.name);
+
+            let device =
+                Device { emulator: emulator(), mode: Mode { timing: Timing::Early, seed: 1 } };
+            let got = forward_on(&device, &case, &case.memory()?)?[0].values(dtype);
+            let got = error(&got, &expected);
+            println!(
+                "{grid:?} {dtype:?}, tile {} x {}: {got:9.2e}, by tile {wrong:9.2e}",
+                tile.rows, tile.cols
+            );
+            let bound =
+                [1e-5, 1.0 / 512.0, 1.0 / 64.0][DTYPES.iter().position(|d| *d == dtype).unwrap()];
+            assert!(got <= bound, "{}: {got:e}", case.name);
+        }
+    }
+    assert_eq!(tiles, BTreeSet::from([(16, 2), (16, 4), (40, 2), (64, 1)]));
     Ok(())
 }
