@@ -1,29 +1,86 @@
 //! Reading and writing files so that nothing is lost: a file is written beside its destination and renamed over it
 //! only when it is complete and on disk, and what is read is checked before it is believed.
+//!
+//! [`TensorFile`] reads a safetensors file header first and then tensor by tensor, so a checkpoint is never in
+//! memory twice, and nothing is allocated by a size that the file's own length does not bear out.
 
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
+use safetensors::Dtype;
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
-use std::path::Path;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// Text files are configurations and indexes of checkpoints; a larger one is no such thing.
+const MAX_TEXT: u64 = 64 << 20;
+/// The limit of the safetensors format.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// A complete new version of a file, on disk beside it; dropped unless committed.
+#[derive(Debug)]
+pub struct Staged {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+impl Staged {
+    /// Puts the new version in the place of the old one, in one step.
+    pub fn commit(self) -> Result<()> {
+        let Self { file, path } = self;
+        file.persist(&path).map_err(|e| Error::io(&path, e.error))?;
+        // The rename itself lasts only once the folder is on disk.
+        #[cfg(unix)]
+        File::open(parent(&path)).and_then(|f| f.sync_all()).map_err(|e| Error::io(&path, e))?;
+        Ok(())
+    }
+}
+
+/// The folder of a file.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// Writes what will become the file at `path` beside it, so that several files can be replaced once all are complete.
+///
+/// # Errors
+/// When the folder cannot be written to, the disk is full, or `write` fails; no partial file remains.
+pub fn stage(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<Staged> {
+    let file = temporary().tempfile_in(parent(path)).map_err(|e| Error::io(path, e))?;
+    let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file);
+    write(&mut buffered).map_err(|e| Error::io(path, e))?;
+    let file = buffered.into_inner().map_err(|e| Error::io(path, e.into_error()))?;
+    file.as_file().sync_all().map_err(|e| Error::io(path, e))?;
+    Ok(Staged { file, path: path.to_path_buf() })
+}
+
+/// Temporary files that end as ordinary ones have the permissions of ordinary ones, not of secrets.
+fn temporary() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666)); // less the umask
+    }
+    builder
+}
 
 /// Replaces the file at `path` by what `write` produces, or leaves it as it was.
 ///
 /// # Errors
-/// When the folder cannot be written to, the disk is full, or `write` fails; no partial file remains.
+/// As [`stage`].
 pub fn write_atomic(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|e| Error::io(path, e))?;
-    write(&mut file).map_err(|e| Error::io(path, e))?;
-    file.as_file().sync_all().map_err(|e| Error::io(path, e))?;
-    file.persist(path).map_err(|e| Error::io(path, e.error))?;
-    Ok(())
+    stage(path, write)?.commit()
 }
 
 /// Creates a folder and its parents.
@@ -31,9 +88,107 @@ pub fn create_dir(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))
 }
 
-/// Reads a text file.
+/// Reads a text file of at most 64 MiB.
 pub fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|e| Error::io(path, e))
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_TEXT + 1).read_to_string(&mut text))
+        .map_err(|e| Error::io(path, e))?;
+    if text.len() as u64 > MAX_TEXT {
+        return Err(Error::file(path, format!("larger than {MAX_TEXT} bytes, not a text file")));
+    }
+    Ok(text)
+}
+
+/// An open safetensors file whose header has been read and checked; its tensors are read one at a time.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    file: File,
+    data_start: u64,
+    tensors: BTreeMap<String, TensorInfo>,
+    metadata: HashMap<String, String>,
+}
+
+impl TensorFile {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is truncated, or its header contradicts itself or the file's length.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let invalid = |e: &dyn std::fmt::Display| {
+            Error::file(&path, format!("not a valid safetensors file: {e}"))
+        };
+        let mut file = File::open(&path).map_err(|e| Error::io(&path, e))?;
+        let length = file.metadata().map_err(|e| Error::io(&path, e))?.len();
+        let mut prefix = [0u8; 8];
+        file.read_exact(&mut prefix).map_err(|e| invalid(&e))?;
+        let header_length = u64::from_le_bytes(prefix);
+        if header_length > MAX_HEADER || header_length > length.saturating_sub(8) {
+            return Err(invalid(&format!(
+                "a header of {header_length} bytes in a file of {length} bytes"
+            )));
+        }
+        let mut header = vec![0u8; header_length as usize];
+        file.read_exact(&mut header).map_err(|e| invalid(&e))?;
+        // Parsing checks that the tensors fill the data without gap or overlap, each as large as its shape says.
+        let header: Metadata = serde_json::from_slice(&header).map_err(|e| invalid(&e))?;
+        let data_start = 8 + header_length;
+        let (expected, found) = (header.data_len() as u64, length - data_start);
+        if expected != found {
+            return Err(invalid(&format!("{found} bytes of data, the header says {expected}")));
+        }
+        let mut tensors = BTreeMap::new();
+        for (name, info) in header.tensors() {
+            // An empty tensor may still claim sides whose product overflows.
+            let fits =
+                info.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1))).is_some();
+            if !fits {
+                return Err(invalid(&format!("tensor {name} has the shape {:?}", info.shape)));
+            }
+            tensors.insert(name, info.clone());
+        }
+        let metadata = header.metadata().clone().unwrap_or_default();
+        Ok(Self { path, file, data_start, tensors, metadata })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Every tensor's name, dtype and shape.
+    pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    /// The strings stored beside the tensors.
+    pub fn metadata(&self) -> &HashMap<String, String> {
+        &self.metadata
+    }
+
+    /// Reads one tensor, in the dtype it has in the file.
+    ///
+    /// # Errors
+    /// When there is no such tensor, the file cannot be read, or candle lacks the dtype.
+    pub fn read(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let invalid =
+            |e: &dyn std::fmt::Display| Error::file(&self.path, format!("tensor {name}: {e}"));
+        let info = self.tensors.get(name).ok_or_else(|| invalid(&"not in the file"))?;
+        if matches!(info.dtype, Dtype::F4 | Dtype::F6_E2M3 | Dtype::F6_E3M2 | Dtype::F8_E8M0) {
+            return Err(invalid(&format!("dtype {:?} is not supported", info.dtype)));
+        }
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0u8; end - start];
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(self.data_start + start as u64))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(|e| Error::io(&self.path, e))?;
+        let view =
+            TensorView::new(info.dtype, info.shape.clone(), &bytes).map_err(|e| invalid(&e))?;
+        candle_core::safetensors::Load::load(&view, device).map_err(|e| invalid(&e))
+    }
 }
 
 /// Reads every tensor of a safetensors file, in the dtype it has there.
@@ -41,23 +196,46 @@ pub fn read_text(path: &Path) -> Result<String> {
 /// # Errors
 /// When the file cannot be read, is truncated, lies about its sizes, or holds a dtype candle lacks.
 pub fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    let invalid =
-        |e: &dyn std::fmt::Display| Error::file(path, format!("not a valid safetensors file: {e}"));
-    let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| invalid(&e))?;
-    let mut tensors = BTreeMap::new();
-    for (name, view) in file.tensors() {
-        let tensor = candle_core::safetensors::Load::load(&view, device)
-            .map_err(|e| Error::file(path, format!("tensor {name}: {e}")))?;
-        tensors.insert(name, tensor);
-    }
-    Ok(tensors)
+    let file = TensorFile::open(path)?;
+    let names = file.tensors().keys();
+    names.map(|name| Ok((name.clone(), file.read(name, device)?))).collect()
 }
 
-/// Writes tensors as a safetensors file, atomically, with `{"format": "pt"}` as Python libraries expect it.
+/// Writes tensors as a safetensors file, atomically, with `{"format": "pt"}` as Python libraries expect it. One
+/// tensor at a time is copied.
 pub fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    stage_tensors(path, tensors)?.commit()
+}
+
+/// As [`write_tensors`], up to the last step.
+pub fn stage_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<Staged> {
+    use DType::{BF16, F16, F32, F64, I16, I32, I64, U32, U8};
+    let invalid = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
+    // Wide elements first, so that each tensor is aligned to its elements, as the format recommends.
+    let mut sorted: Vec<(&String, &Tensor)> = tensors.iter().collect();
+    sorted.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size_in_bytes()));
+    let mut offset = 0;
+    let mut infos = Vec::with_capacity(sorted.len());
+    for (name, tensor) in &sorted {
+        if !matches!(tensor.dtype(), U8 | U32 | I16 | I32 | I64 | F16 | BF16 | F32 | F64) {
+            return Err(invalid(&format!("tensor {name} has the dtype {:?}", tensor.dtype())));
+        }
+        let end = offset + tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let (dtype, shape) = (tensor.dtype().into(), tensor.dims().to_vec());
+        infos.push((name.to_string(), TensorInfo { dtype, shape, data_offsets: (offset, end) }));
+        offset = end;
+    }
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let bytes = safetensors::serialize(tensors, Some(metadata))
-        .map_err(|e| Error::file(path, format!("cannot be serialized: {e}")))?;
-    write_atomic(path, |file| file.write_all(&bytes))
+    let header = Metadata::new(Some(metadata), infos).map_err(|e| invalid(&e))?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| invalid(&e))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    stage(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        for (_, tensor) in &sorted {
+            let tensor = tensor.to_device(&Device::Cpu).map_err(std::io::Error::other)?;
+            file.write_all(&safetensors::View::data(&tensor))?;
+        }
+        Ok(())
+    })
 }

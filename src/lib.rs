@@ -14,6 +14,7 @@ pub mod philox;
 mod problem;
 pub mod reference;
 pub mod sam;
+pub mod train;
 
 pub use device::device;
 pub use error::{Error, Result, TensorMismatch};

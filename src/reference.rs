@@ -100,7 +100,7 @@ fn erfc(x: f64) -> f64 {
     }
 }
 
-/// The shapes of [`rel_pos_attention`].
+/// The attention of SAM's image encoder, by its shapes.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {
     /// Images.

@@ -9,13 +9,16 @@ use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
 use common::{error, gradients, random, tensor_error, values, Worst};
 
+type OnTensors<'a> = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + 'a>;
+type OnValues<'a> = Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + 'a>;
+
 /// An operation as the tests see it: from its differentiable inputs to its output, three times.
 struct Op<'a> {
     name: String,
     inputs: Vec<Tensor>,
-    fused: Box<dyn Fn(&[Tensor]) -> Result<Tensor> + 'a>,
-    composed: Box<dyn Fn(&[Tensor]) -> Result<Tensor> + 'a>,
-    reference: Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + 'a>,
+    fused: OnTensors<'a>,
+    composed: OnTensors<'a>,
+    reference: OnValues<'a>,
 }
 
 const DROPOUT: Dropout = Dropout { p: 0.25, seed: 11, stream: 5 };

@@ -3,8 +3,13 @@
 //! Plain slices and shapes; no tensors. Results do not depend on the number of threads: every sum is taken in a
 //! fixed order.
 
+pub mod activation;
 pub mod attention;
-mod gemm;
+mod blocked;
+mod head;
 pub mod layer_norm;
 mod math;
+mod panel;
 pub mod projection;
+mod simd;
+mod softmax;

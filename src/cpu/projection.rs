@@ -4,32 +4,29 @@
 //! y_p = x W_p^T + b_p + scaling_p (S_p B_p^T + lora_bias_p),    S_p = drop_p(x) A_p^T     [rows, rank]
 //! out = act(cat_p y_p) + residual
 //! ```
-//! The base products write straight into their columns of the packed output and S B^T is added to them there; one
-//! last pass over blocks of rows adds biases, applies the activation and adds the residual. The dropped input
-//! exists only for a block of rows at a time. The backward regenerates it from the seed.
+//! A task takes a block of rows: S while the rows are in cache, then panel after panel of the output, the low-rank
+//! term being one more product into the same accumulator, then bias, activation and residual on the accumulator, and
+//! one write. The dropped input exists for one block at a time; the backward regenerates it from the seed.
 //!
-//! Kept for the backward: S, and with GELU or ReLU the sum before the activation.
+//! Kept for the backward: S, and with an activation the sum before it.
+//!
+//! ```text
+//! g = grad * act'(sum)                dS_p = scaling_p g_p B_p
+//! dx = sum_p g_p W_p + drop_p(dS_p A_p)      dA_p = dS_p^T drop_p(x)      dB_p = scaling_p g_p^T S_p
+//! ```
+//! Gradients of the small tensors are summed within a group of consecutive rows, then over the groups, in order.
 
-use super::gemm::{gemm, gemm_parallel, Into, Mat, MatMut};
-use super::math::{gelu, gelu_derivative};
-use crate::philox::Dropout;
-use crate::problem::{small_layout, ProjectionProblem, SmallLayout};
+use super::activation::Activation;
+use super::attention::add;
+use super::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
+use super::simd::padded;
+use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::ops::Range;
 
-/// Rows that one task handles; sums over rows are taken block by block, in order.
-const ROWS: usize = 256;
-
-/// The activation as this module computes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Epilogue {
-    /// The sum as it is.
-    Identity,
-    /// The exact GELU.
-    Gelu,
-    /// `max(x, 0)`
-    Relu,
-}
+/// Groups of rows, at most, whose gradients of small tensors are summed separately.
+const GROUPS: usize = 32;
 
 /// The shapes, and the weights `[out, in]` of each projection.
 pub struct Weights<'a> {
@@ -44,7 +41,7 @@ pub struct Weights<'a> {
 /// What the backward needs besides its inputs.
 #[derive(Debug, Default)]
 pub struct Saved {
-    /// S of each projection, `[rows, rank]`; empty without LoRA.
+    /// S of each projection, `[rows, padded rank]`; empty without LoRA.
     s: Vec<Vec<f32>>,
     /// The sum before the activation; empty where it is not needed.
     sum: Vec<f32>,
@@ -58,81 +55,161 @@ pub struct Gradients {
     pub small: Vec<f32>,
 }
 
+/// One projection, ready for its products.
+struct Ready<'a> {
+    layout: SmallLayout,
+    lora: Option<LoraProblem>,
+    /// Its columns of the packed output.
+    columns: Range<usize>,
+    small: &'a [f32],
+    /// The weight as the product at hand wants it.
+    weight: Packed,
+}
+
+impl Ready<'_> {
+    fn a(&self) -> &[f32] {
+        &self.small[self.layout.a.clone()]
+    }
+
+    fn b(&self) -> &[f32] {
+        &self.small[self.layout.b.clone()]
+    }
+
+    fn out_dim(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// `bias + scaling * lora_bias`, `[out]`
+    fn constant(&self) -> Vec<f32> {
+        let mut constant = vec![0f32; self.out_dim()];
+        if let Some(bias) = &self.layout.bias {
+            add(&mut constant, &self.small[bias.clone()]);
+        }
+        if let (Some(lora), Some(bias)) = (self.lora, &self.layout.lora_bias) {
+            for (constant, bias) in constant.iter_mut().zip(&self.small[bias.clone()]) {
+                *constant += lora.scaling * bias;
+            }
+        }
+        constant
+    }
+}
+
+impl Weights<'_> {
+    fn total(&self) -> usize {
+        self.projections.iter().map(|p| p.out_dim).sum()
+    }
+
+    fn ready<'a>(
+        &self,
+        small: &'a [f32],
+        pack: fn(&[f32], usize, usize) -> Packed,
+    ) -> Vec<Ready<'a>> {
+        let (layouts, _) = small_layout(self.in_dim, self.projections);
+        let mut end = 0;
+        let parts = self.projections.iter().zip(layouts).zip(&self.weights);
+        parts
+            .map(|((p, layout), weight)| {
+                let columns = end..end + p.out_dim;
+                end = columns.end;
+                let weight = pack(weight, p.out_dim, self.in_dim);
+                Ready { layout, lora: p.lora, columns, small, weight }
+            })
+            .collect()
+    }
+}
+
 /// `out [rows, sum of out_dim]` for `x [rows, in]`; what the backward needs is kept only if `keep`.
 pub fn forward(
     weights: &Weights<'_>,
     x: &[f32],
     small: &[f32],
     residual: Option<&[f32]>,
-    epilogue: Epilogue,
+    activation: Activation,
     keep: bool,
 ) -> (Vec<f32>, Saved) {
-    let in_dim = weights.in_dim;
+    let (in_dim, total) = (weights.in_dim, weights.total());
     let rows = x.len() / in_dim;
-    let total: usize = weights.projections.iter().map(|p| p.out_dim).sum();
-    let (layouts, _) = small_layout(in_dim, weights.projections);
+    let parts = weights.ready(small, Packed::from_transposed);
+    let constants: Vec<_> = parts.iter().map(Ready::constant).collect();
+    // A^T and B^T where there is LoRA.
+    let low_rank: Vec<_> = parts
+        .iter()
+        .map(|part| {
+            let rank = part.lora?.rank;
+            let a = Packed::from_transposed(part.a(), rank, in_dim);
+            Some((a, Packed::from_transposed(part.b(), part.out_dim(), rank)))
+        })
+        .collect();
+    let keep_sum = keep && activation != Activation::Identity;
     let mut out = vec![0f32; rows * total];
-    let mut saved = Saved::default();
-    // The constant part of each column: bias + scaling * lora_bias.
-    let mut constant = vec![0f32; total];
-    let mut column = 0;
-    for ((p, layout), weight) in weights.projections.iter().zip(&layouts).zip(&weights.weights) {
-        let columns = column..column + p.out_dim;
-        column = columns.end;
-        gemm_parallel(
-            MatMut::new(&mut out[columns.start..], rows, p.out_dim, total),
-            Into::Store,
-            1.0,
-            Mat::packed(x, rows, in_dim),
-            Mat::packed(weight, p.out_dim, in_dim).t(),
-        );
-        if let Some(bias) = &layout.bias {
-            add_scaled(&mut constant[columns.clone()], &small[bias.clone()], 1.0);
-        }
-        let Some(lora) = p.lora else {
-            saved.s.push(Vec::new());
-            continue;
-        };
-        if let Some(bias) = &layout.lora_bias {
-            add_scaled(&mut constant[columns.clone()], &small[bias.clone()], lora.scaling);
-        }
-        let a = Mat::packed(&small[layout.a.clone()], lora.rank, in_dim);
-        let mut s = vec![0f32; rows * lora.rank];
-        s.par_chunks_mut(ROWS * lora.rank).enumerate().for_each(|(block, s)| {
-            let count = s.len() / lora.rank;
-            let x = dropped(x, in_dim, block * ROWS, count, lora.dropout);
-            let s = MatMut::packed(s, count, lora.rank);
-            gemm(s, Into::Store, 1.0, Mat::packed(&x, count, in_dim), a.t());
-        });
-        gemm_parallel(
-            MatMut::new(&mut out[columns.start..], rows, p.out_dim, total),
-            Into::Add,
-            lora.scaling,
-            Mat::packed(&s, rows, lora.rank),
-            Mat::packed(&small[layout.b.clone()], p.out_dim, lora.rank).t(),
-        );
-        saved.s.push(if keep { s } else { Vec::new() });
-    }
-    if constant.iter().any(|&c| c != 0.0) {
-        out.par_chunks_mut(total).for_each(|row| add_scaled(row, &constant, 1.0));
-    }
-    if epilogue != Epilogue::Identity {
-        if keep {
-            saved.sum = out.clone();
-        }
-        out.par_chunks_mut(total).for_each(|row| match epilogue {
-            Epilogue::Identity => {}
-            Epilogue::Gelu => row.iter_mut().for_each(|y| *y = gelu(*y)),
-            // A comparison, not `max`: NaN must stay NaN.
-            Epilogue::Relu => row.iter_mut().for_each(|y| *y = if *y < 0.0 { 0.0 } else { *y }),
-        });
-    }
-    if let Some(residual) = residual {
-        out.par_chunks_mut(total)
-            .zip(residual.par_chunks(total))
-            .for_each(|(row, residual)| add_scaled(row, residual, 1.0));
-    }
-    (out, saved)
+    let mut sum = vec![0f32; if keep_sum { out.len() } else { 0 }];
+    let sums: Vec<Option<&mut [f32]>> = match keep_sum {
+        true => sum.chunks_mut(ROWS * total).map(Some).collect(),
+        false => (0..rows.div_ceil(ROWS)).map(|_| None).collect(),
+    };
+    let block_s: Vec<Vec<Vec<f32>>> = out
+        .par_chunks_mut(ROWS * total)
+        .zip(sums)
+        .enumerate()
+        .map(|(block, (out, mut sum))| {
+            let first = block * ROWS;
+            let count = out.len() / total;
+            let x_rows = &x[first * in_dim..][..count * in_dim];
+            let mut acc = vec![0f32; count * PANEL];
+            let mut s_of_parts = Vec::new();
+            for ((part, constant), low_rank) in parts.iter().zip(&constants).zip(&low_rank) {
+                let s = match (low_rank, part.lora) {
+                    (Some((a, _)), Some(lora)) => low_rank_input(x_rows, in_dim, first, a, lora),
+                    _ => Vec::new(),
+                };
+                for column in part.weight.panels() {
+                    let base =
+                        Term { left: x_rows, stride: in_dim, right: &part.weight, scale: 1.0 };
+                    match (low_rank, part.lora) {
+                        (Some((_, b)), Some(lora)) => {
+                            let stride = padded(lora.rank);
+                            let up = Term { left: &s, stride, right: b, scale: lora.scaling };
+                            accumulate(&mut acc, count, column, &[base, up]);
+                        }
+                        _ => accumulate(&mut acc, count, column, &[base]),
+                    }
+                    let constant = &constant[column..part.out_dim().min(column + PANEL)];
+                    for acc in acc.chunks_exact_mut(PANEL) {
+                        add(acc, constant);
+                    }
+                    let start = part.columns.start + column;
+                    let place =
+                        |row: usize| row * total + start..row * total + start + constant.len();
+                    if let Some(sum) = &mut sum {
+                        for (row, acc) in acc.chunks_exact(PANEL).enumerate() {
+                            sum[place(row)].copy_from_slice(&acc[..constant.len()]);
+                        }
+                    }
+                    activation.apply(&mut acc);
+                    for (row, acc) in acc.chunks_exact(PANEL).enumerate() {
+                        out[place(row)].copy_from_slice(&acc[..constant.len()]);
+                    }
+                }
+                s_of_parts.push(s);
+            }
+            if let Some(residual) = residual {
+                add(out, &residual[first * total..]);
+            }
+            if keep {
+                s_of_parts
+            } else {
+                Vec::new()
+            }
+        })
+        .collect();
+    let s = if keep {
+        (0..parts.len())
+            .map(|p| block_s.iter().flat_map(|s| s[p].iter().copied()).collect())
+            .collect()
+    } else {
+        Vec::new()
+    };
+    (out, Saved { s, sum })
 }
 
 /// The gradients of x and of the small tensors, where wanted, for the gradient `grad` of the output.
@@ -142,175 +219,255 @@ pub fn backward(
     small: &[f32],
     saved: &Saved,
     grad: &[f32],
-    epilogue: Epilogue,
+    activation: Activation,
     (want_x, want_small): (bool, bool),
 ) -> Gradients {
-    let in_dim = weights.in_dim;
+    let (in_dim, total) = (weights.in_dim, weights.total());
     let rows = x.len() / in_dim;
-    let total: usize = weights.projections.iter().map(|p| p.out_dim).sum();
-    let (layouts, small_len) = small_layout(in_dim, weights.projections);
-    let grad = through_activation(grad, &saved.sum, epilogue);
-    let mut dx = vec![0f32; if want_x { x.len() } else { 0 }];
-    let mut dsmall = vec![0f32; if want_small { small_len } else { 0 }];
-    let mut column = 0;
-    for (index, (p, layout)) in weights.projections.iter().zip(&layouts).enumerate() {
-        let g = Mat::new(&grad[column..], rows, p.out_dim, total);
-        if want_x {
-            let weight = Mat::packed(&weights.weights[index], p.out_dim, in_dim);
-            gemm_parallel(MatMut::packed(&mut dx, rows, in_dim), Into::Add, 1.0, g, weight);
-        }
-        if want_small {
-            bias_gradients(&mut dsmall, layout, p, &grad, column, total);
-        }
-        if let Some(lora) = p.lora {
-            // dS = scaling g B
-            let mut ds = vec![0f32; rows * lora.rank];
-            gemm_parallel(
-                MatMut::packed(&mut ds, rows, lora.rank),
-                Into::Store,
-                lora.scaling,
-                g,
-                Mat::packed(&small[layout.b.clone()], p.out_dim, lora.rank),
-            );
-            if want_x {
-                let a = Mat::packed(&small[layout.a.clone()], lora.rank, in_dim);
-                add_low_rank_dx(&mut dx, &ds, a, in_dim, lora.rank, lora.dropout);
+    let parts =
+        weights.ready(small, if want_x { Packed::from_rows } else { |_, _, _| Packed::empty() });
+    // B and A where there is LoRA, for dS = scaling g B and dx += dS A.
+    let low_rank: Vec<_> = parts
+        .iter()
+        .map(|part| {
+            let rank = part.lora?.rank;
+            let b = Packed::from_rows(part.b(), part.out_dim(), rank);
+            Some((b, Packed::from_rows(part.a(), rank, in_dim)))
+        })
+        .collect();
+    let mut dx = vec![0f32; rows * in_dim];
+    let group_rows = rows.div_ceil(GROUPS).next_multiple_of(ROWS);
+    let partial: Vec<Vec<PartGradients>> = dx
+        .par_chunks_mut(group_rows * in_dim)
+        .enumerate()
+        .map(|(group, dx)| {
+            let mut sums: Vec<_> =
+                parts.iter().map(|part| PartGradients::new(part, in_dim)).collect();
+            for (block, dx) in dx.chunks_mut(ROWS * in_dim).enumerate() {
+                let first = group * group_rows + block * ROWS;
+                let count = dx.len() / in_dim;
+                let at = first * total..(first + count) * total;
+                let g = match saved.sum.get(at.clone()) {
+                    Some(sum) => activation.gradient(sum, &grad[at]),
+                    None => Cow::Borrowed(&grad[at]),
+                };
+                let rows = BlockRows {
+                    first,
+                    count,
+                    x: &x[first * in_dim..][..count * in_dim],
+                    g: &g,
+                    total,
+                };
+                let ds: Vec<_> = parts
+                    .iter()
+                    .zip(&low_rank)
+                    .map(|(part, lr)| rows.ds(part, lr.as_ref()))
+                    .collect();
+                if want_small {
+                    for (index, (part, sums)) in parts.iter().zip(&mut sums).enumerate() {
+                        let s = saved.s.get(index).map_or(&[][..], Vec::as_slice);
+                        sums.add(part, &rows, &ds[index], s, in_dim);
+                    }
+                }
+                if want_x {
+                    rows.dx(dx, in_dim, &parts, &low_rank, &ds);
+                }
             }
-            if want_small {
-                let da = &mut dsmall[layout.a.clone()];
-                a_gradient(da, &ds, x, in_dim, lora.rank, lora.dropout);
-                // dB = scaling g^T S
-                gemm_parallel(
-                    MatMut::packed(&mut dsmall[layout.b.clone()], p.out_dim, lora.rank),
-                    Into::Store,
-                    lora.scaling,
-                    g.t(),
-                    Mat::packed(&saved.s[index], rows, lora.rank),
-                );
+            sums
+        })
+        .collect();
+    let mut dsmall =
+        vec![0f32; if want_small { small_layout(in_dim, weights.projections).1 } else { 0 }];
+    if want_small {
+        for group in &partial {
+            for (part, sums) in parts.iter().zip(group) {
+                sums.write(part, in_dim, &mut dsmall);
             }
         }
-        column += p.out_dim;
     }
-    Gradients { x: dx, small: dsmall }
+    Gradients { x: if want_x { dx } else { Vec::new() }, small: dsmall }
 }
 
-/// Rows `first..first + count` of x, dropped; x itself without dropout.
-fn dropped(
+/// `drop(x) A^T` for rows of x, `[count, padded rank]`.
+fn low_rank_input(
     x: &[f32],
     in_dim: usize,
     first: usize,
-    count: usize,
-    dropout: Option<Dropout>,
+    a: &Packed,
+    lora: LoraProblem,
+) -> Vec<f32> {
+    let (count, width) = (x.len() / in_dim, padded(lora.rank));
+    let x = dropped(x, in_dim, in_dim, first, lora);
+    let mut s = vec![0f32; count * width];
+    let mut acc = vec![0f32; count * PANEL];
+    for column in a.panels() {
+        accumulate(
+            &mut acc,
+            count,
+            column,
+            &[Term { left: &x, stride: in_dim, right: a, scale: 1.0 }],
+        );
+        copy_columns(&acc, &mut s, width, column);
+    }
+    s
+}
+
+/// Moves an accumulator into the columns from `column` on of rows `width` long.
+fn copy_columns(acc: &[f32], rows: &mut [f32], width: usize, column: usize) {
+    let end = width.min(column + PANEL);
+    for (row, acc) in rows.chunks_exact_mut(width).zip(acc.chunks_exact(PANEL)) {
+        row[column..end].copy_from_slice(&acc[..end - column]);
+    }
+}
+
+/// Rows of x after dropout, `stride` apart (zero between); x itself where that is the same.
+fn dropped(
+    x: &[f32],
+    in_dim: usize,
+    stride: usize,
+    first: usize,
+    lora: LoraProblem,
 ) -> Cow<'_, [f32]> {
-    let rows = &x[first * in_dim..(first + count) * in_dim];
-    let Some(dropout) = dropout else { return Cow::Borrowed(rows) };
-    let mut rows = rows.to_vec();
-    for (index, row) in rows.chunks_mut(in_dim).enumerate() {
-        dropout.apply_row((first + index) as u64, 0, row);
+    if lora.dropout.is_none() && stride == in_dim {
+        return Cow::Borrowed(x);
+    }
+    let mut rows = vec![0f32; x.len() / in_dim * stride];
+    for (index, (row, x)) in rows.chunks_exact_mut(stride).zip(x.chunks_exact(in_dim)).enumerate() {
+        row[..in_dim].copy_from_slice(x);
+        if let Some(dropout) = lora.dropout {
+            dropout.apply_row((first + index) as u64, 0, &mut row[..in_dim]);
+        }
     }
     Cow::Owned(rows)
 }
 
-fn through_activation<'a>(grad: &'a [f32], sum: &[f32], epilogue: Epilogue) -> Cow<'a, [f32]> {
-    let derivative = match epilogue {
-        Epilogue::Identity => return Cow::Borrowed(grad),
-        Epilogue::Gelu => gelu_derivative,
-        Epilogue::Relu => |sum: f32| f32::from(sum > 0.0),
-    };
-    Cow::Owned(grad.par_iter().zip(sum).map(|(g, &sum)| g * derivative(sum)).collect())
+/// A block of rows in the backward.
+struct BlockRows<'a> {
+    first: usize,
+    count: usize,
+    /// `[count, in]`
+    x: &'a [f32],
+    /// Gradient of the sum before the activation, `[count, total]`.
+    g: &'a [f32],
+    total: usize,
 }
 
-/// The gradients of bias and LoRA bias: column sums, block by block.
-fn bias_gradients(
-    dsmall: &mut [f32],
-    layout: &SmallLayout,
-    p: &ProjectionProblem,
-    grad: &[f32],
-    column: usize,
-    total: usize,
-) {
-    if layout.bias.is_none() && layout.lora_bias.is_none() {
-        return;
+impl BlockRows<'_> {
+    /// `dS = scaling g B`, `[count, padded rank]`; empty without LoRA.
+    fn ds(&self, part: &Ready<'_>, low_rank: Option<&(Packed, Packed)>) -> Vec<f32> {
+        let (Some((b, _)), Some(lora)) = (low_rank, part.lora) else { return Vec::new() };
+        let width = padded(lora.rank);
+        let mut ds = vec![0f32; self.count * width];
+        let mut acc = vec![0f32; self.count * PANEL];
+        let left = &self.g[part.columns.start..];
+        for column in b.panels() {
+            let term = Term { left, stride: self.total, right: b, scale: lora.scaling };
+            accumulate(&mut acc, self.count, column, &[term]);
+            copy_columns(&acc, &mut ds, width, column);
+        }
+        ds
     }
-    let partial: Vec<Vec<f32>> = grad
-        .par_chunks(ROWS * total)
-        .map(|block| {
-            let mut sum = vec![0f32; p.out_dim];
-            for row in block.chunks(total) {
-                add_scaled(&mut sum, &row[column..column + p.out_dim], 1.0);
+
+    /// `dx = sum_p g_p W_p + drop_p(dS_p A_p)`
+    fn dx(
+        &self,
+        dx: &mut [f32],
+        in_dim: usize,
+        parts: &[Ready<'_>],
+        low_rank: &[Option<(Packed, Packed)>],
+        ds: &[Vec<f32>],
+    ) {
+        let base = parts.iter().map(|part| {
+            let left = &self.g[part.columns.start..];
+            Term { left, stride: self.total, right: &part.weight, scale: 1.0 }
+        });
+        let ups = parts.iter().zip(low_rank).zip(ds).filter_map(|((part, low_rank), ds)| {
+            let ((_, a), lora) = (low_rank.as_ref()?, part.lora?);
+            let term = Term { left: ds, stride: padded(lora.rank), right: a, scale: 1.0 };
+            Some((term, lora.dropout))
+        });
+        let (masked, plain): (Vec<_>, Vec<_>) = ups.partition(|(_, dropout)| dropout.is_some());
+        let terms: Vec<_> = base.chain(plain.into_iter().map(|(term, _)| term)).collect();
+        let mut acc = vec![0f32; self.count * PANEL];
+        let mut part_acc = acc.clone();
+        for column in (0..in_dim).step_by(PANEL) {
+            let width = PANEL.min(in_dim - column);
+            accumulate(&mut acc, self.count, column, &terms);
+            for (term, dropout) in &masked {
+                accumulate(&mut part_acc, self.count, column, &[*term]);
+                for (index, row) in part_acc.chunks_exact_mut(PANEL).enumerate() {
+                    if let Some(dropout) = dropout {
+                        dropout.apply_row((self.first + index) as u64, column, &mut row[..width]);
+                    }
+                }
+                add(&mut acc, &part_acc);
             }
-            sum
-        })
-        .collect();
-    let scaling = p.lora.map_or(1.0, |lora| lora.scaling);
-    for (range, scale) in [(&layout.bias, 1.0), (&layout.lora_bias, scaling)] {
-        let Some(range) = range else { continue };
-        for sum in &partial {
-            add_scaled(&mut dsmall[range.clone()], sum, scale);
+            copy_columns(&acc, dx, in_dim, column);
         }
     }
 }
 
-/// `dx += mask * (dS A)`
-fn add_low_rank_dx(
-    dx: &mut [f32],
-    ds: &[f32],
-    a: Mat<'_>,
-    in_dim: usize,
-    rank: usize,
-    dropout: Option<Dropout>,
-) {
-    dx.par_chunks_mut(ROWS * in_dim).zip(ds.par_chunks(ROWS * rank)).enumerate().for_each(
-        |(block, (dx, ds))| {
-            let count = ds.len() / rank;
-            let ds = Mat::packed(ds, count, rank);
-            let Some(dropout) = dropout else {
-                gemm(MatMut::packed(dx, count, in_dim), Into::Add, 1.0, ds, a);
-                return;
-            };
-            let mut part = vec![0f32; dx.len()];
-            gemm(MatMut::packed(&mut part, count, in_dim), Into::Store, 1.0, ds, a);
-            for (row, part) in part.chunks_mut(in_dim).enumerate() {
-                dropout.apply_row((block * ROWS + row) as u64, 0, part);
-            }
-            add_scaled(dx, &part, 1.0);
-        },
-    );
+/// Sums of one projection's small gradients over a group of rows, in padded rows.
+struct PartGradients {
+    /// `[rank, padded in]`
+    a: Vec<f32>,
+    /// `[out, padded rank]`
+    b: Vec<f32>,
+    /// Column sums of g; empty where there is no bias of either kind.
+    bias: Vec<f32>,
 }
 
-/// `dA = dS^T drop(x)`, block by block.
-fn a_gradient(
-    da: &mut [f32],
-    ds: &[f32],
-    x: &[f32],
-    in_dim: usize,
-    rank: usize,
-    dropout: Option<Dropout>,
-) {
-    let partial: Vec<Vec<f32>> = ds
-        .par_chunks(ROWS * rank)
-        .enumerate()
-        .map(|(block, ds)| {
-            let count = ds.len() / rank;
-            let x = dropped(x, in_dim, block * ROWS, count, dropout);
-            let mut part = vec![0f32; rank * in_dim];
-            gemm(
-                MatMut::packed(&mut part, rank, in_dim),
-                Into::Store,
-                1.0,
-                Mat::packed(ds, count, rank).t(),
-                Mat::packed(&x, count, in_dim),
-            );
-            part
-        })
-        .collect();
-    for part in &partial {
-        add_scaled(da, part, 1.0);
+impl PartGradients {
+    fn new(part: &Ready<'_>, in_dim: usize) -> Self {
+        let rank = part.lora.map_or(0, |lora| lora.rank);
+        let biased = part.layout.bias.is_some() || part.layout.lora_bias.is_some();
+        Self {
+            a: vec![0f32; rank * padded(in_dim)],
+            b: vec![0f32; if rank > 0 { part.out_dim() * padded(rank) } else { 0 }],
+            bias: vec![0f32; if biased { part.out_dim() } else { 0 }],
+        }
     }
-}
 
-fn add_scaled(sum: &mut [f32], part: &[f32], scale: f32) {
-    for (sum, part) in sum.iter_mut().zip(part) {
-        *sum += scale * part;
+    fn add(
+        &mut self,
+        part: &Ready<'_>,
+        rows: &BlockRows<'_>,
+        ds: &[f32],
+        s: &[f32],
+        in_dim: usize,
+    ) {
+        if !self.bias.is_empty() {
+            for row in rows.g.chunks_exact(rows.total) {
+                add(&mut self.bias, &row[part.columns.clone()]);
+            }
+        }
+        let Some(lora) = part.lora else { return };
+        let (rank, width) = (lora.rank, padded(lora.rank));
+        let x = dropped(rows.x, in_dim, padded(in_dim), rows.first, lora);
+        let shape = (rows.count, rank, in_dim);
+        add_transposed_product(&mut self.a, 1.0, shape, (ds, width), &x);
+        let s = &s[rows.first * width..][..rows.count * width];
+        let shape = (rows.count, part.out_dim(), rank);
+        let g = (&rows.g[part.columns.start..], rows.total);
+        add_transposed_product(&mut self.b, lora.scaling, shape, g, s);
+    }
+
+    fn write(&self, part: &Ready<'_>, in_dim: usize, dsmall: &mut [f32]) {
+        let scaling = part.lora.map_or(1.0, |lora| lora.scaling);
+        for (range, scale) in [(&part.layout.bias, 1.0), (&part.layout.lora_bias, scaling)] {
+            let Some(range) = range else { continue };
+            for (sum, part) in dsmall[range.clone()].iter_mut().zip(&self.bias) {
+                *sum += scale * part;
+            }
+        }
+        let Some(lora) = part.lora else { return };
+        for (range, rows, width) in
+            [(&part.layout.a, &self.a, in_dim), (&part.layout.b, &self.b, lora.rank)]
+        {
+            let sums = dsmall[range.clone()].chunks_exact_mut(width);
+            for (sum, row) in sums.zip(rows.chunks_exact(padded(width))) {
+                add(sum, row);
+            }
+        }
     }
 }

@@ -1,1 +1,38 @@
-//! PEFT-compatible LoRA: configuration, adapters, injection, merging, reports.
+//! PEFT-compatible LoRA on any [`ModuleTree`](crate::nn::ModuleTree): configuration, injection by dotted name,
+//! adapter folders that `peft` reads and writes, merging, reports.
+//!
+//! ```
+//! use candle_core::{DType, Device};
+//! use candle_sam_lora::lora::{inject, trainable_parameters, LoraConfig};
+//! use candle_sam_lora::{module_tree, nn::Linear};
+//!
+//! struct Attention {
+//!     q: Linear,
+//!     v: Linear,
+//! }
+//! module_tree!(Attention { q, v });
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let linear = || Linear::zeros(768, 768, true, DType::F32, &Device::Cpu);
+//! let mut model = Attention { q: linear()?, v: linear()? };
+//! let config = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
+//! inject(&mut model, &config, 0)?;
+//! assert_eq!(trainable_parameters(&model).trainable, 2 * 16 * (768 + 768));
+//! # Ok(())
+//! # }
+//! ```
+
+mod adapter;
+mod config;
+mod inject;
+mod merge;
+mod report;
+mod state;
+mod target;
+
+pub use adapter::{load_adapter, save_adapter, CONFIG_FILE, TENSORS_FILE};
+pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames};
+pub use inject::{eject, inject};
+pub use merge::{merge, merge_and_unload, safe_merge, unmerge};
+pub use report::{peft_trainable_parameters, trainable_parameters, ParameterReport};
+pub use state::{adapter_state, set_adapter_state};

@@ -10,7 +10,8 @@
 
 use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
 use super::{check, composed};
-use crate::cpu::projection::{self, Epilogue, Saved, Weights};
+use crate::cpu::activation;
+use crate::cpu::projection::{self, Saved, Weights};
 use crate::philox::Dropout;
 use crate::problem::{LoraProblem, ProjectionProblem};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
@@ -188,10 +189,10 @@ fn apply(
         name,
         problems: projections.iter().map(problem).collect(),
         weights: projections.iter().map(|p| p.weight.clone()).collect(),
-        epilogue: match activation {
-            Activation::None => Epilogue::Identity,
-            Activation::Gelu => Epilogue::Gelu,
-            Activation::Relu => Epilogue::Relu,
+        activation: match activation {
+            Activation::None => activation::Activation::Identity,
+            Activation::Gelu => activation::Activation::Gelu,
+            Activation::Relu => activation::Activation::Relu,
         },
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
@@ -218,7 +219,7 @@ struct FusedProjection {
     name: &'static str,
     problems: Vec<ProjectionProblem>,
     weights: Vec<Tensor>,
-    epilogue: Epilogue,
+    activation: activation::Activation,
     residual: bool,
     keep: bool,
     saved: OnceLock<Saved>,
@@ -262,7 +263,7 @@ impl CustomOp3 for FusedProjection {
         };
         let (out, saved) = self.with_weights(|weights| {
             let residual = residual.as_deref();
-            Ok(projection::forward(weights, &rows, &small, residual, self.epilogue, self.keep))
+            Ok(projection::forward(weights, &rows, &small, residual, self.activation, self.keep))
         })?;
         let mut dims = x_layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
@@ -289,8 +290,8 @@ impl CustomOp3 for FusedProjection {
         let grads = with_f32(self.name, x, |x| {
             with_f32(self.name, grad_res, |grad| {
                 self.with_weights(|weights| {
-                    let (epilogue, small) = (self.epilogue, &small_values);
-                    Ok(projection::backward(weights, &x, small, saved, &grad, epilogue, wanted))
+                    let (activation, small) = (self.activation, &small_values);
+                    Ok(projection::backward(weights, &x, small, saved, &grad, activation, wanted))
                 })
             })
         })?;

@@ -1,0 +1,98 @@
+//! Runs SAM on tensors from a safetensors file, for comparison with other implementations:
+//!
+//! ```text
+//! cargo run --release --example encode -- --model DIR --adapter DIR --input in.safetensors --output out.safetensors
+//! ```
+
+#[path = "shared/adapted.rs"]
+mod adapted;
+#[path = "shared/console.rs"]
+mod console;
+#[path = "shared/model.rs"]
+mod model;
+
+use anyhow::bail;
+use candle_core::{DType, Tensor};
+use candle_sam_lora::files;
+use candle_sam_lora::nn::Mode;
+use candle_sam_lora::sam::SamInput;
+use clap::Parser;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Runs a SAM on tensors from a safetensors file
+///
+/// Tensors read: pixel_values [B,3,S,S], and if wanted input_points [B,P,N,2], input_labels [B,P,N],
+/// input_boxes [B,P,4], input_masks [B,1,4h,4w], as Hugging Face's SamModel takes them. Tensors written:
+/// image_embeddings, hidden_states.0 .. hidden_states.N, and with prompts pred_masks and iou_scores. All in f32.
+#[derive(Parser)]
+struct Options {
+    /// Folder with config.json and safetensors weights [default: the small SAM of this project]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Folder of a PEFT adapter
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Safetensors file to read
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Safetensors file to write
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// One mask for each prompt instead of several (multimask_output=False)
+    #[arg(long)]
+    single_mask: bool,
+    /// cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+const PROMPTS: [&str; 4] = ["input_points", "input_labels", "input_boxes", "input_masks"];
+
+fn run(options: &Options) -> anyhow::Result<()> {
+    let device = model::device(&options.device)?;
+    let mut tensors = files::read_tensors(&options.input, &device)?;
+    let mut take =
+        |name: &str| tensors.remove(name).map(|tensor| tensor.to_dtype(DType::F32)).transpose();
+    let Some(pixel_values) = take("pixel_values")? else {
+        bail!("{}: has no tensor pixel_values", options.input.display())
+    };
+    let [input_points, input_labels, input_boxes, input_masks] = PROMPTS.map(&mut take);
+    let mut input = SamInput {
+        input_points: input_points?,
+        input_labels: input_labels?,
+        input_boxes: input_boxes?,
+        input_masks: input_masks?,
+        multimask_output: !options.single_mask,
+        ..Default::default()
+    };
+    if let Some(name) = tensors.keys().next() {
+        let known = PROMPTS.join(", ");
+        bail!("{}: unknown tensor {name}; known: pixel_values, {known}", options.input.display())
+    }
+    let folder = options.model.clone().unwrap_or_else(model::shipped_model);
+    let (_, sam) = adapted::load_adapted(&folder, options.adapter.as_deref(), &device)?;
+    let encoded = sam.vision_encoder.forward_with_states(&pixel_values, false, Mode::Eval)?;
+    let mut output: BTreeMap<String, Tensor> = BTreeMap::new();
+    for (index, state) in encoded.hidden_states.into_iter().enumerate() {
+        output.insert(format!("hidden_states.{index}"), state);
+    }
+    output.insert("image_embeddings".into(), encoded.image_embeddings.clone());
+    let prompts = [&input.input_points, &input.input_boxes, &input.input_masks];
+    if prompts.iter().any(|prompt| prompt.is_some()) {
+        input.image_embeddings = Some(encoded.image_embeddings);
+        let masks = sam.forward(&input, Mode::Eval)?;
+        output.insert("pred_masks".into(), masks.pred_masks);
+        output.insert("iou_scores".into(), masks.iou_scores);
+    } else if input.input_labels.is_some() {
+        bail!("{}: input_labels without input_points", options.input.display())
+    }
+    files::write_tensors(&options.output, &output)?;
+    console::say(format!("{}: {} tensors", options.output.display(), output.len()));
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    console::exit_code(run(&Options::parse()))
+}

@@ -1,0 +1,24 @@
+//! Trains LoRA adapters of SAM's image encoder on images with masks:
+//!
+//! ```text
+//! cargo run --release --example finetune
+//! cargo run --release --example finetune -- --model DIR --images DIR --masks DIR
+//! ```
+
+#[path = "../shared/console.rs"]
+mod console;
+mod curve;
+#[path = "../shared/draw.rs"]
+mod draw;
+#[path = "../shared/model.rs"]
+mod model;
+mod options;
+mod report;
+mod run;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    console::exit_code(run::run(&options::Options::parse()).map(drop))
+}

@@ -1,0 +1,39 @@
+//! Devices and models from the command line's words.
+
+use anyhow::bail;
+use candle_core::{DType, Device};
+use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
+use std::path::{Path, PathBuf};
+
+/// The small model that comes with the project.
+pub fn shipped_model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets").join("tiny-sam")
+}
+
+/// The device called `name`.
+///
+/// On the CPU the heavy work is in this crate's operations, which have threads of their own. Candle's elementwise ones
+/// wait for each other by spinning, which on a busy machine takes several times longer than one thread would; they
+/// get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
+pub fn device(name: &str) -> candle_sam_lora::Result<Device> {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        std::env::set_var(THREADS, "1");
+    }
+    candle_sam_lora::device(name)
+}
+
+/// The model in a folder with `config.json` and safetensors weights, in f32.
+pub fn load_model(
+    folder: &Path,
+    kind: AttentionKind,
+    device: &Device,
+) -> anyhow::Result<(SamConfig, SamModel)> {
+    if !folder.is_dir() {
+        bail!("--model {}: no such folder", folder.display())
+    }
+    let config = SamConfig::from_file(folder.join("config.json"))?;
+    let mut model = SamModel::new(&config, kind, DType::F32, device)?;
+    checkpoint::load(&mut model, folder)?;
+    Ok((config, model))
+}

@@ -1,0 +1,152 @@
+//! Activations and their derivatives over slices.
+
+use super::simd::{exp_nonpositive, run, vectors_mut};
+use pulp::{Simd, WithSimd};
+use std::borrow::Cow;
+
+/// What is applied to a projection's sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// The sum as it is.
+    Identity,
+    /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
+    Gelu,
+    /// `max(x, 0)`
+    Relu,
+}
+
+impl Activation {
+    /// Applies it in place.
+    pub fn apply(self, values: &mut [f32]) {
+        match self {
+            Self::Identity => {}
+            Self::Gelu => gelu(values, false),
+            // A comparison, not a maximum: NaN must stay NaN.
+            Self::Relu => values.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x }),
+        }
+    }
+
+    /// The gradient of the sum from that of the activation.
+    pub fn gradient<'a>(self, sum: &[f32], grad: &'a [f32]) -> Cow<'a, [f32]> {
+        let mut derivative = sum.to_vec();
+        match self {
+            Self::Identity => return Cow::Borrowed(grad),
+            Self::Gelu => gelu(&mut derivative, true),
+            Self::Relu => derivative.iter_mut().for_each(|x| *x = f32::from(*x > 0.0)),
+        }
+        derivative.iter_mut().zip(grad).for_each(|(d, g)| *d *= g);
+        Cow::Owned(derivative)
+    }
+}
+
+/// GELU of every value, or its derivative `cdf(x) + x pdf(x)`, in place.
+fn gelu(values: &mut [f32], derivative: bool) {
+    let whole = values.len() / super::simd::MAX_LANES * super::simd::MAX_LANES;
+    let (head, tail) = values.split_at_mut(whole);
+    run(Gelu { values: head, derivative });
+    let mut last = [0f32; super::simd::MAX_LANES];
+    last[..tail.len()].copy_from_slice(tail);
+    run(Gelu { values: &mut last, derivative });
+    tail.copy_from_slice(&last[..tail.len()]);
+}
+
+struct Gelu<'a> {
+    values: &'a mut [f32],
+    derivative: bool,
+}
+
+impl WithSimd for Gelu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let half = simd.splat_f32s(0.5);
+        for x in vectors_mut::<S>(self.values) {
+            let scaled = simd.mul_f32s(*x, simd.splat_f32s(std::f32::consts::FRAC_1_SQRT_2));
+            let (erf, gauss) = erf(simd, scaled);
+            let cdf = simd.mul_add_f32s(half, erf, half);
+            *x = if self.derivative {
+                // pdf(x) = exp(-x^2 / 2) / sqrt(2 pi)
+                let pdf = simd.mul_f32s(gauss, simd.splat_f32s(0.398_942_3));
+                simd.mul_add_f32s(*x, pdf, cdf)
+            } else {
+                simd.mul_f32s(*x, cdf)
+            };
+        }
+    }
+}
+
+/// The error function, absolute error below 1.5e-7, and `exp(-x^2)`, which it takes anyway.
+///
+/// Odd polynomial in [-1, 1]; outside, `1 - exp(-x^2) q(1 / (1 + |x| / 2))`. The coefficients are minimax fits.
+#[inline(always)]
+fn erf<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
+    const NEAR: [f32; 7] = [
+        std::f32::consts::FRAC_2_SQRT_PI,
+        -0.376_126_38,
+        0.112_837_896,
+        -0.026_865_272,
+        0.005_213_967,
+        -0.000_825_615_6,
+        0.000_087_041_895,
+    ];
+    const FAR: [f32; 7] = [
+        0.282_600_4,
+        0.274_368_76,
+        0.296_646,
+        0.002_029_604_5,
+        0.433_980_46,
+        -0.384_361_8,
+        0.094_649_63,
+    ];
+    let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
+    let magnitude = simd.abs_f32s(x);
+    let square = simd.mul_f32s(x, x);
+    let gauss = exp_nonpositive(simd, simd.neg_f32s(square));
+    let mut near = zero;
+    for c in NEAR.into_iter().rev() {
+        near = simd.mul_add_f32s(near, square, simd.splat_f32s(c));
+    }
+    let t = simd.div_f32s(one, simd.mul_add_f32s(simd.splat_f32s(0.5), magnitude, one));
+    let mut far = zero;
+    for c in FAR.into_iter().rev() {
+        far = simd.mul_add_f32s(far, t, simd.splat_f32s(c));
+    }
+    let far = simd.negate_mul_add_f32s(gauss, simd.mul_f32s(far, t), one);
+    let far = simd.select_f32s(simd.less_than_f32s(x, zero), simd.neg_f32s(far), far);
+    let near = simd.mul_f32s(near, x);
+    (simd.select_f32s(simd.less_than_f32s(magnitude, one), near, far), gauss)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::cpu::erf::erf_f64;
+
+    #[test]
+    fn gelu_and_its_derivative_are_accurate() {
+        let inputs: Vec<f32> = (-60_003..60_000).map(|i| i as f32 * 1e-4).collect();
+        let mut values = inputs.clone();
+        Activation::Gelu.apply(&mut values);
+        let derivative = Activation::Gelu.gradient(&inputs, &vec![1.0; inputs.len()]).into_owned();
+        for ((&x, &y), &dy) in inputs.iter().zip(&values).zip(&derivative) {
+            let x = f64::from(x);
+            let cdf = 0.5 * (1.0 + erf_f64(x / 2f64.sqrt()));
+            let pdf = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+            // GELU grows as x does, and its rounding with it.
+            let error = (f64::from(y) - x * cdf).abs() / x.abs().max(1.0);
+            assert!(error < 2e-7, "gelu({x}) = {y}: {error:e}");
+            let error = (f64::from(dy) - cdf - x * pdf).abs();
+            assert!(error < 3e-7, "gelu'({x}) = {dy}: {error:e}");
+        }
+    }
+
+    #[test]
+    fn nan_stays_nan() {
+        for activation in [Activation::Gelu, Activation::Relu, Activation::Identity] {
+            let mut values = vec![f32::NAN; 19];
+            activation.apply(&mut values);
+            assert!(values.iter().all(|x| x.is_nan()), "{activation:?}");
+        }
+    }
+}

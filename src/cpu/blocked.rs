@@ -1,0 +1,140 @@
+//! Products of a tall matrix with a packed one, block by block.
+//!
+//! ```text
+//! acc [rows, PANEL] = sum over terms of  scale * left [rows, k] right [k, PANEL]
+//! ```
+//! The right side is packed once per operation into panels of `PANEL` columns; a block of rows then meets one panel
+//! after the other, its accumulator staying in cache until whoever asked for it is done with it: bias, low-rank
+//! term, activation and residual never cost another pass over the output.
+
+use super::panel::{panel, Into, Left, Right};
+use super::simd::padded;
+use rayon::prelude::*;
+
+/// Columns of one panel: four AVX-512 vectors.
+pub const PANEL: usize = 64;
+/// Rows of one block.
+pub const ROWS: usize = 192;
+/// Depth of one product: a panel of this depth stays in the second-level cache.
+const DEPTH: usize = 1024;
+
+/// A matrix `[k, n]` in panels `[panel][k, PANEL]`, the last one filled up with zeros.
+pub struct Packed {
+    k: usize,
+    n: usize,
+    data: Vec<f32>,
+}
+
+impl Packed {
+    /// From the transpose, `rows [n, k]`.
+    pub fn from_transposed(rows: &[f32], n: usize, k: usize) -> Self {
+        Self::pack(n, k, |first, panel| {
+            for (column, row) in rows.chunks_exact(k).skip(first).take(PANEL).enumerate() {
+                for (line, &value) in panel.chunks_exact_mut(PANEL).zip(row) {
+                    line[column] = value;
+                }
+            }
+        })
+    }
+
+    /// From the matrix itself, `rows [k, n]`.
+    pub fn from_rows(rows: &[f32], k: usize, n: usize) -> Self {
+        Self::pack(n, k, |first, panel| {
+            let width = PANEL.min(n - first);
+            for (line, row) in panel.chunks_exact_mut(PANEL).zip(rows.chunks_exact(n)) {
+                line[..width].copy_from_slice(&row[first..first + width]);
+            }
+        })
+    }
+
+    /// A matrix without elements.
+    pub fn empty() -> Self {
+        Self { k: 0, n: 0, data: Vec::new() }
+    }
+
+    fn pack(n: usize, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        let mut data = vec![0f32; n.div_ceil(PANEL) * k * PANEL];
+        data.par_chunks_mut(k * PANEL)
+            .enumerate()
+            .for_each(|(index, panel)| fill(index * PANEL, panel));
+        Self { k, n, data }
+    }
+
+    /// First columns of the panels.
+    pub fn panels(&self) -> impl Iterator<Item = usize> {
+        (0..self.n).step_by(PANEL)
+    }
+}
+
+/// One product of a sum.
+#[derive(Clone, Copy)]
+pub struct Term<'a> {
+    /// Rows `stride` apart; the first `k` elements of each count.
+    pub left: &'a [f32],
+    /// Distance of the left side's rows.
+    pub stride: usize,
+    /// `[k, n]`
+    pub right: &'a Packed,
+    /// Factor.
+    pub scale: f32,
+}
+
+/// `acc [rows, PANEL] =` the sum of the terms, for the columns `column..column + PANEL`.
+pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>]) {
+    let mut into = Into::Store;
+    for term in terms {
+        let k = term.right.k;
+        let panel_data = &term.right.data[column / PANEL * k * PANEL..][..k * PANEL];
+        for (depth, right) in panel_data.chunks(DEPTH * PANEL).enumerate() {
+            let left = Left::Rows(&term.left[depth * DEPTH..], term.stride);
+            let shape = (rows, PANEL, right.len() / PANEL);
+            panel((acc, PANEL), into, term.scale, shape, left, Right(right, PANEL));
+            into = Into::Add;
+        }
+    }
+}
+
+/// `left^T right` for `left [rows, m]` and `right [rows, n]`, added to `sum [m, padded n]`; rows of `left` are
+/// `left_stride`, of `right` padded n apart.
+pub fn add_transposed_product(
+    sum: &mut [f32],
+    scale: f32,
+    (rows, m, n): (usize, usize, usize),
+    (left, left_stride): (&[f32], usize),
+    right: &[f32],
+) {
+    let width = padded(n);
+    let left = Left::Columns(left, left_stride);
+    panel((sum, width), Into::Add, scale, (m, width, rows), left, Right(right, width));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deep_and_ragged_sums() {
+        let (rows, n, k) = (7, 70, DEPTH + 5);
+        let value = |i: usize| ((i * 29 % 31) as f32 - 15.0) / 16.0;
+        let left: Vec<f32> = (0..rows * (k + 3)).map(value).collect();
+        let right: Vec<f32> = (0..n * k).map(|i| value(i + 7)).collect();
+        let transposed: Vec<f32> = (0..k * n).map(|i| right[(i % n) * k + i / n]).collect();
+        let by_rows = Packed::from_rows(&transposed, k, n);
+        let packed = Packed::from_transposed(&right, n, k);
+        assert!(by_rows.data == packed.data);
+        let term = Term { left: &left, stride: k + 3, right: &packed, scale: 0.5 };
+        for column in packed.panels() {
+            let mut acc = vec![f32::NAN; rows * PANEL];
+            accumulate(&mut acc, rows, column, &[term, term]);
+            for i in 0..rows {
+                for j in column..n.min(column + PANEL) {
+                    let dot: f64 = (0..k)
+                        .map(|p| f64::from(left[i * (k + 3) + p]) * f64::from(right[j * k + p]))
+                        .sum();
+                    let got = f64::from(acc[i * PANEL + j - column]);
+                    assert!((got - dot).abs() < 1e-3, "{i} {j}: {got} {dot}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! The row-wise part of attention: what happens to a tile of scores between the two products.
+//!
+//! A tile holds whole key rows of a window, each padded to `pitch` lanes. Its bias is then one vector of `rel_w` that
+//! is the same for every key row, minus infinity in the padding lanes, plus one number `rel_h` per key row.
+
+use super::simd::{exp_nonpositive, run, vectors, vectors_mut};
+use pulp::{Simd, WithSimd};
+
+/// One query's scores against one key tile, `[key rows, pitch]`, and its biases.
+pub struct Row<'a> {
+    /// `q . k`, unscaled; becomes the weights.
+    pub scores: &'a mut [f32],
+    /// Of each key row.
+    pub rel_h: &'a [f32],
+    /// Of each column, `pitch` long; minus infinity where there is no key.
+    pub rel_w: &'a [f32],
+    /// Factor of `q . k`.
+    pub softmax_scale: f32,
+}
+
+/// Turns scores into `exp(score - max)` of the running maximum.
+pub struct Online<'a> {
+    /// The scores and biases.
+    pub row: Row<'a>,
+    /// The maximum so far.
+    pub max: f32,
+}
+
+/// What [`Online`] found.
+pub struct OnlineStep {
+    /// The new maximum.
+    pub max: f32,
+    /// The sum of the tile's weights.
+    pub sum: f32,
+}
+
+impl WithSimd for Online<'_> {
+    type Output = OnlineStep;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> OnlineStep {
+        let scale = simd.splat_f32s(self.row.softmax_scale);
+        let rel_w = vectors::<S>(self.row.rel_w);
+        let mut maxima = simd.splat_f32s(f32::NEG_INFINITY);
+        let scores = vectors_mut::<S>(self.row.scores);
+        for (scores, &rel_h) in scores.chunks_exact_mut(rel_w.len()).zip(self.row.rel_h) {
+            let rel_h = simd.splat_f32s(rel_h);
+            for (score, &rel_w) in scores.iter_mut().zip(rel_w) {
+                *score = simd.mul_add_f32s(*score, scale, simd.add_f32s(rel_w, rel_h));
+                maxima = simd.max_f32s(maxima, *score);
+            }
+        }
+        let max = self.max.max(simd.reduce_max_f32s(maxima));
+        let splat = simd.splat_f32s(max);
+        let mut sums = simd.splat_f32s(0.0);
+        for score in scores.iter_mut() {
+            *score = exp_nonpositive(simd, simd.sub_f32s(*score, splat));
+            sums = simd.add_f32s(sums, *score);
+        }
+        OnlineStep { max, sum: simd.reduce_sum_f32s(sums) }
+    }
+}
+
+/// Turns scores into the final weights `exp(score - lse)`.
+pub struct Weights<'a> {
+    /// The scores and biases.
+    pub row: Row<'a>,
+    /// Logarithm of the row's sum of exponentials.
+    pub lse: f32,
+}
+
+impl WithSimd for Weights<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let scale = simd.splat_f32s(self.row.softmax_scale);
+        let (zero, lse) = (simd.splat_f32s(0.0), simd.splat_f32s(self.lse));
+        let rel_w = vectors::<S>(self.row.rel_w);
+        let scores = vectors_mut::<S>(self.row.scores);
+        for (scores, &rel_h) in scores.chunks_exact_mut(rel_w.len()).zip(self.row.rel_h) {
+            let bias = simd.sub_f32s(simd.splat_f32s(rel_h), lse);
+            for (score, &rel_w) in scores.iter_mut().zip(rel_w) {
+                let log = simd.mul_add_f32s(*score, scale, simd.add_f32s(rel_w, bias));
+                // Rounding may put it a little above zero.
+                let log = simd.select_f32s(simd.less_than_f32s(zero, log), zero, log);
+                *score = exp_nonpositive(simd, log);
+            }
+        }
+    }
+}
+
+/// `dS = P (dP - delta)` in place of dP, with its sums over each key row and over each column.
+pub struct ScoreGradient<'a> {
+    /// P, `[key rows, pitch]`.
+    pub weights: &'a [f32],
+    /// dP; becomes dS.
+    pub grads: &'a mut [f32],
+    /// `dO . O` of the query.
+    pub delta: f32,
+    /// Gradient of `rel_h`, one per key row; replaced.
+    pub rel_h: &'a mut [f32],
+    /// Gradient of `rel_w`, `pitch` long; added to.
+    pub rel_w: &'a mut [f32],
+}
+
+impl WithSimd for ScoreGradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let delta = simd.splat_f32s(self.delta);
+        let rel_w = vectors_mut::<S>(self.rel_w);
+        let (weights, grads) = (vectors::<S>(self.weights), vectors_mut::<S>(self.grads));
+        let rows = weights.chunks_exact(rel_w.len()).zip(grads.chunks_exact_mut(rel_w.len()));
+        for ((weights, grads), rel_h) in rows.zip(self.rel_h) {
+            let mut sum = simd.splat_f32s(0.0);
+            for ((&weight, grad), rel_w) in weights.iter().zip(grads).zip(rel_w.iter_mut()) {
+                *grad = simd.mul_f32s(weight, simd.sub_f32s(*grad, delta));
+                sum = simd.add_f32s(sum, *grad);
+                *rel_w = simd.add_f32s(*rel_w, *grad);
+            }
+            *rel_h = simd.reduce_sum_f32s(sum);
+        }
+    }
+}
+
+/// Runs one of the above.
+pub fn apply<K: WithSimd>(kernel: K) -> K::Output {
+    run(kernel)
+}

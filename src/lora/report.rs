@@ -1,0 +1,69 @@
+//! How much of a model is trained, in PEFT's words:
+//! `trainable params: 589,824 || all params: 94,325,296 || trainable%: 0.6253`.
+
+use super::state::ancestors;
+use super::target::Matcher;
+use super::LoraConfig;
+use crate::nn::{named_parameters, ModuleTree};
+use crate::Result;
+use std::fmt;
+
+/// Numbers of parameters; buffers are not counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterReport {
+    /// Elements of the trainable parameters.
+    pub trainable: usize,
+    /// Elements of all parameters, adapters included.
+    pub all: usize,
+}
+
+impl fmt::Display for ParameterReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = 100.0 * self.trainable as f64 / self.all.max(1) as f64;
+        let (trainable, all) = (thousands(self.trainable), thousands(self.all));
+        write!(f, "trainable params: {trainable} || all params: {all} || trainable%: {percent:.4}")
+    }
+}
+
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// Counts the parameters of `model` as they are.
+pub fn trainable_parameters(model: &dyn ModuleTree) -> ParameterReport {
+    let mut report = ParameterReport { trainable: 0, all: 0 };
+    for (_, tensor) in named_parameters(model) {
+        report.all += tensor.elem_count();
+        if tensor.is_variable() {
+            report.trainable += tensor.elem_count();
+        }
+    }
+    report
+}
+
+/// Counts as PEFT does: it trains a copy of every module in `modules_to_save` and counts the frozen original too.
+/// Without such modules this is [`trainable_parameters`].
+///
+/// # Errors
+/// On a regular expression that does not compile.
+pub fn peft_trainable_parameters(
+    model: &dyn ModuleTree,
+    config: &LoraConfig,
+) -> Result<ParameterReport> {
+    let matcher = Matcher::new(config)?;
+    let mut report = trainable_parameters(model);
+    for (name, tensor) in named_parameters(model) {
+        if ancestors(&name).any(|module| matcher.is_saved(module)) {
+            report.all += tensor.elem_count();
+        }
+    }
+    Ok(report)
+}

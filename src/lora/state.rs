@@ -1,0 +1,193 @@
+//! The tensors that belong to an adapter, by the keys PEFT gives them.
+//!
+//! ```text
+//! base_model.model.<module>.lora_A.weight            [rank, in]
+//! base_model.model.<module>.lora_B.weight            [out, rank]
+//! base_model.model.<module>.lora_B.bias              [out]        lora_bias
+//! base_model.model.<module>.lora_magnitude_vector    [out]        use_dora
+//! base_model.model.<module>.base_layer.bias          [out]        bias = lora_only or all, adapted layers
+//! base_model.model.<name>                                         bias = all, other biases; modules_to_save
+//! ```
+//!
+//! Source: PEFT 0.21, `get_peft_model_state_dict` in `utils/save_and_load.py`.
+
+use super::target::Matcher;
+use super::{BiasTraining, LoraConfig};
+use crate::nn::{ModuleTree, Node, NodeMut};
+use crate::{Error, Result, TensorMismatch};
+use candle_core::{DType, Tensor, Var};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What PEFT puts before the name of a tensor.
+pub(super) const PREFIX: &str = "base_model.model.";
+
+/// A tensor of the model that is saved with the adapter.
+pub(super) struct Slot {
+    /// Its name in the model.
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+}
+
+/// The part of `path` above its last component, and that component.
+pub(super) fn split_last(path: &str) -> (&str, &str) {
+    path.rsplit_once('.').unwrap_or(("", path))
+}
+
+/// Every module that holds the tensor called `name`, outermost first.
+pub(super) fn ancestors(name: &str) -> impl Iterator<Item = &str> {
+    name.match_indices('.').map(|(end, _)| &name[..end])
+}
+
+/// The key of a tensor of the base model; none if it is not saved with the adapter.
+pub(super) fn base_key(
+    name: &str,
+    is_buffer: bool,
+    config: &LoraConfig,
+    matcher: &Matcher<'_>,
+    is_adapted: impl Fn(&str) -> bool,
+) -> Option<String> {
+    let (module, leaf) = split_last(name);
+    let is_bias = leaf == "bias" && !is_buffer;
+    if is_adapted(module) {
+        return (is_bias && config.bias != BiasTraining::None)
+            .then(|| format!("{PREFIX}{module}.base_layer.bias"));
+    }
+    let is_saved = ancestors(name).any(|module| matcher.is_saved(module));
+    (is_saved || (is_bias && config.bias == BiasTraining::All)).then(|| format!("{PREFIX}{name}"))
+}
+
+/// Key, name and tensor of everything in an injected model that is saved with its adapter.
+fn saved_tensors(
+    model: &dyn ModuleTree,
+    config: &LoraConfig,
+) -> Result<Vec<(String, String, Tensor)>> {
+    let matcher = Matcher::new(config)?;
+    let mut adapted = BTreeSet::new();
+    let mut saved = Vec::new();
+    model.visit("", &mut |path, node| {
+        let (tensor, is_buffer) = match node {
+            Node::Linear(linear) => {
+                if linear.adapter.is_some() {
+                    adapted.insert(path.to_string());
+                }
+                return;
+            }
+            Node::Parameter(tensor) => (tensor, false),
+            Node::Buffer(tensor) => (tensor, true),
+        };
+        let in_adapter = ancestors(path).any(|module| {
+            adapted.contains(module) && path[module.len() + 1..].starts_with("lora_")
+        });
+        let key = if in_adapter {
+            Some(format!("{PREFIX}{path}"))
+        } else {
+            base_key(path, is_buffer, config, &matcher, |module| adapted.contains(module))
+        };
+        if let Some(key) = key {
+            saved.push((key, path.to_string(), tensor.clone()));
+        }
+    });
+    if adapted.is_empty() {
+        return Err(Error::config("the model carries no adapter: inject or load one first"));
+    }
+    Ok(saved)
+}
+
+fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
+    let mut merged = None;
+    model.visit("", &mut |path, node| {
+        if let Node::Linear(linear) = node {
+            if linear.adapter.as_ref().is_some_and(|adapter| adapter.unmerged.is_some()) {
+                merged.get_or_insert_with(|| path.to_string());
+            }
+        }
+    });
+    merged.map_or(Ok(()), |path| {
+        Err(Error::config(format!("the adapter of {path} is merged: unmerge the model first")))
+    })
+}
+
+/// A copy of every tensor that belongs to the adapter of `model`, under PEFT's keys. `config` is the one it was
+/// injected with.
+///
+/// # Errors
+/// When the model carries no adapter, or a merged one.
+pub fn adapter_state(
+    model: &dyn ModuleTree,
+    config: &LoraConfig,
+) -> Result<BTreeMap<String, Tensor>> {
+    refuse_merged(model)?;
+    saved_tensors(model, config)?
+        .into_iter()
+        .map(|(key, _, tensor)| Ok((key, tensor.copy()?.detach())))
+        .collect()
+}
+
+/// Puts `tensors`, as [`adapter_state`] gave them, into a model injected with the same configuration. Variables
+/// are overwritten in place, so an optimizer that holds them goes on with the new values.
+///
+/// # Errors
+/// [`Error::Mismatch`] with every missing, surplus and mis-shaped tensor; when the model carries no adapter or a
+/// merged one. The model is unchanged then.
+pub fn set_adapter_state(
+    model: &mut dyn ModuleTree,
+    config: &LoraConfig,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    refuse_merged(model)?;
+    let saved = saved_tensors(model, config)?;
+    let wanted = saved
+        .iter()
+        .map(|(key, name, tensor)| {
+            (key.clone(), Slot { name: name.clone(), shape: tensor.dims().to_vec() })
+        })
+        .collect();
+    check("the adapter state", &wanted, tensors)?;
+    let mut values = BTreeMap::new();
+    for (key, name, tensor) in &saved {
+        if let Some(value) = tensors.get(key) {
+            let value = value.to_device(tensor.device())?.to_dtype(tensor.dtype())?;
+            values.insert(name.as_str(), value);
+        }
+    }
+    model.visit_mut("", &mut |path, node| {
+        let (NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor)) = node else { return Ok(()) };
+        match values.remove(path) {
+            Some(value) if tensor.is_variable() => Var::from_tensor(tensor)?.set(&value)?,
+            Some(value) => *tensor = value.detach(),
+            None => {}
+        }
+        Ok(())
+    })
+}
+
+/// Compares what a model wants with what `source` has.
+pub(super) fn check(
+    source: &str,
+    wanted: &BTreeMap<String, Slot>,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let mut mismatch = TensorMismatch { source: source.to_string(), ..Default::default() };
+    for (key, slot) in wanted {
+        match tensors.get(key) {
+            None => mismatch.missing.push(key.clone()),
+            Some(tensor) if tensor.dims() != slot.shape => {
+                mismatch.misshaped.push((key.clone(), slot.shape.clone(), tensor.dims().to_vec()))
+            }
+            Some(_) => {}
+        }
+    }
+    mismatch.surplus.extend(tensors.keys().filter(|key| !wanted.contains_key(*key)).cloned());
+    if !mismatch.is_empty() {
+        return Err(Error::Mismatch(mismatch));
+    }
+    for (key, tensor) in tensors {
+        if !matches!(tensor.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+            return Err(Error::file(
+                source,
+                format!("tensor {key}: expected floating point, got {:?}", tensor.dtype()),
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,215 @@
+//! Convolutions as matrix products, channels last: gather each output's inputs in a row, multiply by the weight.
+//!
+//! ```text
+//! y[b, i, j, :] = columns(x)[b, i, j, :] W^T + bias       columns [B, H', W', k k in], W [out, k k in]
+//! ```
+//! SAM has only two kinds: kernel = stride (patches; 1x1 too), where the columns are a rearrangement of the input,
+//! and an odd kernel of stride 1 with "same" padding. Written this way each is an [`ops::lora_linear`]: every
+//! gradient exists, and a frozen kernel costs none. Weights keep the shape that checkpoints have, `[out, in, k, k]`.
+
+use crate::module_tree;
+use crate::ops::{self, Activation, Projection};
+use candle_core::{bail, DType, Device, Result, Tensor, D};
+
+/// A convolution over `[B, H, W, in]`, with kernel = stride or with stride 1 and "same" padding.
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    /// `[out, in, k, k]`
+    pub weight: Tensor,
+    /// `[out]`
+    pub bias: Option<Tensor>,
+    /// The kernel's size, or 1.
+    pub stride: usize,
+}
+
+module_tree!(Conv2d { weight, bias });
+
+impl Conv2d {
+    /// All zero, with kernel = stride.
+    pub fn patches(
+        in_dim: usize,
+        out_dim: usize,
+        kernel: usize,
+        bias: bool,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let weight = Tensor::zeros((out_dim, in_dim, kernel, kernel), dtype, device)?;
+        let bias = bias.then(|| Tensor::zeros(out_dim, dtype, device)).transpose()?;
+        Ok(Self { weight, bias, stride: kernel })
+    }
+
+    /// All zero, with stride 1 and an odd kernel, padded by half of it; no bias.
+    pub fn same(
+        in_dim: usize,
+        out_dim: usize,
+        kernel: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        if kernel.is_multiple_of(2) {
+            bail!("conv2d: same padding needs an odd kernel, got {kernel}")
+        }
+        let conv = Self::patches(in_dim, out_dim, kernel, false, dtype, device)?;
+        Ok(Self { stride: 1, ..conv })
+    }
+
+    /// `[B, H, W, in] -> [B, H / stride, W / stride, out]`
+    ///
+    /// # Errors
+    /// When the channels differ, or the stride does not divide H and W.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (out_dim, in_dim, kernel, _) = self.weight.dims4()?;
+        let &[_, h, w, channels] = x.dims() else {
+            bail!("conv2d: x must have shape [B, H, W, {in_dim}], got {:?}", x.dims())
+        };
+        if channels != in_dim || h % self.stride != 0 || w % self.stride != 0 {
+            bail!(
+                "conv2d: x must have shape [B, H, W, {in_dim}] with H and W multiples of {}, got {:?}",
+                self.stride,
+                x.dims()
+            )
+        }
+        let columns = match (kernel, self.stride) {
+            (1, 1) => x.clone(),
+            (_, 1) => neighbourhoods(x, kernel)?,
+            _ => patches(x, kernel)?,
+        };
+        let weight = self.weight.permute((0, 2, 3, 1))?;
+        let weight = weight.reshape((out_dim, kernel * kernel * in_dim))?;
+        let projection = Projection { weight: &weight, bias: self.bias.as_ref(), lora: None };
+        ops::lora_linear(&columns, &projection, Activation::None, None)
+    }
+}
+
+/// `[B, h k, w k, C] -> [B, h, w, k k C]`
+fn patches(x: &Tensor, kernel: usize) -> Result<Tensor> {
+    let (batch, h, w, channels) = x.dims4()?;
+    let (rows, cols) = (h / kernel, w / kernel);
+    x.reshape(vec![batch, rows, kernel, cols, kernel, channels])?
+        .permute(vec![0, 1, 3, 2, 4, 5])?
+        .reshape((batch, rows, cols, kernel * kernel * channels))
+}
+
+/// Every position's k x k neighbourhood, zero outside: `[B, H, W, C] -> [B, H, W, k k C]`
+fn neighbourhoods(x: &Tensor, kernel: usize) -> Result<Tensor> {
+    let (_, h, w, _) = x.dims4()?;
+    let half = kernel / 2;
+    let padded = x.pad_with_zeros(1, half, half)?.pad_with_zeros(2, half, half)?;
+    let shifted = (0..kernel * kernel)
+        .map(|tap| padded.narrow(1, tap / kernel, h)?.narrow(2, tap % kernel, w))
+        .collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&shifted, D::Minus1)
+}
+
+/// A transposed convolution with kernel = stride: every input position becomes a k x k block of outputs.
+#[derive(Clone, Debug)]
+pub struct ConvTranspose2d {
+    /// `[in, out, k, k]`
+    pub weight: Tensor,
+    /// `[out]`
+    pub bias: Tensor,
+}
+
+module_tree!(ConvTranspose2d { weight, bias });
+
+impl ConvTranspose2d {
+    /// All zero.
+    pub fn zeros(
+        in_dim: usize,
+        out_dim: usize,
+        kernel: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let weight = Tensor::zeros((in_dim, out_dim, kernel, kernel), dtype, device)?;
+        Ok(Self { weight, bias: Tensor::zeros(out_dim, dtype, device)? })
+    }
+
+    /// `act(conv(x))`: `[B, H, W, in] -> [B, H k, W k, out]`
+    pub fn forward(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (in_dim, out_dim, kernel, _) = self.weight.dims4()?;
+        let (batch, h, w, _) = x.dims4()?;
+        let taps = kernel * kernel;
+        let weight = self.weight.permute((2, 3, 1, 0))?.reshape((taps * out_dim, in_dim))?;
+        let bias = self.bias.repeat(taps)?;
+        let projection = Projection { weight: &weight, bias: Some(&bias), lora: None };
+        ops::lora_linear(x, &projection, activation, None)?
+            .reshape(vec![batch, h, w, kernel, kernel, out_dim])?
+            .permute(vec![0, 1, 3, 2, 4, 5])?
+            .reshape((batch, h * kernel, w * kernel, out_dim))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(shape: &[usize], seed: f64) -> Result<Tensor> {
+        let count = shape.iter().product::<usize>();
+        let values: Vec<f32> =
+            (0..count).map(|i| (i as f64 * 12.9898 + seed).sin() as f32).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu)
+    }
+
+    /// Largest difference in output and in the gradients of x, weight (and bias), seen from the same grad_out.
+    fn largest_difference(a: &Tensor, b: &Tensor, inputs: &[&Tensor]) -> Result<f32> {
+        let grad_out = random(a.dims(), 9.)?;
+        let difference =
+            |a: &Tensor, b: &Tensor| (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+        let mut worst = difference(a, b)?;
+        let (ga, gb) = ((a * &grad_out)?.backward()?, (b * &grad_out)?.backward()?);
+        for input in inputs {
+            let (Some(ga), Some(gb)) = (ga.get(input), gb.get(input)) else {
+                bail!("an input has no gradient")
+            };
+            worst = worst.max(difference(ga, gb)?);
+        }
+        Ok(worst)
+    }
+
+    /// Sums of at most 5 * 6 * 2 * 9 products of numbers below 1: f32 rounding stays below 1e-4.
+    const TOLERANCE: f32 = 1e-4;
+
+    #[test]
+    fn convolutions_agree_with_candle() -> Result<()> {
+        for (kernel, stride, padding) in [(3, 1, 1), (2, 2, 0), (1, 1, 0)] {
+            let x = candle_core::Var::from_tensor(&random(&[2, 6, 4, 3], 1.)?)?;
+            let weight = candle_core::Var::from_tensor(&random(&[5, 3, kernel, kernel], 2.)?)?;
+            let conv = Conv2d { weight: weight.as_tensor().clone(), bias: None, stride };
+            let ours = conv.forward(&x)?;
+            let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
+            let theirs = nchw.conv2d(&weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?;
+            let worst = largest_difference(&ours, &theirs, &[&x, &weight])?;
+            assert!(worst < TOLERANCE, "kernel {kernel}: {worst}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn transposed_convolution_agrees_with_candle() -> Result<()> {
+        let x = candle_core::Var::from_tensor(&random(&[2, 3, 4, 6], 1.)?)?;
+        let weight = candle_core::Var::from_tensor(&random(&[6, 5, 2, 2], 2.)?)?;
+        let bias = candle_core::Var::from_tensor(&random(&[5], 3.)?)?;
+        let conv =
+            ConvTranspose2d { weight: weight.as_tensor().clone(), bias: bias.as_tensor().clone() };
+        let ours = conv.forward(&x, Activation::None)?;
+        let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
+        let theirs = nchw.conv_transpose2d(&weight, 0, 0, 2, 1)?.permute((0, 2, 3, 1))?;
+        let theirs = theirs.broadcast_add(&bias)?;
+        let worst = largest_difference(&ours, &theirs, &[&x, &weight, &bias])?;
+        assert!(worst < TOLERANCE, "{worst}");
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() -> Result<()> {
+        let conv = Conv2d::patches(3, 5, 2, true, DType::F32, &Device::Cpu)?;
+        for shape in [&[1, 4, 5, 3][..], &[1, 4, 4, 2], &[4, 4, 3]] {
+            let error = conv.forward(&random(shape, 0.)?).map(|_| ());
+            let message = error.expect_err("accepted").to_string();
+            assert!(message.contains("[B, H, W, 3]"), "{message}");
+        }
+        Ok(())
+    }
+}

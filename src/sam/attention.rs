@@ -1,0 +1,343 @@
+//! The image encoder's attention: the trait that a layer asks for, and the two of ours.
+//!
+//! ```text
+//! SamVisionAttention        qkv = x W_qkv^T + b_qkv                 one Linear, as in the checkpoints
+//! SamVisionAttentionSplit   qkv = [x W_q^T + b_q | x W_k^T + b_k | x W_v^T + b_v]    three, each to be adapted
+//! out = proj(rel_pos_attention(qkv))                                x, out [B, H, W, C]
+//! ```
+//!
+//! Both compute the same: `W_q`, `W_k` and `W_v` are the row blocks of `W_qkv`. An attention sees the whole grid and
+//! knows its window, instead of being handed padded windows: ours never builds any. SAM pads *after* the layer norm,
+//! so a padded token is zero before the projection and the projection's bias after it, which is all that the
+//! operation has to know. A user's attention that wants windows takes them from [`in_windows`].
+//!
+//! Source: `SamVisionAttention`, `SamVisionLayer` in `modeling_sam.py`.
+
+use super::SamVisionConfig;
+use crate::nn::{Linear, Mode, ModuleTree};
+use crate::ops::{self, composed, Activation, RelPosAttention};
+use crate::{module_tree, philox};
+use candle_core::{bail, DType, Device, Result, Tensor, D};
+use std::any::Any;
+use std::fmt::Debug;
+
+/// Attention of one layer of the image encoder. `Any` lets a user get the own type back from the encoder:
+/// `(layer.attn.as_ref() as &dyn Any).downcast_ref::<Mine>()`.
+pub trait VisionAttention: ModuleTree + Any + Debug + Send + Sync {
+    /// From the layer-normed tokens, the whole unpadded grid: `[B, H, W, C] -> [B, H, W, C]`
+    fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor>;
+
+    /// `residual + forward(x)`, what the layer calls; an attention whose last projection can add the residual itself
+    /// says so here.
+    fn forward_residual(&self, x: &Tensor, residual: &Tensor, mode: Mode) -> Result<Tensor> {
+        residual + self.forward(x, mode)?
+    }
+
+    /// `forward` and the attention weights `[B * windows * heads, N, N]`, before dropout; N is the number of tokens
+    /// of a window, padded ones included, or of the grid.
+    ///
+    /// # Errors
+    /// When this attention cannot give its weights, as is the default.
+    fn forward_with_weights(&self, _x: &Tensor, _mode: Mode) -> Result<(Tensor, Tensor)> {
+        bail!("output_attentions: this attention does not give its weights: {self:?}")
+    }
+}
+
+/// What an attention is built from: the configuration and the place in the encoder.
+#[derive(Clone, Debug)]
+pub struct LayerContext<'a> {
+    /// The encoder's configuration.
+    pub config: &'a SamVisionConfig,
+    /// Which layer, from 0.
+    pub index: usize,
+    /// The attention's dotted name in a [`SamModel`](super::SamModel), from which its dropout masks are derived.
+    pub name: String,
+    /// Of the parameters.
+    pub dtype: DType,
+    /// Of the parameters.
+    pub device: &'a Device,
+}
+
+impl<'a> LayerContext<'a> {
+    pub(super) fn new(
+        config: &'a SamVisionConfig,
+        index: usize,
+        dtype: DType,
+        device: &'a Device,
+    ) -> Self {
+        let name = format!("vision_encoder.layers.{index}.attn");
+        Self { config, index, name, dtype, device }
+    }
+
+    /// Side of the layer's square windows; none for global attention.
+    pub fn window(&self) -> Option<usize> {
+        self.config.window(self.index)
+    }
+
+    /// A projection `[C] -> [out_dim]`, all zero.
+    pub fn linear(&self, out_dim: usize, bias: bool) -> Result<Linear> {
+        Linear::zeros(self.config.hidden_size, out_dim, bias, self.dtype, self.device)
+    }
+}
+
+/// Which of our attentions an encoder gets in every layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AttentionKind {
+    /// [`SamVisionAttention`]: one `qkv`, as checkpoints have it.
+    Fused,
+    /// [`SamVisionAttentionSplit`]: `q`, `k` and `v`, as LoRA wants them.
+    #[default]
+    Split,
+}
+
+impl AttentionKind {
+    /// The attention of one layer, all zero.
+    pub fn build(self, layer: &LayerContext<'_>) -> Result<Box<dyn VisionAttention>> {
+        Ok(match self {
+            Self::Fused => Box::new(SamVisionAttention::new(layer)?),
+            Self::Split => Box::new(SamVisionAttentionSplit::new(layer)?),
+        })
+    }
+}
+
+/// What lies between the projections: softmax attention with the layer's tables, window and dropout.
+#[derive(Clone, Debug)]
+pub struct RelPosCore {
+    /// `[2 side - 1, head_dim]`, side of the window or the grid; none without relative positions.
+    pub rel_pos_h: Option<Tensor>,
+    /// As `rel_pos_h`.
+    pub rel_pos_w: Option<Tensor>,
+    /// Number of heads.
+    pub num_heads: usize,
+    /// Side of the square windows; none for global attention.
+    pub window: Option<usize>,
+    /// Dropout probability of the attention weights.
+    pub dropout: f64,
+    /// Stream of the dropout masks.
+    pub stream: u32,
+}
+
+module_tree!(RelPosCore { rel_pos_h, rel_pos_w });
+
+impl RelPosCore {
+    /// Tables all zero.
+    pub fn new(layer: &LayerContext<'_>) -> Result<Self> {
+        let config = layer.config;
+        let table = || {
+            let dims = (config.rel_pos_len(layer.index), config.head_dim());
+            let table = || Tensor::zeros(dims, layer.dtype, layer.device);
+            config.use_rel_pos.then(table).transpose()
+        };
+        Ok(Self {
+            rel_pos_h: table()?,
+            rel_pos_w: table()?,
+            num_heads: config.num_attention_heads,
+            window: layer.window(),
+            dropout: config.attention_dropout,
+            stream: philox::stream_of(&layer.name),
+        })
+    }
+
+    /// True when the last windows hang over the grid of `x [B, H, W, C]`, so that padded tokens take part.
+    pub fn pads(&self, x: &Tensor) -> bool {
+        let side = self.window.unwrap_or(1).max(1);
+        matches!(x.dims(), &[_, h, w, _] if h % side != 0 || w % side != 0)
+    }
+
+    /// `[B, H, W, 3C] -> [B, H, W, C]`; `pad [3C]` is what a padded token is projected to, none zero.
+    pub fn forward(&self, qkv: &Tensor, pad: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        let tables = self.rel_pos_h.as_ref().zip(self.rel_pos_w.as_ref());
+        ops::rel_pos_attention(qkv, &self.config(qkv, tables, pad, mode)?)
+    }
+
+    /// As `forward`, with the weights `[B * windows * heads, N, N]`; the one path that builds them.
+    pub fn forward_with_weights(
+        &self,
+        qkv: &Tensor,
+        pad: Option<&Tensor>,
+        mode: Mode,
+    ) -> Result<(Tensor, Tensor)> {
+        let (_, h, w, _) = qkv.dims4()?;
+        let resized = |table: &Option<Tensor>, side: usize| {
+            let length = (2 * self.window.unwrap_or(side)).saturating_sub(1);
+            table.as_ref().map(|table| ops::resize_linear(table, length)).transpose()
+        };
+        let (rel_pos_h, rel_pos_w) = (resized(&self.rel_pos_h, h)?, resized(&self.rel_pos_w, w)?);
+        let tables = rel_pos_h.as_ref().zip(rel_pos_w.as_ref());
+        let config = self.config(qkv, tables, pad, mode)?;
+        let (out, weights) = composed::rel_pos_attention(qkv, &config)?;
+        Ok((out, weights.flatten(0, 1)?))
+    }
+
+    fn config<'a>(
+        &self,
+        qkv: &Tensor,
+        rel_pos: Option<(&'a Tensor, &'a Tensor)>,
+        pad: Option<&'a Tensor>,
+        mode: Mode,
+    ) -> Result<RelPosAttention<'a>> {
+        let head_dim = qkv.dim(D::Minus1)? / 3 / self.num_heads.max(1);
+        Ok(RelPosAttention {
+            num_heads: self.num_heads,
+            softmax_scale: (head_dim as f64).powf(-0.5),
+            rel_pos,
+            window: self.window,
+            pad,
+            dropout: mode.dropout(self.dropout, self.stream),
+        })
+    }
+}
+
+/// SAM's attention with the fused `qkv` projection of its checkpoints.
+#[derive(Clone, Debug)]
+pub struct SamVisionAttention {
+    /// The attention proper, with the tables.
+    pub core: RelPosCore,
+    /// `[C] -> [3C]`: q, k, v.
+    pub qkv: Linear,
+    /// `[C] -> [C]`
+    pub proj: Linear,
+}
+
+module_tree!(SamVisionAttention { core => "", qkv, proj });
+
+impl SamVisionAttention {
+    /// All zero.
+    pub fn new(layer: &LayerContext<'_>) -> Result<Self> {
+        let size = layer.config.hidden_size;
+        Ok(Self {
+            core: RelPosCore::new(layer)?,
+            qkv: layer.linear(3 * size, layer.config.qkv_bias)?,
+            proj: layer.linear(size, true)?,
+        })
+    }
+
+    /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
+    fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
+        let pad = if self.core.pads(x) { self.qkv.output_at_zero()? } else { None };
+        Ok((self.qkv.forward(x, mode)?, pad))
+    }
+}
+
+/// SAM's attention with `q`, `k` and `v` as layers of their own, so that LoRA can adapt each.
+#[derive(Clone, Debug)]
+pub struct SamVisionAttentionSplit {
+    /// The attention proper, with the tables.
+    pub core: RelPosCore,
+    /// `[C] -> [C]`
+    pub q: Linear,
+    /// `[C] -> [C]`
+    pub k: Linear,
+    /// `[C] -> [C]`
+    pub v: Linear,
+    /// `[C] -> [C]`
+    pub proj: Linear,
+}
+
+module_tree!(SamVisionAttentionSplit { core => "", q, k, v, proj });
+
+impl SamVisionAttentionSplit {
+    /// All zero.
+    pub fn new(layer: &LayerContext<'_>) -> Result<Self> {
+        let size = layer.config.hidden_size;
+        let projection = || layer.linear(size, layer.config.qkv_bias);
+        Ok(Self {
+            core: RelPosCore::new(layer)?,
+            q: projection()?,
+            k: projection()?,
+            v: projection()?,
+            proj: layer.linear(size, true)?,
+        })
+    }
+
+    /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
+    fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
+        let parts = [&self.q, &self.k, &self.v];
+        let qkv = match parts.map(|part| part.projection(mode)) {
+            [Some(q), Some(k), Some(v)] => ops::lora_qkv(x, &[q, k, v])?,
+            // DoRA's output is no sum of base and low-rank part.
+            _ => {
+                let outputs = parts.map(|part| part.forward(x, mode));
+                Tensor::cat(&outputs.into_iter().collect::<Result<Vec<_>>>()?, D::Minus1)?
+            }
+        };
+        let pad = if self.core.pads(x) { self.output_at_zero()? } else { None };
+        Ok((qkv, pad))
+    }
+
+    /// q, k and v of a padded token, `[3C]`; none where all are zero.
+    fn output_at_zero(&self) -> Result<Option<Tensor>> {
+        let parts = [&self.q, &self.k, &self.v];
+        let outputs = parts.iter().map(|part| part.output_at_zero()).collect::<Result<Vec<_>>>()?;
+        if outputs.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let filled = outputs.into_iter().zip(parts).map(|(output, part)| {
+            let (dtype, device) = (part.weight.dtype(), part.weight.device());
+            output.map_or_else(|| Tensor::zeros(part.out_dim(), dtype, device), Ok)
+        });
+        Tensor::cat(&filled.collect::<Result<Vec<_>>>()?, 0).map(Some)
+    }
+}
+
+/// Both of ours are projections around the core.
+macro_rules! projections_around_the_core {
+    ($attention:ty) => {
+        impl $attention {
+            /// Everything but the last projection, `[B, H, W, C] -> [B, H, W, C]`: what to build upon.
+            pub fn attend(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+                let (qkv, pad) = self.project(x, mode)?;
+                self.core.forward(&qkv, pad.as_ref(), mode)
+            }
+        }
+
+        impl VisionAttention for $attention {
+            fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+                self.proj.forward(&self.attend(x, mode)?, mode)
+            }
+
+            fn forward_residual(
+                &self,
+                x: &Tensor,
+                residual: &Tensor,
+                mode: Mode,
+            ) -> Result<Tensor> {
+                let out = self.attend(x, mode)?;
+                self.proj.forward_fused(&out, Activation::None, Some(residual), mode)
+            }
+
+            fn forward_with_weights(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
+                let (qkv, pad) = self.project(x, mode)?;
+                let (out, weights) = self.core.forward_with_weights(&qkv, pad.as_ref(), mode)?;
+                Ok((self.proj.forward(&out, mode)?, weights))
+            }
+        }
+    };
+}
+
+projections_around_the_core!(SamVisionAttention);
+projections_around_the_core!(SamVisionAttentionSplit);
+
+/// Runs `attention` on the windows of a grid, as Hugging Face's layer runs its own: zero-padded after the layer norm,
+/// partitioned to `[B * windows, side, side, C]`, put together again, cropped. Without a window, on the grid.
+pub fn in_windows(
+    x: &Tensor,
+    window: Option<usize>,
+    attention: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let Some(side) = window else { return attention(x) };
+    if side == 0 {
+        bail!("in_windows: the window must be positive; none is global attention")
+    }
+    let (batch, h, w, _) = x.dims4()?;
+    let windows = composed::partition(x, side, None)?;
+    let out = attention(&windows)?;
+    if out.dims()[..out.rank().min(3)] != windows.dims()[..3] {
+        bail!(
+            "in_windows: an attention over {:?} must keep windows and tokens, got {:?}",
+            windows.dims(),
+            out.dims()
+        )
+    }
+    composed::unpartition(&out, side, (batch, h, w))
+}

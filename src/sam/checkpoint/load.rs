@@ -1,0 +1,289 @@
+//! Loading a checkpoint into a model.
+//!
+//! First only headers are read: names are brought to one naming, every tensor the model wants is matched with the
+//! tensor of the file that gives it, and all that does not fit is reported at once. Then each tensor is read, cast
+//! and looked through; the model changes only after the last one, and not at all if anything fails.
+
+use super::names::{PROMPT_EMBEDDING, SHARED_EMBEDDING};
+use super::source::Source;
+use super::{fused_name, is_adapter, root, split_names, to_hugging_face};
+use crate::nn::{ModuleTree, Node, NodeMut};
+use crate::{Error, Result, TensorMismatch};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var};
+use safetensors::Dtype;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+
+/// A tensor the model wants.
+struct Target {
+    shape: Vec<usize>,
+    dtype: DType,
+    device: Device,
+}
+
+/// Where the value of one tensor of the model comes from, by names of the file.
+enum Origin {
+    /// A tensor of the file.
+    Whole(String),
+    /// One third of the rows of a fused tensor: 0 is q, 1 is k, 2 is v.
+    Third(String, usize),
+    /// q, k and v, to be fused.
+    Fused(Vec<String>),
+}
+
+/// What files of SAM hold besides the model: constants of the image processor, and DeepSeek-OCR's compressor.
+const FOREIGN: [&str; 4] =
+    ["pixel_mean", "pixel_std", "vision_encoder.net_2.weight", "vision_encoder.net_3.weight"];
+
+/// Fills `model` from a checkpoint: a `.safetensors` file, an index of several, or a folder with either.
+///
+/// Reads Hugging Face's and the original naming, also below a prefix such as `model.`; f32, f16, bf16 and f64,
+/// cast to the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder alone takes its
+/// part of a whole SAM. Parameters that are variables stay the same variables with new values; adapters stay as they
+/// are, and must not be merged.
+///
+/// # Errors
+/// [`Error::Mismatch`] lists every missing, surplus and mis-shaped tensor. Other errors: a file that is unreadable
+/// or inconsistent, a tensor that is not floating point or holds NaN or infinity. The model is then unchanged.
+pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
+    let source = Source::open(path.as_ref())?;
+    let root = root(model);
+    let targets = targets(model, root)?;
+    let available = hugging_face_names(&source, root)?;
+    let plan = plan(&source, &targets, &available)?;
+    let mut tensors = read(&source, &targets, &plan)?;
+    model.visit_mut(root, &mut |name, node| {
+        if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {
+            match tensors.remove(name) {
+                Some(value) if tensor.is_variable() => Var::from_tensor(tensor)?.set(&value)?,
+                Some(value) => *tensor = value,
+                None => {}
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The tensors of the model, adapters left out.
+fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target>> {
+    let mut targets = BTreeMap::new();
+    let mut merged = None;
+    model.visit(root, &mut |name, node| match node {
+        Node::Parameter(tensor) | Node::Buffer(tensor) if !is_adapter(name) => {
+            let (shape, dtype) = (tensor.dims().to_vec(), tensor.dtype());
+            let target = Target { shape, dtype, device: tensor.device().clone() };
+            targets.insert(name.to_string(), target);
+        }
+        Node::Linear(linear) if linear.adapter.as_ref().is_some_and(|a| a.unmerged.is_some()) => {
+            merged = Some(name.to_string())
+        }
+        _ => {}
+    });
+    match merged {
+        Some(name) => Err(Error::config(format!(
+            "{name} has a merged adapter; unmerge it before loading other weights"
+        ))),
+        None => Ok(targets),
+    }
+}
+
+/// How the names of a file begin.
+struct Layout<'a> {
+    /// Comes before every name of the model; what lacks it belongs to something else.
+    prefix: &'a str,
+    /// To be put before every name, where the file holds an image encoder alone.
+    part: &'a str,
+}
+
+/// The patch embedding, which every SAM has, tells how the names of a file begin.
+fn layout<'a>(names: &[&'a str]) -> Layout<'a> {
+    const PATCHES: [(&str, &str); 2] = [
+        ("patch_embed.projection.weight", "vision_encoder."),
+        ("patch_embed.proj.weight", "image_encoder."),
+    ];
+    for name in names {
+        for (end, part) in PATCHES {
+            match name.strip_suffix(end).map(|before| (before, before.strip_suffix(part))) {
+                Some((_, Some(prefix))) => return Layout { prefix, part: "" },
+                Some((prefix, None)) => return Layout { prefix, part },
+                None => {}
+            }
+        }
+    }
+    Layout { prefix: "", part: "" }
+}
+
+/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`.
+fn hugging_face_names(source: &Source, root: &str) -> Result<BTreeMap<String, String>> {
+    let all = source.names();
+    let Layout { prefix, part } = layout(&all);
+    let (in_file, inside): (Vec<&str>, Vec<String>) = all
+        .iter()
+        .filter_map(|name| Some((*name, format!("{part}{}", name.strip_prefix(prefix)?))))
+        .unzip();
+    let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
+    let mut names: BTreeMap<String, String> = BTreeMap::new();
+    for (name, in_file) in to_hugging_face(&inside).into_iter().zip(in_file) {
+        let other_part = !root.is_empty() && !name.starts_with(&format!("{root}."));
+        if other_part || FOREIGN.contains(&name.as_str()) {
+            continue;
+        }
+        if let Some(twin) = names.insert(name.clone(), in_file.to_string()) {
+            let message = format!("{twin} and {in_file} are both {name}");
+            return Err(Error::file(&source.path, message));
+        }
+    }
+    // The position features may come under either name or both.
+    if let Some(inner) = names.remove(PROMPT_EMBEDDING) {
+        let outer = names.entry(SHARED_EMBEDDING.to_string()).or_insert_with(|| inner.clone());
+        if *outer != inner && !equal(source, outer, &inner)? {
+            let message = format!("{outer} and {inner} are one tensor in a SAM, but differ here");
+            return Err(Error::file(&source.path, message));
+        }
+    }
+    Ok(names)
+}
+
+/// Whether two tensors of the file hold the same values.
+fn equal(source: &Source, a: &str, b: &str) -> Result<bool> {
+    let values = |name: &str| -> Result<(Vec<usize>, Vec<f32>)> {
+        let tensor = source.read(name, &Device::Cpu)?;
+        Ok((tensor.dims().to_vec(), tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?))
+    };
+    Ok(values(a)? == values(b)?)
+}
+
+/// Matches what the model wants with what the file has, by headers alone.
+fn plan(
+    source: &Source,
+    targets: &BTreeMap<String, Target>,
+    available: &BTreeMap<String, String>,
+) -> Result<BTreeMap<String, Origin>> {
+    let mut plan = BTreeMap::new();
+    let mut used = BTreeSet::new();
+    let mut misshaped = BTreeSet::new();
+    let mut missing = Vec::new();
+    let mut check = |name: &str, in_file: &str, expected: Vec<usize>| -> Result<()> {
+        let found = &source.info(in_file)?.shape;
+        used.insert(name.to_string());
+        if *found != expected {
+            misshaped.insert((name.to_string(), expected, found.clone()));
+        }
+        Ok(())
+    };
+    for (name, target) in targets {
+        let fused = fused_name(name).and_then(|(fused, third)| {
+            available.get(&fused).map(|in_file| (fused, in_file, third))
+        });
+        let split =
+            split_names(name).filter(|names| names.iter().any(|n| available.contains_key(n)));
+        let rows = target.shape.first().copied().unwrap_or(0);
+        let with_rows = |rows: usize| {
+            let rest = target.shape.iter().skip(1).copied();
+            std::iter::once(rows).chain(rest).collect::<Vec<_>>()
+        };
+        if let Some(in_file) = available.get(name) {
+            check(name, in_file, target.shape.clone())?;
+            plan.insert(name.clone(), Origin::Whole(in_file.clone()));
+        } else if let Some((fused, in_file, third)) = fused {
+            check(&fused, in_file, with_rows(3 * rows))?;
+            plan.insert(name.clone(), Origin::Third(in_file.clone(), third));
+        } else if let Some(names) = split {
+            let mut parts = Vec::new();
+            for part in names {
+                match available.get(&part) {
+                    Some(in_file) => {
+                        check(&part, in_file, with_rows(rows / 3))?;
+                        parts.push(in_file.clone());
+                    }
+                    None => missing.push(part),
+                }
+            }
+            plan.insert(name.clone(), Origin::Fused(parts));
+        } else {
+            missing.push(name.clone());
+        }
+    }
+    let surplus = available.iter().filter(|(name, _)| !used.contains(*name));
+    let mismatch = TensorMismatch {
+        source: source.path.display().to_string(),
+        missing,
+        surplus: surplus.map(|(_, in_file)| in_file.clone()).collect(),
+        misshaped: misshaped.into_iter().collect(),
+    };
+    if !mismatch.is_empty() {
+        return Err(Error::Mismatch(mismatch));
+    }
+    let wrong = available.values().filter_map(|in_file| match source.info(in_file).ok()?.dtype {
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => None,
+        dtype => Some(format!("{in_file} ({dtype:?})")),
+    });
+    match wrong.collect::<Vec<_>>() {
+        wrong if wrong.is_empty() => Ok(plan),
+        wrong => Err(Error::file(
+            &source.path,
+            format!("expected f32, f16, bf16 or f64, found {}", wrong.join(", ")),
+        )),
+    }
+}
+
+/// Reads every tensor of the plan in its target's dtype, on its target's device.
+fn read(
+    source: &Source,
+    targets: &BTreeMap<String, Target>,
+    plan: &BTreeMap<String, Origin>,
+) -> Result<HashMap<String, Tensor>> {
+    let mut bad = BTreeSet::new();
+    let mut get = |in_file: &str, target: &Target| -> Result<Tensor> {
+        let tensor = source.read(in_file, &Device::Cpu)?;
+        let cast = tensor.to_dtype(target.dtype)?;
+        if !all_finite(&tensor) {
+            bad.insert(format!("{in_file} has NaN or infinite values"));
+        } else if !all_finite(&cast) {
+            bad.insert(format!("{in_file} has values too large for {:?}", target.dtype));
+        }
+        Ok(cast.to_device(&target.device)?)
+    };
+    let mut tensors = HashMap::new();
+    // q, k and v are views of the same fused tensor, which is read once.
+    let mut fused: HashMap<&String, Tensor> = HashMap::new();
+    for (name, origin) in plan {
+        let Some(target) = targets.get(name) else { continue };
+        let tensor = match origin {
+            Origin::Whole(in_file) => get(in_file, target)?,
+            Origin::Third(in_file, third) => {
+                if !fused.contains_key(in_file) {
+                    fused.insert(in_file, get(in_file, target)?);
+                }
+                let Some(whole) = fused.get(in_file) else { continue };
+                let rows = target.shape.first().copied().unwrap_or(0);
+                let view = whole.narrow(0, third * rows, rows)?;
+                view.to_dtype(target.dtype)?.to_device(&target.device)?
+            }
+            Origin::Fused(parts) => {
+                let parts: Vec<Tensor> =
+                    parts.iter().map(|part| get(part, target)).collect::<Result<_>>()?;
+                Tensor::cat(&parts, 0)?
+            }
+        };
+        tensors.insert(name.clone(), tensor);
+    }
+    if bad.is_empty() {
+        Ok(tensors)
+    } else {
+        let bad: Vec<String> = bad.into_iter().collect();
+        Err(Error::file(&source.path, bad.join("; ")))
+    }
+}
+
+/// Whether a tensor that fills its storage on the CPU holds neither NaN nor infinity.
+fn all_finite(tensor: &Tensor) -> bool {
+    let (storage, _) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => values.iter().all(|v| v.is_finite()),
+        Storage::Cpu(CpuStorage::F64(values)) => values.iter().all(|v| v.is_finite()),
+        Storage::Cpu(CpuStorage::F16(values)) => values.iter().all(|v| v.is_finite()),
+        Storage::Cpu(CpuStorage::BF16(values)) => values.iter().all(|v| v.is_finite()),
+        _ => true,
+    }
+}

@@ -1,0 +1,487 @@
+//! What a SAM looks like: Hugging Face's `SamConfig`, read from and written to `config.json`.
+//!
+//! Fields, defaults and meaning are those of `transformers/models/sam/configuration_sam.py`; a key that is absent or
+//! unknown is treated as there. [`SamConfig::validate`] refuses what no model can have, before anything is allocated.
+
+use crate::{files, ops, Error, Result};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// No side of a model may be larger than this: far above any real SAM, far below an allocation that hurts.
+const MAX_SIZE: usize = 1 << 16;
+/// No attention window may be larger than this: it is padded to, so it costs even where the grid is small.
+const MAX_WINDOW: usize = 1 << 10;
+/// No model may have more parameters than this; ViT-H has 0.64e9.
+const MAX_PARAMETERS: u128 = 1 << 32;
+
+/// The activation between two layers, `hidden_act`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HiddenAct {
+    /// `x Phi(x)` with the exact error function.
+    Gelu,
+    /// `max(x, 0)`
+    Relu,
+}
+
+impl From<HiddenAct> for ops::Activation {
+    fn from(act: HiddenAct) -> Self {
+        match act {
+            HiddenAct::Gelu => Self::Gelu,
+            HiddenAct::Relu => Self::Relu,
+        }
+    }
+}
+
+/// The image encoder, `SamVisionConfig`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SamVisionConfig {
+    /// Width C of the tokens.
+    pub hidden_size: usize,
+    /// Channels of the image embedding, after the neck.
+    pub output_channels: usize,
+    /// Number of layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads; divides `hidden_size`.
+    pub num_attention_heads: usize,
+    /// Channels of the image.
+    pub num_channels: usize,
+    /// Side S of the square input image; `[S, S]` is read too.
+    #[serde(deserialize_with = "side")]
+    pub image_size: usize,
+    /// Side of a patch; divides `image_size`.
+    #[serde(deserialize_with = "side")]
+    pub patch_size: usize,
+    /// Activation of the MLPs.
+    pub hidden_act: HiddenAct,
+    /// Epsilon of the layer norms.
+    pub layer_norm_eps: f64,
+    /// Dropout probability of the attention weights.
+    pub attention_dropout: f64,
+    /// Standard deviation of a fresh model's weights.
+    pub initializer_range: f64,
+    /// Whether q, k and v have a bias.
+    pub qkv_bias: bool,
+    /// Width of the MLPs over `hidden_size`, where `mlp_dim` is none.
+    pub mlp_ratio: f64,
+    /// Whether a position embedding is added to the patches.
+    pub use_abs_pos: bool,
+    /// Whether attention has relative positions.
+    pub use_rel_pos: bool,
+    /// Side of the attention window of the layers that are not global; 0: all layers are global.
+    pub window_size: usize,
+    /// The layers with global attention. Indexes beyond the last layer mean nothing, as in Hugging Face, where a
+    /// shallow model often keeps the default list.
+    pub global_attn_indexes: Vec<usize>,
+    /// Half the channels of the random Fourier position features; `2 * num_pos_feats` is the prompts' width.
+    pub num_pos_feats: usize,
+    /// Width of the MLPs; see [`mlp_dim`](Self::mlp_dim()).
+    pub mlp_dim: Option<usize>,
+    /// Keys this crate does not know, kept for writing.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Default for SamVisionConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 768,
+            output_channels: 256,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            num_channels: 3,
+            image_size: 1024,
+            patch_size: 16,
+            hidden_act: HiddenAct::Gelu,
+            layer_norm_eps: 1e-6,
+            attention_dropout: 0.0,
+            initializer_range: 1e-10,
+            qkv_bias: true,
+            mlp_ratio: 4.0,
+            use_abs_pos: true,
+            use_rel_pos: true,
+            window_size: 14,
+            global_attn_indexes: vec![2, 5, 8, 11],
+            num_pos_feats: 128,
+            mlp_dim: None,
+            extra: Map::new(),
+        }
+    }
+}
+
+impl SamVisionConfig {
+    /// Width of one attention head.
+    pub fn head_dim(&self) -> usize {
+        self.hidden_size / self.num_attention_heads.max(1)
+    }
+
+    /// Width of the MLPs: the field, or `hidden_size * mlp_ratio` rounded down.
+    pub fn mlp_dim(&self) -> usize {
+        self.mlp_dim.unwrap_or((self.hidden_size as f64 * self.mlp_ratio) as usize)
+    }
+
+    /// Side of the token grid, `image_size / patch_size`.
+    pub fn grid_size(&self) -> usize {
+        self.image_size / self.patch_size.max(1)
+    }
+
+    /// The window of a layer; none for global attention.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        let global = self.window_size == 0 || self.global_attn_indexes.contains(&layer);
+        (!global).then_some(self.window_size)
+    }
+
+    /// Rows of a layer's relative position tables: `2 * side - 1` of its window or of the grid.
+    pub fn rel_pos_len(&self, layer: usize) -> usize {
+        (2 * self.window(layer).unwrap_or(self.grid_size())).saturating_sub(1)
+    }
+}
+
+/// The prompt encoder, `SamPromptEncoderConfig`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SamPromptEncoderConfig {
+    /// Width of the prompt embeddings.
+    pub hidden_size: usize,
+    /// Side of the square input image, that of the vision encoder.
+    #[serde(deserialize_with = "side")]
+    pub image_size: usize,
+    /// Side of a patch, that of the vision encoder.
+    #[serde(deserialize_with = "side")]
+    pub patch_size: usize,
+    /// Channels inside the mask embedding; a multiple of 4.
+    pub mask_input_channels: usize,
+    /// Number of point embeddings, of which four are used: negative, positive, and a box's two corners.
+    pub num_point_embeddings: usize,
+    /// Activation of the mask embedding.
+    pub hidden_act: HiddenAct,
+    /// Epsilon of the layer norms.
+    pub layer_norm_eps: f64,
+    /// Keys this crate does not know, kept for writing.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Default for SamPromptEncoderConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 256,
+            image_size: 1024,
+            patch_size: 16,
+            mask_input_channels: 16,
+            num_point_embeddings: 4,
+            hidden_act: HiddenAct::Gelu,
+            layer_norm_eps: 1e-6,
+            extra: Map::new(),
+        }
+    }
+}
+
+impl SamPromptEncoderConfig {
+    /// Side of the image embedding, `image_size / patch_size`. Mask prompts are four times as large.
+    pub fn image_embedding_size(&self) -> usize {
+        self.image_size / self.patch_size.max(1)
+    }
+}
+
+/// The mask decoder, `SamMaskDecoderConfig`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SamMaskDecoderConfig {
+    /// Width of the tokens; a multiple of 8.
+    pub hidden_size: usize,
+    /// Activation of the transformer's MLPs.
+    pub hidden_act: HiddenAct,
+    /// Width of the transformer's MLPs.
+    pub mlp_dim: usize,
+    /// Number of two-way layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads.
+    pub num_attention_heads: usize,
+    /// Cross attention works on `hidden_size / attention_downsample_rate` channels.
+    pub attention_downsample_rate: usize,
+    /// Masks given for an ambiguous prompt, besides the one for an unambiguous prompt.
+    pub num_multimask_outputs: usize,
+    /// Layers of the IoU head, at least 2.
+    pub iou_head_depth: usize,
+    /// Width inside the IoU head.
+    pub iou_head_hidden_dim: usize,
+    /// Epsilon of the layer norms but the final one, which has 1e-5.
+    pub layer_norm_eps: f64,
+    /// Keys this crate does not know, kept for writing.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Default for SamMaskDecoderConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 256,
+            hidden_act: HiddenAct::Relu,
+            mlp_dim: 2048,
+            num_hidden_layers: 2,
+            num_attention_heads: 8,
+            attention_downsample_rate: 2,
+            num_multimask_outputs: 3,
+            iou_head_depth: 3,
+            iou_head_hidden_dim: 256,
+            layer_norm_eps: 1e-6,
+            extra: Map::new(),
+        }
+    }
+}
+
+/// The whole model, `SamConfig`. The default is ViT-B.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SamConfig {
+    /// The image encoder.
+    #[serde(deserialize_with = "null_is_default")]
+    pub vision_config: SamVisionConfig,
+    /// The prompt encoder.
+    #[serde(deserialize_with = "null_is_default")]
+    pub prompt_encoder_config: SamPromptEncoderConfig,
+    /// The mask decoder.
+    #[serde(deserialize_with = "null_is_default")]
+    pub mask_decoder_config: SamMaskDecoderConfig,
+    /// Keys this crate does not know, kept for writing.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl SamConfig {
+    /// SAM ViT-B, 93.7 million parameters.
+    pub fn vit_b() -> Self {
+        Self::default()
+    }
+
+    /// SAM ViT-L, 312 million parameters.
+    pub fn vit_l() -> Self {
+        Self::with_encoder(1024, 24, 16, vec![5, 11, 17, 23])
+    }
+
+    /// SAM ViT-H, 641 million parameters.
+    pub fn vit_h() -> Self {
+        Self::with_encoder(1280, 32, 16, vec![7, 15, 23, 31])
+    }
+
+    fn with_encoder(width: usize, layers: usize, heads: usize, global: Vec<usize>) -> Self {
+        let mut config = Self::default();
+        config.vision_config.hidden_size = width;
+        config.vision_config.num_hidden_layers = layers;
+        config.vision_config.num_attention_heads = heads;
+        config.vision_config.global_attn_indexes = global;
+        config
+    }
+
+    /// One of the published models by its name: `vit_b`, `vit_l` or `vit_h`.
+    pub fn by_name(name: &str) -> Result<Self> {
+        match name {
+            "vit_b" => Ok(Self::vit_b()),
+            "vit_l" => Ok(Self::vit_l()),
+            "vit_h" => Ok(Self::vit_h()),
+            other => Err(Error::config(format!(
+                "no model is called {other:?}; expected vit_b, vit_l, vit_h or a config.json"
+            ))),
+        }
+    }
+
+    /// Reads and validates a `config.json`.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is no JSON, has a value of the wrong kind, or describes no possible SAM.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let config: Self = serde_json::from_str(&files::read_text(path)?)
+            .map_err(|e| Error::file(path, format!("not a SAM configuration: {e}")))?;
+        config.validate().map_err(|e| Error::file(path, e.to_string()))?;
+        Ok(config)
+    }
+
+    /// The text of a `config.json` that Hugging Face's `SamModel.from_pretrained` reads.
+    pub fn to_json(&self) -> Result<String> {
+        let mut config = self.clone();
+        // `config.vision_config.mlp_dim` is a number in every file Hugging Face writes.
+        config.vision_config.mlp_dim = Some(self.vision_config.mlp_dim());
+        config.extra.entry("model_type").or_insert_with(|| "sam".into());
+        config.extra.entry("architectures").or_insert_with(|| vec!["SamModel"].into());
+        serde_json::to_string_pretty(&config)
+            .map_err(|e| Error::config(format!("cannot be written as JSON: {e}")))
+    }
+
+    /// Refuses a configuration that no model can have, naming the field, its value and what it should be.
+    pub fn validate(&self) -> Result<()> {
+        let (v, p, d) =
+            (&self.vision_config, &self.prompt_encoder_config, &self.mask_decoder_config);
+        if let Some(Value::String(kind)) = self.extra.get("model_type") {
+            require(kind == "sam", || format!("model_type is {kind:?}, expected \"sam\""))?;
+        }
+        for (field, value, least) in [
+            ("vision_config.hidden_size", v.hidden_size, 1),
+            ("vision_config.output_channels", v.output_channels, 1),
+            ("vision_config.num_hidden_layers", v.num_hidden_layers, 1),
+            ("vision_config.num_attention_heads", v.num_attention_heads, 1),
+            ("vision_config.num_channels", v.num_channels, 1),
+            ("vision_config.image_size", v.image_size, 1),
+            ("vision_config.patch_size", v.patch_size, 1),
+            ("vision_config.mlp_dim", v.mlp_dim(), 1),
+            ("vision_config.window_size", v.window_size, 0),
+            ("vision_config.num_pos_feats", v.num_pos_feats, 1),
+            ("prompt_encoder_config.hidden_size", p.hidden_size, 1),
+            ("prompt_encoder_config.mask_input_channels", p.mask_input_channels, 4),
+            ("prompt_encoder_config.num_point_embeddings", p.num_point_embeddings, 4),
+            ("mask_decoder_config.mlp_dim", d.mlp_dim, 1),
+            ("mask_decoder_config.num_hidden_layers", d.num_hidden_layers, 1),
+            ("mask_decoder_config.num_attention_heads", d.num_attention_heads, 1),
+            ("mask_decoder_config.attention_downsample_rate", d.attention_downsample_rate, 1),
+            ("mask_decoder_config.num_multimask_outputs", d.num_multimask_outputs, 1),
+            ("mask_decoder_config.iou_head_depth", d.iou_head_depth, 2),
+            ("mask_decoder_config.iou_head_hidden_dim", d.iou_head_hidden_dim, 1),
+        ] {
+            let most = if field.ends_with("window_size") { MAX_WINDOW } else { MAX_SIZE };
+            require((least..=most).contains(&value), || {
+                format!("{field} is {value}, expected {least} to {most}")
+            })?;
+        }
+        for (field, value, what, divisor) in [
+            (
+                "vision_config.hidden_size",
+                v.hidden_size,
+                "num_attention_heads",
+                v.num_attention_heads,
+            ),
+            ("vision_config.image_size", v.image_size, "patch_size", v.patch_size),
+            ("prompt_encoder_config.mask_input_channels", p.mask_input_channels, "the", 4),
+            ("mask_decoder_config.hidden_size", d.hidden_size, "the", 8),
+            (
+                "mask_decoder_config.hidden_size",
+                d.hidden_size,
+                "num_attention_heads * attention_downsample_rate",
+                d.num_attention_heads * d.attention_downsample_rate,
+            ),
+        ] {
+            require(value % divisor == 0, || {
+                format!("{field} is {value}, expected a multiple of {what} {divisor}")
+            })?;
+        }
+        for (field, value, other, wanted) in [
+            (
+                "prompt_encoder_config.image_size",
+                p.image_size,
+                "vision_config.image_size",
+                v.image_size,
+            ),
+            (
+                "prompt_encoder_config.patch_size",
+                p.patch_size,
+                "vision_config.patch_size",
+                v.patch_size,
+            ),
+            (
+                "prompt_encoder_config.hidden_size",
+                p.hidden_size,
+                "vision_config.output_channels",
+                v.output_channels,
+            ),
+            (
+                "mask_decoder_config.hidden_size",
+                d.hidden_size,
+                "vision_config.output_channels",
+                v.output_channels,
+            ),
+            (
+                "prompt_encoder_config.hidden_size",
+                p.hidden_size,
+                "2 * vision_config.num_pos_feats",
+                2 * v.num_pos_feats,
+            ),
+        ] {
+            require(value == wanted, || {
+                format!("{field} is {value}, but {other} is {wanted}; they must be equal")
+            })?;
+        }
+        for (field, value) in [
+            ("vision_config.layer_norm_eps", v.layer_norm_eps),
+            ("prompt_encoder_config.layer_norm_eps", p.layer_norm_eps),
+            ("mask_decoder_config.layer_norm_eps", d.layer_norm_eps),
+        ] {
+            require(value > 0.0 && value < 1.0, || {
+                format!("{field} is {value}, expected between 0 and 1")
+            })?;
+        }
+        require((0.0..1.0).contains(&v.attention_dropout), || {
+            format!(
+                "vision_config.attention_dropout is {}, expected at least 0 and below 1",
+                v.attention_dropout
+            )
+        })?;
+        let parameters = self.parameter_estimate();
+        require(parameters <= MAX_PARAMETERS, || {
+            format!("the model would have {parameters} parameters, at most {MAX_PARAMETERS} are supported")
+        })
+    }
+
+    /// The number of parameters but for biases, norms and other small ones; saturates instead of overflowing.
+    fn parameter_estimate(&self) -> u128 {
+        let (v, p, d) =
+            (&self.vision_config, &self.prompt_encoder_config, &self.mask_decoder_config);
+        let product = |factors: &[usize]| factors.iter().map(|&f| f as u128).product::<u128>();
+        let width = v.hidden_size;
+        let tables = 2 * v.rel_pos_len(0).max(2 * v.grid_size()) * usize::from(v.use_rel_pos);
+        let layer = product(&[4, width, width])
+            + product(&[2, width, v.mlp_dim()])
+            + product(&[tables, v.head_dim()]);
+        let patches = product(&[width, v.num_channels, v.patch_size, v.patch_size]);
+        let positions = product(&[v.grid_size(), v.grid_size(), width]);
+        let neck = product(&[v.output_channels, width])
+            + product(&[9, v.output_channels, v.output_channels]);
+        let prompts = product(&[p.hidden_size, p.num_point_embeddings + p.mask_input_channels + 2]);
+        let decoder_layer =
+            product(&[12, d.hidden_size, d.hidden_size]) + product(&[2, d.hidden_size, d.mlp_dim]);
+        let heads = product(&[d.num_multimask_outputs + 1, 3, d.hidden_size, d.hidden_size])
+            + product(&[d.iou_head_depth, d.iou_head_hidden_dim, d.iou_head_hidden_dim]);
+        layer * v.num_hidden_layers as u128
+            + patches
+            + positions
+            + neck
+            + prompts
+            + decoder_layer * d.num_hidden_layers as u128
+            + heads
+    }
+}
+
+fn require(holds: bool, message: impl FnOnce() -> String) -> Result<()> {
+    if holds {
+        Ok(())
+    } else {
+        Err(Error::config(message()))
+    }
+}
+
+/// Reads a side given as `S` or, as Hugging Face allows, `[S, S]`.
+fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Side {
+        One(usize),
+        Two([usize; 2]),
+    }
+    match Side::deserialize(deserializer) {
+        Ok(Side::One(side)) => Ok(side),
+        Ok(Side::Two([height, width])) if height == width => Ok(width),
+        Ok(Side::Two([height, width])) => Err(serde::de::Error::custom(format!(
+            "a size of [{height}, {width}] is not square, which SAM's prompt encoder needs"
+        ))),
+        Err(_) => Err(serde::de::Error::custom("expected a size as a number or two equal numbers")),
+    }
+}
+
+fn null_is_default<'de, D, T>(deserializer: D) -> std::result::Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}

@@ -1,0 +1,232 @@
+//! The image encoder: patches, layers of windowed and global attention, and the neck.
+//!
+//! ```text
+//! x  = patch_embed(pixel_values) + pos_embed                    [B, h, w, C]
+//! x  = x + attn(layer_norm1(x));  x = x + mlp(layer_norm2(x))   each layer
+//! image_embeddings = layer_norm2(conv3x3(layer_norm1(conv1x1(x))))
+//! ```
+//! Source: `SamVisionEncoder` in `modeling_sam.py`.
+
+use super::{AttentionKind, LayerContext, SamVisionConfig, VisionAttention};
+use crate::module_tree;
+use crate::nn::{Conv2d, LayerNorm, MlpBlock, Mode};
+use candle_core::{bail, DType, Device, Result, Tensor};
+
+/// Epsilon of [`SamVisionNeck`]'s norms, whatever the configuration says of the others.
+const NECK_EPS: f64 = 1e-6;
+
+/// Splits the image into patches and projects each.
+#[derive(Clone, Debug)]
+pub struct SamPatchEmbeddings {
+    /// `[C, channels, patch, patch]`
+    pub projection: Conv2d,
+    image_size: usize,
+}
+
+module_tree!(SamPatchEmbeddings { projection });
+
+impl SamPatchEmbeddings {
+    /// `[B, channels, S, S] -> [B, h, w, C]`, from any float dtype to that of the weights.
+    pub fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
+        let (channels, side) = (self.projection.weight.dim(1)?, self.image_size);
+        if pixel_values.rank() != 4 || pixel_values.dims()[1..] != [channels, side, side] {
+            bail!(
+                "vision_encoder: pixel_values must have shape [B, {channels}, {side}, {side}], got {:?}",
+                pixel_values.dims()
+            )
+        }
+        let pixel_values = pixel_values.to_dtype(self.projection.weight.dtype())?;
+        self.projection.forward(&pixel_values.permute((0, 2, 3, 1))?)
+    }
+}
+
+/// One layer: attention and MLP, each after a layer norm and with a residual.
+#[derive(Debug)]
+pub struct SamVisionLayer {
+    /// Before the attention.
+    pub layer_norm1: LayerNorm,
+    /// Ours or the user's; may be replaced at any time.
+    pub attn: Box<dyn VisionAttention>,
+    /// Before the MLP.
+    pub layer_norm2: LayerNorm,
+    /// `C -> mlp_dim -> C`
+    pub mlp: MlpBlock,
+}
+
+module_tree!(SamVisionLayer { layer_norm1, attn, layer_norm2, mlp });
+
+impl SamVisionLayer {
+    fn new(layer: &LayerContext<'_>, attn: Box<dyn VisionAttention>) -> Result<Self> {
+        let config = layer.config;
+        let norm =
+            || LayerNorm::new(config.hidden_size, config.layer_norm_eps, layer.dtype, layer.device);
+        Ok(Self {
+            layer_norm1: norm()?,
+            attn,
+            layer_norm2: norm()?,
+            mlp: MlpBlock::zeros(
+                config.hidden_size,
+                config.mlp_dim(),
+                config.hidden_act.into(),
+                layer.dtype,
+                layer.device,
+            )?,
+        })
+    }
+
+    /// `[B, H, W, C] -> [B, H, W, C]`
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let x = self.attn.forward_residual(&self.layer_norm1.forward(x)?, x, mode)?;
+        self.mlp.forward(&self.layer_norm2.forward(&x)?, &x, mode)
+    }
+
+    /// As `forward`, with the attention weights; see [`VisionAttention::forward_with_weights`].
+    pub fn forward_with_weights(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
+        let (out, weights) = self.attn.forward_with_weights(&self.layer_norm1.forward(x)?, mode)?;
+        let x = (x + out)?;
+        Ok((self.mlp.forward(&self.layer_norm2.forward(&x)?, &x, mode)?, weights))
+    }
+}
+
+/// From the encoder's width to that of the image embedding.
+#[derive(Clone, Debug)]
+pub struct SamVisionNeck {
+    /// 1x1
+    pub conv1: Conv2d,
+    /// Over the channels.
+    pub layer_norm1: LayerNorm,
+    /// 3x3
+    pub conv2: Conv2d,
+    /// Over the channels.
+    pub layer_norm2: LayerNorm,
+}
+
+module_tree!(SamVisionNeck { conv1, layer_norm1, conv2, layer_norm2 });
+
+impl SamVisionNeck {
+    /// `[B, H, W, C] -> [B, H, W, output_channels]`
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.layer_norm1.forward(&self.conv1.forward(x)?)?;
+        self.layer_norm2.forward(&self.conv2.forward(&x)?)
+    }
+}
+
+/// The image encoder.
+#[derive(Debug)]
+pub struct SamVisionEncoder {
+    /// `[1, h, w, C]`; none without `use_abs_pos`.
+    pub pos_embed: Option<Tensor>,
+    /// Patches to tokens.
+    pub patch_embed: SamPatchEmbeddings,
+    /// The transformer.
+    pub layers: Vec<SamVisionLayer>,
+    /// Tokens to the image embedding.
+    pub neck: SamVisionNeck,
+}
+
+module_tree!(SamVisionEncoder { pos_embed, patch_embed, layers, neck });
+
+/// What [`SamVisionEncoder::forward_with_states`] gives.
+#[derive(Clone, Debug)]
+pub struct SamVisionEncoderOutput {
+    /// `[B, output_channels, h, w]`
+    pub image_embeddings: Tensor,
+    /// The embedded patches and the output of each layer, `[B, h, w, C]` each.
+    pub hidden_states: Vec<Tensor>,
+    /// Each layer's attention weights, `[B * windows * heads, N, N]`; empty unless asked for.
+    pub attentions: Vec<Tensor>,
+}
+
+impl SamVisionEncoder {
+    /// All zero, with the same attention in every layer.
+    ///
+    /// # Errors
+    /// When a tensor cannot be allocated.
+    pub fn new(
+        config: &SamVisionConfig,
+        kind: AttentionKind,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::with_attention(config, dtype, device, |layer| kind.build(layer))
+    }
+
+    /// All zero, with the attention that `build` makes for each layer.
+    ///
+    /// # Errors
+    /// When a tensor cannot be allocated, or `build` fails.
+    pub fn with_attention(
+        config: &SamVisionConfig,
+        dtype: DType,
+        device: &Device,
+        mut build: impl FnMut(&LayerContext<'_>) -> Result<Box<dyn VisionAttention>>,
+    ) -> Result<Self> {
+        let (size, out, side) = (config.hidden_size, config.output_channels, config.grid_size());
+        let pos_embed = || Tensor::zeros((1, side, side, size), dtype, device);
+        let patch = config.patch_size;
+        let projection = Conv2d::patches(config.num_channels, size, patch, true, dtype, device)?;
+        let layers = (0..config.num_hidden_layers).map(|index| {
+            let layer = LayerContext::new(config, index, dtype, device);
+            let attn = build(&layer)?;
+            SamVisionLayer::new(&layer, attn)
+        });
+        Ok(Self {
+            pos_embed: config.use_abs_pos.then(pos_embed).transpose()?,
+            patch_embed: SamPatchEmbeddings { projection, image_size: config.image_size },
+            layers: layers.collect::<Result<_>>()?,
+            neck: SamVisionNeck {
+                conv1: Conv2d::patches(size, out, 1, false, dtype, device)?,
+                layer_norm1: LayerNorm::new(out, NECK_EPS, dtype, device)?,
+                conv2: Conv2d::same(out, out, 3, dtype, device)?,
+                layer_norm2: LayerNorm::new(out, NECK_EPS, dtype, device)?,
+            },
+        })
+    }
+
+    /// `[B, channels, S, S] -> [B, output_channels, h, w]`
+    ///
+    /// # Errors
+    /// When `pixel_values` has another shape, or an attention fails.
+    pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut x = self.embed(pixel_values)?;
+        for layer in &self.layers {
+            x = layer.forward(&x, mode)?;
+        }
+        self.neck.forward(&x)?.permute((0, 3, 1, 2))
+    }
+
+    /// As `forward`, with every hidden state and, if asked for, the attention weights, which are large: 3.6 GB for
+    /// one image and ViT-B in f32.
+    ///
+    /// # Errors
+    /// As `forward`; besides when attentions are asked for and a layer's attention cannot give them.
+    pub fn forward_with_states(
+        &self,
+        pixel_values: &Tensor,
+        output_attentions: bool,
+        mode: Mode,
+    ) -> Result<SamVisionEncoderOutput> {
+        let mut x = self.embed(pixel_values)?;
+        let (mut hidden_states, mut attentions) = (vec![x.clone()], vec![]);
+        for layer in &self.layers {
+            if output_attentions {
+                let (out, weights) = layer.forward_with_weights(&x, mode)?;
+                attentions.push(weights);
+                x = out;
+            } else {
+                x = layer.forward(&x, mode)?;
+            }
+            hidden_states.push(x.clone());
+        }
+        let image_embeddings = self.neck.forward(&x)?.permute((0, 3, 1, 2))?;
+        Ok(SamVisionEncoderOutput { image_embeddings, hidden_states, attentions })
+    }
+
+    fn embed(&self, pixel_values: &Tensor) -> Result<Tensor> {
+        let x = self.patch_embed.forward(pixel_values)?;
+        match &self.pos_embed {
+            Some(pos_embed) => x.broadcast_add(pos_embed),
+            None => Ok(x),
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The mask decoder: image embedding and prompts to masks and their expected IoU.
+//!
+//! ```text
+//! tokens = [iou_token | mask_tokens | prompts]           tokens, image = transformer(tokens, image + dense)
+//! up     = gelu(conv2(gelu(norm(conv1(image)))))         [4h, 4w, C/8], transposed convolutions
+//! mask_i = mlp_i(mask token i) . up                      iou = head(iou token)
+//! ```
+//! Mask 0 is for an unambiguous prompt, the others are the alternatives of an ambiguous one.
+//!
+//! Source: `SamMaskDecoder` in `modeling_sam.py`.
+
+use super::{SamMaskDecoderConfig, SamTwoWayTransformer};
+use crate::module_tree;
+use crate::nn::{ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
+use crate::ops::Activation;
+use candle_core::{bail, DType, Device, Result, Tensor};
+
+/// Epsilon of the norm between the upscaling convolutions, whatever the configuration says.
+const UPSCALE_EPS: f64 = 1e-6;
+
+/// A perceptron of several layers with ReLU between them.
+#[derive(Clone, Debug)]
+pub struct SamFeedForward {
+    /// First layer.
+    pub proj_in: Linear,
+    /// Last layer.
+    pub proj_out: Linear,
+    /// What lies between.
+    pub layers: Vec<Linear>,
+}
+
+module_tree!(SamFeedForward { proj_in, proj_out, layers });
+
+impl SamFeedForward {
+    fn zeros(
+        [input, hidden, output]: [usize; 3],
+        depth: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let linear = |from, to| Linear::zeros(from, to, true, dtype, device);
+        let between = depth.saturating_sub(2);
+        Ok(Self {
+            proj_in: linear(input, hidden)?,
+            proj_out: linear(hidden, output)?,
+            layers: (0..between).map(|_| linear(hidden, hidden)).collect::<Result<_>>()?,
+        })
+    }
+
+    /// `[.., input] -> [.., output]`
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut x = self.proj_in.forward_fused(x, Activation::Relu, None, mode)?;
+        for layer in &self.layers {
+            x = layer.forward_fused(&x, Activation::Relu, None, mode)?;
+        }
+        self.proj_out.forward(&x, mode)
+    }
+}
+
+/// The mask decoder.
+#[derive(Clone, Debug)]
+pub struct SamMaskDecoder {
+    /// `[1, C]`
+    pub iou_token: Embedding,
+    /// `[1 + num_multimask_outputs, C]`
+    pub mask_tokens: Embedding,
+    /// Tokens and image look at each other.
+    pub transformer: SamTwoWayTransformer,
+    /// 2x2, `C -> C/4`
+    pub upscale_conv1: ConvTranspose2d,
+    /// 2x2, `C/4 -> C/8`
+    pub upscale_conv2: ConvTranspose2d,
+    /// Between the two.
+    pub upscale_layer_norm: LayerNorm,
+    /// One for each mask token, `C -> C/8`.
+    pub output_hypernetworks_mlps: Vec<SamFeedForward>,
+    /// The expected IoU of each mask.
+    pub iou_prediction_head: SamFeedForward,
+}
+
+module_tree!(SamMaskDecoder {
+    iou_token,
+    mask_tokens,
+    transformer,
+    upscale_conv1,
+    upscale_conv2,
+    upscale_layer_norm,
+    output_hypernetworks_mlps,
+    iou_prediction_head,
+});
+
+impl SamMaskDecoder {
+    /// All zero.
+    ///
+    /// # Errors
+    /// When the heads do not divide the channels.
+    pub fn zeros(config: &SamMaskDecoderConfig, dtype: DType, device: &Device) -> Result<Self> {
+        let (size, masks) = (config.hidden_size, config.num_multimask_outputs + 1);
+        let (quarter, eighth) = (size / 4, size / 8);
+        let hypernetwork = |_| SamFeedForward::zeros([size, size, eighth], 3, dtype, device);
+        let head = [size, config.iou_head_hidden_dim, masks];
+        Ok(Self {
+            iou_token: Embedding::zeros(1, size, dtype, device)?,
+            mask_tokens: Embedding::zeros(masks, size, dtype, device)?,
+            transformer: SamTwoWayTransformer::zeros(config, dtype, device)?,
+            upscale_conv1: ConvTranspose2d::zeros(size, quarter, 2, dtype, device)?,
+            upscale_conv2: ConvTranspose2d::zeros(quarter, eighth, 2, dtype, device)?,
+            upscale_layer_norm: LayerNorm::new(quarter, UPSCALE_EPS, dtype, device)?,
+            output_hypernetworks_mlps: (0..masks).map(hypernetwork).collect::<Result<_>>()?,
+            iou_prediction_head: SamFeedForward::zeros(head, config.iou_head_depth, dtype, device)?,
+        })
+    }
+
+    /// Masks `[B, P, M, 4h, 4w]` (logits) and IoU scores `[B, P, M]`; M is 1, or `num_multimask_outputs` with
+    /// `multimask_output`.
+    ///
+    /// `image_embeddings` is `[B, C, h, w]`, `image_positions` `[1, h, w, C]`, `sparse` `[B, P, N, C]` (without it P
+    /// is 1), and `dense` is added to the image as `[B, h, w, C]` or what broadcasts to it.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward(
+        &self,
+        image_embeddings: &Tensor,
+        image_positions: &Tensor,
+        sparse: Option<&Tensor>,
+        dense: &Tensor,
+        multimask_output: bool,
+        mode: Mode,
+    ) -> Result<(Tensor, Tensor)> {
+        let (batch, size, h, w) = image_embeddings.dims4()?;
+        let prompts = sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
+        let groups = batch * prompts;
+        let masks = self.output_hypernetworks_mlps.len();
+        if size != self.mask_tokens.weight.dim(1)? {
+            bail!(
+                "mask_decoder: image_embeddings must have shape [B, {}, h, w], got {:?}",
+                self.mask_tokens.weight.dim(1)?,
+                image_embeddings.dims()
+            )
+        }
+
+        let learned = Tensor::cat(&[&self.iou_token.weight, &self.mask_tokens.weight], 0)?;
+        let learned = learned.unsqueeze(0)?.broadcast_as((groups, 1 + masks, size))?;
+        let tokens = match sparse {
+            Some(sparse) => {
+                Tensor::cat(&[learned, sparse.reshape((groups, (), size))?], 1)?.contiguous()?
+            }
+            None => learned.contiguous()?,
+        };
+        let image = image_embeddings.permute((0, 2, 3, 1))?.broadcast_add(dense)?;
+        let image = image
+            .reshape((batch, 1, h * w, size))?
+            .broadcast_as((batch, prompts, h * w, size))?
+            .reshape((groups, h * w, size))?;
+        let image_positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
+        let (tokens, image) = self.transformer.forward(&tokens, &image, &image_positions, mode)?;
+
+        let up =
+            self.upscale_conv1.forward(&image.reshape((groups, h, w, size))?, Activation::None)?;
+        let up = self.upscale_layer_norm.forward(&up)?.gelu_erf()?;
+        let up = self.upscale_conv2.forward(&up, Activation::Gelu)?.flatten(1, 2)?;
+
+        let (first, count) = if multimask_output { (1, masks - 1) } else { (0, 1) };
+        let mlps = self.output_hypernetworks_mlps.iter().enumerate().skip(first).take(count);
+        let weights = mlps
+            .map(|(i, mlp)| mlp.forward(&tokens.narrow(1, 1 + i, 1)?, mode))
+            .collect::<Result<Vec<_>>>()?;
+        let pred_masks = Tensor::cat(&weights, 1)?.matmul(&up.transpose(1, 2)?)?;
+        let iou = self.iou_prediction_head.forward(&tokens.narrow(1, 0, 1)?.squeeze(1)?, mode)?;
+        Ok((
+            pred_masks.reshape((batch, prompts, count, 4 * h, 4 * w))?,
+            iou.narrow(1, first, count)?.reshape((batch, prompts, count))?,
+        ))
+    }
+}

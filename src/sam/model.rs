@@ -1,0 +1,170 @@
+//! The whole of SAM: images and prompts to masks.
+//!
+//! Source: `SamModel` in `modeling_sam.py`.
+
+use super::{
+    AttentionKind, LayerContext, SamConfig, SamMaskDecoder, SamPositionalEmbedding,
+    SamPromptEncoder, SamPrompts, SamVisionEncoder, VisionAttention,
+};
+use crate::module_tree;
+use crate::nn::{self, Mode};
+use crate::Result;
+use candle_core::{bail, DType, Device, Tensor};
+
+/// Segment Anything. The tree's names are those of Hugging Face's checkpoints; with the split attention, those of
+/// checkpoints that hold q, k and v apart.
+#[derive(Debug)]
+pub struct SamModel {
+    /// The positional encoding that image and prompts share.
+    pub shared_image_embedding: SamPositionalEmbedding,
+    /// Image to image embedding.
+    pub vision_encoder: SamVisionEncoder,
+    /// Points, boxes and masks to tokens.
+    pub prompt_encoder: SamPromptEncoder,
+    /// Image embedding and tokens to masks.
+    pub mask_decoder: SamMaskDecoder,
+    grid_size: usize,
+}
+
+module_tree!(SamModel { shared_image_embedding, vision_encoder, prompt_encoder, mask_decoder });
+
+/// What [`SamModel::forward`] takes: an image (or its embedding) and any prompts. B images, P masks wanted of each.
+#[derive(Clone, Debug)]
+pub struct SamInput {
+    /// `[B, channels, S, S]`, normalised; or else `image_embeddings`.
+    pub pixel_values: Option<Tensor>,
+    /// `[B, output_channels, h, w]` from [`SamVisionEncoder::forward`], to prompt an image many times.
+    pub image_embeddings: Option<Tensor>,
+    /// See [`SamPrompts::input_points`].
+    pub input_points: Option<Tensor>,
+    /// See [`SamPrompts::input_labels`].
+    pub input_labels: Option<Tensor>,
+    /// See [`SamPrompts::input_boxes`].
+    pub input_boxes: Option<Tensor>,
+    /// See [`SamPrompts::input_masks`].
+    pub input_masks: Option<Tensor>,
+    /// Several masks for an ambiguous prompt, or one.
+    pub multimask_output: bool,
+}
+
+/// No image, no prompt, several masks.
+impl Default for SamInput {
+    fn default() -> Self {
+        Self {
+            pixel_values: None,
+            image_embeddings: None,
+            input_points: None,
+            input_labels: None,
+            input_boxes: None,
+            input_masks: None,
+            multimask_output: true,
+        }
+    }
+}
+
+/// What [`SamModel::forward`] gives.
+#[derive(Clone, Debug)]
+pub struct SamOutput {
+    /// Expected IoU of each mask, `[B, P, M]`.
+    pub iou_scores: Tensor,
+    /// Logits, `[B, P, M, 4h, 4w]`; a pixel is in the mask where they are positive.
+    pub pred_masks: Tensor,
+}
+
+impl SamModel {
+    /// All zero, to be filled from a checkpoint or with [`randomize`](Self::randomize).
+    ///
+    /// # Errors
+    /// When the configuration is impossible or a tensor cannot be allocated.
+    pub fn new(
+        config: &SamConfig,
+        kind: AttentionKind,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::with_attention(config, dtype, device, |layer| kind.build(layer))
+    }
+
+    /// As `new`, with the attention that `build` makes for each layer of the image encoder.
+    ///
+    /// # Errors
+    /// As `new`; besides when `build` fails.
+    pub fn with_attention(
+        config: &SamConfig,
+        dtype: DType,
+        device: &Device,
+        build: impl FnMut(&LayerContext<'_>) -> candle_core::Result<Box<dyn VisionAttention>>,
+    ) -> Result<Self> {
+        config.validate()?;
+        let vision = &config.vision_config;
+        Ok(Self {
+            shared_image_embedding: SamPositionalEmbedding::zeros(
+                vision.num_pos_feats,
+                dtype,
+                device,
+            )?,
+            vision_encoder: SamVisionEncoder::with_attention(vision, dtype, device, build)?,
+            prompt_encoder: SamPromptEncoder::zeros(config, dtype, device)?,
+            mask_decoder: SamMaskDecoder::zeros(&config.mask_decoder_config, dtype, device)?,
+            grid_size: vision.grid_size(),
+        })
+    }
+
+    /// Fills the model with random numbers; see [`nn::randomize`].
+    pub fn randomize(&mut self, seed: u64, std: f64) -> Result<()> {
+        nn::randomize(self, seed, std)
+    }
+
+    /// Masks and IoU scores; without any prompt, the masks of what the model takes for the object.
+    ///
+    /// # Errors
+    /// When there is not exactly one of `pixel_values` and `image_embeddings`, or a shape does not fit.
+    pub fn forward(&self, input: &SamInput, mode: Mode) -> candle_core::Result<SamOutput> {
+        let image_embeddings = match (&input.pixel_values, &input.image_embeddings) {
+            (Some(pixel_values), None) => self.vision_encoder.forward(pixel_values, mode)?,
+            (None, Some(embeddings)) => {
+                self.check_embeddings(embeddings)?;
+                embeddings.clone()
+            }
+            (Some(_), Some(_)) => {
+                bail!(
+                    "sam: both pixel_values and image_embeddings were given; expected one of them"
+                )
+            }
+            (None, None) => {
+                bail!("sam: neither pixel_values nor image_embeddings was given; expected one of them")
+            }
+        };
+        let prompts = SamPrompts {
+            input_points: input.input_points.as_ref(),
+            input_labels: input.input_labels.as_ref(),
+            input_boxes: input.input_boxes.as_ref(),
+            input_masks: input.input_masks.as_ref(),
+        };
+        let (sparse, dense) = self.prompt_encoder.forward(
+            &prompts,
+            &self.shared_image_embedding,
+            image_embeddings.dim(0)?,
+        )?;
+        let (pred_masks, iou_scores) = self.mask_decoder.forward(
+            &image_embeddings,
+            &self.shared_image_embedding.grid(self.grid_size)?,
+            sparse.as_ref(),
+            &dense,
+            input.multimask_output,
+            mode,
+        )?;
+        Ok(SamOutput { iou_scores, pred_masks })
+    }
+
+    fn check_embeddings(&self, embeddings: &Tensor) -> candle_core::Result<()> {
+        let (channels, side) = (self.mask_decoder.mask_tokens.weight.dim(1)?, self.grid_size);
+        if embeddings.rank() != 4 || embeddings.dims()[1..] != [channels, side, side] {
+            bail!(
+                "sam: image_embeddings must have shape [B, {channels}, {side}, {side}], got {:?}",
+                embeddings.dims()
+            )
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,288 @@
+//! From an image file to SAM's input and from SAM's masks back to the image, as transformers' `SamImageProcessorPil`.
+//!
+//! ```text
+//! resize the longest side to S (bilinear, antialiased) -> / 255 -> (x - mean) / std -> pad right and below with 0
+//! low-resolution mask -> bilinear to S x S -> crop the padding -> bilinear to the image's size -> > threshold
+//! ```
+//! A frame is the place of an image in the square input: prompts are scaled into it and masks cut out of it.
+
+use crate::{files, ops, Error, Result};
+use candle_core::{bail, DType, Device, Tensor};
+use image::{imageops, DynamicImage, ImageReader};
+use serde::Deserialize;
+use std::path::Path;
+
+/// No side of an image may be longer, in pixels.
+const MAX_SIDE: u32 = 1 << 15;
+/// No image may need more memory to decode, in bytes.
+const MAX_DECODED: u64 = 1 << 30;
+
+/// Reads an image of any format and depth, told by its content rather than its name.
+///
+/// # Errors
+/// When the file cannot be read, is no image, is damaged, or is larger than 32768 pixels a side or 1 GiB decoded.
+pub fn read_image(path: impl AsRef<Path>) -> Result<DynamicImage> {
+    let path = path.as_ref();
+    let mut reader = ImageReader::open(path)
+        .and_then(|reader| reader.with_guessed_format())
+        .map_err(|e| Error::io(path, e))?;
+    let mut limits = image::Limits::default();
+    limits.max_image_width = Some(MAX_SIDE);
+    limits.max_image_height = Some(MAX_SIDE);
+    limits.max_alloc = Some(MAX_DECODED);
+    reader.limits(limits);
+    reader.decode().map_err(|e| Error::file(path, format!("cannot be read as an image: {e}")))
+}
+
+/// Where an image lies in SAM's square input; sizes are height and width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Size of the image as it came.
+    pub original: (usize, usize),
+    /// Size after resizing, without padding.
+    pub resized: (usize, usize),
+}
+
+impl Frame {
+    /// Points `[.., 2]` as (x, y) in pixels of the original image, in pixels of SAM's input.
+    pub fn scale_points(&self, points: &Tensor) -> candle_core::Result<Tensor> {
+        self.scale(points, 2)
+    }
+
+    /// Boxes `[.., 4]` as (x0, y0, x1, y1) in pixels of the original image, in pixels of SAM's input.
+    pub fn scale_boxes(&self, boxes: &Tensor) -> candle_core::Result<Tensor> {
+        self.scale(boxes, 4)
+    }
+
+    fn scale(&self, coordinates: &Tensor, last: usize) -> candle_core::Result<Tensor> {
+        if coordinates.dims().last() != Some(&last) {
+            bail!("prompt coordinates: expected [.., {last}], got {:?}", coordinates.shape())
+        }
+        let x = self.resized.1 as f64 / self.original.1 as f64;
+        let y = self.resized.0 as f64 / self.original.0 as f64;
+        let factors: Vec<f64> = [x, y].into_iter().cycle().take(last).collect();
+        let factors = Tensor::from_vec(factors, last, coordinates.device())?;
+        coordinates.broadcast_mul(&factors.to_dtype(coordinates.dtype())?)
+    }
+}
+
+/// SAM's image processor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamProcessor {
+    /// Length of the longest side after resizing.
+    pub longest_edge: usize,
+    /// Side S of the padded square.
+    pub pad_size: usize,
+    /// Factor of the 8-bit values.
+    pub rescale_factor: f64,
+    /// Mean of each channel.
+    pub image_mean: [f32; 3],
+    /// Standard deviation of each channel.
+    pub image_std: [f32; 3],
+}
+
+/// `preprocessor_config.json`, as far as it can differ from what SAM does.
+#[derive(Deserialize)]
+struct ProcessorConfig {
+    size: Option<Edge>,
+    pad_size: Option<Size>,
+    rescale_factor: Option<f64>,
+    image_mean: Option<[f32; 3]>,
+    image_std: Option<[f32; 3]>,
+    resample: Option<u32>,
+    do_resize: Option<bool>,
+    do_rescale: Option<bool>,
+    do_normalize: Option<bool>,
+    do_pad: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct Edge {
+    longest_edge: usize,
+}
+
+#[derive(Deserialize)]
+struct Size {
+    height: usize,
+    width: usize,
+}
+
+/// `processor_config.json`, where newer versions of transformers write the same.
+#[derive(Deserialize)]
+struct NestedConfig {
+    image_processor: ProcessorConfig,
+}
+
+impl SamProcessor {
+    /// SAM's own processor for a model whose input has the side `image_size`.
+    pub fn new(image_size: usize) -> Self {
+        Self {
+            longest_edge: image_size,
+            pad_size: image_size,
+            rescale_factor: 1.0 / 255.0,
+            image_mean: [0.485, 0.456, 0.406],
+            image_std: [0.229, 0.224, 0.225],
+        }
+    }
+
+    /// The processor a model's folder describes, in `preprocessor_config.json` or `processor_config.json`; SAM's own
+    /// where there is neither.
+    ///
+    /// # Errors
+    /// When the file cannot be read, asks for something other than SAM's processing, or pads to another size than
+    /// the model's `image_size`.
+    pub fn from_folder(folder: impl AsRef<Path>, image_size: usize) -> Result<Self> {
+        let path = folder.as_ref().join("preprocessor_config.json");
+        let nested = folder.as_ref().join("processor_config.json");
+        let invalid = |path: &Path, e: serde_json::Error| {
+            Error::file(path, format!("not a configuration of SAM's image processor: {e}"))
+        };
+        if path.exists() {
+            let config = serde_json::from_str(&files::read_text(&path)?);
+            Self::from_config(&path, config.map_err(|e| invalid(&path, e))?, image_size)
+        } else if nested.exists() {
+            let config = serde_json::from_str::<NestedConfig>(&files::read_text(&nested)?);
+            let config = config.map_err(|e| invalid(&nested, e))?.image_processor;
+            Self::from_config(&nested, config, image_size)
+        } else {
+            Ok(Self::new(image_size))
+        }
+    }
+
+    fn from_config(path: &Path, config: ProcessorConfig, image_size: usize) -> Result<Self> {
+        let default = Self::new(image_size);
+        let require = |holds: bool, message: String| match holds {
+            true => Ok(()),
+            false => Err(Error::file(path, message)),
+        };
+        for (step, wanted) in [
+            ("do_resize", config.do_resize),
+            ("do_rescale", config.do_rescale),
+            ("do_normalize", config.do_normalize),
+            ("do_pad", config.do_pad),
+        ] {
+            require(wanted != Some(false), format!("{step} is false, which is not supported"))?;
+        }
+        if let Some(resample) = config.resample {
+            let message = format!("resample is {resample}, only 2 (bilinear) is supported");
+            require(resample == 2, message)?;
+        }
+        if let Some(Size { height, width }) = config.pad_size {
+            let message =
+                format!("images are padded to {height} x {width}, the model takes {image_size} x {image_size}");
+            require((height, width) == (image_size, image_size), message)?;
+        }
+        let processor = Self {
+            longest_edge: config.size.map_or(default.longest_edge, |size| size.longest_edge),
+            pad_size: default.pad_size,
+            rescale_factor: config.rescale_factor.unwrap_or(default.rescale_factor),
+            image_mean: config.image_mean.unwrap_or(default.image_mean),
+            image_std: config.image_std.unwrap_or(default.image_std),
+        };
+        let edge = processor.longest_edge;
+        let message = format!("size.longest_edge is {edge}, expected 1 to {image_size}");
+        require((1..=image_size).contains(&edge), message)?;
+        let finite = processor.image_mean.iter().all(|v| v.is_finite())
+            && processor.image_std.iter().all(|v| v.is_finite() && *v > 0.0)
+            && processor.rescale_factor.is_finite();
+        let message = "image_mean, image_std and rescale_factor must be finite, image_std positive";
+        require(finite, message.to_string())?;
+        Ok(processor)
+    }
+
+    /// The frame of an image of this size.
+    ///
+    /// # Errors
+    /// When the image is empty, longer than 32768 pixels, or so narrow that nothing of it is left after resizing.
+    pub fn frame(&self, height: usize, width: usize) -> candle_core::Result<Frame> {
+        let longest = height.max(width);
+        if height == 0 || width == 0 || longest > MAX_SIDE as usize {
+            bail!("an image of {width} x {height} pixels, expected 1 to {MAX_SIDE} a side")
+        }
+        let scale = self.longest_edge as f64 / longest as f64;
+        let side = |side: usize| (side as f64 * scale + 0.5) as usize;
+        let resized = (side(height), side(width));
+        if resized.0 == 0 || resized.1 == 0 {
+            bail!("an image of {width} x {height} pixels is too narrow: resized to {} nothing is left of it", self.longest_edge)
+        }
+        Ok(Frame { original: (height, width), resized })
+    }
+
+    /// An image as SAM's input `[1, 3, S, S]` in f32, and its frame.
+    ///
+    /// Grey images become RGB, alpha is dropped, 16 bits and floats are scaled to 8 bits over their whole range.
+    ///
+    /// # Errors
+    /// As [`frame`](Self::frame).
+    pub fn preprocess(
+        &self,
+        image: &DynamicImage,
+        device: &Device,
+    ) -> candle_core::Result<(Tensor, Frame)> {
+        let frame = self.frame(image.height() as usize, image.width() as usize)?;
+        let (height, width) = frame.resized;
+        let rgb = image.to_rgb8();
+        // Sideways first and rounded to 8 bits in between, as Pillow does it.
+        let filter = imageops::FilterType::Triangle;
+        let rgb = imageops::resize(&rgb, width as u32, rgb.height(), filter);
+        let rgb = imageops::resize(&rgb, width as u32, height as u32, filter);
+        let side = self.pad_size;
+        let mut pixels = vec![0f32; 3 * side * side];
+        for (channel, plane) in pixels.chunks_mut(side * side).enumerate() {
+            let (mean, std) = (self.image_mean[channel], self.image_std[channel]);
+            let table: Vec<f32> = (0..=255u8)
+                .map(|value| ((f64::from(value) * self.rescale_factor) as f32 - mean) / std)
+                .collect();
+            for (line, row) in plane.chunks_mut(side).zip(rgb.rows()) {
+                for (value, pixel) in line.iter_mut().zip(row) {
+                    *value = table[pixel.0[channel] as usize];
+                }
+            }
+        }
+        Ok((Tensor::from_vec(pixels, (1, 3, side, side), device)?, frame))
+    }
+
+    /// SAM's low-resolution mask logits `[.., h, w]` at the size of the original image, `[.., H, W]` in f32.
+    ///
+    /// Both resizes are linear and act on each side alone, so they and the crop between them are one matrix a side.
+    pub fn resize_masks(&self, masks: &Tensor, frame: &Frame) -> candle_core::Result<Tensor> {
+        let dims = masks.dims();
+        let [leading @ .., h, w] = dims else {
+            bail!("masks: expected [.., h, w], got {:?}", masks.shape())
+        };
+        let matrix = |low: usize, resized: usize, original: usize| -> candle_core::Result<Tensor> {
+            if resized > self.pad_size {
+                bail!("masks: a frame of {:?} in an input of {}", frame.resized, self.pad_size)
+            }
+            let up = ops::linear_resize_matrix(low, self.pad_size, masks.device())?;
+            let back = ops::linear_resize_matrix(resized, original, masks.device())?;
+            back.matmul(&up.narrow(0, 0, resized)?)
+        };
+        let (height, width) = frame.original;
+        let rows = matrix(*h, frame.resized.0, height)?;
+        let columns = matrix(*w, frame.resized.1, width)?.t()?;
+        let count: usize = leading.iter().product();
+        let resized = (0..count)
+            .map(|i| {
+                let mask = masks.reshape((count, *h, *w))?.get(i)?.to_dtype(DType::F32)?;
+                rows.matmul(&mask.contiguous()?)?.matmul(&columns)
+            })
+            .collect::<candle_core::Result<Vec<Tensor>>>()?;
+        let resized = match count {
+            0 => Tensor::zeros((0, height, width), DType::F32, masks.device())?,
+            _ => Tensor::stack(&resized, 0)?,
+        };
+        resized.reshape([leading, &[height, width]].concat())
+    }
+
+    /// SAM's low-resolution mask logits `[.., h, w]` as masks of the original image, `[.., H, W]` in u8: 1 where the
+    /// logit is above `threshold`, which is 0 unless there is a reason.
+    pub fn post_process_masks(
+        &self,
+        masks: &Tensor,
+        frame: &Frame,
+        threshold: f64,
+    ) -> candle_core::Result<Tensor> {
+        self.resize_masks(masks, frame)?.gt(threshold)
+    }
+}

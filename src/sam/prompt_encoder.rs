@@ -1,0 +1,267 @@
+//! The prompt encoder: points and boxes to sparse tokens, masks to a dense map.
+//!
+//! ```text
+//! pe(c)  = [sin(2 pi (2 c - 1) G), cos(2 pi (2 c - 1) G)]       c in [0, 1]^2 as (x, y), G [2, F] random, fixed
+//! point  = pe((p + 0.5) / S) + point_embed[label]               label 0 or 1; -1: not_a_point_embed; -10: zero
+//! corner = pe((p + 0.5) / S) + point_embed[2 or 3]              of a box
+//! dense  = mask_embed(mask)  or  no_mask_embed everywhere
+//! ```
+//! Points without boxes get one more point of label -1, as the original does it. Coordinates are pixels of the
+//! resized S x S image; the encoding is computed in f32 and rounded to the model's dtype at the end.
+//!
+//! Source: `SamPromptEncoder` in `modeling_sam.py`.
+
+use super::{SamConfig, SamPromptEncoderConfig};
+use crate::module_tree;
+use crate::nn::{Buffer, Conv2d, Embedding, LayerNorm};
+use crate::ops::Activation;
+use candle_core::{bail, DType, Device, Result, Tensor, D};
+
+/// Label of a point that is none: it pads a prompt that has no box.
+const NOT_A_POINT: f64 = -1.0;
+/// Label of a point that pads a shorter list of points in a batch: its embedding is zero.
+const PADDING: f64 = -10.0;
+
+/// Random Fourier features of positions, shared by the image and the prompts.
+#[derive(Clone, Debug)]
+pub struct SamPositionalEmbedding {
+    /// The frequencies G, `[2, num_pos_feats]`.
+    pub positional_embedding: Buffer,
+}
+
+module_tree!(SamPositionalEmbedding { positional_embedding });
+
+impl SamPositionalEmbedding {
+    /// All zero.
+    pub fn zeros(num_pos_feats: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let positional_embedding = Buffer(Tensor::zeros((2, num_pos_feats), dtype, device)?);
+        Ok(Self { positional_embedding })
+    }
+
+    /// Positions in `[0, 1]^2`, as (x, y): `[.., 2] -> [.., 2 num_pos_feats]`, in f32.
+    pub fn forward(&self, positions: &Tensor) -> Result<Tensor> {
+        let frequencies = self.positional_embedding.0.to_dtype(DType::F32)?;
+        let mut dims = positions.dims().to_vec();
+        let rows = positions.to_dtype(DType::F32)?.reshape(((), 2))?.affine(2.0, -1.0)?;
+        let phases = (rows.matmul(&frequencies)? * std::f64::consts::TAU)?;
+        if let Some(last) = dims.last_mut() {
+            *last = 2 * frequencies.dim(1)?;
+        }
+        Tensor::cat(&[phases.sin()?, phases.cos()?], D::Minus1)?.reshape(dims)
+    }
+
+    /// The centres of an image's side x side patches: `[1, side, side, 2 num_pos_feats]`, in f32.
+    pub fn grid(&self, side: usize) -> Result<Tensor> {
+        let device = self.positional_embedding.0.device();
+        let centres: Vec<f32> = (0..side).map(|i| (i as f32 + 0.5) / side as f32).collect();
+        let centres = Tensor::from_vec(centres, side, device)?;
+        let x = centres.reshape((1, side))?.broadcast_as((side, side))?;
+        let y = centres.reshape((side, 1))?.broadcast_as((side, side))?;
+        self.forward(&Tensor::stack(&[x, y], 2)?)?.unsqueeze(0)
+    }
+}
+
+/// Shrinks a mask prompt to the image embedding's grid.
+#[derive(Clone, Debug)]
+pub struct SamMaskEmbedding {
+    /// 2x2, `1 -> mask_input_channels / 4`
+    pub conv1: Conv2d,
+    /// 2x2, `-> mask_input_channels`
+    pub conv2: Conv2d,
+    /// 1x1, `-> hidden_size`
+    pub conv3: Conv2d,
+    /// After `conv1`.
+    pub layer_norm1: LayerNorm,
+    /// After `conv2`.
+    pub layer_norm2: LayerNorm,
+    /// After each norm.
+    pub activation: Activation,
+}
+
+module_tree!(SamMaskEmbedding { conv1, conv2, conv3, layer_norm1, layer_norm2 });
+
+impl SamMaskEmbedding {
+    fn zeros(config: &SamPromptEncoderConfig, dtype: DType, device: &Device) -> Result<Self> {
+        let (wide, narrow) = (config.mask_input_channels, config.mask_input_channels / 4);
+        let norm = |size| LayerNorm::new(size, config.layer_norm_eps, dtype, device);
+        Ok(Self {
+            conv1: Conv2d::patches(1, narrow, 2, true, dtype, device)?,
+            conv2: Conv2d::patches(narrow, wide, 2, true, dtype, device)?,
+            conv3: Conv2d::patches(wide, config.hidden_size, 1, true, dtype, device)?,
+            layer_norm1: norm(narrow)?,
+            layer_norm2: norm(wide)?,
+            activation: config.hidden_act.into(),
+        })
+    }
+
+    /// `[B, 4h, 4w, 1] -> [B, h, w, hidden_size]`
+    pub fn forward(&self, masks: &Tensor) -> Result<Tensor> {
+        let x = self.layer_norm1.forward(&self.conv1.forward(masks)?)?;
+        let x = self.conv2.forward(&self.activation.apply(&x)?)?;
+        let x = self.layer_norm2.forward(&x)?;
+        self.conv3.forward(&self.activation.apply(&x)?)
+    }
+}
+
+/// The prompts of a batch, each optional.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SamPrompts<'a> {
+    /// `[B, P, N, 2]`: (x, y) of N points for each of P masks.
+    pub input_points: Option<&'a Tensor>,
+    /// `[B, P, N]`: 1 on the object, 0 off it, -1 not a point, -10 padding. All 1 if none.
+    pub input_labels: Option<&'a Tensor>,
+    /// `[B, P, 4]`: (x1, y1, x2, y2), one box for each of P masks.
+    pub input_boxes: Option<&'a Tensor>,
+    /// `[B, 1, 4h, 4w]`: logits of an earlier mask; a B of 1 serves every image.
+    pub input_masks: Option<&'a Tensor>,
+}
+
+/// The prompt encoder. The frequencies it shares with the image belong to the model.
+#[derive(Clone, Debug)]
+pub struct SamPromptEncoder {
+    /// For a mask prompt.
+    pub mask_embed: SamMaskEmbedding,
+    /// Instead of a mask prompt, `[1, hidden_size]`.
+    pub no_mask_embed: Embedding,
+    /// Of a point off the object, one on it, and a box's two corners.
+    pub point_embed: Vec<Embedding>,
+    /// Of label -1, `[1, hidden_size]`.
+    pub not_a_point_embed: Embedding,
+    image_size: usize,
+    grid_size: usize,
+}
+
+module_tree!(SamPromptEncoder { mask_embed, no_mask_embed, point_embed, not_a_point_embed });
+
+impl SamPromptEncoder {
+    /// All zero.
+    pub fn zeros(config: &SamConfig, dtype: DType, device: &Device) -> Result<Self> {
+        let config = &config.prompt_encoder_config;
+        let embedding = || Embedding::zeros(1, config.hidden_size, dtype, device);
+        Ok(Self {
+            mask_embed: SamMaskEmbedding::zeros(config, dtype, device)?,
+            no_mask_embed: embedding()?,
+            point_embed: (0..config.num_point_embeddings)
+                .map(|_| embedding())
+                .collect::<Result<_>>()?,
+            not_a_point_embed: embedding()?,
+            image_size: config.image_size,
+            grid_size: config.image_embedding_size(),
+        })
+    }
+
+    /// Sparse tokens `[B, P, N, C]` (none without points and boxes) and the dense map `[B or 1, h or 1, w or 1, C]`.
+    ///
+    /// # Errors
+    /// When a prompt's shape does not fit `batch` or the other prompts.
+    pub fn forward(
+        &self,
+        prompts: &SamPrompts<'_>,
+        shared: &SamPositionalEmbedding,
+        batch: usize,
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        self.check(prompts, batch)?;
+        let mut sparse = vec![];
+        if let Some(points) = prompts.input_points {
+            let pad = prompts.input_boxes.is_none();
+            sparse.push(self.embed_points(points, prompts.input_labels, pad, shared)?);
+        }
+        if let Some(boxes) = prompts.input_boxes {
+            sparse.push(self.embed_boxes(boxes, shared)?);
+        }
+        let sparse = (!sparse.is_empty()).then(|| Tensor::cat(&sparse, 2)).transpose()?;
+        let no_mask = &self.no_mask_embed.weight;
+        let dense = match prompts.input_masks {
+            Some(masks) => {
+                let masks = masks.to_dtype(no_mask.dtype())?;
+                self.mask_embed.forward(&masks.permute((0, 2, 3, 1))?)?
+            }
+            None => no_mask.reshape((1, 1, 1, ()))?,
+        };
+        Ok((sparse, dense))
+    }
+
+    fn embed_points(
+        &self,
+        points: &Tensor,
+        labels: Option<&Tensor>,
+        pad: bool,
+        shared: &SamPositionalEmbedding,
+    ) -> Result<Tensor> {
+        let (batch, count, _, _) = points.dims4()?;
+        let mut centres = points.to_dtype(DType::F32)?.affine(1.0, 0.5)?;
+        let mut labels = match labels {
+            Some(labels) => labels.to_dtype(DType::F32)?,
+            None => centres.narrow(3, 0, 1)?.squeeze(3)?.ones_like()?,
+        };
+        if pad {
+            let (origin, none) = (centres.narrow(2, 0, 1)?, labels.narrow(2, 0, 1)?);
+            centres = Tensor::cat(&[centres, origin.zeros_like()?], 2)?;
+            labels = Tensor::cat(&[labels, (none.zeros_like()? + NOT_A_POINT)?], 2)?;
+        }
+        let labels = labels.reshape((batch, count, (), 1))?;
+        let has_label = |label: f64| labels.eq(label)?.to_dtype(DType::F32);
+        let placed = (has_label(NOT_A_POINT)? + has_label(PADDING)?)?.affine(-1.0, 1.0)?;
+        let positions = shared.forward(&(centres / self.image_size as f64)?)?;
+        let dtype = self.not_a_point_embed.weight.dtype();
+        let mut tokens = positions.broadcast_mul(&placed)?.to_dtype(dtype)?;
+        for (label, embedding) in [
+            (NOT_A_POINT, &self.not_a_point_embed),
+            (0.0, &self.point_embed[0]),
+            (1.0, &self.point_embed[1]),
+        ] {
+            let chosen = has_label(label)?.to_dtype(dtype)?.broadcast_mul(&embedding.weight)?;
+            tokens = (tokens + chosen)?;
+        }
+        Ok(tokens)
+    }
+
+    fn embed_boxes(&self, boxes: &Tensor, shared: &SamPositionalEmbedding) -> Result<Tensor> {
+        let (batch, count, _) = boxes.dims3()?;
+        let corners = boxes.to_dtype(DType::F32)?.reshape((batch, count, 2, 2))?;
+        let positions = (corners.affine(1.0, 0.5)? / self.image_size as f64)?;
+        let embeddings = [&self.point_embed[2].weight, &self.point_embed[3].weight];
+        let embeddings = Tensor::cat(&embeddings, 0)?;
+        shared.forward(&positions)?.to_dtype(embeddings.dtype())?.broadcast_add(&embeddings)
+    }
+
+    fn check(&self, prompts: &SamPrompts<'_>, batch: usize) -> Result<()> {
+        let refuse = |name: &str, expected: String, tensor: &Tensor| {
+            bail!("prompt_encoder: {name} must have shape {expected}, got {:?}", tensor.dims())
+        };
+        let mut count = None;
+        if let Some(points) = prompts.input_points {
+            match *points.dims() {
+                [b, p, n, 2] if b == batch && p > 0 && n > 0 => count = Some(p),
+                _ => refuse("input_points", format!("[{batch}, P, N, 2]"), points)?,
+            }
+        }
+        match (prompts.input_points, prompts.input_labels) {
+            (Some(points), Some(labels)) if labels.dims() != &points.dims()[..3] => {
+                refuse("input_labels", format!("{:?}", &points.dims()[..3]), labels)?
+            }
+            (None, Some(_)) => bail!("prompt_encoder: input_labels without input_points"),
+            _ => {}
+        }
+        if let Some(boxes) = prompts.input_boxes {
+            match *boxes.dims() {
+                [b, p, 4] if b == batch && p > 0 && count.unwrap_or(p) == p => {}
+                _ => {
+                    let count = count.map_or("P".to_string(), |count| count.to_string());
+                    refuse("input_boxes", format!("[{batch}, {count}, 4]"), boxes)?
+                }
+            }
+        }
+        if let Some(masks) = prompts.input_masks {
+            let side = 4 * self.grid_size;
+            match *masks.dims() {
+                [b, 1, h, w] if (b == batch || b == 1) && h == side && w == side => {}
+                _ => refuse("input_masks", format!("[{batch}, 1, {side}, {side}]"), masks)?,
+            }
+        }
+        if self.point_embed.len() < 4 {
+            bail!("prompt_encoder: 4 point embeddings are needed, got {}", self.point_embed.len())
+        }
+        Ok(())
+    }
+}

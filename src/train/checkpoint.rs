@@ -1,0 +1,138 @@
+//! The state of a run, in one safetensors file that is replaced as a whole.
+//!
+//! ```text
+//! tensors     what the optimizer gives (parameters and moments), and `losses` [steps]
+//! metadata    "state": "<checksum> <JSON of step, seed, settings>"
+//! ```
+//! A run killed at any instant leaves the previous file. The checksum (64-bit FNV-1a over the JSON and every
+//! tensor's name and bytes) tells a damaged file, which safetensors alone would load. `settings` is whatever must
+//! not change between a run and its continuation: hyperparameters, the model's and the data's listing.
+
+use super::checksum::Checksum;
+use crate::{files, Error, Result};
+use candle_core::{DType, Device, Tensor};
+use safetensors::{SafeTensors, View};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+const KEY: &str = "state";
+const LOSSES: &str = "losses";
+
+/// A run after some steps.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// Steps made.
+    pub step: u64,
+    /// Seed of the run.
+    pub seed: u64,
+    /// What a continuation must have equal, by name.
+    pub settings: Map<String, Value>,
+    /// The loss of each step.
+    pub losses: Vec<f32>,
+    /// Parameters and optimizer state, by name.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    step: u64,
+    seed: u64,
+    settings: Map<String, Value>,
+}
+
+impl State {
+    /// Writes the state, atomically.
+    ///
+    /// # Errors
+    /// When the file cannot be written; the old one remains then.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let failed =
+            |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be serialized: {e}"));
+        let mut tensors = self.tensors.clone();
+        let losses = Tensor::from_slice(&self.losses, self.losses.len(), &Device::Cpu)?;
+        tensors.insert(LOSSES.into(), losses);
+        let header = Header { step: self.step, seed: self.seed, settings: self.settings.clone() };
+        let header = serde_json::to_string(&header).map_err(|e| failed(&e))?;
+        let mut checksum = Checksum::new();
+        checksum.add(KEY, header.as_bytes());
+        for (name, tensor) in &tensors {
+            checksum.add(name, &View::data(tensor));
+        }
+        let metadata = HashMap::from([(KEY.to_string(), format!("{checksum} {header}"))]);
+        let bytes = safetensors::serialize(&tensors, Some(metadata)).map_err(|e| failed(&e))?;
+        files::write_atomic(path, |file| file.write_all(&bytes))
+    }
+
+    /// Reads a state.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is truncated or damaged, or is no training state.
+    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        let invalid = |e: &dyn std::fmt::Display| {
+            Error::file(path, format!("not a training state, or a damaged one: {e}"))
+        };
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| invalid(&e))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| invalid(&e))?;
+        let header = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
+        let (expected, header) = header
+            .and_then(|text| text.split_once(' '))
+            .ok_or_else(|| invalid(&"the metadata entry `state` is missing"))?;
+        let views: BTreeMap<_, _> = file.tensors().into_iter().collect();
+        let mut checksum = Checksum::new();
+        checksum.add(KEY, header.as_bytes());
+        views.iter().for_each(|(name, view)| checksum.add(name, view.data()));
+        if checksum.to_string() != expected {
+            return Err(invalid(&"its checksum is wrong"));
+        }
+        let Header { step, seed, settings } =
+            serde_json::from_str(header).map_err(|e| invalid(&e))?;
+        let mut tensors = BTreeMap::new();
+        for (name, view) in &views {
+            let tensor = candle_core::safetensors::Load::load(view, device)
+                .map_err(|e| invalid(&format!("tensor {name}: {e}")))?;
+            tensors.insert(name.clone(), tensor);
+        }
+        let losses = tensors.remove(LOSSES).ok_or_else(|| invalid(&"`losses` is missing"))?;
+        let losses = losses.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        if losses.len() as u64 != step {
+            return Err(invalid(&format!("{} losses after {step} steps", losses.len())));
+        }
+        Ok(Self { step, seed, settings, losses, tensors })
+    }
+
+    /// Fails unless `settings` are those of this state, telling every difference.
+    pub fn check_settings(&self, path: &Path, settings: &Map<String, Value>) -> Result<()> {
+        let names: std::collections::BTreeSet<_> =
+            self.settings.keys().chain(settings.keys()).collect();
+        let shown = |value: Option<&Value>| value.map_or("nothing".to_string(), short);
+        let differences: Vec<String> = names
+            .into_iter()
+            .filter(|name| self.settings.get(*name) != settings.get(*name))
+            .map(|name| {
+                let (was, is) = (self.settings.get(name), settings.get(name));
+                format!("\n  {name}: was {}, is {}", shown(was), shown(is))
+            })
+            .collect();
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "this run was started with other settings, and cannot go on with these:{}",
+            differences.concat()
+        );
+        Err(Error::file(path, message))
+    }
+}
+
+/// A value as text, cut where it would fill the screen.
+fn short(value: &Value) -> String {
+    const LONGEST: usize = 200;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}

@@ -1,0 +1,225 @@
+//! A folder of images and a folder of masks, paired by file stem, visited in an order that is a function of
+//! (seed, step).
+
+use super::checksum::Checksum;
+use super::labels::{instances, read_labels, Instance, LabelImage};
+use super::Draws;
+use crate::sam::read_image;
+use crate::{Error, Result};
+use image::{imageops, RgbImage};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// File name endings taken for images; other files in the folders are left alone.
+const ENDINGS: [&str; 11] =
+    ["png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pgm", "ppm", "pnm"];
+
+/// An image, its labels, and those of its instances that are large enough.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// The stem of both files.
+    pub name: String,
+    /// The image.
+    pub image: RgbImage,
+    /// The mask, of the image's size.
+    pub labels: LabelImage,
+    /// At least one.
+    pub instances: Vec<Instance>,
+}
+
+/// Pairs of an image file and a mask file.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    pairs: Vec<Pair>,
+    min_area: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Pair {
+    name: String,
+    image: PathBuf,
+    mask: PathBuf,
+}
+
+impl Dataset {
+    /// Pairs the files of two folders by stem, and reads each once, so that what is wrong with the data is told
+    /// before hours of training. Instances of fewer than `min_area` pixels are left out.
+    ///
+    /// # Errors
+    /// When a folder is unreadable or has no image, an image has no mask or a mask no image, two files share a
+    /// stem, a file is unreadable, sizes differ, or a mask has no instance large enough; the file is named.
+    pub fn open(images: &Path, masks: &Path, min_area: usize) -> Result<Self> {
+        let (image_files, mut mask_files) = (by_stem(images)?, by_stem(masks)?);
+        let mut pairs = Vec::new();
+        for (name, image) in image_files {
+            let mask = mask_files.remove(&name).ok_or_else(|| {
+                Error::file(
+                    &image,
+                    format!("has no mask: {} has no file of this stem", masks.display()),
+                )
+            })?;
+            pairs.push(Pair { name, image, mask });
+        }
+        if let Some(mask) = mask_files.values().next() {
+            let message = format!("has no image: {} has no file of this stem", images.display());
+            return Err(Error::file(mask, message));
+        }
+        let dataset = Self { pairs, min_area };
+        (0..dataset.len()).try_for_each(|index| dataset.load(index).map(drop))?;
+        Ok(dataset)
+    }
+
+    /// How many pairs there are, at least one.
+    pub fn len(&self) -> usize {
+        self.pairs.len()
+    }
+
+    /// Never, of a dataset that was opened.
+    pub fn is_empty(&self) -> bool {
+        self.pairs.is_empty()
+    }
+
+    /// The stems of the pairs, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.pairs.iter().map(|pair| pair.name.as_str())
+    }
+
+    /// The number of images and a checksum of all files, for the settings of a run.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut checksum = Checksum::new();
+        for pair in &self.pairs {
+            for path in [&pair.image, &pair.mask] {
+                let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+                checksum.add(&pair.name, &bytes);
+            }
+        }
+        Ok(format!("{} images, checksum {checksum}", self.len()))
+    }
+
+    /// Sets aside about `fraction` of the pairs, at least one, chosen by `seed`: (the rest, those set aside).
+    ///
+    /// # Errors
+    /// When fewer than two pairs are there to be divided, or the fraction is not between 0 and 1.
+    pub fn split(&self, fraction: f64, seed: u64) -> Result<(Self, Self)> {
+        if !(fraction > 0.0 && fraction < 1.0) || self.len() < 2 {
+            let message = format!(
+                "cannot hold out a fraction of {fraction} of {} images: it takes a fraction between 0 and 1 \
+                 and two images",
+                self.len()
+            );
+            return Err(Error::config(message));
+        }
+        let count = ((self.len() as f64 * fraction).round() as usize).clamp(1, self.len() - 1);
+        let mut held_out = Draws::new(seed, "split", 0).permutation(self.len());
+        held_out.truncate(count);
+        let part = |wanted: bool| Self {
+            pairs: (self.pairs.iter().enumerate())
+                .filter(|(index, _)| held_out.contains(index) == wanted)
+                .map(|(_, pair)| pair.clone())
+                .collect(),
+            min_area: self.min_area,
+        };
+        Ok((part(false), part(true)))
+    }
+
+    /// Reads the pair at `index`.
+    pub fn load(&self, index: usize) -> Result<Sample> {
+        let pair = self.pairs.get(index).ok_or_else(|| {
+            Error::config(format!("there are {} images, and none at {index}", self.len()))
+        })?;
+        let image = read_image(&pair.image)?.to_rgb8();
+        let labels = read_labels(&pair.mask)?;
+        if image.dimensions() != labels.dimensions() {
+            let message = format!(
+                "the mask is {:?} pixels, but {} is {:?}",
+                labels.dimensions(),
+                pair.image.display(),
+                image.dimensions()
+            );
+            return Err(Error::file(&pair.mask, message));
+        }
+        let instances = instances(&labels, self.min_area);
+        if instances.is_empty() {
+            let message = format!("the mask has no instance of {} pixels or more", self.min_area);
+            return Err(Error::file(&pair.mask, message));
+        }
+        Ok(Sample { name: pair.name.clone(), image, labels, instances })
+    }
+}
+
+/// The image files of a folder by stem.
+fn by_stem(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
+        let path = entry.map_err(|e| Error::io(folder, e))?.path();
+        let ending = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
+        if !ending.is_some_and(|e| ENDINGS.contains(&e.as_str())) || !path.is_file() {
+            continue;
+        }
+        let Some(stem) = path.file_stem().and_then(|s| s.to_str()).map(str::to_string) else {
+            return Err(Error::file(&path, "the file name is not valid Unicode"));
+        };
+        if let Some(other) = files.insert(stem, path.clone()) {
+            let message = format!("has the same stem as {}", other.display());
+            return Err(Error::file(&path, message));
+        }
+    }
+    if files.is_empty() {
+        return Err(Error::file(
+            folder,
+            format!("the folder has no image ({})", ENDINGS.join(", ")),
+        ));
+    }
+    Ok(files)
+}
+
+/// Which of `len` images make up the batch of `step`: every image once, in an order of its own, per epoch.
+pub fn sample_indices(len: usize, batch: usize, seed: u64, step: u64) -> Vec<usize> {
+    if len == 0 {
+        return Vec::new();
+    }
+    let first = step * batch as u64;
+    (first..first + batch as u64)
+        .map(|place| {
+            let (epoch, place) = (place / len as u64, (place % len as u64) as usize);
+            Draws::new(seed, "order", epoch).permutation(len)[place]
+        })
+        .collect()
+}
+
+/// One of the eight ways to turn and mirror a square: the augmentation that changes no pixel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Symmetry {
+    quarter_turns: u8,
+    mirrored: bool,
+}
+
+impl Symmetry {
+    /// One of the eight, at random.
+    pub fn draw(draws: &mut Draws) -> Self {
+        Self { quarter_turns: draws.below(4) as u8, mirrored: draws.below(2) == 1 }
+    }
+
+    /// Mirrors and turns image and labels alike, and finds the instances' new bounds.
+    pub fn apply(self, sample: Sample) -> Sample {
+        let image = self.turn(sample.image);
+        let labels = self.turn(sample.labels);
+        // Turning keeps the areas, so the smallest kept one admits exactly those kept before.
+        let min_area = sample.instances.iter().map(|i| i.area).min().unwrap_or(1);
+        let instances = instances(&labels, min_area);
+        Sample { name: sample.name, image, labels, instances }
+    }
+
+    fn turn<P: image::Pixel + 'static>(
+        self,
+        image: image::ImageBuffer<P, Vec<P::Subpixel>>,
+    ) -> image::ImageBuffer<P, Vec<P::Subpixel>> {
+        let image = if self.mirrored { imageops::flip_horizontal(&image) } else { image };
+        match self.quarter_turns {
+            1 => imageops::rotate90(&image),
+            2 => imageops::rotate180(&image),
+            3 => imageops::rotate270(&image),
+            _ => image,
+        }
+    }
+}

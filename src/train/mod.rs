@@ -1,0 +1,26 @@
+//! Training: losses, the optimizer, resumable runs, and images with masks to train on.
+//!
+//! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
+//! [`Batch`] is such a loss for SAM. Whatever is random is a function of (seed, step), so that a run continued from
+//! its state gives the bits of one that was never interrupted.
+
+mod adamw;
+mod checkpoint;
+mod checksum;
+mod data;
+mod labels;
+mod loss;
+mod prompt;
+mod random;
+mod segmentation;
+mod trainer;
+
+pub use adamw::{AdamW, AdamWConfig};
+pub use checkpoint::State;
+pub use data::{sample_indices, Dataset, Sample, Symmetry};
+pub use labels::{instances, read_labels, target, Instance, LabelImage};
+pub use loss::{bce_with_logits, dice_loss, iou, mask_loss};
+pub use prompt::{central_point, interior_point, jittered_box, Prompt, PromptKind};
+pub use random::Draws;
+pub use segmentation::{evaluate, Batch, BatchConfig, Evaluation};
+pub use trainer::Trainer;

@@ -1,0 +1,101 @@
+//! What the tests of the model share: the PyTorch fixtures and how errors are measured.
+#![allow(dead_code)]
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_sam_lora::files;
+use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+pub type Tensors = BTreeMap<String, Tensor>;
+
+/// The folder of a fixture model.
+pub fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
+}
+
+pub fn config(name: &str) -> Result<SamConfig> {
+    Ok(SamConfig::from_file(folder(name).join("config.json"))?)
+}
+
+pub fn read(name: &str, file: &str) -> Result<Tensors> {
+    Ok(files::read_tensors(&folder(name).join(file), &Device::Cpu)?)
+}
+
+/// The scalars of one case of a model's `io.safetensors`.
+pub fn scalars(name: &str, case: &str) -> Result<serde_json::Value> {
+    let bytes = std::fs::read(folder(name).join("io.safetensors"))?;
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
+    let text = metadata.metadata().as_ref().and_then(|m| m.get(case)).context("no such case")?;
+    Ok(serde_json::from_str(text)?)
+}
+
+/// A fixture model with its weights.
+pub fn model(name: &str, kind: AttentionKind, dtype: DType) -> Result<SamModel> {
+    let mut model = SamModel::new(&config(name)?, kind, dtype, &Device::Cpu)?;
+    checkpoint::load(&mut model, folder(name))?;
+    Ok(model)
+}
+
+/// The tensor of a name, where `attn.q`, `attn.k` and `attn.v` are the row blocks of `attn.qkv`.
+pub fn lookup(tensors: &Tensors, name: &str) -> Result<Tensor> {
+    if let Some(tensor) = tensors.get(name) {
+        return Ok(tensor.clone());
+    }
+    for (block, part) in [".attn.q.", ".attn.k.", ".attn.v."].into_iter().enumerate() {
+        if name.contains(part) {
+            let fused = name.replace(part, ".attn.qkv.");
+            let tensor = tensors.get(&fused).with_context(|| format!("no {fused}"))?;
+            let rows = tensor.dim(0)? / 3;
+            return Ok(tensor.narrow(0, block * rows, rows)?);
+        }
+    }
+    bail!("no {name}")
+}
+
+/// `max |got - want| / max |want|`
+pub fn relative_error(got: &Tensor, want: &Tensor) -> Result<f64> {
+    error_relative_to(want, got, want)
+}
+
+/// `max |got - want| / max |scale|`
+pub fn error_relative_to(scale: &Tensor, got: &Tensor, want: &Tensor) -> Result<f64> {
+    ensure!(got.dims() == want.dims(), "shape {:?}, expected {:?}", got.dims(), want.dims());
+    let difference = (got.to_dtype(DType::F64)? - want.to_dtype(DType::F64)?)?;
+    let (error, scale) = (largest(&difference)?, largest(scale)?);
+    ensure!(error.is_finite(), "not finite");
+    Ok(error / scale.max(f64::MIN_POSITIVE))
+}
+
+/// `max |x|`
+pub fn largest(x: &Tensor) -> Result<f64> {
+    Ok(x.to_dtype(DType::F64)?.abs()?.flatten_all()?.max(0)?.to_scalar()?)
+}
+
+/// The largest error of each kind.
+#[derive(Default)]
+pub struct Worst(BTreeMap<String, f64>);
+
+impl Worst {
+    pub fn compare(&mut self, kind: &str, got: &Tensor, want: &Tensor) -> Result<()> {
+        self.add(kind, relative_error(got, want).with_context(|| kind.to_string())?);
+        Ok(())
+    }
+
+    pub fn add(&mut self, kind: &str, error: f64) {
+        let worst = self.0.entry(kind.to_string()).or_default();
+        *worst = worst.max(error);
+    }
+
+    /// Prints every kind, then asserts that none is beyond `tolerance`.
+    pub fn assert_within(&self, tolerance: f64) {
+        assert!(!self.0.is_empty());
+        for (kind, error) in &self.0 {
+            println!("{kind}: largest relative error {error:.2e} (tolerance {tolerance:.1e})");
+        }
+        for (kind, error) in &self.0 {
+            assert!(*error <= tolerance, "{kind}: {error:.3e} > {tolerance:.1e}");
+        }
+    }
+}

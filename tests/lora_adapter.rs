@@ -1,0 +1,357 @@
+//! Adapter folders: PEFT's load with PEFT's outputs and are written back bit for bit; what is damaged or foreign is an
+//! error that changes nothing.
+
+mod lora_support;
+
+use candle_core::{DType, Device, Tensor};
+use candle_sam_lora::lora::{
+    adapter_state, inject, load_adapter, merge, save_adapter, set_adapter_state, BiasTraining,
+    LoraConfig, CONFIG_FILE, TENSORS_FILE,
+};
+use candle_sam_lora::nn::{trainable, Buffer, Linear, Mode};
+use candle_sam_lora::{files, module_tree, Error};
+use lora_support::{adapted, bits, fixture, read, relative_error, snapshot, Net, F32_BOUND, KINDS};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+fn config() -> LoraConfig {
+    LoraConfig::new(4).alpha(32.0).target_modules(["q", "v"])
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn copy_fixture(kind: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for file in [CONFIG_FILE, TENSORS_FILE] {
+        std::fs::copy(fixture(kind).join(file), dir.path().join(file)).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn peft_adapters_compute_what_peft_computes() {
+    let io = read("io.safetensors");
+    for kind in KINDS {
+        let mut model = Net::base();
+        load_adapter(&mut model, &fixture(kind)).unwrap();
+        let got = model.forward(&io["x"], Mode::Eval).unwrap();
+        let error = relative_error(&got, &io[&format!("out/{kind}")]);
+        assert!(error < F32_BOUND, "{kind}: {error}");
+        let unadapted = Net::base().forward(&io["x"], Mode::Eval).unwrap();
+        assert!(relative_error(&unadapted, &io[&format!("out/{kind}")]) > 1e-2, "{kind}");
+    }
+}
+
+#[test]
+fn peft_adapters_are_written_back_bit_for_bit() {
+    for kind in KINDS {
+        let mut model = Net::base();
+        let config = load_adapter(&mut model, &fixture(kind)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        save_adapter(&model, &config, dir.path()).unwrap();
+        assert_eq!(entries(dir.path()), [CONFIG_FILE, TENSORS_FILE]);
+        let text = |dir: &Path| std::fs::read(dir.join(CONFIG_FILE)).unwrap();
+        assert_eq!(text(dir.path()), text(&fixture(kind)), "{kind}");
+        let tensors =
+            |dir: &Path| files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu).unwrap();
+        let (got, mut expected) = (tensors(dir.path()), tensors(&fixture(kind)));
+        if kind == "bias_all_save" {
+            // PEFT writes these biases under its wrappers' names too.
+            assert!(expected.remove("base_model.model.head.original_module.bias").is_some());
+            assert!(expected.remove("base_model.model.head.modules_to_save.bias").is_some());
+        } else {
+            let bytes = |dir: &Path| std::fs::read(dir.join(TENSORS_FILE)).unwrap();
+            assert_eq!(bytes(dir.path()), bytes(&fixture(kind)), "{kind}");
+        }
+        assert_eq!(got.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{kind}");
+        for (key, tensor) in &got {
+            assert_eq!(tensor.dtype(), DType::F32);
+            assert_eq!(bits(tensor), bits(&expected[key]), "{kind}: {key}");
+        }
+    }
+}
+
+#[test]
+fn a_loaded_adapter_is_trainable_as_an_injected_one() {
+    let names = |model: &Net| -> Vec<String> {
+        trainable(model).unwrap().into_iter().map(|(name, _)| name).collect()
+    };
+    for kind in KINDS {
+        let (mut loaded, mut injected) = (Net::base(), Net::base());
+        let config = load_adapter(&mut loaded, &fixture(kind)).unwrap();
+        inject(&mut injected, &config, 0).unwrap();
+        assert_eq!(names(&loaded), names(&injected), "{kind}");
+        let stream = |model: &Net| model.q.adapter.as_ref().unwrap().stream;
+        assert_eq!(stream(&loaded), stream(&injected), "{kind}");
+    }
+}
+
+#[test]
+fn half_precision_adapter_files_load_in_f32() {
+    let dir = copy_fixture("plain");
+    let path = dir.path().join(TENSORS_FILE);
+    let halves: BTreeMap<_, _> = files::read_tensors(&path, &Device::Cpu)
+        .unwrap()
+        .into_iter()
+        .map(|(key, tensor)| (key, tensor.to_dtype(DType::BF16).unwrap()))
+        .collect();
+    files::write_tensors(&path, &halves).unwrap();
+    let mut model = Net::base();
+    load_adapter(&mut model, dir.path()).unwrap();
+    let a = &model.q.adapter.as_ref().unwrap().a;
+    assert_eq!(a.dtype(), DType::F32);
+    assert_eq!(bits(a), bits(&halves["base_model.model.q.lora_A.weight"]));
+}
+
+#[test]
+fn every_difference_is_listed_and_nothing_is_changed() {
+    let dir = copy_fixture("dora");
+    let path = dir.path().join(TENSORS_FILE);
+    let mut tensors = files::read_tensors(&path, &Device::Cpu).unwrap();
+    let key = |name: &str| format!("base_model.model.{name}");
+    tensors.remove(&key("q.lora_B.weight")).unwrap();
+    tensors.remove(&key("mlp.lin1.lora_magnitude_vector")).unwrap();
+    let wrong = Tensor::zeros((5, 8), DType::F32, &Device::Cpu).unwrap();
+    tensors.insert(key("q.lora_A.weight"), wrong.clone());
+    tensors.insert(key("v.lora_A.weight"), wrong);
+    files::write_tensors(&path, &tensors).unwrap();
+    let mut model = Net::base();
+    let error = load_adapter(&mut model, dir.path()).unwrap_err();
+    let Error::Mismatch(mismatch) = &error else { panic!("{error}") };
+    assert_eq!(mismatch.missing, [key("mlp.lin1.lora_magnitude_vector"), key("q.lora_B.weight")]);
+    assert_eq!(mismatch.surplus, [key("v.lora_A.weight")]);
+    assert_eq!(mismatch.misshaped, [(key("q.lora_A.weight"), vec![4, 8], vec![5, 8])]);
+    assert!(error.to_string().contains(TENSORS_FILE));
+    assert_eq!(snapshot(&model), snapshot(&Net::base()));
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused() {
+    struct Other {
+        query: Linear,
+    }
+    module_tree!(Other { query });
+    struct Narrow {
+        q: Linear,
+        v: Linear,
+    }
+    module_tree!(Narrow { q, v });
+    let linear = || Linear::zeros(3, 3, true, DType::F32, &Device::Cpu).unwrap();
+    let mut other = Other { query: linear() };
+    let error = load_adapter(&mut other, &fixture("plain")).unwrap_err().to_string();
+    assert!(error.contains("does not fit this model") && error.contains("query"), "{error}");
+    let mut narrow = Narrow { q: linear(), v: linear() };
+    let error = load_adapter(&mut narrow, &fixture("plain")).unwrap_err().to_string();
+    assert!(error.contains("q.lora_A.weight: expected [4, 3], found [4, 8]"), "{error}");
+    assert!(adapted(&narrow).is_empty());
+    let mut twice = Net::base();
+    load_adapter(&mut twice, &fixture("plain")).unwrap();
+    let error = load_adapter(&mut twice, &fixture("dora")).unwrap_err().to_string();
+    assert!(error.contains("already carries an adapter"), "{error}");
+}
+
+#[test]
+fn integers_are_no_adapter() {
+    let dir = copy_fixture("plain");
+    let path = dir.path().join(TENSORS_FILE);
+    let mut tensors = files::read_tensors(&path, &Device::Cpu).unwrap();
+    let integers = Tensor::zeros((4, 8), DType::U8, &Device::Cpu).unwrap();
+    tensors.insert("base_model.model.q.lora_A.weight".to_string(), integers);
+    files::write_tensors(&path, &tensors).unwrap();
+    let error = load_adapter(&mut Net::base(), dir.path()).unwrap_err().to_string();
+    assert!(error.contains("q.lora_A.weight: expected floating point, got U8"), "{error}");
+}
+
+#[test]
+fn a_folder_that_lacks_a_file_says_which() {
+    for file in [CONFIG_FILE, TENSORS_FILE] {
+        let dir = copy_fixture("plain");
+        std::fs::remove_file(dir.path().join(file)).unwrap();
+        let mut model = Net::base();
+        let error = load_adapter(&mut model, dir.path()).unwrap_err();
+        assert!(matches!(error, Error::Io { .. }));
+        assert!(error.to_string().contains(file), "{error}");
+        assert_eq!(snapshot(&model), snapshot(&Net::base()));
+    }
+}
+
+#[test]
+fn saving_replaces_another_adapter_whole() {
+    let dir = copy_fixture("dora");
+    let mut model = Net::base();
+    inject(&mut model, &config(), 3).unwrap();
+    save_adapter(&model, &config(), dir.path()).unwrap();
+    assert_eq!(entries(dir.path()), [CONFIG_FILE, TENSORS_FILE]);
+    let mut again = Net::base();
+    let read = load_adapter(&mut again, dir.path()).unwrap();
+    assert!(!read.use_dora);
+    assert_eq!(snapshot(&again), snapshot(&model));
+}
+
+#[test]
+fn saving_makes_the_folder_and_failing_leaves_what_was_there() {
+    let mut model = Net::base();
+    let dir = tempfile::tempdir().unwrap();
+    let deep = dir.path().join("a/b");
+    assert!(save_adapter(&model, &config(), &deep).is_err(), "there is no adapter");
+    assert!(entries(dir.path()).is_empty());
+    inject(&mut model, &config(), 0).unwrap();
+    save_adapter(&model, &config(), &deep).unwrap();
+    assert_eq!(entries(&deep), [CONFIG_FILE, TENSORS_FILE]);
+
+    let before = std::fs::read(deep.join(TENSORS_FILE)).unwrap();
+    merge(&mut model).unwrap();
+    let error = save_adapter(&model, &config(), &deep).unwrap_err().to_string();
+    assert!(error.contains("unmerge"), "{error}");
+    assert_eq!(std::fs::read(deep.join(TENSORS_FILE)).unwrap(), before);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_an_error() {
+    let mut model = Net::base();
+    inject(&mut model, &config(), 0).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    let error = save_adapter(&model, &config(), &file).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"x");
+}
+
+#[cfg(unix)]
+#[test]
+fn saved_files_have_the_permissions_of_any_other() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = Net::base();
+    inject(&mut model, &config(), 0).unwrap();
+    save_adapter(&model, &config(), dir.path()).unwrap();
+    std::fs::write(dir.path().join("other"), "").unwrap();
+    let mode = |file: &str| dir.path().join(file).metadata().unwrap().permissions().mode();
+    assert_eq!(mode(CONFIG_FILE), mode("other"));
+    assert_eq!(mode(TENSORS_FILE), mode("other"));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_without_write_permission_keeps_its_adapter() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = copy_fixture("plain");
+    let mut model = Net::base();
+    inject(&mut model, &config(), 0).unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o555)).unwrap();
+    if std::fs::write(dir.path().join("probe"), "").is_ok() {
+        return; // The superuser may write everywhere.
+    }
+    let result = save_adapter(&model, &config(), dir.path());
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    assert!(matches!(result, Err(Error::Io { .. })));
+    for file in [CONFIG_FILE, TENSORS_FILE] {
+        let bytes = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
+        assert_eq!(bytes(dir.path()), bytes(&fixture("plain")));
+    }
+}
+
+#[test]
+fn state_is_a_copy_and_goes_back_into_the_same_variables() {
+    let config = config().dora().bias(BiasTraining::All).modules_to_save(["head"]);
+    let mut model = Net::base();
+    inject(&mut model, &config, 1).unwrap();
+    let state = adapter_state(&model, &config).unwrap();
+    let before = snapshot(&model);
+    let variables = trainable(&model).unwrap();
+    for (_, variable) in &variables {
+        variable.set(&(variable.as_tensor() + 1.0).unwrap()).unwrap();
+    }
+    assert_ne!(snapshot(&model), before);
+    set_adapter_state(&mut model, &config, &state).unwrap();
+    assert_eq!(snapshot(&model), before);
+    for ((name, held), (_, now)) in variables.iter().zip(trainable(&model).unwrap()) {
+        assert_eq!(bits(held.as_tensor()), bits(now.as_tensor()), "{name}: another variable");
+        assert_eq!(held.as_tensor().id(), now.as_tensor().id(), "{name}: another variable");
+    }
+}
+
+#[test]
+fn buffers_of_saved_modules_travel_but_are_not_trained() {
+    struct Head {
+        weight: Tensor,
+        table: Buffer,
+    }
+    module_tree!(Head { weight, table });
+    struct Model {
+        q: Linear,
+        head: Head,
+    }
+    module_tree!(Model { q, head });
+    let filled = |value: f64| {
+        let tensor = (Tensor::ones(3, DType::F32, &Device::Cpu).unwrap() * value).unwrap();
+        let q = Linear::zeros(4, 4, true, DType::F32, &Device::Cpu).unwrap();
+        Model { q, head: Head { weight: tensor.clone(), table: Buffer(tensor) } }
+    };
+    let config = LoraConfig::new(2).target_modules(["q"]).modules_to_save(["head"]);
+    let (mut model, mut other) = (filled(1.0), filled(2.0));
+    inject(&mut model, &config, 0).unwrap();
+    assert!(model.head.weight.is_variable() && !model.head.table.0.is_variable());
+    let dir = tempfile::tempdir().unwrap();
+    save_adapter(&model, &config, dir.path()).unwrap();
+    load_adapter(&mut other, dir.path()).unwrap();
+    assert_eq!(bits(&other.head.table.0), bits(&model.head.table.0));
+    assert_eq!(bits(&other.head.weight), bits(&model.head.weight));
+    assert!(other.head.weight.is_variable() && !other.head.table.0.is_variable());
+}
+
+#[test]
+fn state_of_another_adapter_is_refused() {
+    let mut model = Net::base();
+    assert!(adapter_state(&model, &config()).is_err());
+    assert!(set_adapter_state(&mut model, &config(), &BTreeMap::new()).is_err());
+    inject(&mut model, &config(), 1).unwrap();
+    let before = snapshot(&model);
+    let mut state = adapter_state(&model, &config()).unwrap();
+    state.remove("base_model.model.v.lora_B.weight").unwrap();
+    let error = set_adapter_state(&mut model, &config(), &state).unwrap_err();
+    let Error::Mismatch(mismatch) = error else { panic!("{error}") };
+    assert_eq!(mismatch.missing, ["base_model.model.v.lora_B.weight"]);
+    assert_eq!(snapshot(&model), before);
+    let state = adapter_state(&model, &config()).unwrap();
+    merge(&mut model).unwrap();
+    assert!(set_adapter_state(&mut model, &config(), &state).is_err());
+}
+
+proptest! {
+    /// Whatever bytes the files hold, loading gives an adapter or an error, and an error changes nothing.
+    #[test]
+    fn damaged_files_never_panic(
+        kind in 0..KINDS.len(),
+        in_config in any::<bool>(),
+        edits in prop::collection::vec((0..4000usize, any::<u8>()), 0..4),
+        cut in prop::option::of(0..4000usize),
+    ) {
+        let dir = copy_fixture(KINDS[kind]);
+        let path = dir.path().join(if in_config { CONFIG_FILE } else { TENSORS_FILE });
+        let mut bytes = std::fs::read(&path).unwrap();
+        for (position, byte) in edits {
+            let position = position % bytes.len();
+            bytes[position] = byte;
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut);
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let mut model = Net::base();
+        if load_adapter(&mut model, dir.path()).is_err() {
+            prop_assert_eq!(snapshot(&model), snapshot(&Net::base()));
+        } else {
+            prop_assert!(!adapted(&model).is_empty());
+        }
+    }
+}

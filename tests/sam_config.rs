@@ -1,0 +1,84 @@
+//! `SamConfig`: Hugging Face's defaults, its files, and what is refused.
+
+use candle_sam_lora::sam::{HiddenAct, SamConfig};
+
+fn parse(json: &str) -> Result<SamConfig, String> {
+    let config: SamConfig = serde_json::from_str(json).map_err(|e| e.to_string())?;
+    config.validate().map_err(|e| e.to_string())?;
+    Ok(config)
+}
+
+fn refused(json: &str, expected: &str) {
+    let message = parse(json).expect_err(json);
+    assert!(message.contains(expected), "{json}: {message:?} does not say {expected:?}");
+}
+
+#[test]
+fn absent_keys_have_hugging_faces_defaults() {
+    for json in ["{}", r#"{"vision_config": null, "mask_decoder_config": {}}"#] {
+        assert_eq!(parse(json).unwrap(), SamConfig::vit_b());
+    }
+    let v = SamConfig::vit_b().vision_config;
+    assert_eq!((v.hidden_size, v.mlp_dim(), v.grid_size(), v.head_dim()), (768, 3072, 64, 64));
+    assert_eq!((v.window(0), v.window(2)), (Some(14), None));
+    assert_eq!((v.rel_pos_len(0), v.rel_pos_len(2)), (27, 127));
+    let h = SamConfig::by_name("vit_h").unwrap().vision_config;
+    assert_eq!((h.head_dim(), h.mlp_dim(), h.num_hidden_layers), (80, 5120, 32));
+    for name in ["vit_b", "vit_l", "vit_h"] {
+        SamConfig::by_name(name).unwrap().validate().unwrap();
+    }
+    assert!(SamConfig::by_name("vit_x").unwrap_err().to_string().contains("vit_x"));
+}
+
+#[test]
+fn a_written_configuration_reads_back_with_its_unknown_keys() {
+    let json = r#"{
+        "model_type": "sam", "dtype": "float16",
+        "vision_config": {
+            "hidden_size": 64, "num_attention_heads": 4, "image_size": [256, 256], "patch_size": 16,
+            "mlp_ratio": 2, "attention_dropout": 0, "global_attn_indexes": [1, 99], "scale": 32, "hidden_act": "relu"
+        },
+        "prompt_encoder_config": {"image_size": 256, "image_embedding_size": 16}
+    }"#;
+    let config = parse(json).unwrap();
+    assert_eq!(config.vision_config.mlp_dim(), 128);
+    assert_eq!(config.vision_config.image_size, 256);
+    assert_eq!(config.vision_config.hidden_act, HiddenAct::Relu);
+    assert_eq!(config.extra["dtype"], "float16");
+    assert_eq!(config.prompt_encoder_config.extra["image_embedding_size"], 16);
+    let mut again = parse(&config.to_json().unwrap()).unwrap();
+    assert_eq!(again.vision_config.mlp_dim.take(), Some(128));
+    again.extra.shift_remove("architectures").unwrap();
+    assert_eq!(again, config);
+}
+
+#[test]
+fn impossible_configurations_are_refused_by_field() {
+    let vision = |field: &str| format!(r#"{{"vision_config": {{{field}}}}}"#);
+    let decoder = |field: &str| format!(r#"{{"mask_decoder_config": {{{field}}}}}"#);
+    for (json, expected) in [
+        (vision(r#""num_attention_heads": 7"#), "multiple of num_attention_heads 7"),
+        (vision(r#""num_attention_heads": 0"#), "num_attention_heads is 0"),
+        (vision(r#""image_size": 1000"#), "image_size is 1000"),
+        (vision(r#""image_size": 512"#), "they must be equal"),
+        (vision(r#""image_size": [512, 256]"#), "not square"),
+        (vision(r#""image_size": "big""#), "expected a size"),
+        (vision(r#""patch_size": 0"#), "patch_size is 0"),
+        (vision(r#""hidden_act": "silu""#), "silu"),
+        (vision(r#""hidden_size": -1"#), "-1"),
+        (vision(r#""hidden_size": 18446744073709551615"#), "hidden_size is 18446744073709551615"),
+        (vision(r#""mlp_ratio": 1e300"#), "mlp_dim"),
+        (vision(r#""hidden_size": 12288, "num_hidden_layers": 65536"#), "parameters"),
+        (vision(r#""window_size": 60000"#), "window_size is 60000"),
+        (vision(r#""layer_norm_eps": 0"#), "layer_norm_eps"),
+        (vision(r#""attention_dropout": 1.0"#), "attention_dropout"),
+        (vision(r#""output_channels": 128"#), "output_channels is 128"),
+        (decoder(r#""num_attention_heads": 3"#), "attention_downsample_rate 6"),
+        (decoder(r#""iou_head_depth": 1"#), "iou_head_depth is 1"),
+        (r#"{"model_type": "bert"}"#.into(), "bert"),
+    ] {
+        refused(&json, expected);
+    }
+    assert!(parse(&"[".repeat(100_000)).is_err());
+    assert!(parse(&r#"{"x":"#.repeat(100_000)).is_err());
+}

@@ -1,0 +1,163 @@
+//! Losses and the optimizer against PyTorch's numbers (torch 2.15, float64), and what they refuse.
+
+use candle_core::{Device, Result, Tensor, Var};
+use candle_sam_lora::train::{bce_with_logits, dice_loss, iou, mask_loss, AdamW, AdamWConfig};
+
+fn close(found: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(found.len(), expected.len());
+    for (f, e) in found.iter().zip(expected) {
+        assert!((f64::from(*f) - e).abs() <= tolerance, "found {found:?}, expected {expected:?}");
+    }
+}
+
+fn flat(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1()
+}
+
+#[test]
+fn mask_loss_and_its_gradient_are_pytorchs() -> anyhow::Result<()> {
+    let logits = [-30f32, -1.5, 0., 2., 0.25, 40., -0.75, 1.];
+    let logits = Var::from_tensor(&Tensor::from_slice(&logits, (2, 2, 2), &Device::Cpu)?)?;
+    let targets = Tensor::from_slice(&[0f32, 1., 1., 1., 0., 1., 0., 0.], (2, 2, 2), &Device::Cpu)?;
+    let bce = bce_with_logits(&logits, &targets)?.to_scalar::<f32>()?;
+    let dice = dice_loss(&logits, &targets)?.to_scalar::<f32>()?;
+    close(&[bce, dice], &[0.6309450728872161, 0.30403819838628454], 1e-7);
+    let loss = mask_loss(&logits, &targets)?;
+    close(&[loss.to_scalar()?], &[0.6309450728872161 + 0.30403819838628454], 1e-7);
+    let grads = loss.backward()?;
+    let expected = [
+        1.7935220950361287e-14,
+        -0.11906343088535566,
+        -0.09077191181389355,
+        -0.02677384280297447,
+        0.08761398429809475,
+        0.0,
+        0.05545493676136794,
+        0.10523505134194938,
+    ];
+    close(&flat(grads.get(&logits).expect("a gradient"))?, &expected, 3e-8);
+    Ok(())
+}
+
+#[test]
+fn extreme_logits_give_a_finite_loss_and_gradient() -> anyhow::Result<()> {
+    let logits = Var::from_tensor(&Tensor::from_slice(
+        &[-1e30f32, 1e30, 500., -500.],
+        (1, 2, 2),
+        &Device::Cpu,
+    )?)?;
+    let targets = Tensor::from_slice(&[0f32, 1., 1., 0.], (1, 2, 2), &Device::Cpu)?;
+    let loss = mask_loss(&logits, &targets)?;
+    assert_eq!(loss.to_scalar::<f32>()?, 0.0);
+    let grads = loss.backward()?;
+    close(&flat(grads.get(&logits).expect("a gradient"))?, &[0.0; 4], 0.0);
+    Ok(())
+}
+
+#[test]
+fn iou_counts_pixels_and_shapes_are_checked() -> Result<()> {
+    let mask = Tensor::from_slice(&[1u8, 1, 0, 0], (2, 2), &Device::Cpu)?;
+    let target = Tensor::from_slice(&[1f32, 0., 1., 0.], (2, 2), &Device::Cpu)?;
+    assert_eq!(iou(&mask, &target)?, 1.0 / 3.0);
+    assert_eq!(iou(&mask, &mask)?, 1.0);
+    let empty = mask.zeros_like()?;
+    assert_eq!(iou(&empty, &empty)?, 1.0);
+    assert_eq!(iou(&empty, &mask)?, 0.0);
+    for error in [
+        iou(&mask, &mask.reshape(4)?).map(drop),
+        mask_loss(&target, &target).map(drop),
+        bce_with_logits(&target, &target.reshape((1, 4))?).map(drop),
+    ] {
+        let message = error.expect_err("shapes that do not fit").to_string();
+        assert!(message.contains("[2, 2]"), "{message}");
+    }
+    Ok(())
+}
+
+/// Makes the gradient of `var` equal to `gradient`, and steps.
+fn step(optimizer: &mut AdamW, var: &Var, gradient: &Tensor) -> Result<()> {
+    optimizer.step(&(var.as_tensor() * gradient)?.sum_all()?.backward()?)
+}
+
+fn parameter(name: &str) -> Result<(String, Var)> {
+    let start = Tensor::from_slice(&[1f32, -2., 0.5, 0., 3., -0.25], (2, 3), &Device::Cpu)?;
+    Ok((name.to_string(), Var::from_tensor(&start)?))
+}
+
+const CONFIG: AdamWConfig =
+    AdamWConfig { lr: 0.1, beta1: 0.8, beta2: 0.95, eps: 1e-3, weight_decay: 0.3 };
+
+#[test]
+fn adamw_is_pytorchs() -> anyhow::Result<()> {
+    let (name, var) = parameter("p")?;
+    let mut optimizer = AdamW::new(vec![(name, var.clone())], CONFIG)?;
+    let gradient = Tensor::from_slice(&[0.5f32, -1., 0., 2., 1e-3, -0.125], (2, 3), &Device::Cpu)?;
+    for t in 0..4 {
+        let sign = if t % 2 == 0 { 1.0 } else { -1.0 };
+        step(&mut optimizer, &var, &(&gradient * (sign * f64::from(t + 1)))?)?;
+    }
+    let expected = [
+        0.8252221406799011,
+        -1.7104420058640692,
+        0.44264640499999997,
+        -0.060180146169833755,
+        2.6301521743360623,
+        -0.16168688908666606,
+    ];
+    close(&flat(&var)?, &expected, 5e-7);
+    Ok(())
+}
+
+#[test]
+fn adamw_names_what_has_no_gradient_or_no_finite_one_and_changes_nothing() -> anyhow::Result<()> {
+    let (a, b) = (parameter("a")?, parameter("b")?);
+    let mut optimizer = AdamW::new(vec![a.clone(), b.clone()], CONFIG)?;
+    let before = flat(&a.1)?;
+    let grads = a.1.as_tensor().sum_all()?.backward()?;
+    let message = optimizer.step(&grads).expect_err("b has no gradient").to_string();
+    assert!(
+        message.contains("step 1: 1 of 2") && message.contains("depend on them: b"),
+        "{message}"
+    );
+    let loss = ((a.1.as_tensor() + b.1.as_tensor())?.sum_all()? * f64::NAN)?;
+    let message = optimizer.step(&loss.backward()?).expect_err("not finite").to_string();
+    assert!(message.contains("step 1: the gradient of a is not finite"), "{message}");
+    assert_eq!((optimizer.steps(), flat(&a.1)?), (0, before));
+    Ok(())
+}
+
+#[test]
+fn adamw_refuses_impossible_configurations() -> Result<()> {
+    for config in [
+        AdamWConfig { lr: f64::NAN, ..CONFIG },
+        AdamWConfig { lr: -1.0, ..CONFIG },
+        AdamWConfig { beta1: 1.0, ..CONFIG },
+        AdamWConfig { beta2: -0.1, ..CONFIG },
+        AdamWConfig { eps: f64::INFINITY, ..CONFIG },
+        AdamWConfig { weight_decay: f64::NEG_INFINITY, ..CONFIG },
+    ] {
+        assert!(AdamW::new(vec![parameter("p")?], config).is_err(), "{config:?}");
+    }
+    assert!(AdamW::new(vec![], CONFIG).is_err());
+    assert!(AdamW::new(vec![parameter("p")?, parameter("p")?], CONFIG).is_err());
+    Ok(())
+}
+
+#[test]
+fn adamw_refuses_the_state_of_other_parameters() -> anyhow::Result<()> {
+    let (a, b) = (parameter("a")?, parameter("b")?);
+    let mut optimizer = AdamW::new(vec![a.clone()], CONFIG)?;
+    step(&mut optimizer, &a.1, &a.1.ones_like()?)?;
+    let state = optimizer.state()?;
+    assert_eq!(state.keys().collect::<Vec<_>>(), ["exp_avg.a", "exp_avg_sq.a", "parameter.a"]);
+    let mut other = AdamW::new(vec![b], CONFIG)?;
+    let message = other.load_state(1, &state).expect_err("other names").to_string();
+    assert!(message.contains("missing: exp_avg_sq.b"), "{message}");
+    assert!(message.contains("surplus: exp_avg_sq.a"), "{message}");
+    let narrow = Var::from_tensor(&a.1.narrow(1, 0, 2)?.contiguous()?)?;
+    let mut other = AdamW::new(vec![("a".into(), narrow)], CONFIG)?;
+    let message = other.load_state(1, &state).expect_err("other shapes").to_string();
+    assert!(message.contains("parameter.a: expected [2, 2], found [2, 3]"), "{message}");
+    assert_eq!(other.steps(), 0);
+    Ok(())
+}
