@@ -96,6 +96,17 @@ pub struct LoraProblem {
     pub bias: bool,
 }
 
+/// What is applied to a projection's sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// The sum as it is.
+    Identity,
+    /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
+    Gelu,
+    /// `max(x, 0)`
+    Relu,
+}
+
 /// One of the projections that share an input.
 #[derive(Clone, Copy, Debug)]
 pub struct ProjectionProblem {

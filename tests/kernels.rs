@@ -12,3 +12,5 @@ mod dropout;
 mod instructions;
 #[path = "kernels/layer_norm.rs"]
 mod layer_norm;
+#[path = "kernels/projection.rs"]
+mod projection;

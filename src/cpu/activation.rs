@@ -1,19 +1,9 @@
 //! Activations and their derivatives over slices.
 
 use super::simd::{exp_nonpositive, run, vectors_mut};
+use crate::problem::Activation;
 use pulp::{Simd, WithSimd};
 use std::borrow::Cow;
-
-/// What is applied to a projection's sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// The sum as it is.
-    Identity,
-    /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
-    Gelu,
-    /// `max(x, 0)`
-    Relu,
-}
 
 impl Activation {
     /// Applies it in place.

@@ -16,11 +16,10 @@
 //! ```
 //! Gradients of the small tensors are summed within a group of consecutive rows, then over the groups, in order.
 
-use super::activation::Activation;
 use super::attention::add;
 use super::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
 use super::simd::padded;
-use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
+use crate::problem::{small_layout, Activation, LoraProblem, ProjectionProblem, SmallLayout};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;

@@ -9,6 +9,7 @@
 mod bindings;
 pub mod dropout;
 pub mod layer_norm;
+pub mod projection;
 mod sum_partials;
 
 pub use crate::problem::LayerNormProblem;

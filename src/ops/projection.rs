@@ -10,10 +10,9 @@
 
 use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
 use super::{check, composed};
-use crate::cpu::activation;
 use crate::cpu::projection::{self, Saved, Weights};
 use crate::philox::Dropout;
-use crate::problem::{LoraProblem, ProjectionProblem};
+use crate::problem::{self, LoraProblem, ProjectionProblem};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
 use std::sync::OnceLock;
 
@@ -190,9 +189,9 @@ fn apply(
         problems: projections.iter().map(problem).collect(),
         weights: projections.iter().map(|p| p.weight.clone()).collect(),
         activation: match activation {
-            Activation::None => activation::Activation::Identity,
-            Activation::Gelu => activation::Activation::Gelu,
-            Activation::Relu => activation::Activation::Relu,
+            Activation::None => problem::Activation::Identity,
+            Activation::Gelu => problem::Activation::Gelu,
+            Activation::Relu => problem::Activation::Relu,
         },
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
@@ -219,7 +218,7 @@ struct FusedProjection {
     name: &'static str,
     problems: Vec<ProjectionProblem>,
     weights: Vec<Tensor>,
-    activation: activation::Activation,
+    activation: problem::Activation,
     residual: bool,
     keep: bool,
     saved: OnceLock<Saved>,
