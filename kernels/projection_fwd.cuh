@@ -58,17 +58,16 @@ __device__ __forceinline__ void finish_forward(const ProjectionParams& p, const 
 template <class Tile> __device__ __forceinline__ void projection_fwd(const ProjectionParams& p) {
     using T = typename Tile::T;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
-    uint32_t index = 0, tile = blockIdx.x % p.column_tiles;
+    const uint32_t column_tile = blockIdx.x % p.column_tiles;
+    uint32_t index = 0, first = 0, end = 0;  // the part, and the tiles before it
 #pragma unroll
-    for (int i = 0; i < PROJECTION_PARTS - 1; ++i) {
-        const uint32_t tiles = ceil_div(p.parts[index].out_dim, uint32_t(Tile::kCols));
-        if (tile < tiles) break;
-        tile -= tiles;
-        ++index;
+    for (uint32_t i = 0; i < PROJECTION_PARTS; ++i) {
+        if (i < p.count && column_tile >= end) index = i, first = end;
+        end += ceil_div(p.parts[i].out_dim, uint32_t(Tile::kCols));
     }
     const ProjectionPart& part = p.parts[index];
     const uint64_t row0 = uint64_t(blockIdx.x / p.column_tiles) * Tile::kRows;
-    const uint32_t col0 = tile * Tile::kCols, cols = part.out_dim - col0;
+    const uint32_t col0 = (column_tile - first) * Tile::kCols, cols = part.out_dim - col0;
     const uint32_t rows = uint32_t(p.rows - row0 < Tile::kRows ? p.rows - row0 : Tile::kRows);
 
     typename Tile::Accumulators acc = {};

@@ -6,6 +6,8 @@
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "kernels/dora.rs"]
+mod dora;
 #[path = "kernels/dropout.rs"]
 mod dropout;
 #[path = "kernels/instructions.rs"]

@@ -1,4 +1,4 @@
-//! Projections with LoRA: `kernels/projection_fwd.cuh`, `kernels/projection_bwd.cuh`, `kernels/low_rank.cuh`.
+//! Projections with LoRA: `kernels/projection_fwd.cuh`, `kernels/low_rank.cuh`.
 //!
 //! The forward is one launch for S (none without LoRA) and one for the output. S, f32, is what the backward wants kept,
 //! and with an activation the sum before it.
@@ -66,7 +66,7 @@ impl Tile {
     }
 
     /// The tile for an output of `rows` rows in these widths.
-    fn choose(rows: u64, widths: &[u64]) -> Self {
+    pub(super) fn choose(rows: u64, widths: &[u64]) -> Self {
         let large = Self::Large.side();
         let columns: u64 = widths.iter().map(|width| width.div_ceil(large)).sum();
         // A width that fills at most half of the last tile wastes more than the small tile costs.
@@ -94,14 +94,14 @@ const LOW_RANK_ROWS: u64 = 64;
 
 /// The shapes in the units of the kernels, checked.
 pub(super) struct Shapes<'a> {
-    problem: &'a Projections<'a>,
-    layouts: Vec<SmallLayout>,
+    pub(super) problem: &'a Projections<'a>,
+    pub(super) layouts: Vec<SmallLayout>,
     /// Length of the small tensors.
     pub(super) small_len: usize,
-    in_dim: u32,
-    total: u32,
+    pub(super) in_dim: u32,
+    pub(super) total: u32,
     /// Width of S: ranks, each up to a multiple of four, so that rows can be read in vectors.
-    s_stride: u32,
+    pub(super) s_stride: u32,
     s_columns: Vec<u32>,
 }
 
@@ -131,27 +131,31 @@ impl<'a> Shapes<'a> {
         Ok(Self { problem, layouts, small_len, in_dim, total, s_stride, s_columns })
     }
 
-    fn rows(&self) -> u64 {
+    pub(super) fn rows(&self) -> u64 {
         self.problem.rows as u64
     }
 
     /// Bytes of S, or dS.
-    fn s_bytes(&self) -> usize {
+    pub(super) fn s_bytes(&self) -> usize {
         4 * self.problem.rows * self.s_stride as usize
     }
 
     /// The projections that have LoRA, by their places.
-    fn adapted(&self) -> impl Iterator<Item = (usize, LoraProblem)> + '_ {
+    pub(super) fn adapted(&self) -> impl Iterator<Item = (usize, LoraProblem)> + '_ {
         let parts = self.problem.parts.iter().enumerate();
         parts.filter_map(|(index, part)| Some((index, part.lora?)))
     }
 
     /// First column in packed tensors.
-    fn column(&self, index: usize) -> u32 {
+    pub(super) fn column(&self, index: usize) -> u32 {
         self.problem.parts[..index].iter().map(|part| part.out_dim as u32).sum()
     }
 
-    fn parts(&self, weights: &[device_ptr], small: device_ptr) -> Result<[ProjectionPart; 3]> {
+    pub(super) fn parts(
+        &self,
+        weights: &[device_ptr],
+        small: device_ptr,
+    ) -> Result<[ProjectionPart; 3]> {
         let problems = self.problem.parts;
         if weights.len() != problems.len() {
             bail!("projection: {} weights for {} projections", weights.len(), problems.len())
@@ -183,8 +187,25 @@ impl<'a> Shapes<'a> {
         Ok(parts)
     }
 
+    /// What both directions' params have in common.
+    pub(super) fn params(&self) -> ProjectionParams {
+        ProjectionParams {
+            rows: self.rows(),
+            in_dim: self.in_dim,
+            total: self.total,
+            s_stride: self.s_stride,
+            count: self.problem.parts.len() as u32,
+            activation: match self.problem.activation {
+                Activation::Identity => ACTIVATION_IDENTITY,
+                Activation::Gelu => ACTIVATION_GELU,
+                Activation::Relu => ACTIVATION_RELU,
+            },
+            ..Default::default()
+        }
+    }
+
     /// A launch of a projection kernel whose output has these widths.
-    fn launch_tiles(
+    pub(super) fn launch_tiles(
         &self,
         family: &str,
         dtype: DType,
@@ -201,16 +222,8 @@ impl<'a> Shapes<'a> {
     }
 }
 
-fn activation_code(activation: Activation) -> u32 {
-    match activation {
-        Activation::Identity => ACTIVATION_IDENTITY,
-        Activation::Gelu => ACTIVATION_GELU,
-        Activation::Relu => ACTIVATION_RELU,
-    }
-}
-
 /// One of the thin products: `input`, `grad` or `weight`. None if there is nothing to do.
-fn low_rank(
+pub(super) fn low_rank(
     product: &str,
     dtype: DType,
     parts: &[LowRankPart],
@@ -231,8 +244,13 @@ fn low_rank(
     params.parts[..parts.len()].copy_from_slice(parts);
     let family = format!("low_rank_{product}_64x{columns}");
     let launch = Launch::new(&family, dtype, grid, LOW_RANK_THREADS, &params)?;
+    let shared_bytes = low_rank_shared_bytes(product, columns, dtype.size_in_bytes());
+    Ok(Some(Launch { shared_bytes, ..launch }))
+}
+
+fn low_rank_shared_bytes(product: &str, columns: u32, element: usize) -> u32 {
     use bindings::*;
-    let shared_bytes = match (product, columns, dtype.size_in_bytes()) {
+    match (product, columns, element) {
         ("input", 16, 2) => LOW_RANK_INPUT_64X16_SHARED_BYTES_2,
         ("input", 16, _) => LOW_RANK_INPUT_64X16_SHARED_BYTES_4,
         ("input", _, 2) => LOW_RANK_INPUT_64X64_SHARED_BYTES_2,
@@ -245,8 +263,7 @@ fn low_rank(
         (_, 16, _) => LOW_RANK_WEIGHT_64X16_SHARED_BYTES_4,
         (_, _, 2) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_2,
         (_, _, _) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_4,
-    };
-    Ok(Some(Launch { shared_bytes, ..launch }))
+    }
 }
 
 /// Bytes of S, f32, which the forward writes and the backward reads; 0 without LoRA.
@@ -320,16 +337,121 @@ pub fn forward(
         residual: operands.residual.unwrap_or(0),
         sum: operands.sum.unwrap_or(0),
         out: operands.y,
-        rows: shapes.rows(),
-        in_dim: shapes.in_dim,
-        total: shapes.total,
-        s_stride: shapes.s_stride,
-        count: problem.parts.len() as u32,
-        activation: activation_code(problem.activation),
-        column_tiles: 0,
         parts,
+        ..shapes.params()
     };
     let tiles = (tile, shared_bytes);
     launches.push(shapes.launch_tiles("projection_fwd", dtype, tiles, &widths, params)?);
     Ok(launches)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::projection_bwd::{backward, workspace_bytes, BackwardOperands};
+    use super::*;
+
+    fn part(out_dim: usize, rank: usize) -> ProjectionProblem {
+        let lora = LoraProblem { rank, scaling: 1.0, dropout: None, bias: false };
+        ProjectionProblem { out_dim, bias: true, lora: (rank > 0).then_some(lora) }
+    }
+
+    fn problem(rows: usize, in_dim: usize, parts: &[ProjectionProblem]) -> Projections<'_> {
+        Projections { rows, in_dim, parts, activation: Activation::Identity }
+    }
+
+    const OPERANDS: ForwardOperands<'_> = ForwardOperands {
+        x: 256,
+        weights: &[512, 768, 1024],
+        small: 2048,
+        residual: None,
+        y: 4096,
+        s: 8192,
+        sum: None,
+    };
+
+    fn names(launches: &[Launch]) -> Vec<&str> {
+        launches.iter().map(|launch| launch.kernel.as_str()).collect()
+    }
+
+    #[test]
+    fn tiles_fill_the_device() {
+        // SAM ViT-B's qkv of one image, its output projection, and of one window's worth of tokens.
+        assert_eq!(Tile::choose(4096, &[768; 3]), Tile::Large);
+        assert_eq!(Tile::choose(4096, &[768]), Tile::Large);
+        assert_eq!(Tile::choose(196, &[768; 3]), Tile::Small);
+        // Narrow outputs, as of the mask decoder, waste less in small tiles.
+        assert_eq!(Tile::choose(65536, &[32]), Tile::Small);
+        assert_eq!(Tile::choose(65536, &[64; 3]), Tile::Small);
+        assert_eq!(Tile::choose(65536, &[128]), Tile::Large);
+    }
+
+    #[test]
+    fn each_part_has_its_own_column_tiles() -> Result<()> {
+        let parts = [part(100, 0), part(130, 0), part(64, 0)];
+        for (tile, tiles, shared) in
+            [(Tile::Large, 1 + 2 + 1, 81920), (Tile::Small, 2 + 3 + 1, 40960)]
+        {
+            let launches = forward(&problem(200, 50, &parts), DType::F16, &OPERANDS, Some(tile))?;
+            let rows = 200u32.div_ceil(tile.side() as u32);
+            assert_eq!(launches[0].grid, [rows * tiles, 1, 1]);
+            assert_eq!((launches.len(), launches[0].shared_bytes), (1, shared));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn s_is_computed_first_for_the_adapted_parts_alone() -> Result<()> {
+        let parts = [part(64, 3), part(64, 0), part(64, 17)];
+        let problem = problem(100, 64, &parts);
+        // Ranks are rounded up to 4 and 20.
+        assert_eq!(s_bytes(&problem)?, 4 * 100 * 24);
+        let launches = forward(&problem, DType::BF16, &OPERANDS, Some(Tile::Small))?;
+        assert_eq!(names(&launches), ["low_rank_input_64x64_bf16", "projection_fwd_64x64_bf16"]);
+        assert_eq!(launches[0].grid, [2, 1, 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_backward_makes_what_is_wanted() -> Result<()> {
+        let parts = [part(64, 16), part(64, 0), part(64, 16)];
+        let problem = problem(4096, 64, &parts);
+        let operands = BackwardOperands {
+            x: 256,
+            weights: OPERANDS.weights,
+            small: 2048,
+            s: 4096,
+            sum: 0,
+            grad: 8192,
+            dx: Some(16384),
+            dsmall: None,
+            workspace: 32768,
+        };
+        let launches = backward(&problem, DType::F16, &operands, None)?;
+        assert_eq!(names(&launches), ["low_rank_grad_64x16_f16", "projection_bwd_input_64x64_f16"]);
+        assert_eq!(workspace_bytes(&problem, DType::F16, false)?, 4 * 4096 * 32);
+        let operands = BackwardOperands { dx: None, dsmall: Some(16384), ..operands };
+        let launches = backward(&problem, DType::F16, &operands, None)?;
+        let weight = "low_rank_weight_64x16_f16";
+        let expected =
+            ["low_rank_grad_64x16_f16", weight, weight, "bias_grad_f16", "sum_partials_f32"];
+        assert_eq!(names(&launches), expected);
+        // 32 splits of 128 rows, for each of two adapters.
+        assert_eq!(launches[1].grid, [1, 1, 64]);
+        let small = 3 * 64 + 2 * 2 * 16 * 64;
+        assert_eq!(workspace_bytes(&problem, DType::F16, true)?, 4 * (4096 * 32 + 32 * small));
+        let operands = BackwardOperands { dsmall: None, ..operands };
+        assert!(backward(&problem, DType::F16, &operands, None)?.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn what_no_kernel_takes_is_refused() {
+        let parts = [part(64, 0); 4];
+        for problem in [problem(5, 8, &parts), problem(0, 8, &parts[..1]), problem(5, 8, &[])] {
+            let message = s_bytes(&problem).unwrap_err().to_string();
+            assert!(message.contains("1 to 3 projections"), "{message}");
+        }
+        let two = problem(5, 8, &parts[..2]);
+        assert!(forward(&two, DType::F32, &OPERANDS, None).is_err(), "three weights for two");
+    }
 }

@@ -1,12 +1,13 @@
 //! The projections' kernels: values and gradients against the f64 reference, for every dtype and tile, odd shapes, ranks
 //! from 1 to 256, any subset of q, k and v adapted.
 
-use crate::common::{error, random, values, Worst};
+use crate::common::{error, gradients, random, values, Worst};
 use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::projection::{
     self, Activation, ForwardOperands, LoraProblem, ProjectionProblem, Projections, TILES,
 };
+use candle_sam_lora::launch::projection_bwd::{self, BackwardOperands};
 use candle_sam_lora::ops::{self, composed, Lora, Projection};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -251,6 +252,67 @@ impl Data {
         }
     }
 
+    /// dx and dsmall in f64, by the formulas.
+    fn reference_backward(&self) -> (Vec<f64>, Vec<f64>) {
+        const STEP: f64 = 1e-5;
+        let Case { rows, in_dim, .. } = self.case;
+        // The derivative of the activation by differences, to 1e-9.
+        let derivative = |x: f64| match self.case.activation {
+            Activation::Identity => 1.0,
+            _ => (self.activate(x + STEP) - self.activate(x - STEP)) / (2.0 * STEP),
+        };
+        let sum = self.reference_sum();
+        let g: Vec<f64> =
+            sum.iter().zip(values(&self.grad)).map(|(&x, grad)| grad * derivative(x)).collect();
+        let x = values(&self.x);
+        let (mut dx, mut dsmall) = (vec![0.0; rows * in_dim], Vec::new());
+        let mut column = 0;
+        for part in &self.parts {
+            let out = part.problem.out_dim;
+            let g = |row: usize, o: usize| g[row * self.total + column + o];
+            let weight = values(&part.weight);
+            let dbias: Vec<f64> = (0..out).map(|o| (0..rows).map(|row| g(row, o)).sum()).collect();
+            if part.bias.is_some() {
+                dsmall.extend(&dbias);
+            }
+            for row in 0..rows {
+                for i in 0..in_dim {
+                    dx[row * in_dim + i] +=
+                        (0..out).map(|o| g(row, o) * weight[o * in_dim + i]).sum::<f64>();
+                }
+            }
+            if let Some(LoraProblem { rank, scaling, .. }) = part.problem.lora {
+                let (a, b, mask) = (values(&part.a), values(&part.b), self.mask(part));
+                let scaling = f64::from(scaling);
+                let dropped: Vec<f64> = x.iter().zip(&mask).map(|(x, m)| x * m).collect();
+                let s = reference::linear(&dropped, &a, in_dim);
+                let ds = |row: usize, r: usize| -> f64 {
+                    scaling * (0..out).map(|o| g(row, o) * b[o * rank + r]).sum::<f64>()
+                };
+                let ds: Vec<f64> = (0..rows * rank).map(|at| ds(at / rank, at % rank)).collect();
+                for (at, dx) in dx.iter_mut().enumerate() {
+                    let (row, i) = (at / in_dim, at % in_dim);
+                    let low_rank: f64 =
+                        (0..rank).map(|r| ds[row * rank + r] * a[r * in_dim + i]).sum();
+                    *dx += mask[at] * low_rank;
+                }
+                dsmall.extend((0..rank * in_dim).map(|at| -> f64 {
+                    let (r, i) = (at / in_dim, at % in_dim);
+                    (0..rows).map(|row| ds[row * rank + r] * dropped[row * in_dim + i]).sum()
+                }));
+                dsmall.extend((0..out * rank).map(|at| -> f64 {
+                    let (o, r) = (at / rank, at % rank);
+                    (0..rows).map(|row| scaling * g(row, o) * s[row * rank + r]).sum()
+                }));
+                if part.lora_bias.is_some() {
+                    dsmall.extend(dbias.iter().map(|sum| scaling * sum));
+                }
+            }
+            column += out;
+        }
+        (dx, dsmall)
+    }
+
     fn check(&self, worst: &mut Worst, what: &str, got: &[f64], expected: &[f64], eager: f64) {
         let got = error(got, expected);
         assert!(got <= bound(self.dtype, eager), "{what} {}: {got:e}, eager {eager:e}", self.name);
@@ -300,5 +362,121 @@ fn forward() -> Result<()> {
         }
     }
     worst.check("projection forward", 1.0 / 64.0);
+    Ok(())
+}
+
+#[test]
+fn the_reference_backward_agrees_with_finite_differences() -> Result<()> {
+    let case = Case {
+        rows: 3,
+        in_dim: 5,
+        outs: &[4, 2],
+        ranks: &[2, 0],
+        bias: true,
+        lora_bias: true,
+        p: 0.4,
+        activation: GELU,
+        ..PLAIN
+    };
+    let mut data = Data::new(case, DType::F32)?;
+    let (dx, _) = data.reference_backward();
+    let grad = values(&data.grad);
+    let x = data.x.clone();
+    let mut loss = |at: usize, step: f32| -> Result<f64> {
+        let mut moved: Vec<f32> = x.flatten_all()?.to_vec1()?;
+        moved[at] += step;
+        data.x = Tensor::from_vec(moved, (3, 5), x.device())?;
+        let sum = data.reference_sum();
+        Ok(sum.iter().zip(&grad).map(|(&x, g)| data.activate(x) * g).sum())
+    };
+    const STEP: f32 = 1.0 / 512.0;
+    let differences = (0..15)
+        .map(|at| Ok((loss(at, STEP)? - loss(at, -STEP)?) / f64::from(2.0 * STEP)))
+        .collect::<Result<Vec<_>>>()?;
+    assert!(error(&differences, &dx) < 1e-4, "dx");
+    Ok(())
+}
+
+#[test]
+fn backward() -> Result<()> {
+    let mut worst = Worst::default();
+    for data in Data::all()? {
+        let Case { rows, in_dim, activation, .. } = data.case;
+        let problem = data.projections();
+        let [x, grad] = [&data.x, &data.grad].map(|tensor| data.memory(tensor));
+        let weights: Vec<_> = data.parts.iter().map(|part| data.memory(&part.weight)).collect();
+        let weights_at: Vec<_> = weights.iter().map(|weight| data.at(weight)).collect();
+        let small = Memory::from_tensor(&data.small);
+        let small_tensors = data.small_tensors();
+        let small_len: usize = small_tensors.iter().map(Tensor::elem_count).sum();
+        let (expected_dx, expected_dsmall) = data.reference_backward();
+
+        let mut inputs = vec![data.x.clone()];
+        inputs.extend(small_tensors);
+        let (_, eager) = gradients(&inputs, &data.grad, |t| data.eager(&t[0], &t[1..], None))?;
+        let eager_dsmall: Vec<f64> = eager[1..].iter().flat_map(values).collect();
+
+        for tile in TILES {
+            let outputs = in_every_mode(&data.name, |device| {
+                let dx = data.alloc(rows * in_dim);
+                let dsmall = Memory::for_elements(small_len, DType::F32);
+                let (y, sum) = (data.alloc(rows * data.total), data.alloc(rows * data.total));
+                let s = Memory::new(projection::s_bytes(&problem)?);
+                let bytes = projection_bwd::workspace_bytes(&problem, data.dtype, true)?;
+                let workspace = Memory::new(bytes);
+                let forward = ForwardOperands {
+                    x: data.at(&x),
+                    weights: &weights_at,
+                    small: small.address(),
+                    residual: None,
+                    y: data.at(&y),
+                    s: s.address(),
+                    sum: (activation != Activation::Identity).then(|| data.at(&sum)),
+                };
+                launch_all(
+                    device,
+                    &projection::forward(&problem, data.dtype, &forward, Some(tile))?,
+                )?;
+                let operands = BackwardOperands {
+                    x: data.at(&x),
+                    weights: &weights_at,
+                    small: small.address(),
+                    s: s.address(),
+                    sum: data.at(&sum),
+                    grad: data.at(&grad),
+                    dx: Some(data.at(&dx)),
+                    dsmall: Some(dsmall.address()),
+                    workspace: workspace.address(),
+                };
+                launch_all(
+                    device,
+                    &projection_bwd::backward(&problem, data.dtype, &operands, Some(tile))?,
+                )?;
+                Ok(vec![dx, dsmall])
+            });
+            let dx = data.read(&outputs[0]);
+            let eager_dx = error(&values(&eager[0]), &expected_dx);
+            data.check(&mut worst, "dx", &dx, &expected_dx, eager_dx);
+            if small_len == 0 {
+                continue;
+            }
+            // Tensor by tensor, each on its own scale.
+            let dsmall = outputs[1].values(DType::F32);
+            let mut start = 0;
+            for tensor in &inputs[1..] {
+                let range = start..start + tensor.elem_count();
+                start = range.end;
+                let expected = &expected_dsmall[range.clone()];
+                let eager = error(&eager_dsmall[range.clone()], expected);
+                data.check(&mut worst, "dsmall", &dsmall[range.clone()], expected, eager);
+                // Without an activation nothing is rounded on the way, whatever the dtype.
+                if activation == Activation::Identity {
+                    let error = error(&dsmall[range], expected);
+                    assert!(error <= 1e-5, "dsmall {}: {error:e}", data.name);
+                }
+            }
+        }
+    }
+    worst.check("projection backward", 1.0 / 64.0);
     Ok(())
 }
