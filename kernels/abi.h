@@ -170,6 +170,162 @@ typedef struct RelPosAttentionBwdKeyParams {
 } RelPosAttentionBwdKeyParams;
 ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 
+/** Most projections that share an input: q, k and v. */
+#define PROJECTION_PARTS 3
+
+/** One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are
+ * f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`. Its columns of packed tensors
+ * start at `column`, those of S at `s_column`. Without LoRA the rank is 0. */
+typedef struct ProjectionPart {
+  device_ptr weight;
+  device_ptr bias;
+  device_ptr a;
+  device_ptr b;
+  device_ptr lora_bias;
+  uint32_t out_dim;
+  uint32_t column;
+  uint32_t rank;
+  uint32_t s_column;
+  float scaling;
+  DropoutMask mask;
+} ProjectionPart;
+ABI_SIZE(ProjectionPart, 80);
+
+/** What is applied to the sum of a projection. */
+#define ACTIVATION_IDENTITY 0
+#define ACTIVATION_GELU 1
+#define ACTIVATION_RELU 2
+
+/** `out = act(cat_p (left W_p^T + low_rank_p b_p^T + constants)) + residual` in the forward (left is x `[rows, in_dim]`,
+ * low_rank is S, out is `[rows, total]`); `out = sum_p (left_p W_p + mask_p(low_rank_p a_p))` in the backward (left is
+ * the gradient `[rows, total]`, low_rank is dS, out is `[rows, in_dim]`). S and dS are `[rows, s_stride]`, f32, and carry
+ * `scaling`. `sum`, if wanted, is what `act` is applied to. */
+typedef struct ProjectionParams {
+  device_ptr left;
+  device_ptr low_rank;
+  device_ptr residual;
+  device_ptr sum;
+  device_ptr out;
+  uint64_t rows;
+  uint32_t in_dim;
+  uint32_t total;
+  uint32_t s_stride;
+  uint32_t count;
+  uint32_t column_tiles;
+  uint32_t activation;
+  ProjectionPart parts[PROJECTION_PARTS];
+} ProjectionParams;
+ABI_SIZE(ProjectionParams, 312);
+
+/** Shared memory of the projection kernels, by tile. */
+#define PROJECTION_FWD_128X128_SHARED_BYTES 81920
+#define PROJECTION_FWD_64X64_SHARED_BYTES 40960
+#define PROJECTION_BWD_INPUT_128X128_SHARED_BYTES 75776
+#define PROJECTION_BWD_INPUT_64X64_SHARED_BYTES 38912
+
+/** One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie
+ * in memory is the kernel's (low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros. */
+typedef struct LowRankPart {
+  device_ptr left;
+  device_ptr right;
+  device_ptr out;
+  uint32_t size_i;
+  uint32_t size_j;
+  uint32_t out_j;
+  uint32_t depth;
+  uint32_t left_stride;
+  uint32_t right_stride;
+  uint32_t out_stride_i;
+  uint32_t out_stride_j;
+  float scale;
+  DropoutMask mask;
+} LowRankPart;
+ABI_SIZE(LowRankPart, 80);
+
+/** The products of all parts; each is split along its depth into `splits` of `split_depth`, whose results lie
+ * `split_stride` elements apart. */
+typedef struct LowRankParams {
+  LowRankPart parts[PROJECTION_PARTS];
+  uint64_t split_stride;
+  uint32_t splits;
+  uint32_t split_depth;
+} LowRankParams;
+ABI_SIZE(LowRankParams, 256);
+
+#define LOW_RANK_THREADS 128
+
+/** Shared memory of the thin products, by kernel, tile and size of an element of `left`. */
+#define LOW_RANK_INPUT_64X16_SHARED_BYTES_2 22272
+#define LOW_RANK_INPUT_64X16_SHARED_BYTES_4 34560
+#define LOW_RANK_INPUT_64X64_SHARED_BYTES_2 43008
+#define LOW_RANK_INPUT_64X64_SHARED_BYTES_4 55296
+#define LOW_RANK_GRAD_64X16_SHARED_BYTES_2 24576
+#define LOW_RANK_GRAD_64X16_SHARED_BYTES_4 36864
+#define LOW_RANK_GRAD_64X64_SHARED_BYTES_2 43008
+#define LOW_RANK_GRAD_64X64_SHARED_BYTES_4 55296
+#define LOW_RANK_WEIGHT_64X16_SHARED_BYTES_2 23040
+#define LOW_RANK_WEIGHT_64X16_SHARED_BYTES_4 36864
+#define LOW_RANK_WEIGHT_64X64_SHARED_BYTES_2 41472
+#define LOW_RANK_WEIGHT_64X64_SHARED_BYTES_4 55296
+
+#define ACTIVATION_GRAD_THREADS 256
+
+/** `g = grad * act'(sum)` of `size` elements. */
+typedef struct ActivationGradParams {
+  device_ptr grad;
+  device_ptr sum;
+  device_ptr g;
+  uint64_t size;
+  uint64_t activation;
+} ActivationGradParams;
+ABI_SIZE(ActivationGradParams, 40);
+
+/** Where the column sums of one part go: to `bias`, and times `scaling` to `lora_bias`; 0 where not wanted. */
+typedef struct BiasGradPart {
+  device_ptr bias;
+  device_ptr lora_bias;
+  uint32_t column;
+  uint32_t out_dim;
+  float scaling;
+  uint32_t reserved;
+} BiasGradPart;
+ABI_SIZE(BiasGradPart, 32);
+
+/** A block of 32 x BIAS_GRAD_WARPS threads sums 32 columns of `g [rows, total]` over `split_rows` rows; the sums of
+ * blocks of rows lie `split_stride` f32 apart. */
+typedef struct BiasGradParams {
+  BiasGradPart parts[PROJECTION_PARTS];
+  device_ptr g;
+  uint64_t rows;
+  uint64_t split_rows;
+  uint64_t split_stride;
+  uint64_t total;
+} BiasGradParams;
+ABI_SIZE(BiasGradParams, 136);
+
+#define BIAS_GRAD_WARPS 8
+#define BIAS_GRAD_SHARED_BYTES 1024
+
+/** A block takes DORA_NORM_ROWS rows; most ranks that fit its shared memory. */
+#define DORA_NORM_ROWS 8
+#define DORA_NORM_THREADS 128
+#define DORA_NORM_RANK 256
+#define DORA_NORM_SHARED_BYTES 8320
+
+/** `norm [out_dim] = || W + scaling b a ||` of each row; weight `[out_dim, in_dim]` of the kernel's dtype, a
+ * `[rank, in_dim]`, b `[out_dim, rank]` and norm f32. */
+typedef struct DoraNormParams {
+  device_ptr weight;
+  device_ptr a;
+  device_ptr b;
+  device_ptr norm;
+  uint32_t out_dim;
+  uint32_t in_dim;
+  uint32_t rank;
+  float scaling;
+} DoraNormParams;
+ABI_SIZE(DoraNormParams, 48);
+
 /** Threads of a block of the sum over partials. */
 #define SUM_PARTIALS_THREADS 256
 

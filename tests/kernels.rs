@@ -6,11 +6,15 @@
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "kernels/dora.rs"]
+mod dora;
 #[path = "kernels/dropout.rs"]
 mod dropout;
 #[path = "kernels/instructions.rs"]
 mod instructions;
 #[path = "kernels/layer_norm.rs"]
 mod layer_norm;
+#[path = "kernels/projection.rs"]
+mod projection;
 #[path = "kernels/rel_pos_attention.rs"]
 mod rel_pos_attention;

@@ -19,12 +19,40 @@ pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
 pub const REL_POS_ATTENTION_KEY_QUERIES_F32: u32 = 32;
 pub const REL_POS_ATTENTION_TABLE_PARTS: u32 = 264;
+pub const PROJECTION_PARTS: u32 = 3;
+pub const ACTIVATION_IDENTITY: u32 = 0;
+pub const ACTIVATION_GELU: u32 = 1;
+pub const ACTIVATION_RELU: u32 = 2;
+pub const PROJECTION_FWD_128X128_SHARED_BYTES: u32 = 81920;
+pub const PROJECTION_FWD_64X64_SHARED_BYTES: u32 = 40960;
+pub const PROJECTION_BWD_INPUT_128X128_SHARED_BYTES: u32 = 75776;
+pub const PROJECTION_BWD_INPUT_64X64_SHARED_BYTES: u32 = 38912;
+pub const LOW_RANK_THREADS: u32 = 128;
+pub const LOW_RANK_INPUT_64X16_SHARED_BYTES_2: u32 = 22272;
+pub const LOW_RANK_INPUT_64X16_SHARED_BYTES_4: u32 = 34560;
+pub const LOW_RANK_INPUT_64X64_SHARED_BYTES_2: u32 = 43008;
+pub const LOW_RANK_INPUT_64X64_SHARED_BYTES_4: u32 = 55296;
+pub const LOW_RANK_GRAD_64X16_SHARED_BYTES_2: u32 = 24576;
+pub const LOW_RANK_GRAD_64X16_SHARED_BYTES_4: u32 = 36864;
+pub const LOW_RANK_GRAD_64X64_SHARED_BYTES_2: u32 = 43008;
+pub const LOW_RANK_GRAD_64X64_SHARED_BYTES_4: u32 = 55296;
+pub const LOW_RANK_WEIGHT_64X16_SHARED_BYTES_2: u32 = 23040;
+pub const LOW_RANK_WEIGHT_64X16_SHARED_BYTES_4: u32 = 36864;
+pub const LOW_RANK_WEIGHT_64X64_SHARED_BYTES_2: u32 = 41472;
+pub const LOW_RANK_WEIGHT_64X64_SHARED_BYTES_4: u32 = 55296;
+pub const ACTIVATION_GRAD_THREADS: u32 = 256;
+pub const BIAS_GRAD_WARPS: u32 = 8;
+pub const BIAS_GRAD_SHARED_BYTES: u32 = 1024;
+pub const DORA_NORM_ROWS: u32 = 8;
+pub const DORA_NORM_THREADS: u32 = 128;
+pub const DORA_NORM_RANK: u32 = 256;
+pub const DORA_NORM_SHARED_BYTES: u32 = 8320;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
 #[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at least\n `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct DropoutMask {
     pub seed_low: u32,
     pub seed_high: u32,
@@ -47,7 +75,7 @@ const _: () = {
 };
 #[doc = " `y = x * mask`, all `[rows, cols]`."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct DropoutParams {
     pub x: device_ptr,
     pub y: device_ptr,
@@ -67,7 +95,7 @@ const _: () = {
 };
 #[doc = " `y = (x - mean) rstd weight + bias` of each row of `x [rows, size]`."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LayerNormFwdParams {
     pub x: device_ptr,
     pub weight: device_ptr,
@@ -98,7 +126,7 @@ const _: () = {
 };
 #[doc = " The gradient of x, and the rows' statistics for the column pass: `[3, rows]` f32, mean high, mean low, rstd; 0 if\n they are not wanted."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LayerNormBwdParams {
     pub x: device_ptr,
     pub weight: device_ptr,
@@ -132,7 +160,7 @@ const _: () = {
 };
 #[doc = " Partial sums of the gradients of weight and bias: `partials [2, ceil(rows / LAYER_NORM_COLUMN_ROWS), size]` f32."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LayerNormBwdWeightParams {
     pub x: device_ptr,
     pub dy: device_ptr,
@@ -162,7 +190,7 @@ const _: () = {
 };
 #[doc = " Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no\n dropout the threshold is 0."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionShape {
     pub h: u32,
     pub w: u32,
@@ -202,7 +230,7 @@ const _: () = {
 };
 #[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,\n head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionFwdParams {
     pub qkv: device_ptr,
     pub tables: device_ptr,
@@ -232,7 +260,7 @@ const _: () = {
 };
 #[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionBwdQueryParams {
     pub qkv: device_ptr,
     pub tables: device_ptr,
@@ -280,7 +308,7 @@ const _: () = {
 };
 #[doc = " The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums\n over a tile's keys outside the grid."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionBwdKeyParams {
     pub qkv: device_ptr,
     pub pad: device_ptr,
@@ -314,9 +342,272 @@ const _: () = {
     ["Offset of field: RelPosAttentionBwdKeyParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, shape) - 56usize];
 };
+#[doc = " One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are\n f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`. Its columns of packed tensors\n start at `column`, those of S at `s_column`. Without LoRA the rank is 0."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ProjectionPart {
+    pub weight: device_ptr,
+    pub bias: device_ptr,
+    pub a: device_ptr,
+    pub b: device_ptr,
+    pub lora_bias: device_ptr,
+    pub out_dim: u32,
+    pub column: u32,
+    pub rank: u32,
+    pub s_column: u32,
+    pub scaling: f32,
+    pub mask: DropoutMask,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProjectionPart"][::std::mem::size_of::<ProjectionPart>() - 80usize];
+    ["Alignment of ProjectionPart"][::std::mem::align_of::<ProjectionPart>() - 8usize];
+    ["Offset of field: ProjectionPart::weight"]
+        [::std::mem::offset_of!(ProjectionPart, weight) - 0usize];
+    ["Offset of field: ProjectionPart::bias"]
+        [::std::mem::offset_of!(ProjectionPart, bias) - 8usize];
+    ["Offset of field: ProjectionPart::a"][::std::mem::offset_of!(ProjectionPart, a) - 16usize];
+    ["Offset of field: ProjectionPart::b"][::std::mem::offset_of!(ProjectionPart, b) - 24usize];
+    ["Offset of field: ProjectionPart::lora_bias"]
+        [::std::mem::offset_of!(ProjectionPart, lora_bias) - 32usize];
+    ["Offset of field: ProjectionPart::out_dim"]
+        [::std::mem::offset_of!(ProjectionPart, out_dim) - 40usize];
+    ["Offset of field: ProjectionPart::column"]
+        [::std::mem::offset_of!(ProjectionPart, column) - 44usize];
+    ["Offset of field: ProjectionPart::rank"]
+        [::std::mem::offset_of!(ProjectionPart, rank) - 48usize];
+    ["Offset of field: ProjectionPart::s_column"]
+        [::std::mem::offset_of!(ProjectionPart, s_column) - 52usize];
+    ["Offset of field: ProjectionPart::scaling"]
+        [::std::mem::offset_of!(ProjectionPart, scaling) - 56usize];
+    ["Offset of field: ProjectionPart::mask"]
+        [::std::mem::offset_of!(ProjectionPart, mask) - 60usize];
+};
+#[doc = " `out = act(cat_p (left W_p^T + low_rank_p b_p^T + constants)) + residual` in the forward (left is x `[rows, in_dim]`,\n low_rank is S, out is `[rows, total]`); `out = sum_p (left_p W_p + mask_p(low_rank_p a_p))` in the backward (left is\n the gradient `[rows, total]`, low_rank is dS, out is `[rows, in_dim]`). S and dS are `[rows, s_stride]`, f32, and carry\n `scaling`. `sum`, if wanted, is what `act` is applied to."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ProjectionParams {
+    pub left: device_ptr,
+    pub low_rank: device_ptr,
+    pub residual: device_ptr,
+    pub sum: device_ptr,
+    pub out: device_ptr,
+    pub rows: u64,
+    pub in_dim: u32,
+    pub total: u32,
+    pub s_stride: u32,
+    pub count: u32,
+    pub column_tiles: u32,
+    pub activation: u32,
+    pub parts: [ProjectionPart; 3usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProjectionParams"][::std::mem::size_of::<ProjectionParams>() - 312usize];
+    ["Alignment of ProjectionParams"][::std::mem::align_of::<ProjectionParams>() - 8usize];
+    ["Offset of field: ProjectionParams::left"]
+        [::std::mem::offset_of!(ProjectionParams, left) - 0usize];
+    ["Offset of field: ProjectionParams::low_rank"]
+        [::std::mem::offset_of!(ProjectionParams, low_rank) - 8usize];
+    ["Offset of field: ProjectionParams::residual"]
+        [::std::mem::offset_of!(ProjectionParams, residual) - 16usize];
+    ["Offset of field: ProjectionParams::sum"]
+        [::std::mem::offset_of!(ProjectionParams, sum) - 24usize];
+    ["Offset of field: ProjectionParams::out"]
+        [::std::mem::offset_of!(ProjectionParams, out) - 32usize];
+    ["Offset of field: ProjectionParams::rows"]
+        [::std::mem::offset_of!(ProjectionParams, rows) - 40usize];
+    ["Offset of field: ProjectionParams::in_dim"]
+        [::std::mem::offset_of!(ProjectionParams, in_dim) - 48usize];
+    ["Offset of field: ProjectionParams::total"]
+        [::std::mem::offset_of!(ProjectionParams, total) - 52usize];
+    ["Offset of field: ProjectionParams::s_stride"]
+        [::std::mem::offset_of!(ProjectionParams, s_stride) - 56usize];
+    ["Offset of field: ProjectionParams::count"]
+        [::std::mem::offset_of!(ProjectionParams, count) - 60usize];
+    ["Offset of field: ProjectionParams::column_tiles"]
+        [::std::mem::offset_of!(ProjectionParams, column_tiles) - 64usize];
+    ["Offset of field: ProjectionParams::activation"]
+        [::std::mem::offset_of!(ProjectionParams, activation) - 68usize];
+    ["Offset of field: ProjectionParams::parts"]
+        [::std::mem::offset_of!(ProjectionParams, parts) - 72usize];
+};
+#[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie\n in memory is the kernel's (low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LowRankPart {
+    pub left: device_ptr,
+    pub right: device_ptr,
+    pub out: device_ptr,
+    pub size_i: u32,
+    pub size_j: u32,
+    pub out_j: u32,
+    pub depth: u32,
+    pub left_stride: u32,
+    pub right_stride: u32,
+    pub out_stride_i: u32,
+    pub out_stride_j: u32,
+    pub scale: f32,
+    pub mask: DropoutMask,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LowRankPart"][::std::mem::size_of::<LowRankPart>() - 80usize];
+    ["Alignment of LowRankPart"][::std::mem::align_of::<LowRankPart>() - 8usize];
+    ["Offset of field: LowRankPart::left"][::std::mem::offset_of!(LowRankPart, left) - 0usize];
+    ["Offset of field: LowRankPart::right"][::std::mem::offset_of!(LowRankPart, right) - 8usize];
+    ["Offset of field: LowRankPart::out"][::std::mem::offset_of!(LowRankPart, out) - 16usize];
+    ["Offset of field: LowRankPart::size_i"][::std::mem::offset_of!(LowRankPart, size_i) - 24usize];
+    ["Offset of field: LowRankPart::size_j"][::std::mem::offset_of!(LowRankPart, size_j) - 28usize];
+    ["Offset of field: LowRankPart::out_j"][::std::mem::offset_of!(LowRankPart, out_j) - 32usize];
+    ["Offset of field: LowRankPart::depth"][::std::mem::offset_of!(LowRankPart, depth) - 36usize];
+    ["Offset of field: LowRankPart::left_stride"]
+        [::std::mem::offset_of!(LowRankPart, left_stride) - 40usize];
+    ["Offset of field: LowRankPart::right_stride"]
+        [::std::mem::offset_of!(LowRankPart, right_stride) - 44usize];
+    ["Offset of field: LowRankPart::out_stride_i"]
+        [::std::mem::offset_of!(LowRankPart, out_stride_i) - 48usize];
+    ["Offset of field: LowRankPart::out_stride_j"]
+        [::std::mem::offset_of!(LowRankPart, out_stride_j) - 52usize];
+    ["Offset of field: LowRankPart::scale"][::std::mem::offset_of!(LowRankPart, scale) - 56usize];
+    ["Offset of field: LowRankPart::mask"][::std::mem::offset_of!(LowRankPart, mask) - 60usize];
+};
+#[doc = " The products of all parts; each is split along its depth into `splits` of `split_depth`, whose results lie\n `split_stride` elements apart."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct LowRankParams {
+    pub parts: [LowRankPart; 3usize],
+    pub split_stride: u64,
+    pub splits: u32,
+    pub split_depth: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LowRankParams"][::std::mem::size_of::<LowRankParams>() - 256usize];
+    ["Alignment of LowRankParams"][::std::mem::align_of::<LowRankParams>() - 8usize];
+    ["Offset of field: LowRankParams::parts"]
+        [::std::mem::offset_of!(LowRankParams, parts) - 0usize];
+    ["Offset of field: LowRankParams::split_stride"]
+        [::std::mem::offset_of!(LowRankParams, split_stride) - 240usize];
+    ["Offset of field: LowRankParams::splits"]
+        [::std::mem::offset_of!(LowRankParams, splits) - 248usize];
+    ["Offset of field: LowRankParams::split_depth"]
+        [::std::mem::offset_of!(LowRankParams, split_depth) - 252usize];
+};
+#[doc = " `g = grad * act'(sum)` of `size` elements."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ActivationGradParams {
+    pub grad: device_ptr,
+    pub sum: device_ptr,
+    pub g: device_ptr,
+    pub size: u64,
+    pub activation: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ActivationGradParams"][::std::mem::size_of::<ActivationGradParams>() - 40usize];
+    ["Alignment of ActivationGradParams"][::std::mem::align_of::<ActivationGradParams>() - 8usize];
+    ["Offset of field: ActivationGradParams::grad"]
+        [::std::mem::offset_of!(ActivationGradParams, grad) - 0usize];
+    ["Offset of field: ActivationGradParams::sum"]
+        [::std::mem::offset_of!(ActivationGradParams, sum) - 8usize];
+    ["Offset of field: ActivationGradParams::g"]
+        [::std::mem::offset_of!(ActivationGradParams, g) - 16usize];
+    ["Offset of field: ActivationGradParams::size"]
+        [::std::mem::offset_of!(ActivationGradParams, size) - 24usize];
+    ["Offset of field: ActivationGradParams::activation"]
+        [::std::mem::offset_of!(ActivationGradParams, activation) - 32usize];
+};
+#[doc = " Where the column sums of one part go: to `bias`, and times `scaling` to `lora_bias`; 0 where not wanted."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct BiasGradPart {
+    pub bias: device_ptr,
+    pub lora_bias: device_ptr,
+    pub column: u32,
+    pub out_dim: u32,
+    pub scaling: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of BiasGradPart"][::std::mem::size_of::<BiasGradPart>() - 32usize];
+    ["Alignment of BiasGradPart"][::std::mem::align_of::<BiasGradPart>() - 8usize];
+    ["Offset of field: BiasGradPart::bias"][::std::mem::offset_of!(BiasGradPart, bias) - 0usize];
+    ["Offset of field: BiasGradPart::lora_bias"]
+        [::std::mem::offset_of!(BiasGradPart, lora_bias) - 8usize];
+    ["Offset of field: BiasGradPart::column"]
+        [::std::mem::offset_of!(BiasGradPart, column) - 16usize];
+    ["Offset of field: BiasGradPart::out_dim"]
+        [::std::mem::offset_of!(BiasGradPart, out_dim) - 20usize];
+    ["Offset of field: BiasGradPart::scaling"]
+        [::std::mem::offset_of!(BiasGradPart, scaling) - 24usize];
+    ["Offset of field: BiasGradPart::reserved"]
+        [::std::mem::offset_of!(BiasGradPart, reserved) - 28usize];
+};
+#[doc = " A block of 32 x BIAS_GRAD_WARPS threads sums 32 columns of `g [rows, total]` over `split_rows` rows; the sums of\n blocks of rows lie `split_stride` f32 apart."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct BiasGradParams {
+    pub parts: [BiasGradPart; 3usize],
+    pub g: device_ptr,
+    pub rows: u64,
+    pub split_rows: u64,
+    pub split_stride: u64,
+    pub total: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of BiasGradParams"][::std::mem::size_of::<BiasGradParams>() - 136usize];
+    ["Alignment of BiasGradParams"][::std::mem::align_of::<BiasGradParams>() - 8usize];
+    ["Offset of field: BiasGradParams::parts"]
+        [::std::mem::offset_of!(BiasGradParams, parts) - 0usize];
+    ["Offset of field: BiasGradParams::g"][::std::mem::offset_of!(BiasGradParams, g) - 96usize];
+    ["Offset of field: BiasGradParams::rows"]
+        [::std::mem::offset_of!(BiasGradParams, rows) - 104usize];
+    ["Offset of field: BiasGradParams::split_rows"]
+        [::std::mem::offset_of!(BiasGradParams, split_rows) - 112usize];
+    ["Offset of field: BiasGradParams::split_stride"]
+        [::std::mem::offset_of!(BiasGradParams, split_stride) - 120usize];
+    ["Offset of field: BiasGradParams::total"]
+        [::std::mem::offset_of!(BiasGradParams, total) - 128usize];
+};
+#[doc = " `norm [out_dim] = || W + scaling b a ||` of each row; weight `[out_dim, in_dim]` of the kernel's dtype, a\n `[rank, in_dim]`, b `[out_dim, rank]` and norm f32."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct DoraNormParams {
+    pub weight: device_ptr,
+    pub a: device_ptr,
+    pub b: device_ptr,
+    pub norm: device_ptr,
+    pub out_dim: u32,
+    pub in_dim: u32,
+    pub rank: u32,
+    pub scaling: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of DoraNormParams"][::std::mem::size_of::<DoraNormParams>() - 48usize];
+    ["Alignment of DoraNormParams"][::std::mem::align_of::<DoraNormParams>() - 8usize];
+    ["Offset of field: DoraNormParams::weight"]
+        [::std::mem::offset_of!(DoraNormParams, weight) - 0usize];
+    ["Offset of field: DoraNormParams::a"][::std::mem::offset_of!(DoraNormParams, a) - 8usize];
+    ["Offset of field: DoraNormParams::b"][::std::mem::offset_of!(DoraNormParams, b) - 16usize];
+    ["Offset of field: DoraNormParams::norm"]
+        [::std::mem::offset_of!(DoraNormParams, norm) - 24usize];
+    ["Offset of field: DoraNormParams::out_dim"]
+        [::std::mem::offset_of!(DoraNormParams, out_dim) - 32usize];
+    ["Offset of field: DoraNormParams::in_dim"]
+        [::std::mem::offset_of!(DoraNormParams, in_dim) - 36usize];
+    ["Offset of field: DoraNormParams::rank"]
+        [::std::mem::offset_of!(DoraNormParams, rank) - 40usize];
+    ["Offset of field: DoraNormParams::scaling"]
+        [::std::mem::offset_of!(DoraNormParams, scaling) - 44usize];
+};
 #[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
 #[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: NoUninit)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct SumPartialsParams {
     pub partials: device_ptr,
     pub out: device_ptr,

@@ -7,9 +7,11 @@
 // Their documentation stands in kernels/abi.h.
 #[allow(missing_docs, non_camel_case_types)]
 mod bindings;
+pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
 pub mod projection;
+pub mod projection_bwd;
 pub mod rel_pos_attention;
 mod sum_partials;
 

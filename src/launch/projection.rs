@@ -1,100 +1,457 @@
-//! Projections that share an input, with LoRA. No kernel covers them yet: devices run the composed graph.
+//! Projections with LoRA: `kernels/projection_fwd.cuh`, `kernels/low_rank.cuh`.
+//!
+//! The forward is one launch for S (none without LoRA) and one for the output. S, f32, is what the backward wants kept,
+//! and with an activation the sum before it.
 
-use super::{device_ptr, Launch};
-use crate::problem::{Activation, ProjectionProblem};
+use super::bindings::{
+    device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,
+    ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
+};
+use super::{bindings, dropout, Launch};
+use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 
-/// Projections of `x [rows, in_dim]`.
+pub use crate::problem::{Activation, LoraProblem, ProjectionProblem, SmallLayout};
+
+/// Up to three projections of one input `[rows, in_dim]` into packed columns, all operands contiguous.
 #[derive(Clone, Copy, Debug)]
-pub struct Problem<'a> {
-    /// Rows of x.
+pub struct Projections<'a> {
+    /// Rows of the input: all dimensions but the last.
     pub rows: usize,
-    /// Columns of x.
+    /// Width of the input.
     pub in_dim: usize,
-    /// Each projection's part of the output, side by side.
-    pub projections: &'a [ProjectionProblem],
-    /// Applied to the sum.
+    /// One to three.
+    pub parts: &'a [ProjectionProblem],
+    /// What is applied to the sums.
     pub activation: Activation,
 }
 
-/// Whether there are kernels for this problem; without, the composed graph computes it.
-pub fn covers(_problem: &Problem<'_>, _dtype: DType) -> bool {
-    false
+/// The output tile of a block of the projection kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tile {
+    /// 128 x 128, eight warps: each operand element is used 128 times, what tensor cores need to be busy.
+    Large,
+    /// 64 x 64, four warps: four times as many blocks, where large ones would leave multiprocessors idle, and less
+    /// waste on narrow outputs.
+    Small,
 }
 
-/// f32 elements of S, the inputs times A of all projections; 0 without LoRA.
-pub fn low_rank_len(problem: &Problem<'_>) -> usize {
-    let ranks = problem.projections.iter().filter_map(|p| p.lora).map(|lora| lora.rank);
-    problem.rows * ranks.sum::<usize>()
+/// Both, for tests and tuning.
+pub const TILES: [Tile; 2] = [Tile::Large, Tile::Small];
+
+/// Fewer blocks than this leave multiprocessors of an A100 (108) or H100 (132) idle.
+const ENOUGH_BLOCKS: u64 = 128;
+
+impl Tile {
+    /// Rows and columns.
+    fn side(self) -> u64 {
+        match self {
+            Self::Large => 128,
+            Self::Small => 64,
+        }
+    }
+
+    fn threads(self) -> u32 {
+        match self {
+            Self::Large => 256,
+            Self::Small => 128,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Large => "128x128",
+            Self::Small => "64x64",
+        }
+    }
+
+    /// The tile for an output of `rows` rows in these widths.
+    pub(super) fn choose(rows: u64, widths: &[u64]) -> Self {
+        let large = Self::Large.side();
+        let columns: u64 = widths.iter().map(|width| width.div_ceil(large)).sum();
+        // A width that fills at most half of the last tile wastes more than the small tile costs.
+        let narrow = widths.iter().all(|width| *width <= large / 2);
+        if narrow || rows.div_ceil(large) * columns < ENOUGH_BLOCKS {
+            Self::Small
+        } else {
+            Self::Large
+        }
+    }
 }
 
-/// The addresses of the forward's operands; 0 is absent.
+/// Columns of the thin products' tiles: most adapters have rank 16 or less, and a wider tile would multiply zeros; above,
+/// 64 reads the other operand fewer times.
+fn low_rank_columns(rank: u32) -> u32 {
+    if rank <= 16 {
+        16
+    } else {
+        64
+    }
+}
+
+/// Rows of the thin products' tiles.
+const LOW_RANK_ROWS: u64 = 64;
+
+/// The shapes in the units of the kernels, checked.
+pub(super) struct Shapes<'a> {
+    pub(super) problem: &'a Projections<'a>,
+    pub(super) layouts: Vec<SmallLayout>,
+    /// Length of the small tensors.
+    pub(super) small_len: usize,
+    pub(super) in_dim: u32,
+    pub(super) total: u32,
+    /// Width of S: ranks, each up to a multiple of four, so that rows can be read in vectors.
+    pub(super) s_stride: u32,
+    s_columns: Vec<u32>,
+}
+
+fn to_u32(what: &str, value: usize) -> Result<u32> {
+    u32::try_from(value)
+        .or_else(|_| bail!("projection: {what} of {value} is more than a kernel takes"))
+}
+
+impl<'a> Shapes<'a> {
+    pub(super) fn new(problem: &'a Projections<'a>) -> Result<Self> {
+        let Projections { rows, in_dim, parts, .. } = *problem;
+        let total: usize = parts.iter().map(|part| part.out_dim).sum();
+        let empty = rows == 0 || in_dim == 0 || parts.iter().any(|part| part.out_dim == 0);
+        if empty || parts.is_empty() || parts.len() > PROJECTION_PARTS as usize {
+            let count = parts.len();
+            bail!("projection: kernels want 1 to 3 projections that are not empty, got {count} of [{rows}, {in_dim}] -> {total}")
+        }
+        to_u32("rows", rows)?;
+        let (layouts, small_len) = small_layout(in_dim, parts);
+        let mut s_stride = 0;
+        let mut s_columns = Vec::new();
+        for part in parts {
+            s_columns.push(s_stride);
+            s_stride += to_u32("rank", part.lora.map_or(0, |lora| lora.rank))?.next_multiple_of(4);
+        }
+        let (in_dim, total) = (to_u32("in_dim", in_dim)?, to_u32("out_dim", total)?);
+        Ok(Self { problem, layouts, small_len, in_dim, total, s_stride, s_columns })
+    }
+
+    pub(super) fn rows(&self) -> u64 {
+        self.problem.rows as u64
+    }
+
+    /// Bytes of S, or dS.
+    pub(super) fn s_bytes(&self) -> usize {
+        4 * self.problem.rows * self.s_stride as usize
+    }
+
+    /// The projections that have LoRA, by their places.
+    pub(super) fn adapted(&self) -> impl Iterator<Item = (usize, LoraProblem)> + '_ {
+        let parts = self.problem.parts.iter().enumerate();
+        parts.filter_map(|(index, part)| Some((index, part.lora?)))
+    }
+
+    /// First column in packed tensors.
+    pub(super) fn column(&self, index: usize) -> u32 {
+        self.problem.parts[..index].iter().map(|part| part.out_dim as u32).sum()
+    }
+
+    pub(super) fn parts(
+        &self,
+        weights: &[device_ptr],
+        small: device_ptr,
+    ) -> Result<[ProjectionPart; 3]> {
+        let problems = self.problem.parts;
+        if weights.len() != problems.len() {
+            bail!("projection: {} weights for {} projections", weights.len(), problems.len())
+        }
+        let mut parts = [ProjectionPart::default(); 3];
+        for (index, (part, problem)) in parts.iter_mut().zip(problems).enumerate() {
+            let layout = &self.layouts[index];
+            let at = |start: usize| small + 4 * start as u64;
+            let optional =
+                |range: &Option<std::ops::Range<usize>>| range.as_ref().map_or(0, |r| at(r.start));
+            *part = ProjectionPart {
+                weight: weights[index],
+                bias: optional(&layout.bias),
+                lora_bias: optional(&layout.lora_bias),
+                out_dim: problem.out_dim as u32,
+                column: self.column(index),
+                s_column: self.s_columns[index],
+                mask: dropout::mask(None),
+                ..Default::default()
+            };
+            if let Some(lora) = problem.lora {
+                part.a = at(layout.a.start);
+                part.b = at(layout.b.start);
+                part.rank = lora.rank as u32;
+                part.scaling = lora.scaling;
+                part.mask = dropout::mask(lora.dropout);
+            }
+        }
+        Ok(parts)
+    }
+
+    /// What both directions' params have in common.
+    pub(super) fn params(&self) -> ProjectionParams {
+        ProjectionParams {
+            rows: self.rows(),
+            in_dim: self.in_dim,
+            total: self.total,
+            s_stride: self.s_stride,
+            count: self.problem.parts.len() as u32,
+            activation: match self.problem.activation {
+                Activation::Identity => ACTIVATION_IDENTITY,
+                Activation::Gelu => ACTIVATION_GELU,
+                Activation::Relu => ACTIVATION_RELU,
+            },
+            ..Default::default()
+        }
+    }
+
+    /// A launch of a projection kernel whose output has these widths.
+    pub(super) fn launch_tiles(
+        &self,
+        family: &str,
+        dtype: DType,
+        (tile, shared_bytes): (Tile, u32),
+        widths: &[u64],
+        params: ProjectionParams,
+    ) -> Result<Launch> {
+        let column_tiles: u64 = widths.iter().map(|width| width.div_ceil(tile.side())).sum();
+        let grid = [column_tiles * self.rows().div_ceil(tile.side()), 1, 1];
+        let params = ProjectionParams { column_tiles: column_tiles as u32, ..params };
+        let family = format!("{family}_{}", tile.name());
+        let launch = Launch::new(&family, dtype, grid, tile.threads(), &params)?;
+        Ok(Launch { shared_bytes, ..launch })
+    }
+}
+
+/// One of the thin products: `input`, `grad` or `weight`. None if there is nothing to do.
+pub(super) fn low_rank(
+    product: &str,
+    dtype: DType,
+    parts: &[LowRankPart],
+    (splits, split_depth, split_stride): (u64, u32, u64),
+) -> Result<Option<Launch>> {
+    let Some(rank) = parts.iter().map(|part| part.size_j).max() else { return Ok(None) };
+    let columns = low_rank_columns(rank);
+    let blocks = |size: fn(&LowRankPart) -> u32, tile: u64| {
+        parts.iter().map(|part| u64::from(size(part)).div_ceil(tile)).max().unwrap_or(1)
+    };
+    let grid = [
+        blocks(|part| part.size_i, LOW_RANK_ROWS),
+        blocks(|part| part.out_j, columns.into()),
+        parts.len() as u64 * splits,
+    ];
+    let mut params =
+        LowRankParams { split_stride, splits: splits as u32, split_depth, ..Default::default() };
+    params.parts[..parts.len()].copy_from_slice(parts);
+    let family = format!("low_rank_{product}_64x{columns}");
+    let launch = Launch::new(&family, dtype, grid, LOW_RANK_THREADS, &params)?;
+    let shared_bytes = low_rank_shared_bytes(product, columns, dtype.size_in_bytes());
+    Ok(Some(Launch { shared_bytes, ..launch }))
+}
+
+fn low_rank_shared_bytes(product: &str, columns: u32, element: usize) -> u32 {
+    use bindings::*;
+    match (product, columns, element) {
+        ("input", 16, 2) => LOW_RANK_INPUT_64X16_SHARED_BYTES_2,
+        ("input", 16, _) => LOW_RANK_INPUT_64X16_SHARED_BYTES_4,
+        ("input", _, 2) => LOW_RANK_INPUT_64X64_SHARED_BYTES_2,
+        ("input", _, _) => LOW_RANK_INPUT_64X64_SHARED_BYTES_4,
+        ("grad", 16, 2) => LOW_RANK_GRAD_64X16_SHARED_BYTES_2,
+        ("grad", 16, _) => LOW_RANK_GRAD_64X16_SHARED_BYTES_4,
+        ("grad", _, 2) => LOW_RANK_GRAD_64X64_SHARED_BYTES_2,
+        ("grad", _, _) => LOW_RANK_GRAD_64X64_SHARED_BYTES_4,
+        (_, 16, 2) => LOW_RANK_WEIGHT_64X16_SHARED_BYTES_2,
+        (_, 16, _) => LOW_RANK_WEIGHT_64X16_SHARED_BYTES_4,
+        (_, _, 2) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_2,
+        (_, _, _) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_4,
+    }
+}
+
+/// Bytes of S, f32, which the forward writes and the backward reads; 0 without LoRA.
+///
+/// # Errors
+/// On shapes that no kernel takes.
+pub fn s_bytes(problem: &Projections<'_>) -> Result<usize> {
+    Ok(Shapes::new(problem)?.s_bytes())
+}
+
+/// The addresses of the forward's operands: `small` f32, S as [`s_bytes`] says, the others of one dtype.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardOperands<'a> {
     /// `[rows, in_dim]`
     pub x: device_ptr,
-    /// Of each projection, `[out_dim, in_dim]`.
+    /// `[out_dim, in_dim]` of each projection.
     pub weights: &'a [device_ptr],
-    /// f32, as [`crate::problem::small_layout`] has it.
+    /// The small tensors, see [`small_layout`]; any address if there are none.
     pub small: device_ptr,
-    /// `[rows, out_dims]`; may be absent.
-    pub residual: device_ptr,
-    /// Output `[rows, out_dims]`.
-    pub out: device_ptr,
-    /// Output, [`low_rank_len`] f32; absent without LoRA.
-    pub low_rank: device_ptr,
-    /// Output `[rows, out_dims]`: what the activation is applied to; absent if it is not kept.
-    pub sum: device_ptr,
+    /// `[rows, total]`
+    pub residual: Option<device_ptr>,
+    /// Output `[rows, total]`.
+    pub y: device_ptr,
+    /// Output, [`s_bytes`] bytes; any address without LoRA.
+    pub s: device_ptr,
+    /// Output `[rows, total]`: the sum before the activation, if the backward will want it.
+    pub sum: Option<device_ptr>,
 }
 
-/// The forward.
+/// S and the output, in this order; `tile` overrules the choice of the tile.
 ///
 /// # Errors
-/// If no kernel covers the problem.
+/// On other dtypes than f32, f16 and bf16, and on shapes that no kernel takes.
 pub fn forward(
-    problem: &Problem<'_>,
+    problem: &Projections<'_>,
     dtype: DType,
-    _operands: &ForwardOperands<'_>,
+    operands: &ForwardOperands<'_>,
+    tile: Option<Tile>,
 ) -> Result<Vec<Launch>> {
-    bail!("no kernel covers {problem:?} in {dtype:?}")
+    let shapes = Shapes::new(problem)?;
+    let parts = shapes.parts(operands.weights, operands.small)?;
+    let products: Vec<_> = shapes
+        .adapted()
+        .map(|(index, lora)| LowRankPart {
+            left: operands.x,
+            right: parts[index].a,
+            out: operands.s + 4 * u64::from(shapes.s_columns[index]),
+            size_i: problem.rows as u32,
+            size_j: lora.rank as u32,
+            out_j: (lora.rank as u32).next_multiple_of(4),
+            depth: shapes.in_dim,
+            left_stride: shapes.in_dim,
+            right_stride: shapes.in_dim,
+            out_stride_i: shapes.s_stride,
+            out_stride_j: 1,
+            scale: lora.scaling,
+            mask: parts[index].mask,
+        })
+        .collect();
+    let mut launches: Vec<_> =
+        low_rank("input", dtype, &products, (1, shapes.in_dim, 0))?.into_iter().collect();
+    let widths: Vec<u64> = problem.parts.iter().map(|part| part.out_dim as u64).collect();
+    let tile = tile.unwrap_or_else(|| Tile::choose(shapes.rows(), &widths));
+    let shared_bytes = match tile {
+        Tile::Large => bindings::PROJECTION_FWD_128X128_SHARED_BYTES,
+        Tile::Small => bindings::PROJECTION_FWD_64X64_SHARED_BYTES,
+    };
+    let params = ProjectionParams {
+        left: operands.x,
+        low_rank: operands.s,
+        residual: operands.residual.unwrap_or(0),
+        sum: operands.sum.unwrap_or(0),
+        out: operands.y,
+        parts,
+        ..shapes.params()
+    };
+    let tiles = (tile, shared_bytes);
+    launches.push(shapes.launch_tiles("projection_fwd", dtype, tiles, &widths, params)?);
+    Ok(launches)
 }
 
-/// The addresses of the backward's operands; 0 is absent.
-#[derive(Clone, Copy, Debug)]
-pub struct BackwardOperands<'a> {
-    /// As in the forward.
-    pub x: device_ptr,
-    /// As in the forward.
-    pub weights: &'a [device_ptr],
-    /// As in the forward.
-    pub small: device_ptr,
-    /// The forward's output.
-    pub low_rank: device_ptr,
-    /// The forward's output; absent without an activation.
-    pub sum: device_ptr,
-    /// The gradient of `out`.
-    pub dout: device_ptr,
-    /// Output, as `x`; absent if it is not wanted.
-    pub dx: device_ptr,
-    /// Output, as `small`; absent if it is not wanted.
-    pub dsmall: device_ptr,
-    /// [`workspace_bytes`] bytes.
-    pub workspace: device_ptr,
-}
+#[cfg(test)]
+mod tests {
+    use super::super::projection_bwd::{backward, workspace_bytes, BackwardOperands};
+    use super::*;
 
-/// Scratch memory of the backward.
-pub fn workspace_bytes(_problem: &Problem<'_>, _dtype: DType) -> usize {
-    0
-}
+    fn part(out_dim: usize, rank: usize) -> ProjectionProblem {
+        let lora = LoraProblem { rank, scaling: 1.0, dropout: None, bias: false };
+        ProjectionProblem { out_dim, bias: true, lora: (rank > 0).then_some(lora) }
+    }
 
-/// The backward.
-///
-/// # Errors
-/// If no kernel covers the problem.
-pub fn backward(
-    problem: &Problem<'_>,
-    dtype: DType,
-    _operands: &BackwardOperands<'_>,
-) -> Result<Vec<Launch>> {
-    bail!("no kernel covers {problem:?} in {dtype:?}")
+    fn problem(rows: usize, in_dim: usize, parts: &[ProjectionProblem]) -> Projections<'_> {
+        Projections { rows, in_dim, parts, activation: Activation::Identity }
+    }
+
+    const OPERANDS: ForwardOperands<'_> = ForwardOperands {
+        x: 256,
+        weights: &[512, 768, 1024],
+        small: 2048,
+        residual: None,
+        y: 4096,
+        s: 8192,
+        sum: None,
+    };
+
+    fn names(launches: &[Launch]) -> Vec<&str> {
+        launches.iter().map(|launch| launch.kernel.as_str()).collect()
+    }
+
+    #[test]
+    fn tiles_fill_the_device() {
+        // SAM ViT-B's qkv of one image, its output projection, and of one window's worth of tokens.
+        assert_eq!(Tile::choose(4096, &[768; 3]), Tile::Large);
+        assert_eq!(Tile::choose(4096, &[768]), Tile::Large);
+        assert_eq!(Tile::choose(196, &[768; 3]), Tile::Small);
+        // Narrow outputs, as of the mask decoder, waste less in small tiles.
+        assert_eq!(Tile::choose(65536, &[32]), Tile::Small);
+        assert_eq!(Tile::choose(65536, &[64; 3]), Tile::Small);
+        assert_eq!(Tile::choose(65536, &[128]), Tile::Large);
+    }
+
+    #[test]
+    fn each_part_has_its_own_column_tiles() -> Result<()> {
+        let parts = [part(100, 0), part(130, 0), part(64, 0)];
+        for (tile, tiles, shared) in
+            [(Tile::Large, 1 + 2 + 1, 81920), (Tile::Small, 2 + 3 + 1, 40960)]
+        {
+            let launches = forward(&problem(200, 50, &parts), DType::F16, &OPERANDS, Some(tile))?;
+            let rows = 200u32.div_ceil(tile.side() as u32);
+            assert_eq!(launches[0].grid, [rows * tiles, 1, 1]);
+            assert_eq!((launches.len(), launches[0].shared_bytes), (1, shared));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn s_is_computed_first_for_the_adapted_parts_alone() -> Result<()> {
+        let parts = [part(64, 3), part(64, 0), part(64, 17)];
+        let problem = problem(100, 64, &parts);
+        // Ranks are rounded up to 4 and 20.
+        assert_eq!(s_bytes(&problem)?, 4 * 100 * 24);
+        let launches = forward(&problem, DType::BF16, &OPERANDS, Some(Tile::Small))?;
+        assert_eq!(names(&launches), ["low_rank_input_64x64_bf16", "projection_fwd_64x64_bf16"]);
+        assert_eq!(launches[0].grid, [2, 1, 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_backward_makes_what_is_wanted() -> Result<()> {
+        let parts = [part(64, 16), part(64, 0), part(64, 16)];
+        let problem = problem(4096, 64, &parts);
+        let operands = BackwardOperands {
+            x: 256,
+            weights: OPERANDS.weights,
+            small: 2048,
+            s: 4096,
+            sum: 0,
+            grad: 8192,
+            dx: Some(16384),
+            dsmall: None,
+            workspace: 32768,
+        };
+        let launches = backward(&problem, DType::F16, &operands, None)?;
+        assert_eq!(names(&launches), ["low_rank_grad_64x16_f16", "projection_bwd_input_64x64_f16"]);
+        assert_eq!(workspace_bytes(&problem, DType::F16, false)?, 4 * 4096 * 32);
+        let operands = BackwardOperands { dx: None, dsmall: Some(16384), ..operands };
+        let launches = backward(&problem, DType::F16, &operands, None)?;
+        let weight = "low_rank_weight_64x16_f16";
+        let expected =
+            ["low_rank_grad_64x16_f16", weight, weight, "bias_grad_f16", "sum_partials_f32"];
+        assert_eq!(names(&launches), expected);
+        // 32 splits of 128 rows, for each of two adapters.
+        assert_eq!(launches[1].grid, [1, 1, 64]);
+        let small = 3 * 64 + 2 * 2 * 16 * 64;
+        assert_eq!(workspace_bytes(&problem, DType::F16, true)?, 4 * (4096 * 32 + 32 * small));
+        let operands = BackwardOperands { dsmall: None, ..operands };
+        assert!(backward(&problem, DType::F16, &operands, None)?.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn what_no_kernel_takes_is_refused() {
+        let parts = [part(64, 0); 4];
+        for problem in [problem(5, 8, &parts), problem(0, 8, &parts[..1]), problem(5, 8, &[])] {
+            let message = s_bytes(&problem).unwrap_err().to_string();
+            assert!(message.contains("1 to 3 projections"), "{message}");
+        }
+        let two = problem(5, 8, &parts[..2]);
+        assert!(forward(&two, DType::F32, &OPERANDS, None).is_err(), "three weights for two");
+    }
 }

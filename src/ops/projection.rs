@@ -172,7 +172,7 @@ fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -
     let covered = || {
         let problems: Vec<_> = projections.iter().map(problem).collect();
         let activation = activation.problem();
-        kernels::covers(&kernel_problem(x.dims(), &problems, activation), x.dtype())
+        kernels::s_bytes(&kernel_problem(x.dims(), &problems, activation)).is_ok()
     };
     projections.iter().all(|p| !p.weight.track_op()) && fused_on(x.device(), covered)
 }
@@ -180,12 +180,12 @@ fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -
 /// The problem as the kernels' launch code takes it.
 fn kernel_problem<'a>(
     x_dims: &[usize],
-    projections: &'a [ProjectionProblem],
+    parts: &'a [ProjectionProblem],
     activation: problem::Activation,
-) -> kernels::Problem<'a> {
+) -> kernels::Projections<'a> {
     let in_dim = x_dims.last().copied().unwrap_or(1);
     let rows = x_dims.iter().product::<usize>() / in_dim.max(1);
-    kernels::Problem { rows, in_dim, projections, activation }
+    kernels::Projections { rows, in_dim, parts, activation }
 }
 
 /// Packs everything small and differentiable into one flat f32 tensor, and applies the operation.

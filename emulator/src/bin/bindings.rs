@@ -6,7 +6,7 @@ struct PlainOldData;
 impl bindgen::callbacks::ParseCallbacks for PlainOldData {
     /// Rust may look at the bytes of a params struct: there is no padding, which this derive checks.
     fn add_derives(&self, _: &bindgen::callbacks::DeriveInfo<'_>) -> Vec<String> {
-        vec!["bytemuck::NoUninit".to_string()]
+        vec!["bytemuck::Pod".to_string(), "bytemuck::Zeroable".to_string()]
     }
 }
 
