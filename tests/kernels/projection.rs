@@ -495,6 +495,35 @@ fn backward() -> Result<()> {
                     device,
                     &projection_bwd::backward(&problem, data.dtype, &operands, Some(tile))?,
                 )?;
+                if data.dtype == DType::BF16 && tile == projection::Tile::Small {
+                    // Each alone: the same bits.
+                    let (dx_alone, dsmall_alone) =
+                        (data.alloc(rows * in_dim), Memory::for_elements(small_len, DType::F32));
+                    for operands in [
+                        BackwardOperands { dx: Some(data.at(&dx_alone)), dsmall: None, ..operands },
+                        BackwardOperands {
+                            dx: None,
+                            dsmall: Some(dsmall_alone.address()),
+                            ..operands
+                        },
+                    ] {
+                        let want_small = operands.dsmall.is_some();
+                        let bytes =
+                            projection_bwd::workspace_bytes(&problem, data.dtype, want_small)?;
+                        let workspace = Memory::new(bytes);
+                        let operands =
+                            BackwardOperands { workspace: workspace.address(), ..operands };
+                        let launches =
+                            projection_bwd::backward(&problem, data.dtype, &operands, Some(tile))?;
+                        launch_all(device, &launches)?;
+                    }
+                    assert!(dx.bytes() == dx_alone.bytes(), "{}: dx alone differs", data.name);
+                    assert!(
+                        small_len == 0 || dsmall.bytes() == dsmall_alone.bytes(),
+                        "{}",
+                        data.name
+                    );
+                }
                 Ok(vec![dx, dsmall])
             });
             let dx = data.read(&outputs[0]);
