@@ -206,16 +206,15 @@ typedef struct ProjectionParams {
   device_ptr residual;
   device_ptr sum;
   device_ptr out;
-  uint64_t rows;
+  uint32_t rows;
   uint32_t in_dim;
   uint32_t total;
   uint32_t s_stride;
-  uint32_t count;
   uint32_t column_tiles;
   uint32_t activation;
   ProjectionPart parts[PROJECTION_PARTS];
 } ProjectionParams;
-ABI_SIZE(ProjectionParams, 312);
+ABI_SIZE(ProjectionParams, 304);
 
 /** Shared memory of the projection kernels, by tile. */
 #define PROJECTION_FWD_128X128_SHARED_BYTES 81920

@@ -12,8 +12,7 @@
 template <class Tile> struct BackwardSteps {
     using T = typename Tile::T;
     const ProjectionParams& p;
-    uint64_t row0;
-    uint32_t col0;
+    uint32_t row0, col0;
     static constexpr uint32_t kDepth = Tile::template kDepth<T>, kLowRankDepth = Tile::template kDepth<float>;
 
     __device__ __forceinline__ uint32_t count() const {
@@ -34,22 +33,24 @@ template <class Tile> struct BackwardSteps {
         }
         const ProjectionPart& part = p.parts[product % PROJECTION_PARTS];
         if (product < PROJECTION_PARTS)
-            return {global<const T>(p.left) + row0 * p.total + part.column, global<const T>(part.weight) + col0, p.total, p.in_dim,
+            return {global<const T>(p.left) + uint64_t(row0) * p.total + part.column, global<const T>(part.weight) + col0, p.total, p.in_dim,
                     part.out_dim, (index - first) * kDepth, product, false};
-        return {global<const float>(p.low_rank) + row0 * p.s_stride + part.s_column, global<const float>(part.a) + col0, p.s_stride, p.in_dim,
+        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column, global<const float>(part.a) + col0, p.s_stride, p.in_dim,
                 part.rank, (index - first) * kLowRankDepth, product - PROJECTION_PARTS, true};
     }
 };
 
-// Which of a thread's accumulators are kept: bit 8 (i / 2) + 2 n + i % 2 of word m for element i of fragment (m, n).
+// Which of a thread's accumulators are kept, a bit each. kN is 4: fragment m has 16 bits, element i of column n one of them.
+__device__ __forceinline__ constexpr int keep_bit(int m, int n, int i) { return 16 * (m % 2) + 8 * (i / 2) + 2 * n + i % 2; }
+
 // A fragment's row is one group of eight columns, whose random words the four lanes of the row share: lane c draws those
 // of fragment c, and hands word d to lane d.
 template <class Tile>
-__device__ __forceinline__ void keep_bits(uint32_t (&keep)[Tile::kM], const DropoutMask& mask, uint64_t row0, uint32_t col0) {
+__device__ __forceinline__ void keep_bits(uint32_t (&keep)[Tile::kM / 2], const DropoutMask& mask, uint32_t row0, uint32_t col0) {
     const int lane = threadIdx.x % kWarp, c = lane % 4;
 #pragma unroll
     for (int m = 0; m < Tile::kM; ++m) {
-        keep[m] = 0;
+        if (m % 2 == 0) keep[m / 2] = 0;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint4 words = dropout_words(mask, row0 + Tile::warp_row() + m * 16 + lane / 4 + 8 * half, (col0 + Tile::warp_col()) / 8 + c);
@@ -59,7 +60,7 @@ __device__ __forceinline__ void keep_bits(uint32_t (&keep)[Tile::kM], const Drop
                 const uint32_t mine = other < 2 ? (other == 0 ? words.x : words.y) : (other == 2 ? words.z : words.w);
                 const uint32_t word = ptx::shfl_xor(mine, d);  // word c of fragment `other`
                 const uint32_t bits = uint32_t((word & 0xFFFFu) >= mask.threshold) | uint32_t((word >> 16) >= mask.threshold) << 1;
-                keep[m] |= bits << (8 * half + 2 * other);
+                keep[m / 2] |= bits << keep_bit(m, other, 2 * half);
             }
         }
     }
@@ -68,12 +69,11 @@ __device__ __forceinline__ void keep_bits(uint32_t (&keep)[Tile::kM], const Drop
 template <class Tile> __device__ __forceinline__ void projection_bwd_input(const ProjectionParams& p) {
     using T = typename Tile::T;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
-    const uint64_t row0 = uint64_t(blockIdx.x / p.column_tiles) * Tile::kRows;
+    const uint32_t row0 = blockIdx.x / p.column_tiles * Tile::kRows, rows = p.rows - row0;
     const uint32_t col0 = blockIdx.x % p.column_tiles * Tile::kCols, cols = p.in_dim - col0;
-    const uint32_t rows = uint32_t(p.rows - row0 < Tile::kRows ? p.rows - row0 : Tile::kRows);
 
     typename Tile::Accumulators acc = {};
-    uint32_t keep[Tile::kM];
+    uint32_t keep[Tile::kM / 2];
     sum_steps<Tile>(shared, acc, BackwardSteps<Tile>{p, row0, col0}, rows, cols, [&](const auto& stage, const Step& step) {
         const DropoutMask& mask = p.parts[step.part].mask;
         if (mask.threshold == 0) {
@@ -86,11 +86,11 @@ template <class Tile> __device__ __forceinline__ void projection_bwd_input(const
             body(product);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (keep[m] >> (8 * (i / 2) + 2 * n + i % 2) & 1) acc[m][n][i] = fmaf(mask.scale, product[i], acc[m][n][i]);
+                if (keep[m / 2] >> keep_bit(m, n, i) & 1) acc[m][n][i] = fmaf(mask.scale, product[i], acc[m][n][i]);
         });
     });
     accumulators_to_rows<Tile>(shared, acc);
-    T* out = global<T>(p.out) + row0 * p.in_dim + col0;
+    T* out = global<T>(p.out) + uint64_t(row0) * p.in_dim + col0;
     if (vectorisable<T>(p.in_dim, p.out))
         for_tile<Tile, kVec<T>>(shared, rows, cols, [&](uint32_t row, uint32_t col, float(&v)[kVec<T>]) {
             store(out + uint64_t(row) * p.in_dim + col, v);

@@ -18,25 +18,24 @@ template <class Tile> struct ForwardSteps {
     using T = typename Tile::T;
     const ProjectionParams& p;
     const ProjectionPart& part;
-    uint64_t row0;
-    uint32_t col0;
+    uint32_t row0, col0;
     static constexpr uint32_t kDepth = Tile::template kDepth<T>, kLowRankDepth = Tile::template kDepth<float>;
 
     __device__ __forceinline__ uint32_t count() const { return ceil_div(p.in_dim, kDepth) + ceil_div(part.rank, kLowRankDepth); }
     __device__ __forceinline__ Step at(uint32_t index) const {
         const uint32_t base = ceil_div(p.in_dim, kDepth);
         if (index < base)
-            return {global<const T>(p.left) + row0 * p.in_dim, global<const T>(part.weight) + uint64_t(col0) * p.in_dim, p.in_dim, p.in_dim,
+            return {global<const T>(p.left) + uint64_t(row0) * p.in_dim, global<const T>(part.weight) + uint64_t(col0) * p.in_dim, p.in_dim, p.in_dim,
                     p.in_dim, index * kDepth, 0, false};
-        return {global<const float>(p.low_rank) + row0 * p.s_stride + part.s_column, global<const float>(part.b) + uint64_t(col0) * part.rank,
+        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column, global<const float>(part.b) + uint64_t(col0) * part.rank,
                 p.s_stride, part.rank, part.rank, (index - base) * kLowRankDepth, 0, true};
     }
 };
 
 // N values of the tile's row, from the accumulator to memory.
 template <class T, int N>
-__device__ __forceinline__ void finish_forward(const ProjectionParams& p, const ProjectionPart& part, uint64_t row, uint32_t col, float (&v)[N]) {
-    const uint64_t at = row * p.total + part.column + col;
+__device__ __forceinline__ void finish_forward(const ProjectionParams& p, const ProjectionPart& part, uint32_t row, uint32_t col, float (&v)[N]) {
+    const uint64_t at = uint64_t(row) * p.total + part.column + col;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         if (part.bias != 0) v[i] += global<const float>(part.bias)[col + i];
@@ -62,13 +61,13 @@ template <class Tile> __device__ __forceinline__ void projection_fwd(const Proje
     uint32_t index = 0, first = 0, end = 0;  // the part, and the tiles before it
 #pragma unroll
     for (uint32_t i = 0; i < PROJECTION_PARTS; ++i) {
-        if (i < p.count && column_tile >= end) index = i, first = end;
-        end += ceil_div(p.parts[i].out_dim, uint32_t(Tile::kCols));
+        const uint32_t tiles = ceil_div(p.parts[i].out_dim, uint32_t(Tile::kCols));
+        if (tiles != 0 && column_tile >= end) index = i, first = end;
+        end += tiles;
     }
     const ProjectionPart& part = p.parts[index];
-    const uint64_t row0 = uint64_t(blockIdx.x / p.column_tiles) * Tile::kRows;
+    const uint32_t row0 = blockIdx.x / p.column_tiles * Tile::kRows, rows = p.rows - row0;
     const uint32_t col0 = (column_tile - first) * Tile::kCols, cols = part.out_dim - col0;
-    const uint32_t rows = uint32_t(p.rows - row0 < Tile::kRows ? p.rows - row0 : Tile::kRows);
 
     typename Tile::Accumulators acc = {};
     sum_steps<Tile>(shared, acc, ForwardSteps<Tile>{p, part, row0, col0}, rows, cols, [&](const auto& stage, const auto&) {

@@ -392,18 +392,17 @@ pub struct ProjectionParams {
     pub residual: device_ptr,
     pub sum: device_ptr,
     pub out: device_ptr,
-    pub rows: u64,
+    pub rows: u32,
     pub in_dim: u32,
     pub total: u32,
     pub s_stride: u32,
-    pub count: u32,
     pub column_tiles: u32,
     pub activation: u32,
     pub parts: [ProjectionPart; 3usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ProjectionParams"][::std::mem::size_of::<ProjectionParams>() - 312usize];
+    ["Size of ProjectionParams"][::std::mem::size_of::<ProjectionParams>() - 304usize];
     ["Alignment of ProjectionParams"][::std::mem::align_of::<ProjectionParams>() - 8usize];
     ["Offset of field: ProjectionParams::left"]
         [::std::mem::offset_of!(ProjectionParams, left) - 0usize];
@@ -418,19 +417,17 @@ const _: () = {
     ["Offset of field: ProjectionParams::rows"]
         [::std::mem::offset_of!(ProjectionParams, rows) - 40usize];
     ["Offset of field: ProjectionParams::in_dim"]
-        [::std::mem::offset_of!(ProjectionParams, in_dim) - 48usize];
+        [::std::mem::offset_of!(ProjectionParams, in_dim) - 44usize];
     ["Offset of field: ProjectionParams::total"]
-        [::std::mem::offset_of!(ProjectionParams, total) - 52usize];
+        [::std::mem::offset_of!(ProjectionParams, total) - 48usize];
     ["Offset of field: ProjectionParams::s_stride"]
-        [::std::mem::offset_of!(ProjectionParams, s_stride) - 56usize];
-    ["Offset of field: ProjectionParams::count"]
-        [::std::mem::offset_of!(ProjectionParams, count) - 60usize];
+        [::std::mem::offset_of!(ProjectionParams, s_stride) - 52usize];
     ["Offset of field: ProjectionParams::column_tiles"]
-        [::std::mem::offset_of!(ProjectionParams, column_tiles) - 64usize];
+        [::std::mem::offset_of!(ProjectionParams, column_tiles) - 56usize];
     ["Offset of field: ProjectionParams::activation"]
-        [::std::mem::offset_of!(ProjectionParams, activation) - 68usize];
+        [::std::mem::offset_of!(ProjectionParams, activation) - 60usize];
     ["Offset of field: ProjectionParams::parts"]
-        [::std::mem::offset_of!(ProjectionParams, parts) - 72usize];
+        [::std::mem::offset_of!(ProjectionParams, parts) - 64usize];
 };
 #[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie\n in memory is the kernel's (low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
 #[repr(C)]

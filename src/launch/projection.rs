@@ -190,11 +190,10 @@ impl<'a> Shapes<'a> {
     /// What both directions' params have in common.
     pub(super) fn params(&self) -> ProjectionParams {
         ProjectionParams {
-            rows: self.rows(),
+            rows: self.problem.rows as u32,
             in_dim: self.in_dim,
             total: self.total,
             s_stride: self.s_stride,
-            count: self.problem.parts.len() as u32,
             activation: match self.problem.activation {
                 Activation::Identity => ACTIVATION_IDENTITY,
                 Activation::Gelu => ACTIVATION_GELU,

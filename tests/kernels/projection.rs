@@ -169,14 +169,18 @@ impl Data {
         memory.values(self.dtype)[self.case.offset..].to_vec()
     }
 
-    /// The projections as the composed graph takes them, of these tensors in the order of `small`.
-    fn eager(&self, x: &Tensor, small: &[Tensor], residual: Option<&Tensor>) -> Result<Tensor> {
-        let mut small = small.iter();
-        let activation = match self.case.activation {
+    fn activation(&self) -> ops::Activation {
+        match self.case.activation {
             Activation::Identity => ops::Activation::None,
             Activation::Gelu => ops::Activation::Gelu,
             Activation::Relu => ops::Activation::Relu,
-        };
+        }
+    }
+
+    /// The projections as the composed graph takes them, of these tensors in the order of `small`.
+    fn eager(&self, x: &Tensor, small: &[Tensor], residual: Option<&Tensor>) -> Result<Tensor> {
+        let mut small = small.iter();
+        let activation = self.activation();
         let mut outputs = Vec::new();
         for part in &self.parts {
             let bias = part.bias.as_ref().and_then(|_| small.next());
@@ -320,6 +324,41 @@ impl Data {
     }
 }
 
+/// What the CPU's own path makes of an f32 case.
+fn on_the_cpu(data: &Data) -> Result<Tensor> {
+    let mut small = data.small_tensors().into_iter();
+    let mut small = || small.next().unwrap();
+    let owned: Vec<_> = data
+        .parts
+        .iter()
+        .map(|part| {
+            let bias = part.bias.as_ref().map(|_| small());
+            let lora = part.problem.lora.map(|_| (small(), small()));
+            (bias, lora, part.lora_bias.as_ref().map(|_| small()))
+        })
+        .collect();
+    let projections: Vec<_> = data
+        .parts
+        .iter()
+        .zip(&owned)
+        .map(|(part, (bias, lora, b_bias))| Projection {
+            weight: &part.weight,
+            bias: bias.as_ref(),
+            lora: part.problem.lora.zip(lora.as_ref()).map(|(lora, (a, b))| Lora {
+                a,
+                b,
+                b_bias: b_bias.as_ref(),
+                scaling: lora.scaling.into(),
+                dropout: lora.dropout,
+            }),
+        })
+        .collect();
+    match <[Projection<'_>; 3]>::try_from(projections) {
+        Ok(three) => ops::lora_qkv(&data.x, &three),
+        Err(one) => ops::lora_linear(&data.x, &one[0], data.activation(), data.residual.as_ref()),
+    }
+}
+
 #[test]
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
@@ -358,6 +397,10 @@ fn forward() -> Result<()> {
                 Ok(vec![y, sum, s])
             });
             data.check(&mut worst, "y", &data.read(&outputs[0]), &expected, eager);
+            if data.dtype == DType::F32 {
+                let cpu = values(&on_the_cpu(&data)?);
+                data.check(&mut worst, "y of the CPU", &data.read(&outputs[0]), &cpu, 0.0);
+            }
             data.check(&mut worst, "sum", &data.read(&outputs[1]), &expected_sum, eager);
         }
     }
@@ -452,6 +495,35 @@ fn backward() -> Result<()> {
                     device,
                     &projection_bwd::backward(&problem, data.dtype, &operands, Some(tile))?,
                 )?;
+                if data.dtype == DType::BF16 && tile == projection::Tile::Small {
+                    // Each alone: the same bits.
+                    let (dx_alone, dsmall_alone) =
+                        (data.alloc(rows * in_dim), Memory::for_elements(small_len, DType::F32));
+                    for operands in [
+                        BackwardOperands { dx: Some(data.at(&dx_alone)), dsmall: None, ..operands },
+                        BackwardOperands {
+                            dx: None,
+                            dsmall: Some(dsmall_alone.address()),
+                            ..operands
+                        },
+                    ] {
+                        let want_small = operands.dsmall.is_some();
+                        let bytes =
+                            projection_bwd::workspace_bytes(&problem, data.dtype, want_small)?;
+                        let workspace = Memory::new(bytes);
+                        let operands =
+                            BackwardOperands { workspace: workspace.address(), ..operands };
+                        let launches =
+                            projection_bwd::backward(&problem, data.dtype, &operands, Some(tile))?;
+                        launch_all(device, &launches)?;
+                    }
+                    assert!(dx.bytes() == dx_alone.bytes(), "{}: dx alone differs", data.name);
+                    assert!(
+                        small_len == 0 || dsmall.bytes() == dsmall_alone.bytes(),
+                        "{}",
+                        data.name
+                    );
+                }
                 Ok(vec![dx, dsmall])
             });
             let dx = data.read(&outputs[0]);
