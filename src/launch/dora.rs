@@ -7,6 +7,9 @@ use super::bindings::{
 use super::Launch;
 use candle_core::{bail, DType, Result};
 
+/// Largest rank that the kernel takes.
+pub const MOST_RANK: usize = DORA_NORM_RANK as usize;
+
 /// The shapes and the factor of `|| W + scaling B A ||`.
 #[derive(Clone, Copy, Debug)]
 pub struct DoraNorm {
@@ -33,7 +36,7 @@ pub fn norm(
     norm: device_ptr,
 ) -> Result<Launch> {
     let &DoraNorm { out_dim, in_dim, rank, scaling } = problem;
-    if rank > DORA_NORM_RANK as usize || out_dim.max(in_dim) > u32::MAX as usize {
+    if rank > MOST_RANK || out_dim.max(in_dim) > u32::MAX as usize {
         bail!("dora_norm: the kernel takes ranks up to {DORA_NORM_RANK}, got {rank} of [{out_dim}, {in_dim}]")
     }
     let params = DoraNormParams {
