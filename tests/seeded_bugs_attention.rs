@@ -76,7 +76,7 @@ fn case() -> Case {
     let qkv = random(1, (1, PROBLEM.h, PROBLEM.w, 48));
     let tables = [random(2, (19, 16)), random(3, (19, 16))].map(|t| (t * 0.3).unwrap());
     let (pad, dout) = (random(4, 48), random(5, (1, PROBLEM.h, PROBLEM.w, 16)));
-    let (out, grads) = gradients(&[qkv.clone()], &dout, |t| {
+    let (out, grads) = gradients(std::slice::from_ref(&qkv), &dout, |t| {
         let config = RelPosAttention {
             num_heads: 1,
             softmax_scale: PROBLEM.softmax_scale.into(),
