@@ -86,15 +86,22 @@ __device__ __forceinline__ void wait_for_copies() {
     __syncthreads();
 }
 
-// Stages the rows of the block's queries from `array [.., stride]` and takes this warp's sixteen as operands.
+// Starts copying the rows of the block's queries from `array [.., stride]`; zeros for those that do not exist.
 template <class Tile, class T>
-__device__ __forceinline__ void load_queries(
-    FragmentA<T> (&a)[Tile::kDim / 16], typename Tile::Storage& shared, const AttentionUnit& unit, uint32_t first, bool wide,
-    uint32_t head_dim, const T* array, uint64_t stride) {
-    copy_rows<Tile>(wide, shared.rows, Tile::kQueries, head_dim, array, [&](int row) -> const T* {
+__device__ __forceinline__ void copy_queries(
+    T (*rows)[Tile::kStride], const AttentionUnit& unit, uint32_t first, bool wide, const T* array, uint64_t stride) {
+    copy_rows<Tile>(wide, rows, Tile::kQueries, unit.s.head_dim, array, [&](int row) -> const T* {
         const uint32_t n = first + row;
         return n < unit.queries() ? array + unit.token(unit.query(n)) * stride : nullptr;
     });
+}
+
+// Stages them and takes this warp's sixteen as operands.
+template <class Tile, class T>
+__device__ __forceinline__ void load_queries(
+    FragmentA<T> (&a)[Tile::kDim / 16], typename Tile::Storage& shared, const AttentionUnit& unit, uint32_t first, bool wide,
+    const T* array, uint64_t stride) {
+    copy_queries<Tile>(shared.rows, unit, first, wide, array, stride);
     wait_for_copies();
     const int warp = threadIdx.x / kWarp;
 #pragma unroll

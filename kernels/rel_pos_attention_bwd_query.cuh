@@ -86,10 +86,7 @@ __device__ __forceinline__ void add_table_gradients(
     const AttentionUnit& unit, uint32_t first, const T* q, uint64_t stride, bool wide) {
     const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const TableRows list(s, unit, first, Tile::kQueries);
-    copy_rows<Tile>(wide, shared.rows, Tile::kQueries, s.head_dim, q, [&](int row) -> const T* {
-        const uint32_t n = first + row;
-        return n < unit.queries() ? q + unit.token(unit.query(n)) * stride : nullptr;
-    });
+    copy_queries<Tile>(shared.rows, unit, first, wide, q, stride);
     wait_for_copies();
     for (uint32_t block = 16 * warp; block < list.count; block += 16 * Tile::kWarps) {
         float sum[Tile::kDim / 8][4] = {};
@@ -123,10 +120,16 @@ __device__ __forceinline__ void add_table_gradients(
     __syncthreads();
 }
 
+// In f32 q and dO, with their two tf32 parts, are too many for registers: they stay in shared memory.
+template <class Tile> struct QueryStorage : Tile::Storage {
+    typename Tile::T q[Tile::kQueries][Tile::kStride], dout[Tile::kQueries][Tile::kStride];
+};
+
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_query(const RelPosAttentionBwdQueryParams& p) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kStride = Tile::kStride;
-    auto& shared = ptx::shared_storage<typename Tile::Storage>();
+    constexpr bool kQueriesInRegisters = sizeof(T) == 2;
+    auto& shared = ptx::shared_storage<std::conditional_t<kQueriesInRegisters, typename Tile::Storage, QueryStorage<Tile>>>();
     const RelPosAttentionShape& s = p.shape;
     const uint32_t blocks = ceil_div(s.side_h * s.side_w, uint32_t(Tile::kQueries));
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -153,8 +156,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         const uint32_t head_column = unit.head * s.head_dim, warp_first = first + 16 * warp;
 
         FragmentA<T> q[kDim / 16], dout[kDim / 16];
-        load_queries<Tile>(q, shared, unit, first, wide, s.head_dim, global<const T>(p.out) + head_column, channels);
-        load_queries<Tile>(dout, shared, unit, first, wide, s.head_dim, global<const T>(p.dout) + head_column, channels);
+        load_queries<Tile>(q, shared, unit, first, wide, global<const T>(p.out) + head_column, channels);
+        load_queries<Tile>(dout, shared, unit, first, wide, global<const T>(p.dout) + head_column, channels);
         float delta[2] = {};
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) add_row_dots(delta, q[k], dout[k]);
@@ -164,7 +167,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
             const uint32_t n = warp_first + g + 8 * half;
             if (t == 0 && n < queries) global<float>(p.delta)[unit.first_row() + n] = delta[half];
         }
-        load_queries<Tile>(q, shared, unit, first, wide, s.head_dim, qkv + head_column, 3 * channels);
+        load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);
         project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
         write_biases<Tile>(bias, s, unit, first, global<const float>(p.lse), global<float>(p.bias));
 
@@ -174,6 +177,10 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
             copy_keys<Tile>(rows, s, unit, y, x, wide, qkv, pad, 1);
             copy_keys<Tile>(rows + kKeys, s, unit, y, x, wide, qkv, pad, 2);
         };
+        if constexpr (!kQueriesInRegisters) {
+            copy_queries<Tile>(shared.q, unit, first, wide, qkv + head_column, 3 * channels);
+            copy_queries<Tile>(shared.dout, unit, first, wide, global<const T>(p.dout) + head_column, channels);
+        }
         copy_tile(0);
         ptx::cp_async_commit_group();
         const bool active = warp_first < queries;
@@ -210,6 +217,10 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                     float scores[2][4] = {}, dweights[2][4] = {};
 #pragma unroll
                     for (int k = 0; k < kDim / 16; ++k) {
+                        if constexpr (!kQueriesInRegisters) {
+                            load_a(q[k], &shared.q[16 * warp][16 * k], kStride);
+                            load_a(dout[k], &shared.dout[16 * warp][16 * k], kStride);
+                        }
                         FragmentB<T> b[2];
                         load_b(b, &keys[16 * chunk][16 * k], kStride);
                         mma(scores[0], q[k], b[0]);

@@ -27,7 +27,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
     const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables);
 
     FragmentA<T> q[kDim / 16];
-    load_queries<Tile>(q, shared, unit, first, wide, s.head_dim, qkv + head_column, 3 * channels);
+    load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);
     const Biases<Tile> bias(s, reinterpret_cast<float*>(&shared + 1));
     project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
 

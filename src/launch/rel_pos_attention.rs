@@ -87,10 +87,13 @@ impl Tile {
         self.stage_bytes(dtype) + 4 * self.queries() * (h + w)
     }
 
-    /// The same with the gradients of rel_h, which need a place of their own if there are several stripes.
+    /// The same with the gradients of rel_h, which need a place of their own if there are several stripes, and in f32
+    /// with q and the output's gradient.
     fn backward_shared_bytes(&self, problem: &AttentionProblem, dtype: DType) -> usize {
         let h = if problem.side_w <= self.cols { 0 } else { self.bias_strides(problem).0 };
-        self.forward_shared_bytes(problem, dtype) + 4 * self.queries() * h
+        let rows = if dtype == DType::F32 { 2 * self.queries() } else { 0 };
+        let stride = self.dim + REL_POS_ATTENTION_ROW_PAD as usize;
+        self.forward_shared_bytes(problem, dtype) + 4 * (self.queries() * h + rows * stride)
     }
 
     fn family(&self, pass: &str) -> String {
