@@ -140,6 +140,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let device = model::device(&options.device)?;
     let mask_path = destination(options, &options.mask, "mask")?;
     let overlay_path = destination(options, &options.overlay, "overlay")?;
+    if mask_path == overlay_path {
+        bail!("--mask and --overlay are both {}", mask_path.display())
+    }
     let image = read_image(&options.image)?;
     let prompts = Prompts::parse(options, image.width(), image.height())?;
     let folder = options.model.clone().unwrap_or_else(model::shipped_model);

@@ -16,8 +16,8 @@ compile() {
   name=$(basename "$source" .cu)-$target
   log=$out/$name.log
   case $target in
-    ptx) "$nvcc" -std=c++20 -O3 -Werror all-warnings -arch=compute_80 --ptx -o "$out/$name.ptx" "$source" >"$log" 2>&1 || status=$? ;;
-    *) "$nvcc" -std=c++20 -O3 -Werror all-warnings -Xptxas -v -arch="$target" --cubin -o "$out/$name.cubin" "$source" >"$log" 2>&1 || status=$? ;;
+    ptx) "$nvcc" -std=c++20 -O3 -Ikernels -Werror all-warnings -arch=compute_80 --ptx -o "$out/$name.ptx" "$source" >"$log" 2>&1 || status=$? ;;
+    *) "$nvcc" -std=c++20 -O3 -Ikernels -Werror all-warnings -Xptxas -v -arch="$target" --cubin -o "$out/$name.cubin" "$source" >"$log" 2>&1 || status=$? ;;
   esac
   if [ "$status" != 0 ]; then
     echo "error: $source for $target:" >&2
@@ -29,7 +29,8 @@ export -f compile
 
 # Files under kernels/sm90/ are for sm_90a alone.
 {
-  for source in kernels/*.cu; do printf '%s\n' "$source sm_80" "$source sm_90a" "$source ptx"; done
+  # Those of the tests too: they use every instruction of ptx.cuh.
+  for source in kernels/*.cu tests/kernels/*.cu; do printf '%s\n' "$source sm_80" "$source sm_90a" "$source ptx"; done
   for source in kernels/sm90/*.cu; do [ -e "$source" ] && echo "$source sm_90a"; done
   true
 } | xargs -P "$(nproc)" -L 1 bash -c 'compile "$1" "$2" || exit 255' _

@@ -15,7 +15,6 @@ esac
 library=$("$cxx" -print-file-name="$runtime")
 [ -e "$library" ] || { echo "error: $cxx has no $runtime" >&2; exit 1; }
 preload=$(readlink -f "$library")
-# clang's and gcc's undefined-behaviour runtimes come in with the library of the kernels.
 
 target=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export EMULATOR_SANITIZE=$kind

@@ -3,19 +3,33 @@
 use crate::{Error, Result};
 use candle_core::Device;
 
-/// `cpu`, or `cuda` / `cuda:N`.
+/// `cpu`, or `cuda` / `cuda:N`: the first or the N-th GPU, if the crate was built with the `cuda` feature.
 ///
 /// # Errors
-/// For any other name. For `cuda`: this version has no CUDA kernels yet; the `cuda` feature compiles the CPU path.
+/// For any other name; for `cuda` without the feature, without a driver, or without such a device.
 pub fn device(name: &str) -> Result<Device> {
-    match name.split(':').next() {
-        Some("cpu") if name == "cpu" => Ok(Device::Cpu),
-        Some("cuda") => Err(Error::config(format!(
-            "device {name}: this version of candle-sam-lora has no CUDA kernels yet{}; use --device cpu",
-            if cfg!(feature = "cuda") { " (the cuda feature compiles the CPU path)" } else { "" }
-        ))),
-        _ => Err(Error::config(format!("unknown device {name:?}; expected cpu, cuda or cuda:N"))),
+    let unknown =
+        || Error::config(format!("unknown device {name:?}; expected cpu, cuda or cuda:N"));
+    match name.split_once(':').unwrap_or((name, "")) {
+        ("cpu", "") if name == "cpu" => Ok(Device::Cpu),
+        ("cuda", "") if name == "cuda" => cuda(name, 0),
+        ("cuda", ordinal) => cuda(name, ordinal.parse().map_err(|_| unknown())?),
+        _ => Err(unknown()),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(name: &str, ordinal: usize) -> Result<Device> {
+    Device::new_cuda(ordinal).map_err(|e| {
+        Error::config(format!("device {name}: there is no such GPU, or no CUDA driver for it: {e}"))
+    })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(name: &str, _ordinal: usize) -> Result<Device> {
+    Err(Error::config(format!(
+        "device {name}: this build runs on the CPU only; build with --features cuda, or use cpu"
+    )))
 }
 
 #[cfg(test)]
@@ -23,15 +37,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_cpu_can_be_had() {
+    fn names_that_are_no_device_are_refused() {
         assert!(device("cpu").is_ok());
+        for name in ["", "CPU", "cpu:0", "cpu:", "metal", "cuda:", "cuda:x", "cuda:-1", "cuda0"] {
+            let message = device(name).map(|_| ()).unwrap_err().to_string();
+            assert!(message.contains("expected cpu, cuda or cuda:N"), "{name}: {message}");
+        }
+    }
+
+    #[test]
+    #[cfg(not(feature = "cuda"))]
+    fn without_the_feature_the_error_says_how_to_get_it() {
         for name in ["cuda", "cuda:1"] {
             let message = device(name).map(|_| ()).unwrap_err().to_string();
-            assert!(message.contains("CUDA"), "{message}");
+            assert!(message.contains(name) && message.contains("--features cuda"), "{message}");
         }
-        for name in ["", "CPU", "cpu:0", "metal"] {
-            let message = device(name).map(|_| ()).unwrap_err().to_string();
-            assert!(message.contains("expected cpu, cuda"), "{message}");
-        }
+    }
+
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn a_device_that_is_not_there_is_an_error() {
+        let message = device("cuda:4096").map(|_| ()).unwrap_err().to_string();
+        assert!(message.contains("cuda:4096") && message.contains("no such GPU"), "{message}");
     }
 }

@@ -1,7 +1,18 @@
 #![warn(missing_docs)]
 //! Segment Anything with LoRA, fast and small in memory, for the candle ML framework.
+//!
+//! - [`ops`]: the operations, each a free function with true gradients.
+//! - [`nn`]: layers, and the tree of named tensors they form.
+//! - [`sam`]: the model, its checkpoints and its image processor.
+//! - [`lora`]: PEFT-compatible adapters on any linear layer.
+//! - [`train`]: losses, AdamW, data, resumable runs.
+//! - [`reference`](mod@reference): the operations as naive f64 loops.
+//!
+//! The README shows how they go together; `docs/hack-your-own.md` how to put an attention of your own into the model.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod error;
 pub mod files;
@@ -18,3 +29,8 @@ pub mod train;
 
 pub use device::device;
 pub use error::{Error, Result, TensorMismatch};
+
+/// The code of the README, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

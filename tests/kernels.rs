@@ -16,3 +16,5 @@ mod instructions;
 mod layer_norm;
 #[path = "kernels/projection.rs"]
 mod projection;
+#[path = "kernels/rel_pos_attention.rs"]
+mod rel_pos_attention;

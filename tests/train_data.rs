@@ -1,8 +1,8 @@
 //! Folders of images and masks, prompts drawn from them, and what is refused.
 
 use candle_sam_lora::train::{
-    central_point, instances, interior_point, jittered_box, sample_indices, target, Dataset, Draws,
-    LabelImage, Symmetry,
+    instances, jittered_box, point_on, sample_indices, target, Dataset, Draws, LabelImage,
+    PromptKind, Symmetry,
 };
 use image::{GrayImage, ImageBuffer, Luma, RgbImage};
 use std::path::Path;
@@ -70,19 +70,18 @@ fn labels_of_16_bits_colours_and_binary_parts_become_instances() -> anyhow::Resu
 fn prompts_lie_inside_and_boxes_around() {
     let labels = blocks();
     let all = instances(&labels, 1);
-    assert_eq!(central_point(&labels, &all[0]), [3.0, 4.0]);
-    assert_eq!(central_point(&labels, &all[1]), [10.0, 8.0]);
     let mut seen = std::collections::BTreeSet::new();
-    for step in 0..200 {
+    for step in 0..400 {
         let mut draws = Draws::new(1, "prompt", step);
-        let [x, y] = interior_point(&labels, &all[0], &mut draws);
-        // The deepest pixels are 3 steps from the outside, so 2 is deep enough: the outermost ring is not.
-        assert!((2.0..=5.0).contains(&x) && (3.0..=5.0).contains(&y), "({x}, {y})");
+        let [x, y] = point_on(&labels, &all[0], &mut draws);
+        assert_eq!(labels.get_pixel(x as u32, y as u32).0[0], all[0].label, "({x}, {y})");
         seen.insert((x as u32, y as u32));
         let [x0, y0, x1, y1] = jittered_box(&labels, &all[1], 2.0, &mut draws);
         assert!(0.0 <= x0 && x0 <= x1 && x1 <= 11.0 && 0.0 <= y0 && y0 <= y1 && y1 <= 9.0);
     }
-    assert_eq!(seen.len(), 12, "every such pixel is drawn");
+    assert_eq!(seen.len(), all[0].area, "every pixel is drawn");
+    let fixed = PromptKind::Point.fixed(&labels, &all[0]);
+    assert_eq!((fixed.len(), &fixed), (5, &PromptKind::Point.fixed(&labels, &all[0])));
     assert_eq!(
         jittered_box(&labels, &all[0], 0.0, &mut Draws::new(1, "b", 0)),
         [1.0, 2.0, 6.0, 6.0]

@@ -100,7 +100,7 @@ fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()>
     for (output, arguments, expected) in [
         (&mine, vec![], "holds thesis.txt"),
         (&missing, vec!["--resume"], "--resume: there is no"),
-        (&missing, vec!["--device", "cuda"], "no CUDA"),
+        (&missing, vec!["--device", "cuda:99"], "cuda:99"),
         (&missing, vec!["--prompts", "0"], "a prompt at least"),
         (&missing, vec!["--save-every", "0"], "--save-every"),
         (&missing, vec!["--rank", "0"], "rank"),

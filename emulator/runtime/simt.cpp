@@ -197,11 +197,14 @@ void Block::fail(const std::string& what, Location at) {
     std::abort();  // nothing switches back into a block that has failed
 }
 
+// Literals: mostly one and the same.
+static bool differ(const char* a, const char* b) { return a != b && std::strcmp(a, b) != 0; }
+
 void Block::meet(Group& group, int slot, int size, const char* name, bool same_line, void* operands, Operation operation, Location at) {
     if (group.arrived == 0) {
         group.name = name;
         group.at = at;
-    } else if (std::strcmp(group.name, name) != 0 || (same_line && (group.at.line != at.line || std::strcmp(group.at.file, at.file) != 0))) {
+    } else if (differ(group.name, name) || (same_line && (group.at.line != at.line || differ(group.at.file, at.file)))) {
         fail(std::string("divergence: reached ") + name + " while others of its group are in " + group.name + " at " + text(group.at), at);
     }
     if (group.operands.size() < size_t(size)) group.operands.resize(size);

@@ -3,16 +3,26 @@
 use super::draw;
 use super::options::Options;
 use super::run::Outcome;
-use candle_sam_lora::train::{Dataset, Evaluation, Prompt, Sample};
+use candle_sam_lora::train::{Evaluation, Prompt, Sample};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
 
 /// Small images are enlarged to about this width.
 const PANEL: u32 = 400;
 
+/// How well one held-out image was segmented.
+pub struct Verdict {
+    /// The image.
+    pub name: String,
+    /// IoU of each of its objects.
+    pub ious: Vec<f64>,
+    /// What was found, if it was drawn.
+    pub picture: Option<RgbImage>,
+}
+
 /// The mean IoU over all objects.
-pub fn mean_iou(evaluations: &[Evaluation]) -> f64 {
-    let ious: Vec<f64> = evaluations.iter().flat_map(|e| e.ious.iter().copied()).collect();
+pub fn mean_iou(verdicts: &[Verdict]) -> f64 {
+    let ious: Vec<f64> = verdicts.iter().flat_map(|v| v.ious.iter().copied()).collect();
     ious.iter().sum::<f64>() / ious.len().max(1) as f64
 }
 
@@ -21,15 +31,12 @@ pub fn metrics(
     options: &Options,
     trainable: &str,
     outcome: &Outcome,
-    held_out: &Dataset,
-    before: &[Evaluation],
-    after: &[Evaluation],
+    before: &[Verdict],
+    after: &[Verdict],
 ) -> anyhow::Result<String> {
-    let images: Vec<Value> = (held_out.names().zip(before.iter().zip(after)))
-        .map(|(name, (before, after))| {
-            json!({ "name": name, "iou_before": before.ious, "iou_after": after.ious })
-        })
-        .collect();
+    let images = before.iter().zip(after).map(|(before, after)| {
+        json!({ "name": before.name, "iou_before": before.ious, "iou_after": after.ious })
+    });
     let metrics = json!({
         "steps": outcome.losses.len(),
         "seed": options.seed,
@@ -37,26 +44,23 @@ pub fn metrics(
         "parameters": trainable,
         "mean_iou_before": outcome.before,
         "mean_iou_after": outcome.after,
-        "held_out": images,
+        "held_out": images.collect::<Vec<Value>>(),
         "losses": outcome.losses,
     });
     Ok(serde_json::to_string_pretty(&metrics)? + "\n")
 }
 
-/// The image twice, with what the model found in colour, the truth's outlines and the prompts in white.
-pub fn before_and_after(
-    sample: &Sample,
-    before: &Evaluation,
-    after: &Evaluation,
-) -> anyhow::Result<RgbImage> {
-    let left = panel(sample, before)?;
-    let mut both = RgbImage::new(2 * left.width() + 8, left.height());
-    imageops::replace(&mut both, &panel(sample, after)?, i64::from(left.width()) + 8, 0);
-    imageops::replace(&mut both, &left, 0, 0);
-    Ok(both)
+/// Two pictures of one size, the first on the left.
+pub fn side_by_side(left: &RgbImage, right: &RgbImage) -> RgbImage {
+    const GAP: u32 = 8;
+    let mut both = RgbImage::new(left.width() + GAP + right.width(), left.height());
+    imageops::replace(&mut both, left, 0, 0);
+    imageops::replace(&mut both, right, i64::from(left.width() + GAP), 0);
+    both
 }
 
-fn panel(sample: &Sample, evaluation: &Evaluation) -> anyhow::Result<RgbImage> {
+/// The image with what the model found in colour, the truth's outlines and the prompts in white.
+pub fn picture(sample: &Sample, evaluation: &Evaluation) -> anyhow::Result<RgbImage> {
     let (width, height) = sample.image.dimensions();
     let factor = (PANEL / width.max(height)).max(1);
     let (width, height) = (width * factor, height * factor);

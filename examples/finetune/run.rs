@@ -4,21 +4,22 @@ use super::console::say;
 use super::curve::loss_curve;
 use super::draw::save_png;
 use super::options::{Options, PromptArg};
+use super::report::Verdict;
 use super::{model, report};
 use anyhow::bail;
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use candle_sam_lora::lora::{
     eject, inject, save_adapter, trainable_parameters, LoraConfig, ModuleNames,
 };
-use candle_sam_lora::nn::set_trainable;
+use candle_sam_lora::nn::{set_trainable, Mode};
 use candle_sam_lora::sam::{SamModel, SamProcessor};
 use candle_sam_lora::train::{
-    evaluate, AdamWConfig, Batch, BatchConfig, Dataset, Evaluation, PromptKind, Trainer,
+    evaluate, AdamWConfig, Batch, BatchConfig, Dataset, PromptKind, Trainer,
 };
 use candle_sam_lora::{files, Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{json, Map};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What a run may find in its output folder and replace.
 const OUTPUTS: [&str; 5] = [ADAPTER, LOSS, OVERLAYS, METRICS, STATE];
@@ -57,7 +58,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let (train, held_out) = datasets(options)?;
 
     say(format!("{} images to train on, {} held out", train.len(), held_out.len()));
-    let before = evaluate_all(&sam, &processor, &held_out, batch.kind, &device)?;
+    let before = judge(&sam, &processor, &held_out, options, &device)?;
     let (lora, names) = adapt_encoder(&mut sam, options)?;
     say(format!("adapters on {names} linear layers of the image encoder"));
     let trainable = trainable_parameters(&sam).to_string();
@@ -73,6 +74,37 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         ("data".to_string(), json!(train.fingerprint()?)),
     ]);
     let mut trainer = Trainer::new(&sam, optimizer, options.seed, settings)?;
+    train_adapters(&mut trainer, options, |step, mode| {
+        Batch::draw(&train, &processor, &batch, mask_size, options.seed, step, &device)?
+            .loss(&sam, mode)
+    })?;
+
+    save_adapter(&sam, &lora, &options.output.join(ADAPTER))?;
+    set_trainable(&mut sam, &mut |_| false)?;
+    let after = judge(&sam, &processor, &held_out, options, &device)?;
+    write_pictures(options, trainer.losses(), &before, &after)?;
+    let outcome = Outcome {
+        before: report::mean_iou(&before),
+        after: report::mean_iou(&after),
+        losses: trainer.losses().to_vec(),
+    };
+    let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
+    files::write_atomic(&options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
+    let objects: usize = before.iter().map(|verdict| verdict.ious.len()).sum();
+    say(format!(
+        "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
+        outcome.before, outcome.after
+    ));
+    say(format!("results in {}", options.output.display()));
+    Ok(outcome)
+}
+
+/// Starts or resumes the run, makes its steps, and saves its state now and then.
+fn train_adapters(
+    trainer: &mut Trainer,
+    options: &Options,
+    loss: impl Fn(u64, Mode) -> candle_core::Result<Tensor>,
+) -> anyhow::Result<()> {
     let state = options.output.join(STATE);
     if options.resume {
         trainer.resume(&state)?;
@@ -84,41 +116,21 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     }
     let bar = progress_bar(options.steps, trainer.steps());
     while trainer.steps() < options.steps {
-        let loss = trainer.step(|step, mode| {
-            Batch::draw(&train, &processor, &batch, mask_size, options.seed, step, &device)?
-                .loss(&sam, mode)
-        })?;
+        let value = trainer.step(&loss)?;
         let step = trainer.steps();
-        if step % options.save_every == 0 || step == options.steps {
+        let saved = step.is_multiple_of(options.save_every) || step == options.steps;
+        if saved {
             trainer.save(&state)?;
         }
-        bar.set_message(format!("{loss:.4}"));
+        bar.set_message(format!("{value:.4}"));
         bar.inc(1);
         // Without a terminal there is no bar; a line now and then tells that it goes on.
-        if bar.is_hidden() && (step % options.save_every == 0 || step == options.steps) {
-            say(format!("step {step} of {}: loss {loss:.4}", options.steps));
+        if saved && bar.is_hidden() {
+            say(format!("step {step} of {}: loss {value:.4}", options.steps));
         }
     }
     bar.finish();
-
-    save_adapter(&sam, &lora, &options.output.join(ADAPTER))?;
-    set_trainable(&mut sam, &mut |_| false)?;
-    let after = evaluate_all(&sam, &processor, &held_out, batch.kind, &device)?;
-    write_pictures(options, &held_out, trainer.losses(), &before, &after)?;
-    let outcome = Outcome {
-        before: report::mean_iou(&before),
-        after: report::mean_iou(&after),
-        losses: trainer.losses().to_vec(),
-    };
-    let metrics = report::metrics(options, &trainable, &outcome, &held_out, &before, &after)?;
-    files::write_atomic(&options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
-    let objects: usize = before.iter().map(|e| e.ious.len()).sum();
-    say(format!(
-        "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
-        outcome.before, outcome.after
-    ));
-    say(format!("results in {}", options.output.display()));
-    Ok(outcome)
+    Ok(())
 }
 
 fn batch_config(options: &Options) -> BatchConfig {
@@ -207,15 +219,23 @@ fn adapt_encoder(sam: &mut SamModel, options: &Options) -> Result<(LoraConfig, u
     Ok((config, adapted.len()))
 }
 
-fn evaluate_all(
+/// Prompts every object of the held-out images; the first of them are drawn.
+fn judge(
     sam: &SamModel,
     processor: &SamProcessor,
-    data: &Dataset,
-    kind: PromptKind,
+    held_out: &Dataset,
+    options: &Options,
     device: &Device,
-) -> Result<Vec<Evaluation>> {
-    (0..data.len())
-        .map(|index| evaluate(sam, processor, &data.load(index)?, kind, device))
+) -> anyhow::Result<Vec<Verdict>> {
+    let kind = batch_config(options).kind;
+    (0..held_out.len())
+        .map(|index| {
+            let sample = held_out.load(index)?;
+            let evaluation = evaluate(sam, processor, &sample, kind, device)?;
+            let drawn = index < options.overlays;
+            let picture = drawn.then(|| report::picture(&sample, &evaluation)).transpose()?;
+            Ok(Verdict { name: sample.name, ious: evaluation.ious, picture })
+        })
         .collect()
 }
 
@@ -231,18 +251,18 @@ fn progress_bar(steps: u64, done: u64) -> ProgressBar {
 
 fn write_pictures(
     options: &Options,
-    held_out: &Dataset,
     losses: &[f32],
-    before: &[Evaluation],
-    after: &[Evaluation],
+    before: &[Verdict],
+    after: &[Verdict],
 ) -> anyhow::Result<()> {
     save_png(&options.output.join(LOSS), &loss_curve(losses)?.into())?;
-    let folder: PathBuf = options.output.join(OVERLAYS);
+    let folder = options.output.join(OVERLAYS);
     files::create_dir(&folder)?;
-    for (index, (before, after)) in before.iter().zip(after).take(options.overlays).enumerate() {
-        let sample = held_out.load(index)?;
-        let picture = report::before_and_after(&sample, before, after)?;
-        save_png(&folder.join(format!("{}.png", sample.name)), &picture.into())?;
+    for (before, after) in before.iter().zip(after) {
+        if let (Some(left), Some(right)) = (&before.picture, &after.picture) {
+            let both = report::side_by_side(left, right);
+            save_png(&folder.join(format!("{}.png", before.name)), &both.into())?;
+        }
     }
     Ok(())
 }

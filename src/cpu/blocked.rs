@@ -16,7 +16,7 @@ pub const PANEL: usize = 64;
 /// Rows of one block.
 pub const ROWS: usize = 192;
 /// Depth of one product: a panel of this depth stays in the second-level cache.
-const DEPTH: usize = 1024;
+const DEPTH: usize = 384;
 
 /// A matrix `[k, n]` in panels `[panel][k, PANEL]`, the last one filled up with zeros.
 pub struct Packed {
@@ -29,9 +29,14 @@ impl Packed {
     /// From the transpose, `rows [n, k]`.
     pub fn from_transposed(rows: &[f32], n: usize, k: usize) -> Self {
         Self::pack(n, k, |first, panel| {
-            for (column, row) in rows.chunks_exact(k).skip(first).take(PANEL).enumerate() {
-                for (line, &value) in panel.chunks_exact_mut(PANEL).zip(row) {
-                    line[column] = value;
+            // Sixteen lines at a time stay in the first-level cache while all their columns are filled.
+            for (group, lines) in panel.chunks_mut(16 * PANEL).enumerate() {
+                let depth = lines.len() / PANEL;
+                for (column, row) in rows.chunks_exact(k).skip(first).take(PANEL).enumerate() {
+                    let values = &row[group * 16..][..depth];
+                    for (line, &value) in lines.chunks_exact_mut(PANEL).zip(values) {
+                        line[column] = value;
+                    }
                 }
             }
         })

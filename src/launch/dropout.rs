@@ -1,7 +1,7 @@
 //! Dropout masks on the device: `kernels/philox.cuh`, and dropout on its own, `kernels/dropout.cu`.
 
 use super::bindings::{device_ptr, DropoutMask, DropoutParams, DROPOUT_THREADS};
-use super::Launch;
+use super::{narrow, Launch};
 use crate::philox::Dropout;
 use candle_core::{DType, Result};
 
@@ -28,9 +28,9 @@ pub fn forward(
     x: device_ptr,
     y: device_ptr,
 ) -> Result<Launch> {
-    let params =
-        DropoutParams { x, y, rows: rows as u64, cols: cols as u32, mask: mask(Some(dropout)) };
-    let threads = rows as u64 * cols.div_ceil(8) as u64;
-    let grid = [threads.div_ceil(u64::from(DROPOUT_THREADS)), 1, 1];
+    let (rows, groups) = (rows as u64, cols.div_ceil(8) as u64);
+    let cols = narrow("dropout", "the number of columns", cols)?;
+    let params = DropoutParams { x, y, rows, cols, mask: mask(Some(dropout)) };
+    let grid = [(rows * groups).div_ceil(u64::from(DROPOUT_THREADS)), 1, 1];
     Launch::new("dropout", dtype, grid, DROPOUT_THREADS, &params)
 }

@@ -5,9 +5,10 @@ use super::bindings::{
     LAYER_NORM_COLUMN_ROWS, LAYER_NORM_COLUMN_SHARED_BYTES, LAYER_NORM_COLUMN_WARPS,
     LAYER_NORM_THREADS,
 };
-use super::{sum_partials, Launch, LayerNormProblem};
+use super::{narrow, sum_partials, Launch, LayerNormProblem};
 use candle_core::{DType, Result};
 
+const OP: &str = "layer-norm";
 const WARP: u32 = 32;
 
 /// A warp a row.
@@ -38,7 +39,7 @@ pub fn forward(
         bias,
         y,
         rows: problem.rows as u64,
-        size: problem.size as u32,
+        size: narrow(OP, "the length of a row", problem.size)?,
         eps: problem.eps as f32,
     };
     Launch::new("layer_norm_fwd", dtype, row_grid(problem), LAYER_NORM_THREADS, &params)
@@ -93,7 +94,7 @@ pub fn backward(
         dx,
         statistics: trained.map_or(0, |t| t.workspace),
         rows,
-        size: problem.size as u32,
+        size: narrow(OP, "the length of a row", problem.size)?,
         eps: problem.eps as f32,
     };
     let mut launches =

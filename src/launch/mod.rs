@@ -11,10 +11,11 @@ pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
 pub mod projection;
-pub mod projection_bwd;
+mod projection_bwd;
+pub mod rel_pos_attention;
 mod sum_partials;
 
-pub use crate::problem::LayerNormProblem;
+pub use crate::problem::{AttentionProblem, LayerNormProblem};
 pub use bindings::device_ptr;
 
 use candle_core::{bail, DType, Result};
@@ -79,6 +80,14 @@ pub trait Backend {
     unsafe fn launch(&self, launch: &Launch) -> Result<()>;
 }
 
+/// A size as kernels take it.
+fn narrow(op: &str, what: &str, size: usize) -> Result<u32> {
+    match u32::try_from(size) {
+        Ok(size) => Ok(size),
+        Err(_) => bail!("{op}: {what} must be less than 2^32, got {size}"),
+    }
+}
+
 /// `f32`, `f16` or `bf16`: how the names of the instances end.
 fn dtype_name(op: &str, dtype: DType) -> Result<&'static str> {
     match dtype {
@@ -97,6 +106,11 @@ mod tests {
         assert_eq!((launch.kernel.as_str(), launch.grid), ("op_bf16", [3, 2, 1]));
         assert_eq!(launch.params, 0x0102_0304u32.to_ne_bytes());
         Ok(())
+    }
+
+    #[test]
+    fn sizes_are_not_cut() {
+        assert!(narrow("op", "size", 1 << 32).is_err());
     }
 
     #[test]

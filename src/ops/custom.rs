@@ -1,8 +1,31 @@
-//! From candle's storages to the plain f32 slices of [`crate::cpu`] and back.
+//! Where the fused operations run, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
 
-use candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, Tensor};
+use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use std::borrow::Cow;
+
+/// Whether a fused operation runs on this device: the CPU, or a GPU of compute capability 8.0 or newer, if the kernels
+/// were compiled for it and cover the problem. Elsewhere the composed graph does.
+pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool {
+    match device {
+        Device::Cpu => true,
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::supported(device) && covered(),
+        _ => {
+            let _ = covered;
+            false
+        }
+    }
+}
+
+/// The tensor as its device's code takes it: the CPU any strides, kernels contiguous and aligned ones.
+pub(super) fn operand(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => crate::cuda::operand(tensor),
+        _ => Ok(tensor.clone()),
+    }
+}
 
 /// The elements of a tensor in row-major order as f32; borrowed where they already are that.
 pub(super) fn to_f32<'a>(

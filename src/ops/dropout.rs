@@ -4,13 +4,21 @@ use super::check;
 use crate::philox::Dropout;
 use candle_core::{Result, Tensor};
 
+pub(super) const OP: &str = "dropout";
+
 /// Drops elements of `x [.., C]`, seen as rows of `C`; the kept ones are scaled. The shape stays.
+///
+/// # Errors
+/// On empty tensors, other dtypes than f32, f16 and bf16, a probability outside `[0, 1)`.
 pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
-    const OP: &str = "dropout";
     check::float(OP, "x", x)?;
     check::not_empty(OP, "x", x)?;
     dropout.validate(OP)?;
     let cols = x.dims()[x.rank() - 1];
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && super::custom::fused_on(x.device(), || true) {
+        return super::gpu::dropout::dropout(x, dropout);
+    }
     let mask = dropout.mask(x.elem_count() / cols, cols);
     x * Tensor::from_vec(mask, x.dims(), x.device())?.to_dtype(x.dtype())?
 }

@@ -4,12 +4,14 @@
 //! y = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps),   the biased variance
 //! ```
 
-use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
-use super::{check, composed};
+use super::custom::{
+    dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
+};
+use super::{check, composed, Gradients};
 use crate::cpu;
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-const OP: &str = "layer-norm";
+pub(super) const OP: &str = "layer-norm";
 
 /// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three.
 ///
@@ -26,10 +28,10 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if !(eps.is_finite() && eps > 0.0) {
         bail!("{OP}: eps must be positive and finite, got {eps}")
     }
-    if !x.device().is_cpu() {
+    if !fused_on(x.device(), || true) {
         return composed::layer_norm(x, weight, bias, eps);
     }
-    x.apply_op3(weight, bias, FusedLayerNorm { eps })
+    operand(x)?.apply_op3(&operand(weight)?, &operand(bias)?, FusedLayerNorm { eps })
 }
 
 struct FusedLayerNorm {
@@ -57,6 +59,20 @@ impl CustomOp3 for FusedLayerNorm {
         Ok((from_f32(OP, y, dtype_of(x))?, x_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        x_layout: &Layout,
+        weight: &candle_core::CudaStorage,
+        weight_layout: &Layout,
+        bias: &candle_core::CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let inputs = [(x, x_layout), (weight, weight_layout), (bias, bias_layout)];
+        super::gpu::layer_norm::forward(self.eps, inputs)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -64,7 +80,11 @@ impl CustomOp3 for FusedLayerNorm {
         bias: &Tensor,
         _res: &Tensor,
         grad_res: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<Gradients> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::gpu::layer_norm::backward(self.eps, [x, weight, bias], grad_res);
+        }
         let weight_values = vec_f32(OP, weight)?;
         let (dx, dweight, dbias) = with_f32(OP, x, |x| {
             with_f32(OP, grad_res, |grad| {

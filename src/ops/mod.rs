@@ -18,6 +18,8 @@ pub mod composed;
 mod custom;
 mod dora;
 mod dropout;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod layer_norm;
 mod projection;
 mod rel_pos_attention;
@@ -29,3 +31,7 @@ pub use layer_norm::layer_norm;
 pub use projection::{lora_linear, lora_qkv, Activation, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
 pub use resize::{linear_resize_matrix, resize_linear};
+
+/// The gradients of a custom operation's three inputs.
+type Gradients =
+    (Option<candle_core::Tensor>, Option<candle_core::Tensor>, Option<candle_core::Tensor>);

@@ -8,9 +8,12 @@
 //! q, k and v stay three tensors under three names, for checkpoints, adapters and users; the operation writes
 //! them side by side into one packed output, so nothing is ever concatenated.
 
-use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
-use super::{check, composed};
+use super::custom::{
+    dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
+};
+use super::{check, composed, Gradients};
 use crate::cpu::projection::{self, Saved, Weights};
+use crate::launch::projection as kernels;
 use crate::philox::Dropout;
 use crate::problem::{self, LoraProblem, ProjectionProblem};
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
@@ -63,6 +66,14 @@ impl Activation {
             Self::Relu => x.relu(),
         }
     }
+
+    fn problem(self) -> problem::Activation {
+        match self {
+            Self::None => problem::Activation::Identity,
+            Self::Gelu => problem::Activation::Gelu,
+            Self::Relu => problem::Activation::Relu,
+        }
+    }
 }
 
 /// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
@@ -88,7 +99,7 @@ pub fn lora_linear(
         check::shape(OP, "residual", residual, &expected)?;
         check::same_kind(OP, "residual", residual, x)?;
     }
-    if !fusable(x, &[*projection]) {
+    if !fusable(x, &[*projection], activation) {
         return composed::lora_linear(x, projection, activation, residual);
     }
     apply(OP, x, &[*projection], activation, residual)
@@ -109,7 +120,7 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     if q != k || k != v {
         bail!("{OP}: q, k and v must have equal output widths, got {q}, {k} and {v}")
     }
-    if !fusable(x, projections) {
+    if !fusable(x, projections, Activation::None) {
         return composed::lora_qkv(x, projections);
     }
     apply(OP, x, projections, Activation::None, None)
@@ -157,8 +168,24 @@ fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result
 
 /// The fused operation holds its weights captured, where no gradient reaches them; trainable ones, and devices
 /// without kernels, take the composed path.
-fn fusable(x: &Tensor, projections: &[Projection<'_>]) -> bool {
-    x.device().is_cpu() && projections.iter().all(|p| !p.weight.track_op())
+fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -> bool {
+    let covered = || {
+        let problems: Vec<_> = projections.iter().map(problem).collect();
+        let activation = activation.problem();
+        kernels::covers(&kernel_problem(x.dims(), &problems, activation), x.dtype())
+    };
+    projections.iter().all(|p| !p.weight.track_op()) && fused_on(x.device(), covered)
+}
+
+/// The problem as the kernels' launch code takes it.
+fn kernel_problem<'a>(
+    x_dims: &[usize],
+    projections: &'a [ProjectionProblem],
+    activation: problem::Activation,
+) -> kernels::Problem<'a> {
+    let in_dim = x_dims.last().copied().unwrap_or(1);
+    let rows = x_dims.iter().product::<usize>() / in_dim.max(1);
+    kernels::Problem { rows, in_dim, projections, activation }
 }
 
 /// Packs everything small and differentiable into one flat f32 tensor, and applies the operation.
@@ -187,17 +214,13 @@ fn apply(
     let op = FusedProjection {
         name,
         problems: projections.iter().map(problem).collect(),
-        weights: projections.iter().map(|p| p.weight.clone()).collect(),
-        activation: match activation {
-            Activation::None => problem::Activation::Identity,
-            Activation::Gelu => problem::Activation::Gelu,
-            Activation::Relu => problem::Activation::Relu,
-        },
+        weights: projections.iter().map(|p| operand(p.weight)).collect::<Result<_>>()?,
+        activation: activation.problem(),
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
         saved: OnceLock::new(),
     };
-    x.apply_op3(&small, residual.unwrap_or(&absent), op)
+    operand(x)?.apply_op3(&small, &operand(residual.unwrap_or(&absent))?, op)
 }
 
 fn problem(p: &Projection<'_>) -> ProjectionProblem {
@@ -221,10 +244,23 @@ struct FusedProjection {
     activation: problem::Activation,
     residual: bool,
     keep: bool,
-    saved: OnceLock<Saved>,
+    saved: OnceLock<Kept>,
+}
+
+/// What the backward needs of the forward, where it was computed.
+enum Kept {
+    Cpu(Saved),
+    #[cfg(feature = "cuda")]
+    Gpu(super::gpu::projection::Saved),
 }
 
 impl FusedProjection {
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self, x_dims: &[usize]) -> super::gpu::projection::Projections<'_> {
+        let problem = kernel_problem(x_dims, &self.problems, self.activation);
+        super::gpu::projection::Projections { op: self.name, problem, weights: &self.weights }
+    }
+
     /// Calls `f` with the weights as f32 slices.
     fn with_weights<R>(&self, f: impl FnOnce(&Weights<'_>) -> Result<R>) -> Result<R> {
         let guards: Vec<_> = self.weights.iter().map(Tensor::storage_and_layout).collect();
@@ -269,8 +305,24 @@ impl CustomOp3 for FusedProjection {
             *last = self.problems.iter().map(|p| p.out_dim).sum();
         }
         // The operation runs once; a second value could only be equal.
-        let _ = self.saved.set(saved);
+        let _ = self.saved.set(Kept::Cpu(saved));
         Ok((from_f32(self.name, out, dtype_of(x))?, Shape::from(dims)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        x_layout: &Layout,
+        small: &candle_core::CudaStorage,
+        small_layout: &Layout,
+        residual: &candle_core::CudaStorage,
+        residual_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let inputs = [(x, x_layout), (small, small_layout), (residual, residual_layout)];
+        let (out, shape, saved) = self.on_gpu(x_layout.dims()).forward(inputs, self.residual)?;
+        let _ = self.saved.set(Kept::Gpu(saved));
+        Ok((out, shape))
     }
 
     fn bwd(
@@ -280,11 +332,19 @@ impl CustomOp3 for FusedProjection {
         residual: &Tensor,
         _res: &Tensor,
         grad_res: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(saved) = self.saved.get() else {
-            bail!("{}: backward without a forward", self.name)
-        };
+    ) -> Result<Gradients> {
         let wanted = (x.track_op(), small.track_op());
+        let dresidual = (self.residual && residual.track_op()).then(|| grad_res.clone());
+        let saved = match self.saved.get() {
+            Some(Kept::Cpu(saved)) => saved,
+            #[cfg(feature = "cuda")]
+            Some(Kept::Gpu(saved)) => {
+                let gpu = self.on_gpu(x.dims());
+                let (dx, dsmall) = gpu.backward(x, small, saved, grad_res, wanted)?;
+                return Ok((dx, dsmall, dresidual));
+            }
+            None => bail!("{}: backward without a forward", self.name),
+        };
         let small_values = vec_f32(self.name, small)?;
         let grads = with_f32(self.name, x, |x| {
             with_f32(self.name, grad_res, |grad| {
@@ -296,7 +356,6 @@ impl CustomOp3 for FusedProjection {
         })?;
         let dx = wanted.0.then(|| tensor_like(grads.x, x)).transpose()?;
         let dsmall = wanted.1.then(|| tensor_like(grads.small, small)).transpose()?;
-        let dresidual = (self.residual && residual.track_op()).then(|| grad_res.clone());
         Ok((dx, dsmall, dresidual))
     }
 }

@@ -10,15 +10,18 @@
 //!
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
-use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
-use super::{check, composed, resize_linear};
+use super::custom::{
+    dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
+};
+use super::{check, composed, resize_linear, Gradients};
 use crate::cpu::attention;
+use crate::launch::rel_pos_attention as kernels;
 use crate::philox::Dropout;
 use crate::problem::AttentionProblem;
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use std::sync::OnceLock;
 
-const OP: &str = "rel-pos-attention";
+pub(super) const OP: &str = "rel-pos-attention";
 /// Largest side of a window.
 const MAX_WINDOW: usize = 1024;
 
@@ -57,9 +60,6 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
         )),
     };
     let config = RelPosAttention { rel_pos: tables.as_ref().map(|(h, w)| (h, w)), ..*config };
-    if !qkv.device().is_cpu() {
-        return Ok(composed::rel_pos_attention(qkv, &config)?.0);
-    }
     let (batch, _, _, packed) = qkv.dims4()?;
     let problem = AttentionProblem {
         batch,
@@ -73,6 +73,9 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
         rel_pos: config.rel_pos.is_some(),
         dropout: config.dropout,
     };
+    if !fused_on(qkv.device(), || kernels::check(&problem, qkv.dtype(), &[]).is_ok()) {
+        return Ok(composed::rel_pos_attention(qkv, &config)?.0);
+    }
     let absent = Tensor::zeros(1, qkv.dtype(), qkv.device())?;
     let tables = match config.rel_pos {
         Some((rel_pos_h, rel_pos_w)) => Tensor::cat(&[rel_pos_h, rel_pos_w], 0)?,
@@ -81,14 +84,21 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
     let padded = h % side_h != 0 || w % side_w != 0;
     let pad = config.pad.filter(|_| padded);
     let op = FusedAttention { problem, pad: pad.is_some(), lse: OnceLock::new() };
-    qkv.apply_op3(&tables, pad.unwrap_or(&absent), op)
+    operand(qkv)?.apply_op3(&operand(&tables)?, &operand(pad.unwrap_or(&absent))?, op)
 }
 
 /// Inputs: qkv, both tables in one tensor, pad; placeholders for what is absent.
 struct FusedAttention {
     problem: AttentionProblem,
     pad: bool,
-    lse: OnceLock<Vec<f32>>,
+    lse: OnceLock<Lse>,
+}
+
+/// The logarithms of the softmax' denominators, where they were computed.
+enum Lse {
+    Cpu(Vec<f32>),
+    #[cfg(feature = "cuda")]
+    Gpu(Tensor),
 }
 
 impl CustomOp3 for FusedAttention {
@@ -116,9 +126,26 @@ impl CustomOp3 for FusedAttention {
         };
         let (out, lse) = attention::forward(p, &inputs);
         // The operation runs once; a second value could only be equal.
-        let _ = self.lse.set(lse);
+        let _ = self.lse.set(Lse::Cpu(lse));
         let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
         Ok((from_f32(OP, out, dtype_of(qkv))?, shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        qkv: &candle_core::CudaStorage,
+        qkv_layout: &Layout,
+        tables: &candle_core::CudaStorage,
+        tables_layout: &Layout,
+        pad: &candle_core::CudaStorage,
+        pad_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let inputs = [(qkv, qkv_layout), (tables, tables_layout), (pad, pad_layout)];
+        let (out, shape, lse) =
+            super::gpu::rel_pos_attention::forward(&self.problem, self.pad, inputs)?;
+        let _ = self.lse.set(Lse::Gpu(lse));
+        Ok((out, shape))
     }
 
     fn bwd(
@@ -128,8 +155,19 @@ impl CustomOp3 for FusedAttention {
         pad: &Tensor,
         res: &Tensor,
         grad_res: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(lse) = self.lse.get() else { bail!("{OP}: backward without a forward") };
+    ) -> Result<Gradients> {
+        let lse = match self.lse.get() {
+            Some(Lse::Cpu(lse)) => lse,
+            #[cfg(feature = "cuda")]
+            Some(Lse::Gpu(lse)) => {
+                let (inputs, saved) = ([qkv, tables, pad], (res, lse));
+                let (problem, pad) = (&self.problem, self.pad);
+                return super::gpu::rel_pos_attention::backward(
+                    problem, pad, inputs, saved, grad_res,
+                );
+            }
+            None => bail!("{OP}: backward without a forward"),
+        };
         let table_values = if self.problem.rel_pos { vec_f32(OP, tables)? } else { Vec::new() };
         let pad_values = if self.pad { vec_f32(OP, pad)? } else { Vec::new() };
         let grads = with_f32(OP, qkv, |qkv| {

@@ -79,11 +79,6 @@ impl Dataset {
         self.pairs.is_empty()
     }
 
-    /// The stems of the pairs, in order.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.pairs.iter().map(|pair| pair.name.as_str())
-    }
-
     /// The number of images and a checksum of all files, for the settings of a run.
     pub fn fingerprint(&self) -> Result<String> {
         let mut checksum = Checksum::new();

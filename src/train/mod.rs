@@ -20,7 +20,7 @@ pub use checkpoint::State;
 pub use data::{sample_indices, Dataset, Sample, Symmetry};
 pub use labels::{instances, read_labels, target, Instance, LabelImage};
 pub use loss::{bce_with_logits, dice_loss, iou, mask_loss};
-pub use prompt::{central_point, interior_point, jittered_box, Prompt, PromptKind};
+pub use prompt::{jittered_box, point_on, Prompt, PromptKind};
 pub use random::Draws;
 pub use segmentation::{evaluate, Batch, BatchConfig, Evaluation};
 pub use trainer::Trainer;

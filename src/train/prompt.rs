@@ -1,10 +1,10 @@
-//! The prompt a user might give for an instance: a point inside it, or a box around it.
-//!
-//! A point is drawn from the pixels that are well inside: at least half as far from the outside as the deepest
-//! one is. The distance is counted in steps to a 4-neighbour, and beyond the image's border is outside.
+//! The prompt a user might give for an instance: a point anywhere on it, or a box around it.
 
 use super::{Draws, Instance, LabelImage};
 use serde::Serialize;
+
+/// Points that an evaluation tries on each instance; one alone says more of the point than of the model.
+const EVALUATION_POINTS: usize = 5;
 
 /// Which prompts are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -32,33 +32,31 @@ impl PromptKind {
     /// A random prompt, for training.
     pub fn draw(self, labels: &LabelImage, instance: &Instance, draws: &mut Draws) -> Prompt {
         match self {
-            Self::Point => Prompt::Point(interior_point(labels, instance, draws)),
+            Self::Point => Prompt::Point(point_on(labels, instance, draws)),
             Self::Box { jitter } => Prompt::Box(jittered_box(labels, instance, jitter, draws)),
         }
     }
 
-    /// The central point or the tight box, for evaluation.
-    pub fn central(self, labels: &LabelImage, instance: &Instance) -> Prompt {
+    /// The prompts of an evaluation, the same in every run: some points on the instance, or the tight box.
+    pub fn fixed(self, labels: &LabelImage, instance: &Instance) -> Vec<Prompt> {
         match self {
-            Self::Point => Prompt::Point(central_point(labels, instance)),
-            Self::Box { .. } => Prompt::Box(instance.bounds.map(|side| side as f32)),
+            Self::Point => {
+                let mut draws = Draws::new(0, "evaluation", u64::from(instance.label));
+                let point = |_| Prompt::Point(point_on(labels, instance, &mut draws));
+                (0..EVALUATION_POINTS).map(point).collect()
+            }
+            Self::Box { .. } => vec![Prompt::Box(instance.bounds.map(|side| side as f32))],
         }
     }
 }
 
-/// A random point `[x, y]` well inside the instance, in pixels of the image.
-pub fn interior_point(labels: &LabelImage, instance: &Instance, draws: &mut Draws) -> [f32; 2] {
-    let depths = Depths::new(labels, instance);
-    let enough = depths.deepest().div_ceil(2).max(1);
-    let candidates = depths.at_least(enough);
-    let chosen = if candidates.is_empty() { 0 } else { draws.below(candidates.len()) };
-    depths.point(candidates.get(chosen).copied())
-}
-
-/// The first, in reading order, of the points that are deepest inside: the prompt of an evaluation.
-pub fn central_point(labels: &LabelImage, instance: &Instance) -> [f32; 2] {
-    let depths = Depths::new(labels, instance);
-    depths.point(depths.at_least(depths.deepest().max(1)).first().copied())
+/// A random pixel `[x, y]` of the instance.
+pub fn point_on(labels: &LabelImage, instance: &Instance, draws: &mut Draws) -> [f32; 2] {
+    let [x0, y0, x1, y1] = instance.bounds;
+    let pixels = (y0..=y1).flat_map(|y| (x0..=x1).map(move |x| (x, y)));
+    let mut inside = pixels.filter(|&(x, y)| labels.get_pixel(x, y).0[0] == instance.label);
+    let (x, y) = inside.nth(draws.below(instance.area.max(1))).unwrap_or((x0, y0));
+    [x as f32, y as f32]
 }
 
 /// The box `[x0, y0, x1, y1]` around the instance, each side moved by up to `jitter` times the box's width or
@@ -79,53 +77,4 @@ pub fn jittered_box(
     let ys = [moved(y0, height, bottom), moved(y1, height, bottom)];
     // Two sides that a large jitter made change places are put in order again.
     [xs[0].min(xs[1]), ys[0].min(ys[1]), xs[0].max(xs[1]), ys[0].max(ys[1])].map(|v| v as f32)
-}
-
-/// Steps to the outside for each pixel of an instance's box, 0 outside.
-struct Depths {
-    x0: u32,
-    y0: u32,
-    width: usize,
-    depths: Vec<u32>,
-}
-
-impl Depths {
-    fn new(labels: &LabelImage, instance: &Instance) -> Self {
-        let [x0, y0, x1, y1] = instance.bounds;
-        let (width, height) = ((x1 - x0 + 1) as usize, (y1 - y0 + 1) as usize);
-        let mut depths = vec![0u32; width * height];
-        // Two sweeps give the exact city-block distance.
-        for y in 0..height {
-            for x in 0..width {
-                if labels.get_pixel(x0 + x as u32, y0 + y as u32).0[0] == instance.label {
-                    let left = if x > 0 { depths[y * width + x - 1] } else { 0 };
-                    let above = if y > 0 { depths[(y - 1) * width + x] } else { 0 };
-                    depths[y * width + x] = 1 + left.min(above);
-                }
-            }
-        }
-        for y in (0..height).rev() {
-            for x in (0..width).rev() {
-                let right = if x + 1 < width { depths[y * width + x + 1] } else { 0 };
-                let below = if y + 1 < height { depths[(y + 1) * width + x] } else { 0 };
-                let here = &mut depths[y * width + x];
-                *here = (*here).min(1 + right.min(below));
-            }
-        }
-        Self { x0, y0, width, depths }
-    }
-
-    fn deepest(&self) -> u32 {
-        self.depths.iter().copied().max().unwrap_or(0)
-    }
-
-    fn at_least(&self, depth: u32) -> Vec<usize> {
-        (0..self.depths.len()).filter(|&i| self.depths[i] >= depth).collect()
-    }
-
-    fn point(&self, index: Option<usize>) -> [f32; 2] {
-        let index = index.unwrap_or(0);
-        let (x, y) = (index % self.width, index / self.width);
-        [(self.x0 + x as u32) as f32, (self.y0 + y as u32) as f32]
-    }
 }

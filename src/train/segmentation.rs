@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! step     some images x some instances each -> random prompts -> low-resolution logits -> mask_loss
-//! evaluate every instance of an image, its central point or tight box -> mask of the image's size -> IoU
+//! evaluate every instance of an image, points on it or its tight box -> masks of the image's size -> mean IoU
 //! ```
 //! All prompts of an image share one pass of the image encoder. The loss looks at the low-resolution mask where it
 //! shows the image, not where it shows the padding; its targets are the masks at that resolution.
@@ -16,9 +16,6 @@ use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use image::DynamicImage;
 use serde::Serialize;
-
-/// Prompts that the mask decoder takes at a time in an evaluation, to bound its memory.
-const PROMPTS_AT_ONCE: usize = 16;
 
 /// What makes up one step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -216,11 +213,11 @@ fn prompt_input(kind: PromptKind, prompts: &Tensor) -> candle_core::Result<SamIn
 /// How well a model finds the instances of one image, in the order of [`Sample::instances`].
 #[derive(Clone, Debug)]
 pub struct Evaluation {
-    /// The central point or tight box of each.
+    /// The first prompt of each.
     pub prompts: Vec<Prompt>,
-    /// What the model found, `[instances, height, width]` in u8, of the image's size.
+    /// What the model found for it, `[instances, height, width]` in u8, of the image's size.
     pub masks: Tensor,
-    /// IoU of each with the truth.
+    /// IoU of each with the truth, the mean over all its prompts.
     pub ious: Vec<f64>,
 }
 
@@ -238,22 +235,23 @@ pub fn evaluate(
     let image = DynamicImage::ImageRgb8(sample.image.clone());
     let (pixel_values, frame) = processor.preprocess(&image, device)?;
     let embeddings = model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
-    let central = |instance| kind.central(&sample.labels, instance);
-    let prompts: Vec<Prompt> = sample.instances.iter().map(central).collect();
-    let mut masks = Vec::new();
-    for some in prompts.chunks(PROMPTS_AT_ONCE) {
-        let input = prompt_input(kind, &prompt_tensor(some, &frame, device)?)?;
-        let input = SamInput { image_embeddings: Some(embeddings.clone()), ..input };
-        let logits = model.forward(&input, Mode::Eval)?.pred_masks.squeeze(0)?.squeeze(1)?;
-        masks.push(processor.post_process_masks(&logits, &frame, 0.0)?);
-    }
-    let masks = Tensor::cat(&masks, 0)?;
-    let mut ious = Vec::with_capacity(prompts.len());
-    for (index, instance) in sample.instances.iter().enumerate() {
+    let (mut prompts, mut masks, mut ious) = (vec![], vec![], vec![]);
+    for instance in &sample.instances {
         let truth: Vec<u8> =
             sample.labels.pixels().map(|p| u8::from(p.0[0] == instance.label)).collect();
         let truth = Tensor::from_vec(truth, frame.original, device)?;
-        ious.push(iou(&masks.get(index)?, &truth)?);
+        let tried = kind.fixed(&sample.labels, instance);
+        let input = prompt_input(kind, &prompt_tensor(&tried, &frame, device)?)?;
+        let input = SamInput { image_embeddings: Some(embeddings.clone()), ..input };
+        let logits = model.forward(&input, Mode::Eval)?.pred_masks.squeeze(0)?.squeeze(1)?;
+        let found = processor.post_process_masks(&logits, &frame, 0.0)?;
+        let mut sum = 0.0;
+        for index in 0..tried.len() {
+            sum += iou(&found.get(index)?, &truth)?;
+        }
+        ious.push(sum / tried.len() as f64);
+        masks.push(found.get(0)?);
+        prompts.extend(tried.first().copied());
     }
-    Ok(Evaluation { prompts, masks, ious })
+    Ok(Evaluation { prompts, masks: Tensor::stack(&masks, 0)?, ious })
 }

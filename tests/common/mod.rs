@@ -1,14 +1,12 @@
 //! Shared by the integration tests: fixtures written by PyTorch, errors measured against them, seeded tensors.
 #![allow(dead_code)]
 
-use candle_core::{DType, Device, Result, Tensor};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+pub mod cases;
+pub mod model;
 
-/// Where the fixtures lie.
-pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
-}
+use candle_core::{DType, Device, Result, Tensor};
+pub use model::fixtures;
+use std::collections::BTreeMap;
 
 /// One case of a fixture file: its tensors and scalars.
 pub struct Case {

@@ -10,9 +10,17 @@ use std::path::PathBuf;
 
 pub type Tensors = BTreeMap<String, Tensor>;
 
+/// Where the fixtures lie: beside the sources, or elsewhere if the tests run without these.
+pub fn fixtures() -> PathBuf {
+    std::env::var_os("CANDLE_SAM_LORA_FIXTURES").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"),
+        PathBuf::from,
+    )
+}
+
 /// The folder of a fixture model.
 pub fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
+    fixtures().join("models").join(name)
 }
 
 pub fn config(name: &str) -> Result<SamConfig> {

@@ -24,22 +24,43 @@ KERNEL(tf32, InstructionParams, 32) {
     for (int i = 0; i < 4; ++i) global<float>(p.out)[(row + 8 * (i / 2)) * 8 + 2 * col + i % 2] = d[i];
 }
 
-// An 8x8 matrix of 16-bit elements through shared memory: out [2, 64], as it is and transposed.
+// Two 8x8 matrices of 16-bit elements through shared memory: out [4, 64], the first and both transposed, x1 and x2.
 struct MatrixStorage {
-    __half at[8][8];
+    __half at[16][8];
 };
 KERNEL(transpose, InstructionParams, 32) {
     auto& shared = ptx::shared_storage<MatrixStorage>();
     const int lane = threadIdx.x, row = lane / 4, col = 2 * (lane % 4);
-    if (lane < 8) ptx::cp_async<16>(shared.at[lane], global<const __half>(p.in) + 8 * lane);
+    if (lane < 16) ptx::cp_async<16>(shared.at[lane], global<const __half>(p.in) + 8 * lane);
     ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<0>();
     __syncwarp();
-    uint32_t plain, transposed;
-    ptx::ldmatrix_x1<false>(plain, shared.at[lane % 8]);
-    ptx::ldmatrix_x1<true>(transposed, shared.at[lane % 8]);
-    memcpy(global<__half>(p.out) + row * 8 + col, &plain, 4);
-    memcpy(global<__half>(p.out) + 64 + row * 8 + col, &transposed, 4);
+    uint32_t r[4];
+    uint32_t(&pair)[2] = reinterpret_cast<uint32_t(&)[2]>(r[2]);
+    ptx::ldmatrix_x1<false>(r[0], shared.at[lane % 8]);
+    ptx::ldmatrix_x1<true>(r[1], shared.at[lane % 8]);
+    ptx::ldmatrix_x2<true>(pair, shared.at[lane % 16]);
+    for (int i = 0; i < 4; ++i) memcpy(global<__half>(p.out) + 64 * i + row * 8 + col, &r[i], 4);
+}
+
+// out [96] = in [96], but zero at every third element: copied by two warps, each the other's part, in units of one and
+// two f32, the last third by the reciprocal's reciprocal.
+struct CopyStorage {
+    float at[64];
+};
+KERNEL(copies, InstructionParams, 64) {
+    auto& shared = ptx::shared_storage<CopyStorage>();
+    const float* in = global<const float>(p.in);
+    float* out = global<float>(p.out);
+    const int i = threadIdx.x;
+    if (i < 32) ptx::cp_async<4>(&shared.at[i], in + i, i % 3 != 2);
+    else if (i < 48) ptx::cp_async<8>(&shared.at[2 * i - 32], in + 2 * i - 32);
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<0>();
+    ptx::bar_sync(1, 64);
+    const int other = (i + 32) % 64;
+    out[other] = other % 3 != 2 ? shared.at[other] : 0.0f;
+    if (i < 32) out[64 + i] = i % 3 != 1 ? ptx::rcp_approx(ptx::rcp_approx(in[64 + i])) : 0.0f;
 }
 
 // out [5, 32]: sum and maximum over the warp, shuffles by index and down, 2^x.

@@ -16,14 +16,15 @@ fn emulator() -> &'static Emulator {
     })
 }
 
-/// Runs one of the kernels of instructions.cu, `blocks` warps, in every mode.
+/// Runs one of the kernels of instructions.cu in every mode, in blocks of 32 threads (`copies`: 64).
 fn run(kernel: &str, blocks: usize, shared_bytes: u32, input: &Memory, output: &Memory) {
     let params = [input.address(), output.address()];
     for mode in Mode::all() {
         let grid = [blocks as u32, 1, 1];
         let bytes = bytemuck::bytes_of(&params);
+        let block = [if kernel == "copies" { 64 } else { 32 }, 1, 1];
         // SAFETY: the callers' memory is as long as instructions.cu says.
-        unsafe { emulator().launch(kernel, grid, [32, 1, 1], shared_bytes, bytes, mode) }
+        unsafe { emulator().launch(kernel, grid, block, shared_bytes, bytes, mode) }
             .unwrap_or_else(|e| panic!("{e}"));
     }
 }
@@ -73,11 +74,24 @@ fn tf32_products() -> Result<()> {
 
 #[test]
 fn ldmatrix_and_its_transpose() -> Result<()> {
-    let input = random(2, (8, 8)).to_dtype(DType::F16)?;
-    let output = Memory::for_elements(128, DType::F16);
-    run("transpose", 1, 128, &Memory::from_tensor(&input), &output);
-    let expected = [values(&input), values(&input.t()?)].concat();
+    let input = random(2, (2, 8, 8)).to_dtype(DType::F16)?;
+    let output = Memory::for_elements(4 * 64, DType::F16);
+    run("transpose", 1, 256, &Memory::from_tensor(&input), &output);
+    let transposed = values(&input.t()?);
+    let expected = [&values(&input)[..64], &transposed[..64], &transposed].concat();
     assert_eq!(output.values(DType::F16), expected);
+    Ok(())
+}
+
+#[test]
+fn copies_of_every_width_and_zeros_where_there_is_nothing_to_copy() -> Result<()> {
+    let input = random(4, 96);
+    let output = Memory::for_elements(96, DType::F32);
+    run("copies", 1, 256, &Memory::from_tensor(&input), &output);
+    let expected: Vec<f64> =
+        values(&input).iter().enumerate().map(|(i, x)| if i % 3 != 2 { *x } else { 0.0 }).collect();
+    assert_eq!(output.values(DType::F32)[..64], expected[..64]);
+    assert!(error(&output.values(DType::F32), &expected) < 1e-6);
     Ok(())
 }
 

@@ -1,0 +1,393 @@
+//! One case in a process of its own: times, CPU time and peak memory as one line of JSON.
+//!
+//! ```text
+//! cargo bench --bench cases -- --case global_layer_forward --reps 5
+//! cargo bench --bench cases -- --list
+//! ```
+//! A fresh process is what makes the peak of the resident memory meaningful; `benches/report/run.py` starts these in
+//! turns with the peers'. Keys of the JSON, the same in `benches/peers/run.py`: `first_s` (the first run, which
+//! pays for fresh pages), `wall_s` and `cpu_s` (each further run), `memory` (growth of the peak of the resident
+//! memory over what was resident before the first run, bytes), `flops` and `bytes` (see `support/work.rs`).
+
+mod support;
+
+use anyhow::{bail, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_sam_lora::nn::{trainable, Mode};
+use candle_sam_lora::ops::{self, composed as ops_composed, Activation};
+use candle_sam_lora::sam::VisionAttention;
+use candle_sam_lora::train::{AdamW, AdamWConfig};
+use clap::{Parser, ValueEnum};
+use serde_json::json;
+use support::models::{self, Adapters, Vit, FROZEN, VIT_B, VIT_H, VIT_L};
+use support::probe::{self, Measurement};
+use support::work::{Pass, Work};
+use support::{candle_sam, composed, normal, Rotating};
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Case {
+    /// x W^T + b, [B H W, C] -> [.., 3C]
+    LinearForward,
+    /// The attention operation alone, global, from packed qkv.
+    AttentionForward,
+    /// As AttentionForward, forward and backward.
+    AttentionTrain,
+    /// Attention layer qkv..proj, global.
+    GlobalLayerForward,
+    /// Attention layer qkv..proj in windows of 14 x 14, partition included.
+    WindowedLayerForward,
+    /// Attention layer with LoRA on q and v, forward and backward down to x, global.
+    GlobalLayerTrain,
+    /// As GlobalLayerTrain, in windows.
+    WindowedLayerTrain,
+    /// The adapted global layer beside the frozen one, in turns.
+    GlobalLayerLora,
+    /// The adapted windowed layer beside the frozen one, in turns.
+    WindowedLayerLora,
+    /// The adapted q, k, v projections beside the frozen ones, in turns.
+    QkvLora,
+    /// The whole image encoder.
+    EncoderForward,
+    /// Forward, backward and AdamW step of the image encoder with LoRA on q and v.
+    EncoderTrainStep,
+    /// The f32 product [4096, 768] x [768, 2304] into memory that is there: the machine's arithmetic.
+    GemmPeak,
+    /// Copy of 256 MiB by all threads: the machine's memory.
+    CopyBandwidth,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Implementation {
+    /// This crate's operations.
+    Ours,
+    /// The same modules written with candle's own operations.
+    Composed,
+    /// candle-transformers' encoder.
+    CandleTransformers,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Model {
+    B,
+    L,
+    H,
+}
+
+#[derive(Parser)]
+#[command(about = "Measures one case and prints it as JSON")]
+struct Args {
+    /// What to measure.
+    #[arg(long)]
+    case: Option<Case>,
+    #[arg(long, default_value = "ours")]
+    implementation: Implementation,
+    #[arg(long, default_value = "b")]
+    model: Model,
+    /// Tokens a side; 64 is an image of 1024 x 1024.
+    #[arg(long, default_value_t = 64)]
+    grid: usize,
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Of the adapters on q and v, where the case has any.
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    /// Of the adapters' input, in the training cases.
+    #[arg(long, default_value_t = 0.1)]
+    dropout: f64,
+    /// f32, bf16 or f16
+    #[arg(long, default_value = "f32")]
+    dtype: String,
+    /// Runs after the first.
+    #[arg(long, default_value_t = 3)]
+    reps: usize,
+    /// Prints the names of the cases.
+    #[arg(long)]
+    list: bool,
+    /// Passed by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> Result<()> {
+    // `cargo bench` starts every benchmark, with criterion's arguments: not for this one.
+    let asked = |argument: String| {
+        ["--case", "--list", "--help", "-h"].iter().any(|name| argument.starts_with(name))
+    };
+    if !std::env::args().any(asked) {
+        return Ok(());
+    }
+    let args = Args::parse();
+    let Some(case) = args.case else {
+        for case in Case::value_variants().iter().filter(|_| args.list) {
+            println!("{}", name(case));
+        }
+        return Ok(());
+    };
+    let device = support::device()?;
+    let dtype: DType = args.dtype.parse()?;
+    let setup = Setup {
+        implementation: args.implementation,
+        vit: match args.model {
+            Model::B => VIT_B,
+            Model::L => VIT_L,
+            Model::H => VIT_H,
+        },
+        grid: args.grid,
+        batch: args.batch,
+        adapters: Adapters { rank: args.rank, dropout: args.dropout },
+        dtype,
+        device: &device,
+        reps: args.reps,
+    };
+    let (measured, work) = setup.measure(case)?;
+    let line = json!({
+        "case": name(&case),
+        "implementation": name(&args.implementation),
+        "config": {
+            "model": setup.vit.name, "grid": args.grid, "batch": args.batch, "rank": args.rank,
+            "dropout": args.dropout, "dtype": args.dtype,
+            "device": std::env::var("CANDLE_SAM_DEVICE").unwrap_or_else(|_| "cpu".into()),
+            "threads": rayon::current_num_threads(),
+        },
+        "first_s": measured.first_s,
+        "wall_s": measured.wall_s,
+        "base_wall_s": measured.base_wall_s,
+        "cpu_s": measured.cpu_s,
+        "memory": measured.memory,
+        "flops": work.flops,
+        "bytes": work.bytes,
+    });
+    println!("{line}");
+    Ok(())
+}
+
+fn name<T: ValueEnum>(value: &T) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+}
+
+struct Setup<'a> {
+    implementation: Implementation,
+    vit: Vit,
+    grid: usize,
+    batch: usize,
+    adapters: Adapters,
+    dtype: DType,
+    device: &'a Device,
+    reps: usize,
+}
+
+impl Setup<'_> {
+    fn measure(&self, case: Case) -> Result<(Measurement, Work)> {
+        let forward = Pass::forward(self.batch, self.grid, self.dtype.size_in_bytes());
+        let train = forward.with_backward();
+        let (vit, rank) = (&self.vit, self.adapters.rank);
+        Ok(match case {
+            Case::LinearForward => (self.linear()?, forward.linear(vit.dim, 3 * vit.dim)),
+            Case::AttentionForward => (self.attention(false)?, forward.attention(vit, false)),
+            Case::AttentionTrain => (self.attention(true)?, train.attention(vit, false)),
+            Case::GlobalLayerForward | Case::WindowedLayerForward => {
+                let windowed = case == Case::WindowedLayerForward;
+                (self.layer_forward(windowed)?, forward.attention_layer(vit, windowed, 0))
+            }
+            Case::GlobalLayerTrain | Case::WindowedLayerTrain => {
+                let windowed = case == Case::WindowedLayerTrain;
+                (self.layer_train(windowed)?, train.attention_layer(vit, windowed, rank))
+            }
+            Case::GlobalLayerLora | Case::WindowedLayerLora => {
+                let windowed = case == Case::WindowedLayerLora;
+                (self.layer_lora(windowed)?, forward.attention_layer(vit, windowed, rank))
+            }
+            Case::QkvLora => (self.qkv_lora()?, forward.qkv(vit.dim, rank)),
+            Case::EncoderForward => (self.encoder_forward()?, forward.encoder(vit, 0)),
+            Case::EncoderTrainStep => (self.encoder_train_step()?, train.encoder(vit, rank)),
+            Case::GemmPeak => probe::gemm_peak(self.reps)?,
+            Case::CopyBandwidth => probe::copy_bandwidth(self.reps)?,
+        })
+    }
+
+    fn run(&self, run: impl FnMut() -> Result<()>) -> Result<Measurement> {
+        probe::measure(self.reps, self.device, run)
+    }
+
+    fn ours(&self) -> Result<bool> {
+        match self.implementation {
+            Implementation::Ours => Ok(true),
+            Implementation::Composed => Ok(false),
+            Implementation::CandleTransformers => {
+                bail!("candle-transformers shows its encoder only")
+            }
+        }
+    }
+
+    fn tokens(&self, channels: usize) -> Result<Tensor> {
+        Ok(normal(&[self.batch, self.grid, self.grid, channels], self.dtype, self.device)?)
+    }
+
+    fn linear(&self) -> Result<Measurement> {
+        let (ours, dim) = (self.ours()?, self.vit.dim);
+        let x = Rotating::new(self.tokens(dim)?)?;
+        let weight = normal(&[3 * dim, dim], self.dtype, self.device)?;
+        let bias = normal(&[3 * dim], self.dtype, self.device)?;
+        let projection = ops::Projection { weight: &weight, bias: Some(&bias), lora: None };
+        self.run(|| {
+            let run = if ours { ops::lora_linear } else { ops_composed::lora_linear };
+            run(x.next(), &projection, Activation::None, None)?;
+            Ok(())
+        })
+    }
+
+    fn attention(&self, train: bool) -> Result<Measurement> {
+        let ours = self.ours()?;
+        let mut qkv = self.tokens(3 * self.vit.dim)?;
+        if train {
+            qkv = Var::from_tensor(&qkv)?.into_inner();
+        }
+        let qkv = Rotating::new(qkv)?;
+        let length = 2 * self.grid - 1;
+        let table = || normal(&[length, self.vit.head_dim()], self.dtype, self.device)? * 0.02;
+        let (rel_pos_h, rel_pos_w) = (table()?, table()?);
+        let config = ops::RelPosAttention {
+            num_heads: self.vit.heads,
+            softmax_scale: (self.vit.head_dim() as f64).powf(-0.5),
+            rel_pos: Some((&rel_pos_h, &rel_pos_w)),
+            window: None,
+            pad: None,
+            dropout: None,
+        };
+        self.run(|| {
+            let out = if ours {
+                ops::rel_pos_attention(qkv.next(), &config)?
+            } else {
+                ops_composed::rel_pos_attention(qkv.next(), &config)?.0
+            };
+            if train {
+                out.sqr()?.mean_all()?.backward()?;
+            }
+            Ok(())
+        })
+    }
+
+    fn layer_forward(&self, windowed: bool) -> Result<Measurement> {
+        let ours = self.ours()?;
+        let attn =
+            models::attention(&self.vit, self.grid, windowed, FROZEN, self.dtype, self.device)?;
+        let x = Rotating::new(self.tokens(self.vit.dim)?)?;
+        self.run(|| {
+            if ours {
+                attn.forward(x.next(), Mode::Eval)?;
+            } else {
+                composed::attention(&attn, x.next(), Mode::Eval)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn layer_train(&self, windowed: bool) -> Result<Measurement> {
+        let ours = self.ours()?;
+        let (vit, grid) = (&self.vit, self.grid);
+        let attn = models::attention(vit, grid, windowed, self.adapters, self.dtype, self.device)?;
+        let x = Rotating::new(Var::from_tensor(&self.tokens(vit.dim)?)?.into_inner())?;
+        let mut seed = 0;
+        self.run(|| {
+            seed += 1;
+            let mode = Mode::Train { seed };
+            let out = if ours {
+                attn.forward(x.next(), mode)?
+            } else {
+                composed::attention(&attn, x.next(), mode)?
+            };
+            out.sqr()?.mean_all()?.backward()?;
+            Ok(())
+        })
+    }
+
+    fn layer_lora(&self, windowed: bool) -> Result<Measurement> {
+        let layer = |adapters| {
+            models::attention(&self.vit, self.grid, windowed, adapters, self.dtype, self.device)
+        };
+        let (adapted, frozen) = (layer(self.adapters)?, layer(FROZEN)?);
+        let x = self.tokens(self.vit.dim)?;
+        self.in_turns(
+            || Ok(adapted.forward(&x, Mode::Eval)?),
+            || Ok(frozen.forward(&x, Mode::Eval)?),
+        )
+    }
+
+    fn qkv_lora(&self) -> Result<Measurement> {
+        let layer = |adapters| {
+            models::attention(&self.vit, self.grid, false, adapters, self.dtype, self.device)
+        };
+        let (adapted, frozen) = (layer(self.adapters)?, layer(FROZEN)?);
+        let x = self.tokens(self.vit.dim)?;
+        let project = |attn: &candle_sam_lora::sam::SamVisionAttentionSplit| {
+            let parts = [&attn.q, &attn.k, &attn.v].map(|part| part.projection(Mode::Eval));
+            let [Some(q), Some(k), Some(v)] = parts else { bail!("LoRA is a projection") };
+            Ok(ops::lora_qkv(&x, &[q, k, v])?)
+        };
+        self.in_turns(|| project(&adapted), || project(&frozen))
+    }
+
+    /// The adapted beside the frozen one.
+    fn in_turns(
+        &self,
+        adapted: impl Fn() -> Result<Tensor>,
+        frozen: impl Fn() -> Result<Tensor>,
+    ) -> Result<Measurement> {
+        if !self.ours()? {
+            bail!("a ratio within this crate has no other implementation")
+        }
+        probe::measure_in_turns(
+            self.reps,
+            self.device,
+            || adapted().map(drop),
+            || frozen().map(drop),
+        )
+    }
+
+    fn pixels(&self) -> Result<Tensor> {
+        let side = 16 * self.grid;
+        Ok(normal(&[self.batch, 3, side, side], self.dtype, self.device)?)
+    }
+
+    fn encoder_forward(&self) -> Result<Measurement> {
+        let pixels = self.pixels()?;
+        if self.implementation == Implementation::CandleTransformers {
+            let encoder = candle_sam::encoder(&self.vit, self.grid, self.dtype, self.device)?;
+            return self.run(|| encoder.forward(&pixels).map(drop).map_err(Into::into));
+        }
+        let ours = self.ours()?;
+        let config = self.vit.config(self.grid);
+        let encoder = models::encoder(&config, FROZEN, self.dtype, self.device)?;
+        self.run(|| {
+            if ours {
+                encoder.forward(&pixels, Mode::Eval)?;
+            } else {
+                composed::encoder(&encoder, &pixels, Mode::Eval)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn encoder_train_step(&self) -> Result<Measurement> {
+        let ours = self.ours()?;
+        let pixels = self.pixels()?;
+        let config = self.vit.config(self.grid);
+        let encoder = models::encoder(&config, self.adapters, self.dtype, self.device)?;
+        let mut optimizer = AdamW::new(trainable(&encoder)?, AdamWConfig::default())?;
+        let mut seed = 0;
+        self.run(|| {
+            seed += 1;
+            let mode = Mode::Train { seed };
+            let out = if ours {
+                encoder.forward(&pixels, mode)?
+            } else {
+                composed::encoder(&encoder, &pixels, mode)?
+            };
+            let gradients = out.to_dtype(DType::F32)?.sqr()?.mean_all()?.backward()?;
+            optimizer.step(&gradients)?;
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,125 @@
+"""What is compared, with whom, and which ratio is asked for.
+
+A bar on time is against the fastest of the peers at their best: with the allocator told to keep freed pages. A bar on
+memory is against one named peer with the default allocator, the state everybody's machine is in.
+"""
+
+from dataclasses import dataclass, field
+
+DEFAULT, KEPT = "default", "kept"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One implementation under one allocator. `program`: `candle` is cases.rs, `pytorch` is peers/run.py."""
+
+    program: str
+    implementation: str
+    allocator: str = DEFAULT
+    options: tuple = ()
+
+    @property
+    def name(self):
+        options = "".join(f" {key}={value}" for key, value in self.options)
+        return f"{self.program} {self.implementation}{options} ({self.allocator})"
+
+
+@dataclass
+class Comparison:
+    case: str
+    options: dict = field(default_factory=dict)
+    # Other Configs than ours; the report adds ours under both allocators.
+    peers: list = field(default_factory=list)
+    # peer / ours, at least.
+    time_bar: float | None = None
+    memory_bar: tuple | None = None  # (ratio, Config of the peer)
+    # Runs after the first in a process, and processes: --quick, else.
+    reps: tuple = (3, 5)
+    rounds: tuple = (1, 3)
+    # Peers too slow for --quick.
+    slow: tuple = ()
+
+    @property
+    def name(self):
+        options = "".join(f" {key}={value}" for key, value in self.options.items())
+        return self.case + options
+
+
+def both(program, implementation):
+    return [Config(program, implementation, DEFAULT), Config(program, implementation, KEPT)]
+
+
+EAGER, SDPA = both("pytorch", "eager"), both("pytorch", "sdpa")
+COMPOSED, CANDLE_SAM = both("candle", "composed"), both("candle", "candle-transformers")
+# Not SAM: what SDPA would take if there were no relative positions. Never the peer of a bar.
+BOUND = Config("pytorch", "sdpa_without_bias", KEPT)
+
+BARS = [
+    Comparison("linear_forward", peers=[*COMPOSED, *EAGER], reps=(10, 20)),
+    Comparison(
+        "global_layer_forward",
+        peers=[*EAGER, *SDPA, BOUND, *COMPOSED],
+        time_bar=2.2,
+        memory_bar=(8.0, SDPA[0]),
+    ),
+    Comparison("windowed_layer_forward", peers=[*EAGER, *SDPA, BOUND, *COMPOSED], time_bar=2.0, reps=(5, 10)),
+    Comparison(
+        "global_layer_train",
+        peers=[*EAGER, *SDPA, BOUND, *COMPOSED],
+        time_bar=2.2,
+        memory_bar=(8.0, SDPA[0]),
+        reps=(2, 3),
+        slow=(COMPOSED[0],),
+    ),
+    Comparison("windowed_layer_train", peers=[EAGER[1], SDPA[1], COMPOSED[1]], reps=(2, 5)),
+    Comparison(
+        "encoder_forward",
+        peers=[*EAGER, *SDPA, BOUND, *CANDLE_SAM],
+        time_bar=2.0,
+        memory_bar=(3.0, SDPA[0]),
+        reps=(1, 2),
+        slow=(EAGER[0], CANDLE_SAM[0], BOUND),
+    ),
+    Comparison(
+        "encoder_train_step",
+        peers=[*EAGER, *SDPA],
+        time_bar=2.0,
+        memory_bar=(3.0, SDPA[0]),
+        reps=(1, 2),
+        slow=(EAGER[0],),
+    ),
+]
+
+# Ratios within this crate: adapted over frozen, at most.
+LORA_BAR = 1.05
+LORA = [
+    Comparison("global_layer_lora", reps=(7, 15)),
+    Comparison("windowed_layer_lora", reps=(15, 30)),
+    Comparison("qkv_lora", reps=(15, 30)),
+    Comparison("qkv_lora", {"rank": 4}, reps=(15, 30)),
+    Comparison("qkv_lora", {"rank": 64}, reps=(15, 30)),
+    Comparison("windowed_layer_lora", {"rank": 4}, reps=(15, 30)),
+    Comparison("windowed_layer_lora", {"rank": 64}, reps=(15, 30)),
+]
+
+# Our f32 over our bf16, at least.
+BF16_BAR = 1.3
+BF16 = Comparison(
+    "encoder_forward", {"dtype": "bf16"}, peers=[Config("pytorch", "sdpa", KEPT)], reps=(1, 2), slow=(SDPA[1],)
+)
+
+PROBES = [Comparison("gemm_peak", reps=(20, 50)), Comparison("copy_bandwidth", reps=(5, 20))]
+
+# For the plots.
+SWEEPS = [
+    *(Comparison("global_layer_forward", {"grid": grid}, peers=SDPA, rounds=(1, 2)) for grid in (16, 32, 48)),
+    *(
+        Comparison("global_layer_forward", {"grid": 32, "batch": batch}, peers=[SDPA[1]], rounds=(1, 2))
+        for batch in (2, 4)
+    ),
+]
+
+ALL = [*PROBES, *BARS, BF16, *LORA, *SWEEPS]
+
+# On a GPU: no page faults of the host, but more peers.
+CUDA_PEERS = [Config("pytorch", name) for name in ("eager", "sdpa", "sdpa_without_bias", "flex", "triton")]

@@ -1,0 +1,190 @@
+"""docs/performance.md and its plots, from a results file: `python benches/report/document.py RESULTS.json`."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "candle-sam-lora"  # the same file from the same numbers
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {"ours": "#c0392b", "sdpa (kept)": "#2471a3", "sdpa (default)": "#85929e"}
+
+
+def number(value):
+    if value is None:
+        return ""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def table(rows):
+    """Rows as a Markdown table."""
+    header = ["case", "metric", "unit", "ours", "peer", "", "ratio", "spread", "bar", "holds"]
+    lines = [header, ["---"] * len(header)]
+    for r in rows:
+        spread = " / ".join("" if s is None else f"{s:.0%}" for s in r["spread"].values())
+        bar = "" if r["bar"] is None else ("<= " if r["metric"] == "lora overhead" else ">= ") + f"{r['bar']:g}"
+        holds = {None: "", True: "yes", False: "**no**"}[r["holds"]]
+        cells = [r["case"], r["metric"], r["unit"], number(r["ours"]), number(r["peer"]), r["peer_name"]]
+        lines.append([*cells, number(r["ratio"]), spread, bar, holds])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def points(results, config, options, value):
+    """[(x, value)] of the runs of one configuration; `options(config)` gives x, or none where a run is not meant."""
+    found = {}
+    for run in results["runs"]:
+        x = options(run["comparison"], run["measured"]["config"])
+        if run["config"] == config and x is not None:
+            y = value(run["measured"])
+            if y is not None:
+                found.setdefault(x, []).append(y)
+    return sorted((x, median(ys)) for x, ys in found.items())
+
+
+def time_of(measured):
+    return median(measured["wall_s"] or [measured["first_s"]])
+
+
+def memory_of(measured):
+    return measured["memory"] / 2**20 if measured.get("memory") else None
+
+
+def of_layer(name, x):
+    """x of the global layer's runs that differ in nothing but it."""
+
+    def options(comparison, config):
+        fixed = config["dtype"] == "f32" and (config["batch"] == 1 if x == "grid" else config["grid"] == 32)
+        return config[x] if comparison.split()[0] == name and fixed else None
+
+    return options
+
+
+def plot(path, title, x_label, y_label, lines, log=True):
+    """False where there are no two points to connect."""
+    lines = [(label, xy) for label, xy in lines if len(xy) > 1]
+    if not lines:
+        return False
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, xy in lines:
+        colour = COLOURS.get(label.removeprefix("PyTorch "))
+        axes.plot(*zip(*xy), marker="o", label=label, color=colour)
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    ticks = sorted({x for _, xy in lines for x, _ in xy})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True
+
+
+def plots(results, folder):
+    """[(file, caption)]"""
+    ours, kept, default = "candle ours (default)", "pytorch sdpa (kept)", "pytorch sdpa (default)"
+    layer = "global_layer_forward"
+    made = []
+
+    def curves(x, value, configs):
+        return [(label, points(results, config, of_layer(layer, x), value)) for label, config in configs]
+
+    fast = [("ours", ours), ("PyTorch sdpa (kept)", kept), ("PyTorch sdpa (default)", default)]
+    name, caption = "time-grid.svg", "Time of the global attention layer, forward, against the side of the grid"
+    if plot(folder / name, caption, "tokens a side", "s", curves("grid", time_of, fast)):
+        made.append((name, caption))
+    name, caption = "time-batch.svg", "Time of the global attention layer on a 32 x 32 grid against the batch"
+    if plot(folder / name, caption, "images", "s", curves("batch", time_of, fast[:2])):
+        made.append((name, caption))
+    name, caption = "memory-tokens.svg", "Memory of the global attention layer, forward, against the tokens N"
+    squared = [(label, [(x * x, y) for x, y in xy]) for label, xy in curves("grid", memory_of, [fast[0], fast[2]])]
+    if plot(folder / name, caption, "N", "MiB, growth of the peak", squared):
+        made.append((name, caption))
+
+    def overhead(measured):
+        return median(a / f for a, f in zip(measured["wall_s"], measured["base_wall_s"]))
+
+    def rank_of(case):
+        return lambda comparison, config: config["rank"] if comparison.split()[0] == case else None
+
+    labels = [("q, k, v projections alone", "qkv_lora"), ("windowed layer", "windowed_layer_lora")]
+    lines = [(label, points(results, ours, rank_of(case), overhead)) for label, case in labels]
+    name, caption = "lora-rank.svg", "Forward with LoRA on q and v over the frozen forward, against the rank"
+    if plot(folder / name, caption, "rank", "ratio", lines, log=False):
+        made.append((name, caption))
+    return made
+
+
+INTRODUCTION = """# Performance
+
+Written by `benches/report` from `{source}`; do not edit. Made by
+
+    {command}
+
+on {date} at commit `{commit}`, in {seconds} s.
+
+{machine}
+
+{versions}
+
+Every measurement is a process of its own. *kept* is glibc told to keep freed pages (`MALLOC_MMAP_MAX_=0
+MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864`): on many machines mapping and unmapping an N x N tensor
+costs as much as computing it, so programs that have such tensors gain by it, at the price of memory. Times are medians
+of the runs after the first. Memory is the growth of the peak of the resident memory over what was resident before the
+first run. The bars on time are against the fastest peer with the keeping allocator; those on memory against the
+default one. Training cases: LoRA of rank 16 on q and v with dropout 0.1; the step of the encoder includes AdamW, on
+both sides. *candle composed* is this crate's modules written with candle's own operations, its matrix products already
+sped up by the AVX-512 feature that this crate switches on for candle. *sdpa_without_bias* has no relative positions: it
+computes something else, and bounds what SDPA could do.
+
+Each row's ratio is peer / ours for time and memory, the share of the machine's best for GFLOP/s and GB/s, and adapted /
+frozen for the LoRA overhead. The work behind GFLOP/s is what the formulas need: recomputation is not counted. Spread is the
+interquartile range over the median, ours / peer. `/kept` after a case: our process under the keeping allocator too.
+"""
+
+
+def write(results, source, path):
+    """The document at `path`, its plots in a folder beside it of the same name."""
+    head = results["head"]
+    facts = lambda group: ", ".join(f"{key} {value}" for key, value in group.items())
+    folder = path.with_suffix("")
+    source = Path(source).resolve()
+    relative = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
+    parts = [
+        INTRODUCTION.format(
+            source=relative,
+            command=head["command"],
+            date=head["date"],
+            commit=head["commit"],
+            seconds=head["seconds"],
+            machine="Machine: " + facts(head["machine"]) + ".",
+            versions="Versions: " + facts(head["versions"]) + ".",
+        )
+    ]
+    disturbed = [run["others"] for run in results["runs"] if run["others"] is not None and run["others"] > 0.06]
+    if disturbed:
+        parts.append(
+            f"**Other processes took more than 6 % of the CPUs during {len(disturbed)} of {len(results['runs'])} "
+            "processes: these numbers are not to be relied on.**\n"
+        )
+    rows = results["rows"]
+    parts.append("## Bars\n\n" + table([row for row in rows if row["bar"] is not None]) + "\n")
+    for name, caption in plots(results, folder):
+        parts.append(f"![{caption}]({folder.name}/{name})\n")
+    parts.append("## Everything measured\n\n" + table(rows) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    write(json.loads(Path(sys.argv[1]).read_text()), sys.argv[1], ROOT / "docs/performance.md")

@@ -1,0 +1,147 @@
+"""From runs to rows `{case, metric, unit, ours, peer, peer_name, ratio, spread, bar, holds}`.
+
+    time      peer / ours                     of the medians; bar: at least, against the fastest kept peer
+    memory    peer / ours                     bar: at least, against the named peer with the default allocator
+    lora      adapted / frozen                median of the ratios of neighbouring runs; bar: at most
+    bf16      our f32 / our bf16              bar: at least
+    limit     ours / the machine's best       GFLOP/s over the GEMM's, GB/s over the copy's; no bar
+
+`spread` is (q75 - q25) / median of each side's runs; of a side with less than three runs, (max - min) / median.
+A case measured with our process under the keeping allocator has "/kept" after its name; its bars are the same.
+"""
+
+from statistics import median, quantiles
+
+import comparisons
+from comparisons import DEFAULT, KEPT, Config
+
+MIB = 2**20
+
+
+class Samples:
+    """All runs of one configuration of one comparison."""
+
+    def __init__(self, runs):
+        measured = [run["measured"] for run in runs]
+        self.wall = [s for m in measured for s in (m["wall_s"] or [m["first_s"]])]
+        self.base = [s for m in measured for s in m.get("base_wall_s", [])]
+        self.memory = [m["memory"] / MIB for m in measured if m.get("memory") is not None]
+        self.flops, self.bytes = measured[0].get("flops"), measured[0].get("bytes")
+        self.time = median(self.wall)
+
+
+def spread(values):
+    if len(values) < 2 or median(values) == 0:
+        return None
+    if len(values) < 3:
+        return round((max(values) - min(values)) / median(values), 3)
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return round((high - low) / median(values), 3)
+
+
+def row(case, metric, unit, ours, peer, peer_name, ratio, spreads, bar=None, holds=None):
+    number = lambda value: None if value is None else float(f"{value:.4g}")
+    return {
+        "case": case,
+        "metric": metric,
+        "unit": unit,
+        "ours": number(ours),
+        "peer": number(peer),
+        "peer_name": peer_name,
+        "ratio": number(ratio),
+        "spread": dict(zip(("ours", "peer"), spreads)),
+        "bar": bar,
+        "holds": holds,
+    }
+
+
+def rows_of(runs):
+    samples = {}
+    for run in runs:
+        samples.setdefault((run["comparison"], run["config"]), []).append(run)
+    samples = {key: Samples(group) for key, group in samples.items()}
+    rows = []
+    for comparison in comparisons.ALL:
+        of_case = {config: s for (name, config), s in samples.items() if name == comparison.name}
+        if not of_case:
+            continue
+        if comparison in comparisons.LORA:
+            rows += lora_rows(comparison, of_case)
+            continue
+        for allocator in (DEFAULT, KEPT):
+            ours = of_case.get(Config("candle", "ours", allocator).name)
+            if ours is not None:
+                suffix = "/kept" if allocator == KEPT else ""
+                rows += time_rows(comparison, suffix, ours, of_case)
+                rows += memory_rows(comparison, suffix, ours, of_case) if allocator == DEFAULT else []
+                rows += limit_rows(comparison, suffix, ours, samples)
+                if comparison is comparisons.BF16:
+                    rows += bf16_rows(comparison, suffix, ours, samples, allocator)
+    return rows
+
+
+def others(of_case):
+    return {name: s for name, s in of_case.items() if not name.startswith("candle ours")}
+
+
+def time_rows(comparison, suffix, ours, of_case):
+    peers = others(of_case)
+    best = [n for n in peers if n.endswith(f"({KEPT})") and "without_bias" not in n]
+    best = min(best, key=lambda name: peers[name].time, default=None)
+    for name, peer in peers.items():
+        ratio = peer.time / ours.time
+        bar = comparison.time_bar if name == best else None
+        holds = None if bar is None else ratio >= bar
+        spreads = (spread(ours.wall), spread(peer.wall))
+        yield row(comparison.name + suffix, "time", "s", ours.time, peer.time, name, ratio, spreads, bar, holds)
+
+
+def memory_rows(comparison, suffix, ours, of_case):
+    bar, barred = comparison.memory_bar or (None, None)
+    for name, peer in others(of_case).items():
+        if not (ours.memory and peer.memory and name.endswith(f"({DEFAULT})")):
+            continue
+        mine, theirs = max(ours.memory), max(peer.memory)
+        asked = bar if barred is not None and name == barred.name else None
+        ratio = theirs / max(mine, 1e-3)
+        holds = None if asked is None else ratio >= asked
+        spreads = (spread(ours.memory), spread(peer.memory))
+        yield row(comparison.name + suffix, "memory", "MiB", mine, theirs, name, ratio, spreads, asked, holds)
+
+
+def limit_rows(comparison, suffix, ours, samples):
+    best = lambda probe: samples.get((probe, "candle ours (default)"))
+    gemm, copy = best("gemm_peak"), best("copy_bandwidth")
+    if comparison in comparisons.PROBES:
+        return
+    for metric, unit, work, probe in (("flops", "GFLOP/s", "flops", gemm), ("bandwidth", "GB/s", "bytes", copy)):
+        if probe is not None and getattr(ours, work):
+            rate = getattr(ours, work) / ours.time / 1e9
+            peak = getattr(probe, work) / min(probe.wall) / 1e9
+            spreads = (spread(ours.wall), spread(probe.wall))
+            yield row(comparison.name + suffix, metric, unit, rate, peak, "the machine's best", rate / peak, spreads)
+
+
+def bf16_rows(comparison, suffix, ours, samples, allocator):
+    f32 = samples.get(("encoder_forward", Config("candle", "ours", allocator).name))
+    if f32 is not None:
+        ratio, bar = f32.time / ours.time, comparisons.BF16_BAR
+        spreads = (spread(ours.wall), spread(f32.wall))
+        name = f"candle ours f32 ({allocator})"
+        yield row(
+            comparison.name + suffix, "time", "s", ours.time, f32.time, name, ratio, spreads, bar, ratio >= bar
+        )
+
+
+def lora_rows(comparison, of_case):
+    for adapted in of_case.values():
+        ratio = median(a / f for a, f in zip(adapted.wall, adapted.base))
+        # The bar is on the layers; the projections alone are shown for what they are, other ranks for the plot.
+        barred = comparison.case != "qkv_lora" and not comparison.options
+        bar = comparisons.LORA_BAR if barred else None
+        holds = None if bar is None else ratio <= bar
+        spreads = (spread(adapted.wall), spread(adapted.base))
+        frozen = median(adapted.base)
+        yield row(
+            comparison.name, "lora overhead", "s", adapted.time, frozen, "candle ours, frozen", ratio, spreads, bar, holds
+        )

@@ -1,0 +1,207 @@
+"""Runs this crate and its peers in turns, joins the measurements into ratios, writes the results and the document.
+
+    python -m venv venv && venv/bin/pip install -r benches/peers/requirements.txt
+    venv/bin/python benches/report/run.py --out benches/results/cpu.json            an hour
+    venv/bin/python benches/report/run.py --quick --out benches/results/cpu.json    ten minutes
+
+Every measurement is a fresh process. Each implementation runs under glibc's default allocator and under one that
+keeps freed pages (`kept`), because mapping and unmapping large tensors can cost as much as the arithmetic. `--cases`
+restricts to the cases whose name contains one of the words. The machine should be idle: the share of the CPUs that other
+processes took is recorded for each process and a warning printed above 6 %.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import comparisons
+import document
+from comparisons import DEFAULT, KEPT, Config
+from rows import rows_of
+
+ROOT = Path(__file__).resolve().parents[2]
+KEEP_PAGES = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def output(*command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def build():
+    """The path of our case runner."""
+    command = ["cargo", "bench", "--bench", "cases", "--features", "candle-transformers", "--no-run", "--message-format=json"]
+    if os.environ.get("CARGO_FEATURES"):
+        command += ["--features", os.environ["CARGO_FEATURES"]]
+    lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    messages = (json.loads(line) for line in lines if line.startswith("{"))
+    paths = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "cases"]
+    return paths[-1]
+
+
+def busy_seconds():
+    """CPU time of the whole machine; none where the system does not tell."""
+    try:
+        fields = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    except OSError:
+        return None
+    # user, nice, system, irq, softirq, steal
+    return sum(fields[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
+
+
+def children_seconds():
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+class Runner:
+    def __init__(self, args):
+        self.args, self.executable = args, build()
+
+    def command(self, comparison, config, reps):
+        if config.program == "candle":
+            command = [self.executable]
+        else:
+            command = [sys.executable, str(ROOT / "benches/peers/run.py"), "--device", self.args.device]
+        options = {"reps": reps, **comparison.options, **dict(config.options)}
+        if self.args.grid is not None:
+            options["grid"] = self.args.grid
+        command += ["--case", comparison.case, "--implementation", config.implementation]
+        return command + [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+    def run(self, comparison, config, reps):
+        """One process; the keys it printed, and what is known of it from outside."""
+        threads = str(self.args.threads)
+        environment = dict(os.environ, CANDLE_SAM_DEVICE=self.args.device)
+        environment |= {key: threads for key in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        if config.allocator == KEPT:
+            environment |= KEEP_PAGES
+        busy, children, start = busy_seconds(), children_seconds(), time.monotonic()
+        command = self.command(comparison, config, reps)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"  {config.name}: failed: {reason}", flush=True)
+            return None
+        measured = json.loads(done.stdout.strip().splitlines()[-1])
+        seconds = time.monotonic() - start
+        others = None
+        if busy is not None:
+            ours = children_seconds() - children
+            others = max(0.0, busy_seconds() - busy - ours) / seconds / os.cpu_count()
+        run = {"comparison": comparison.name, "config": config.name, "others": others, "measured": measured}
+        wall = measured["wall_s"] or [measured["first_s"]]
+        memory = measured.get("memory")
+        print(
+            f"  {config.name:44} {sorted(wall)[len(wall) // 2]:9.4f} s"
+            + (f" {memory / 2**20:8.0f} MiB" if memory is not None else "")
+            + (f"   warning: other processes took {others:.0%}" if others and others > 0.06 else ""),
+            flush=True,
+        )
+        return run
+
+    def compare(self, comparison):
+        """All implementations in turns."""
+        slowness = 0 if self.args.quick else 1
+        reps, rounds = comparison.reps[slowness], comparison.rounds[slowness]
+        if self.args.reps is not None:
+            reps, rounds = self.args.reps, 1
+        runs = []
+        print(f"{comparison.name} ({rounds} x {reps})", flush=True)
+        for _ in range(rounds):
+            for config in self.configs(comparison):
+                if run := self.run(comparison, config, reps):
+                    runs.append(run)
+        return runs
+
+    def configs(self, comparison):
+        if self.args.device != "cpu":
+            peers = comparisons.CUDA_PEERS if comparison.peers else []
+            return [Config("candle", "ours"), *peers]
+        skipped = comparison.slow if self.args.quick else ()
+        peers = [peer for peer in comparison.peers if peer not in skipped]
+        if comparison in comparisons.PROBES:
+            peers = [Config("pytorch", "eager")] if comparison.case == "gemm_peak" else []
+            return [Config("candle", "ours"), *peers]
+        if comparison in comparisons.LORA or comparison in comparisons.SWEEPS:
+            return [Config("candle", "ours"), *peers]
+        return [Config("candle", "ours", DEFAULT), *peers, Config("candle", "ours", KEPT)]
+
+
+def head(args):
+    """Where and with what."""
+    cpu = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        field = lambda name: next(line.split(":")[1].strip() for line in lines if line.startswith(name))
+        flags = field("flags").split()
+        wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+        cpu = f"{field('model name')} family {field('cpu family')} model {field('model')} ({', '.join(wide)})"
+    except (OSError, StopIteration):
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": args.threads, "memory_gib": round(memory, 1)}
+    machine |= {"system": platform.platform(), "load_before": os.getloadavg()[0]}
+    if args.device != "cpu":
+        machine["gpu"] = output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    lock = (ROOT / "Cargo.lock").read_text().split("[[package]]")
+    locked = lambda name: next(p.split('version = "')[1].split('"')[0] for p in lock if f'name = "{name}"\n' in p)
+    crates = ("candle-sam-lora", "candle-core", "candle-transformers", "gemm")
+    packages = ("torch", "transformers", "peft")
+    versions = {name: locked(name) for name in crates} | {name: version(name) for name in packages}
+    versions |= {"rustc": output("rustc", "--version"), "python": platform.python_version()}
+    written = ("docs/performance", "benches/results")
+    status = output("git", "status", "--porcelain").splitlines()
+    changed = [line for line in status if not line.split()[-1].startswith(written)]
+    return {
+        "machine": machine,
+        "versions": versions,
+        "commit": output("git", "rev-parse", "HEAD") + (" with changes" if changed else ""),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benches/report/run.py", *sys.argv[1:]]),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benches/results/cpu.json")
+    parser.add_argument("--quick", action="store_true", help="one process each, few repetitions")
+    parser.add_argument("--cases", nargs="*", help="only the cases that contain one of these words")
+    parser.add_argument("--reps", type=int, help="repetitions, in one process each")
+    parser.add_argument("--grid", type=int, help="all cases on small grids, say 8: to see that everything runs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs/performance.md")
+    args = parser.parse_args()
+    wanted = [c for c in comparisons.ALL if not args.cases or any(word in c.name for word in args.cases)]
+    if not wanted:
+        parser.error("no case has such a name")
+    runner, before, start = Runner(args), head(args), time.monotonic()
+    runs = [run for comparison in wanted for run in runner.compare(comparison)]
+    before["seconds"] = round(time.monotonic() - start)
+    rows = rows_of(runs)
+    if args.grid is not None:
+        # The bars are for the cases' own shapes.
+        rows = [row | {"bar": None, "holds": None} for row in rows]
+    results = {"head": before, "rows": rows, "runs": runs}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    document.write(results, args.out, args.document)
+    missed = [row for row in results["rows"] if row["holds"] is False]
+    print(document.table(results["rows"]))
+    print(f"{args.out}, {args.document}: {len(missed)} bars missed, {before['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+//! SAM's three encoders and their layers, with random weights and LoRA on q and v.
+
+use candle_core::{DType, Device, Var};
+use candle_sam_lora::lora::{inject, LoraConfig};
+use candle_sam_lora::nn::{randomize, ModuleTree, NodeMut};
+use candle_sam_lora::sam::{
+    AttentionKind, LayerContext, SamVisionAttentionSplit, SamVisionConfig, SamVisionEncoder,
+};
+use candle_sam_lora::Result;
+
+/// Side of the windows.
+pub const WINDOW: usize = 14;
+
+/// One of SAM's image encoders.
+#[derive(Clone, Copy, Debug)]
+pub struct Vit {
+    pub name: &'static str,
+    pub dim: usize,
+    pub heads: usize,
+    pub depth: usize,
+    pub global: [usize; 4],
+}
+
+pub const VIT_B: Vit = Vit { name: "vit_b", dim: 768, heads: 12, depth: 12, global: [2, 5, 8, 11] };
+pub const VIT_L: Vit =
+    Vit { name: "vit_l", dim: 1024, heads: 16, depth: 24, global: [5, 11, 17, 23] };
+pub const VIT_H: Vit =
+    Vit { name: "vit_h", dim: 1280, heads: 16, depth: 32, global: [7, 15, 23, 31] };
+
+impl Vit {
+    pub fn head_dim(&self) -> usize {
+        self.dim / self.heads
+    }
+
+    /// The configuration for images of `grid` patches a side.
+    pub fn config(&self, grid: usize) -> SamVisionConfig {
+        SamVisionConfig {
+            hidden_size: self.dim,
+            num_hidden_layers: self.depth,
+            num_attention_heads: self.heads,
+            image_size: 16 * grid,
+            window_size: WINDOW,
+            global_attn_indexes: self.global.to_vec(),
+            ..SamVisionConfig::default()
+        }
+    }
+}
+
+/// LoRA on q and v; rank 0 is none.
+#[derive(Clone, Copy, Debug)]
+pub struct Adapters {
+    pub rank: usize,
+    pub dropout: f64,
+}
+
+/// Without adapters.
+pub const FROZEN: Adapters = Adapters { rank: 0, dropout: 0.0 };
+
+/// A layer's attention, qkv to proj.
+pub fn attention(
+    vit: &Vit,
+    grid: usize,
+    windowed: bool,
+    adapters: Adapters,
+    dtype: DType,
+    device: &Device,
+) -> Result<SamVisionAttentionSplit> {
+    let config = vit.config(grid);
+    let index = if windowed { 0 } else { vit.global[0] };
+    let name = format!("vision_encoder.layers.{index}.attn");
+    let layer = LayerContext { config: &config, index, name, dtype, device };
+    let mut attention = SamVisionAttentionSplit::new(&layer)?;
+    fill(&mut attention, adapters)?;
+    Ok(attention)
+}
+
+/// A whole image encoder.
+pub fn encoder(
+    config: &SamVisionConfig,
+    adapters: Adapters,
+    dtype: DType,
+    device: &Device,
+) -> Result<SamVisionEncoder> {
+    let mut encoder = SamVisionEncoder::new(config, AttentionKind::Split, dtype, device)?;
+    fill(&mut encoder, adapters)?;
+    Ok(encoder)
+}
+
+/// Random weights, and adapters whose B is random too: zeros would spare every gradient of A.
+fn fill(module: &mut dyn ModuleTree, adapters: Adapters) -> Result<()> {
+    randomize(module, 0, 0.02)?;
+    if adapters.rank == 0 {
+        return Ok(());
+    }
+    let config = LoraConfig::new(adapters.rank)
+        .alpha(2.0 * adapters.rank as f64)
+        .dropout(adapters.dropout)
+        .target_modules(["q", "v"]);
+    inject(module, &config, 0)?;
+    module.visit_mut("", &mut |name, node| {
+        if let (true, NodeMut::Parameter(b)) = (name.ends_with("lora_B.weight"), node) {
+            let random = b.randn_like(0.0, 0.02)?;
+            *b = Var::from_tensor(&random)?.into_inner();
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,287 @@
+// The backward of rel_pos_attention, first pass, by queries: dq, and the gradients of the tables.
+//
+//   P = exp(S - lse)   dP = dropout(dO V^T)   dS = P (dP - delta)   delta_n = dO_n . O_n
+//   drel_h[n, y] = sum_x dS[n, (y, x)]        drel_w[n, x] = sum_y dS[n, (y, x)]
+//   dq_n = softmax_scale sum_m dS[n, m] k_m + sum_y drel_h[n, y] Rh[y_n - y + side_h - 1] + the same for w
+//   dRh[r] = sum_n drel_h[n, y_n - r + side_h - 1] q_n, the same for w
+//
+// Tiles as in the forward; drel_w stays in registers for a stripe, as rel_w does, drel_h is a row sum. A block takes
+// every gridDim.x-th block of queries and adds the tables' gradients up in its own part of `table_partials`, which
+// sum_partials.cu sums in order: no atomics, the same bits every time. For the second pass it leaves delta and the
+// biases (rel_h minus lse, and rel_w, in base 2).
+#pragma once
+#include "rel_pos_attention.cuh"
+
+// Behind the forward's storage: rel_h, rel_w, drel_h. drel_w replaces rel_w stripe by stripe; drel_h replaces rel_h row
+// by row, if there is but one stripe.
+template <class Tile> struct BiasGradients {
+    Biases<Tile> bias;
+    float* dh;
+
+    __device__ __forceinline__ BiasGradients(const RelPosAttentionShape& s, float* memory) : bias(s, memory) {
+        dh = s.side_w <= Tile::kCols ? bias.h : bias.w + Tile::kQueries * bias.stride_w;
+    }
+    // The gradient of number i of the list for a query of the block.
+    __device__ __forceinline__ float at(const TableRows& list, uint32_t row, Token query, uint32_t i) const {
+        float gradient = 0.0f;
+        list.key_of(i, query, [&](bool is_h, uint32_t k) { gradient = is_h ? dh[row * bias.stride_h + k] : bias.w[row * bias.stride_w + k]; });
+        return gradient;
+    }
+};
+
+// For the key pass: the biases of this warp's queries that exist, lse taken off rel_h here and there.
+template <class Tile>
+__device__ __forceinline__ void write_biases(
+    const Biases<Tile>& bias, const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first, const float* lse, float* to) {
+    const uint32_t pad_h = ceil_div(s.side_h, 8u) * 8, pad_w = ceil_div(s.side_w, 8u) * 8, pitch = pad_h + pad_w;
+    const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    for (uint32_t row = 16 * warp; row < 16 * warp + 16 && first + row < unit.queries(); ++row) {
+        const uint64_t query = unit.first_row() + first + row;
+        const float shift = lse[query] * kLog2e;
+        for (uint32_t y = lane; y < pad_h; y += kWarp) {
+            const float value = y < s.side_h ? bias.h[row * bias.stride_h + y] - shift : -INFINITY;
+            if (y < s.side_h) bias.h[row * bias.stride_h + y] = value;
+            to[query * pitch + y] = value;
+        }
+        for (uint32_t x = lane; x < pad_w; x += kWarp)
+            to[query * pitch + pad_h + x] = x < s.side_w ? bias.w[row * bias.stride_w + x] : -INFINITY;
+    }
+    __syncwarp();
+}
+
+// dq += drel R, for all rows of the list; with dq scaled already. Every thread of the block must come.
+template <class Tile, class T>
+__device__ __forceinline__ void add_table_terms(
+    float (&dq)[Tile::kDim / 8][4], const BiasGradients<Tile>& gradients, typename Tile::Storage& shared, const RelPosAttentionShape& s,
+    const AttentionUnit& unit, uint32_t first, const T* tables, bool wide) {
+    const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
+    const TableRows list(s, unit, first, Tile::kQueries);
+    const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
+    for (uint32_t begin = 0; begin < list.count; begin += Tile::kStagedRows) {
+        const int count = int(min(list.count - begin, uint32_t(Tile::kStagedRows))), whole = (count + 15) / 16 * 16;
+        // Zeros up to a whole depth: what was staged before would count, times zero, if it is not finite.
+        copy_rows<Tile>(wide, shared.rows, whole, s.head_dim, tables, [&](int row) -> const T* {
+            return row < count ? tables + uint64_t(list.row(begin + row)) * s.head_dim : nullptr;
+        });
+        wait_for_copies();
+        for (int block = 0; block < count; block += 16) {
+            FragmentA<T> a;
+            gather_a(a, [&](int row, int i) { return gradients.at(list, 16 * warp + row, query[row / 8], begin + block + i); });
+#pragma unroll
+            for (int n = 0; n < Tile::kDim / 16; ++n) {
+                FragmentB<T> b[2];
+                load_b_trans(b, &shared.rows[block][16 * n], Tile::kStride);
+                mma(dq[2 * n], a, b[0]);
+                mma(dq[2 * n + 1], a, b[1]);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// partial += drel^T q over the block's queries, warp by warp 16 rows of the list. Every thread of the block must come.
+template <class Tile, class T>
+__device__ __forceinline__ void add_table_gradients(
+    float* partial, const BiasGradients<Tile>& gradients, typename Tile::Storage& shared, const RelPosAttentionShape& s,
+    const AttentionUnit& unit, uint32_t first, const T* q, uint64_t stride, bool wide) {
+    const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const TableRows list(s, unit, first, Tile::kQueries);
+    copy_rows<Tile>(wide, shared.rows, Tile::kQueries, s.head_dim, q, [&](int row) -> const T* {
+        const uint32_t n = first + row;
+        return n < unit.queries() ? q + unit.token(unit.query(n)) * stride : nullptr;
+    });
+    wait_for_copies();
+    for (uint32_t block = 16 * warp; block < list.count; block += 16 * Tile::kWarps) {
+        float sum[Tile::kDim / 8][4] = {};
+#pragma unroll 1
+        for (int k = 0; k < Tile::kWarps && first + 16 * k < unit.queries(); ++k) {
+            FragmentA<T> a;
+            gather_a(a, [&](int i, int column) {
+                const uint32_t row = 16 * k + column;
+                return first + row < unit.queries() ? gradients.at(list, row, unit.query(first + row), block + i) : 0.0f;
+            });
+#pragma unroll
+            for (int n = 0; n < Tile::kDim / 16; ++n) {
+                FragmentB<T> b[2];
+                load_b_trans(b, &shared.rows[16 * k][16 * n], Tile::kStride);
+                mma(sum[2 * n], a, b[0]);
+                mma(sum[2 * n + 1], a, b[1]);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t i = block + g + 8 * half;
+            if (i >= list.count) continue;
+            float* to = partial + uint64_t(list.row(i)) * s.head_dim;
+#pragma unroll
+            for (int n = 0; n < Tile::kDim / 8; ++n)
+#pragma unroll
+                for (uint32_t c = 0; c < 2; ++c)
+                    if (8 * n + 2 * t + c < s.head_dim) to[8 * n + 2 * t + c] += sum[n][2 * half + c];
+        }
+    }
+    __syncthreads();
+}
+
+template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_query(const RelPosAttentionBwdQueryParams& p) {
+    using T = typename Tile::T;
+    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kStride = Tile::kStride;
+    auto& shared = ptx::shared_storage<typename Tile::Storage>();
+    const RelPosAttentionShape& s = p.shape;
+    const uint32_t blocks = ceil_div(s.side_h * s.side_w, uint32_t(Tile::kQueries));
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const uint32_t channels = s.num_heads * s.head_dim;
+    const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad);
+    const T* tables = p.tables == 0 ? nullptr : global<const T>(p.tables);
+    const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables, p.out, p.dout);
+    const BiasGradients<Tile> gradients(s, reinterpret_cast<float*>(&shared + 1));
+    const Biases<Tile>& bias = gradients.bias;
+    const uint32_t tiles_of_stripe = ceil_div(s.side_h, uint32_t(kRows));
+    const uint32_t tiles = tiles_of_stripe * ceil_div(s.side_w, uint32_t(kCols));
+    const float scale = s.softmax_scale * kLog2e;
+
+    // This block's part of the tables' gradients.
+    const uint64_t partial_size = uint64_t(2 * s.side_h - 1 + 2 * s.side_w - 1) * s.head_dim;
+    const auto partial = [&] { return global<float>(p.table_partials) + blockIdx.x * partial_size; };
+    if (p.table_partials != 0)
+        for (uint64_t i = threadIdx.x; i < partial_size; i += Tile::kThreads) partial()[i] = 0.0f;
+
+    for (uint32_t item = blockIdx.x; item < p.items; item += gridDim.x) {
+        const AttentionUnit unit(s, item / blocks);
+        const uint32_t first = item % blocks * Tile::kQueries, queries = unit.queries();
+        if (first >= queries) continue;
+        const uint32_t head_column = unit.head * s.head_dim, warp_first = first + 16 * warp;
+
+        FragmentA<T> q[kDim / 16], dout[kDim / 16];
+        load_queries<Tile>(q, shared, unit, first, wide, s.head_dim, global<const T>(p.out) + head_column, channels);
+        load_queries<Tile>(dout, shared, unit, first, wide, s.head_dim, global<const T>(p.dout) + head_column, channels);
+        float delta[2] = {};
+#pragma unroll
+        for (int k = 0; k < kDim / 16; ++k) add_row_dots(delta, q[k], dout[k]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            delta[half] = quad_sum(delta[half]);
+            const uint32_t n = warp_first + g + 8 * half;
+            if (t == 0 && n < queries) global<float>(p.delta)[unit.first_row() + n] = delta[half];
+        }
+        load_queries<Tile>(q, shared, unit, first, wide, s.head_dim, qkv + head_column, 3 * channels);
+        project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
+        write_biases<Tile>(bias, s, unit, first, global<const float>(p.lse), global<float>(p.bias));
+
+        const auto copy_tile = [&](uint32_t tile) {
+            const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
+            T(*rows)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
+            copy_keys<Tile>(rows, s, unit, y, x, wide, qkv, pad, 1);
+            copy_keys<Tile>(rows + kKeys, s, unit, y, x, wide, qkv, pad, 2);
+        };
+        copy_tile(0);
+        ptx::cp_async_commit_group();
+        const bool active = warp_first < queries;
+        const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
+        float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
+        float* drel_h = gradients.dh + (16 * warp + g) * bias.stride_h;
+        float fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
+
+        for (uint32_t tile = 0; tile < tiles; ++tile) {
+            if (tile + 1 < tiles) copy_tile(tile + 1);
+            ptx::cp_async_commit_group();
+            ptx::cp_async_wait_group<1>();
+            __syncthreads();  // everybody's copies of this tile have landed
+            if (active) {
+                const T(*keys)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
+                const T(*values)[kStride] = keys + kKeys;
+                const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
+                // A stripe's drel_w stays in registers; its rel_w too would be too many, and is read where it lies.
+                if (y == 0)
+                    for (auto& column : fragment_dw)
+                        for (float& value : column) value = 0.0f;
+                const auto rel_w_at = [&](int column, int half) {
+                    return reinterpret_cast<Vec<float, 2>*>(rel_w + 8 * half * bias.stride_w + x + 8 * column + 2 * t);
+                };
+                uint32_t kept[2] = {};
+                if (s.dropout.threshold != 0) {
+                    kept[0] = kept_keys<Tile>(s, unit, warp_first + g, y, x);
+                    kept[1] = kept_keys<Tile>(s, unit, warp_first + g + 8, y, x);
+                }
+
+                float row_sum[2] = {};
+#pragma unroll
+                for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
+                    float scores[2][4] = {}, dweights[2][4] = {};
+#pragma unroll
+                    for (int k = 0; k < kDim / 16; ++k) {
+                        FragmentB<T> b[2];
+                        load_b(b, &keys[16 * chunk][16 * k], kStride);
+                        mma(scores[0], q[k], b[0]);
+                        mma(scores[1], q[k], b[1]);
+                        load_b(b, &values[16 * chunk][16 * k], kStride);
+                        mma(dweights[0], dout[k], b[0]);
+                        mma(dweights[1], dout[k], b[1]);
+                    }
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const int n = 2 * chunk + j, r = n / (kCols / 8), column = n % (kCols / 8);
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const float bias_h = rel_h[8 * half * bias.stride_h + y + r];
+                            const auto bias_w = *rel_w_at(column, half);
+#pragma unroll
+                            for (int c = 0; c < 2; ++c) {
+                                const int i = 2 * half + c;
+                                const float weight = ptx::ex2_approx(fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
+                                float dweight = dweights[j][i];
+                                if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
+                                scores[j][i] = weight * (dweight - delta[half]);
+                                fragment_dw[column][i] += scores[j][i];
+                                row_sum[half] += scores[j][i];
+                            }
+                        }
+                        if (column == kCols / 8 - 1) {
+#pragma unroll
+                            for (int half = 0; half < 2; ++half) {
+                                const float sum = quad_sum(row_sum[half]);
+                                float& total = drel_h[8 * half * bias.stride_h + y + r];
+                                if (t == 0) total = x == 0 ? sum : total + sum;
+                                row_sum[half] = 0.0f;
+                            }
+                        }
+                    }
+                    FragmentA<T> a;
+                    make_a(a, scores[0], scores[1]);
+#pragma unroll
+                    for (int n = 0; n < kDim / 16; ++n) {
+                        FragmentB<T> b[2];
+                        load_b_trans(b, &keys[16 * chunk][16 * n], kStride);
+                        mma(dq[2 * n], a, b[0]);
+                        mma(dq[2 * n + 1], a, b[1]);
+                    }
+                }
+                // Only this lane has read them.
+                if (tile % tiles_of_stripe == tiles_of_stripe - 1) {
+#pragma unroll
+                    for (int column = 0; column < kCols / 8; ++column)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            *rel_w_at(column, half) = {fragment_dw[column][2 * half], fragment_dw[column][2 * half + 1]};
+                }
+            }
+            __syncthreads();  // nobody reads this stage any more; after the last, all see drel
+        }
+
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dq[n][i] *= s.softmax_scale;
+        if (tables != nullptr) add_table_terms<Tile>(dq, gradients, shared, s, unit, first, tables, wide);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t n = warp_first + g + 8 * half;
+            if (n >= queries) continue;
+            T* to = global<T>(p.dqkv) + unit.token(unit.query(n)) * 3 * channels + head_column;
+#pragma unroll
+            for (int c = 0; c < kDim / 8; ++c) store_pair(to, 8 * c + 2 * t, s.head_dim, dq[c][2 * half], dq[c][2 * half + 1]);
+        }
+        if (p.table_partials != 0)
+            add_table_gradients<Tile>(partial(), gradients, shared, s, unit, first, qkv + head_column, 3 * channels, wide);
+    }
+}

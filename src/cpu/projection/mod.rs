@@ -1,0 +1,130 @@
+//! Projections that share an input, with LoRA, activation and residual.
+//!
+//! ```text
+//! y_p = x W_p^T + b_p + scaling_p (S_p B_p^T + lora_bias_p),    S_p = drop_p(x) A_p^T     [rows, rank]
+//! out = act(cat_p y_p) + residual
+//! ```
+//! [`forward`] and [`backward`] go through the rows in blocks; what they share is here.
+
+mod backward;
+mod forward;
+
+pub use backward::backward;
+pub use forward::forward;
+
+use super::attention::add;
+use super::blocked::{Packed, PANEL};
+use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// The shapes, and the weights `[out, in]` of each projection.
+pub struct Weights<'a> {
+    /// Width of the input.
+    pub in_dim: usize,
+    /// One per projection.
+    pub projections: &'a [ProjectionProblem],
+    /// One per projection.
+    pub weights: Vec<Cow<'a, [f32]>>,
+}
+
+/// What the backward needs besides its inputs.
+#[derive(Debug, Default)]
+pub struct Saved {
+    /// S of each projection, `[rows, padded rank]`; empty without LoRA.
+    s: Vec<Vec<f32>>,
+    /// The sum before the activation; empty where it is not needed.
+    sum: Vec<f32>,
+}
+
+/// One projection, ready for its products.
+struct Ready<'a> {
+    layout: SmallLayout,
+    lora: Option<LoraProblem>,
+    /// Its columns of the packed output.
+    columns: Range<usize>,
+    small: &'a [f32],
+    /// The weight as the product at hand wants it.
+    weight: Packed,
+}
+
+impl Ready<'_> {
+    fn a(&self) -> &[f32] {
+        &self.small[self.layout.a.clone()]
+    }
+
+    fn b(&self) -> &[f32] {
+        &self.small[self.layout.b.clone()]
+    }
+
+    fn out_dim(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// `bias + scaling * lora_bias`, `[out]`
+    fn constant(&self) -> Vec<f32> {
+        let mut constant = vec![0f32; self.out_dim()];
+        if let Some(bias) = &self.layout.bias {
+            add(&mut constant, &self.small[bias.clone()]);
+        }
+        if let (Some(lora), Some(bias)) = (self.lora, &self.layout.lora_bias) {
+            for (constant, bias) in constant.iter_mut().zip(&self.small[bias.clone()]) {
+                *constant += lora.scaling * bias;
+            }
+        }
+        constant
+    }
+}
+
+impl Weights<'_> {
+    fn total(&self) -> usize {
+        self.projections.iter().map(|p| p.out_dim).sum()
+    }
+
+    fn ready<'a>(
+        &self,
+        small: &'a [f32],
+        pack: fn(&[f32], usize, usize) -> Packed,
+    ) -> Vec<Ready<'a>> {
+        let (layouts, _) = small_layout(self.in_dim, self.projections);
+        let mut end = 0;
+        let parts = self.projections.iter().zip(layouts).zip(&self.weights);
+        parts
+            .map(|((p, layout), weight)| {
+                let columns = end..end + p.out_dim;
+                end = columns.end;
+                let weight = pack(weight, p.out_dim, self.in_dim);
+                Ready { layout, lora: p.lora, columns, small, weight }
+            })
+            .collect()
+    }
+}
+
+/// Moves an accumulator into the columns from `column` on of rows `width` long.
+fn copy_columns(acc: &[f32], rows: &mut [f32], width: usize, column: usize) {
+    let end = width.min(column + PANEL);
+    for (row, acc) in rows.chunks_exact_mut(width).zip(acc.chunks_exact(PANEL)) {
+        row[column..end].copy_from_slice(&acc[..end - column]);
+    }
+}
+
+/// Rows of x after dropout, `stride` apart (zero between); x itself where that is the same.
+fn dropped(
+    x: &[f32],
+    in_dim: usize,
+    stride: usize,
+    first: usize,
+    lora: LoraProblem,
+) -> Cow<'_, [f32]> {
+    if lora.dropout.is_none() && stride == in_dim {
+        return Cow::Borrowed(x);
+    }
+    let mut rows = vec![0f32; x.len() / in_dim * stride];
+    for (index, (row, x)) in rows.chunks_exact_mut(stride).zip(x.chunks_exact(in_dim)).enumerate() {
+        row[..in_dim].copy_from_slice(x);
+        if let Some(dropout) = lora.dropout {
+            dropout.apply_row((first + index) as u64, 0, &mut row[..in_dim]);
+        }
+    }
+    Cow::Owned(rows)
+}

@@ -1,0 +1,54 @@
+//! The CUDA driver as a back end of [`crate::launch`]: memory and launches in the order of one stream.
+
+use super::modules;
+use crate::launch::{device_ptr, Backend, Launch};
+use candle_core::cuda_backend::cudarc::driver::{result, CudaSlice, CudaStream, DevicePtr};
+use candle_core::{CudaDevice, Error, Result};
+use std::sync::Arc;
+
+/// Whether this device can run the kernels: compute capability 8.0 or newer, and compiled for it.
+pub(crate) fn supported(device: &CudaDevice) -> bool {
+    let capability = device.cuda_stream().context().compute_capability();
+    capability.is_ok_and(|capability| capability >= (8, 0) && modules::cover(capability))
+}
+
+/// The stream of a candle device.
+pub(super) struct Stream(pub Arc<CudaStream>);
+
+impl Backend for Stream {
+    type Memory = CudaSlice<u8>;
+
+    fn alloc(&self, bytes: usize) -> Result<Self::Memory> {
+        // SAFETY: the kernels write it before they read it; the emulator, whose memory is NaN at first, shows that.
+        unsafe { self.0.alloc(bytes) }
+            .map_err(|e| Error::wrap(e).context(format!("allocating {bytes} bytes on the GPU")))
+    }
+
+    fn address(&self, memory: &Self::Memory) -> device_ptr {
+        // Allocated and used on this stream alone, so there is no event to record.
+        memory.device_ptr(&self.0).0
+    }
+
+    unsafe fn launch(&self, launch: &Launch) -> Result<()> {
+        let Launch { kernel, grid, block, shared_bytes, params } = launch;
+        let failed = |e: Error| {
+            e.context(format!(
+                "launching {kernel} with {grid:?} blocks of {block:?} threads and {shared_bytes} bytes of shared memory"
+            ))
+        };
+        let context = self.0.context();
+        context.bind_to_thread().map_err(|e| failed(Error::wrap(e)))?;
+        let function = modules::function(context, kernel).map_err(failed)?;
+        modules::permit_shared(&function, *shared_bytes).map_err(failed)?;
+        let [grid, block] = [grid, block].map(|&[x, y, z]| (x, y, z));
+        let mut arguments = [params.as_ptr().cast_mut().cast()];
+        // SAFETY: the one argument is the params struct by value, which the driver copies before it returns; host
+        // and kernel have it from one header, with its size asserted on both sides. That the addresses in it stay
+        // valid is the caller's promise.
+        unsafe {
+            let (function, stream) = (function.cu_function(), self.0.cu_stream());
+            result::launch_kernel(function, grid, block, *shared_bytes, stream, &mut arguments)
+        }
+        .map_err(|e| failed(Error::wrap(e)))
+    }
+}

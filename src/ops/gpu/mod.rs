@@ -1,0 +1,11 @@
+//! The fused operations on the GPU: what each hands to [`crate::launch`], and what comes back.
+
+pub mod dropout;
+pub mod layer_norm;
+pub mod projection;
+pub mod rel_pos_attention;
+
+use candle_core::{CudaStorage, Layout};
+
+/// An input of a custom operation.
+type Input<'a> = (&'a CudaStorage, &'a Layout);

@@ -1,0 +1,120 @@
+//! Projections with LoRA by their kernels; what the backward needs of the forward stays on the GPU.
+
+use super::Input;
+use crate::cuda::{self, Job};
+use crate::launch::projection::{self as kernels, BackwardOperands, ForwardOperands, Problem};
+use crate::problem::Activation;
+use candle_core::backend::BackendStorage;
+use candle_core::op::BackpropOp;
+use candle_core::{bail, CudaStorage, DType, Result, Shape, Storage, Tensor};
+
+/// Kept for the backward: S, and the sum before an activation.
+pub struct Saved {
+    low_rank: Tensor,
+    sum: Tensor,
+}
+
+/// The operation's name, its problem, its frozen weights.
+#[derive(Clone, Copy)]
+pub struct Projections<'a> {
+    pub op: &'static str,
+    pub problem: Problem<'a>,
+    pub weights: &'a [Tensor],
+}
+
+impl Projections<'_> {
+    fn has_lora(&self) -> bool {
+        kernels::low_rank_len(&self.problem) > 0
+    }
+
+    fn keeps_sum(&self) -> bool {
+        self.problem.activation != Activation::Identity
+    }
+
+    /// Inputs: x, the flat small tensors, the residual or a placeholder.
+    pub fn forward(
+        &self,
+        inputs: [Input<'_>; 3],
+        residual_present: bool,
+    ) -> Result<(CudaStorage, Shape, Saved)> {
+        let [(x, layout), ..] = inputs;
+        let dtype = x.dtype();
+        let mut dims = layout.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.problem.projections.iter().map(|p| p.out_dim).sum();
+        }
+        let shape = Shape::from(dims);
+        // One element where nothing is kept: there is no empty memory on the device.
+        let low_rank_shape = Shape::from(kernels::low_rank_len(&self.problem).max(1));
+        let sum_shape = if self.keeps_sum() { shape.clone() } else { Shape::from(1) };
+
+        let guards: Vec<_> = self.weights.iter().map(Tensor::storage_and_layout).collect();
+        let mut inputs = inputs.to_vec();
+        for (storage, layout) in &guards {
+            match &**storage {
+                Storage::Cuda(storage) => inputs.push((storage, *layout)),
+                _ => bail!("{}: the weight left the GPU", self.op),
+            }
+        }
+        let outputs = [
+            (dtype, shape.clone()),
+            (DType::F32, low_rank_shape.clone()),
+            (dtype, sum_shape.clone()),
+        ];
+        let device = x.device();
+        let job = Job { op: self.op, device, inputs: &inputs, outputs, workspace_bytes: 0 };
+        let [out, low_rank, sum] = cuda::run(&job, |at| {
+            let ([x, small, residual], weights) = at.first_inputs()?;
+            let [out, low_rank, sum] = at.outputs;
+            let operands = ForwardOperands {
+                x,
+                weights,
+                small,
+                residual: if residual_present { residual } else { 0 },
+                out,
+                low_rank: if self.has_lora() { low_rank } else { 0 },
+                sum: if self.keeps_sum() { sum } else { 0 },
+            };
+            kernels::forward(&self.problem, dtype, &operands)
+        })?;
+        let tensor = |storage, shape| {
+            Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+        };
+        let saved =
+            Saved { low_rank: tensor(low_rank, low_rank_shape), sum: tensor(sum, sum_shape) };
+        Ok((out, shape, saved))
+    }
+
+    /// The gradients of x and of the small tensors, as far as they are wanted.
+    pub fn backward(
+        &self,
+        x: &Tensor,
+        small: &Tensor,
+        saved: &Saved,
+        grad: &Tensor,
+        wanted: (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dtype = x.dtype();
+        let mut inputs = vec![x, small, &saved.low_rank, &saved.sum, grad];
+        inputs.extend(self.weights);
+        let outputs = [(dtype, x.shape()), (DType::F32, small.shape())];
+        let workspace_bytes = kernels::workspace_bytes(&self.problem, dtype);
+        let [dx, dsmall] = cuda::with_tensors(self.op, &inputs, outputs, workspace_bytes, |at| {
+            let ([x, small, low_rank, sum, dout], weights) = at.first_inputs()?;
+            let [dx, dsmall] = at.outputs;
+            let operands = BackwardOperands {
+                x,
+                weights,
+                small,
+                low_rank: if self.has_lora() { low_rank } else { 0 },
+                sum: if self.keeps_sum() { sum } else { 0 },
+                dout,
+                dx: if wanted.0 { dx } else { 0 },
+                dsmall: if wanted.1 { dsmall } else { 0 },
+                workspace: at.workspace,
+            };
+            kernels::backward(&self.problem, dtype, &operands)
+        })?;
+        Ok((wanted.0.then_some(dx), wanted.1.then_some(dsmall)))
+    }
+}

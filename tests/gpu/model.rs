@@ -1,0 +1,97 @@
+//! The whole model on the GPU: masks and scores of the fixtures against PyTorch in f64, gradients against the CPU's.
+
+use crate::common::model::{config, folder, model, read, scalars, Worst};
+use crate::trial;
+use anyhow::Context;
+use candle_core::{DType, Device, Tensor};
+use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
+use candle_sam_lora::sam::{checkpoint, AttentionKind, SamInput, SamModel};
+use libtest_mimic::Trial;
+
+/// Twice the CPU's 5.4e-6 (tests/sam_model.rs): the same arithmetic in f32, summed in cuBLAS' order.
+const VALUES: f64 = 1.1e-5;
+/// Likewise twice the CPU's 7.6e-6.
+const GRADIENTS: f64 = 1.6e-5;
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for name in ["tiny", "slim", "plain"] {
+        for kind in [AttentionKind::Fused, AttentionKind::Split] {
+            trials.push(trial(format!("model {name} {kind:?}"), move |device| {
+                values(name, kind, device).map_err(candle_core::Error::wrap)
+            }));
+        }
+    }
+    trials.push(trial("model gradients".to_string(), |device| {
+        gradients(device).map_err(candle_core::Error::wrap)
+    }));
+    trials
+}
+
+fn on(device: &Device, name: &str, kind: AttentionKind) -> anyhow::Result<SamModel> {
+    let mut model = SamModel::new(&config(name)?, kind, DType::F32, device)?;
+    checkpoint::load(&mut model, folder(name))?;
+    Ok(model)
+}
+
+/// The input of a case on a device.
+fn input(name: &str, case: &str, device: &Device) -> anyhow::Result<SamInput> {
+    let io = read(name, "io.safetensors")?;
+    let tensor = |key: &str| io.get(key).map(|t| t.to_device(device)).transpose();
+    let of_case = |key: &str| tensor(&format!("{case}/{key}"));
+    let multimask = scalars(name, case)?["multimask_output"].as_bool();
+    Ok(SamInput {
+        pixel_values: tensor("encoder/pixel_values")?,
+        image_embeddings: None,
+        input_points: of_case("input_points")?,
+        input_labels: of_case("input_labels")?,
+        input_boxes: of_case("input_boxes")?,
+        input_masks: of_case("input_masks")?,
+        multimask_output: multimask.context("no multimask_output")?,
+    })
+}
+
+fn values(name: &str, kind: AttentionKind, device: &Device) -> anyhow::Result<()> {
+    let (io, model) = (read(name, "io.safetensors")?, on(device, name, kind)?);
+    let mut worst = Worst::default();
+    for case in ["points_boxes", "points_masks", "single"] {
+        let out = model.forward(&input(name, case, device)?, Mode::Eval)?;
+        for (what, got) in [("pred_masks", &out.pred_masks), ("iou_scores", &out.iou_scores)] {
+            let got = got.to_device(&Device::Cpu)?;
+            worst.compare(what, &got, &io[&format!("{case}/{what}")])?;
+        }
+    }
+    worst.assert_within(VALUES);
+    Ok(())
+}
+
+/// Every parameter's gradient of the masks' sum of squares.
+fn gradients(device: &Device) -> anyhow::Result<()> {
+    let run = |mut model: SamModel, device: &Device| -> anyhow::Result<Vec<(String, Tensor)>> {
+        set_trainable(&mut model, &mut |_| true)?;
+        let out = model.forward(&input("tiny", "points_boxes", device)?, Mode::Eval)?;
+        let gradients = out.pred_masks.sqr()?.mean_all()?.backward()?;
+        let mut found = Vec::new();
+        for (name, parameter) in named_parameters(&model) {
+            if let Some(gradient) = gradients.get(&parameter) {
+                found.push((name, gradient.to_device(&Device::Cpu)?));
+            }
+        }
+        Ok(found)
+    };
+    let expected = run(model("tiny", AttentionKind::Split, DType::F32)?, &Device::Cpu)?;
+    let got = run(on(device, "tiny", AttentionKind::Split)?, device)?;
+    assert_eq!(got.len(), expected.len(), "parameters with a gradient");
+    let largest = expected.iter().map(|(_, t)| crate::common::model::largest(t));
+    let largest = largest.collect::<anyhow::Result<Vec<_>>>()?.into_iter().fold(0.0, f64::max);
+    let mut worst = Worst::default();
+    for ((name, got), (expected_name, expected)) in got.iter().zip(&expected) {
+        assert_eq!(name, expected_name);
+        let difference = (got.to_dtype(DType::F64)? - expected.to_dtype(DType::F64)?)?;
+        // Gradients that are zero but for rounding are judged on the scale of the largest one.
+        let scale = crate::common::model::largest(expected)?.max(1e-3 * largest);
+        worst.add("gradients", crate::common::model::largest(&difference)? / scale);
+    }
+    worst.assert_within(GRADIENTS);
+    Ok(())
+}

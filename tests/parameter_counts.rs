@@ -1,0 +1,67 @@
+//! The trainable-parameter line of SAM ViT-B with LoRA r=16, from the real model: what PEFT prints for every variant,
+//! and the two lines of the guide, which are DoRA's (docs/parameter-counts.md).
+
+use candle_core::{DType, Device};
+use candle_sam_lora::lora::{inject, trainable_parameters, BiasTraining, LoraConfig};
+use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
+use candle_sam_lora::Result;
+
+fn report(config: &LoraConfig) -> Result<String> {
+    let mut model =
+        SamModel::new(&SamConfig::vit_b(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    inject(&mut model, config, 0)?;
+    Ok(trainable_parameters(&model).to_string())
+}
+
+fn lora(targets: &str) -> LoraConfig {
+    LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(targets.split(','))
+}
+
+#[test]
+fn the_lines_of_the_guide_are_those_of_dora() -> Result<()> {
+    assert_eq!(
+        report(&lora("q,v").dora())?,
+        "trainable params: 608,256 || all params: 94,343,728 || trainable%: 0.6447"
+    );
+    assert_eq!(
+        report(&lora("q,k,v").dora())?,
+        "trainable params: 912,384 || all params: 94,647,856 || trainable%: 0.9640"
+    );
+    // What the code shown in the guide gives.
+    assert_eq!(
+        report(&lora("q,v"))?,
+        "trainable params: 589,824 || all params: 94,325,296 || trainable%: 0.6253"
+    );
+    Ok(())
+}
+
+/// A variant's name in the counts, and what makes a plain configuration one.
+type Variant = (&'static str, fn(LoraConfig) -> LoraConfig);
+
+#[test]
+fn every_variant_counts_as_in_peft() -> Result<()> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/counts.json");
+    let counts: serde_json::Value =
+        serde_json::from_str(&candle_sam_lora::files::read_text(&path)?).expect("JSON");
+    let variants: [Variant; 5] = [
+        ("lora", |config| config),
+        ("rslora", LoraConfig::rslora),
+        ("dora", LoraConfig::dora),
+        ("lora_bias", LoraConfig::lora_bias),
+        ("bias_lora_only", |config| config.bias(BiasTraining::LoraOnly)),
+    ];
+    for (variant, change) in variants {
+        for targets in ["q,v", "q,k,v"] {
+            let mut model =
+                SamModel::new(&SamConfig::vit_b(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
+            inject(&mut model, &change(lora(targets)), 0)?;
+            let report = trainable_parameters(&model);
+            let expected = &counts[variant][targets];
+            let expected = ["trainable", "all_without_positional_embedding"]
+                .map(|key| expected[key].as_u64().expect("a count"));
+            let got = [report.trainable as u64, report.all as u64];
+            assert_eq!(got, expected, "{variant} on {targets}");
+        }
+    }
+    Ok(())
+}
