@@ -87,89 +87,6 @@ typedef struct LayerNormBwdWeightParams {
 } LayerNormBwdWeightParams;
 ABI_SIZE(LayerNormBwdWeightParams, 48);
 
-/** Padding of a row of head_dim elements in the attention's shared memory, in elements: no bank conflicts. */
-#define REL_POS_ATTENTION_ROW_PAD 8
-/** Key tiles of the attention, whole key rows (or whole stretches of them, of that many columns), and the warps of a
- * block, each with 16 queries. COLS columns by ROWS key rows. */
-#define REL_POS_ATTENTION_COLS16_ROWS 4
-#define REL_POS_ATTENTION_COLS16_WARPS 7
-#define REL_POS_ATTENTION_COLS40_ROWS 2
-#define REL_POS_ATTENTION_COLS40_WARPS 4
-#define REL_POS_ATTENTION_COLS64_ROWS 1
-#define REL_POS_ATTENTION_COLS64_WARPS 4
-/** The tile of f32: 16 columns. */
-#define REL_POS_ATTENTION_F32_ROWS 2
-#define REL_POS_ATTENTION_F32_WARPS 4
-
-/** Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no
- * dropout the threshold is 0. */
-typedef struct RelPosAttentionShape {
-  uint32_t h;
-  uint32_t w;
-  uint32_t side_h;
-  uint32_t side_w;
-  uint32_t window_rows;
-  uint32_t window_cols;
-  uint32_t num_heads;
-  uint32_t head_dim;
-  float softmax_scale;
-  DropoutMask dropout;
-} RelPosAttentionShape;
-ABI_SIZE(RelPosAttentionShape, 56);
-
-/** `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,
- * head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first. */
-typedef struct RelPosAttentionFwdParams {
-  device_ptr qkv;
-  device_ptr tables;
-  device_ptr pad;
-  device_ptr out;
-  device_ptr lse;
-  RelPosAttentionShape shape;
-} RelPosAttentionFwdParams;
-ABI_SIZE(RelPosAttentionFwdParams, 96);
-
-/** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
-#define REL_POS_ATTENTION_KEY_SIDE 8
-#define REL_POS_ATTENTION_KEY_WARPS 4
-#define REL_POS_ATTENTION_KEY_QUERIES 64
-#define REL_POS_ATTENTION_KEY_QUERIES_F32 32
-/** Blocks of the backward's query pass if the tables are trained: each sums the gradients of what it computes. */
-#define REL_POS_ATTENTION_TABLE_PARTS 264
-
-/** The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,
- * side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the
- * launch, rows of the tables, head_dim]`; `items` are the blocks of queries. */
-typedef struct RelPosAttentionBwdQueryParams {
-  device_ptr qkv;
-  device_ptr tables;
-  device_ptr pad;
-  device_ptr out;
-  device_ptr lse;
-  device_ptr dout;
-  device_ptr dqkv;
-  device_ptr bias;
-  device_ptr delta;
-  device_ptr table_partials;
-  uint64_t items;
-  RelPosAttentionShape shape;
-} RelPosAttentionBwdQueryParams;
-ABI_SIZE(RelPosAttentionBwdQueryParams, 144);
-
-/** The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums
- * over a tile's keys outside the grid. */
-typedef struct RelPosAttentionBwdKeyParams {
-  device_ptr qkv;
-  device_ptr pad;
-  device_ptr dout;
-  device_ptr bias;
-  device_ptr delta;
-  device_ptr dqkv;
-  device_ptr pad_partials;
-  RelPosAttentionShape shape;
-} RelPosAttentionBwdKeyParams;
-ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
-
 /** Most projections that share an input: q, k and v. */
 #define PROJECTION_PARTS 3
 
@@ -324,6 +241,88 @@ typedef struct DoraNormParams {
   float scaling;
 } DoraNormParams;
 ABI_SIZE(DoraNormParams, 48);
+/** Padding of a row of head_dim elements in the attention's shared memory, in elements: no bank conflicts. */
+#define REL_POS_ATTENTION_ROW_PAD 8
+/** Key tiles of the attention, whole key rows (or whole stretches of them, of that many columns), and the warps of a
+ * block, each with 16 queries. COLS columns by ROWS key rows. */
+#define REL_POS_ATTENTION_COLS16_ROWS 4
+#define REL_POS_ATTENTION_COLS16_WARPS 7
+#define REL_POS_ATTENTION_COLS40_ROWS 2
+#define REL_POS_ATTENTION_COLS40_WARPS 4
+#define REL_POS_ATTENTION_COLS64_ROWS 1
+#define REL_POS_ATTENTION_COLS64_WARPS 4
+/** The tile of f32: 16 columns. */
+#define REL_POS_ATTENTION_F32_ROWS 2
+#define REL_POS_ATTENTION_F32_WARPS 4
+
+/** Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no
+ * dropout the threshold is 0. */
+typedef struct RelPosAttentionShape {
+  uint32_t h;
+  uint32_t w;
+  uint32_t side_h;
+  uint32_t side_w;
+  uint32_t window_rows;
+  uint32_t window_cols;
+  uint32_t num_heads;
+  uint32_t head_dim;
+  float softmax_scale;
+  DropoutMask dropout;
+} RelPosAttentionShape;
+ABI_SIZE(RelPosAttentionShape, 56);
+
+/** `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,
+ * head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first. */
+typedef struct RelPosAttentionFwdParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  RelPosAttentionShape shape;
+} RelPosAttentionFwdParams;
+ABI_SIZE(RelPosAttentionFwdParams, 96);
+
+/** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
+#define REL_POS_ATTENTION_KEY_SIDE 8
+#define REL_POS_ATTENTION_KEY_WARPS 4
+#define REL_POS_ATTENTION_KEY_QUERIES 64
+#define REL_POS_ATTENTION_KEY_QUERIES_F32 32
+/** Blocks of the backward's query pass if the tables are trained: each sums the gradients of what it computes. */
+#define REL_POS_ATTENTION_TABLE_PARTS 264
+
+/** The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,
+ * side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the
+ * launch, rows of the tables, head_dim]`; `items` are the blocks of queries. */
+typedef struct RelPosAttentionBwdQueryParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  device_ptr dout;
+  device_ptr dqkv;
+  device_ptr bias;
+  device_ptr delta;
+  device_ptr table_partials;
+  uint64_t items;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdQueryParams;
+ABI_SIZE(RelPosAttentionBwdQueryParams, 144);
+
+/** The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums
+ * over a tile's keys outside the grid. */
+typedef struct RelPosAttentionBwdKeyParams {
+  device_ptr qkv;
+  device_ptr pad;
+  device_ptr dout;
+  device_ptr bias;
+  device_ptr delta;
+  device_ptr dqkv;
+  device_ptr pad_partials;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdKeyParams;
+ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 
 /** Threads of a block of the sum over partials. */
 #define SUM_PARTIALS_THREADS 256

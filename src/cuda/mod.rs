@@ -9,4 +9,4 @@ mod run;
 mod stream;
 
 pub(crate) use run::{operand, run, with_tensors, Job};
-pub(crate) use stream::supported;
+pub(crate) use stream::{shared_memory, supported};

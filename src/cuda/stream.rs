@@ -2,6 +2,7 @@
 
 use super::modules;
 use crate::launch::{device_ptr, Backend, Launch};
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{result, CudaSlice, CudaStream, DevicePtr};
 use candle_core::{CudaDevice, Error, Result};
 use std::sync::Arc;
@@ -10,6 +11,13 @@ use std::sync::Arc;
 pub(crate) fn supported(device: &CudaDevice) -> bool {
     let capability = device.cuda_stream().context().compute_capability();
     capability.is_ok_and(|capability| capability >= (8, 0) && modules::cover(capability))
+}
+
+/// Bytes of shared memory that a block may opt into; 0 if the driver does not say.
+pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
+    let limit = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let bytes = device.cuda_stream().context().attribute(limit);
+    bytes.ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
 }
 
 /// The stream of a candle device.

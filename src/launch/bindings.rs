@@ -5,20 +5,6 @@ pub const LAYER_NORM_THREADS: u32 = 128;
 pub const LAYER_NORM_COLUMN_WARPS: u32 = 8;
 pub const LAYER_NORM_COLUMN_ROWS: u32 = 256;
 pub const LAYER_NORM_COLUMN_SHARED_BYTES: u32 = 2048;
-pub const REL_POS_ATTENTION_ROW_PAD: u32 = 8;
-pub const REL_POS_ATTENTION_COLS16_ROWS: u32 = 4;
-pub const REL_POS_ATTENTION_COLS16_WARPS: u32 = 7;
-pub const REL_POS_ATTENTION_COLS40_ROWS: u32 = 2;
-pub const REL_POS_ATTENTION_COLS40_WARPS: u32 = 4;
-pub const REL_POS_ATTENTION_COLS64_ROWS: u32 = 1;
-pub const REL_POS_ATTENTION_COLS64_WARPS: u32 = 4;
-pub const REL_POS_ATTENTION_F32_ROWS: u32 = 2;
-pub const REL_POS_ATTENTION_F32_WARPS: u32 = 4;
-pub const REL_POS_ATTENTION_KEY_SIDE: u32 = 8;
-pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
-pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
-pub const REL_POS_ATTENTION_KEY_QUERIES_F32: u32 = 32;
-pub const REL_POS_ATTENTION_TABLE_PARTS: u32 = 264;
 pub const PROJECTION_PARTS: u32 = 3;
 pub const ACTIVATION_IDENTITY: u32 = 0;
 pub const ACTIVATION_GELU: u32 = 1;
@@ -47,6 +33,20 @@ pub const DORA_NORM_ROWS: u32 = 8;
 pub const DORA_NORM_THREADS: u32 = 128;
 pub const DORA_NORM_RANK: u32 = 256;
 pub const DORA_NORM_SHARED_BYTES: u32 = 8320;
+pub const REL_POS_ATTENTION_ROW_PAD: u32 = 8;
+pub const REL_POS_ATTENTION_COLS16_ROWS: u32 = 4;
+pub const REL_POS_ATTENTION_COLS16_WARPS: u32 = 7;
+pub const REL_POS_ATTENTION_COLS40_ROWS: u32 = 2;
+pub const REL_POS_ATTENTION_COLS40_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_COLS64_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_COLS64_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_F32_ROWS: u32 = 2;
+pub const REL_POS_ATTENTION_F32_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_KEY_SIDE: u32 = 8;
+pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
+pub const REL_POS_ATTENTION_KEY_QUERIES_F32: u32 = 32;
+pub const REL_POS_ATTENTION_TABLE_PARTS: u32 = 264;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
@@ -187,160 +187,6 @@ const _: () = {
         [::std::mem::offset_of!(LayerNormBwdWeightParams, rows) - 32usize];
     ["Offset of field: LayerNormBwdWeightParams::size"]
         [::std::mem::offset_of!(LayerNormBwdWeightParams, size) - 40usize];
-};
-#[doc = " Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no\n dropout the threshold is 0."]
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct RelPosAttentionShape {
-    pub h: u32,
-    pub w: u32,
-    pub side_h: u32,
-    pub side_w: u32,
-    pub window_rows: u32,
-    pub window_cols: u32,
-    pub num_heads: u32,
-    pub head_dim: u32,
-    pub softmax_scale: f32,
-    pub dropout: DropoutMask,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of RelPosAttentionShape"][::std::mem::size_of::<RelPosAttentionShape>() - 56usize];
-    ["Alignment of RelPosAttentionShape"][::std::mem::align_of::<RelPosAttentionShape>() - 4usize];
-    ["Offset of field: RelPosAttentionShape::h"]
-        [::std::mem::offset_of!(RelPosAttentionShape, h) - 0usize];
-    ["Offset of field: RelPosAttentionShape::w"]
-        [::std::mem::offset_of!(RelPosAttentionShape, w) - 4usize];
-    ["Offset of field: RelPosAttentionShape::side_h"]
-        [::std::mem::offset_of!(RelPosAttentionShape, side_h) - 8usize];
-    ["Offset of field: RelPosAttentionShape::side_w"]
-        [::std::mem::offset_of!(RelPosAttentionShape, side_w) - 12usize];
-    ["Offset of field: RelPosAttentionShape::window_rows"]
-        [::std::mem::offset_of!(RelPosAttentionShape, window_rows) - 16usize];
-    ["Offset of field: RelPosAttentionShape::window_cols"]
-        [::std::mem::offset_of!(RelPosAttentionShape, window_cols) - 20usize];
-    ["Offset of field: RelPosAttentionShape::num_heads"]
-        [::std::mem::offset_of!(RelPosAttentionShape, num_heads) - 24usize];
-    ["Offset of field: RelPosAttentionShape::head_dim"]
-        [::std::mem::offset_of!(RelPosAttentionShape, head_dim) - 28usize];
-    ["Offset of field: RelPosAttentionShape::softmax_scale"]
-        [::std::mem::offset_of!(RelPosAttentionShape, softmax_scale) - 32usize];
-    ["Offset of field: RelPosAttentionShape::dropout"]
-        [::std::mem::offset_of!(RelPosAttentionShape, dropout) - 36usize];
-};
-#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,\n head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first."]
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct RelPosAttentionFwdParams {
-    pub qkv: device_ptr,
-    pub tables: device_ptr,
-    pub pad: device_ptr,
-    pub out: device_ptr,
-    pub lse: device_ptr,
-    pub shape: RelPosAttentionShape,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of RelPosAttentionFwdParams"]
-        [::std::mem::size_of::<RelPosAttentionFwdParams>() - 96usize];
-    ["Alignment of RelPosAttentionFwdParams"]
-        [::std::mem::align_of::<RelPosAttentionFwdParams>() - 8usize];
-    ["Offset of field: RelPosAttentionFwdParams::qkv"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, qkv) - 0usize];
-    ["Offset of field: RelPosAttentionFwdParams::tables"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, tables) - 8usize];
-    ["Offset of field: RelPosAttentionFwdParams::pad"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, pad) - 16usize];
-    ["Offset of field: RelPosAttentionFwdParams::out"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, out) - 24usize];
-    ["Offset of field: RelPosAttentionFwdParams::lse"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, lse) - 32usize];
-    ["Offset of field: RelPosAttentionFwdParams::shape"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 40usize];
-};
-#[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct RelPosAttentionBwdQueryParams {
-    pub qkv: device_ptr,
-    pub tables: device_ptr,
-    pub pad: device_ptr,
-    pub out: device_ptr,
-    pub lse: device_ptr,
-    pub dout: device_ptr,
-    pub dqkv: device_ptr,
-    pub bias: device_ptr,
-    pub delta: device_ptr,
-    pub table_partials: device_ptr,
-    pub items: u64,
-    pub shape: RelPosAttentionShape,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of RelPosAttentionBwdQueryParams"]
-        [::std::mem::size_of::<RelPosAttentionBwdQueryParams>() - 144usize];
-    ["Alignment of RelPosAttentionBwdQueryParams"]
-        [::std::mem::align_of::<RelPosAttentionBwdQueryParams>() - 8usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::qkv"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, qkv) - 0usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::tables"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, tables) - 8usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::pad"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, pad) - 16usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::out"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, out) - 24usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::lse"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, lse) - 32usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::dout"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dout) - 40usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::dqkv"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dqkv) - 48usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::bias"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, bias) - 56usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::delta"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, delta) - 64usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::table_partials"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, table_partials) - 72usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::items"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, items) - 80usize];
-    ["Offset of field: RelPosAttentionBwdQueryParams::shape"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, shape) - 88usize];
-};
-#[doc = " The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums\n over a tile's keys outside the grid."]
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct RelPosAttentionBwdKeyParams {
-    pub qkv: device_ptr,
-    pub pad: device_ptr,
-    pub dout: device_ptr,
-    pub bias: device_ptr,
-    pub delta: device_ptr,
-    pub dqkv: device_ptr,
-    pub pad_partials: device_ptr,
-    pub shape: RelPosAttentionShape,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of RelPosAttentionBwdKeyParams"]
-        [::std::mem::size_of::<RelPosAttentionBwdKeyParams>() - 112usize];
-    ["Alignment of RelPosAttentionBwdKeyParams"]
-        [::std::mem::align_of::<RelPosAttentionBwdKeyParams>() - 8usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::qkv"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, qkv) - 0usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::pad"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, pad) - 8usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::dout"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, dout) - 16usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::bias"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, bias) - 24usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::delta"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, delta) - 32usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::dqkv"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, dqkv) - 40usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::pad_partials"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, pad_partials) - 48usize];
-    ["Offset of field: RelPosAttentionBwdKeyParams::shape"]
-        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, shape) - 56usize];
 };
 #[doc = " One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are\n f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`. Its columns of packed tensors\n start at `column`, those of S at `s_column`. Without LoRA the rank is 0."]
 #[repr(C)]
@@ -601,6 +447,160 @@ const _: () = {
         [::std::mem::offset_of!(DoraNormParams, rank) - 40usize];
     ["Offset of field: DoraNormParams::scaling"]
         [::std::mem::offset_of!(DoraNormParams, scaling) - 44usize];
+};
+#[doc = " Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no\n dropout the threshold is 0."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionShape {
+    pub h: u32,
+    pub w: u32,
+    pub side_h: u32,
+    pub side_w: u32,
+    pub window_rows: u32,
+    pub window_cols: u32,
+    pub num_heads: u32,
+    pub head_dim: u32,
+    pub softmax_scale: f32,
+    pub dropout: DropoutMask,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionShape"][::std::mem::size_of::<RelPosAttentionShape>() - 56usize];
+    ["Alignment of RelPosAttentionShape"][::std::mem::align_of::<RelPosAttentionShape>() - 4usize];
+    ["Offset of field: RelPosAttentionShape::h"]
+        [::std::mem::offset_of!(RelPosAttentionShape, h) - 0usize];
+    ["Offset of field: RelPosAttentionShape::w"]
+        [::std::mem::offset_of!(RelPosAttentionShape, w) - 4usize];
+    ["Offset of field: RelPosAttentionShape::side_h"]
+        [::std::mem::offset_of!(RelPosAttentionShape, side_h) - 8usize];
+    ["Offset of field: RelPosAttentionShape::side_w"]
+        [::std::mem::offset_of!(RelPosAttentionShape, side_w) - 12usize];
+    ["Offset of field: RelPosAttentionShape::window_rows"]
+        [::std::mem::offset_of!(RelPosAttentionShape, window_rows) - 16usize];
+    ["Offset of field: RelPosAttentionShape::window_cols"]
+        [::std::mem::offset_of!(RelPosAttentionShape, window_cols) - 20usize];
+    ["Offset of field: RelPosAttentionShape::num_heads"]
+        [::std::mem::offset_of!(RelPosAttentionShape, num_heads) - 24usize];
+    ["Offset of field: RelPosAttentionShape::head_dim"]
+        [::std::mem::offset_of!(RelPosAttentionShape, head_dim) - 28usize];
+    ["Offset of field: RelPosAttentionShape::softmax_scale"]
+        [::std::mem::offset_of!(RelPosAttentionShape, softmax_scale) - 32usize];
+    ["Offset of field: RelPosAttentionShape::dropout"]
+        [::std::mem::offset_of!(RelPosAttentionShape, dropout) - 36usize];
+};
+#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,\n head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionFwdParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionFwdParams"]
+        [::std::mem::size_of::<RelPosAttentionFwdParams>() - 96usize];
+    ["Alignment of RelPosAttentionFwdParams"]
+        [::std::mem::align_of::<RelPosAttentionFwdParams>() - 8usize];
+    ["Offset of field: RelPosAttentionFwdParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionFwdParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionFwdParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionFwdParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionFwdParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionFwdParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 40usize];
+};
+#[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionBwdQueryParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub dout: device_ptr,
+    pub dqkv: device_ptr,
+    pub bias: device_ptr,
+    pub delta: device_ptr,
+    pub table_partials: device_ptr,
+    pub items: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdQueryParams"]
+        [::std::mem::size_of::<RelPosAttentionBwdQueryParams>() - 144usize];
+    ["Alignment of RelPosAttentionBwdQueryParams"]
+        [::std::mem::align_of::<RelPosAttentionBwdQueryParams>() - 8usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::dout"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dout) - 40usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dqkv) - 48usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::bias"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, bias) - 56usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::delta"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, delta) - 64usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::table_partials"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, table_partials) - 72usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::items"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, items) - 80usize];
+    ["Offset of field: RelPosAttentionBwdQueryParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, shape) - 88usize];
+};
+#[doc = " The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums\n over a tile's keys outside the grid."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionBwdKeyParams {
+    pub qkv: device_ptr,
+    pub pad: device_ptr,
+    pub dout: device_ptr,
+    pub bias: device_ptr,
+    pub delta: device_ptr,
+    pub dqkv: device_ptr,
+    pub pad_partials: device_ptr,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdKeyParams"]
+        [::std::mem::size_of::<RelPosAttentionBwdKeyParams>() - 112usize];
+    ["Alignment of RelPosAttentionBwdKeyParams"]
+        [::std::mem::align_of::<RelPosAttentionBwdKeyParams>() - 8usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, pad) - 8usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::dout"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, dout) - 16usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::bias"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, bias) - 24usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::delta"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, delta) - 32usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, dqkv) - 40usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::pad_partials"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, pad_partials) - 48usize];
+    ["Offset of field: RelPosAttentionBwdKeyParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, shape) - 56usize];
 };
 #[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
 #[repr(C)]

@@ -11,7 +11,7 @@ pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
 pub mod projection;
-pub mod projection_bwd;
+mod projection_bwd;
 pub mod rel_pos_attention;
 mod sum_partials;
 

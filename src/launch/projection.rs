@@ -1,7 +1,7 @@
 //! Projections with LoRA: `kernels/projection_fwd.cuh`, `kernels/low_rank.cuh`.
 //!
 //! The forward is one launch for S (none without LoRA) and one for the output. S, f32, is what the backward wants kept,
-//! and with an activation the sum before it.
+//! and with an activation the sum before it. The backward is in `projection_bwd`.
 
 use super::bindings::{
     device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,
@@ -11,17 +11,18 @@ use super::{bindings, dropout, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 
+pub use super::projection_bwd::{backward, backward_with, workspace_bytes, BackwardOperands};
 pub use crate::problem::{Activation, LoraProblem, ProjectionProblem, SmallLayout};
 
 /// Up to three projections of one input `[rows, in_dim]` into packed columns, all operands contiguous.
 #[derive(Clone, Copy, Debug)]
-pub struct Projections<'a> {
+pub struct Problem<'a> {
     /// Rows of the input: all dimensions but the last.
     pub rows: usize,
     /// Width of the input.
     pub in_dim: usize,
     /// One to three.
-    pub parts: &'a [ProjectionProblem],
+    pub projections: &'a [ProjectionProblem],
     /// What is applied to the sums.
     pub activation: Activation,
 }
@@ -94,7 +95,7 @@ const LOW_RANK_ROWS: u64 = 64;
 
 /// The shapes in the units of the kernels, checked.
 pub(super) struct Shapes<'a> {
-    pub(super) problem: &'a Projections<'a>,
+    pub(super) problem: &'a Problem<'a>,
     pub(super) layouts: Vec<SmallLayout>,
     /// Length of the small tensors.
     pub(super) small_len: usize,
@@ -111,8 +112,8 @@ fn to_u32(what: &str, value: usize) -> Result<u32> {
 }
 
 impl<'a> Shapes<'a> {
-    pub(super) fn new(problem: &'a Projections<'a>) -> Result<Self> {
-        let Projections { rows, in_dim, parts, .. } = *problem;
+    pub(super) fn new(problem: &'a Problem<'a>) -> Result<Self> {
+        let Problem { rows, in_dim, projections: parts, .. } = *problem;
         let total: usize = parts.iter().map(|part| part.out_dim).sum();
         let empty = rows == 0 || in_dim == 0 || parts.iter().any(|part| part.out_dim == 0);
         if empty || parts.is_empty() || parts.len() > PROJECTION_PARTS as usize {
@@ -137,18 +138,18 @@ impl<'a> Shapes<'a> {
 
     /// Bytes of S, or dS.
     pub(super) fn s_bytes(&self) -> usize {
-        4 * self.problem.rows * self.s_stride as usize
+        4 * low_rank_len(self.problem)
     }
 
     /// The projections that have LoRA, by their places.
     pub(super) fn adapted(&self) -> impl Iterator<Item = (usize, LoraProblem)> + '_ {
-        let parts = self.problem.parts.iter().enumerate();
+        let parts = self.problem.projections.iter().enumerate();
         parts.filter_map(|(index, part)| Some((index, part.lora?)))
     }
 
     /// First column in packed tensors.
     pub(super) fn column(&self, index: usize) -> u32 {
-        self.problem.parts[..index].iter().map(|part| part.out_dim as u32).sum()
+        self.problem.projections[..index].iter().map(|part| part.out_dim as u32).sum()
     }
 
     pub(super) fn parts(
@@ -156,7 +157,7 @@ impl<'a> Shapes<'a> {
         weights: &[device_ptr],
         small: device_ptr,
     ) -> Result<[ProjectionPart; 3]> {
-        let problems = self.problem.parts;
+        let problems = self.problem.projections;
         if weights.len() != problems.len() {
             bail!("projection: {} weights for {} projections", weights.len(), problems.len())
         }
@@ -265,42 +266,58 @@ fn low_rank_shared_bytes(product: &str, columns: u32, element: usize) -> u32 {
     }
 }
 
-/// Bytes of S, f32, which the forward writes and the backward reads; 0 without LoRA.
-///
-/// # Errors
-/// On shapes that no kernel takes.
-pub fn s_bytes(problem: &Projections<'_>) -> Result<usize> {
-    Ok(Shapes::new(problem)?.s_bytes())
+/// Whether there are kernels for this problem; without, the composed graph computes it.
+pub fn covers(problem: &Problem<'_>, dtype: DType) -> bool {
+    super::dtype_name("projection", dtype).is_ok() && Shapes::new(problem).is_ok()
 }
 
-/// The addresses of the forward's operands: `small` f32, S as [`s_bytes`] says, the others of one dtype.
+/// f32 elements of S, which the forward writes and the backward reads; 0 without LoRA. Its layout is the kernels' own.
+pub fn low_rank_len(problem: &Problem<'_>) -> usize {
+    let ranks = problem.projections.iter().filter_map(|p| p.lora).map(|lora| lora.rank);
+    problem.rows * ranks.map(|rank| rank.next_multiple_of(4)).sum::<usize>()
+}
+
+/// The addresses of the forward's operands; 0 is absent.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardOperands<'a> {
     /// `[rows, in_dim]`
     pub x: device_ptr,
-    /// `[out_dim, in_dim]` of each projection.
+    /// Of each projection, `[out_dim, in_dim]`.
     pub weights: &'a [device_ptr],
-    /// The small tensors, see [`small_layout`]; any address if there are none.
+    /// f32, as [`small_layout`] has it.
     pub small: device_ptr,
-    /// `[rows, total]`
-    pub residual: Option<device_ptr>,
-    /// Output `[rows, total]`.
-    pub y: device_ptr,
-    /// Output, [`s_bytes`] bytes; any address without LoRA.
-    pub s: device_ptr,
-    /// Output `[rows, total]`: the sum before the activation, if the backward will want it.
-    pub sum: Option<device_ptr>,
+    /// `[rows, out_dims]`; may be absent.
+    pub residual: device_ptr,
+    /// Output `[rows, out_dims]`.
+    pub out: device_ptr,
+    /// Output, [`low_rank_len`] f32; absent without LoRA.
+    pub low_rank: device_ptr,
+    /// Output `[rows, out_dims]`: what the activation is applied to; absent if it is not kept.
+    pub sum: device_ptr,
 }
 
-/// S and the output, in this order; `tile` overrules the choice of the tile.
+/// The forward: S and the output, in this order.
 ///
 /// # Errors
 /// On other dtypes than f32, f16 and bf16, and on shapes that no kernel takes.
 pub fn forward(
-    problem: &Projections<'_>,
+    problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
-    tile: Option<Tile>,
+) -> Result<Vec<Launch>> {
+    let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
+    forward_with(Tile::choose(problem.rows as u64, &widths), problem, dtype, operands)
+}
+
+/// The forward with this tile.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with(
+    tile: Tile,
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &ForwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
     let parts = shapes.parts(operands.weights, operands.small)?;
@@ -309,7 +326,7 @@ pub fn forward(
         .map(|(index, lora)| LowRankPart {
             left: operands.x,
             right: parts[index].a,
-            out: operands.s + 4 * u64::from(shapes.s_columns[index]),
+            out: operands.low_rank + 4 * u64::from(shapes.s_columns[index]),
             size_i: problem.rows as u32,
             size_j: lora.rank as u32,
             out_j: (lora.rank as u32).next_multiple_of(4),
@@ -324,18 +341,17 @@ pub fn forward(
         .collect();
     let mut launches: Vec<_> =
         low_rank("input", dtype, &products, (1, shapes.in_dim, 0))?.into_iter().collect();
-    let widths: Vec<u64> = problem.parts.iter().map(|part| part.out_dim as u64).collect();
-    let tile = tile.unwrap_or_else(|| Tile::choose(shapes.rows(), &widths));
+    let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
     let shared_bytes = match tile {
         Tile::Large => bindings::PROJECTION_FWD_128X128_SHARED_BYTES,
         Tile::Small => bindings::PROJECTION_FWD_64X64_SHARED_BYTES,
     };
     let params = ProjectionParams {
         left: operands.x,
-        low_rank: operands.s,
-        residual: operands.residual.unwrap_or(0),
-        sum: operands.sum.unwrap_or(0),
-        out: operands.y,
+        low_rank: operands.low_rank,
+        residual: operands.residual,
+        sum: operands.sum,
+        out: operands.out,
         parts,
         ..shapes.params()
     };
@@ -346,7 +362,6 @@ pub fn forward(
 
 #[cfg(test)]
 mod tests {
-    use super::super::projection_bwd::{backward, workspace_bytes, BackwardOperands};
     use super::*;
 
     fn part(out_dim: usize, rank: usize) -> ProjectionProblem {
@@ -354,18 +369,18 @@ mod tests {
         ProjectionProblem { out_dim, bias: true, lora: (rank > 0).then_some(lora) }
     }
 
-    fn problem(rows: usize, in_dim: usize, parts: &[ProjectionProblem]) -> Projections<'_> {
-        Projections { rows, in_dim, parts, activation: Activation::Identity }
+    fn problem(rows: usize, in_dim: usize, parts: &[ProjectionProblem]) -> Problem<'_> {
+        Problem { rows, in_dim, projections: parts, activation: Activation::Identity }
     }
 
     const OPERANDS: ForwardOperands<'_> = ForwardOperands {
         x: 256,
         weights: &[512, 768, 1024],
         small: 2048,
-        residual: None,
-        y: 4096,
-        s: 8192,
-        sum: None,
+        residual: 0,
+        out: 4096,
+        low_rank: 8192,
+        sum: 0,
     };
 
     fn names(launches: &[Launch]) -> Vec<&str> {
@@ -390,7 +405,7 @@ mod tests {
         for (tile, tiles, shared) in
             [(Tile::Large, 1 + 2 + 1, 81920), (Tile::Small, 2 + 3 + 1, 40960)]
         {
-            let launches = forward(&problem(200, 50, &parts), DType::F16, &OPERANDS, Some(tile))?;
+            let launches = forward_with(tile, &problem(200, 50, &parts), DType::F16, &OPERANDS)?;
             let rows = 200u32.div_ceil(tile.side() as u32);
             assert_eq!(launches[0].grid, [rows * tiles, 1, 1]);
             assert_eq!((launches.len(), launches[0].shared_bytes), (1, shared));
@@ -403,8 +418,8 @@ mod tests {
         let parts = [part(64, 3), part(64, 0), part(64, 17)];
         let problem = problem(100, 64, &parts);
         // Ranks are rounded up to 4 and 20.
-        assert_eq!(s_bytes(&problem)?, 4 * 100 * 24);
-        let launches = forward(&problem, DType::BF16, &OPERANDS, Some(Tile::Small))?;
+        assert_eq!(low_rank_len(&problem), 100 * 24);
+        let launches = forward(&problem, DType::BF16, &OPERANDS)?;
         assert_eq!(names(&launches), ["low_rank_input_64x64_bf16", "projection_fwd_64x64_bf16"]);
         assert_eq!(launches[0].grid, [2, 1, 2]);
         Ok(())
@@ -418,18 +433,18 @@ mod tests {
             x: 256,
             weights: OPERANDS.weights,
             small: 2048,
-            s: 4096,
+            low_rank: 4096,
             sum: 0,
-            grad: 8192,
-            dx: Some(16384),
-            dsmall: None,
+            dout: 8192,
+            dx: 16384,
+            dsmall: 0,
             workspace: 32768,
         };
-        let launches = backward(&problem, DType::F16, &operands, None)?;
+        let launches = backward(&problem, DType::F16, &operands)?;
         assert_eq!(names(&launches), ["low_rank_grad_64x16_f16", "projection_bwd_input_64x64_f16"]);
-        assert_eq!(workspace_bytes(&problem, DType::F16, false)?, 4 * 4096 * 32);
-        let operands = BackwardOperands { dx: None, dsmall: Some(16384), ..operands };
-        let launches = backward(&problem, DType::F16, &operands, None)?;
+        assert_eq!(low_rank_len(&problem), 4096 * 32);
+        let operands = BackwardOperands { dx: 0, dsmall: 16384, ..operands };
+        let launches = backward(&problem, DType::F16, &operands)?;
         let weight = "low_rank_weight_64x16_f16";
         let expected =
             ["low_rank_grad_64x16_f16", weight, weight, "bias_grad_f16", "sum_partials_f32"];
@@ -437,9 +452,9 @@ mod tests {
         // 32 splits of 128 rows, for each of two adapters.
         assert_eq!(launches[1].grid, [1, 1, 64]);
         let small = 3 * 64 + 2 * 2 * 16 * 64;
-        assert_eq!(workspace_bytes(&problem, DType::F16, true)?, 4 * (4096 * 32 + 32 * small));
-        let operands = BackwardOperands { dsmall: None, ..operands };
-        assert!(backward(&problem, DType::F16, &operands, None)?.is_empty());
+        assert_eq!(workspace_bytes(&problem, DType::F16), 4 * (4096 * 32 + 32 * small));
+        let operands = BackwardOperands { dsmall: 0, ..operands };
+        assert!(backward(&problem, DType::F16, &operands)?.is_empty());
         Ok(())
     }
 
@@ -447,10 +462,12 @@ mod tests {
     fn what_no_kernel_takes_is_refused() {
         let parts = [part(64, 0); 4];
         for problem in [problem(5, 8, &parts), problem(0, 8, &parts[..1]), problem(5, 8, &[])] {
-            let message = s_bytes(&problem).unwrap_err().to_string();
+            assert!(!covers(&problem, DType::F32));
+            let message = forward(&problem, DType::F32, &OPERANDS).unwrap_err().to_string();
             assert!(message.contains("1 to 3 projections"), "{message}");
         }
         let two = problem(5, 8, &parts[..2]);
-        assert!(forward(&two, DType::F32, &OPERANDS, None).is_err(), "three weights for two");
+        assert!(covers(&two, DType::F32) && !covers(&two, DType::F64));
+        assert!(forward(&two, DType::F32, &OPERANDS).is_err(), "three weights for two");
     }
 }

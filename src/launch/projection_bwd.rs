@@ -13,7 +13,7 @@ use super::bindings::{
     ProjectionParams, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES, BIAS_GRAD_WARPS,
     PROJECTION_PARTS,
 };
-use super::projection::{low_rank, Activation, Projections, Shapes, Tile};
+use super::projection::{low_rank, Activation, Problem, Shapes, Tile};
 use super::{dropout, sum_partials, Launch};
 use candle_core::{bail, DType, Result};
 
@@ -25,25 +25,25 @@ const MOST_SPLITS: u64 = 32;
 /// Elements of partial sums, at most: 64 MB. Large adapters have blocks enough with fewer splits.
 const MOST_PARTIALS: u64 = 1 << 24;
 
-/// The addresses of the backward's operands: `small`, S and `dsmall` f32, the others of one dtype.
+/// The addresses of the backward's operands; 0 is absent.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardOperands<'a> {
-    /// `[rows, in_dim]`
+    /// As in the forward.
     pub x: device_ptr,
-    /// `[out_dim, in_dim]` of each projection.
+    /// As in the forward.
     pub weights: &'a [device_ptr],
-    /// The small tensors; any address if there are none.
+    /// As in the forward.
     pub small: device_ptr,
-    /// S, as the forward left it; any address without LoRA.
-    pub s: device_ptr,
-    /// `[rows, total]`, as the forward left it; any address without an activation.
+    /// The forward's output.
+    pub low_rank: device_ptr,
+    /// The forward's output; absent without an activation.
     pub sum: device_ptr,
-    /// The gradient of the output, `[rows, total]`.
-    pub grad: device_ptr,
-    /// Output `[rows, in_dim]`.
-    pub dx: Option<device_ptr>,
-    /// Output: gradients of the small tensors, laid out as they are, f32.
-    pub dsmall: Option<device_ptr>,
+    /// The gradient of `out`.
+    pub dout: device_ptr,
+    /// Output, as `x`; absent if it is not wanted.
+    pub dx: device_ptr,
+    /// Output, as `small`; absent if it is not wanted.
+    pub dsmall: device_ptr,
     /// [`workspace_bytes`] bytes.
     pub workspace: device_ptr,
 }
@@ -58,7 +58,7 @@ struct Workspace {
 }
 
 impl Workspace {
-    fn new(shapes: &Shapes<'_>, dtype: DType, want_small: bool) -> Self {
+    fn new(shapes: &Shapes<'_>, dtype: DType) -> Self {
         let align = |bytes: u64| bytes.next_multiple_of(256);
         let rows = shapes.rows();
         let g = match shapes.problem.activation {
@@ -72,40 +72,53 @@ impl Workspace {
         let splits = rows.div_ceil(split_rows);
         let ds = align(g);
         let partials = ds + align(shapes.s_bytes() as u64);
-        let end = partials + if want_small { 4 * splits * small_len } else { 0 };
+        let end = partials + 4 * splits * small_len;
         Self { ds, partials, end, splits, split_rows }
     }
 }
 
-/// Scratch memory of the backward.
-///
-/// # Errors
-/// On shapes that no kernel takes.
-pub fn workspace_bytes(problem: &Projections<'_>, dtype: DType, want_small: bool) -> Result<usize> {
-    Ok(Workspace::new(&Shapes::new(problem)?, dtype, want_small).end as usize)
+/// Scratch memory of the backward; 0 for what no kernel takes.
+pub fn workspace_bytes(problem: &Problem<'_>, dtype: DType) -> usize {
+    Shapes::new(problem).map_or(0, |shapes| Workspace::new(&shapes, dtype).end as usize)
 }
 
-/// The gradients that are wanted, in launches to run in this order; `tile` overrules the choice of the tile.
+/// The gradients that are wanted, in launches to run in this order.
 ///
 /// # Errors
-/// On other dtypes than f32, f16 and bf16, and on shapes that no kernel takes.
+/// On other dtypes than f32, f16 and bf16, on shapes that no kernel takes, and if the sum before an activation is absent.
 pub fn backward(
-    problem: &Projections<'_>,
+    problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    tile: Option<Tile>,
+) -> Result<Vec<Launch>> {
+    let tile = Tile::choose(problem.rows as u64, &[problem.in_dim as u64]);
+    backward_with(tile, problem, dtype, operands)
+}
+
+/// The backward with this tile for dx.
+///
+/// # Errors
+/// As [`backward`].
+pub fn backward_with(
+    tile: Tile,
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
-    let want_small = operands.dsmall.is_some() && shapes.small_len > 0;
-    let space = Workspace::new(&shapes, dtype, want_small);
+    let want_small = operands.dsmall != 0 && shapes.small_len > 0;
+    let space = Workspace::new(&shapes, dtype);
     let parts = shapes.parts(operands.weights, operands.small)?;
     let mut launches = Vec::new();
-    if operands.dx.is_none() && !want_small {
+    if operands.dx == 0 && !want_small {
         return Ok(launches);
     }
 
-    let mut g = operands.grad;
+    let mut g = operands.dout;
     if problem.activation != Activation::Identity {
+        if operands.sum == 0 {
+            bail!("projection: the backward of an activation wants the sum before it")
+        }
         g = operands.workspace;
         launches.push(activation_grad(&shapes, dtype, operands)?);
     }
@@ -130,17 +143,17 @@ pub fn backward(
             mask: none,
         })
         .collect();
-    let depth = problem.parts.iter().map(|part| part.out_dim as u32).max().unwrap_or(0);
+    let depth = problem.projections.iter().map(|part| part.out_dim as u32).max().unwrap_or(0);
     launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
 
-    if let Some(dx) = operands.dx {
+    if operands.dx != 0 {
         let widths = [u64::from(shapes.in_dim)];
-        let tile = tile.unwrap_or_else(|| Tile::choose(shapes.rows(), &widths));
         let shared_bytes = match tile {
             Tile::Large => bindings::PROJECTION_BWD_INPUT_128X128_SHARED_BYTES,
             Tile::Small => bindings::PROJECTION_BWD_INPUT_64X64_SHARED_BYTES,
         };
-        let params = ProjectionParams { left: g, low_rank: ds, out: dx, parts, ..shapes.params() };
+        let params =
+            ProjectionParams { left: g, low_rank: ds, out: operands.dx, parts, ..shapes.params() };
         let tiles = (tile, shared_bytes);
         launches.push(shapes.launch_tiles(
             "projection_bwd_input",
@@ -151,7 +164,9 @@ pub fn backward(
         )?);
     }
 
-    let Some(dsmall) = operands.dsmall.filter(|_| want_small) else { return Ok(launches) };
+    if !want_small {
+        return Ok(launches);
+    }
     let partials = operands.workspace + space.partials;
     let small_len = shapes.small_len as u64;
     let partial = |start: usize| partials + 4 * start as u64;
@@ -181,7 +196,7 @@ pub fn backward(
         .adapted()
         .map(|(index, lora)| LowRankPart {
             left: g_of(parts[index].column),
-            right: operands.s + 4 * u64::from(parts[index].s_column),
+            right: operands.low_rank + 4 * u64::from(parts[index].s_column),
             out: partial(shapes.layouts[index].b.start),
             size_i: parts[index].out_dim,
             size_j: lora.rank as u32,
@@ -197,7 +212,13 @@ pub fn backward(
         .collect();
     launches.extend(low_rank("weight", dtype, &b_grads, split)?);
     launches.extend(bias_grad(&shapes, dtype, g, partials, &space)?);
-    launches.push(sum_partials::launch(DType::F32, partials, dsmall, space.splits, small_len)?);
+    launches.push(sum_partials::launch(
+        DType::F32,
+        partials,
+        operands.dsmall,
+        space.splits,
+        small_len,
+    )?);
     Ok(launches)
 }
 
@@ -209,7 +230,7 @@ fn activation_grad(
 ) -> Result<Launch> {
     let size = shapes.rows() * u64::from(shapes.total);
     let params = ActivationGradParams {
-        grad: operands.grad,
+        grad: operands.dout,
         sum: operands.sum,
         g: operands.workspace,
         size,
@@ -232,7 +253,9 @@ fn bias_grad(
         range.as_ref().map_or(0, |range| partials + 4 * range.start as u64)
     };
     let mut parts = Vec::new();
-    for (index, (problem, layout)) in shapes.problem.parts.iter().zip(&shapes.layouts).enumerate() {
+    for (index, (problem, layout)) in
+        shapes.problem.projections.iter().zip(&shapes.layouts).enumerate()
+    {
         if layout.bias.is_some() || layout.lora_bias.is_some() {
             parts.push(BiasGradPart {
                 bias: at(&layout.bias),

@@ -142,6 +142,13 @@ pub fn check(problem: &AttentionProblem, dtype: DType, addresses: &[device_ptr])
     Ok(tile)
 }
 
+/// Shared memory that the largest of a problem's blocks takes, forward and backward, if the kernels cover it; some
+/// devices have less than the A100's.
+pub fn shared_bytes(problem: &AttentionProblem, dtype: DType) -> Option<usize> {
+    let tile = check(problem, dtype, &[]).ok()?;
+    Some(tile.backward_shared_bytes(problem, dtype).max(key_shared_bytes(tile.dim, dtype)))
+}
+
 /// The addresses of the inputs, all of one dtype; 0 where absent.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs {

@@ -18,6 +18,15 @@ pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool 
     }
 }
 
+/// Bytes of shared memory that a kernel's block may take on the device; the CPU sets no such limit.
+pub(super) fn shared_memory(device: &Device) -> usize {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::shared_memory(device),
+        _ => usize::MAX,
+    }
+}
+
 /// The tensor as its device's code takes it: the CPU any strides, kernels contiguous and aligned ones.
 pub(super) fn operand(tensor: &Tensor) -> Result<Tensor> {
     match tensor.device() {

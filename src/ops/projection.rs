@@ -172,7 +172,7 @@ fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -
     let covered = || {
         let problems: Vec<_> = projections.iter().map(problem).collect();
         let activation = activation.problem();
-        kernels::s_bytes(&kernel_problem(x.dims(), &problems, activation)).is_ok()
+        kernels::covers(&kernel_problem(x.dims(), &problems, activation), x.dtype())
     };
     projections.iter().all(|p| !p.weight.track_op()) && fused_on(x.device(), covered)
 }
@@ -180,12 +180,12 @@ fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -
 /// The problem as the kernels' launch code takes it.
 fn kernel_problem<'a>(
     x_dims: &[usize],
-    parts: &'a [ProjectionProblem],
+    projections: &'a [ProjectionProblem],
     activation: problem::Activation,
-) -> kernels::Projections<'a> {
+) -> kernels::Problem<'a> {
     let in_dim = x_dims.last().copied().unwrap_or(1);
     let rows = x_dims.iter().product::<usize>() / in_dim.max(1);
-    kernels::Projections { rows, in_dim, parts, activation }
+    kernels::Problem { rows, in_dim, projections, activation }
 }
 
 /// Packs everything small and differentiable into one flat f32 tensor, and applies the operation.

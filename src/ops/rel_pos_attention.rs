@@ -11,7 +11,7 @@
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
 use super::custom::{
-    dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
+    dtype_of, from_f32, fused_on, operand, shared_memory, tensor_like, to_f32, vec_f32, with_f32,
 };
 use super::{check, composed, resize_linear, Gradients};
 use crate::cpu::attention;
@@ -73,7 +73,11 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
         rel_pos: config.rel_pos.is_some(),
         dropout: config.dropout,
     };
-    if !fused_on(qkv.device(), || kernels::check(&problem, qkv.dtype(), &[]).is_ok()) {
+    let covered = || {
+        let needed = kernels::shared_bytes(&problem, qkv.dtype());
+        needed.is_some_and(|needed| needed <= shared_memory(qkv.device()))
+    };
+    if !fused_on(qkv.device(), covered) {
         return Ok(composed::rel_pos_attention(qkv, &config)?.0);
     }
     let absent = Tensor::zeros(1, qkv.dtype(), qkv.device())?;

@@ -5,9 +5,9 @@ use crate::common::{error, gradients, random, values, Worst};
 use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::projection::{
-    self, Activation, ForwardOperands, LoraProblem, ProjectionProblem, Projections, TILES,
+    self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
+    TILES,
 };
-use candle_sam_lora::launch::projection_bwd::{self, BackwardOperands};
 use candle_sam_lora::ops::{self, composed, Lora, Projection};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -147,9 +147,9 @@ impl Data {
         pairs.map(|(case, dtype)| Self::new(case, dtype)).collect()
     }
 
-    fn projections(&self) -> Projections<'_> {
+    fn projections(&self) -> Problem<'_> {
         let Case { rows, in_dim, activation, .. } = self.case;
-        Projections { rows, in_dim, parts: &self.problems, activation }
+        Problem { rows, in_dim, projections: &self.problems, activation }
     }
 
     /// A tensor of the case's dtype, off its alignment.
@@ -380,19 +380,19 @@ fn forward() -> Result<()> {
         for tile in TILES {
             let outputs = in_every_mode(&data.name, |device| {
                 let (y, sum) = (data.alloc(count), data.alloc(count));
-                let s = Memory::new(projection::s_bytes(&problem)?);
+                let s = Memory::for_elements(projection::low_rank_len(&problem), DType::F32);
                 let operands = ForwardOperands {
                     x: data.at(&x),
                     weights: &weights_at,
                     small: small.address(),
-                    residual: residual.as_ref().map(|residual| data.at(residual)),
-                    y: data.at(&y),
-                    s: s.address(),
-                    sum: Some(data.at(&sum)),
+                    residual: residual.as_ref().map_or(0, |residual| data.at(residual)),
+                    out: data.at(&y),
+                    low_rank: s.address(),
+                    sum: data.at(&sum),
                 };
                 launch_all(
                     device,
-                    &projection::forward(&problem, data.dtype, &operands, Some(tile))?,
+                    &projection::forward_with(tile, &problem, data.dtype, &operands)?,
                 )?;
                 Ok(vec![y, sum, s])
             });
@@ -464,57 +464,51 @@ fn backward() -> Result<()> {
                 let dx = data.alloc(rows * in_dim);
                 let dsmall = Memory::for_elements(small_len, DType::F32);
                 let (y, sum) = (data.alloc(rows * data.total), data.alloc(rows * data.total));
-                let s = Memory::new(projection::s_bytes(&problem)?);
-                let bytes = projection_bwd::workspace_bytes(&problem, data.dtype, true)?;
+                let s = Memory::for_elements(projection::low_rank_len(&problem), DType::F32);
+                let bytes = projection::workspace_bytes(&problem, data.dtype);
                 let workspace = Memory::new(bytes);
                 let forward = ForwardOperands {
                     x: data.at(&x),
                     weights: &weights_at,
                     small: small.address(),
-                    residual: None,
-                    y: data.at(&y),
-                    s: s.address(),
-                    sum: (activation != Activation::Identity).then(|| data.at(&sum)),
+                    residual: 0,
+                    out: data.at(&y),
+                    low_rank: s.address(),
+                    sum: if activation == Activation::Identity { 0 } else { data.at(&sum) },
                 };
                 launch_all(
                     device,
-                    &projection::forward(&problem, data.dtype, &forward, Some(tile))?,
+                    &projection::forward_with(tile, &problem, data.dtype, &forward)?,
                 )?;
                 let operands = BackwardOperands {
                     x: data.at(&x),
                     weights: &weights_at,
                     small: small.address(),
-                    s: s.address(),
+                    low_rank: s.address(),
                     sum: data.at(&sum),
-                    grad: data.at(&grad),
-                    dx: Some(data.at(&dx)),
-                    dsmall: Some(dsmall.address()),
+                    dout: data.at(&grad),
+                    dx: data.at(&dx),
+                    dsmall: dsmall.address(),
                     workspace: workspace.address(),
                 };
                 launch_all(
                     device,
-                    &projection_bwd::backward(&problem, data.dtype, &operands, Some(tile))?,
+                    &projection::backward_with(tile, &problem, data.dtype, &operands)?,
                 )?;
                 if data.dtype == DType::BF16 && tile == projection::Tile::Small {
                     // Each alone: the same bits.
                     let (dx_alone, dsmall_alone) =
                         (data.alloc(rows * in_dim), Memory::for_elements(small_len, DType::F32));
                     for operands in [
-                        BackwardOperands { dx: Some(data.at(&dx_alone)), dsmall: None, ..operands },
-                        BackwardOperands {
-                            dx: None,
-                            dsmall: Some(dsmall_alone.address()),
-                            ..operands
-                        },
+                        BackwardOperands { dx: data.at(&dx_alone), dsmall: 0, ..operands },
+                        BackwardOperands { dx: 0, dsmall: dsmall_alone.address(), ..operands },
                     ] {
-                        let want_small = operands.dsmall.is_some();
-                        let bytes =
-                            projection_bwd::workspace_bytes(&problem, data.dtype, want_small)?;
+                        let bytes = projection::workspace_bytes(&problem, data.dtype);
                         let workspace = Memory::new(bytes);
                         let operands =
                             BackwardOperands { workspace: workspace.address(), ..operands };
                         let launches =
-                            projection_bwd::backward(&problem, data.dtype, &operands, Some(tile))?;
+                            projection::backward_with(tile, &problem, data.dtype, &operands)?;
                         launch_all(device, &launches)?;
                     }
                     assert!(dx.bytes() == dx_alone.bytes(), "{}: dx alone differs", data.name);

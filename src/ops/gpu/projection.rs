@@ -2,8 +2,7 @@
 
 use super::Input;
 use crate::cuda::{self, Job};
-use crate::launch::projection::{self as forward, ForwardOperands};
-use crate::launch::projection_bwd::{self as backward, BackwardOperands};
+use crate::launch::projection::{self as kernels, BackwardOperands, ForwardOperands, Problem};
 use crate::problem::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
@@ -19,11 +18,15 @@ pub struct Saved {
 #[derive(Clone, Copy)]
 pub struct Projections<'a> {
     pub op: &'static str,
-    pub problem: forward::Projections<'a>,
+    pub problem: Problem<'a>,
     pub weights: &'a [Tensor],
 }
 
 impl Projections<'_> {
+    fn has_lora(&self) -> bool {
+        kernels::low_rank_len(&self.problem) > 0
+    }
+
     fn keeps_sum(&self) -> bool {
         self.problem.activation != Activation::Identity
     }
@@ -38,12 +41,11 @@ impl Projections<'_> {
         let dtype = x.dtype();
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
-            *last = self.problem.parts.iter().map(|p| p.out_dim).sum();
+            *last = self.problem.projections.iter().map(|p| p.out_dim).sum();
         }
         let shape = Shape::from(dims);
         // One element where nothing is kept: there is no empty memory on the device.
-        let low_rank_shape =
-            Shape::from((forward::s_bytes(&self.problem)? / DType::F32.size_in_bytes()).max(1));
+        let low_rank_shape = Shape::from(kernels::low_rank_len(&self.problem).max(1));
         let sum_shape = if self.keeps_sum() { shape.clone() } else { Shape::from(1) };
 
         let guards: Vec<_> = self.weights.iter().map(Tensor::storage_and_layout).collect();
@@ -68,12 +70,12 @@ impl Projections<'_> {
                 x,
                 weights,
                 small,
-                residual: residual_present.then_some(residual),
-                y: out,
-                s: low_rank,
-                sum: self.keeps_sum().then_some(sum),
+                residual: if residual_present { residual } else { 0 },
+                out,
+                low_rank: if self.has_lora() { low_rank } else { 0 },
+                sum: if self.keeps_sum() { sum } else { 0 },
             };
-            forward::forward(&self.problem, dtype, &operands, None)
+            kernels::forward(&self.problem, dtype, &operands)
         })?;
         let tensor = |storage, shape| {
             Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
@@ -96,7 +98,7 @@ impl Projections<'_> {
         let mut inputs = vec![x, small, &saved.low_rank, &saved.sum, grad];
         inputs.extend(self.weights);
         let outputs = [(dtype, x.shape()), (DType::F32, small.shape())];
-        let workspace_bytes = backward::workspace_bytes(&self.problem, dtype, wanted.1)?;
+        let workspace_bytes = kernels::workspace_bytes(&self.problem, dtype);
         let [dx, dsmall] = cuda::with_tensors(self.op, &inputs, outputs, workspace_bytes, |at| {
             let ([x, small, low_rank, sum, dout], weights) = at.first_inputs()?;
             let [dx, dsmall] = at.outputs;
@@ -104,14 +106,14 @@ impl Projections<'_> {
                 x,
                 weights,
                 small,
-                s: low_rank,
-                sum,
-                grad: dout,
-                dx: wanted.0.then_some(dx),
-                dsmall: wanted.1.then_some(dsmall),
+                low_rank: if self.has_lora() { low_rank } else { 0 },
+                sum: if self.keeps_sum() { sum } else { 0 },
+                dout,
+                dx: if wanted.0 { dx } else { 0 },
+                dsmall: if wanted.1 { dsmall } else { 0 },
                 workspace: at.workspace,
             };
-            backward::backward(&self.problem, dtype, &operands, None)
+            kernels::backward(&self.problem, dtype, &operands)
         })?;
         Ok((wanted.0.then_some(dx), wanted.1.then_some(dsmall)))
     }

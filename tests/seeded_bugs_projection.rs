@@ -8,8 +8,8 @@ mod device;
 
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
-    forward, s_bytes, Activation, ForwardOperands, LoraProblem, ProjectionProblem, Projections,
-    Tile,
+    forward_with, low_rank_len, Activation, ForwardOperands, LoraProblem, Problem,
+    ProjectionProblem, Tile,
 };
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -61,7 +61,7 @@ fn run(folder: &Path, fewer_bytes: u32) -> Vec<(Mode, Result<f64>)> {
     let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: Some(DROPOUT), bias: false };
     let parts = [ProjectionProblem { out_dim: OUT_DIM, bias: false, lora: Some(lora) }];
     let activation = Activation::Identity;
-    let problem = Projections { rows: ROWS, in_dim: IN_DIM, parts: &parts, activation };
+    let problem = Problem { rows: ROWS, in_dim: IN_DIM, projections: &parts, activation };
     let x = random(1, (ROWS, IN_DIM)).to_dtype(DType::BF16).unwrap();
     let weight = random(2, (OUT_DIM, IN_DIM)).to_dtype(DType::BF16).unwrap();
     let small = random(3, RANK * (IN_DIM + OUT_DIM));
@@ -73,17 +73,17 @@ fn run(folder: &Path, fewer_bytes: u32) -> Vec<(Mode, Result<f64>)> {
     let [x, weight, small] = [&x, &weight, &small].map(Memory::from_tensor);
     let outcome = |mode: Mode| -> Result<f64> {
         let y = Memory::for_elements(ROWS * OUT_DIM, DType::BF16);
-        let s = Memory::new(s_bytes(&problem)?);
+        let s = Memory::for_elements(low_rank_len(&problem), DType::F32);
         let operands = ForwardOperands {
             x: x.address(),
             weights: &[weight.address()],
             small: small.address(),
-            residual: None,
-            y: y.address(),
-            s: s.address(),
-            sum: None,
+            residual: 0,
+            out: y.address(),
+            low_rank: s.address(),
+            sum: 0,
         };
-        let mut launches = forward(&problem, DType::BF16, &operands, Some(Tile::Small))?;
+        let mut launches = forward_with(Tile::Small, &problem, DType::BF16, &operands)?;
         launches.iter_mut().for_each(|launch| launch.shared_bytes -= fewer_bytes);
         device::launch_all(&Device { emulator: &emulator, mode }, &launches)?;
         let magnitude = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
