@@ -38,7 +38,7 @@ const ROUNDING: f64 = 1.0 / 128.0;
 
 /// A folder with copies of the headers, in which `planted` stands in place of `original` in `file`.
 fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_projection_bugs").join(name);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs_projection").join(name);
     std::fs::create_dir_all(&folder).unwrap();
     let headers = std::fs::read_dir(kernels()).unwrap().map(|entry| entry.unwrap().path());
     for path in headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h")) {
