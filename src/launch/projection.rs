@@ -284,7 +284,7 @@ pub struct ForwardOperands<'a> {
     pub x: device_ptr,
     /// Of each projection, `[out_dim, in_dim]`.
     pub weights: &'a [device_ptr],
-    /// f32, as [`small_layout`] has it.
+    /// f32, as `problem::small_layout` has it.
     pub small: device_ptr,
     /// `[rows, out_dims]`; may be absent.
     pub residual: device_ptr,
