@@ -1,6 +1,6 @@
 //! Everything that wants a GPU, in one binary: the operations against the f64 reference, the composed graph and the
-//! emulator, in every dtype, behind any strides, again and again, on two streams, in a CUDA graph; with `--bench`
-//! their timings. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
+//! emulator, in every dtype, behind any strides, again and again, on two streams, in a CUDA graph; the model, and its
+//! training; with `--bench` timings. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
 
 #[path = "gpu/bench.rs"]
 mod bench;
@@ -13,6 +13,8 @@ mod graph;
 mod model;
 #[path = "gpu/ops.rs"]
 mod ops;
+#[path = "gpu/train.rs"]
+mod train;
 
 use candle_core::Device;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -41,7 +43,13 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(required));
         }
     }
-    let trials =
-        [ops::trials(), graph::trials(), emulated::trials(), model::trials(), bench::trials()];
+    let trials = [
+        ops::trials(),
+        graph::trials(),
+        emulated::trials(),
+        model::trials(),
+        train::trials(),
+        bench::trials(),
+    ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }

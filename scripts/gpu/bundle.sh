@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what scripts/gpu/run.sh needs on a machine with a GPU but no Rust and no network: one stripped binary with the
-# GPU tests and benchmarks, the fixtures, the runner. (The comparison with the emulator wants the sources, and is left out.)
+# GPU tests and benchmarks, the fixtures and assets, the runner. (The comparison with the emulator wants the sources, and is left out.)
 #
 # usage: bundle.sh [ARCHIVE]      (default: target/gpu-kit.tar.gz)
 #
@@ -31,6 +31,7 @@ mkdir -p "$kit/gpu-kit/tests"
 strip -o "$kit/gpu-kit/gpu" "$binary"
 cp scripts/gpu/run.sh scripts/gpu/peers.py scripts/gpu/report.py "$kit/gpu-kit/"
 cp -r tests/fixtures "$kit/gpu-kit/tests/"
+cp -r assets "$kit/gpu-kit/"
 git describe --always --dirty >"$kit/gpu-kit/VERSION"
 tar -C "$kit" -czf "$archive" gpu-kit
 

@@ -224,23 +224,28 @@ fn assert_all_ran(pass: &str, launched: &BTreeSet<String>) -> Result<()> {
     Ok(())
 }
 
+/// The output against the reference.
+fn check_forward(case: &Case, worst: &mut Worst, launched: &mut BTreeSet<String>) -> Result<()> {
+    let dtype = case.dtype;
+    let outputs = run_forward(case, &case.memory()?);
+    let inputs = Inputs { qkv: 16, tables: 0, pad: 0 };
+    launched.insert(attention::forward(&case.problem, dtype, &inputs, 16, 16)?.kernel);
+    let expected = case.reference();
+    let eager = composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;
+    let eager = error(&values(&eager.0), &expected);
+    let got = error(&outputs[0].values(dtype), &expected);
+    assert!(got <= bound(dtype, eager), "{}: {got:e}, eager {eager:e}", case.name);
+    worst.note(&format!("out {dtype:?}"), &case.name, got);
+    Ok(())
+}
+
 #[test]
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     let mut launched = BTreeSet::new();
     for dtype in DTYPES {
         for shapes in shapes(dtype) {
-            let case = Case::new(shapes, dtype)?;
-            let outputs = run_forward(&case, &case.memory()?);
-            let inputs = Inputs { qkv: 16, tables: 0, pad: 0 };
-            launched.insert(attention::forward(&case.problem, dtype, &inputs, 16, 16)?.kernel);
-            let expected = case.reference();
-            let eager =
-                composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;
-            let eager = error(&values(&eager.0), &expected);
-            let got = error(&outputs[0].values(dtype), &expected);
-            assert!(got <= bound(dtype, eager), "{}: {got:e}, eager {eager:e}", case.name);
-            worst.note(&format!("out {dtype:?}"), &case.name, got);
+            check_forward(&Case::new(shapes, dtype)?, &mut worst, &mut launched)?;
         }
     }
     worst.check("rel_pos_attention forward", 1.0 / 64.0);
@@ -307,52 +312,72 @@ fn gradients_by(
     Ok([qkv, [h, w].concat(), next(case.shapes.pad)])
 }
 
+/// The gradients against the composed graph's in f32; with `frozen`, dqkv has the same bits where nothing else is wanted.
+fn check_backward(
+    case: &Case,
+    frozen: bool,
+    worst: &mut Worst,
+    launched: &mut BTreeSet<String>,
+) -> Result<()> {
+    let dtype = case.dtype;
+    let on_device = case.memory()?;
+    let device = Device { emulator: emulator(), mode: Mode { timing: Timing::Late, seed: 0 } };
+    let forward = forward_on(&device, case, &on_device)?;
+    let (b, h, w, packed) = case.qkv.dims4()?;
+    let dout = random(9, (b, h, w, packed / 3)).to_dtype(dtype)?;
+    let outputs = run_backward(case, &on_device, &forward, &dout, true, launched);
+    if frozen {
+        let frozen = run_backward(case, &on_device, &forward, &dout, false, launched);
+        assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: frozen", case.name);
+    }
+
+    let expected = gradients_by(case, DType::F32, &dout, ops::rel_pos_attention)?;
+    let eager = gradients_by(case, dtype, &dout, |qkv, config| {
+        Ok(composed::rel_pos_attention(qkv, config)?.0)
+    })?;
+    for (index, what) in ["dqkv", "dtables", "dpad"].into_iter().enumerate() {
+        if expected[index].is_empty() {
+            continue;
+        }
+        if case.problem.tokens() == 1 && what == "dtables" {
+            // One weight is always 1: no gradient but rounding.
+            let got = outputs[index].values(dtype);
+            assert!(got.iter().all(|x| x.abs() < 1e-4), "{}", case.name);
+            continue;
+        }
+        let got = error(&outputs[index].values(dtype), &expected[index]);
+        let eager = error(&eager[index], &expected[index]);
+        assert!(got <= bound(dtype, eager), "{what} {}: {got:e}, eager {eager:e}", case.name);
+        worst.note(&format!("{what} {dtype:?}"), &case.name, got);
+    }
+    Ok(())
+}
+
 #[test]
 fn backward() -> Result<()> {
     let mut worst = Worst::default();
     let mut launched = BTreeSet::new();
     for dtype in DTYPES {
         for (index, shapes) in shapes(dtype).into_iter().enumerate() {
-            let case = Case::new(shapes, dtype)?;
-            let on_device = case.memory()?;
-            let device =
-                Device { emulator: emulator(), mode: Mode { timing: Timing::Late, seed: 0 } };
-            let forward = forward_on(&device, &case, &on_device)?;
-            let (b, h, w, packed) = case.qkv.dims4()?;
-            let dout = random(9, (b, h, w, packed / 3)).to_dtype(dtype)?;
-            let outputs = run_backward(&case, &on_device, &forward, &dout, true, &mut launched);
-            if index == 0 || case.shapes.pad {
-                let frozen = run_backward(&case, &on_device, &forward, &dout, false, &mut launched);
-                assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: frozen", case.name);
-            }
-
-            let expected = gradients_by(&case, DType::F32, &dout, ops::rel_pos_attention)?;
-            let eager = gradients_by(&case, dtype, &dout, |qkv, config| {
-                Ok(composed::rel_pos_attention(qkv, config)?.0)
-            })?;
-            for (index, what) in ["dqkv", "dtables", "dpad"].into_iter().enumerate() {
-                if expected[index].is_empty() {
-                    continue;
-                }
-                if case.problem.tokens() == 1 && what == "dtables" {
-                    // One weight is always 1: no gradient but rounding.
-                    let got = outputs[index].values(dtype);
-                    assert!(got.iter().all(|x| x.abs() < 1e-4), "{}", case.name);
-                    continue;
-                }
-                let got = error(&outputs[index].values(dtype), &expected[index]);
-                let eager = error(&eager[index], &expected[index]);
-                assert!(
-                    got <= bound(dtype, eager),
-                    "{what} {}: {got:e}, eager {eager:e}",
-                    case.name
-                );
-                worst.note(&format!("{what} {dtype:?}"), &case.name, got);
-            }
+            let frozen = index == 0 || shapes.pad;
+            check_backward(&Case::new(shapes, dtype)?, frozen, &mut worst, &mut launched)?;
         }
     }
     worst.check("rel_pos_attention backward", 1.0 / 16.0);
     assert_all_ran("bwd", &launched)
+}
+
+/// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for
+/// ThreadSanitizer.
+#[test]
+fn smallest_case() -> Result<()> {
+    let mut worst = Worst::default();
+    let shapes = Shapes { grid: (2, 3), window: Some(3), dim: 16, ..WINDOWED };
+    let case = Case::new(shapes, DType::F16)?;
+    check_forward(&case, &mut worst, &mut BTreeSet::new())?;
+    check_backward(&case, true, &mut worst, &mut BTreeSet::new())?;
+    worst.check("rel_pos_attention, smallest", 1.0 / 64.0);
+    Ok(())
 }
 
 /// Attention over one head's grid where every key takes `rel_h` of the row that `row_of` its own row says.
