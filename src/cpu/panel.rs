@@ -102,7 +102,7 @@ impl Panel<'_> {
         let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
         let lanes = S::F32_LANES;
         let (b_stride, b_column) = (self.b.1 / lanes, column / lanes);
-        let b = &vectors::<S>(self.b.0)[b_column..];
+        let b = vectors::<S>(self.b.0).get(b_column..).unwrap_or_default();
         match self.a {
             Left::Rows(a, stride) => {
                 let mut rows: [&[f32]; MR] = [&[]; MR];
