@@ -57,19 +57,19 @@ where
         Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
     };
     let module = module.clone();
-    let run = Box::new(move |x: &Tensor| f(&module, x));
+    let run = move |x: &Tensor| f(&module, x);
     x.apply_op2(&flat, Recomputed { run, parameters, value: Mutex::new(Some(value)) })
 }
 
 /// Inputs: x, the flat parameters.
-struct Recomputed {
-    run: Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>,
+struct Recomputed<F> {
+    run: F,
     parameters: Vec<(String, Tensor)>,
     /// What the forward gives, once.
     value: Mutex<Option<Tensor>>,
 }
 
-impl Recomputed {
+impl<F> Recomputed<F> {
     fn take_value(&self) -> Result<Tensor> {
         match self.value.lock().ok().and_then(|mut value| value.take()) {
             Some(value) => Ok(value),
@@ -78,7 +78,7 @@ impl Recomputed {
     }
 }
 
-impl CustomOp2 for Recomputed {
+impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp2 for Recomputed<F> {
     fn name(&self) -> &'static str {
         OP
     }
