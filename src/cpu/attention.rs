@@ -13,6 +13,7 @@
 //! The projected tables are `q R^T` for every table row; a query reads, and in the backward writes, the stretch that
 //! belongs to its place. Sums that cross units (tables, pad) are taken in the order of the units.
 
+use super::buffer::zeros;
 use super::head::{Block, Head, Tables, Tile};
 use super::math::dot;
 use super::panel::{panel, Into, Left, Right};
@@ -52,7 +53,7 @@ pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Vec<f32>, Vec<f32>
     let units = p.windows() * p.num_heads;
     let tables = Tables::new(p, inputs.tables);
     // Head-major, so that every block writes a contiguous part; permuted to the grid afterwards.
-    let mut out = vec![0f32; units * tokens * d];
+    let mut out = zeros::<f32>(units * tokens * d);
     let mut lse = vec![0f32; units * tokens];
     out.par_chunks_mut(tokens * d).zip(lse.par_chunks_mut(tokens)).enumerate().for_each(
         |(unit, (out, lse))| {
@@ -141,7 +142,7 @@ pub fn backward(
     let units = p.windows() * heads;
     let tables = Tables::new(p, inputs.tables);
     // Per unit: dq, dk, dv of the real tokens; the tables' part and the pad's k and v, summed in order below.
-    let mut slabs = vec![0f32; units * 3 * tokens * d];
+    let mut slabs = zeros::<f32>(units * 3 * tokens * d);
     let extra = inputs.tables.len() + 2 * d;
     let mut extras = vec![0f32; units * extra];
     slabs
@@ -235,7 +236,7 @@ fn to_grid(p: &AttentionProblem, slabs: &[f32], d: usize, parts: usize) -> Vec<f
             place[grid] = (window, index);
         }
     }
-    let mut grid = vec![0f32; place.len() * parts * heads * d];
+    let mut grid = zeros(place.len() * parts * heads * d);
     grid.par_chunks_mut(parts * heads * d).zip(&place).for_each(|(row, &(window, index))| {
         for (slot, out) in row.chunks_exact_mut(d).enumerate() {
             let (part, head) = (slot / heads, slot % heads);

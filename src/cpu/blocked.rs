@@ -7,6 +7,7 @@
 //! after the other, its accumulator staying in cache until whoever asked for it is done with it: bias, low-rank
 //! term, activation and residual never cost another pass over the output.
 
+use super::buffer::zeros;
 use super::panel::{panel, Into, Left, Right};
 use super::simd::padded;
 use rayon::prelude::*;
@@ -58,7 +59,7 @@ impl Packed {
     }
 
     fn pack(n: usize, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let mut data = vec![0f32; n.div_ceil(PANEL) * k * PANEL];
+        let mut data = zeros(n.div_ceil(PANEL) * k * PANEL);
         data.par_chunks_mut(k * PANEL)
             .enumerate()
             .for_each(|(index, panel)| fill(index * PANEL, panel));

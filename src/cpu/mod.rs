@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod attention;
 mod blocked;
+pub mod buffer;
 mod head;
 pub mod layer_norm;
 mod math;

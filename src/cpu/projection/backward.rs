@@ -8,6 +8,7 @@
 
 use super::{copy_columns, dropped, Ready, Saved, Weights};
 use crate::cpu::attention::add;
+use crate::cpu::buffer::zeros;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
 use crate::cpu::simd::padded;
 use crate::problem::small_layout;
@@ -49,7 +50,7 @@ pub fn backward(
             Some((b, Packed::from_rows(part.a(), rank, in_dim)))
         })
         .collect();
-    let mut dx = vec![0f32; rows * in_dim];
+    let mut dx = zeros(rows * in_dim);
     let group_rows = rows.div_ceil(GROUPS).next_multiple_of(ROWS);
     let partial: Vec<Vec<PartGradients>> = dx
         .par_chunks_mut(group_rows * in_dim)
