@@ -38,7 +38,7 @@ impl DeepSeekOcrEncoder {
     /// configuration, and `[512, 1024]`.
     ///
     /// # Errors
-    /// When the configuration is impossible, has no position embedding, or a tensor cannot be allocated.
+    /// When the configuration is impossible or a tensor cannot be allocated.
     pub fn new(
         config: &SamVisionConfig,
         widths: [usize; 2],
@@ -105,7 +105,7 @@ impl DeepSeekOcrEncoder {
         let projection = &self.sam.patch_embed.projection;
         let (channels, patch) = (projection.weight.dim(1)?, projection.stride);
         match *pixel_values.dims() {
-            [b, c, h, w] if b > 0 && c == channels && h == w && h > 0 && h % patch == 0 => {}
+            [b, c, h, w] if b > 0 && c == channels && h == w && h > 0 && h.is_multiple_of(patch) => {}
             ref other => bail!(
                 "deepseek-ocr: pixel_values must have shape [B, {channels}, S, S] with S a multiple of {patch}, \
                  got {other:?}"
