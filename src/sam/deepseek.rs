@@ -21,7 +21,7 @@ use std::path::Path;
 
 /// The image encoder of DeepSeek-OCR. Its names are those of a SAM's image encoder, so adapters and
 /// [`checkpoint::load`] take it as one.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DeepSeekOcrEncoder {
     /// SAM's encoder.
     pub sam: SamVisionEncoder,
