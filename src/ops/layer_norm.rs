@@ -18,6 +18,15 @@ pub(super) const OP: &str = "layer-norm";
 /// # Errors
 /// On empty tensors, shapes that do not fit, mixed dtypes or devices, an `eps` that is not a positive number.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    validate(x, weight, bias, eps)?;
+    if !fused_on(x.device(), || true) {
+        return composed::layer_norm(x, weight, bias, eps);
+    }
+    operand(x)?.apply_op3(&operand(weight)?, &operand(bias)?, FusedLayerNorm { eps })
+}
+
+/// Checks everything.
+pub(super) fn validate(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<()> {
     check::float(OP, "x", x)?;
     check::not_empty(OP, "x", x)?;
     let size = x.dims()[x.rank() - 1];
@@ -28,10 +37,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if !(eps.is_finite() && eps > 0.0) {
         bail!("{OP}: eps must be positive and finite, got {eps}")
     }
-    if !fused_on(x.device(), || true) {
-        return composed::layer_norm(x, weight, bias, eps);
-    }
-    operand(x)?.apply_op3(&operand(weight)?, &operand(bias)?, FusedLayerNorm { eps })
+    Ok(())
 }
 
 struct FusedLayerNorm {

@@ -27,7 +27,8 @@ pub struct Gradients {
     pub small: Vec<f32>,
 }
 
-/// The gradients of x and of the small tensors, where wanted, for the gradient `grad` of the output.
+/// The gradients of x and of the small tensors, where wanted, for the gradient `grad` of the output. x is read for the
+/// small tensors alone, and may be empty without.
 pub fn backward(
     weights: &Weights<'_>,
     x: &[f32],
@@ -38,7 +39,7 @@ pub fn backward(
     (want_x, want_small): (bool, bool),
 ) -> Gradients {
     let (in_dim, total) = (weights.in_dim, weights.total());
-    let rows = x.len() / in_dim;
+    let rows = grad.len() / total;
     let parts =
         weights.ready(small, if want_x { Packed::from_rows } else { |_, _, _| Packed::empty() });
     // B and A where there is LoRA, for dS = scaling g B and dx += dS A.
@@ -69,7 +70,7 @@ pub fn backward(
                 let rows = BlockRows {
                     first,
                     count,
-                    x: &x[first * in_dim..][..count * in_dim],
+                    x: if want_small { &x[first * in_dim..][..count * in_dim] } else { &[] },
                     g: &g,
                     total,
                 };
@@ -107,7 +108,7 @@ pub fn backward(
 struct BlockRows<'a> {
     first: usize,
     count: usize,
-    /// `[count, in]`
+    /// `[count, in]`, or empty where the small tensors' gradients are not wanted.
     x: &'a [f32],
     /// Gradient of the sum before the activation, `[count, total]`.
     g: &'a [f32],
