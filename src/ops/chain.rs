@@ -14,10 +14,9 @@ use super::custom::{dtype_of, from_f32, tensor_like, to_f32, vec_f32, with_f32};
 use super::projection::{problem, with_weights};
 use super::{layer_norm, lora_linear, lora_qkv, rel_pos_attention as attention};
 use super::{Activation, Projection, RelPosAttention};
-use crate::cpu;
+use crate::cpu::{self, buffer::Buffer};
 use crate::problem::{self as problems, AttentionProblem, ProjectionProblem};
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor};
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -218,7 +217,7 @@ impl Stage {
         parameters: &[f32],
         residual: Option<&[f32]>,
         keep: bool,
-    ) -> Result<(Vec<f32>, Saved)> {
+    ) -> Result<(Buffer, Saved)> {
         let parameters = &parameters[self.parameters.clone()];
         Ok(match &self.kind {
             Kind::LayerNorm { eps } => {
@@ -248,7 +247,7 @@ impl Stage {
         grad: &[f32],
         want_x: bool,
         dparameters: &mut [f32],
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Buffer> {
         let parameters = &parameters[self.parameters.clone()];
         let (dx, mine) = match (&self.kind, saved) {
             (Kind::LayerNorm { eps }, _) => {
@@ -299,7 +298,7 @@ struct Branch {
 }
 
 /// Of each stage: its output, empty where no backward reads it, and what else it saved.
-struct Kept(Vec<(Vec<f32>, Saved)>);
+struct Kept(Vec<(Buffer, Saved)>);
 
 impl Branch {
     /// Whether a backward reads the output of stage `index`.
@@ -315,10 +314,10 @@ impl Branch {
         parameters: &[f32],
         grad: &[f32],
         want_x: bool,
-    ) -> Result<(Vec<f32>, Vec<f32>)> {
+    ) -> Result<(Buffer, Vec<f32>)> {
         let Some(Kept(kept)) = self.saved.get() else { bail!("{OP}: backward without a forward") };
         let mut dparameters = vec![0f32; parameters.len()];
-        let mut grad_out = Cow::Borrowed(grad);
+        let mut grad_out: Option<Buffer> = None;
         for (index, stage) in self.stages.iter().enumerate().rev() {
             let input = if index == 0 { x } else { &kept[index - 1].0 };
             let (out, saved) = &kept[index];
@@ -326,18 +325,12 @@ impl Branch {
             if !before && !stage.trainable {
                 break;
             }
-            let values = (input, out.as_slice(), saved);
-            grad_out = Cow::Owned(stage.backward(
-                values,
-                parameters,
-                &grad_out,
-                before,
-                &mut dparameters,
-            )?);
+            let values = (input, &**out, saved);
+            let grad = grad_out.as_deref().unwrap_or(grad);
+            grad_out = Some(stage.backward(values, parameters, grad, before, &mut dparameters)?);
         }
-        let mut dx = Vec::new();
+        let mut dx = grad_out.unwrap_or_default();
         if want_x {
-            dx = grad_out.into_owned();
             cpu::add_in_parallel(&mut dx, grad);
         }
         Ok((dx, dparameters))
@@ -358,13 +351,13 @@ impl CustomOp2 for Branch {
     ) -> Result<(CpuStorage, Shape)> {
         let rows = to_f32(OP, x, x_layout)?;
         let parameters = to_f32(OP, parameters, parameters_layout)?;
-        let mut kept: Vec<(Vec<f32>, Saved)> = Vec::with_capacity(self.stages.len());
+        let mut kept: Vec<(Buffer, Saved)> = Vec::with_capacity(self.stages.len());
         for (index, stage) in self.stages.iter().enumerate() {
             let input = kept.last().map_or(&*rows, |(value, _)| value);
             let residual = (index + 1 == self.stages.len()).then_some(&*rows);
             let done = stage.forward(input, &parameters, residual, self.keep)?;
             if let Some((value, _)) = kept.last_mut().filter(|_| !self.is_read(index - 1)) {
-                *value = Vec::new();
+                *value = Buffer::default();
             }
             kept.push(done);
         }
@@ -373,7 +366,7 @@ impl CustomOp2 for Branch {
             // The operation runs once; a second value could only be equal.
             let _ = self.saved.set(Kept(kept));
         }
-        Ok((from_f32(OP, out, dtype_of(x))?, x_layout.shape().clone()))
+        Ok((from_f32(OP, out.into_vec(), dtype_of(x))?, x_layout.shape().clone()))
     }
 
     fn bwd(
@@ -389,6 +382,6 @@ impl CustomOp2 for Branch {
         })?;
         let wanted =
             |values, like: &Tensor| like.track_op().then(|| tensor_like(values, like)).transpose();
-        Ok((wanted(dx, x)?, wanted(dparameters, parameters)?))
+        Ok((wanted(dx.into_vec(), x)?, wanted(dparameters, parameters)?))
     }
 }

@@ -62,7 +62,7 @@ impl CustomOp3 for FusedLayerNorm {
         let weight = to_f32(OP, weight, weight_layout)?;
         let bias = to_f32(OP, bias, bias_layout)?;
         let y = cpu::layer_norm::forward(&rows, &weight, &bias, self.eps);
-        Ok((from_f32(OP, y, dtype_of(x))?, x_layout.shape().clone()))
+        Ok((from_f32(OP, y.into_vec(), dtype_of(x))?, x_layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -99,6 +99,6 @@ impl CustomOp3 for FusedLayerNorm {
         })?;
         let wanted =
             |values, like: &Tensor| like.track_op().then(|| tensor_like(values, like)).transpose();
-        Ok((wanted(dx, x)?, wanted(dweight, weight)?, wanted(dbias, bias)?))
+        Ok((wanted(dx.into_vec(), x)?, wanted(dweight, weight)?, wanted(dbias, bias)?))
     }
 }

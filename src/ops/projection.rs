@@ -321,7 +321,7 @@ impl CustomOp3 for FusedProjection {
         }
         // The operation runs once; a second value could only be equal.
         let _ = self.saved.set(Kept::Cpu(saved));
-        Ok((from_f32(self.name, out, dtype_of(x))?, Shape::from(dims)))
+        Ok((from_f32(self.name, out.into_vec(), dtype_of(x))?, Shape::from(dims)))
     }
 
     #[cfg(feature = "cuda")]
@@ -369,7 +369,7 @@ impl CustomOp3 for FusedProjection {
                 })
             })
         })?;
-        let dx = wanted.0.then(|| tensor_like(grads.x, x)).transpose()?;
+        let dx = wanted.0.then(|| tensor_like(grads.x.into_vec(), x)).transpose()?;
         let dsmall = wanted.1.then(|| tensor_like(grads.small, small)).transpose()?;
         Ok((dx, dsmall, dresidual))
     }

@@ -144,7 +144,7 @@ impl CustomOp3 for FusedAttention {
         // The operation runs once; a second value could only be equal.
         let _ = self.lse.set(Lse::Cpu(lse));
         let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
-        Ok((from_f32(OP, out, dtype_of(qkv))?, shape))
+        Ok((from_f32(OP, out.into_vec(), dtype_of(qkv))?, shape))
     }
 
     #[cfg(feature = "cuda")]
@@ -198,7 +198,7 @@ impl CustomOp3 for FusedAttention {
             (present && like.track_op()).then(|| tensor_like(values, like)).transpose()
         };
         Ok((
-            wanted(true, grads.qkv, qkv)?,
+            wanted(true, grads.qkv.into_vec(), qkv)?,
             wanted(self.problem.rel_pos, grads.tables, tables)?,
             wanted(self.pad, grads.pad, pad)?,
         ))

@@ -8,7 +8,7 @@
 
 use super::{copy_columns, dropped, Ready, Saved, Weights};
 use crate::cpu::attention::add;
-use crate::cpu::buffer::zeros;
+use crate::cpu::buffer::Buffer;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
 use crate::cpu::simd::padded;
 use crate::problem::small_layout;
@@ -22,7 +22,7 @@ const GROUPS: usize = 32;
 /// Gradients; each is empty where it was not asked for.
 pub struct Gradients {
     /// Of x, `[rows, in]`.
-    pub x: Vec<f32>,
+    pub x: Buffer,
     /// Of the small tensors, laid out as they are.
     pub small: Vec<f32>,
 }
@@ -51,7 +51,7 @@ pub fn backward(
             Some((b, Packed::from_rows(part.a(), rank, in_dim)))
         })
         .collect();
-    let mut dx = zeros(rows * in_dim);
+    let mut dx = Buffer::any(rows * in_dim);
     let group_rows = rows.div_ceil(GROUPS).next_multiple_of(ROWS);
     let partial: Vec<Vec<PartGradients>> = dx
         .par_chunks_mut(group_rows * in_dim)
@@ -101,7 +101,7 @@ pub fn backward(
             }
         }
     }
-    Gradients { x: if want_x { dx } else { Vec::new() }, small: dsmall }
+    Gradients { x: if want_x { dx } else { Buffer::default() }, small: dsmall }
 }
 
 /// A block of rows in the backward.
