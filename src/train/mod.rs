@@ -1,4 +1,4 @@
-//! Training: losses, the optimizer, resumable runs, and images with masks to train on.
+//! Training: losses, the optimizer, schedules, resumable runs, scores, logs, and images with masks to train on.
 //!
 //! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
 //! [`Batch`] is such a loss for SAM. Whatever is random is a function of (seed, step), so that a run continued from
