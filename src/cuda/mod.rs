@@ -8,6 +8,7 @@ mod modules;
 mod pool;
 mod run;
 mod stream;
+mod tensor_map;
 
 pub(crate) use pool::keep_freed_memory;
 pub(crate) use run::{operand, run, with_tensors, Job};
