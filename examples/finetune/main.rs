@@ -19,6 +19,6 @@ mod run;
 use clap::Parser;
 use std::process::ExitCode;
 
-fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     console::exit_code(run::run(&options::Options::parse()).map(drop))
 }
