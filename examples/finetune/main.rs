@@ -21,6 +21,6 @@ mod training;
 use clap::Parser;
 use std::process::ExitCode;
 
-fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     console::exit_code(run::run(&options::Options::parse()).map(drop))
 }

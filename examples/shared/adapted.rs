@@ -4,7 +4,7 @@ use super::model::load_model;
 use candle_core::{DType, Device};
 use candle_sam_lora::files::TensorFile;
 use candle_sam_lora::lora::{load_adapter, TENSORS_FILE};
-use candle_sam_lora::nn::set_trainable;
+use candle_sam_lora::nn::{set_trainable, ModuleTree};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use std::path::Path;
 
@@ -14,6 +14,7 @@ pub fn load_adapted(
     adapter: Option<&Path>,
     device: &Device,
 ) -> anyhow::Result<(SamConfig, SamModel)> {
+<<<<<<< HEAD
     let Some(adapter) = adapter else {
         return load_model(folder, AttentionKind::Fused, DType::F32, device);
     };
@@ -25,5 +26,23 @@ pub fn load_adapted(
     let (config, mut model) = load_model(folder, kind, DType::F32, device)?;
     load_adapter(&mut model, adapter)?;
     set_trainable(&mut model, &mut |_| false)?;
+=======
+    let Some(adapter) = adapter else { return load_model(folder, AttentionKind::Fused, device) };
+    let (config, mut model) = load_model(folder, kind_of(adapter)?, device)?;
+    adapt(&mut model, adapter)?;
+>>>>>>> main
     Ok((config, model))
+}
+
+/// The attention whose names the adapter in a folder means.
+pub fn kind_of(adapter: &Path) -> anyhow::Result<AttentionKind> {
+    let tensors = TensorFile::open(adapter.join(TENSORS_FILE))?;
+    let fused = tensors.tensors().keys().any(|name| name.contains(".attn.qkv."));
+    Ok(if fused { AttentionKind::Fused } else { AttentionKind::Split })
+}
+
+/// Puts an adapter into a model and freezes it all.
+pub fn adapt(model: &mut dyn ModuleTree, adapter: &Path) -> anyhow::Result<()> {
+    load_adapter(model, adapter)?;
+    Ok(set_trainable(model, &mut |_| false)?)
 }

@@ -192,11 +192,15 @@ impl SamVisionEncoder {
     /// # Errors
     /// When `pixel_values` has another shape, or an attention fails.
     pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = self.embed(pixel_values)?;
+        self.encode(self.embed(pixel_values)?, mode)?.permute((0, 3, 1, 2))
+    }
+
+    /// Layers and neck: embedded patches `[B, h, w, C]`, of a grid of any size, to `[B, h, w, output_channels]`.
+    pub(super) fn encode(&self, mut x: Tensor, mode: Mode) -> Result<Tensor> {
         for layer in &self.layers {
             x = self.run(layer, &x, mode)?;
         }
-        self.neck.forward(&x)?.permute((0, 3, 1, 2))
+        self.neck.forward(&x)
     }
 
     /// As `forward`, with every hidden state and, if asked for, the attention weights, which are large: 3.6 GB for
