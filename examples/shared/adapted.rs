@@ -14,23 +14,11 @@ pub fn load_adapted(
     adapter: Option<&Path>,
     device: &Device,
 ) -> anyhow::Result<(SamConfig, SamModel)> {
-<<<<<<< HEAD
     let Some(adapter) = adapter else {
         return load_model(folder, AttentionKind::Fused, DType::F32, device);
     };
-    let adapts_fused = TensorFile::open(adapter.join(TENSORS_FILE))?
-        .tensors()
-        .keys()
-        .any(|name| name.contains(".attn.qkv."));
-    let kind = if adapts_fused { AttentionKind::Fused } else { AttentionKind::Split };
-    let (config, mut model) = load_model(folder, kind, DType::F32, device)?;
-    load_adapter(&mut model, adapter)?;
-    set_trainable(&mut model, &mut |_| false)?;
-=======
-    let Some(adapter) = adapter else { return load_model(folder, AttentionKind::Fused, device) };
-    let (config, mut model) = load_model(folder, kind_of(adapter)?, device)?;
+    let (config, mut model) = load_model(folder, kind_of(adapter)?, DType::F32, device)?;
     adapt(&mut model, adapter)?;
->>>>>>> main
     Ok((config, model))
 }
 
