@@ -201,9 +201,9 @@ fn values_and_gradients_agree_with_the_composed_graph() -> Result<()> {
     let mut worst = Worst::default();
     for (name, inputs, run) in blocks() {
         let grad_out = random(7, inputs[0].shape());
-        let (out, block) = gradients(&inputs, &grad_out, &|i: &[Tensor]| run(Path::Block, i))?;
+        let (out, block) = gradients(&inputs, &grad_out, |i: &[Tensor]| run(Path::Block, i))?;
         let (expected, composed) =
-            gradients(&inputs, &grad_out, &|i: &[Tensor]| run(Path::Composed, i))?;
+            gradients(&inputs, &grad_out, |i: &[Tensor]| run(Path::Composed, i))?;
         worst.note("out", &name, tensor_error(&out, &expected));
         for (index, (block, composed)) in block.iter().zip(&composed).enumerate() {
             worst.note(&format!("gradient {index}"), &name, tensor_error(block, composed));
@@ -222,8 +222,8 @@ fn bits_are_those_of_the_single_operations() -> Result<()> {
         let [block, single] = [run(Path::Block, &inputs)?, run(Path::Single, &inputs)?];
         assert_eq!(bits(&block)?, bits(&single)?, "{name}");
         let grad_out = random(7, inputs[0].shape());
-        let (_, block) = gradients(&inputs, &grad_out, &|i: &[Tensor]| run(Path::Block, i))?;
-        let (_, single) = gradients(&inputs, &grad_out, &|i: &[Tensor]| run(Path::Single, i))?;
+        let (_, block) = gradients(&inputs, &grad_out, |i: &[Tensor]| run(Path::Block, i))?;
+        let (_, single) = gradients(&inputs, &grad_out, |i: &[Tensor]| run(Path::Single, i))?;
         for (index, (block, single)) in block.iter().zip(&single).enumerate() {
             assert_eq!(bits(block)?, bits(single)?, "{name}, gradient {index}");
         }
@@ -236,7 +236,7 @@ fn bits_are_those_of_the_single_operations() -> Result<()> {
 fn every_input_may_be_the_only_trainable_one() -> Result<()> {
     for (name, inputs, run) in blocks() {
         let grad_out = random(7, inputs[0].shape());
-        let (_, all) = gradients(&inputs, &grad_out, &|i: &[Tensor]| run(Path::Block, i))?;
+        let (_, all) = gradients(&inputs, &grad_out, |i: &[Tensor]| run(Path::Block, i))?;
         for (index, expected) in all.iter().enumerate() {
             let mut some = inputs.clone();
             let variable = Var::from_tensor(&inputs[index])?;
