@@ -99,7 +99,8 @@ fn ask_for_huge_pages(buffer: &mut [f32]) {
     // SAFETY: every page of the range holds a part of the buffer and is therefore mapped; the advice is about how
     // pages are backed and changes no content, neither of the buffer nor of its neighbours on the first and last
     // page.
-    let asked = unsafe { madvise(start.wrapping_sub(before).cast(), length, Advice::LinuxHugepage) };
+    let asked =
+        unsafe { madvise(start.wrapping_sub(before).cast(), length, Advice::LinuxHugepage) };
     // A kernel without huge pages refuses, which costs nothing but the faults.
     let _ = asked;
 }

@@ -39,12 +39,7 @@ pub fn forward(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Buffer {
 }
 
 /// The gradients of x `[rows, size]`, weight `[size]` and bias `[size]`.
-pub fn backward(
-    x: &[f32],
-    weight: &[f32],
-    grad: &[f32],
-    eps: f64,
-) -> (Buffer, Vec<f32>, Vec<f32>) {
+pub fn backward(x: &[f32], weight: &[f32], grad: &[f32], eps: f64) -> (Buffer, Vec<f32>, Vec<f32>) {
     let size = weight.len();
     let mut dx = Buffer::any(x.len());
     let partial: Vec<(Vec<f32>, Vec<f32>)> = dx

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 pub mod activation;
 pub mod attention;
+mod bf16;
 mod blocked;
 pub mod buffer;
 mod head;

@@ -155,7 +155,11 @@ impl<'a> Chain<'a> {
     /// `x` plus what the last stage gives.
     fn apply(self) -> Result<Tensor> {
         if self.dims != self.x.dims() {
-            bail!("{OP}: a branch from {:?} must lead back to it, got {:?}", self.x.dims(), self.dims)
+            bail!(
+                "{OP}: a branch from {:?} must lead back to it, got {:?}",
+                self.x.dims(),
+                self.dims
+            )
         }
         let parameters = match self.parameters.as_slice() {
             [] => Tensor::zeros(1, DType::F32, self.x.device())?,
@@ -180,14 +184,19 @@ struct Stage {
 }
 
 enum Kind {
-    LayerNorm { eps: f64 },
+    LayerNorm {
+        eps: f64,
+    },
     Projections {
         problems: Vec<ProjectionProblem>,
         weights: Vec<Tensor>,
         activation: problems::Activation,
     },
     /// Parameters: the tables, then the pad if there is one.
-    Attention { problem: AttentionProblem, pad: bool },
+    Attention {
+        problem: AttentionProblem,
+        pad: bool,
+    },
 }
 
 /// What a stage's backward needs besides values.

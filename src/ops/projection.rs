@@ -12,7 +12,7 @@ use super::custom::{
     dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
 };
 use super::{check, composed, Gradients};
-use crate::cpu::projection::{self, Saved, Weights};
+use crate::cpu::projection::{self, Saved, Weight, Weights};
 use crate::launch::projection as kernels;
 use crate::philox::Dropout;
 use crate::problem::{self, LoraProblem, ProjectionProblem};
@@ -126,11 +126,7 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     apply(OP, x, projections, Activation::None, None)
 }
 
-pub(super) fn validate(
-    op: &'static str,
-    x: &Tensor,
-    projection: &Projection<'_>,
-) -> Result<()> {
+pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result<()> {
     check::float(op, "x", x)?;
     check::not_empty(op, "x", x)?;
     let weight = projection.weight;
@@ -273,7 +269,21 @@ impl FusedProjection {
     }
 }
 
-/// Calls `f` with the weights as f32 slices.
+fn weight<'a>(
+    op: &'static str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+    in_dim: usize,
+) -> Result<Weight<'a>> {
+    if let (CpuStorage::BF16(values), Some((start, end))) = (storage, layout.contiguous_offsets()) {
+        if let Some(weight) = Weight::from_bf16(&values[start..end], in_dim) {
+            return Ok(weight);
+        }
+    }
+    Ok(Weight::F32(to_f32(op, storage, layout)?))
+}
+
+/// Calls `f` with the weights as the CPU path takes them.
 pub(super) fn with_weights<R>(
     op: &'static str,
     weights: &[Tensor],
@@ -281,14 +291,15 @@ pub(super) fn with_weights<R>(
     f: impl FnOnce(&Weights<'_>) -> Result<R>,
 ) -> Result<R> {
     let guards: Vec<_> = weights.iter().map(Tensor::storage_and_layout).collect();
+    let in_dim = weights[0].dims()[1];
     let values = guards
         .iter()
         .map(|(storage, layout)| match &**storage {
-            Storage::Cpu(storage) => to_f32(op, storage, layout),
+            Storage::Cpu(storage) => weight(op, storage, layout, in_dim),
             _ => bail!("{op}: the weight left the CPU"),
         })
         .collect::<Result<Vec<_>>>()?;
-    f(&Weights { in_dim: weights[0].dims()[1], projections, weights: values })
+    f(&Weights { in_dim, projections, weights: values })
 }
 
 impl CustomOp3 for FusedProjection {

@@ -51,8 +51,7 @@ pub struct RelPosAttention<'a> {
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
     let (problem, tables, pad) = prepare(qkv, config)?;
-    let config =
-        RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
+    let config = RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
     let covered = || {
         let needed = kernels::shared_bytes(&problem, qkv.dtype());
         needed.is_some_and(|needed| needed <= shared_memory(qkv.device()))

@@ -6,10 +6,11 @@
 //! ```
 //! Gradients of the small tensors are summed within a group of consecutive rows, then over the groups, in order.
 
-use super::{copy_columns, dropped, Ready, Saved, Weights};
+use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
 use crate::cpu::attention::add;
-use crate::cpu::buffer::Buffer;
+use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
+use crate::cpu::buffer::Buffer;
 use crate::cpu::simd::padded;
 use crate::problem::small_layout;
 use crate::problem::Activation;
@@ -40,8 +41,15 @@ pub fn backward(
 ) -> Gradients {
     let (in_dim, total) = (weights.in_dim, weights.total());
     let rows = grad.len() / total;
-    let parts =
-        weights.ready(small, if want_x { Packed::from_rows } else { |_, _, _| Packed::empty() });
+    let pack: fn(&Weight<'_>, usize, usize) -> Packed = if want_x {
+        |weight, n, k| match weight {
+            Weight::F32(weight) => Packed::from_rows(weight, n, k),
+            Weight::Pairs(pairs) => Packed::from_rows(&bf16::unpair(pairs), n, k),
+        }
+    } else {
+        |_, _, _| Packed::empty()
+    };
+    let parts = weights.ready(small, pack);
     // B and A where there is LoRA, for dS = scaling g B and dx += dS A.
     let low_rank: Vec<_> = parts
         .iter()

@@ -6,10 +6,11 @@
 //!
 //! Kept for the backward: S, and with an activation the sum before it.
 
-use super::{copy_columns, dropped, Ready, Saved, Weights};
+use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
 use crate::cpu::attention::add;
-use crate::cpu::buffer::Buffer;
+use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, Packed, Term, PANEL, ROWS};
+use crate::cpu::buffer::Buffer;
 use crate::cpu::simd::padded;
 use crate::problem::Activation;
 use crate::problem::LoraProblem;
@@ -26,7 +27,11 @@ pub fn forward(
 ) -> (Buffer, Saved) {
     let (in_dim, total) = (weights.in_dim, weights.total());
     let rows = x.len() / in_dim;
-    let parts = weights.ready(small, Packed::from_transposed);
+    let parts = weights.ready(small, |weight, n, k| match weight {
+        Weight::F32(weight) => Packed::from_transposed(weight, n, k),
+        Weight::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
+    });
+    let in_pairs = parts.iter().any(|part| part.weight.in_pairs());
     let constants: Vec<_> = parts.iter().map(Ready::constant).collect();
     // A^T and B^T where there is LoRA.
     let low_rank: Vec<_> = parts
@@ -52,6 +57,7 @@ pub fn forward(
             let first = block * ROWS;
             let count = out.len() / total;
             let x_rows = &x[first * in_dim..][..count * in_dim];
+            let x_pairs = if in_pairs { bf16::pairs(x_rows) } else { Vec::new() };
             let mut acc = vec![0f32; count * PANEL];
             let mut s_of_parts = Vec::new();
             for ((part, constant), low_rank) in parts.iter().zip(&constants).zip(&low_rank) {
@@ -59,9 +65,12 @@ pub fn forward(
                     (Some((a, _)), Some(lora)) => low_rank_input(x_rows, in_dim, first, a, lora),
                     _ => Vec::new(),
                 };
+                let (left, stride) = match part.weight.in_pairs() {
+                    true => (x_pairs.as_slice(), in_dim / 2),
+                    false => (x_rows, in_dim),
+                };
                 for column in part.weight.panels() {
-                    let base =
-                        Term { left: x_rows, stride: in_dim, right: &part.weight, scale: 1.0 };
+                    let base = Term { left, stride, right: &part.weight, scale: 1.0 };
                     match (low_rank, part.lora) {
                         (Some((_, b)), Some(lora)) => {
                             let stride = padded(lora.rank);
