@@ -20,7 +20,7 @@ pub struct Op<'a> {
 
 pub const DROPOUT: Dropout = Dropout { p: 0.25, seed: 11, stream: 5 };
 
-pub fn layer_norm(dims: &'static [usize]) -> Op<'static> {
+pub fn layer_norm(dims: &[usize]) -> Op<'static> {
     let size = dims[dims.len() - 1];
     Op {
         name: format!("layer_norm {dims:?}"),
