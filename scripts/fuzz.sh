@@ -22,4 +22,4 @@ export RAYON_NUM_THREADS=1 CANDLE_NUM_THREADS=1
 seeds=()
 [[ -d seeds/$target ]] && seeds=("seeds/$target")
 exec "target/$triple/release/$target" "corpus/$target" "${seeds[@]}" -artifact_prefix="artifacts/$target/" \
-  -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=20 -max_len=4096 -print_final_stats=1 "$@"
+  -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=600 -max_len=4096 -print_final_stats=1 "$@"

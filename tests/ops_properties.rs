@@ -19,20 +19,11 @@ fn dropout() -> impl Strategy<Value = Option<Dropout>> {
         .prop_map(|drawn| drawn.map(|(p, seed, stream)| Dropout { p, seed, stream }))
 }
 
-/// An operation, which is told by its name.
-struct Drawn(Op<'static>);
-
-impl std::fmt::Debug for Drawn {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0.name)
-    }
-}
-
-fn op() -> impl Strategy<Value = Drawn> {
+fn op() -> impl Strategy<Value = Op<'static>> {
     let activation =
         prop::sample::select(vec![Activation::None, Activation::Gelu, Activation::Relu]);
     prop_oneof![
-        (1usize..40, 2usize..70).prop_map(|(rows, width)| cases::layer_norm(&[rows, width])),
+        (1usize..40, 8usize..70).prop_map(|(rows, width)| cases::layer_norm(&[rows, width])),
         ((1usize..80, 1usize..50, 1usize..50), 1usize..20, activation, dropout()).prop_map(
             |((rows, from, to), rank, activation, dropout)| {
                 cases::lora_linear(rows, (from, to), rank, activation, dropout)
@@ -52,7 +43,6 @@ fn op() -> impl Strategy<Value = Drawn> {
                 Attention { batch, grid: (h, w), heads, dim, window, tables, dropout }.op()
             }),
     ]
-    .prop_map(Drawn)
 }
 
 /// The same inputs behind strides and offsets chosen by `choice`.
@@ -69,7 +59,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 120, failure_persistence: None, ..Default::default() })]
 
     #[test]
-    fn values_are_the_references_and_gradients_the_composed_graphs(Drawn(op) in op(), choice in any::<u32>()) {
+    fn values_are_the_references_and_gradients_the_composed_graphs(op in op(), choice in any::<u32>()) {
         let name = &op.name;
         let inputs = disguised(&op, choice).unwrap();
         let expected = (op.reference)(&op.inputs.iter().map(values).collect::<Vec<_>>());
@@ -88,7 +78,7 @@ proptest! {
 
     /// As `half_precision_is_no_worse_than_twice_the_eager_error` in `tests/ops_reference.rs`.
     #[test]
-    fn half_precision_is_no_worse_than_twice_the_eager_error(Drawn(op) in op(), choice in any::<u32>(), bf16 in any::<bool>()) {
+    fn half_precision_is_no_worse_than_twice_the_eager_error(op in op(), choice in any::<u32>(), bf16 in any::<bool>()) {
         let (dtype, epsilon) = if bf16 { (DType::BF16, 1.0 / 128.0) } else { (DType::F16, 1.0 / 1024.0) };
         let inputs: Vec<Tensor> = op.inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();
         let expected = (op.reference)(&inputs.iter().map(values).collect::<Vec<_>>());

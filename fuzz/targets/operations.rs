@@ -44,9 +44,13 @@ fn tensor(u: &mut Unstructured, dims: &[usize], dtype: DType) -> Drawn<Tensor> {
     let plain = plain.to_dtype(dtype).unwrap();
     let rank = dims.len();
     Ok(match u.int_in_range(0..=5)? {
-        1 if rank >= 2 => {
-            plain.transpose(rank - 2, rank - 1).unwrap().contiguous().unwrap().transpose(rank - 2, rank - 1).unwrap()
-        }
+        1 if rank >= 2 => plain
+            .transpose(rank - 2, rank - 1)
+            .unwrap()
+            .contiguous()
+            .unwrap()
+            .transpose(rank - 2, rank - 1)
+            .unwrap(),
         2 if rank >= 1 && dims[0] > 0 => {
             Tensor::cat(&[&plain, &plain, &plain], 0).unwrap().narrow(0, dims[0], dims[0]).unwrap()
         }
@@ -96,7 +100,12 @@ fn same(what: &str, ours: &Tensor, theirs: &Tensor) {
     let tame = |v: &[f64]| v.iter().all(|x| x.is_finite() && x.abs() < 1e4);
     if tame(&ours) && tame(&theirs) {
         for (a, b) in ours.iter().zip(&theirs) {
-            assert!((a - b).abs() < 2e-3 * (1.0 + b.abs().max(theirs.iter().fold(0.0, |m: f64, x| m.max(x.abs())))), "{what}: {a} and {b}");
+            assert!(
+                (a - b).abs()
+                    < 2e-3
+                        * (1.0 + b.abs().max(theirs.iter().fold(0.0, |m: f64, x| m.max(x.abs())))),
+                "{what}: {a} and {b}"
+            );
         }
     }
 }
@@ -105,24 +114,43 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
     let case = Case::arbitrary(u)?;
     let trained: u8 = u.arbitrary()?;
     let dtype = *u.choose(&[DType::F32, DType::F32, DType::F16, DType::BF16])?;
-    let [rows, in_dim, out_dim, rank, heads, batch] = case.sizes.map(|size| 1 + size as usize % 9);
-    let activation = [Activation::None, Activation::Gelu, Activation::Relu][case.activation as usize % 3];
-    let dropout = case.dropout.map(|(p, seed, stream)| Dropout { p: p.abs().fract(), seed, stream });
+    let [rows, in_dim, out_dim, rank, heads, batch] = case.sizes.map(usize::from);
+    let [rows, in_dim, out_dim, rank] = [rows, in_dim, out_dim, rank].map(|size| 1 + size % 9);
+    let (heads, batch) = (1 + heads % 3, 1 + batch % 2);
+    let activation =
+        [Activation::None, Activation::Gelu, Activation::Relu][case.activation as usize % 3];
+    let dropout =
+        case.dropout.map(|(p, seed, stream)| Dropout { p: p.abs().fract(), seed, stream });
     let scaling = if case.scaling.abs() < 1e3 { case.scaling } else { 1.0 };
     let [a, b, c, d, e] = case.optional;
     type Operation<'a> = Box<dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + 'a>;
-    let (shapes, fused, plain): (Vec<Vec<usize>>, Operation, Option<Operation>) = match case.operation % 6 {
+    let (shapes, fused, plain): (Vec<Vec<usize>>, Operation, Option<Operation>) = match case
+        .operation
+        % 6
+    {
         0 => (
             vec![vec![batch, rows, in_dim], vec![in_dim], vec![in_dim]],
             Box::new(|t| ops::layer_norm(&t[0], &t[1], &t[2], case.eps)),
             // Where the variance is small beside eps, rounding is all there is to compare.
-            (case.eps > 1e-3 && case.eps < 1e3)
-                .then(|| Box::new(|t: &[Tensor]| composed::layer_norm(&t[0], &t[1], &t[2], case.eps)) as Operation),
+            (case.eps > 1e-3 && case.eps < 1e3).then(|| {
+                Box::new(|t: &[Tensor]| composed::layer_norm(&t[0], &t[1], &t[2], case.eps))
+                    as Operation
+            }),
         ),
         1 | 2 => {
-            fn projection<'t>(t: &'t [Tensor], o: [bool; 5], scaling: f64, dropout: Option<Dropout>) -> Projection<'t> {
-                let lora = Lora { a: &t[3], b: &t[4], b_bias: o[1].then_some(&t[5]), scaling, dropout };
-                Projection { weight: &t[1], bias: o[0].then_some(&t[2]), lora: o[2].then_some(lora) }
+            fn projection<'t>(
+                t: &'t [Tensor],
+                o: [bool; 5],
+                scaling: f64,
+                dropout: Option<Dropout>,
+            ) -> Projection<'t> {
+                let lora =
+                    Lora { a: &t[3], b: &t[4], b_bias: o[1].then_some(&t[5]), scaling, dropout };
+                Projection {
+                    weight: &t[1],
+                    bias: o[0].then_some(&t[2]),
+                    lora: o[2].then_some(lora),
+                }
             }
             let o = [a, b, c, d, e];
             let shapes = vec![
@@ -138,10 +166,20 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
                 (
                     shapes,
                     Box::new(move |t| {
-                        ops::lora_linear(&t[0], &projection(t, o, scaling, dropout), activation, d.then_some(&t[6]))
+                        ops::lora_linear(
+                            &t[0],
+                            &projection(t, o, scaling, dropout),
+                            activation,
+                            d.then_some(&t[6]),
+                        )
                     }),
                     Some(Box::new(move |t| {
-                        composed::lora_linear(&t[0], &projection(t, o, scaling, dropout), activation, d.then_some(&t[6]))
+                        composed::lora_linear(
+                            &t[0],
+                            &projection(t, o, scaling, dropout),
+                            activation,
+                            d.then_some(&t[6]),
+                        )
                     })),
                 )
             } else {
@@ -168,7 +206,8 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
             ],
             Box::new(move |t| {
                 let lora = Lora { a: &t[3], b: &t[4], b_bias: None, scaling, dropout };
-                let projection = Projection { weight: &t[1], bias: a.then_some(&t[2]), lora: Some(lora) };
+                let projection =
+                    Projection { weight: &t[1], bias: a.then_some(&t[2]), lora: Some(lora) };
                 ops::dora_linear(&t[0], &projection, &t[5])
             }),
             None,
@@ -186,7 +225,8 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
                     dropout,
                 })
             };
-            let length = |side: usize| if e { rank + 2 } else { 2 * window.unwrap_or(side).max(1) - 1 };
+            let length =
+                |side: usize| if e { rank + 2 } else { 2 * window.unwrap_or(side).max(1) - 1 };
             (
                 vec![
                     vec![batch, rows, out_dim, packed],
@@ -204,7 +244,9 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
         }
         _ => (
             vec![vec![batch, rows, in_dim]],
-            Box::new(move |t| ops::dropout(&t[0], dropout.unwrap_or(Dropout { p: 0.5, seed: 1, stream: 2 }))),
+            Box::new(move |t| {
+                ops::dropout(&t[0], dropout.unwrap_or(Dropout { p: 0.5, seed: 1, stream: 2 }))
+            }),
             None,
         ),
     };
@@ -213,7 +255,8 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
     let tame = inputs.iter().all(|t| values(t).iter().all(|x| x.abs() < 100.0));
     let single = inputs.iter().all(|t| t.dtype() == DType::F32);
     if let (Some(plain), true, true) = (plain, tame, single) {
-        let (theirs, expected) = run(&inputs, trained, &plain).expect("what the fused takes, the composed takes");
+        let (theirs, expected) =
+            run(&inputs, trained, &plain).expect("what the fused takes, the composed takes");
         assert_eq!(ours.dims(), theirs.dims());
         same("result", &ours, &theirs);
         for (index, (grad, expected)) in grads.iter().zip(&expected).enumerate() {

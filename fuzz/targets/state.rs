@@ -57,7 +57,10 @@ libfuzzer_sys::fuzz_target!(|input: Input| {
     let mut model = Small::new();
     set_trainable(&mut model, &mut |_| true).unwrap();
     let path = folder().join("state");
-    Trainer::new(&model, AdamWConfig::default(), 1, Default::default()).unwrap().save(&path).unwrap();
+    Trainer::new(&model, AdamWConfig::default(), 1, Default::default())
+        .unwrap()
+        .save(&path)
+        .unwrap();
     let mut state = State::load(&path, &Device::Cpu).unwrap();
     for (name, shape, rank, value) in &input.tensors {
         let shape: Vec<usize> =

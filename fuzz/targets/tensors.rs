@@ -8,7 +8,8 @@ use candle_sam_lora_fuzz::{bits, file, Small};
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let path = file("model.safetensors", bytes);
     if let Ok(tensors) = files::read_tensors(&path, &Device::Cpu) {
-        let size: usize = tensors.values().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum();
+        let size: usize =
+            tensors.values().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum();
         // U16 is widened to u32, no other dtype grows.
         assert!(size <= 2 * bytes.len());
     }

@@ -25,6 +25,7 @@ pub fn main() -> ExitCode {
         })
         .with_ignored_flag(true),
         trial("killed_again_and_again", killed_again_and_again),
+        trial("newest_state_damaged_and_then_killed", newest_state_damaged_and_then_killed),
         trial("out_of_memory", out_of_memory),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
@@ -104,6 +105,12 @@ fn disturbed(undisturbed: &Undisturbed, steps: u64, point: usize, fault: Fault) 
     let (_, end) = traced(&mut disturbed, Some((point, fault)))?;
     match fault {
         Fault::Kill => ensure!(end == End::Signal(libc::SIGKILL), "ended with {end:?}"),
+        Fault::Refuse(_) if end == End::Code(0) => {
+            // Only what nobody misses: a temporary file that stays.
+            ensure!(std::fs::read(folder.join(STATE))? == undisturbed.state, "lost a state");
+            let adapter = run::adapter(&folder.join(ADAPTER))?;
+            ensure!(adapter == undisturbed.last, "lost an adapter");
+        }
         Fault::Refuse(_) => {
             let message = std::fs::read_to_string(&log)?;
             let named = message.contains(&folder.display().to_string());
@@ -126,6 +133,29 @@ fn killed_again_and_again() -> Result<()> {
     }
     ensure!(point > 5, "ended after {point} kills");
     undisturbed.check(&folder, 3)
+}
+
+/// The run goes on from the state before a damaged one, and may then be killed anywhere as any other.
+fn newest_state_damaged_and_then_killed() -> Result<()> {
+    let undisturbed = undisturbed(3)?;
+    let mut point = 1;
+    loop {
+        let scratch = tempfile::tempdir()?;
+        let (folder, log) = (scratch.path().join("run"), scratch.path().join("log"));
+        std::fs::create_dir(&folder)?;
+        traced(&mut command(&folder, "2", &log)?, None)?;
+        let mut state = std::fs::read(folder.join(STATE))?;
+        let last = state.len() - 1;
+        state[last] ^= 1;
+        std::fs::write(folder.join(STATE), state)?;
+        let (points, end) = traced(&mut command(&folder, "3", &log)?, Some((point, Fault::Kill)))?;
+        undisturbed.check(&folder, 3).with_context(|| format!("killed at point {point}"))?;
+        if end == End::Code(0) {
+            ensure!(points > 10, "{points} points");
+            return Ok(());
+        }
+        point += 1;
+    }
 }
 
 /// An allocation that fails ends the process with a message; what was saved before is whole.
