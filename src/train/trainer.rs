@@ -192,8 +192,8 @@ impl Trainer {
         .save(path)
     }
 
-    /// Goes on from the state at `path`, or, if that is missing or damaged, from the one before. Returns what was wrong
-    /// with the newest state, if the one before had to do.
+    /// Goes on from the state at `path`, or, if that is missing or damaged, from the one before, which takes its place.
+    /// Returns what was wrong with the newest state, if the one before had to do.
     ///
     /// # Errors
     /// When both are damaged, or the state was written with another seed, other settings or another model; nothing was
@@ -202,7 +202,12 @@ impl Trainer {
         match State::load(path, &Device::Cpu) {
             Ok(state) => self.go_on(path, state).map(|()| None),
             Err(damage) => match State::load(&previous(path), &Device::Cpu) {
-                Ok(state) => self.go_on(&previous(path), state).map(|()| Some(damage)),
+                Ok(state) => {
+                    self.go_on(&previous(path), state)?;
+                    // Or the next state saved would push the damaged one into the place of this one.
+                    std::fs::rename(previous(path), path).map_err(|e| Error::io(path, e))?;
+                    Ok(Some(damage))
+                }
                 Err(_) => Err(damage),
             },
         }

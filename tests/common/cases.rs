@@ -18,9 +18,16 @@ pub struct Op<'a> {
     pub reference: OnValues<'a>,
 }
 
+/// An operation is told by its name.
+impl std::fmt::Debug for Op<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
 pub const DROPOUT: Dropout = Dropout { p: 0.25, seed: 11, stream: 5 };
 
-pub fn layer_norm(dims: &'static [usize]) -> Op<'static> {
+pub fn layer_norm(dims: &[usize]) -> Op<'static> {
     let size = dims[dims.len() - 1];
     Op {
         name: format!("layer_norm {dims:?}"),
