@@ -214,7 +214,7 @@ impl SamVisionAttention {
 
     /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
     fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
-        let pad = if self.core.pads(x) { self.qkv.output_at_zero()? } else { None };
+        let pad = if self.core.pads(x) { self.qkv.output_at_zero(mode)? } else { None };
         Ok((self.qkv.forward(x, mode)?, pad))
     }
 }
@@ -253,22 +253,26 @@ impl SamVisionAttentionSplit {
     /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
     fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
         let parts = [&self.q, &self.k, &self.v];
-        let qkv = match parts.map(|part| part.projection(mode)) {
-            [Some(q), Some(k), Some(v)] => ops::lora_qkv(x, &[q, k, v])?,
-            // DoRA's output is no sum of base and low-rank part.
+        let low_rank = [self.q.low_rank(mode)?, self.k.low_rank(mode)?, self.v.low_rank(mode)?];
+        let [q, k, v] = &low_rank;
+        let projections = (self.q.projection(q), self.k.projection(k), self.v.projection(v));
+        let qkv = match projections {
+            (Some(q), Some(k), Some(v)) => ops::lora_qkv(x, &[q, k, v])?,
+            // Some output is no sum of base and low-rank part, as with DoRA.
             _ => {
                 let outputs = parts.map(|part| part.forward(x, mode));
                 Tensor::cat(&outputs.into_iter().collect::<Result<Vec<_>>>()?, D::Minus1)?
             }
         };
-        let pad = if self.core.pads(x) { self.output_at_zero()? } else { None };
+        let pad = if self.core.pads(x) { self.output_at_zero(mode)? } else { None };
         Ok((qkv, pad))
     }
 
     /// q, k and v of a padded token, `[3C]`; none where all are zero.
-    fn output_at_zero(&self) -> Result<Option<Tensor>> {
+    fn output_at_zero(&self, mode: Mode) -> Result<Option<Tensor>> {
         let parts = [&self.q, &self.k, &self.v];
-        let outputs = parts.iter().map(|part| part.output_at_zero()).collect::<Result<Vec<_>>>()?;
+        let outputs = parts.map(|part| part.output_at_zero(mode));
+        let outputs = outputs.into_iter().collect::<Result<Vec<_>>>()?;
         if outputs.iter().all(Option::is_none) {
             return Ok(None);
         }
