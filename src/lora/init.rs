@@ -145,12 +145,12 @@ impl Layer<'_> {
     fn pissa(&self, iterations: Option<usize>) -> Result<Initial> {
         let weight = self.decomposable()?;
         let Svd { u, s, vt } = match iterations {
-            None => svd(self.path, weight.clone())?,
+            None => svd(&weight, self.rank),
             Some(iterations) => {
                 let count = weight.ncols() * self.rank;
                 let start = normal(self.name, count, 0);
                 let start = DMatrix::from_iterator(weight.ncols(), self.rank, start);
-                range_svd(self.path, &weight, &start, iterations)?
+                range_svd(&weight, &start, iterations)
             }
         };
         let root = |i: usize| (s[i] / self.scaling).sqrt();

@@ -9,22 +9,20 @@ use super::unmerge;
 use crate::nn::{ModuleTree, Node, NodeMut};
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
+use std::collections::BTreeSet;
 
 /// The name that stands for no adapter, in [`by_adapter`](super::by_adapter).
 pub const BASE: &str = "__base__";
 
-/// The names of the model's adapters, in the order they were added.
+/// The names of the model's adapters, sorted.
 pub fn adapter_names(model: &dyn ModuleTree) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
+    let mut names = BTreeSet::new();
     model.visit("", &mut |_, node| {
-        let Node::Layer(layer) = node else { return };
-        for (name, _) in layer.adapters.iter() {
-            if !names.iter().any(|known| known == name) {
-                names.push(name.to_string());
-            }
+        if let Node::Layer(layer) = node {
+            names.extend(layer.adapters.iter().map(|(name, _)| name.to_string()));
         }
     });
-    names
+    names.into_iter().collect()
 }
 
 /// The names of the active adapters, in the order they are applied; disabling and merging do not change them.
