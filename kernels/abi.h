@@ -18,6 +18,12 @@
 /** An address in device memory. */
 typedef uint64_t device_ptr;
 
+/** How a tensor lies in memory and which tile of it is copied at once, encoded by the driver (src/launch/tensor_map.rs). */
+typedef struct EncodedTensorMap {
+  uint64_t opaque[16];
+} __attribute__((aligned(64))) EncodedTensorMap;
+ABI_SIZE(EncodedTensorMap, 128);
+
 /** Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at least
  * `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. */
 typedef struct DropoutMask {
