@@ -338,8 +338,13 @@ impl Setup<'_> {
         let (adapted, frozen) = (layer(self.adapters)?, layer(FROZEN)?);
         let x = self.tokens(self.vit.dim)?;
         let project = |attn: &candle_sam_lora::sam::SamVisionAttentionSplit| {
-            let parts = [&attn.q, &attn.k, &attn.v].map(|part| part.projection(Mode::Eval));
-            let [Some(q), Some(k), Some(v)] = parts else { bail!("LoRA is a projection") };
+            let parts = [&attn.q, &attn.k, &attn.v];
+            let [q, k, v] = parts.map(|part| part.low_rank(Mode::Eval));
+            let low_rank = [q?, k?, v?];
+            let projection = |i: usize| parts[i].projection(&low_rank[i]);
+            let (Some(q), Some(k), Some(v)) = (projection(0), projection(1), projection(2)) else {
+                bail!("LoRA is a projection")
+            };
             Ok(ops::lora_qkv(&x, &[q, k, v])?)
         };
         self.in_turns(|| project(&adapted), || project(&frozen))

@@ -111,7 +111,7 @@ impl Problem {
         let var = |name: &str| {
             Ok::<_, candle_core::Error>(Var::from_tensor(&self.case.tensor(name))?.into_inner())
         };
-        let linear = Linear { weight: var("weight")?, bias: Some(var("bias")?), adapter: None };
+        let linear = Linear::new(var("weight")?, Some(var("bias")?));
         let model = Fit { linear };
         let trainer = Trainer::new(&model, config, 1, Default::default())?;
         Ok((model, trainer))

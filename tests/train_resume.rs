@@ -39,7 +39,7 @@ impl Model {
                 scaling: 2.0,
                 dropout: 0.3,
                 stream: 0,
-                unmerged: None,
+                changes_base: false,
             };
             linear.set_adapter(name, adapter);
         }

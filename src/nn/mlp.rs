@@ -36,11 +36,12 @@ impl MlpBlock {
 
     /// `x + mlp(norm(x))`: `[.., C] -> [.., C]`
     pub fn forward_normed(&self, x: &Tensor, norm: &LayerNorm, mode: Mode) -> Result<Tensor> {
-        match (self.lin1.projection(mode), self.lin2.projection(mode)) {
+        let (low_rank1, low_rank2) = (self.lin1.low_rank(mode)?, self.lin2.low_rank(mode)?);
+        match (self.lin1.projection(&low_rank1), self.lin2.projection(&low_rank2)) {
             (Some(lin1), Some(lin2)) => {
                 ops::mlp_block(x, &norm.parameters(), &lin1, self.activation, &lin2)
             }
-            // DoRA's output is no sum of base and low-rank part.
+            // Some output is no sum of base and low-rank part, as with DoRA.
             _ => self.forward(&norm.forward(x)?, x, mode),
         }
     }

@@ -223,13 +223,13 @@ impl SamVisionAttention {
 
     /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
     fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
-        Ok((self.qkv.forward(x, mode)?, self.pad(x)?))
+        Ok((self.qkv.forward(x, mode)?, self.pad(x, mode)?))
     }
 
     /// q, k and v of a padded token, `[3C]`; none where no padded token takes part, or all are zero.
-    fn pad(&self, x: &Tensor) -> Result<Option<Tensor>> {
+    fn pad(&self, x: &Tensor, mode: Mode) -> Result<Option<Tensor>> {
         if self.core.pads(x) {
-            self.qkv.output_at_zero()
+            self.qkv.output_at_zero(mode)
         } else {
             Ok(None)
         }
@@ -274,24 +274,27 @@ impl SamVisionAttentionSplit {
     /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
     fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
         let parts = self.parts();
-        let qkv = match parts.map(|part| part.projection(mode)) {
-            [Some(q), Some(k), Some(v)] => ops::lora_qkv(x, &[q, k, v])?,
-            // DoRA's output is no sum of base and low-rank part.
+        let low_rank = [self.q.low_rank(mode)?, self.k.low_rank(mode)?, self.v.low_rank(mode)?];
+        let [q, k, v] = &low_rank;
+        let projections = (self.q.projection(q), self.k.projection(k), self.v.projection(v));
+        let qkv = match projections {
+            (Some(q), Some(k), Some(v)) => ops::lora_qkv(x, &[q, k, v])?,
+            // Some output is no sum of base and low-rank part, as with DoRA.
             _ => {
                 let outputs = parts.map(|part| part.forward(x, mode));
                 Tensor::cat(&outputs.into_iter().collect::<Result<Vec<_>>>()?, D::Minus1)?
             }
         };
-        Ok((qkv, self.pad(x)?))
+        Ok((qkv, self.pad(x, mode)?))
     }
 
     /// q, k and v of a padded token, `[3C]`; none where no padded token takes part, or all are zero.
-    fn pad(&self, x: &Tensor) -> Result<Option<Tensor>> {
+    fn pad(&self, x: &Tensor, mode: Mode) -> Result<Option<Tensor>> {
         if !self.core.pads(x) {
             return Ok(None);
         }
         let parts = self.parts();
-        let outputs = parts.iter().map(|part| part.output_at_zero()).collect::<Result<Vec<_>>>()?;
+        let outputs = parts.iter().map(|part| part.output_at_zero(mode)).collect::<Result<Vec<_>>>()?;
         if outputs.iter().all(Option::is_none) {
             return Ok(None);
         }
@@ -320,17 +323,21 @@ macro_rules! projections_around_the_core {
             }
 
             fn forward_normed(&self, x: &Tensor, norm: &LayerNorm, mode: Mode) -> Result<Tensor> {
-                let parts = self.parts().into_iter().map(|part| part.projection(mode));
+                let parts = self.parts();
+                let low_rank = parts.iter().map(|part| part.low_rank(mode));
+                let low_rank = low_rank.collect::<Result<Vec<_>>>()?;
+                let proj_low_rank = self.proj.low_rank(mode)?;
+                let qkv = parts.iter().zip(&low_rank).map(|(part, lora)| part.projection(lora));
                 let (Some(qkv), Some(proj)) =
-                    (parts.collect::<Option<Vec<_>>>(), self.proj.projection(mode))
+                    (qkv.collect::<Option<Vec<_>>>(), self.proj.projection(&proj_low_rank))
                 else {
-                    // DoRA's output is no sum of base and low-rank part.
+                    // Some output is no sum of base and low-rank part, as with DoRA.
                     let out = self.attend(&norm.forward(x)?, mode)?;
                     return self.proj.forward_fused(&out, Activation::None, Some(x), mode);
                 };
                 let tables = self.core.rel_pos_h.as_ref().zip(self.core.rel_pos_w.as_ref());
-                let pad = self.pad(x)?;
-                let packed = self.parts().iter().map(|part| part.out_dim()).sum();
+                let pad = self.pad(x, mode)?;
+                let packed = parts.iter().map(|part| part.out_dim()).sum();
                 let config = self.core.config(packed, tables, pad.as_ref(), mode);
                 ops::attention_block(x, &norm.parameters(), &qkv, &config, &proj)
             }

@@ -145,6 +145,7 @@ impl SamModel {
             &prompts,
             &self.shared_image_embedding,
             image_embeddings.dim(0)?,
+            mode,
         )?;
         let (pred_masks, iou_scores) = self.mask_decoder.forward(
             &image_embeddings,
