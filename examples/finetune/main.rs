@@ -13,8 +13,10 @@ mod draw;
 #[path = "../shared/model.rs"]
 mod model;
 mod options;
+mod output;
 mod report;
 mod run;
+mod training;
 
 use clap::Parser;
 use std::process::ExitCode;

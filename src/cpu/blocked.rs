@@ -7,6 +7,7 @@
 //! after the other, its accumulator staying in cache until whoever asked for it is done with it: bias, low-rank
 //! term, activation and residual never cost another pass over the output.
 
+use super::buffer::Buffer;
 use super::panel::{panel, Into, Left, Right};
 use super::simd::padded;
 use rayon::prelude::*;
@@ -22,7 +23,7 @@ const DEPTH: usize = 384;
 pub struct Packed {
     k: usize,
     n: usize,
-    data: Vec<f32>,
+    data: Buffer,
 }
 
 impl Packed {
@@ -54,11 +55,11 @@ impl Packed {
 
     /// A matrix without elements.
     pub fn empty() -> Self {
-        Self { k: 0, n: 0, data: Vec::new() }
+        Self { k: 0, n: 0, data: Buffer::default() }
     }
 
     fn pack(n: usize, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let mut data = vec![0f32; n.div_ceil(PANEL) * k * PANEL];
+        let mut data = Buffer::zeros(n.div_ceil(PANEL) * k * PANEL);
         data.par_chunks_mut(k * PANEL)
             .enumerate()
             .for_each(|(index, panel)| fill(index * PANEL, panel));
@@ -126,7 +127,7 @@ mod tests {
         let transposed: Vec<f32> = (0..k * n).map(|i| right[(i % n) * k + i / n]).collect();
         let by_rows = Packed::from_rows(&transposed, k, n);
         let packed = Packed::from_transposed(&right, n, k);
-        assert!(by_rows.data == packed.data);
+        assert!(*by_rows.data == *packed.data);
         let term = Term { left: &left, stride: k + 3, right: &packed, scale: 0.5 };
         for column in packed.panels() {
             let mut acc = vec![f32::NAN; rows * PANEL];

@@ -1,8 +1,8 @@
 //! The two-layer perceptron of a transformer block.
 
-use super::{Linear, Mode};
+use super::{LayerNorm, Linear, Mode};
 use crate::module_tree;
-use crate::ops::Activation;
+use crate::ops::{self, Activation};
 use candle_core::{DType, Device, Result, Tensor};
 
 /// `lin2(act(lin1(x))) + residual`
@@ -32,6 +32,17 @@ impl MlpBlock {
             lin2: Linear::zeros(mlp_dim, size, true, dtype, device)?,
             activation,
         })
+    }
+
+    /// `x + mlp(norm(x))`: `[.., C] -> [.., C]`
+    pub fn forward_normed(&self, x: &Tensor, norm: &LayerNorm, mode: Mode) -> Result<Tensor> {
+        match (self.lin1.projection(mode), self.lin2.projection(mode)) {
+            (Some(lin1), Some(lin2)) => {
+                ops::mlp_block(x, &norm.parameters(), &lin1, self.activation, &lin2)
+            }
+            // DoRA's output is no sum of base and low-rank part.
+            _ => self.forward(&norm.forward(x)?, x, mode),
+        }
     }
 
     /// `[.., C] -> [.., C]`

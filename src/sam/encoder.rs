@@ -76,15 +76,15 @@ impl SamVisionLayer {
 
     /// `[B, H, W, C] -> [B, H, W, C]`
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let x = self.attn.forward_residual(&self.layer_norm1.forward(x)?, x, mode)?;
-        self.mlp.forward(&self.layer_norm2.forward(&x)?, &x, mode)
+        let x = self.attn.forward_normed(x, &self.layer_norm1, mode)?;
+        self.mlp.forward_normed(&x, &self.layer_norm2, mode)
     }
 
     /// As `forward`, with the attention weights; see [`VisionAttention::forward_with_weights`].
     pub fn forward_with_weights(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
         let (out, weights) = self.attn.forward_with_weights(&self.layer_norm1.forward(x)?, mode)?;
         let x = (x + out)?;
-        Ok((self.mlp.forward(&self.layer_norm2.forward(&x)?, &x, mode)?, weights))
+        Ok((self.mlp.forward_normed(&x, &self.layer_norm2, mode)?, weights))
     }
 }
 

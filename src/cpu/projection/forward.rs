@@ -8,6 +8,7 @@
 
 use super::{copy_columns, dropped, Ready, Saved, Weights};
 use crate::cpu::attention::add;
+use crate::cpu::buffer::Buffer;
 use crate::cpu::blocked::{accumulate, Packed, Term, PANEL, ROWS};
 use crate::cpu::simd::padded;
 use crate::problem::Activation;
@@ -22,7 +23,7 @@ pub fn forward(
     residual: Option<&[f32]>,
     activation: Activation,
     keep: bool,
-) -> (Vec<f32>, Saved) {
+) -> (Buffer, Saved) {
     let (in_dim, total) = (weights.in_dim, weights.total());
     let rows = x.len() / in_dim;
     let parts = weights.ready(small, Packed::from_transposed);
@@ -37,8 +38,8 @@ pub fn forward(
         })
         .collect();
     let keep_sum = keep && activation != Activation::Identity;
-    let mut out = vec![0f32; rows * total];
-    let mut sum = vec![0f32; if keep_sum { out.len() } else { 0 }];
+    let mut out = Buffer::any(rows * total);
+    let mut sum = Buffer::any(if keep_sum { out.len() } else { 0 });
     let sums: Vec<Option<&mut [f32]>> = match keep_sum {
         true => sum.chunks_mut(ROWS * total).map(Some).collect(),
         false => (0..rows.div_ceil(ROWS)).map(|_| None).collect(),

@@ -14,6 +14,7 @@ pub use forward::forward;
 
 use super::attention::add;
 use super::blocked::{Packed, PANEL};
+use super::buffer::Buffer;
 use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -34,7 +35,7 @@ pub struct Saved {
     /// S of each projection, `[rows, padded rank]`; empty without LoRA.
     s: Vec<Vec<f32>>,
     /// The sum before the activation; empty where it is not needed.
-    sum: Vec<f32>,
+    sum: Buffer,
 }
 
 /// One projection, ready for its products.
