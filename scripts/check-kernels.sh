@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# As build.rs compiles them: flags meant for all of a user's CUDA code would change the kernels.
+unset NVCC_APPEND_FLAGS NVCC_PREPEND_FLAGS
 nvcc=$(scripts/nvcc.sh)
 export nvcc out=target/check-kernels
 rm -rf "$out"

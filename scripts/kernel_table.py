@@ -21,6 +21,7 @@ RESERVED = 1024
 
 HEADER = "kernel target registers stack spills static dynamic threads blocks".split()
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+FUNCTION = re.compile(r"Function properties for (\w+)")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 STATIC = re.compile(r"(\d+) bytes smem")
@@ -38,18 +39,22 @@ class Compiled(NamedTuple):
 
 
 def compiled(log):
-    """The kernels of a log, in its order."""
-    kernel = target = None
-    stack = spills = 0
+    """The kernels of a log, in its order; what a function that was not inlined spills, its kernel does."""
+    kernels, kernel, function = [], None, None
     for line in log.splitlines():
         if found := ENTRY.search(line):
-            kernel, target = found.groups()
+            kernel = found.groups()
+        elif found := FUNCTION.search(line):
+            function = found[1]
         elif found := STACK.search(line):
             stack, stores, loads = map(int, found.groups())
-            spills = stores + loads
+            if function != kernel[0]:
+                last = kernels[-1]
+                kernels[-1] = last._replace(stack=last.stack + stack, spills=last.spills + stores + loads)
         elif found := USED.search(line):
             static = STATIC.search(line)
-            yield Compiled(kernel, target, int(found[1]), stack, spills, int(static[1]) if static else 0)
+            kernels.append(Compiled(*kernel, int(found[1]), stack, stores + loads, int(static[1]) if static else 0))
+    return kernels
 
 
 def up(value, step):
