@@ -23,18 +23,24 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Folder of images to train on [default: the micrographs of this project]
-    #[arg(long, value_name = "DIR", requires = "masks")]
+    #[arg(long, value_name = "DIR", requires = "truth")]
     pub images: Option<PathBuf>,
     /// Folder of their masks, with the same file stems: every value but 0 is one object; a mask of 0 and white only is
     /// taken apart into its connected parts
-    #[arg(long, value_name = "DIR", requires = "images")]
+    #[arg(long, value_name = "DIR", requires = "images", group = "truth")]
     pub masks: Option<PathBuf>,
+    /// Instead of masks, COCO's instances JSON with polygons or run lengths
+    #[arg(long, value_name = "FILE", requires = "images", group = "truth")]
+    pub coco: Option<PathBuf>,
     /// Folder of held-out images [default: some of --images]
-    #[arg(long, value_name = "DIR", requires = "val_masks", requires = "images")]
+    #[arg(long, value_name = "DIR", requires = "val_truth", requires = "images")]
     pub val_images: Option<PathBuf>,
     /// Folder of their masks
-    #[arg(long, value_name = "DIR", requires = "val_images")]
+    #[arg(long, value_name = "DIR", requires = "val_images", group = "val_truth")]
     pub val_masks: Option<PathBuf>,
+    /// Or their COCO JSON
+    #[arg(long, value_name = "FILE", requires = "val_images", group = "val_truth")]
+    pub val_coco: Option<PathBuf>,
     /// Part of --images that is held out where there are no --val-images
     #[arg(long, default_value_t = 0.2, value_name = "FRACTION")]
     pub val_fraction: f64,

@@ -86,7 +86,8 @@ pub fn picture(sample: &Sample, evaluation: &Evaluation) -> anyhow::Result<RgbIm
         draw::fill(&mut image, &mask, draw::colour(index));
     }
     for (instance, prompt) in sample.instances.iter().zip(&evaluation.prompts) {
-        let truth = enlarged(&|x, y| sample.labels.get_pixel(x, y).0[0] == instance.label);
+        let truth =
+            enlarged(&|x, y| sample.labels(instance).get_pixel(x, y).0[0] == instance.label);
         draw::outline(&mut image, &truth, draw::WHITE);
         let place = |value: f32| (value + 0.5) * factor as f32;
         match prompt {

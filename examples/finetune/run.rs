@@ -18,7 +18,7 @@ use candle_sam_lora::sam::{SamModel, SamProcessor};
 use candle_sam_lora::train::{evaluate, Batch, Dataset, Evaluated, PromptKind, Scores, Trainer};
 use candle_sam_lora::{files, Result};
 use serde_json::{json, Map};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What came out.
 #[derive(Debug)]
@@ -111,18 +111,34 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
 
 /// The images to train on and those held out.
 fn datasets(options: &Options) -> anyhow::Result<(Dataset, Dataset)> {
-    let open = |images: &Path, masks: &Path| Dataset::open(images, masks, options.min_area);
-    let (Some(images), Some(masks)) = (&options.images, &options.masks) else {
+    let Options { images, masks, coco, .. } = options;
+    let Some(all) = dataset(images, masks, coco, options.min_area)? else {
         let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
-        let part =
-            |part: &str| open(&nuclei.join(part).join("images"), &nuclei.join(part).join("masks"));
+        let part = |part: &str| {
+            let folder = |kind: &str| nuclei.join(part).join(kind);
+            Dataset::open(&folder("images"), &folder("masks"), options.min_area)
+        };
         return Ok((part("train")?, part("heldout")?));
     };
-    let all = open(images, masks)?;
-    match (&options.val_images, &options.val_masks) {
-        (Some(images), Some(masks)) => Ok((all, open(images, masks)?)),
-        _ => Ok(all.split(options.val_fraction, options.seed)?),
+    let Options { val_images, val_masks, val_coco, .. } = options;
+    match dataset(val_images, val_masks, val_coco, options.min_area)? {
+        Some(held_out) => Ok((all, held_out)),
+        None => Ok(all.split(options.val_fraction, options.seed)?),
     }
+}
+
+/// The images of a folder with their masks or their annotations, if they were named.
+fn dataset(
+    images: &Option<PathBuf>,
+    masks: &Option<PathBuf>,
+    coco: &Option<PathBuf>,
+    min_area: usize,
+) -> Result<Option<Dataset>> {
+    Ok(match (images, masks, coco) {
+        (Some(images), Some(masks), _) => Some(Dataset::open(images, masks, min_area)?),
+        (Some(images), None, Some(coco)) => Some(Dataset::open_coco(images, coco, min_area)?),
+        _ => None,
+    })
 }
 
 /// Injects the adapters, into the image encoder alone; returns their configuration and number.

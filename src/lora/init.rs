@@ -122,7 +122,7 @@ impl Layer<'_> {
 
     fn orthogonal(&self, seed: u64) -> Result<Initial> {
         let rank = self.rank;
-        if rank % 2 != 0 {
+        if !rank.is_multiple_of(2) {
             return Err(Error::config(format!(
                 "{}: init_lora_weights \"orthogonal\" needs an even rank, got {rank}",
                 self.path

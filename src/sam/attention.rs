@@ -294,7 +294,8 @@ impl SamVisionAttentionSplit {
             return Ok(None);
         }
         let parts = self.parts();
-        let outputs = parts.iter().map(|part| part.output_at_zero(mode)).collect::<Result<Vec<_>>>()?;
+        let outputs =
+            parts.iter().map(|part| part.output_at_zero(mode)).collect::<Result<Vec<_>>>()?;
         if outputs.iter().all(Option::is_none) {
             return Ok(None);
         }

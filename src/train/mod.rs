@@ -7,6 +7,7 @@
 mod adamw;
 mod checkpoint;
 mod checksum;
+mod coco;
 mod data;
 mod event_file;
 mod gradients;
@@ -16,6 +17,7 @@ mod loss;
 mod metrics_csv;
 mod prompt;
 mod random;
+mod rle;
 mod schedule;
 mod scores;
 mod segmentation;

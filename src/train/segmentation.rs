@@ -152,7 +152,7 @@ fn draw_prompts(
             break;
         }
         let instance = sample.instances[index];
-        let target = target(&sample.labels, instance.label, rows, cols, pitch);
+        let target = target(sample.labels(&instance), instance.label, rows, cols, pitch);
         if target.iter().any(|inside| *inside > 0.0) {
             chosen.push((instance, target));
         }
@@ -165,7 +165,7 @@ fn draw_prompts(
     }
     let (mut prompts, mut targets) = (vec![], vec![]);
     for (instance, target) in chosen.iter().cycle().take(config.prompts) {
-        prompts.push(config.kind.draw(&sample.labels, instance, draws));
+        prompts.push(config.kind.draw(sample.labels(instance), instance, draws));
         targets.extend_from_slice(target);
     }
     Ok((prompts, Tensor::from_vec(targets, (config.prompts, rows, cols), device)?))
@@ -238,9 +238,9 @@ pub fn evaluate(
     let (mut prompts, mut masks, mut scores) = (vec![], vec![], vec![]);
     for instance in &sample.instances {
         let truth: Vec<u8> =
-            sample.labels.pixels().map(|p| u8::from(p.0[0] == instance.label)).collect();
+            sample.labels(instance).pixels().map(|p| u8::from(p.0[0] == instance.label)).collect();
         let truth = Tensor::from_vec(truth, frame.original, device)?;
-        let tried = kind.fixed(&sample.labels, instance);
+        let tried = kind.fixed(sample.labels(instance), instance);
         let input = prompt_input(kind, &prompt_tensor(&tried, &frame, device)?)?;
         let input = SamInput { image_embeddings: Some(embeddings.clone()), ..input };
         let logits = model.forward(&input, Mode::Eval)?.pred_masks.squeeze(0)?.squeeze(1)?;
