@@ -113,7 +113,7 @@ fn params_says_what_is_wrong(folder: &Path) -> Result<()> {
     let fails = |command: &str, code, words: &[&str]| fail(folder, "params", command, code, words);
     fails("--config vit_x", 1, &["error: ", "vit_x", "vit_b, vit_l, vit_h or a config.json"])?;
     fails("--r 0", 1, &["error: ", "rank", "got 0"])?;
-    fails("--target-modules qq", 1, &["error: ", "matches no linear layer", "q_proj"])?;
+    fails("--target-modules qq", 1, &["error: ", "matches no layer", "k_proj"])?;
     fails("--r many", 2, &["many", "--r"])?;
     fails("--ranks 3", 2, &["--ranks"])
 }

@@ -240,7 +240,7 @@ fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()>
         (&missing, vec!["--eval-every", "0"], "at least 1"),
         (&missing, vec!["--patience", "3"], "--eval-every"),
         (&missing, vec!["--model", "/nowhere"], "no such folder"),
-        (&missing, vec!["--target-modules", "nothing"], "matches no linear layer"),
+        (&missing, vec!["--target-modules", "nothing"], "matches no layer"),
         (&missing, vec!["--images", "/nowhere", "--masks", "/nowhere"], "/nowhere"),
     ] {
         let message = finetune(output, &arguments).expect_err(expected).to_string();

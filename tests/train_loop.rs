@@ -246,7 +246,7 @@ fn a_damaged_state_gives_way_to_the_one_before() -> anyhow::Result<()> {
         trainer.save(&path)?;
         after.push(bits(&model));
     }
-    let newest = std::fs::read(&path)?;
+    let (newest, before) = (std::fs::read(&path)?, std::fs::read(previous(&path))?);
     let spoilt: [(&str, Option<Vec<u8>>); 3] = [
         ("cut", Some(newest[..newest.len() - 5].to_vec())),
         (
@@ -266,11 +266,15 @@ fn a_damaged_state_gives_way_to_the_one_before() -> anyhow::Result<()> {
             Some(bytes) => std::fs::write(&path, bytes)?,
             None => std::fs::remove_file(&path)?,
         }
+        std::fs::write(previous(&path), &before)?;
         let (model, mut resumed) = problem.start(problem.config)?;
         let damage = resumed.resume(&path)?.expect(what).to_string();
         assert!(damage.contains("state.safetensors"), "{damage}");
         assert_eq!((resumed.steps(), bits(&model)), (1, after[0].clone()), "{what}");
+        // The next state saved must not push a damaged one into the place of the good one.
+        assert!(std::fs::read(&path)? == before && !previous(&path).exists(), "{what}");
     }
+    std::fs::write(&path, b"nothing")?;
     std::fs::write(previous(&path), b"nothing")?;
     let (_, mut none) = problem.start(problem.config)?;
     assert!(none.resume(&path).is_err());
