@@ -58,8 +58,10 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd_wind
             shared.queries[tile % 2], Tile::kQueryRows, p, full, head_column, unit.origin.x, unit.origin.y + tile * Tile::kQueryRows, unit.image);
     };
     if (threadIdx.x == 0) {
-        for (ptx::mbarrier* barrier : {&shared.queries_full[0], &shared.queries_full[1], &shared.tables_full, &shared.keys_full, &shared.values_full})
-            ptx::mbarrier_init(*barrier, 1);
+        for (auto& full : shared.queries_full) ptx::mbarrier_init(full, 1);
+        ptx::mbarrier_init(shared.tables_full, 1);
+        ptx::mbarrier_init(shared.keys_full, 1);
+        ptx::mbarrier_init(shared.values_full, 1);
         ptx::fence_mbarrier_init();
         load_queries_of(0);
         if (p.tables != 0) {
