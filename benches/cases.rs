@@ -52,6 +52,8 @@ enum Case {
     EncoderForward,
     /// Forward, backward and AdamW step of the image encoder with LoRA on q and v.
     EncoderTrainStep,
+    /// As EncoderTrainStep, with gradient checkpointing.
+    EncoderTrainStepCheckpointed,
     /// The f32 product [4096, 768] x [768, 2304] into memory that is there: the machine's arithmetic.
     GemmPeak,
     /// Copy of 256 MiB by all threads: the machine's memory.
@@ -201,7 +203,10 @@ impl Setup<'_> {
             }
             Case::QkvLora => (self.qkv_lora()?, forward.qkv(vit.dim, rank)),
             Case::EncoderForward => (self.encoder_forward()?, forward.encoder(vit, 0)),
-            Case::EncoderTrainStep => (self.encoder_train_step()?, train.encoder(vit, rank)),
+            Case::EncoderTrainStep | Case::EncoderTrainStepCheckpointed => {
+                let checkpointed = case == Case::EncoderTrainStepCheckpointed;
+                (self.encoder_train_step(checkpointed)?, train.encoder(vit, rank))
+            }
             Case::GemmPeak => probe::gemm_peak(self.reps)?,
             Case::CopyBandwidth => probe::copy_bandwidth(self.reps)?,
         })
@@ -370,11 +375,15 @@ impl Setup<'_> {
         })
     }
 
-    fn encoder_train_step(&self) -> Result<Measurement> {
+    fn encoder_train_step(&self, checkpointed: bool) -> Result<Measurement> {
         let ours = self.ours()?;
+        if checkpointed && !ours {
+            bail!("gradient checkpointing is this crate's")
+        }
         let pixels = self.pixels()?;
         let config = self.vit.config(self.grid);
-        let encoder = models::encoder(&config, self.adapters, self.dtype, self.device)?;
+        let mut encoder = models::encoder(&config, self.adapters, self.dtype, self.device)?;
+        encoder.gradient_checkpointing = checkpointed;
         let mut optimizer = AdamW::new(trainable(&encoder)?, AdamWConfig::default())?;
         let mut seed = 0;
         self.run(|| {

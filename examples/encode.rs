@@ -15,7 +15,7 @@ use anyhow::bail;
 use candle_core::{DType, Tensor};
 use candle_sam_lora::files;
 use candle_sam_lora::nn::Mode;
-use candle_sam_lora::sam::SamInput;
+use candle_sam_lora::sam::{AttentionKind, DeepSeekOcrEncoder, SamInput};
 use clap::Parser;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -26,6 +26,9 @@ use std::process::ExitCode;
 /// Tensors read: pixel_values [B,3,S,S], and if wanted input_points [B,P,N,2], input_labels [B,P,N],
 /// input_boxes [B,P,4], input_masks [B,1,4h,4w], as Hugging Face's SamModel takes them. Tensors written:
 /// image_embeddings, hidden_states.0 .. hidden_states.N, and with prompts pred_masks and iou_scores. All in f32.
+///
+/// With --deepseek-ocr the model is a checkpoint of DeepSeek-OCR, of which the SAM encoder runs: pixel_values
+/// [B,3,S,S] of any S that is a multiple of 16 become image_embeddings [B,1024,S/64,S/64].
 #[derive(Parser)]
 struct Options {
     /// Folder with config.json and safetensors weights [default: the small SAM of this project]
@@ -40,6 +43,9 @@ struct Options {
     /// Safetensors file to write
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
+    /// Run the SAM encoder of DeepSeek-OCR
+    #[arg(long, requires = "model")]
+    deepseek_ocr: bool,
     /// One mask for each prompt instead of several (multimask_output=False)
     #[arg(long)]
     single_mask: bool,
@@ -58,7 +64,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let Some(pixel_values) = take("pixel_values")? else {
         bail!("{}: has no tensor pixel_values", options.input.display())
     };
-    let [input_points, input_labels, input_boxes, input_masks] = PROMPTS.map(&mut take);
+    let prompts = PROMPTS.map(&mut take);
+    let prompted = prompts.iter().any(|prompt| !matches!(prompt, Ok(None)));
+    let [input_points, input_labels, input_boxes, input_masks] = prompts;
     let mut input = SamInput {
         input_points: input_points?,
         input_labels: input_labels?,
@@ -72,6 +80,17 @@ fn run(options: &Options) -> anyhow::Result<()> {
         bail!("{}: unknown tensor {name}; known: pixel_values, {known}", options.input.display())
     }
     let folder = options.model.clone().unwrap_or_else(model::shipped_model);
+    if options.deepseek_ocr {
+        if prompted {
+            bail!("{}: DeepSeek-OCR's encoder takes no prompts", options.input.display())
+        }
+        let adapter = options.adapter.as_deref();
+        let kind = adapter.map_or(Ok(AttentionKind::Fused), adapted::kind_of)?;
+        let mut encoder = DeepSeekOcrEncoder::from_checkpoint(&folder, kind, DType::F32, &device)?;
+        adapter.map_or(Ok(()), |adapter| adapted::adapt(&mut encoder, adapter))?;
+        let embeddings = encoder.forward(&pixel_values, Mode::Eval)?;
+        return write(options, &BTreeMap::from([("image_embeddings".into(), embeddings)]));
+    }
     let (_, sam) = adapted::load_adapted(&folder, options.adapter.as_deref(), &device)?;
     let encoded = sam.vision_encoder.forward_with_states(&pixel_values, false, Mode::Eval)?;
     let mut output: BTreeMap<String, Tensor> = BTreeMap::new();
@@ -88,7 +107,11 @@ fn run(options: &Options) -> anyhow::Result<()> {
     } else if input.input_labels.is_some() {
         bail!("{}: input_labels without input_points", options.input.display())
     }
-    files::write_tensors(&options.output, &output)?;
+    write(options, &output)
+}
+
+fn write(options: &Options, output: &BTreeMap<String, Tensor>) -> anyhow::Result<()> {
+    files::write_tensors(&options.output, output)?;
     console::say(format!("{}: {} tensors", options.output.display(), output.len()));
     Ok(())
 }

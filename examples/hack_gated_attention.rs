@@ -19,7 +19,7 @@ use std::any::Any;
 
 /// SAM's attention with a gate. An empty name keeps the inner names, `attn.q`, `attn.rel_pos_h` ..., as they were;
 /// the new parameters are `attn.gate.weight` and `attn.gate.bias`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct GatedAttention {
     inner: SamVisionAttentionSplit,
     gate: Linear,

@@ -31,7 +31,7 @@ export -f compile
 {
   # Those of the tests too: they use every instruction of ptx.cuh.
   for source in kernels/*.cu tests/kernels/*.cu; do printf '%s\n' "$source sm_80" "$source sm_90a" "$source ptx"; done
-  for source in kernels/sm90/*.cu; do [ -e "$source" ] && echo "$source sm_90a"; done
+  for source in kernels/sm90/*.cu tests/kernels/sm90/*.cu; do [ -e "$source" ] && echo "$source sm_90a"; done
   true
 } | xargs -P "$(nproc)" -L 1 bash -c 'compile "$1" "$2" || exit 255' _
 

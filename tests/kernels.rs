@@ -12,6 +12,8 @@ mod dora;
 mod dropout;
 #[path = "kernels/instructions.rs"]
 mod instructions;
+#[path = "kernels/instructions_sm90.rs"]
+mod instructions_sm90;
 #[path = "kernels/layer_norm.rs"]
 mod layer_norm;
 #[path = "kernels/projection.rs"]

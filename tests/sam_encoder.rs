@@ -112,7 +112,7 @@ fn attention_dropout_acts_in_training_alone() -> Result<()> {
 }
 
 /// An attention written as Hugging Face's is: it is handed padded windows and knows nothing of the grid.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct WindowAttention {
     core: RelPosCore,
     window: Option<usize>,

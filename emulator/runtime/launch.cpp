@@ -79,9 +79,9 @@ static std::string launch_by_name(const char* name, dim3 grid, dim3 block, size_
 // Launches a kernel and waits for it; 0, or 1 with the reason in `error`, cut to `error_bytes`.
 extern "C" __attribute__((visibility("default"))) int emulator_launch(
     const char* kernel, const uint32_t grid[3], const uint32_t block[3], uint32_t shared_bytes, const void* params,
-    size_t params_bytes, int early, uint64_t seed, uint32_t workers, char* error, size_t error_bytes) {
+    size_t params_bytes, int early, int early_products, uint64_t seed, uint32_t workers, char* error, size_t error_bytes) {
     const std::string report = emulator::launch_by_name(
-        kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, params, params_bytes, {early != 0, seed}, workers);
+        kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, params, params_bytes, {early != 0, early_products != 0, seed}, workers);
     if (report.empty()) return 0;
     const std::string full = std::string(kernel) + ": " + report;
     const size_t length = std::min(full.size(), error_bytes - 1);

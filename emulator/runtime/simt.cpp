@@ -29,7 +29,11 @@ constinit thread_local dim3 blockDim{}, gridDim{};
 
 namespace emulator {
 
-static constinit thread_local Block* current = nullptr;
+static constinit thread_local Block* running = nullptr;
+
+Block& current() { return *running; }
+void sync_acquire([[maybe_unused]] void* object) { ACQUIRE(object); }
+void sync_release([[maybe_unused]] void* object) { RELEASE(object); }
 
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
 constexpr size_t kStackBytes = 256 << 10;
@@ -57,7 +61,7 @@ static char* take_stack() {
     return static_cast<char*>(memory) + kPage;
 }
 
-Block::Block(const Launch& launch) : launch_(launch), threads_(launch.threads()), fibers_(threads_), warps_(threads_ / kWarp), barriers_(16), ready_(threads_) {
+Block::Block(const Launch& launch) : launch_(launch), threads_(launch.threads()), fibers_(threads_), warps_(threads_ / kWarp), warpgroups_((threads_ + 127) / 128), barriers_(16), ready_(threads_) {
     for (auto& fiber : fibers_) {
         fiber.context.stack = take_stack();
         fiber.context.stack_bytes = kStackBytes;
@@ -78,7 +82,7 @@ Block::~Block() {
 }
 
 std::string Block::run(uint3 index) {
-    current = this;
+    running = this;
     index_ = blockIdx = index;
     blockDim = launch_.block;
     gridDim = launch_.grid;
@@ -86,8 +90,16 @@ std::string Block::run(uint3 index) {
     live_ = threads_;
     head_ = count_ = 0;
     random_ = (launch_.mode.seed + 1) * 0x9E3779B97F4A7C15u ^ (uint64_t(index.z) << 42 ^ uint64_t(index.y) << 21 ^ index.x) * 0xBF58476D1CE4E5B9u;
-    for (auto* groups : {&warps_, &barriers_})
+    for (auto* groups : {&warps_, &warpgroups_, &barriers_})
         for (auto& group : *groups) group = {};
+    mbarriers_.clear();
+    loads_.clear();
+    products_.assign(warps_.size(), {});
+    unfenced_.assign(capacity_ / 16, 0);
+    // As many as there are for all, in steps of eight.
+    registers_.assign(warps_.size(), std::min(255, (64 << 10) / threads_ / 8 * 8));
+    free_registers_ = 0;
+    register_sleepers_.clear();
     std::memset(shared_, 0xFF, capacity_);
 #if defined(EMULATOR_ASAN)
     __asan_poison_memory_region(shared_ + launch_.shared_bytes, capacity_ - launch_.shared_bytes);
@@ -103,12 +115,16 @@ std::string Block::run(uint3 index) {
         fiber.waits_in = nullptr;
         fiber.open.clear();
         fiber.groups.clear();
+        fiber.open_stores.clear();
+        fiber.stores.clear();
+        fiber.unfenced.clear();
         prepare(fiber.context, entry);
         wake(fiber);
     }
     transfer(main_, next());
     ACQUIRE(this);
     if (error_.empty() && live_ > 0) error_ = "deadlock: " + who_waits_where();
+    if (error_.empty()) error_ = left_behind();
 #if defined(EMULATOR_ASAN)
     __asan_unpoison_memory_region(shared_, capacity_);
 #endif
@@ -118,7 +134,7 @@ std::string Block::run(uint3 index) {
         if (touched != end)
             error_ = "wrote byte " + std::to_string(touched - shared_) + " of " + std::to_string(launch_.shared_bytes) + " bytes of shared memory";
     }
-    current = nullptr;
+    running = nullptr;
     if (error_.empty()) return {};
     char where[64];
     std::snprintf(where, sizeof where, "block (%u, %u, %u): ", index.x, index.y, index.z);
@@ -127,7 +143,7 @@ std::string Block::run(uint3 index) {
 
 // In a fiber: the kernel, for one thread.
 void Block::entry() {
-    Block& block = *current;
+    Block& block = current();
     switched(block.self_->context);
     ACQUIRE(&block);
     block.launch_.run(block.launch_.params);
@@ -139,15 +155,18 @@ void Block::entry() {
 
 void Block::wake(Fiber& fiber) { ready_[(head_ + count_++) % ready_.size()] = &fiber; }
 
-// Who runs next: the first ready fiber, or with a seed any; with none, the scheduler.
+uint64_t Block::random() {
+    random_ ^= random_ << 13;
+    random_ ^= random_ >> 7;
+    random_ ^= random_ << 17;
+    return random_;
+}
+
+// Who runs next: the first ready fiber, or with a seed any; with none, who waits for a load; at last, the scheduler.
 Fiber* Block::next() {
-    if (count_ == 0) return nullptr;
-    if (launch_.mode.seed != 0) {
-        random_ ^= random_ << 13;
-        random_ ^= random_ >> 7;
-        random_ ^= random_ << 17;
-        std::swap(ready_[head_], ready_[(head_ + random_ % count_) % ready_.size()]);
-    }
+    while (count_ == 0)
+        if (live_ == 0 || !land()) return nullptr;
+    if (launch_.mode.seed != 0) std::swap(ready_[head_], ready_[(head_ + random() % count_) % ready_.size()]);
     Fiber* fiber = ready_[head_];
     head_ = (head_ + 1) % ready_.size();
     --count_;
@@ -168,7 +187,7 @@ void Block::sleep(const char* name, Location at) {
     self.waits_in = nullptr;
 }
 
-static std::string text(Location at) {
+std::string text(Location at) {
     const char* slash = std::strrchr(at.file, '/');
     return std::string(slash ? slash + 1 : at.file) + ":" + std::to_string(at.line);
 }
@@ -200,49 +219,66 @@ void Block::fail(const std::string& what, Location at) {
 // Literals: mostly one and the same.
 static bool differ(const char* a, const char* b) { return a != b && std::strcmp(a, b) != 0; }
 
-void Block::meet(Group& group, int slot, int size, const char* name, bool same_line, void* operands, Operation operation, Location at) {
+void Block::join(Group& group, int size, const char* name, bool same_line, Location at) {
     if (group.arrived == 0) {
         group.name = name;
         group.at = at;
+        group.size = size;
     } else if (differ(group.name, name) || (same_line && (group.at.line != at.line || differ(group.at.file, at.file)))) {
         fail(std::string("divergence: reached ") + name + " while others of its group are in " + group.name + " at " + text(group.at), at);
+    } else if (group.size != size) {
+        fail(std::string(name) + " for " + std::to_string(size) + " threads, others say " + std::to_string(group.size) + " at " + text(group.at), at);
     }
-    if (group.operands.size() < size_t(size)) group.operands.resize(size);
-    group.operands[slot < 0 ? group.arrived : slot] = operands;
+    ++group.arrived;
     RELEASE(&group);
-    if (++group.arrived < size) {
+}
+
+void Block::leave(Group& group) {
+    group.arrived = 0;
+    for (Fiber* fiber : group.sleepers) wake(*fiber);
+    group.sleepers.clear();
+    RELEASE(&group);
+}
+
+void Block::meet(Group& group, int slot, int size, const char* name, bool same_line, void* operands, Operation operation, Location at) {
+    if (group.operands.size() < size_t(size)) group.operands.resize(size);
+    group.operands[slot < 0 ? 0 : slot] = operands;
+    join(group, size, name, same_line, at);
+    if (group.arrived < size) {
         group.sleepers.push_back(self_);
         sleep(name, at);
     } else {
         ACQUIRE(&group);
-        group.arrived = 0;
         operation(group.operands.data());
-        for (Fiber* fiber : group.sleepers) wake(*fiber);
-        group.sleepers.clear();
-        RELEASE(&group);
+        leave(group);
     }
     ACQUIRE(&group);
 }
 
+void Block::arrive(Group& group, int size, const char* name, Location at) {
+    join(group, size, name, false, at);
+    if (group.arrived == size) leave(group);
+}
+
 void meet_warp(const char* name, void* operands, Operation operation, Location at) {
-    Block& block = *current;
+    Block& block = current();
     block.meet(block.warps_[block.self_->rank / kWarp], lane(), kWarp, name, true, operands, operation, at);
 }
 
 void meet_barrier(const char* name, int id, int threads, Location at) {
-    Block& block = *current;
+    Block& block = current();
     if (threads > block.threads_) fail("a barrier for more threads than the block has", at);
     block.meet(block.barriers_[id], -1, threads ? threads : block.threads_, name, false, nullptr, [](void**) {}, at);
 }
 
-int lane() { return current->self_->rank % kWarp; }
+int lane() { return current().self_->rank % kWarp; }
 
-unsigned char* shared_memory() { return current->shared_; }
+unsigned char* shared_memory() { return current().shared_; }
 
-void fail(const char* what, Location at) { current->fail(what, at); }
+void fail(const char* what, Location at) { current().fail(what, at); }
 
 void check_shared(const char* name, const void* p, int bytes, Location at) {
-    Block& block = *current;
+    Block& block = current();
     const auto offset = static_cast<const unsigned char*>(p) - block.shared_;
     if (offset < 0 || offset + bytes > ptrdiff_t(block.launch_.shared_bytes))
         block.fail(std::string(name) + " touches byte " + std::to_string(offset) + " of " + std::to_string(block.launch_.shared_bytes) + " bytes of shared memory", at);
@@ -250,7 +286,7 @@ void check_shared(const char* name, const void* p, int bytes, Location at) {
 }
 
 void copy_async(void* dst, const void* src, int bytes, bool valid, Move move, Location at) {
-    Block& block = *current;
+    Block& block = current();
     check_shared("cp.async", dst, bytes, at);
     if (valid && reinterpret_cast<uintptr_t>(src) % bytes) block.fail("cp.async wants an aligned source", at);
     if (block.launch_.mode.early) move(dst, src, valid);
@@ -258,13 +294,13 @@ void copy_async(void* dst, const void* src, int bytes, bool valid, Move move, Lo
 }
 
 void commit_copies() {
-    Fiber& fiber = *current->self_;
+    Fiber& fiber = *current().self_;
     fiber.groups.push_back(std::move(fiber.open));
     fiber.open.clear();
 }
 
 void wait_copies(int in_flight) {
-    auto& groups = current->self_->groups;
+    auto& groups = current().self_->groups;
     for (; int(groups.size()) > in_flight; groups.pop_front())
         for (const Copy& copy : groups.front()) copy.move(copy.dst, copy.src, copy.valid);
 }

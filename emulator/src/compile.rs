@@ -10,7 +10,8 @@ use std::sync::Mutex;
 /// What to compile.
 #[derive(Clone, Debug)]
 pub struct Sources {
-    /// The folder with the headers; of its `.cu` files every one is compiled, unless `files` names others.
+    /// The folder with the headers; of its `.cu` files and those in its folder `sm90` every one is compiled, unless
+    /// `files` names others.
     pub kernels: PathBuf,
     /// Compile these `.cu` files instead, against the headers of that folder.
     pub files: Option<Vec<PathBuf>>,
@@ -29,7 +30,7 @@ impl Sources {
         let runtime = with_extension(&here.join("runtime"), &["cpp"])?;
         let kernels = match &self.files {
             Some(files) => files.clone(),
-            None => with_extension(&self.kernels, &["cu"])?,
+            None => kernel_files(&self.kernels, &["cu"])?,
         };
         let mut headers = with_extension(&here.join("include"), &["h"])?;
         headers.extend(with_extension(&here.join("include/emulator"), &["h"])?);
@@ -73,6 +74,16 @@ fn with_extension(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, St
         .filter(|path| path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)))
         .collect();
     files.sort();
+    Ok(files)
+}
+
+/// Those of a folder of kernels and of its folder `sm90`, if there is one.
+fn kernel_files(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, String> {
+    let mut files = with_extension(folder, extensions)?;
+    let hopper = folder.join("sm90");
+    if hopper.is_dir() {
+        files.extend(with_extension(&hopper, extensions)?);
+    }
     Ok(files)
 }
 
@@ -156,7 +167,7 @@ impl Compiler {
         (&self.version, &flags, source).hash(&mut hasher);
         let mut files = headers.to_vec();
         if !is_runtime {
-            files.extend(with_extension(&self.kernels, &["cuh", "h"])?);
+            files.extend(kernel_files(&self.kernels, &["cuh", "h"])?);
         }
         files.push(source.to_path_buf());
         for file in &files {

@@ -15,13 +15,15 @@
 //! `EMULATOR_SANITIZE` (`address,undefined` or `thread`) instruments everything: see `scripts/sanitize-kernels.sh`.
 
 mod compile;
+mod tensor_map;
 
 pub use compile::Sources;
+pub use tensor_map::TensorMap;
 
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::path::Path;
 
-/// When asynchronous copies land, of the moments the rules allow.
+/// When asynchronous copies land and products are formed, of the moments the rules allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timing {
     /// When they are waited for: shows a missing wait.
@@ -35,6 +37,8 @@ pub enum Timing {
 pub struct Mode {
     /// When asynchronous copies land.
     pub timing: Timing,
+    /// When asynchronous products (wgmma) are formed.
+    pub products: Timing,
     /// 0: the threads of a block take turns. Else: any one that can run, by this seed.
     pub seed: u64,
 }
@@ -42,9 +46,21 @@ pub struct Mode {
 impl Mode {
     /// Late and early, each with three seeds.
     pub fn all() -> impl Iterator<Item = Mode> {
-        [Timing::Late, Timing::Early]
-            .into_iter()
-            .flat_map(|timing| (0..3).map(move |seed| Mode { timing, seed }))
+        Self::timings([(Timing::Late, Timing::Late), (Timing::Early, Timing::Early)])
+    }
+
+    /// Copies and products late and early, each by itself, with three seeds: a stage given back before the products
+    /// have read it shows when copies are early and products late.
+    pub fn all_with_products() -> impl Iterator<Item = Mode> {
+        let both = [Timing::Late, Timing::Early];
+        Self::timings(
+            both.into_iter().flat_map(move |copies| both.map(|products| (copies, products))),
+        )
+    }
+
+    fn timings(pairs: impl IntoIterator<Item = (Timing, Timing)>) -> impl Iterator<Item = Mode> {
+        let mode = |timing, products| move |seed| Mode { timing, products, seed };
+        pairs.into_iter().flat_map(move |(timing, products)| (0..3).map(mode(timing, products)))
     }
 }
 
@@ -55,6 +71,7 @@ type LaunchFn = unsafe extern "C" fn(
     u32,
     *const c_void,
     usize,
+    c_int,
     c_int,
     u64,
     u32,
@@ -133,6 +150,7 @@ impl Emulator {
                 params.as_ptr().cast(),
                 params.len(),
                 c_int::from(mode.timing == Timing::Early),
+                c_int::from(mode.products == Timing::Early),
                 mode.seed,
                 self.workers,
                 error.as_mut_ptr().cast(),

@@ -4,7 +4,7 @@ use super::model::load_model;
 use candle_core::Device;
 use candle_sam_lora::files::TensorFile;
 use candle_sam_lora::lora::{load_adapter, TENSORS_FILE};
-use candle_sam_lora::nn::set_trainable;
+use candle_sam_lora::nn::{set_trainable, ModuleTree};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use std::path::Path;
 
@@ -15,13 +15,20 @@ pub fn load_adapted(
     device: &Device,
 ) -> anyhow::Result<(SamConfig, SamModel)> {
     let Some(adapter) = adapter else { return load_model(folder, AttentionKind::Fused, device) };
-    let adapts_fused = TensorFile::open(adapter.join(TENSORS_FILE))?
-        .tensors()
-        .keys()
-        .any(|name| name.contains(".attn.qkv."));
-    let kind = if adapts_fused { AttentionKind::Fused } else { AttentionKind::Split };
-    let (config, mut model) = load_model(folder, kind, device)?;
-    load_adapter(&mut model, adapter)?;
-    set_trainable(&mut model, &mut |_| false)?;
+    let (config, mut model) = load_model(folder, kind_of(adapter)?, device)?;
+    adapt(&mut model, adapter)?;
     Ok((config, model))
+}
+
+/// The attention whose names the adapter in a folder means.
+pub fn kind_of(adapter: &Path) -> anyhow::Result<AttentionKind> {
+    let tensors = TensorFile::open(adapter.join(TENSORS_FILE))?;
+    let fused = tensors.tensors().keys().any(|name| name.contains(".attn.qkv."));
+    Ok(if fused { AttentionKind::Fused } else { AttentionKind::Split })
+}
+
+/// Puts an adapter into a model and freezes it all.
+pub fn adapt(model: &mut dyn ModuleTree, adapter: &Path) -> anyhow::Result<()> {
+    load_adapter(model, adapter)?;
+    Ok(set_trainable(model, &mut |_| false)?)
 }

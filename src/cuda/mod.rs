@@ -7,6 +7,7 @@
 mod modules;
 mod run;
 mod stream;
+mod tensor_map;
 
 pub(crate) use run::{operand, run, with_tensors, Job};
 pub(crate) use stream::{shared_memory, supported};

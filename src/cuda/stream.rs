@@ -1,6 +1,6 @@
 //! The CUDA driver as a back end of [`crate::launch`]: memory and launches in the order of one stream.
 
-use super::modules;
+use super::{modules, tensor_map};
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum;
 use candle_core::cuda_backend::cudarc::driver::{result, CudaSlice, CudaStream, DevicePtr};
@@ -38,7 +38,7 @@ impl Backend for Stream {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let Launch { kernel, grid, block, shared_bytes, params } = launch;
+        let Launch { kernel, grid, block, shared_bytes, params, tensor_maps } = launch;
         let failed = |e: Error| {
             e.context(format!(
                 "launching {kernel} with {grid:?} blocks of {block:?} threads and {shared_bytes} bytes of shared memory"
@@ -48,8 +48,13 @@ impl Backend for Stream {
         context.bind_to_thread().map_err(|e| failed(Error::wrap(e)))?;
         let function = modules::function(context, kernel).map_err(failed)?;
         modules::permit_shared(&function, *shared_bytes).map_err(failed)?;
+        let mut params = params.clone();
+        for (start, map) in tensor_maps {
+            let encoded = tensor_map::encode(map).map_err(failed)?;
+            params[*start..*start + encoded.len()].copy_from_slice(&encoded);
+        }
         let [grid, block] = [grid, block].map(|&[x, y, z]| (x, y, z));
-        let mut arguments = [params.as_ptr().cast_mut().cast()];
+        let mut arguments = [params.as_mut_ptr().cast()];
         // SAFETY: the one argument is the params struct by value, which the driver copies before it returns; host
         // and kernel have it from one header, with its size asserted on both sides. That the addresses in it stay
         // valid is the caller's promise.

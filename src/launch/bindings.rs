@@ -50,6 +50,29 @@ pub const REL_POS_ATTENTION_TABLE_PARTS: u32 = 264;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
+#[doc = " How a tensor lies in memory and which tile of it is copied at once, encoded by the driver (src/launch/tensor_map.rs)."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct EncodedTensorMap {
+    pub opaque: [u64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EncodedTensorMap"][::std::mem::size_of::<EncodedTensorMap>() - 128usize];
+    ["Alignment of EncodedTensorMap"][::std::mem::align_of::<EncodedTensorMap>() - 64usize];
+    ["Offset of field: EncodedTensorMap::opaque"]
+        [::std::mem::offset_of!(EncodedTensorMap, opaque) - 0usize];
+};
+impl Default for EncodedTensorMap {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 #[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at least\n `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

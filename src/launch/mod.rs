@@ -14,11 +14,13 @@ pub mod projection;
 mod projection_bwd;
 pub mod rel_pos_attention;
 mod sum_partials;
+pub mod tensor_map;
 
 pub use crate::problem::{AttentionProblem, LayerNormProblem};
 pub use bindings::device_ptr;
 
 use candle_core::{bail, DType, Result};
+use tensor_map::TensorMap;
 
 /// A kernel's launch, as plain data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The bytes of the params struct.
     pub params: Vec<u8>,
+    /// Tensor maps and where in `params` they stand once they are encoded.
+    pub tensor_maps: Vec<(usize, TensorMap)>,
 }
 
 impl Launch {
@@ -51,7 +55,8 @@ impl Launch {
         }
         let params = bytemuck::bytes_of(params).to_vec();
         let grid = grid.map(|blocks| blocks as u32);
-        Ok(Self { kernel, grid, block: [threads, 1, 1], shared_bytes: 0, params })
+        let (block, tensor_maps) = ([threads, 1, 1], Vec::new());
+        Ok(Self { kernel, grid, block, shared_bytes: 0, params, tensor_maps })
     }
 }
 
@@ -69,7 +74,7 @@ pub trait Backend {
     /// Where the memory lies.
     fn address(&self, memory: &Self::Memory) -> device_ptr;
 
-    /// Runs the kernel after those launched before.
+    /// Encodes the tensor maps and runs the kernel, after those launched before.
     ///
     /// # Errors
     /// If there is no such kernel, or it cannot be launched.

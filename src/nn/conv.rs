@@ -3,22 +3,22 @@
 //! ```text
 //! y[b, i, j, :] = columns(x)[b, i, j, :] W^T + bias       columns [B, H', W', k k in], W [out, k k in]
 //! ```
-//! SAM has only two kinds: kernel = stride (patches; 1x1 too), where the columns are a rearrangement of the input,
-//! and an odd kernel of stride 1 with "same" padding. Written this way each is an [`ops::lora_linear`]: every
+//! There are two kinds: kernel = stride (patches; 1x1 too), where the columns are a rearrangement of the input,
+//! and an odd kernel padded by half of it, of stride 1 ("same") or more (downsampling). Written this way each is an [`ops::lora_linear`]: every
 //! gradient exists, and a frozen kernel costs none. Weights keep the shape that checkpoints have, `[out, in, k, k]`.
 
 use crate::module_tree;
 use crate::ops::{self, Activation, Projection};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 
-/// A convolution over `[B, H, W, in]`, with kernel = stride or with stride 1 and "same" padding.
+/// A convolution over `[B, H, W, in]`, with kernel = stride or with an odd kernel padded by half of it.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     /// `[out, in, k, k]`
     pub weight: Tensor,
     /// `[out]`
     pub bias: Option<Tensor>,
-    /// The kernel's size, or 1.
+    /// The kernel's size, or less.
     pub stride: usize,
 }
 
@@ -47,33 +47,48 @@ impl Conv2d {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        if kernel.is_multiple_of(2) {
-            bail!("conv2d: same padding needs an odd kernel, got {kernel}")
-        }
-        let conv = Self::patches(in_dim, out_dim, kernel, false, dtype, device)?;
-        Ok(Self { stride: 1, ..conv })
+        Self::downsample(in_dim, out_dim, kernel, 1, dtype, device)
     }
 
-    /// `[B, H, W, in] -> [B, H / stride, W / stride, out]`
+    /// All zero, with this stride and an odd kernel, padded by half of it; no bias.
+    pub fn downsample(
+        in_dim: usize,
+        out_dim: usize,
+        kernel: usize,
+        stride: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        if kernel.is_multiple_of(2) {
+            bail!("conv2d: padding by half needs an odd kernel, got {kernel}")
+        }
+        let conv = Self::patches(in_dim, out_dim, kernel, false, dtype, device)?;
+        Ok(Self { stride, ..conv })
+    }
+
+    /// `[B, H, W, in] -> [B, H / stride, W / stride, out]`, rounded up
     ///
     /// # Errors
-    /// When the channels differ, or the stride does not divide H and W.
+    /// When the channels differ, or kernel = stride does not divide H and W.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (out_dim, in_dim, kernel, _) = self.weight.dims4()?;
         let &[_, h, w, channels] = x.dims() else {
             bail!("conv2d: x must have shape [B, H, W, {in_dim}], got {:?}", x.dims())
         };
-        if channels != in_dim || h % self.stride != 0 || w % self.stride != 0 {
+        if !(1..=kernel).contains(&self.stride) {
+            bail!("conv2d: the stride must be in 1..={kernel}, got {}", self.stride)
+        }
+        let multiple = if kernel == self.stride { kernel } else { 1 };
+        if channels != in_dim || h % multiple != 0 || w % multiple != 0 {
             bail!(
-                "conv2d: x must have shape [B, H, W, {in_dim}] with H and W multiples of {}, got {:?}",
-                self.stride,
+                "conv2d: x must have shape [B, H, W, {in_dim}] with H and W multiples of {multiple}, got {:?}",
                 x.dims()
             )
         }
         let columns = match (kernel, self.stride) {
             (1, 1) => x.clone(),
-            (_, 1) => neighbourhoods(x, kernel)?,
-            _ => patches(x, kernel)?,
+            (kernel, stride) if kernel == stride => patches(x, kernel)?,
+            (kernel, stride) => neighbourhoods(x, kernel, stride)?,
         };
         let weight = self.weight.permute((0, 2, 3, 1))?;
         let weight = weight.reshape((out_dim, kernel * kernel * in_dim))?;
@@ -91,15 +106,30 @@ fn patches(x: &Tensor, kernel: usize) -> Result<Tensor> {
         .reshape((batch, rows, cols, kernel * kernel * channels))
 }
 
-/// Every position's k x k neighbourhood, zero outside: `[B, H, W, C] -> [B, H, W, k k C]`
-fn neighbourhoods(x: &Tensor, kernel: usize) -> Result<Tensor> {
-    let (_, h, w, _) = x.dims4()?;
-    let half = kernel / 2;
-    let padded = x.pad_with_zeros(1, half, half)?.pad_with_zeros(2, half, half)?;
-    let shifted = (0..kernel * kernel)
-        .map(|tap| padded.narrow(1, tap / kernel, h)?.narrow(2, tap % kernel, w))
-        .collect::<Result<Vec<_>>>()?;
-    Tensor::cat(&shifted, D::Minus1)
+/// The k x k neighbourhood of every position, or of one in each s x s, zero outside:
+/// `[B, H, W, C] -> [B, H / s, W / s, k k C]`, rounded up.
+fn neighbourhoods(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
+    let (batch, h, w, channels) = x.dims4()?;
+    let (rows, cols, half) = (h.div_ceil(stride), w.div_ceil(stride), kernel / 2);
+    // Tap t of output i is the padded input at s i + t: lane t % s of block i + t / s.
+    let blocks = |outputs: usize| outputs + (kernel - 1) / stride;
+    let padded = x.pad_with_zeros(1, half, stride * blocks(rows) - h - half)?.pad_with_zeros(
+        2,
+        half,
+        stride * blocks(cols) - w - half,
+    )?;
+    let lanes = (batch, blocks(rows), stride, blocks(cols), stride * channels);
+    let padded = padded.reshape(lanes)?;
+    let tap = |down: usize, right: usize| {
+        padded
+            .narrow(1, down / stride, rows)?
+            .narrow(2, down % stride, 1)?
+            .narrow(3, right / stride, cols)?
+            .narrow(4, right % stride * channels, channels)?
+            .squeeze(2)
+    };
+    let taps = (0..kernel * kernel).map(|i| tap(i / kernel, i % kernel));
+    Tensor::cat(&taps.collect::<Result<Vec<_>>>()?, D::Minus1)
 }
 
 /// A transposed convolution with kernel = stride: every input position becomes a k x k block of outputs.
@@ -173,15 +203,24 @@ mod tests {
 
     #[test]
     fn convolutions_agree_with_candle() -> Result<()> {
-        for (kernel, stride, padding) in [(3, 1, 1), (2, 2, 0), (1, 1, 0)] {
-            let x = candle_core::Var::from_tensor(&random(&[2, 6, 4, 3], 1.)?)?;
+        for (kernel, stride, padding, h) in [
+            (3, 1, 1, 6),
+            (2, 2, 0, 6),
+            (1, 1, 0, 6),
+            (3, 2, 1, 6),
+            (3, 2, 1, 5),
+            (5, 2, 2, 7),
+            (5, 3, 2, 7),
+        ] {
+            // Square: the backward of candle's own takes the height for the width.
+            let x = candle_core::Var::from_tensor(&random(&[2, h, h, 3], 1.)?)?;
             let weight = candle_core::Var::from_tensor(&random(&[5, 3, kernel, kernel], 2.)?)?;
             let conv = Conv2d { weight: weight.as_tensor().clone(), bias: None, stride };
             let ours = conv.forward(&x)?;
             let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
             let theirs = nchw.conv2d(&weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?;
             let worst = largest_difference(&ours, &theirs, &[&x, &weight])?;
-            assert!(worst < TOLERANCE, "kernel {kernel}: {worst}");
+            assert!(worst < TOLERANCE, "kernel {kernel}, stride {stride}: {worst}");
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 mod conv;
 mod embedding;
+mod gradient_checkpoint;
 mod init;
 mod layer_norm;
 mod linear;
@@ -11,6 +12,7 @@ mod tree;
 
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use embedding::Embedding;
+pub use gradient_checkpoint::gradient_checkpoint;
 pub use init::randomize;
 pub use layer_norm::LayerNorm;
 pub use linear::{Adapter, Linear};

@@ -30,7 +30,7 @@ pub use dropout::dropout;
 pub use layer_norm::layer_norm;
 pub use projection::{lora_linear, lora_qkv, Activation, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
-pub use resize::{linear_resize_matrix, resize_linear};
+pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};
 
 /// The gradients of a custom operation's three inputs.
 type Gradients =

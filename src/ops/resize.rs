@@ -1,10 +1,15 @@
-//! Linear resizing of one dimension, as a product with a small constant matrix.
+//! Resizing of one dimension, as a product with a small constant matrix.
 //!
 //! ```text
-//! src(i) = max((i + 0.5) * L_in / L_out - 0.5, 0),  y[i] = lerp(x[floor src], x[min(floor src + 1, L_in - 1)])
+//! linear   src(i) = max((i + 0.5) * L_in / L_out - 0.5, 0),  y[i] = lerp(x[floor src], x[min(floor src + 1, L_in - 1)])
+//! bicubic  y[i] = sum_j w_ij x[j],  w_ij ~ keys((j + 0.5 - (i + 0.5) * L_in / L_out) / max(L_in / L_out, 1)),  sum_j w_ij = 1
 //! ```
-//! This is `torch.nn.functional.interpolate(mode="linear", align_corners=False)`; being a matrix product it has
-//! its gradient for free, and two of them make the bilinear one.
+//! These are `torch.nn.functional.interpolate(align_corners=False)` with `mode="linear"`, and with `mode="bicubic",
+//! antialias=True`, whose kernel is Keys' with a = -1/2, widened where the result is smaller. Being matrix products
+//! they have their gradients for free, and two of them resize a plane.
+//!
+//! Source: Keys, "Cubic convolution interpolation for digital image processing", IEEE TASSP 1981;
+//! `aten/src/ATen/native/cpu/UpSampleKernel.cpp`.
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
@@ -35,4 +40,45 @@ pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
     }
     let matrix = linear_resize_matrix(len_in, len_out, table.device())?;
     matrix.matmul(&table.to_dtype(DType::F32)?.contiguous()?)?.to_dtype(table.dtype())
+}
+
+/// Keys' cubic kernel with a = -1/2; zero from 2 on.
+fn keys(x: f64) -> f64 {
+    match x.abs() {
+        x if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
+        x if x < 2.0 => ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0,
+        _ => 0.0,
+    }
+}
+
+/// The matrix `[len_out, len_in]` of the antialiased bicubic resizing of a vector, in f32.
+pub fn bicubic_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result<Tensor> {
+    if len_in == 0 || len_out == 0 {
+        bail!("resize: lengths must be positive, got {len_in} -> {len_out}")
+    }
+    let ratio = len_in as f64 / len_out as f64;
+    let stretch = ratio.max(1.0);
+    let mut matrix = Vec::with_capacity(len_in * len_out);
+    for i in 0..len_out {
+        let centre = (i as f64 + 0.5) * ratio;
+        let weight = |j: usize| keys((j as f64 + 0.5 - centre) / stretch);
+        let sum: f64 = (0..len_in).map(weight).sum();
+        matrix.extend((0..len_in).map(|j| (weight(j) / sum) as f32));
+    }
+    Tensor::from_vec(matrix, (len_out, len_in), device)
+}
+
+/// Resizes a grid of vectors bicubically, antialiased: `[1, H, W, C] -> [1, side, side, C]`, computed in f32. A grid of
+/// that size is given back as it is.
+pub fn resize_bicubic(grid: &Tensor, side: usize) -> Result<Tensor> {
+    let (_, h, w, channels) = grid.dims4()?;
+    if (h, w) == (side, side) {
+        return Ok(grid.clone());
+    }
+    let rows = bicubic_resize_matrix(h, side, grid.device())?;
+    let columns = bicubic_resize_matrix(w, side, grid.device())?;
+    let x = grid.to_dtype(DType::F32)?.reshape((h, w * channels))?;
+    let x = rows.matmul(&x)?.reshape((side, w, channels))?;
+    let x = columns.broadcast_left(side)?.contiguous()?.matmul(&x)?;
+    x.unsqueeze(0)?.to_dtype(grid.dtype())
 }

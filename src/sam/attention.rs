@@ -18,12 +18,14 @@ use crate::nn::{Linear, Mode, ModuleTree};
 use crate::ops::{self, composed, Activation, RelPosAttention};
 use crate::{module_tree, philox};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
+use dyn_clone::DynClone;
 use std::any::Any;
 use std::fmt::Debug;
 
 /// Attention of one layer of the image encoder. `Any` lets a user get the own type back from the encoder:
-/// `(layer.attn.as_ref() as &dyn Any).downcast_ref::<Mine>()`.
-pub trait VisionAttention: ModuleTree + Any + Debug + Send + Sync {
+/// `(layer.attn.as_ref() as &dyn Any).downcast_ref::<Mine>()`. A clone shares its tensors with the original;
+/// `#[derive(Clone)]` does that.
+pub trait VisionAttention: ModuleTree + DynClone + Any + Debug + Send + Sync {
     /// From the layer-normed tokens, the whole unpadded grid: `[B, H, W, C] -> [B, H, W, C]`
     fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor>;
 
@@ -42,6 +44,8 @@ pub trait VisionAttention: ModuleTree + Any + Debug + Send + Sync {
         bail!("output_attentions: this attention does not give its weights: {self:?}")
     }
 }
+
+dyn_clone::clone_trait_object!(VisionAttention);
 
 /// What an attention is built from: the configuration and the place in the encoder.
 #[derive(Clone, Debug)]

@@ -137,6 +137,53 @@ impl SamVisionConfig {
     pub fn rel_pos_len(&self, layer: usize) -> usize {
         (2 * self.window(layer).unwrap_or(self.grid_size())).saturating_sub(1)
     }
+
+    /// Refuses an encoder that cannot be, naming the field, its value and what it should be.
+    pub fn validate(&self) -> Result<()> {
+        require_sizes([
+            ("vision_config.hidden_size", self.hidden_size, 1),
+            ("vision_config.output_channels", self.output_channels, 1),
+            ("vision_config.num_hidden_layers", self.num_hidden_layers, 1),
+            ("vision_config.num_attention_heads", self.num_attention_heads, 1),
+            ("vision_config.num_channels", self.num_channels, 1),
+            ("vision_config.image_size", self.image_size, 1),
+            ("vision_config.patch_size", self.patch_size, 1),
+            ("vision_config.mlp_dim", self.mlp_dim(), 1),
+            ("vision_config.window_size", self.window_size, 0),
+        ])?;
+        require_multiples([
+            (
+                "vision_config.hidden_size",
+                self.hidden_size,
+                "num_attention_heads",
+                self.num_attention_heads,
+            ),
+            ("vision_config.image_size", self.image_size, "patch_size", self.patch_size),
+        ])?;
+        require_epsilons([("vision_config.layer_norm_eps", self.layer_norm_eps)])?;
+        require((0.0..1.0).contains(&self.attention_dropout), || {
+            format!(
+                "vision_config.attention_dropout is {}, expected at least 0 and below 1",
+                self.attention_dropout
+            )
+        })?;
+        require_parameters(self.parameter_estimate())
+    }
+
+    /// The number of parameters but for biases, norms and other small ones.
+    fn parameter_estimate(&self) -> u128 {
+        let width = self.hidden_size;
+        let tables =
+            2 * self.rel_pos_len(0).max(2 * self.grid_size()) * usize::from(self.use_rel_pos);
+        let layer = product(&[4, width, width])
+            + product(&[2, width, self.mlp_dim()])
+            + product(&[tables, self.head_dim()]);
+        let patches = product(&[width, self.num_channels, self.patch_size, self.patch_size]);
+        let positions = product(&[self.grid_size(), self.grid_size(), width]);
+        let neck = product(&[self.output_channels, width])
+            + product(&[9, self.output_channels, self.output_channels]);
+        layer * self.num_hidden_layers as u128 + patches + positions + neck
+    }
 }
 
 /// The prompt encoder, `SamPromptEncoderConfig`.
@@ -318,16 +365,8 @@ impl SamConfig {
         if let Some(Value::String(kind)) = self.extra.get("model_type") {
             require(kind == "sam", || format!("model_type is {kind:?}, expected \"sam\""))?;
         }
-        for (field, value, least) in [
-            ("vision_config.hidden_size", v.hidden_size, 1),
-            ("vision_config.output_channels", v.output_channels, 1),
-            ("vision_config.num_hidden_layers", v.num_hidden_layers, 1),
-            ("vision_config.num_attention_heads", v.num_attention_heads, 1),
-            ("vision_config.num_channels", v.num_channels, 1),
-            ("vision_config.image_size", v.image_size, 1),
-            ("vision_config.patch_size", v.patch_size, 1),
-            ("vision_config.mlp_dim", v.mlp_dim(), 1),
-            ("vision_config.window_size", v.window_size, 0),
+        v.validate()?;
+        require_sizes([
             ("vision_config.num_pos_feats", v.num_pos_feats, 1),
             ("prompt_encoder_config.hidden_size", p.hidden_size, 1),
             ("prompt_encoder_config.mask_input_channels", p.mask_input_channels, 4),
@@ -339,20 +378,8 @@ impl SamConfig {
             ("mask_decoder_config.num_multimask_outputs", d.num_multimask_outputs, 1),
             ("mask_decoder_config.iou_head_depth", d.iou_head_depth, 2),
             ("mask_decoder_config.iou_head_hidden_dim", d.iou_head_hidden_dim, 1),
-        ] {
-            let most = if field.ends_with("window_size") { MAX_WINDOW } else { MAX_SIZE };
-            require((least..=most).contains(&value), || {
-                format!("{field} is {value}, expected {least} to {most}")
-            })?;
-        }
-        for (field, value, what, divisor) in [
-            (
-                "vision_config.hidden_size",
-                v.hidden_size,
-                "num_attention_heads",
-                v.num_attention_heads,
-            ),
-            ("vision_config.image_size", v.image_size, "patch_size", v.patch_size),
+        ])?;
+        require_multiples([
             ("prompt_encoder_config.mask_input_channels", p.mask_input_channels, "the", 4),
             ("mask_decoder_config.hidden_size", d.hidden_size, "the", 8),
             (
@@ -361,11 +388,7 @@ impl SamConfig {
                 "num_attention_heads * attention_downsample_rate",
                 d.num_attention_heads * d.attention_downsample_rate,
             ),
-        ] {
-            require(value % divisor == 0, || {
-                format!("{field} is {value}, expected a multiple of {what} {divisor}")
-            })?;
-        }
+        ])?;
         for (field, value, other, wanted) in [
             (
                 "prompt_encoder_config.image_size",
@@ -402,54 +425,61 @@ impl SamConfig {
                 format!("{field} is {value}, but {other} is {wanted}; they must be equal")
             })?;
         }
-        for (field, value) in [
-            ("vision_config.layer_norm_eps", v.layer_norm_eps),
+        require_epsilons([
             ("prompt_encoder_config.layer_norm_eps", p.layer_norm_eps),
             ("mask_decoder_config.layer_norm_eps", d.layer_norm_eps),
-        ] {
-            require(value > 0.0 && value < 1.0, || {
-                format!("{field} is {value}, expected between 0 and 1")
-            })?;
-        }
-        require((0.0..1.0).contains(&v.attention_dropout), || {
-            format!(
-                "vision_config.attention_dropout is {}, expected at least 0 and below 1",
-                v.attention_dropout
-            )
-        })?;
-        let parameters = self.parameter_estimate();
-        require(parameters <= MAX_PARAMETERS, || {
-            format!("the model would have {parameters} parameters, at most {MAX_PARAMETERS} are supported")
-        })
+        ])?;
+        require_parameters(v.parameter_estimate() + self.decoder_estimate())
     }
 
-    /// The number of parameters but for biases, norms and other small ones; saturates instead of overflowing.
-    fn parameter_estimate(&self) -> u128 {
-        let (v, p, d) =
-            (&self.vision_config, &self.prompt_encoder_config, &self.mask_decoder_config);
-        let product = |factors: &[usize]| factors.iter().map(|&f| f as u128).product::<u128>();
-        let width = v.hidden_size;
-        let tables = 2 * v.rel_pos_len(0).max(2 * v.grid_size()) * usize::from(v.use_rel_pos);
-        let layer = product(&[4, width, width])
-            + product(&[2, width, v.mlp_dim()])
-            + product(&[tables, v.head_dim()]);
-        let patches = product(&[width, v.num_channels, v.patch_size, v.patch_size]);
-        let positions = product(&[v.grid_size(), v.grid_size(), width]);
-        let neck = product(&[v.output_channels, width])
-            + product(&[9, v.output_channels, v.output_channels]);
+    /// The number of parameters of prompt encoder and mask decoder but for biases, norms and other small ones.
+    fn decoder_estimate(&self) -> u128 {
+        let (p, d) = (&self.prompt_encoder_config, &self.mask_decoder_config);
         let prompts = product(&[p.hidden_size, p.num_point_embeddings + p.mask_input_channels + 2]);
-        let decoder_layer =
+        let layer =
             product(&[12, d.hidden_size, d.hidden_size]) + product(&[2, d.hidden_size, d.mlp_dim]);
         let heads = product(&[d.num_multimask_outputs + 1, 3, d.hidden_size, d.hidden_size])
             + product(&[d.iou_head_depth, d.iou_head_hidden_dim, d.iou_head_hidden_dim]);
-        layer * v.num_hidden_layers as u128
-            + patches
-            + positions
-            + neck
-            + prompts
-            + decoder_layer * d.num_hidden_layers as u128
-            + heads
+        prompts + layer * d.num_hidden_layers as u128 + heads
     }
+}
+
+/// A product of sizes, each at most [`MAX_SIZE`], that cannot overflow.
+fn product(factors: &[usize]) -> u128 {
+    factors.iter().map(|&factor| factor as u128).product()
+}
+
+fn require_sizes<const N: usize>(fields: [(&str, usize, usize); N]) -> Result<()> {
+    fields.into_iter().try_for_each(|(field, value, least)| {
+        let most = if field.ends_with("window_size") { MAX_WINDOW } else { MAX_SIZE };
+        require((least..=most).contains(&value), || {
+            format!("{field} is {value}, expected {least} to {most}")
+        })
+    })
+}
+
+fn require_multiples<const N: usize>(fields: [(&str, usize, &str, usize); N]) -> Result<()> {
+    fields.into_iter().try_for_each(|(field, value, what, divisor)| {
+        require(value % divisor == 0, || {
+            format!("{field} is {value}, expected a multiple of {what} {divisor}")
+        })
+    })
+}
+
+fn require_epsilons<const N: usize>(fields: [(&str, f64); N]) -> Result<()> {
+    fields.into_iter().try_for_each(|(field, value)| {
+        require(value > 0.0 && value < 1.0, || {
+            format!("{field} is {value}, expected between 0 and 1")
+        })
+    })
+}
+
+fn require_parameters(parameters: u128) -> Result<()> {
+    require(parameters <= MAX_PARAMETERS, || {
+        format!(
+            "the model would have {parameters} parameters, at most {MAX_PARAMETERS} are supported"
+        )
+    })
 }
 
 fn require(holds: bool, message: impl FnOnce() -> String) -> Result<()> {

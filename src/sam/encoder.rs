@@ -9,7 +9,7 @@
 
 use super::{AttentionKind, LayerContext, SamVisionConfig, VisionAttention};
 use crate::module_tree;
-use crate::nn::{Conv2d, LayerNorm, MlpBlock, Mode};
+use crate::nn::{gradient_checkpoint, Conv2d, LayerNorm, MlpBlock, Mode};
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// Epsilon of [`SamVisionNeck`]'s norms, whatever the configuration says of the others.
@@ -41,7 +41,7 @@ impl SamPatchEmbeddings {
 }
 
 /// One layer: attention and MLP, each after a layer norm and with a residual.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SamVisionLayer {
     /// Before the attention.
     pub layer_norm1: LayerNorm,
@@ -112,7 +112,7 @@ impl SamVisionNeck {
 }
 
 /// The image encoder.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SamVisionEncoder {
     /// `[1, h, w, C]`; none without `use_abs_pos`.
     pub pos_embed: Option<Tensor>,
@@ -122,6 +122,9 @@ pub struct SamVisionEncoder {
     pub layers: Vec<SamVisionLayer>,
     /// Tokens to the image embedding.
     pub neck: SamVisionNeck,
+    /// Whether layers that train keep their input alone and run once more in the backward: less memory, more time, the
+    /// same gradients; see [`gradient_checkpoint`]. Off at first.
+    pub gradient_checkpointing: bool,
 }
 
 module_tree!(SamVisionEncoder { pos_embed, patch_embed, layers, neck });
@@ -180,6 +183,7 @@ impl SamVisionEncoder {
                 conv2: Conv2d::same(out, out, 3, dtype, device)?,
                 layer_norm2: LayerNorm::new(out, NECK_EPS, dtype, device)?,
             },
+            gradient_checkpointing: false,
         })
     }
 
@@ -188,11 +192,15 @@ impl SamVisionEncoder {
     /// # Errors
     /// When `pixel_values` has another shape, or an attention fails.
     pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mut x = self.embed(pixel_values)?;
+        self.encode(self.embed(pixel_values)?, mode)?.permute((0, 3, 1, 2))
+    }
+
+    /// Layers and neck: embedded patches `[B, h, w, C]`, of a grid of any size, to `[B, h, w, output_channels]`.
+    pub(super) fn encode(&self, mut x: Tensor, mode: Mode) -> Result<Tensor> {
         for layer in &self.layers {
-            x = layer.forward(&x, mode)?;
+            x = self.run(layer, &x, mode)?;
         }
-        self.neck.forward(&x)?.permute((0, 3, 1, 2))
+        self.neck.forward(&x)
     }
 
     /// As `forward`, with every hidden state and, if asked for, the attention weights, which are large: 3.6 GB for
@@ -214,12 +222,19 @@ impl SamVisionEncoder {
                 attentions.push(weights);
                 x = out;
             } else {
-                x = layer.forward(&x, mode)?;
+                x = self.run(layer, &x, mode)?;
             }
             hidden_states.push(x.clone());
         }
         let image_embeddings = self.neck.forward(&x)?.permute((0, 3, 1, 2))?;
         Ok(SamVisionEncoderOutput { image_embeddings, hidden_states, attentions })
+    }
+
+    fn run(&self, layer: &SamVisionLayer, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        if self.gradient_checkpointing {
+            return gradient_checkpoint(layer, x, move |layer, x| layer.forward(x, mode));
+        }
+        layer.forward(x, mode)
     }
 
     fn embed(&self, pixel_values: &Tensor) -> Result<Tensor> {

@@ -10,6 +10,7 @@
 mod attention;
 pub mod checkpoint;
 mod config;
+mod deepseek;
 mod encoder;
 mod mask_decoder;
 mod model;
@@ -24,6 +25,7 @@ pub use attention::{
 pub use config::{
     HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
 };
+pub use deepseek::DeepSeekOcrEncoder;
 pub use encoder::{
     SamPatchEmbeddings, SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer, SamVisionNeck,
 };

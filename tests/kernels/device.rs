@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 use candle_core::{DType, Result, Tensor};
+use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
 use candle_sam_lora::launch::{device_ptr, Backend, Launch};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources};
 use std::alloc::Layout;
@@ -44,11 +45,29 @@ impl Backend for Device<'_> {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let Launch { kernel, grid, block, shared_bytes, params } = launch;
+        let Launch { kernel, grid, block, shared_bytes, params, tensor_maps } = launch;
+        let mut params = params.clone();
+        for (start, map) in tensor_maps {
+            params[*start..][..128].copy_from_slice(&encode(map).map_err(candle_core::Error::msg)?);
+        }
         self.emulator
-            .launch(kernel, *grid, *block, *shared_bytes, params, self.mode)
+            .launch(kernel, *grid, *block, *shared_bytes, &params, self.mode)
             .map_err(candle_core::Error::msg)
     }
+}
+
+/// A tensor map as the emulator reads it.
+pub fn encode(map: &TensorMap) -> std::result::Result<[u8; 128], String> {
+    candle_sam_lora_emulator::TensorMap {
+        address: map.address,
+        dims: &map.dims,
+        strides: &map.strides,
+        tile: &map.tile,
+        element_bytes: map.element.bytes(),
+        round_tf32: map.element == Element::Tf32,
+        swizzle: map.swizzle.bytes(),
+    }
+    .encode()
 }
 
 /// Device memory: exactly as long as asked for, aligned as CUDA aligns it, NaN until written.

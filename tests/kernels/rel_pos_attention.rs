@@ -321,7 +321,10 @@ fn check_backward(
 ) -> Result<()> {
     let dtype = case.dtype;
     let on_device = case.memory()?;
-    let device = Device { emulator: emulator(), mode: Mode { timing: Timing::Late, seed: 0 } };
+    let device = Device {
+        emulator: emulator(),
+        mode: Mode { timing: Timing::Late, products: Timing::Late, seed: 0 },
+    };
     let forward = forward_on(&device, case, &on_device)?;
     let (b, h, w, packed) = case.qkv.dims4()?;
     let dout = random(9, (b, h, w, packed / 3)).to_dtype(dtype)?;
@@ -420,8 +423,10 @@ fn rel_h_is_that_of_the_key_row_whatever_the_tile() -> Result<()> {
             let wrong = error(&with_key_rows(&case, |row| row / rows), &expected);
             assert!(wrong > 0.3, "{}: the data would not tell: {wrong:e}", case.name);
 
-            let device =
-                Device { emulator: emulator(), mode: Mode { timing: Timing::Early, seed: 1 } };
+            let device = Device {
+                emulator: emulator(),
+                mode: Mode { timing: Timing::Early, products: Timing::Early, seed: 1 },
+            };
             let got = forward_on(&device, &case, &case.memory()?)?[0].values(dtype);
             let got = error(&got, &expected);
             println!(

@@ -13,6 +13,9 @@ namespace ptx {
 
 template <class T> T& shared_storage() { return *reinterpret_cast<T*>(emulator::shared_memory()); }
 
+// The block's shared memory begins at 0.
+inline uint32_t cvta_shared(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - emulator::shared_memory()); }
+
 inline void* cvta_global(uint64_t address) { return reinterpret_cast<void*>(address); }
 
 // --- ldmatrix: lane l gets elements (l / 4, 2 (l % 4)) and the next of each matrix, or of its transpose ---------------

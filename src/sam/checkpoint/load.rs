@@ -31,7 +31,8 @@ enum Origin {
     Fused(Vec<String>),
 }
 
-/// What files of SAM hold besides the model: constants of the image processor, and DeepSeek-OCR's compressor.
+/// What files of SAM hold besides a SAM: constants of the image processor, and DeepSeek-OCR's compressor, which only a
+/// [`DeepSeekOcrEncoder`](crate::sam::DeepSeekOcrEncoder) wants.
 const FOREIGN: [&str; 4] =
     ["pixel_mean", "pixel_std", "vision_encoder.net_2.weight", "vision_encoder.net_3.weight"];
 
@@ -49,7 +50,8 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let source = Source::open(path.as_ref())?;
     let root = root(model);
     let targets = targets(model, root)?;
-    let available = hugging_face_names(&source, root)?;
+    let mut available = hugging_face_names(&source, root)?;
+    available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
     let plan = plan(&source, &targets, &available)?;
     let mut tensors = read(&source, &targets, &plan)?;
     model.visit_mut(root, &mut |name, node| {
@@ -62,6 +64,19 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// The shape of the tensor with this name, or this name below a prefix, by a checkpoint's headers alone.
+pub(in crate::sam) fn shape_of(path: &Path, name: &str) -> Result<Vec<usize>> {
+    let source = Source::open(path)?;
+    let below = format!(".{name}");
+    let found: Vec<&str> =
+        source.names().into_iter().filter(|n| *n == name || n.ends_with(&below)).collect();
+    match found[..] {
+        [found] => Ok(source.info(found)?.shape.clone()),
+        [] => Err(Error::file(path, format!("has no tensor {name}"))),
+        _ => Err(Error::file(path, format!("has several tensors {name}: {}", found.join(", ")))),
+    }
 }
 
 /// The tensors of the model, adapters left out.
@@ -124,8 +139,7 @@ fn hugging_face_names(source: &Source, root: &str) -> Result<BTreeMap<String, St
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let mut names: BTreeMap<String, String> = BTreeMap::new();
     for (name, in_file) in to_hugging_face(&inside).into_iter().zip(in_file) {
-        let other_part = !root.is_empty() && !name.starts_with(&format!("{root}."));
-        if other_part || FOREIGN.contains(&name.as_str()) {
+        if !root.is_empty() && !name.starts_with(&format!("{root}.")) {
             continue;
         }
         if let Some(twin) = names.insert(name.clone(), in_file.to_string()) {

@@ -7,6 +7,7 @@ mod save;
 mod source;
 
 pub use load::load;
+pub(super) use load::shape_of;
 pub use names::{to_hugging_face, to_original, Naming};
 pub use save::{save, save_pretrained};
 

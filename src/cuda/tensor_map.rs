@@ -1,0 +1,49 @@
+//! Tensor maps as the driver encodes them.
+
+use crate::launch::tensor_map::{Element, Swizzle, TensorMap};
+use candle_core::cuda_backend::cudarc::driver::sys::{self, *};
+use candle_core::{Error, Result};
+
+/// The 128 bytes that bulk copies read.
+///
+/// # Errors
+/// On what the copy engine does not take.
+pub(super) fn encode(map: &TensorMap) -> Result<[u8; 128]> {
+    map.check()?;
+    let element = match map.element {
+        Element::Bits16 => CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        Element::Bits32 => CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_UINT32,
+        Element::Tf32 => CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_TFLOAT32,
+    };
+    let swizzle = match map.swizzle {
+        Swizzle::None => CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_NONE,
+        Swizzle::Bytes32 => CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_32B,
+        Swizzle::Bytes64 => CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_64B,
+        Swizzle::Bytes128 => CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+    };
+    let dims: Vec<u64> = map.dims.iter().map(|&n| n.into()).collect();
+    let steps = vec![1u32; dims.len()];
+    let mut encoded = std::mem::MaybeUninit::<CUtensorMap>::zeroed();
+    // SAFETY: the arrays have as many elements as the rank says (`check`); the driver writes the map, which is plain
+    // bytes and was zeroed, and keeps nothing.
+    let bytes = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            encoded.as_mut_ptr(),
+            element,
+            dims.len() as u32,
+            map.address as *mut std::ffi::c_void,
+            dims.as_ptr(),
+            map.strides.as_ptr(),
+            map.tile.as_ptr(),
+            steps.as_ptr(),
+            CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        .result()
+        .map_err(|e| Error::wrap(e).context(format!("encoding {map:?}")))?;
+        encoded.as_ptr().cast::<[u8; 128]>().read()
+    };
+    Ok(bytes)
+}

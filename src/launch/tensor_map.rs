@@ -1,0 +1,139 @@
+//! Tensor maps: how Hopper's bulk copies (TMA) are told of a tensor and of the tile of it that is copied at once.
+//!
+//! A [`TensorMap`] is a description; whoever runs the launch encodes it into the params struct, since only the driver
+//! knows how: `cuTensorMapEncodeTiled` on a GPU, the emulator its own way.
+
+use super::device_ptr;
+use candle_core::{bail, Result};
+
+/// What the elements are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// 16 bits of any kind.
+    Bits16,
+    /// 32 bits of any kind.
+    Bits32,
+    /// f32, rounded on the way to what tensor cores take of it.
+    Tf32,
+}
+
+impl Element {
+    /// Its size.
+    pub fn bytes(self) -> u32 {
+        match self {
+            Self::Bits16 => 2,
+            Self::Bits32 | Self::Tf32 => 4,
+        }
+    }
+}
+
+/// Bytes of a tile's row within which shared memory is swizzled, so that neither rows nor columns of 16 bytes meet in
+/// the same banks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Swizzle {
+    None,
+    Bytes32,
+    Bytes64,
+    Bytes128,
+}
+
+impl Swizzle {
+    /// Their number.
+    pub fn bytes(self) -> u32 {
+        match self {
+            Self::None => 0,
+            Self::Bytes32 => 32,
+            Self::Bytes64 => 64,
+            Self::Bytes128 => 128,
+        }
+    }
+}
+
+/// A tensor in device memory and its tiles. Dimensions are innermost first; the first one's elements lie side by side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorMap {
+    /// Of the first element.
+    pub address: device_ptr,
+    /// What the elements are.
+    pub element: Element,
+    /// Sizes, one to five.
+    pub dims: Vec<u32>,
+    /// Bytes from one index to the next of each dimension but the first.
+    pub strides: Vec<u64>,
+    /// Sizes of the tile. What of it lies outside of the tensor is read as zeros and not written.
+    pub tile: Vec<u32>,
+    /// Of the tile in shared memory.
+    pub swizzle: Swizzle,
+}
+
+impl TensorMap {
+    /// Columns of a matrix `[rows, cols]` whose rows lie `stride` elements apart, in tiles of so many rows and columns,
+    /// swizzled if their rows are 32, 64 or 128 bytes.
+    ///
+    /// # Errors
+    /// On what the copy engine does not take: addresses and strides that are no multiples of 16 bytes, an empty matrix,
+    /// tiles of more than 256 rows or whose rows are no multiple of 16 bytes or more than 128.
+    pub fn matrix(
+        address: device_ptr,
+        element: Element,
+        (rows, cols, stride): (u32, u32, u32),
+        (tile_rows, tile_cols): (u32, u32),
+    ) -> Result<Self> {
+        let swizzle = match tile_cols * element.bytes() {
+            32 => Swizzle::Bytes32,
+            64 => Swizzle::Bytes64,
+            128 => Swizzle::Bytes128,
+            _ => Swizzle::None,
+        };
+        let strides = vec![u64::from(stride) * u64::from(element.bytes())];
+        let (dims, tile) = (vec![cols, rows], vec![tile_cols, tile_rows]);
+        let map = Self { address, element, dims, strides, tile, swizzle };
+        map.check()?;
+        Ok(map)
+    }
+
+    /// # Errors
+    /// On what the copy engine does not take.
+    pub fn check(&self) -> Result<()> {
+        let Self { address, element, dims, strides, tile, swizzle } = self;
+        let rank = dims.len();
+        let row = tile.first().map_or(0, |n| n * element.bytes());
+        let shapes = (1..=5).contains(&rank) && strides.len() + 1 == rank && tile.len() == rank;
+        let tiles = tile.iter().all(|n| (1..=256).contains(n)) && row % 16 == 0;
+        let swizzled = *swizzle == Swizzle::None || row == swizzle.bytes();
+        if !shapes || !tiles || !swizzled || dims.contains(&0) {
+            bail!("a tensor map of {dims:?} in tiles of {tile:?}, {swizzle:?}: not what bulk copies take")
+        }
+        if address % 16 != 0 || strides.iter().any(|s| s % 16 != 0 || *s == 0 || *s >= 1 << 40) {
+            bail!("a tensor map at {address:#x} with strides of {strides:?} bytes: bulk copies want multiples of 16")
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_matrix_is_swizzled_by_the_width_of_its_tiles() -> Result<()> {
+        let map = TensorMap::matrix(256, Element::Bits16, (70, 40, 48), (128, 64))?;
+        assert_eq!((map.dims, map.strides, map.tile), (vec![40, 70], vec![96], vec![64, 128]));
+        assert_eq!(map.swizzle, Swizzle::Bytes128);
+        let map = TensorMap::matrix(256, Element::Tf32, (70, 40, 48), (16, 16))?;
+        assert_eq!((map.swizzle, map.strides), (Swizzle::Bytes64, vec![192]));
+        Ok(())
+    }
+
+    #[test]
+    fn what_bulk_copies_do_not_take_is_refused() {
+        let matrix = |address, stride, tile| {
+            TensorMap::matrix(address, Element::Bits16, (70, 40, stride), tile).is_ok()
+        };
+        assert!(matrix(256, 40, (64, 64)));
+        assert!(!matrix(250, 40, (64, 64)), "address");
+        assert!(!matrix(256, 42, (64, 64)), "stride");
+        assert!(!matrix(256, 40, (257, 64)) && !matrix(256, 40, (64, 4)), "tile");
+    }
+}

@@ -1,0 +1,122 @@
+//! The SAM of DeepSeek-OCR: SAM's image encoder, made to take images of several sizes and to give fewer, wider tokens.
+//!
+//! ```text
+//! x = patch_embed(pixel_values) + bicubic(pos_embed)         [B, h, h, C]      any h; 32, 40, 64, 80 in use
+//! x = neck(layers(x))                                        [B, h, h, 256]    tables resized linearly
+//! image_embeddings = net_3(net_2(x))                         [B, 1024, h/4, h/4]
+//! ```
+//! `net_2` and `net_3` are 3x3 convolutions of stride 2 without bias or activation, one after the other.
+//!
+//! Source: `ImageEncoderViT` in `deepencoder.py` of DeepSeek-OCR (`deepencoderv2.py` of DeepSeek-OCR-2, whose `net_3`
+//! is 896 wide).
+
+use super::checkpoint;
+use super::{AttentionKind, LayerContext, SamVisionConfig, SamVisionEncoder, VisionAttention};
+use crate::module_tree;
+use crate::nn::{Conv2d, Mode};
+use crate::ops::resize_bicubic;
+use crate::{Error, Result};
+use candle_core::{bail, DType, Device, Tensor};
+use std::path::Path;
+
+/// The image encoder of DeepSeek-OCR. Its names are those of a SAM's image encoder, so adapters and
+/// [`checkpoint::load`] take it as one.
+#[derive(Clone, Debug)]
+pub struct DeepSeekOcrEncoder {
+    /// SAM's encoder.
+    pub sam: SamVisionEncoder,
+    /// `output_channels -> 512` of half the side.
+    pub net_2: Conv2d,
+    /// `512 -> 1024` of half the side.
+    pub net_3: Conv2d,
+}
+
+module_tree!(DeepSeekOcrEncoder { sam => "", net_2, net_3 });
+
+impl DeepSeekOcrEncoder {
+    /// All zero; `widths` are those of `net_2` and `net_3`. DeepSeek-OCR has SAM ViT-B's encoder, the default
+    /// configuration, and `[512, 1024]`.
+    ///
+    /// # Errors
+    /// When the configuration is impossible or a tensor cannot be allocated.
+    pub fn new(
+        config: &SamVisionConfig,
+        widths: [usize; 2],
+        kind: AttentionKind,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::with_attention(config, widths, dtype, device, |layer| kind.build(layer))
+    }
+
+    /// As `new`, with the attention that `build` makes for each layer.
+    ///
+    /// # Errors
+    /// As `new`; besides when `build` fails.
+    pub fn with_attention(
+        config: &SamVisionConfig,
+        [width_2, width_3]: [usize; 2],
+        dtype: DType,
+        device: &Device,
+        build: impl FnMut(&LayerContext<'_>) -> candle_core::Result<Box<dyn VisionAttention>>,
+    ) -> Result<Self> {
+        config.validate()?;
+        let halving = |from, to| Conv2d::downsample(from, to, 3, 2, dtype, device);
+        Ok(Self {
+            sam: SamVisionEncoder::with_attention(config, dtype, device, build)?,
+            net_2: halving(config.output_channels, width_2)?,
+            net_3: halving(width_2, width_3)?,
+        })
+    }
+
+    /// The encoder in a checkpoint of DeepSeek-OCR, with the widths that `net_2` and `net_3` have there; the rest of
+    /// the checkpoint is left alone.
+    ///
+    /// # Errors
+    /// As [`checkpoint::load`].
+    pub fn from_checkpoint(
+        path: impl AsRef<Path>,
+        kind: AttentionKind,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        /// Far above any real width, far below an allocation that hurts.
+        const WIDEST: usize = 1 << 13;
+        let path = path.as_ref();
+        let width = |name: &str| match checkpoint::shape_of(path, name)?[..] {
+            [width @ 1..=WIDEST, _, 3, 3] => Ok(width),
+            ref other => Err(Error::file(
+                path,
+                format!("{name}: expected [1 to {WIDEST}, channels, 3, 3], found {other:?}"),
+            )),
+        };
+        let widths = [width("net_2.weight")?, width("net_3.weight")?];
+        let mut encoder = Self::new(&SamVisionConfig::default(), widths, kind, dtype, device)?;
+        checkpoint::load(&mut encoder, path)?;
+        Ok(encoder)
+    }
+
+    /// `[B, channels, S, S] -> [B, 1024, h / 4, h / 4]`, h the patches along a side, rounded up; S is any multiple of the
+    /// patch size, 512, 640, 1024 and 1280 in DeepSeek-OCR.
+    ///
+    /// # Errors
+    /// When `pixel_values` has no such shape, or an attention fails.
+    pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+        let projection = &self.sam.patch_embed.projection;
+        let (channels, patch) = (projection.weight.dim(1)?, projection.stride);
+        match *pixel_values.dims() {
+            [b, c, h, w] if b > 0 && c == channels && h == w && h > 0 && h.is_multiple_of(patch) => {}
+            ref other => bail!(
+                "deepseek-ocr: pixel_values must have shape [B, {channels}, S, S] with S a multiple of {patch}, \
+                 got {other:?}"
+            ),
+        }
+        let pixel_values = pixel_values.to_dtype(projection.weight.dtype())?;
+        let mut x = projection.forward(&pixel_values.permute((0, 2, 3, 1))?)?;
+        if let Some(pos_embed) = &self.sam.pos_embed {
+            x = x.broadcast_add(&resize_bicubic(pos_embed, x.dim(1)?)?)?;
+        }
+        let x = self.net_2.forward(&self.sam.encode(x, mode)?)?;
+        self.net_3.forward(&x)?.permute((0, 3, 1, 2))
+    }
+}

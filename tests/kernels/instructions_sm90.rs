@@ -1,0 +1,209 @@
+//! What the emulator makes of Hopper's instructions, against their definitions in the PTX ISA.
+
+use crate::common::{error, random, values};
+use crate::device::{cache, encode, kernels, Memory};
+use candle_core::{DType, Result, Tensor};
+use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
+use candle_sam_lora_emulator::{Emulator, Mode, Sources};
+use std::sync::OnceLock;
+
+fn emulator() -> &'static Emulator {
+    static EMULATOR: OnceLock<Emulator> = OnceLock::new();
+    EMULATOR.get_or_init(|| {
+        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/sm90");
+        let files = ["gemm_sm90.cu", "instructions_sm90.cu"].map(|name| here.join(name)).to_vec();
+        let sources = Sources { files: Some(files), ..Sources::all(kernels()) };
+        Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
+    })
+}
+
+/// Launches in every mode of copies and products; `words` follow the tensor maps in the params.
+fn run(
+    kernel: &str,
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u32,
+    maps: &[&TensorMap],
+    words: &[u64],
+    mut check: impl FnMut(Mode),
+) {
+    let mut params: Vec<u8> = maps.iter().flat_map(|map| encode(map).unwrap()).collect();
+    params.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
+    if !maps.is_empty() {
+        params.resize(params.len().next_multiple_of(64), 0);
+    }
+    for mode in Mode::all_with_products() {
+        // SAFETY: the callers' memory is as long as the kernels say.
+        unsafe { emulator().launch(kernel, grid, [threads, 1, 1], shared_bytes, &params, mode) }
+            .unwrap_or_else(|e| panic!("{mode:?}: {e}"));
+        check(mode);
+    }
+}
+
+/// One of the products of instructions_sm90.cu.
+struct Product {
+    dtype: DType,
+    n: usize,
+    swizzle: usize,
+    trans_a: bool,
+    trans_b: bool,
+    registers: bool,
+}
+
+impl Product {
+    fn name(&self) -> String {
+        let element = if self.dtype == DType::F32 { "tf32" } else { self.dtype.as_str() };
+        let mut name = format!("product_sm90_{element}_n{}_{}", self.n, self.swizzle);
+        for (tail, is) in [("_ra", self.registers), ("_ta", self.trans_a), ("_tb", self.trans_b)] {
+            name.push_str(if is { tail } else { "" });
+        }
+        name
+    }
+
+    fn check(&self) -> Result<()> {
+        let size = self.dtype.size_in_bytes();
+        let depth = 128 / size;
+        let (a, b) = (random(1, (64, depth)), random(2, (self.n, depth)));
+        let (a, b) = (a.to_dtype(self.dtype)?, b.to_dtype(self.dtype)?);
+        let rounded = |t: &Tensor| -> Vec<f64> {
+            let tf32 =
+                |x: f64| f32::from_bits(((x as f32).to_bits() + 0x1000) & 0xFFFF_E000).into();
+            let values = values(t);
+            if size == 4 {
+                values.into_iter().map(tf32).collect()
+            } else {
+                values
+            }
+        };
+        let expected = candle_sam_lora::reference::linear(&rounded(&a), &rounded(&b), depth);
+        let map = |tensor: &Tensor, trans: bool| -> Result<(Memory, TensorMap)> {
+            let tensor = if trans { tensor.t()?.contiguous()? } else { tensor.clone() };
+            let (rows, cols) = tensor.dims2()?;
+            let memory = Memory::from_tensor(&tensor);
+            let element = if size == 4 { Element::Tf32 } else { Element::Bits16 };
+            let shape = (rows as u32, cols as u32, cols as u32);
+            let tile = (rows as u32, (self.swizzle / size) as u32);
+            let map = TensorMap::matrix(memory.address(), element, shape, tile)?;
+            Ok((memory, map))
+        };
+        let ((_a, a_map), (_b, b_map)) = (map(&a, self.trans_a)?, map(&b, self.trans_b)?);
+        let out = Memory::for_elements(64 * self.n, DType::F32);
+        let name = self.name();
+        run(&name, [1; 3], 128, 41088, &[&a_map, &b_map], &[out.address()], |mode| {
+            let error = error(&out.values(DType::F32), &expected);
+            assert!(error < 1e-6, "{name} {mode:?}: {error:e}");
+        });
+        Ok(())
+    }
+}
+
+#[test]
+fn wgmma_of_every_type_layout_and_swizzle() -> Result<()> {
+    let (bf16, f16, tf32) = (DType::BF16, DType::F16, DType::F32);
+    for (dtype, n, swizzle, trans_a, trans_b, registers) in [
+        (bf16, 8, 128, false, false, false),
+        (f16, 192, 128, false, false, false),
+        (bf16, 256, 64, false, false, false),
+        (bf16, 24, 32, false, false, false),
+        (bf16, 128, 128, false, true, false),
+        (f16, 64, 64, true, false, false),
+        (bf16, 80, 32, true, true, false),
+        (bf16, 64, 128, false, false, true),
+        (f16, 64, 128, false, true, true),
+        (tf32, 96, 128, false, false, false),
+        (tf32, 16, 128, false, false, true),
+    ] {
+        Product { dtype, n, swizzle, trans_a, trans_b, registers }.check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn bulk_copies_fill_with_zeros_before_and_behind_a_tensor_and_leave_out_what_lies_there(
+) -> Result<()> {
+    const FROM: [usize; 4] = [3, 2, 3, 4]; // outermost first
+    const TO: [usize; 3] = [2, 3, 4];
+    let (input, bytes) = (random(1, &FROM), random(2, 128));
+    let (from, plain) = (Memory::from_tensor(&input), Memory::from_tensor(&bytes));
+    let out = Memory::for_elements(128, DType::F32);
+    let to = Memory::for_elements(24, DType::F32);
+    let map = |address, shape: &[usize], tile: &[u32]| {
+        let dims: Vec<u32> = shape.iter().rev().map(|&n| n as u32).collect();
+        let strides = (1..dims.len()).map(|d| 4 * dims[..d].iter().product::<u32>() as u64);
+        let (element, swizzle) = (Element::Bits32, Swizzle::None);
+        TensorMap {
+            address,
+            element,
+            strides: strides.collect(),
+            dims,
+            tile: tile.to_vec(),
+            swizzle,
+        }
+    };
+    let from_map = map(from.address(), &FROM, &[4, 3, 2, 2]);
+    let to_map = map(to.address(), &TO, &[4, 3, 4]);
+    // The tile [2, 2, 3, 4] from (2, 0, 1, -1), as a tile [4, 3, 4] to (0, 1, 0).
+    let input = values(&input);
+    let tile = |i: usize, j: usize, k: usize, l: usize| {
+        let inside = 2 + i < 3 && 1 + k < 3 && l > 0;
+        if inside {
+            input[(((2 + i) * 2 + j) * 3 + 1 + k) * 4 + l - 1]
+        } else {
+            0.0
+        }
+    };
+    let mut words = vec![plain.address(), out.address()];
+    words.resize(8, 0);
+    run("copies_sm90", [1; 3], 64, 1024, &[&from_map, &to_map], &words, |mode| {
+        assert_eq!(out.values(DType::F32), values(&bytes), "{mode:?}");
+        let got = to.values(DType::F32);
+        for i in 0..24 {
+            let (outer, middle, inner) = (i / 12, i / 4 % 3, i % 4);
+            if middle == 0 {
+                assert!(got[i].is_nan(), "{mode:?}: wrote before the tile");
+            } else {
+                let expected = tile(outer / 2, outer % 2, middle - 1, inner);
+                assert_eq!(got[i], expected, "{mode:?} {i}");
+            }
+        }
+    });
+    Ok(())
+}
+
+#[test]
+fn stmatrix_and_its_transpose() -> Result<()> {
+    let input = random(2, (2, 8, 8)).to_dtype(DType::F16)?;
+    let (memory, output) = (Memory::from_tensor(&input), Memory::for_elements(256, DType::F16));
+    let expected = [&values(&input)[..], &values(&input.t()?)].concat();
+    let words = [memory.address(), output.address()];
+    run("stmatrix_sm90", [1; 3], 32, 768, &[], &words, |mode| {
+        assert_eq!(output.values(DType::F16), expected, "{mode:?}");
+    });
+    Ok(())
+}
+
+#[test]
+fn products_behind_a_pipeline_of_bulk_copies() -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        for (m, n, k) in [(64, 64, 64), (70, 129, 328), (1, 1, 8)] {
+            let x = random(1, (m, k)).to_dtype(dtype)?;
+            let w = random(2, (n, k)).to_dtype(dtype)?;
+            let expected = candle_sam_lora::reference::linear(&values(&x), &values(&w), k);
+            let (x, w) = (Memory::from_tensor(&x), Memory::from_tensor(&w));
+            let y = Memory::for_elements(m * n, DType::F32);
+            let map = |memory: &Memory, rows: usize| {
+                let shape = (rows as u32, k as u32, k as u32);
+                TensorMap::matrix(memory.address(), Element::Bits16, shape, (64, 64))
+            };
+            let (x_map, w_map) = (map(&x, m)?, map(&w, n)?);
+            let words = [y.address(), m as u64 | (n as u64) << 32, k as u64];
+            let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, 1];
+            let kernel = format!("gemm_sm90_{}", dtype.as_str());
+            run(&kernel, grid, 256, 50176, &[&x_map, &w_map], &words, |mode| {
+                let error = error(&y.values(DType::F32), &expected);
+                assert!(error < 1e-6, "{m} {n} {k} {dtype:?} {mode:?}: {error:e}");
+            });
+        }
+    }
+    Ok(())
+}
