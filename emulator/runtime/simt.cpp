@@ -176,6 +176,8 @@ Fiber* Block::next() {
 void Block::transfer(Context& from, Fiber* to, bool last) {
     self_ = to;
     if (to) threadIdx = to->index;
+    // A thread that waits for a load may be the first to run once it has landed: there is nowhere to go.
+    if (to && &to->context == &from) return;
     switch_to(from, to ? to->context : main_, last);
 }
 
