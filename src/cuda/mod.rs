@@ -10,4 +10,4 @@ mod stream;
 mod tensor_map;
 
 pub(crate) use run::{operand, run, with_tensors, Job};
-pub(crate) use stream::{shared_memory, supported};
+pub(crate) use stream::{is_hopper, shared_memory, supported};

@@ -196,3 +196,72 @@ pub fn forward(
     let (shared_bytes, tensor_maps) = (shared_bytes as u32, tile.maps(problem, inputs)?);
     Ok(Some(Launch { shared_bytes, tensor_maps, ..launch }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SAM's ViT-B.
+    const GLOBAL: AttentionProblem = AttentionProblem {
+        batch: 4,
+        h: 64,
+        w: 64,
+        num_heads: 12,
+        head_dim: 64,
+        side_h: 64,
+        side_w: 64,
+        softmax_scale: 0.125,
+        rel_pos: true,
+        dropout: None,
+    };
+    const WINDOWED: AttentionProblem = AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL };
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 192 };
+
+    fn launch(problem: AttentionProblem) -> Result<Option<Launch>> {
+        forward(&problem, DType::BF16, &INPUTS, 16, 4)
+    }
+
+    #[test]
+    fn grids_stream_and_windows_lie_whole_in_a_block() -> Result<()> {
+        let global = launch(GLOBAL)?.unwrap();
+        assert_eq!(global.kernel, "rel_pos_attention_fwd_sm90_hd64_cols64_bf16");
+        // Two grid rows a block; q, six slots of 128 keys, barriers, and 65 + 72 biases of 128 queries.
+        assert_eq!((global.grid, global.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
+        assert_eq!(global.shared_bytes, (7 << 14) + 1024 + 128 * (65 + 72) * 4);
+        let windowed = launch(WINDOWED)?.unwrap();
+        assert_eq!(windowed.kernel, "rel_pos_attention_fwd_window_sm90_hd64_bf16");
+        assert_eq!((windowed.grid, windowed.block), ([4 * 25 * 12, 1, 1], [128, 1, 1]));
+        // Two blocks on a multiprocessor, each with 1 KiB of the system's.
+        for head_dim in [64, 80] {
+            let bytes = launch(AttentionProblem { head_dim, ..WINDOWED })?.unwrap().shared_bytes;
+            assert!(2 * (bytes + 1024) <= 228 << 10, "{head_dim}: {bytes}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn tensor_maps_stand_where_the_kernel_reads_them() -> Result<()> {
+        let maps = launch(AttentionProblem { head_dim: 80, ..GLOBAL })?.unwrap().tensor_maps;
+        let found: Vec<_> = maps.iter().map(|(at, map)| (*at, map.tile.clone())).collect();
+        let tokens = |channels| vec![channels, 64, 2, 1];
+        let expected =
+            [(0, tokens(64)), (128, tokens(16)), (256, vec![64, 64]), (384, vec![16, 64])];
+        assert_eq!(found, expected);
+        assert_eq!(maps[0].1.strides, [5760, 64 * 5760, 4096 * 5760]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_rest_is_the_portable_kernels() -> Result<()> {
+        let covered = |problem| Ok::<_, candle_core::Error>(launch(problem)?.is_some());
+        assert!(covered(AttentionProblem { side_h: 32, side_w: 32, ..GLOBAL })?);
+        // Windows too large for registers that hang over the grid; other heads; biases that do not fit.
+        assert!(!covered(AttentionProblem { side_h: 24, side_w: 24, ..GLOBAL })?);
+        assert!(!covered(AttentionProblem { head_dim: 32, ..GLOBAL })?);
+        assert!(!covered(AttentionProblem { h: 256, w: 256, side_h: 256, side_w: 256, ..GLOBAL })?);
+        assert!(forward(&GLOBAL, DType::F32, &INPUTS, 16, 4)?.is_none());
+        let unaligned = Inputs { qkv: 72, ..INPUTS };
+        assert!(forward(&GLOBAL, DType::BF16, &unaligned, 16, 4)?.is_none());
+        Ok(())
+    }
+}
