@@ -10,6 +10,10 @@
 //! | `CANDLE_SAM_LORA_NVCC_FLAGS` | further flags, as `-lineinfo` |
 //! | `CANDLE_SAM_LORA_KERNEL_CACHE` | a folder for compiled kernels, shared by builds; else they are kept in OUT_DIR |
 
+#[path = "build/files.rs"]
+mod files;
+
+use files::{for_hopper, with_extensions};
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write;
 use std::hash::{Hash, Hasher};
@@ -28,6 +32,7 @@ const HOW_TO_GET_NVCC: &str = "install the CUDA toolkit (https://developer.nvidi
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
@@ -50,11 +55,13 @@ fn build() -> Result<(), String> {
         let mut portable: Vec<String> =
             capabilities.iter().map(|c| format!("-gencode=arch=compute_{c},code=sm_{c}")).collect();
         portable.push(format!("-gencode=arch=compute_{lowest},code=compute_{lowest}"));
-        images.extend(sources(Path::new("kernels"))?.into_iter().map(|s| (s, portable.clone())));
+        let sources = with_extensions(Path::new("kernels"), &["cu"])?;
+        images.extend(sources.into_iter().map(|source| (source, portable.clone())));
     }
-    if capabilities.contains(&90) && Path::new("kernels/sm90").is_dir() {
+    if capabilities.contains(&90) {
         let hopper = vec!["-gencode=arch=compute_90a,code=sm_90a".to_string()];
-        images.extend(sources(Path::new("kernels/sm90"))?.into_iter().map(|s| (s, hopper.clone())));
+        let sources = for_hopper(Path::new("kernels"), &["cu"])?;
+        images.extend(sources.into_iter().map(|source| (source, hopper.clone())));
     }
     embed(&nvcc.compile_all(&images)?, &capabilities)
 }
@@ -183,9 +190,7 @@ impl Nvcc {
         images: &[(PathBuf, Vec<String>)],
     ) -> Result<Vec<(String, PathBuf)>, String> {
         let mut headers = with_extensions(Path::new("kernels"), &["h", "cuh"])?;
-        if Path::new("kernels/sm90").is_dir() {
-            headers.extend(with_extensions(Path::new("kernels/sm90"), &["h", "cuh"])?);
-        }
+        headers.extend(for_hopper(Path::new("kernels"), &["h", "cuh"])?);
         let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize);
         let queue = Mutex::new(images.iter().enumerate());
         let done = Mutex::new(Vec::new());
@@ -259,19 +264,4 @@ fn out_dir() -> Result<PathBuf, String> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn sources(folder: &Path) -> Result<Vec<PathBuf>, String> {
-    with_extensions(folder, &["cu"])
-}
-
-/// The files of a folder with one of these extensions, sorted.
-fn with_extensions(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, String> {
-    let entries = fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let mut files: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)))
-        .collect();
-    files.sort();
-    Ok(files)
 }

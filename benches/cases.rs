@@ -7,7 +7,7 @@
 //! A fresh process is what makes the peak of the resident memory meaningful; `benches/report/run.py` starts these in
 //! turns with the peers'. Keys of the JSON, the same in `benches/peers/run.py`: `first_s` (the first run, which
 //! pays for fresh pages), `wall_s` and `cpu_s` (each further run), `memory` (growth of the peak of the resident
-//! memory over what was resident before the first run, bytes), `flops` and `bytes` (see `support/work.rs`).
+//! memory, on a GPU of what tensors take of it, over what it was before the first run, bytes), `flops` and `bytes` (see `support/work.rs`).
 
 mod support;
 
@@ -19,6 +19,7 @@ use candle_sam_lora::sam::VisionAttention;
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
+use std::process::ExitCode;
 use support::models::{self, Adapters, Vit, FROZEN, VIT_B, VIT_H, VIT_L};
 use support::probe::{self, Measurement};
 use support::work::{Pass, Work};
@@ -112,7 +113,17 @@ struct Args {
     bench: bool,
 }
 
-fn main() -> Result<()> {
+pub fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     // `cargo bench` starts every benchmark, with criterion's arguments: not for this one.
     let asked = |argument: String| {
         ["--case", "--list", "--help", "-h"].iter().any(|name| argument.starts_with(name))
@@ -327,8 +338,13 @@ impl Setup<'_> {
         let (adapted, frozen) = (layer(self.adapters)?, layer(FROZEN)?);
         let x = self.tokens(self.vit.dim)?;
         let project = |attn: &candle_sam_lora::sam::SamVisionAttentionSplit| {
-            let parts = [&attn.q, &attn.k, &attn.v].map(|part| part.projection(Mode::Eval));
-            let [Some(q), Some(k), Some(v)] = parts else { bail!("LoRA is a projection") };
+            let parts = [&attn.q, &attn.k, &attn.v];
+            let [q, k, v] = parts.map(|part| part.low_rank(Mode::Eval));
+            let low_rank = [q?, k?, v?];
+            let projection = |i: usize| parts[i].projection(&low_rank[i]);
+            let (Some(q), Some(k), Some(v)) = (projection(0), projection(1), projection(2)) else {
+                bail!("LoRA is a projection")
+            };
             Ok(ops::lora_qkv(&x, &[q, k, v])?)
         };
         self.in_turns(|| project(&adapted), || project(&frozen))

@@ -6,27 +6,79 @@
 
 mod support;
 
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use criterion::{criterion_group, criterion_main, Criterion};
 use support::criterion::{all, bench, group};
 use support::models::{Vit, VIT_B, VIT_H, VIT_L, WINDOW};
-use support::work::Pass;
+use support::work::{Pass, Work};
 use support::{normal, Rotating};
 
 const GRID: usize = 64;
 const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
-/// Models, dtypes and whether the backward is measured too.
-fn choice() -> Vec<(Vit, DType, bool)> {
-    let mut choice: Vec<_> =
-        DTYPES.map(|dtype| (VIT_B, dtype, dtype == DType::F32 || all())).into();
-    for vit in [VIT_L, VIT_H] {
-        let dtypes = if all() { &DTYPES[..] } else { &DTYPES[..1] };
-        choice.extend(dtypes.iter().map(|&dtype| (vit, dtype, all())));
+/// What every operation is measured in.
+struct Setting<'a> {
+    vit: Vit,
+    dtype: DType,
+    /// Whether forward and backward are measured, or the forward alone.
+    train: bool,
+    device: &'a Device,
+}
+
+fn settings(device: &Device) -> Vec<Setting<'_>> {
+    let mut settings = Vec::new();
+    for vit in [VIT_B, VIT_L, VIT_H] {
+        let whole = vit.name == VIT_B.name;
+        let dtypes = if whole || all() { &DTYPES[..] } else { &DTYPES[..1] };
+        for &dtype in dtypes {
+            settings.push(Setting { vit, dtype, train: false, device });
+            if all() || whole && dtype == DType::F32 {
+                settings.push(Setting { vit, dtype, train: true, device });
+            }
+        }
     }
-    choice
+    settings
+}
+
+impl Setting<'_> {
+    fn normal(&self, shape: &[usize]) -> Result<Tensor> {
+        normal(shape, self.dtype, self.device)
+    }
+
+    /// The operation's input; a variable where the backward is measured.
+    fn input(&self, shape: &[usize]) -> Result<Rotating> {
+        let x = self.normal(shape)?;
+        Rotating::new(if self.train { Var::from_tensor(&x)?.into_inner() } else { x })
+    }
+
+    fn pass(&self, grid: usize) -> Pass {
+        Pass { backward: self.train, ..Pass::forward(1, grid, self.dtype.size_in_bytes()) }
+    }
+
+    /// Measures the two ways to the same output.
+    fn compare(
+        &self,
+        c: &mut Criterion,
+        (op, variant): (&str, &str),
+        work: Work,
+        fused: impl Fn() -> Result<Tensor>,
+        composed: impl Fn() -> Result<Tensor>,
+    ) {
+        let direction = if self.train { "forward_backward" } else { "forward" };
+        let name = format!("{op}/{}/{variant}{}/{direction}", self.vit.name, self.dtype.as_str());
+        let mut group = group(c, &name, work);
+        let ways: [(&str, &dyn Fn() -> Result<Tensor>); 2] =
+            [("fused", &fused), ("composed", &composed)];
+        for (way, run) in ways {
+            bench(&mut group, way, self.device, || match self.train {
+                true => backward(&run()?),
+                false => run().map(drop),
+            });
+        }
+        group.finish();
+    }
 }
 
 fn backward(out: &Tensor) -> Result<()> {
@@ -34,58 +86,30 @@ fn backward(out: &Tensor) -> Result<()> {
 }
 
 fn attention(c: &mut Criterion) -> Result<()> {
-    let device = device()?;
-    for (vit, dtype, with_backward) in choice() {
+    for setting in settings(&device()?) {
         for windowed in [true, false] {
-            for train in [false, true] {
-                if train && !with_backward {
-                    continue;
-                }
-                let grid = if train && !windowed && !all() { GRID / 2 } else { GRID };
-                let mut qkv = normal(&[1, grid, grid, 3 * vit.dim], dtype, &device)?;
-                if train {
-                    qkv = Var::from_tensor(&qkv)?.into_inner();
-                }
-                let qkv = Rotating::new(qkv)?;
-                let side = if windowed { WINDOW } else { grid };
-                let table = (normal(&[2 * side - 1, vit.head_dim()], dtype, &device)? * 0.1)?;
-                let pad = normal(&[3 * vit.dim], dtype, &device)?;
-                let config = RelPosAttention {
-                    num_heads: vit.heads,
-                    softmax_scale: (vit.head_dim() as f64).powf(-0.5),
-                    rel_pos: Some((&table, &table)),
-                    window: windowed.then_some(WINDOW),
-                    pad: Some(&pad),
-                    dropout: None,
-                };
-                let pass =
-                    Pass { backward: train, ..Pass::forward(1, grid, dtype.size_in_bytes()) };
-                let kind = if windowed { "windowed" } else { "global" };
-                let name = format!(
-                    "rel_pos_attention/{}/{kind}/{grid}/{}/{}",
-                    vit.name,
-                    dtype.as_str(),
-                    direction(train)
-                );
-                let mut group = group(c, &name, pass.attention(&vit, windowed));
-                bench(&mut group, "fused", &device, || {
-                    let out = ops::rel_pos_attention(qkv.next(), &config)?;
-                    if train {
-                        backward(&out)
-                    } else {
-                        Ok(())
-                    }
-                });
-                bench(&mut group, "composed", &device, || {
-                    let (out, _) = composed::rel_pos_attention(qkv.next(), &config)?;
-                    if train {
-                        backward(&out)
-                    } else {
-                        Ok(())
-                    }
-                });
-                group.finish();
-            }
+            let vit = setting.vit;
+            let grid = if setting.train && !windowed && !all() { GRID / 2 } else { GRID };
+            let qkv = setting.input(&[1, grid, grid, 3 * vit.dim])?;
+            let side = if windowed { WINDOW } else { grid };
+            let table = (setting.normal(&[2 * side - 1, vit.head_dim()])? * 0.1)?;
+            let pad = setting.normal(&[3 * vit.dim])?;
+            let config = RelPosAttention {
+                num_heads: vit.heads,
+                softmax_scale: (vit.head_dim() as f64).powf(-0.5),
+                rel_pos: Some((&table, &table)),
+                window: windowed.then_some(WINDOW),
+                pad: Some(&pad),
+                dropout: None,
+            };
+            let kind = if windowed { "windowed" } else { "global" };
+            setting.compare(
+                c,
+                ("rel_pos_attention", &format!("{kind}/{grid}/")),
+                setting.pass(grid).attention(&vit, windowed),
+                || ops::rel_pos_attention(qkv.next(), &config),
+                || Ok(composed::rel_pos_attention(qkv.next(), &config)?.0),
+            );
         }
     }
     Ok(())
@@ -94,55 +118,28 @@ fn attention(c: &mut Criterion) -> Result<()> {
 /// q, k, v with adapters on q and v: ranks 0 (frozen), 4, 16, 64.
 fn lora_qkv(c: &mut Criterion) -> Result<()> {
     let device = device()?;
-    for (vit, dtype, with_backward) in choice() {
-        let dim = vit.dim;
-        let weight = (normal(&[dim, dim], dtype, &device)? * 0.02)?;
-        let bias = normal(&[dim], dtype, &device)?;
-        let x = normal(&[GRID * GRID, dim], dtype, &device)?;
-        let (frozen_x, trained_x) =
-            (Rotating::new(x.clone())?, Rotating::new(Var::from_tensor(&x)?.into_inner())?);
+    for setting in settings(&device) {
+        let dim = setting.vit.dim;
+        let weight = (setting.normal(&[dim, dim])? * 0.02)?;
+        let bias = setting.normal(&[dim])?;
+        let x = setting.input(&[GRID * GRID, dim])?;
         for rank in [0, 4, 16, 64] {
             let a = Var::from_tensor(&normal(&[rank.max(1), dim], DType::F32, &device)?)?;
             let b = Var::from_tensor(&normal(&[dim, rank.max(1)], DType::F32, &device)?)?;
-            for train in [false, true] {
-                if train && !with_backward {
-                    continue;
-                }
-                let lora = |stream| {
-                    let dropout = train.then_some(Dropout { p: 0.1, seed: 1, stream });
-                    Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout }
-                };
-                let part = |lora| Projection { weight: &weight, bias: Some(&bias), lora };
-                let adapted = |stream| part((rank > 0).then(|| lora(stream)));
-                let projections = [adapted(1), part(None), adapted(2)];
-                let x = if train { &trained_x } else { &frozen_x };
-                let pass =
-                    Pass { backward: train, ..Pass::forward(1, GRID, dtype.size_in_bytes()) };
-                let name = format!(
-                    "lora_qkv/{}/rank{rank}/{}/{}",
-                    vit.name,
-                    dtype.as_str(),
-                    direction(train)
-                );
-                let mut group = group(c, &name, pass.qkv(dim, rank));
-                bench(&mut group, "fused", &device, || {
-                    let out = ops::lora_qkv(x.next(), &projections)?;
-                    if train {
-                        backward(&out)
-                    } else {
-                        Ok(())
-                    }
-                });
-                bench(&mut group, "composed", &device, || {
-                    let out = composed::lora_qkv(x.next(), &projections)?;
-                    if train {
-                        backward(&out)
-                    } else {
-                        Ok(())
-                    }
-                });
-                group.finish();
-            }
+            let lora = |stream| {
+                let dropout = setting.train.then_some(Dropout { p: 0.1, seed: 1, stream });
+                Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout }
+            };
+            let part = |lora| Projection { weight: &weight, bias: Some(&bias), lora };
+            let adapted = |stream| part((rank > 0).then(|| lora(stream)));
+            let projections = [adapted(1), part(None), adapted(2)];
+            setting.compare(
+                c,
+                ("lora_qkv", &format!("rank{rank}/")),
+                setting.pass(GRID).qkv(dim, rank),
+                || ops::lora_qkv(x.next(), &projections),
+                || composed::lora_qkv(x.next(), &projections),
+            );
         }
     }
     Ok(())
@@ -150,95 +147,47 @@ fn lora_qkv(c: &mut Criterion) -> Result<()> {
 
 /// The MLP's two: C -> 4C with GELU, 4C -> C with the residual.
 fn lora_linear(c: &mut Criterion) -> Result<()> {
-    let device = device()?;
-    for (vit, dtype, with_backward) in choice() {
-        for (name, input, output) in
-            [("gelu", vit.dim, 4 * vit.dim), ("residual", 4 * vit.dim, vit.dim)]
-        {
-            let weight = (normal(&[output, input], dtype, &device)? * 0.02)?;
-            let bias = normal(&[output], dtype, &device)?;
+    for setting in settings(&device()?) {
+        let dim = setting.vit.dim;
+        for (name, input, output) in [("gelu", dim, 4 * dim), ("residual", 4 * dim, dim)] {
+            let weight = (setting.normal(&[output, input])? * 0.02)?;
+            let bias = setting.normal(&[output])?;
             let projection = Projection { weight: &weight, bias: Some(&bias), lora: None };
-            let residual = normal(&[GRID * GRID, output], dtype, &device)?;
+            let residual = setting.normal(&[GRID * GRID, output])?;
             let (activation, residual) = match name {
                 "gelu" => (Activation::Gelu, None),
                 _ => (Activation::None, Some(&residual)),
             };
-            for train in [false, true] {
-                if train && !with_backward {
-                    continue;
-                }
-                let mut x = normal(&[GRID * GRID, input], dtype, &device)?;
-                if train {
-                    x = Var::from_tensor(&x)?.into_inner();
-                }
-                let x = Rotating::new(x)?;
-                let pass =
-                    Pass { backward: train, ..Pass::forward(1, GRID, dtype.size_in_bytes()) };
-                let name = format!(
-                    "lora_linear/{}/{name}/{}/{}",
-                    vit.name,
-                    dtype.as_str(),
-                    direction(train)
-                );
-                let mut group = group(c, &name, pass.linear(input, output));
-                for (name, run) in
-                    [("fused", ops::lora_linear as LoraLinear), ("composed", composed::lora_linear)]
-                {
-                    bench(&mut group, name, &device, || {
-                        let out = run(x.next(), &projection, activation, residual)?;
-                        if train {
-                            backward(&out)
-                        } else {
-                            Ok(())
-                        }
-                    });
-                }
-                group.finish();
-            }
+            let x = setting.input(&[GRID * GRID, input])?;
+            setting.compare(
+                c,
+                ("lora_linear", &format!("{name}/")),
+                setting.pass(GRID).linear(input, output),
+                || ops::lora_linear(x.next(), &projection, activation, residual),
+                || composed::lora_linear(x.next(), &projection, activation, residual),
+            );
         }
     }
     Ok(())
 }
-
-type LoraLinear =
-    fn(&Tensor, &Projection<'_>, Activation, Option<&Tensor>) -> candle_core::Result<Tensor>;
 
 fn layer_norm(c: &mut Criterion) -> Result<()> {
     let device = device()?;
-    for (vit, dtype, with_backward) in choice() {
-        let weight = Tensor::ones(vit.dim, dtype, &device)?;
-        let bias = normal(&[vit.dim], dtype, &device)?;
-        for train in [false, true] {
-            if train && !with_backward {
-                continue;
-            }
-            let mut x = normal(&[GRID * GRID, vit.dim], dtype, &device)?;
-            if train {
-                x = Var::from_tensor(&x)?.into_inner();
-            }
-            let x = Rotating::new(x)?;
-            let pass = Pass { backward: train, ..Pass::forward(1, GRID, dtype.size_in_bytes()) };
-            let name = format!("layer_norm/{}/{}/{}", vit.name, dtype.as_str(), direction(train));
-            let mut group = group(c, &name, pass.layer_norm(vit.dim));
-            for (name, run) in
-                [("fused", ops::layer_norm as LayerNorm), ("composed", composed::layer_norm)]
-            {
-                bench(&mut group, name, &device, || {
-                    let out = run(x.next(), &weight, &bias, 1e-6)?;
-                    if train {
-                        backward(&out)
-                    } else {
-                        Ok(())
-                    }
-                });
-            }
-            group.finish();
-        }
+    for setting in settings(&device) {
+        let dim = setting.vit.dim;
+        let weight = Tensor::ones(dim, setting.dtype, &device)?;
+        let bias = setting.normal(&[dim])?;
+        let x = setting.input(&[GRID * GRID, dim])?;
+        setting.compare(
+            c,
+            ("layer_norm", ""),
+            setting.pass(GRID).layer_norm(dim),
+            || ops::layer_norm(x.next(), &weight, &bias, 1e-6),
+            || composed::layer_norm(x.next(), &weight, &bias, 1e-6),
+        );
     }
     Ok(())
 }
-
-type LayerNorm = fn(&Tensor, &Tensor, &Tensor, f64) -> candle_core::Result<Tensor>;
 
 /// DoRA and dropout have one form each; measured alone.
 fn others(c: &mut Criterion) -> Result<()> {
@@ -273,15 +222,7 @@ fn others(c: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
-fn direction(train: bool) -> &'static str {
-    if train {
-        "forward_backward"
-    } else {
-        "forward"
-    }
-}
-
-fn device() -> Result<candle_core::Device> {
+fn device() -> Result<Device> {
     support::device().map_err(candle_core::Error::wrap)
 }
 

@@ -116,6 +116,6 @@ fn write(options: &Options, output: &BTreeMap<String, Tensor>) -> anyhow::Result
     Ok(())
 }
 
-fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     console::exit_code(run(&Options::parse()))
 }

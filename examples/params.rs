@@ -37,6 +37,6 @@ fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     console::exit_code(run(&Options::parse()))
 }

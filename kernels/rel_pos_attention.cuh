@@ -129,6 +129,46 @@ __device__ __forceinline__ void copy_keys(
     });
 }
 
+// The key tiles of a unit, stripe by stripe, on their way through the two stages: while one is worked on, the next is
+// copied. Every thread of the block must come.
+template <class Tile> struct KeyTiles {
+    using T = typename Tile::T;
+    const RelPosAttentionShape& s;
+    const AttentionUnit& unit;
+    typename Tile::Storage& shared;
+    const T *qkv, *pad;
+    bool wide;
+    uint32_t of_stripe, count;
+
+    __device__ __forceinline__ KeyTiles(
+        const RelPosAttentionShape& s, const AttentionUnit& unit, typename Tile::Storage& shared, const T* qkv, const T* pad, bool wide)
+        : s(s), unit(unit), shared(shared), qkv(qkv), pad(pad), wide(wide) {
+        of_stripe = ceil_div(s.side_h, uint32_t(Tile::kRows));
+        count = of_stripe * ceil_div(s.side_w, uint32_t(Tile::kCols));
+    }
+    __device__ __forceinline__ Token first_key(uint32_t tile) const {
+        return {tile % of_stripe * Tile::kRows, tile / of_stripe * Tile::kCols};
+    }
+    // Starts copying a tile, with whatever copies have been started before.
+    __device__ __forceinline__ void copy(uint32_t tile) const {
+        if (tile < count) {
+            const auto [y, x] = first_key(tile);
+            T(*rows)[Tile::kStride] = &shared.rows[tile % 2 * 2 * Tile::kKeys];
+            copy_keys<Tile>(rows, s, unit, y, x, wide, qkv, pad, 1);
+            copy_keys<Tile>(rows + Tile::kKeys, s, unit, y, x, wide, qkv, pad, 2);
+        }
+        ptx::cp_async_commit_group();
+    }
+    // Starts the next tile, and gives this one: its keys, and behind them its values. Before the next call, all must have
+    // done with them.
+    __device__ __forceinline__ const T (*advance(uint32_t tile) const)[Tile::kStride] {
+        copy(tile + 1);
+        ptx::cp_async_wait_group<1>();
+        __syncthreads();  // everybody's copies of this tile have landed
+        return &shared.rows[tile % 2 * 2 * Tile::kKeys];
+    }
+};
+
 // The biases of the block's queries behind the storage: rel_h [kQueries][stride_h], rel_w [kQueries][stride_w], times
 // log2(e), minus infinity where there is no key.
 template <class Tile> struct Biases {

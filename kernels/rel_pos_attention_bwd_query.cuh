@@ -139,8 +139,6 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
     const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables, p.out, p.dout);
     const BiasGradients<Tile> gradients(s, reinterpret_cast<float*>(&shared + 1));
     const Biases<Tile>& bias = gradients.bias;
-    const uint32_t tiles_of_stripe = ceil_div(s.side_h, uint32_t(kRows));
-    const uint32_t tiles = tiles_of_stripe * ceil_div(s.side_w, uint32_t(kCols));
     const float scale = s.softmax_scale * kLog2e;
 
     // This block's part of the tables' gradients.
@@ -171,33 +169,23 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
         write_biases<Tile>(bias, s, unit, first, global<const float>(p.lse), global<float>(p.bias));
 
-        const auto copy_tile = [&](uint32_t tile) {
-            const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
-            T(*rows)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
-            copy_keys<Tile>(rows, s, unit, y, x, wide, qkv, pad, 1);
-            copy_keys<Tile>(rows + kKeys, s, unit, y, x, wide, qkv, pad, 2);
-        };
         if constexpr (!kQueriesInRegisters) {
             copy_queries<Tile>(shared.q, unit, first, wide, qkv + head_column, 3 * channels);
             copy_queries<Tile>(shared.dout, unit, first, wide, global<const T>(p.dout) + head_column, channels);
         }
-        copy_tile(0);
-        ptx::cp_async_commit_group();
+        const KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, wide);
+        tiles.copy(0);
         const bool active = warp_first < queries;
         const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
         float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
         float* drel_h = gradients.dh + (16 * warp + g) * bias.stride_h;
         float fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
 
-        for (uint32_t tile = 0; tile < tiles; ++tile) {
-            if (tile + 1 < tiles) copy_tile(tile + 1);
-            ptx::cp_async_commit_group();
-            ptx::cp_async_wait_group<1>();
-            __syncthreads();  // everybody's copies of this tile have landed
+        for (uint32_t tile = 0; tile < tiles.count; ++tile) {
+            const T(*keys)[kStride] = tiles.advance(tile);
             if (active) {
-                const T(*keys)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
                 const T(*values)[kStride] = keys + kKeys;
-                const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
+                const auto [y, x] = tiles.first_key(tile);
                 // A stripe's drel_w stays in registers; its rel_w too would be too many, and is read where it lies.
                 if (y == 0)
                     for (auto& column : fragment_dw)
@@ -268,7 +256,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                     }
                 }
                 // Only this lane has read them.
-                if (tile % tiles_of_stripe == tiles_of_stripe - 1) {
+                if (y + kRows >= s.side_h) {
 #pragma unroll
                     for (int column = 0; column < kCols / 8; ++column)
 #pragma unroll

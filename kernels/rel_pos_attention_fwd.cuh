@@ -31,16 +31,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
     const Biases<Tile> bias(s, reinterpret_cast<float*>(&shared + 1));
     project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
 
-    const uint32_t tiles_of_stripe = ceil_div(s.side_h, uint32_t(kRows));
-    const uint32_t tiles = tiles_of_stripe * ceil_div(s.side_w, uint32_t(kCols));
-    const auto copy_tile = [&](uint32_t tile) {
-        const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
-        T(*rows)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
-        copy_keys<Tile>(rows, s, unit, y, x, wide, qkv, pad, 1);
-        copy_keys<Tile>(rows + kKeys, s, unit, y, x, wide, qkv, pad, 2);
-    };
-    copy_tile(0);
-    ptx::cp_async_commit_group();
+    const KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, wide);
+    tiles.copy(0);
 
     // A warp without queries helps with the copies alone.
     const uint32_t warp_first = first + 16 * warp;
@@ -51,15 +43,11 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
     float fragment_w[kCols / 8][4] = {}, out[kDim / 8][4] = {};
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
 
-    for (uint32_t tile = 0; tile < tiles; ++tile) {
-        if (tile + 1 < tiles) copy_tile(tile + 1);
-        ptx::cp_async_commit_group();
-        ptx::cp_async_wait_group<1>();
-        __syncthreads();  // everybody's copies of this tile have landed
+    for (uint32_t tile = 0; tile < tiles.count; ++tile) {
+        const T(*keys)[kStride] = tiles.advance(tile);
         if (active) {
-            const T(*keys)[kStride] = &shared.rows[tile % 2 * 2 * kKeys];
             const T(*values)[kStride] = keys + kKeys;
-            const uint32_t y = tile % tiles_of_stripe * kRows, x = tile / tiles_of_stripe * kCols;
+            const auto [y, x] = tiles.first_key(tile);
             if (y == 0) {
 #pragma unroll
                 for (int j = 0; j < kCols / 8; ++j)

@@ -3,7 +3,8 @@
 use crate::{Error, Result};
 use candle_core::Device;
 
-/// `cpu`, or `cuda` / `cuda:N`: the first or the N-th GPU, if the crate was built with the `cuda` feature.
+/// `cpu`, or `cuda` / `cuda:N`: the first or the N-th GPU, if the crate was built with the `cuda` feature. The GPU's
+/// memory that tensors give back stays with this process, for the tensors of the next step.
 ///
 /// # Errors
 /// For any other name; for `cuda` without the feature, without a driver, or without such a device.
@@ -20,9 +21,13 @@ pub fn device(name: &str) -> Result<Device> {
 
 #[cfg(feature = "cuda")]
 fn cuda(name: &str, ordinal: usize) -> Result<Device> {
-    Device::new_cuda(ordinal).map_err(|e| {
-        Error::config(format!("device {name}: there is no such GPU, or no CUDA driver for it: {e}"))
-    })
+    let failed =
+        |what: &str, e: candle_core::Error| Error::config(format!("device {name}: {what}: {e}"));
+    let device = Device::new_cuda(ordinal)
+        .map_err(|e| failed("there is no such GPU, or no CUDA driver for it", e))?;
+    let gpu = device.as_cuda_device().map_err(|e| failed("no GPU", e))?;
+    crate::cuda::keep_freed_memory(gpu).map_err(|e| failed("its memory pool", e))?;
+    Ok(device)
 }
 
 #[cfg(not(feature = "cuda"))]

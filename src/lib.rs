@@ -27,6 +27,7 @@ pub mod reference;
 pub mod sam;
 pub mod train;
 
+pub use cpu::buffer::release as release_buffers;
 pub use device::device;
 pub use error::{Error, Result, TensorMismatch};
 

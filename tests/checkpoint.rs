@@ -1,7 +1,9 @@
 //! Checkpoints: names, both namings, shards, fused and split q/k/v, dtypes, and what is refused.
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_sam_lora::nn::{self, Adapter, Linear, ModuleTree, Node, NodeMut};
+use candle_sam_lora::nn::{
+    self, Adapter, Linear, ModuleTree, Node, NodeMut, Unmerged, DEFAULT_ADAPTER,
+};
 use candle_sam_lora::sam::checkpoint::{
     load, save, save_pretrained, to_hugging_face, to_original, Naming,
 };
@@ -402,7 +404,7 @@ fn adapters_are_no_part_of_a_base_checkpoint() {
         scaling: 1.0,
         dropout: 0.0,
         stream: 0,
-        unmerged: None,
+        changes_base: false,
     };
     model.q.set_adapter("q", adapter);
     save(&model, &path, Naming::HuggingFace, None).unwrap();
@@ -416,10 +418,10 @@ fn adapters_are_no_part_of_a_base_checkpoint() {
     model.k.weight = linear().weight;
     load(&mut model, &path).unwrap();
     assert_eq!(values(&model.k.weight), [1.0; 16]);
-    assert_eq!(values(&model.q.adapter.as_ref().unwrap().a), [1.0; 8]);
+    assert_eq!(values(&model.q.adapters.get(DEFAULT_ADAPTER).unwrap().a), [1.0; 8]);
 
     let (weight, bias) = (model.q.weight.clone(), model.q.bias.clone());
-    model.q.adapter.as_mut().unwrap().unmerged = Some((weight, bias));
+    model.q.adapters.unmerged = Some(Unmerged { names: vec![], weight, bias });
     assert!(load(&mut model, &path).unwrap_err().to_string().contains("merged"));
 }
 

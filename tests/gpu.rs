@@ -1,12 +1,17 @@
 //! Everything that wants a GPU, in one binary: the operations against the f64 reference, the composed graph and the
 //! emulator, in every dtype, behind any strides, again and again, on two streams, in a CUDA graph; the model, and its
-//! training; with `--bench` timings. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
+//! training. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
+//!
+//! For scripts/gpu/, where one binary has to do, it is also the benchmark and the example of these names: called as
+//! `cases` or `finetune`, that is what it is.
 
-#[path = "gpu/bench.rs"]
-mod bench;
+#[path = "../benches/cases.rs"]
+mod cases;
 mod common;
 #[path = "gpu/emulated.rs"]
 mod emulated;
+#[path = "../examples/finetune/main.rs"]
+mod finetune;
 #[path = "gpu/graph.rs"]
 mod graph;
 #[path = "gpu/model.rs"]
@@ -18,38 +23,66 @@ mod train;
 
 use candle_core::Device;
 use libtest_mimic::{Arguments, Failed, Trial};
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
-/// A trial that gets a device of its own.
+/// The GPU of this process: candle loads its kernels once for each device.
+fn gpu() -> Result<&'static Device, String> {
+    static GPU: OnceLock<Result<Device, String>> = OnceLock::new();
+    let gpu = GPU.get_or_init(|| Device::new_cuda(0).map_err(|e| e.to_string()));
+    gpu.as_ref().map_err(String::clone)
+}
+
+/// Sees at a test's end, however it comes, whether the GPU still answers. After an illegal access it never does again in
+/// this process: to go on would blame the tests that follow.
+struct Watch<'a> {
+    test: &'a str,
+    device: &'a Device,
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.device.synchronize() {
+            eprintln!("{}: the GPU does not answer any more: {error}", self.test);
+            std::process::exit(70);
+        }
+    }
+}
+
+/// A trial on the GPU.
 fn trial(
     name: String,
     test: impl FnOnce(&Device) -> candle_core::Result<()> + Send + 'static,
 ) -> Trial {
-    Trial::test(name, move || {
-        let device = Device::new_cuda(0).map_err(Failed::from)?;
-        test(&device).map_err(Failed::from)
+    Trial::test(name.clone(), move || {
+        let device = gpu()?;
+        let _watch = Watch { test: &name, device };
+        test(device).map_err(Failed::from)
     })
 }
 
-fn main() -> ExitCode {
+fn tests() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // One GPU, one test: what a trial measures or captures is its own.
-    arguments.test_threads.get_or_insert(1);
+    // One stream, one test: what a trial captures is its own.
+    arguments.test_threads = Some(1);
     if !arguments.list {
-        if let Err(error) = Device::new_cuda(0) {
-            let error = error.to_string();
+        if let Err(error) = gpu() {
             println!("skipped: no CUDA device: {}", error.lines().next().unwrap_or_default());
             let required = std::env::var_os("CANDLE_SAM_LORA_REQUIRE_GPU").is_some();
             return ExitCode::from(u8::from(required));
         }
     }
-    let trials = [
-        ops::trials(),
-        graph::trials(),
-        emulated::trials(),
-        model::trials(),
-        train::trials(),
-        bench::trials(),
-    ];
+    let trials =
+        [ops::trials(), graph::trials(), emulated::trials(), model::trials(), train::trials()];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
+}
+
+fn main() -> ExitCode {
+    let name = std::env::args_os().next().unwrap_or_default();
+    match Path::new(&name).file_name().and_then(|name| name.to_str()) {
+        Some("cases") => cases::main(),
+        Some("finetune") => finetune::main(),
+        _ => tests(),
+    }
 }

@@ -8,7 +8,7 @@ use candle_sam_lora::lora::{
     adapter_state, inject, load_adapter, merge, save_adapter, set_adapter_state, BiasTraining,
     LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{trainable, Buffer, Linear, Mode};
+use candle_sam_lora::nn::{trainable, Buffer, Linear, Mode, DEFAULT_ADAPTER};
 use candle_sam_lora::{files, module_tree, Error};
 use lora_support::{adapted, bits, fixture, read, relative_error, snapshot, Net, F32_BOUND, KINDS};
 use proptest::prelude::*;
@@ -89,7 +89,7 @@ fn a_loaded_adapter_is_trainable_as_an_injected_one() {
         let config = load_adapter(&mut loaded, &fixture(kind)).unwrap();
         inject(&mut injected, &config, 0).unwrap();
         assert_eq!(names(&loaded), names(&injected), "{kind}");
-        let stream = |model: &Net| model.q.adapter.as_ref().unwrap().stream;
+        let stream = |model: &Net| model.q.adapters.get(DEFAULT_ADAPTER).unwrap().stream;
         assert_eq!(stream(&loaded), stream(&injected), "{kind}");
     }
 }
@@ -106,7 +106,7 @@ fn half_precision_adapter_files_load_in_f32() {
     files::write_tensors(&path, &halves).unwrap();
     let mut model = Net::base();
     load_adapter(&mut model, dir.path()).unwrap();
-    let a = &model.q.adapter.as_ref().unwrap().a;
+    let a = &model.q.adapters.get(DEFAULT_ADAPTER).unwrap().a;
     assert_eq!(a.dtype(), DType::F32);
     assert_eq!(bits(a), bits(&halves["base_model.model.q.lora_A.weight"]));
 }

@@ -7,7 +7,7 @@ use candle_sam_lora::lora::{
     eject, inject, peft_trainable_parameters, trainable_parameters, BiasTraining, LoraConfig,
     ParameterReport, CONFIG_FILE,
 };
-use candle_sam_lora::nn::{trainable, Linear, Mode};
+use candle_sam_lora::nn::{trainable, Linear, Mode, DEFAULT_ADAPTER};
 use candle_sam_lora::{module_tree, Error};
 use lora_support::{adapted, bits, fixture, read, relative_error, snapshot, values, Net, KINDS};
 
@@ -28,7 +28,7 @@ fn the_base_is_frozen_and_the_output_unchanged() {
         names(&model),
         ["q.lora_A.weight", "q.lora_B.weight", "v.lora_A.weight", "v.lora_B.weight"]
     );
-    let adapter = model.v.adapter.as_ref().unwrap();
+    let adapter = model.v.adapters.get(DEFAULT_ADAPTER).unwrap();
     assert_eq!((adapter.a.dims(), adapter.b.dims()), (&[4, 8][..], &[6, 4][..]));
     assert_eq!((adapter.scaling, adapter.dropout), (8.0, 0.1));
     assert!(values(&adapter.b).iter().all(|&b| b == 0.0));
@@ -50,7 +50,10 @@ fn a_is_kaiming_uniform_and_a_function_of_the_seed() {
         let linear = || Linear::zeros(400, 10, false, DType::F32, &Device::Cpu).unwrap();
         let mut model = Wide { q: linear(), v: linear() };
         inject(&mut model, &LoraConfig::new(25).target_modules(["q", "v"]), seed).unwrap();
-        (values(&model.q.adapter.unwrap().a), values(&model.v.adapter.unwrap().a))
+        (
+            values(&model.q.adapters.get(DEFAULT_ADAPTER).unwrap().a),
+            values(&model.v.adapters.get(DEFAULT_ADAPTER).unwrap().a),
+        )
     };
     let (q, v) = made(1);
     assert_eq!((q.clone(), v.clone()), made(1));
@@ -74,7 +77,8 @@ fn dora_starts_from_the_row_norms() {
         .chunks(8)
         .map(|row| row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt() as f32)
         .collect();
-    let magnitude = values(model.q.adapter.as_ref().unwrap().magnitude.as_ref().unwrap());
+    let magnitude =
+        values(model.q.adapters.get(DEFAULT_ADAPTER).unwrap().magnitude.as_ref().unwrap());
     for (got, expected) in magnitude.iter().zip(&norms) {
         assert!((got - expected).abs() < 1e-6 * expected, "{got} {expected}");
     }
@@ -157,7 +161,7 @@ fn patterns_set_rank_and_scaling() {
         .alpha_of("v", 4.0);
     inject(&mut model, &config, 0).unwrap();
     let of = |linear: &Linear| {
-        let adapter = linear.adapter.as_ref().unwrap();
+        let adapter = linear.adapters.get(DEFAULT_ADAPTER).unwrap();
         (adapter.rank(), adapter.scaling)
     };
     assert_eq!(of(&model.q), (2, 16.0));
@@ -174,7 +178,7 @@ fn a_refusal_names_its_reason_and_changes_nothing() {
         (new().target_modules(["norm"]), "norm is no linear layer"),
         (new().target_modules(["mlp"]), "mlp is no linear layer"),
         (new().target_regex("("), "regular expression"),
-        (new().target_regex("(a*)*b|.*(?=x)(x*)*"), "matches no linear layer"),
+        (new().target_regex("(a*)*b|.*(?=x)(x*)*"), "matches no layer"),
         (new().target_modules(["q"]).rank_of("[", 2), "regular expression"),
         (new().target_modules(["q"]).modules_to_save(["neck"]), "neck"),
         (new().target_modules(["lin1"]).modules_to_save(["in1"]), "choose one"),
@@ -229,7 +233,7 @@ fn every_trained_tensor_gets_a_gradient_and_no_other() {
 fn half_precision_models_get_adapters_in_f32() {
     let mut model = Net::base_in(DType::BF16);
     inject(&mut model, &config().dora(), 0).unwrap();
-    let adapter = model.q.adapter.as_ref().unwrap();
+    let adapter = model.q.adapters.get(DEFAULT_ADAPTER).unwrap();
     for tensor in [&adapter.a, &adapter.b, adapter.magnitude.as_ref().unwrap()] {
         assert_eq!(tensor.dtype(), DType::F32);
     }
@@ -243,7 +247,7 @@ fn an_empty_layer_is_refused() {
     }
     module_tree!(One { q });
     let weight = Tensor::zeros((4, 0), DType::F32, &Device::Cpu).unwrap();
-    let mut model = One { q: Linear { weight, bias: None, adapter: None } };
+    let mut model = One { q: Linear::new(weight, None) };
     let error = inject(&mut model, &LoraConfig::new(2).target_modules(["q"]), 0).unwrap_err();
     assert!(error.to_string().contains("[4, 0]"), "{error}");
 }

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use candle_sam_lora::lora::{
     eject, inject, load_adapter, merge, merge_and_unload, safe_merge, unmerge, LoraConfig,
 };
-use candle_sam_lora::nn::{trainable, Mode};
+use candle_sam_lora::nn::{trainable, Mode, DEFAULT_ADAPTER};
 use lora_support::{
     adapted, bits, fixture, read, relative_error, snapshot, values, Net, F32_BOUND, KINDS,
 };
@@ -61,7 +61,7 @@ fn merging_and_unloading_leaves_a_plain_model() {
         merge_and_unload(&mut model).unwrap();
         assert!(adapted(&model).is_empty());
         assert_eq!(bits(&model.forward(x, Mode::Eval).unwrap()), bits(&expected), "{kind}");
-        assert!(merge(&mut model).unwrap_err().to_string().contains("no adapter"));
+        assert!(merge(&mut model).unwrap_err().to_string().contains("no adapter in use"));
     }
 }
 
@@ -82,7 +82,7 @@ fn a_lora_bias_needs_a_bias_to_go_to() {
     let error = merge(&mut model).unwrap_err().to_string();
     assert!(error.contains("mlp.lin2"), "{error}");
     assert_eq!(snapshot(&model), before);
-    assert!(model.q.adapter.unwrap().unmerged.is_none());
+    assert!(model.q.adapters.unmerged.is_none());
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn half_precision_weights_are_rounded_once() {
     for dtype in [DType::F16, DType::BF16] {
         let mut model = Net::base_in(dtype);
         load_adapter(&mut model, &fixture("dora")).unwrap();
-        let adapter = model.q.adapter.clone().unwrap();
+        let adapter = model.q.adapters.get(DEFAULT_ADAPTER).cloned().unwrap();
         let (weight, magnitude) = (values(&model.q.weight), adapter.magnitude.unwrap());
         let (a, b, magnitude) = (values(&adapter.a), values(&adapter.b), values(&magnitude));
         let mut expected = Vec::new();

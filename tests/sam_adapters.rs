@@ -1,105 +1,25 @@
 //! Adapters of every kind on the whole model against PEFT in f64: evaluation, training with dropout, gradients, merge.
 
-#[path = "common/model.rs"]
 mod common;
 
-use anyhow::{Context, Result};
-use candle_core::{DType, Tensor};
+use anyhow::Result;
+use candle_core::Device;
 use candle_sam_lora::lora;
 use candle_sam_lora::nn::{named_parameters, Mode};
-use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
-use common::{error_relative_to, largest, Tensors, Worst};
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-/// Each kind with the relative errors that PyTorch and PEFT themselves have in f32, in outputs and in gradients, as
-/// tests/fixtures/f32_yardstick.py prints them. Some of these adapters are strong and the gradients through them
-/// ill-conditioned, so that the depth of the model alone says too little: 4.1e-5 here, where PyTorch has 2.9e-5.
-const KINDS: [(&str, f64, f64); 13] = [
-    ("lora_qv", 1.4e-6, 8.9e-6),
-    ("lora_qkv", 2.2e-6, 2.2e-5),
-    ("rslora", 2.9e-6, 1.3e-5),
-    ("dora", 7.6e-7, 2.2e-6),
-    ("dora_dropout", 1.5e-6, 4.6e-6),
-    ("lora_bias", 9.6e-7, 4.6e-6),
-    ("bias_all", 1.4e-6, 8.1e-6),
-    ("bias_lora_only", 1.0e-6, 5.1e-6),
-    ("modules_to_save", 1.3e-6, 5.9e-6),
-    ("regex", 1.1e-6, 5.8e-6),
-    ("patterns", 1.4e-6, 2.0e-5),
-    ("mlp_and_decoder", 6.8e-6, 2.9e-5),
-    ("fused_qkv", 2.3e-6, 9.2e-6),
-];
-
-/// Two f32 programs round in different order, so neither need be the better one. The largest ratio seen is 1.7.
-const TIMES_PYTORCH: f64 = 3.0;
+use common::adapters::{adapted, errors, folder, read, run, KINDS, TIMES_PYTORCH};
+use common::model::{Tensors, Worst};
 
 /// A merged weight is a sum of at most four products and the weight, then a norm with DoRA: eight roundings of 2^-24.
 const WEIGHT_TOLERANCE: f64 = 4.8e-7;
 
-fn folder(kind: &str) -> PathBuf {
-    common::folder("").with_file_name("adapters").join(kind)
-}
-
-fn read(path: PathBuf) -> Result<Tensors> {
-    Ok(candle_sam_lora::files::read_tensors(&path, &candle_core::Device::Cpu)?)
-}
-
-/// Image embeddings, masks and scores.
-fn run(model: &SamModel, inputs: &Tensors, mode: Mode) -> Result<BTreeMap<&'static str, Tensor>> {
-    let embeddings = model.vision_encoder.forward(&inputs["pixel_values"], mode)?;
-    let out = model.forward(
-        &SamInput {
-            image_embeddings: Some(embeddings.clone()),
-            input_points: inputs.get("input_points").cloned(),
-            input_labels: inputs.get("input_labels").cloned(),
-            input_boxes: inputs.get("input_boxes").cloned(),
-            ..Default::default()
-        },
-        mode,
-    )?;
-    Ok(BTreeMap::from([
-        ("image_embeddings", embeddings),
-        ("pred_masks", out.pred_masks),
-        ("iou_scores", out.iou_scores),
-    ]))
-}
-
 #[test]
 fn adapters_of_every_kind_equal_peft() -> Result<()> {
-    let inputs = read(folder("inputs.safetensors"))?;
+    let inputs = read(folder("inputs.safetensors"), &Device::Cpu)?;
     for (kind, output_error, gradient_error) in KINDS {
-        let [mut worst, mut worst_gradients, mut worst_weights] = <[Worst; 3]>::default();
-        let io = read(folder(kind).join("io.safetensors"))?;
-        let attention =
-            if kind == "fused_qkv" { AttentionKind::Fused } else { AttentionKind::Split };
-        let mut model = common::model("tiny", attention, DType::F32)?;
-        lora::load_adapter(&mut model, &folder(kind))?;
-
-        for (name, got) in run(&model, &inputs, Mode::Eval)? {
-            worst.compare(&format!("{kind} eval"), &got, &io[&format!("eval/{name}")])?;
-        }
-
-        let bytes = std::fs::read(folder(kind).join("io.safetensors"))?;
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
-        let facts = metadata.metadata().as_ref().and_then(|m| m.get("train")).context("train")?;
-        let facts: serde_json::Value = serde_json::from_str(facts)?;
-        let seed = facts["seed"].as_u64().context("no seed")?;
-        let out = run(&model, &inputs, Mode::Train { seed })?;
-        for (name, got) in &out {
-            if let Some(want) = io.get(&format!("train/{name}")) {
-                worst.compare(&format!("{kind} train"), got, want)?;
-            }
-        }
-        let encoder_loss = (&out["image_embeddings"] * &inputs["G"])?.sum_all()?;
-        compare_gradients(&mut worst_gradients, kind, &model, &encoder_loss, &io, "train/grad/")?;
-        if io.keys().any(|name| name.starts_with("train/full_grad/")) {
-            let masks = (&out["pred_masks"] * &inputs["G_pred_masks"])?.sum_all()?;
-            let scores = (&out["iou_scores"] * &inputs["G_iou_scores"])?.sum_all()?;
-            let loss = ((encoder_loss + masks)? + scores)?;
-            compare_gradients(&mut worst_gradients, kind, &model, &loss, &io, "train/full_grad/")?;
-        }
-
+        let io = read(folder(kind).join("io.safetensors"), &Device::Cpu)?;
+        let mut model = adapted(kind, &Device::Cpu)?;
+        let [mut worst, worst_gradients] = errors(kind, &model, &inputs)?;
+        let mut worst_weights = Worst::default();
         lora::merge(&mut model)?;
         let merged = run(&model, &inputs, Mode::Eval)?;
         let want = &io["merged/image_embeddings"];
@@ -117,50 +37,6 @@ fn adapters_of_every_kind_equal_peft() -> Result<()> {
         worst.assert_within(TIMES_PYTORCH * output_error);
         worst_gradients.assert_within(TIMES_PYTORCH * gradient_error);
         worst_weights.assert_within(WEIGHT_TOLERANCE);
-    }
-    Ok(())
-}
-
-/// Every gradient PEFT has; what else is trainable has none, or zeros.
-fn compare_gradients(
-    worst: &mut Worst,
-    kind: &str,
-    model: &SamModel,
-    loss: &Tensor,
-    io: &Tensors,
-    prefix: &str,
-) -> Result<()> {
-    let gradients = loss.backward()?;
-    let expected: Tensors = io
-        .iter()
-        .filter_map(|(name, tensor)| {
-            let name = name.strip_prefix(prefix)?.strip_prefix("base_model.model.")?;
-            Some((name.replace(".base_layer.", "."), tensor.clone()))
-        })
-        .collect();
-    assert!(!expected.is_empty(), "{kind}: {prefix}");
-    let parameters: Tensors = named_parameters(model).into_iter().collect();
-    for name in expected.keys() {
-        assert!(parameters.get(name).is_some_and(Tensor::is_variable), "{kind}: {name}");
-    }
-    for (name, parameter) in parameters.iter().filter(|(_, tensor)| tensor.is_variable()) {
-        let got = gradients.get(parameter);
-        match expected.get(name) {
-            None => assert_eq!(got.map_or(Ok(0.0), largest)?, 0.0, "{kind}: {name}"),
-            Some(want) if largest(want)? == 0.0 => {
-                assert_eq!(got.map_or(Ok(0.0), largest)?, 0.0, "{kind}: {name}")
-            }
-            Some(want) => {
-                // Zero but for rounding, as in tests/sam_model.rs.
-                let queries =
-                    name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias");
-                let scale = expected.get(&queries).unwrap_or(want);
-                let got = got.with_context(|| format!("{kind}: {name} has no gradient"))?;
-                let error = error_relative_to(scale, got, want)
-                    .with_context(|| format!("{kind}: {name}"))?;
-                worst.add(&format!("{kind} gradients"), error);
-            }
-        }
     }
     Ok(())
 }

@@ -160,14 +160,14 @@ fn unharmed_it_is_right_in_every_mode() {
 
 #[test]
 fn a_missing_wait_is_seen_when_copies_land_late() {
-    let outcomes = plant("wait", FWD, "ptx::cp_async_wait_group<1>();", "");
+    let outcomes = plant("wait", SHARED, "ptx::cp_async_wait_group<1>();", "");
     assert_seen(&outcomes, |mode| mode.timing == Timing::Late);
 }
 
 #[test]
 fn a_missing_barrier_before_a_tile_is_read_is_seen_when_copies_land_late() {
     let barrier = "__syncthreads();  // everybody's copies of this tile have landed";
-    let outcomes = plant("arrive", QUERY, barrier, "");
+    let outcomes = plant("arrive", SHARED, barrier, "");
     assert_seen(&outcomes, |mode| mode.timing == Timing::Late);
 }
 
@@ -199,7 +199,7 @@ fn a_shuffle_that_one_lane_leaves_out_is_reported() {
 
 #[test]
 fn rel_h_looked_up_by_the_tile_s_number_is_seen() {
-    let planted = "bias_h[r] = rel_h[8 * half * bias.stride_h + tile % tiles_of_stripe];";
+    let planted = "bias_h[r] = rel_h[8 * half * bias.stride_h + tile % tiles.of_stripe];";
     let original = "bias_h[r] = rel_h[8 * half * bias.stride_h + y + r];";
     assert_seen(&plant("tile_number", FWD, original, planted), |_| true);
 }

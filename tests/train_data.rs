@@ -128,10 +128,10 @@ fn symmetries_move_image_and_labels_together() -> anyhow::Result<()> {
         assert!(turned
             .image
             .pixels()
-            .zip(turned.labels.pixels())
+            .zip(turned.layers[0].pixels())
             .all(|(i, l)| u32::from(i.0[0]) == l.0[0]));
-        assert_eq!(turned.instances, instances(&turned.labels, 1));
-        seen.insert(turned.labels.into_raw());
+        assert_eq!(turned.instances, instances(&turned.layers[0], 1));
+        seen.insert(turned.layers[0].clone().into_raw());
     }
     assert_eq!(seen.len(), 8);
     Ok(())

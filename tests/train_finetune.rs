@@ -12,10 +12,14 @@ mod draw;
 mod model;
 #[path = "../examples/finetune/options.rs"]
 mod options;
+#[path = "../examples/finetune/output.rs"]
+mod output;
 #[path = "../examples/finetune/report.rs"]
 mod report;
 #[path = "../examples/finetune/run.rs"]
 mod run;
+#[path = "../examples/finetune/training.rs"]
+mod training;
 
 use candle_core::{DType, Device};
 use candle_sam_lora::lora::load_adapter;
@@ -45,7 +49,8 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
     let (first, last) = (mean(&outcome.losses[..8]), mean(&outcome.losses[22..]));
     assert!(last < 0.9 * first, "the loss went from {first} to {last}");
-    assert!(outcome.after > outcome.before, "IoU {} became {}", outcome.before, outcome.after);
+    let (before, after) = (outcome.before.iou, outcome.after.iou);
+    assert!(after > before, "IoU {before} became {after}");
 
     for picture in ["loss.png", "overlays/nuclei_r6c0.png", "overlays/nuclei_r6c7.png"] {
         let picture = image::open(output.join(picture))?;
@@ -53,7 +58,7 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     }
     let metrics: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(output.join("metrics.json"))?)?;
-    assert_eq!(metrics["mean_iou_after"].as_f64(), Some(outcome.after));
+    assert_eq!(metrics["mean_iou_after"].as_f64(), Some(after));
     assert_eq!(metrics["held_out"].as_array().map(Vec::len), Some(16));
 
     // The adapter is one for the shipped model.
@@ -90,6 +95,126 @@ fn a_continued_run_writes_the_bytes_of_an_uninterrupted_one() -> anyhow::Result<
     Ok(())
 }
 
+/// A run with everything, killed between two writings of its state, which then is the one before.
+#[test]
+fn a_killed_run_with_everything_is_continued_to_the_same_bytes() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let everything = short(&[
+        "--steps",
+        "6",
+        "--save-every",
+        "2",
+        "--eval-every",
+        "3",
+        "--accumulate",
+        "2",
+        "--max-grad-norm",
+        "0.1",
+        "--lr-schedule",
+        "cosine",
+        "--warmup-steps",
+        "2",
+        "--gradient-checkpointing",
+        "--tensorboard",
+        "--overlays",
+        "0",
+    ]);
+    let outcome = finetune(&whole, &everything)?;
+    let steps: Vec<u64> = outcome.evaluations.iter().map(|evaluated| evaluated.step).collect();
+    assert_eq!(steps, [3, 6]);
+    assert_eq!(outcome.evaluations[1].scores, outcome.after);
+
+    std::fs::create_dir(&killed)?;
+    std::fs::copy(whole.join("state.previous.safetensors"), killed.join("state.safetensors"))?;
+    let table = std::fs::read_to_string(whole.join("metrics.csv"))?;
+    std::fs::write(killed.join("metrics.csv"), &table[..table.len() - 9])?;
+    finetune(&killed, &[&everything[..], &["--resume"]].concat())?;
+    for file in
+        ["state.safetensors", "metrics.json", "metrics.csv", "adapter/adapter_model.safetensors"]
+    {
+        assert!(
+            std::fs::read(whole.join(file))? == std::fs::read(killed.join(file))?,
+            "{file} differs"
+        );
+    }
+    // Warm-up, then the cosine; norms before clipping; two evaluations, the last of them at the end.
+    let rows: Vec<Vec<&str>> = table.lines().skip(1).map(|row| row.split(',').collect()).collect();
+    let rates: Vec<&str> = rows.iter().map(|row| row[2]).collect();
+    assert_eq!(rates[..3], ["0", "0.0005", "0.001"]);
+    assert!(rows.iter().all(|row| row[3].parse::<f64>().is_ok_and(|norm| norm > 0.0)));
+    assert!(rows.iter().zip(1..).all(|(row, step)| row[4].is_empty() == (step % 3 != 0)));
+    let best = std::fs::read(whole.join("best/adapter_model.safetensors"))?;
+    let last = std::fs::read(whole.join("adapter/adapter_model.safetensors"))?;
+    let last_is_best = outcome.evaluations[1].scores.iou > outcome.evaluations[0].scores.iou;
+    assert_eq!(best == last, last_is_best);
+    assert_eq!(std::fs::read_dir(whole.join("tensorboard"))?.count(), 1);
+
+    // Without checkpointing the bits are the same; it is no setting of the run.
+    let plain = folder.path().join("plain");
+    let plainly: Vec<&str> =
+        everything.into_iter().filter(|argument| *argument != "--gradient-checkpointing").collect();
+    finetune(&plain, &plainly)?;
+    assert!(
+        std::fs::read(plain.join("state.safetensors"))?
+            == std::fs::read(whole.join("state.safetensors"))?
+    );
+    Ok(())
+}
+
+#[test]
+fn a_run_that_gets_no_better_stops() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = folder.path().join("run");
+    let still =
+        ["--steps", "9", "--lr", "0", "--eval-every", "1", "--patience", "2", "--overlays", "0"];
+    let outcome = finetune(&output, &short(&still))?;
+    assert_eq!((outcome.losses.len(), outcome.evaluations.len()), (3, 3));
+    assert!(output.join("metrics.json").exists());
+    Ok(())
+}
+
+#[test]
+fn a_loss_that_is_no_number_keeps_the_last_good_adapter() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = folder.path().join("run");
+    let wild = ["--steps", "9", "--lr", "1e30", "--overlays", "0"];
+    let message = finetune(&output, &short(&wild)).expect_err("a wild learning rate").to_string();
+    assert!(
+        message.contains("train: step 2: the loss is")
+            || message.contains("adamw: step 2: the gradient"),
+        "{message}"
+    );
+    assert!(message.contains("the adapter as it was after step 0, in adapter/"), "{message}");
+    assert!(!output.join("metrics.json").exists());
+    let adapter = candle_sam_lora::files::read_tensors(
+        &output.join("adapter/adapter_model.safetensors"),
+        &Device::Cpu,
+    )?;
+    for (name, tensor) in adapter {
+        let largest = tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        assert_eq!(largest == 0.0, name.contains("lora_B"), "{name}: {largest}");
+        assert!(largest < 1.0, "{name}: {largest}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_bf16_base_trains_f32_adapters() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = folder.path().join("run");
+    let outcome =
+        finetune(&output, &short(&["--steps", "30", "--dtype", "bf16", "--overlays", "0"]))?;
+    let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
+    let (first, last) = (mean(&outcome.losses[..8]), mean(&outcome.losses[22..]));
+    assert!(last < 0.9 * first, "the loss went from {first} to {last}");
+    assert!(outcome.after.iou > outcome.before.iou, "{:?}", (outcome.before, outcome.after));
+    let adapter = output.join("adapter/adapter_model.safetensors");
+    let adapter = candle_sam_lora::files::read_tensors(&adapter, &Device::Cpu)?;
+    assert!(adapter.values().all(|tensor| tensor.dtype() == DType::F32));
+    Ok(())
+}
+
 #[test]
 fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
@@ -105,6 +230,15 @@ fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()>
         (&missing, vec!["--save-every", "0"], "--save-every"),
         (&missing, vec!["--rank", "0"], "rank"),
         (&missing, vec!["--lr", "nan"], "lr must be finite"),
+        (&missing, vec!["--accumulate", "0"], "an accumulation of 0"),
+        (&missing, vec!["--max-grad-norm=-1"], "must be positive"),
+        (
+            &missing,
+            vec!["--lr-schedule", "linear", "--warmup-steps", "300"],
+            "shorter than the run",
+        ),
+        (&missing, vec!["--eval-every", "0"], "at least 1"),
+        (&missing, vec!["--patience", "3"], "--eval-every"),
         (&missing, vec!["--model", "/nowhere"], "no such folder"),
         (&missing, vec!["--target-modules", "nothing"], "matches no linear layer"),
         (&missing, vec!["--images", "/nowhere", "--masks", "/nowhere"], "/nowhere"),

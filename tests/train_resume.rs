@@ -39,7 +39,7 @@ impl Model {
                 scaling: 2.0,
                 dropout: 0.3,
                 stream: 0,
-                unmerged: None,
+                changes_base: false,
             };
             linear.set_adapter(name, adapter);
         }
@@ -135,7 +135,14 @@ fn a_damaged_state_is_refused_wherever_the_damage_is() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("state.safetensors");
     let tensors = [("parameter.p".to_string(), random("p", 0, 3, 2)?)].into();
-    let state = State { step: 2, seed: 1, settings: settings(4), losses: vec![0.5, 0.25], tensors };
+    let state = State {
+        step: 2,
+        seed: 1,
+        settings: settings(4),
+        losses: vec![0.5, 0.25],
+        evaluations: vec![],
+        tensors,
+    };
     state.save(&path)?;
     let good = std::fs::read(&path)?;
     assert_eq!(State::load(&path, &Device::Cpu)?.losses, [0.5, 0.25]);

@@ -5,12 +5,6 @@ import sys
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "candle-sam-lora"  # the same file from the same numbers
-from matplotlib import pyplot as plt
-
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"ours": "#c0392b", "sdpa (kept)": "#2471a3", "sdpa (default)": "#85929e"}
 
@@ -69,6 +63,12 @@ def plot(path, title, x_label, y_label, lines, log=True):
     lines = [(label, xy) for label, xy in lines if len(xy) > 1]
     if not lines:
         return False
+    import matplotlib  # not needed for tables alone
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "candle-sam-lora"  # the same file from the same numbers
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, xy in lines:
         colour = COLOURS.get(label.removeprefix("PyTorch "))
@@ -123,7 +123,7 @@ def plots(results, folder):
     return made
 
 
-INTRODUCTION = """# Performance
+INTRODUCTION = """# Performance{where}
 
 Written by `benches/report` from `{source}`; do not edit. Made by
 
@@ -135,19 +135,26 @@ on {date} at commit `{commit}`, in {seconds} s.
 
 {versions}
 
-Every measurement is a process of its own. *kept* is glibc told to keep freed pages (`MALLOC_MMAP_MAX_=0
-MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864`): on many machines mapping and unmapping an N x N tensor
-costs as much as computing it, so programs that have such tensors gain by it, at the price of memory. Times are medians
-of the runs after the first. Memory is the growth of the peak of the resident memory over what was resident before the
-first run. The bars on time are against the fastest peer with the keeping allocator; those on memory against the
-default one. Training cases: LoRA of rank 16 on q and v with dropout 0.1; the step of the encoder includes AdamW, on
-both sides. *candle composed* is this crate's modules written with candle's own operations, its matrix products already
-sped up by the AVX-512 feature that this crate switches on for candle. *sdpa_without_bias* has no relative positions: it
-computes something else, and bounds what SDPA could do.
+Every measurement is a process of its own. Times are medians of the runs after the first; spread is the interquartile
+range over the median, ours / peer. Training cases: LoRA of rank 16 on q and v with dropout 0.1; the step of the encoder
+includes AdamW, on both sides. *candle composed* is this crate's modules written with candle's own operations.
+*sdpa_without_bias* has no relative positions: it computes something else, and bounds what SDPA could do. The ratio is
+peer / ours for time and memory, adapted / frozen for the LoRA overhead.
+"""
 
-Each row's ratio is peer / ours for time and memory, the share of the machine's best for GFLOP/s and GB/s, and adapted /
-frozen for the LoRA overhead. The work behind GFLOP/s is what the formulas need: recomputation is not counted. Spread is the
-interquartile range over the median, ours / peer. `/kept` after a case: our process under the keeping allocator too.
+ON_THE_CPU = """*kept* is glibc told to keep freed pages (`MALLOC_MMAP_MAX_=0
+MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864`): on many machines mapping and unmapping an N x N tensor
+costs as much as computing it, so programs that have such tensors gain by it, at the price of memory. Memory is the
+growth of the peak of the resident memory over what was resident before the first run. The bars on time are against the fastest peer with the keeping allocator; those on memory against the
+default one. The matrix products of *candle composed* are already sped up by the AVX-512 feature that this crate
+switches on for candle. For GFLOP/s and GB/s the ratio is the share of the machine's best; the work behind them is what
+the formulas need: recomputation is not counted. `/kept` after a case: our process under the keeping allocator too.
+"""
+
+ON_A_GPU = """Memory is the growth of the peak that the allocator counts for tensors: of the driver's pool, or of PyTorch's. Before
+each run of PyTorch's the cache is emptied; ours take one input of many in turn. The operations of an implementation are
+launched one by one, and the clock stops when the last has ended. *flex* is FlexAttention, compiled; *triton* a kernel in
+the manner of the published ones; in the encoder, both in the global layers alone.
 """
 
 
@@ -158,8 +165,10 @@ def write(results, source, path):
     folder = path.with_suffix("")
     source = Path(source).resolve()
     relative = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source.name
+    gpu = head["machine"].get("gpu")
     parts = [
         INTRODUCTION.format(
+            where=" on a GPU" if gpu else "",
             source=relative,
             command=head["command"],
             date=head["date"],
@@ -167,7 +176,8 @@ def write(results, source, path):
             seconds=head["seconds"],
             machine="Machine: " + facts(head["machine"]) + ".",
             versions="Versions: " + facts(head["versions"]) + ".",
-        )
+        ),
+        ON_A_GPU if gpu else ON_THE_CPU,
     ]
     disturbed = [run["others"] for run in results["runs"] if run["others"] is not None and run["others"] > 0.06]
     if disturbed:
@@ -176,7 +186,8 @@ def write(results, source, path):
             "processes: these numbers are not to be relied on.**\n"
         )
     rows = results["rows"]
-    parts.append("## Bars\n\n" + table([row for row in rows if row["bar"] is not None]) + "\n")
+    if barred := [row for row in rows if row["bar"] is not None]:
+        parts.append("## Bars\n\n" + table(barred) + "\n")
     for name, caption in plots(results, folder):
         parts.append(f"![{caption}]({folder.name}/{name})\n")
     parts.append("## Everything measured\n\n" + table(rows) + "\n")

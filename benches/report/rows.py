@@ -55,17 +55,17 @@ def row(case, metric, unit, ours, peer, peer_name, ratio, spreads, bar=None, hol
     }
 
 
-def rows_of(runs):
+def rows_of(runs, compared):
     samples = {}
     for run in runs:
         samples.setdefault((run["comparison"], run["config"]), []).append(run)
     samples = {key: Samples(group) for key, group in samples.items()}
     rows = []
-    for comparison in comparisons.ALL:
+    for comparison in compared:
         of_case = {config: s for (name, config), s in samples.items() if name == comparison.name}
         if not of_case:
             continue
-        if comparison in comparisons.LORA:
+        if comparison.case.endswith("_lora"):
             rows += lora_rows(comparison, of_case)
             continue
         for allocator in (DEFAULT, KEPT):

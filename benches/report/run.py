@@ -3,14 +3,18 @@
     python -m venv venv && venv/bin/pip install -r benches/peers/requirements.txt
     venv/bin/python benches/report/run.py --out benches/results/cpu.json            an hour
     venv/bin/python benches/report/run.py --quick --out benches/results/cpu.json    ten minutes
+    venv/bin/python benches/report/run.py --device cuda --out benches/results/gpu.json
 
-Every measurement is a fresh process. Each implementation runs under glibc's default allocator and under one that
+Every measurement is a fresh process. On the CPU, each implementation runs under glibc's default allocator and under one that
 keeps freed pages (`kept`), because mapping and unmapping large tensors can cost as much as the arithmetic. `--cases`
 restricts to the cases whose name contains one of the words. The machine should be idle: the share of the CPUs that other
-processes took is recorded for each process and a warning printed above 6 %.
+processes took is recorded for each process and a warning printed above 6 %. The results are written after each
+comparison; `--seconds` ends the run in good order. With `--executable`, the case runner that is there, neither Rust nor
+git is needed: the version is read from the file VERSION.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -19,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import comparisons
@@ -66,8 +70,13 @@ def children_seconds():
 
 
 class Runner:
-    def __init__(self, args):
-        self.args, self.executable = args, build()
+    def __init__(self, args, start):
+        self.args, self.executable = args, args.executable or build()
+        self.end = start + args.seconds if args.seconds else float("inf")
+
+    def out_of_time(self):
+        # A process takes some seconds to start.
+        return time.monotonic() + 10 > self.end
 
     def command(self, comparison, config, reps):
         if config.program == "candle":
@@ -89,7 +98,12 @@ class Runner:
             environment |= KEEP_PAGES
         busy, children, start = busy_seconds(), children_seconds(), time.monotonic()
         command = self.command(comparison, config, reps)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        limit = None if self.end == float("inf") else self.end - start
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            print(f"  {config.name}: stopped, out of time", flush=True)
+            return None
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"  {config.name}: failed: {reason}", flush=True)
@@ -121,14 +135,15 @@ class Runner:
         print(f"{comparison.name} ({rounds} x {reps})", flush=True)
         for _ in range(rounds):
             for config in self.configs(comparison):
+                if self.out_of_time():
+                    return runs
                 if run := self.run(comparison, config, reps):
                     runs.append(run)
         return runs
 
     def configs(self, comparison):
         if self.args.device != "cpu":
-            peers = comparisons.CUDA_PEERS if comparison.peers else []
-            return [Config("candle", "ours"), *peers]
+            return [Config("candle", "ours"), *comparison.peers]
         skipped = comparison.slow if self.args.quick else ()
         peers = [peer for peer in comparison.peers if peer not in skipped]
         if comparison in comparisons.PROBES:
@@ -155,19 +170,25 @@ def head(args):
     machine |= {"system": platform.platform(), "load_before": os.getloadavg()[0]}
     if args.device != "cpu":
         machine["gpu"] = output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    lock = (ROOT / "Cargo.lock").read_text().split("[[package]]")
-    locked = lambda name: next(p.split('version = "')[1].split('"')[0] for p in lock if f'name = "{name}"\n' in p)
-    crates = ("candle-sam-lora", "candle-core", "candle-transformers", "gemm")
-    packages = ("torch", "transformers", "peft")
-    versions = {name: locked(name) for name in crates} | {name: version(name) for name in packages}
-    versions |= {"rustc": output("rustc", "--version"), "python": platform.python_version()}
-    written = ("docs/performance", "benches/results")
-    status = output("git", "status", "--porcelain").splitlines()
-    changed = [line for line in status if not line.split()[-1].startswith(written)]
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if args.executable:
+        commit = (ROOT / "VERSION").read_text().strip()
+    else:
+        lock = (ROOT / "Cargo.lock").read_text().split("[[package]]")
+        locked = lambda name: next(p.split('version = "')[1].split('"')[0] for p in lock if f'name = "{name}"\n' in p)
+        crates = ("candle-sam-lora", "candle-core", "candle-transformers", "gemm")
+        versions |= {name: locked(name) for name in crates} | {"rustc": output("rustc", "--version")}
+        written = ("docs/performance", "benches/results")
+        status = output("git", "status", "--porcelain").splitlines()
+        changed = [line for line in status if not line.split()[-1].startswith(written)]
+        commit = output("git", "rev-parse", "HEAD") + (" with changes" if changed else "")
     return {
         "machine": machine,
         "versions": versions,
-        "commit": output("git", "rev-parse", "HEAD") + (" with changes" if changed else ""),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benches/report/run.py", *sys.argv[1:]]),
     }
@@ -182,21 +203,35 @@ def main():
     parser.add_argument("--grid", type=int, help="all cases on small grids, say 8: to see that everything runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs/performance.md")
+    parser.add_argument("--document", type=Path, help="docs/performance.md, or performance-gpu.md, by default")
+    parser.add_argument("--executable", type=Path, help="the benchmark `cases`, built already")
+    parser.add_argument("--seconds", type=float, help="end before this time is over, whatever is left to do")
     args = parser.parse_args()
-    wanted = [c for c in comparisons.ALL if not args.cases or any(word in c.name for word in args.cases)]
+    if args.document is None:
+        args.document = ROOT / ("docs/performance.md" if args.device == "cpu" else "docs/performance-gpu.md")
+    if args.executable:
+        args.executable = args.executable.absolute()
+    compared = comparisons.CPU if args.device == "cpu" else comparisons.GPU
+    wanted = [c for c in compared if not args.cases or any(word in c.name for word in args.cases)]
     if not wanted:
         parser.error("no case has such a name")
-    runner, before, start = Runner(args), head(args), time.monotonic()
-    runs = [run for comparison in wanted for run in runner.compare(comparison)]
-    before["seconds"] = round(time.monotonic() - start)
-    rows = rows_of(runs)
-    if args.grid is not None:
-        # The bars are for the cases' own shapes.
-        rows = [row | {"bar": None, "holds": None} for row in rows]
-    results = {"head": before, "rows": rows, "runs": runs}
+    start = time.monotonic()
+    runner, before, runs = Runner(args, start), head(args), []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    for comparison in wanted:
+        if runner.out_of_time():
+            print(f"{comparison.name}: out of time", flush=True)
+            continue
+        runs += runner.compare(comparison)
+        before["seconds"] = round(time.monotonic() - start)
+        rows = rows_of(runs, compared)
+        if args.grid is not None:
+            # The bars are for the cases' own shapes.
+            rows = [row | {"bar": None, "holds": None} for row in rows]
+        results = {"head": before, "rows": rows, "runs": runs}
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if not runs:
+        sys.exit("nothing was measured")
     document.write(results, args.out, args.document)
     missed = [row for row in results["rows"] if row["holds"] is False]
     print(document.table(results["rows"]))

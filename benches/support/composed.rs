@@ -13,7 +13,10 @@ fn linear(
     residual: Option<&Tensor>,
     mode: Mode,
 ) -> Result<Tensor> {
-    let Some(projection) = layer.projection(mode) else { bail!("DoRA has no composed graph here") };
+    let low_rank = layer.low_rank(mode)?;
+    let Some(projection) = layer.projection(&low_rank) else {
+        bail!("DoRA has no composed graph here")
+    };
     composed::lora_linear(x, &projection, activation, residual)
 }
 
@@ -60,12 +63,12 @@ pub fn block(layer: &SamVisionLayer, x: &Tensor, mode: Mode) -> Result<Tensor> {
 
 /// `SamVisionEncoder::forward`; patches and neck, which have no composed form, as they are.
 pub fn encoder(encoder: &SamVisionEncoder, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
-    let mut x = encoder.patch_embed.forward(pixel_values)?;
+    let mut x = encoder.patch_embed.forward(pixel_values, mode)?;
     if let Some(pos_embed) = &encoder.pos_embed {
         x = x.broadcast_add(pos_embed)?;
     }
     for layer in &encoder.layers {
         x = block(layer, &x, mode)?;
     }
-    encoder.neck.forward(&x)?.permute((0, 3, 1, 2))
+    encoder.neck.forward(&x, mode)?.permute((0, 3, 1, 2))
 }

@@ -5,6 +5,7 @@
 pub mod candle_sam;
 pub mod composed;
 pub mod criterion;
+pub mod memory;
 pub mod models;
 pub mod probe;
 pub mod work;

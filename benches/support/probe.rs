@@ -1,5 +1,6 @@
-//! The clock, the memory of this process, and the limits of the machine.
+//! The clock, and the limits of the machine.
 
+use super::memory::Memory;
 use super::work::Work;
 use anyhow::{Context, Result};
 use candle_core::Device;
@@ -14,7 +15,7 @@ pub struct Measurement {
     /// Of what ran in turns with it.
     pub base_wall_s: Vec<f64>,
     pub cpu_s: Vec<f64>,
-    /// Growth of the peak; none where the system does not tell.
+    /// Growth of the peak of memory in use; none where the system does not tell.
     pub memory: Option<u64>,
 }
 
@@ -43,7 +44,7 @@ fn measure_all(
     mut run: impl FnMut() -> Result<()>,
     mut base: Option<impl FnMut() -> Result<()>>,
 ) -> Result<Measurement> {
-    let memory = Memory::now();
+    let memory = Memory::now(device);
     let mut measured =
         Measurement { first_s: timed(device, &mut run)?.0, ..Measurement::default() };
     if let Some(base) = &mut base {
@@ -80,29 +81,6 @@ fn cpu_time() -> Option<f64> {
 #[cfg(not(unix))]
 fn cpu_time() -> Option<f64> {
     None
-}
-
-/// Resident bytes at some time.
-struct Memory(u64);
-
-impl Memory {
-    /// Now, with the peak set back to it. (Linux; `ru_maxrss` is no substitute, a process inherits it from the one
-    /// that started it.)
-    fn now() -> Option<Self> {
-        std::fs::write("/proc/self/clear_refs", "5").ok()?;
-        status("VmRSS").map(Self)
-    }
-
-    fn growth(&self) -> Option<u64> {
-        Some(status("VmHWM")?.saturating_sub(self.0))
-    }
-}
-
-/// A line of `/proc/self/status`, in bytes.
-fn status(name: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 /// The best this machine's arithmetic does: the `gemm` crate on SAM's qkv projection, into memory that is there.

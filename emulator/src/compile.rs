@@ -1,5 +1,6 @@
 //! From kernel sources to a shared library, object by object, each cached by the hash of all that goes into it.
 
+use crate::files::{for_hopper, with_extensions};
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -27,14 +28,14 @@ impl Sources {
     pub(crate) fn compile(&self, cache: &Path) -> Result<PathBuf, String> {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         std::fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
-        let runtime = with_extension(&here.join("runtime"), &["cpp"])?;
+        let runtime = with_extensions(&here.join("runtime"), &["cpp"])?;
         let kernels = match &self.files {
             Some(files) => files.clone(),
             None => kernel_files(&self.kernels, &["cu"])?,
         };
-        let mut headers = with_extension(&here.join("include"), &["h"])?;
-        headers.extend(with_extension(&here.join("include/emulator"), &["h"])?);
-        headers.extend(with_extension(&here.join("runtime"), &["h"])?);
+        let mut headers = with_extensions(&here.join("include"), &["h"])?;
+        headers.extend(with_extensions(&here.join("include/emulator"), &["h"])?);
+        headers.extend(with_extensions(&here.join("runtime"), &["h"])?);
         let compiler = Compiler::new(&self.kernels)?;
 
         // As many compilers at once as there are cores, each taking the next source.
@@ -66,24 +67,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// The files of a folder with one of these extensions, sorted.
-fn with_extension(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, String> {
-    let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let mut files: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)))
-        .collect();
-    files.sort();
-    Ok(files)
-}
-
 /// Those of a folder of kernels and of its folder `sm90`, if there is one.
 fn kernel_files(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, String> {
-    let mut files = with_extension(folder, extensions)?;
-    let hopper = folder.join("sm90");
-    if hopper.is_dir() {
-        files.extend(with_extension(&hopper, extensions)?);
-    }
+    let mut files = with_extensions(folder, extensions)?;
+    files.extend(for_hopper(folder, extensions)?);
     Ok(files)
 }
 

@@ -15,6 +15,8 @@
 //! `EMULATOR_SANITIZE` (`address,undefined` or `thread`) instruments everything: see `scripts/sanitize-kernels.sh`.
 
 mod compile;
+#[path = "../../build/files.rs"]
+mod files;
 mod tensor_map;
 
 pub use compile::Sources;

@@ -34,11 +34,11 @@ impl TensorMap<'_> {
             && self.tile.len() == rank
             && [2, 4].contains(&self.element_bytes)
             && self.address != 0
-            && self.address % 16 == 0
+            && self.address.is_multiple_of(16)
             && self.dims.iter().all(|&n| n > 0)
             && self.strides.iter().all(|&s| s > 0 && s % 16 == 0 && s < 1 << 40)
             && self.tile.iter().all(|&n| (1..=256).contains(&n))
-            && row_bytes % 16 == 0
+            && row_bytes.is_multiple_of(16)
             && [0, 32, 64, 128].contains(&self.swizzle)
             && (self.swizzle == 0 || row_bytes == self.swizzle);
         if !right {

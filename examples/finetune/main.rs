@@ -13,12 +13,14 @@ mod draw;
 #[path = "../shared/model.rs"]
 mod model;
 mod options;
+mod output;
 mod report;
 mod run;
+mod training;
 
 use clap::Parser;
 use std::process::ExitCode;
 
-fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     console::exit_code(run::run(&options::Options::parse()).map(drop))
 }

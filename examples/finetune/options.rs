@@ -3,33 +3,44 @@
 #[path = "../shared/lora_args.rs"]
 mod lora_args;
 
+use candle_sam_lora::train::{
+    AdamWConfig, BatchConfig, Decay, PromptKind, Schedule, TrainerConfig,
+};
 use clap::{Parser, ValueEnum};
 use lora_args::LoraArgs;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// Trains LoRA adapters of SAM's image encoder on images with masks
 ///
 /// Without arguments: on the small SAM and the micrographs of cell nuclei that come with the project. Writes into the
 /// output folder: adapter/ (as PEFT does), loss.png, overlays/ (before on the left, after on the right; truth in
-/// white), metrics.json, and state.safetensors, from which --resume goes on.
+/// white), metrics.json, metrics.csv with a row a step, and state.safetensors, from which --resume goes on; with
+/// --eval-every, best/, the adapter that did best on the held-out images.
 #[derive(Parser, Clone, Debug)]
 pub struct Options {
     /// Folder with config.json and safetensors weights [default: the small SAM of this project]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Folder of images to train on [default: the micrographs of this project]
-    #[arg(long, value_name = "DIR", requires = "masks")]
+    #[arg(long, value_name = "DIR", requires = "truth")]
     pub images: Option<PathBuf>,
     /// Folder of their masks, with the same file stems: every value but 0 is one object; a mask of 0 and white only is
     /// taken apart into its connected parts
-    #[arg(long, value_name = "DIR", requires = "images")]
+    #[arg(long, value_name = "DIR", requires = "images", group = "truth")]
     pub masks: Option<PathBuf>,
+    /// Instead of masks, COCO's instances JSON with polygons or run lengths
+    #[arg(long, value_name = "FILE", requires = "images", group = "truth")]
+    pub coco: Option<PathBuf>,
     /// Folder of held-out images [default: some of --images]
-    #[arg(long, value_name = "DIR", requires = "val_masks", requires = "images")]
+    #[arg(long, value_name = "DIR", requires = "val_truth", requires = "images")]
     pub val_images: Option<PathBuf>,
     /// Folder of their masks
-    #[arg(long, value_name = "DIR", requires = "val_images")]
+    #[arg(long, value_name = "DIR", requires = "val_images", group = "val_truth")]
     pub val_masks: Option<PathBuf>,
+    /// Or their COCO JSON
+    #[arg(long, value_name = "FILE", requires = "val_images", group = "val_truth")]
+    pub val_coco: Option<PathBuf>,
     /// Part of --images that is held out where there are no --val-images
     #[arg(long, default_value_t = 0.2, value_name = "FRACTION")]
     pub val_fraction: f64,
@@ -56,6 +67,30 @@ pub struct Options {
     /// Learning rate
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
+    /// What the learning rate does after the warm-up
+    #[arg(long, value_enum, default_value_t = ScheduleArg::Constant, value_name = "SCHEDULE")]
+    pub lr_schedule: ScheduleArg,
+    /// Steps in which the learning rate rises from 0
+    #[arg(long, default_value_t = 0, value_name = "STEPS")]
+    pub warmup_steps: u64,
+    /// Largest norm of all gradients together; longer ones are shortened to it [default: no limit]
+    #[arg(long, value_name = "NORM")]
+    pub max_grad_norm: Option<f64>,
+    /// Batches whose mean gradient makes a step, one after the other: the memory of one, the effect of all
+    #[arg(
+        long,
+        visible_alias = "gradient-accumulation-steps",
+        default_value_t = 1,
+        value_name = "BATCHES"
+    )]
+    pub accumulate: u64,
+    /// Keep only each encoder layer's input and compute the layer again in the backward: less memory, a third more
+    /// time, the same results
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// Of the frozen weights and the activations; adapters and optimizer are f32 always
+    #[arg(long, value_enum, default_value_t = DTypeArg::F32)]
+    pub dtype: DTypeArg,
     /// Weight decay
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,
@@ -74,6 +109,15 @@ pub struct Options {
     /// Steps between two writings of the state
     #[arg(long, default_value_t = 25, value_name = "STEPS")]
     pub save_every: u64,
+    /// Evaluate on the held-out images after so many steps, or after every `epoch`, and keep the best adapter
+    #[arg(long, value_name = "STEPS|epoch")]
+    pub eval_every: Option<EvalEvery>,
+    /// Stop when so many evaluations in a row were no better than the best before them
+    #[arg(long, value_name = "EVALUATIONS", requires = "eval_every")]
+    pub patience: Option<usize>,
+    /// Write the figures for TensorBoard, too, into tensorboard/
+    #[arg(long)]
+    pub tensorboard: bool,
     /// Held-out images to draw before and after
     #[arg(long, default_value_t = 8, value_name = "IMAGES")]
     pub overlays: usize,
@@ -89,4 +133,88 @@ pub enum PromptArg {
     Point,
     /// A box around it
     Box,
+}
+
+/// Learning rates over a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleArg {
+    /// The same for all steps
+    Constant,
+    /// Down to 0 in a straight line
+    Linear,
+    /// Down to 0 along half a cosine
+    Cosine,
+}
+
+/// Storage of weights and activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DTypeArg {
+    /// 32 bits
+    F32,
+    /// 16 bits, as many exponents as f32
+    Bf16,
+}
+
+/// How often is evaluated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EvalEvery {
+    /// After so many steps.
+    Steps(u64),
+    /// After as many steps as show every image once.
+    Epoch,
+}
+
+impl FromStr for EvalEvery {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.parse()) {
+            ("epoch", _) => Ok(Self::Epoch),
+            (_, Ok(steps)) if steps > 0 => Ok(Self::Steps(steps)),
+            _ => Err("expected a number of steps, at least 1, or `epoch`".into()),
+        }
+    }
+}
+
+impl Options {
+    /// The optimizer and how it is used.
+    pub fn trainer(&self) -> TrainerConfig {
+        let total_steps = self.steps;
+        let decay = match self.lr_schedule {
+            ScheduleArg::Constant => Decay::Constant,
+            ScheduleArg::Linear => Decay::Linear { total_steps },
+            ScheduleArg::Cosine => Decay::Cosine { total_steps },
+        };
+        TrainerConfig {
+            optimizer: AdamWConfig {
+                lr: self.lr,
+                weight_decay: self.weight_decay,
+                ..Default::default()
+            },
+            schedule: Schedule { warmup_steps: self.warmup_steps, decay },
+            accumulation: self.accumulate,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+
+    /// What a step sees.
+    pub fn batch(&self) -> BatchConfig {
+        BatchConfig {
+            images: self.batch,
+            prompts: self.prompts,
+            kind: match self.prompt {
+                PromptArg::Point => PromptKind::Point,
+                PromptArg::Box => PromptKind::Box { jitter: self.box_jitter },
+            },
+            augment: !self.no_augment,
+        }
+    }
+
+    /// Steps between two evaluations on the way, if there are any, with `images` to train on.
+    pub fn eval_steps(&self, images: usize) -> Option<u64> {
+        self.eval_every.map(|every| match every {
+            EvalEvery::Steps(steps) => steps,
+            EvalEvery::Epoch => (images as u64).div_ceil(self.batch as u64 * self.accumulate),
+        })
+    }
 }

@@ -3,7 +3,7 @@
 use super::draw;
 use super::options::Options;
 use super::run::Outcome;
-use candle_sam_lora::train::{Evaluation, Prompt, Sample};
+use candle_sam_lora::train::{best, Evaluation, Prompt, Sample, Scores};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
 
@@ -14,16 +14,21 @@ const PANEL: u32 = 400;
 pub struct Verdict {
     /// The image.
     pub name: String,
-    /// IoU of each of its objects.
-    pub ious: Vec<f64>,
+    /// How well each of its objects was found.
+    pub scores: Vec<Scores>,
     /// What was found, if it was drawn.
     pub picture: Option<RgbImage>,
 }
 
-/// The mean IoU over all objects.
-pub fn mean_iou(verdicts: &[Verdict]) -> f64 {
-    let ious: Vec<f64> = verdicts.iter().flat_map(|v| v.ious.iter().copied()).collect();
-    ious.iter().sum::<f64>() / ious.len().max(1) as f64
+impl Verdict {
+    fn ious(&self) -> Vec<f64> {
+        self.scores.iter().map(|scores| scores.iou).collect()
+    }
+}
+
+/// The mean over all objects.
+pub fn mean(verdicts: &[Verdict]) -> Scores {
+    Scores::mean(verdicts.iter().flat_map(|verdict| &verdict.scores))
 }
 
 /// The text of `metrics.json`. It holds no times, so that equal runs give equal files.
@@ -35,15 +40,19 @@ pub fn metrics(
     after: &[Verdict],
 ) -> anyhow::Result<String> {
     let images = before.iter().zip(after).map(|(before, after)| {
-        json!({ "name": before.name, "iou_before": before.ious, "iou_after": after.ious })
+        json!({ "name": before.name, "iou_before": before.ious(), "iou_after": after.ious() })
     });
     let metrics = json!({
         "steps": outcome.losses.len(),
         "seed": options.seed,
         "prompt": format!("{:?}", options.prompt).to_lowercase(),
         "parameters": trainable,
-        "mean_iou_before": outcome.before,
-        "mean_iou_after": outcome.after,
+        "mean_iou_before": outcome.before.iou,
+        "mean_iou_after": outcome.after.iou,
+        "before": outcome.before,
+        "after": outcome.after,
+        "best": best(&outcome.evaluations),
+        "evaluations": outcome.evaluations,
         "held_out": images.collect::<Vec<Value>>(),
         "losses": outcome.losses,
     });
@@ -77,7 +86,8 @@ pub fn picture(sample: &Sample, evaluation: &Evaluation) -> anyhow::Result<RgbIm
         draw::fill(&mut image, &mask, draw::colour(index));
     }
     for (instance, prompt) in sample.instances.iter().zip(&evaluation.prompts) {
-        let truth = enlarged(&|x, y| sample.labels.get_pixel(x, y).0[0] == instance.label);
+        let truth =
+            enlarged(&|x, y| sample.labels(instance).get_pixel(x, y).0[0] == instance.label);
         draw::outline(&mut image, &truth, draw::WHITE);
         let place = |value: f32| (value + 0.5) * factor as f32;
         match prompt {

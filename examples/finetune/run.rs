@@ -3,40 +3,32 @@
 use super::console::say;
 use super::curve::loss_curve;
 use super::draw::save_png;
-use super::options::{Options, PromptArg};
+use super::options::{DTypeArg, Options};
+use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
 use super::report::Verdict;
+use super::training::Run;
 use super::{model, report};
 use anyhow::bail;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device};
 use candle_sam_lora::lora::{
     eject, inject, save_adapter, trainable_parameters, LoraConfig, ModuleNames,
 };
-use candle_sam_lora::nn::{set_trainable, Mode};
+use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{
-    evaluate, AdamWConfig, Batch, BatchConfig, Dataset, PromptKind, Trainer,
-};
-use candle_sam_lora::{files, Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use candle_sam_lora::train::{evaluate, Batch, Dataset, Evaluated, PromptKind, Scores, Trainer};
+use candle_sam_lora::{files, Result};
 use serde_json::{json, Map};
-use std::path::Path;
-
-/// What a run may find in its output folder and replace.
-const OUTPUTS: [&str; 5] = [ADAPTER, LOSS, OVERLAYS, METRICS, STATE];
-const ADAPTER: &str = "adapter";
-const LOSS: &str = "loss.png";
-const OVERLAYS: &str = "overlays";
-/// Written last: a folder with a state and without it holds a run that is not finished.
-const METRICS: &str = "metrics.json";
-const STATE: &str = "state.safetensors";
+use std::path::{Path, PathBuf};
 
 /// What came out.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Mean IoU over the held-out objects, without the adapter.
-    pub before: f64,
+    /// The mean over the held-out objects, without the adapter.
+    pub before: Scores,
     /// The same with it.
-    pub after: f64,
+    pub after: Scores,
+    /// The same on the way.
+    pub evaluations: Vec<Evaluated>,
     /// The loss of each step.
     pub losses: Vec<f32>,
 }
@@ -47,163 +39,106 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         bail!("--save-every must be at least 1")
     }
     let device = model::device(&options.device)?;
-    let batch = batch_config(options);
+    let batch = options.batch();
     batch.validate()?;
     options.lora.config().validate()?;
-    check_output(options)?;
+    output::check(options)?;
     let folder = options.model.clone().unwrap_or_else(model::shipped_model);
-    let (config, mut sam) = model::load_model(&folder, options.lora.attention(), &device)?;
+    let dtype = match options.dtype {
+        DTypeArg::F32 => DType::F32,
+        DTypeArg::Bf16 => DType::BF16,
+    };
+    let (config, mut sam) = model::load_model(&folder, options.lora.attention(), dtype, &device)?;
     set_trainable(&mut sam, &mut |_| false)?;
     let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;
     let (train, held_out) = datasets(options)?;
 
     say(format!("{} images to train on, {} held out", train.len(), held_out.len()));
-    let before = judge(&sam, &processor, &held_out, options, &device)?;
+    let judge = |sam: &SamModel, overlays: usize| {
+        judge(sam, &processor, &held_out, batch.kind, overlays, &device)
+    };
+    let before = judge(&sam, options.overlays)?;
     let (lora, names) = adapt_encoder(&mut sam, options)?;
     say(format!("adapters on {names} linear layers of the image encoder"));
     let trainable = trainable_parameters(&sam).to_string();
     say(&trainable);
 
     let mask_size = 4 * config.vision_config.grid_size();
-    let optimizer =
-        AdamWConfig { lr: options.lr, weight_decay: options.weight_decay, ..Default::default() };
-    let settings = Map::from_iter([
+    sam.vision_encoder.gradient_checkpointing = options.gradient_checkpointing;
+    let mut settings = Map::from_iter([
         ("batch".to_string(), json!(batch)),
         ("lora".to_string(), serde_json::from_str(&lora.to_json()?)?),
         ("processor".to_string(), json!(format!("{processor:?}"))),
         ("data".to_string(), json!(train.fingerprint()?)),
     ]);
-    let mut trainer = Trainer::new(&sam, optimizer, options.seed, settings)?;
-    train_adapters(&mut trainer, options, |step, mode| {
-        Batch::draw(&train, &processor, &batch, mask_size, options.seed, step, &device)?
+    if dtype != DType::F32 {
+        settings.insert("dtype".into(), json!(format!("{dtype:?}")));
+    }
+    let mut trainer = Trainer::new(&sam, options.trainer(), options.seed, settings)?;
+    let loss = |part, mode| {
+        Batch::draw(&train, &processor, &batch, mask_size, options.seed, part, &device)?
             .loss(&sam, mode)
-    })?;
+    };
+    // A frozen clone has the same tensors, but its evaluation builds no graph.
+    let evaluate = || {
+        let mut sam = sam.clone();
+        set_trainable(&mut sam, &mut |_| false)?;
+        Ok(report::mean(&judge(&sam, 0)?))
+    };
+    let eval_steps = options.eval_steps(train.len());
+    Run { options, sam: &sam, lora: &lora, eval_steps }.steps(&mut trainer, loss, evaluate)?;
 
     save_adapter(&sam, &lora, &options.output.join(ADAPTER))?;
     set_trainable(&mut sam, &mut |_| false)?;
-    let after = judge(&sam, &processor, &held_out, options, &device)?;
+    let after = judge(&sam, options.overlays)?;
     write_pictures(options, trainer.losses(), &before, &after)?;
     let outcome = Outcome {
-        before: report::mean_iou(&before),
-        after: report::mean_iou(&after),
+        before: report::mean(&before),
+        after: report::mean(&after),
+        evaluations: trainer.evaluations().to_vec(),
         losses: trainer.losses().to_vec(),
     };
     let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
     files::write_atomic(&options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
-    let objects: usize = before.iter().map(|verdict| verdict.ious.len()).sum();
+    let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
     say(format!(
         "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
-        outcome.before, outcome.after
+        outcome.before.iou, outcome.after.iou
     ));
     say(format!("results in {}", options.output.display()));
     Ok(outcome)
 }
 
-/// Starts or resumes the run, makes its steps, and saves its state now and then.
-fn train_adapters(
-    trainer: &mut Trainer,
-    options: &Options,
-    loss: impl Fn(u64, Mode) -> candle_core::Result<Tensor>,
-) -> anyhow::Result<()> {
-    let state = options.output.join(STATE);
-    if options.resume {
-        trainer.resume(&state)?;
-        begin_output(options)?;
-        say(format!("going on after step {}", trainer.steps()));
-    } else {
-        begin_output(options)?;
-        trainer.save(&state)?;
-    }
-    let bar = progress_bar(options.steps, trainer.steps());
-    while trainer.steps() < options.steps {
-        let value = trainer.step(&loss)?;
-        let step = trainer.steps();
-        let saved = step.is_multiple_of(options.save_every) || step == options.steps;
-        if saved {
-            trainer.save(&state)?;
-        }
-        bar.set_message(format!("{value:.4}"));
-        bar.inc(1);
-        // Without a terminal there is no bar; a line now and then tells that it goes on.
-        if saved && bar.is_hidden() {
-            say(format!("step {step} of {}: loss {value:.4}", options.steps));
-        }
-    }
-    bar.finish();
-    Ok(())
-}
-
-fn batch_config(options: &Options) -> BatchConfig {
-    BatchConfig {
-        images: options.batch,
-        prompts: options.prompts,
-        kind: match options.prompt {
-            PromptArg::Point => PromptKind::Point,
-            PromptArg::Box => PromptKind::Box { jitter: options.box_jitter },
-        },
-        augment: !options.no_augment,
-    }
-}
-
 /// The images to train on and those held out.
 fn datasets(options: &Options) -> anyhow::Result<(Dataset, Dataset)> {
-    let open = |images: &Path, masks: &Path| Dataset::open(images, masks, options.min_area);
-    let (Some(images), Some(masks)) = (&options.images, &options.masks) else {
+    let Options { images, masks, coco, .. } = options;
+    let Some(all) = dataset(images, masks, coco, options.min_area)? else {
         let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
-        let part =
-            |part: &str| open(&nuclei.join(part).join("images"), &nuclei.join(part).join("masks"));
+        let part = |part: &str| {
+            let folder = |kind: &str| nuclei.join(part).join(kind);
+            Dataset::open(&folder("images"), &folder("masks"), options.min_area)
+        };
         return Ok((part("train")?, part("heldout")?));
     };
-    let all = open(images, masks)?;
-    match (&options.val_images, &options.val_masks) {
-        (Some(images), Some(masks)) => Ok((all, open(images, masks)?)),
-        _ => Ok(all.split(options.val_fraction, options.seed)?),
+    let Options { val_images, val_masks, val_coco, .. } = options;
+    match dataset(val_images, val_masks, val_coco, options.min_area)? {
+        Some(held_out) => Ok((all, held_out)),
+        None => Ok(all.split(options.val_fraction, options.seed)?),
     }
 }
 
-/// Refuses an output folder in which something would be lost, or nothing can be gone on with.
-fn check_output(options: &Options) -> anyhow::Result<()> {
-    let output = &options.output;
-    let state = output.join(STATE);
-    if options.resume {
-        if !state.is_file() {
-            bail!("--resume: there is no {}; start the run without --resume", state.display())
-        }
-        return Ok(());
-    }
-    if !output.exists() {
-        return Ok(());
-    }
-    for entry in std::fs::read_dir(output).map_err(|e| Error::io(output, e))? {
-        let name = entry?.file_name();
-        let name = name.to_string_lossy();
-        // A kill in the middle of a writing leaves a temporary file.
-        if !OUTPUTS.contains(&name.as_ref()) && !name.starts_with(".tmp") {
-            bail!(
-                "{}: holds {name}, which is no result of this program; choose another --output",
-                output.display()
-            )
-        }
-    }
-    if state.exists() && !output.join(METRICS).exists() {
-        bail!(
-            "{}: holds a run that is not finished; go on with --resume, or remove {STATE} to start again",
-            output.display()
-        )
-    }
-    Ok(())
-}
-
-/// Makes the output folder, and marks the run in it as not finished.
-fn begin_output(options: &Options) -> Result<()> {
-    files::create_dir(&options.output)?;
-    let metrics = options.output.join(METRICS);
-    match std::fs::remove_file(&metrics) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io(&metrics, error))
-        }
-        _ => Ok(()),
-    }
+/// The images of a folder with their masks or their annotations, if they were named.
+fn dataset(
+    images: &Option<PathBuf>,
+    masks: &Option<PathBuf>,
+    coco: &Option<PathBuf>,
+    min_area: usize,
+) -> Result<Option<Dataset>> {
+    Ok(match (images, masks, coco) {
+        (Some(images), Some(masks), _) => Some(Dataset::open(images, masks, min_area)?),
+        (Some(images), None, Some(coco)) => Some(Dataset::open_coco(images, coco, min_area)?),
+        _ => None,
+    })
 }
 
 /// Injects the adapters, into the image encoder alone; returns their configuration and number.
@@ -224,29 +159,19 @@ fn judge(
     sam: &SamModel,
     processor: &SamProcessor,
     held_out: &Dataset,
-    options: &Options,
+    kind: PromptKind,
+    overlays: usize,
     device: &Device,
 ) -> anyhow::Result<Vec<Verdict>> {
-    let kind = batch_config(options).kind;
     (0..held_out.len())
         .map(|index| {
             let sample = held_out.load(index)?;
             let evaluation = evaluate(sam, processor, &sample, kind, device)?;
-            let drawn = index < options.overlays;
+            let drawn = index < overlays;
             let picture = drawn.then(|| report::picture(&sample, &evaluation)).transpose()?;
-            Ok(Verdict { name: sample.name, ious: evaluation.ious, picture })
+            Ok(Verdict { name: sample.name, scores: evaluation.scores, picture })
         })
         .collect()
-}
-
-fn progress_bar(steps: u64, done: u64) -> ProgressBar {
-    let bar = ProgressBar::new(steps).with_position(done);
-    let template = "{bar:40} {pos}/{len} steps  loss {msg}  {elapsed} elapsed, {eta} left";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    bar.reset_eta();
-    bar
 }
 
 fn write_pictures(

@@ -1,21 +1,23 @@
 //! A model for inference, with or without an adapter.
 
 use super::model::load_model;
-use candle_core::Device;
+use candle_core::{DType, Device};
 use candle_sam_lora::files::TensorFile;
 use candle_sam_lora::lora::{load_adapter, TENSORS_FILE};
 use candle_sam_lora::nn::{set_trainable, ModuleTree};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use std::path::Path;
 
-/// The model in `folder`, frozen, with the adapter in the folder `adapter`.
+/// The model in `folder`, frozen, in f32, with the adapter in the folder `adapter`.
 pub fn load_adapted(
     folder: &Path,
     adapter: Option<&Path>,
     device: &Device,
 ) -> anyhow::Result<(SamConfig, SamModel)> {
-    let Some(adapter) = adapter else { return load_model(folder, AttentionKind::Fused, device) };
-    let (config, mut model) = load_model(folder, kind_of(adapter)?, device)?;
+    let Some(adapter) = adapter else {
+        return load_model(folder, AttentionKind::Fused, DType::F32, device);
+    };
+    let (config, mut model) = load_model(folder, kind_of(adapter)?, DType::F32, device)?;
     adapt(&mut model, adapter)?;
     Ok((config, model))
 }

@@ -23,17 +23,18 @@ pub fn device(name: &str) -> candle_sam_lora::Result<Device> {
     candle_sam_lora::device(name)
 }
 
-/// The model in a folder with `config.json` and safetensors weights, in f32.
+/// The model in a folder with `config.json` and safetensors weights, in `dtype`.
 pub fn load_model(
     folder: &Path,
     kind: AttentionKind,
+    dtype: DType,
     device: &Device,
 ) -> anyhow::Result<(SamConfig, SamModel)> {
     if !folder.is_dir() {
         bail!("--model {}: no such folder", folder.display())
     }
     let config = SamConfig::from_file(folder.join("config.json"))?;
-    let mut model = SamModel::new(&config, kind, DType::F32, device)?;
+    let mut model = SamModel::new(&config, kind, dtype, device)?;
     checkpoint::load(&mut model, folder)?;
     Ok((config, model))
 }

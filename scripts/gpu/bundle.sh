@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Packs what scripts/gpu/run.sh needs on a machine with a GPU but no Rust and no network: one stripped binary with the
-# GPU tests and benchmarks, the fixtures and assets, the runner. (The comparison with the emulator wants the sources, and is left out.)
+# Packs what scripts/gpu/run.sh needs on a machine with a GPU but no Rust and no network: one stripped binary, which is the
+# GPU tests, the benchmark `cases` and the example `finetune`; fixtures, assets, PyTorch's side of the benchmarks, the
+# runner. (The comparison with the emulator wants the sources, and is left out.)
 #
 # usage: bundle.sh [ARCHIVE]      (default: target/gpu-kit.tar.gz)
 #
@@ -13,10 +14,24 @@ limit=$((60 * 1024 * 1024))
 
 # nvcc and stand-ins to link against, if this machine has no CUDA of its own.
 if [ ! -x "${CUDA_HOME:-}/bin/nvcc" ]; then eval "$(scripts/cuda-toolchain.sh)"; fi
-export CANDLE_SAM_LORA_CUDA_ARCHS=${CANDLE_SAM_LORA_CUDA_ARCHS:-all}
-# Optimised in full, unlike CI's, so it has a target folder of its own: cargo does not see these flags change.
+# A target folder of its own: CI compiles candle's kernels with other flags, of which cargo does not know.
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target/gpu-kit} CUDAFORGE_THREADS=${CUDAFORGE_THREADS:-$(nproc)}
-export NVCC_APPEND_FLAGS=-compress-mode=size CANDLE_SAM_LORA_NVCC_FLAGS='-lineinfo -compress-mode=size'
+export CANDLE_SAM_LORA_CUDA_ARCHS=${CANDLE_SAM_LORA_CUDA_ARCHS:-all}
+export CANDLE_SAM_LORA_NVCC_FLAGS='-lineinfo -compress-mode=size'
+
+# Most of the time of nvcc goes into candle's kernels for quantised models, which are linked but never run here: they
+# are compiled in haste, and all others in full.
+mkdir -p "$CARGO_TARGET_DIR/nvcc"
+cat >"$CARGO_TARGET_DIR/nvcc/nvcc" <<END
+#!/bin/sh
+case "\$*" in
+  *gguf* | *moe*) exec "$CUDA_HOME/bin/nvcc" "\$@" -Ofc=max -compress-mode=size ;;
+  *) exec "$CUDA_HOME/bin/nvcc" "\$@" ;;
+esac
+END
+chmod +x "$CARGO_TARGET_DIR/nvcc/nvcc"
+NVCC=$(realpath "$CARGO_TARGET_DIR/nvcc/nvcc")
+export NVCC
 
 binary=$(cargo test --release --features cuda --test gpu --no-run --message-format=json-render-diagnostics |
   python3 -c 'import json, sys
@@ -25,18 +40,30 @@ for line in sys.stdin:
     if message.get("executable") and message["target"]["name"] == "gpu":
         print(message["executable"])')
 
-kit=$(mktemp -d)
-trap 'rm -rf "$kit"' EXIT
-mkdir -p "$kit/gpu-kit/tests"
-strip -o "$kit/gpu-kit/gpu" "$binary"
-cp scripts/gpu/run.sh scripts/gpu/peers.py scripts/gpu/report.py "$kit/gpu-kit/"
-cp -r tests/fixtures "$kit/gpu-kit/tests/"
-cp -r assets "$kit/gpu-kit/"
-git describe --always --dirty >"$kit/gpu-kit/VERSION"
-tar -C "$kit" -czf "$archive" gpu-kit
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+kit=$folder/gpu-kit
+mkdir -p "$kit/tests" "$kit/benches"
+strip -o "$kit/gpu" "$binary"
+ln -s gpu "$kit/cases"
+ln -s gpu "$kit/finetune"
+cp scripts/gpu/run.sh scripts/gpu/kit.py "$kit/"
+cp -r tests/fixtures "$kit/tests/"
+rm -rf "$kit/tests/fixtures/gen"
+cp -r benches/peers benches/report "$kit/benches/"
+cp -r assets "$kit/"
+find "$kit" -name __pycache__ -prune -exec rm -r {} +
+git describe --always --dirty >"$kit/VERSION"
+cat >"$kit/BUILD" <<END
+Built with $("$NVCC" --version | sed -n 's/^Cuda compilation tools, //p') for compute capability \
+$CANDLE_SAM_LORA_CUDA_ARCHS, $CANDLE_SAM_LORA_NVCC_FLAGS; candle's kernels for ${CUDA_COMPUTE_CAP:-this GPU}, \
+those of quantised models with -Ofc=max; $(rustc --version); needs glibc $(objdump -T "$kit/gpu" |
+  grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -1 | cut -d_ -f2) or newer.
+END
+tar -C "$folder" -czf "$archive" gpu-kit
 
 size() { stat -c %s "$1"; }
-printf 'binary   %11d bytes  %s\narchive  %11d bytes  %s\n' "$(size "$kit/gpu-kit/gpu")" "$binary" "$(size "$archive")" "$archive"
+printf 'binary   %11d bytes  %s\narchive  %11d bytes  %s\n' "$(size "$kit/gpu")" "$binary" "$(size "$archive")" "$archive"
 if [ "$(size "$archive")" -gt "$limit" ]; then
   echo "error: the archive is over $limit bytes" >&2
   exit 1

@@ -13,6 +13,7 @@
 //! The projected tables are `q R^T` for every table row; a query reads, and in the backward writes, the stretch that
 //! belongs to its place. Sums that cross units (tables, pad) are taken in the order of the units.
 
+use super::buffer::Buffer;
 use super::head::{Block, Head, Tables, Tile};
 use super::math::dot;
 use super::panel::{panel, Into, Left, Right};
@@ -39,7 +40,7 @@ pub struct Inputs<'a> {
 /// Gradients of [`Inputs`]; `tables` and `pad` are empty where the input is.
 pub struct Gradients {
     /// Of qkv.
-    pub qkv: Vec<f32>,
+    pub qkv: Buffer,
     /// Of the tables.
     pub tables: Vec<f32>,
     /// Of the pad.
@@ -47,12 +48,12 @@ pub struct Gradients {
 }
 
 /// Output `[batch, h, w, heads, d]` and `lse [windows, heads, tokens]`, real tokens first, in order.
-pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Vec<f32>, Vec<f32>) {
+pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Buffer, Vec<f32>) {
     let (tokens, d) = (p.tokens(), p.head_dim);
     let units = p.windows() * p.num_heads;
     let tables = Tables::new(p, inputs.tables);
     // Head-major, so that every block writes a contiguous part; permuted to the grid afterwards.
-    let mut out = vec![0f32; units * tokens * d];
+    let mut out = Buffer::any(units * tokens * d);
     let mut lse = vec![0f32; units * tokens];
     out.par_chunks_mut(tokens * d).zip(lse.par_chunks_mut(tokens)).enumerate().for_each(
         |(unit, (out, lse))| {
@@ -141,7 +142,7 @@ pub fn backward(
     let units = p.windows() * heads;
     let tables = Tables::new(p, inputs.tables);
     // Per unit: dq, dk, dv of the real tokens; the tables' part and the pad's k and v, summed in order below.
-    let mut slabs = vec![0f32; units * 3 * tokens * d];
+    let mut slabs = Buffer::any(units * 3 * tokens * d);
     let extra = inputs.tables.len() + 2 * d;
     let mut extras = vec![0f32; units * extra];
     slabs
@@ -226,7 +227,7 @@ fn backward_head(
 
 /// `[windows, heads, part, real tokens, d]` -> `[grid tokens, part, heads, d]`: each unit's slab of `parts * tokens`
 /// rows holds, part by part, its real tokens in order.
-fn to_grid(p: &AttentionProblem, slabs: &[f32], d: usize, parts: usize) -> Vec<f32> {
+fn to_grid(p: &AttentionProblem, slabs: &[f32], d: usize, parts: usize) -> Buffer {
     let (tokens, heads) = (p.tokens(), p.num_heads);
     let mut place = vec![(0usize, 0usize); p.batch * p.h * p.w];
     for window in 0..p.windows() {
@@ -235,7 +236,7 @@ fn to_grid(p: &AttentionProblem, slabs: &[f32], d: usize, parts: usize) -> Vec<f
             place[grid] = (window, index);
         }
     }
-    let mut grid = vec![0f32; place.len() * parts * heads * d];
+    let mut grid = Buffer::any(place.len() * parts * heads * d);
     grid.par_chunks_mut(parts * heads * d).zip(&place).for_each(|(row, &(window, index))| {
         for (slot, out) in row.chunks_exact_mut(d).enumerate() {
             let (part, head) = (slot / heads, slot % heads);

@@ -7,6 +7,8 @@
 //! after the other, its accumulator staying in cache until whoever asked for it is done with it: bias, low-rank
 //! term, activation and residual never cost another pass over the output.
 
+use super::bf16;
+use super::buffer::Buffer;
 use super::panel::{panel, Into, Left, Right};
 use super::simd::padded;
 use rayon::prelude::*;
@@ -22,7 +24,9 @@ const DEPTH: usize = 384;
 pub struct Packed {
     k: usize,
     n: usize,
-    data: Vec<f32>,
+    data: Buffer,
+    /// Whether an element is a pair in bf16, see [`super::bf16`]; k then counts pairs.
+    pairs: bool,
 }
 
 impl Packed {
@@ -52,17 +56,27 @@ impl Packed {
         })
     }
 
+    /// As [`from_transposed`](Self::from_transposed), of pairs: `rows [n, k / 2]`.
+    pub fn from_transposed_pairs(rows: &[f32], n: usize, k: usize) -> Self {
+        Self { pairs: true, ..Self::from_transposed(rows, n, k / 2) }
+    }
+
     /// A matrix without elements.
     pub fn empty() -> Self {
-        Self { k: 0, n: 0, data: Vec::new() }
+        Self { k: 0, n: 0, data: Buffer::default(), pairs: false }
+    }
+
+    /// Whether its elements are pairs; those of the left side must be, too.
+    pub fn in_pairs(&self) -> bool {
+        self.pairs
     }
 
     fn pack(n: usize, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let mut data = vec![0f32; n.div_ceil(PANEL) * k * PANEL];
+        let mut data = Buffer::zeros(n.div_ceil(PANEL) * k * PANEL);
         data.par_chunks_mut(k * PANEL)
             .enumerate()
             .for_each(|(index, panel)| fill(index * PANEL, panel));
-        Self { k, n, data }
+        Self { k, n, data, pairs: false }
     }
 
     /// First columns of the panels.
@@ -74,7 +88,7 @@ impl Packed {
 /// One product of a sum.
 #[derive(Clone, Copy)]
 pub struct Term<'a> {
-    /// Rows `stride` apart; the first `k` elements of each count.
+    /// Rows `stride` apart; the first `k` elements of each count. Pairs if the right side's are.
     pub left: &'a [f32],
     /// Distance of the left side's rows.
     pub stride: usize,
@@ -91,9 +105,14 @@ pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>
         let k = term.right.k;
         let panel_data = &term.right.data[column / PANEL * k * PANEL..][..k * PANEL];
         for (depth, right) in panel_data.chunks(DEPTH * PANEL).enumerate() {
-            let left = Left::Rows(&term.left[depth * DEPTH..], term.stride);
-            let shape = (rows, PANEL, right.len() / PANEL);
-            panel((acc, PANEL), into, term.scale, shape, left, Right(right, PANEL));
+            let left = &term.left[depth * DEPTH..];
+            let k = right.len() / PANEL;
+            if term.right.pairs {
+                bf16::panel(acc, into, term.scale, (rows, k), (left, term.stride), right);
+            } else {
+                let left = Left::Rows(left, term.stride);
+                panel((acc, PANEL), into, term.scale, (rows, PANEL, k), left, Right(right, PANEL));
+            }
             into = Into::Add;
         }
     }
@@ -126,7 +145,7 @@ mod tests {
         let transposed: Vec<f32> = (0..k * n).map(|i| right[(i % n) * k + i / n]).collect();
         let by_rows = Packed::from_rows(&transposed, k, n);
         let packed = Packed::from_transposed(&right, n, k);
-        assert!(by_rows.data == packed.data);
+        assert!(*by_rows.data == *packed.data);
         let term = Term { left: &left, stride: k + 3, right: &packed, scale: 0.5 };
         for column in packed.panels() {
             let mut acc = vec![f32::NAN; rows * PANEL];

@@ -7,6 +7,7 @@
 //! A row's statistics are summed in f64, the variance around the mean, so a large common offset does not cancel;
 //! the backward recomputes them. Rows run in parallel, in blocks of fixed size.
 
+use super::buffer::Buffer;
 use super::math::dot;
 use rayon::prelude::*;
 
@@ -23,9 +24,9 @@ fn statistics(row: &[f32], eps: f64) -> ([f32; 2], f32) {
 }
 
 /// `y` for `x [rows, size]`.
-pub fn forward(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Vec<f32> {
+pub fn forward(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Buffer {
     let size = weight.len();
-    let mut y = vec![0f32; x.len()];
+    let mut y = Buffer::any(x.len());
     y.par_chunks_mut(ROWS * size).zip(x.par_chunks(ROWS * size)).for_each(|(y, x)| {
         for (y, x) in y.chunks_mut(size).zip(x.chunks(size)) {
             let (mean, rstd) = statistics(x, eps);
@@ -38,14 +39,9 @@ pub fn forward(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Vec<f32> {
 }
 
 /// The gradients of x `[rows, size]`, weight `[size]` and bias `[size]`.
-pub fn backward(
-    x: &[f32],
-    weight: &[f32],
-    grad: &[f32],
-    eps: f64,
-) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+pub fn backward(x: &[f32], weight: &[f32], grad: &[f32], eps: f64) -> (Buffer, Vec<f32>, Vec<f32>) {
     let size = weight.len();
-    let mut dx = vec![0f32; x.len()];
+    let mut dx = Buffer::any(x.len());
     let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
         .par_chunks_mut(ROWS * size)
         .zip(x.par_chunks(ROWS * size).zip(grad.par_chunks(ROWS * size)))

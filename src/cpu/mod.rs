@@ -3,9 +3,13 @@
 //! Plain slices and shapes; no tensors. Results do not depend on the number of threads: every sum is taken in a
 //! fixed order.
 
+use rayon::prelude::*;
+
 pub mod activation;
 pub mod attention;
+mod bf16;
 mod blocked;
+pub mod buffer;
 mod head;
 pub mod layer_norm;
 mod math;
@@ -13,3 +17,11 @@ mod panel;
 pub mod projection;
 mod simd;
 mod softmax;
+
+/// `sum += part`, by all threads.
+pub fn add_in_parallel(sum: &mut [f32], part: &[f32]) {
+    const CHUNK: usize = 1 << 16;
+    sum.par_chunks_mut(CHUNK)
+        .zip(part.par_chunks(CHUNK))
+        .for_each(|(sum, part)| attention::add(sum, part));
+}

@@ -5,9 +5,11 @@
 //! by a first run). All unsafe code of the GPU path is in this folder.
 
 mod modules;
+mod pool;
 mod run;
 mod stream;
 mod tensor_map;
 
+pub(crate) use pool::keep_freed_memory;
 pub(crate) use run::{operand, run, with_tensors, Job};
 pub(crate) use stream::{is_hopper, shared_memory, supported};

@@ -6,11 +6,12 @@
 //! half-way has no configuration and does not load.
 
 use super::inject::Plan;
-use super::state::{adapter_state, check};
+use super::state::{check, named_adapter_state};
 use super::{BiasTraining, LoraConfig};
-use crate::nn::ModuleTree;
+use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
 use crate::{files, Error, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Name of the configuration in an adapter folder.
@@ -25,11 +26,36 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// before is then still there, unless the very last step failed, the exchange of complete files; then the folder has
 /// no configuration and does not load.
 pub fn save_adapter(model: &dyn ModuleTree, config: &LoraConfig, dir: &Path) -> Result<()> {
-    let tensors = adapter_state(model, config)?;
+    save_named_adapter(model, DEFAULT_ADAPTER, config, dir)
+}
+
+/// As [`save_adapter`], of the adapter called `name`. The name is not in the files; PEFT's `save_pretrained` gives
+/// every adapter but "default" a folder of its name.
+///
+/// # Errors
+/// As [`save_adapter`].
+pub fn save_named_adapter(
+    model: &dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+    dir: &Path,
+) -> Result<()> {
+    write_adapter(config, &named_adapter_state(model, name, config)?, dir)
+}
+
+/// Makes an adapter folder of a configuration and tensors under PEFT's keys.
+///
+/// # Errors
+/// As [`save_adapter`], for the folder.
+pub fn write_adapter(
+    config: &LoraConfig,
+    tensors: &BTreeMap<String, Tensor>,
+    dir: &Path,
+) -> Result<()> {
     let json = config.to_json()?;
     files::create_dir(dir)?;
     let config_path = dir.join(CONFIG_FILE);
-    let staged_tensors = files::stage_tensors(&dir.join(TENSORS_FILE), &tensors)?;
+    let staged_tensors = files::stage_tensors(&dir.join(TENSORS_FILE), tensors)?;
     let staged_config = files::stage(&config_path, |file| file.write_all(json.as_bytes()))?;
     match std::fs::read(&config_path) {
         Ok(old) if old == json.as_bytes() => return staged_tensors.commit(),
@@ -49,24 +75,42 @@ pub fn save_adapter(model: &dyn ModuleTree, config: &LoraConfig, dir: &Path) -> 
 /// When a file cannot be read or is not what it should be, the configuration is not supported or does not fit this
 /// model, and [`Error::Mismatch`] with every missing, surplus and mis-shaped tensor. The model is unchanged then.
 pub fn load_adapter(model: &mut dyn ModuleTree, dir: &Path) -> Result<LoraConfig> {
+    load_named_adapter(model, DEFAULT_ADAPTER, dir)
+}
+
+/// As [`load_adapter`], under a name, beside other adapters; as after [`add_adapter`](super::add_adapter) those stay
+/// in use and the loaded one waits, frozen.
+///
+/// # Errors
+/// As [`load_adapter`] and [`add_adapter`](super::add_adapter).
+pub fn load_named_adapter(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    dir: &Path,
+) -> Result<LoraConfig> {
     let config_path = dir.join(CONFIG_FILE);
     let config = LoraConfig::read(&config_path)?;
-    let path = dir.join(TENSORS_FILE);
-    let mut tensors = files::read_tensors(&path, &Device::Cpu)?;
+    let mut tensors = read_adapter(dir, &config)?;
+    let plan = Plan::new(model, name, &config)
+        .map_err(|e| Error::file(&config_path, format!("does not fit this model: {e}")))?;
+    let slots = plan.slots();
+    check(&dir.join(TENSORS_FILE).display().to_string(), &slots, &tensors)?;
+    let mut values = plan.base_values()?;
+    values.extend(
+        slots.into_iter().filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?))),
+    );
+    plan.apply(model, values)?;
+    Ok(config)
+}
+
+/// The tensors in an adapter folder, by their keys.
+pub(super) fn read_adapter(dir: &Path, config: &LoraConfig) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu)?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         // PEFT stores the biases of modules to save three times over: plain, and under its two wrappers.
         tensors.retain(|key, _| {
             !key.ends_with(".original_module.bias") && !key.ends_with(".modules_to_save.bias")
         });
     }
-    let plan = Plan::new(model, &config)
-        .map_err(|e| Error::file(&config_path, format!("does not fit this model: {e}")))?;
-    let slots = plan.slots();
-    check(&path.display().to_string(), &slots, &tensors)?;
-    let values = slots
-        .into_iter()
-        .filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?)))
-        .collect();
-    plan.apply(model, values)?;
-    Ok(config)
+    Ok(tensors)
 }

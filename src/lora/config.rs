@@ -19,14 +19,12 @@ use std::path::Path;
 const MAX_RANK: usize = 1 << 16;
 
 /// PEFT features that would change the result and are not followed here; refused unless null, false or empty.
-const UNSUPPORTED: [&str; 14] = [
+const UNSUPPORTED: [&str; 12] = [
     "alora_invocation_tokens",
     "arrow_config",
     "ensure_weight_tying",
     "kasa_config",
     "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
     "megatron_config",
     "monteclora_config",
     "target_parameters",
@@ -59,6 +57,26 @@ impl ModuleNames {
     }
 }
 
+/// One value, or a list of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany<T> {
+    /// Written without brackets.
+    One(T),
+    /// A list.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// The values; one is a list of one.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(value) => std::slice::from_ref(value),
+            Self::Many(values) => values,
+        }
+    }
+}
+
 /// Which of the base model's biases are trained and saved with the adapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -72,20 +90,21 @@ pub enum BiasTraining {
     LoraOnly,
 }
 
-/// How PEFT was told to initialise the adapter; injection here knows `true` alone.
+/// How the adapter is initialised. "pissa", "pissa_niter_<number>" and "olora" take the adapter's start out of the
+/// base's weights, and do so again when it is loaded: the base must be the one it was trained on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum InitLoraWeights {
-    /// `true`: A Kaiming-uniform, B zero.
+    /// `true`: A Kaiming-uniform, B zero; `false`: both random.
     Default(bool),
-    /// A scheme by name, as `"gaussian"`.
+    /// "gaussian", "orthogonal", "pissa", "pissa_niter_<number>" or "olora"; "eva" can be read only.
     Named(String),
 }
 
 /// The configuration of a LoRA adapter, as PEFT's class of the same name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
-    peft_type: String,
+    pub(super) peft_type: String,
     /// `r`: rows of A, columns of B.
     #[serde(rename = "r", default = "default_rank")]
     pub rank: usize,
@@ -101,6 +120,13 @@ pub struct LoraConfig {
     /// Layers that get none even if targeted.
     #[serde(default)]
     pub exclude_modules: Option<ModuleNames>,
+    /// Of the layers that a name in a list of `target_modules` matches by its end, only those in blocks with these
+    /// indices. The index is the first number in the path after `layers_pattern`, or after any component.
+    #[serde(default)]
+    pub layers_to_transform: Option<OneOrMany<i64>>,
+    /// What stands before a block's index, as `layers`: regular expressions of dotted components.
+    #[serde(default)]
+    pub layers_pattern: Option<OneOrMany<String>>,
     /// Rank stabilisation.
     #[serde(default)]
     pub use_rslora: bool,
@@ -191,6 +217,8 @@ impl LoraConfig {
             dropout: 0.0,
             target_modules: None,
             exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
             use_rslora: false,
             use_dora: false,
             lora_bias: false,
@@ -233,6 +261,18 @@ impl LoraConfig {
         Self { exclude_modules: Some(ModuleNames::List(names)), ..self }
     }
 
+    /// Adapts only the blocks with these indices.
+    pub fn layers_to_transform(self, indices: impl IntoIterator<Item = i64>) -> Self {
+        let indices = indices.into_iter().collect();
+        Self { layers_to_transform: Some(OneOrMany::Many(indices)), ..self }
+    }
+
+    /// Names what stands before the index of a block.
+    pub fn layers_pattern<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
+        let names = names.into_iter().map(Into::into).collect();
+        Self { layers_pattern: Some(OneOrMany::Many(names)), ..self }
+    }
+
     /// Trains and saves these modules whole.
     pub fn modules_to_save<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
         Self { modules_to_save: Some(names.into_iter().map(Into::into).collect()), ..self }
@@ -241,6 +281,11 @@ impl LoraConfig {
     /// Chooses which base biases are trained.
     pub fn bias(self, bias: BiasTraining) -> Self {
         Self { bias, ..self }
+    }
+
+    /// Chooses the initialisation by its name, as "pissa".
+    pub fn init(self, name: impl Into<String>) -> Self {
+        Self { init_lora_weights: InitLoraWeights::Named(name.into()), ..self }
     }
 
     /// Turns on rank stabilisation.
@@ -268,6 +313,13 @@ impl LoraConfig {
     pub fn alpha_of(mut self, pattern: impl Into<String>, alpha: f64) -> Self {
         self.alpha_pattern.insert(pattern.into(), alpha);
         self
+    }
+
+    /// Whether tensors of the base are changed with the adapter.
+    pub(super) fn changes_base(&self) -> bool {
+        self.bias != BiasTraining::None
+            || self.modules_to_save.as_ref().is_some_and(|names| !names.is_empty())
+            || self.init_lora_weights.changes_base()
     }
 
     /// `alpha / rank`, or `alpha / sqrt(rank)` with rank stabilisation.
@@ -305,6 +357,23 @@ impl LoraConfig {
         if self.target_modules.as_ref().is_none_or(ModuleNames::is_empty) {
             return refuse("target_modules is empty: name the layers to adapt".to_string());
         }
+        let layers = [
+            ("layers_to_transform", self.layers_to_transform.is_some()),
+            ("layers_pattern", self.layers_pattern.is_some()),
+        ];
+        for (name, given) in layers {
+            if given && matches!(self.target_modules, Some(ModuleNames::Regex(_))) {
+                return refuse(format!("{name} cannot be used when target_modules is a string"));
+            }
+        }
+        let pattern = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
+        let has_pattern = match &self.layers_pattern {
+            Some(OneOrMany::One(name)) => !name.is_empty(),
+            _ => !pattern.is_empty(),
+        };
+        if has_pattern && self.layers_to_transform.is_none() {
+            return refuse("layers_pattern needs layers_to_transform too".to_string());
+        }
         if self.modules_to_save.iter().flatten().any(String::is_empty) {
             return refuse("modules_to_save holds an empty name".to_string());
         }
@@ -315,10 +384,15 @@ impl LoraConfig {
             return refuse("fan_in_fan_out is not supported: weights are [out, in]".to_string());
         }
         if let InitLoraWeights::Named(name) = &self.init_lora_weights {
-            if !INIT_KEEPS_BASE.contains(&name.as_str()) {
+            if !INIT_KEEPS_BASE.contains(&name.as_str()) && !self.init_lora_weights.changes_base() {
                 return refuse(format!(
                     "init_lora_weights {name:?} is not supported: it changes the base weights or the layer; \
                      convert the adapter to plain LoRA with PEFT first"
+                ));
+            }
+            if self.lora_bias {
+                return refuse(format!(
+                    "lora_bias needs init_lora_weights true or false, got {name:?}"
                 ));
             }
         }

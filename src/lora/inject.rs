@@ -1,21 +1,22 @@
 //! Putting adapters into a model, and taking them out again.
 //!
-//! ```text
-//! A ~ U(-1/sqrt(in), 1/sqrt(in))   Kaiming-uniform with a = sqrt(5), from the seed and the layer's name
-//! B = 0, lora_bias = 0             so that the model computes what it did before
-//! magnitude = || W ||_row          DoRA
-//! ```
+//! The values that a new adapter has are those of `init.rs`. Everything that can fail is made before anything in the
+//! model is changed.
 //!
-//! Everything that can fail is made before anything in the model is changed.
-//!
-//! Source: PEFT 0.21, `reset_lora_parameters` in `tuners/lora/layer.py`.
+//! Source: PEFT 0.21, `inject_adapter` in `tuners/tuners_utils.py`.
 
+use super::init::{adapter_shapes, initial, magnitude, uniform, Layer};
 use super::state::{ancestors, base_key, split_last, Slot, PREFIX};
+use super::switch::BASE;
 use super::target::Matcher;
-use super::{InitLoraWeights, LoraConfig};
-use crate::nn::{Adapter, ModuleTree, Node, NodeMut};
+use super::{unmerge, InitLoraWeights, LoraConfig};
+use crate::nn::{
+    adapter_tensor_name, is_adapter_tensor, Adapter, Adapters, ModuleTree, Node, NodeMut,
+    DEFAULT_ADAPTER,
+};
 use crate::{philox, Error, Result};
-use candle_core::{DType, Device, Tensor, Var, D};
+use candle_core::{DType, Tensor, Var};
+use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How many names an error offers as candidates.
@@ -31,14 +32,24 @@ struct Target {
 /// What an injection will change.
 pub(super) struct Plan<'a> {
     config: &'a LoraConfig,
+    /// What the adapter is called.
+    name: &'a str,
+    /// The adapters in use on layers that have any; the new one where there are none.
+    active: Vec<String>,
     targets: BTreeMap<String, Target>,
     /// Base tensors saved with the adapter, by their name in the model; the parameters among them are trained.
     base: BTreeMap<String, (String, Tensor)>,
 }
 
 impl<'a> Plan<'a> {
-    pub(super) fn new(model: &dyn ModuleTree, config: &'a LoraConfig) -> Result<Self> {
+    pub(super) fn new(
+        model: &dyn ModuleTree,
+        name: &'a str,
+        config: &'a LoraConfig,
+    ) -> Result<Self> {
         config.validate()?;
+        check_name(name)?;
+        let active = check_others(model, name, config)?.unwrap_or_else(|| vec![name.to_string()]);
         let matcher = Matcher::new(config)?;
         let targets = find_targets(model, &matcher)?;
         let mut base = BTreeMap::new();
@@ -65,55 +76,83 @@ impl<'a> Plan<'a> {
                 )));
             }
         }
-        Ok(Self { config, targets, base })
+        Ok(Self { config, name, active, targets, base })
     }
 
-    /// Names and shapes of the tensors of one adapter.
-    fn adapter_shapes(&self, path: &str, target: &Target) -> Vec<(String, Vec<usize>)> {
-        let (out_dim, in_dim) = (target.weight.dims()[0], target.weight.dims()[1]);
-        let mut shapes = vec![
-            (format!("{path}.lora_A.weight"), vec![target.rank, in_dim]),
-            (format!("{path}.lora_B.weight"), vec![out_dim, target.rank]),
-        ];
+    /// Leaves and shapes of the tensors of one adapter.
+    fn adapter_shapes(&self, target: &Target) -> Vec<(&'static str, Vec<usize>)> {
+        let (a, b) = adapter_shapes(target.weight.dims(), target.rank);
+        let out_dim = b[0];
+        let magnitude = if b.len() == 4 { vec![1, out_dim, 1, 1] } else { vec![out_dim] };
+        let mut shapes = vec![("lora_A.weight", a), ("lora_B.weight", b)];
         if self.config.lora_bias {
-            shapes.push((format!("{path}.lora_B.bias"), vec![out_dim]));
+            shapes.push(("lora_B.bias", vec![out_dim]));
         }
         if self.config.use_dora {
-            shapes.push((format!("{path}.lora_magnitude_vector"), vec![out_dim]));
+            shapes.push(("lora_magnitude_vector", magnitude));
         }
         shapes
     }
 
     /// Every tensor an adapter file for this model holds, by its key there.
     pub(super) fn slots(&self) -> BTreeMap<String, Slot> {
-        let adapters = self
-            .targets
-            .iter()
-            .flat_map(|(path, target)| self.adapter_shapes(path, target))
-            .map(|(name, shape)| (format!("{PREFIX}{name}"), Slot { name, shape }));
+        let adapters = self.targets.iter().flat_map(|(path, target)| {
+            self.adapter_shapes(target).into_iter().map(move |(leaf, shape)| {
+                let name = adapter_tensor_name(path, self.name, leaf);
+                (format!("{PREFIX}{path}.{leaf}"), Slot { name, shape })
+            })
+        });
         let base = self.base.iter().map(|(name, (key, tensor))| {
             (key.clone(), Slot { name: name.clone(), shape: tensor.dims().to_vec() })
         });
         adapters.chain(base).collect()
     }
 
-    /// The adapter tensors that training starts from, by their name in the model.
+    /// The tensors that training starts from, by their name in the model; base weights that change among them.
     fn initial_values(&self, seed: u64) -> Result<BTreeMap<String, Tensor>> {
-        let mut values = BTreeMap::new();
-        for (path, target) in &self.targets {
-            let device = target.weight.device();
-            for (name, shape) in self.adapter_shapes(path, target) {
-                let value = if name.ends_with("lora_A.weight") {
-                    kaiming_uniform(&name, shape[0], shape[1], seed, device)?
-                } else if name.ends_with("lora_magnitude_vector") {
-                    let weight = target.weight.detach().to_dtype(DType::F32)?;
-                    weight.sqr()?.sum(D::Minus1)?.sqrt()?
-                } else {
-                    Tensor::zeros(shape, DType::F32, device)?
-                };
-                values.insert(name, value);
-            }
+        let init = &self.config.init_lora_weights;
+        let starts = self
+            .targets
+            .par_iter()
+            .map(|(path, target)| {
+                let tree_name = |leaf| adapter_tensor_name(path, self.name, leaf);
+                let name = tree_name("lora_A.weight");
+                let Target { weight, rank, scaling } = target;
+                let layer = Layer { path, name: &name, weight, rank: *rank, scaling: *scaling };
+                let start = initial(init, &layer, seed)?;
+                let mut values = Vec::new();
+                for (leaf, shape) in self.adapter_shapes(target) {
+                    let value = match leaf {
+                        "lora_A.weight" => start.a.clone(),
+                        "lora_B.weight" => start.b.clone(),
+                        "lora_magnitude_vector" => magnitude(&layer, &start, &shape)?,
+                        _ if *init == InitLoraWeights::Default(false) => {
+                            let columns = uniform(
+                                &tree_name(leaf),
+                                &[shape[0], *rank],
+                                seed,
+                                weight.device(),
+                            )?;
+                            columns.narrow(1, 0, 1)?.flatten_all()?
+                        }
+                        _ => Tensor::zeros(shape, DType::F32, weight.device())?,
+                    };
+                    values.push((tree_name(leaf), value));
+                }
+                values.extend(start.weight.map(|weight| (format!("{path}.weight"), weight)));
+                Ok(values)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(starts.into_iter().flatten().collect())
+    }
+
+    /// The weights that a loaded adapter wants in the base's place, by their name in the model.
+    pub(super) fn base_values(&self) -> Result<BTreeMap<String, Tensor>> {
+        if !self.config.init_lora_weights.changes_base() {
+            return Ok(BTreeMap::new());
         }
+        let mut values = self.initial_values(0)?;
+        values.retain(|name, _| !is_adapter_tensor(name));
         Ok(values)
     }
 
@@ -127,12 +166,14 @@ impl<'a> Plan<'a> {
         let mut adapters = BTreeMap::new();
         for (path, target) in &self.targets {
             let mut take = |leaf: &str| -> Result<Tensor> {
-                let name = format!("{path}.{leaf}");
+                let name = adapter_tensor_name(path, self.name, leaf);
                 let value = values
                     .remove(&name)
                     .ok_or_else(|| Error::config(format!("no value for the tensor {name}")))?;
                 let value = value.to_device(target.weight.device())?.to_dtype(DType::F32)?;
-                Ok(Var::from_tensor(&value)?.into_inner())
+                // As in PEFT only what is in use is trained.
+                let in_use = self.active.iter().any(|name| name == self.name);
+                Ok(if in_use { Var::from_tensor(&value)?.into_inner() } else { value.detach() })
             };
             let adapter = Adapter {
                 a: take("lora_A.weight")?,
@@ -145,17 +186,18 @@ impl<'a> Plan<'a> {
                     .transpose()?,
                 scaling: target.scaling,
                 dropout: self.config.dropout,
-                stream: philox::stream_of(path),
-                unmerged: None,
+                stream: stream(path, self.name),
+                changes_base: self.config.changes_base(),
             };
             adapters.insert(path.clone(), adapter);
         }
         let mut replaced = self.replaced_base(model, values)?;
         model.visit_mut("", &mut |path, node| {
             match node {
-                NodeMut::Linear(linear) => {
+                NodeMut::Layer(layer) => {
                     if let Some(adapter) = adapters.remove(path) {
-                        linear.set_adapter(path, adapter);
+                        layer.adapters.insert(self.name, adapter);
+                        layer.adapters.active.clone_from(&self.active);
                     }
                 }
                 NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) => {
@@ -177,6 +219,9 @@ impl<'a> Plan<'a> {
     ) -> Result<BTreeMap<String, Tensor>> {
         let mut replaced = BTreeMap::new();
         for (name, current, is_buffer) in tensors(model) {
+            if is_adapter_tensor(&name) {
+                continue;
+            }
             let trained = !is_buffer && self.base.contains_key(&name);
             let new = match values.remove(&name) {
                 Some(value) => value.to_device(current.device())?.to_dtype(current.dtype())?,
@@ -196,44 +241,96 @@ fn tensors(model: &dyn ModuleTree) -> Vec<(String, Tensor, bool)> {
     model.visit("", &mut |name, node| match node {
         Node::Parameter(tensor) => tensors.push((name.to_string(), tensor.clone(), false)),
         Node::Buffer(tensor) => tensors.push((name.to_string(), tensor.clone(), true)),
-        Node::Linear(_) => {}
+        Node::Layer(_) => {}
     });
     tensors
 }
 
-fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMap<String, Target>> {
-    let mut linears = BTreeMap::new();
-    let mut others = BTreeSet::new();
-    let mut adapted = None;
-    model.visit("", &mut |path, node| match node {
-        Node::Linear(linear) => {
-            if linear.adapter.is_some() {
-                adapted.get_or_insert_with(|| path.to_string());
-            }
-            linears.insert(path.to_string(), linear.weight.clone());
-        }
-        Node::Parameter(_) | Node::Buffer(_) => {
-            others.extend(ancestors(path).map(str::to_string));
-        }
-    });
-    if let Some(path) = adapted {
+/// The dropout stream of an adapter on the layer at `path`.
+fn stream(path: &str, name: &str) -> u32 {
+    match name {
+        DEFAULT_ADAPTER => philox::stream_of(path),
+        _ => philox::stream_of(&format!("{path}.{name}")),
+    }
+}
+
+/// Refuses names that PEFT refuses, and those that are no name of a folder.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let is_plain = |c: char| c.is_alphanumeric() || "_- ".contains(c);
+    if name.trim().is_empty() || name.contains("lora_") || !name.chars().all(is_plain) {
         return Err(Error::config(format!(
-            "{path} already carries an adapter: eject it or merge and unload it first"
+            "an adapter's name must be of letters, digits, '_', '-' and spaces, without \"lora_\", got {name:?}"
         )));
     }
-    for path in others.iter().filter(|path| !linears.contains_key(*path)) {
+    if name == BASE {
+        return Err(Error::config(format!("{BASE:?} means no adapter and is no adapter's name")));
+    }
+    Ok(())
+}
+
+/// The adapters in use, if the model has any; refuses a new one that does not go with them.
+fn check_others(
+    model: &dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+) -> Result<Option<Vec<String>>> {
+    let (mut active, mut problem) = (None, None);
+    model.visit("", &mut |path, node| {
+        let Node::Layer(layer) = node else { return };
+        if layer.adapters.is_empty() {
+            return;
+        }
+        active.get_or_insert_with(|| layer.adapters.active.clone());
+        let changes_base = layer.adapters.iter().find(|(_, adapter)| adapter.changes_base);
+        if layer.adapters.get(name).is_some() {
+            problem = Some(format!(
+                "{path} already carries an adapter called {name:?}: eject it, merge and unload it, or take another name"
+            ));
+        } else if layer.adapters.unmerged.is_some() {
+            problem = Some(format!("the adapters of {path} are merged: unmerge the model first"));
+        } else if let Some((other, _)) = changes_base {
+            problem = Some(format!(
+                "the adapter {other:?} changes its base, by bias, modules_to_save or init_lora_weights, and must be \
+                 alone on its model"
+            ));
+        }
+    });
+    if active.is_some() && config.changes_base() {
+        problem.get_or_insert_with(|| {
+            "an adapter that changes its base, by bias, modules_to_save or init_lora_weights, must be alone on its \
+             model"
+                .to_string()
+        });
+    }
+    problem.map_or(Ok(active), |problem| Err(Error::config(problem)))
+}
+
+fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMap<String, Target>> {
+    let mut layers = BTreeMap::new();
+    let mut others = BTreeSet::new();
+    model.visit("", &mut |path, node| match node {
+        Node::Layer(layer) => {
+            layers.insert(path.to_string(), layer.weight.clone());
+        }
+        Node::Parameter(_) | Node::Buffer(_) => {
+            if !is_adapter_tensor(path) {
+                others.extend(ancestors(path).map(str::to_string));
+            }
+        }
+    });
+    for path in others.iter().filter(|path| !layers.contains_key(*path)) {
         if matcher.is_target(path, false)? {
             return Err(Error::config(format!(
-                "target_modules: {path} is no linear layer, and only linear layers can be adapted"
+                "target_modules: {path} is no linear layer or convolution, and only those can be adapted"
             )));
         }
     }
     let mut targets = BTreeMap::new();
-    for (path, weight) in &linears {
-        if matcher.is_target(path, true)? {
-            if weight.rank() != 2 || weight.elem_count() == 0 {
+    for (path, weight) in &layers {
+        if matcher.is_target(path, weight.rank() == 2)? {
+            if !matches!(weight.rank(), 2 | 4) || weight.elem_count() == 0 {
                 return Err(Error::config(format!(
-                    "{path}: expected a weight [out, in], got {:?}",
+                    "{path}: expected a weight [out, in] or [out, in, k, k], got {:?}",
                     weight.dims()
                 )));
             }
@@ -242,37 +339,15 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
         }
     }
     if targets.is_empty() {
-        let names: BTreeSet<_> = linears.keys().map(|path| split_last(path).1).collect();
+        let names: BTreeSet<_> = layers.keys().map(|path| split_last(path).1).collect();
         let shown: Vec<_> = names.into_iter().take(SHOWN).collect();
         return Err(Error::config(format!(
-            "target_modules matches no linear layer; linear layers here are called, for example: {}",
-            shown.join(", ")
+            "target_modules matches no layer; layers here are called, for example: {}{}",
+            shown.join(", "),
+            matcher.narrowed_by()
         )));
     }
     Ok(targets)
-}
-
-/// `[rows, cols]` in f32, uniform in `(-1/sqrt(cols), 1/sqrt(cols))`; a function of seed and name alone.
-fn kaiming_uniform(
-    name: &str,
-    rows: usize,
-    cols: usize,
-    seed: u64,
-    device: &Device,
-) -> Result<Tensor> {
-    let bound = 1.0 / (cols as f64).sqrt();
-    let key = [seed as u32, (seed >> 32) as u32];
-    let stream = philox::stream_of(name);
-    let count = rows * cols;
-    let values: Vec<f32> = (0..count.div_ceil(4) as u64)
-        .flat_map(|block| philox::philox4x32([block as u32, (block >> 32) as u32, 0, stream], key))
-        .take(count)
-        .map(|word| {
-            let unit = (f64::from(word) + 0.5) / 2f64.powi(32);
-            ((2.0 * unit - 1.0) * bound) as f32
-        })
-        .collect();
-    Ok(Tensor::from_vec(values, (rows, cols), device)?)
 }
 
 /// Freezes `model` and gives every targeted linear layer a fresh, trainable adapter in f32; makes trainable what
@@ -282,25 +357,39 @@ fn kaiming_uniform(
 /// # Errors
 /// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is
 /// no linear layer is targeted, a layer is both targeted and to be saved, no module has a name to be saved (PEFT
-/// passes over that one in silence), or the model already carries an adapter.
+/// passes over that one in silence), or the model already carries an adapter of the name "default".
 /// The model is unchanged then.
 pub fn inject(model: &mut dyn ModuleTree, config: &LoraConfig, seed: u64) -> Result<Vec<String>> {
-    let plan = Plan::new(model, config)?;
-    if config.init_lora_weights != InitLoraWeights::Default(true) {
-        return Err(Error::config("a new adapter needs init_lora_weights = true"));
-    }
+    add_adapter(model, DEFAULT_ADAPTER, config, seed)
+}
+
+/// As [`inject`], under a name, beside other adapters. Where there are any, they stay in use and the new one waits,
+/// frozen, for [`set_adapter`](super::set_adapter).
+///
+/// # Errors
+/// As [`inject`]; besides, when the name is no good one, the model's adapters are merged, or one of them or the new
+/// one changes the base (`bias`, `modules_to_save`, `init_lora_weights`), which only the one adapter of a model may.
+pub fn add_adapter(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+    seed: u64,
+) -> Result<Vec<String>> {
+    let plan = Plan::new(model, name, config)?;
     let values = plan.initial_values(seed)?;
     plan.apply(model, values)
 }
 
-/// Removes every adapter and, where one was merged, restores the weights from before. Base biases and modules that
-/// were trained along keep their trained values.
+/// Removes every adapter and, where any was merged, restores the weights from before. Base biases and modules that
+/// were trained along keep their trained values, and weights that an initialisation took a part from stay without it.
+///
+/// # Errors
+/// None of its own.
 pub fn eject(model: &mut dyn ModuleTree) -> Result<()> {
+    unmerge(model)?;
     model.visit_mut("", &mut |_, node| {
-        if let NodeMut::Linear(linear) = node {
-            if let Some(Adapter { unmerged: Some((weight, bias)), .. }) = linear.adapter.take() {
-                (linear.weight, linear.bias) = (weight, bias);
-            }
+        if let NodeMut::Layer(layer) = node {
+            *layer.adapters = Adapters::default();
         }
         Ok(())
     })

@@ -1,44 +1,53 @@
-//! Folding an adapter into the weights it adapts, and taking it out again.
+//! Folding the active adapters into the weights they adapt, and taking them out again.
 //!
 //! ```text
 //! LoRA   W' = W + scaling B A           b' = b + scaling lora_bias
 //! DoRA   W' = g (W + scaling B A)       g = magnitude / || W + scaling B A ||_row
 //! ```
-//! Computed in f32 and rounded once to the dtype of W. The adapter keeps W and b as they were, so unmerging is exact.
+//! Several are folded in one after the other; DoRA's norm is that of the original W with the one adapter, as in PEFT.
+//! Computed in f32 and rounded once to the dtype of W. The layer keeps W and b as they were, so unmerging is exact.
 //! A half-precision W' loses small deltas that the unmerged layer keeps.
 //!
 //! Source: PEFT 0.21, `merge` in `tuners/lora/layer.py` and `variants.py`.
 
-use crate::nn::{Adapter, Linear, ModuleTree, Node, NodeMut};
-use crate::{ops, Error, Result};
-use candle_core::{DType, Tensor};
+use crate::nn::{Adapters, Layer, LayerMut, ModuleTree, Node, NodeMut, Unmerged};
+use crate::{Error, Result};
+use candle_core::{DType, Tensor, D};
 use std::collections::BTreeMap;
 
-/// Weight and bias of `linear` with its adapter folded in.
-fn merged(path: &str, linear: &Linear, adapter: &Adapter) -> Result<(Tensor, Option<Tensor>)> {
-    let weight = (linear.weight.detach().to_dtype(DType::F32)? + adapter.delta()?.detach())?;
-    let weight = match &adapter.magnitude {
-        None => weight,
-        Some(magnitude) => {
-            let norm =
-                ops::dora_weight_norm(&linear.weight, &adapter.a, &adapter.b, adapter.scaling)?;
-            let g = (magnitude.detach().to_dtype(DType::F32)? / norm)?;
-            weight.broadcast_mul(&g.unsqueeze(1)?)?
+/// Weight and bias of `layer` with its active adapters folded in, and the names of these.
+fn merged(path: &str, layer: Layer<'_>) -> Result<(Tensor, Option<Tensor>, Vec<String>)> {
+    let to_f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
+    let base = to_f32(layer.weight)?;
+    let mut weight = base.clone();
+    let mut bias = layer.bias.map(to_f32).transpose()?;
+    let mut names = Vec::new();
+    for (name, adapter) in layer.adapters.activated() {
+        let delta = adapter.delta()?.detach();
+        weight = (weight + &delta)?;
+        if let Some(magnitude) = &adapter.magnitude {
+            let norm = (&base + &delta)?.flatten_from(1)?.sqr()?.sum(D::Minus1)?.sqrt()?;
+            let g = (to_f32(magnitude)?.flatten_all()? / norm)?;
+            let mut dims = vec![1; weight.rank()];
+            dims[0] = g.elem_count();
+            weight = weight.broadcast_mul(&g.reshape(dims)?)?;
         }
+        if let Some(lora) = &adapter.b_bias {
+            let Some(sum) = bias else {
+                return Err(Error::config(format!(
+                    "{path}: a LoRA bias cannot be merged into a layer that has no bias"
+                )));
+            };
+            bias = Some((sum + (to_f32(lora)? * adapter.scaling)?)?);
+        }
+        names.push(name.to_string());
+    }
+    let changed = layer.adapters.activated().any(|(_, adapter)| adapter.b_bias.is_some());
+    let bias = match (bias, layer.bias) {
+        (Some(sum), Some(old)) if changed => Some(sum.to_dtype(old.dtype())?),
+        (_, old) => old.cloned(),
     };
-    let bias = match (&linear.bias, &adapter.b_bias) {
-        (Some(bias), Some(lora)) => {
-            let lora = (lora.detach().to_dtype(DType::F32)? * adapter.scaling)?;
-            Some((bias.detach().to_dtype(DType::F32)? + lora)?.to_dtype(bias.dtype())?)
-        }
-        (None, Some(_)) => {
-            return Err(Error::config(format!(
-                "{path}: a LoRA bias cannot be merged into a layer that has no bias"
-            )))
-        }
-        (bias, None) => bias.clone(),
-    };
-    Ok((weight.to_dtype(linear.weight.dtype())?, bias))
+    Ok((weight.to_dtype(layer.weight.dtype())?, bias, names))
 }
 
 /// True when every element is finite: anything else times zero is NaN, and stays so in the sum.
@@ -51,47 +60,46 @@ fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<
     let mut results = Vec::new();
     let mut has_adapter = false;
     model.visit("", &mut |path, node| {
-        let Node::Linear(linear) = node else { return };
-        let Some(adapter) = &linear.adapter else { return };
-        has_adapter = true;
-        if adapter.unmerged.is_none() {
-            results.push((path.to_string(), merged(path, linear, adapter)));
+        let Node::Layer(layer) = node else { return };
+        has_adapter |= layer.adapters.activated().next().is_some();
+        if layer.adapters.unmerged.is_none() && layer.adapters.activated().next().is_some() {
+            results.push((path.to_string(), merged(path, layer)));
         }
     });
     if !has_adapter {
-        return Err(Error::config("the model carries no adapter to merge"));
+        return Err(Error::config("the model has no adapter in use to merge"));
     }
     let mut new = BTreeMap::new();
     for (path, result) in results {
-        let (weight, bias) = result?;
+        let (weight, bias, names) = result?;
         if refuse_non_finite {
             for tensor in std::iter::once(&weight).chain(&bias) {
                 if !is_finite(tensor)? {
                     return Err(Error::config(format!(
-                        "{path}: merging gives values that are not finite; the adapter seems broken"
+                        "{path}: merging gives values that are not finite; an adapter of {names:?} seems broken"
                     )));
                 }
             }
         }
-        new.insert(path, (weight, bias));
+        new.insert(path, (weight, bias, names));
     }
     model.visit_mut("", &mut |path, node| {
-        if let NodeMut::Linear(Linear { weight, bias, adapter: Some(adapter) }) = node {
-            if let Some((new_weight, new_bias)) = new.remove(path) {
-                let old_weight = std::mem::replace(weight, new_weight);
-                let old_bias = std::mem::replace(bias, new_bias);
-                adapter.unmerged = Some((old_weight, old_bias));
+        if let NodeMut::Layer(LayerMut { weight, bias, adapters }) = node {
+            if let Some((new_weight, new_bias, names)) = new.remove(path) {
+                let weight = std::mem::replace(weight, new_weight);
+                let bias = std::mem::replace(bias, new_bias);
+                adapters.unmerged = Some(Unmerged { names, weight, bias });
             }
         }
         Ok(())
     })
 }
 
-/// Folds every adapter into its layer's weight and bias; layers already merged stay as they are.
+/// Folds the active adapters into their layers' weights and biases; layers already merged stay as they are.
 ///
 /// # Errors
-/// When the model carries no adapter, or a LoRA bias meets a layer without bias, as in PEFT. The model is unchanged
-/// then.
+/// When the model carries no active adapter, or a LoRA bias meets a layer without bias, as in PEFT. The model is
+/// unchanged then.
 pub fn merge(model: &mut dyn ModuleTree) -> Result<()> {
     merge_checked(model, false)
 }
@@ -110,24 +118,24 @@ pub fn safe_merge(model: &mut dyn ModuleTree) -> Result<()> {
 /// None of its own.
 pub fn unmerge(model: &mut dyn ModuleTree) -> Result<()> {
     model.visit_mut("", &mut |_, node| {
-        if let NodeMut::Linear(Linear { weight, bias, adapter: Some(adapter) }) = node {
-            if let Some((old_weight, old_bias)) = adapter.unmerged.take() {
-                (*weight, *bias) = (old_weight, old_bias);
+        if let NodeMut::Layer(layer) = node {
+            if let Some(old) = layer.adapters.unmerged.take() {
+                (*layer.weight, *layer.bias) = (old.weight, old.bias);
             }
         }
         Ok(())
     })
 }
 
-/// Merges and then forgets the adapters: a plain model with adapted weights remains.
+/// Merges and then forgets the adapters, inactive ones too: a plain model with adapted weights remains.
 ///
 /// # Errors
 /// As [`merge`].
 pub fn merge_and_unload(model: &mut dyn ModuleTree) -> Result<()> {
     merge(model)?;
     model.visit_mut("", &mut |_, node| {
-        if let NodeMut::Linear(linear) = node {
-            linear.adapter = None;
+        if let NodeMut::Layer(layer) = node {
+            *layer.adapters = Adapters::default();
         }
         Ok(())
     })

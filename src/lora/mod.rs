@@ -24,15 +24,29 @@
 
 mod adapter;
 mod config;
+mod convert;
+mod init;
 mod inject;
+mod linalg;
 mod merge;
+mod mixed;
 mod report;
 mod state;
+mod switch;
 mod target;
 
-pub use adapter::{load_adapter, save_adapter, CONFIG_FILE, TENSORS_FILE};
-pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames};
-pub use inject::{eject, inject};
+pub use adapter::{
+    load_adapter, load_named_adapter, save_adapter, save_named_adapter, write_adapter, CONFIG_FILE,
+    TENSORS_FILE,
+};
+pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, OneOrMany};
+pub use convert::convert_to_lora;
+pub use inject::{add_adapter, eject, inject};
 pub use merge::{merge, merge_and_unload, safe_merge, unmerge};
+pub use mixed::by_adapter;
 pub use report::{peft_trainable_parameters, trainable_parameters, ParameterReport};
-pub use state::{adapter_state, set_adapter_state};
+pub use state::{adapter_state, named_adapter_state, set_adapter_state};
+pub use switch::{
+    active_adapters, adapter_names, delete_adapter, disable_adapters, enable_adapters, set_adapter,
+    BASE,
+};

@@ -13,7 +13,9 @@
 
 use super::target::Matcher;
 use super::{BiasTraining, LoraConfig};
-use crate::nn::{ModuleTree, Node, NodeMut};
+use crate::nn::{
+    adapter_tensor_name, is_adapter_tensor, ModuleTree, Node, NodeMut, DEFAULT_ADAPTER,
+};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{DType, Tensor, Var};
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,9 +58,10 @@ pub(super) fn base_key(
     (is_saved || (is_bias && config.bias == BiasTraining::All)).then(|| format!("{PREFIX}{name}"))
 }
 
-/// Key, name and tensor of everything in an injected model that is saved with its adapter.
-fn saved_tensors(
+/// Key, name in the model and tensor of everything that is saved with the adapter called `adapter`.
+pub(super) fn saved_tensors(
     model: &dyn ModuleTree,
+    adapter: &str,
     config: &LoraConfig,
 ) -> Result<Vec<(String, String, Tensor)>> {
     let matcher = Matcher::new(config)?;
@@ -66,38 +69,41 @@ fn saved_tensors(
     let mut saved = Vec::new();
     model.visit("", &mut |path, node| {
         let (tensor, is_buffer) = match node {
-            Node::Linear(linear) => {
-                if linear.adapter.is_some() {
+            Node::Layer(layer) => {
+                if let Some(own) = layer.adapters.get(adapter) {
                     adapted.insert(path.to_string());
+                    saved.extend(own.tensors().map(|(leaf, tensor)| {
+                        let name = adapter_tensor_name(path, adapter, leaf);
+                        (format!("{PREFIX}{path}.{leaf}"), name, tensor.clone())
+                    }));
                 }
                 return;
             }
+            Node::Parameter(_) if is_adapter_tensor(path) => return,
             Node::Parameter(tensor) => (tensor, false),
             Node::Buffer(tensor) => (tensor, true),
         };
-        let in_adapter = ancestors(path).any(|module| {
-            adapted.contains(module) && path[module.len() + 1..].starts_with("lora_")
-        });
-        let key = if in_adapter {
-            Some(format!("{PREFIX}{path}"))
-        } else {
-            base_key(path, is_buffer, config, &matcher, |module| adapted.contains(module))
-        };
-        if let Some(key) = key {
+        let is_adapted = |module: &str| adapted.contains(module);
+        if let Some(key) = base_key(path, is_buffer, config, &matcher, is_adapted) {
             saved.push((key, path.to_string(), tensor.clone()));
         }
     });
     if adapted.is_empty() {
-        return Err(Error::config("the model carries no adapter: inject or load one first"));
+        return Err(match adapter {
+            DEFAULT_ADAPTER => {
+                Error::config("the model carries no adapter: inject or load one first")
+            }
+            _ => Error::config(format!("the model carries no adapter called {adapter:?}")),
+        });
     }
     Ok(saved)
 }
 
-fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
+pub(super) fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
     let mut merged = None;
     model.visit("", &mut |path, node| {
-        if let Node::Linear(linear) = node {
-            if linear.adapter.as_ref().is_some_and(|adapter| adapter.unmerged.is_some()) {
+        if let Node::Layer(layer) = node {
+            if layer.adapters.unmerged.is_some() {
                 merged.get_or_insert_with(|| path.to_string());
             }
         }
@@ -116,8 +122,20 @@ pub fn adapter_state(
     model: &dyn ModuleTree,
     config: &LoraConfig,
 ) -> Result<BTreeMap<String, Tensor>> {
+    named_adapter_state(model, DEFAULT_ADAPTER, config)
+}
+
+/// As [`adapter_state`], of the adapter called `name`.
+///
+/// # Errors
+/// When the model carries no such adapter, or a merged one.
+pub fn named_adapter_state(
+    model: &dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+) -> Result<BTreeMap<String, Tensor>> {
     refuse_merged(model)?;
-    saved_tensors(model, config)?
+    saved_tensors(model, name, config)?
         .into_iter()
         .map(|(key, _, tensor)| Ok((key, tensor.copy()?.detach())))
         .collect()
@@ -135,7 +153,7 @@ pub fn set_adapter_state(
     tensors: &BTreeMap<String, Tensor>,
 ) -> Result<()> {
     refuse_merged(model)?;
-    let saved = saved_tensors(model, config)?;
+    let saved = saved_tensors(model, DEFAULT_ADAPTER, config)?;
     let wanted = saved
         .iter()
         .map(|(key, name, tensor)| {
@@ -143,16 +161,30 @@ pub fn set_adapter_state(
         })
         .collect();
     check("the adapter state", &wanted, tensors)?;
-    let mut values = BTreeMap::new();
-    for (key, name, tensor) in &saved {
-        if let Some(value) = tensors.get(key) {
-            let value = value.to_device(tensor.device())?.to_dtype(tensor.dtype())?;
-            values.insert(name.as_str(), value);
+    let values = saved.into_iter().filter_map(|(key, name, _)| Some((name, tensors.get(&key)?)));
+    overwrite(model, values.collect())
+}
+
+/// Gives tensors of the model new values, in device and dtype of the old ones; variables in place.
+pub(super) fn overwrite(
+    model: &mut dyn ModuleTree,
+    values: BTreeMap<String, &Tensor>,
+) -> Result<()> {
+    let mut converted = BTreeMap::new();
+    model.visit("", &mut |name, node| {
+        let (Node::Parameter(old) | Node::Buffer(old)) = node else { return };
+        if let Some(value) = values.get(name) {
+            let value = value.to_device(old.device()).and_then(|v| v.to_dtype(old.dtype()));
+            converted.insert(name.to_string(), value);
         }
-    }
-    model.visit_mut("", &mut |path, node| {
+    });
+    let mut converted = converted
+        .into_iter()
+        .map(|(name, value)| Ok((name, value?)))
+        .collect::<Result<BTreeMap<_, _>>>()?;
+    model.visit_mut("", &mut |name, node| {
         let (NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor)) = node else { return Ok(()) };
-        match values.remove(path) {
+        match converted.remove(name) {
             Some(value) if tensor.is_variable() => Var::from_tensor(tensor)?.set(&value)?,
             Some(value) => *tensor = value.detach(),
             None => {}

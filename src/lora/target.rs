@@ -1,7 +1,8 @@
 //! Which modules a configuration means, by PEFT's rules.
 //!
 //! ```text
-//! list          path == name, or path ends with "." + name
+//! list          path == name; or path ends with "." + name, and the layer's index is asked for
+//! index         the first number that follows layers_pattern, or any component, in the path
 //! string        Python's re.fullmatch(string, path)
 //! to save       path ends with name; nothing at or below a component that matches name is ever targeted
 //! rank, alpha   the first pattern with Python's re.match("(.*\.)?(pattern)$", path)
@@ -10,7 +11,7 @@
 //! Source: PEFT 0.21, `check_target_module_exists` in `tuners/tuners_utils.py`; `_set_trainable` and
 //! `get_pattern_key` in `utils/other.py`.
 
-use super::{LoraConfig, ModuleNames};
+use super::{LoraConfig, ModuleNames, OneOrMany};
 use crate::{Error, Result};
 use fancy_regex::Regex;
 
@@ -19,6 +20,7 @@ pub(super) struct Matcher<'a> {
     config: &'a LoraConfig,
     target: Names<'a>,
     exclude: Names<'a>,
+    layers: Option<Layers<'a>>,
     saved: Vec<Regex>,
     ranks: Vec<(Regex, usize)>,
     alphas: Vec<(Regex, f64)>,
@@ -53,14 +55,58 @@ impl<'a> Names<'a> {
     }
 }
 
+/// The blocks that are asked for.
+struct Layers<'a> {
+    indices: &'a [i64],
+    /// Each with a group `idx`.
+    patterns: Vec<Regex>,
+}
+
+impl<'a> Layers<'a> {
+    /// None where every block is asked for.
+    fn new(config: &'a LoraConfig) -> Result<Option<Self>> {
+        let indices = match &config.layers_to_transform {
+            None => return Ok(None),
+            Some(OneOrMany::Many(indices)) if indices.is_empty() => return Ok(None),
+            Some(indices) => indices.as_slice(),
+        };
+        let patterns = match &config.layers_pattern {
+            None => &[][..],
+            Some(OneOrMany::One(name)) if name.is_empty() => &[],
+            Some(names) => names.as_slice(),
+        };
+        let patterns = if patterns.is_empty() {
+            vec![compile(r"\A(?:.*?\.[^.]*\.(?P<idx>\d+)\.)")?]
+        } else {
+            let before =
+                |name: &String| compile(&format!(r"\A(?:(?:^|.*?\.){name}\.(?P<idx>\d+)\.)"));
+            patterns.iter().map(before).collect::<Result<_>>()?
+        };
+        Ok(Some(Self { indices, patterns }))
+    }
+
+    fn contains(&self, path: &str) -> Result<bool> {
+        for pattern in &self.patterns {
+            let found = pattern.captures(path).map_err(|e| failed(pattern, &e))?;
+            if let Some(found) = found {
+                let index = found.name("idx").and_then(|index| index.as_str().parse().ok());
+                return Ok(index.is_some_and(|index| self.indices.contains(&index)));
+            }
+        }
+        Ok(false)
+    }
+}
+
 fn compile(pattern: &str) -> Result<Regex> {
     Regex::new(pattern).map_err(|e| Error::config(format!("regular expression {pattern:?}: {e}")))
 }
 
 fn is_match(regex: &Regex, path: &str) -> Result<bool> {
-    regex
-        .is_match(path)
-        .map_err(|e| Error::config(format!("regular expression {:?}: {e}", regex.as_str())))
+    regex.is_match(path).map_err(|e| failed(regex, &e))
+}
+
+fn failed(regex: &Regex, error: &fancy_regex::Error) -> Error {
+    Error::config(format!("regular expression {:?}: {error}", regex.as_str()))
 }
 
 fn compile_suffixes<T: Copy>(
@@ -95,6 +141,7 @@ impl<'a> Matcher<'a> {
             config,
             target,
             exclude: Names::new(config.exclude_modules.as_ref())?,
+            layers: Layers::new(config)?,
             saved: config
                 .modules_to_save
                 .iter()
@@ -111,12 +158,30 @@ impl<'a> Matcher<'a> {
         if path.is_empty() || !self.target.matches(path, is_linear)? {
             return Ok(false);
         }
+        if let (Names::List(names), Some(layers)) = (&self.target, &self.layers) {
+            // A layer named in full is meant whatever its index.
+            if !names.iter().any(|name| name == path) && !layers.contains(path)? {
+                return Ok(false);
+            }
+        }
         for saved in &self.saved {
             if is_match(saved, path)? {
                 return Ok(false);
             }
         }
         Ok(!self.exclude.matches(path, is_linear)?)
+    }
+
+    /// A reminder, for the error when nothing is targeted, of what else narrows the targets.
+    pub(super) fn narrowed_by(&self) -> String {
+        let mut note = String::new();
+        if let Some(indices) = &self.config.layers_to_transform {
+            note += &format!("; layers_to_transform is {:?}", indices.as_slice());
+        }
+        if let Some(names) = &self.config.layers_pattern {
+            note += &format!("; layers_pattern is {:?}", names.as_slice());
+        }
+        note
     }
 
     /// Whether the module at `path` is trained and saved whole.

@@ -6,7 +6,13 @@
 //! There are two kinds: kernel = stride (patches; 1x1 too), where the columns are a rearrangement of the input,
 //! and an odd kernel padded by half of it, of stride 1 ("same") or more (downsampling). Written this way each is an [`ops::lora_linear`]: every
 //! gradient exists, and a frozen kernel costs none. Weights keep the shape that checkpoints have, `[out, in, k, k]`.
+//!
+//! A LoRA adapter on a convolution is A, a convolution of the same kernel to `rank` channels, and B, a 1x1: over the
+//! columns both are matrices, as with a linear layer. Source: `Conv2d` in `peft/tuners/lora/layer.py`.
 
+use super::low_rank::{as_matrix, in_turn};
+use super::tree::visit_layer;
+use super::{Adapters, LayerMut, Mode, ModuleTree, Node, NodeMut};
 use crate::module_tree;
 use crate::ops::{self, Activation, Projection};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
@@ -20,9 +26,24 @@ pub struct Conv2d {
     pub bias: Option<Tensor>,
     /// The kernel's size, or less.
     pub stride: usize,
+    /// None at first.
+    pub adapters: Adapters,
 }
 
-module_tree!(Conv2d { weight, bias });
+impl ModuleTree for Conv2d {
+    fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
+        visit_layer(path, &self.weight, self.bias.as_ref(), &self.adapters, f)
+    }
+
+    fn visit_mut(
+        &mut self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> crate::Result<()>,
+    ) -> crate::Result<()> {
+        let Self { weight, bias, adapters, .. } = self;
+        LayerMut { weight, bias, adapters }.visit(path, f)
+    }
+}
 
 impl Conv2d {
     /// All zero, with kernel = stride.
@@ -36,7 +57,7 @@ impl Conv2d {
     ) -> Result<Self> {
         let weight = Tensor::zeros((out_dim, in_dim, kernel, kernel), dtype, device)?;
         let bias = bias.then(|| Tensor::zeros(out_dim, dtype, device)).transpose()?;
-        Ok(Self { weight, bias, stride: kernel })
+        Ok(Self { weight, bias, stride: kernel, adapters: Adapters::default() })
     }
 
     /// All zero, with stride 1 and an odd kernel, padded by half of it; no bias.
@@ -70,8 +91,32 @@ impl Conv2d {
     ///
     /// # Errors
     /// When the channels differ, or kernel = stride does not divide H and W.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (out_dim, in_dim, kernel, _) = self.weight.dims4()?;
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let weight = as_matrix(&self.weight)?;
+        let base = Projection { weight: &weight, bias: self.bias.as_ref(), lora: None };
+        let columns = self.columns(x)?;
+        let low_rank = self.adapters.low_rank(mode)?;
+        // Where windows overlap an input is in several columns, and dropped in all or in none of them.
+        let overlaps = self.weight.dim(2)? > self.stride;
+        let lora = match low_rank.as_slice() {
+            [] => None,
+            [part] if part.magnitude().is_none() && !(overlaps && part.drops()) => {
+                Some(part.lora())
+            }
+            parts => {
+                return in_turn(&base, parts, |dropout| match dropout {
+                    Some(dropout) if overlaps => self.columns(&ops::dropout(x, dropout)?),
+                    Some(dropout) => ops::dropout(&columns, dropout),
+                    None => Ok(columns.clone()),
+                })
+            }
+        };
+        ops::lora_linear(&columns, &Projection { lora, ..base }, Activation::None, None)
+    }
+
+    /// Each output's inputs in a row: `[B, H, W, in] -> [B, H / stride, W / stride, k k in]`
+    fn columns(&self, x: &Tensor) -> Result<Tensor> {
+        let (_, in_dim, kernel, _) = self.weight.dims4()?;
         let &[_, h, w, channels] = x.dims() else {
             bail!("conv2d: x must have shape [B, H, W, {in_dim}], got {:?}", x.dims())
         };
@@ -85,15 +130,11 @@ impl Conv2d {
                 x.dims()
             )
         }
-        let columns = match (kernel, self.stride) {
-            (1, 1) => x.clone(),
-            (kernel, stride) if kernel == stride => patches(x, kernel)?,
-            (kernel, stride) => neighbourhoods(x, kernel, stride)?,
-        };
-        let weight = self.weight.permute((0, 2, 3, 1))?;
-        let weight = weight.reshape((out_dim, kernel * kernel * in_dim))?;
-        let projection = Projection { weight: &weight, bias: self.bias.as_ref(), lora: None };
-        ops::lora_linear(&columns, &projection, Activation::None, None)
+        match (kernel, self.stride) {
+            (1, 1) => Ok(x.clone()),
+            (kernel, stride) if kernel == stride => patches(x, kernel),
+            (kernel, stride) => neighbourhoods(x, kernel, stride),
+        }
     }
 }
 
@@ -215,8 +256,13 @@ mod tests {
             // Square: the backward of candle's own takes the height for the width.
             let x = candle_core::Var::from_tensor(&random(&[2, h, h, 3], 1.)?)?;
             let weight = candle_core::Var::from_tensor(&random(&[5, 3, kernel, kernel], 2.)?)?;
-            let conv = Conv2d { weight: weight.as_tensor().clone(), bias: None, stride };
-            let ours = conv.forward(&x)?;
+            let conv = Conv2d {
+                weight: weight.as_tensor().clone(),
+                bias: None,
+                stride,
+                adapters: Adapters::default(),
+            };
+            let ours = conv.forward(&x, Mode::Eval)?;
             let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
             let theirs = nchw.conv2d(&weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?;
             let worst = largest_difference(&ours, &theirs, &[&x, &weight])?;
@@ -245,7 +291,7 @@ mod tests {
     fn shapes_that_do_not_fit_are_refused() -> Result<()> {
         let conv = Conv2d::patches(3, 5, 2, true, DType::F32, &Device::Cpu)?;
         for shape in [&[1, 4, 5, 3][..], &[1, 4, 4, 2], &[4, 4, 3]] {
-            let error = conv.forward(&random(shape, 0.)?).map(|_| ());
+            let error = conv.forward(&random(shape, 0.)?, Mode::Eval).map(|_| ());
             let message = error.expect_err("accepted").to_string();
             assert!(message.contains("[B, H, W, 3]"), "{message}");
         }

@@ -1,5 +1,6 @@
 //! LayerNorm over the last dimension, with a gradient (candle-nn's fast one has none).
 
+use crate::ops::Norm;
 use crate::{module_tree, ops};
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -26,5 +27,10 @@ impl LayerNorm {
     /// `[.., C] -> [.., C]`
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+
+    /// For operations that the norm is a part of.
+    pub fn parameters(&self) -> Norm<'_> {
+        Norm { weight: &self.weight, bias: &self.bias, eps: self.eps }
     }
 }

@@ -1,8 +1,8 @@
 //! The two-layer perceptron of a transformer block.
 
-use super::{Linear, Mode};
+use super::{LayerNorm, Linear, Mode};
 use crate::module_tree;
-use crate::ops::Activation;
+use crate::ops::{self, Activation};
 use candle_core::{DType, Device, Result, Tensor};
 
 /// `lin2(act(lin1(x))) + residual`
@@ -32,6 +32,18 @@ impl MlpBlock {
             lin2: Linear::zeros(mlp_dim, size, true, dtype, device)?,
             activation,
         })
+    }
+
+    /// `x + mlp(norm(x))`: `[.., C] -> [.., C]`
+    pub fn forward_normed(&self, x: &Tensor, norm: &LayerNorm, mode: Mode) -> Result<Tensor> {
+        let (low_rank1, low_rank2) = (self.lin1.low_rank(mode)?, self.lin2.low_rank(mode)?);
+        match (self.lin1.projection(&low_rank1), self.lin2.projection(&low_rank2)) {
+            (Some(lin1), Some(lin2)) => {
+                ops::mlp_block(x, &norm.parameters(), &lin1, self.activation, &lin2)
+            }
+            // Some output is no sum of base and low-rank part, as with DoRA.
+            _ => self.forward(&norm.forward(x)?, x, mode),
+        }
     }
 
     /// `[.., C] -> [.., C]`

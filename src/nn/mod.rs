@@ -1,23 +1,30 @@
 //! Layers on top of [`crate::ops`], and the named tree they form.
 
+mod adapter;
+mod adapters;
 mod conv;
 mod embedding;
 mod gradient_checkpoint;
 mod init;
 mod layer_norm;
 mod linear;
+mod low_rank;
 mod mlp;
 mod mode;
 mod tree;
 
+pub use adapter::Adapter;
+pub use adapters::{adapter_tensor_name, is_adapter_tensor, Adapters, Unmerged, DEFAULT_ADAPTER};
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use embedding::Embedding;
 pub use gradient_checkpoint::gradient_checkpoint;
 pub use init::randomize;
 pub use layer_norm::LayerNorm;
-pub use linear::{Adapter, Linear};
+pub use linear::Linear;
+pub use low_rank::LowRank;
 pub use mlp::MlpBlock;
 pub use mode::Mode;
 pub use tree::{
-    child, join, named_parameters, set_trainable, trainable, Buffer, ModuleTree, Node, NodeMut,
+    child, join, named_parameters, set_trainable, trainable, Buffer, Layer, LayerMut, ModuleTree,
+    Node, NodeMut,
 };

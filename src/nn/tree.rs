@@ -1,10 +1,10 @@
 //! A model as a tree of named tensors, the way PyTorch's `named_parameters` shows one.
 //!
 //! Checkpoints, LoRA injection, optimizers and reports all work on this view: they walk the tree and see each
-//! tensor and each [`Linear`] with its dotted name. A layer takes part by listing its children once, with
+//! tensor, and each [`Layer`] that can be adapted, with its dotted name. A layer takes part by listing its children once, with
 //! [`module_tree!`](crate::module_tree), under the names its checkpoint uses.
 
-use super::Linear;
+use super::Adapters;
 use crate::Result;
 use candle_core::{Tensor, Var};
 
@@ -15,8 +15,8 @@ pub enum Node<'a> {
     Parameter(&'a Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a Tensor),
-    /// A linear layer, met before its own parameters.
-    Linear(&'a Linear),
+    /// A layer that can be adapted, met before its own parameters.
+    Layer(Layer<'a>),
 }
 
 /// What a mutable walk meets; see [`Node`].
@@ -26,8 +26,64 @@ pub enum NodeMut<'a> {
     Parameter(&'a mut Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a mut Tensor),
-    /// A linear layer, met before its own parameters.
-    Linear(&'a mut Linear),
+    /// A layer that can be adapted, met before its own parameters.
+    Layer(LayerMut<'a>),
+}
+
+/// A layer that can be adapted: a [`Linear`](super::Linear), or a [`Conv2d`](super::Conv2d) where the weight has four
+/// dimensions.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// `[out, in]` or `[out, in, k, k]`
+    pub weight: &'a Tensor,
+    /// `[out]`
+    pub bias: Option<&'a Tensor>,
+    /// By name.
+    pub adapters: &'a Adapters,
+}
+
+/// A [`Layer`] to change.
+#[derive(Debug)]
+pub struct LayerMut<'a> {
+    /// `[out, in]` or `[out, in, k, k]`
+    pub weight: &'a mut Tensor,
+    /// `[out]`
+    pub bias: &'a mut Option<Tensor>,
+    /// By name.
+    pub adapters: &'a mut Adapters,
+}
+
+/// The nodes of a layer: itself, its parameters, those of its adapters.
+pub(super) fn visit_layer(
+    path: &str,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    adapters: &Adapters,
+    f: &mut dyn FnMut(&str, Node<'_>),
+) {
+    f(path, Node::Layer(Layer { weight, bias, adapters }));
+    f(&join(path, "weight"), Node::Parameter(weight));
+    if let Some(bias) = bias {
+        f(&join(path, "bias"), Node::Parameter(bias));
+    }
+    adapters.visit(path, f)
+}
+
+impl LayerMut<'_> {
+    /// As [`visit_layer`].
+    pub(super) fn visit(
+        self,
+        path: &str,
+        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let Self { weight, bias, adapters } = self;
+        f(path, NodeMut::Layer(LayerMut { weight, bias, adapters }))?;
+        f(&join(path, "weight"), NodeMut::Parameter(weight))?;
+        if let Some(bias) = bias {
+            f(&join(path, "bias"), NodeMut::Parameter(bias))?;
+        }
+        adapters.visit_mut(path, f)
+    }
 }
 
 /// A tree of named tensors.

@@ -2,6 +2,7 @@
 
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// Whether a fused operation runs on this device: the CPU, or a GPU of compute capability 8.0 or newer, if the kernels
@@ -42,9 +43,13 @@ pub(super) fn to_f32<'a>(
     storage: &'a CpuStorage,
     layout: &Layout,
 ) -> Result<Cow<'a, [f32]>> {
-    fn gather<T: Copy>(data: &[T], layout: &Layout, convert: impl Fn(T) -> f32) -> Vec<f32> {
+    fn gather<T: Copy + Sync>(
+        data: &[T],
+        layout: &Layout,
+        convert: impl Fn(T) -> f32 + Sync + Send,
+    ) -> Vec<f32> {
         match layout.contiguous_offsets() {
-            Some((start, end)) => data[start..end].iter().map(|&x| convert(x)).collect(),
+            Some((start, end)) => converted(&data[start..end], convert),
             None => offsets(layout).map(|index| convert(data[index])).collect(),
         }
     }
@@ -57,6 +62,14 @@ pub(super) fn to_f32<'a>(
         CpuStorage::BF16(data) => Cow::Owned(gather(data, layout, bf16::to_f32)),
         _ => bail!("{op}: tensors must be f32, f16 or bf16"),
     })
+}
+
+/// By all threads.
+fn converted<T: Copy + Sync, U: Send>(
+    data: &[T],
+    convert: impl Fn(T) -> U + Sync + Send,
+) -> Vec<U> {
+    data.par_iter().with_min_len(1 << 14).map(|&x| convert(x)).collect()
 }
 
 /// The offsets of a layout's elements in row-major order, for any strides.
@@ -92,8 +105,8 @@ pub(super) fn dtype_of(storage: &CpuStorage) -> DType {
 pub(super) fn from_f32(op: &'static str, values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
     Ok(match dtype {
         DType::F32 => CpuStorage::F32(values),
-        DType::F16 => CpuStorage::F16(values.into_iter().map(f16::from_f32).collect()),
-        DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::from_f32).collect()),
+        DType::F16 => CpuStorage::F16(converted(&values, f16::from_f32)),
+        DType::BF16 => CpuStorage::BF16(converted(&values, bf16::from_f32)),
         dtype => bail!("{op}: tensors must be f32, f16 or bf16, got {dtype:?}"),
     })
 }

@@ -18,6 +18,15 @@ pub(super) const OP: &str = "layer-norm";
 /// # Errors
 /// On empty tensors, shapes that do not fit, mixed dtypes or devices, an `eps` that is not a positive number.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    validate(x, weight, bias, eps)?;
+    if !fused_on(x.device(), || true) {
+        return composed::layer_norm(x, weight, bias, eps);
+    }
+    operand(x)?.apply_op3(&operand(weight)?, &operand(bias)?, FusedLayerNorm { eps })
+}
+
+/// Checks everything.
+pub(super) fn validate(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<()> {
     check::float(OP, "x", x)?;
     check::not_empty(OP, "x", x)?;
     let size = x.dims()[x.rank() - 1];
@@ -28,10 +37,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if !(eps.is_finite() && eps > 0.0) {
         bail!("{OP}: eps must be positive and finite, got {eps}")
     }
-    if !fused_on(x.device(), || true) {
-        return composed::layer_norm(x, weight, bias, eps);
-    }
-    operand(x)?.apply_op3(&operand(weight)?, &operand(bias)?, FusedLayerNorm { eps })
+    Ok(())
 }
 
 struct FusedLayerNorm {
@@ -56,7 +62,7 @@ impl CustomOp3 for FusedLayerNorm {
         let weight = to_f32(OP, weight, weight_layout)?;
         let bias = to_f32(OP, bias, bias_layout)?;
         let y = cpu::layer_norm::forward(&rows, &weight, &bias, self.eps);
-        Ok((from_f32(OP, y, dtype_of(x))?, x_layout.shape().clone()))
+        Ok((from_f32(OP, y.into_vec(), dtype_of(x))?, x_layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -93,6 +99,6 @@ impl CustomOp3 for FusedLayerNorm {
         })?;
         let wanted =
             |values, like: &Tensor| like.track_op().then(|| tensor_like(values, like)).transpose();
-        Ok((wanted(dx, x)?, wanted(dweight, weight)?, wanted(dbias, bias)?))
+        Ok((wanted(dx.into_vec(), x)?, wanted(dweight, weight)?, wanted(dbias, bias)?))
     }
 }

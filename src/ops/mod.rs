@@ -6,6 +6,7 @@
 //! | [`lora_linear`] | `act(x W^T + b + scaling (drop(x) A^T B^T + lora_bias)) + residual` |
 //! | [`lora_qkv`] | q, k and v projections side by side, LoRA on any of them |
 //! | [`rel_pos_attention`] | attention with decomposed relative positions, global or windowed |
+//! | [`attention_block`], [`mlp_block`] | the two residual branches of an encoder layer |
 //! | [`dora_linear`] | a linear with a DoRA adapter |
 //! | [`dropout`] | counter-based dropout |
 //!
@@ -13,6 +14,7 @@
 //! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
 //! It is what the fused ones are tested against, and what runs where they do not apply.
 
+mod chain;
 mod check;
 pub mod composed;
 mod custom;
@@ -25,6 +27,7 @@ mod projection;
 mod rel_pos_attention;
 mod resize;
 
+pub use chain::{attention_block, mlp_block, Norm};
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 pub use layer_norm::layer_norm;

@@ -12,7 +12,7 @@ use super::custom::{
     dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
 };
 use super::{check, composed, Gradients};
-use crate::cpu::projection::{self, Saved, Weights};
+use crate::cpu::projection::{self, Saved, Weight, Weights};
 use crate::launch::projection as kernels;
 use crate::philox::Dropout;
 use crate::problem::{self, LoraProblem, ProjectionProblem};
@@ -67,7 +67,7 @@ impl Activation {
         }
     }
 
-    fn problem(self) -> problem::Activation {
+    pub(super) fn problem(self) -> problem::Activation {
         match self {
             Self::None => problem::Activation::Identity,
             Self::Gelu => problem::Activation::Gelu,
@@ -126,7 +126,7 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     apply(OP, x, projections, Activation::None, None)
 }
 
-fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result<()> {
+pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result<()> {
     check::float(op, "x", x)?;
     check::not_empty(op, "x", x)?;
     let weight = projection.weight;
@@ -196,14 +196,7 @@ fn apply(
     activation: Activation,
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let mut small = Vec::new();
-    for p in projections {
-        small.extend(p.bias);
-        if let Some(lora) = &p.lora {
-            small.extend([lora.a, lora.b]);
-            small.extend(lora.b_bias);
-        }
-    }
+    let small: Vec<_> = projections.iter().flat_map(small).collect();
     let small = if small.is_empty() {
         Tensor::zeros(1, DType::F32, x.device())?
     } else {
@@ -223,7 +216,17 @@ fn apply(
     operand(x)?.apply_op3(&small, &operand(residual.unwrap_or(&absent))?, op)
 }
 
-fn problem(p: &Projection<'_>) -> ProjectionProblem {
+/// Everything small and differentiable of a projection, in the order of `small_layout`.
+pub(super) fn small<'a>(p: &Projection<'a>) -> Vec<&'a Tensor> {
+    let mut small = Vec::from_iter(p.bias);
+    if let Some(lora) = p.lora {
+        small.extend([lora.a, lora.b]);
+        small.extend(lora.b_bias);
+    }
+    small
+}
+
+pub(super) fn problem(p: &Projection<'_>) -> ProjectionProblem {
     ProjectionProblem {
         out_dim: p.weight.dims()[0],
         bias: p.bias.is_some(),
@@ -261,19 +264,42 @@ impl FusedProjection {
         super::gpu::projection::Projections { op: self.name, problem, weights: &self.weights }
     }
 
-    /// Calls `f` with the weights as f32 slices.
     fn with_weights<R>(&self, f: impl FnOnce(&Weights<'_>) -> Result<R>) -> Result<R> {
-        let guards: Vec<_> = self.weights.iter().map(Tensor::storage_and_layout).collect();
-        let weights = guards
-            .iter()
-            .map(|(storage, layout)| match &**storage {
-                Storage::Cpu(storage) => to_f32(self.name, storage, layout),
-                _ => bail!("{}: the weight left the CPU", self.name),
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let in_dim = self.weights[0].dims()[1];
-        f(&Weights { in_dim, projections: &self.problems, weights })
+        with_weights(self.name, &self.weights, &self.problems, f)
     }
+}
+
+fn weight<'a>(
+    op: &'static str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+    in_dim: usize,
+) -> Result<Weight<'a>> {
+    if let (CpuStorage::BF16(values), Some((start, end))) = (storage, layout.contiguous_offsets()) {
+        if let Some(weight) = Weight::from_bf16(&values[start..end], in_dim) {
+            return Ok(weight);
+        }
+    }
+    Ok(Weight::F32(to_f32(op, storage, layout)?))
+}
+
+/// Calls `f` with the weights as the CPU path takes them.
+pub(super) fn with_weights<R>(
+    op: &'static str,
+    weights: &[Tensor],
+    projections: &[ProjectionProblem],
+    f: impl FnOnce(&Weights<'_>) -> Result<R>,
+) -> Result<R> {
+    let guards: Vec<_> = weights.iter().map(Tensor::storage_and_layout).collect();
+    let in_dim = weights[0].dims()[1];
+    let values = guards
+        .iter()
+        .map(|(storage, layout)| match &**storage {
+            Storage::Cpu(storage) => weight(op, storage, layout, in_dim),
+            _ => bail!("{op}: the weight left the CPU"),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    f(&Weights { in_dim, projections, weights: values })
 }
 
 impl CustomOp3 for FusedProjection {
@@ -306,7 +332,7 @@ impl CustomOp3 for FusedProjection {
         }
         // The operation runs once; a second value could only be equal.
         let _ = self.saved.set(Kept::Cpu(saved));
-        Ok((from_f32(self.name, out, dtype_of(x))?, Shape::from(dims)))
+        Ok((from_f32(self.name, out.into_vec(), dtype_of(x))?, Shape::from(dims)))
     }
 
     #[cfg(feature = "cuda")]
@@ -354,7 +380,7 @@ impl CustomOp3 for FusedProjection {
                 })
             })
         })?;
-        let dx = wanted.0.then(|| tensor_like(grads.x, x)).transpose()?;
+        let dx = wanted.0.then(|| tensor_like(grads.x.into_vec(), x)).transpose()?;
         let dsmall = wanted.1.then(|| tensor_like(grads.small, small)).transpose()?;
         Ok((dx, dsmall, dresidual))
     }

@@ -50,16 +50,41 @@ pub struct RelPosAttention<'a> {
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
+    let (problem, tables, pad) = prepare(qkv, config)?;
+    let config = RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
+    let covered = || {
+        let needed = kernels::shared_bytes(&problem, qkv.dtype());
+        needed.is_some_and(|needed| needed <= shared_memory(qkv.device()))
+    };
+    if !fused_on(qkv.device(), covered) {
+        return Ok(composed::rel_pos_attention(qkv, &config)?.0);
+    }
+    let absent = Tensor::zeros(1, qkv.dtype(), qkv.device())?;
+    let tables = match &tables {
+        Some(tables) => Tensor::cat(tables, 0)?,
+        None => absent.clone(),
+    };
+    let op = FusedAttention { problem, pad: pad.is_some(), lse: OnceLock::new() };
+    operand(qkv)?.apply_op3(&operand(&tables)?, &operand(pad.unwrap_or(&absent))?, op)
+}
+
+/// Tables of the lengths that a problem wants.
+type Tables = Option<[Tensor; 2]>;
+
+/// Checks everything; the problem, its tables, and the pad where padding takes part.
+pub(super) fn prepare<'a>(
+    qkv: &Tensor,
+    config: &RelPosAttention<'a>,
+) -> Result<(AttentionProblem, Tables, Option<&'a Tensor>)> {
     let (h, w) = validate(qkv, config)?;
     let (side_h, side_w) = config.window.map_or((h, w), |window| (window, window));
     let tables = match config.rel_pos {
         None => None,
-        Some((rel_pos_h, rel_pos_w)) => Some((
+        Some((rel_pos_h, rel_pos_w)) => Some([
             resize_linear(rel_pos_h, 2 * side_h - 1)?,
             resize_linear(rel_pos_w, 2 * side_w - 1)?,
-        )),
+        ]),
     };
-    let config = RelPosAttention { rel_pos: tables.as_ref().map(|(h, w)| (h, w)), ..*config };
     let (batch, _, _, packed) = qkv.dims4()?;
     let problem = AttentionProblem {
         batch,
@@ -73,22 +98,8 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
         rel_pos: config.rel_pos.is_some(),
         dropout: config.dropout,
     };
-    let covered = || {
-        let needed = kernels::shared_bytes(&problem, qkv.dtype());
-        needed.is_some_and(|needed| needed <= shared_memory(qkv.device()))
-    };
-    if !fused_on(qkv.device(), covered) {
-        return Ok(composed::rel_pos_attention(qkv, &config)?.0);
-    }
-    let absent = Tensor::zeros(1, qkv.dtype(), qkv.device())?;
-    let tables = match config.rel_pos {
-        Some((rel_pos_h, rel_pos_w)) => Tensor::cat(&[rel_pos_h, rel_pos_w], 0)?,
-        None => absent.clone(),
-    };
     let padded = h % side_h != 0 || w % side_w != 0;
-    let pad = config.pad.filter(|_| padded);
-    let op = FusedAttention { problem, pad: pad.is_some(), lse: OnceLock::new() };
-    operand(qkv)?.apply_op3(&operand(&tables)?, &operand(pad.unwrap_or(&absent))?, op)
+    Ok((problem, tables, config.pad.filter(|_| padded)))
 }
 
 /// Inputs: qkv, both tables in one tensor, pad; placeholders for what is absent.
@@ -132,7 +143,7 @@ impl CustomOp3 for FusedAttention {
         // The operation runs once; a second value could only be equal.
         let _ = self.lse.set(Lse::Cpu(lse));
         let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
-        Ok((from_f32(OP, out, dtype_of(qkv))?, shape))
+        Ok((from_f32(OP, out.into_vec(), dtype_of(qkv))?, shape))
     }
 
     #[cfg(feature = "cuda")]
@@ -186,7 +197,7 @@ impl CustomOp3 for FusedAttention {
             (present && like.track_op()).then(|| tensor_like(values, like)).transpose()
         };
         Ok((
-            wanted(true, grads.qkv, qkv)?,
+            wanted(true, grads.qkv.into_vec(), qkv)?,
             wanted(self.problem.rel_pos, grads.tables, tables)?,
             wanted(self.pad, grads.pad, pad)?,
         ))

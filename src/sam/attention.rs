@@ -14,7 +14,7 @@
 //! Source: `SamVisionAttention`, `SamVisionLayer` in `modeling_sam.py`.
 
 use super::SamVisionConfig;
-use crate::nn::{Linear, Mode, ModuleTree};
+use crate::nn::{LayerNorm, Linear, Mode, ModuleTree};
 use crate::ops::{self, composed, Activation, RelPosAttention};
 use crate::{module_tree, philox};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
@@ -29,10 +29,10 @@ pub trait VisionAttention: ModuleTree + DynClone + Any + Debug + Send + Sync {
     /// From the layer-normed tokens, the whole unpadded grid: `[B, H, W, C] -> [B, H, W, C]`
     fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor>;
 
-    /// `residual + forward(x)`, what the layer calls; an attention whose last projection can add the residual itself
-    /// says so here.
-    fn forward_residual(&self, x: &Tensor, residual: &Tensor, mode: Mode) -> Result<Tensor> {
-        residual + self.forward(x, mode)?
+    /// `x + forward(norm(x))`, what the layer calls, from tokens before the layer norm; an attention that can do that
+    /// as one operation says so here.
+    fn forward_normed(&self, x: &Tensor, norm: &LayerNorm, mode: Mode) -> Result<Tensor> {
+        x + self.forward(&norm.forward(x)?, mode)?
     }
 
     /// `forward` and the attention weights `[B * windows * heads, N, N]`, before dropout; N is the number of tokens
@@ -151,7 +151,7 @@ impl RelPosCore {
     /// `[B, H, W, 3C] -> [B, H, W, C]`; `pad [3C]` is what a padded token is projected to, none zero.
     pub fn forward(&self, qkv: &Tensor, pad: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let tables = self.rel_pos_h.as_ref().zip(self.rel_pos_w.as_ref());
-        ops::rel_pos_attention(qkv, &self.config(qkv, tables, pad, mode)?)
+        ops::rel_pos_attention(qkv, &self.config(qkv.dim(D::Minus1)?, tables, pad, mode))
     }
 
     /// As `forward`, with the weights `[B * windows * heads, N, N]`; the one path that builds them.
@@ -168,27 +168,28 @@ impl RelPosCore {
         };
         let (rel_pos_h, rel_pos_w) = (resized(&self.rel_pos_h, h)?, resized(&self.rel_pos_w, w)?);
         let tables = rel_pos_h.as_ref().zip(rel_pos_w.as_ref());
-        let config = self.config(qkv, tables, pad, mode)?;
+        let config = self.config(qkv.dim(D::Minus1)?, tables, pad, mode);
         let (out, weights) = composed::rel_pos_attention(qkv, &config)?;
         Ok((out, weights.flatten(0, 1)?))
     }
 
+    /// The operation's settings for q, k and v that are `packed` wide together.
     fn config<'a>(
         &self,
-        qkv: &Tensor,
+        packed: usize,
         rel_pos: Option<(&'a Tensor, &'a Tensor)>,
         pad: Option<&'a Tensor>,
         mode: Mode,
-    ) -> Result<RelPosAttention<'a>> {
-        let head_dim = qkv.dim(D::Minus1)? / 3 / self.num_heads.max(1);
-        Ok(RelPosAttention {
+    ) -> RelPosAttention<'a> {
+        let head_dim = packed / 3 / self.num_heads.max(1);
+        RelPosAttention {
             num_heads: self.num_heads,
             softmax_scale: (head_dim as f64).powf(-0.5),
             rel_pos,
             window: self.window,
             pad,
             dropout: mode.dropout(self.dropout, self.stream),
-        })
+        }
     }
 }
 
@@ -216,10 +217,22 @@ impl SamVisionAttention {
         })
     }
 
+    fn parts(&self) -> [&Linear; 1] {
+        [&self.qkv]
+    }
+
     /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
     fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
-        let pad = if self.core.pads(x) { self.qkv.output_at_zero()? } else { None };
-        Ok((self.qkv.forward(x, mode)?, pad))
+        Ok((self.qkv.forward(x, mode)?, self.pad(x, mode)?))
+    }
+
+    /// q, k and v of a padded token, `[3C]`; none where no padded token takes part, or all are zero.
+    fn pad(&self, x: &Tensor, mode: Mode) -> Result<Option<Tensor>> {
+        if self.core.pads(x) {
+            self.qkv.output_at_zero(mode)
+        } else {
+            Ok(None)
+        }
     }
 }
 
@@ -254,25 +267,35 @@ impl SamVisionAttentionSplit {
         })
     }
 
+    fn parts(&self) -> [&Linear; 3] {
+        [&self.q, &self.k, &self.v]
+    }
+
     /// The packed q, k, v of the tokens, `[B, H, W, 3C]`, and of a padded token, `[3C]`.
     fn project(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Option<Tensor>)> {
-        let parts = [&self.q, &self.k, &self.v];
-        let qkv = match parts.map(|part| part.projection(mode)) {
-            [Some(q), Some(k), Some(v)] => ops::lora_qkv(x, &[q, k, v])?,
-            // DoRA's output is no sum of base and low-rank part.
+        let parts = self.parts();
+        let low_rank = [self.q.low_rank(mode)?, self.k.low_rank(mode)?, self.v.low_rank(mode)?];
+        let [q, k, v] = &low_rank;
+        let projections = (self.q.projection(q), self.k.projection(k), self.v.projection(v));
+        let qkv = match projections {
+            (Some(q), Some(k), Some(v)) => ops::lora_qkv(x, &[q, k, v])?,
+            // Some output is no sum of base and low-rank part, as with DoRA.
             _ => {
                 let outputs = parts.map(|part| part.forward(x, mode));
                 Tensor::cat(&outputs.into_iter().collect::<Result<Vec<_>>>()?, D::Minus1)?
             }
         };
-        let pad = if self.core.pads(x) { self.output_at_zero()? } else { None };
-        Ok((qkv, pad))
+        Ok((qkv, self.pad(x, mode)?))
     }
 
-    /// q, k and v of a padded token, `[3C]`; none where all are zero.
-    fn output_at_zero(&self) -> Result<Option<Tensor>> {
-        let parts = [&self.q, &self.k, &self.v];
-        let outputs = parts.iter().map(|part| part.output_at_zero()).collect::<Result<Vec<_>>>()?;
+    /// q, k and v of a padded token, `[3C]`; none where no padded token takes part, or all are zero.
+    fn pad(&self, x: &Tensor, mode: Mode) -> Result<Option<Tensor>> {
+        if !self.core.pads(x) {
+            return Ok(None);
+        }
+        let parts = self.parts();
+        let outputs =
+            parts.iter().map(|part| part.output_at_zero(mode)).collect::<Result<Vec<_>>>()?;
         if outputs.iter().all(Option::is_none) {
             return Ok(None);
         }
@@ -300,14 +323,24 @@ macro_rules! projections_around_the_core {
                 self.proj.forward(&self.attend(x, mode)?, mode)
             }
 
-            fn forward_residual(
-                &self,
-                x: &Tensor,
-                residual: &Tensor,
-                mode: Mode,
-            ) -> Result<Tensor> {
-                let out = self.attend(x, mode)?;
-                self.proj.forward_fused(&out, Activation::None, Some(residual), mode)
+            fn forward_normed(&self, x: &Tensor, norm: &LayerNorm, mode: Mode) -> Result<Tensor> {
+                let parts = self.parts();
+                let low_rank = parts.iter().map(|part| part.low_rank(mode));
+                let low_rank = low_rank.collect::<Result<Vec<_>>>()?;
+                let proj_low_rank = self.proj.low_rank(mode)?;
+                let qkv = parts.iter().zip(&low_rank).map(|(part, lora)| part.projection(lora));
+                let (Some(qkv), Some(proj)) =
+                    (qkv.collect::<Option<Vec<_>>>(), self.proj.projection(&proj_low_rank))
+                else {
+                    // Some output is no sum of base and low-rank part, as with DoRA.
+                    let out = self.attend(&norm.forward(x)?, mode)?;
+                    return self.proj.forward_fused(&out, Activation::None, Some(x), mode);
+                };
+                let tables = self.core.rel_pos_h.as_ref().zip(self.core.rel_pos_w.as_ref());
+                let pad = self.pad(x, mode)?;
+                let packed = parts.iter().map(|part| part.out_dim()).sum();
+                let config = self.core.config(packed, tables, pad.as_ref(), mode);
+                ops::attention_block(x, &norm.parameters(), &qkv, &config, &proj)
             }
 
             fn forward_with_weights(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {

@@ -112,11 +112,11 @@ impl DeepSeekOcrEncoder {
             ),
         }
         let pixel_values = pixel_values.to_dtype(projection.weight.dtype())?;
-        let mut x = projection.forward(&pixel_values.permute((0, 2, 3, 1))?)?;
+        let mut x = projection.forward(&pixel_values.permute((0, 2, 3, 1))?, mode)?;
         if let Some(pos_embed) = &self.sam.pos_embed {
             x = x.broadcast_add(&resize_bicubic(pos_embed, x.dim(1)?)?)?;
         }
-        let x = self.net_2.forward(&self.sam.encode(x, mode)?)?;
-        self.net_3.forward(&x)?.permute((0, 3, 1, 2))
+        let x = self.net_2.forward(&self.sam.encode(x, mode)?, mode)?;
+        self.net_3.forward(&x, mode)?.permute((0, 3, 1, 2))
     }
 }

@@ -27,7 +27,7 @@ module_tree!(SamPatchEmbeddings { projection });
 
 impl SamPatchEmbeddings {
     /// `[B, channels, S, S] -> [B, h, w, C]`, from any float dtype to that of the weights.
-    pub fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
         let (channels, side) = (self.projection.weight.dim(1)?, self.image_size);
         if pixel_values.rank() != 4 || pixel_values.dims()[1..] != [channels, side, side] {
             bail!(
@@ -36,7 +36,7 @@ impl SamPatchEmbeddings {
             )
         }
         let pixel_values = pixel_values.to_dtype(self.projection.weight.dtype())?;
-        self.projection.forward(&pixel_values.permute((0, 2, 3, 1))?)
+        self.projection.forward(&pixel_values.permute((0, 2, 3, 1))?, mode)
     }
 }
 
@@ -76,15 +76,15 @@ impl SamVisionLayer {
 
     /// `[B, H, W, C] -> [B, H, W, C]`
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let x = self.attn.forward_residual(&self.layer_norm1.forward(x)?, x, mode)?;
-        self.mlp.forward(&self.layer_norm2.forward(&x)?, &x, mode)
+        let x = self.attn.forward_normed(x, &self.layer_norm1, mode)?;
+        self.mlp.forward_normed(&x, &self.layer_norm2, mode)
     }
 
     /// As `forward`, with the attention weights; see [`VisionAttention::forward_with_weights`].
     pub fn forward_with_weights(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
         let (out, weights) = self.attn.forward_with_weights(&self.layer_norm1.forward(x)?, mode)?;
         let x = (x + out)?;
-        Ok((self.mlp.forward(&self.layer_norm2.forward(&x)?, &x, mode)?, weights))
+        Ok((self.mlp.forward_normed(&x, &self.layer_norm2, mode)?, weights))
     }
 }
 
@@ -105,9 +105,9 @@ module_tree!(SamVisionNeck { conv1, layer_norm1, conv2, layer_norm2 });
 
 impl SamVisionNeck {
     /// `[B, H, W, C] -> [B, H, W, output_channels]`
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = self.layer_norm1.forward(&self.conv1.forward(x)?)?;
-        self.layer_norm2.forward(&self.conv2.forward(&x)?)
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let x = self.layer_norm1.forward(&self.conv1.forward(x, mode)?)?;
+        self.layer_norm2.forward(&self.conv2.forward(&x, mode)?)
     }
 }
 
@@ -192,7 +192,7 @@ impl SamVisionEncoder {
     /// # Errors
     /// When `pixel_values` has another shape, or an attention fails.
     pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.encode(self.embed(pixel_values)?, mode)?.permute((0, 3, 1, 2))
+        self.encode(self.embed(pixel_values, mode)?, mode)?.permute((0, 3, 1, 2))
     }
 
     /// Layers and neck: embedded patches `[B, h, w, C]`, of a grid of any size, to `[B, h, w, output_channels]`.
@@ -200,7 +200,7 @@ impl SamVisionEncoder {
         for layer in &self.layers {
             x = self.run(layer, &x, mode)?;
         }
-        self.neck.forward(&x)
+        self.neck.forward(&x, mode)
     }
 
     /// As `forward`, with every hidden state and, if asked for, the attention weights, which are large: 3.6 GB for
@@ -214,7 +214,7 @@ impl SamVisionEncoder {
         output_attentions: bool,
         mode: Mode,
     ) -> Result<SamVisionEncoderOutput> {
-        let mut x = self.embed(pixel_values)?;
+        let mut x = self.embed(pixel_values, mode)?;
         let (mut hidden_states, mut attentions) = (vec![x.clone()], vec![]);
         for layer in &self.layers {
             if output_attentions {
@@ -226,7 +226,7 @@ impl SamVisionEncoder {
             }
             hidden_states.push(x.clone());
         }
-        let image_embeddings = self.neck.forward(&x)?.permute((0, 3, 1, 2))?;
+        let image_embeddings = self.neck.forward(&x, mode)?.permute((0, 3, 1, 2))?;
         Ok(SamVisionEncoderOutput { image_embeddings, hidden_states, attentions })
     }
 
@@ -237,8 +237,8 @@ impl SamVisionEncoder {
         layer.forward(x, mode)
     }
 
-    fn embed(&self, pixel_values: &Tensor) -> Result<Tensor> {
-        let x = self.patch_embed.forward(pixel_values)?;
+    fn embed(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
+        let x = self.patch_embed.forward(pixel_values, mode)?;
         match &self.pos_embed {
             Some(pos_embed) => x.broadcast_add(pos_embed),
             None => Ok(x),

@@ -12,8 +12,8 @@ use crate::Result;
 use candle_core::{bail, DType, Device, Tensor};
 
 /// Segment Anything. The tree's names are those of Hugging Face's checkpoints; with the split attention, those of
-/// checkpoints that hold q, k and v apart.
-#[derive(Debug)]
+/// checkpoints that hold q, k and v apart. A clone shares its tensors.
+#[derive(Clone, Debug)]
 pub struct SamModel {
     /// The positional encoding that image and prompts share.
     pub shared_image_embedding: SamPositionalEmbedding,
@@ -145,6 +145,7 @@ impl SamModel {
             &prompts,
             &self.shared_image_embedding,
             image_embeddings.dim(0)?,
+            mode,
         )?;
         let (pred_masks, iou_scores) = self.mask_decoder.forward(
             &image_embeddings,

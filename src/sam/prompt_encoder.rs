@@ -13,7 +13,7 @@
 
 use super::{SamConfig, SamPromptEncoderConfig};
 use crate::module_tree;
-use crate::nn::{Buffer, Conv2d, Embedding, LayerNorm};
+use crate::nn::{Buffer, Conv2d, Embedding, LayerNorm, Mode};
 use crate::ops::Activation;
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 
@@ -95,11 +95,11 @@ impl SamMaskEmbedding {
     }
 
     /// `[B, 4h, 4w, 1] -> [B, h, w, hidden_size]`
-    pub fn forward(&self, masks: &Tensor) -> Result<Tensor> {
-        let x = self.layer_norm1.forward(&self.conv1.forward(masks)?)?;
-        let x = self.conv2.forward(&self.activation.apply(&x)?)?;
+    pub fn forward(&self, masks: &Tensor, mode: Mode) -> Result<Tensor> {
+        let x = self.layer_norm1.forward(&self.conv1.forward(masks, mode)?)?;
+        let x = self.conv2.forward(&self.activation.apply(&x)?, mode)?;
         let x = self.layer_norm2.forward(&x)?;
-        self.conv3.forward(&self.activation.apply(&x)?)
+        self.conv3.forward(&self.activation.apply(&x)?, mode)
     }
 }
 
@@ -159,6 +159,7 @@ impl SamPromptEncoder {
         prompts: &SamPrompts<'_>,
         shared: &SamPositionalEmbedding,
         batch: usize,
+        mode: Mode,
     ) -> Result<(Option<Tensor>, Tensor)> {
         self.check(prompts, batch)?;
         let mut sparse = vec![];
@@ -174,7 +175,7 @@ impl SamPromptEncoder {
         let dense = match prompts.input_masks {
             Some(masks) => {
                 let masks = masks.to_dtype(no_mask.dtype())?;
-                self.mask_embed.forward(&masks.permute((0, 2, 3, 1))?)?
+                self.mask_embed.forward(&masks.permute((0, 2, 3, 1))?, mode)?
             }
             None => no_mask.reshape((1, 1, 1, ()))?,
         };

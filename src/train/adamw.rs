@@ -14,6 +14,7 @@
 //!
 //! Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; `torch/optim/adam.py`.
 
+use super::Gradients;
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{backprop::GradStore, bail, DType, Tensor, Var};
 use serde::{Deserialize, Serialize};
@@ -138,33 +139,35 @@ impl AdamW {
     /// # Errors
     /// When parameters have no gradient, or a gradient is not finite; nothing was changed then.
     pub fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
+        let gradients = self.gradients(grads)?;
+        self.apply(&gradients)
+    }
+
+    /// The gradients of a backward pass for the parameters, in their order.
+    ///
+    /// # Errors
+    /// When parameters have none, or one is not finite.
+    pub fn gradients(&self, grads: &GradStore) -> candle_core::Result<Gradients> {
+        let parameters = self.slots.iter().map(|slot| (slot.name.as_str(), &slot.var));
+        Gradients::of(parameters, grads).map_err(|error| {
+            candle_core::Error::msg(format!("adamw: step {}: {error}", self.steps + 1))
+        })
+    }
+
+    /// Makes one step with gradients of [`gradients`](Self::gradients).
+    ///
+    /// # Errors
+    /// When a gradient does not fit its parameter.
+    pub fn apply(&mut self, gradients: &Gradients) -> candle_core::Result<()> {
         let step = self.steps + 1;
-        let missing: Vec<&str> = self
-            .slots
-            .iter()
-            .filter(|s| grads.get(&s.var).is_none())
-            .map(|s| s.name.as_str())
-            .collect();
-        if !missing.is_empty() {
+        if gradients.tensors().len() != self.slots.len() {
             bail!(
-                "adamw: step {step}: {} of {} trainable parameters got no gradient; freeze them if the loss does \
-                 not depend on them: {}",
-                missing.len(),
-                self.slots.len(),
-                missing.join(", ")
+                "adamw: step {step}: {} gradients for {} parameters",
+                gradients.tensors().len(),
+                self.slots.len()
             )
         }
-        let mut gradients = Vec::with_capacity(self.slots.len());
-        for slot in &self.slots {
-            let Some(gradient) = grads.get(&slot.var) else { continue };
-            let gradient = gradient.to_dtype(DType::F32)?;
-            // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
-            if (&gradient * 0.0)?.sum_all()?.to_scalar::<f32>()?.is_nan() {
-                bail!("adamw: step {step}: the gradient of {} is not finite", slot.name)
-            }
-            gradients.push(gradient);
-        }
-        for (slot, gradient) in self.slots.iter_mut().zip(&gradients) {
+        for (slot, gradient) in self.slots.iter_mut().zip(gradients.tensors()) {
             slot.update(gradient, step, &self.config)?;
         }
         self.steps = step;

@@ -1,24 +1,28 @@
 //! The state of a run, in one safetensors file that is replaced as a whole.
 //!
 //! ```text
-//! tensors     what the optimizer gives (parameters and moments), and `losses` [steps]
+//! tensors     what the optimizer gives (parameters and moments), `losses` [steps],
+//!             `evaluations` [evaluations, 4] in f64: step, IoU, dice, boundary F1
 //! metadata    "state": "<checksum> <JSON of step, seed, settings>"
 //! ```
-//! A run killed at any instant leaves the previous file. The checksum (64-bit FNV-1a over the JSON and every
+//! A run killed at any instant leaves a complete file. The state before is kept beside it, in `<stem>.previous.<ending>`,
+//! and is what a run goes on from if the newest one is damaged. The checksum (64-bit FNV-1a over the JSON and every
 //! tensor's name and bytes) tells a damaged file, which safetensors alone would load. `settings` is whatever must
 //! not change between a run and its continuation: hyperparameters, the model's and the data's listing.
 
 use super::checksum::Checksum;
+use super::{Evaluated, Scores};
 use crate::{files, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use safetensors::{SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const KEY: &str = "state";
 const LOSSES: &str = "losses";
+const EVALUATIONS: &str = "evaluations";
 
 /// A run after some steps.
 #[derive(Clone, Debug)]
@@ -31,6 +35,8 @@ pub struct State {
     pub settings: Map<String, Value>,
     /// The loss of each step.
     pub losses: Vec<f32>,
+    /// What evaluations found on the way.
+    pub evaluations: Vec<Evaluated>,
     /// Parameters and optimizer state, by name.
     pub tensors: BTreeMap<String, Tensor>,
 }
@@ -43,7 +49,7 @@ struct Header {
 }
 
 impl State {
-    /// Writes the state, atomically.
+    /// Writes the state, atomically; the one that was there becomes the [`previous`] one.
     ///
     /// # Errors
     /// When the file cannot be written; the old one remains then.
@@ -53,6 +59,7 @@ impl State {
         let mut tensors = self.tensors.clone();
         let losses = Tensor::from_slice(&self.losses, self.losses.len(), &Device::Cpu)?;
         tensors.insert(LOSSES.into(), losses);
+        tensors.insert(EVALUATIONS.into(), evaluations_tensor(&self.evaluations)?);
         let header = Header { step: self.step, seed: self.seed, settings: self.settings.clone() };
         let header = serde_json::to_string(&header).map_err(|e| failed(&e))?;
         let mut checksum = Checksum::new();
@@ -62,7 +69,11 @@ impl State {
         }
         let metadata = HashMap::from([(KEY.to_string(), format!("{checksum} {header}"))]);
         let bytes = safetensors::serialize(&tensors, Some(metadata)).map_err(|e| failed(&e))?;
-        files::write_atomic(path, |file| file.write_all(&bytes))
+        let staged = files::stage(path, |file| file.write_all(&bytes))?;
+        if path.is_file() {
+            std::fs::rename(path, previous(path)).map_err(|e| Error::io(path, e))?;
+        }
+        staged.commit()
     }
 
     /// Reads a state.
@@ -97,10 +108,14 @@ impl State {
         }
         let losses = tensors.remove(LOSSES).ok_or_else(|| invalid(&"`losses` is missing"))?;
         let losses = losses.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        let evaluations = match tensors.remove(EVALUATIONS) {
+            Some(rows) => evaluations_of(&rows).map_err(|e| invalid(&e))?,
+            None => vec![],
+        };
         if losses.len() as u64 != step {
             return Err(invalid(&format!("{} losses after {step} steps", losses.len())));
         }
-        Ok(Self { step, seed, settings, losses, tensors })
+        Ok(Self { step, seed, settings, losses, evaluations, tensors })
     }
 
     /// Fails unless `settings` are those of this state, telling every difference.
@@ -125,6 +140,30 @@ impl State {
         );
         Err(Error::file(path, message))
     }
+}
+
+/// Where the state before that at `path` is kept.
+pub fn previous(path: &Path) -> PathBuf {
+    let ending = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
+    path.with_extension(format!("previous{ending}"))
+}
+
+fn evaluations_tensor(evaluations: &[Evaluated]) -> candle_core::Result<Tensor> {
+    let rows = evaluations.iter().flat_map(|Evaluated { step, scores }| {
+        [*step as f64, scores.iou, scores.dice, scores.boundary_f1]
+    });
+    Tensor::from_vec(rows.collect::<Vec<f64>>(), (evaluations.len(), 4), &Device::Cpu)
+}
+
+fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<Evaluated>> {
+    let rows = rows.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+    let evaluated = |row: Vec<f64>| match row[..] {
+        [step, iou, dice, boundary_f1] => {
+            Ok(Evaluated { step: step as u64, scores: Scores { iou, dice, boundary_f1 } })
+        }
+        _ => candle_core::bail!("an evaluation has {} numbers, not 4", row.len()),
+    };
+    rows.into_iter().map(evaluated).collect()
 }
 
 /// A value as text, cut where it would fill the screen.

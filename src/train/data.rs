@@ -1,8 +1,10 @@
-//! A folder of images and a folder of masks, paired by file stem, visited in an order that is a function of
-//! (seed, step).
+//! Images and their objects, visited in an order that is a function of (seed, step): a folder of images with a folder
+//! of masks, paired by file stem, or with COCO's annotations.
 
 use super::checksum::Checksum;
-use super::labels::{instances, read_labels, Instance, LabelImage};
+use super::coco::{self, CocoImage};
+use super::labels::{layered, layers_of, read_labels, Instance, LabelImage};
+use super::rle;
 use super::Draws;
 use crate::sam::read_image;
 use crate::{Error, Result};
@@ -17,17 +19,24 @@ const ENDINGS: [&str; 11] =
 /// An image, its labels, and those of its instances that are large enough.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// The stem of both files.
+    /// The stem of both files; of COCO's, the file's name within its folder without its ending.
     pub name: String,
     /// The image.
     pub image: RgbImage,
-    /// The mask, of the image's size.
-    pub labels: LabelImage,
+    /// The masks, of the image's size: one, or several where objects overlap.
+    pub layers: Vec<LabelImage>,
     /// At least one.
     pub instances: Vec<Instance>,
 }
 
-/// Pairs of an image file and a mask file.
+impl Sample {
+    /// The mask that has one of the instances.
+    pub fn labels(&self, instance: &Instance) -> &LabelImage {
+        &self.layers[instance.layer]
+    }
+}
+
+/// Image files, each with a mask file or with objects.
 #[derive(Clone, Debug)]
 pub struct Dataset {
     pairs: Vec<Pair>,
@@ -38,7 +47,13 @@ pub struct Dataset {
 struct Pair {
     name: String,
     image: PathBuf,
-    mask: PathBuf,
+    truth: Truth,
+}
+
+#[derive(Clone, Debug)]
+enum Truth {
+    Mask(PathBuf),
+    Coco(CocoImage),
 }
 
 impl Dataset {
@@ -58,7 +73,7 @@ impl Dataset {
                     format!("has no mask: {} has no file of this stem", masks.display()),
                 )
             })?;
-            pairs.push(Pair { name, image, mask });
+            pairs.push(Pair { name, image, truth: Truth::Mask(mask) });
         }
         if let Some(mask) = mask_files.values().next() {
             let message = format!("has no image: {} has no file of this stem", images.display());
@@ -66,6 +81,41 @@ impl Dataset {
         }
         let dataset = Self { pairs, min_area };
         (0..dataset.len()).try_for_each(|index| dataset.load(index).map(drop))?;
+        Ok(dataset)
+    }
+
+    /// The images of a folder that have objects in a file of COCO's, and reads each once. Instances of fewer than
+    /// `min_area` pixels are left out, images without a larger one too.
+    ///
+    /// # Errors
+    /// When the annotations are unreadable or damaged, an image is missing, unreadable or of another size, two images
+    /// have one name, or no image has an instance large enough; file and annotation are named.
+    pub fn open_coco(images: &Path, annotations: &Path, min_area: usize) -> Result<Self> {
+        let mut dataset = Self { pairs: vec![], min_area };
+        let mut names = BTreeMap::new();
+        for coco in coco::read(annotations)? {
+            let image = images.join(&coco.file_name);
+            let name = Path::new(&coco.file_name)
+                .with_extension("")
+                .to_string_lossy()
+                .replace(['/', '\\'], "_");
+            if let Some(other) = names.insert(name.clone(), coco.file_name.clone()) {
+                let message =
+                    format!("two images are called {name}: {other} and {}", coco.file_name);
+                return Err(Error::file(annotations, message));
+            }
+            dataset.pairs.push(Pair { name, image, truth: Truth::Coco(coco) });
+        }
+        let mut large = vec![];
+        for index in 0..dataset.len() {
+            large.push(!dataset.read(index)?.instances.is_empty());
+        }
+        let mut large = large.into_iter();
+        dataset.pairs.retain(|_| large.next().unwrap_or(false));
+        if dataset.pairs.is_empty() {
+            let message = format!("no image has an instance of {min_area} pixels or more");
+            return Err(Error::file(annotations, message));
+        }
         Ok(dataset)
     }
 
@@ -83,9 +133,20 @@ impl Dataset {
     pub fn fingerprint(&self) -> Result<String> {
         let mut checksum = Checksum::new();
         for pair in &self.pairs {
-            for path in [&pair.image, &pair.mask] {
+            let mut add = |path: &Path| -> Result<()> {
                 let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
                 checksum.add(&pair.name, &bytes);
+                Ok(())
+            };
+            add(&pair.image)?;
+            match &pair.truth {
+                Truth::Mask(mask) => add(mask)?,
+                Truth::Coco(coco) => {
+                    for (object, runs) in coco.objects.iter().enumerate() {
+                        let bytes = runs.iter().flatten().flat_map(|run| run.to_le_bytes());
+                        checksum.add(&format!("{object}"), &bytes.collect::<Vec<u8>>());
+                    }
+                }
             }
         }
         Ok(format!("{} images, checksum {checksum}", self.len()))
@@ -119,26 +180,59 @@ impl Dataset {
 
     /// Reads the pair at `index`.
     pub fn load(&self, index: usize) -> Result<Sample> {
+        let sample = self.read(index)?;
+        if sample.instances.is_empty() {
+            let pair = &self.pairs[index];
+            let at = if let Truth::Mask(mask) = &pair.truth { mask } else { &pair.image };
+            let message = format!("the mask has no instance of {} pixels or more", self.min_area);
+            return Err(Error::file(at, message));
+        }
+        Ok(sample)
+    }
+
+    /// As `load`, but there may be no instance.
+    fn read(&self, index: usize) -> Result<Sample> {
         let pair = self.pairs.get(index).ok_or_else(|| {
             Error::config(format!("there are {} images, and none at {index}", self.len()))
         })?;
         let image = read_image(&pair.image)?.to_rgb8();
-        let labels = read_labels(&pair.mask)?;
-        if image.dimensions() != labels.dimensions() {
-            let message = format!(
-                "the mask is {:?} pixels, but {} is {:?}",
-                labels.dimensions(),
-                pair.image.display(),
-                image.dimensions()
-            );
-            return Err(Error::file(&pair.mask, message));
-        }
-        let instances = instances(&labels, self.min_area);
-        if instances.is_empty() {
-            let message = format!("the mask has no instance of {} pixels or more", self.min_area);
-            return Err(Error::file(&pair.mask, message));
-        }
-        Ok(Sample { name: pair.name.clone(), image, labels, instances })
+        let (width, height) = image.dimensions();
+        let layers = match &pair.truth {
+            Truth::Mask(mask) => {
+                let labels = read_labels(mask)?;
+                if labels.dimensions() != (width, height) {
+                    let message = format!(
+                        "the mask is {:?} pixels, but {} is {:?}",
+                        labels.dimensions(),
+                        pair.image.display(),
+                        image.dimensions()
+                    );
+                    return Err(Error::file(mask, message));
+                }
+                vec![labels]
+            }
+            Truth::Coco(coco) if coco.size != (height, width) => {
+                let (rows, cols) = coco.size;
+                let message =
+                    format!("is {width} x {height} pixels, but {cols} x {rows} in its annotations");
+                return Err(Error::file(&pair.image, message));
+            }
+            Truth::Coco(coco) => layers_of(&self.masks(coco), width, height),
+        };
+        let instances = layered(&layers, self.min_area);
+        Ok(Sample { name: pair.name.clone(), image, layers, instances })
+    }
+
+    /// The objects that are large enough, as masks of rows.
+    fn masks(&self, coco: &CocoImage) -> Vec<Vec<bool>> {
+        let pixels = coco.size.0 as usize * coco.size.1 as usize;
+        let drawn = coco.objects.iter().map(|runs| {
+            let mut mask = vec![false; pixels];
+            runs.iter().for_each(|runs| rle::paint(runs, &mut mask, coco.size));
+            mask
+        });
+        let area = |mask: &Vec<bool>| mask.iter().filter(|inside| **inside).count();
+        drawn.filter(|mask| area(mask) >= self.min_area.max(1)).collect()
     }
 }
 
@@ -198,11 +292,12 @@ impl Symmetry {
     /// Mirrors and turns image and labels alike, and finds the instances' new bounds.
     pub fn apply(self, sample: Sample) -> Sample {
         let image = self.turn(sample.image);
-        let labels = self.turn(sample.labels);
+        let layers: Vec<LabelImage> =
+            sample.layers.into_iter().map(|labels| self.turn(labels)).collect();
         // Turning keeps the areas, so the smallest kept one admits exactly those kept before.
         let min_area = sample.instances.iter().map(|i| i.area).min().unwrap_or(1);
-        let instances = instances(&labels, min_area);
-        Sample { name: sample.name, image, labels, instances }
+        let instances = layered(&layers, min_area);
+        Sample { name: sample.name, image, layers, instances }
     }
 
     fn turn<P: image::Pixel + 'static>(

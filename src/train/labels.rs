@@ -17,6 +17,8 @@ pub type LabelImage = ImageBuffer<Luma<u32>, Vec<u32>>;
 pub struct Instance {
     /// The value of its pixels.
     pub label: u32,
+    /// Which of its sample's label images has it.
+    pub layer: usize,
     /// How many it has.
     pub area: usize,
     /// `[x0, y0, x1, y1]`, the first and the last pixel that belongs to it.
@@ -102,13 +104,44 @@ pub fn instances(labels: &LabelImage, min_area: usize) -> Vec<Instance> {
         if label == 0 {
             continue;
         }
-        let instance =
-            found.entry(label).or_insert(Instance { label, area: 0, bounds: [x, y, x, y] });
+        let instance = found.entry(label).or_insert(Instance {
+            label,
+            layer: 0,
+            area: 0,
+            bounds: [x, y, x, y],
+        });
         instance.area += 1;
         let [x0, y0, x1, y1] = instance.bounds;
         instance.bounds = [x0.min(x), y0.min(y), x1.max(x), y1.max(y)];
     }
     found.into_values().filter(|instance| instance.area >= min_area.max(1)).collect()
+}
+
+/// The instances of several label images, of at least `min_area` pixels, by ascending label.
+pub(super) fn layered(layers: &[LabelImage], min_area: usize) -> Vec<Instance> {
+    let mut all: Vec<Instance> = (layers.iter().enumerate())
+        .flat_map(|(layer, labels)| {
+            instances(labels, min_area).into_iter().map(move |found| Instance { layer, ..found })
+        })
+        .collect();
+    all.sort_by_key(|instance| instance.label);
+    all
+}
+
+/// Masks of rows as label images, numbered from 1: each in the first one in which it covers no other.
+pub(super) fn layers_of(masks: &[Vec<bool>], width: u32, height: u32) -> Vec<LabelImage> {
+    let mut layers: Vec<LabelImage> = Vec::new();
+    for (mask, label) in masks.iter().zip(1..) {
+        let pixels = || mask.iter().enumerate().filter(|(_, inside)| **inside).map(|(i, _)| i);
+        let free = layers.iter().position(|layer| pixels().all(|i| layer.as_raw()[i] == 0));
+        let layer = free.unwrap_or_else(|| {
+            layers.push(LabelImage::new(width, height));
+            layers.len() - 1
+        });
+        let values: &mut [u32] = &mut layers[layer];
+        pixels().for_each(|i| values[i] = label);
+    }
+    layers
 }
 
 /// The mask of `label` on a coarser grid of `rows` x `cols`, 0 or 1, row-major: each pixel of the grid shows the

@@ -1,10 +1,9 @@
-//! The losses of mask prediction, and the measure of success.
+//! The losses of mask prediction.
 //!
 //! ```text
 //! bce(x, t)  = mean over pixels of  max(x, 0) - x t + ln(1 + exp(-|x|))
 //! dice(x, t) = 1 - (2 sum(p t) + 1) / (sum p + sum t + 1),   p = sigmoid(x), sums over one mask
 //! mask_loss  = mean over masks of  bce + dice
-//! iou(m, t)  = |m and t| / |m or t|
 //! ```
 //! x are logits, t targets in 0..1. The form of bce never exponentiates a positive number; its derivative is
 //! exactly sigmoid(x) - t everywhere, 0 included. Everything is computed in f32.
@@ -35,24 +34,6 @@ pub fn dice_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// Cross-entropy plus dice, the mean over masks `[N, h, w]`: a scalar.
 pub fn mask_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     dice_loss(logits, targets)? + bce_with_logits(logits, targets)?
-}
-
-/// Intersection over union of two masks of the same shape, in which whatever is not 0 is inside.
-///
-/// Two empty masks agree: 1.
-pub fn iou(mask: &Tensor, target: &Tensor) -> Result<f64> {
-    if mask.dims() != target.dims() {
-        bail!(
-            "iou: mask and target must have equal shapes, got {:?} and {:?}",
-            mask.dims(),
-            target.dims()
-        )
-    }
-    let inside = |t: &Tensor| t.ne(0.0)?.flatten_all()?.to_vec1::<u8>();
-    let (mask, target) = (inside(mask)?, inside(target)?);
-    let both = mask.iter().zip(&target).filter(|(m, t)| **m + **t == 2).count();
-    let any = mask.iter().zip(&target).filter(|(m, t)| **m + **t > 0).count();
-    Ok(if any == 0 { 1.0 } else { both as f64 / any as f64 })
 }
 
 /// Logits and targets in f32, of the same, not empty, shape.

@@ -1,4 +1,4 @@
-//! Training: losses, the optimizer, resumable runs, and images with masks to train on.
+//! Training: losses, the optimizer, schedules, resumable runs, scores, logs, and images with masks to train on.
 //!
 //! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
 //! [`Batch`] is such a loss for SAM. Whatever is random is a function of (seed, step), so that a run continued from
@@ -7,20 +7,34 @@
 mod adamw;
 mod checkpoint;
 mod checksum;
+mod coco;
 mod data;
+mod event_file;
+mod gradients;
+mod history;
 mod labels;
 mod loss;
+mod metrics_csv;
 mod prompt;
 mod random;
+mod rle;
+mod schedule;
+mod scores;
 mod segmentation;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig};
-pub use checkpoint::State;
+pub use checkpoint::{previous, State};
 pub use data::{sample_indices, Dataset, Sample, Symmetry};
+pub use event_file::EventFile;
+pub use gradients::Gradients;
+pub use history::{best, since_best, Evaluated};
 pub use labels::{instances, read_labels, target, Instance, LabelImage};
-pub use loss::{bce_with_logits, dice_loss, iou, mask_loss};
+pub use loss::{bce_with_logits, dice_loss, mask_loss};
+pub use metrics_csv::MetricsCsv;
 pub use prompt::{jittered_box, point_on, Prompt, PromptKind};
 pub use random::Draws;
+pub use schedule::{Decay, Schedule};
+pub use scores::{iou, Scores};
 pub use segmentation::{evaluate, Batch, BatchConfig, Evaluation};
-pub use trainer::Trainer;
+pub use trainer::{Step, Trainer, TrainerConfig};

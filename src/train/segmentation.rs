@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! step     some images x some instances each -> random prompts -> low-resolution logits -> mask_loss
-//! evaluate every instance of an image, points on it or its tight box -> masks of the image's size -> mean IoU
+//! evaluate every instance of an image, points on it or its tight box -> masks of the image's size -> mean scores
 //! ```
 //! All prompts of an image share one pass of the image encoder. The loss looks at the low-resolution mask where it
 //! shows the image, not where it shows the padding; its targets are the masks at that resolution.
 
 use super::{
-    iou, mask_loss, sample_indices, target, Dataset, Draws, Prompt, PromptKind, Sample, Symmetry,
+    mask_loss, sample_indices, target, Dataset, Draws, Prompt, PromptKind, Sample, Scores, Symmetry,
 };
 use crate::nn::Mode;
 use crate::sam::{Frame, SamInput, SamModel, SamProcessor};
@@ -152,7 +152,7 @@ fn draw_prompts(
             break;
         }
         let instance = sample.instances[index];
-        let target = target(&sample.labels, instance.label, rows, cols, pitch);
+        let target = target(sample.labels(&instance), instance.label, rows, cols, pitch);
         if target.iter().any(|inside| *inside > 0.0) {
             chosen.push((instance, target));
         }
@@ -165,7 +165,7 @@ fn draw_prompts(
     }
     let (mut prompts, mut targets) = (vec![], vec![]);
     for (instance, target) in chosen.iter().cycle().take(config.prompts) {
-        prompts.push(config.kind.draw(&sample.labels, instance, draws));
+        prompts.push(config.kind.draw(sample.labels(instance), instance, draws));
         targets.extend_from_slice(target);
     }
     Ok((prompts, Tensor::from_vec(targets, (config.prompts, rows, cols), device)?))
@@ -217,8 +217,8 @@ pub struct Evaluation {
     pub prompts: Vec<Prompt>,
     /// What the model found for it, `[instances, height, width]` in u8, of the image's size.
     pub masks: Tensor,
-    /// IoU of each with the truth, the mean over all its prompts.
-    pub ious: Vec<f64>,
+    /// How each fits the truth, the mean over all its prompts.
+    pub scores: Vec<Scores>,
 }
 
 /// Prompts every instance of an image, without dropout, and compares.
@@ -235,23 +235,20 @@ pub fn evaluate(
     let image = DynamicImage::ImageRgb8(sample.image.clone());
     let (pixel_values, frame) = processor.preprocess(&image, device)?;
     let embeddings = model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
-    let (mut prompts, mut masks, mut ious) = (vec![], vec![], vec![]);
+    let (mut prompts, mut masks, mut scores) = (vec![], vec![], vec![]);
     for instance in &sample.instances {
         let truth: Vec<u8> =
-            sample.labels.pixels().map(|p| u8::from(p.0[0] == instance.label)).collect();
+            sample.labels(instance).pixels().map(|p| u8::from(p.0[0] == instance.label)).collect();
         let truth = Tensor::from_vec(truth, frame.original, device)?;
-        let tried = kind.fixed(&sample.labels, instance);
+        let tried = kind.fixed(sample.labels(instance), instance);
         let input = prompt_input(kind, &prompt_tensor(&tried, &frame, device)?)?;
         let input = SamInput { image_embeddings: Some(embeddings.clone()), ..input };
         let logits = model.forward(&input, Mode::Eval)?.pred_masks.squeeze(0)?.squeeze(1)?;
         let found = processor.post_process_masks(&logits, &frame, 0.0)?;
-        let mut sum = 0.0;
-        for index in 0..tried.len() {
-            sum += iou(&found.get(index)?, &truth)?;
-        }
-        ious.push(sum / tried.len() as f64);
+        let tries = (0..tried.len()).map(|index| Scores::of(&found.get(index)?, &truth));
+        scores.push(Scores::mean(&tries.collect::<candle_core::Result<Vec<_>>>()?));
         masks.push(found.get(0)?);
         prompts.extend(tried.first().copied());
     }
-    Ok(Evaluation { prompts, masks: Tensor::stack(&masks, 0)?, ious })
+    Ok(Evaluation { prompts, masks: Tensor::stack(&masks, 0)?, scores })
 }

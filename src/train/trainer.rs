@@ -1,54 +1,127 @@
 //! The training loop's body: loss, backward, optimizer step, and the state that lets it go on later.
 //!
 //! ```text
-//! for each step:  loss = closure(step, Mode::Train { seed of this step });  backward;  AdamW
+//! for each step:
+//!   for each part of its batch:  loss = closure(part, Mode::Train { seed of this part });  g += backward(loss / parts)
+//!   clip g;  learning rate of the schedule;  AdamW
 //! ```
-//! The closure must draw whatever is random from (seed, step), see [`Draws`]; then a run that was
-//! saved and continued has the bits of one that was not.
+//! The closure must draw whatever is random from (seed, part), see [`Draws`]; then a run that was saved and continued
+//! has the bits of one that was not. With one part a step, part and step are the same number.
 
+use super::checkpoint::previous;
 use super::checksum::Checksum;
-use super::{AdamW, AdamWConfig, Draws, State};
+use super::{AdamW, AdamWConfig, Draws, Evaluated, Gradients, Schedule, Scores, State};
 use crate::nn::{trainable, Mode, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{bail, Device, Tensor};
-use serde_json::{Map, Value};
+use serde_json::{json, Map, Value};
 use std::path::Path;
+
+/// How the parameters are changed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TrainerConfig {
+    /// The optimizer, with the full learning rate.
+    pub optimizer: AdamWConfig,
+    /// Factors of the learning rate.
+    pub schedule: Schedule,
+    /// Parts of a step's batch, each with a forward and backward of its own; their mean gradient makes the step.
+    pub accumulation: u64,
+    /// Largest norm of all gradients together; longer ones are shortened to it.
+    pub max_grad_norm: Option<f64>,
+}
+
+/// At a constant rate, in one part, without clipping.
+impl From<AdamWConfig> for TrainerConfig {
+    fn from(optimizer: AdamWConfig) -> Self {
+        Self { optimizer, schedule: Schedule::default(), accumulation: 1, max_grad_norm: None }
+    }
+}
+
+impl TrainerConfig {
+    fn validate(&self) -> Result<()> {
+        self.schedule.validate()?;
+        if self.accumulation == 0 {
+            return Err(Error::config("a step needs a part at least, got an accumulation of 0"));
+        }
+        match self.max_grad_norm {
+            Some(norm) if !(norm.is_finite() && norm > 0.0) => {
+                let message = format!("the largest gradient norm must be positive, got {norm}");
+                Err(Error::config(message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What must be equal when a run is continued. What is not used is left out.
+    fn settings(&self) -> Map<String, Value> {
+        let AdamWConfig { lr, beta1, beta2, eps, weight_decay } = self.optimizer;
+        let mut settings = Map::new();
+        let optimizer = [
+            ("lr", lr),
+            ("beta1", beta1),
+            ("beta2", beta2),
+            ("eps", eps),
+            ("weight_decay", weight_decay),
+        ];
+        settings.extend(optimizer.map(|(name, value)| (name.to_string(), value.into())));
+        if self.schedule != Schedule::default() {
+            settings.insert("schedule".into(), json!(self.schedule));
+        }
+        if self.accumulation > 1 {
+            settings.insert("accumulation".into(), self.accumulation.into());
+        }
+        if let Some(norm) = self.max_grad_norm {
+            settings.insert("max_grad_norm".into(), norm.into());
+        }
+        settings
+    }
+}
+
+/// What a step tells.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    /// Its number, from 1.
+    pub step: u64,
+    /// The loss before it, the mean over its parts.
+    pub loss: f32,
+    /// The learning rate it was made with.
+    pub lr: f64,
+    /// The norm of all gradients together, before clipping.
+    pub grad_norm: f64,
+}
 
 /// The trainable parameters of a model on their way.
 #[derive(Debug)]
 pub struct Trainer {
     optimizer: AdamW,
+    config: TrainerConfig,
     seed: u64,
     settings: Map<String, Value>,
     losses: Vec<f32>,
+    evaluations: Vec<Evaluated>,
 }
 
 impl Trainer {
     /// A run at step 0 over whatever is trainable in `model`.
     ///
-    /// `settings` describe what must be equal when the run is continued; those of the optimizer are added to them,
-    /// and a checksum of what is frozen in `model`.
+    /// `settings` describe what must be equal when the run is continued; those of `config` are added to them, and a
+    /// checksum of what is frozen in `model`.
     ///
     /// # Errors
-    /// When nothing is trainable, or the optimizer's configuration is impossible.
+    /// When nothing is trainable, or the configuration is impossible.
     pub fn new(
         model: &dyn ModuleTree,
-        config: AdamWConfig,
+        config: impl Into<TrainerConfig>,
         seed: u64,
         mut settings: Map<String, Value>,
     ) -> Result<Self> {
-        let optimizer = AdamW::new(trainable(model)?, config)?;
+        let config = config.into();
+        config.validate()?;
+        let optimizer = AdamW::new(trainable(model)?, config.optimizer)?;
         settings.insert("model".into(), frozen_checksum(model).to_string().into());
-        for (name, value) in [
-            ("lr", config.lr),
-            ("beta1", config.beta1),
-            ("beta2", config.beta2),
-            ("eps", config.eps),
-            ("weight_decay", config.weight_decay),
-        ] {
-            settings.insert(name.into(), value.into());
-        }
-        Ok(Self { optimizer, seed, settings, losses: Vec::new() })
+        settings.extend(config.settings());
+        let (losses, evaluations) = (vec![], vec![]);
+        Ok(Self { optimizer, config, seed, settings, losses, evaluations })
     }
 
     /// Steps made.
@@ -61,63 +134,124 @@ impl Trainer {
         &self.losses
     }
 
-    /// Makes one step; `loss` gets the number of steps made before and the mode with this step's dropout masks,
-    /// and returns a scalar. Returns the loss before the step.
-    ///
-    /// # Errors
-    /// When the loss is no scalar or not finite, or as [`AdamW::step`]; no parameter was changed then.
-    pub fn step(
-        &mut self,
-        loss: impl FnOnce(u64, Mode) -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<f32> {
-        let step = self.steps();
-        let mode = Mode::Train { seed: Draws::new(self.seed, "dropout", step).bits64() };
-        let loss = loss(step, mode)?;
-        if loss.elem_count() != 1 {
-            bail!(
-                "train: step {}: the loss must be a scalar, has shape {:?}",
-                step + 1,
-                loss.dims()
-            )
-        }
-        let loss = loss.to_dtype(candle_core::DType::F32)?.reshape(())?;
-        let value = loss.to_scalar::<f32>()?;
-        if !value.is_finite() {
-            bail!("train: step {}: the loss is {value}; try a lower learning rate", step + 1)
-        }
-        self.optimizer.step(&loss.backward()?)?;
-        self.losses.push(value);
-        Ok(value)
+    /// The evaluations noted so far.
+    pub fn evaluations(&self) -> &[Evaluated] {
+        &self.evaluations
     }
 
-    /// Writes the run's state to `path`, atomically.
+    /// Notes an evaluation after the steps made; it becomes part of the state.
+    pub fn note(&mut self, scores: Scores) {
+        self.evaluations.push(Evaluated { step: self.steps(), scores });
+    }
+
+    /// Makes one step; `loss` gets the number of parts computed before and the mode with this part's dropout masks,
+    /// and returns a scalar.
+    ///
+    /// # Errors
+    /// When a loss is no scalar or not finite, or as [`AdamW::step`]; no parameter was changed then.
+    pub fn step(
+        &mut self,
+        mut loss: impl FnMut(u64, Mode) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Step> {
+        let (step, parts) = (self.steps(), self.config.accumulation);
+        let (mut sum, mut gradients) = (0f32, None::<Gradients>);
+        for part in step * parts..(step + 1) * parts {
+            let mode = Mode::Train { seed: Draws::new(self.seed, "dropout", part).bits64() };
+            let loss = checked(loss(part, mode)?, step)?;
+            sum += loss.to_scalar::<f32>()?;
+            let share = if parts > 1 { (loss / parts as f64)? } else { loss };
+            let found = self.optimizer.gradients(&share.backward()?)?;
+            gradients = Some(match gradients {
+                Some(before) => before.plus(&found)?,
+                None => found,
+            });
+        }
+        let Some(mut gradients) = gradients else { bail!("train: a step has no part") };
+        let grad_norm = gradients.norm()?;
+        if let Some(max_norm) = self.config.max_grad_norm {
+            gradients = gradients.clipped(grad_norm, max_norm)?;
+        }
+        let lr = self.config.optimizer.lr * self.config.schedule.factor(step);
+        self.optimizer.set_lr(lr)?;
+        self.optimizer.apply(&gradients)?;
+        let loss = sum / parts as f32;
+        self.losses.push(loss);
+        Ok(Step { step: step + 1, loss, lr, grad_norm })
+    }
+
+    /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one.
     pub fn save(&self, path: &Path) -> Result<()> {
         State {
             step: self.steps(),
             seed: self.seed,
             settings: self.settings.clone(),
             losses: self.losses.clone(),
+            evaluations: self.evaluations.clone(),
             tensors: self.optimizer.state()?,
         }
         .save(path)
     }
 
-    /// Goes on from the state at `path`.
+    /// Goes on from the state at `path`, or, if that is missing or damaged, from the one before, which takes its place.
+    /// Returns what was wrong with the newest state, if the one before had to do.
     ///
     /// # Errors
-    /// When the file is damaged, or was written with another seed, other settings or another model; nothing was
+    /// When both are damaged, or the state was written with another seed, other settings or another model; nothing was
     /// changed then.
-    pub fn resume(&mut self, path: &Path) -> Result<()> {
-        let state = State::load(path, &Device::Cpu)?;
+    pub fn resume(&mut self, path: &Path) -> Result<Option<Error>> {
+        match State::load(path, &Device::Cpu) {
+            Ok(state) => self.go_on(path, state).map(|()| None),
+            Err(damage) => match State::load(&previous(path), &Device::Cpu) {
+                Ok(state) => {
+                    self.go_on(&previous(path), state)?;
+                    // Or the next state saved would push the damaged one into the place of this one.
+                    std::fs::rename(previous(path), path).map_err(|e| Error::io(path, e))?;
+                    Ok(Some(damage))
+                }
+                Err(_) => Err(damage),
+            },
+        }
+    }
+
+    /// After a step that failed: goes back to the newest state at `path` whose parameters are known to be good, because
+    /// the step after it succeeded. Without such a one, to the oldest there is.
+    ///
+    /// # Errors
+    /// As [`resume`](Self::resume).
+    pub fn go_back(&mut self, path: &Path) -> Result<()> {
+        let newest = State::load(path, &Device::Cpu)?;
+        if newest.step < self.steps() {
+            return self.go_on(path, newest);
+        }
+        match State::load(&previous(path), &Device::Cpu) {
+            Ok(state) => self.go_on(&previous(path), state),
+            Err(_) => self.go_on(path, newest),
+        }
+    }
+
+    fn go_on(&mut self, path: &Path, state: State) -> Result<()> {
         state.check_settings(path, &self.settings)?;
         if state.seed != self.seed {
             let message = format!("this run has seed {}, not {}", state.seed, self.seed);
             return Err(Error::file(path, message));
         }
         self.optimizer.load_state(state.step, &state.tensors)?;
-        self.losses = state.losses;
+        (self.losses, self.evaluations) = (state.losses, state.evaluations);
         Ok(())
     }
+}
+
+/// The loss of a part as an f32 scalar.
+fn checked(loss: Tensor, step: u64) -> candle_core::Result<Tensor> {
+    if loss.elem_count() != 1 {
+        bail!("train: step {}: the loss must be a scalar, has shape {:?}", step + 1, loss.dims())
+    }
+    let loss = loss.to_dtype(candle_core::DType::F32)?.reshape(())?;
+    let value = loss.to_scalar::<f32>()?;
+    if !value.is_finite() {
+        bail!("train: step {}: the loss is {value}; try a lower learning rate", step + 1)
+    }
+    Ok(loss)
 }
 
 /// Over every tensor of the model that training leaves as it is.

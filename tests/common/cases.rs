@@ -18,9 +18,16 @@ pub struct Op<'a> {
     pub reference: OnValues<'a>,
 }
 
+/// An operation is told by its name.
+impl std::fmt::Debug for Op<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
 pub const DROPOUT: Dropout = Dropout { p: 0.25, seed: 11, stream: 5 };
 
-pub fn layer_norm(dims: &'static [usize]) -> Op<'static> {
+pub fn layer_norm(dims: &[usize]) -> Op<'static> {
     let size = dims[dims.len() - 1];
     Op {
         name: format!("layer_norm {dims:?}"),
@@ -81,6 +88,59 @@ pub fn lora_linear(
                 Activation::Relu => y.max(0.0),
             };
             y.into_iter().zip(&v[5]).map(|(y, residual)| act(y) + residual).collect()
+        }),
+    }
+}
+
+/// Inputs: x, bias, A, B, magnitude. No gradient goes through the norm, so the reference has another one.
+pub fn dora_linear(
+    rows: usize,
+    (in_dim, out_dim): (usize, usize),
+    rank: usize,
+    dropout: Option<Dropout>,
+) -> Op<'static> {
+    let weight = (random(9, (out_dim, in_dim)) * 0.2).unwrap();
+    let weight_values = values(&weight);
+    let scaling = 0.7;
+    let run = move |t: &[Tensor]| {
+        let weight = weight.to_dtype(t[0].dtype())?.to_device(t[0].device())?;
+        let lora = Lora { a: &t[2], b: &t[3], b_bias: None, scaling, dropout };
+        let projection = Projection { weight: &weight, bias: Some(&t[1]), lora: Some(lora) };
+        ops::dora_linear(&t[0], &projection, &t[4])
+    };
+    let composed_run = run.clone();
+    Op {
+        name: format!("dora_linear {rows} {in_dim} {out_dim} {rank} {dropout:?}"),
+        inputs: vec![
+            random(1, (rows, in_dim)),
+            random(2, out_dim),
+            random(3, (rank, in_dim)),
+            random(4, (out_dim, rank)),
+            random(5, out_dim),
+        ],
+        fused: Box::new(run),
+        composed: Box::new(move |t| composed_run(t)),
+        reference: Box::new(move |v| {
+            let mask = dropout.map_or(vec![1.0; rows * in_dim], |d| d.mask(rows, in_dim));
+            let dropped: Vec<f64> = v[0].iter().zip(mask).map(|(x, m)| x * f64::from(m)).collect();
+            let plain = reference::linear(&v[0], &weight_values, in_dim);
+            let base = reference::linear(&dropped, &weight_values, in_dim);
+            let s = reference::linear(&dropped, &v[2], in_dim);
+            let low_rank = reference::linear(&s, &v[3], rank);
+            let norm = |o: usize| {
+                let entry = |i: usize| {
+                    let delta: f64 =
+                        (0..rank).map(|r| v[3][o * rank + r] * v[2][r * in_dim + i]).sum();
+                    weight_values[o * in_dim + i] + scaling * delta
+                };
+                (0..in_dim).map(|i| entry(i).powi(2)).sum::<f64>().sqrt()
+            };
+            let g: Vec<f64> = (0..out_dim).map(|o| v[4][o] / norm(o)).collect();
+            let y = |(i, plain): (usize, &f64)| {
+                let o = i % out_dim;
+                plain + v[1][o] + (g[o] - 1.0) * base[i] + g[o] * scaling * low_rank[i]
+            };
+            plain.iter().enumerate().map(y).collect()
         }),
     }
 }
@@ -194,7 +254,9 @@ impl Attention {
             }
         }
         Op {
-            name: format!("attention {h}x{w} window {window:?} heads {heads} dim {dim}"),
+            name: format!(
+                "attention {batch}x{h}x{w} window {window:?} heads {heads} dim {dim} tables {tables:?} {dropout:?}"
+            ),
             inputs,
             fused: Box::new(move |t| {
                 let tables = config(t, false)?;
@@ -295,8 +357,15 @@ pub fn large() -> Vec<Op<'static>> {
         dropout(&[3, 100, 77]),
         lora_linear(65, (768, 129), 16, Activation::Gelu, Some(DROPOUT)),
         lora_linear(1, (96, 64), 7, Activation::None, None),
+        dora_linear(65, (96, 72), 16, Some(DROPOUT)),
+        dora_linear(33, (40, 129), 5, None),
         lora_qkv(130, 128, (8, 100)),
+        // Enough rows for the projections' large tiles.
+        lora_qkv(1793, 384, (16, 4)),
         attention(64, Some(14), (16, 20)),
+        // Key tiles of 64 and of 40 columns.
+        attention(64, None, (3, 64)),
+        attention(80, None, (5, 40)),
         attention(80, None, (10, 12)),
         attention(64, None, (20, 20)),
         attention(16, Some(7), (14, 14)),

@@ -1,4 +1,5 @@
 //! An allocator that keeps count, for tests of memory: such a test is alone in its file, as others would be counted too.
+#![allow(dead_code)]
 
 use candle_core::Result;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -26,6 +27,11 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
+
+/// Bytes that live now.
+pub fn live() -> usize {
+    LIVE.load(Relaxed)
+}
 
 /// Bytes allocated at the peak of `f`, beyond what lived before.
 pub fn peak<R>(f: impl FnOnce() -> Result<R>) -> Result<(R, usize)> {

@@ -1,6 +1,7 @@
 //! Shared by the integration tests: fixtures written by PyTorch, errors measured against them, seeded tensors.
 #![allow(dead_code)]
 
+pub mod adapters;
 pub mod cases;
 pub mod model;
 

@@ -70,7 +70,8 @@ pub fn relative_error(got: &Tensor, want: &Tensor) -> Result<f64> {
 /// `max |got - want| / max |scale|`
 pub fn error_relative_to(scale: &Tensor, got: &Tensor, want: &Tensor) -> Result<f64> {
     ensure!(got.dims() == want.dims(), "shape {:?}, expected {:?}", got.dims(), want.dims());
-    let difference = (got.to_dtype(DType::F64)? - want.to_dtype(DType::F64)?)?;
+    let got = got.to_device(want.device())?.to_dtype(DType::F64)?;
+    let difference = (got - want.to_dtype(DType::F64)?)?;
     let (error, scale) = (largest(&difference)?, largest(scale)?);
     ensure!(error.is_finite(), "not finite");
     Ok(error / scale.max(f64::MIN_POSITIVE))

@@ -1,8 +1,9 @@
-//! CUDA graphs: what an operation launches is captured and replayed. An operation that copied from the host, waited for
-//! the GPU or used another stream could not be.
+//! CUDA graphs: what an operation and its backward launch is captured and replayed. An operation that copied from the
+//! host, waited for the GPU or used another stream could not be; the few numbers that candle's own operations copy there,
+//! as strides, candle keeps from a first run if it is asked to.
 
 use crate::common::cases::{dropout, layer_norm, Attention, OnTensors, Op, DROPOUT};
-use crate::common::{random, values};
+use crate::common::{gradients, random, values};
 use crate::trial;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -65,39 +66,55 @@ fn captured() -> Vec<Captured> {
 
 pub fn trials() -> Vec<Trial> {
     let names: Vec<String> = captured().into_iter().map(|op| op.name).collect();
-    let trials = names.into_iter().enumerate().map(|(index, name)| {
-        trial(format!("graph {name}"), move |device| match captured().get(index) {
-            Some(op) => replay(op, device),
-            None => candle_core::bail!("there is no case {index}"),
-        })
-    });
-    trials.collect()
+    let mut trials = Vec::new();
+    for (index, name) in names.into_iter().enumerate() {
+        for (pass, backward) in [("forward", false), ("backward", true)] {
+            trials.push(trial(format!("graph {pass} {name}"), move |device| {
+                match captured().get(index) {
+                    Some(op) => replay(op, backward, device),
+                    None => candle_core::bail!("there is no case {index}"),
+                }
+            }));
+        }
+    }
+    trials
 }
 
-fn replay(op: &Captured, device: &Device) -> Result<()> {
-    let inputs: Vec<Tensor> = op
-        .inputs
-        .iter()
-        .map(|t| t.to_dtype(DType::BF16)?.to_device(device))
-        .collect::<Result<_>>()?;
-    // The first run loads the kernels, which a capture may not.
-    let expected = values(&(op.run)(&inputs)?);
+/// The output, or output and gradients.
+fn run(op: &Captured, inputs: &[Tensor], grad_out: Option<&Tensor>) -> Result<Vec<Tensor>> {
+    let Some(grad_out) = grad_out else { return Ok(vec![(op.run)(inputs)?]) };
+    let (out, gradients) = gradients(inputs, grad_out, &op.run)?;
+    Ok(std::iter::once(out).chain(gradients).collect())
+}
+
+fn replay(op: &Captured, backward: bool, device: &Device) -> Result<()> {
+    let on_device = |t: &Tensor| t.to_dtype(DType::BF16)?.to_device(device);
+    let inputs = op.inputs.iter().map(on_device).collect::<Result<Vec<_>>>()?;
+    let shape = (op.run)(&inputs)?.shape().clone();
+    let grad_out = backward.then(|| on_device(&random(81, shape))).transpose()?;
     let cuda = device.as_cuda_device()?;
+    let _kept = cuda.enable_cuda_graph_htod_cache();
+    // The first run loads the kernels, which a capture may not.
+    let expected: Vec<_> = run(op, &inputs, grad_out.as_ref())?.iter().map(values).collect();
     let stream = cuda.cuda_stream();
     cuda.synchronize()?;
     stream
         .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         .map_err(Error::wrap)?;
-    let captured = (op.run)(&inputs);
-    // The output's memory belongs to the graph: each launch allocates it anew, at the same address.
+    let captured = run(op, &inputs, grad_out.as_ref());
+    // The outputs' memory belongs to the graph: each launch allocates it anew, at the same address.
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags).map_err(Error::wrap)?;
-    let (out, Some(graph)) = (captured?, graph) else {
+    let (outputs, Some(graph)) = (captured?, graph) else {
         candle_core::bail!("{}: nothing was captured", op.name)
     };
     for run in 0..3 {
         graph.launch().map_err(Error::wrap)?;
-        assert!(values(&out) == expected, "{}: replay {run} gave other bits", op.name);
+        // Reading them is not part of the graph, and copies as it likes.
+        let got: Vec<_> = outputs.iter().map(values).collect();
+        assert!(got == expected, "{}: replay {run} gave other bits", op.name);
     }
+    // Freed on the stream, as long as the graph that they come from is there.
+    drop(outputs);
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The whole model on the GPU: masks and scores of the fixtures against PyTorch in f64, gradients against the CPU's.
 
+use crate::common::adapters;
 use crate::common::model::{config, folder, model, read, scalars, Worst};
 use crate::trial;
 use anyhow::Context;
@@ -21,6 +22,11 @@ pub fn trials() -> Vec<Trial> {
                 values(name, kind, device).map_err(candle_core::Error::wrap)
             }));
         }
+    }
+    for (kind, output_error, gradient_error) in adapters::KINDS {
+        trials.push(trial(format!("model adapter {kind}"), move |device| {
+            adapter(kind, output_error, gradient_error, device).map_err(candle_core::Error::wrap)
+        }));
     }
     trials.push(trial("model gradients".to_string(), |device| {
         gradients(device).map_err(candle_core::Error::wrap)
@@ -57,11 +63,27 @@ fn values(name: &str, kind: AttentionKind, device: &Device) -> anyhow::Result<()
     for case in ["points_boxes", "points_masks", "single"] {
         let out = model.forward(&input(name, case, device)?, Mode::Eval)?;
         for (what, got) in [("pred_masks", &out.pred_masks), ("iou_scores", &out.iou_scores)] {
-            let got = got.to_device(&Device::Cpu)?;
-            worst.compare(what, &got, &io[&format!("{case}/{what}")])?;
+            worst.compare(what, got, &io[&format!("{case}/{what}")])?;
         }
     }
     worst.assert_within(VALUES);
+    Ok(())
+}
+
+/// Outputs, training with the CPU's dropout masks and gradients of an adapter against PEFT in f64.
+fn adapter(
+    kind: &str,
+    output_error: f64,
+    gradient_error: f64,
+    device: &Device,
+) -> anyhow::Result<()> {
+    /// Of the CPU's bounds: sums in yet another order.
+    const TIMES_CPU: f64 = 2.0;
+    let inputs = adapters::read(adapters::folder("inputs.safetensors"), device)?;
+    let [outputs, gradients] = adapters::errors(kind, &adapters::adapted(kind, device)?, &inputs)?;
+    let times = TIMES_CPU * adapters::TIMES_PYTORCH;
+    outputs.assert_within(times * output_error);
+    gradients.assert_within(times * gradient_error);
     Ok(())
 }
 

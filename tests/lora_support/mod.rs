@@ -111,10 +111,9 @@ pub fn values(tensor: &Tensor) -> Vec<f32> {
 /// The paths of the layers that carry an adapter.
 pub fn adapted(model: &dyn ModuleTree) -> Vec<String> {
     let mut paths = Vec::new();
-    model.visit("", &mut |path, node| {
-        if let Node::Linear(Linear { adapter: Some(_), .. }) = node {
-            paths.push(path.to_string());
-        }
+    model.visit("", &mut |path, node| match node {
+        Node::Layer(layer) if !layer.adapters.is_empty() => paths.push(path.to_string()),
+        _ => {}
     });
     paths
 }

@@ -6,9 +6,11 @@
 //! ```
 //! Gradients of the small tensors are summed within a group of consecutive rows, then over the groups, in order.
 
-use super::{copy_columns, dropped, Ready, Saved, Weights};
+use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
 use crate::cpu::attention::add;
+use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
+use crate::cpu::buffer::Buffer;
 use crate::cpu::simd::padded;
 use crate::problem::small_layout;
 use crate::problem::Activation;
@@ -21,12 +23,13 @@ const GROUPS: usize = 32;
 /// Gradients; each is empty where it was not asked for.
 pub struct Gradients {
     /// Of x, `[rows, in]`.
-    pub x: Vec<f32>,
+    pub x: Buffer,
     /// Of the small tensors, laid out as they are.
     pub small: Vec<f32>,
 }
 
-/// The gradients of x and of the small tensors, where wanted, for the gradient `grad` of the output.
+/// The gradients of x and of the small tensors, where wanted, for the gradient `grad` of the output. x is read for the
+/// small tensors alone, and may be empty without.
 pub fn backward(
     weights: &Weights<'_>,
     x: &[f32],
@@ -37,9 +40,16 @@ pub fn backward(
     (want_x, want_small): (bool, bool),
 ) -> Gradients {
     let (in_dim, total) = (weights.in_dim, weights.total());
-    let rows = x.len() / in_dim;
-    let parts =
-        weights.ready(small, if want_x { Packed::from_rows } else { |_, _, _| Packed::empty() });
+    let rows = grad.len() / total;
+    let pack: fn(&Weight<'_>, usize, usize) -> Packed = if want_x {
+        |weight, n, k| match weight {
+            Weight::F32(weight) => Packed::from_rows(weight, n, k),
+            Weight::Pairs(pairs) => Packed::from_rows(&bf16::unpair(pairs), n, k),
+        }
+    } else {
+        |_, _, _| Packed::empty()
+    };
+    let parts = weights.ready(small, pack);
     // B and A where there is LoRA, for dS = scaling g B and dx += dS A.
     let low_rank: Vec<_> = parts
         .iter()
@@ -49,7 +59,7 @@ pub fn backward(
             Some((b, Packed::from_rows(part.a(), rank, in_dim)))
         })
         .collect();
-    let mut dx = vec![0f32; rows * in_dim];
+    let mut dx = Buffer::any(rows * in_dim);
     let group_rows = rows.div_ceil(GROUPS).next_multiple_of(ROWS);
     let partial: Vec<Vec<PartGradients>> = dx
         .par_chunks_mut(group_rows * in_dim)
@@ -68,7 +78,7 @@ pub fn backward(
                 let rows = BlockRows {
                     first,
                     count,
-                    x: &x[first * in_dim..][..count * in_dim],
+                    x: if want_small { &x[first * in_dim..][..count * in_dim] } else { &[] },
                     g: &g,
                     total,
                 };
@@ -99,14 +109,14 @@ pub fn backward(
             }
         }
     }
-    Gradients { x: if want_x { dx } else { Vec::new() }, small: dsmall }
+    Gradients { x: if want_x { dx } else { Buffer::default() }, small: dsmall }
 }
 
 /// A block of rows in the backward.
 struct BlockRows<'a> {
     first: usize,
     count: usize,
-    /// `[count, in]`
+    /// `[count, in]`, or empty where the small tensors' gradients are not wanted.
     x: &'a [f32],
     /// Gradient of the sum before the activation, `[count, total]`.
     g: &'a [f32],

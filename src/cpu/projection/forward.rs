@@ -6,9 +6,11 @@
 //!
 //! Kept for the backward: S, and with an activation the sum before it.
 
-use super::{copy_columns, dropped, Ready, Saved, Weights};
+use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
 use crate::cpu::attention::add;
+use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, Packed, Term, PANEL, ROWS};
+use crate::cpu::buffer::Buffer;
 use crate::cpu::simd::padded;
 use crate::problem::Activation;
 use crate::problem::LoraProblem;
@@ -22,10 +24,14 @@ pub fn forward(
     residual: Option<&[f32]>,
     activation: Activation,
     keep: bool,
-) -> (Vec<f32>, Saved) {
+) -> (Buffer, Saved) {
     let (in_dim, total) = (weights.in_dim, weights.total());
     let rows = x.len() / in_dim;
-    let parts = weights.ready(small, Packed::from_transposed);
+    let parts = weights.ready(small, |weight, n, k| match weight {
+        Weight::F32(weight) => Packed::from_transposed(weight, n, k),
+        Weight::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
+    });
+    let in_pairs = parts.iter().any(|part| part.weight.in_pairs());
     let constants: Vec<_> = parts.iter().map(Ready::constant).collect();
     // A^T and B^T where there is LoRA.
     let low_rank: Vec<_> = parts
@@ -37,8 +43,8 @@ pub fn forward(
         })
         .collect();
     let keep_sum = keep && activation != Activation::Identity;
-    let mut out = vec![0f32; rows * total];
-    let mut sum = vec![0f32; if keep_sum { out.len() } else { 0 }];
+    let mut out = Buffer::any(rows * total);
+    let mut sum = Buffer::any(if keep_sum { out.len() } else { 0 });
     let sums: Vec<Option<&mut [f32]>> = match keep_sum {
         true => sum.chunks_mut(ROWS * total).map(Some).collect(),
         false => (0..rows.div_ceil(ROWS)).map(|_| None).collect(),
@@ -51,6 +57,7 @@ pub fn forward(
             let first = block * ROWS;
             let count = out.len() / total;
             let x_rows = &x[first * in_dim..][..count * in_dim];
+            let x_pairs = if in_pairs { bf16::pairs(x_rows) } else { Vec::new() };
             let mut acc = vec![0f32; count * PANEL];
             let mut s_of_parts = Vec::new();
             for ((part, constant), low_rank) in parts.iter().zip(&constants).zip(&low_rank) {
@@ -58,9 +65,12 @@ pub fn forward(
                     (Some((a, _)), Some(lora)) => low_rank_input(x_rows, in_dim, first, a, lora),
                     _ => Vec::new(),
                 };
+                let (left, stride) = match part.weight.in_pairs() {
+                    true => (x_pairs.as_slice(), in_dim / 2),
+                    false => (x_rows, in_dim),
+                };
                 for column in part.weight.panels() {
-                    let base =
-                        Term { left: x_rows, stride: in_dim, right: &part.weight, scale: 1.0 };
+                    let base = Term { left, stride, right: &part.weight, scale: 1.0 };
                     match (low_rank, part.lora) {
                         (Some((_, b)), Some(lora)) => {
                             let stride = padded(lora.rank);

@@ -13,8 +13,11 @@ pub use backward::backward;
 pub use forward::forward;
 
 use super::attention::add;
+use super::bf16;
 use super::blocked::{Packed, PANEL};
+use super::buffer::Buffer;
 use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
+use half::slice::HalfFloatSliceExt;
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -25,7 +28,24 @@ pub struct Weights<'a> {
     /// One per projection.
     pub projections: &'a [ProjectionProblem],
     /// One per projection.
-    pub weights: Vec<Cow<'a, [f32]>>,
+    pub weights: Vec<Weight<'a>>,
+}
+
+/// A weight `[out, in]`.
+pub enum Weight<'a> {
+    /// As it is, or converted.
+    F32(Cow<'a, [f32]>),
+    /// In bf16, on a machine that multiplies that: a row's neighbours in pairs, see `cpu/bf16.rs`.
+    Pairs(&'a [f32]),
+}
+
+impl<'a> Weight<'a> {
+    /// From bf16; none where that is better converted.
+    pub fn from_bf16(values: &'a [half::bf16], in_dim: usize) -> Option<Self> {
+        let bits: &[u16] = values.reinterpret_cast();
+        let pairs = bytemuck::try_cast_slice(bits).ok();
+        pairs.filter(|_| in_dim.is_multiple_of(2) && bf16::available()).map(Self::Pairs)
+    }
 }
 
 /// What the backward needs besides its inputs.
@@ -34,7 +54,7 @@ pub struct Saved {
     /// S of each projection, `[rows, padded rank]`; empty without LoRA.
     s: Vec<Vec<f32>>,
     /// The sum before the activation; empty where it is not needed.
-    sum: Vec<f32>,
+    sum: Buffer,
 }
 
 /// One projection, ready for its products.
@@ -84,7 +104,7 @@ impl Weights<'_> {
     fn ready<'a>(
         &self,
         small: &'a [f32],
-        pack: fn(&[f32], usize, usize) -> Packed,
+        pack: fn(&Weight<'_>, usize, usize) -> Packed,
     ) -> Vec<Ready<'a>> {
         let (layouts, _) = small_layout(self.in_dim, self.projections);
         let mut end = 0;

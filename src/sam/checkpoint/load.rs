@@ -6,8 +6,8 @@
 
 use super::names::{PROMPT_EMBEDDING, SHARED_EMBEDDING};
 use super::source::Source;
-use super::{fused_name, is_adapter, root, split_names, to_hugging_face};
-use crate::nn::{ModuleTree, Node, NodeMut};
+use super::{fused_name, root, split_names, to_hugging_face};
+use crate::nn::{is_adapter_tensor, ModuleTree, Node, NodeMut};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var};
 use safetensors::Dtype;
@@ -84,14 +84,12 @@ fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target
     let mut targets = BTreeMap::new();
     let mut merged = None;
     model.visit(root, &mut |name, node| match node {
-        Node::Parameter(tensor) | Node::Buffer(tensor) if !is_adapter(name) => {
+        Node::Parameter(tensor) | Node::Buffer(tensor) if !is_adapter_tensor(name) => {
             let (shape, dtype) = (tensor.dims().to_vec(), tensor.dtype());
             let target = Target { shape, dtype, device: tensor.device().clone() };
             targets.insert(name.to_string(), target);
         }
-        Node::Linear(linear) if linear.adapter.as_ref().is_some_and(|a| a.unmerged.is_some()) => {
-            merged = Some(name.to_string())
-        }
+        Node::Layer(layer) if layer.adapters.unmerged.is_some() => merged = Some(name.to_string()),
         _ => {}
     });
     match merged {

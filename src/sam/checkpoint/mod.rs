@@ -29,13 +29,6 @@ fn fused_name(split: &str) -> Option<(String, usize)> {
     Some((format!("{path}.attn.qkv.{leaf}"), third))
 }
 
-/// Whether a parameter belongs to an adapter and so to no base checkpoint.
-fn is_adapter(name: &str) -> bool {
-    const ENDS: [&str; 4] =
-        [".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector"];
-    ENDS.iter().any(|end| name.ends_with(end))
-}
-
 /// The name of the model's root: none for a whole SAM, `vision_encoder` for an image encoder alone.
 fn root(model: &dyn crate::nn::ModuleTree) -> &'static str {
     let mut encoder = false;

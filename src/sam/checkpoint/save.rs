@@ -1,7 +1,7 @@
 //! Writing a model as a checkpoint other tools read.
 
-use super::{fused_name, is_adapter, root, split_names, to_original, Naming};
-use crate::nn::{ModuleTree, Node};
+use super::{fused_name, root, split_names, to_original, Naming};
+use crate::nn::{is_adapter_tensor, ModuleTree, Node};
 use crate::sam::SamConfig;
 use crate::{files, Result};
 use candle_core::{DType, Tensor};
@@ -25,7 +25,7 @@ pub fn save(
     let mut split = BTreeMap::new();
     model.visit(root(model), &mut |name, node| {
         if let Node::Parameter(tensor) | Node::Buffer(tensor) = node {
-            if !is_adapter(name) {
+            if !is_adapter_tensor(name) {
                 split.insert(name.to_string(), tensor.clone());
             }
         }

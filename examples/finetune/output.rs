@@ -1,0 +1,87 @@
+//! The output folder: what a run writes there, and that nobody's files are lost.
+
+use super::options::Options;
+use anyhow::bail;
+use candle_sam_lora::{files, Error, Result};
+use std::path::Path;
+
+/// The adapter as PEFT has it.
+pub const ADAPTER: &str = "adapter";
+/// The adapter with the best evaluation.
+pub const BEST: &str = "best";
+/// The loss curve.
+pub const LOSS: &str = "loss.png";
+/// Pictures before and after.
+pub const OVERLAYS: &str = "overlays";
+/// Written last: a folder with a state and without it holds a run that is not finished.
+pub const METRICS: &str = "metrics.json";
+/// A row a step.
+pub const TABLE: &str = "metrics.csv";
+/// Event files.
+pub const TENSORBOARD: &str = "tensorboard";
+/// What a run goes on from, and the one before.
+pub const STATE: &str = "state.safetensors";
+const PREVIOUS: &str = "state.previous.safetensors";
+
+/// What a run may find in its output folder and replace.
+const OUTPUTS: [&str; 9] =
+    [ADAPTER, BEST, LOSS, OVERLAYS, METRICS, TABLE, TENSORBOARD, STATE, PREVIOUS];
+/// What a new run must not find, as it would be taken for its own.
+const LEFTOVERS: [&str; 5] = [BEST, TABLE, TENSORBOARD, STATE, PREVIOUS];
+
+/// Refuses an output folder in which something would be lost, or nothing can be gone on with.
+pub fn check(options: &Options) -> anyhow::Result<()> {
+    let output = &options.output;
+    let unfinished = [STATE, PREVIOUS].iter().any(|state| output.join(state).is_file());
+    if options.resume {
+        if !unfinished {
+            bail!(
+                "--resume: there is no {}; start the run without --resume",
+                output.join(STATE).display()
+            )
+        }
+        return Ok(());
+    }
+    if !output.exists() {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(output).map_err(|e| Error::io(output, e))? {
+        let name = entry?.file_name();
+        let name = name.to_string_lossy();
+        // A kill in the middle of a writing leaves a temporary file.
+        if !OUTPUTS.contains(&name.as_ref()) && !name.starts_with(".tmp") {
+            bail!(
+                "{}: holds {name}, which is no result of this program; choose another --output",
+                output.display()
+            )
+        }
+    }
+    if unfinished && !output.join(METRICS).exists() {
+        bail!(
+            "{}: holds a run that is not finished; go on with --resume, or remove {STATE} to start again",
+            output.display()
+        )
+    }
+    Ok(())
+}
+
+/// Makes the output folder, and marks the run in it as not finished; a new run finds nothing of an old one.
+pub fn begin(options: &Options) -> Result<()> {
+    files::create_dir(&options.output)?;
+    if !options.resume {
+        for name in LEFTOVERS {
+            remove(&options.output.join(name))?;
+        }
+    }
+    remove(&options.output.join(METRICS))
+}
+
+/// Removes a file or folder, if it is there.
+fn remove(path: &Path) -> Result<()> {
+    let removed =
+        if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, error)),
+        _ => Ok(()),
+    }
+}

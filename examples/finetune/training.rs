@@ -1,0 +1,161 @@
+//! The steps of a run: train, evaluate now and then, keep the best, save, log, stop.
+
+use super::console::say;
+use super::options::Options;
+use super::output::{self, ADAPTER, BEST, STATE, TABLE, TENSORBOARD};
+use anyhow::anyhow;
+use candle_core::Tensor;
+use candle_sam_lora::lora::{save_adapter, LoraConfig};
+use candle_sam_lora::nn::Mode;
+use candle_sam_lora::sam::SamModel;
+use candle_sam_lora::train::{best, since_best, EventFile, MetricsCsv, Scores, Step, Trainer};
+use candle_sam_lora::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// A run on its way.
+pub struct Run<'a> {
+    /// What was asked for.
+    pub options: &'a Options,
+    /// The model that is trained.
+    pub sam: &'a SamModel,
+    /// Its adapters.
+    pub lora: &'a LoraConfig,
+    /// Steps between two evaluations.
+    pub eval_steps: Option<u64>,
+}
+
+impl Run<'_> {
+    /// Starts or resumes the run, and makes its steps.
+    pub fn steps(
+        &self,
+        trainer: &mut Trainer,
+        loss: impl Fn(u64, Mode) -> candle_core::Result<Tensor>,
+        evaluate: impl Fn() -> anyhow::Result<Scores>,
+    ) -> anyhow::Result<()> {
+        let (options, state) = (self.options, self.options.output.join(STATE));
+        if options.resume {
+            if let Some(damage) = trainer.resume(&state)? {
+                say(format!("{damage}; taking the state before it"));
+            }
+            output::begin(options)?;
+            say(format!("going on after step {}", trainer.steps()));
+        } else {
+            output::begin(options)?;
+            trainer.save(&state)?;
+        }
+        let mut log = Log::open(options, trainer.steps())?;
+        let bar = progress_bar(options.steps, trainer.steps());
+        while trainer.steps() < options.steps && !self.impatient(trainer) {
+            let made = match trainer.step(&loss) {
+                Ok(made) => made,
+                Err(error) => return Err(self.keep_the_good(trainer, error)?),
+            };
+            let last = made.step == options.steps;
+            let due = self.eval_steps.is_some_and(|every| made.step.is_multiple_of(every) || last);
+            let scores = due.then(&evaluate).transpose()?;
+            if let Some(scores) = scores {
+                trainer.note(scores);
+                if best(trainer.evaluations()).is_some_and(|best| best.step == made.step) {
+                    save_adapter(self.sam, self.lora, &options.output.join(BEST))?;
+                }
+            }
+            log.note(&made, scores.as_ref())?;
+            let saved = made.step.is_multiple_of(options.save_every) || last;
+            if saved || self.impatient(trainer) {
+                trainer.save(&state)?;
+            }
+            bar.set_message(format!("{:.4}", made.loss));
+            bar.inc(1);
+            // Without a terminal there is no bar; a line now and then tells that it goes on.
+            if saved && bar.is_hidden() {
+                say(format!("step {} of {}: loss {:.4}", made.step, options.steps, made.loss));
+            }
+            if let Some(Scores { iou, dice, boundary_f1 }) = scores {
+                let line = format!("IoU {iou:.4}, Dice {dice:.4}, boundary F1 {boundary_f1:.4}");
+                bar.suspend(|| say(format!("step {}: held-out {line}", made.step)));
+            }
+        }
+        bar.finish();
+        if let Some(best) = best(trainer.evaluations()) {
+            if self.impatient(trainer) {
+                say(format!(
+                    "stopped after step {}: no better than step {}",
+                    trainer.steps(),
+                    best.step
+                ));
+            }
+            say(format!("best: step {}, IoU {:.4}, in {BEST}/", best.step, best.scores.iou));
+        }
+        Ok(())
+    }
+
+    /// Whether the evaluations have been no better for long enough.
+    fn impatient(&self, trainer: &Trainer) -> bool {
+        self.options.patience.is_some_and(|patience| {
+            !trainer.evaluations().is_empty()
+                && since_best(trainer.evaluations()) >= patience.max(1)
+        })
+    }
+
+    /// After a step that failed: the error, once the adapter of the last good state is in its place.
+    fn keep_the_good(
+        &self,
+        trainer: &mut Trainer,
+        error: candle_core::Error,
+    ) -> anyhow::Result<anyhow::Error> {
+        let output = &self.options.output;
+        trainer.go_back(&output.join(STATE))?;
+        save_adapter(self.sam, self.lora, &output.join(ADAPTER))?;
+        Ok(anyhow!(
+            "{error}\nkept in {}: the adapter as it was after step {}, in {ADAPTER}/{}",
+            output.display(),
+            trainer.steps(),
+            match best(trainer.evaluations()) {
+                Some(best) => format!("; the best one, of step {}, in {BEST}/", best.step),
+                None => String::new(),
+            }
+        ))
+    }
+}
+
+/// Where figures go.
+struct Log {
+    table: MetricsCsv,
+    events: Option<EventFile>,
+}
+
+impl Log {
+    fn open(options: &Options, steps: u64) -> Result<Self> {
+        let events = || EventFile::create(&options.output.join(TENSORBOARD), steps);
+        Ok(Self {
+            table: MetricsCsv::open(&options.output.join(TABLE), steps)?,
+            events: options.tensorboard.then(events).transpose()?,
+        })
+    }
+
+    fn note(&mut self, step: &Step, scores: Option<&Scores>) -> Result<()> {
+        self.table.row(step, scores)?;
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let mut values = vec![
+            ("train/loss", step.loss),
+            ("train/lr", step.lr as f32),
+            ("train/grad_norm", step.grad_norm as f32),
+        ];
+        if let Some(scores) = scores {
+            values.push(("held_out/iou", scores.iou as f32));
+            values.push(("held_out/dice", scores.dice as f32));
+            values.push(("held_out/boundary_f1", scores.boundary_f1 as f32));
+        }
+        events.scalars(step.step, &values)
+    }
+}
+
+fn progress_bar(steps: u64, done: u64) -> ProgressBar {
+    let bar = ProgressBar::new(steps).with_position(done);
+    let template = "{bar:40} {pos}/{len} steps  loss {msg}  {elapsed} elapsed, {eta} left";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.reset_eta();
+    bar
+}

@@ -1,0 +1,34 @@
+//! Any bytes as an image and as a mask.
+#![no_main]
+
+use candle_core::Device;
+use candle_sam_lora::sam::{read_image, SamProcessor};
+use candle_sam_lora::train::{instances, read_labels};
+use candle_sam_lora_fuzz::file;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let path = file("image", bytes);
+    // Large images are slow to fuzz and no different.
+    const MOST: u32 = 512;
+    let small = |path: &std::path::Path| {
+        let reader = image_size(path);
+        reader.is_none_or(|(width, height)| width.max(height) <= MOST)
+    };
+    if !small(&path) {
+        return;
+    }
+    if let Ok(image) = read_image(&path) {
+        let _ = SamProcessor::new(16).preprocess(&image, &Device::Cpu);
+    }
+    if let Ok(labels) = read_labels(&path) {
+        let found = instances(&labels, 1);
+        assert!(!found.is_empty());
+        let area: usize = found.iter().map(|instance| instance.area).sum();
+        assert!(area <= labels.len());
+    }
+});
+
+/// Width and height as the header claims them.
+fn image_size(path: &std::path::Path) -> Option<(u32, u32)> {
+    image::ImageReader::open(path).ok()?.with_guessed_format().ok()?.into_dimensions().ok()
+}

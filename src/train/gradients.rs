@@ -1,0 +1,88 @@
+//! The gradients of one step: summed over its parts, measured, clipped.
+//!
+//! ```text
+//! norm = sqrt(sum over all parameters of |g|^2)          g <- g min(1, max_norm / (norm + 1e-6))
+//! ```
+//! In f32, whatever the parameters' dtype.
+//!
+//! Source: `torch.nn.utils.clip_grad_norm_`.
+
+use candle_core::{backprop::GradStore, bail, DType, Result, Tensor, Var, D};
+
+/// Added to the norm by PyTorch.
+const EPS: f64 = 1e-6;
+
+/// A gradient for every parameter of an optimizer, in its order.
+#[derive(Clone, Debug)]
+pub struct Gradients {
+    tensors: Vec<Tensor>,
+}
+
+impl Gradients {
+    /// The gradients of `parameters` from a backward pass.
+    ///
+    /// # Errors
+    /// When parameters have none, or one is not finite; they are named.
+    pub fn of<'a>(
+        parameters: impl Iterator<Item = (&'a str, &'a Var)>,
+        store: &GradStore,
+    ) -> Result<Self> {
+        let (mut names, mut tensors, mut missing) = (vec![], vec![], vec![]);
+        for (name, var) in parameters {
+            match store.get(var) {
+                Some(gradient) => {
+                    names.push(name);
+                    tensors.push(gradient.to_dtype(DType::F32)?);
+                }
+                None => missing.push(name),
+            }
+        }
+        if !missing.is_empty() {
+            bail!(
+                "{} of {} trainable parameters got no gradient; freeze them if the loss does not depend on them: {}",
+                missing.len(),
+                missing.len() + names.len(),
+                missing.join(", ")
+            )
+        }
+        // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
+        let zeros = tensors.iter().map(|gradient| (gradient * 0.0)?.sum_all());
+        let zeros = Tensor::stack(&zeros.collect::<Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
+        match zeros.iter().zip(&names).find(|(zero, _)| zero.is_nan()) {
+            Some((_, name)) => bail!("the gradient of {name} is not finite"),
+            None => Ok(Self { tensors }),
+        }
+    }
+
+    /// In the order of the parameters.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.tensors
+    }
+
+    /// The sum of this and `other`, of the same parameters.
+    pub fn plus(&self, other: &Self) -> Result<Self> {
+        let sums = self.tensors.iter().zip(&other.tensors).map(|(a, b)| a + b);
+        Ok(Self { tensors: sums.collect::<Result<_>>()? })
+    }
+
+    /// The 2-norm of all of them together.
+    pub fn norm(&self) -> Result<f64> {
+        // By rows first, so that no sum of millions loses its small terms.
+        let squares = self.tensors.iter().map(|g| match g.rank() {
+            0 => g.sqr(),
+            _ => g.sqr()?.sum(D::Minus1)?.sum_all(),
+        });
+        let squares = Tensor::stack(&squares.collect::<Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
+        Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
+    }
+
+    /// Scaled down so that their norm, here given, is `max_norm` at most.
+    pub fn clipped(self, norm: f64, max_norm: f64) -> Result<Self> {
+        let factor = max_norm / (norm + EPS);
+        if factor >= 1.0 {
+            return Ok(self);
+        }
+        let scaled = self.tensors.iter().map(|gradient| gradient * factor);
+        Ok(Self { tensors: scaled.collect::<Result<_>>()? })
+    }
+}

@@ -1,0 +1,62 @@
+//! A run's figures as CSV, a row a step: `step,loss,lr,grad_norm,iou,dice,boundary_f1`. The last three are empty but
+//! after an evaluation.
+//!
+//! Each row is on its way to the disk when its step is over. A continued run drops the rows of steps that it will make
+//! again, so that in the end its file has the bytes of an uninterrupted one.
+
+use super::{Scores, Step};
+use crate::{files, Error, Result};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const HEADER: &str = "step,loss,lr,grad_norm,iou,dice,boundary_f1";
+
+/// An open table.
+#[derive(Debug)]
+pub struct MetricsCsv {
+    file: File,
+    path: PathBuf,
+}
+
+impl MetricsCsv {
+    /// The table at `path` with the rows of the first `steps` steps, of those that are there.
+    ///
+    /// # Errors
+    /// When a file is there that is no such table, or it cannot be written.
+    pub fn open(path: &Path, steps: u64) -> Result<Self> {
+        let mut text = format!("{HEADER}\n");
+        if steps > 0 && path.exists() {
+            let old = files::read_text(path)?;
+            let mut lines = old.lines();
+            if lines.next() != Some(HEADER) {
+                return Err(Error::file(
+                    path,
+                    format!("is no table of metrics: expected {HEADER}"),
+                ));
+            }
+            // A kill may have cut the last row.
+            let kept = lines.filter(|line| {
+                let step = line.split(',').next().and_then(|step| step.parse::<u64>().ok());
+                step.is_some_and(|step| step <= steps) && line.matches(',').count() == 6
+            });
+            kept.for_each(|line| text.extend([line, "\n"]));
+        }
+        files::write_atomic(path, |file| file.write_all(text.as_bytes()))?;
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io(path, e))?;
+        Ok(Self { file, path: path.to_path_buf() })
+    }
+
+    /// Adds the row of a step, with what an evaluation after it found.
+    ///
+    /// # Errors
+    /// When the file cannot be written to.
+    pub fn row(&mut self, step: &Step, scores: Option<&Scores>) -> Result<()> {
+        let Step { step, loss, lr, grad_norm } = step;
+        let scores = scores.map_or(",,".to_string(), |Scores { iou, dice, boundary_f1 }| {
+            format!("{iou},{dice},{boundary_f1}")
+        });
+        let row = format!("{step},{loss},{lr},{grad_norm},{scores}\n");
+        self.file.write_all(row.as_bytes()).map_err(|e| Error::io(&self.path, e))
+    }
+}

@@ -1,0 +1,296 @@
+//! The examples' command lines, as a user has them: values in what they write, what they print, errors, exit codes.
+//!
+//! This binary is the examples, too: called by the name of one, as the tests call it, it runs that. So what is tested is
+//! never older than the sources, and nothing is built twice.
+// Each example is a program of its own and holds what it shares with others.
+#![allow(clippy::duplicate_mod)]
+
+mod common;
+#[path = "../examples/encode.rs"]
+mod encode;
+#[path = "../examples/params.rs"]
+mod params;
+#[path = "../examples/segment.rs"]
+mod segment;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{Device, Tensor};
+use candle_sam_lora::files::{read_tensors, write_tensors};
+use common::model::{folder, relative_error, Tensors};
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const NAME: &str = "CANDLE_SAM_LORA_EXAMPLE";
+
+fn main() -> ExitCode {
+    match std::env::var(NAME).as_deref() {
+        Ok("encode") => encode::main(),
+        Ok("params") => params::main(),
+        Ok("segment") => segment::main(),
+        _ => tests(),
+    }
+}
+
+fn tests() -> ExitCode {
+    type Test = fn(&Path) -> Result<()>;
+    let trials: [(&str, Test); 7] = [
+        ("params_counts_what_peft_counts", params_counts_what_peft_counts),
+        ("params_says_what_is_wrong", params_says_what_is_wrong),
+        ("encode_gives_the_tensors_of_pytorch", encode_gives_the_tensors_of_pytorch),
+        ("encode_with_an_adapter_gives_those_of_peft", encode_with_an_adapter_gives_those_of_peft),
+        ("encode_says_what_is_wrong", encode_says_what_is_wrong),
+        ("segment_cuts_out_the_nucleus", segment_cuts_out_the_nucleus),
+        ("segment_says_what_is_wrong", segment_says_what_is_wrong),
+    ];
+    let trials = trials.into_iter().map(|(name, test)| {
+        Trial::test(name, move || {
+            let folder = tempfile::tempdir()?;
+            test(folder.path()).map_err(|error| Failed::from(format!("{error:?}")))
+        })
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+}
+
+/// How an example ended.
+struct Ended {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+/// Runs the example in `folder`; the command line is split at spaces.
+fn run(folder: &Path, example: &str, command: &str) -> Result<Ended> {
+    let output = Command::new(std::env::current_exe()?)
+        .env(NAME, example)
+        .args(command.split_whitespace())
+        .current_dir(folder)
+        .output()?;
+    let text = |bytes| String::from_utf8(bytes).context("not UTF-8");
+    Ok(Ended { code: output.status.code(), out: text(output.stdout)?, err: text(output.stderr)? })
+}
+
+/// What a run that ends well prints.
+fn succeed(folder: &Path, example: &str, command: &str) -> Result<String> {
+    let Ended { code, out, err } = run(folder, example, command)?;
+    ensure!(code == Some(0) && err.is_empty(), "{example} {command}: {code:?}, {err}");
+    Ok(out)
+}
+
+/// A run must end with this exit code, print nothing, and say all these words on stderr.
+fn fail(folder: &Path, example: &str, command: &str, code: i32, words: &[&str]) -> Result<()> {
+    let ended = run(folder, example, command)?;
+    let said = words.iter().all(|word| ended.err.contains(word));
+    ensure!(
+        ended.code == Some(code) && ended.out.is_empty() && said,
+        "{example} {command}: expected {code} and {words:?}, got {:?}: {}",
+        ended.code,
+        ended.err
+    );
+    Ok(())
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The numbers are those of `print_trainable_parameters` in PEFT: tests/fixtures/counts.json.
+fn params_counts_what_peft_counts(folder: &Path) -> Result<()> {
+    for (command, expected) in [
+        ("", "trainable params: 589,824 || all params: 94,325,296 || trainable%: 0.6253\n"),
+        (
+            "--r 16 --target-modules q,v --use-dora",
+            "trainable params: 608,256 || all params: 94,343,728 || trainable%: 0.6447\n",
+        ),
+    ] {
+        let out = succeed(folder, "params", command)?;
+        ensure!(out == expected, "params {command}: {out}");
+    }
+    Ok(())
+}
+
+fn params_says_what_is_wrong(folder: &Path) -> Result<()> {
+    let fails = |command: &str, code, words: &[&str]| fail(folder, "params", command, code, words);
+    fails("--config vit_x", 1, &["error: ", "vit_x", "vit_b, vit_l, vit_h or a config.json"])?;
+    fails("--r 0", 1, &["error: ", "rank", "got 0"])?;
+    fails("--target-modules qq", 1, &["error: ", "matches no linear layer", "q_proj"])?;
+    fails("--r many", 2, &["many", "--r"])?;
+    fails("--ranks 3", 2, &["--ranks"])
+}
+
+/// A fixture's tensors whose names start with one of the prefixes, without these.
+fn inputs(tensors: &Tensors, prefixes: &[&str]) -> Tensors {
+    let wanted = |name: &str| {
+        let name = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix))?;
+        (name == "pixel_values" || name.starts_with("input_")).then(|| name.to_string())
+    };
+    tensors.iter().filter_map(|(name, t)| Some((wanted(name)?, t.clone()))).collect()
+}
+
+fn read(path: PathBuf) -> Result<Tensors> {
+    Ok(read_tensors(&path, &Device::Cpu)?)
+}
+
+/// Largest relative error, of f32 against f64 (tests/sam_model.rs).
+const BOUND: f64 = 2e-5;
+
+fn compare(got: &Tensors, name: &str, expected: &Tensor) -> Result<()> {
+    let got = got.get(name).with_context(|| format!("no {name} was written"))?;
+    let error = relative_error(got, expected)?;
+    ensure!(error < BOUND, "{name}: {error:e}");
+    Ok(())
+}
+
+fn encode_gives_the_tensors_of_pytorch(here: &Path) -> Result<()> {
+    let io = read(folder("tiny").join("io.safetensors"))?;
+    write_tensors(&here.join("in"), &inputs(&io, &["encoder/", "points_boxes/"]))?;
+    let model = folder("tiny");
+    let command = format!("--input in --output out --model {}", model.display());
+    let out = succeed(here, "encode", &command)?;
+    let written = read(here.join("out"))?;
+    ensure!(out == format!("out: {} tensors\n", written.len()), "{out}");
+    let mut compared = 0;
+    for (name, expected) in &io {
+        let states = name.strip_prefix("encoder/").filter(|name| *name != "pixel_values");
+        let masks = name.strip_prefix("points_boxes/");
+        let masks = masks.filter(|name| ["pred_masks", "iou_scores"].contains(name));
+        let known = states.filter(|name| !name.starts_with("attentions."));
+        if let Some(name) = known.or(masks) {
+            compare(&written, name, expected)?;
+            compared += 1;
+        }
+    }
+    ensure!(compared == written.len(), "{compared} of {} were compared", written.len());
+
+    let single = succeed(here, "encode", &format!("{command} --single-mask"))?;
+    let masks = &read(here.join("out"))?["pred_masks"];
+    ensure!(single == out && masks.dim(2)? == 1, "{:?}", masks.dims());
+    Ok(())
+}
+
+fn encode_with_an_adapter_gives_those_of_peft(here: &Path) -> Result<()> {
+    let adapters = folder("").with_file_name("adapters");
+    let tensors = read(adapters.join("inputs.safetensors"))?;
+    write_tensors(&here.join("in"), &inputs(&tensors, &[""]))?;
+    for kind in ["lora_qv", "dora", "fused_qkv"] {
+        let adapter = adapters.join(kind);
+        let (model, adapter_shown) = (folder("tiny"), adapter.display());
+        let model = model.display();
+        let command = format!("--input in --output out --model {model} --adapter {adapter_shown}");
+        succeed(here, "encode", &command)?;
+        let (written, io) = (read(here.join("out"))?, read(adapter.join("io.safetensors"))?);
+        for name in ["image_embeddings", "pred_masks", "iou_scores"] {
+            compare(&written, name, &io[&format!("eval/{name}")]).context(kind)?;
+        }
+    }
+    Ok(())
+}
+
+fn encode_says_what_is_wrong(here: &Path) -> Result<()> {
+    let fails = |command: &str, code, words: &[&str]| fail(here, "encode", command, code, words);
+    let io = read(folder("tiny").join("io.safetensors"))?;
+    let pixels = &io["encoder/pixel_values"];
+    let input = |tensors: &[(&str, &Tensor)]| -> Result<()> {
+        let named = tensors.iter().map(|(name, t)| (name.to_string(), (*t).clone()));
+        Ok(write_tensors(&here.join("in"), &named.collect::<Tensors>())?)
+    };
+    let model = folder("tiny");
+    let command = format!("--input in --output out --model {}", model.display());
+    fails("--input in", 2, &["--output"])?;
+    fails(&command, 1, &["error: in: ", "No such file"])?;
+    input(&[("pixels", pixels)])?;
+    fails(&command, 1, &["error: in: has no tensor pixel_values"])?;
+    input(&[("pixel_values", pixels), ("input_dots", pixels)])?;
+    fails(&command, 1, &["unknown tensor input_dots", "input_points"])?;
+    input(&[("pixel_values", &pixels.narrow(2, 0, 8)?)])?;
+    fails(&command, 1, &["error: "])?;
+    input(&[("pixel_values", pixels), ("input_labels", &io["points_boxes/input_labels"])])?;
+    fails(&command, 1, &["input_labels without input_points"])?;
+    input(&[("pixel_values", pixels)])?;
+    fails("--input in --output out --model none", 1, &["none", "no such folder"])?;
+    fails(&format!("{command} --adapter none"), 1, &["none", "adapter_model.safetensors"])?;
+    fails(&format!("{command} --device tpu"), 1, &["tpu", "cpu, cuda"])?;
+    ensure!(!here.join("out").exists(), "a run that failed has written");
+    Ok(())
+}
+
+/// A micrograph that the small SAM was not trained on, and the truth.
+fn micrograph() -> (PathBuf, PathBuf) {
+    let heldout = root().join("assets/photos/nuclei/heldout");
+    let name = "nuclei_r6c0.png";
+    (heldout.join("images").join(name), heldout.join("masks").join(name))
+}
+
+/// The pixels of the largest object of a mask whose values are objects.
+fn largest_object(mask: &Path) -> Result<Vec<bool>> {
+    let mask = image::open(mask)?.into_luma16();
+    let count = |value: u16| mask.pixels().filter(|pixel| pixel.0[0] == value).count();
+    let largest =
+        (1..=mask.pixels().map(|pixel| pixel.0[0]).max().unwrap_or(0)).max_by_key(|v| count(*v));
+    let largest = largest.context("an empty mask")?;
+    Ok(mask.pixels().map(|pixel| pixel.0[0] == largest).collect())
+}
+
+fn segment_cuts_out_the_nucleus(here: &Path) -> Result<()> {
+    let (image, truth) = micrograph();
+    let truth = largest_object(&truth)?;
+    let (width, height) = image::image_dimensions(&image)?;
+    let at = |index: usize| (index % width as usize, index / width as usize);
+    let pixels = || truth.iter().enumerate().filter(|(_, inside)| **inside).map(|(i, _)| at(i));
+    let (xs, ys): (Vec<_>, Vec<_>) = pixels().unzip();
+    let middle = |values: &[usize]| values.iter().sum::<usize>() / values.len();
+    let bound =
+        |values: &[usize]| (*values.iter().min().unwrap_or(&0), *values.iter().max().unwrap_or(&0));
+    let (point, (x0, x1), (y0, y1)) = ((middle(&xs), middle(&ys)), bound(&xs), bound(&ys));
+    let image = image.display();
+    for (prompt, least) in [
+        (format!("--point {},{}", point.0, point.1), 0.8),
+        (format!("--box {x0},{y0},{x1},{y1} --multimask"), 0.8),
+    ] {
+        let command = format!("{image} {prompt} --mask mask.png --overlay overlay.png --overwrite");
+        let out = succeed(here, "segment", &command)?;
+        let mask = image::open(here.join("mask.png"))?.into_luma8();
+        ensure!(mask.dimensions() == (width, height), "{:?}", mask.dimensions());
+        ensure!(mask.pixels().all(|pixel| [0, 255].contains(&pixel.0[0])), "not 0 and 255");
+        let found: Vec<bool> = mask.pixels().map(|pixel| pixel.0[0] > 0).collect();
+        let area = found.iter().filter(|inside| **inside).count();
+        ensure!(out.contains(&format!(", {area} pixels (")), "{area}: {out}");
+        let both = found.iter().zip(&truth).filter(|(a, b)| **a && **b).count();
+        let iou = both as f64 / (area + xs.len() - both) as f64;
+        println!("{prompt}: IoU {iou:.3} of the largest nucleus; {out}");
+        ensure!(iou > least, "{prompt}: IoU {iou}");
+
+        // The overlay differs from the image where the mask and the prompt are, and hardly elsewhere.
+        let (before, after) = (
+            image::open(image.to_string())?.into_rgb8(),
+            image::open(here.join("overlay.png"))?.into_rgb8(),
+        );
+        let changed = before.pixels().zip(after.pixels()).map(|(a, b)| a != b);
+        let inside = changed.zip(&found).filter(|(changed, inside)| *changed && **inside).count();
+        ensure!(2 * inside > area, "{inside} of {area} pixels are marked");
+    }
+    Ok(())
+}
+
+fn segment_says_what_is_wrong(here: &Path) -> Result<()> {
+    let fails = |command: &str, code, words: &[&str]| fail(here, "segment", command, code, words);
+    let image = micrograph().0;
+    let (width, height) = image::image_dimensions(&image)?;
+    let image = image.display();
+    fails("", 2, &["<IMAGE>"])?;
+    fails("none.png --point 1,1", 1, &["error: none.png", "No such file"])?;
+    std::fs::write(here.join("text.png"), "no image")?;
+    fails("text.png --point 1,1", 1, &["error: ", "text.png"])?;
+    fails(&image.to_string(), 1, &["--point X,Y", "--box X0,Y0,X1,Y1"])?;
+    fails(&format!("{image} --point 1"), 1, &["--point 1", "expected X,Y"])?;
+    fails(&format!("{image} --point 1,2,3"), 1, &["label of 0 or 1"])?;
+    fails(&format!("{image} --point 1,y"), 1, &["\"y\" is no number"])?;
+    fails(&format!("{image} --point -1,2"), 1, &["outside", &format!("{width} x {height}")])?;
+    fails(&format!("{image} --box 9,9,3,3"), 1, &["--box", "X0 < X1"])?;
+    let same = format!("{image} --point 1,1 --mask a.png --overlay a.png");
+    fails(&same, 1, &["--mask and --overlay are both a.png"])?;
+    std::fs::write(here.join("a.png"), "mine")?;
+    fails(&format!("{image} --point 1,1 --mask a.png"), 1, &["a.png", "--overwrite"])?;
+    ensure!(std::fs::read(here.join("a.png"))? == b"mine", "a.png was overwritten");
+    fails(&format!("{image} --point 1,1 --model none"), 1, &["none", "no such folder"])
+}

@@ -1,0 +1,35 @@
+//! A training run killed, or refused by the system, at each point where it writes: what is on disk stays whole, and the
+//! run goes on to the bits of one that was left alone.
+//!
+//! The run is a process of its own, stopped at every system call (ptrace). A point is a call that changes a file or a
+//! folder: open for writing, write, sync, rename, unlink, mkdir, chmod. `cargo test --test faults -- --ignored` takes
+//! more steps and more kinds of refusal. Linux on x86-64; elsewhere there is nothing to run.
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[path = "faults/run.rs"]
+mod run;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[path = "faults/trace.rs"]
+mod trace;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[path = "faults/trials.rs"]
+mod trials;
+
+use std::process::ExitCode;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, command, folder, steps] = &arguments[..] {
+        if command == run::COMMAND {
+            return run::main(folder.as_ref(), steps);
+        }
+    }
+    trials::main()
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn main() -> ExitCode {
+    println!("faults are injected on Linux on x86-64 only");
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,134 @@
+//! What SAM's layers launch, at the sizes of the published models: every kernel with its threads and the dynamic shared
+//! memory of a block, the most of all its launches. `scripts/check-kernels.sh` reads the lines that start with `launch`
+//! and puts them beside the registers; a kernel that is not among them fails there.
+
+use candle_core::{DType, Result};
+use candle_sam_lora::launch::projection::{
+    self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
+    Tile,
+};
+use candle_sam_lora::launch::rel_pos_attention as attention;
+use candle_sam_lora::launch::{
+    dora, dropout, layer_norm, AttentionProblem, Launch, LayerNormProblem,
+};
+use candle_sam_lora::philox::Dropout;
+use std::collections::BTreeMap;
+
+/// The address of every operand: nothing is run here.
+const AT: u64 = 1 << 20;
+/// What a block may have on an A100; on newer devices for data centres it is more.
+const MOST_SHARED: u32 = 163 << 10;
+const DROPOUT: Dropout = Dropout { p: 0.1, seed: 1, stream: 0 };
+
+/// Every layer's launches, forward and backward, all gradients wanted.
+fn launches(dtype: DType) -> Result<Vec<Launch>> {
+    let mut launches = rows(dtype)?;
+    for (grid, side, head_dim) in [
+        (64, 64, 64), // ViT-B and ViT-L: the global blocks of an image of 1024 x 1024
+        (64, 14, 64), // and the windowed ones
+        (64, 64, 80), // ViT-H
+        (64, 14, 80),
+        (40, 40, 64), // images of 640 x 640
+        (40, 40, 80),
+        (14, 14, 16), // small models
+        (14, 14, 32),
+    ] {
+        launches.extend(attention_of(grid, side, head_dim, dtype)?);
+    }
+    for rank in [16, 64] {
+        for tile in [Tile::Large, Tile::Small] {
+            launches.extend(projection_of(rank, tile, dtype)?);
+        }
+    }
+    Ok(launches)
+}
+
+/// What works on rows: LayerNorm, dropout, DoRA's norms.
+fn rows(dtype: DType) -> Result<Vec<Launch>> {
+    let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
+    let trained = Some(layer_norm::TrainedOperands { dweight: AT, dbias: AT, workspace: AT });
+    let operands = layer_norm::BackwardOperands { x: AT, weight: AT, dy: AT, dx: AT, trained };
+    let mut launches = layer_norm::backward(&problem, dtype, &operands)?;
+    launches.push(layer_norm::forward(&problem, dtype, AT, AT, AT, AT)?);
+    launches.push(dropout::forward((4096, 768), DROPOUT, dtype, AT, AT)?);
+    let norm = dora::DoraNorm { out_dim: 768, in_dim: 768, rank: 16, scaling: 1.0 };
+    launches.push(dora::norm(&norm, dtype, AT, AT, AT, AT)?);
+    Ok(launches)
+}
+
+/// Attention in windows of `side x side` over a grid of `grid x grid` tokens.
+fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Result<Vec<Launch>> {
+    let problem = AttentionProblem {
+        batch: 1,
+        h: grid,
+        w: grid,
+        num_heads: 12,
+        head_dim,
+        side_h: side,
+        side_w: side,
+        softmax_scale: 0.125,
+        rel_pos: true,
+        dropout: None,
+    };
+    let inputs = attention::Inputs { qkv: AT, tables: AT, pad: AT };
+    let operands = attention::BackwardOperands {
+        out: AT,
+        lse: AT,
+        dout: AT,
+        dqkv: AT,
+        dtables: AT,
+        dpad: AT,
+        workspace: AT,
+    };
+    let mut launches = attention::backward(&problem, dtype, &inputs, &operands)?;
+    launches.push(attention::forward(&problem, dtype, &inputs, AT, AT)?);
+    Ok(launches)
+}
+
+/// An MLP's first layer with LoRA, of ViT-B.
+fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
+    let lora = LoraProblem { rank, scaling: 1.0, dropout: Some(DROPOUT), bias: true };
+    let projections = [ProjectionProblem { out_dim: 3072, bias: true, lora: Some(lora) }];
+    let problem = Problem {
+        rows: 4096,
+        in_dim: 768,
+        projections: &projections,
+        activation: Activation::Gelu,
+    };
+    let weights = &[AT][..];
+    let operands =
+        ForwardOperands { x: AT, weights, small: AT, residual: AT, out: AT, low_rank: AT, sum: AT };
+    let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
+    let operands = BackwardOperands {
+        x: AT,
+        weights,
+        small: AT,
+        low_rank: AT,
+        sum: AT,
+        dout: AT,
+        dx: AT,
+        dsmall: AT,
+        workspace: AT,
+    };
+    launches.extend(projection::backward_with(tile, &problem, dtype, &operands)?);
+    Ok(launches)
+}
+
+#[test]
+fn every_launch_fits_the_smallest_device() -> Result<()> {
+    let mut blocks = BTreeMap::<String, (u32, u32)>::new();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for launch in launches(dtype)? {
+            let threads = launch.block.iter().product::<u32>();
+            assert!(threads.is_multiple_of(32) && threads <= 1024, "{}: {threads}", launch.kernel);
+            let (known, shared) = blocks.entry(launch.kernel.clone()).or_insert((threads, 0));
+            assert_eq!(*known, threads, "{}: its bounds are compiled in", launch.kernel);
+            *shared = launch.shared_bytes.max(*shared);
+        }
+    }
+    for (kernel, (threads, shared)) in blocks {
+        println!("launch\t{kernel}\t{threads}\t{shared}");
+        assert!(shared <= MOST_SHARED, "{kernel}: {shared} bytes of shared memory");
+    }
+    Ok(())
+}

@@ -1,0 +1,92 @@
+//! The operations on random shapes, strides and dtypes, against the f64 reference and the composed graph.
+//!
+//! `PROPTEST_CASES=2000 cargo test --release --test ops_properties` tries more.
+
+mod common;
+
+use candle_core::{DType, Result, Tensor};
+use candle_sam_lora::ops::Activation;
+use candle_sam_lora::philox::Dropout;
+use common::cases::{self, disguises, Attention, Op};
+use common::{error, gradients, random, tensor_error, values};
+use proptest::prelude::*;
+
+/// As in `tests/ops_reference.rs`.
+const F32_TOLERANCE: f64 = 3e-6;
+
+fn dropout() -> impl Strategy<Value = Option<Dropout>> {
+    prop::option::of((0.0..0.9, any::<u64>(), any::<u32>()))
+        .prop_map(|drawn| drawn.map(|(p, seed, stream)| Dropout { p, seed, stream }))
+}
+
+fn op() -> impl Strategy<Value = Op<'static>> {
+    let activation =
+        prop::sample::select(vec![Activation::None, Activation::Gelu, Activation::Relu]);
+    prop_oneof![
+        (1usize..40, 8usize..70).prop_map(|(rows, width)| cases::layer_norm(&[rows, width])),
+        ((1usize..80, 1usize..50, 1usize..50), 1usize..20, activation, dropout()).prop_map(
+            |((rows, from, to), rank, activation, dropout)| {
+                cases::lora_linear(rows, (from, to), rank, activation, dropout)
+            }
+        ),
+        (1usize..60, 1usize..30, (1usize..9, 1usize..9))
+            .prop_map(|(rows, width, ranks)| cases::lora_qkv(rows, width, ranks)),
+        (
+            (1usize..3, 1usize..12, 1usize..12, 1usize..4, 1usize..20),
+            prop::option::of(1usize..9),
+            prop::option::of((1usize..30, 1usize..30)),
+            dropout(),
+        )
+            .prop_map(|((batch, h, w, heads, dim), window, tables, dropout)| {
+                let side = |length: usize| 2 * window.unwrap_or(length) - 1;
+                let tables = tables.unwrap_or((side(h), side(w)));
+                Attention { batch, grid: (h, w), heads, dim, window, tables, dropout }.op()
+            }),
+    ]
+}
+
+/// The same inputs behind strides and offsets chosen by `choice`.
+fn disguised(op: &Op, choice: u32) -> Result<Vec<Tensor>> {
+    let one = |(i, input): (usize, &Tensor)| {
+        let mut ways = disguises(input)?;
+        ways.push(input.clone());
+        Ok(ways.swap_remove((choice >> (2 * i)) as usize % ways.len()))
+    };
+    op.inputs.iter().enumerate().map(one).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 120, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn values_are_the_references_and_gradients_the_composed_graphs(op in op(), choice in any::<u32>()) {
+        let name = &op.name;
+        let inputs = disguised(&op, choice).unwrap();
+        let expected = (op.reference)(&op.inputs.iter().map(values).collect::<Vec<_>>());
+        let out = (op.fused)(&inputs).unwrap();
+        let off = error(&values(&out), &expected);
+        prop_assert!(off <= F32_TOLERANCE, "{name}: {off:e}");
+        let grad_out = random(78, out.shape());
+        let (again, fused) = gradients(&inputs, &grad_out, &op.fused).unwrap();
+        prop_assert_eq!(values(&again), values(&out), "{}", name);
+        let (_, composed) = gradients(&op.inputs, &grad_out, &op.composed).unwrap();
+        for (index, (fused, composed)) in fused.iter().zip(&composed).enumerate() {
+            let off = tensor_error(fused, composed);
+            prop_assert!(off <= 1e-5, "{name}: gradient {index}: {off:e}");
+        }
+    }
+
+    /// As `half_precision_is_no_worse_than_twice_the_eager_error` in `tests/ops_reference.rs`.
+    #[test]
+    fn half_precision_is_no_worse_than_twice_the_eager_error(op in op(), choice in any::<u32>(), bf16 in any::<bool>()) {
+        let (dtype, epsilon) = if bf16 { (DType::BF16, 1.0 / 128.0) } else { (DType::F16, 1.0 / 1024.0) };
+        let inputs: Vec<Tensor> = op.inputs.iter().map(|t| t.to_dtype(dtype).unwrap()).collect();
+        let expected = (op.reference)(&inputs.iter().map(values).collect::<Vec<_>>());
+        let rounded = Op { inputs, ..op };
+        let out = (rounded.fused)(&disguised(&rounded, choice).unwrap()).unwrap();
+        prop_assert_eq!(out.dtype(), dtype);
+        let fused = error(&values(&out), &expected);
+        let eager = error(&values(&(rounded.composed)(&rounded.inputs).unwrap()), &expected);
+        prop_assert!(fused <= (2.0 * eager).max(0.5 * epsilon), "{}: {fused:e}, eager {eager:e}", rounded.name);
+    }
+}

@@ -1,0 +1,188 @@
+//! COCO's annotations: the masks of pycocotools, pixel for pixel, and errors that name what is wrong.
+
+mod common;
+
+use candle_sam_lora::train::{Dataset, Sample};
+use image::RgbImage;
+use proptest::prelude::*;
+use serde_json::{json, Value};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Images of the sizes that the annotations tell.
+fn write_images(folder: &Path, instances: &Value) -> anyhow::Result<()> {
+    for image in instances["images"].as_array().expect("images") {
+        let path = folder.join(image["file_name"].as_str().expect("a name"));
+        std::fs::create_dir_all(path.parent().expect("a folder"))?;
+        let side = |name: &str| image[name].as_u64().expect("a side") as u32;
+        RgbImage::new(side("width"), side("height")).save(path)?;
+    }
+    Ok(())
+}
+
+/// The pixels of each instance.
+fn masks(sample: &Sample) -> Vec<Vec<u8>> {
+    let mask = |instance| {
+        let labels = sample.labels(instance).pixels();
+        labels.map(|label| u8::from(label.0[0] == instance.label)).collect()
+    };
+    sample.instances.iter().map(mask).collect()
+}
+
+#[test]
+fn masks_are_those_of_pycocotools() -> anyhow::Result<()> {
+    let file = common::fixtures().join("train/coco/instances.json");
+    let instances: Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
+    let folder = tempfile::tempdir()?;
+    write_images(folder.path(), &instances)?;
+    let cases: BTreeMap<String, common::Case> = common::cases("train/coco/masks.safetensors")
+        .into_iter()
+        .map(|c| (c.name.clone(), c))
+        .collect();
+    let dataset = Dataset::open_coco(folder.path(), &file, 1)?;
+    assert_eq!(dataset.len(), 3, "the image without objects is left out");
+    let mut compared = 0;
+    for (index, (name, image)) in [("a_one", 1), ("two", 2), ("three", 3)].into_iter().enumerate() {
+        let sample = dataset.load(index)?;
+        assert_eq!(sample.name, name);
+        let annotations = instances["annotations"].as_array().expect("annotations").iter();
+        let expected = annotations.filter(|a| a["image_id"] == image && a["iscrowd"] == 0);
+        let expected: Vec<Vec<u8>> = expected
+            .map(|a| common::values(&cases[&a["id"].to_string()].tensor("mask")))
+            .map(|mask| mask.into_iter().map(|value| value as u8).collect::<Vec<u8>>())
+            .filter(|mask| mask.contains(&1))
+            .collect();
+        let found = masks(&sample);
+        assert_eq!(found.len(), expected.len());
+        for (place, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let wrong = found.iter().zip(expected).filter(|(a, b)| a != b).count();
+            assert_eq!(wrong, 0, "{name}, object {place}: {wrong} pixels differ");
+            compared += 1;
+        }
+        assert!(sample.layers.len() > 1, "these objects overlap");
+        for instance in &sample.instances {
+            assert_eq!(
+                masks(&sample)
+                    [sample.instances.iter().position(|i| i == instance).expect("itself")]
+                .iter()
+                .filter(|v| **v == 1)
+                .count(),
+                instance.area
+            );
+        }
+    }
+    println!("{compared} masks equal");
+    assert!(compared >= 40);
+    // Smaller objects are left out, and an image in which none is left.
+    let large = Dataset::open_coco(folder.path(), &file, 4000)?;
+    assert_eq!(large.len(), 1);
+    assert!(large.load(0)?.instances.iter().all(|instance| instance.area >= 4000));
+    assert_ne!(dataset.fingerprint()?, large.fingerprint()?);
+    Ok(())
+}
+
+fn good() -> Value {
+    json!({
+        "images": [{ "id": 7, "file_name": "x.png", "width": 6, "height": 4 }],
+        "annotations": [{ "id": 3, "image_id": 7, "segmentation": [[1, 1, 4, 1, 4, 3]] }],
+    })
+}
+
+/// The dataset of an annotation file with this text, if it opens and each of its samples loads.
+fn open(text: &str) -> anyhow::Result<candle_sam_lora::Result<Vec<Sample>>> {
+    let folder = tempfile::tempdir()?;
+    RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
+    let file = folder.path().join("instances.json");
+    std::fs::write(&file, text)?;
+    let dataset = Dataset::open_coco(folder.path(), &file, 1);
+    Ok(dataset.and_then(|dataset| (0..dataset.len()).map(|index| dataset.load(index)).collect()))
+}
+
+#[test]
+fn what_is_wrong_is_named() -> anyhow::Result<()> {
+    assert_eq!(open(&good().to_string())?.map(|samples| samples.len())?, 1);
+    let segmentation = |value: Value| ("/annotations/0/segmentation", value);
+    let runs = |counts: Value| segmentation(json!({ "size": [4, 6], "counts": counts }));
+    let cases: Vec<((&str, Value), &str)> = vec![
+        (
+            ("/images/0/file_name", json!("../x.png")),
+            "image 7: file_name \"../x.png\" leads out of the folder",
+        ),
+        (("/images/0/file_name", json!("/etc/passwd")), "leads out of the folder"),
+        (("/images/0/file_name", json!("")), "leads out of the folder"),
+        (("/images/0/file_name", json!("y.png")), "y.png"),
+        (("/images/0/width", json!(0)), "1 to 32768"),
+        (("/images/0/height", json!(4_000_000_000u32)), "1 to 32768"),
+        (("/images/0/height", json!(-1)), "not COCO's instances"),
+        (("/images/0/width", json!(7)), "is 6 x 4 pixels, but 7 x 4"),
+        (("/annotations/0/image_id", json!(8)), "annotation 3: there is no image 8"),
+        (("/annotations/0/iscrowd", json!(1)), "no image has an object"),
+        (("/annotations", json!([])), "no image has an object"),
+        (("/annotations", json!(5)), "not COCO's instances"),
+        (segmentation(json!([])), "annotation 3: it has no polygon"),
+        (segmentation(json!([[]])), "6 numbers at least"),
+        (segmentation(json!([[1, 1, 2, 2]])), "and has 4"),
+        (segmentation(json!([[1, 1, 2, 2, 3, 3, 4]])), "and has 7"),
+        (segmentation(json!([[1, 1, 2, 2, 3, 1e300]])), "far outside of its image of 6 x 4"),
+        (segmentation(json!([[1, 1, 2, "2", 3, 3]])), "a segmentation must be polygons"),
+        (segmentation(json!(null)), "a segmentation must be polygons"),
+        (segmentation(json!([[1, 1, 1, 1, 1, 1]])), "no image has an instance of 1 pixels"),
+        (
+            segmentation(json!({ "size": [6, 4], "counts": [24] })),
+            "its size is [6, 4], its image's [4, 6]",
+        ),
+        (runs(json!([1, 2])), "its runs hold 3 pixels, the image 24"),
+        (runs(json!([4_294_967_295u32, 4_294_967_295u32])), "its runs hold 8589934590 pixels"),
+        (runs(json!([-1, 25])), "a segmentation must be polygons"),
+        (runs(json!("")), "its runs hold 0 pixels"),
+        (runs(json!("0")), "its runs hold 0 pixels"),
+        (runs(json!("P")), "the counts end within a number"),
+        (runs(json!("PPPPPPPPPPPPPPPPPPPPP0")), "more than 7 characters"),
+        (runs(json!("5\u{00e9}")), "does not belong into counts"),
+        (runs(json!("5 5")), "' ' does not belong"),
+        (runs(json!("@")), "a count is -16"),
+    ];
+    for ((pointer, value), expected) in cases {
+        let mut spoilt = good();
+        match spoilt.pointer_mut(pointer) {
+            Some(place) => *place = value,
+            None => spoilt["annotations"][0]["iscrowd"] = value,
+        }
+        let message = open(&spoilt.to_string())?.map(drop).expect_err(expected).to_string();
+        assert!(message.contains(expected), "{pointer}: expected {expected:?} in {message}");
+        assert!(message.contains("instances.json") || message.contains(".png"), "{message}");
+    }
+    for (text, expected) in [("", "not COCO's"), ("{", "not COCO's"), ("[1]", "not COCO's")] {
+        let message = open(text)?.map(drop).expect_err(expected).to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+    let mut twice = good();
+    twice["images"] = json!([good()["images"][0], good()["images"][0]]);
+    let message = open(&twice.to_string())?.map(drop).expect_err("two of one id").to_string();
+    assert!(message.contains("image 7: there are two of this id"), "{message}");
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+
+    /// Whatever the polygon or the counts: a mask of the image's size, or an error.
+    #[test]
+    fn any_polygon_and_any_counts_end_well(
+        polygon in proptest::collection::vec(prop_oneof![-20.0..20.0f64, -1e9..1e9f64], 0..20),
+        counts in "[0-o]{0,12}",
+        runs in proptest::collection::vec(0u32..30, 0..6),
+    ) {
+        for segmentation in [
+            json!([polygon]),
+            json!({ "size": [4, 6], "counts": counts }),
+            json!({ "size": [4, 6], "counts": runs }),
+        ] {
+            let mut file = good();
+            file["annotations"][0]["segmentation"] = segmentation;
+            for sample in open(&file.to_string()).expect("files").into_iter().flatten() {
+                prop_assert!(sample.instances[0].area <= 24);
+            }
+        }
+    }
+}

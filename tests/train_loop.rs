@@ -1,0 +1,406 @@
+//! What surrounds the optimizer: schedules, clipping and accumulation against transformers and PyTorch, their part in a
+//! continued run, and what is kept when something goes wrong.
+
+mod common;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_sam_lora::module_tree;
+use candle_sam_lora::nn::{trainable, Linear, Mode};
+use candle_sam_lora::train::{
+    best, previous, since_best, AdamW, AdamWConfig, Decay, Evaluated, EventFile, MetricsCsv,
+    Schedule, Scores, State, Step, Trainer, TrainerConfig,
+};
+use common::Case;
+use std::path::Path;
+
+fn cases(kind: &str) -> Vec<Case> {
+    let mut cases = common::cases("train/loop.safetensors");
+    cases.retain(|case| case.name.split(' ').next() == Some(kind));
+    assert!(!cases.is_empty(), "no case {kind}");
+    cases
+}
+
+#[test]
+fn schedules_are_transformers() {
+    let mut compared = 0;
+    for kind in ["constant", "linear", "cosine"] {
+        for case in cases(kind) {
+            let total_steps = case.integer("total");
+            let decay = match kind {
+                "constant" => Decay::Constant,
+                "linear" => Decay::Linear { total_steps },
+                _ => Decay::Cosine { total_steps },
+            };
+            let schedule = Schedule { warmup_steps: case.integer("warmup"), decay };
+            schedule.validate().expect("a schedule that transformers takes");
+            for (step, expected) in common::values(&case.tensor("factor")).into_iter().enumerate() {
+                let found = schedule.factor(step as u64);
+                // The fixture holds f32.
+                assert!(
+                    (found - expected).abs() <= 6e-8,
+                    "{} at {step}: {found}, {expected}",
+                    case.name
+                );
+                compared += 1;
+            }
+        }
+    }
+    assert_eq!(compared, 3 * (12 + 30 + 2));
+    for decay in [Decay::Linear { total_steps: 4 }, Decay::Cosine { total_steps: 4 }] {
+        assert_eq!(Schedule { warmup_steps: 1, decay }.factor(9), 0.0);
+        assert!(Schedule { warmup_steps: 4, decay }.validate().is_err());
+    }
+}
+
+#[test]
+fn clipping_is_pytorchs() -> Result<()> {
+    let cases = cases("clip");
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        // Each gradient is that of sum(p g).
+        let gradients: Vec<Tensor> = (0..3).map(|i| case.tensor(&format!("g{i}"))).collect();
+        let vars: Vec<(String, Var)> = (gradients.iter().enumerate())
+            .map(|(i, g)| Ok((format!("p{i}"), Var::zeros(g.dims(), DType::F32, &Device::Cpu)?)))
+            .collect::<Result<_>>()?;
+        let sums = vars.iter().zip(&gradients).map(|((_, v), g)| (v.as_tensor() * g)?.sum_all());
+        let loss = Tensor::stack(&sums.collect::<Result<Vec<_>>>()?, 0)?.sum_all()?;
+        let optimizer = AdamW::new(vars, AdamWConfig::default())?;
+        let found = optimizer.gradients(&loss.backward()?)?;
+        let (norm, expected) = (found.norm()?, case.number("norm"));
+        assert!((norm - expected).abs() <= 1e-6 * expected, "{}: {norm}, {expected}", case.name);
+        let clipped = found.clipped(norm, case.number("max_norm"))?;
+        for (i, found) in clipped.tensors().iter().enumerate() {
+            let expected = case.tensor(&format!("c{i}"));
+            assert!(common::tensor_error(found, &expected) <= 1e-6, "{}", case.name);
+        }
+    }
+    Ok(())
+}
+
+struct Fit {
+    linear: Linear,
+}
+
+module_tree!(Fit { linear => "" });
+
+/// The fixture's problem: `steps` steps of some parts each, with everything at once.
+struct Problem {
+    case: Case,
+    config: TrainerConfig,
+}
+
+impl Problem {
+    fn new() -> Self {
+        let case = cases("loop").remove(0);
+        let decay = Decay::Cosine { total_steps: case.integer("steps") };
+        let config = TrainerConfig {
+            optimizer: AdamWConfig {
+                lr: case.number("lr"),
+                eps: case.number("eps"),
+                weight_decay: case.number("weight_decay"),
+                ..Default::default()
+            },
+            schedule: Schedule { warmup_steps: case.integer("warmup"), decay },
+            accumulation: case.integer("parts"),
+            max_grad_norm: Some(case.number("max_norm")),
+        };
+        Self { case, config }
+    }
+
+    fn start(&self, config: TrainerConfig) -> Result<(Fit, Trainer)> {
+        let var = |name: &str| {
+            Ok::<_, candle_core::Error>(Var::from_tensor(&self.case.tensor(name))?.into_inner())
+        };
+        let linear = Linear::new(var("weight")?, Some(var("bias")?));
+        let model = Fit { linear };
+        let trainer = Trainer::new(&model, config, 1, Default::default())?;
+        Ok((model, trainer))
+    }
+
+    fn loss(&self, model: &Fit, part: u64, mode: Mode) -> Result<Tensor> {
+        let (x, y) =
+            (self.case.tensor("x").get(part as usize)?, self.case.tensor("y").get(part as usize)?);
+        (model.linear.forward(&x, mode)? - y)?.sqr()?.mean_all()
+    }
+
+    fn step(&self, model: &Fit, trainer: &mut Trainer) -> Result<Step> {
+        trainer.step(|part, mode| self.loss(model, part, mode))
+    }
+}
+
+fn bits(model: &Fit) -> Vec<u32> {
+    let values = trainable(model)
+        .expect("parameters")
+        .into_iter()
+        .flat_map(|(_, var)| var.flatten_all().and_then(|v| v.to_vec1::<f32>()).expect("values"));
+    values.map(f32::to_bits).collect()
+}
+
+#[test]
+fn accumulation_clipping_and_schedule_together_are_pytorchs() -> anyhow::Result<()> {
+    let problem = Problem::new();
+    let (model, mut trainer) = problem.start(problem.config)?;
+    let parts = problem.config.accumulation as usize;
+    let losses = common::values(&problem.case.tensor("loss"));
+    let (norms, rates) =
+        (common::values(&problem.case.tensor("norm")), common::values(&problem.case.tensor("lr")));
+    for (step, losses) in losses.chunks(parts).enumerate() {
+        let made = problem.step(&model, &mut trainer)?;
+        let expected = losses.iter().sum::<f64>() / parts as f64;
+        let close = |found: f64, expected: f64| (found - expected).abs() <= 2e-6 * expected.abs();
+        assert_eq!(made.step, step as u64 + 1);
+        assert!(close(made.loss.into(), expected), "step {step}: loss {}, {expected}", made.loss);
+        assert!(
+            close(made.grad_norm, norms[step]),
+            "step {step}: {}, {}",
+            made.grad_norm,
+            norms[step]
+        );
+        assert!(close(made.lr, rates[step]), "step {step}: {}, {}", made.lr, rates[step]);
+    }
+    assert!(norms.iter().any(|norm| *norm > 2.1) && norms.iter().any(|norm| *norm < 2.1));
+    let bias = model.linear.bias.as_ref().expect("a bias");
+    for (found, name) in [(&model.linear.weight, "final_weight"), (bias, "final_bias")] {
+        // Adam divides a gradient by its own size, so that an error of 1e-7 in it is one of 1e-7 lr in the step.
+        let error = common::tensor_error(found, &problem.case.tensor(name));
+        assert!(error <= 1e-6, "{name}: {error:e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_run_with_everything_is_continued_bit_for_bit() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let problem = Problem::new();
+    let (whole, mut trainer) = problem.start(problem.config)?;
+    let scores = |x: f64| Scores { iou: x / 3.0, dice: x / 7.0, boundary_f1: x / 11.0 };
+    for step in 0..6 {
+        problem.step(&whole, &mut trainer)?;
+        trainer.note(scores(f64::from(step)));
+        if step == 2 {
+            trainer.save(&path)?;
+        }
+    }
+    let (model, mut resumed) = problem.start(problem.config)?;
+    assert!(resumed.resume(&path)?.is_none());
+    assert_eq!((resumed.steps(), resumed.evaluations().len()), (3, 3));
+    for step in 3..6 {
+        problem.step(&model, &mut resumed)?;
+        resumed.note(scores(f64::from(step)));
+    }
+    assert_eq!(bits(&model), bits(&whole));
+    assert_eq!(resumed.losses(), trainer.losses());
+    assert_eq!(resumed.evaluations(), trainer.evaluations());
+
+    // Each setting is part of what must be equal.
+    let TrainerConfig { schedule, .. } = problem.config;
+    for (config, named) in [
+        (TrainerConfig { max_grad_norm: None, ..problem.config }, "max_grad_norm"),
+        (TrainerConfig { accumulation: 1, ..problem.config }, "accumulation"),
+        (
+            TrainerConfig { schedule: Schedule { warmup_steps: 1, ..schedule }, ..problem.config },
+            "schedule",
+        ),
+    ] {
+        let (_, mut other) = problem.start(config)?;
+        let message = other.resume(&path).expect_err(named).to_string();
+        assert!(message.contains(named), "{message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn impossible_configurations_are_refused() -> anyhow::Result<()> {
+    let problem = Problem::new();
+    for (config, expected) in [
+        (TrainerConfig { accumulation: 0, ..problem.config }, "an accumulation of 0"),
+        (TrainerConfig { max_grad_norm: Some(0.0), ..problem.config }, "must be positive, got 0"),
+        (
+            TrainerConfig { max_grad_norm: Some(f64::NAN), ..problem.config },
+            "must be positive, got NaN",
+        ),
+        (
+            TrainerConfig {
+                schedule: Schedule { warmup_steps: 9, decay: Decay::Linear { total_steps: 9 } },
+                ..problem.config
+            },
+            "shorter than the run",
+        ),
+    ] {
+        let message = problem.start(config).map(drop).expect_err(expected).to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_state_gives_way_to_the_one_before() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let problem = Problem::new();
+    let (model, mut trainer) = problem.start(problem.config)?;
+    let mut after = vec![];
+    for _ in 0..2 {
+        problem.step(&model, &mut trainer)?;
+        trainer.save(&path)?;
+        after.push(bits(&model));
+    }
+    let newest = std::fs::read(&path)?;
+    let spoilt: [(&str, Option<Vec<u8>>); 3] = [
+        ("cut", Some(newest[..newest.len() - 5].to_vec())),
+        (
+            "changed",
+            Some(
+                newest
+                    .iter()
+                    .enumerate()
+                    .map(|(i, b)| if i + 3 == newest.len() { !b } else { *b })
+                    .collect(),
+            ),
+        ),
+        ("missing", None),
+    ];
+    for (what, bytes) in spoilt {
+        match bytes {
+            Some(bytes) => std::fs::write(&path, bytes)?,
+            None => std::fs::remove_file(&path)?,
+        }
+        let (model, mut resumed) = problem.start(problem.config)?;
+        let damage = resumed.resume(&path)?.expect(what).to_string();
+        assert!(damage.contains("state.safetensors"), "{damage}");
+        assert_eq!((resumed.steps(), bits(&model)), (1, after[0].clone()), "{what}");
+    }
+    std::fs::write(previous(&path), b"nothing")?;
+    let (_, mut none) = problem.start(problem.config)?;
+    assert!(none.resume(&path).is_err());
+    Ok(())
+}
+
+#[test]
+fn after_a_loss_that_is_no_number_the_last_good_state_is_found() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let problem = Problem::new();
+    // Saved after steps 1 and 3; the step after 4, or right after the saving, fails.
+    for (fails_after, good) in [(4, 3), (3, 1)] {
+        for what in [f64::NAN, f64::INFINITY] {
+            let (model, mut trainer) = problem.start(problem.config)?;
+            let mut at_good = vec![];
+            while trainer.steps() < fails_after {
+                problem.step(&model, &mut trainer)?;
+                if [1, 3].contains(&trainer.steps()) {
+                    trainer.save(&path)?;
+                }
+                if trainer.steps() == good {
+                    at_good = bits(&model);
+                }
+            }
+            let before = bits(&model);
+            let failing = |part, mode| problem.loss(&model, part, mode)? * what;
+            let message = trainer.step(failing).expect_err("not finite").to_string();
+            let expected = format!("step {}: the loss is", fails_after + 1);
+            assert!(message.contains(&expected), "{message}");
+            assert_eq!((trainer.steps(), bits(&model)), (fails_after, before));
+            trainer.go_back(&path)?;
+            assert_eq!((trainer.steps(), bits(&model)), (good, at_good));
+            assert_eq!(trainer.losses().len(), good as usize);
+            // The files are as they were.
+            assert_eq!(State::load(&path, &Device::Cpu)?.step, 3);
+        }
+    }
+    Ok(())
+}
+
+fn evaluated(step: u64, iou: f64) -> Evaluated {
+    Evaluated { step, scores: Scores { iou, ..Default::default() } }
+}
+
+#[test]
+fn the_best_evaluation_is_the_first_of_the_highest() {
+    assert_eq!((best(&[]), since_best(&[])), (None, 0));
+    let run: Vec<_> = [0.5, 0.7, 0.6, 0.7, 0.1]
+        .iter()
+        .zip(1..)
+        .map(|(iou, step)| evaluated(step, *iou))
+        .collect();
+    for (count, (step, since)) in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)].into_iter().enumerate() {
+        let run = &run[..=count];
+        assert_eq!((best(run).map(|best| best.step), since_best(run)), (Some(step), since));
+    }
+}
+
+#[test]
+fn a_continued_table_has_the_bytes_of_an_uninterrupted_one() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (whole, parts) = (folder.path().join("whole.csv"), folder.path().join("parts.csv"));
+    let write = |path: &Path, steps: std::ops::Range<u64>| -> anyhow::Result<()> {
+        let mut table = MetricsCsv::open(path, steps.start)?;
+        for step in steps {
+            let row = Step { step: step + 1, loss: 0.1 + step as f32, lr: 1e-3, grad_norm: 0.5 };
+            let scores = Scores { iou: 0.25, dice: 0.4, boundary_f1: 1.0 };
+            table.row(&row, (step % 2 == 1).then_some(&scores))?;
+        }
+        Ok(())
+    };
+    write(&whole, 0..6)?;
+    write(&parts, 0..5)?; // steps that a kill loses, and a row that it cuts
+    let mut cut = std::fs::read(&parts)?;
+    cut.extend_from_slice(b"6,0.");
+    std::fs::write(&parts, cut)?;
+    write(&parts, 3..6)?;
+    let text = std::fs::read_to_string(&whole)?;
+    assert_eq!(text, std::fs::read_to_string(&parts)?);
+    assert!(text.starts_with("step,loss,lr,grad_norm,iou,dice,boundary_f1\n1,0.1,0.001,0.5,,,\n2,1.1,0.001,0.5,0.25,0.4,1\n"), "{text}");
+    std::fs::write(&parts, "my,own,table\n1,2,3\n")?;
+    assert!(MetricsCsv::open(&parts, 3)
+        .expect_err("not ours")
+        .to_string()
+        .contains("no table of metrics"));
+    Ok(())
+}
+
+/// The bytes of an event file, taken apart by hand: lengths, checksums, events.
+#[test]
+fn an_event_file_holds_its_scalars() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    for steps in [0, 300] {
+        let folder = folder.path().join(format!("{steps}"));
+        let mut events = EventFile::create(&folder, steps)?;
+        events.scalars(steps + 1, &[("train/loss", 0.75), ("train/lr", 1e-3)])?;
+        let second = EventFile::create(&folder, steps)?;
+        drop(second);
+        let mut names: Vec<_> = std::fs::read_dir(&folder)?
+            .map(|e| e.map(|e| e.path()))
+            .collect::<std::io::Result<_>>()?;
+        names.sort();
+        assert_eq!(names.len(), 2);
+        let bytes = std::fs::read(&names[0])?;
+        let (mut rest, mut records) = (&bytes[..], vec![]);
+        while !rest.is_empty() {
+            let length = u64::from_le_bytes(rest[..8].try_into()?) as usize;
+            let crc = |at: usize| rest[at..at + 4].try_into().map(u32::from_le_bytes);
+            let masked =
+                |data: &[u8]| crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8);
+            assert_eq!(crc(8)?, masked(&rest[..8]));
+            let event = &rest[12..12 + length];
+            assert_eq!(crc(12 + length)?, masked(event));
+            assert_eq!(event[0], 0x09, "the wall time");
+            records.push(event[9..].to_vec());
+            rest = &rest[16 + length..];
+        }
+        assert_eq!(records[0], [&[0x10, 0, 0x1a, 13], &b"brain.Event:2"[..]].concat());
+        let loss =
+            [&[0x0a, 17, 0x0a, 10], &b"train/loss"[..], &[0x15], &0.75f32.to_le_bytes()].concat();
+        let lr = [&[0x0a, 15, 0x0a, 8], &b"train/lr"[..], &[0x15], &1e-3f32.to_le_bytes()].concat();
+        let step: &[u8] = if steps == 0 { &[0x10, 1] } else { &[0x10, 0xad, 2] };
+        let scalars = [step, &[0x2a, 36], &loss, &lr].concat();
+        assert_eq!(records.last(), Some(&scalars));
+        // A continued run makes earlier files' later steps void.
+        assert_eq!(records.len(), if steps == 0 { 2 } else { 3 });
+        if steps > 0 {
+            assert_eq!(records[1], [0x10, 0xad, 2, 0x3a, 2, 0x08, 1]);
+        }
+    }
+    Ok(())
+}
