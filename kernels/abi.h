@@ -305,11 +305,6 @@ ABI_SIZE(RelPosAttentionFwdParams, 96);
 #define REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS 5
 #define REL_POS_ATTENTION_SM90_QUERIES 128
 #define REL_POS_ATTENTION_SM90_THREADS 384
-/** The largest window of the kernel that has whole rows of scores in registers, and the rows that a bulk copy brings. */
-#define REL_POS_ATTENTION_SM90_WINDOW_ROWS 14
-#define REL_POS_ATTENTION_SM90_WINDOW_COLS 16
-#define REL_POS_ATTENTION_SM90_WINDOW_BOX_ROWS 2
-#define REL_POS_ATTENTION_SM90_WINDOW_THREADS 128
 /** Rows of both tables that a bulk copy brings. */
 #define REL_POS_ATTENTION_SM90_TABLE_ROWS 64
 

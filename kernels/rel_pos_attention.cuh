@@ -249,13 +249,14 @@ __device__ __forceinline__ void project_tables(
     __syncwarp();
 }
 
-// Which of a lane's two columns of each accumulator of a row of a key tile dropout keeps, from bit 0 on. Columns are
-// numbered as keys of the window, whatever the tile. Rolled, since rarely taken.
+// A bit for each of a lane's columns of a row of a key tile.
 template <class Tile> using KeptKeys = std::conditional_t<(Tile::kKeys > 128), uint64_t, uint32_t>;
 
+// Which of a lane's two columns of each accumulator of a row of a key tile dropout keeps, from bit 0 on. Columns are
+// numbered as keys of the window, whatever the tile. Rolled, since rarely taken.
 template <class Tile>
 __device__ __forceinline__ KeptKeys<Tile> kept_keys(const RelPosAttentionShape& s, uint64_t row, uint32_t y, uint32_t x) {
-    static_assert(Tile::kKeys <= 256);
+    static_assert(Tile::kKeys / 8 * 2 <= 8 * sizeof(KeptKeys<Tile>));
     KeptKeys<Tile> kept = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < Tile::kKeys / 8 * 2; ++i) {

@@ -1,9 +1,8 @@
-//! The forward of attention on Hopper: `kernels/sm90/rel_pos_attention_fwd_sm90.cuh` for whole grids,
-//! `rel_pos_attention_fwd_window_sm90.cuh` for small windows. What they do not cover is the portable kernels'.
+//! The forward of attention on Hopper, `kernels/sm90/rel_pos_attention_fwd_sm90.cuh`: for whole grids, and windows that
+//! fill one. What it does not cover is the portable kernels'.
 //!
 //! | window | key tile | queries of a block | why |
 //! |---|---|---|---|
-//! | up to 14 x 16 | all of it, as 14 x 16 | 196, 64 at a time | a row of scores fits into registers: no online softmax |
 //! | as wide as a multiple of 64, or a little less | 2 x 64 | 2 x 64 | one rel_w fragment for all tiles; SAM's grid of 64 |
 //! | of 40 likewise | 4 x 40 | 3 x 40 | grids of 40 and 80, which stripes of 16 or 64 do not fill |
 //! | any other | 8 x 16 | 8 x 16 | grids of 32 and 48 |
@@ -17,8 +16,6 @@ use super::bindings::{
     REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS,
     REL_POS_ATTENTION_SM90_COLS64_ROWS, REL_POS_ATTENTION_SM90_QUERIES,
     REL_POS_ATTENTION_SM90_TABLE_ROWS, REL_POS_ATTENTION_SM90_THREADS,
-    REL_POS_ATTENTION_SM90_WINDOW_BOX_ROWS, REL_POS_ATTENTION_SM90_WINDOW_COLS,
-    REL_POS_ATTENTION_SM90_WINDOW_ROWS, REL_POS_ATTENTION_SM90_WINDOW_THREADS,
 };
 use super::rel_pos_attention::{shape, Inputs};
 use super::tensor_map::{Element, Swizzle, TensorMap};
@@ -41,25 +38,19 @@ struct Tile {
     rows: usize,
     /// Grid rows that one bulk copy brings.
     box_rows: usize,
-    /// Tiles that are loaded ahead; 0: the whole window is one.
+    /// Tiles that are loaded ahead.
     slots: usize,
 }
 
-/// The tile that a problem gets, if it is covered: 16 bits, heads of 64 or 80 channels, and of windows that hang over the
-/// grid only small ones, whose kernel puts in what a token outside projects to.
+/// The tile that a problem gets, if it is covered: 16 bits, heads of 64 or 80 channels, no window that hangs over the
+/// grid, since a bulk copy makes zeros of what a token outside projects to.
 fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
     let p = problem;
     if !matches!(dtype, DType::F16 | DType::BF16) || ![64, 80].contains(&p.head_dim) {
         return None;
     }
     let slots = |hd64: u32, hd80: u32| if p.head_dim == 64 { hd64 } else { hd80 } as usize;
-    let [cols, rows] = [REL_POS_ATTENTION_SM90_WINDOW_COLS, REL_POS_ATTENTION_SM90_WINDOW_ROWS]
-        .map(|n| n as usize);
-    if p.side_h <= rows && p.side_w <= cols {
-        let box_rows = REL_POS_ATTENTION_SM90_WINDOW_BOX_ROWS as usize;
-        return Some(Tile { cols, rows, box_rows, slots: 0 });
-    }
-    if p.h % p.side_h != 0 || p.w % p.side_w != 0 {
+    if !p.h.is_multiple_of(p.side_h) || !p.w.is_multiple_of(p.side_w) {
         return None;
     }
     let width = |cols: usize| p.side_w.next_multiple_of(cols);
@@ -98,17 +89,12 @@ fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
 }
 
 impl Tile {
-    /// As `Storage` of the two kernels lays it out, and behind it `Biases`.
+    /// As `Storage` of the kernel lays it out, and behind it `Biases`.
     fn shared_bytes(&self, problem: &AttentionProblem) -> usize {
         let panel = |rows: usize| (rows * problem.head_dim * 2).next_multiple_of(ATOM);
         let keys = panel(self.rows * self.cols);
-        let (queries, storage) = if self.slots == 0 {
-            let tables = panel(REL_POS_ATTENTION_SM90_TABLE_ROWS as usize);
-            (64, 2 * panel(64) + 2 * keys + tables + 5 * 8)
-        } else {
-            let queries = REL_POS_ATTENTION_SM90_QUERIES as usize;
-            (queries, panel(queries) + self.slots * keys + (1 + 2 * self.slots) * 8)
-        };
+        let queries = REL_POS_ATTENTION_SM90_QUERIES as usize;
+        let storage = panel(queries) + self.slots * keys + (1 + 2 * self.slots) * 8;
         let stride_h = problem.side_h.next_multiple_of(self.rows) | 1;
         let stride_w = problem.side_w.next_multiple_of(self.cols) + 8;
         storage.next_multiple_of(ATOM) + 4 * queries * (stride_h + stride_w)
@@ -148,9 +134,6 @@ impl Tile {
 
     /// Blocks of a window's head.
     fn blocks(&self, problem: &AttentionProblem) -> usize {
-        if self.slots == 0 {
-            return 1;
-        }
         let rows = REL_POS_ATTENTION_SM90_QUERIES as usize / self.cols;
         problem.side_h.div_ceil(rows) * problem.side_w.div_ceil(self.cols)
     }
@@ -182,17 +165,10 @@ pub fn forward(
         shape: shape(problem),
         ..bytemuck::Zeroable::zeroed()
     };
-    let (family, threads) = if tile.slots == 0 {
-        let family = format!("rel_pos_attention_fwd_window_sm90_hd{}", problem.head_dim);
-        (family, REL_POS_ATTENTION_SM90_WINDOW_THREADS)
-    } else {
-        let Tile { cols, .. } = tile;
-        let family = format!("rel_pos_attention_fwd_sm90_hd{}_cols{cols}", problem.head_dim);
-        (family, REL_POS_ATTENTION_SM90_THREADS)
-    };
+    let family = format!("rel_pos_attention_fwd_sm90_hd{}_cols{}", problem.head_dim, tile.cols);
     let units = problem.windows() * problem.num_heads;
     let grid = [units as u64 * tile.blocks(problem) as u64, 1, 1];
-    let launch = Launch::new(&family, dtype, grid, threads, &params)?;
+    let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
     let (shared_bytes, tensor_maps) = (shared_bytes as u32, tile.maps(problem, inputs)?);
     Ok(Some(Launch { shared_bytes, tensor_maps, ..launch }))
 }
@@ -214,7 +190,6 @@ mod tests {
         rel_pos: true,
         dropout: None,
     };
-    const WINDOWED: AttentionProblem = AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL };
     const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 192 };
 
     fn launch(problem: AttentionProblem) -> Result<Option<Launch>> {
@@ -222,20 +197,12 @@ mod tests {
     }
 
     #[test]
-    fn grids_stream_and_windows_lie_whole_in_a_block() -> Result<()> {
+    fn a_grid_streams_through_its_blocks() -> Result<()> {
         let global = launch(GLOBAL)?.unwrap();
         assert_eq!(global.kernel, "rel_pos_attention_fwd_sm90_hd64_cols64_bf16");
         // Two grid rows a block; q, six slots of 128 keys, barriers, and 65 + 72 biases of 128 queries.
         assert_eq!((global.grid, global.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
         assert_eq!(global.shared_bytes, (7 << 14) + 1024 + 128 * (65 + 72) * 4);
-        let windowed = launch(WINDOWED)?.unwrap();
-        assert_eq!(windowed.kernel, "rel_pos_attention_fwd_window_sm90_hd64_bf16");
-        assert_eq!((windowed.grid, windowed.block), ([4 * 25 * 12, 1, 1], [128, 1, 1]));
-        // Two blocks on a multiprocessor, each with 1 KiB of the system's.
-        for head_dim in [64, 80] {
-            let bytes = launch(AttentionProblem { head_dim, ..WINDOWED })?.unwrap().shared_bytes;
-            assert!(2 * (bytes + 1024) <= 228 << 10, "{head_dim}: {bytes}");
-        }
         Ok(())
     }
 
@@ -255,8 +222,8 @@ mod tests {
     fn the_rest_is_the_portable_kernels() -> Result<()> {
         let covered = |problem| Ok::<_, candle_core::Error>(launch(problem)?.is_some());
         assert!(covered(AttentionProblem { side_h: 32, side_w: 32, ..GLOBAL })?);
-        // Windows too large for registers that hang over the grid; other heads; biases that do not fit.
-        assert!(!covered(AttentionProblem { side_h: 24, side_w: 24, ..GLOBAL })?);
+        // Windows that hang over the grid; other heads; biases that do not fit.
+        assert!(!covered(AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL })?);
         assert!(!covered(AttentionProblem { head_dim: 32, ..GLOBAL })?);
         assert!(!covered(AttentionProblem { h: 256, w: 256, side_h: 256, side_w: 256, ..GLOBAL })?);
         assert!(forward(&GLOBAL, DType::F32, &INPUTS, 16, 4)?.is_none());

@@ -213,12 +213,12 @@ fn run_forward(case: &Case, on_device: &OnDevice) -> Vec<Memory> {
     in_every_mode(&case.name, |device| forward_on(device, case, on_device))
 }
 
-/// All kernels of a pass must have been among those launched.
-fn assert_all_ran(pass: &str, launched: &BTreeSet<String>) -> Result<()> {
+/// All kernels of a pass, portable or Hopper's, must have been among those launched.
+pub fn assert_all_ran(pass: &str, hopper: bool, launched: &BTreeSet<String>) -> Result<()> {
     let kernels = emulator().kernels().map_err(candle_core::Error::msg)?;
     let prefix = format!("rel_pos_attention_{pass}");
-    let kernels: BTreeSet<String> =
-        kernels.into_iter().filter(|name| name.starts_with(&prefix)).collect();
+    let of_pass = |name: &String| name.starts_with(&prefix) && name.contains("_sm90_") == hopper;
+    let kernels: BTreeSet<String> = kernels.into_iter().filter(of_pass).collect();
     let missing: Vec<&String> = kernels.difference(launched).collect();
     assert!(!kernels.is_empty() && missing.is_empty(), "no case runs {missing:?}");
     Ok(())
@@ -249,7 +249,7 @@ fn forward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention forward", 1.0 / 64.0);
-    assert_all_ran("fwd", &launched)
+    assert_all_ran("fwd", false, &launched)
 }
 
 /// dqkv, and the gradients of the tables and of the pad where they are trained, the same in every mode.
@@ -367,7 +367,7 @@ fn backward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention backward", 1.0 / 16.0);
-    assert_all_ran("bwd", &launched)
+    assert_all_ran("bwd", false, &launched)
 }
 
 /// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for
