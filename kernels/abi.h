@@ -289,6 +289,42 @@ typedef struct RelPosAttentionFwdParams {
 } RelPosAttentionFwdParams;
 ABI_SIZE(RelPosAttentionFwdParams, 96);
 
+/** The forward on sm_90a. Its key tiles, COLS columns by ROWS key rows; the rows that one bulk copy brings; and the tiles
+ * in flight, for head_dim 64 and 80. */
+#define REL_POS_ATTENTION_SM90_COLS64_ROWS 2
+#define REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS 2
+#define REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS 6
+#define REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS 5
+#define REL_POS_ATTENTION_SM90_COLS40_ROWS 4
+#define REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS 1
+#define REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS 5
+#define REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS 4
+#define REL_POS_ATTENTION_SM90_COLS16_ROWS 8
+#define REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS 8
+#define REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS 6
+#define REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS 5
+#define REL_POS_ATTENTION_SM90_QUERIES 128
+#define REL_POS_ATTENTION_SM90_THREADS 384
+/** Rows of both tables that a bulk copy brings. */
+#define REL_POS_ATTENTION_SM90_TABLE_ROWS 64
+
+/** The forward on sm_90a: as RelPosAttentionFwdParams, with tensor maps of qkv as `[batch, h, w, 3 heads head_dim]` and of
+ * the tables as they lie, each for the first 64 channels of a head and, if it has more, for the others. `tables` only says
+ * whether there are any. */
+typedef struct RelPosAttentionFwdSm90Params {
+  EncodedTensorMap qkv_wide;
+  EncodedTensorMap qkv_tail;
+  EncodedTensorMap tables_wide;
+  EncodedTensorMap tables_tail;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  RelPosAttentionShape shape;
+  uint64_t unused[5];
+} RelPosAttentionFwdSm90Params;
+ABI_SIZE(RelPosAttentionFwdSm90Params, 640);
+
 /** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
 #define REL_POS_ATTENTION_KEY_SIDE 8
 #define REL_POS_ATTENTION_KEY_WARPS 4

@@ -40,14 +40,16 @@ struct Token {
 struct AttentionUnit {
     const RelPosAttentionShape& s;
     uint64_t first_token;
-    uint32_t index, head, valid_h, valid_w;
+    uint32_t index, head, image, valid_h, valid_w;
+    Token origin;  // of the window, on the grid
 
     __device__ __forceinline__ AttentionUnit(const RelPosAttentionShape& s, uint32_t unit) : s(s), index(unit), head(unit % s.num_heads) {
         const uint32_t window = unit / s.num_heads, windows = s.window_rows * s.window_cols, in_image = window % windows;
-        const uint32_t y = in_image / s.window_cols * s.side_h, x = in_image % s.window_cols * s.side_w;
-        valid_h = min(s.side_h, s.h - y);
-        valid_w = min(s.side_w, s.w - x);
-        first_token = (uint64_t(window / windows) * s.h + y) * s.w + x;
+        image = window / windows;
+        origin = {in_image / s.window_cols * s.side_h, in_image % s.window_cols * s.side_w};
+        valid_h = min(s.side_h, s.h - origin.y);
+        valid_w = min(s.side_w, s.w - origin.x);
+        first_token = (uint64_t(image) * s.h + origin.y) * s.w + origin.x;
     }
     // Where the unit's queries start in what is [windows, heads, tokens].
     __device__ __forceinline__ uint64_t first_row() const { return uint64_t(index) * (s.side_h * s.side_w); }
@@ -247,22 +249,24 @@ __device__ __forceinline__ void project_tables(
     __syncwarp();
 }
 
+// A bit for each of a lane's columns of a row of a key tile.
+template <class Tile> using KeptKeys = std::conditional_t<(Tile::kKeys > 128), uint64_t, uint32_t>;
+
 // Which of a lane's two columns of each accumulator of a row of a key tile dropout keeps, from bit 0 on. Columns are
 // numbered as keys of the window, whatever the tile. Rolled, since rarely taken.
 template <class Tile>
-__device__ __forceinline__ uint32_t kept_keys(const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t query, uint32_t y, uint32_t x) {
-    static_assert(Tile::kKeys / 8 * 2 <= 32);
-    const uint64_t row = unit.dropout_row(unit.query(query));
-    uint32_t kept = 0;
+__device__ __forceinline__ KeptKeys<Tile> kept_keys(const RelPosAttentionShape& s, uint64_t row, uint32_t y, uint32_t x) {
+    static_assert(Tile::kKeys / 8 * 2 <= 8 * sizeof(KeptKeys<Tile>));
+    KeptKeys<Tile> kept = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < Tile::kKeys / 8 * 2; ++i) {
         const uint32_t n = i / 2, column = n % (Tile::kCols / 8) * 8 + threadIdx.x % 4 * 2 + i % 2;
-        kept |= uint32_t(dropout_keeps(s.dropout, row, (y + n / (Tile::kCols / 8)) * s.side_w + x + column)) << i;
+        kept |= KeptKeys<Tile>(dropout_keeps(s.dropout, row, (y + n / (Tile::kCols / 8)) * s.side_w + x + column)) << i;
     }
     return kept;
 }
 
-__device__ __forceinline__ float dropout_factor(const DropoutMask& mask, uint32_t kept, int bit) {
+template <class Kept> __device__ __forceinline__ float dropout_factor(const DropoutMask& mask, Kept kept, int bit) {
     return kept >> bit & 1 ? mask.scale : 0.0f;
 }
 

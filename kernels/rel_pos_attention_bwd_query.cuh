@@ -195,8 +195,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                 };
                 uint32_t kept[2] = {};
                 if (s.dropout.threshold != 0) {
-                    kept[0] = kept_keys<Tile>(s, unit, warp_first + g, y, x);
-                    kept[1] = kept_keys<Tile>(s, unit, warp_first + g + 8, y, x);
+                    kept[0] = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g)), y, x);
+                    kept[1] = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8)), y, x);
                 }
 
                 float row_sum[2] = {};

@@ -104,7 +104,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
                             row_sum[half] += score;
                         }
                 if (s.dropout.threshold != 0) {
-                    const uint32_t kept = kept_keys<Tile>(s, unit, warp_first + g + 8 * half, y, x);
+                    const uint32_t kept = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8 * half)), y, x);
 #pragma unroll
                     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll

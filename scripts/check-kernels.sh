@@ -38,6 +38,16 @@ export -f compile
   true
 } | xargs -P "$(nproc)" -L 1 bash -c 'compile "$1" "$2" || exit 255' _
 
+# Those are there for Hopper's products and bulk copies.
+for source in kernels/sm90/*.cu; do
+  sass=$("$(dirname "$nvcc")/cuobjdump" --dump-sass "$out/${source%.cu}-sm_90a.cubin")
+  for instruction in HGMMA UTMALDG; do
+    count=$(grep -c "$instruction" <<<"$sass" || true)
+    echo "$source: $count x $instruction"
+    [ "$count" -gt 0 ] || { echo "error: $source has no $instruction" >&2; exit 1; }
+  done
+done
+
 # The dynamic shared memory is what the launch code asks for.
 cargo test -q --release --test launches -- --nocapture >"$out/launches.tsv"
 python3 scripts/kernel_table.py "$out/kernels" "$out/launches.tsv" scripts/kernel-budget.tsv

@@ -14,6 +14,11 @@ pub(super) fn cover((major, minor): (i32, i32)) -> bool {
     CAPABILITIES.first().is_some_and(|&lowest| i64::from(lowest) <= i64::from(10 * major + minor))
 }
 
+/// Whether there is code for Hopper (`kernels/sm90`), which runs on this compute capability alone.
+pub(super) fn cover_hopper(capability: (i32, i32)) -> bool {
+    capability == (9, 0) && CAPABILITIES.contains(&90)
+}
+
 /// A context and an index into [`IMAGES`], or a context and a kernel. The cached modules keep their context alive, so
 /// its address is nobody else's.
 #[derive(Default)]

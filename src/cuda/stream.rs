@@ -7,6 +7,12 @@ use candle_core::cuda_backend::cudarc::driver::{result, CudaSlice, CudaStream, D
 use candle_core::{CudaDevice, Error, Result};
 use std::sync::Arc;
 
+/// Whether this device runs the kernels for Hopper: compute capability 9.0, and compiled for it.
+pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
+    let capability = device.cuda_stream().context().compute_capability();
+    capability.is_ok_and(modules::cover_hopper)
+}
+
 /// Whether this device can run the kernels: compute capability 8.0 or newer, and compiled for it.
 pub(crate) fn supported(device: &CudaDevice) -> bool {
     let capability = device.cuda_stream().context().compute_capability();

@@ -42,6 +42,21 @@ pub const REL_POS_ATTENTION_COLS64_ROWS: u32 = 1;
 pub const REL_POS_ATTENTION_COLS64_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_F32_ROWS: u32 = 2;
 pub const REL_POS_ATTENTION_F32_WARPS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_COLS64_ROWS: u32 = 2;
+pub const REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS: u32 = 2;
+pub const REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS: u32 = 6;
+pub const REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS: u32 = 5;
+pub const REL_POS_ATTENTION_SM90_COLS40_ROWS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS: u32 = 5;
+pub const REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_COLS16_ROWS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS: u32 = 6;
+pub const REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS: u32 = 5;
+pub const REL_POS_ATTENTION_SM90_QUERIES: u32 = 128;
+pub const REL_POS_ATTENTION_SM90_THREADS: u32 = 384;
+pub const REL_POS_ATTENTION_SM90_TABLE_ROWS: u32 = 64;
 pub const REL_POS_ATTENTION_KEY_SIDE: u32 = 8;
 pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
@@ -541,6 +556,58 @@ const _: () = {
     ["Offset of field: RelPosAttentionFwdParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 40usize];
 };
+#[doc = " The forward on sm_90a: as RelPosAttentionFwdParams, with tensor maps of qkv as `[batch, h, w, 3 heads head_dim]` and of\n the tables as they lie, each for the first 64 channels of a head and, if it has more, for the others. `tables` only says\n whether there are any."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionFwdSm90Params {
+    pub qkv_wide: EncodedTensorMap,
+    pub qkv_tail: EncodedTensorMap,
+    pub tables_wide: EncodedTensorMap,
+    pub tables_tail: EncodedTensorMap,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub shape: RelPosAttentionShape,
+    pub unused: [u64; 5usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionFwdSm90Params"]
+        [::std::mem::size_of::<RelPosAttentionFwdSm90Params>() - 640usize];
+    ["Alignment of RelPosAttentionFwdSm90Params"]
+        [::std::mem::align_of::<RelPosAttentionFwdSm90Params>() - 64usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::qkv_wide"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, qkv_wide) - 0usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::qkv_tail"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, qkv_tail) - 128usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::tables_wide"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables_wide) - 256usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::tables_tail"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables_tail) - 384usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::tables"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables) - 512usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::pad"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, pad) - 520usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::out"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, out) - 528usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::lse"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, lse) - 536usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::shape"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, shape) - 544usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::unused"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, unused) - 600usize];
+};
+impl Default for RelPosAttentionFwdSm90Params {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 #[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -101,7 +101,7 @@ impl Tile {
     }
 }
 
-fn shape(p: &AttentionProblem) -> RelPosAttentionShape {
+pub(super) fn shape(p: &AttentionProblem) -> RelPosAttentionShape {
     RelPosAttentionShape {
         h: p.h as u32,
         w: p.w as u32,

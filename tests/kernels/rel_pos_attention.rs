@@ -12,22 +12,22 @@ use candle_sam_lora_emulator::{Mode, Timing};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
-const DROPOUT: Dropout = Dropout { p: 0.2, seed: 77, stream: 5 };
+pub const DROPOUT: Dropout = Dropout { p: 0.2, seed: 77, stream: 5 };
 
 /// A case's shapes; `pad` is whether tokens outside the grid have a vector of their own.
 #[derive(Clone, Copy, Debug)]
-struct Shapes {
-    batch: usize,
-    grid: (usize, usize),
-    heads: usize,
-    dim: usize,
-    window: Option<usize>,
-    rel_pos: bool,
-    pad: bool,
-    dropout: Option<Dropout>,
+pub struct Shapes {
+    pub batch: usize,
+    pub grid: (usize, usize),
+    pub heads: usize,
+    pub dim: usize,
+    pub window: Option<usize>,
+    pub rel_pos: bool,
+    pub pad: bool,
+    pub dropout: Option<Dropout>,
 }
 
-const GLOBAL: Shapes = Shapes {
+pub const GLOBAL: Shapes = Shapes {
     batch: 1,
     grid: (5, 7),
     heads: 1,
@@ -37,7 +37,7 @@ const GLOBAL: Shapes = Shapes {
     pad: false,
     dropout: None,
 };
-const WINDOWED: Shapes = Shapes { grid: (6, 9), window: Some(5), pad: true, ..GLOBAL };
+pub const WINDOWED: Shapes = Shapes { grid: (6, 9), window: Some(5), pad: true, ..GLOBAL };
 
 /// The smallest case of each kernel of a dtype, and cases that only some have to do.
 fn shapes(dtype: DType) -> Vec<Shapes> {
@@ -86,19 +86,19 @@ fn shapes(dtype: DType) -> Vec<Shapes> {
 }
 
 /// A case's tensors, in its dtype.
-struct Case {
-    name: String,
-    shapes: Shapes,
-    problem: AttentionProblem,
-    dtype: DType,
-    qkv: Tensor,
+pub struct Case {
+    pub name: String,
+    pub shapes: Shapes,
+    pub problem: AttentionProblem,
+    pub dtype: DType,
+    pub qkv: Tensor,
     /// rel_pos_h and rel_pos_w.
-    tables: [Tensor; 2],
-    pad: Tensor,
+    pub tables: [Tensor; 2],
+    pub pad: Tensor,
 }
 
 impl Case {
-    fn new(shapes: Shapes, dtype: DType) -> Result<Self> {
+    pub fn new(shapes: Shapes, dtype: DType) -> Result<Self> {
         let Shapes { batch, grid: (h, w), heads, dim, window, rel_pos, dropout, .. } = shapes;
         let (side_h, side_w) = window.map_or((h, w), |side| (side, side));
         let tensor = |seed, shape: &[usize]| random(seed, shape).to_dtype(dtype);
@@ -132,7 +132,7 @@ impl Case {
     }
 
     /// As the operations take it, for these tensors.
-    fn config<'a>(&self, tables: &'a [Tensor], pad: &'a Tensor) -> RelPosAttention<'a> {
+    pub fn config<'a>(&self, tables: &'a [Tensor], pad: &'a Tensor) -> RelPosAttention<'a> {
         RelPosAttention {
             num_heads: self.shapes.heads,
             softmax_scale: self.problem.softmax_scale.into(),
@@ -143,7 +143,7 @@ impl Case {
         }
     }
 
-    fn reference(&self) -> Vec<f64> {
+    pub fn reference(&self) -> Vec<f64> {
         let p = &self.problem;
         let tokens = p.tokens();
         let mask = p.dropout.map(|d| d.mask(p.windows() * p.num_heads * tokens, tokens));
@@ -167,7 +167,7 @@ impl Case {
         )
     }
 
-    fn memory(&self) -> Result<OnDevice> {
+    pub fn memory(&self) -> Result<OnDevice> {
         Ok(OnDevice {
             qkv: Memory::from_tensor(&self.qkv),
             tables: Memory::from_tensor(&Tensor::cat(&self.tables, 0)?),
@@ -179,7 +179,7 @@ impl Case {
 }
 
 /// A case's inputs.
-struct OnDevice {
+pub struct OnDevice {
     qkv: Memory,
     tables: Memory,
     pad: Memory,
@@ -188,7 +188,7 @@ struct OnDevice {
 }
 
 impl OnDevice {
-    fn inputs(&self) -> Inputs {
+    pub fn inputs(&self) -> Inputs {
         let present = |memory: &Memory, is| if is { memory.address() } else { 0 };
         Inputs {
             qkv: self.qkv.address(),
@@ -199,7 +199,7 @@ impl OnDevice {
 }
 
 /// Output and lse.
-fn forward_on(device: &Device, case: &Case, on_device: &OnDevice) -> Result<Vec<Memory>> {
+pub fn forward_on(device: &Device, case: &Case, on_device: &OnDevice) -> Result<Vec<Memory>> {
     let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
     let lse = Memory::for_elements(attention::lse_elements(&case.problem), DType::F32);
     let (to, lse_to) = (out.address(), lse.address());
@@ -213,12 +213,12 @@ fn run_forward(case: &Case, on_device: &OnDevice) -> Vec<Memory> {
     in_every_mode(&case.name, |device| forward_on(device, case, on_device))
 }
 
-/// All kernels of a pass must have been among those launched.
-fn assert_all_ran(pass: &str, launched: &BTreeSet<String>) -> Result<()> {
+/// All kernels of a pass, portable or Hopper's, must have been among those launched.
+pub fn assert_all_ran(pass: &str, hopper: bool, launched: &BTreeSet<String>) -> Result<()> {
     let kernels = emulator().kernels().map_err(candle_core::Error::msg)?;
     let prefix = format!("rel_pos_attention_{pass}");
-    let kernels: BTreeSet<String> =
-        kernels.into_iter().filter(|name| name.starts_with(&prefix)).collect();
+    let of_pass = |name: &String| name.starts_with(&prefix) && name.contains("_sm90_") == hopper;
+    let kernels: BTreeSet<String> = kernels.into_iter().filter(of_pass).collect();
     let missing: Vec<&String> = kernels.difference(launched).collect();
     assert!(!kernels.is_empty() && missing.is_empty(), "no case runs {missing:?}");
     Ok(())
@@ -249,7 +249,7 @@ fn forward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention forward", 1.0 / 64.0);
-    assert_all_ran("fwd", &launched)
+    assert_all_ran("fwd", false, &launched)
 }
 
 /// dqkv, and the gradients of the tables and of the pad where they are trained, the same in every mode.
@@ -367,7 +367,7 @@ fn backward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention backward", 1.0 / 16.0);
-    assert_all_ran("bwd", &launched)
+    assert_all_ran("bwd", false, &launched)
 }
 
 /// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for

@@ -3,6 +3,7 @@
 use super::Input;
 use crate::cuda::{self, Job};
 use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
+use crate::launch::rel_pos_attention_sm90 as hopper;
 use crate::ops::{rel_pos_attention::OP, Gradients};
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
@@ -38,7 +39,15 @@ pub fn forward(
     let job = Job { op: OP, device: qkv.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
     let [out, lse] = cuda::run(&job, |at| {
         let (inputs, [out, lse]) = (present(problem, pad_present, at.inputs()?), at.outputs);
-        Ok(vec![kernels::forward(problem, dtype, &inputs, out, lse)?])
+        let own = match cuda::is_hopper(qkv.device()) {
+            true => hopper::forward(problem, dtype, &inputs, out, lse)?,
+            false => None,
+        };
+        let launch = match own {
+            Some(launch) => launch,
+            None => kernels::forward(problem, dtype, &inputs, out, lse)?,
+        };
+        Ok(vec![launch])
     })?;
     let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
     Ok((out, shape, lse))
