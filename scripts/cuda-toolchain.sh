@@ -15,10 +15,12 @@ directory=$(realpath "$directory")
 root() { echo "$directory"/venv/lib/python3*/site-packages/nvidia/cu13; }
 
 if ! [ -e "$directory/complete" ]; then
-  # The extras pin every part to one CUDA release. cuobjdump, first released for 13.2, reads what 13.0 wrote.
+  # The extras pin every part to one CUDA release. cuobjdump and the nvdisasm that it calls, first released for 13.2, read
+  # what 13.0 wrote.
   python3 -m venv "$directory/venv" >&2
   "$directory/venv/bin/pip" install -q --disable-pip-version-check --no-cache-dir --no-compile \
-    'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.2' nvidia-cuda-cuobjdump==13.2.78 >&2
+    'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.2' nvidia-cuda-cuobjdump==13.2.78 \
+    nvidia-cuda-nvdisasm==13.2.78 >&2
   cuda=$(root)
   ln -sfn lib "$cuda/lib64"                               # where nvcc looks for libraries
   ln -sfn libcudart_static.a "$cuda/lib/libcudart.a"      # -lcudart links statically: nothing to find at run time

@@ -90,14 +90,14 @@ pub enum BiasTraining {
     LoraOnly,
 }
 
-/// How the adapter is initialised. "pissa", "pissa_niter_<number>" and "olora" take the adapter's start out of the
+/// How the adapter is initialised. "pissa", `pissa_niter_<number>` and "olora" take the adapter's start out of the
 /// base's weights, and do so again when it is loaded: the base must be the one it was trained on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum InitLoraWeights {
     /// `true`: A Kaiming-uniform, B zero; `false`: both random.
     Default(bool),
-    /// "gaussian", "orthogonal", "pissa", "pissa_niter_<number>" or "olora"; "eva" can be read only.
+    /// "gaussian", "orthogonal", "pissa", `pissa_niter_<number>` or "olora"; "eva" can be read only.
     Named(String),
 }
 

@@ -97,7 +97,15 @@ impl<'a> Layers<'a> {
     }
 }
 
+/// Digits of a number in a pattern, at most: the engine makes room for every group up to the one that is referred to.
+const MOST_DIGITS: usize = 4;
+
 fn compile(pattern: &str) -> Result<Regex> {
+    if pattern.split(|c: char| !c.is_ascii_digit()).any(|number| number.len() > MOST_DIGITS) {
+        return Err(Error::config(format!(
+            "regular expression {pattern:?}: a number has more than {MOST_DIGITS} digits"
+        )));
+    }
     Regex::new(pattern).map_err(|e| Error::config(format!("regular expression {pattern:?}: {e}")))
 }
 

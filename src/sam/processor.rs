@@ -10,6 +10,7 @@ use crate::{files, ops, Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use image::{imageops, DynamicImage, ImageReader};
 use serde::Deserialize;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 
 /// No side of an image may be longer, in pixels.
@@ -31,7 +32,13 @@ pub fn read_image(path: impl AsRef<Path>) -> Result<DynamicImage> {
     limits.max_image_height = Some(MAX_SIDE);
     limits.max_alloc = Some(MAX_DECODED);
     reader.limits(limits);
-    reader.decode().map_err(|e| Error::file(path, format!("cannot be read as an image: {e}")))
+    let failed = |why: &str| Error::file(path, format!("cannot be read as an image: {why}"));
+    // A decoder that panics on a damaged file (the one for PNG does on a palette that ends within a colour) is no reason
+    // to end the process; it has seen nothing but this file.
+    match catch_unwind(AssertUnwindSafe(|| reader.decode())) {
+        Ok(decoded) => decoded.map_err(|e| failed(&e.to_string())),
+        Err(_) => Err(failed("its decoder panicked")),
+    }
 }
 
 /// Where an image lies in SAM's square input; sizes are height and width.

@@ -54,7 +54,7 @@ fn run(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memory>> {
         let launch =
             attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;
         let launch = launch.unwrap_or_else(|| panic!("{}: not covered", case.name));
-        launch_all(&device, &[launch.clone()])
+        launch_all(&device, std::slice::from_ref(&launch))
             .map_err(|e| e.context(format!("{} {mode:?}", case.name)))?;
         launched.insert(launch.kernel);
         let outputs = vec![out, lse];
