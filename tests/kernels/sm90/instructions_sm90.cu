@@ -143,7 +143,7 @@ KERNEL(stmatrix_sm90, StoreParams, 32) {
     for (int i = 0; i < 2; ++i) half[i] = r[i];
     ptx::stmatrix_x4(&shared.at[lane / 8][lane % 8 * 8], r);
     __syncwarp();
-    if (lane < 16) memset(&shared.at[2][lane * 8], 0, 16);
+    if (lane < 16) memset(&shared.at[2 + lane / 8][lane % 8 * 8], 0, 16);
     __syncwarp();
     ptx::stmatrix_x2<true>(&shared.at[2 + lane / 8 % 2][lane % 8 * 8], half);
     ptx::fence_proxy_async();
