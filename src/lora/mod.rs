@@ -34,6 +34,7 @@ mod report;
 mod state;
 mod switch;
 mod target;
+mod weighted;
 
 pub use adapter::{
     load_adapter, load_named_adapter, save_adapter, save_named_adapter, write_adapter, CONFIG_FILE,
@@ -50,3 +51,4 @@ pub use switch::{
     active_adapters, adapter_names, delete_adapter, disable_adapters, enable_adapters, set_adapter,
     BASE,
 };
+pub use weighted::{add_weighted_adapter, Combination};
