@@ -25,6 +25,7 @@
 mod adapter;
 mod config;
 mod convert;
+mod hotswap;
 mod init;
 mod inject;
 mod linalg;
@@ -42,6 +43,7 @@ pub use adapter::{
 };
 pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, OneOrMany};
 pub use convert::convert_to_lora;
+pub use hotswap::hotswap_adapter;
 pub use inject::{add_adapter, eject, inject};
 pub use merge::{merge, merge_and_unload, safe_merge, unmerge};
 pub use mixed::by_adapter;
