@@ -25,6 +25,7 @@
 mod adapter;
 mod config;
 mod convert;
+mod hotswap;
 mod init;
 mod inject;
 mod linalg;
@@ -34,6 +35,7 @@ mod report;
 mod state;
 mod switch;
 mod target;
+mod weighted;
 
 pub use adapter::{
     load_adapter, load_named_adapter, save_adapter, save_named_adapter, write_adapter, CONFIG_FILE,
@@ -41,6 +43,7 @@ pub use adapter::{
 };
 pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, OneOrMany};
 pub use convert::convert_to_lora;
+pub use hotswap::hotswap_adapter;
 pub use inject::{add_adapter, eject, inject};
 pub use merge::{merge, merge_and_unload, safe_merge, unmerge};
 pub use mixed::by_adapter;
@@ -50,3 +53,4 @@ pub use switch::{
     active_adapters, adapter_names, delete_adapter, disable_adapters, enable_adapters, set_adapter,
     BASE,
 };
+pub use weighted::{add_weighted_adapter, Combination};

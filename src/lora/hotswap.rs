@@ -1,0 +1,124 @@
+//! Another adapter's weights in the place of a loaded one's, without injecting anew.
+//!
+//! ```text
+//! layers of both        A, B (and bias, magnitude), scaling and dropout are the new ones
+//! layers of the old     A = B = 0: they compute what the base does
+//! layers of the new     refused
+//! ```
+//! Where shapes agree, variables keep their identity and only their values change.
+//!
+//! Source: PEFT 0.21, `hotswap_adapter` in `utils/hotswap.py`.
+
+use super::adapter::read_adapter;
+use super::state::{check, refuse_merged, Slot, PREFIX};
+use super::switch::check_known;
+use super::target::Matcher;
+use super::{LoraConfig, CONFIG_FILE, TENSORS_FILE};
+use crate::nn::{Adapter, ModuleTree, Node, NodeMut};
+use crate::{Error, Result};
+use candle_core::{DType, Tensor, Var};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Replaces the adapter called `name` by the one in the folder `dir`, whose configuration is returned. The name, what
+/// is active and what is trainable stay. Save the result with that configuration only if both have the same layers.
+///
+/// # Errors
+/// When there is no such adapter, it is merged, one of the two has DoRA or a LoRA bias and the other has not, either
+/// changes the base, the folder's adapter is on a layer that the loaded one is not on, or the folder is damaged. The
+/// model is unchanged then.
+pub fn hotswap_adapter(model: &mut dyn ModuleTree, name: &str, dir: &Path) -> Result<LoraConfig> {
+    check_known(model, &[name])?;
+    refuse_merged(model)?;
+    let config_path = dir.join(CONFIG_FILE);
+    let config = LoraConfig::read(&config_path)?;
+    let tensors = read_adapter(dir, &config)?;
+    let mut new = plan(model, name, &config, &tensors, dir).map_err(|e| match e {
+        Error::Config(message) => Error::file(&config_path, message),
+        other => other,
+    })?;
+    model.visit_mut("", &mut |path, node| {
+        let NodeMut::Layer(layer) = node else { return Ok(()) };
+        if let (Some(adapter), Some(new)) = (layer.adapters.get_mut(name), new.remove(path)) {
+            swap(adapter, new)?;
+        }
+        Ok(())
+    })?;
+    Ok(config)
+}
+
+/// The new adapter of every layer that has the old one.
+fn plan(
+    model: &dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+    tensors: &BTreeMap<String, Tensor>,
+    dir: &Path,
+) -> Result<BTreeMap<String, Adapter>> {
+    if config.changes_base() {
+        return Err(Error::config("an adapter that changes its base cannot be swapped in"));
+    }
+    let mut old = BTreeMap::new();
+    model.visit("", &mut |path, node| {
+        if let Node::Layer(layer) = node {
+            if let Some(adapter) = layer.adapters.get(name) {
+                old.insert(path.to_string(), adapter.clone());
+            }
+        }
+    });
+    let matcher = Matcher::new(config)?;
+    let mut new = BTreeMap::new();
+    let mut slots = BTreeMap::new();
+    for (path, old) in old {
+        if old.changes_base {
+            return Err(Error::config("an adapter that changes its base cannot be swapped out"));
+        }
+        let alike = [
+            ("use_dora", old.magnitude.is_some(), config.use_dora),
+            ("lora_bias", old.b_bias.is_some(), config.lora_bias),
+        ];
+        if let Some((what, was, is)) = alike.into_iter().find(|(_, was, is)| was != is) {
+            return Err(Error::config(format!("{what} is {is}, and {was} in the loaded adapter")));
+        }
+        let key = |leaf: &str| format!("{PREFIX}{path}.{leaf}");
+        let mut adapter = old.clone();
+        if !tensors.contains_key(&key("lora_A.weight")) {
+            for tensor in [&mut adapter.a, &mut adapter.b].into_iter().chain(&mut adapter.b_bias) {
+                *tensor = tensor.zeros_like()?;
+            }
+            new.insert(path, adapter);
+            continue;
+        }
+        let (rank, scaling) = matcher.rank_and_scaling(&path)?;
+        (adapter.scaling, adapter.dropout) = (scaling, config.dropout);
+        for (leaf, tensor) in adapter.tensors_mut() {
+            let mut shape = tensor.dims().to_vec();
+            match leaf {
+                "lora_A.weight" => shape[0] = rank,
+                "lora_B.weight" => shape[1] = rank,
+                _ => {}
+            }
+            if let Some(value) = tensors.get(&key(leaf)) {
+                *tensor = value.to_device(tensor.device())?.to_dtype(DType::F32)?;
+            }
+            slots.insert(key(leaf), Slot { name: leaf.to_string(), shape });
+        }
+        new.insert(path, adapter);
+    }
+    check(&dir.join(TENSORS_FILE).display().to_string(), &slots, tensors)?;
+    Ok(new)
+}
+
+/// Puts the values of `new` into `adapter`.
+fn swap(adapter: &mut Adapter, new: Adapter) -> Result<()> {
+    (adapter.scaling, adapter.dropout) = (new.scaling, new.dropout);
+    for ((_, tensor), (_, value)) in adapter.tensors_mut().zip(new.tensors()) {
+        let value = value.detach();
+        match (tensor.is_variable(), tensor.dims() == value.dims()) {
+            (true, true) => Var::from_tensor(tensor)?.set(&value)?,
+            (true, false) => *tensor = Var::from_tensor(&value)?.into_inner(),
+            (false, _) => *tensor = value,
+        }
+    }
+    Ok(())
+}
