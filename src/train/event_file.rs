@@ -9,7 +9,7 @@
 //! file holds from there on.
 //!
 //! Source: `record_writer.cc`, `event.proto` and `summary.proto` of TensorFlow. The one maintained-looking crate for
-//! this, `tensorboard-rs`, knows no START and brings an old protobuf runtime.
+//! this, `tensorboard-rs`, brings an old protobuf runtime and leaves many methods unwritten.
 
 use crate::{files, Error, Result};
 use std::fs::{File, OpenOptions};
