@@ -59,7 +59,7 @@ impl Sources {
             return Err(errors.clone());
         }
         let objects = lock(&objects);
-        compiler.library(&objects, cache)
+        compiler.link(&objects, cache)
     }
 }
 
@@ -171,7 +171,7 @@ impl Compiler {
         })
     }
 
-    fn library(&self, objects: &[PathBuf], cache: &Path) -> Result<PathBuf, String> {
+    fn link(&self, objects: &[PathBuf], cache: &Path) -> Result<PathBuf, String> {
         let mut hasher = DefaultHasher::new();
         (objects, &self.sanitize).hash(&mut hasher);
         let library = cache.join(format!("libkernels-{:016x}.so", hasher.finish()));

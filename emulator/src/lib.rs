@@ -84,7 +84,7 @@ type KernelsFn = unsafe extern "C" fn(*mut c_char, usize) -> usize;
 
 /// Compiled kernels, ready to be launched.
 pub struct Emulator {
-    library: libloading::Library,
+    loaded: libloading::Library,
     workers: u32,
 }
 
@@ -96,10 +96,10 @@ impl Emulator {
     pub fn new(sources: &Sources, cache: &Path) -> Result<Self, String> {
         let path = sources.compile(cache)?;
         // SAFETY: the library's initialisers only fill the table of kernels.
-        let library = unsafe { libloading::Library::new(&path) }
+        let loaded = unsafe { libloading::Library::new(&path) }
             .map_err(|e| format!("cannot load {}: {e}", path.display()))?;
         let workers = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-        Ok(Self { library, workers })
+        Ok(Self { loaded, workers })
     }
 
     /// The names of all kernels, sorted.
@@ -108,7 +108,7 @@ impl Emulator {
     /// If the library is not one of this crate's.
     pub fn kernels(&self) -> Result<Vec<String>, String> {
         // SAFETY: the signature is that of runtime/launch.cpp.
-        let kernels = unsafe { self.library.get::<KernelsFn>(b"emulator_kernels\0") }
+        let kernels = unsafe { self.loaded.get::<KernelsFn>(b"emulator_kernels\0") }
             .map_err(|e| e.to_string())?;
         // SAFETY: with 0 bytes nothing is written; then it gets the bytes that it asked for.
         let names = unsafe {
@@ -140,7 +140,7 @@ impl Emulator {
         let name = CString::new(kernel).map_err(|e| e.to_string())?;
         let mut error = vec![0u8; 4096];
         // SAFETY: the signature is that of runtime/launch.cpp.
-        let launch = unsafe { self.library.get::<LaunchFn>(b"emulator_launch\0") }
+        let launch = unsafe { self.loaded.get::<LaunchFn>(b"emulator_launch\0") }
             .map_err(|e| e.to_string())?;
         // SAFETY: all arrays outlive the call; the addresses are the caller's promise.
         let status = unsafe {
