@@ -2,8 +2,11 @@
 //!
 //! A tile holds whole key rows of a window, each padded to `pitch` lanes. Its bias is then one vector of `rel_w` that
 //! is the same for every key row, minus infinity in the padding lanes, plus one number `rel_h` per key row.
+//!
+//! Logarithms are to base two: scores, biases, maxima and `lse` are those of the softmax times log2 e, which costs
+//! nothing where it is part of a factor, and spares the exponential a product.
 
-use super::simd::{exp_nonpositive, run, vectors, vectors_mut};
+use super::simd::{exp2_nonpositive, run, vectors, vectors_mut};
 use pulp::{Simd, WithSimd};
 
 /// One query's scores against one key tile, `[key rows, pitch]`, and its biases.
@@ -14,11 +17,11 @@ pub struct Row<'a> {
     pub rel_h: &'a [f32],
     /// Of each column, `pitch` long; minus infinity where there is no key.
     pub rel_w: &'a [f32],
-    /// Factor of `q . k`.
-    pub softmax_scale: f32,
+    /// Factor of `q . k`: `softmax_scale log2 e`.
+    pub scale: f32,
 }
 
-/// Turns scores into `exp(score - max)` of the running maximum.
+/// Turns scores into `2^(score - max)` of the running maximum.
 pub struct Online<'a> {
     /// The scores and biases.
     pub row: Row<'a>,
@@ -39,7 +42,7 @@ impl WithSimd for Online<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> OnlineStep {
-        let scale = simd.splat_f32s(self.row.softmax_scale);
+        let scale = simd.splat_f32s(self.row.scale);
         let rel_w = vectors::<S>(self.row.rel_w);
         let mut maxima = simd.splat_f32s(f32::NEG_INFINITY);
         let scores = vectors_mut::<S>(self.row.scores);
@@ -54,18 +57,18 @@ impl WithSimd for Online<'_> {
         let splat = simd.splat_f32s(max);
         let mut sums = simd.splat_f32s(0.0);
         for score in scores.iter_mut() {
-            *score = exp_nonpositive(simd, simd.sub_f32s(*score, splat));
+            *score = exp2_nonpositive(simd, simd.sub_f32s(*score, splat));
             sums = simd.add_f32s(sums, *score);
         }
         OnlineStep { max, sum: simd.reduce_sum_f32s(sums) }
     }
 }
 
-/// Turns scores into the final weights `exp(score - lse)`.
+/// Turns scores into the final weights `2^(score - lse)`.
 pub struct Weights<'a> {
     /// The scores and biases.
     pub row: Row<'a>,
-    /// Logarithm of the row's sum of exponentials.
+    /// Logarithm of the row's sum of powers.
     pub lse: f32,
 }
 
@@ -74,7 +77,7 @@ impl WithSimd for Weights<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let scale = simd.splat_f32s(self.row.softmax_scale);
+        let scale = simd.splat_f32s(self.row.scale);
         let (zero, lse) = (simd.splat_f32s(0.0), simd.splat_f32s(self.lse));
         let rel_w = vectors::<S>(self.row.rel_w);
         let scores = vectors_mut::<S>(self.row.scores);
@@ -84,7 +87,7 @@ impl WithSimd for Weights<'_> {
                 let log = simd.mul_add_f32s(*score, scale, simd.add_f32s(rel_w, bias));
                 // Rounding may put it a little above zero.
                 let log = simd.select_f32s(simd.less_than_f32s(zero, log), zero, log);
-                *score = exp_nonpositive(simd, log);
+                *score = exp2_nonpositive(simd, log);
             }
         }
     }
