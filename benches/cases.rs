@@ -65,6 +65,8 @@ enum Case {
 enum Implementation {
     /// This crate's operations.
     Ours,
+    /// The same by the kernels that run on every GPU.
+    Portable,
     /// The same modules written with candle's own operations.
     Composed,
     /// candle-transformers' encoder.
@@ -139,6 +141,9 @@ fn run() -> Result<()> {
         return Ok(());
     };
     let device = support::device()?;
+    if args.implementation == Implementation::Portable {
+        portable(&device)?;
+    }
     let dtype: DType = args.dtype.parse()?;
     let setup = Setup {
         implementation: args.implementation,
@@ -174,6 +179,19 @@ fn run() -> Result<()> {
     });
     println!("{line}");
     Ok(())
+}
+
+/// Takes the portable kernels, where there are others.
+fn portable(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    {
+        use candle_sam_lora::cuda::{available_kernels, set_kernels, Kernels};
+        if available_kernels(device).contains(&Kernels::Portable) {
+            set_kernels(Kernels::Portable);
+            return Ok(());
+        }
+    }
+    bail!("{device:?} has the portable kernels only, or none: that is `ours`")
 }
 
 fn name<T: ValueEnum>(value: &T) -> String {
@@ -229,7 +247,7 @@ impl Setup<'_> {
 
     fn ours(&self) -> Result<bool> {
         match self.implementation {
-            Implementation::Ours => Ok(true),
+            Implementation::Ours | Implementation::Portable => Ok(true),
             Implementation::Composed => Ok(false),
             Implementation::CandleTransformers => {
                 bail!("candle-transformers shows its encoder only")

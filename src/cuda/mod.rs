@@ -4,11 +4,14 @@
 //! Nothing here waits for the GPU, so an operation can be captured in a CUDA graph (once its kernels have been loaded
 //! by a first run). All unsafe code of the GPU path is in this folder.
 
+mod kernels;
 mod modules;
 mod pool;
 mod run;
 mod stream;
 mod tensor_map;
+
+pub use kernels::{available_kernels, kernels, set_kernels, Kernels};
 
 pub(crate) use pool::keep_freed_memory;
 pub(crate) use run::{operand, run, with_tensors, Job};
