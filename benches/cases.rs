@@ -67,6 +67,8 @@ enum Implementation {
     Ours,
     /// The same by the kernels that run on every GPU.
     Portable,
+    /// This crate's encoder, replayed from a CUDA graph.
+    Graph,
     /// The same modules written with candle's own operations.
     Composed,
     /// candle-transformers' encoder.
@@ -249,6 +251,7 @@ impl Setup<'_> {
         match self.implementation {
             Implementation::Ours | Implementation::Portable => Ok(true),
             Implementation::Composed => Ok(false),
+            Implementation::Graph => bail!("only the encoder is replayed from a graph"),
             Implementation::CandleTransformers => {
                 bail!("candle-transformers shows its encoder only")
             }
@@ -396,9 +399,12 @@ impl Setup<'_> {
             let encoder = candle_sam::encoder(&self.vit, self.grid, self.dtype, self.device)?;
             return self.run(|| encoder.forward(&pixels).map(drop).map_err(Into::into));
         }
-        let ours = self.ours()?;
         let config = self.vit.config(self.grid);
         let encoder = models::encoder(&config, FROZEN, self.dtype, self.device)?;
+        if self.implementation == Implementation::Graph {
+            return self.replay(&pixels, |x| encoder.forward(x, Mode::Eval));
+        }
+        let ours = self.ours()?;
         self.run(|| {
             if ours {
                 encoder.forward(&pixels, Mode::Eval)?;
@@ -407,6 +413,25 @@ impl Setup<'_> {
             }
             Ok(())
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn replay(
+        &self,
+        x: &Tensor,
+        forward: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Measurement> {
+        let graphed = candle_sam_lora::cuda::Graphed::capture(x, forward)?;
+        self.run(|| graphed.run(x).map(drop).map_err(Into::into))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn replay(
+        &self,
+        _: &Tensor,
+        _: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Measurement> {
+        bail!("CUDA graphs want the feature cuda")
     }
 
     fn encoder_train_step(&self, checkpointed: bool) -> Result<Measurement> {

@@ -14,6 +14,8 @@ mod emulated;
 mod finetune;
 #[path = "gpu/graph.rs"]
 mod graph;
+#[path = "gpu/graphed.rs"]
+mod graphed;
 #[path = "gpu/model.rs"]
 mod model;
 #[path = "gpu/ops.rs"]
@@ -91,8 +93,14 @@ fn tests() -> ExitCode {
             return ExitCode::from(u8::from(required));
         }
     }
-    let trials =
-        [ops::trials(), graph::trials(), emulated::trials(), model::trials(), train::trials()];
+    let trials = [
+        ops::trials(),
+        graph::trials(),
+        graphed::trials(),
+        emulated::trials(),
+        model::trials(),
+        train::trials(),
+    ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }
 
