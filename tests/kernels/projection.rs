@@ -361,12 +361,16 @@ fn on_the_cpu(data: &Data) -> Result<Tensor> {
     }
 }
 
+/// What is launched for these operands.
+type ForwardPlan<'a> = dyn Fn(&ForwardOperands<'_>) -> Result<Vec<Launch>> + 'a;
+type BackwardPlan<'a> = dyn Fn(&BackwardOperands<'_>) -> Result<Vec<Launch>> + 'a;
+
 /// Runs the forward that each plan makes, in these modes, and checks all that it writes.
 pub fn check_forward(
     data: &Data,
     worst: &mut Worst,
     modes: &[Mode],
-    plans: &[&dyn Fn(&ForwardOperands<'_>) -> Result<Vec<Launch>>],
+    plans: &[&ForwardPlan<'_>],
 ) -> Result<()> {
     let problem = data.projections();
     let count = data.case.rows * data.total;
@@ -466,7 +470,7 @@ pub fn check_backward(
     data: &Data,
     worst: &mut Worst,
     modes: &[Mode],
-    plans: &[&dyn Fn(&BackwardOperands<'_>) -> Result<Vec<Launch>>],
+    plans: &[&BackwardPlan<'_>],
 ) -> Result<()> {
     let Case { rows, in_dim, activation, .. } = data.case;
     let problem = data.projections();
