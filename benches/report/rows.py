@@ -4,6 +4,7 @@
     memory    peer / ours                     bar: at least, against the named peer with the default allocator
     lora      adapted / frozen                median of the ratios of neighbouring runs; bar: at most
     bf16      our f32 / our bf16              bar: at least
+    checkpointed  ours without / ours with gradient checkpointing, time and memory; no bar
     limit     ours / the machine's best       GFLOP/s over the GEMM's, GB/s over the copy's; no bar
 
 `spread` is (q75 - q25) / median of each side's runs; of a side with less than three runs, (max - min) / median.
@@ -13,7 +14,7 @@ A case measured with our process under the keeping allocator has "/kept" after i
 from statistics import median, quantiles
 
 import comparisons
-from comparisons import DEFAULT, KEPT, Config
+from comparisons import DEFAULT, KEPT, SPED_UP, Config
 
 MIB = 2**20
 
@@ -74,6 +75,8 @@ def rows_of(runs, compared):
                 suffix = "/kept" if allocator == KEPT else ""
                 rows += time_rows(comparison, suffix, ours, of_case)
                 rows += memory_rows(comparison, suffix, ours, of_case) if allocator == DEFAULT else []
+                if comparison is comparisons.CHECKPOINTED:
+                    rows += checkpointed_rows(comparison, ours, samples)
                 rows += limit_rows(comparison, suffix, ours, samples)
                 if comparison is comparisons.BF16:
                     rows += bf16_rows(comparison, suffix, ours, samples, allocator)
@@ -86,7 +89,7 @@ def others(of_case):
 
 def time_rows(comparison, suffix, ours, of_case):
     peers = others(of_case)
-    best = [n for n in peers if n.endswith(f"({KEPT})") and "without_bias" not in n]
+    best = [n for n in peers if n.endswith(f"({KEPT})") and "without_bias" not in n and not n.startswith(SPED_UP)]
     best = min(best, key=lambda name: peers[name].time, default=None)
     for name, peer in peers.items():
         ratio = peer.time / ours.time
@@ -131,6 +134,20 @@ def bf16_rows(comparison, suffix, ours, samples, allocator):
         yield row(
             comparison.name + suffix, "time", "s", ours.time, f32.time, name, ratio, spreads, bar, ratio >= bar
         )
+
+
+def checkpointed_rows(comparison, ours, samples):
+    name = Config("candle", "ours").name
+    plain = samples.get(("encoder_train_step", name))
+    if plain is None:
+        return
+    peer = "candle ours, not checkpointed"
+    spreads = (spread(ours.wall), spread(plain.wall))
+    yield row(comparison.name, "time", "s", ours.time, plain.time, peer, plain.time / ours.time, spreads)
+    if ours.memory and plain.memory:
+        mine, theirs = max(ours.memory), max(plain.memory)
+        spreads = (spread(ours.memory), spread(plain.memory))
+        yield row(comparison.name, "memory", "MiB", mine, theirs, peer, theirs / mine, spreads)
 
 
 def lora_rows(comparison, of_case):

@@ -38,13 +38,14 @@ pub fn exp2_nonpositive<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     // Adding 1.5 * 2^23 rounds to the nearest integer; adding the exponent's bias, too, leaves the exponent's bits of 2^n
     // in the low bits of the pattern.
     const ROUND: f32 = 12_582_912.0 + 127.0;
-    const COEFFICIENTS: [f32; 5] = [0.009_671_513, 0.055_507_336, 0.240_222_42, 0.693_147, 1.0];
+    const COEFFICIENTS: [f32; 5] =
+        [0.009_669_691, 0.055_505_585, 0.240_222_83, std::f32::consts::LN_2, 1.0];
     let lowest = simd.splat_f32s(-126.0);
     // A comparison, not a maximum: NaN must stay NaN.
     let x = simd.select_f32s(simd.less_than_f32s(x, lowest), lowest, x);
     let shifted = simd.add_f32s(x, simd.splat_f32s(ROUND));
     let r = simd.sub_f32s(x, simd.sub_f32s(shifted, simd.splat_f32s(ROUND)));
-    let mut p = simd.splat_f32s(0.001_326_472_7);
+    let mut p = simd.splat_f32s(0.001_330_060_5);
     for c in COEFFICIENTS {
         p = simd.mul_add_f32s(p, r, simd.splat_f32s(c));
     }
