@@ -19,8 +19,12 @@ impl Linear {
     }
 
     fn forward(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
-        let lora = self.adapter.as_ref().map(|(a, b)| {
-            Lora { a: a.as_tensor(), b: b.as_tensor(), b_bias: None, scaling: 2.0, dropout }
+        let lora = self.adapter.as_ref().map(|(a, b)| Lora {
+            a: a.as_tensor(),
+            b: b.as_tensor(),
+            b_bias: None,
+            scaling: 2.0,
+            dropout,
         });
         let projection = Projection { weight: &self.weight, bias: Some(&self.bias), lora };
         composed::lora_linear(x, &projection, Activation::None, None)
