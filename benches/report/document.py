@@ -154,8 +154,10 @@ its best. The bars on time are against the fastest peer with the keeping allocat
 
 *candle as published* is a program that does not have this crate. *candle with this crate's AVX-512* is candle beside
 it: the feature of `gemm` that this crate asks for reaches candle's own products, too. The bars are for the first; the
-second, which is faster by this crate's doing, stands among them with its ratio and no bar. For GFLOP/s and GB/s the ratio is the share of the machine's best; the work behind them is what
-the formulas need: recomputation is not counted.
+second, which is faster by this crate's doing, stands among them with its ratio and no bar.
+
+For GFLOP/s and GB/s the ratio is the share of the machine's best; the work behind them is what the formulas need:
+recomputation is not counted.
 """
 
 ON_A_GPU = """Memory is the growth of the peak that the allocator counts for tensors: of the driver's pool, or of PyTorch's. Before
