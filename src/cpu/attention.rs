@@ -18,7 +18,7 @@ use super::head::{Block, Head, Pass, Tables, Tile};
 use super::math::dot;
 use super::panel::{panel, Into, Left, Right};
 use super::simd::padded;
-use super::softmax::{apply, Online, Row, ScoreGradient, Weights};
+use super::softmax::{apply, Gradient, Online, Row};
 use crate::problem::AttentionProblem;
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -225,11 +225,11 @@ fn backward_head(
             let rows = weights.chunks_exact_mut(stride).zip(grads.chunks_exact_mut(stride));
             for (n, (weights, grads)) in rows.take(count).enumerate() {
                 let (weights, grads) = (&mut weights[..keys], &mut grads[..keys]);
-                apply(Weights { row: score_row(p, &block, &tile, n, weights), lse: lse[n] });
                 drop_weights(head, real[n].0, &tile, grads);
                 let (rel_h, rel_w) = dbiases.of(n);
                 let rel_h = &mut rel_h[tile.rows.clone()];
-                apply(ScoreGradient { weights, grads, delta: delta[n], rel_h, rel_w });
+                let row = score_row(p, &block, &tile, n, weights);
+                apply(Gradient { row, lse: lse[n], grads, delta: delta[n], rel_h, rel_w });
                 drop_weights(head, real[n].0, &tile, weights);
             }
             let k = Right(tile.k, width);
