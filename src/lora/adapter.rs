@@ -88,23 +88,54 @@ pub fn load_named_adapter(
     name: &str,
     dir: &Path,
 ) -> Result<LoraConfig> {
-    let config_path = dir.join(CONFIG_FILE);
-    let config = LoraConfig::read(&config_path)?;
-    let mut tensors = read_adapter(dir, &config)?;
-    let plan = Plan::new(model, name, &config)
-        .map_err(|e| Error::file(&config_path, format!("does not fit this model: {e}")))?;
+    let (config, tensors) = read_adapter(dir)?;
+    let source = dir.join(TENSORS_FILE).display().to_string();
+    install(model, name, &config, tensors, &source).map_err(|e| match e {
+        Error::Config(message) => {
+            Error::file(dir.join(CONFIG_FILE), format!("does not fit this model: {message}"))
+        }
+        other => other,
+    })?;
+    Ok(config)
+}
+
+/// As [`load_named_adapter`], from a configuration and tensors under PEFT's keys.
+///
+/// # Errors
+/// As [`load_named_adapter`], but for files.
+pub fn load_adapter_tensors(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+    tensors: BTreeMap<String, Tensor>,
+) -> Result<()> {
+    install(model, name, config, tensors, "the adapter")
+}
+
+fn install(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+    mut tensors: BTreeMap<String, Tensor>,
+    source: &str,
+) -> Result<()> {
+    let plan = Plan::new(model, name, config)?;
     let slots = plan.slots();
-    check(&dir.join(TENSORS_FILE).display().to_string(), &slots, &tensors)?;
+    check(source, &slots, &tensors)?;
     let mut values = plan.base_values()?;
     values.extend(
         slots.into_iter().filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?))),
     );
     plan.apply(model, values)?;
-    Ok(config)
+    Ok(())
 }
 
-/// The tensors in an adapter folder, by their keys.
-pub(super) fn read_adapter(dir: &Path, config: &LoraConfig) -> Result<BTreeMap<String, Tensor>> {
+/// The configuration in the adapter folder `dir`, and its tensors by their keys.
+///
+/// # Errors
+/// When a file cannot be read or is not what it should be.
+pub fn read_adapter(dir: &Path) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
+    let config = LoraConfig::read(&dir.join(CONFIG_FILE))?;
     let mut tensors = files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu)?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         // PEFT stores the biases of modules to save three times over: plain, and under its two wrappers.
@@ -112,5 +143,5 @@ pub(super) fn read_adapter(dir: &Path, config: &LoraConfig) -> Result<BTreeMap<S
             !key.ends_with(".original_module.bias") && !key.ends_with(".modules_to_save.bias")
         });
     }
-    Ok(tensors)
+    Ok((config, tensors))
 }

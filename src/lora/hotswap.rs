@@ -30,11 +30,9 @@ use std::path::Path;
 pub fn hotswap_adapter(model: &mut dyn ModuleTree, name: &str, dir: &Path) -> Result<LoraConfig> {
     check_known(model, &[name])?;
     refuse_merged(model)?;
-    let config_path = dir.join(CONFIG_FILE);
-    let config = LoraConfig::read(&config_path)?;
-    let tensors = read_adapter(dir, &config)?;
+    let (config, tensors) = read_adapter(dir)?;
     let mut new = plan(model, name, &config, &tensors, dir).map_err(|e| match e {
-        Error::Config(message) => Error::file(&config_path, message),
+        Error::Config(message) => Error::file(dir.join(CONFIG_FILE), message),
         other => other,
     })?;
     model.visit_mut("", &mut |path, node| {
