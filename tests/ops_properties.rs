@@ -69,7 +69,7 @@ proptest! {
         let grad_out = random(78, out.shape());
         let (again, fused) = gradients(&inputs, &grad_out, &op.fused).unwrap();
         prop_assert_eq!(values(&again), values(&out), "{}", name);
-        let (_, composed) = gradients(&op.inputs, &grad_out, &op.composed).unwrap();
+        let (_, composed) = gradients(&inputs, &grad_out, &op.composed).unwrap();
         for (index, (fused, composed)) in fused.iter().zip(&composed).enumerate() {
             let off = tensor_error(fused, composed);
             prop_assert!(off <= 1e-5, "{name}: gradient {index}: {off:e}");
