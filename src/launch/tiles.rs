@@ -4,7 +4,7 @@
 //! | family | shape | rule |
 //! |---|---|---|
 //! | `rel_pos_attention_*` | head_dim, width of the window | the columns whose stripes leave least of the window's width empty; of equals 64, then 16, then 40 |
-//! | `projection_*` | in_dim, sum of out_dims; rows | [`projection::Tile::choose`](super::projection::Tile::choose) |
+//! | `projection_*` | in_dim, sum of out_dims; rows | `projection::Tile::choose` |
 //!
 //! A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for grids of 40 and 80, of 16 for windows of 14.
 

@@ -6,8 +6,9 @@
 //! half-way has no configuration and does not load.
 
 use super::inject::Plan;
-use super::state::{check, named_adapter_state};
+use super::state::{check, described, headers, named_adapter_state, Slot};
 use super::{BiasTraining, LoraConfig};
+use crate::files::TensorFile;
 use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
 use crate::{files, Error, Result};
 use candle_core::{Device, Tensor};
@@ -88,14 +89,12 @@ pub fn load_named_adapter(
     name: &str,
     dir: &Path,
 ) -> Result<LoraConfig> {
-    let (config, tensors) = read_adapter(dir)?;
-    let source = dir.join(TENSORS_FILE).display().to_string();
-    install(model, name, &config, tensors, &source).map_err(|e| match e {
-        Error::Config(message) => {
-            Error::file(dir.join(CONFIG_FILE), format!("does not fit this model: {message}"))
-        }
-        other => other,
-    })?;
+    let (config, file) = open_adapter(dir)?;
+    let plan = Plan::new(model, name, &config)
+        .map_err(|e| Error::file(dir.join(CONFIG_FILE), format!("does not fit this model: {e}")))?;
+    let slots = plan.slots();
+    check(&file.path().display().to_string(), &slots, headers(&file))?;
+    fill(model, plan, slots, file.read_all(&Device::Cpu)?)?;
     Ok(config)
 }
 
@@ -109,25 +108,24 @@ pub fn load_adapter_tensors(
     config: &LoraConfig,
     tensors: BTreeMap<String, Tensor>,
 ) -> Result<()> {
-    install(model, name, config, tensors, "the adapter")
-}
-
-fn install(
-    model: &mut dyn ModuleTree,
-    name: &str,
-    config: &LoraConfig,
-    mut tensors: BTreeMap<String, Tensor>,
-    source: &str,
-) -> Result<()> {
     let plan = Plan::new(model, name, config)?;
     let slots = plan.slots();
-    check(source, &slots, &tensors)?;
+    check("the adapter", &slots, described(&tensors))?;
+    fill(model, plan, slots, tensors)
+}
+
+/// Carries out a plan with the values of a file, which were found to be those of the slots.
+fn fill(
+    model: &mut dyn ModuleTree,
+    plan: Plan<'_>,
+    slots: BTreeMap<String, Slot>,
+    mut tensors: BTreeMap<String, Tensor>,
+) -> Result<()> {
     let mut values = plan.base_values()?;
     values.extend(
         slots.into_iter().filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?))),
     );
-    plan.apply(model, values)?;
-    Ok(())
+    plan.apply(model, values).map(drop)
 }
 
 /// The configuration in the adapter folder `dir`, and its tensors by their keys.
@@ -135,13 +133,19 @@ fn install(
 /// # Errors
 /// When a file cannot be read or is not what it should be.
 pub fn read_adapter(dir: &Path) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
+    let (config, file) = open_adapter(dir)?;
+    Ok((config, file.read_all(&Device::Cpu)?))
+}
+
+/// As [`read_adapter`], of the tensors the header alone: what does not fit a model is refused by it.
+pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorFile)> {
     let config = LoraConfig::read(&dir.join(CONFIG_FILE))?;
-    let mut tensors = files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu)?;
+    let mut file = TensorFile::open(dir.join(TENSORS_FILE))?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         // PEFT stores the biases of modules to save three times over: plain, and under its two wrappers.
-        tensors.retain(|key, _| {
+        file.retain(|key| {
             !key.ends_with(".original_module.bias") && !key.ends_with(".modules_to_save.bias")
         });
     }
-    Ok((config, tensors))
+    Ok((config, file))
 }

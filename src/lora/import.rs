@@ -148,10 +148,11 @@ pub fn import_lora(
         let block = number.and_then(|number| in_model.get(&number)).ok_or_else(|| {
             wrong(format!("{name} is for a block that the model has not: it has {all:?}"))
         })?;
+        let shape = file.tensors().get(name).map_or(&[][..], |info| &info.shape);
+        let &[rows, columns] = shape else {
+            return Err(wrong(format!("{name}: expected a matrix, got {shape:?}")));
+        };
         let tensor = file.read(name, &Device::Cpu)?;
-        let (rows, columns) = tensor
-            .dims2()
-            .map_err(|_| wrong(format!("{name}: expected a matrix, got {:?}", tensor.dims())))?;
         layers.insert(format!("{block}.{layer}"), (if is_a { rows } else { columns }, 1.0));
         let leaf = if is_a { "lora_A" } else { "lora_B" };
         if tensors.insert(format!("{PREFIX}{block}.{layer}.{leaf}.weight"), tensor).is_some() {
