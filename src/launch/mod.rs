@@ -13,6 +13,7 @@ pub mod layer_norm;
 pub mod projection;
 mod projection_bwd;
 pub mod rel_pos_attention;
+pub mod rel_pos_attention_bwd_sm90;
 pub mod rel_pos_attention_sm90;
 mod sum_partials;
 pub mod tensor_map;

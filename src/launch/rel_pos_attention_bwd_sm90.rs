@@ -1,0 +1,177 @@
+//! The backward of attention on Hopper, for whole grids: `kernels/sm90/rel_pos_attention_bwd_key_sm90.cuh`. What it does
+//! not cover is the portable kernels'. Blocks of keys by the width of the grid:
+//!
+//! | grid | keys of a block | why |
+//! |---|---|---|
+//! | as wide as a multiple of 64, or a little less | 2 x 64 | a warp's keys are in one row: rel_h is one number for them |
+//! | of 40 likewise | 3 x 40 | grids of 40 and 80, of which rows of 16 leave more empty |
+//! | any other | 8 x 16 | grids of 32 and 48 |
+
+use super::bindings::{
+    device_ptr, RelPosAttentionBwdKeySm90Params, REL_POS_ATTENTION_SM90_BWD_KEYS,
+    REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES, REL_POS_ATTENTION_SM90_BWD_KEY_STAGES,
+    REL_POS_ATTENTION_SM90_THREADS,
+};
+use super::rel_pos_attention::{self as portable, BackwardOperands, BetweenPasses, Inputs};
+use super::rel_pos_attention_sm90::{
+    columns, covers, grid_maps, panel_bytes, panel_maps, Maps, ATOM,
+};
+use super::tensor_map::{Element, Swizzle, TensorMap};
+use super::{narrow, AttentionProblem, Launch};
+use bytemuck::Zeroable;
+use candle_core::{DType, Result};
+use std::mem::offset_of;
+
+/// What [`portable::backward`] launches, for Hopper, with the same workspace; none where its kernels do not cover the
+/// problem.
+///
+/// # Errors
+/// As the portable one.
+pub fn backward(
+    problem: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    operands: &BackwardOperands,
+) -> Result<Option<Vec<Launch>>> {
+    let p = problem;
+    let &BackwardOperands { dout, dqkv, workspace, .. } = operands;
+    let whole = p.side_h == p.h && p.side_w == p.w;
+    if !whole || !covers(p, dtype, &[inputs.qkv, dout, dqkv, workspace]) {
+        return Ok(None);
+    }
+    let portable_tile = portable::check(p, dtype, &[])?;
+    let between = BetweenPasses::new(p, &portable_tile, operands);
+    let mut launches = portable::backward(p, dtype, inputs, operands)?;
+    launches[1] = key_pass(p, dtype, inputs.qkv, operands, &between)?;
+    Ok(Some(launches))
+}
+
+fn key_pass(
+    p: &AttentionProblem,
+    dtype: DType,
+    qkv: device_ptr,
+    operands: &BackwardOperands,
+    between: &BetweenPasses,
+) -> Result<Launch> {
+    type Params = RelPosAttentionBwdKeySm90Params;
+    let [keys, queries, stages] = [
+        REL_POS_ATTENTION_SM90_BWD_KEYS,
+        REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES,
+        REL_POS_ATTENTION_SM90_BWD_KEY_STAGES,
+    ]
+    .map(|n| n as usize);
+    let cols = columns(p);
+    let rows = keys / cols;
+    // As the kernel's stages lay the biases of a query out.
+    let (stride_w, stride_h) = (cols + 4, rows.next_multiple_of(4));
+
+    let channels = p.channels();
+    let mut maps = grid_maps(p, qkv, 3 * channels, [cols, rows], offset_of!(Params, key_maps))?;
+    let list = |address, channels, at| {
+        panel_maps(p.head_dim, address, &[channels, p.tokens(), p.batch], &[queries, 1], at)
+    };
+    maps.extend(list(qkv, 3 * channels, offset_of!(Params, query_maps))?);
+    maps.extend(list(operands.dout, channels, offset_of!(Params, dout_maps))?);
+    maps.extend(bias_maps(p, between, queries, [stride_w, stride_h])?);
+
+    let stage = 2 * panel_bytes(p, queries)
+        + (4 * queries * (stride_w + stride_h + 1)).next_multiple_of(ATOM);
+    let storage = stages * stage + 2 * panel_bytes(p, keys) + (1 + 2 * stages) * 8;
+    let shape = portable::shape(p);
+    let params = Params { dqkv: operands.dqkv, shape, ..Params::zeroed() };
+    let family = format!("rel_pos_attention_bwd_key_sm90_hd{}_cols{cols}", p.head_dim);
+    let units = p.windows() * p.num_heads;
+    let grid = [(units * p.side_h.div_ceil(rows) * p.side_w.div_ceil(cols)) as u64, 1, 1];
+    let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
+    let shared_bytes = storage.next_multiple_of(ATOM) as u32;
+    Ok(Launch { shared_bytes, tensor_maps: maps, ..launch })
+}
+
+/// Of what the query pass leaves, for so many queries: so many columns of rel_w and of rel_h, and delta.
+fn bias_maps(
+    p: &AttentionProblem,
+    between: &BetweenPasses,
+    queries: usize,
+    [stride_w, stride_h]: [usize; 2],
+) -> Result<Maps> {
+    type Params = RelPosAttentionBwdKeySm90Params;
+    let rows = narrow("rel-pos-attention", "heads times tokens", portable::lse_elements(p))?;
+    let pitch = portable::bias_pitch(p) as u32;
+    let queries = queries as u32;
+    let biases = |columns: usize| {
+        let (shape, tile) = ((rows, pitch, pitch), (queries, columns as u32));
+        TensorMap::unswizzled(between.bias, Element::Bits32, shape, tile)
+    };
+    let delta = TensorMap {
+        address: between.delta,
+        element: Element::Bits32,
+        dims: vec![rows],
+        strides: Vec::new(),
+        tile: vec![queries],
+        swizzle: Swizzle::None,
+    };
+    delta.check()?;
+    Ok(vec![
+        (offset_of!(Params, rel_w_map), biases(stride_w)?),
+        (offset_of!(Params, rel_h_map), biases(stride_h)?),
+        (offset_of!(Params, delta_map), delta),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SAM's ViT-B.
+    const GLOBAL: AttentionProblem = AttentionProblem {
+        batch: 4,
+        h: 64,
+        w: 64,
+        num_heads: 12,
+        head_dim: 64,
+        side_h: 64,
+        side_w: 64,
+        softmax_scale: 0.125,
+        rel_pos: true,
+        dropout: None,
+    };
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 0 };
+    const OPERANDS: BackwardOperands = BackwardOperands {
+        out: 16,
+        lse: 4,
+        dout: 32,
+        dqkv: 48,
+        dtables: 0,
+        dpad: 0,
+        workspace: 1 << 20,
+    };
+
+    #[test]
+    fn a_block_of_keys_goes_through_all_queries() -> Result<()> {
+        let launches = backward(&GLOBAL, DType::BF16, &INPUTS, &OPERANDS)?.unwrap();
+        let key = &launches[1];
+        assert_eq!(key.kernel, "rel_pos_attention_bwd_key_sm90_hd64_cols64_bf16");
+        // Two grid rows of keys a block.
+        assert_eq!((key.grid, key.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
+        let stage = 2 * 64 * 64 * 2 + (64 * (68 + 4 + 1) * 4usize).next_multiple_of(1024);
+        assert_eq!(key.shared_bytes as usize, 4 * stage + 2 * 128 * 64 * 2 + 1024);
+        let tiles: Vec<_> = key.tensor_maps.iter().map(|(_, map)| map.tile.clone()).collect();
+        let expected: [&[u32]; 6] =
+            [&[64, 64, 2, 1], &[64, 64, 1], &[64, 64, 1], &[68, 64], &[4, 64], &[64]];
+        assert_eq!(tiles, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn the_rest_is_the_portable_kernels() -> Result<()> {
+        let covered =
+            |problem| backward(&problem, DType::BF16, &INPUTS, &OPERANDS).map(|l| l.is_some());
+        assert!(covered(AttentionProblem { h: 33, w: 7, side_h: 33, side_w: 7, ..GLOBAL })?);
+        assert!(!covered(AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL })?);
+        assert!(!covered(AttentionProblem { head_dim: 32, ..GLOBAL })?);
+        assert!(backward(&GLOBAL, DType::F32, &INPUTS, &OPERANDS)?.is_none());
+        let unaligned = BackwardOperands { dqkv: 40, ..OPERANDS };
+        assert!(backward(&GLOBAL, DType::BF16, &INPUTS, &unaligned)?.is_none());
+        Ok(())
+    }
+}
