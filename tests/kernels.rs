@@ -20,5 +20,7 @@ mod layer_norm;
 mod projection;
 #[path = "kernels/rel_pos_attention.rs"]
 mod rel_pos_attention;
+#[path = "kernels/rel_pos_attention_bwd_sm90.rs"]
+mod rel_pos_attention_bwd_sm90;
 #[path = "kernels/rel_pos_attention_sm90.rs"]
 mod rel_pos_attention_sm90;
