@@ -1,26 +1,65 @@
-//! The backward of attention on Hopper, for whole grids: `kernels/sm90/rel_pos_attention_bwd_key_sm90.cuh`. What it does
-//! not cover is the portable kernels'. Blocks of keys by the width of the grid:
+//! The backward of attention on Hopper, for whole grids: `kernels/sm90/rel_pos_attention_bwd_query_sm90.cuh`, then
+//! `rel_pos_attention_bwd_key_sm90.cuh`. What they do not cover is the portable kernels'.
 //!
-//! | grid | keys of a block | why |
-//! |---|---|---|
-//! | as wide as a multiple of 64, or a little less | 2 x 64 | a warp's keys are in one row: rel_h is one number for them |
-//! | of 40 likewise | 3 x 40 | grids of 40 and 80, of which rows of 16 leave more empty |
-//! | any other | 8 x 16 | grids of 32 and 48 |
+//! | grid | key tile, and queries of a block, of the query pass | keys of a block of the key pass | why |
+//! |---|---|---|---|
+//! | as wide as a multiple of 64, or a little less | 1 x 64, 2 x 64 | 2 x 64 | rel_h is one number for 64 keys, or for a warp's |
+//! | of 40 likewise | 2 x 40, 3 x 40 | 3 x 40 | a grid of 40, of which rows of 16 leave more empty |
+//! | any other | 4 x 16, 8 x 16 | 8 x 16 | grids of 32, 48 and 80 |
 
 use super::bindings::{
-    device_ptr, RelPosAttentionBwdKeySm90Params, REL_POS_ATTENTION_SM90_BWD_KEYS,
-    REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES, REL_POS_ATTENTION_SM90_BWD_KEY_STAGES,
-    REL_POS_ATTENTION_SM90_THREADS,
+    device_ptr, RelPosAttentionBwdKeySm90Params, RelPosAttentionBwdQuerySm90Params,
+    REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS, REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS,
+    REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS, REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS,
+    REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS, REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS,
+    REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS, REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS,
+    REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS, REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS,
+    REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS, REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS,
+    REL_POS_ATTENTION_SM90_BWD_KEYS, REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES,
+    REL_POS_ATTENTION_SM90_BWD_KEY_STAGES, REL_POS_ATTENTION_SM90_QUERIES,
+    REL_POS_ATTENTION_SM90_TABLE_PARTS, REL_POS_ATTENTION_SM90_THREADS,
 };
 use super::rel_pos_attention::{self as portable, BackwardOperands, BetweenPasses, Inputs};
 use super::rel_pos_attention_sm90::{
-    columns, covers, grid_maps, panel_bytes, panel_maps, Maps, ATOM,
+    covers, grid_maps, panel_bytes, panel_maps, table_maps, tile, Maps, Tile, Tiles, ATOM,
+    SHARED_BYTES,
 };
 use super::tensor_map::{Element, Swizzle, TensorMap};
 use super::{narrow, AttentionProblem, Launch};
 use bytemuck::Zeroable;
 use candle_core::{DType, Result};
 use std::mem::offset_of;
+
+/// Of the query pass; the key pass has the same columns.
+const TILES: Tiles = [
+    (
+        64,
+        REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS,
+        REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS,
+        [
+            REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS,
+            REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS,
+        ],
+    ),
+    (
+        16,
+        REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS,
+        REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS,
+        [
+            REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS,
+            REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS,
+        ],
+    ),
+    (
+        40,
+        REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS,
+        REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS,
+        [
+            REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS,
+            REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS,
+        ],
+    ),
+];
 
 /// What [`portable::backward`] launches, for Hopper, with the same workspace; none where its kernels do not cover the
 /// problem.
@@ -34,16 +73,77 @@ pub fn backward(
     operands: &BackwardOperands,
 ) -> Result<Option<Vec<Launch>>> {
     let p = problem;
-    let &BackwardOperands { dout, dqkv, workspace, .. } = operands;
-    let whole = p.side_h == p.h && p.side_w == p.w;
-    if !whole || !covers(p, dtype, &[inputs.qkv, dout, dqkv, workspace]) {
+    let &BackwardOperands { out, dout, dqkv, dtables, dpad, workspace, .. } = operands;
+    let whole = p.side_h == p.h && p.side_w == p.w && dpad == 0;
+    let tile = tile(p, &TILES);
+    let addresses = [inputs.qkv, inputs.tables, out, dout, dqkv, workspace];
+    if !whole || !covers(p, dtype, &addresses) || query_shared_bytes(p, &tile) > SHARED_BYTES {
         return Ok(None);
     }
     let portable_tile = portable::check(p, dtype, &[])?;
     let between = BetweenPasses::new(p, &portable_tile, operands);
-    let mut launches = portable::backward(p, dtype, inputs, operands)?;
-    launches[1] = key_pass(p, dtype, inputs.qkv, operands, &between)?;
+    let items = (p.windows() * p.num_heads * tile.blocks(p)) as u64;
+    let parts = portable::table_parts(p, &portable_tile);
+    let blocks = match dtables {
+        0 => items,
+        _ => items.min(parts).min(REL_POS_ATTENTION_SM90_TABLE_PARTS.into()),
+    };
+    let mut launches = vec![
+        query_pass(p, dtype, inputs, operands, &between, &tile, [items, blocks])?,
+        key_pass(p, dtype, inputs.qkv, operands, &between, tile.cols)?,
+    ];
+    if dtables != 0 {
+        launches.push(between.sum_tables(p, dtype, blocks, dtables)?);
+    }
     Ok(Some(launches))
+}
+
+/// As the kernel lays it out: the forward's storage, the output's gradient, a barrier, and behind them the biases, with
+/// the gradients of rel_h if there are several stripes.
+fn query_shared_bytes(p: &AttentionProblem, tile: &Tile) -> usize {
+    let queries = REL_POS_ATTENTION_SM90_QUERIES as usize;
+    let [h, w] = tile.bias_strides(p);
+    let gradients = if p.side_w <= tile.cols { 0 } else { h };
+    tile.storage_bytes(p) + panel_bytes(p, queries) + ATOM + 4 * queries * (h + w + gradients)
+}
+
+fn query_pass(
+    p: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    operands: &BackwardOperands,
+    between: &BetweenPasses,
+    tile: &Tile,
+    [items, blocks]: [u64; 2],
+) -> Result<Launch> {
+    type Params = RelPosAttentionBwdQuerySm90Params;
+    let &Inputs { qkv, tables, .. } = inputs;
+    let &BackwardOperands { out, lse, dout, dqkv, .. } = operands;
+    let &BetweenPasses { bias, delta, table_partials, .. } = between;
+    let channels = p.channels();
+    let mut maps = tile.grid_maps(p, qkv, 3 * channels, offset_of!(Params, qkv_maps))?;
+    maps.extend(tile.grid_maps(p, dout, channels, offset_of!(Params, dout_maps))?);
+    if tables != 0 {
+        maps.extend(table_maps(p, tables, offset_of!(Params, table_maps))?);
+    }
+    let params = Params {
+        tables,
+        out,
+        lse,
+        dout,
+        dqkv,
+        bias,
+        delta,
+        table_partials,
+        items,
+        shape: portable::shape(p),
+        ..Params::zeroed()
+    };
+    let family = format!("rel_pos_attention_bwd_query_sm90_hd{}_cols{}", p.head_dim, tile.cols);
+    let threads = REL_POS_ATTENTION_SM90_THREADS;
+    let launch = Launch::new(&family, dtype, [blocks, 1, 1], threads, &params)?;
+    let shared_bytes = query_shared_bytes(p, tile) as u32;
+    Ok(Launch { shared_bytes, tensor_maps: maps, ..launch })
 }
 
 fn key_pass(
@@ -52,6 +152,7 @@ fn key_pass(
     qkv: device_ptr,
     operands: &BackwardOperands,
     between: &BetweenPasses,
+    cols: usize,
 ) -> Result<Launch> {
     type Params = RelPosAttentionBwdKeySm90Params;
     let [keys, queries, stages] = [
@@ -60,7 +161,6 @@ fn key_pass(
         REL_POS_ATTENTION_SM90_BWD_KEY_STAGES,
     ]
     .map(|n| n as usize);
-    let cols = columns(p);
     let rows = keys / cols;
     // As the kernel's stages lay the biases of a query out.
     let (stride_w, stride_h) = (cols + 4, rows.next_multiple_of(4));
@@ -147,6 +247,26 @@ mod tests {
     };
 
     #[test]
+    fn a_block_of_queries_goes_through_all_keys() -> Result<()> {
+        let launches = backward(&GLOBAL, DType::BF16, &INPUTS, &OPERANDS)?.unwrap();
+        let query = &launches[0];
+        assert_eq!(query.kernel, "rel_pos_attention_bwd_query_sm90_hd64_cols64_bf16");
+        assert_eq!((query.grid, query.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
+        // q, dout, eight slots of 64 keys, two lots of barriers, and 65 + 72 biases of 128 queries.
+        let bytes = (2 << 14) + (8 << 13) + 2 * 1024 + 128 * (65 + 72) * 4;
+        assert_eq!((query.shared_bytes, launches.len()), (bytes, 2));
+        // With the tables' gradients, as many blocks as there are partial sums.
+        let trained = BackwardOperands { dtables: 256, ..OPERANDS };
+        let launches = backward(&GLOBAL, DType::BF16, &INPUTS, &trained)?.unwrap();
+        assert_eq!((launches[0].grid, launches.len()), ([132, 1, 1], 3));
+        let small = AttentionProblem { h: 8, w: 17, side_h: 8, side_w: 17, ..GLOBAL };
+        let parts = backward(&small, DType::BF16, &INPUTS, &trained)?.unwrap()[0].grid[0];
+        let tile = portable::check(&small, DType::BF16, &[])?;
+        assert!(u64::from(parts) <= portable::table_parts(&small, &tile));
+        Ok(())
+    }
+
+    #[test]
     fn a_block_of_keys_goes_through_all_queries() -> Result<()> {
         let launches = backward(&GLOBAL, DType::BF16, &INPUTS, &OPERANDS)?.unwrap();
         let key = &launches[1];
@@ -167,8 +287,10 @@ mod tests {
         let covered =
             |problem| backward(&problem, DType::BF16, &INPUTS, &OPERANDS).map(|l| l.is_some());
         assert!(covered(AttentionProblem { h: 33, w: 7, side_h: 33, side_w: 7, ..GLOBAL })?);
+        // Windows; other heads; biases that do not fit.
         assert!(!covered(AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL })?);
         assert!(!covered(AttentionProblem { head_dim: 32, ..GLOBAL })?);
+        assert!(!covered(AttentionProblem { h: 96, w: 96, side_h: 96, side_w: 96, ..GLOBAL })?);
         assert!(backward(&GLOBAL, DType::F32, &INPUTS, &OPERANDS)?.is_none());
         let unaligned = BackwardOperands { dqkv: 40, ..OPERANDS };
         assert!(backward(&GLOBAL, DType::BF16, &INPUTS, &unaligned)?.is_none());

@@ -88,11 +88,6 @@ pub(super) fn tile(p: &AttentionProblem, tiles: &Tiles) -> Tile {
     Tile { cols, rows, box_rows, slots }
 }
 
-/// The columns of a tile for the width of the window.
-pub(super) fn columns(p: &AttentionProblem) -> usize {
-    tile(p, &FORWARD).cols
-}
-
 /// Bytes of so many rows of a head's channels, as `Panel` of the kernels.
 pub(super) fn panel_bytes(p: &AttentionProblem, rows: usize) -> usize {
     (rows * p.head_dim * 2).next_multiple_of(ATOM)
