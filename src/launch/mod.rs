@@ -12,6 +12,7 @@ pub mod dropout;
 pub mod layer_norm;
 pub mod projection;
 mod projection_bwd;
+pub mod projection_sm90;
 pub mod rel_pos_attention;
 pub mod rel_pos_attention_bwd_sm90;
 pub mod rel_pos_attention_sm90;

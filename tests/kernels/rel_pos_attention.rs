@@ -295,7 +295,7 @@ fn run_backward(
 ) -> Vec<Memory> {
     let dout = Memory::from_tensor(dout);
     let names = RefCell::new(launched);
-    in_modes(kernels.modes().into_iter(), &case.name, |device| {
+    in_modes(&case.name, kernels.modes().into_iter(), |device| {
         let (p, dtype) = (&case.problem, case.dtype);
         let (tables, pad) = (trained && case.shapes.rel_pos, trained && case.shapes.pad);
         let [dqkv, dtables, dpad] = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad]
