@@ -25,13 +25,15 @@ use super::rel_pos_attention_sm90::{
     SHARED_BYTES,
 };
 use super::tensor_map::{Element, Swizzle, TensorMap};
-use super::{narrow, AttentionProblem, Launch};
+use super::{narrow, tiles, AttentionProblem, Launch};
 use bytemuck::Zeroable;
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
-/// Of the query pass; the key pass has the same columns.
-const TILES: Tiles = [
+const BY_QUERY: &str = tiles::ATTENTION[3];
+const BY_KEY: &str = tiles::ATTENTION[4];
+/// Of the query pass; the key pass has only columns to choose, the same ones.
+const COMPILED: Tiles = [
     (
         64,
         REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS,
@@ -75,22 +77,20 @@ pub fn backward(
     let p = problem;
     let &BackwardOperands { out, dout, dqkv, dtables, dpad, workspace, .. } = operands;
     let whole = p.side_h == p.h && p.side_w == p.w && dpad == 0;
-    let tile = tile(p, &TILES);
+    let tile = tile(p, dtype, BY_QUERY, &COMPILED);
     let addresses = [inputs.qkv, inputs.tables, out, dout, dqkv, workspace];
     if !whole || !covers(p, dtype, &addresses) || query_shared_bytes(p, &tile) > SHARED_BYTES {
         return Ok(None);
     }
-    let portable_tile = portable::check(p, dtype, &[])?;
-    let between = BetweenPasses::new(p, &portable_tile, operands);
+    let between = BetweenPasses::new(p, dtype, operands)?;
     let items = (p.windows() * p.num_heads * tile.blocks(p)) as u64;
-    let parts = portable::table_parts(p, &portable_tile);
     let blocks = match dtables {
         0 => items,
-        _ => items.min(parts).min(REL_POS_ATTENTION_SM90_TABLE_PARTS.into()),
+        _ => items.min(between.table_parts).min(REL_POS_ATTENTION_SM90_TABLE_PARTS.into()),
     };
     let mut launches = vec![
         query_pass(p, dtype, inputs, operands, &between, &tile, [items, blocks])?,
-        key_pass(p, dtype, inputs.qkv, operands, &between, tile.cols)?,
+        key_pass(p, dtype, inputs.qkv, operands, &between)?,
     ];
     if dtables != 0 {
         launches.push(between.sum_tables(p, dtype, blocks, dtables)?);
@@ -139,7 +139,7 @@ fn query_pass(
         shape: portable::shape(p),
         ..Params::zeroed()
     };
-    let family = format!("rel_pos_attention_bwd_query_sm90_hd{}_cols{}", p.head_dim, tile.cols);
+    let family = format!("{BY_QUERY}_hd{}_cols{}", p.head_dim, tile.cols);
     let threads = REL_POS_ATTENTION_SM90_THREADS;
     let launch = Launch::new(&family, dtype, [blocks, 1, 1], threads, &params)?;
     let shared_bytes = query_shared_bytes(p, tile) as u32;
@@ -152,7 +152,6 @@ fn key_pass(
     qkv: device_ptr,
     operands: &BackwardOperands,
     between: &BetweenPasses,
-    cols: usize,
 ) -> Result<Launch> {
     type Params = RelPosAttentionBwdKeySm90Params;
     let [keys, queries, stages] = [
@@ -161,6 +160,7 @@ fn key_pass(
         REL_POS_ATTENTION_SM90_BWD_KEY_STAGES,
     ]
     .map(|n| n as usize);
+    let cols = tiles::attention(BY_KEY, dtype, p.head_dim, p.side_w);
     let rows = keys / cols;
     // As the kernel's stages lay the biases of a query out.
     let (stride_w, stride_h) = (cols + 4, rows.next_multiple_of(4));
@@ -179,7 +179,7 @@ fn key_pass(
     let storage = stages * stage + 2 * panel_bytes(p, keys) + (1 + 2 * stages) * 8;
     let shape = portable::shape(p);
     let params = Params { dqkv: operands.dqkv, shape, ..Params::zeroed() };
-    let family = format!("rel_pos_attention_bwd_key_sm90_hd{}_cols{cols}", p.head_dim);
+    let family = format!("{BY_KEY}_hd{}_cols{cols}", p.head_dim);
     let units = p.windows() * p.num_heads;
     let grid = [(units * p.side_h.div_ceil(rows) * p.side_w.div_ceil(cols)) as u64, 1, 1];
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
@@ -261,8 +261,8 @@ mod tests {
         assert_eq!((launches[0].grid, launches.len()), ([132, 1, 1], 3));
         let small = AttentionProblem { h: 8, w: 17, side_h: 8, side_w: 17, ..GLOBAL };
         let parts = backward(&small, DType::BF16, &INPUTS, &trained)?.unwrap()[0].grid[0];
-        let tile = portable::check(&small, DType::BF16, &[])?;
-        assert!(u64::from(parts) <= portable::table_parts(&small, &tile));
+        let room = BetweenPasses::new(&small, DType::BF16, &trained)?.table_parts;
+        assert!(u64::from(parts) <= room);
         Ok(())
     }
 

@@ -19,10 +19,11 @@ use super::bindings::{
 };
 use super::rel_pos_attention::{shape, Inputs};
 use super::tensor_map::{Element, Swizzle, TensorMap};
-use super::{AttentionProblem, Launch};
+use super::{tiles, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
+const FAMILY: &str = tiles::ATTENTION[2];
 /// Shared memory that a block may have on Hopper.
 pub(super) const SHARED_BYTES: usize = 227 << 10;
 /// Channels of the first part of a panel; a head of 80 has a second one.
@@ -45,7 +46,7 @@ pub(super) struct Tile {
 /// The tiles that a kernel is compiled for: columns, key rows, rows of a bulk copy, slots for heads of 64 and 80 channels.
 pub(super) type Tiles = [(u32, u32, u32, [u32; 2]); 3];
 
-const FORWARD: Tiles = [
+const COMPILED: Tiles = [
     (
         64,
         REL_POS_ATTENTION_SM90_COLS64_ROWS,
@@ -73,16 +74,11 @@ pub(super) fn covers(p: &AttentionProblem, dtype: DType, addresses: &[device_ptr
         && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// The tile for the width of the window: the fewest columns outside of it, of equal ones the first.
-pub(super) fn tile(p: &AttentionProblem, tiles: &Tiles) -> Tile {
-    let outside = |cols: u32| p.side_w.next_multiple_of(cols as usize);
-    let mut best = tiles[0];
-    for tile in &tiles[1..] {
-        if outside(tile.0) < outside(best.0) {
-            best = *tile;
-        }
-    }
-    let (cols, rows, box_rows, [hd64, hd80]) = best;
+/// The tile of a family for a problem that it covers.
+pub(super) fn tile(p: &AttentionProblem, dtype: DType, family: &str, compiled: &Tiles) -> Tile {
+    let cols = tiles::attention(family, dtype, p.head_dim, p.side_w);
+    let found = compiled.iter().find(|tile| tile.0 as usize == cols).unwrap_or(&compiled[0]);
+    let (cols, rows, box_rows, [hd64, hd80]) = *found;
     let slots = if p.head_dim == WIDE { hd64 } else { hd80 };
     let [cols, rows, box_rows, slots] = [cols, rows, box_rows, slots].map(|n| n as usize);
     Tile { cols, rows, box_rows, slots }
@@ -195,7 +191,7 @@ pub fn forward(
     // A bulk copy makes zeros of tokens outside the grid, so no window may hang over it.
     let whole =
         problem.h.is_multiple_of(problem.side_h) && problem.w.is_multiple_of(problem.side_w);
-    let tile = tile(problem, &FORWARD);
+    let tile = tile(problem, dtype, FAMILY, &COMPILED);
     let shared_bytes = tile.shared_bytes(problem);
     if !whole || !covers(problem, dtype, &[qkv, tables, pad, out]) || shared_bytes > SHARED_BYTES {
         return Ok(None);
@@ -208,7 +204,7 @@ pub fn forward(
         shape: shape(problem),
         ..bytemuck::Zeroable::zeroed()
     };
-    let family = format!("rel_pos_attention_fwd_sm90_hd{}_cols{}", problem.head_dim, tile.cols);
+    let family = format!("{FAMILY}_hd{}_cols{}", problem.head_dim, tile.cols);
     let units = problem.windows() * problem.num_heads;
     let grid = [units as u64 * tile.blocks(problem) as u64, 1, 1];
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;

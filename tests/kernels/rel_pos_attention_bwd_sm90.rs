@@ -5,6 +5,7 @@ use crate::rel_pos_attention::{
     assert_all_ran, check_backward, Case, Kernels, Shapes, DROPOUT, GLOBAL,
 };
 use candle_core::{DType, Result};
+use candle_sam_lora::launch::tiles;
 use std::collections::BTreeSet;
 
 /// The smallest case of each kernel, and what only some have to do; with whether to freeze the tables too.
@@ -46,4 +47,23 @@ fn backward() -> Result<()> {
     }
     worst.check("rel_pos_attention backward on sm_90a", 1.0 / 16.0);
     assert_all_ran("bwd", true, &launched)
+}
+
+/// As of the portable kernels; the passes have their tiles each for itself.
+#[test]
+fn any_tile_serves_any_problem() -> Result<()> {
+    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
+    let case = Case::new(Shapes { grid: (3, 20), ..GLOBAL }, DType::BF16)?;
+    let shape = [case.problem.head_dim, case.problem.side_w];
+    for family in &tiles::ATTENTION[3..] {
+        for tile in tiles::candidates(family, 2, shape) {
+            tiles::force(Some((family, tile)));
+            check_backward(Kernels::Hopper, &case, false, &mut worst, &mut launched)?;
+            let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
+            assert!(launched.contains(&kernel), "{kernel} was not run");
+        }
+    }
+    tiles::force(None);
+    worst.check("rel_pos_attention backward on Hopper, any tile", 1.0 / 16.0);
+    Ok(())
 }

@@ -162,10 +162,11 @@ fn queries_given_back_before_the_products_with_them_are_seen_when_copies_are_ear
 }
 
 #[test]
-fn drel_gathered_before_the_other_warpgroup_has_left_it_is_seen() {
-    let original = "ptx::bar_sync(1, 2 * kGroup);  // all queries' drel are there, and the partial sums so far";
-    let outcomes = run("gather", &QUERY, original, "");
-    assert!(outcomes.iter().any(|(_, outcome)| wrong(outcome)), "{outcomes:?}");
+fn keys_given_back_before_the_product_with_them_are_seen_when_copies_are_early() {
+    let original = "if (tile > 0) ring.release(ring.next - 4);";
+    let planted = "if (tile + 1 < work.tiles) ring.release(ring.next - 2);";
+    let outcomes = run("keys", &QUERY, original, planted);
+    assert_seen(&outcomes, |mode| (mode.timing, mode.products) == (Timing::Early, Timing::Late));
 }
 
 #[test]
