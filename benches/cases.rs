@@ -7,7 +7,8 @@
 //! A fresh process is what makes the peak of the resident memory meaningful; `benches/report/run.py` starts these in
 //! turns with the peers'. Keys of the JSON, the same in `benches/peers/run.py`: `first_s` (the first run, which
 //! pays for fresh pages), `wall_s` and `cpu_s` (each further run), `memory` (growth of the peak of the resident
-//! memory, on a GPU of what tensors take of it, over what it was before the first run, bytes), `flops` and `bytes` (see `support/work.rs`).
+//! memory, on a GPU of what tensors take of it, over what it was before the first run, bytes), `gpu_peak` (there the peak
+//! itself, weights and all), `flops` and `bytes` (see `support/work.rs`).
 
 mod support;
 
@@ -176,6 +177,7 @@ fn run() -> Result<()> {
         "base_wall_s": measured.base_wall_s,
         "cpu_s": measured.cpu_s,
         "memory": measured.memory,
+        "gpu_peak": measured.gpu_peak,
         "flops": work.flops,
         "bytes": work.bytes,
     });

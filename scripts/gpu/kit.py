@@ -4,8 +4,9 @@
     run.sh                                    everything, into results/
     run.sh --seconds 560 --results DIR        what fits into this time, each step its share
     run.sh --seconds 560 bench                one step alone
+    run.sh --seconds 560 tune                 measures tiles and writes the table measured.rs
 
-Steps, in this order: tests, finetune, bench, sanitizers. Writes results.json and results.md after every step, so that what
+Steps, in this order: tests, finetune, bench, sanitizers; tune only if it is named. Writes results.json and results.md after every step, so that what
 was done is kept whatever happens, log.txt with what the programs said, and from the benchmarks bench.json and
 performance.md. What is not there (compute-sanitizer, torch) is left out, and the report says so. Without a GPU it says
 that and ends well; the exit status is 1 if anything failed.
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 KIT = pathlib.Path(__file__).resolve().parent
 # Each step's share of the time; what one leaves goes to the next.
-SHARES = {"tests": 45, "finetune": 5, "bench": 30, "sanitizers": 20}
+SHARES = {"tests": 45, "finetune": 5, "bench": 30, "sanitizers": 20, "tune": 100}
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 # A process that takes longer than this hangs.
 LONGEST = 300
@@ -52,10 +53,10 @@ class Kit:
     def __init__(self, args):
         self.folder = args.results.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "results.md", "log.txt", "bench.json", "performance.md"):
+        for name in ("results.json", "results.md", "log.txt", "bench.json", "performance.md", "measured.rs", "tiles.json"):
             (self.folder / name).unlink(missing_ok=True)
         self.start = time.monotonic()
-        self.seconds, self.wanted = args.seconds, args.steps or list(SHARES)
+        self.seconds, self.wanted = args.seconds, args.steps or [step for step in SHARES if step != "tune"]
         self.environment = dict(os.environ, CANDLE_SAM_LORA_FIXTURES=str(KIT / "tests/fixtures"))
         self.environment["LD_LIBRARY_PATH"] = ":".join(libraries())
         # The driver compiles candle's kernels for this GPU, once if it may keep them.
@@ -231,6 +232,18 @@ def sanitizers(kit, until):
                 kit.note(tool, "passed" if good else "failed", reason=f"{summary}; {ran}", findings=findings[:60])
 
 
+def tune(kit, until):
+    """The fastest tiles, as the table that src/launch/measured.rs is."""
+    seconds = until - time.monotonic()
+    about = f"{kit.results['device'] or 'a GPU'}, version {kit.results['version']}, {kit.results['date']}"
+    command = ["./tune", "--seconds", f"{max(1, seconds - 20):.0f}", "--about", about]
+    command += ["--table", kit.folder / "measured.rs", "--json", kit.folder / "tiles.json"]
+    done = kit.run(command, until, limit=seconds)
+    good = done.status == 0
+    reason = (done.out.strip().splitlines() or [""])[-1] if good else done.reason()
+    kit.note("tune", "passed" if good else "failed", reason=reason)
+
+
 def report(results):
     """The results as Markdown."""
     lines = [f"# {results['device'] or 'GPU'}", "", f"Version {results['version']}, {results['date']}."]
@@ -275,7 +288,8 @@ def main():
     kit = Kit(parser.parse_args())
     if probe(kit):
         kit.environment["CANDLE_SAM_LORA_REQUIRE_GPU"] = "1"
-        for name, step in [("tests", tests), ("finetune", finetune), ("bench", bench), ("sanitizers", sanitizers)]:
+        for step in (tests, finetune, bench, sanitizers, tune):
+            name = step.__name__
             if name not in kit.wanted:
                 continue
             if kit.left() < 10:
