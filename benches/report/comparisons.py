@@ -138,6 +138,7 @@ GPU = [
     on_gpu("attention_train", ["portable", "composed", "sdpa", "flex"], batch=4),
     *(on_gpu("linear_forward", ["portable", "eager"], batch=4, model=model) for model in "blh"),
     *(on_gpu("qkv_lora", batch=4, model=model) for model in "blh"),
+    *(on_gpu(case, ["portable", "eager"], batch=4, model=model) for model in "blh" for case in ("qkv_forward", "qkv_train")),
     on_gpu("windowed_layer_forward", ["portable", "composed", "sdpa"], batch=8),
     on_gpu("windowed_layer_train", ["portable", "composed", "sdpa"], batch=8),
     on_gpu("global_layer_forward", ["portable", "composed", "eager", "sdpa", "sdpa_without_bias", "flex", "triton"]),

@@ -68,6 +68,15 @@ pub fn candidates(family: &str, bytes: usize, shape: [usize; 2]) -> Vec<&'static
     names
 }
 
+/// The tile that a problem gets today, as far as it hangs on this alone; for tuning.
+pub fn current(family: &str, dtype: DType, shape: [usize; 2], rows: usize) -> Option<&'static str> {
+    known(family, dtype, shape, rows).or_else(|| {
+        let cols = attention(family, dtype, shape[0], shape[1]);
+        let named = COLUMNS.into_iter().find(|(c, _)| *c == cols && ATTENTION.contains(&family));
+        named.map(|(_, name)| name)
+    })
+}
+
 /// Heads of up to 32 channels, and all in f32, have the narrow tile only.
 fn attention_columns(bytes: usize, dim: usize) -> impl Iterator<Item = (usize, &'static str)> {
     COLUMNS.into_iter().filter(move |&(cols, _)| cols == 16 || (bytes == 2 && dim > 32))

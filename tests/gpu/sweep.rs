@@ -11,7 +11,7 @@ pub struct Problem<W> {
     pub bytes: usize,
     pub shape: [usize; 2],
     pub rows: usize,
-    /// Of equals the first is taken.
+    /// Today's first, which of equals is taken.
     pub tiles: Vec<&'static str>,
     /// What the measurement wants to know.
     pub work: W,

@@ -141,7 +141,9 @@ fn problems(hopper: bool) -> Vec<Problem<Work>> {
     let mut problems = Vec::new();
     let mut push = |family: &'static str, shape: [usize; 2], rows, work| {
         if hopper || !family.ends_with("_sm90") {
-            let tiles = tiles::candidates(family, 2, shape);
+            let mut tiles = tiles::candidates(family, 2, shape);
+            let today = tiles::current(family, DType::BF16, shape, rows);
+            tiles.sort_by_key(|tile| Some(*tile) != today);
             problems.push(Problem { family, bytes: 2, shape, rows, tiles, work });
         }
     };
