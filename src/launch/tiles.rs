@@ -4,9 +4,10 @@
 //! | family | shape | rule |
 //! |---|---|---|
 //! | `rel_pos_attention_*` | head_dim, width of the window | the columns whose stripes leave least of the window's width empty; of equals 64, then 16, then 40 |
-//! | `projection_*` | in_dim, sum of out_dims; rows | [`projection::Tile::choose`](super::projection::Tile::choose) |
+//! | `projection_*` | in_dim, sum of out_dims; rows | `choose` of `projection.rs` and `projection_sm90.rs` |
 //!
-//! On Hopper a problem may have `portable` for a tile. A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for grids of 40 and 80, of 16 for windows of 14.
+//! On Hopper a problem may have `portable` for a tile. A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for
+//! grids of 40 and 80, of 16 for windows of 14.
 
 use super::measured::MEASURED;
 use candle_core::DType;
