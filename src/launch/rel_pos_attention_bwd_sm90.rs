@@ -79,7 +79,9 @@ pub fn backward(
     let whole = p.side_h == p.h && p.side_w == p.w && dpad == 0;
     let tile = tile(p, dtype, BY_QUERY, &COMPILED);
     let addresses = [inputs.qkv, inputs.tables, out, dout, dqkv, workspace];
-    if !whole || !covers(p, dtype, &addresses) || query_shared_bytes(p, &tile) > SHARED_BYTES {
+    let covered = |family| covers(p, dtype, family, &addresses);
+    let fits = query_shared_bytes(p, &tile) <= SHARED_BYTES;
+    if !whole || !fits || !covered(BY_QUERY) || !covered(BY_KEY) {
         return Ok(None);
     }
     let between = BetweenPasses::new(p, dtype, operands)?;

@@ -67,11 +67,19 @@ const COMPILED: Tiles = [
     ),
 ];
 
-/// 16 bits, heads of 64 or 80 channels, addresses as bulk copies want them.
-pub(super) fn covers(p: &AttentionProblem, dtype: DType, addresses: &[device_ptr]) -> bool {
+/// 16 bits, heads of 64 or 80 channels, addresses as bulk copies want them; and the portable kernels not known to be
+/// faster.
+pub(super) fn covers(
+    p: &AttentionProblem,
+    dtype: DType,
+    family: &str,
+    addresses: &[device_ptr],
+) -> bool {
+    let known = tiles::known(family, dtype, [p.head_dim, p.side_w], 0);
     matches!(dtype, DType::F16 | DType::BF16)
         && [64, 80].contains(&p.head_dim)
         && addresses.iter().all(|address| address.is_multiple_of(16))
+        && known != Some(tiles::PORTABLE)
 }
 
 /// The tile of a family for a problem that it covers.
@@ -193,7 +201,10 @@ pub fn forward(
         problem.h.is_multiple_of(problem.side_h) && problem.w.is_multiple_of(problem.side_w);
     let tile = tile(problem, dtype, FAMILY, &COMPILED);
     let shared_bytes = tile.shared_bytes(problem);
-    if !whole || !covers(problem, dtype, &[qkv, tables, pad, out]) || shared_bytes > SHARED_BYTES {
+    if !whole
+        || !covers(problem, dtype, FAMILY, &[qkv, tables, pad, out])
+        || shared_bytes > SHARED_BYTES
+    {
         return Ok(None);
     }
     let params = RelPosAttentionFwdSm90Params {
