@@ -39,8 +39,8 @@ const FOREIGN: [&str; 4] =
 /// Fills `model` from a checkpoint: a `.safetensors` file, an index of several, or a folder with either.
 ///
 /// Reads Hugging Face's and the original naming, also below a prefix such as `model.`; f32, f16, bf16 and f64,
-/// cast to the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder alone takes its
-/// part of a whole SAM. Parameters that are variables stay the same variables with new values; adapters stay as they
+/// cast to the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder, prompt encoder or
+/// mask decoder alone takes its part of a whole SAM. Of SAMed's and micro-sam's files it takes all but the adapters. Parameters that are variables stay the same variables with new values; adapters stay as they
 /// are, and must not be merged.
 ///
 /// # Errors
@@ -50,9 +50,15 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let source = Source::open(path.as_ref())?;
     let root = root(model);
     let targets = targets(model, root)?;
-    let mut available = hugging_face_names(&source, root)?;
+    let (mut available, twin) = hugging_face_names(&source, root)?;
     available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
     let plan = plan(&source, &targets, &available)?;
+    if let (Some(inner), Some(outer)) = (&twin, available.get(SHARED_EMBEDDING)) {
+        if !equal(&source, outer, inner)? {
+            let message = format!("{outer} and {inner} are one tensor in a SAM, but differ here");
+            return Err(Error::file(&source.path, message));
+        }
+    }
     let mut tensors = read(&source, &targets, &plan)?;
     model.visit_mut(root, &mut |name, node| {
         if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {
@@ -126,13 +132,41 @@ fn layout<'a>(names: &[&'a str]) -> Layout<'a> {
     Layout { prefix: "", part: "" }
 }
 
-/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`.
-fn hugging_face_names(source: &Source, root: &str) -> Result<BTreeMap<String, String>> {
+/// Whether a tensor is one of the low-rank matrices that SAMed and micro-sam save among those of the model.
+fn is_low_rank(name: &str) -> bool {
+    let Some((_, layer)) = name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.'))
+    else {
+        return false;
+    };
+    ["w_a_linear_", "w_b_linear_", "linear_a_", "linear_b_"]
+        .iter()
+        .any(|start| layer.starts_with(start))
+}
+
+/// The name of a tensor without those of the modules that SAMed and micro-sam wrap around layers they adapt.
+fn unwrapped(name: &str) -> String {
+    const WRAPPED: [(&str, &str); 3] = [
+        (".attn.qkv.qkv_proj.", ".attn.qkv."),
+        (".attn.qkv.qkv.", ".attn.qkv."),
+        (".mlp.mlp_layer.", ".mlp."),
+    ];
+    WRAPPED.iter().fold(name.to_string(), |name, (wrapped, plain)| name.replace(wrapped, plain))
+}
+
+/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`; and the second of the
+/// two that may hold the position features, if both are there.
+fn hugging_face_names(
+    source: &Source,
+    root: &str,
+) -> Result<(BTreeMap<String, String>, Option<String>)> {
     let all = source.names();
     let Layout { prefix, part } = layout(&all);
     let (in_file, inside): (Vec<&str>, Vec<String>) = all
         .iter()
-        .filter_map(|name| Some((*name, format!("{part}{}", name.strip_prefix(prefix)?))))
+        .filter(|name| !is_low_rank(name))
+        .filter_map(|name| {
+            Some((*name, format!("{part}{}", unwrapped(name.strip_prefix(prefix)?))))
+        })
         .unzip();
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let mut names: BTreeMap<String, String> = BTreeMap::new();
@@ -146,23 +180,20 @@ fn hugging_face_names(source: &Source, root: &str) -> Result<BTreeMap<String, St
         }
     }
     // The position features may come under either name or both.
-    if let Some(inner) = names.remove(PROMPT_EMBEDDING) {
-        let outer = names.entry(SHARED_EMBEDDING.to_string()).or_insert_with(|| inner.clone());
-        if *outer != inner && !equal(source, outer, &inner)? {
-            let message = format!("{outer} and {inner} are one tensor in a SAM, but differ here");
-            return Err(Error::file(&source.path, message));
-        }
+    let mut inner = names.remove(PROMPT_EMBEDDING);
+    if !names.contains_key(SHARED_EMBEDDING) {
+        names.extend(inner.take().map(|inner| (SHARED_EMBEDDING.to_string(), inner)));
     }
-    Ok(names)
+    Ok((names, inner))
 }
 
-/// Whether two tensors of the file hold the same values.
+/// Whether two tensors of the file have the same shape and hold the same values.
 fn equal(source: &Source, a: &str, b: &str) -> Result<bool> {
-    let values = |name: &str| -> Result<(Vec<usize>, Vec<f32>)> {
+    let values = |name: &str| -> Result<Vec<f32>> {
         let tensor = source.read(name, &Device::Cpu)?;
-        Ok((tensor.dims().to_vec(), tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?))
+        Ok(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     };
-    Ok(values(a)? == values(b)?)
+    Ok(source.info(a)?.shape == source.info(b)?.shape && values(a)? == values(b)?)
 }
 
 /// Matches what the model wants with what the file has, by headers alone.

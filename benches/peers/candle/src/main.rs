@@ -16,6 +16,7 @@ mod candle_sam;
 #[path = "../../../support/clock.rs"]
 mod clock;
 mod layer;
+#[allow(dead_code)]
 #[path = "../../../support/memory.rs"]
 mod memory;
 #[allow(dead_code)]
