@@ -6,7 +6,7 @@
     rate      none                            a GPU's arithmetic, counted on the operation's products
     lora      adapted / frozen                median of the ratios of neighbouring runs; bar: at most
     bf16      our f32 / our bf16              bar: at least
-    memory, time  ours without / ours with   gradient checkpointing; no bar
+    time, memory  ours without / with         of the step with gradient checkpointing; no bar
     limit     ours / the machine's best       GFLOP/s over the GEMM's, GB/s over the copy's; no bar
 
 `spread` is (q75 - q25) / median of each side's runs; of a side with less than three runs, (max - min) / median.

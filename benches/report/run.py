@@ -90,7 +90,7 @@ class Runner:
         return time.monotonic() + 10 > self.end
 
     def command(self, comparison, config, reps):
-        if config.program == "candle":
+        if config.program in ("candle", "beside"):
             command = [self.executable]
         elif config.program == "published":
             command = [self.published]
