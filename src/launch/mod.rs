@@ -10,6 +10,7 @@ mod bindings;
 pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
+pub mod measured;
 pub mod projection;
 mod projection_bwd;
 pub mod projection_sm90;
@@ -17,6 +18,7 @@ pub mod rel_pos_attention;
 pub mod rel_pos_attention_sm90;
 mod sum_partials;
 pub mod tensor_map;
+pub mod tiles;
 
 pub use crate::problem::{AttentionProblem, LayerNormProblem};
 pub use bindings::device_ptr;

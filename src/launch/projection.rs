@@ -7,7 +7,7 @@ use super::bindings::{
     device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,
     ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
 };
-use super::{bindings, dropout, Launch};
+use super::{bindings, dropout, tiles, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 
@@ -66,7 +66,19 @@ impl Tile {
         }
     }
 
-    /// The tile for an output of `rows` rows in these widths.
+    fn named(name: &str) -> Option<Self> {
+        TILES.into_iter().find(|tile| tile.name() == name)
+    }
+
+    /// The tile that the kernels of a family give a problem, whose output has these widths.
+    pub(super) fn of(family: &str, problem: &Problem<'_>, dtype: DType, widths: &[u64]) -> Self {
+        let total = problem.projections.iter().map(|part| part.out_dim).sum();
+        let known = tiles::known(family, dtype, [problem.in_dim, total], problem.rows);
+        let rule = || Self::choose(problem.rows as u64, widths);
+        known.and_then(Self::named).unwrap_or_else(rule)
+    }
+
+    /// The rule: the tile for an output of `rows` rows in these widths.
     pub(super) fn choose(rows: u64, widths: &[u64]) -> Self {
         let large = Self::Large.side();
         let columns: u64 = widths.iter().map(|width| width.div_ceil(large)).sum();
@@ -323,7 +335,7 @@ pub fn forward(
     operands: &ForwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
-    forward_with(Tile::choose(problem.rows as u64, &widths), problem, dtype, operands)
+    forward_with(Tile::of(tiles::PROJECTION[0], problem, dtype, &widths), problem, dtype, operands)
 }
 
 /// The launch for S; none without LoRA.
