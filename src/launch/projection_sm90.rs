@@ -13,7 +13,7 @@ use super::bindings::{
 use super::projection::{low_rank_input, BackwardOperands, ForwardOperands, Problem, Shapes};
 use super::projection_bwd::backward_by;
 use super::tensor_map::{Element, TensorMap};
-use super::Launch;
+use super::{tiles, Launch};
 use candle_core::{bail, DType, Result};
 use std::mem::{offset_of, size_of};
 
@@ -84,8 +84,8 @@ pub const CHOICES: [Choice; 6] = [
     Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "cooperative_128x192" },
 ];
 
-const FORWARD: &str = "projection_fwd_sm90";
-const BWD_INPUT: &str = "projection_bwd_input_sm90";
+const FORWARD: &str = tiles::PROJECTION[2];
+const BWD_INPUT: &str = tiles::PROJECTION[3];
 /// Columns that a warp stores at once, of 16 rows.
 const PIECE: (u32, u32) = (16, 64);
 /// Elements of a row of a stage: 128 bytes.
@@ -125,6 +125,22 @@ fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static str
     Ok(None)
 }
 
+/// The tile that was measured to be the fastest, or that the table names, for an output in these widths; none for the
+/// portable kernels.
+fn chosen(
+    family: &str,
+    problem: &Problem<'_>,
+    dtype: DType,
+    widths: &[u32],
+) -> Result<Option<&'static str>> {
+    let total = problem.projections.iter().map(|part| part.out_dim).sum();
+    match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
+        Some(tiles::PORTABLE) => Ok(None),
+        None => choose(family, problem.rows as u64, widths),
+        known => Ok(known),
+    }
+}
+
 /// Whether bulk copies take the rows: 16 bits an element, rows and addresses of multiples of 16 bytes.
 fn copies_take(shapes: &Shapes<'_>, dtype: DType, addresses: &[device_ptr]) -> bool {
     let widths = shapes.problem.projections.iter().map(|part| part.out_dim);
@@ -146,7 +162,7 @@ pub fn forward(
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    match choose(FORWARD, problem.rows as u64, &widths)? {
+    match chosen(FORWARD, problem, dtype, &widths)? {
         Some(tile) => forward_with(tile, problem, dtype, operands, multiprocessors),
         None => Ok(None),
     }
@@ -226,7 +242,7 @@ pub fn backward(
     operands: &BackwardOperands<'_>,
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
-    match choose(BWD_INPUT, problem.rows as u64, &[problem.in_dim as u32])? {
+    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32])? {
         Some(tile) => backward_with(tile, problem, dtype, operands, multiprocessors),
         None => Ok(None),
     }
