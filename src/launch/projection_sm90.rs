@@ -372,6 +372,16 @@ mod tests {
         assert_eq!(name(4096, &[3072])?, "pingpong_128x192");
         assert_eq!(name(4096, &[1000])?, "pingpong_128x192");
         assert_eq!(name(196, &[768; 3])?, "");
+        // x of the same: of lin2 it is as wide as the output of lin1.
+        for (width, expected) in [
+            (768, "cooperative_128x192"),
+            (3072, "cooperative_128x192"),
+            (1024, "cooperative_128x256"),
+            (1280, "cooperative_128x256"),
+        ] {
+            assert_eq!(choose(BWD_INPUT, 4096, &[width])?, Some(expected));
+        }
+        assert_eq!(choose(BWD_INPUT, 196, &[768])?, None);
         Ok(())
     }
 

@@ -32,12 +32,8 @@ pub struct Measured {
 pub const ATTENTION: [&str; 3] =
     ["rel_pos_attention_fwd", "rel_pos_attention_bwd_query", "rel_pos_attention_fwd_sm90"];
 /// The projections' families.
-pub const PROJECTION: [&str; 4] = [
-    "projection_fwd",
-    "projection_bwd_input",
-    "projection_fwd_sm90",
-    "projection_bwd_input_sm90",
-];
+pub const PROJECTION: [&str; 4] =
+    ["projection_fwd", "projection_bwd_input", "projection_fwd_sm90", "projection_bwd_input_sm90"];
 /// In the place of one of Hopper's tiles: the portable kernels, whose own table goes on.
 pub const PORTABLE: &str = "portable";
 
@@ -191,8 +187,17 @@ mod tests {
                     projection_sm90::forward(&problem, dtype, &forward, 132)?.unwrap_or_default()
                 }
                 of_backward => {
-                    #[rustfmt::skip]
-                    let backward = BackwardOperands { x, weights, small, low_rank, sum, dout, dx, dsmall, workspace };
+                    let backward = BackwardOperands {
+                        x,
+                        weights,
+                        small,
+                        low_rank,
+                        sum,
+                        dout,
+                        dx,
+                        dsmall,
+                        workspace,
+                    };
                     match of_backward {
                         "projection_bwd_input" => projection::backward(&problem, dtype, &backward)?,
                         _ => projection_sm90::backward(&problem, dtype, &backward, 132)?
