@@ -4,9 +4,10 @@
 //! | family | shape | rule |
 //! |---|---|---|
 //! | `rel_pos_attention_*` | head_dim, width of the window | the columns whose stripes leave least of the window's width empty; of equals 64, then 16, then 40 |
-//! | `projection_*` | in_dim, sum of out_dims; rows | [`projection::Tile::choose`](super::projection::Tile::choose); on Hopper [`projection_sm90::CHOICES`](super::projection_sm90::CHOICES) |
+//! | `projection_*` | in_dim, sum of out_dims; rows | `choose` of `projection.rs` and `projection_sm90.rs` |
 //!
-//! On Hopper a problem may have `portable` for a tile. A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for grids of 40 and 80, of 16 for windows of 14.
+//! On Hopper a problem may have `portable` for a tile. A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for
+//! grids of 40 and 80, of 16 for windows of 14.
 
 use super::measured::MEASURED;
 use super::projection_sm90;
@@ -29,8 +30,13 @@ pub struct Measured {
 }
 
 /// The attention's families.
-pub const ATTENTION: [&str; 3] =
-    ["rel_pos_attention_fwd", "rel_pos_attention_bwd_query", "rel_pos_attention_fwd_sm90"];
+pub const ATTENTION: [&str; 5] = [
+    "rel_pos_attention_fwd",
+    "rel_pos_attention_bwd_query",
+    "rel_pos_attention_fwd_sm90",
+    "rel_pos_attention_bwd_query_sm90",
+    "rel_pos_attention_bwd_key_sm90",
+];
 /// The projections' families.
 pub const PROJECTION: [&str; 4] =
     ["projection_fwd", "projection_bwd_input", "projection_fwd_sm90", "projection_bwd_input_sm90"];
@@ -124,7 +130,8 @@ pub(super) fn attention(family: &str, dtype: DType, head_dim: usize, width: usiz
 
 #[cfg(test)]
 mod tests {
-    use super::super::{projection, projection_sm90, rel_pos_attention, rel_pos_attention_sm90};
+    use super::super::{projection, projection_sm90, rel_pos_attention};
+    use super::super::{rel_pos_attention_bwd_sm90, rel_pos_attention_sm90};
     use super::super::{AttentionProblem, Launch};
     use super::*;
     use candle_core::Result;
@@ -227,12 +234,18 @@ mod tests {
                     let own = rel_pos_attention_sm90::forward(&problem, dtype, &inputs, out, lse)?;
                     own.into_iter().collect()
                 }
-                _ => backward(
-                    &problem,
-                    dtype,
-                    &inputs,
-                    &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace },
-                )?,
+                family => {
+                    // Padding, and so its gradient, is the portable kernels' alone.
+                    let dpad = if family.ends_with("_sm90") { 0 } else { dpad };
+                    let operands =
+                        BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
+                    if family.ends_with("_sm90") {
+                        let by_hopper = rel_pos_attention_bwd_sm90::backward;
+                        by_hopper(&problem, dtype, &inputs, &operands)?.unwrap_or_default()
+                    } else {
+                        backward(&problem, dtype, &inputs, &operands)?
+                    }
+                }
             }
         };
         Ok(launches.into_iter().find(|launch| launch.kernel.starts_with(row.family)))

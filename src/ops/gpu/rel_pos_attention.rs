@@ -3,7 +3,7 @@
 use super::Input;
 use crate::cuda::{self, Job};
 use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
-use crate::launch::rel_pos_attention_sm90 as hopper;
+use crate::launch::{rel_pos_attention_bwd_sm90 as hopper_bwd, rel_pos_attention_sm90 as hopper};
 use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
@@ -68,6 +68,7 @@ pub fn backward(
     let tables_wanted = problem.rel_pos && tables.track_op();
     let pad_wanted = pad_present && pad.track_op();
     let workspace_bytes = kernels::workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?;
+    let is_hopper = cuda::is_hopper(qkv.device().as_cuda_device()?);
     let inputs = [qkv, tables, pad, out, lse, grad];
     let outputs = [qkv, tables, pad].map(|t| (dtype, t.shape()));
     let [dqkv, dtables, dpad] = cuda::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
@@ -83,7 +84,14 @@ pub fn backward(
             dpad: address(pad_wanted, dpad),
             workspace: at.workspace,
         };
-        kernels::backward(problem, dtype, &inputs, &operands)
+        let own = match is_hopper {
+            true => hopper_bwd::backward(problem, dtype, &inputs, &operands)?,
+            false => None,
+        };
+        match own {
+            Some(launches) => Ok(launches),
+            None => kernels::backward(problem, dtype, &inputs, &operands),
+        }
     })?;
     Ok((Some(dqkv), tables_wanted.then_some(dtables), pad_wanted.then_some(dpad)))
 }
