@@ -6,7 +6,7 @@
 //! ```
 //! Every image gets what it would get alone, in any model: attention over padded windows, DoRA and convolutions too,
 //! where PEFT's `adapter_names`, which mixes inside each layer, refuses. A SAM image is thousands of tokens, so that a
-//! run for each adapter costs no more than one for all.
+//! run for each adapter costs little more than one for all; docs/peft.md has the figures.
 
 use super::switch::{activate, active_adapters, check_known, BASE};
 use crate::nn::{ModuleTree, Node};
