@@ -99,6 +99,9 @@ PTX void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "me
 // Until at most N of this thread's committed groups are in flight.
 template <int N> PTX void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// Asks for what lies at this address, so that it is in the L2 cache later.
+PTX void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // --- barriers, shuffles, arithmetic -----------------------------------------------------------------------------------
 
 // The barrier `id` (1..15) among `threads` threads, a multiple of 32.
