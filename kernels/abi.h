@@ -308,14 +308,18 @@ ABI_SIZE(RelPosAttentionFwdParams, 96);
 /** Rows of both tables that a bulk copy brings. */
 #define REL_POS_ATTENTION_SM90_TABLE_ROWS 64
 
-/** The forward on sm_90a: as RelPosAttentionFwdParams, with tensor maps of qkv as `[batch, h, w, 3 heads head_dim]` and of
- * the tables as they lie, each for the first 64 channels of a head and, if it has more, for the others. `tables` only says
- * whether there are any. */
+/** Rows of channels for bulk copies: maps of the first 64 channels of a head and, if it has more, of the others. */
+typedef struct PanelMaps {
+  EncodedTensorMap wide;
+  EncodedTensorMap tail;
+} PanelMaps;
+ABI_SIZE(PanelMaps, 256);
+
+/** The forward on sm_90a: as RelPosAttentionFwdParams, with maps of qkv as `[batch, h, w, 3 heads head_dim]` and of the
+ * tables as they lie. `tables` only says whether there are any. */
 typedef struct RelPosAttentionFwdSm90Params {
-  EncodedTensorMap qkv_wide;
-  EncodedTensorMap qkv_tail;
-  EncodedTensorMap tables_wide;
-  EncodedTensorMap tables_tail;
+  PanelMaps qkv_maps;
+  PanelMaps table_maps;
   device_ptr tables;
   device_ptr pad;
   device_ptr out;

@@ -48,6 +48,9 @@ pub struct Dropout {
 }
 
 impl Dropout {
+    /// The operation's name, as errors give it.
+    pub const OP: &'static str = "dropout";
+
     /// Checks that `p` is a probability below 1.
     pub fn validate(&self, op: &'static str) -> Result<()> {
         if !(0.0..1.0).contains(&self.p) || self.threshold() >= 65536 {

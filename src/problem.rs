@@ -13,6 +13,11 @@ pub struct LayerNormProblem {
     pub eps: f64,
 }
 
+impl LayerNormProblem {
+    /// The operation's name, as errors give it.
+    pub const OP: &'static str = "layer-norm";
+}
+
 /// Attention over `batch` grids of `h x w` tokens, in windows of `side_h x side_w` (the grid itself if global).
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionProblem {
@@ -39,6 +44,9 @@ pub struct AttentionProblem {
 }
 
 impl AttentionProblem {
+    /// The operation's name, as errors give it.
+    pub const OP: &'static str = "rel-pos-attention";
+
     /// Windows in a column of windows.
     pub fn window_rows(&self) -> usize {
         self.h.div_ceil(self.side_h)

@@ -77,18 +77,18 @@ template <class Tile> __device__ __forceinline__ void load_stream(const RelPosAt
     };
     ptx::mbarrier_arrive_expect_tx(shared.queries_full, Tile::kQueryRows * Tile::kCols * Tile::kDim * 2);
     load_tokens<Tile, Tile::kQueries>(
-        shared.queries, Tile::kQueryRows, p, shared.queries_full, head_column, unit.origin.x + work.first.x, unit.origin.y + work.first.y,
+        shared.queries, Tile::kQueryRows, p.qkv_maps, shared.queries_full, head_column, unit.origin.x + work.first.x, unit.origin.y + work.first.y,
         unit.image);
     if (p.tables != 0)
         for (uint32_t chunk = 0; chunk < work.chunks; ++chunk) {
             const uint32_t index = slot(kTableRows * Tile::kDim * 2);
-            load_table_rows<kTableRows, Tile::kDim>(shared.slots[index], p, shared.full[index], work.table_row(chunk));
+            load_rows<kTableRows, Tile::kDim>(shared.slots[index], p.table_maps, shared.full[index], 0, work.table_row(chunk));
         }
     const auto load = [&](uint32_t tile, int part) {
         const uint32_t index = slot(Tile::kKeys * Tile::kDim * 2);
         const Token key = work.key(tile);
         load_tokens<Tile, Tile::kKeys>(
-            shared.slots[index], Tile::kRows, p, shared.full[index], part * channels + head_column, unit.origin.x + key.x,
+            shared.slots[index], Tile::kRows, p.qkv_maps, shared.full[index], part * channels + head_column, unit.origin.x + key.x,
             unit.origin.y + key.y, unit.image);
     };
     load(0, 1);

@@ -78,22 +78,22 @@ __device__ __forceinline__ void add_weighted(ChannelSums<Dim>& sums, const uint3
 // outside the grid. The barrier is to expect rows * kCols * kDim * 2 bytes.
 template <class Tile, int PanelRows>
 __device__ __forceinline__ void load_tokens(
-    unsigned char* panel, uint32_t rows, const RelPosAttentionFwdSm90Params& p, ptx::mbarrier& barrier, uint32_t channel, uint32_t x,
-    uint32_t y, uint32_t image) {
+    unsigned char* panel, uint32_t rows, const PanelMaps& maps, ptx::mbarrier& barrier, uint32_t channel, uint32_t x, uint32_t y,
+    uint32_t image) {
 #pragma unroll 1
     for (uint32_t r = 0; r < rows; r += Tile::kBoxRows) {
-        ptx::cp_async_bulk_tensor(panel + r * Tile::kCols * kWideRow, p.qkv_wide, barrier, channel, x, y + r, image);
+        ptx::cp_async_bulk_tensor(panel + r * Tile::kCols * kWideRow, maps.wide, barrier, channel, x, y + r, image);
         if constexpr (Tile::kDim > kWide)
             ptx::cp_async_bulk_tensor(
-                panel + PanelRows * kWideRow + r * Tile::kCols * kTailRow, p.qkv_tail, barrier, channel + kWide, x, y + r, image);
+                panel + PanelRows * kWideRow + r * Tile::kCols * kTailRow, maps.tail, barrier, channel + kWide, x, y + r, image);
     }
 }
 
-// The same of kTableRows rows of both tables, as one list, from `row` on; zeros behind their end.
-template <int PanelRows, int Dim>
-__device__ __forceinline__ void load_table_rows(unsigned char* panel, const RelPosAttentionFwdSm90Params& p, ptx::mbarrier& barrier, uint32_t row) {
-    ptx::cp_async_bulk_tensor(panel, p.tables_wide, barrier, 0, row);
-    if constexpr (Dim > kWide) ptx::cp_async_bulk_tensor(panel + PanelRows * kWideRow, p.tables_tail, barrier, kWide, row);
+// The same of one box of rows of a list, or of a list for each image, from `row` on; zeros behind its end.
+template <int PanelRows, int Dim, class... C>
+__device__ __forceinline__ void load_rows(unsigned char* panel, const PanelMaps& maps, ptx::mbarrier& barrier, uint32_t channel, C... row) {
+    ptx::cp_async_bulk_tensor(panel, maps.wide, barrier, channel, row...);
+    if constexpr (Dim > kWide) ptx::cp_async_bulk_tensor(panel + PanelRows * kWideRow, maps.tail, barrier, channel + kWide, row...);
 }
 
 // Puts the products of a lane's two queries with rows of a table where their keys are, in base 2; of a query's key 0 the

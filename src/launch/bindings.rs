@@ -556,15 +556,37 @@ const _: () = {
     ["Offset of field: RelPosAttentionFwdParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 40usize];
 };
-#[doc = " The forward on sm_90a: as RelPosAttentionFwdParams, with tensor maps of qkv as `[batch, h, w, 3 heads head_dim]` and of\n the tables as they lie, each for the first 64 channels of a head and, if it has more, for the others. `tables` only says\n whether there are any."]
+#[doc = " Rows of channels for bulk copies: maps of the first 64 channels of a head and, if it has more, of the others."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct PanelMaps {
+    pub wide: EncodedTensorMap,
+    pub tail: EncodedTensorMap,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PanelMaps"][::std::mem::size_of::<PanelMaps>() - 256usize];
+    ["Alignment of PanelMaps"][::std::mem::align_of::<PanelMaps>() - 64usize];
+    ["Offset of field: PanelMaps::wide"][::std::mem::offset_of!(PanelMaps, wide) - 0usize];
+    ["Offset of field: PanelMaps::tail"][::std::mem::offset_of!(PanelMaps, tail) - 128usize];
+};
+impl Default for PanelMaps {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[doc = " The forward on sm_90a: as RelPosAttentionFwdParams, with maps of qkv as `[batch, h, w, 3 heads head_dim]` and of the\n tables as they lie. `tables` only says whether there are any."]
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionFwdSm90Params {
-    pub qkv_wide: EncodedTensorMap,
-    pub qkv_tail: EncodedTensorMap,
-    pub tables_wide: EncodedTensorMap,
-    pub tables_tail: EncodedTensorMap,
+    pub qkv_maps: PanelMaps,
+    pub table_maps: PanelMaps,
     pub tables: device_ptr,
     pub pad: device_ptr,
     pub out: device_ptr,
@@ -578,14 +600,10 @@ const _: () = {
         [::std::mem::size_of::<RelPosAttentionFwdSm90Params>() - 640usize];
     ["Alignment of RelPosAttentionFwdSm90Params"]
         [::std::mem::align_of::<RelPosAttentionFwdSm90Params>() - 64usize];
-    ["Offset of field: RelPosAttentionFwdSm90Params::qkv_wide"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, qkv_wide) - 0usize];
-    ["Offset of field: RelPosAttentionFwdSm90Params::qkv_tail"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, qkv_tail) - 128usize];
-    ["Offset of field: RelPosAttentionFwdSm90Params::tables_wide"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables_wide) - 256usize];
-    ["Offset of field: RelPosAttentionFwdSm90Params::tables_tail"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables_tail) - 384usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::qkv_maps"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, qkv_maps) - 0usize];
+    ["Offset of field: RelPosAttentionFwdSm90Params::table_maps"]
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, table_maps) - 256usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::tables"]
         [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables) - 512usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::pad"]

@@ -8,7 +8,7 @@ use super::bindings::{
 use super::{narrow, sum_partials, Launch, LayerNormProblem};
 use candle_core::{DType, Result};
 
-const OP: &str = "layer-norm";
+const OP: &str = LayerNormProblem::OP;
 const WARP: u32 = 32;
 
 /// A warp a row.

@@ -12,7 +12,7 @@ use super::bindings::{
 use super::{dropout, sum_partials, AttentionProblem, Launch};
 use candle_core::{bail, DType, Result};
 
-const OP: &str = "rel-pos-attention";
+const OP: &str = AttentionProblem::OP;
 /// Shared memory that a block may have on an A100; the kernels' demand grows with the sides of the window.
 const SHARED_BYTES: usize = 163 << 10;
 /// Key tiles of the backward's key pass are squares, the biases' rows are padded to whole ones.

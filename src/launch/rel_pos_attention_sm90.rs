@@ -8,7 +8,7 @@
 //! | any other | 8 x 16 | 8 x 16 | grids of 32 and 48 |
 
 use super::bindings::{
-    device_ptr, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
+    device_ptr, PanelMaps, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
     REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS,
     REL_POS_ATTENTION_SM90_COLS16_ROWS, REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
     REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS,
@@ -88,6 +88,58 @@ fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
     Some(Tile { cols, rows: rows as usize, box_rows: box_rows as usize, slots })
 }
 
+/// A panel's maps, at their place `at` in the params, of a dense tensor of `dims`, innermost first: of the first channels
+/// of a head and, if it has more, of the others. `tile` is that of the other dimensions.
+pub(super) fn panel_maps(
+    head_dim: usize,
+    address: device_ptr,
+    dims: &[usize],
+    tile: &[usize],
+    at: usize,
+) -> Result<Vec<(usize, TensorMap)>> {
+    let element = Element::Bits16;
+    let mut stride = u64::from(element.bytes());
+    let mut strides = Vec::new();
+    for size in &dims[..dims.len() - 1] {
+        stride *= *size as u64;
+        strides.push(stride);
+    }
+    let map = |channels: usize, swizzle| {
+        let dims = dims.iter().map(|&n| n as u32).collect();
+        let tile = [channels].iter().chain(tile).map(|&n| n as u32).collect();
+        let map = TensorMap { address, element, dims, strides: strides.clone(), tile, swizzle };
+        map.check().map(|()| map)
+    };
+    let mut maps = vec![(at + offset_of!(PanelMaps, wide), map(WIDE, Swizzle::Bytes128)?)];
+    if head_dim > WIDE {
+        maps.push((at + offset_of!(PanelMaps, tail), map(head_dim - WIDE, Swizzle::Bytes32)?));
+    }
+    Ok(maps)
+}
+
+/// Of qkv as grids, in tiles of so many columns and rows.
+pub(super) fn grid_maps(
+    p: &AttentionProblem,
+    qkv: device_ptr,
+    tile: [usize; 2],
+    at: usize,
+) -> Result<Vec<(usize, TensorMap)>> {
+    let [cols, rows] = tile;
+    let dims = [3 * p.channels(), p.w, p.h, p.batch];
+    panel_maps(p.head_dim, qkv, &dims, &[cols, rows, 1], at)
+}
+
+/// Of both tables, as one list of rows.
+pub(super) fn table_maps(
+    p: &AttentionProblem,
+    tables: device_ptr,
+    at: usize,
+) -> Result<Vec<(usize, TensorMap)>> {
+    let (h, w) = p.table_rows();
+    let rows = REL_POS_ATTENTION_SM90_TABLE_ROWS as usize;
+    panel_maps(p.head_dim, tables, &[p.head_dim, h + w], &[rows], at)
+}
+
 impl Tile {
     /// As `Storage` of the kernel lays it out, and behind it `Biases`.
     fn shared_bytes(&self, problem: &AttentionProblem) -> usize {
@@ -101,33 +153,11 @@ impl Tile {
     }
 
     fn maps(&self, p: &AttentionProblem, inputs: &Inputs) -> Result<Vec<(usize, TensorMap)>> {
-        let [row, rows] = [self.cols, self.box_rows].map(|n| n as u32);
-        let packed = 3 * p.channels();
-        let tokens = |channels: usize, swizzle| {
-            let dims = [packed, p.w, p.h, p.batch].map(|n| n as u32).to_vec();
-            let strides = [1, p.w, p.w * p.h].map(|tokens| (2 * packed * tokens) as u64).to_vec();
-            let tile = vec![channels as u32, row, rows, 1];
-            let element = Element::Bits16;
-            let map = TensorMap { address: inputs.qkv, element, dims, strides, tile, swizzle };
-            map.check().map(|()| map)
-        };
-        let (h, w) = p.table_rows();
-        let [length, dim] = [h + w, p.head_dim].map(|n| n as u32);
-        let tables = |channels: usize| {
-            let tile = (REL_POS_ATTENTION_SM90_TABLE_ROWS, channels as u32);
-            TensorMap::matrix(inputs.tables, Element::Bits16, (length, dim, dim), tile)
-        };
         type Params = RelPosAttentionFwdSm90Params;
-        let tail = p.head_dim - WIDE;
-        let mut maps = vec![(offset_of!(Params, qkv_wide), tokens(WIDE, Swizzle::Bytes128)?)];
-        if tail > 0 {
-            maps.push((offset_of!(Params, qkv_tail), tokens(tail, Swizzle::Bytes32)?));
-        }
+        let at = offset_of!(Params, qkv_maps);
+        let mut maps = grid_maps(p, inputs.qkv, [self.cols, self.box_rows], at)?;
         if inputs.tables != 0 {
-            maps.push((offset_of!(Params, tables_wide), tables(WIDE)?));
-            if tail > 0 {
-                maps.push((offset_of!(Params, tables_tail), tables(tail)?));
-            }
+            maps.extend(table_maps(p, inputs.tables, offset_of!(Params, table_maps))?);
         }
         Ok(maps)
     }

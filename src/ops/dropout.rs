@@ -4,7 +4,7 @@ use super::check;
 use crate::philox::Dropout;
 use candle_core::{Result, Tensor};
 
-pub(super) const OP: &str = "dropout";
+const OP: &str = Dropout::OP;
 
 /// Drops elements of `x [.., C]`, seen as rows of `C`; the kept ones are scaled. The shape stays.
 ///

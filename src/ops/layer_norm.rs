@@ -9,9 +9,10 @@ use super::custom::{
 };
 use super::{check, composed, Gradients};
 use crate::cpu;
+use crate::problem::LayerNormProblem;
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-pub(super) const OP: &str = "layer-norm";
+const OP: &str = LayerNormProblem::OP;
 
 /// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three.
 ///

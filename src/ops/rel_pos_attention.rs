@@ -21,7 +21,7 @@ use crate::problem::AttentionProblem;
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use std::sync::OnceLock;
 
-pub(super) const OP: &str = "rel-pos-attention";
+const OP: &str = AttentionProblem::OP;
 /// Largest side of a window.
 const MAX_WINDOW: usize = 1024;
 

@@ -2,7 +2,6 @@
 
 use crate::cuda::{self, Job};
 use crate::launch::dropout as kernels;
-use crate::ops::dropout::OP;
 use crate::philox::Dropout;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
@@ -12,6 +11,8 @@ pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
     let cols = x.dims().last().copied().unwrap_or(1);
     cuda::operand(x)?.apply_op1(FusedDropout { size: (x.elem_count() / cols, cols), dropout })
 }
+
+const OP: &str = Dropout::OP;
 
 struct FusedDropout {
     /// Rows and columns.

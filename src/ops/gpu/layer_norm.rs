@@ -3,10 +3,12 @@
 use super::Input;
 use crate::cuda::{self, Job};
 use crate::launch::layer_norm::{self as kernels, BackwardOperands, TrainedOperands};
-use crate::ops::{layer_norm::OP, Gradients};
+use crate::ops::Gradients;
 use crate::problem::LayerNormProblem;
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Result, Shape, Tensor};
+
+const OP: &str = LayerNormProblem::OP;
 
 fn problem(shape: &Shape, eps: f64) -> LayerNormProblem {
     let size = shape.dims().last().copied().unwrap_or(1);

@@ -4,11 +4,13 @@ use super::Input;
 use crate::cuda::{self, Job};
 use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
 use crate::launch::rel_pos_attention_sm90 as hopper;
-use crate::ops::{rel_pos_attention::OP, Gradients};
+use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
+
+const OP: &str = AttentionProblem::OP;
 
 /// The address of an operand, 0 if it is absent.
 fn address(present: bool, address: u64) -> u64 {
