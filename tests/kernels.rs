@@ -22,3 +22,5 @@ mod projection;
 mod rel_pos_attention;
 #[path = "kernels/rel_pos_attention_sm90.rs"]
 mod rel_pos_attention_sm90;
+#[path = "kernels/rel_pos_attention_window_sm90.rs"]
+mod rel_pos_attention_window_sm90;
