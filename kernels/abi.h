@@ -329,13 +329,10 @@ typedef struct RelPosAttentionFwdSm90Params {
 } RelPosAttentionFwdSm90Params;
 ABI_SIZE(RelPosAttentionFwdSm90Params, 640);
 
-/** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; so many of a unit's rows of
- * channels are kept, the last ones zeros; rows of both tables, in whole depths; persistent blocks, one for each
+/** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for each
  * multiprocessor of an H100 or H200. */
 #define REL_POS_ATTENTION_WINDOW_SM90_SIDE 14
 #define REL_POS_ATTENTION_WINDOW_SM90_THREADS 448
-#define REL_POS_ATTENTION_WINDOW_SM90_TOKENS 198
-#define REL_POS_ATTENTION_WINDOW_SM90_TABLE_ROWS 64
 #define REL_POS_ATTENTION_WINDOW_SM90_BLOCKS 132
 #define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES 191264
 #define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES 231328

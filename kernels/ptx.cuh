@@ -111,6 +111,12 @@ template <class T> PTX T shfl_xor(T value, int lane_mask) { return __shfl_xor_sy
 template <class T> PTX T shfl_idx(T value, int lane) { return __shfl_sync(~0u, value, lane); }
 template <class T> PTX T shfl_down(T value, int delta) { return __shfl_down_sync(~0u, value, delta); }
 
+// No instruction: the same value, of which the compiler knows nothing.
+PTX uint32_t hide(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // 2^x to about 2 ulp; 2^-inf = 0.
 PTX float ex2_approx(float x) {
     float y;

@@ -15,12 +15,15 @@ template <class Element, int Dim> struct WindowTile {
     using T = Element;
     static constexpr int kDim = Dim, kSide = REL_POS_ATTENTION_WINDOW_SM90_SIDE, kWarps = kSide, kThreads = kWarp * kWarps;
     static constexpr int kStride = kDim + REL_POS_ATTENTION_ROW_PAD, kPieces = kDim / kVec<T>;
-    static constexpr int kTokens = REL_POS_ATTENTION_WINDOW_SM90_TOKENS, kTableRows = REL_POS_ATTENTION_WINDOW_SM90_TABLE_ROWS;
-    static_assert(kTokens >= (kSide - 1) * kSide + 16 && kTokens > kSide * kSide, "sixteen from the last row on; a row of zeros");
-    static_assert(kTableRows >= 2 * kSide - 1 + 32, "32 from the first row of the second table on");
+    // Sixteen from the last row on, with a row of zeros; both tables, of the second 32 rows, and whole depths.
+    static constexpr int kTokens = (kSide - 1) * kSide + 16, kTableRows = 64;
+    static_assert(kTokens > kSide * kSide && kTableRows >= 2 * kSide - 1 + 32);
     static_assert(kThreads == REL_POS_ATTENTION_WINDOW_SM90_THREADS);
     using Row = T[kStride];
 };
+
+// Hidden, since the compiler would keep all that follows from it in registers from one unit to the next.
+__device__ __forceinline__ uint32_t warp_of_block() { return ptx::hide(threadIdx.x / kWarp); }
 
 // Starts copying row y of the window from `array [.., stride]`, by one warp: 16 bytes at a time, tokens outside the grid
 // from `pad`, or as zeros; after the last row, zeros up to its sixteenth.
@@ -103,7 +106,7 @@ __device__ __forceinline__ void project_row(
     __syncwarp();
 }
 
-// Writes accumulators of a row of tokens, times a factor for each query or key, to `width` rows of global memory, 16 bytes at a time, by
+// Writes accumulators of a row of tokens, times a factor of each, to `width` rows of global memory, 16 bytes at a time, by
 // way of `own`, memory of this warp alone.
 template <class Tile, int kStride>
 __device__ __forceinline__ void store_window_row(

@@ -230,7 +230,7 @@ impl Workspace {
 }
 
 /// Elements of both tables.
-fn table_elements(p: &AttentionProblem) -> usize {
+pub(super) fn table_elements(p: &AttentionProblem) -> usize {
     let (h, w) = p.table_rows();
     (h + w) * p.head_dim
 }

@@ -3,13 +3,15 @@
 //! [`super::rel_pos_attention_sm90`] and the portable kernels.
 
 use super::bindings::{
-    device_ptr, RelPosAttentionWindowFwdParams, REL_POS_ATTENTION_WINDOW_SM90_BLOCKS,
+    device_ptr, RelPosAttentionWindowBwdParams, RelPosAttentionWindowFwdParams,
+    REL_POS_ATTENTION_WINDOW_SM90_BLOCKS, REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES,
+    REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES,
     REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES,
     REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES, REL_POS_ATTENTION_WINDOW_SM90_SIDE,
     REL_POS_ATTENTION_WINDOW_SM90_THREADS,
 };
-use super::rel_pos_attention::{shape, Inputs};
-use super::{AttentionProblem, Launch};
+use super::rel_pos_attention::{shape, table_elements, BackwardOperands, Inputs};
+use super::{sum_partials, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 
 /// Whether the kernels cover a problem with operands at these addresses.
@@ -70,6 +72,74 @@ pub fn forward(
     launch("fwd", problem, dtype, shared_bytes, &params).map(Some)
 }
 
+/// Where the blocks' sums for pad begin in the workspace, behind those for the tables, and its size in bytes.
+fn workspace(p: &AttentionProblem, train_tables: bool, train_pad: bool) -> [u64; 2] {
+    let floats = |wanted: bool, size: usize| if wanted { blocks(p) * size as u64 } else { 0 };
+    let pad_partials = 4 * floats(train_tables, table_elements(p)).next_multiple_of(4);
+    [pad_partials, pad_partials + 4 * floats(train_pad, 3 * p.channels())]
+}
+
+/// Scratch memory of [`backward`], where it covers the problem.
+pub fn workspace_bytes(
+    problem: &AttentionProblem,
+    dtype: DType,
+    train_tables: bool,
+    train_pad: bool,
+) -> Option<usize> {
+    let [_, bytes] = workspace(problem, train_tables, train_pad);
+    covers(problem, dtype, &[]).then_some(bytes as usize)
+}
+
+/// What [`super::rel_pos_attention::backward`] launches, for windows on Hopper, in one kernel and the sums for the tables
+/// and for pad; none where its kernels do not cover the problem.
+///
+/// # Errors
+/// On shapes that no grid covers.
+pub fn backward(
+    problem: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    operands: &BackwardOperands,
+) -> Result<Option<Vec<Launch>>> {
+    let &Inputs { qkv, tables, pad } = inputs;
+    let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace: at } = operands;
+    if !covers(problem, dtype, &[qkv, tables, pad, out, dout, dqkv]) {
+        return Ok(None);
+    }
+    let [pad_partials, _] = workspace(problem, dtables != 0, dpad != 0);
+    let table_partials = if dtables == 0 { 0 } else { at };
+    let pad_partials = if dpad == 0 { 0 } else { at + pad_partials };
+    let (units, shape) = (units(problem) as u64, shape(problem));
+    let params = RelPosAttentionWindowBwdParams {
+        qkv,
+        tables,
+        pad,
+        out,
+        lse,
+        dout,
+        dqkv,
+        table_partials,
+        pad_partials,
+        units,
+        shape,
+    };
+    let shared_bytes = [
+        REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES,
+        REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES,
+    ];
+    let mut launches = vec![launch("bwd", problem, dtype, shared_bytes, &params)?];
+    let mut sum = |partials: device_ptr, out: device_ptr, size: usize| -> Result<()> {
+        if out != 0 {
+            let parts = blocks(problem);
+            launches.push(sum_partials::launch(dtype, partials, out, parts, size as u64)?);
+        }
+        Ok(())
+    };
+    sum(table_partials, dtables, table_elements(problem))?;
+    sum(pad_partials, dpad, 3 * problem.channels())?;
+    Ok(Some(launches))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,9 +171,27 @@ mod tests {
     }
 
     #[test]
+    fn the_backward_is_one_kernel_and_the_sums_of_what_is_trained() -> Result<()> {
+        let launches = |dtables, dpad| -> Result<Vec<String>> {
+            let [out, lse, dout, dqkv, workspace] = [16, 4, 32, 48, 1024];
+            let operands = BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
+            let launches = backward(&WINDOWED, DType::F16, &INPUTS, &operands)?.unwrap();
+            Ok(launches.into_iter().map(|launch| launch.kernel).collect())
+        };
+        let kernel = "rel_pos_attention_window_bwd_sm90_hd64_f16";
+        assert_eq!(launches(0, 0)?, [kernel]);
+        assert_eq!(launches(512, 768)?, [kernel, "sum_partials_f16", "sum_partials_f16"]);
+        let bytes = |tables, pad| workspace_bytes(&WINDOWED, DType::F16, tables, pad);
+        assert_eq!(bytes(false, false), Some(0));
+        assert_eq!(bytes(true, true), Some(132 * 4 * (54 * 64 + 3 * 768)));
+        Ok(())
+    }
+
+    #[test]
     fn the_rest_is_other_kernels() -> Result<()> {
-        let covered =
-            |problem, dtype| Ok::<_, candle_core::Error>(forward(&problem, dtype, &INPUTS, 16, 4)?.is_some());
+        let covered = |problem, dtype| {
+            Ok::<_, candle_core::Error>(forward(&problem, dtype, &INPUTS, 16, 4)?.is_some())
+        };
         assert!(covered(WINDOWED, DType::F16)?);
         assert!(!covered(WINDOWED, DType::F32)?);
         assert!(!covered(AttentionProblem { side_w: 15, ..WINDOWED }, DType::F16)?);

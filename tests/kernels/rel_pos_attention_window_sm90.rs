@@ -3,7 +3,9 @@
 
 use crate::common::{error, values, Worst};
 use crate::device::{bound, emulator, in_every_mode, launch_all, Device, Memory};
-use crate::rel_pos_attention::{forward_on, Case, Shapes, DROPOUT, GLOBAL, WINDOWED};
+use crate::rel_pos_attention::{
+    check_backward, forward_on, Case, Kernels, Shapes, DROPOUT, GLOBAL, WINDOWED,
+};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention;
@@ -94,4 +96,23 @@ fn forward() -> Result<()> {
     }
     worst.check("rel_pos_attention forward in windows on sm_90a", 1.0 / 64.0);
     assert_all_ran("fwd", &launched)
+}
+
+#[test]
+fn backward() -> Result<()> {
+    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
+    for dtype in [DType::F16, DType::BF16] {
+        for (index, shapes) in shapes(dtype).into_iter().enumerate() {
+            let case = Case::new(shapes, dtype)?;
+            check_backward(
+                Kernels::HopperWindows,
+                &case,
+                index == 0,
+                &mut worst,
+                &mut launched,
+            )?;
+        }
+    }
+    worst.check("rel_pos_attention backward in windows on sm_90a", 1.0 / 16.0);
+    assert_all_ran("bwd", &launched)
 }
