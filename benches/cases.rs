@@ -65,6 +65,10 @@ enum Case {
 enum Implementation {
     /// This crate's operations.
     Ours,
+    /// The same by the kernels that run on every GPU.
+    Portable,
+    /// This crate's encoder, replayed from a CUDA graph.
+    Graph,
     /// The same modules written with candle's own operations.
     Composed,
     /// candle-transformers' encoder.
@@ -139,6 +143,9 @@ fn run() -> Result<()> {
         return Ok(());
     };
     let device = support::device()?;
+    if args.implementation == Implementation::Portable {
+        portable(&device)?;
+    }
     let dtype: DType = args.dtype.parse()?;
     let setup = Setup {
         implementation: args.implementation,
@@ -174,6 +181,19 @@ fn run() -> Result<()> {
     });
     println!("{line}");
     Ok(())
+}
+
+/// Takes the portable kernels, where there are others.
+fn portable(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    {
+        use candle_sam_lora::cuda::{available_kernels, set_kernels, Kernels};
+        if available_kernels(device).contains(&Kernels::Portable) {
+            set_kernels(Kernels::Portable);
+            return Ok(());
+        }
+    }
+    bail!("{device:?} has the portable kernels only, or none: that is `ours`")
 }
 
 fn name<T: ValueEnum>(value: &T) -> String {
@@ -229,8 +249,9 @@ impl Setup<'_> {
 
     fn ours(&self) -> Result<bool> {
         match self.implementation {
-            Implementation::Ours => Ok(true),
+            Implementation::Ours | Implementation::Portable => Ok(true),
             Implementation::Composed => Ok(false),
+            Implementation::Graph => bail!("only the encoder is replayed from a graph"),
             Implementation::CandleTransformers => {
                 bail!("candle-transformers shows its encoder only")
             }
@@ -378,9 +399,12 @@ impl Setup<'_> {
             let encoder = candle_sam::encoder(&self.vit, self.grid, self.dtype, self.device)?;
             return self.run(|| encoder.forward(&pixels).map(drop).map_err(Into::into));
         }
-        let ours = self.ours()?;
         let config = self.vit.config(self.grid);
         let encoder = models::encoder(&config, FROZEN, self.dtype, self.device)?;
+        if self.implementation == Implementation::Graph {
+            return self.replay(&pixels, |x| encoder.forward(x, Mode::Eval));
+        }
+        let ours = self.ours()?;
         self.run(|| {
             if ours {
                 encoder.forward(&pixels, Mode::Eval)?;
@@ -389,6 +413,25 @@ impl Setup<'_> {
             }
             Ok(())
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn replay(
+        &self,
+        x: &Tensor,
+        forward: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Measurement> {
+        let graphed = candle_sam_lora::cuda::Graphed::capture(x, forward)?;
+        self.run(|| graphed.run(x).map(drop).map_err(Into::into))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn replay(
+        &self,
+        _: &Tensor,
+        _: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Measurement> {
+        bail!("CUDA graphs want the feature cuda")
     }
 
     fn encoder_train_step(&self, checkpointed: bool) -> Result<Measurement> {

@@ -139,6 +139,42 @@ typedef struct ProjectionParams {
 } ProjectionParams;
 ABI_SIZE(ProjectionParams, 304);
 
+/** The forward on Hopper: tensor maps of x, and of each projection's weight, S, b and columns of the packed tensors, in
+ * the tiles of the kernel; those of absent tensors are zero. `tiles` is the number of tiles. */
+typedef struct ProjectionFwdSm90Params {
+  EncodedTensorMap x;
+  EncodedTensorMap weight[PROJECTION_PARTS];
+  EncodedTensorMap low_rank[PROJECTION_PARTS];
+  EncodedTensorMap b[PROJECTION_PARTS];
+  EncodedTensorMap residual[PROJECTION_PARTS];
+  EncodedTensorMap sum[PROJECTION_PARTS];
+  EncodedTensorMap out[PROJECTION_PARTS];
+  ProjectionParams problem;
+  uint64_t tiles;
+  uint64_t reserved;
+} ProjectionFwdSm90Params;
+ABI_SIZE(ProjectionFwdSm90Params, 2752);
+
+/** The gradient of x on Hopper: tensor maps of each projection's columns of the gradient, weight, dS and a, and of dx;
+ * those of absent tensors are zero. */
+typedef struct ProjectionBwdInputSm90Params {
+  EncodedTensorMap g[PROJECTION_PARTS];
+  EncodedTensorMap weight[PROJECTION_PARTS];
+  EncodedTensorMap low_rank[PROJECTION_PARTS];
+  EncodedTensorMap a[PROJECTION_PARTS];
+  EncodedTensorMap dx;
+  ProjectionParams problem;
+  uint64_t tiles;
+  uint64_t reserved;
+} ProjectionBwdInputSm90Params;
+ABI_SIZE(ProjectionBwdInputSm90Params, 1984);
+
+/** Threads of a block of the projection kernels on Hopper: three warpgroups. */
+#define PROJECTION_SM90_THREADS 384
+/** Their shared memory, by tile: two warpgroups take tiles in turn (ping-pong), or share each one's rows (cooperative). */
+#define PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES 196752
+#define PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES 213136
+
 /** Shared memory of the projection kernels, by tile. */
 #define PROJECTION_FWD_128X128_SHARED_BYTES 81920
 #define PROJECTION_FWD_64X64_SHARED_BYTES 40960

@@ -7,7 +7,6 @@
 // earlier stages are multiplied. f32 tensors are multiplied as 3xTF32, the low-rank part beside 16-bit ones as plain TF32
 // (see tile.cuh).
 #pragma once
-#include "philox.cuh"
 #include "tile.cuh"
 
 // kWarpsM x kWarpsN warps share the tile. The right side lies as [n, k] in memory, or as [k, n] if kRightRows.
@@ -16,7 +15,7 @@ template <class T_, int kRows_, int kCols_, int kWarpsM_, int kWarpsN_, bool kRi
     static constexpr int kRows = kRows_, kCols = kCols_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
     static constexpr bool kRightRows = kRightRows_, kSplit = sizeof(T) == 4;
     static constexpr int kThreads = kWarpsM * kWarpsN * kWarp, kStages = 4;
-    // Fragments of a warp; 4 x 8 columns are what mask_bits wants.
+    // Fragments of a warp; 4 x 8 columns are what keep_bits wants.
     static constexpr int kM = kRows / kWarpsM / 16, kN = kCols / kWarpsN / 8;
     static_assert(kN == 4);
     template <class E> static constexpr int kDepth = 64 / sizeof(E);

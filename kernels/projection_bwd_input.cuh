@@ -6,6 +6,7 @@
 // low-rank products are further blocks of depth in its loop (projection.cuh). Dropout multiplies such a block's fragments on
 // their way into the accumulators: the mask is linear, so its bits, made once for a projection, serve all its depth.
 #pragma once
+#include "dropout_fragment.cuh"
 #include "projection.cuh"
 
 // The depth of q, k and v, then their ranks.
@@ -40,32 +41,6 @@ template <class Tile> struct BackwardSteps {
     }
 };
 
-// Which of a thread's accumulators are kept, a bit each. kN is 4: fragment m has 16 bits, element i of column n one of them.
-__device__ __forceinline__ constexpr int keep_bit(int m, int n, int i) { return 16 * (m % 2) + 8 * (i / 2) + 2 * n + i % 2; }
-
-// A fragment's row is one group of eight columns, whose random words the four lanes of the row share: lane c draws those
-// of fragment c, and hands word d to lane d.
-template <class Tile>
-__device__ __forceinline__ void keep_bits(uint32_t (&keep)[Tile::kM / 2], const DropoutMask& mask, uint32_t row0, uint32_t col0) {
-    const int lane = threadIdx.x % kWarp, c = lane % 4;
-#pragma unroll
-    for (int m = 0; m < Tile::kM; ++m) {
-        if (m % 2 == 0) keep[m / 2] = 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint4 words = dropout_words(mask, row0 + Tile::warp_row() + m * 16 + lane / 4 + 8 * half, (col0 + Tile::warp_col()) / 8 + c);
-#pragma unroll
-            for (int d = 0; d < 4; ++d) {
-                const int other = c ^ d;
-                const uint32_t mine = other < 2 ? (other == 0 ? words.x : words.y) : (other == 2 ? words.z : words.w);
-                const uint32_t word = ptx::shfl_xor(mine, d);  // word c of fragment `other`
-                const uint32_t bits = uint32_t((word & 0xFFFFu) >= mask.threshold) | uint32_t((word >> 16) >= mask.threshold) << 1;
-                keep[m / 2] |= bits << keep_bit(m, other, 2 * half);
-            }
-        }
-    }
-}
-
 template <class Tile> __device__ __forceinline__ void projection_bwd_input(const ProjectionParams& p) {
     using T = typename Tile::T;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
@@ -80,13 +55,20 @@ template <class Tile> __device__ __forceinline__ void projection_bwd_input(const
             product_f32<Tile>(stage, [&](int m, int n, auto body) { body(acc[m][n]); });
             return;
         }
-        if (step.k == 0) keep_bits<Tile>(keep, mask, row0, col0);
+        // Two fragment rows share a word.
+        if (step.k == 0) {
+#pragma unroll
+            for (int m = 0; m < Tile::kM; ++m) {
+                const uint32_t bits = keep_bits(mask, row0 + Tile::warp_row() + m * 16, (col0 + Tile::warp_col()) / 8);
+                keep[m / 2] = m % 2 == 0 ? bits : keep[m / 2] | bits << 16;
+            }
+        }
         product_f32<Tile>(stage, [&](int m, int n, auto body) {
             float product[4] = {};
             body(product);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (keep[m / 2] >> keep_bit(m, n, i) & 1) acc[m][n][i] = fmaf(mask.scale, product[i], acc[m][n][i]);
+                if (keep[m / 2] >> (16 * (m % 2) + keep_bit(n, i)) & 1) acc[m][n][i] = fmaf(mask.scale, product[i], acc[m][n][i]);
         });
     });
     accumulators_to_rows<Tile>(shared, acc);

@@ -12,7 +12,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub mod cuda;
 mod device;
 mod error;
 pub mod files;

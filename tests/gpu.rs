@@ -14,6 +14,8 @@ mod emulated;
 mod finetune;
 #[path = "gpu/graph.rs"]
 mod graph;
+#[path = "gpu/graphed.rs"]
+mod graphed;
 #[path = "gpu/model.rs"]
 mod model;
 #[path = "gpu/ops.rs"]
@@ -21,15 +23,17 @@ mod ops;
 #[path = "gpu/train.rs"]
 mod train;
 
-use candle_core::Device;
+use candle_core::{bail, Device, Result};
+use candle_sam_lora::cuda::{self, Kernels};
 use libtest_mimic::{Arguments, Failed, Trial};
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::OnceLock;
 
 /// The GPU of this process: candle loads its kernels once for each device.
-fn gpu() -> Result<&'static Device, String> {
-    static GPU: OnceLock<Result<Device, String>> = OnceLock::new();
+fn gpu() -> std::result::Result<&'static Device, String> {
+    static GPU: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
     let gpu = GPU.get_or_init(|| Device::new_cuda(0).map_err(|e| e.to_string()));
     gpu.as_ref().map_err(String::clone)
 }
@@ -51,15 +55,31 @@ impl Drop for Watch<'_> {
 }
 
 /// A trial on the GPU.
-fn trial(
-    name: String,
-    test: impl FnOnce(&Device) -> candle_core::Result<()> + Send + 'static,
-) -> Trial {
+fn trial(name: String, test: impl FnOnce(&Device) -> Result<()> + Send + 'static) -> Trial {
     Trial::test(name.clone(), move || {
         let device = gpu()?;
         let _watch = Watch { test: &name, device };
         test(device).map_err(Failed::from)
     })
+}
+
+/// Runs a test with each implementation that the device has kernels of, and says with which one it failed.
+fn with_each(device: &Device, test: impl Fn() -> Result<()>) -> Result<()> {
+    for &kernels in cuda::available_kernels(device) {
+        cuda::set_kernels(kernels);
+        let outcome = catch_unwind(AssertUnwindSafe(&test));
+        cuda::set_kernels(Kernels::default());
+        let failure = match outcome {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => match panic.downcast::<String>() {
+                Ok(message) => *message,
+                Err(panic) => resume_unwind(panic),
+            },
+        };
+        bail!("{kernels:?} kernels: {failure}")
+    }
+    Ok(())
 }
 
 fn tests() -> ExitCode {
@@ -73,8 +93,14 @@ fn tests() -> ExitCode {
             return ExitCode::from(u8::from(required));
         }
     }
-    let trials =
-        [ops::trials(), graph::trials(), emulated::trials(), model::trials(), train::trials()];
+    let trials = [
+        ops::trials(),
+        graph::trials(),
+        graphed::trials(),
+        emulated::trials(),
+        model::trials(),
+        train::trials(),
+    ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }
 

@@ -18,6 +18,8 @@ mod instructions_sm90;
 mod layer_norm;
 #[path = "kernels/projection.rs"]
 mod projection;
+#[path = "kernels/projection_sm90.rs"]
+mod projection_sm90;
 #[path = "kernels/rel_pos_attention.rs"]
 mod rel_pos_attention;
 #[path = "kernels/rel_pos_attention_sm90.rs"]

@@ -7,6 +7,7 @@ use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
     Tile,
 };
+use candle_sam_lora::launch::projection_sm90;
 use candle_sam_lora::launch::rel_pos_attention as attention;
 use candle_sam_lora::launch::rel_pos_attention_sm90 as attention_sm90;
 use candle_sam_lora::launch::{
@@ -104,6 +105,10 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
     let operands =
         ForwardOperands { x: AT, weights, small: AT, residual: AT, out: AT, low_rank: AT, sum: AT };
     let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
+    for tile in &projection_sm90::TILES {
+        let own = projection_sm90::forward_with(tile, &problem, dtype, &operands, 132)?;
+        launches.extend(own.into_iter().flatten());
+    }
     let operands = BackwardOperands {
         x: AT,
         weights,

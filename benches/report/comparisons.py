@@ -124,22 +124,23 @@ CPU = [*PROBES, *BARS, BF16, *LORA, *SWEEPS]
 
 # On a GPU, in the order in which they are run: time may end before the list does. No allocators of the host, no bars.
 def on_gpu(case, peers=(), reps=20, **options):
-    peers = [COMPOSED[0] if name == "composed" else Config("pytorch", name) for name in peers]
+    own = ("portable", "graph", "composed")
+    peers = [Config("candle" if name in own else "pytorch", name) for name in peers]
     return Comparison(case, {"dtype": "bf16", **options}, peers=peers, reps=(reps // 4, reps), rounds=(1, 1))
 
 
 GPU = [
     on_gpu("encoder_train_step", ["sdpa", "eager"], reps=8),
-    on_gpu("encoder_forward", ["sdpa", "flex"], reps=8),
-    on_gpu("global_layer_forward", ["composed", "eager", "sdpa", "sdpa_without_bias", "flex", "triton"]),
-    on_gpu("global_layer_train", ["composed", "sdpa", "flex"]),
-    on_gpu("windowed_layer_forward", ["composed", "sdpa", "sdpa_without_bias"]),
-    on_gpu("windowed_layer_train", ["composed", "sdpa"]),
+    on_gpu("encoder_forward", ["graph", "sdpa", "flex"], reps=8),
+    on_gpu("global_layer_forward", ["portable", "composed", "eager", "sdpa", "sdpa_without_bias", "flex", "triton"]),
+    on_gpu("global_layer_train", ["portable", "composed", "sdpa", "flex"]),
+    on_gpu("windowed_layer_forward", ["portable", "composed", "sdpa", "sdpa_without_bias"]),
+    on_gpu("windowed_layer_train", ["portable", "composed", "sdpa"]),
     on_gpu("encoder_train_step", ["sdpa"], reps=8, model="l"),
     on_gpu("encoder_train_step", ["sdpa"], reps=8, model="h"),
-    on_gpu("attention_forward", ["composed", "sdpa", "flex", "triton"]),
-    on_gpu("attention_train", ["composed", "sdpa", "flex"]),
-    on_gpu("linear_forward", ["composed", "eager"]),
+    on_gpu("attention_forward", ["portable", "composed", "sdpa", "flex", "triton"]),
+    on_gpu("attention_train", ["portable", "composed", "sdpa", "flex"]),
+    on_gpu("linear_forward", ["portable", "composed", "eager"]),
     *(on_gpu(case) for case in ("global_layer_lora", "windowed_layer_lora", "qkv_lora")),
     on_gpu("global_layer_forward", ["composed", "sdpa"], dtype="f32"),
     on_gpu("encoder_forward", ["sdpa"], reps=8, model="h"),

@@ -1,5 +1,6 @@
 //! The CUDA driver as a back end of [`crate::launch`]: memory and launches in the order of one stream.
 
+use super::kernels::{kernels, Kernels};
 use super::{modules, tensor_map};
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum;
@@ -7,16 +8,20 @@ use candle_core::cuda_backend::cudarc::driver::{result, CudaSlice, CudaStream, D
 use candle_core::{CudaDevice, Error, Result};
 use std::sync::Arc;
 
-/// Whether this device runs the kernels for Hopper: compute capability 9.0, and compiled for it.
+/// Major and minor, if the driver says.
+pub(super) fn capability(device: &CudaDevice) -> Option<(i32, i32)> {
+    device.cuda_stream().context().compute_capability().ok()
+}
+
+/// Whether to run the kernels for Hopper: on compute capability 9.0, if compiled for it and not asked for the portable
+/// ones.
 pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
-    let capability = device.cuda_stream().context().compute_capability();
-    capability.is_ok_and(modules::cover_hopper)
+    kernels() == Kernels::Native && capability(device).is_some_and(modules::cover_hopper)
 }
 
 /// Whether this device can run the kernels: compute capability 8.0 or newer, and compiled for it.
 pub(crate) fn supported(device: &CudaDevice) -> bool {
-    let capability = device.cuda_stream().context().compute_capability();
-    capability.is_ok_and(|capability| capability >= (8, 0) && modules::cover(capability))
+    capability(device).is_some_and(|capability| capability >= (8, 0) && modules::cover(capability))
 }
 
 /// Bytes of shared memory that a block may opt into; 0 if the driver does not say.
@@ -24,6 +29,13 @@ pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
     let limit = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
     let bytes = device.cuda_stream().context().attribute(limit);
     bytes.ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
+}
+
+/// How many multiprocessors there are; 1 if the driver does not say.
+pub(crate) fn multiprocessors(device: &CudaDevice) -> u32 {
+    let count = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    let count = device.cuda_stream().context().attribute(count);
+    count.ok().and_then(|count| u32::try_from(count).ok()).unwrap_or(1)
 }
 
 /// The stream of a candle device.

@@ -9,6 +9,9 @@ pub const PROJECTION_PARTS: u32 = 3;
 pub const ACTIVATION_IDENTITY: u32 = 0;
 pub const ACTIVATION_GELU: u32 = 1;
 pub const ACTIVATION_RELU: u32 = 2;
+pub const PROJECTION_SM90_THREADS: u32 = 384;
+pub const PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES: u32 = 196752;
+pub const PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES: u32 = 213136;
 pub const PROJECTION_FWD_128X128_SHARED_BYTES: u32 = 81920;
 pub const PROJECTION_FWD_64X64_SHARED_BYTES: u32 = 40960;
 pub const PROJECTION_BWD_INPUT_128X128_SHARED_BYTES: u32 = 75776;
@@ -59,8 +62,6 @@ pub const REL_POS_ATTENTION_SM90_THREADS: u32 = 384;
 pub const REL_POS_ATTENTION_SM90_TABLE_ROWS: u32 = 64;
 pub const REL_POS_ATTENTION_WINDOW_SM90_SIDE: u32 = 14;
 pub const REL_POS_ATTENTION_WINDOW_SM90_THREADS: u32 = 448;
-pub const REL_POS_ATTENTION_WINDOW_SM90_TOKENS: u32 = 198;
-pub const REL_POS_ATTENTION_WINDOW_SM90_TABLE_ROWS: u32 = 64;
 pub const REL_POS_ATTENTION_WINDOW_SM90_BLOCKS: u32 = 132;
 pub const REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES: u32 = 191264;
 pub const REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES: u32 = 231328;
@@ -322,6 +323,104 @@ const _: () = {
     ["Offset of field: ProjectionParams::parts"]
         [::std::mem::offset_of!(ProjectionParams, parts) - 64usize];
 };
+#[doc = " The forward on Hopper: tensor maps of x, and of each projection's weight, S, b and columns of the packed tensors, in\n the tiles of the kernel; those of absent tensors are zero. `tiles` is the number of tiles."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ProjectionFwdSm90Params {
+    pub x: EncodedTensorMap,
+    pub weight: [EncodedTensorMap; 3usize],
+    pub low_rank: [EncodedTensorMap; 3usize],
+    pub b: [EncodedTensorMap; 3usize],
+    pub residual: [EncodedTensorMap; 3usize],
+    pub sum: [EncodedTensorMap; 3usize],
+    pub out: [EncodedTensorMap; 3usize],
+    pub problem: ProjectionParams,
+    pub tiles: u64,
+    pub reserved: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProjectionFwdSm90Params"]
+        [::std::mem::size_of::<ProjectionFwdSm90Params>() - 2752usize];
+    ["Alignment of ProjectionFwdSm90Params"]
+        [::std::mem::align_of::<ProjectionFwdSm90Params>() - 64usize];
+    ["Offset of field: ProjectionFwdSm90Params::x"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, x) - 0usize];
+    ["Offset of field: ProjectionFwdSm90Params::weight"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, weight) - 128usize];
+    ["Offset of field: ProjectionFwdSm90Params::low_rank"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, low_rank) - 512usize];
+    ["Offset of field: ProjectionFwdSm90Params::b"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, b) - 896usize];
+    ["Offset of field: ProjectionFwdSm90Params::residual"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, residual) - 1280usize];
+    ["Offset of field: ProjectionFwdSm90Params::sum"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, sum) - 1664usize];
+    ["Offset of field: ProjectionFwdSm90Params::out"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, out) - 2048usize];
+    ["Offset of field: ProjectionFwdSm90Params::problem"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, problem) - 2432usize];
+    ["Offset of field: ProjectionFwdSm90Params::tiles"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, tiles) - 2736usize];
+    ["Offset of field: ProjectionFwdSm90Params::reserved"]
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, reserved) - 2744usize];
+};
+impl Default for ProjectionFwdSm90Params {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[doc = " The gradient of x on Hopper: tensor maps of each projection's columns of the gradient, weight, dS and a, and of dx;\n those of absent tensors are zero."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ProjectionBwdInputSm90Params {
+    pub g: [EncodedTensorMap; 3usize],
+    pub weight: [EncodedTensorMap; 3usize],
+    pub low_rank: [EncodedTensorMap; 3usize],
+    pub a: [EncodedTensorMap; 3usize],
+    pub dx: EncodedTensorMap,
+    pub problem: ProjectionParams,
+    pub tiles: u64,
+    pub reserved: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ProjectionBwdInputSm90Params"]
+        [::std::mem::size_of::<ProjectionBwdInputSm90Params>() - 1984usize];
+    ["Alignment of ProjectionBwdInputSm90Params"]
+        [::std::mem::align_of::<ProjectionBwdInputSm90Params>() - 64usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::g"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, g) - 0usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::weight"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, weight) - 384usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::low_rank"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, low_rank) - 768usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::a"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, a) - 1152usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::dx"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, dx) - 1536usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::problem"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, problem) - 1664usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::tiles"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, tiles) - 1968usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::reserved"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, reserved) - 1976usize];
+};
+impl Default for ProjectionBwdInputSm90Params {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 #[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie\n in memory is the kernel's (low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

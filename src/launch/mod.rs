@@ -10,13 +10,16 @@ mod bindings;
 pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
+pub mod measured;
 pub mod projection;
 mod projection_bwd;
+pub mod projection_sm90;
 pub mod rel_pos_attention;
 pub mod rel_pos_attention_sm90;
 pub mod rel_pos_attention_window_sm90;
 mod sum_partials;
 pub mod tensor_map;
+pub mod tiles;
 
 pub use crate::problem::{AttentionProblem, LayerNormProblem};
 pub use bindings::device_ptr;

@@ -7,7 +7,7 @@ use super::bindings::{
     device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,
     ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
 };
-use super::{bindings, dropout, Launch};
+use super::{bindings, dropout, tiles, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 
@@ -66,7 +66,19 @@ impl Tile {
         }
     }
 
-    /// The tile for an output of `rows` rows in these widths.
+    fn named(name: &str) -> Option<Self> {
+        TILES.into_iter().find(|tile| tile.name() == name)
+    }
+
+    /// The tile that the kernels of a family give a problem, whose output has these widths.
+    pub(super) fn of(family: &str, problem: &Problem<'_>, dtype: DType, widths: &[u64]) -> Self {
+        let total = problem.projections.iter().map(|part| part.out_dim).sum();
+        let known = tiles::known(family, dtype, [problem.in_dim, total], problem.rows);
+        let rule = || Self::choose(problem.rows as u64, widths);
+        known.and_then(Self::named).unwrap_or_else(rule)
+    }
+
+    /// The rule: the tile for an output of `rows` rows in these widths.
     pub(super) fn choose(rows: u64, widths: &[u64]) -> Self {
         let large = Self::Large.side();
         let columns: u64 = widths.iter().map(|width| width.div_ceil(large)).sum();
@@ -204,6 +216,23 @@ impl<'a> Shapes<'a> {
         }
     }
 
+    /// Those of the forward.
+    pub(super) fn forward_params(
+        &self,
+        parts: [ProjectionPart; 3],
+        operands: &ForwardOperands<'_>,
+    ) -> ProjectionParams {
+        ProjectionParams {
+            left: operands.x,
+            low_rank: operands.low_rank,
+            residual: operands.residual,
+            sum: operands.sum,
+            out: operands.out,
+            parts,
+            ..self.params()
+        }
+    }
+
     /// A launch of a projection kernel whose output has these widths.
     pub(super) fn launch_tiles(
         &self,
@@ -306,7 +335,35 @@ pub fn forward(
     operands: &ForwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
-    forward_with(Tile::choose(problem.rows as u64, &widths), problem, dtype, operands)
+    forward_with(Tile::of(tiles::PROJECTION[0], problem, dtype, &widths), problem, dtype, operands)
+}
+
+/// The launch for S; none without LoRA.
+pub(super) fn low_rank_input(
+    shapes: &Shapes<'_>,
+    dtype: DType,
+    parts: &[ProjectionPart; 3],
+    operands: &ForwardOperands<'_>,
+) -> Result<Option<Launch>> {
+    let products: Vec<_> = shapes
+        .adapted()
+        .map(|(index, lora)| LowRankPart {
+            left: operands.x,
+            right: parts[index].a,
+            out: operands.low_rank + 4 * u64::from(parts[index].s_column),
+            size_i: shapes.problem.rows as u32,
+            size_j: lora.rank as u32,
+            out_j: (lora.rank as u32).next_multiple_of(4),
+            depth: shapes.in_dim,
+            left_stride: shapes.in_dim,
+            right_stride: shapes.in_dim,
+            out_stride_i: shapes.s_stride,
+            out_stride_j: 1,
+            scale: lora.scaling,
+            mask: parts[index].mask,
+        })
+        .collect();
+    low_rank("input", dtype, &products, (1, shapes.in_dim, 0))
 }
 
 /// The forward with this tile.
@@ -321,43 +378,16 @@ pub fn forward_with(
 ) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
     let parts = shapes.parts(operands.weights, operands.small)?;
-    let products: Vec<_> = shapes
-        .adapted()
-        .map(|(index, lora)| LowRankPart {
-            left: operands.x,
-            right: parts[index].a,
-            out: operands.low_rank + 4 * u64::from(shapes.s_columns[index]),
-            size_i: problem.rows as u32,
-            size_j: lora.rank as u32,
-            out_j: (lora.rank as u32).next_multiple_of(4),
-            depth: shapes.in_dim,
-            left_stride: shapes.in_dim,
-            right_stride: shapes.in_dim,
-            out_stride_i: shapes.s_stride,
-            out_stride_j: 1,
-            scale: lora.scaling,
-            mask: parts[index].mask,
-        })
-        .collect();
-    let mut launches: Vec<_> =
-        low_rank("input", dtype, &products, (1, shapes.in_dim, 0))?.into_iter().collect();
+    let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
     let shared_bytes = match tile {
         Tile::Large => bindings::PROJECTION_FWD_128X128_SHARED_BYTES,
         Tile::Small => bindings::PROJECTION_FWD_64X64_SHARED_BYTES,
     };
-    let params = ProjectionParams {
-        left: operands.x,
-        low_rank: operands.low_rank,
-        residual: operands.residual,
-        sum: operands.sum,
-        out: operands.out,
-        parts,
-        ..shapes.params()
-    };
     let tiles = (tile, shared_bytes);
-    launches.push(shapes.launch_tiles("projection_fwd", dtype, tiles, &widths, params)?);
-    Ok(launches)
+    let params = shapes.forward_params(parts, operands);
+    let out = shapes.launch_tiles("projection_fwd", dtype, tiles, &widths, params)?;
+    Ok(s.into_iter().chain([out]).collect())
 }
 
 #[cfg(test)]

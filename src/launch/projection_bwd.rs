@@ -14,7 +14,7 @@ use super::bindings::{
     PROJECTION_PARTS,
 };
 use super::projection::{low_rank, Activation, Problem, Shapes, Tile};
-use super::{dropout, sum_partials, Launch};
+use super::{dropout, sum_partials, tiles, Launch};
 use candle_core::{bail, DType, Result};
 
 const WARP: u64 = 32;
@@ -91,7 +91,7 @@ pub fn backward(
     dtype: DType,
     operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
-    let tile = Tile::choose(problem.rows as u64, &[problem.in_dim as u64]);
+    let tile = Tile::of(tiles::PROJECTION[1], problem, dtype, &[problem.in_dim as u64]);
     backward_with(tile, problem, dtype, operands)
 }
 

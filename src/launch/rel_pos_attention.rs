@@ -9,10 +9,12 @@ use super::bindings::{
     REL_POS_ATTENTION_KEY_SIDE, REL_POS_ATTENTION_KEY_WARPS, REL_POS_ATTENTION_ROW_PAD,
     REL_POS_ATTENTION_TABLE_PARTS,
 };
-use super::{dropout, sum_partials, AttentionProblem, Launch};
+use super::{dropout, sum_partials, tiles, AttentionProblem, Launch};
 use candle_core::{bail, DType, Result};
 
 const OP: &str = AttentionProblem::OP;
+const FORWARD: &str = tiles::ATTENTION[0];
+const BY_QUERY: &str = tiles::ATTENTION[1];
 /// Shared memory that a block may have on an A100; the kernels' demand grows with the sides of the window.
 const SHARED_BYTES: usize = 163 << 10;
 /// Key tiles of the backward's key pass are squares, the biases' rows are padded to whole ones.
@@ -35,27 +37,27 @@ pub struct Tile {
 /// Channels that kernels are compiled for; other heads are padded in shared memory.
 const DIMS: [usize; 4] = [16, 32, 64, 80];
 
-/// Which tile a problem gets, if any.
+/// Which tile the kernels of a family give a problem, if any: columns as [`tiles`] says, and
 ///
-/// | dtype | head_dim | width of the window | tile | why |
+/// | dtype | columns | key rows | warps | why |
 /// |---|---|---|---|---|
-/// | f16, bf16 | over 32 | a multiple of 64, or a little less | 1 x 64, 4 warps | one rel_h for 64 keys; a block's 64 queries are one row of SAM's 64 x 64 grid |
-/// | f16, bf16 | over 32 | of 40 likewise | 2 x 40, 4 warps | grids of 40 and 80, which stripes of 16 or 64 do not fill |
-/// | f16, bf16 | any | any other | 4 x 16, 7 warps | a window's row of 14 is 16; its 196 queries are two blocks of 112 |
-/// | f32 | any | any | 2 x 16, 4 warps | twice the bytes and registers: half the keys |
-pub fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
+/// | f16, bf16 | 64 | 1 | 4 | one rel_h for 64 keys; a block's 64 queries are one row of SAM's 64 x 64 grid |
+/// | f16, bf16 | 40 | 2 | 4 | grids of 40 and 80, which stripes of 16 or 64 do not fill |
+/// | f16, bf16 | 16 | 4 | 7 | a window's row of 14 is 16; its 196 queries are two blocks of 112 |
+/// | f32 | 16 | 2 | 4 | twice the bytes and registers: half the keys |
+pub fn tile(family: &str, problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
     let dim = *DIMS.iter().find(|&&dim| dim >= problem.head_dim)?;
-    let width = |cols: usize| problem.side_w.next_multiple_of(cols);
-    let (cols, rows, warps) = match dtype {
-        DType::F32 => (16, REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS),
-        DType::F16 | DType::BF16 if dim >= 64 && width(64) <= width(16).min(width(40)) => {
-            (64, REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS)
+    let cols = tiles::attention(family, dtype, problem.head_dim, problem.side_w);
+    let (rows, warps) = match (dtype, cols) {
+        (DType::F32, _) => (REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS),
+        (DType::F16 | DType::BF16, 64) => {
+            (REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS)
         }
-        DType::F16 | DType::BF16 if dim >= 64 && width(40) < width(16) => {
-            (40, REL_POS_ATTENTION_COLS40_ROWS, REL_POS_ATTENTION_COLS40_WARPS)
+        (DType::F16 | DType::BF16, 40) => {
+            (REL_POS_ATTENTION_COLS40_ROWS, REL_POS_ATTENTION_COLS40_WARPS)
         }
-        DType::F16 | DType::BF16 => {
-            (16, REL_POS_ATTENTION_COLS16_ROWS, REL_POS_ATTENTION_COLS16_WARPS)
+        (DType::F16 | DType::BF16, _) => {
+            (REL_POS_ATTENTION_COLS16_ROWS, REL_POS_ATTENTION_COLS16_WARPS)
         }
         _ => return None,
     };
@@ -96,8 +98,8 @@ impl Tile {
         self.forward_shared_bytes(problem, dtype) + 4 * (self.queries() * h + rows * stride)
     }
 
-    fn family(&self, pass: &str) -> String {
-        format!("rel_pos_attention_{pass}_hd{}_cols{}", self.dim, self.cols)
+    fn instance(&self, family: &str) -> String {
+        format!("{family}_hd{}_cols{}", self.dim, self.cols)
     }
 }
 
@@ -121,8 +123,13 @@ pub(super) fn shape(p: &AttentionProblem) -> RelPosAttentionShape {
 /// # Errors
 /// On other dtypes than f32, f16 and bf16, heads of more than 80 channels or, in 16 bits, an odd number of them, grids
 /// whose biases do not fit into shared memory, addresses that are not multiples of 4.
-pub fn check(problem: &AttentionProblem, dtype: DType, addresses: &[device_ptr]) -> Result<Tile> {
-    let Some(tile) = tile(problem, dtype) else {
+pub fn check(
+    family: &str,
+    problem: &AttentionProblem,
+    dtype: DType,
+    addresses: &[device_ptr],
+) -> Result<Tile> {
+    let Some(tile) = tile(family, problem, dtype) else {
         bail!(
             "{OP}: kernels are for f32, f16 and bf16 and head_dim up to 80, got {dtype:?} and {}",
             problem.head_dim
@@ -145,8 +152,13 @@ pub fn check(problem: &AttentionProblem, dtype: DType, addresses: &[device_ptr])
 /// Shared memory that the largest of a problem's blocks takes, forward and backward, if the kernels cover it; some
 /// devices have less than the A100's.
 pub fn shared_bytes(problem: &AttentionProblem, dtype: DType) -> Option<usize> {
-    let tile = check(problem, dtype, &[]).ok()?;
-    Some(tile.backward_shared_bytes(problem, dtype).max(key_shared_bytes(tile.dim, dtype)))
+    let mut most = 0;
+    for family in [FORWARD, BY_QUERY] {
+        let tile = check(family, problem, dtype, &[]).ok()?;
+        let bytes = tile.backward_shared_bytes(problem, dtype);
+        most = most.max(bytes).max(key_shared_bytes(tile.dim, dtype));
+    }
+    Some(most)
 }
 
 /// The addresses of the inputs, all of one dtype; 0 where absent.
@@ -177,11 +189,11 @@ pub fn forward(
     lse: device_ptr,
 ) -> Result<Launch> {
     let &Inputs { qkv, tables, pad } = inputs;
-    let tile = check(problem, dtype, &[qkv, tables, pad, out, lse])?;
+    let tile = check(FORWARD, problem, dtype, &[qkv, tables, pad, out, lse])?;
     let params = RelPosAttentionFwdParams { qkv, tables, pad, out, lse, shape: shape(problem) };
     let threads = 32 * tile.warps as u32;
     let grid = [query_blocks(problem, &tile), 1, 1];
-    let launch = Launch::new(&tile.family("fwd"), dtype, grid, threads, &params)?;
+    let launch = Launch::new(&tile.instance(FORWARD), dtype, grid, threads, &params)?;
     Ok(Launch { shared_bytes: tile.forward_shared_bytes(problem, dtype) as u32, ..launch })
 }
 
@@ -259,7 +271,7 @@ pub fn workspace_bytes(
     train_tables: bool,
     train_pad: bool,
 ) -> Result<usize> {
-    let tile = check(problem, dtype, &[])?;
+    let tile = check(BY_QUERY, problem, dtype, &[])?;
     Ok(Workspace::new(problem, &tile, train_tables, train_pad).bytes as usize)
 }
 
@@ -275,7 +287,8 @@ pub fn backward(
 ) -> Result<Vec<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace } = operands;
-    let tile = check(problem, dtype, &[qkv, tables, pad, out, lse, dout, dqkv, dtables, dpad])?;
+    let addresses = [qkv, tables, pad, out, lse, dout, dqkv, dtables, dpad];
+    let tile = check(BY_QUERY, problem, dtype, &addresses)?;
     let at = Workspace::new(problem, &tile, dtables != 0, dpad != 0);
     let (bias, delta) = (workspace, workspace + at.delta);
     let present = |output: device_ptr, partials: u64| {
@@ -306,7 +319,7 @@ pub fn backward(
     };
     let blocks = if dtables == 0 { items } else { table_parts(problem, &tile) };
     let threads = 32 * tile.warps as u32;
-    let by_query = Launch::new(&tile.family("bwd_query"), dtype, [blocks, 1, 1], threads, &params)?;
+    let by_query = Launch::new(&tile.instance(BY_QUERY), dtype, [blocks, 1, 1], threads, &params)?;
     let shared_bytes = tile.backward_shared_bytes(problem, dtype) as u32;
     let mut launches = vec![Launch { shared_bytes, ..by_query }];
 
@@ -373,22 +386,22 @@ mod tests {
     #[test]
     fn every_row_of_the_table_is_row_aligned_and_has_its_use() {
         let wide = Some(Tile { dim: 64, cols: 64, rows: 1, warps: 4 });
-        assert_eq!(tile(&GLOBAL, DType::BF16), wide);
-        assert_eq!(tile(&GLOBAL, DType::F16), wide);
+        assert_eq!(tile(FORWARD, &GLOBAL, DType::BF16), wide);
+        assert_eq!(tile(FORWARD, &GLOBAL, DType::F16), wide);
         let narrow = Tile { dim: 64, cols: 16, rows: 4, warps: 7 };
-        assert_eq!(tile(&WINDOWED, DType::BF16), Some(narrow));
+        assert_eq!(tile(FORWARD, &WINDOWED, DType::BF16), Some(narrow));
         let f32 = Tile { dim: 64, cols: 16, rows: 2, warps: 4 };
-        assert_eq!(tile(&GLOBAL, DType::F32), Some(f32));
+        assert_eq!(tile(FORWARD, &GLOBAL, DType::F32), Some(f32));
         let middle = Tile { dim: 64, cols: 40, rows: 2, warps: 4 };
         for (side, expected) in
             [(14, narrow), (32, narrow), (48, narrow), (40, middle), (37, middle)]
         {
             let problem = AttentionProblem { side_h: side, side_w: side, ..GLOBAL };
-            assert_eq!(tile(&problem, DType::F16), Some(expected), "{side}");
+            assert_eq!(tile(FORWARD, &problem, DType::F16), Some(expected), "{side}");
         }
         for (head_dim, dim) in [(1, 16), (14, 16), (32, 32), (33, 64), (80, 80)] {
             let problem = AttentionProblem { head_dim, ..WINDOWED };
-            assert_eq!(tile(&problem, DType::BF16).map(|tile| tile.dim), Some(dim));
+            assert_eq!(tile(FORWARD, &problem, DType::BF16).map(|tile| tile.dim), Some(dim));
         }
         for tile in [wide, Some(narrow), Some(middle), Some(f32)].into_iter().flatten() {
             assert_eq!((tile.cols % 8, tile.rows * tile.cols % 16), (0, 0), "{tile:?}");
@@ -437,7 +450,7 @@ mod tests {
     #[test]
     fn what_the_kernels_do_not_cover_is_refused_with_the_reason() {
         let refused = |problem, dtype, address: device_ptr, word: &str| {
-            let message = check(&problem, dtype, &[address]).unwrap_err().to_string();
+            let message = check(FORWARD, &problem, dtype, &[address]).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");
         };
         refused(AttentionProblem { head_dim: 81, ..GLOBAL }, DType::F32, 0, "head_dim");

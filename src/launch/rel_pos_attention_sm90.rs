@@ -19,10 +19,11 @@ use super::bindings::{
 };
 use super::rel_pos_attention::{shape, Inputs};
 use super::tensor_map::{Element, Swizzle, TensorMap};
-use super::{AttentionProblem, Launch};
+use super::{tiles, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
+const FAMILY: &str = tiles::ATTENTION[2];
 /// Shared memory that a block may have on Hopper.
 const SHARED_BYTES: usize = 227 << 10;
 /// Channels of the first part of a panel; a head of 80 has a second one.
@@ -53,37 +54,32 @@ fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
     if !p.h.is_multiple_of(p.side_h) || !p.w.is_multiple_of(p.side_w) {
         return None;
     }
-    let width = |cols: usize| p.side_w.next_multiple_of(cols);
-    let (cols, rows, box_rows, slots) = if width(64) <= width(16).min(width(40)) {
-        (
-            64,
+    let cols = tiles::attention(FAMILY, dtype, p.head_dim, p.side_w);
+    let (rows, box_rows, slots) = match cols {
+        64 => (
             REL_POS_ATTENTION_SM90_COLS64_ROWS,
             REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS,
             slots(
                 REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS,
                 REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS,
             ),
-        )
-    } else if width(40) < width(16) {
-        (
-            40,
+        ),
+        40 => (
             REL_POS_ATTENTION_SM90_COLS40_ROWS,
             REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
             slots(
                 REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS,
                 REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS,
             ),
-        )
-    } else {
-        (
-            16,
+        ),
+        _ => (
             REL_POS_ATTENTION_SM90_COLS16_ROWS,
             REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
             slots(
                 REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS,
                 REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS,
             ),
-        )
+        ),
     };
     Some(Tile { cols, rows: rows as usize, box_rows: box_rows as usize, slots })
 }
@@ -195,7 +191,7 @@ pub fn forward(
         shape: shape(problem),
         ..bytemuck::Zeroable::zeroed()
     };
-    let family = format!("rel_pos_attention_fwd_sm90_hd{}_cols{}", problem.head_dim, tile.cols);
+    let family = format!("{FAMILY}_hd{}_cols{}", problem.head_dim, tile.cols);
     let units = problem.windows() * problem.num_heads;
     let grid = [units as u64 * tile.blocks(problem) as u64, 1, 1];
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;

@@ -1,5 +1,5 @@
 //! The GPU against the emulator, which runs the same kernels from their sources on the same inputs: on machines that
-//! have these and a C++ compiler.
+//! have these and a C++ compiler. Emulated are the portable kernels; a GPU with others is held against them with both.
 //!
 //! The two differ where the emulator does not know the hardware's last bits: the order and rounding of the sums inside
 //! the tensor cores, the approximations of 2^x, division and square root.
@@ -9,7 +9,7 @@ mod device;
 
 use crate::common::cases::DROPOUT;
 use crate::common::{error, random, values};
-use crate::trial;
+use crate::{trial, with_each};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_sam_lora::launch::projection::{self, ForwardOperands, LoraProblem, ProjectionProblem};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, Inputs};
@@ -81,9 +81,11 @@ fn layer_norm_of(dtype: DType, device: &Device) -> Result<()> {
         Ok(vec![y])
     });
     let on = |t: &Tensor| t.to_device(device);
-    let y = ops::layer_norm(&on(&x)?, &on(&weight)?, &on(&bias)?, eps)?;
-    compare("layer_norm", dtype, &y, &outputs[0], ELEMENTWISE);
-    Ok(())
+    with_each(device, || {
+        let y = ops::layer_norm(&on(&x)?, &on(&weight)?, &on(&bias)?, eps)?;
+        compare("layer_norm", dtype, &y, &outputs[0], ELEMENTWISE);
+        Ok(())
+    })
 }
 
 /// Two heads of 64; windows hang over the grid.
@@ -138,9 +140,11 @@ fn attention_of(
         pad: pad.as_ref(),
         dropout: None,
     };
-    let out = ops::rel_pos_attention(&on(&qkv)?, &config)?;
-    compare("attention", dtype, &out, &outputs[0], PRODUCTS);
-    Ok(())
+    with_each(device, || {
+        let out = ops::rel_pos_attention(&on(&qkv)?, &config)?;
+        compare("attention", dtype, &out, &outputs[0], PRODUCTS);
+        Ok(())
+    })
 }
 
 /// A projection's tensors: weight, bias, A, B.
@@ -233,9 +237,11 @@ fn lora_linear_of(dtype: DType, device: &Device) -> Result<()> {
     let gelu = projection::Activation::Gelu;
     let emulated = emulate(std::slice::from_ref(&part), &x, gelu, Some(&residual))?;
     let (part, x, residual) = (part.on(device)?, x.to_device(device)?, residual.to_device(device)?);
-    let y = ops::lora_linear(&x, &part.projection(), Activation::Gelu, Some(&residual))?;
-    compare("lora_linear", dtype, &y, &emulated, PRODUCTS);
-    Ok(())
+    with_each(device, || {
+        let y = ops::lora_linear(&x, &part.projection(), Activation::Gelu, Some(&residual))?;
+        compare("lora_linear", dtype, &y, &emulated, PRODUCTS);
+        Ok(())
+    })
 }
 
 fn lora_qkv_of(dtype: DType, device: &Device) -> Result<()> {
@@ -249,7 +255,9 @@ fn lora_qkv_of(dtype: DType, device: &Device) -> Result<()> {
     let [q, k, v] = parts.each_ref().map(|part| part.on(device));
     let [q, k, v] = [q?, k?, v?];
     let projections = [q.projection(), k.projection(), v.projection()];
-    let y = ops::lora_qkv(&x.to_device(device)?, &projections)?;
-    compare("lora_qkv", dtype, &y, &emulated, PRODUCTS);
-    Ok(())
+    with_each(device, || {
+        let y = ops::lora_qkv(&x.to_device(device)?, &projections)?;
+        compare("lora_qkv", dtype, &y, &emulated, PRODUCTS);
+        Ok(())
+    })
 }

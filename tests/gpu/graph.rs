@@ -4,7 +4,7 @@
 
 use crate::common::cases::{dropout, layer_norm, Attention, OnTensors, Op, DROPOUT};
 use crate::common::{gradients, random, values};
-use crate::trial;
+use crate::{trial, with_each};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode,
@@ -71,7 +71,7 @@ pub fn trials() -> Vec<Trial> {
         for (pass, backward) in [("forward", false), ("backward", true)] {
             trials.push(trial(format!("graph {pass} {name}"), move |device| {
                 match captured().get(index) {
-                    Some(op) => replay(op, backward, device),
+                    Some(op) => with_each(device, || replay(op, backward, device)),
                     None => candle_core::bail!("there is no case {index}"),
                 }
             }));

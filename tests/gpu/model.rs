@@ -2,9 +2,9 @@
 
 use crate::common::adapters;
 use crate::common::model::{config, folder, model, read, scalars, Worst};
-use crate::trial;
+use crate::{trial, with_each};
 use anyhow::Context;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Error, Tensor};
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamInput, SamModel};
 use libtest_mimic::Trial;
@@ -19,17 +19,19 @@ pub fn trials() -> Vec<Trial> {
     for name in ["tiny", "slim", "plain"] {
         for kind in [AttentionKind::Fused, AttentionKind::Split] {
             trials.push(trial(format!("model {name} {kind:?}"), move |device| {
-                values(name, kind, device).map_err(candle_core::Error::wrap)
+                with_each(device, || values(name, kind, device).map_err(Error::wrap))
             }));
         }
     }
     for (kind, output_error, gradient_error) in adapters::KINDS {
         trials.push(trial(format!("model adapter {kind}"), move |device| {
-            adapter(kind, output_error, gradient_error, device).map_err(candle_core::Error::wrap)
+            with_each(device, || {
+                adapter(kind, output_error, gradient_error, device).map_err(Error::wrap)
+            })
         }));
     }
     trials.push(trial("model gradients".to_string(), |device| {
-        gradients(device).map_err(candle_core::Error::wrap)
+        with_each(device, || gradients(device).map_err(Error::wrap))
     }));
     trials
 }

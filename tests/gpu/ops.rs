@@ -2,7 +2,7 @@
 
 use crate::common::cases::{all, disguises, large, Op};
 use crate::common::{error, gradients, random, tensor_error, values};
-use crate::trial;
+use crate::{trial, with_each};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 use libtest_mimic::Trial;
 
@@ -66,28 +66,34 @@ fn check(what: &str, op: &Op, dtype: DType, got: f64, eager: f64, roundings: f64
 fn values_agree_with_the_reference(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (host, inputs) = inputs(op, dtype, device)?;
     let expected = (op.reference)(&host.iter().map(values).collect::<Vec<_>>());
-    let out = (op.fused)(&inputs)?;
-    assert_eq!(out.dtype(), dtype);
-    assert!(out.device().same_device(device));
     let eager = error(&values(&(op.composed)(&host)?), &expected);
-    check("value", op, dtype, error(&values(&out), &expected), eager, 1.0);
-    Ok(())
+    with_each(device, || {
+        let out = (op.fused)(&inputs)?;
+        assert_eq!(out.dtype(), dtype);
+        assert!(out.device().same_device(device));
+        check("value", op, dtype, error(&values(&out), &expected), eager, 1.0);
+        Ok(())
+    })
 }
 
 fn gradients_agree_with_the_composed_graph(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (host, inputs) = inputs(op, dtype, device)?;
     let grad_out = random(79, (op.fused)(&inputs)?.shape()).to_dtype(dtype)?;
-    let (_, grads) = gradients(&inputs, &grad_out.to_device(device)?, &op.fused)?;
     let (_, eager) = gradients(&host, &grad_out, &op.composed)?;
     let wide: Vec<_> = host.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<_>>()?;
     let (_, truth) = gradients(&wide, &grad_out.to_dtype(DType::F32)?, &op.composed)?;
-    for (index, ((grad, eager), truth)) in grads.iter().zip(&eager).zip(&truth).enumerate() {
-        assert_eq!(grad.dtype(), dtype);
-        let (got, eager) = (tensor_error(grad, truth), tensor_error(eager, truth));
-        // The forward's rounded output enters the attention's backward: one more rounding.
-        check(&format!("gradient {index}"), op, dtype, got, eager, 2.0);
-    }
-    Ok(())
+    let eager: Vec<_> = eager.iter().zip(&truth).map(|(e, truth)| tensor_error(e, truth)).collect();
+    let on_device = grad_out.to_device(device)?;
+    with_each(device, || {
+        let (_, grads) = gradients(&inputs, &on_device, &op.fused)?;
+        for (index, ((grad, eager), truth)) in grads.iter().zip(&eager).zip(&truth).enumerate() {
+            assert_eq!(grad.dtype(), dtype);
+            let got = tensor_error(grad, truth);
+            // The forward's rounded output enters the attention's backward: one more rounding.
+            check(&format!("gradient {index}"), op, dtype, got, *eager, 2.0);
+        }
+        Ok(())
+    })
 }
 
 /// The bits of output and gradients.
@@ -100,42 +106,48 @@ fn everything(op: &Op, inputs: &[Tensor]) -> Result<Vec<Vec<f64>>> {
 
 fn any_strides_give_the_same_bits(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (_, inputs) = inputs(op, dtype, device)?;
-    let expected = values(&(op.fused)(&inputs)?);
-    for index in 0..inputs.len() {
-        for disguise in disguises(&inputs[index])? {
-            let mut inputs = inputs.clone();
-            inputs[index] = disguise;
-            let got = values(&(op.fused)(&inputs)?);
-            assert!(got == expected, "{} input {index}: {:?}", op.name, inputs[index].layout());
+    with_each(device, || {
+        let expected = values(&(op.fused)(&inputs)?);
+        for index in 0..inputs.len() {
+            for disguise in disguises(&inputs[index])? {
+                let mut inputs = inputs.clone();
+                inputs[index] = disguise;
+                let got = values(&(op.fused)(&inputs)?);
+                assert!(got == expected, "{} input {index}: {:?}", op.name, inputs[index].layout());
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn ten_runs_give_the_same_bits(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (_, inputs) = inputs(op, dtype, device)?;
-    let expected = everything(op, &inputs)?;
-    for run in 1..10 {
-        assert!(everything(op, &inputs)? == expected, "{}: run {run} gave other bits", op.name);
-    }
-    Ok(())
+    with_each(device, || {
+        let expected = everything(op, &inputs)?;
+        for run in 1..10 {
+            assert!(everything(op, &inputs)? == expected, "{}: run {run} gave other bits", op.name);
+        }
+        Ok(())
+    })
 }
 
 /// Two devices of candle's are two streams of one GPU: their kernels interleave.
 fn two_streams_give_the_same_bits(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (_, first) = inputs(op, dtype, device)?;
-    let expected = values(&(op.fused)(&first)?);
-    let streams = [0, 1].map(|_| CudaDevice::new_with_stream(0).map(Device::Cuda));
-    let [one, two] = streams;
-    let [one, two] = [one?, two?];
-    let ((_, on_one), (_, on_two)) = (inputs(op, dtype, &one)?, inputs(op, dtype, &two)?);
-    let mut outputs = Vec::new();
-    for _ in 0..4 {
-        outputs.push((op.fused)(&on_one)?);
-        outputs.push((op.fused)(&on_two)?);
-    }
-    for out in &outputs {
-        assert!(values(out) == expected, "{}: another stream gave other bits", op.name);
-    }
-    Ok(())
+    with_each(device, || {
+        let expected = values(&(op.fused)(&first)?);
+        let streams = [0, 1].map(|_| CudaDevice::new_with_stream(0).map(Device::Cuda));
+        let [one, two] = streams;
+        let [one, two] = [one?, two?];
+        let ((_, on_one), (_, on_two)) = (inputs(op, dtype, &one)?, inputs(op, dtype, &two)?);
+        let mut outputs = Vec::new();
+        for _ in 0..4 {
+            outputs.push((op.fused)(&on_one)?);
+            outputs.push((op.fused)(&on_two)?);
+        }
+        for out in &outputs {
+            assert!(values(out) == expected, "{}: another stream gave other bits", op.name);
+        }
+        Ok(())
+    })
 }

@@ -1,8 +1,8 @@
 //! Fine-tuning on the GPU: the losses of the same steps, images, prompts and dropout masks as on the CPU.
 
 use crate::common::fixtures;
-use crate::trial;
-use candle_core::{DType, Device};
+use crate::{trial, with_each};
+use candle_core::{DType, Device, Error};
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
@@ -17,7 +17,8 @@ const BOUND: f32 = 1e-5;
 
 pub fn trials() -> Vec<Trial> {
     vec![trial("train tiny-sam".to_string(), |device| {
-        losses_are_those_of_the_cpu(device).map_err(candle_core::Error::wrap)
+        let expected = losses(&Device::Cpu).map_err(Error::wrap)?;
+        with_each(device, || losses_are(&expected, device).map_err(Error::wrap))
     })]
 }
 
@@ -46,11 +47,11 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     Ok(trainer.losses().to_vec())
 }
 
-fn losses_are_those_of_the_cpu(device: &Device) -> anyhow::Result<()> {
-    let (expected, got) = (losses(&Device::Cpu)?, losses(device)?);
+fn losses_are(expected: &[f32], device: &Device) -> anyhow::Result<()> {
+    let got = losses(device)?;
     println!("CPU {expected:?}\nGPU {got:?}");
     assert_eq!(got.len(), STEPS as usize);
-    let errors: Vec<f32> = got.iter().zip(&expected).map(|(a, b)| (a / b - 1.0).abs()).collect();
+    let errors: Vec<f32> = got.iter().zip(expected).map(|(a, b)| (a / b - 1.0).abs()).collect();
     assert!(errors.iter().all(|error| *error < BOUND), "{errors:?}");
     Ok(())
 }

@@ -165,8 +165,17 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
 /// Runs a case in every mode: `run` gets a device, and returns the memory of its outputs, which must have the same
 /// bits every time. Returns those of one.
 pub fn in_every_mode(case: &str, run: impl Fn(&Device) -> Result<Vec<Memory>>) -> Vec<Memory> {
+    in_modes(case, Mode::all(), run)
+}
+
+/// The same in these modes.
+pub fn in_modes(
+    case: &str,
+    modes: impl Iterator<Item = Mode>,
+    run: impl Fn(&Device) -> Result<Vec<Memory>>,
+) -> Vec<Memory> {
     let mut first: Option<Vec<Memory>> = None;
-    for mode in Mode::all() {
+    for mode in modes {
         let outputs = run(&Device { emulator: emulator(), mode })
             .unwrap_or_else(|e| panic!("{case}, {mode:?}: {e}"));
         match &first {

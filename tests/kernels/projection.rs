@@ -2,35 +2,37 @@
 //! from 1 to 256, any subset of q, k and v adapted.
 
 use crate::common::{error, gradients, random, values, Worst};
-use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
+use crate::device::{bound, in_modes, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
-    TILES,
+    Tile, TILES,
 };
+use candle_sam_lora::launch::Launch;
 use candle_sam_lora::ops::{self, composed, Lora, Projection};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
+use candle_sam_lora_emulator::Mode;
 
 /// Shapes and options; everything else follows.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    rows: usize,
-    in_dim: usize,
+pub struct Case {
+    pub rows: usize,
+    pub in_dim: usize,
     /// Output widths.
-    outs: &'static [usize],
+    pub outs: &'static [usize],
     /// Ranks, 0 without LoRA.
-    ranks: &'static [usize],
-    bias: bool,
-    lora_bias: bool,
-    p: f64,
-    activation: Activation,
-    residual: bool,
+    pub ranks: &'static [usize],
+    pub bias: bool,
+    pub lora_bias: bool,
+    pub p: f64,
+    pub activation: Activation,
+    pub residual: bool,
     /// How many elements the tensors lie off their alignment.
-    offset: usize,
+    pub offset: usize,
 }
 
-const PLAIN: Case = Case {
+pub const PLAIN: Case = Case {
     rows: 70,
     in_dim: 48,
     outs: &[72],
@@ -44,7 +46,7 @@ const PLAIN: Case = Case {
 };
 const GELU: Activation = Activation::Gelu;
 
-const CASES: [Case; 12] = [
+pub const CASES: [Case; 12] = [
     PLAIN,
     Case { rows: 1, in_dim: 1, outs: &[1], ranks: &[1], p: 0.0, bias: true, ..PLAIN },
     Case { rows: 130, in_dim: 136, outs: &[136], ranks: &[16], p: 0.1, bias: true, ..PLAIN },
@@ -73,10 +75,10 @@ struct Part {
 }
 
 /// A case's tensors in a dtype; adapters are f32.
-struct Data {
-    name: String,
-    case: Case,
-    dtype: DType,
+pub struct Data {
+    pub name: String,
+    pub case: Case,
+    pub dtype: DType,
     parts: Vec<Part>,
     problems: Vec<ProjectionProblem>,
     x: Tensor,
@@ -87,7 +89,7 @@ struct Data {
 }
 
 impl Data {
-    fn new(case: Case, dtype: DType) -> Result<Self> {
+    pub fn new(case: Case, dtype: DType) -> Result<Self> {
         let Case { rows, in_dim, outs, ranks, .. } = case;
         let scale = (1.0 / in_dim as f64).sqrt();
         let mut parts = Vec::new();
@@ -147,7 +149,7 @@ impl Data {
         pairs.map(|(case, dtype)| Self::new(case, dtype)).collect()
     }
 
-    fn projections(&self) -> Problem<'_> {
+    pub fn projections(&self) -> Problem<'_> {
         let Case { rows, in_dim, activation, .. } = self.case;
         Problem { rows, in_dim, projections: &self.problems, activation }
     }
@@ -359,50 +361,73 @@ fn on_the_cpu(data: &Data) -> Result<Tensor> {
     }
 }
 
+/// What is launched for these operands.
+type ForwardPlan<'a> = dyn Fn(&ForwardOperands<'_>) -> Result<Vec<Launch>> + 'a;
+type BackwardPlan<'a> = dyn Fn(&BackwardOperands<'_>) -> Result<Vec<Launch>> + 'a;
+
+/// Runs the forward that each plan makes, in these modes, and checks all that it writes.
+pub fn check_forward(
+    data: &Data,
+    worst: &mut Worst,
+    modes: &[Mode],
+    plans: &[&ForwardPlan<'_>],
+) -> Result<()> {
+    let problem = data.projections();
+    let count = data.case.rows * data.total;
+    let keeps_sum = data.case.activation != Activation::Identity;
+    let x = data.memory(&data.x);
+    let weights: Vec<_> = data.parts.iter().map(|part| data.memory(&part.weight)).collect();
+    let weights_at: Vec<_> = weights.iter().map(|weight| data.at(weight)).collect();
+    let small = Memory::from_tensor(&data.small);
+    let residual = data.residual.as_ref().map(|residual| data.memory(residual));
+    let expected_sum = data.reference_sum();
+    let mut expected: Vec<f64> = expected_sum.iter().map(|&x| data.activate(x)).collect();
+    if let Some(residual) = &data.residual {
+        expected.iter_mut().zip(values(residual)).for_each(|(y, r)| *y += r);
+    }
+    let eager = data.eager(&data.x, &data.small_tensors(), data.residual.as_ref())?;
+    let eager = error(&values(&eager), &expected);
+    for plan in plans {
+        let outputs = in_modes(&data.name, modes.iter().copied(), |device| {
+            let (y, sum) = (data.alloc(count), data.alloc(count));
+            let s = Memory::for_elements(projection::low_rank_len(&problem), DType::F32);
+            let operands = ForwardOperands {
+                x: data.at(&x),
+                weights: &weights_at,
+                small: small.address(),
+                residual: residual.as_ref().map_or(0, |residual| data.at(residual)),
+                out: data.at(&y),
+                low_rank: s.address(),
+                sum: if keeps_sum { data.at(&sum) } else { 0 },
+            };
+            launch_all(device, &plan(&operands)?)?;
+            Ok(vec![y, sum, s])
+        });
+        data.check(worst, "y", &data.read(&outputs[0]), &expected, eager);
+        if data.dtype == DType::F32 {
+            let cpu = values(&on_the_cpu(data)?);
+            data.check(worst, "y of the CPU", &data.read(&outputs[0]), &cpu, 0.0);
+        }
+        if keeps_sum {
+            data.check(worst, "sum", &data.read(&outputs[1]), &expected_sum, eager);
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     for data in Data::all()? {
         let problem = data.projections();
-        let count = data.case.rows * data.total;
-        let x = data.memory(&data.x);
-        let weights: Vec<_> = data.parts.iter().map(|part| data.memory(&part.weight)).collect();
-        let weights_at: Vec<_> = weights.iter().map(|weight| data.at(weight)).collect();
-        let small = Memory::from_tensor(&data.small);
-        let residual = data.residual.as_ref().map(|residual| data.memory(residual));
-        let expected_sum = data.reference_sum();
-        let mut expected: Vec<f64> = expected_sum.iter().map(|&x| data.activate(x)).collect();
-        if let Some(residual) = &data.residual {
-            expected.iter_mut().zip(values(residual)).for_each(|(y, r)| *y += r);
-        }
-        let eager = data.eager(&data.x, &data.small_tensors(), data.residual.as_ref())?;
-        let eager = error(&values(&eager), &expected);
-        for tile in TILES {
-            let outputs = in_every_mode(&data.name, |device| {
-                let (y, sum) = (data.alloc(count), data.alloc(count));
-                let s = Memory::for_elements(projection::low_rank_len(&problem), DType::F32);
-                let operands = ForwardOperands {
-                    x: data.at(&x),
-                    weights: &weights_at,
-                    small: small.address(),
-                    residual: residual.as_ref().map_or(0, |residual| data.at(residual)),
-                    out: data.at(&y),
-                    low_rank: s.address(),
-                    sum: data.at(&sum),
-                };
-                launch_all(
-                    device,
-                    &projection::forward_with(tile, &problem, data.dtype, &operands)?,
-                )?;
-                Ok(vec![y, sum, s])
-            });
-            data.check(&mut worst, "y", &data.read(&outputs[0]), &expected, eager);
-            if data.dtype == DType::F32 {
-                let cpu = values(&on_the_cpu(&data)?);
-                data.check(&mut worst, "y of the CPU", &data.read(&outputs[0]), &cpu, 0.0);
+        let plan = |tile: Tile| {
+            move |operands: &ForwardOperands<'_>| {
+                projection::forward_with(tile, &problem, data.dtype, operands)
             }
-            data.check(&mut worst, "sum", &data.read(&outputs[1]), &expected_sum, eager);
-        }
+        };
+        let [large, small] = TILES.map(plan);
+        let modes: Vec<_> = Mode::all().collect();
+        check_forward(&data, &mut worst, &modes, &[&large, &small])?;
     }
     worst.check("projection forward", 1.0 / 64.0);
     Ok(())
@@ -440,108 +465,119 @@ fn the_reference_backward_agrees_with_finite_differences() -> Result<()> {
     Ok(())
 }
 
+/// Runs the backward that each plan makes, after the portable forward, in these modes, and checks all that it writes.
+pub fn check_backward(
+    data: &Data,
+    worst: &mut Worst,
+    modes: &[Mode],
+    plans: &[&BackwardPlan<'_>],
+) -> Result<()> {
+    let Case { rows, in_dim, activation, .. } = data.case;
+    let problem = data.projections();
+    let [x, grad] = [&data.x, &data.grad].map(|tensor| data.memory(tensor));
+    let weights: Vec<_> = data.parts.iter().map(|part| data.memory(&part.weight)).collect();
+    let weights_at: Vec<_> = weights.iter().map(|weight| data.at(weight)).collect();
+    let small = Memory::from_tensor(&data.small);
+    let small_tensors = data.small_tensors();
+    let small_len: usize = small_tensors.iter().map(Tensor::elem_count).sum();
+    let (expected_dx, expected_dsmall) = data.reference_backward();
+
+    let mut inputs = vec![data.x.clone()];
+    inputs.extend(small_tensors);
+    let (_, eager) = gradients(&inputs, &data.grad, |t| data.eager(&t[0], &t[1..], None))?;
+    let eager_dsmall: Vec<f64> = eager[1..].iter().flat_map(values).collect();
+
+    for (index, plan) in plans.iter().enumerate() {
+        let outputs = in_modes(&data.name, modes.iter().copied(), |device| {
+            let dx = data.alloc(rows * in_dim);
+            let dsmall = Memory::for_elements(small_len, DType::F32);
+            let (y, sum) = (data.alloc(rows * data.total), data.alloc(rows * data.total));
+            let s = Memory::for_elements(projection::low_rank_len(&problem), DType::F32);
+            let bytes = projection::workspace_bytes(&problem, data.dtype);
+            let workspace = Memory::new(bytes);
+            let forward = ForwardOperands {
+                x: data.at(&x),
+                weights: &weights_at,
+                small: small.address(),
+                residual: 0,
+                out: data.at(&y),
+                low_rank: s.address(),
+                sum: if activation == Activation::Identity { 0 } else { data.at(&sum) },
+            };
+            let small_tile = Tile::Small;
+            launch_all(
+                device,
+                &projection::forward_with(small_tile, &problem, data.dtype, &forward)?,
+            )?;
+            let operands = BackwardOperands {
+                x: data.at(&x),
+                weights: &weights_at,
+                small: small.address(),
+                low_rank: s.address(),
+                sum: data.at(&sum),
+                dout: data.at(&grad),
+                dx: data.at(&dx),
+                dsmall: dsmall.address(),
+                workspace: workspace.address(),
+            };
+            launch_all(device, &plan(&operands)?)?;
+            if data.dtype == DType::BF16 && index == 0 {
+                // Each alone: the same bits.
+                let (dx_alone, dsmall_alone) =
+                    (data.alloc(rows * in_dim), Memory::for_elements(small_len, DType::F32));
+                for operands in [
+                    BackwardOperands { dx: data.at(&dx_alone), dsmall: 0, ..operands },
+                    BackwardOperands { dx: 0, dsmall: dsmall_alone.address(), ..operands },
+                ] {
+                    let bytes = projection::workspace_bytes(&problem, data.dtype);
+                    let workspace = Memory::new(bytes);
+                    let operands = BackwardOperands { workspace: workspace.address(), ..operands };
+                    launch_all(device, &plan(&operands)?)?;
+                }
+                assert!(dx.bytes() == dx_alone.bytes(), "{}: dx alone differs", data.name);
+                let same = dsmall.bytes() == dsmall_alone.bytes();
+                assert!(small_len == 0 || same, "{}: dsmall alone differs", data.name);
+            }
+            Ok(vec![dx, dsmall])
+        });
+        let dx = data.read(&outputs[0]);
+        let eager_dx = error(&values(&eager[0]), &expected_dx);
+        data.check(worst, "dx", &dx, &expected_dx, eager_dx);
+        if small_len == 0 {
+            continue;
+        }
+        // Tensor by tensor, each on its own scale.
+        let dsmall = outputs[1].values(DType::F32);
+        let mut start = 0;
+        for tensor in &inputs[1..] {
+            let range = start..start + tensor.elem_count();
+            start = range.end;
+            let expected = &expected_dsmall[range.clone()];
+            let eager = error(&eager_dsmall[range.clone()], expected);
+            data.check(worst, "dsmall", &dsmall[range.clone()], expected, eager);
+            // Without an activation nothing is rounded on the way, whatever the dtype.
+            if activation == Activation::Identity {
+                let error = error(&dsmall[range], expected);
+                assert!(error <= 1e-5, "dsmall {}: {error:e}", data.name);
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn backward() -> Result<()> {
     let mut worst = Worst::default();
     for data in Data::all()? {
-        let Case { rows, in_dim, activation, .. } = data.case;
         let problem = data.projections();
-        let [x, grad] = [&data.x, &data.grad].map(|tensor| data.memory(tensor));
-        let weights: Vec<_> = data.parts.iter().map(|part| data.memory(&part.weight)).collect();
-        let weights_at: Vec<_> = weights.iter().map(|weight| data.at(weight)).collect();
-        let small = Memory::from_tensor(&data.small);
-        let small_tensors = data.small_tensors();
-        let small_len: usize = small_tensors.iter().map(Tensor::elem_count).sum();
-        let (expected_dx, expected_dsmall) = data.reference_backward();
-
-        let mut inputs = vec![data.x.clone()];
-        inputs.extend(small_tensors);
-        let (_, eager) = gradients(&inputs, &data.grad, |t| data.eager(&t[0], &t[1..], None))?;
-        let eager_dsmall: Vec<f64> = eager[1..].iter().flat_map(values).collect();
-
-        for tile in TILES {
-            let outputs = in_every_mode(&data.name, |device| {
-                let dx = data.alloc(rows * in_dim);
-                let dsmall = Memory::for_elements(small_len, DType::F32);
-                let (y, sum) = (data.alloc(rows * data.total), data.alloc(rows * data.total));
-                let s = Memory::for_elements(projection::low_rank_len(&problem), DType::F32);
-                let bytes = projection::workspace_bytes(&problem, data.dtype);
-                let workspace = Memory::new(bytes);
-                let forward = ForwardOperands {
-                    x: data.at(&x),
-                    weights: &weights_at,
-                    small: small.address(),
-                    residual: 0,
-                    out: data.at(&y),
-                    low_rank: s.address(),
-                    sum: if activation == Activation::Identity { 0 } else { data.at(&sum) },
-                };
-                launch_all(
-                    device,
-                    &projection::forward_with(tile, &problem, data.dtype, &forward)?,
-                )?;
-                let operands = BackwardOperands {
-                    x: data.at(&x),
-                    weights: &weights_at,
-                    small: small.address(),
-                    low_rank: s.address(),
-                    sum: data.at(&sum),
-                    dout: data.at(&grad),
-                    dx: data.at(&dx),
-                    dsmall: dsmall.address(),
-                    workspace: workspace.address(),
-                };
-                launch_all(
-                    device,
-                    &projection::backward_with(tile, &problem, data.dtype, &operands)?,
-                )?;
-                if data.dtype == DType::BF16 && tile == projection::Tile::Small {
-                    // Each alone: the same bits.
-                    let (dx_alone, dsmall_alone) =
-                        (data.alloc(rows * in_dim), Memory::for_elements(small_len, DType::F32));
-                    for operands in [
-                        BackwardOperands { dx: data.at(&dx_alone), dsmall: 0, ..operands },
-                        BackwardOperands { dx: 0, dsmall: dsmall_alone.address(), ..operands },
-                    ] {
-                        let bytes = projection::workspace_bytes(&problem, data.dtype);
-                        let workspace = Memory::new(bytes);
-                        let operands =
-                            BackwardOperands { workspace: workspace.address(), ..operands };
-                        let launches =
-                            projection::backward_with(tile, &problem, data.dtype, &operands)?;
-                        launch_all(device, &launches)?;
-                    }
-                    assert!(dx.bytes() == dx_alone.bytes(), "{}: dx alone differs", data.name);
-                    assert!(
-                        small_len == 0 || dsmall.bytes() == dsmall_alone.bytes(),
-                        "{}",
-                        data.name
-                    );
-                }
-                Ok(vec![dx, dsmall])
-            });
-            let dx = data.read(&outputs[0]);
-            let eager_dx = error(&values(&eager[0]), &expected_dx);
-            data.check(&mut worst, "dx", &dx, &expected_dx, eager_dx);
-            if small_len == 0 {
-                continue;
+        let plan = |tile: Tile| {
+            move |operands: &BackwardOperands<'_>| {
+                projection::backward_with(tile, &problem, data.dtype, operands)
             }
-            // Tensor by tensor, each on its own scale.
-            let dsmall = outputs[1].values(DType::F32);
-            let mut start = 0;
-            for tensor in &inputs[1..] {
-                let range = start..start + tensor.elem_count();
-                start = range.end;
-                let expected = &expected_dsmall[range.clone()];
-                let eager = error(&eager_dsmall[range.clone()], expected);
-                data.check(&mut worst, "dsmall", &dsmall[range.clone()], expected, eager);
-                // Without an activation nothing is rounded on the way, whatever the dtype.
-                if activation == Activation::Identity {
-                    let error = error(&dsmall[range], expected);
-                    assert!(error <= 1e-5, "dsmall {}: {error:e}", data.name);
-                }
-            }
-        }
+        };
+        let [large, small] = TILES.map(plan);
+        let modes: Vec<_> = Mode::all().collect();
+        check_backward(&data, &mut worst, &modes, &[&small, &large])?;
     }
     worst.check("projection backward", 1.0 / 64.0);
     Ok(())

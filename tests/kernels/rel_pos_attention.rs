@@ -5,7 +5,7 @@ use crate::device::{bound, emulator, in_every_mode, in_modes, launch_all, Device
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
 use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention_window_sm90;
-use candle_sam_lora::launch::{AttentionProblem, Launch};
+use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -405,6 +405,31 @@ fn backward() -> Result<()> {
 
 /// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for
 /// ThreadSanitizer.
+/// Tuning may give a problem any of a family's tiles, also such as waste most of their columns on it.
+#[test]
+fn any_tile_serves_any_problem() -> Result<()> {
+    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
+    for shapes in [Shapes { grid: (3, 20), ..GLOBAL }, Shapes { dim: 80, ..WINDOWED }] {
+        let case = Case::new(shapes, DType::BF16)?;
+        let shape = [case.problem.head_dim, case.problem.side_w];
+        for family in &tiles::ATTENTION[..2] {
+            for tile in tiles::candidates(family, 2, shape) {
+                tiles::force(Some((family, tile)));
+                if family.ends_with("fwd") {
+                    check_forward(&case, &mut worst, &mut launched)?;
+                } else {
+                    check_backward(&case, false, &mut worst, &mut launched)?;
+                }
+                let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
+                assert!(launched.contains(&kernel), "{kernel} was not run");
+            }
+        }
+    }
+    tiles::force(None);
+    worst.check("rel_pos_attention, any tile", 1.0 / 32.0);
+    Ok(())
+}
+
 #[test]
 fn smallest_case() -> Result<()> {
     let mut worst = Worst::default();
@@ -448,7 +473,8 @@ fn rel_h_is_that_of_the_key_row_whatever_the_tile() -> Result<()> {
     for dtype in DTYPES {
         for grid in [(16, 16), (6, 40), (4, 64)] {
             let case = Case::new(Shapes { grid, ..GLOBAL }, dtype)?;
-            let tile = attention::tile(&case.problem, dtype).expect("a tile");
+            let tile =
+                attention::tile("rel_pos_attention_fwd", &case.problem, dtype).expect("a tile");
             tiles.insert((tile.cols, tile.rows));
             let expected = case.reference();
             assert!(error(&with_key_rows(&case, |row| row), &expected) < 1e-12);

@@ -6,6 +6,7 @@ use crate::rel_pos_attention::{assert_all_ran, forward_on, Case, Shapes, DROPOUT
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention_sm90 as attention;
+use candle_sam_lora::launch::tiles;
 use candle_sam_lora::ops::composed;
 use candle_sam_lora_emulator::Mode;
 use std::collections::BTreeSet;
@@ -101,4 +102,25 @@ fn forward() -> Result<()> {
     }
     worst.check("rel_pos_attention forward on sm_90a", 1.0 / 64.0);
     assert_all_ran("fwd", true, &launched)
+}
+
+/// As of the portable kernels.
+#[test]
+fn any_tile_serves_any_problem() -> Result<()> {
+    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
+    let family = tiles::ATTENTION[2];
+    for shapes in [Shapes { grid: (3, 20), ..GLOBAL }, Shapes { grid: (2, 64), dim: 80, ..GLOBAL }]
+    {
+        let case = Case::new(shapes, DType::BF16)?;
+        let shape = [case.problem.head_dim, case.problem.side_w];
+        for tile in tiles::candidates(family, 2, shape) {
+            tiles::force(Some((family, tile)));
+            check(&case, &mut worst, &mut launched)?;
+            let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
+            assert!(launched.contains(&kernel), "{kernel} was not run");
+        }
+    }
+    tiles::force(None);
+    worst.check("rel_pos_attention on Hopper, any tile", 1.0 / 64.0);
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use super::Input;
 use crate::cuda::{self, Job};
 use crate::launch::projection::{self as kernels, BackwardOperands, ForwardOperands, Problem};
+use crate::launch::projection_sm90 as hopper;
 use crate::problem::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
@@ -75,7 +76,17 @@ impl Projections<'_> {
                 low_rank: if self.has_lora() { low_rank } else { 0 },
                 sum: if self.keeps_sum() { sum } else { 0 },
             };
-            kernels::forward(&self.problem, dtype, &operands)
+            let own = match cuda::is_hopper(device) {
+                true => {
+                    let multiprocessors = cuda::multiprocessors(device);
+                    hopper::forward(&self.problem, dtype, &operands, multiprocessors)?
+                }
+                false => None,
+            };
+            match own {
+                Some(launches) => Ok(launches),
+                None => kernels::forward(&self.problem, dtype, &operands),
+            }
         })?;
         let tensor = |storage, shape| {
             Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)

@@ -1,0 +1,308 @@
+//! Projections with LoRA on Hopper: `kernels/sm90/projection_fwd_sm90.cuh`. What it does not cover is the portable
+//! kernels', and so are the thin products for S.
+//!
+//! A kernel's blocks stay, one on each multiprocessor, and make tile after tile. Which tile a problem gets is a table,
+//! [`CHOICES`].
+
+use super::bindings::{
+    device_ptr, EncodedTensorMap, ProjectionFwdSm90Params,
+    PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
+    PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES, PROJECTION_SM90_THREADS,
+};
+use super::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
+use super::tensor_map::{Element, TensorMap};
+use super::Launch;
+use candle_core::{bail, DType, Result};
+use std::mem::{offset_of, size_of};
+
+/// A tile of the output that a block makes at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// As the kernels' names have it. `pingpong`: two warpgroups take tiles in turn, so that one's epilogue runs beside
+    /// the other's products; `cooperative`: they share each one's rows.
+    pub name: &'static str,
+    rows: u32,
+    cols: u32,
+    shared_bytes: u32,
+}
+
+/// Those that there are kernels for.
+pub const TILES: [Tile; 2] = [
+    Tile {
+        name: "pingpong_128x192",
+        rows: 128,
+        cols: 192,
+        shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
+    },
+    Tile {
+        name: "cooperative_128x256",
+        rows: 128,
+        cols: 256,
+        shared_bytes: PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
+    },
+];
+
+/// A row of the table: a tile, and the launches that it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The kernels: `projection_fwd_sm90`.
+    pub family: &'static str,
+    /// All outputs are as wide as multiples of this.
+    pub width: u32,
+    /// There are at least so many tiles.
+    pub tiles: u64,
+    /// The tile's name.
+    pub tile: &'static str,
+}
+
+/// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
+/// multiprocessors from what a step of 64 of depth costs, `rows cols / 64` cycles of the tensor cores and
+/// `128 (rows + cols)` bytes from the L2 cache.
+pub const CHOICES: [Choice; 3] = [
+    // Widths of ViT-B. 53 bytes a cycle, and an epilogue that costs nothing.
+    Choice { family: FORWARD, width: 192, tiles: 66, tile: "pingpong_128x192" },
+    // Of ViT-L and ViT-H, which tiles of 192 do not fill. 48 bytes a cycle.
+    Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256" },
+    // With fewer tiles than for every other multiprocessor, smaller portable ones are faster.
+    Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192" },
+];
+
+const FORWARD: &str = "projection_fwd_sm90";
+/// Columns that a warp stores at once, of 16 rows.
+const PIECE: (u32, u32) = (16, 64);
+/// Elements of a row of a stage: 128 bytes.
+const DEPTH: u32 = 64;
+const LOW_RANK_DEPTH: u32 = 32;
+
+impl Tile {
+    fn columns(&self, widths: &[u32]) -> u64 {
+        widths.iter().map(|width| u64::from(width.div_ceil(self.cols))).sum()
+    }
+
+    /// Tiles of an output of so many rows in these widths.
+    fn count(&self, rows: u64, widths: &[u32]) -> u64 {
+        rows.div_ceil(self.rows.into()) * self.columns(widths)
+    }
+}
+
+/// The tile of this name.
+///
+/// # Errors
+/// If there is none.
+fn tile(name: &str) -> Result<&'static Tile> {
+    match TILES.iter().find(|tile| tile.name == name) {
+        Some(tile) => Ok(tile),
+        None => bail!("projection: no tile {name:?}; there are {:?}", TILES.map(|tile| tile.name)),
+    }
+}
+
+fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static Tile>> {
+    for choice in CHOICES.iter().filter(|choice| choice.family == family) {
+        let tile = tile(choice.tile)?;
+        let fits = widths.iter().all(|width| width.is_multiple_of(choice.width));
+        if fits && tile.count(rows, widths) >= choice.tiles {
+            return Ok(Some(tile));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether bulk copies take the rows: 16 bits an element, rows and addresses of multiples of 16 bytes.
+fn copies_take(shapes: &Shapes<'_>, dtype: DType, addresses: &[device_ptr]) -> bool {
+    let widths = shapes.problem.projections.iter().map(|part| part.out_dim);
+    matches!(dtype, DType::F16 | DType::BF16)
+        && shapes.in_dim.is_multiple_of(8)
+        && widths.into_iter().all(|width| width.is_multiple_of(8))
+        && addresses.iter().all(|address| address.is_multiple_of(16))
+}
+
+/// What [`super::projection::forward`] launches, for so many multiprocessors of Hopper; none where its kernels do not
+/// cover the problem, or the table has no tile for it.
+///
+/// # Errors
+/// On shapes that no kernel takes.
+pub fn forward(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &ForwardOperands<'_>,
+    multiprocessors: u32,
+) -> Result<Option<Vec<Launch>>> {
+    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
+    match choose(FORWARD, problem.rows as u64, &widths)? {
+        Some(tile) => forward_with(tile, problem, dtype, operands, multiprocessors),
+        None => Ok(None),
+    }
+}
+
+/// The forward with this tile; none if the kernels do not cover the problem.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with(
+    tile: &Tile,
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &ForwardOperands<'_>,
+    multiprocessors: u32,
+) -> Result<Option<Vec<Launch>>> {
+    let shapes = Shapes::new(problem)?;
+    let ForwardOperands { x, small, residual, out, low_rank, sum, .. } = *operands;
+    let mut addresses = vec![x, small, residual, out, low_rank, sum];
+    addresses.extend(operands.weights);
+    // Rows of b are its ranks.
+    let ranks = shapes.adapted().all(|(_, lora)| lora.rank.is_multiple_of(4));
+    if !ranks || !copies_take(&shapes, dtype, &addresses) {
+        return Ok(None);
+    }
+    let parts = shapes.parts(operands.weights, small)?;
+    let (rows, in_dim, total) = (problem.rows as u32, shapes.in_dim, shapes.total);
+    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
+
+    type Params = ProjectionFwdSm90Params;
+    let mut maps = Maps::default();
+    maps.push(offset_of!(Params, x), 0, bits16(x, (rows, in_dim, in_dim), (tile.rows, DEPTH))?);
+    for (index, part) in parts.iter().enumerate().take(widths.len()) {
+        let weight = (part.out_dim, in_dim, in_dim);
+        let weight = bits16(part.weight, weight, (tile.cols, DEPTH))?;
+        maps.push(offset_of!(Params, weight), index, weight);
+        if part.rank > 0 {
+            let s = low_rank + 4 * u64::from(part.s_column);
+            let s = tf32(s, (rows, part.rank, shapes.s_stride), (tile.rows, LOW_RANK_DEPTH))?;
+            maps.push(offset_of!(Params, low_rank), index, s);
+            let b = (part.out_dim, part.rank, part.rank);
+            let b = tf32(part.b, b, (tile.cols, LOW_RANK_DEPTH))?;
+            maps.push(offset_of!(Params, b), index, b);
+        }
+        for (packed, at) in [
+            (residual, offset_of!(Params, residual)),
+            (sum, offset_of!(Params, sum)),
+            (out, offset_of!(Params, out)),
+        ] {
+            if packed != 0 {
+                let columns = packed + 2 * u64::from(part.column);
+                maps.push(at, index, bits16(columns, (rows, part.out_dim, total), PIECE)?);
+            }
+        }
+    }
+    let tiles = tile.count(rows.into(), &widths);
+    let mut params = Params {
+        problem: shapes.forward_params(parts, operands),
+        tiles,
+        ..bytemuck::Zeroable::zeroed()
+    };
+    params.problem.column_tiles = tile.columns(&widths) as u32;
+    let out = persistent(FORWARD, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    let s = low_rank_input(&shapes, dtype, &parts, operands)?;
+    Ok(Some(s.into_iter().chain([out]).collect()))
+}
+
+/// Tensor maps and where they stand.
+#[derive(Default)]
+struct Maps(Vec<(usize, TensorMap)>);
+
+impl Maps {
+    /// The map of this place of an array of them.
+    fn push(&mut self, array: usize, index: usize, map: TensorMap) {
+        self.0.push((array + index * size_of::<EncodedTensorMap>(), map));
+    }
+}
+
+/// Rows, columns and stride of a matrix, and rows and columns of its tiles.
+fn bits16(at: device_ptr, matrix: (u32, u32, u32), tile: (u32, u32)) -> Result<TensorMap> {
+    TensorMap::matrix(at, Element::Bits16, matrix, tile)
+}
+
+fn tf32(at: device_ptr, matrix: (u32, u32, u32), tile: (u32, u32)) -> Result<TensorMap> {
+    TensorMap::matrix(at, Element::Tf32, matrix, tile)
+}
+
+/// A launch with a block on each multiprocessor that there is work for.
+fn persistent<P: bytemuck::NoUninit>(
+    family: &str,
+    tile: &Tile,
+    dtype: DType,
+    (tiles, multiprocessors): (u64, u32),
+    params: &P,
+    maps: Maps,
+) -> Result<Launch> {
+    let grid = [tiles.min(multiprocessors.max(1).into()), 1, 1];
+    let family = format!("{family}_{}", tile.name);
+    let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
+    Ok(Launch { shared_bytes: tile.shared_bytes, tensor_maps: maps.0, ..launch })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::projection::{Activation, LoraProblem, ProjectionProblem};
+    use super::*;
+
+    #[test]
+    fn the_table_names_tiles_that_exist_and_serves_sams_linears() -> Result<()> {
+        for choice in CHOICES {
+            tile(choice.tile)?;
+        }
+        let name = |rows, widths: &[u32]| {
+            choose(FORWARD, rows, widths).map(|tile| tile.map_or("", |tile| tile.name))
+        };
+        // One image through ViT-B, L and H: qkv, proj, lin1.
+        for (width, expected) in [
+            (768, "pingpong_128x192"),
+            (1024, "cooperative_128x256"),
+            (1280, "cooperative_128x256"),
+        ] {
+            assert_eq!(name(4096, &[width; 3])?, expected);
+            assert_eq!(name(4096, &[width])?, expected);
+        }
+        // Both widths fit lin1 of ViT-B.
+        assert_eq!(name(4096, &[3072])?, "pingpong_128x192");
+        assert_eq!(name(4096, &[1000])?, "pingpong_128x192");
+        assert_eq!(name(196, &[768; 3])?, "");
+        Ok(())
+    }
+
+    #[test]
+    fn a_launch_carries_the_maps_of_what_is_there() -> Result<()> {
+        let lora = LoraProblem { rank: 16, scaling: 1.0, dropout: None, bias: false };
+        let part = |lora| ProjectionProblem { out_dim: 192, bias: true, lora };
+        let parts = [part(Some(lora)), part(None), part(Some(lora))];
+        let activation = Activation::Identity;
+        let problem = Problem { rows: 1000, in_dim: 64, projections: &parts, activation };
+        let operands = ForwardOperands {
+            x: 256,
+            weights: &[512, 768, 1024],
+            small: 2048,
+            residual: 0,
+            out: 4096,
+            low_rank: 8192,
+            sum: 0,
+        };
+        let forward = |problem: &Problem<'_>, dtype, operands: &ForwardOperands<'_>| {
+            forward_with(&TILES[0], problem, dtype, operands, 5)
+        };
+        let launches = forward(&problem, DType::F16, &operands)?.unwrap();
+        let [s, out] = &launches[..] else { panic!("{}", launches.len()) };
+        assert_eq!(s.kernel, "low_rank_input_64x16_f16");
+        assert_eq!(out.kernel, "projection_fwd_sm90_pingpong_128x192_f16");
+        assert_eq!(out.grid, [5, 1, 1]);
+        // x; three weights and outputs; S and b of two.
+        assert_eq!(out.tensor_maps.len(), 1 + 3 + 3 + 4);
+        let end = |(start, _): &(usize, TensorMap)| start + 128;
+        assert!(out.tensor_maps.iter().map(end).max() <= Some(out.params.len()));
+        // k begins 192 columns into the weight's rows' outputs, in a map of its own.
+        let (_, k) = &out.tensor_maps[5];
+        assert_eq!((k.address, k.dims.as_slice()), (768, &[64, 192][..]));
+
+        // What bulk copies do not take.
+        for operands in [
+            ForwardOperands { x: 264, ..operands },
+            ForwardOperands { out: 4104, ..operands },
+            ForwardOperands { small: 2052, ..operands },
+        ] {
+            assert!(forward(&problem, DType::F16, &operands)?.is_none());
+        }
+        assert!(forward(&problem, DType::F32, &operands)?.is_none());
+        let odd = Problem { in_dim: 63, ..problem };
+        assert!(forward(&odd, DType::F16, &operands)?.is_none());
+        Ok(())
+    }
+}

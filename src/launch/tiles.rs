@@ -1,0 +1,287 @@
+//! Which tile a problem gets, as data: what was measured ([`MEASURED`](super::measured::MEASURED)), and a rule for all
+//! that was not.
+//!
+//! | family | shape | rule |
+//! |---|---|---|
+//! | `rel_pos_attention_*` | head_dim, width of the window | the columns whose stripes leave least of the window's width empty; of equals 64, then 16, then 40 |
+//! | `projection_*` | in_dim, sum of out_dims; rows | [`projection::Tile::choose`](super::projection::Tile::choose) |
+//!
+//! A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for grids of 40 and 80, of 16 for windows of 14.
+
+use super::measured::MEASURED;
+use candle_core::DType;
+use std::cell::Cell;
+
+/// A row of the table: the tile of the problems of a family that have this shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measured {
+    /// The file of the kernels.
+    pub family: &'static str,
+    /// Of an element.
+    pub bytes: usize,
+    /// As above.
+    pub shape: [usize; 2],
+    /// From so many rows on, until a row of the table with more; 0 where rows do not matter.
+    pub rows: usize,
+    /// As the kernels' names have it.
+    pub tile: &'static str,
+}
+
+/// The attention's families.
+pub const ATTENTION: [&str; 3] =
+    ["rel_pos_attention_fwd", "rel_pos_attention_bwd_query", "rel_pos_attention_fwd_sm90"];
+/// The projections' families.
+pub const PROJECTION: [&str; 2] = ["projection_fwd", "projection_bwd_input"];
+
+/// Columns of the attention's key tiles, and the names of these; of equals, the rule takes the first.
+const COLUMNS: [(usize, &str); 3] = [(64, "cols64"), (16, "cols16"), (40, "cols40")];
+/// Names of the projections' tiles.
+const SQUARES: [&str; 2] = ["128x128", "64x64"];
+
+thread_local! {
+    static FORCED: Cell<Option<(&'static str, &'static str)>> = const { Cell::new(None) };
+}
+
+/// For tuning: makes this thread give all problems of a family this tile, if it is one of [`candidates`].
+pub fn force(family_and_tile: Option<(&'static str, &'static str)>) {
+    FORCED.set(family_and_tile);
+}
+
+/// The tiles of a family that there are kernels for.
+pub fn candidates(family: &str, bytes: usize, shape: [usize; 2]) -> Vec<&'static str> {
+    if ATTENTION.contains(&family) {
+        return attention_columns(bytes, shape[0]).map(|(_, name)| name).collect();
+    }
+    if PROJECTION.contains(&family) {
+        return SQUARES.to_vec();
+    }
+    Vec::new()
+}
+
+/// Heads of up to 32 channels, and all in f32, have the narrow tile only.
+fn attention_columns(bytes: usize, dim: usize) -> impl Iterator<Item = (usize, &'static str)> {
+    COLUMNS.into_iter().filter(move |&(cols, _)| cols == 16 || (bytes == 2 && dim > 32))
+}
+
+/// The tile that was measured, or is forced.
+pub(super) fn known(
+    family: &str,
+    dtype: DType,
+    shape: [usize; 2],
+    rows: usize,
+) -> Option<&'static str> {
+    let bytes = dtype.size_in_bytes();
+    let forced = FORCED.get().filter(|(of, _)| *of == family).map(|(_, tile)| tile);
+    let tile = forced.or_else(|| in_table(MEASURED, family, bytes, shape, rows))?;
+    candidates(family, bytes, shape).contains(&tile).then_some(tile)
+}
+
+fn in_table(
+    table: &[Measured],
+    family: &str,
+    bytes: usize,
+    shape: [usize; 2],
+    rows: usize,
+) -> Option<&'static str> {
+    let same = |row: &&Measured| row.family == family && row.bytes == bytes && row.shape == shape;
+    let rows = table.iter().filter(same).filter(|row| row.rows <= rows);
+    rows.max_by_key(|row| row.rows).map(|row| row.tile)
+}
+
+/// Columns of a key tile of the attention: 64, 40 or 16.
+pub(super) fn attention(family: &str, dtype: DType, head_dim: usize, width: usize) -> usize {
+    let known = known(family, dtype, [head_dim, width], 0);
+    if let Some((cols, _)) = COLUMNS.into_iter().find(|(_, name)| known == Some(name)) {
+        return cols;
+    }
+    let compiled = attention_columns(dtype.size_in_bytes(), head_dim).map(|(cols, _)| cols);
+    compiled.min_by_key(|&cols| width.next_multiple_of(cols)).unwrap_or(16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{projection, rel_pos_attention, rel_pos_attention_sm90, AttentionProblem};
+    use super::*;
+    use candle_core::Result;
+
+    /// Every family with shapes that SAM has, and every tile.
+    fn all_rows() -> Vec<Measured> {
+        let mut rows = MEASURED.to_vec();
+        for (families, shapes) in [
+            (
+                &ATTENTION[..],
+                [[64, 64], [80, 64], [64, 14], [80, 14], [64, 40], [80, 48], [16, 14]],
+            ),
+            (
+                &PROJECTION[..],
+                [
+                    [768, 2304],
+                    [768, 768],
+                    [768, 3072],
+                    [3072, 768],
+                    [1024, 3072],
+                    [1280, 3840],
+                    [96, 72],
+                ],
+            ),
+        ] {
+            for (&family, shape) in families.iter().flat_map(|f| shapes.map(|shape| (f, shape))) {
+                for bytes in [2, 4] {
+                    let tiles = candidates(family, bytes, shape);
+                    assert!(!tiles.is_empty(), "{family} {shape:?}");
+                    rows.extend(tiles.into_iter().map(|tile| Measured {
+                        family,
+                        bytes,
+                        shape,
+                        rows: 4096,
+                        tile,
+                    }));
+                }
+            }
+        }
+        rows
+    }
+
+    /// The kernel that a row's problem launches.
+    fn launched(row: &Measured) -> Result<Option<(String, u32)>> {
+        let dtype = if row.bytes == 4 { DType::F32 } else { DType::BF16 };
+        let at = 1 << 20;
+        if PROJECTION.contains(&row.family) {
+            let parts =
+                [projection::ProjectionProblem { out_dim: row.shape[1], bias: true, lora: None }];
+            let problem = projection::Problem {
+                rows: row.rows,
+                in_dim: row.shape[0],
+                projections: &parts,
+                activation: projection::Activation::Identity,
+            };
+            let launches = if row.family == "projection_fwd" {
+                let operands = projection::ForwardOperands {
+                    x: at,
+                    weights: &[at],
+                    small: at,
+                    residual: 0,
+                    out: at,
+                    low_rank: 0,
+                    sum: 0,
+                };
+                projection::forward(&problem, dtype, &operands)?
+            } else {
+                let operands = projection::BackwardOperands {
+                    x: at,
+                    weights: &[at],
+                    small: at,
+                    low_rank: 0,
+                    sum: 0,
+                    dout: at,
+                    dx: at,
+                    dsmall: 0,
+                    workspace: at,
+                };
+                projection::backward(&problem, dtype, &operands)?
+            };
+            return Ok(launches
+                .into_iter()
+                .map(|l| (l.kernel, l.shared_bytes))
+                .find(|(kernel, _)| kernel.starts_with(row.family)));
+        }
+        let [head_dim, side] = row.shape;
+        let problem = AttentionProblem {
+            batch: 1,
+            h: side,
+            w: side,
+            num_heads: 2,
+            head_dim,
+            side_h: side,
+            side_w: side,
+            softmax_scale: 0.125,
+            rel_pos: true,
+            dropout: None,
+        };
+        let inputs = rel_pos_attention::Inputs { qkv: at, tables: at, pad: at };
+        let launch = match row.family {
+            "rel_pos_attention_fwd" => {
+                Some(rel_pos_attention::forward(&problem, dtype, &inputs, at, at)?)
+            }
+            "rel_pos_attention_fwd_sm90" => {
+                rel_pos_attention_sm90::forward(&problem, dtype, &inputs, at, at)?
+            }
+            _ => {
+                let operands = rel_pos_attention::BackwardOperands {
+                    out: at,
+                    lse: at,
+                    dout: at,
+                    dqkv: at,
+                    dtables: at,
+                    dpad: at,
+                    workspace: at,
+                };
+                rel_pos_attention::backward(&problem, dtype, &inputs, &operands)?.into_iter().next()
+            }
+        };
+        Ok(launch.map(|launch| (launch.kernel, launch.shared_bytes)))
+    }
+
+    #[test]
+    fn every_row_launches_its_tile_and_fits() -> Result<()> {
+        for row in all_rows() {
+            force(Some((row.family, row.tile)));
+            let launched = launched(&row);
+            force(None);
+            let Some((kernel, shared)) = launched? else {
+                assert!(row.family.ends_with("_sm90"), "{row:?}: not covered");
+                continue;
+            };
+            assert!(kernel.contains(&format!("_{}_", row.tile)), "{row:?}: {kernel}");
+            let most = if row.family.ends_with("_sm90") { 227 << 10 } else { 163 << 10 };
+            assert!(shared <= most, "{row:?}: {shared} bytes");
+        }
+        Ok(())
+    }
+    #[test]
+    fn of_a_shape_s_rows_the_one_with_most_rows_that_the_problem_has_is_taken() {
+        let row = |rows, tile| Measured {
+            family: "projection_fwd",
+            bytes: 2,
+            shape: [768, 2304],
+            rows,
+            tile,
+        };
+        let table = [row(4096, "64x64"), row(16384, "128x128")];
+        let found = |bytes, shape, rows| in_table(&table, "projection_fwd", bytes, shape, rows);
+        assert_eq!(found(2, [768, 2304], 4095), None);
+        assert_eq!(found(2, [768, 2304], 4096), Some("64x64"));
+        assert_eq!(found(2, [768, 2304], 20000), Some("128x128"));
+        assert_eq!(found(4, [768, 2304], 4096), None);
+        assert_eq!(found(2, [768, 768], 4096), None);
+    }
+
+    #[test]
+    fn the_rule_wastes_least_of_the_width() {
+        let cols = |dtype, head_dim, width| attention(ATTENTION[0], dtype, head_dim, width);
+        for (width, expected) in [
+            (14, 16),
+            (32, 16),
+            (48, 16),
+            (37, 40),
+            (40, 40),
+            (80, 16),
+            (50, 64),
+            (64, 64),
+            (128, 64),
+        ] {
+            assert_eq!(cols(DType::BF16, 64, width), expected, "{width}");
+        }
+        assert_eq!((cols(DType::F32, 64, 64), cols(DType::BF16, 32, 64)), (16, 16));
+    }
+
+    #[test]
+    fn a_tile_that_is_forced_is_taken_if_it_exists() {
+        force(Some((ATTENTION[0], "cols40")));
+        assert_eq!(attention(ATTENTION[0], DType::BF16, 64, 64), 40);
+        assert_eq!(attention(ATTENTION[1], DType::BF16, 64, 64), 64);
+        assert_eq!(attention(ATTENTION[0], DType::F32, 64, 64), 16);
+        force(None);
+        assert_eq!(attention(ATTENTION[0], DType::BF16, 64, 64), 64);
+    }
+}
