@@ -79,15 +79,9 @@ fn workspace(p: &AttentionProblem, train_tables: bool, train_pad: bool) -> [u64;
     [pad_partials, pad_partials + 4 * floats(train_pad, 3 * p.channels())]
 }
 
-/// Scratch memory of [`backward`], where it covers the problem.
-pub fn workspace_bytes(
-    problem: &AttentionProblem,
-    dtype: DType,
-    train_tables: bool,
-    train_pad: bool,
-) -> Option<usize> {
-    let [_, bytes] = workspace(problem, train_tables, train_pad);
-    covers(problem, dtype, &[]).then_some(bytes as usize)
+/// Scratch memory of [`backward`].
+pub fn workspace_bytes(problem: &AttentionProblem, train_tables: bool, train_pad: bool) -> usize {
+    workspace(problem, train_tables, train_pad)[1] as usize
 }
 
 /// What [`super::rel_pos_attention::backward`] launches, for windows on Hopper, in one kernel and the sums for the tables
@@ -181,9 +175,8 @@ mod tests {
         let kernel = "rel_pos_attention_window_bwd_sm90_hd64_f16";
         assert_eq!(launches(0, 0)?, [kernel]);
         assert_eq!(launches(512, 768)?, [kernel, "sum_partials_f16", "sum_partials_f16"]);
-        let bytes = |tables, pad| workspace_bytes(&WINDOWED, DType::F16, tables, pad);
-        assert_eq!(bytes(false, false), Some(0));
-        assert_eq!(bytes(true, true), Some(132 * 4 * (54 * 64 + 3 * 768)));
+        assert_eq!(workspace_bytes(&WINDOWED, false, false), 0);
+        assert_eq!(workspace_bytes(&WINDOWED, true, true), 132 * 4 * (54 * 64 + 3 * 768));
         Ok(())
     }
 

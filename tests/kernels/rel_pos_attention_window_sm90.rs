@@ -43,7 +43,8 @@ fn shapes(dtype: DType) -> Vec<Shapes> {
 fn assert_all_ran(pass: &str, launched: &BTreeSet<String>) -> Result<()> {
     let prefix = format!("rel_pos_attention_window_{pass}_sm90");
     let kernels = emulator().kernels().map_err(candle_core::Error::msg)?;
-    let kernels: BTreeSet<String> = kernels.into_iter().filter(|k| k.starts_with(&prefix)).collect();
+    let kernels: BTreeSet<String> =
+        kernels.into_iter().filter(|k| k.starts_with(&prefix)).collect();
     assert!(!kernels.is_empty() && kernels.is_subset(launched), "{kernels:?}, but {launched:?}");
     Ok(())
 }
@@ -104,13 +105,7 @@ fn backward() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         for (index, shapes) in shapes(dtype).into_iter().enumerate() {
             let case = Case::new(shapes, dtype)?;
-            check_backward(
-                Kernels::HopperWindows,
-                &case,
-                index == 0,
-                &mut worst,
-                &mut launched,
-            )?;
+            check_backward(Kernels::HopperWindows, &case, index == 0, &mut worst, &mut launched)?;
         }
     }
     worst.check("rel_pos_attention backward in windows on sm_90a", 1.0 / 16.0);
