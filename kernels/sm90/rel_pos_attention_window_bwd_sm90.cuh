@@ -41,6 +41,23 @@ template <class Tile> struct WindowBackwardStorage {
 // Where dO was, [query][row of the tables]: each query's gradients of the biases.
 template <class Tile> using TableGradients = typename Tile::Row*;
 
+// Asks the L2 cache for row y of a unit.
+template <class Tile>
+__device__ __forceinline__ void prefetch_row(const RelPosAttentionWindowBwdParams& p, const AttentionUnit& unit, uint32_t y) {
+    using T = typename Tile::T;
+    // A line is 128 bytes; the row's end may lie in one more.
+    constexpr uint32_t kLine = 128 / sizeof(T), kLines = Tile::kDim / kLine + 1;
+    const uint64_t channels = unit.s.num_heads * Tile::kDim;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % kWarp; i < 5 * kLines * unit.valid_w; i += kWarp) {
+        const uint32_t array = i % 5, x = i / 5 / kLines, channel = min(i / 5 % kLines * kLine, Tile::kDim - 1u);
+        const uint64_t token = unit.token({y, x}), column = unit.head * Tile::kDim + channel;
+        const T* row = array < 3 ? global<const T>(p.qkv) + (token * 3 + array) * channels
+                                 : global<const T>(array == 3 ? p.out : p.dout) + token * channels;
+        ptx::prefetch_l2(row + column);
+    }
+}
+
 // Delta and biases of row y's queries on the grid.
 template <class Tile>
 __device__ __forceinline__ void prepare_queries(
@@ -352,6 +369,10 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_b
 
         float sums[kDim / 8][4] = {};
         if (warp < s.side_h) {
+            if (shared.index + gridDim.x < p.units) {
+                const AttentionUnit next(s, shared.index + gridDim.x);
+                if (warp < next.valid_h) prefetch_row<Tile>(p, next, warp);
+            }
             const AttentionUnit unit = unit_at_work();
 #pragma unroll 1
             for (uint32_t y = 0; y < unit.valid_h; ++y) add_query_row<Tile>(sums, shared, unit, k, v, y);
