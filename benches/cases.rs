@@ -7,7 +7,8 @@
 //! A fresh process is what makes the peak of the resident memory meaningful; `benches/report/run.py` starts these in
 //! turns with the peers'. Keys of the JSON, the same in `benches/peers/run.py`: `first_s` (the first run, which
 //! pays for fresh pages), `wall_s` and `cpu_s` (each further run), `memory` (growth of the peak of the resident
-//! memory, on a GPU of what tensors take of it, over what it was before the first run, bytes), `flops` and `bytes` (see `support/work.rs`).
+//! memory, on a GPU of what tensors take of it, over what it was before the first run, bytes), `gpu_peak` (there the peak
+//! itself, weights and all), `flops` and `bytes` (see `support/work.rs`).
 
 mod support;
 
@@ -15,7 +16,7 @@ use anyhow::{bail, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_sam_lora::nn::{trainable, Mode};
 use candle_sam_lora::ops::{self, composed as ops_composed, Activation};
-use candle_sam_lora::sam::VisionAttention;
+use candle_sam_lora::sam::{SamVisionAttentionSplit, VisionAttention};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
@@ -49,6 +50,10 @@ enum Case {
     WindowedLayerLora,
     /// The adapted q, k, v projections beside the frozen ones, in turns.
     QkvLora,
+    /// The adapted q, k, v projections with dropout.
+    QkvForward,
+    /// As QkvForward, forward and backward down to x.
+    QkvTrain,
     /// The whole image encoder.
     EncoderForward,
     /// Forward, backward and AdamW step of the image encoder with LoRA on q and v.
@@ -176,11 +181,25 @@ fn run() -> Result<()> {
         "base_wall_s": measured.base_wall_s,
         "cpu_s": measured.cpu_s,
         "memory": measured.memory,
+        "gpu_peak": measured.gpu_peak,
         "flops": work.flops,
         "bytes": work.bytes,
     });
     println!("{line}");
     Ok(())
+}
+
+/// q, k and v of a layer, by one operation or by the composed one.
+fn project(attn: &SamVisionAttentionSplit, x: &Tensor, mode: Mode, ours: bool) -> Result<Tensor> {
+    let parts = [&attn.q, &attn.k, &attn.v];
+    let [q, k, v] = parts.map(|part| part.low_rank(mode));
+    let low_rank = [q?, k?, v?];
+    let projection = |i: usize| parts[i].projection(&low_rank[i]);
+    let (Some(q), Some(k), Some(v)) = (projection(0), projection(1), projection(2)) else {
+        bail!("LoRA is a projection")
+    };
+    let run = if ours { ops::lora_qkv } else { ops_composed::lora_qkv };
+    Ok(run(x, &[q, k, v])?)
 }
 
 /// Takes the portable kernels, where there are others.
@@ -233,6 +252,8 @@ impl Setup<'_> {
                 (self.layer_lora(windowed)?, forward.attention_layer(vit, windowed, rank))
             }
             Case::QkvLora => (self.qkv_lora()?, forward.qkv(vit.dim, rank)),
+            Case::QkvForward => (self.qkv(false)?, forward.qkv(vit.dim, rank)),
+            Case::QkvTrain => (self.qkv(true)?, train.qkv(vit.dim, rank)),
             Case::EncoderForward => (self.encoder_forward()?, forward.encoder(vit, 0)),
             Case::EncoderTrainStep | Case::EncoderTrainStepCheckpointed => {
                 let checkpointed = case == Case::EncoderTrainStepCheckpointed;
@@ -358,17 +379,30 @@ impl Setup<'_> {
         };
         let (adapted, frozen) = (layer(self.adapters)?, layer(FROZEN)?);
         let x = self.tokens(self.vit.dim)?;
-        let project = |attn: &candle_sam_lora::sam::SamVisionAttentionSplit| {
-            let parts = [&attn.q, &attn.k, &attn.v];
-            let [q, k, v] = parts.map(|part| part.low_rank(Mode::Eval));
-            let low_rank = [q?, k?, v?];
-            let projection = |i: usize| parts[i].projection(&low_rank[i]);
-            let (Some(q), Some(k), Some(v)) = (projection(0), projection(1), projection(2)) else {
-                bail!("LoRA is a projection")
-            };
-            Ok(ops::lora_qkv(&x, &[q, k, v])?)
-        };
-        self.in_turns(|| project(&adapted), || project(&frozen))
+        self.in_turns(
+            || project(&adapted, &x, Mode::Eval, true),
+            || project(&frozen, &x, Mode::Eval, true),
+        )
+    }
+
+    fn qkv(&self, train: bool) -> Result<Measurement> {
+        let (vit, ours) = (&self.vit, self.ours()?);
+        let attn =
+            models::attention(vit, self.grid, false, self.adapters, self.dtype, self.device)?;
+        let mut x = self.tokens(vit.dim)?;
+        if train {
+            x = Var::from_tensor(&x)?.into_inner();
+        }
+        let x = Rotating::new(x)?;
+        let mut seed = 0;
+        self.run(|| {
+            seed += 1;
+            let out = project(&attn, x.next(), Mode::Train { seed }, ours)?;
+            if train {
+                out.sqr()?.mean_all()?.backward()?;
+            }
+            Ok(())
+        })
     }
 
     /// The adapted beside the frozen one.

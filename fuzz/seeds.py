@@ -68,3 +68,13 @@ for mode, format in [("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("I;16", "PNG")
     image.putpixel((3, 2), (200,) * len(image.getbands()) if len(image.getbands()) > 1 else 200)
     image.save(buffer, format)
     write("image", f"{mode.replace(';', '')}.{format.lower()}", buffer.getvalue())
+
+OBJECTS = {
+    "polygons": [[0.5, 0.5, 5, 0.5, 5.2, 3, 1, 3.5], [2, 2, 4, 2, 4, 4]],
+    "runs": {"size": [4, 6], "counts": [3, 5, 1, 6, 9]},
+    "compressed": {"size": [4, 6], "counts": "35118"},
+}
+for name, segmentation in OBJECTS.items():
+    images = [{"id": 1, "file_name": "a.png", "width": 6, "height": 4}]
+    annotation = {"id": 2, "image_id": 1, "segmentation": segmentation, "iscrowd": 0}
+    write("coco", name, json.dumps({"images": images, "annotations": [annotation]}))

@@ -163,6 +163,11 @@ impl TensorFile {
         &self.tensors
     }
 
+    /// Forgets the tensors whose name `keep` denies.
+    pub fn retain(&mut self, mut keep: impl FnMut(&str) -> bool) {
+        self.tensors.retain(|name, _| keep(name));
+    }
+
     /// The strings stored beside the tensors.
     pub fn metadata(&self) -> &HashMap<String, String> {
         &self.metadata
@@ -171,7 +176,7 @@ impl TensorFile {
     /// Reads one tensor, in the dtype it has in the file.
     ///
     /// # Errors
-    /// When there is no such tensor, the file cannot be read, or candle lacks the dtype.
+    /// When there is no such tensor, the file cannot be read, memory has no room for it, or candle lacks the dtype.
     pub fn read(&self, name: &str, device: &Device) -> Result<Tensor> {
         let invalid =
             |e: &dyn std::fmt::Display| Error::file(&self.path, format!("tensor {name}: {e}"));
@@ -180,14 +185,25 @@ impl TensorFile {
             return Err(invalid(&format!("dtype {:?} is not supported", info.dtype)));
         }
         let (start, end) = info.data_offsets;
-        let mut bytes = vec![0u8; end - start];
+        let mut bytes = Vec::new();
+        bytes
+            .try_reserve_exact(end - start)
+            .map_err(|_| invalid(&format!("no memory for its {} bytes", end - start)))?;
         let mut file = &self.file;
         file.seek(SeekFrom::Start(self.data_start + start as u64))
-            .and_then(|_| file.read_exact(&mut bytes))
+            .and_then(|_| file.take((end - start) as u64).read_to_end(&mut bytes))
             .map_err(|e| Error::io(&self.path, e))?;
         let view =
             TensorView::new(info.dtype, info.shape.clone(), &bytes).map_err(|e| invalid(&e))?;
         candle_core::safetensors::Load::load(&view, device).map_err(|e| invalid(&e))
+    }
+
+    /// Reads every tensor.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_all(&self, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+        self.tensors.keys().map(|name| Ok((name.clone(), self.read(name, device)?))).collect()
     }
 }
 
@@ -196,9 +212,7 @@ impl TensorFile {
 /// # Errors
 /// When the file cannot be read, is truncated, lies about its sizes, or holds a dtype candle lacks.
 pub fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-    let file = TensorFile::open(path)?;
-    let names = file.tensors().keys();
-    names.map(|name| Ok((name.clone(), file.read(name, device)?))).collect()
+    TensorFile::open(path)?.read_all(device)
 }
 
 /// Writes tensors as a safetensors file, atomically, with `{"format": "pt"}` as Python libraries expect it. One

@@ -6,6 +6,9 @@
 //! more steps and more kinds of refusal. Linux on x86-64; elsewhere there is nothing to run.
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[path = "faults/full_disk.rs"]
+mod full_disk;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #[path = "faults/run.rs"]
 mod run;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -20,10 +23,14 @@ use std::process::ExitCode;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, command, folder, steps] = &arguments[..] {
-        if command == run::COMMAND {
-            return run::main(folder.as_ref(), steps);
+    match &arguments[..] {
+        [_, command, folder, steps] if command == run::COMMAND => {
+            return run::main(folder.as_ref(), steps)
         }
+        [_, command, disk] if command == full_disk::COMMAND => {
+            return full_disk::main(disk.as_ref())
+        }
+        _ => {}
     }
     trials::main()
 }

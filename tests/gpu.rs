@@ -2,8 +2,8 @@
 //! emulator, in every dtype, behind any strides, again and again, on two streams, in a CUDA graph; the model, and its
 //! training. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
 //!
-//! For scripts/gpu/, where one binary has to do, it is also the benchmark and the example of these names: called as
-//! `cases` or `finetune`, that is what it is.
+//! For scripts/gpu/, where one binary has to do, it is also the benchmark and the example of these names, and what
+//! measures tiles: called as `cases`, `finetune` or `tune`, that is what it is.
 
 #[path = "../benches/cases.rs"]
 mod cases;
@@ -22,6 +22,8 @@ mod model;
 mod ops;
 #[path = "gpu/train.rs"]
 mod train;
+#[path = "gpu/tune.rs"]
+mod tune;
 
 use candle_core::{bail, Device, Result};
 use candle_sam_lora::cuda::{self, Kernels};
@@ -109,6 +111,7 @@ fn main() -> ExitCode {
     match Path::new(&name).file_name().and_then(|name| name.to_str()) {
         Some("cases") => cases::main(),
         Some("finetune") => finetune::main(),
+        Some("tune") => tune::main(),
         _ => tests(),
     }
 }

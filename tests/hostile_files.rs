@@ -328,3 +328,73 @@ fn a_pattern_cannot_ask_for_memory_by_a_number() {
     let error = inject(&mut Small::new(), &lora, 0).unwrap_err().to_string();
     assert!(error.contains("more than 4 digits"), "{error}");
 }
+
+/// Tensors of zeros of these names and shapes: a file that has every byte its header claims, and takes no disk.
+#[cfg(target_os = "linux")]
+fn sparse(path: &Path, tensors: &[(&str, &[u64])]) {
+    let (mut entries, mut end) = (serde_json::Map::new(), 0);
+    for (name, shape) in tensors {
+        let start = end;
+        end += 4 * shape.iter().product::<u64>();
+        let entry =
+            serde_json::json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]});
+        entries.insert(name.to_string(), entry);
+    }
+    let header = with_header(&serde_json::Value::from(entries).to_string(), 0);
+    std::fs::write(path, &header).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(header.len() as u64 + end).unwrap();
+}
+
+/// Tensors that truly have a terabyte are refused by the header, before any is read.
+#[cfg(target_os = "linux")]
+#[test]
+fn huge_files_are_refused_by_their_headers() {
+    use candle_sam_lora::lora::{hotswap_adapter, load_adapter, save_adapter, TENSORS_FILE};
+    const HUGE: u64 = 1 << 38;
+    let folder = tempfile::tempdir().unwrap();
+    let is_mismatch = |what: &str, error: candle_sam_lora::Error| {
+        assert!(matches!(error, candle_sam_lora::Error::Mismatch(_)), "{what}: {error}");
+    };
+
+    let lora = LoraConfig::new(2).target_modules(["q"]);
+    let mut adapted = Small::new();
+    inject(&mut adapted, &lora, 0).unwrap();
+    save_adapter(&adapted, &lora, folder.path()).unwrap();
+    let [a, b] = ["A", "B"].map(|m| format!("base_model.model.layers.0.attn.q.lora_{m}.weight"));
+    let (good_a, good_b): (&[u64], &[u64]) = (&[2, 4], &[2, 2]);
+    for (what, tensors) in [
+        ("wide", vec![(&a[..], &[2, HUGE / 2][..]), (&b[..], good_b)]),
+        ("surplus", vec![(&a[..], good_a), (&b[..], good_b), ("c", &[HUGE])]),
+    ] {
+        sparse(&folder.path().join(TENSORS_FILE), &tensors);
+        let mut model = Small::new();
+        let before = model.values();
+        is_mismatch(what, load_adapter(&mut model, folder.path()).unwrap_err());
+        assert_eq!(model.values(), before);
+        is_mismatch(what, hotswap_adapter(&mut adapted, "default", folder.path()).unwrap_err());
+    }
+    // The same files with shapes that fit do load.
+    sparse(&folder.path().join(TENSORS_FILE), &[(&a, good_a), (&b, good_b)]);
+    load_adapter(&mut Small::new(), folder.path()).unwrap();
+    hotswap_adapter(&mut adapted, "default", folder.path()).unwrap();
+
+    let weights: [(&str, &[u64]); 4] = [
+        ("layers.0.attn.q.weight", &[2, 4]),
+        ("layers.0.attn.q.bias", &[2]),
+        ("neck.layer_norm1.weight", &[3]),
+        ("neck.layer_norm1.bias", &[3]),
+    ];
+    let path = folder.path().join("model.safetensors");
+    sparse(&path, &weights);
+    load(&mut Small::new(), &path).unwrap();
+    let mut wide = weights;
+    wide[0].1 = &[2, HUGE / 2];
+    let mut twice = weights.to_vec();
+    twice.push(("shared_image_embedding.positional_embedding", &[HUGE / 4]));
+    twice.push(("prompt_encoder.shared_embedding.positional_embedding", &[HUGE / 4]));
+    for (what, tensors) in [("wide", &wide[..]), ("twice", &twice)] {
+        sparse(&path, tensors);
+        is_mismatch(what, load(&mut Small::new(), &path).unwrap_err());
+    }
+}

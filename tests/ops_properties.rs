@@ -69,10 +69,14 @@ proptest! {
         let grad_out = random(78, out.shape());
         let (again, fused) = gradients(&inputs, &grad_out, &op.fused).unwrap();
         prop_assert_eq!(values(&again), values(&out), "{}", name);
-        let (_, composed) = gradients(&op.inputs, &grad_out, &op.composed).unwrap();
+        let (_, composed) = gradients(&inputs, &grad_out, &op.composed).unwrap();
+        // A table of one row shifts all scores alike: its gradient cancels, and what is left is rounding.
+        let size = |t: &Tensor| values(t).into_iter().fold(0f64, |m, x| m.max(x.abs()));
+        let largest = composed.iter().map(size).fold(0f64, f64::max);
         for (index, (fused, composed)) in fused.iter().zip(&composed).enumerate() {
             let off = tensor_error(fused, composed);
-            prop_assert!(off <= 1e-5, "{name}: gradient {index}: {off:e}");
+            let cancels = size(fused).max(size(composed)) <= 1e-5 * largest;
+            prop_assert!(off <= 1e-5 || cancels, "{name}: gradient {index}: {off:e}");
         }
     }
 

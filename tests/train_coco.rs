@@ -163,6 +163,19 @@ fn what_is_wrong_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An outline to and fro across an image that is said to be large: drawn, it would have 16 GB of runs.
+#[test]
+fn nothing_is_drawn_by_the_size_that_annotations_claim() -> anyhow::Result<()> {
+    let mut file = good();
+    file["images"][0]["width"] = json!(32768);
+    file["images"][0]["height"] = json!(32768);
+    let zigzag = (0..60_000).flat_map(|y| [[-500, y / 2], [33_000, y / 2]]).flatten();
+    file["annotations"][0]["segmentation"] = json!([zigzag.collect::<Vec<i32>>()]);
+    let message = open(&file.to_string())?.map(drop).expect_err("another size").to_string();
+    assert!(message.contains("is 6 x 4 pixels, but 32768 x 32768"), "{message}");
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
 

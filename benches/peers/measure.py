@@ -35,7 +35,6 @@ def flush_cache(device):
 
 
 def timed(device, run):
-    flush_cache(device)
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     if device.type == "cuda":
@@ -45,16 +44,28 @@ def timed(device, run):
 
 def measure(device, reps, run):
     """Runs once, then `reps` times: the keys that `cases.rs` prints too."""
-    resident = status("VmRSS") if reset_peak() else None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        resident = torch.cuda.memory_allocated(device)
-    first, _ = timed(device, run)
-    runs = [timed(device, run) for _ in range(reps)]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
+    on_gpu = device.type == "cuda"
+    resident = torch.cuda.memory_allocated(device) if on_gpu else status("VmRSS") if reset_peak() else None
+    peak = 0
+
+    def timed_run():
+        nonlocal peak
+        flush_cache(device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        times = timed(device, run)
+        if on_gpu:
+            peak = max(peak, torch.cuda.max_memory_allocated(device))
+        return times
+
+    first, _ = timed_run()
+    runs = [timed_run() for _ in range(reps)]
+    if not on_gpu:
+        peak = status("VmHWM")
     return {
         "first_s": first,
         "wall_s": [wall for wall, _ in runs],
         "cpu_s": [cpu for _, cpu in runs],
         "memory": max(peak - resident, 0) if resident is not None and peak is not None else None,
+        "gpu_peak": peak if on_gpu else None,
     }

@@ -76,6 +76,13 @@ def layer(args):
     return backward_of(lambda: module(x), [x, *trained])
 
 
+def qkv(args):
+    project, adapters = sam.qkv(args)
+    train = args.case == "qkv_train"
+    x = tokens(args, sam.MODELS[args.model]["hidden_size"]).requires_grad_(train)
+    return backward_of(lambda: project(x), [x, *adapters]) if train else lambda: project(x)
+
+
 def backward_of(forward, leaves):
     def run():
         for leaf in leaves:
@@ -125,6 +132,8 @@ CASES = {
     "windowed_layer_forward": layer,
     "global_layer_train": layer,
     "windowed_layer_train": layer,
+    "qkv_forward": qkv,
+    "qkv_train": qkv,
     "encoder_forward": encoder_forward,
     "encoder_train_step": encoder_train_step,
     "gemm_peak": gemm_peak,

@@ -124,6 +124,15 @@ def layer(args, windowed, core=None):
     return module.eval()
 
 
+def qkv(args):
+    """The projections q, k and v with PEFT's LoRA on q and v, in training; and the adapters' parameters."""
+    attention = modeling_sam.SamVisionAttention(config_of(args.model, args.grid, "eager"), 0)
+    randomize(attention)
+    module = adapt(Layer(attention, 0).to(args.device, args.torch_dtype), args.rank, args.dropout).train()
+    adapters = [p for name, p in module.named_parameters() if ".q.lora" in name or ".v.lora" in name]
+    return lambda x: attention.qkv(x), adapters
+
+
 def encoder(args, core=None):
     config = config_of(args.model, args.grid, args.implementation)
     module = modeling_sam.SamVisionEncoder(config)

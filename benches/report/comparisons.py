@@ -130,18 +130,20 @@ def on_gpu(case, peers=(), reps=20, **options):
 
 
 GPU = [
-    on_gpu("encoder_train_step", ["sdpa", "eager"], reps=8),
-    on_gpu("encoder_forward", ["graph", "sdpa", "flex"], reps=8),
+    # Peak memory of a training step; PEFT's LoRA is the peer.
+    *(on_gpu("encoder_train_step", ["sdpa", "eager"], reps=8, model=model) for model in "blh"),
+    on_gpu("encoder_forward", ["graph", "portable", "sdpa", "flex"], reps=8),
+    on_gpu("encoder_forward", ["graph", "sdpa", "flex"], reps=8, batch=8),
+    on_gpu("attention_forward", ["portable", "composed", "sdpa", "sdpa_without_bias", "flex", "triton"], batch=4),
+    on_gpu("attention_train", ["portable", "composed", "sdpa", "flex"], batch=4),
+    *(on_gpu("linear_forward", ["portable", "eager"], batch=4, model=model) for model in "blh"),
+    *(on_gpu("qkv_lora", batch=4, model=model) for model in "blh"),
+    *(on_gpu(case, ["portable", "eager"], batch=4, model=model) for model in "blh" for case in ("qkv_forward", "qkv_train")),
+    on_gpu("windowed_layer_forward", ["portable", "composed", "sdpa"], batch=8),
+    on_gpu("windowed_layer_train", ["portable", "composed", "sdpa"], batch=8),
     on_gpu("global_layer_forward", ["portable", "composed", "eager", "sdpa", "sdpa_without_bias", "flex", "triton"]),
     on_gpu("global_layer_train", ["portable", "composed", "sdpa", "flex"]),
-    on_gpu("windowed_layer_forward", ["portable", "composed", "sdpa", "sdpa_without_bias"]),
-    on_gpu("windowed_layer_train", ["portable", "composed", "sdpa"]),
-    on_gpu("encoder_train_step", ["sdpa"], reps=8, model="l"),
-    on_gpu("encoder_train_step", ["sdpa"], reps=8, model="h"),
-    on_gpu("attention_forward", ["portable", "composed", "sdpa", "flex", "triton"]),
-    on_gpu("attention_train", ["portable", "composed", "sdpa", "flex"]),
-    on_gpu("linear_forward", ["portable", "composed", "eager"]),
-    *(on_gpu(case) for case in ("global_layer_lora", "windowed_layer_lora", "qkv_lora")),
+    *(on_gpu(case) for case in ("global_layer_lora", "windowed_layer_lora")),
     on_gpu("global_layer_forward", ["composed", "sdpa"], dtype="f32"),
     on_gpu("encoder_forward", ["sdpa"], reps=8, model="h"),
 ]

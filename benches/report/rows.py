@@ -2,6 +2,8 @@
 
     time      peer / ours                     of the medians; bar: at least, against the fastest kept peer
     memory    peer / ours                     bar: at least, against the named peer with the default allocator
+    peak      peer / ours                     a training step's on a GPU, weights and all; no bar
+    rate      none                            a GPU's arithmetic, counted on the operation's products
     lora      adapted / frozen                median of the ratios of neighbouring runs; bar: at most
     bf16      our f32 / our bf16              bar: at least
     limit     ours / the machine's best       GFLOP/s over the GEMM's, GB/s over the copy's; no bar
@@ -26,6 +28,7 @@ class Samples:
         self.wall = [s for m in measured for s in (m["wall_s"] or [m["first_s"]])]
         self.base = [s for m in measured for s in m.get("base_wall_s", [])]
         self.memory = [m["memory"] / MIB for m in measured if m.get("memory") is not None]
+        self.gpu_peak = [m["gpu_peak"] / MIB for m in measured if m.get("gpu_peak") is not None]
         self.flops, self.bytes = measured[0].get("flops"), measured[0].get("bytes")
         self.time = median(self.wall)
 
@@ -74,6 +77,8 @@ def rows_of(runs, compared):
                 suffix = "/kept" if allocator == KEPT else ""
                 rows += time_rows(comparison, suffix, ours, of_case)
                 rows += memory_rows(comparison, suffix, ours, of_case) if allocator == DEFAULT else []
+                rows += rate_rows(comparison, ours)
+                rows += peak_rows(comparison, ours, of_case) if comparison.case.endswith("train_step") else []
                 rows += limit_rows(comparison, suffix, ours, samples)
                 if comparison is comparisons.BF16:
                     rows += bf16_rows(comparison, suffix, ours, samples, allocator)
@@ -107,6 +112,19 @@ def memory_rows(comparison, suffix, ours, of_case):
         holds = None if asked is None else ratio >= asked
         spreads = (spread(ours.memory), spread(peer.memory))
         yield row(comparison.name + suffix, "memory", "MiB", mine, theirs, name, ratio, spreads, asked, holds)
+
+
+def peak_rows(comparison, ours, of_case):
+    for name, peer in others(of_case).items():
+        if ours.gpu_peak and peer.gpu_peak:
+            mine, theirs = max(ours.gpu_peak), max(peer.gpu_peak)
+            yield row(comparison.name, "peak", "MiB", mine, theirs, name, theirs / mine, (None, None))
+
+
+def rate_rows(comparison, ours):
+    if ours.gpu_peak and ours.flops:
+        rate, spreads = ours.flops / ours.time / 1e12, (spread(ours.wall), None)
+        yield row(comparison.name, "rate", "TFLOP/s", rate, None, "", None, spreads)
 
 
 def limit_rows(comparison, suffix, ours, samples):

@@ -25,6 +25,15 @@ impl Memory {
         status("VmRSS").map(Self::Resident)
     }
 
+    /// The peak since, of all that tensors take of a GPU; none on the CPU.
+    pub fn gpu_peak(&self) -> Option<u64> {
+        match self {
+            Self::Resident(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(pool, _) => pool.peak(),
+        }
+    }
+
     /// How far the peak has risen since.
     pub fn growth(&self) -> Option<u64> {
         match self {

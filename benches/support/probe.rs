@@ -17,6 +17,8 @@ pub struct Measurement {
     pub cpu_s: Vec<f64>,
     /// Growth of the peak of memory in use; none where the system does not tell.
     pub memory: Option<u64>,
+    /// On a GPU the peak itself, weights and all.
+    pub gpu_peak: Option<u64>,
 }
 
 /// Runs once, then `reps` times.
@@ -58,6 +60,7 @@ fn measure_all(
         measured.wall_s.push(wall);
         measured.cpu_s.extend(cpu);
     }
+    measured.gpu_peak = memory.as_ref().and_then(Memory::gpu_peak);
     measured.memory = memory.and_then(|memory| memory.growth());
     Ok(measured)
 }

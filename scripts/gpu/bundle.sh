@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what scripts/gpu/run.sh needs on a machine with a GPU but no Rust and no network: one stripped binary, which is the
-# GPU tests, the benchmark `cases` and the example `finetune`; fixtures, assets, PyTorch's side of the benchmarks, the
+# GPU tests, the benchmark `cases`, the example `finetune` and the program `tune`; fixtures, assets, PyTorch's side of the benchmarks, the
 # runner. (The comparison with the emulator wants the sources, and is left out.)
 #
 # usage: bundle.sh [ARCHIVE]      (default: target/gpu-kit.tar.gz)
@@ -47,6 +47,7 @@ mkdir -p "$kit/tests" "$kit/benches"
 strip -o "$kit/gpu" "$binary"
 ln -s gpu "$kit/cases"
 ln -s gpu "$kit/finetune"
+ln -s gpu "$kit/tune"
 cp scripts/gpu/run.sh scripts/gpu/kit.py "$kit/"
 cp -r tests/fixtures "$kit/tests/"
 rm -rf "$kit/tests/fixtures/gen"

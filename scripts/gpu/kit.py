@@ -4,11 +4,13 @@
     run.sh                                    everything, into results/
     run.sh --seconds 560 --results DIR        what fits into this time, each step its share
     run.sh --seconds 560 bench                one step alone
+    run.sh --seconds 560 tune                 measures tiles and writes the table measured.rs
+    run.sh --seconds 300 profile              Nsight Compute on the kernels that count, into profile.txt
 
-Steps, in this order: tests, finetune, bench, sanitizers. Writes results.json and results.md after every step, so that what
-was done is kept whatever happens, log.txt with what the programs said, and from the benchmarks bench.json and
-performance.md. What is not there (compute-sanitizer, torch) is left out, and the report says so. Without a GPU it says
-that and ends well; the exit status is 1 if anything failed.
+Steps, in this order: tests, finetune, bench, sanitizers; tune and profile only if they are named. Writes results.json and
+results.md after every step, so that what was done is kept whatever happens, log.txt with what the programs said, and
+from the benchmarks bench.json and performance.md. What is not there (compute-sanitizer, ncu, torch) is left out, and the
+report says so. Without a GPU it says that and ends well; the exit status is 1 if anything failed.
 """
 
 import argparse
@@ -28,7 +30,13 @@ from typing import NamedTuple
 
 KIT = pathlib.Path(__file__).resolve().parent
 # Each step's share of the time; what one leaves goes to the next.
-SHARES = {"tests": 45, "finetune": 5, "bench": 30, "sanitizers": 20}
+SHARES = {"tests": 45, "finetune": 5, "bench": 30, "sanitizers": 20, "tune": 50, "profile": 20}
+# Run only when named.
+EXTRA = ("tune", "profile")
+# Cases of which a profile says why they take as long as they do.
+PROFILED = ["attention_forward", "attention_train", "windowed_layer_forward", "qkv_lora", "windowed_layer_train"]
+WRITTEN = ["results.json", "results.md", "log.txt", "bench.json", "performance.md"]
+WRITTEN += ["measured.rs", "tiles.json", "profile.txt"]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 # A process that takes longer than this hangs.
 LONGEST = 300
@@ -52,10 +60,10 @@ class Kit:
     def __init__(self, args):
         self.folder = args.results.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "results.md", "log.txt", "bench.json", "performance.md"):
+        for name in WRITTEN:
             (self.folder / name).unlink(missing_ok=True)
         self.start = time.monotonic()
-        self.seconds, self.wanted = args.seconds, args.steps or list(SHARES)
+        self.seconds, self.wanted = args.seconds, args.steps or [step for step in SHARES if step not in EXTRA]
         self.environment = dict(os.environ, CANDLE_SAM_LORA_FIXTURES=str(KIT / "tests/fixtures"))
         self.environment["LD_LIBRARY_PATH"] = ":".join(libraries())
         # The driver compiles candle's kernels for this GPU, once if it may keep them.
@@ -231,6 +239,42 @@ def sanitizers(kit, until):
                 kit.note(tool, "passed" if good else "failed", reason=f"{summary}; {ran}", findings=findings[:60])
 
 
+def tune(kit, until):
+    """The fastest tiles, as the table that src/launch/measured.rs is."""
+    seconds = until - time.monotonic()
+    about = f"{kit.results['device'] or 'a GPU'}, version {kit.results['version']}, {kit.results['date']}"
+    command = ["./tune", "--seconds", f"{max(1, seconds - 20):.0f}", "--about", about]
+    command += ["--table", kit.folder / "measured.rs", "--json", kit.folder / "tiles.json"]
+    done = kit.run(command, until, limit=seconds)
+    good = done.status == 0
+    reason = (done.out.strip().splitlines() or [""])[-1] if good else done.reason()
+    kit.note("tune", "passed" if good else "failed", reason=reason)
+
+
+def profile(kit, until):
+    """What bounds each of our kernels, by Nsight Compute; the clocks stay as they are."""
+    program = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
+    if program is None:
+        return kit.note("profile", "skipped", reason="ncu is not installed")
+    sections = ["SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats"]
+    command = [program, "--clock-control", "none", "--kernel-name", "regex:^(rel_pos|projection|low_rank)"]
+    command += [word for section in sections for word in ("--section", section)] + ["--launch-count", "12", "./cases"]
+    kit.environment["CANDLE_SAM_DEVICE"] = "cuda"
+    profiled, reason = [], "out of time"
+    for case in PROFILED:
+        if time.monotonic() > until:
+            break
+        done = kit.run([*command, "--case", case, "--dtype", "bf16", "--batch", 4, "--reps", 1], until)
+        if done.status == 0:
+            profiled.append(case)
+            with open(kit.folder / "profile.txt", "a") as file:
+                file.write(f"# {case}\n{done.out}\n")
+        else:
+            reason = done.reason()
+    reason = ", ".join(profiled) if profiled else reason
+    kit.note("profile", "passed" if profiled else "failed", reason=reason)
+
+
 def report(results):
     """The results as Markdown."""
     lines = [f"# {results['device'] or 'GPU'}", "", f"Version {results['version']}, {results['date']}."]
@@ -246,7 +290,7 @@ def report(results):
     if rows := steps.get("bench", {}).get("rows"):
         lines += ["", "| case | | ours | peer | | ratio |", "|---|---|---|---|---|---|"]
         keys = ("case", "metric", "ours", "peer", "peer_name", "ratio")
-        lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
+        lines += ["| " + " | ".join("" if row[key] is None else str(row[key]) for key in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -275,7 +319,8 @@ def main():
     kit = Kit(parser.parse_args())
     if probe(kit):
         kit.environment["CANDLE_SAM_LORA_REQUIRE_GPU"] = "1"
-        for name, step in [("tests", tests), ("finetune", finetune), ("bench", bench), ("sanitizers", sanitizers)]:
+        for step in (tests, finetune, bench, sanitizers, tune, profile):
+            name = step.__name__
             if name not in kit.wanted:
                 continue
             if kit.left() < 10:

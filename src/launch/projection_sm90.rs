@@ -11,7 +11,7 @@ use super::bindings::{
 };
 use super::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
 use super::tensor_map::{Element, TensorMap};
-use super::Launch;
+use super::{tiles, Launch};
 use candle_core::{bail, DType, Result};
 use std::mem::{offset_of, size_of};
 
@@ -67,7 +67,7 @@ pub const CHOICES: [Choice; 3] = [
     Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192" },
 ];
 
-const FORWARD: &str = "projection_fwd_sm90";
+const FORWARD: &str = tiles::PROJECTION[2];
 /// Columns that a warp stores at once, of 16 rows.
 const PIECE: (u32, u32) = (16, 64);
 /// Elements of a row of a stage: 128 bytes.
@@ -107,6 +107,17 @@ fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static Til
     Ok(None)
 }
 
+/// The tile that was measured to be the fastest, or that the table names; none for the portable kernels.
+fn chosen(family: &str, problem: &Problem<'_>, dtype: DType) -> Result<Option<&'static Tile>> {
+    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
+    let shape = [problem.in_dim, widths.iter().sum::<u32>() as usize];
+    match tiles::known(family, dtype, shape, problem.rows) {
+        Some(tiles::PORTABLE) => Ok(None),
+        Some(name) => tile(name).map(Some),
+        None => choose(family, problem.rows as u64, &widths),
+    }
+}
+
 /// Whether bulk copies take the rows: 16 bits an element, rows and addresses of multiples of 16 bytes.
 fn copies_take(shapes: &Shapes<'_>, dtype: DType, addresses: &[device_ptr]) -> bool {
     let widths = shapes.problem.projections.iter().map(|part| part.out_dim);
@@ -127,8 +138,7 @@ pub fn forward(
     operands: &ForwardOperands<'_>,
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
-    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    match choose(FORWARD, problem.rows as u64, &widths)? {
+    match chosen(FORWARD, problem, dtype)? {
         Some(tile) => forward_with(tile, problem, dtype, operands, multiprocessors),
         None => Ok(None),
     }

@@ -54,6 +54,9 @@ fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
     if !p.h.is_multiple_of(p.side_h) || !p.w.is_multiple_of(p.side_w) {
         return None;
     }
+    if tiles::known(FAMILY, dtype, [p.head_dim, p.side_w], 0) == Some(tiles::PORTABLE) {
+        return None;
+    }
     let cols = tiles::attention(FAMILY, dtype, p.head_dim, p.side_w);
     let (rows, box_rows, slots) = match cols {
         64 => (

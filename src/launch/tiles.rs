@@ -4,9 +4,10 @@
 //! | family | shape | rule |
 //! |---|---|---|
 //! | `rel_pos_attention_*` | head_dim, width of the window | the columns whose stripes leave least of the window's width empty; of equals 64, then 16, then 40 |
-//! | `projection_*` | in_dim, sum of out_dims; rows | [`projection::Tile::choose`](super::projection::Tile::choose) |
+//! | `projection_*` | in_dim, sum of out_dims; rows | `choose` of `projection.rs` and `projection_sm90.rs` |
 //!
-//! A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for grids of 40 and 80, of 16 for windows of 14.
+//! On Hopper a problem may have `portable` for a tile. A row of 64 tokens is one rel_h for 64 keys; stripes of 40 are for
+//! grids of 40 and 80, of 16 for windows of 14.
 
 use super::measured::MEASURED;
 use candle_core::DType;
@@ -31,12 +32,15 @@ pub struct Measured {
 pub const ATTENTION: [&str; 3] =
     ["rel_pos_attention_fwd", "rel_pos_attention_bwd_query", "rel_pos_attention_fwd_sm90"];
 /// The projections' families.
-pub const PROJECTION: [&str; 2] = ["projection_fwd", "projection_bwd_input"];
+pub const PROJECTION: [&str; 3] = ["projection_fwd", "projection_bwd_input", "projection_fwd_sm90"];
+/// In the place of one of Hopper's tiles: the portable kernels, whose own table goes on.
+pub const PORTABLE: &str = "portable";
 
 /// Columns of the attention's key tiles, and the names of these; of equals, the rule takes the first.
 const COLUMNS: [(usize, &str); 3] = [(64, "cols64"), (16, "cols16"), (40, "cols40")];
 /// Names of the projections' tiles.
 const SQUARES: [&str; 2] = ["128x128", "64x64"];
+const PERSISTENT: [&str; 2] = ["pingpong_128x192", "cooperative_128x256"];
 
 thread_local! {
     static FORCED: Cell<Option<(&'static str, &'static str)>> = const { Cell::new(None) };
@@ -47,15 +51,31 @@ pub fn force(family_and_tile: Option<(&'static str, &'static str)>) {
     FORCED.set(family_and_tile);
 }
 
-/// The tiles of a family that there are kernels for.
+/// The tiles of a family that there are kernels for; for tuning.
 pub fn candidates(family: &str, bytes: usize, shape: [usize; 2]) -> Vec<&'static str> {
-    if ATTENTION.contains(&family) {
-        return attention_columns(bytes, shape[0]).map(|(_, name)| name).collect();
+    let hopper = family.ends_with("_sm90");
+    let mut names: Vec<_> = if hopper && bytes != 2 {
+        Vec::new()
+    } else if ATTENTION.contains(&family) {
+        attention_columns(bytes, shape[0]).map(|(_, name)| name).collect()
+    } else if PROJECTION.contains(&family) {
+        if hopper { PERSISTENT } else { SQUARES }.to_vec()
+    } else {
+        Vec::new()
+    };
+    if hopper {
+        names.push(PORTABLE);
     }
-    if PROJECTION.contains(&family) {
-        return SQUARES.to_vec();
-    }
-    Vec::new()
+    names
+}
+
+/// The tile that a problem gets today, as far as it hangs on this alone; for tuning.
+pub fn current(family: &str, dtype: DType, shape: [usize; 2], rows: usize) -> Option<&'static str> {
+    known(family, dtype, shape, rows).or_else(|| {
+        let cols = attention(family, dtype, shape[0], shape[1]);
+        let named = COLUMNS.into_iter().find(|(c, _)| *c == cols && ATTENTION.contains(&family));
+        named.map(|(_, name)| name)
+    })
 }
 
 /// Heads of up to 32 channels, and all in f32, have the narrow tile only.
@@ -100,7 +120,8 @@ pub(super) fn attention(family: &str, dtype: DType, head_dim: usize, width: usiz
 
 #[cfg(test)]
 mod tests {
-    use super::super::{projection, rel_pos_attention, rel_pos_attention_sm90, AttentionProblem};
+    use super::super::{projection, projection_sm90, rel_pos_attention, rel_pos_attention_sm90};
+    use super::super::{AttentionProblem, Launch};
     use super::*;
     use candle_core::Result;
 
@@ -142,84 +163,72 @@ mod tests {
         rows
     }
 
-    /// The kernel that a row's problem launches.
-    fn launched(row: &Measured) -> Result<Option<(String, u32)>> {
-        let dtype = if row.bytes == 4 { DType::F32 } else { DType::BF16 };
+    /// The family's kernel that a row's problem launches, if any.
+    fn launched(row: &Measured) -> Result<Option<Launch>> {
         let at = 1 << 20;
-        if PROJECTION.contains(&row.family) {
-            let parts =
-                [projection::ProjectionProblem { out_dim: row.shape[1], bias: true, lora: None }];
-            let problem = projection::Problem {
-                rows: row.rows,
-                in_dim: row.shape[0],
-                projections: &parts,
-                activation: projection::Activation::Identity,
-            };
-            let launches = if row.family == "projection_fwd" {
-                let operands = projection::ForwardOperands {
-                    x: at,
-                    weights: &[at],
-                    small: at,
-                    residual: 0,
-                    out: at,
-                    low_rank: 0,
-                    sum: 0,
-                };
-                projection::forward(&problem, dtype, &operands)?
-            } else {
-                let operands = projection::BackwardOperands {
-                    x: at,
-                    weights: &[at],
-                    small: at,
-                    low_rank: 0,
-                    sum: 0,
-                    dout: at,
-                    dx: at,
-                    dsmall: 0,
-                    workspace: at,
-                };
-                projection::backward(&problem, dtype, &operands)?
-            };
-            return Ok(launches
-                .into_iter()
-                .map(|l| (l.kernel, l.shared_bytes))
-                .find(|(kernel, _)| kernel.starts_with(row.family)));
-        }
-        let [head_dim, side] = row.shape;
-        let problem = AttentionProblem {
-            batch: 1,
-            h: side,
-            w: side,
-            num_heads: 2,
-            head_dim,
-            side_h: side,
-            side_w: side,
-            softmax_scale: 0.125,
-            rel_pos: true,
-            dropout: None,
-        };
-        let inputs = rel_pos_attention::Inputs { qkv: at, tables: at, pad: at };
-        let launch = match row.family {
-            "rel_pos_attention_fwd" => {
-                Some(rel_pos_attention::forward(&problem, dtype, &inputs, at, at)?)
+        let dtype = if row.bytes == 4 { DType::F32 } else { DType::BF16 };
+        let [inner, outer] = row.shape;
+        let launches = if PROJECTION.contains(&row.family) {
+            use projection::{Activation, BackwardOperands, ForwardOperands, Problem};
+            let part = projection::ProjectionProblem { out_dim: outer, bias: true, lora: None };
+            let (weights, activation) = (&[at][..], Activation::Identity);
+            let (rows, in_dim, projections) = (row.rows, inner, &[part][..]);
+            let problem = Problem { rows, in_dim, projections, activation };
+            let ([x, small, out, dout, dx, workspace], none) = ([at; 6], 0);
+            let (low_rank, sum, residual, dsmall) = (none, none, none, none);
+            let forward = ForwardOperands { x, weights, small, residual, out, low_rank, sum };
+            match row.family {
+                "projection_fwd" => projection::forward(&problem, dtype, &forward)?,
+                "projection_fwd_sm90" => {
+                    projection_sm90::forward(&problem, dtype, &forward, 132)?.unwrap_or_default()
+                }
+                _ => projection::backward(
+                    &problem,
+                    dtype,
+                    &BackwardOperands {
+                        x,
+                        weights,
+                        small,
+                        low_rank,
+                        sum,
+                        dout,
+                        dx,
+                        dsmall,
+                        workspace,
+                    },
+                )?,
             }
-            "rel_pos_attention_fwd_sm90" => {
-                rel_pos_attention_sm90::forward(&problem, dtype, &inputs, at, at)?
-            }
-            _ => {
-                let operands = rel_pos_attention::BackwardOperands {
-                    out: at,
-                    lse: at,
-                    dout: at,
-                    dqkv: at,
-                    dtables: at,
-                    dpad: at,
-                    workspace: at,
-                };
-                rel_pos_attention::backward(&problem, dtype, &inputs, &operands)?.into_iter().next()
+        } else {
+            use rel_pos_attention::{backward, forward, BackwardOperands, Inputs};
+            let problem = AttentionProblem {
+                batch: 1,
+                h: outer,
+                w: outer,
+                num_heads: 2,
+                head_dim: inner,
+                side_h: outer,
+                side_w: outer,
+                softmax_scale: 0.125,
+                rel_pos: true,
+                dropout: None,
+            };
+            let inputs = Inputs { qkv: at, tables: at, pad: at };
+            let [out, lse, dout, dqkv, dtables, dpad, workspace] = [at; 7];
+            match row.family {
+                "rel_pos_attention_fwd" => vec![forward(&problem, dtype, &inputs, out, lse)?],
+                "rel_pos_attention_fwd_sm90" => {
+                    let own = rel_pos_attention_sm90::forward(&problem, dtype, &inputs, out, lse)?;
+                    own.into_iter().collect()
+                }
+                _ => backward(
+                    &problem,
+                    dtype,
+                    &inputs,
+                    &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace },
+                )?,
             }
         };
-        Ok(launch.map(|launch| (launch.kernel, launch.shared_bytes)))
+        Ok(launches.into_iter().find(|launch| launch.kernel.starts_with(row.family)))
     }
 
     #[test]
@@ -228,16 +237,22 @@ mod tests {
             force(Some((row.family, row.tile)));
             let launched = launched(&row);
             force(None);
-            let Some((kernel, shared)) = launched? else {
-                assert!(row.family.ends_with("_sm90"), "{row:?}: not covered");
+            let hopper = row.family.ends_with("_sm90");
+            let Some(launch) = launched? else {
+                assert!(
+                    hopper && [PORTABLE, "cols16", "cols40", "cols64"].contains(&row.tile),
+                    "{row:?}"
+                );
                 continue;
             };
-            assert!(kernel.contains(&format!("_{}_", row.tile)), "{row:?}: {kernel}");
-            let most = if row.family.ends_with("_sm90") { 227 << 10 } else { 163 << 10 };
-            assert!(shared <= most, "{row:?}: {shared} bytes");
+            let name = format!("_{}_", row.tile);
+            assert!(launch.kernel.contains(&name), "{row:?}: {}", launch.kernel);
+            let most = if hopper { 227 << 10 } else { 163 << 10 };
+            assert!(launch.shared_bytes <= most, "{row:?}: {} bytes", launch.shared_bytes);
         }
         Ok(())
     }
+
     #[test]
     fn of_a_shape_s_rows_the_one_with_most_rows_that_the_problem_has_is_taken() {
         let row = |rows, tile| Measured {

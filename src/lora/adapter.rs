@@ -6,8 +6,9 @@
 //! half-way has no configuration and does not load.
 
 use super::inject::Plan;
-use super::state::{check, named_adapter_state};
+use super::state::{check, headers, named_adapter_state};
 use super::{BiasTraining, LoraConfig};
+use crate::files::TensorFile;
 use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
 use crate::{files, Error, Result};
 use candle_core::{Device, Tensor};
@@ -90,11 +91,12 @@ pub fn load_named_adapter(
 ) -> Result<LoraConfig> {
     let config_path = dir.join(CONFIG_FILE);
     let config = LoraConfig::read(&config_path)?;
-    let mut tensors = read_adapter(dir, &config)?;
+    let file = open_adapter(dir, &config)?;
     let plan = Plan::new(model, name, &config)
         .map_err(|e| Error::file(&config_path, format!("does not fit this model: {e}")))?;
     let slots = plan.slots();
-    check(&dir.join(TENSORS_FILE).display().to_string(), &slots, &tensors)?;
+    check(&file.path().display().to_string(), &slots, headers(&file))?;
+    let mut tensors = file.read_all(&Device::Cpu)?;
     let mut values = plan.base_values()?;
     values.extend(
         slots.into_iter().filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?))),
@@ -103,14 +105,14 @@ pub fn load_named_adapter(
     Ok(config)
 }
 
-/// The tensors in an adapter folder, by their keys.
-pub(super) fn read_adapter(dir: &Path, config: &LoraConfig) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors = files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu)?;
+/// The tensors in an adapter folder, of which the header alone has been read: what does not fit a model is refused by it.
+pub(super) fn open_adapter(dir: &Path, config: &LoraConfig) -> Result<TensorFile> {
+    let mut file = TensorFile::open(dir.join(TENSORS_FILE))?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         // PEFT stores the biases of modules to save three times over: plain, and under its two wrappers.
-        tensors.retain(|key, _| {
+        file.retain(|key| {
             !key.ends_with(".original_module.bias") && !key.ends_with(".modules_to_save.bias")
         });
     }
-    Ok(tensors)
+    Ok(file)
 }

@@ -9,14 +9,15 @@
 //!
 //! Source: PEFT 0.21, `hotswap_adapter` in `utils/hotswap.py`.
 
-use super::adapter::read_adapter;
-use super::state::{check, refuse_merged, Slot, PREFIX};
+use super::adapter::open_adapter;
+use super::state::{check, headers, refuse_merged, Slot, PREFIX};
 use super::switch::check_known;
 use super::target::Matcher;
-use super::{LoraConfig, CONFIG_FILE, TENSORS_FILE};
+use super::{LoraConfig, CONFIG_FILE};
+use crate::files::TensorFile;
 use crate::nn::{Adapter, ModuleTree, Node, NodeMut};
 use crate::{Error, Result};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Var};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -32,8 +33,8 @@ pub fn hotswap_adapter(model: &mut dyn ModuleTree, name: &str, dir: &Path) -> Re
     refuse_merged(model)?;
     let config_path = dir.join(CONFIG_FILE);
     let config = LoraConfig::read(&config_path)?;
-    let tensors = read_adapter(dir, &config)?;
-    let mut new = plan(model, name, &config, &tensors, dir).map_err(|e| match e {
+    let file = open_adapter(dir, &config)?;
+    let mut new = plan(model, name, &config, &file).map_err(|e| match e {
         Error::Config(message) => Error::file(&config_path, message),
         other => other,
     })?;
@@ -52,8 +53,7 @@ fn plan(
     model: &dyn ModuleTree,
     name: &str,
     config: &LoraConfig,
-    tensors: &BTreeMap<String, Tensor>,
-    dir: &Path,
+    file: &TensorFile,
 ) -> Result<BTreeMap<String, Adapter>> {
     if config.changes_base() {
         return Err(Error::config("an adapter that changes its base cannot be swapped in"));
@@ -66,6 +66,7 @@ fn plan(
             }
         }
     });
+    let key = |path: &str, leaf: &str| format!("{PREFIX}{path}.{leaf}");
     let matcher = Matcher::new(config)?;
     let mut new = BTreeMap::new();
     let mut slots = BTreeMap::new();
@@ -80,9 +81,8 @@ fn plan(
         if let Some((what, was, is)) = alike.into_iter().find(|(_, was, is)| was != is) {
             return Err(Error::config(format!("{what} is {is}, and {was} in the loaded adapter")));
         }
-        let key = |leaf: &str| format!("{PREFIX}{path}.{leaf}");
         let mut adapter = old.clone();
-        if !tensors.contains_key(&key("lora_A.weight")) {
+        if !file.tensors().contains_key(&key(&path, "lora_A.weight")) {
             for tensor in [&mut adapter.a, &mut adapter.b].into_iter().chain(&mut adapter.b_bias) {
                 *tensor = tensor.zeros_like()?;
             }
@@ -98,14 +98,19 @@ fn plan(
                 "lora_B.weight" => shape[1] = rank,
                 _ => {}
             }
-            if let Some(value) = tensors.get(&key(leaf)) {
-                *tensor = value.to_device(tensor.device())?.to_dtype(DType::F32)?;
-            }
-            slots.insert(key(leaf), Slot { name: leaf.to_string(), shape });
+            slots.insert(key(&path, leaf), Slot { name: leaf.to_string(), shape });
         }
         new.insert(path, adapter);
     }
-    check(&dir.join(TENSORS_FILE).display().to_string(), &slots, tensors)?;
+    check(&file.path().display().to_string(), &slots, headers(file))?;
+    let mut tensors = file.read_all(&Device::Cpu)?;
+    for (path, adapter) in &mut new {
+        for (leaf, tensor) in adapter.tensors_mut() {
+            if let Some(value) = tensors.remove(&key(path, leaf)) {
+                *tensor = value.to_device(tensor.device())?.to_dtype(DType::F32)?;
+            }
+        }
+    }
     Ok(new)
 }
 

@@ -13,11 +13,13 @@
 
 use super::target::Matcher;
 use super::{BiasTraining, LoraConfig};
+use crate::files::TensorFile;
 use crate::nn::{
     adapter_tensor_name, is_adapter_tensor, ModuleTree, Node, NodeMut, DEFAULT_ADAPTER,
 };
 use crate::{Error, Result, TensorMismatch};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{Tensor, Var};
+use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What PEFT puts before the name of a tensor.
@@ -160,7 +162,8 @@ pub fn set_adapter_state(
             (key.clone(), Slot { name: name.clone(), shape: tensor.dims().to_vec() })
         })
         .collect();
-    check("the adapter state", &wanted, tensors)?;
+    let found = tensors.iter().map(|(key, t)| (key.as_str(), t.dims(), t.dtype().into()));
+    check("the adapter state", &wanted, found)?;
     let values = saved.into_iter().filter_map(|(key, name, _)| Some((name, tensors.get(&key)?)));
     overwrite(model, values.collect())
 }
@@ -193,31 +196,38 @@ pub(super) fn overwrite(
     })
 }
 
-/// Compares what a model wants with what `source` has.
-pub(super) fn check(
+/// Name, shape and dtype of a file's tensors, by its header.
+pub(super) fn headers(file: &TensorFile) -> impl Iterator<Item = (&str, &[usize], Dtype)> {
+    file.tensors().iter().map(|(key, info)| (key.as_str(), &info.shape[..], info.dtype))
+}
+
+/// Compares what a model wants with what `source` has, tensors of some name, shape and dtype.
+pub(super) fn check<'a>(
     source: &str,
     wanted: &BTreeMap<String, Slot>,
-    tensors: &BTreeMap<String, Tensor>,
+    found: impl Iterator<Item = (&'a str, &'a [usize], Dtype)>,
 ) -> Result<()> {
+    let found: BTreeMap<&str, _> = found.map(|(key, shape, dtype)| (key, (shape, dtype))).collect();
     let mut mismatch = TensorMismatch { source: source.to_string(), ..Default::default() };
     for (key, slot) in wanted {
-        match tensors.get(key) {
+        match found.get(key.as_str()) {
             None => mismatch.missing.push(key.clone()),
-            Some(tensor) if tensor.dims() != slot.shape => {
-                mismatch.misshaped.push((key.clone(), slot.shape.clone(), tensor.dims().to_vec()))
+            Some((shape, _)) if *shape != slot.shape => {
+                mismatch.misshaped.push((key.clone(), slot.shape.clone(), shape.to_vec()))
             }
             Some(_) => {}
         }
     }
-    mismatch.surplus.extend(tensors.keys().filter(|key| !wanted.contains_key(*key)).cloned());
+    let surplus = found.keys().filter(|key| !wanted.contains_key(**key));
+    mismatch.surplus.extend(surplus.map(|key| key.to_string()));
     if !mismatch.is_empty() {
         return Err(Error::Mismatch(mismatch));
     }
-    for (key, tensor) in tensors {
-        if !matches!(tensor.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+    for (key, (_, dtype)) in found {
+        if !matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
             return Err(Error::file(
                 source,
-                format!("tensor {key}: expected floating point, got {:?}", tensor.dtype()),
+                format!("tensor {key}: expected floating point, got {dtype:?}"),
             ));
         }
     }

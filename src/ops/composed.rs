@@ -119,7 +119,8 @@ fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
     let index: Vec<u32> =
         (0..side).flat_map(|i| (0..side).map(move |j| (i + side - 1 - j) as u32)).collect();
     let index = Tensor::from_vec(index, side * side, table.device())?;
-    table.index_select(&index, 0)?.reshape((side, side, ()))
+    // candle selects rows of contiguous tables only.
+    table.contiguous()?.index_select(&index, 0)?.reshape((side, side, ()))
 }
 
 /// Splits a grid into square windows, filling what hangs over with `pad` (zero if none):

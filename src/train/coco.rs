@@ -12,19 +12,41 @@ use crate::{Error, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
+use std::sync::Arc;
 
 /// No image may be larger a side; see [`read_image`](crate::sam::read_image).
 const MAX_SIDE: u32 = 1 << 15;
 
-/// An image and its objects.
+/// An image and its objects, of whose outlines nothing is known yet: they are drawn once the image is seen to have the
+/// size that the file says.
 #[derive(Clone, Debug)]
 pub(super) struct CocoImage {
     /// Within the folder of images.
     pub file_name: String,
     /// Of the image, as the file says.
     pub size: Size,
-    /// Each object is the union of some runs.
-    pub objects: Vec<Vec<Runs>>,
+    annotations: Arc<Path>,
+    objects: Vec<Object>,
+}
+
+#[derive(Clone, Debug)]
+struct Object {
+    id: i64,
+    segmentation: Segmentation,
+}
+
+impl CocoImage {
+    /// The objects, each the union of some runs.
+    ///
+    /// # Errors
+    /// When an outline or runs do not fit the image; the annotation is named.
+    pub fn objects(&self) -> impl Iterator<Item = Result<Vec<Runs>>> + '_ {
+        self.objects.iter().map(|Object { id, segmentation }| {
+            let invalid =
+                |message| Error::file(&self.annotations, format!("annotation {id}: {message}"));
+            segmentation.runs(self.size).map_err(invalid)
+        })
+    }
 }
 
 #[derive(Deserialize)]
@@ -51,7 +73,7 @@ struct Annotation {
     iscrowd: u8,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(
     untagged,
     expecting = "a segmentation must be polygons, [[x, y, ..], ..], or {size: [height, width], counts}, the counts \
@@ -64,8 +86,8 @@ enum Segmentation {
 }
 
 impl Segmentation {
-    fn runs(self, image: Size) -> std::result::Result<Vec<Runs>, String> {
-        if let Self::Runs { size, .. } | Self::Compressed { size, .. } = &self {
+    fn runs(&self, image: Size) -> std::result::Result<Vec<Runs>, String> {
+        if let Self::Runs { size, .. } | Self::Compressed { size, .. } = self {
             if *size != [image.0, image.1] {
                 let (height, width) = image;
                 return Err(format!("its size is {size:?}, its image's [{height}, {width}]"));
@@ -76,8 +98,8 @@ impl Segmentation {
             Self::Polygons(polygons) => {
                 polygons.iter().map(|polygon| rle::polygon(polygon, image)).collect()
             }
-            Self::Runs { counts, .. } => Ok(vec![rle::checked(counts, image)?]),
-            Self::Compressed { counts, .. } => Ok(vec![rle::decompressed(&counts, image)?]),
+            Self::Runs { counts, .. } => Ok(vec![rle::checked(counts.clone(), image)?]),
+            Self::Compressed { counts, .. } => Ok(vec![rle::decompressed(counts, image)?]),
         }
     }
 }
@@ -85,12 +107,13 @@ impl Segmentation {
 /// The images of a file that have an object, in the file's order.
 ///
 /// # Errors
-/// When the file is unreadable or no such JSON, an image's name leads out of its folder, two images share an id, an
-/// annotation has no image, or its outline or runs do not fit that; the annotation is named.
+/// When the file is unreadable or no such JSON, an image's name leads out of its folder, two images share an id, or an
+/// annotation has no image; the annotation is named.
 pub(super) fn read(path: &Path) -> Result<Vec<CocoImage>> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     let Instances { images, annotations } = serde_json::from_str(&text)
         .map_err(|e| Error::file(path, format!("not COCO's instances: {e}")))?;
+    let file: Arc<Path> = path.into();
     let mut places = BTreeMap::new();
     let mut found: Vec<CocoImage> = Vec::with_capacity(images.len());
     for ImageEntry { id, file_name, width, height } in images {
@@ -107,16 +130,16 @@ pub(super) fn read(path: &Path) -> Result<Vec<CocoImage>> {
         if places.insert(id, found.len()).is_some() {
             return Err(invalid("there are two of this id"));
         }
-        found.push(CocoImage { file_name, size: (height, width), objects: vec![] });
+        let (size, annotations) = ((height, width), file.clone());
+        found.push(CocoImage { file_name, size, annotations, objects: vec![] });
     }
     for Annotation { id, image_id, segmentation, iscrowd } in annotations {
-        let invalid = |message: String| Error::file(path, format!("annotation {id}: {message}"));
         let place = places.get(&image_id);
-        let image = place
-            .and_then(|place| found.get_mut(*place))
-            .ok_or_else(|| invalid(format!("there is no image {image_id}")))?;
+        let image = place.and_then(|place| found.get_mut(*place)).ok_or_else(|| {
+            Error::file(path, format!("annotation {id}: there is no image {image_id}"))
+        })?;
         if iscrowd == 0 {
-            image.objects.push(segmentation.runs(image.size).map_err(invalid)?);
+            image.objects.push(Object { id, segmentation });
         }
     }
     found.retain(|image| !image.objects.is_empty());

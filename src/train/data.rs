@@ -142,8 +142,8 @@ impl Dataset {
             match &pair.truth {
                 Truth::Mask(mask) => add(mask)?,
                 Truth::Coco(coco) => {
-                    for (object, runs) in coco.objects.iter().enumerate() {
-                        let bytes = runs.iter().flatten().flat_map(|run| run.to_le_bytes());
+                    for (object, runs) in coco.objects().enumerate() {
+                        let bytes = runs?.into_iter().flatten().flat_map(u32::to_le_bytes);
                         checksum.add(&format!("{object}"), &bytes.collect::<Vec<u8>>());
                     }
                 }
@@ -217,22 +217,28 @@ impl Dataset {
                     format!("is {width} x {height} pixels, but {cols} x {rows} in its annotations");
                 return Err(Error::file(&pair.image, message));
             }
-            Truth::Coco(coco) => layers_of(&self.masks(coco), width, height),
+            Truth::Coco(coco) => {
+                layers_of(self.masks(coco), width, height).map_err(|e| match e {
+                    Error::Config(message) => Error::file(&pair.image, message),
+                    other => other,
+                })?
+            }
         };
         let instances = layered(&layers, self.min_area);
         Ok(Sample { name: pair.name.clone(), image, layers, instances })
     }
 
-    /// The objects that are large enough, as masks of rows.
-    fn masks(&self, coco: &CocoImage) -> Vec<Vec<bool>> {
+    /// The objects that are large enough, as masks of rows, drawn one after another.
+    fn masks<'a>(&'a self, coco: &'a CocoImage) -> impl Iterator<Item = Result<Vec<bool>>> + 'a {
         let pixels = coco.size.0 as usize * coco.size.1 as usize;
-        let drawn = coco.objects.iter().map(|runs| {
+        let drawn = coco.objects().map(move |runs| {
             let mut mask = vec![false; pixels];
-            runs.iter().for_each(|runs| rle::paint(runs, &mut mask, coco.size));
-            mask
+            runs?.iter().for_each(|runs| rle::paint(runs, &mut mask, coco.size));
+            Ok(mask)
         });
-        let area = |mask: &Vec<bool>| mask.iter().filter(|inside| **inside).count();
-        drawn.filter(|mask| area(mask) >= self.min_area.max(1)).collect()
+        let area = |mask: &[bool]| mask.iter().filter(|inside| **inside).count();
+        let least = self.min_area.max(1);
+        drawn.filter(move |mask| mask.as_ref().map_or(true, |mask| area(mask) >= least))
     }
 }
 

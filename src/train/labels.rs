@@ -129,19 +129,37 @@ pub(super) fn layered(layers: &[LabelImage], min_area: usize) -> Vec<Instance> {
 }
 
 /// Masks of rows as label images, numbered from 1: each in the first one in which it covers no other.
-pub(super) fn layers_of(masks: &[Vec<bool>], width: u32, height: u32) -> Vec<LabelImage> {
+///
+/// # Errors
+/// When a mask is one, or so many objects lie upon each other that their label images would have more pixels than that
+/// of the largest image.
+pub(super) fn layers_of(
+    masks: impl Iterator<Item = Result<Vec<bool>>>,
+    width: u32,
+    height: u32,
+) -> Result<Vec<LabelImage>> {
+    let most = ((1 << 30) / (width as usize * height as usize).max(1)).max(1);
     let mut layers: Vec<LabelImage> = Vec::new();
-    for (mask, label) in masks.iter().zip(1..) {
+    for (mask, label) in masks.zip(1..) {
+        let mask = mask?;
         let pixels = || mask.iter().enumerate().filter(|(_, inside)| **inside).map(|(i, _)| i);
         let free = layers.iter().position(|layer| pixels().all(|i| layer.as_raw()[i] == 0));
-        let layer = free.unwrap_or_else(|| {
-            layers.push(LabelImage::new(width, height));
-            layers.len() - 1
-        });
+        let layer = match free {
+            Some(layer) => layer,
+            None if layers.len() == most => {
+                return Err(Error::config(format!(
+                    "more than {most} objects lie upon each other in an image of {width} x {height} pixels"
+                )))
+            }
+            None => {
+                layers.push(LabelImage::new(width, height));
+                layers.len() - 1
+            }
+        };
         let values: &mut [u32] = &mut layers[layer];
         pixels().for_each(|i| values[i] = label);
     }
-    layers
+    Ok(layers)
 }
 
 /// The mask of `label` on a coarser grid of `rows` x `cols`, 0 or 1, row-major: each pixel of the grid shows the

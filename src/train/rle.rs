@@ -89,7 +89,8 @@ pub(super) fn polygon(xy: &[f64], (height, width): Size) -> Result<Runs, String>
     let points: Vec<(i64, i64)> = points.by_ref().collect();
     let edges = || points.iter().zip(points.iter().cycle().skip(1));
     let length: u64 = edges().map(|(a, b)| a.0.abs_diff(b.0).max(a.1.abs_diff(b.1)) + 1).sum();
-    if length > 64 * pixels + (1 << 20) {
+    // A line in every row of pixels makes five to the pixel.
+    if length > 8 * pixels + (1 << 20) {
         return Err(format!("a polygon's outline of {length} fifths of a pixel is no outline"));
     }
     let (mut crossings, mut last) = (Vec::new(), None);

@@ -1,5 +1,6 @@
 //! What must hold after each fault.
 
+use crate::full_disk::full_disk;
 use crate::run::{self, ADAPTER, COMMAND, STARVED, STATE};
 use crate::trace::{run as traced, End, Fault};
 use anyhow::{ensure, Context, Result};
@@ -27,12 +28,13 @@ pub fn main() -> ExitCode {
         trial("killed_again_and_again", killed_again_and_again),
         trial("newest_state_damaged_and_then_killed", newest_state_damaged_and_then_killed),
         trial("out_of_memory", out_of_memory),
+        trial("full_disk", full_disk),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 /// A run in `folder`, its error messages going to `log`.
-fn command(folder: &Path, steps: &str, log: &Path) -> Result<Command> {
+pub fn command(folder: &Path, steps: &str, log: &Path) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args([COMMAND.as_ref(), folder.as_os_str(), steps.as_ref()]);
     command.env("RAYON_NUM_THREADS", "1").env("CANDLE_NUM_THREADS", "1");
@@ -41,14 +43,14 @@ fn command(folder: &Path, steps: &str, log: &Path) -> Result<Command> {
 }
 
 /// What a run that nobody disturbs leaves: every adapter on its way, and the last state.
-struct Undisturbed {
+pub struct Undisturbed {
     points: usize,
-    adapters: BTreeSet<Option<Vec<u8>>>,
+    pub adapters: BTreeSet<Option<Vec<u8>>>,
     state: Vec<u8>,
     last: Option<Vec<u8>>,
 }
 
-fn undisturbed(steps: u64) -> Result<Undisturbed> {
+pub fn undisturbed(steps: u64) -> Result<Undisturbed> {
     let scratch = tempfile::tempdir()?;
     let (folder, log) = (scratch.path().join("run"), scratch.path().join("log"));
     std::fs::create_dir(&folder)?;
@@ -72,7 +74,7 @@ fn undisturbed(steps: u64) -> Result<Undisturbed> {
 
 impl Undisturbed {
     /// What is on disk is whole, and a run that goes on from it ends as this one did.
-    fn check(&self, folder: &Path, steps: u64) -> Result<()> {
+    pub fn check(&self, folder: &Path, steps: u64) -> Result<()> {
         let adapter = run::adapter(&folder.join(ADAPTER)).context("the adapter is damaged")?;
         ensure!(self.adapters.contains(&adapter), "an adapter that never was");
         let log = folder.with_extension("log");

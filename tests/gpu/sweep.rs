@@ -11,7 +11,7 @@ pub struct Problem<W> {
     pub bytes: usize,
     pub shape: [usize; 2],
     pub rows: usize,
-    /// The one that it gets today first.
+    /// Today's first, which of equals is taken.
     pub tiles: Vec<&'static str>,
     /// What the measurement wants to know.
     pub work: W,
@@ -36,16 +36,16 @@ pub struct Swept {
     pub best: Option<&'static str>,
 }
 
-/// Another tile than today's must be faster by more than this, of today's time: runs differ by as much.
+/// Another tile than the first must be faster by more than this, of the first's time: runs differ by as much.
 const NOISE: f64 = 0.02;
 
-/// Measures problem by problem as long as there is time. One that was not measured to the end is left out: its tile stays.
+/// Measures problem by problem as long as there is time, and reports all so far after each. One that was not measured to the end is left out: its tile stays.
 pub fn sweep<W>(
     problems: &[Problem<W>],
     mut in_time: impl FnMut() -> bool,
     mut measure: impl FnMut(&Problem<W>, &'static str) -> Result<Outcome>,
-    mut report: impl FnMut(&Swept),
-) -> Vec<Swept> {
+    mut report: impl FnMut(&[Swept]) -> Result<()>,
+) -> Result<Vec<Swept>> {
     let mut all = Vec::new();
     'problems: for problem in problems {
         let mut outcomes = Vec::new();
@@ -57,14 +57,13 @@ pub fn sweep<W>(
         }
         let &Problem { family, bytes, shape, rows, .. } = problem;
         let best = best(&outcomes);
-        let swept = Swept { family, bytes, shape, rows, outcomes, best };
-        report(&swept);
-        all.push(swept);
+        all.push(Swept { family, bytes, shape, rows, outcomes, best });
+        report(&all)?;
     }
-    all
+    Ok(all)
 }
 
-/// The fastest of those that are right; the first, today's, unless another is faster beyond doubt.
+/// The fastest of those that are right; the first unless another is faster beyond doubt.
 fn best(outcomes: &[(&'static str, Result<Outcome>)]) -> Option<&'static str> {
     let right = |(index, (tile, outcome)): (usize, &(&'static str, Result<Outcome>))| {
         let outcome = outcome.as_ref().ok()?;

@@ -50,9 +50,15 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let source = Source::open(path.as_ref())?;
     let root = root(model);
     let targets = targets(model, root)?;
-    let mut available = hugging_face_names(&source, root)?;
+    let (mut available, twin) = hugging_face_names(&source, root)?;
     available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
     let plan = plan(&source, &targets, &available)?;
+    if let (Some(inner), Some(outer)) = (&twin, available.get(SHARED_EMBEDDING)) {
+        if !equal(&source, outer, inner)? {
+            let message = format!("{outer} and {inner} are one tensor in a SAM, but differ here");
+            return Err(Error::file(&source.path, message));
+        }
+    }
     let mut tensors = read(&source, &targets, &plan)?;
     model.visit_mut(root, &mut |name, node| {
         if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {
@@ -126,8 +132,12 @@ fn layout<'a>(names: &[&'a str]) -> Layout<'a> {
     Layout { prefix: "", part: "" }
 }
 
-/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`.
-fn hugging_face_names(source: &Source, root: &str) -> Result<BTreeMap<String, String>> {
+/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`; and the second of the
+/// two that may hold the position features, if both are there.
+fn hugging_face_names(
+    source: &Source,
+    root: &str,
+) -> Result<(BTreeMap<String, String>, Option<String>)> {
     let all = source.names();
     let Layout { prefix, part } = layout(&all);
     let (in_file, inside): (Vec<&str>, Vec<String>) = all
@@ -146,23 +156,20 @@ fn hugging_face_names(source: &Source, root: &str) -> Result<BTreeMap<String, St
         }
     }
     // The position features may come under either name or both.
-    if let Some(inner) = names.remove(PROMPT_EMBEDDING) {
-        let outer = names.entry(SHARED_EMBEDDING.to_string()).or_insert_with(|| inner.clone());
-        if *outer != inner && !equal(source, outer, &inner)? {
-            let message = format!("{outer} and {inner} are one tensor in a SAM, but differ here");
-            return Err(Error::file(&source.path, message));
-        }
+    let mut inner = names.remove(PROMPT_EMBEDDING);
+    if !names.contains_key(SHARED_EMBEDDING) {
+        names.extend(inner.take().map(|inner| (SHARED_EMBEDDING.to_string(), inner)));
     }
-    Ok(names)
+    Ok((names, inner))
 }
 
-/// Whether two tensors of the file hold the same values.
+/// Whether two tensors of the file have the same shape and hold the same values.
 fn equal(source: &Source, a: &str, b: &str) -> Result<bool> {
-    let values = |name: &str| -> Result<(Vec<usize>, Vec<f32>)> {
+    let values = |name: &str| -> Result<Vec<f32>> {
         let tensor = source.read(name, &Device::Cpu)?;
-        Ok((tensor.dims().to_vec(), tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?))
+        Ok(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     };
-    Ok(values(a)? == values(b)?)
+    Ok(source.info(a)?.shape == source.info(b)?.shape && values(a)? == values(b)?)
 }
 
 /// Matches what the model wants with what the file has, by headers alone.
