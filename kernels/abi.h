@@ -445,6 +445,57 @@ typedef struct RelPosAttentionBwdKeyParams {
 } RelPosAttentionBwdKeyParams;
 ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 
+/** The backward on sm_90a, for whole grids. The key pass: keys of a block, queries of a step, steps in flight. */
+#define REL_POS_ATTENTION_SM90_BWD_KEYS 128
+#define REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES 64
+#define REL_POS_ATTENTION_SM90_BWD_KEY_STAGES 4
+/** The query pass: key tiles, boxes and slots as of the forward, and blocks if the tables are trained. */
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS 1
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS 1
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS 8
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS 8
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS 2
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS 1
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS 5
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS 4
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS 4
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS 4
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS 8
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS 8
+#define REL_POS_ATTENTION_SM90_TABLE_PARTS 132
+
+/** As RelPosAttentionBwdQueryParams, with maps of qkv and dout as grids and of the tables as they lie. */
+typedef struct RelPosAttentionBwdQuerySm90Params {
+  PanelMaps qkv_maps;
+  PanelMaps dout_maps;
+  PanelMaps table_maps;
+  device_ptr tables;
+  device_ptr out;
+  device_ptr lse;
+  device_ptr dout;
+  device_ptr dqkv;
+  device_ptr bias;
+  device_ptr delta;
+  device_ptr table_partials;
+  uint64_t items;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdQuerySm90Params;
+ABI_SIZE(RelPosAttentionBwdQuerySm90Params, 896);
+
+/** Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what the
+ * query pass left: of its `bias` a key tile's columns and its rows, and `delta`. */
+typedef struct RelPosAttentionBwdKeySm90Params {
+  PanelMaps key_maps;
+  PanelMaps query_maps;
+  PanelMaps dout_maps;
+  EncodedTensorMap rel_w_map;
+  EncodedTensorMap rel_h_map;
+  EncodedTensorMap delta_map;
+  device_ptr dqkv;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdKeySm90Params;
+ABI_SIZE(RelPosAttentionBwdKeySm90Params, 1216);
+
 /** Threads of a block of the sum over partials. */
 #define SUM_PARTIALS_THREADS 256
 

@@ -19,7 +19,8 @@ mkdir -p "corpus/$target" "artifacts/$target"
 # One thread: the same input has to take the same path. Memory files live in /dev/shm where there is one.
 export RAYON_NUM_THREADS=1 CANDLE_NUM_THREADS=1
 [[ -d /dev/shm ]] && export TMPDIR=/dev/shm
+# Long inputs from the start: where an input ends that a target draws from, zeros are drawn.
 seeds=()
 [[ -d seeds/$target ]] && seeds=("seeds/$target")
 exec "target/$triple/release/$target" "corpus/$target" "${seeds[@]}" -artifact_prefix="artifacts/$target/" \
-  -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=600 -max_len=4096 -print_final_stats=1 "$@"
+  -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=600 -max_len=4096 -len_control=0 -print_final_stats=1 "$@"

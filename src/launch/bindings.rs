@@ -72,6 +72,22 @@ pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
 pub const REL_POS_ATTENTION_KEY_QUERIES_F32: u32 = 32;
 pub const REL_POS_ATTENTION_TABLE_PARTS: u32 = 264;
+pub const REL_POS_ATTENTION_SM90_BWD_KEYS: u32 = 128;
+pub const REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES: u32 = 64;
+pub const REL_POS_ATTENTION_SM90_BWD_KEY_STAGES: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS: u32 = 2;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS: u32 = 5;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_TABLE_PARTS: u32 = 132;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
@@ -896,6 +912,113 @@ const _: () = {
     ["Offset of field: RelPosAttentionBwdKeyParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, shape) - 56usize];
 };
+#[doc = " As RelPosAttentionBwdQueryParams, with maps of qkv and dout as grids and of the tables as they lie."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionBwdQuerySm90Params {
+    pub qkv_maps: PanelMaps,
+    pub dout_maps: PanelMaps,
+    pub table_maps: PanelMaps,
+    pub tables: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub dout: device_ptr,
+    pub dqkv: device_ptr,
+    pub bias: device_ptr,
+    pub delta: device_ptr,
+    pub table_partials: device_ptr,
+    pub items: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdQuerySm90Params"]
+        [::std::mem::size_of::<RelPosAttentionBwdQuerySm90Params>() - 896usize];
+    ["Alignment of RelPosAttentionBwdQuerySm90Params"]
+        [::std::mem::align_of::<RelPosAttentionBwdQuerySm90Params>() - 64usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::qkv_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, qkv_maps) - 0usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::dout_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dout_maps) - 256usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::table_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, table_maps) - 512usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::tables"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, tables) - 768usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::out"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, out) - 776usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::lse"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, lse) - 784usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::dout"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dout) - 792usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dqkv) - 800usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::bias"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, bias) - 808usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::delta"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, delta) - 816usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::table_partials"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, table_partials) - 824usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::items"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, items) - 832usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, shape) - 840usize];
+};
+impl Default for RelPosAttentionBwdQuerySm90Params {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[doc = " Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what the\n query pass left: of its `bias` a key tile's columns and its rows, and `delta`."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionBwdKeySm90Params {
+    pub key_maps: PanelMaps,
+    pub query_maps: PanelMaps,
+    pub dout_maps: PanelMaps,
+    pub rel_w_map: EncodedTensorMap,
+    pub rel_h_map: EncodedTensorMap,
+    pub delta_map: EncodedTensorMap,
+    pub dqkv: device_ptr,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdKeySm90Params"]
+        [::std::mem::size_of::<RelPosAttentionBwdKeySm90Params>() - 1216usize];
+    ["Alignment of RelPosAttentionBwdKeySm90Params"]
+        [::std::mem::align_of::<RelPosAttentionBwdKeySm90Params>() - 64usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::key_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, key_maps) - 0usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::query_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, query_maps) - 256usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::dout_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, dout_maps) - 512usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::rel_w_map"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, rel_w_map) - 768usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::rel_h_map"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, rel_h_map) - 896usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::delta_map"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, delta_map) - 1024usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, dqkv) - 1152usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, shape) - 1160usize];
+};
+impl Default for RelPosAttentionBwdKeySm90Params {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 #[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -15,6 +15,7 @@ pub mod projection;
 mod projection_bwd;
 pub mod projection_sm90;
 pub mod rel_pos_attention;
+pub mod rel_pos_attention_bwd_sm90;
 pub mod rel_pos_attention_sm90;
 pub mod rel_pos_attention_window_sm90;
 mod sum_partials;

@@ -4,6 +4,7 @@ use crate::common::{error, gradients, random, values, Worst};
 use crate::device::{bound, emulator, in_every_mode, in_modes, launch_all, Device, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
+use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
 use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention_window_sm90;
 use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
@@ -257,6 +258,7 @@ fn forward() -> Result<()> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kernels {
     Portable,
+    Hopper,
     HopperWindows,
 }
 
@@ -270,6 +272,8 @@ impl Kernels {
         let (p, dtype) = (&case.problem, case.dtype);
         match self {
             Self::Portable => attention::backward(p, dtype, inputs, operands),
+            Self::Hopper => Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
+                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
             Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
                 .unwrap_or_else(|| panic!("{}: not covered", case.name))),
         }
@@ -278,7 +282,7 @@ impl Kernels {
     fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
         let p = &case.problem;
         match self {
-            Self::Portable => attention::workspace_bytes(p, case.dtype, tables, pad),
+            Self::Portable | Self::Hopper => attention::workspace_bytes(p, case.dtype, tables, pad),
             Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),
         }
     }
@@ -286,6 +290,7 @@ impl Kernels {
     fn modes(self) -> Vec<Mode> {
         match self {
             Self::Portable | Self::HopperWindows => Mode::all().collect(),
+            Self::Hopper => Mode::all_with_products().collect(),
         }
     }
 }
@@ -303,7 +308,7 @@ fn run_backward(
     let dout = Memory::from_tensor(dout);
     let names = RefCell::new(launched);
     in_modes(&case.name, kernels.modes().into_iter(), |device| {
-        let (p, dtype) = (&case.problem, case.dtype);
+        let dtype = case.dtype;
         let (tables, pad) = (trained && case.shapes.rel_pos, trained && case.shapes.pad);
         let [dqkv, dtables, dpad] = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad]
             .map(|tensor| Memory::for_elements(tensor.elem_count(), dtype));
@@ -411,8 +416,6 @@ fn backward() -> Result<()> {
     assert_all_ran("bwd", false, &launched)
 }
 
-/// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for
-/// ThreadSanitizer.
 /// Tuning may give a problem any of a family's tiles, also such as waste most of their columns on it.
 #[test]
 fn any_tile_serves_any_problem() -> Result<()> {
@@ -426,8 +429,8 @@ fn any_tile_serves_any_problem() -> Result<()> {
                 if family.ends_with("fwd") {
                     check_forward(&case, &mut worst, &mut launched)?;
                 } else {
-                    let portable = Kernels::Portable;
-                    check_backward(portable, &case, false, &mut worst, &mut launched)?;
+                    let kernels = Kernels::Portable;
+                    check_backward(kernels, &case, false, &mut worst, &mut launched)?;
                 }
                 let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
                 assert!(launched.contains(&kernel), "{kernel} was not run");
@@ -439,6 +442,8 @@ fn any_tile_serves_any_problem() -> Result<()> {
     Ok(())
 }
 
+/// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for
+/// ThreadSanitizer.
 #[test]
 fn smallest_case() -> Result<()> {
     let mut worst = Worst::default();

@@ -4,7 +4,8 @@ use super::Input;
 use crate::cuda::{self, Job};
 use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
 use crate::launch::{
-    rel_pos_attention_sm90 as hopper, rel_pos_attention_window_sm90 as hopper_windows,
+    rel_pos_attention_bwd_sm90 as hopper_bwd, rel_pos_attention_sm90 as hopper,
+    rel_pos_attention_window_sm90 as hopper_windows,
 };
 use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
@@ -90,7 +91,10 @@ pub fn backward(
             workspace: at.workspace,
         };
         let own = match is_hopper {
-            true => hopper_windows::backward(problem, dtype, &inputs, &operands)?,
+            true => match hopper_windows::backward(problem, dtype, &inputs, &operands)? {
+                None => hopper_bwd::backward(problem, dtype, &inputs, &operands)?,
+                windows => windows,
+            },
             false => None,
         };
         match own {
