@@ -112,9 +112,9 @@ fn assert_seen(name: &str, file: &str, original: &str, planted: &str, seen_in: f
 }
 
 #[test]
-fn a_missing_barrier_before_a_windows_rows_are_read_is_seen_when_copies_are_late() {
-    let barrier = "        __syncthreads();  // this stage is full, and nobody reads the other one any more\n";
-    assert_seen("window_stage", FWD, barrier, "", |mode| mode.timing == Timing::Late);
+fn a_wait_that_leaves_the_rows_in_flight_is_seen_when_copies_are_late() {
+    let (wait, leaves) = ("ptx::cp_async_wait_group<0>();", "ptx::cp_async_wait_group<1>();");
+    assert_seen("window_wait", FWD, wait, leaves, |mode| mode.timing == Timing::Late);
 }
 
 #[test]
