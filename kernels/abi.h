@@ -173,6 +173,7 @@ ABI_SIZE(ProjectionBwdInputSm90Params, 1984);
 #define PROJECTION_SM90_THREADS 384
 /** Their shared memory, by tile: two warpgroups take tiles in turn (ping-pong), or share each one's rows (cooperative). */
 #define PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES 196752
+#define PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES 221344
 #define PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES 213136
 
 /** Shared memory of the projection kernels, by tile. */

@@ -114,7 +114,7 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
     let operands =
         ForwardOperands { x: AT, weights, small: AT, residual: AT, out: AT, low_rank: AT, sum: AT };
     let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
-    for tile in &projection_sm90::TILES {
+    for tile in projection_sm90::FORWARD_TILES {
         let own = projection_sm90::forward_with(tile, &problem, dtype, &operands, 132)?;
         launches.extend(own.into_iter().flatten());
     }
@@ -130,6 +130,10 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         workspace: AT,
     };
     launches.extend(projection::backward_with(tile, &problem, dtype, &operands)?);
+    for tile in projection_sm90::BACKWARD_TILES {
+        let own = projection_sm90::backward_with(tile, &problem, dtype, &operands, 132)?;
+        launches.extend(own.into_iter().flatten());
+    }
     Ok(launches)
 }
 
