@@ -8,8 +8,9 @@
 mod support;
 
 use candle_core::{DType, Tensor, Var};
+use candle_sam_lora::lora::{add_adapter, by_adapter, LoraConfig};
 use candle_sam_lora::nn::{trainable, Mode};
-use candle_sam_lora::sam::VisionAttention;
+use candle_sam_lora::sam::{SamVisionEncoder, VisionAttention};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use candle_sam_lora::Result;
 use criterion::{criterion_group, criterion_main, Criterion};
@@ -118,6 +119,36 @@ fn encoder(c: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
+/// Four images of one batch, with one adapter for all, or two or four among them.
+fn mixed_batch(c: &mut Criterion) -> Result<()> {
+    const NAMES: [&str; 4] = ["default", "b", "c", "d"];
+    let device = device()?;
+    let grid = if all() { 64 } else { 32 };
+    let vit = VIT_B;
+    let adapters = Adapters { dropout: 0.0, ..LORA };
+    let mut encoder = models::encoder(&vit.config(grid), adapters, F32, &device)?;
+    for name in &NAMES[1..] {
+        let config = LoraConfig::new(LORA.rank).target_modules(["q", "v"]);
+        add_adapter(&mut encoder, name, &config, 1)?;
+    }
+    let pixels = normal(&[4, 3, 16 * grid, 16 * grid], F32, &device)?;
+    let work = Pass::forward(4, grid, 4).encoder(&vit, LORA.rank);
+    let mut group = group(c, &format!("mixed_batch/{}/{grid}/rank16/forward", vit.name), work);
+    bench(&mut group, "one", &device, || encoder.forward(&pixels, Mode::Eval).map(drop));
+    for (label, distinct) in [("by_adapter_1", 1), ("by_adapter_2", 2), ("by_adapter_4", 4)] {
+        let names: Vec<&str> = (0..4).map(|image| NAMES[image % distinct]).collect();
+        bench(&mut group, label, &device, || {
+            let forward = |encoder: &SamVisionEncoder, images: &Tensor| {
+                let images = pixels.index_select(&images.to_device(pixels.device())?, 0)?;
+                Ok(vec![encoder.forward(&images, Mode::Eval)?])
+            };
+            Ok(by_adapter(&mut encoder, &names, forward).map(drop)?)
+        });
+    }
+    group.finish();
+    Ok(())
+}
+
 /// Forward, backward and AdamW step, LoRA on q and v.
 fn training_step(c: &mut Criterion) -> Result<()> {
     let device = device()?;
@@ -152,7 +183,7 @@ fn training_step(c: &mut Criterion) -> Result<()> {
 }
 
 fn every_layer(c: &mut Criterion) {
-    for run in [attention_layer, block, encoder, training_step] {
+    for run in [attention_layer, block, encoder, mixed_batch, training_step] {
         if let Err(error) = run(c) {
             eprintln!("error: {error}");
             std::process::exit(1);

@@ -365,6 +365,45 @@ typedef struct RelPosAttentionFwdSm90Params {
 } RelPosAttentionFwdSm90Params;
 ABI_SIZE(RelPosAttentionFwdSm90Params, 640);
 
+/** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for each
+ * multiprocessor of an H100 or H200. */
+#define REL_POS_ATTENTION_WINDOW_SM90_SIDE 14
+#define REL_POS_ATTENTION_WINDOW_SM90_THREADS 448
+#define REL_POS_ATTENTION_WINDOW_SM90_BLOCKS 132
+#define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES 191264
+#define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES 231328
+#define REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES 210048
+#define REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES 231104
+
+/** As RelPosAttentionFwdParams; the blocks take turns at `units`, windows x heads. */
+typedef struct RelPosAttentionWindowFwdParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  uint64_t units;
+  RelPosAttentionShape shape;
+} RelPosAttentionWindowFwdParams;
+ABI_SIZE(RelPosAttentionWindowFwdParams, 104);
+
+/** The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of
+ * the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted. */
+typedef struct RelPosAttentionWindowBwdParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  device_ptr dout;
+  device_ptr dqkv;
+  device_ptr table_partials;
+  device_ptr pad_partials;
+  uint64_t units;
+  RelPosAttentionShape shape;
+} RelPosAttentionWindowBwdParams;
+ABI_SIZE(RelPosAttentionWindowBwdParams, 136);
+
 /** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
 #define REL_POS_ATTENTION_KEY_SIDE 8
 #define REL_POS_ATTENTION_KEY_WARPS 4
@@ -405,6 +444,57 @@ typedef struct RelPosAttentionBwdKeyParams {
   RelPosAttentionShape shape;
 } RelPosAttentionBwdKeyParams;
 ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
+
+/** The backward on sm_90a, for whole grids. The key pass: keys of a block, queries of a step, steps in flight. */
+#define REL_POS_ATTENTION_SM90_BWD_KEYS 128
+#define REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES 64
+#define REL_POS_ATTENTION_SM90_BWD_KEY_STAGES 4
+/** The query pass: key tiles, boxes and slots as of the forward, and blocks if the tables are trained. */
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS 1
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS 1
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS 8
+#define REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS 8
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS 2
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS 1
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS 5
+#define REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS 4
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS 4
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS 4
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS 8
+#define REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS 8
+#define REL_POS_ATTENTION_SM90_TABLE_PARTS 132
+
+/** As RelPosAttentionBwdQueryParams, with maps of qkv and dout as grids and of the tables as they lie. */
+typedef struct RelPosAttentionBwdQuerySm90Params {
+  PanelMaps qkv_maps;
+  PanelMaps dout_maps;
+  PanelMaps table_maps;
+  device_ptr tables;
+  device_ptr out;
+  device_ptr lse;
+  device_ptr dout;
+  device_ptr dqkv;
+  device_ptr bias;
+  device_ptr delta;
+  device_ptr table_partials;
+  uint64_t items;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdQuerySm90Params;
+ABI_SIZE(RelPosAttentionBwdQuerySm90Params, 896);
+
+/** Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what the
+ * query pass left: of its `bias` a key tile's columns and its rows, and `delta`. */
+typedef struct RelPosAttentionBwdKeySm90Params {
+  PanelMaps key_maps;
+  PanelMaps query_maps;
+  PanelMaps dout_maps;
+  EncodedTensorMap rel_w_map;
+  EncodedTensorMap rel_h_map;
+  EncodedTensorMap delta_map;
+  device_ptr dqkv;
+  RelPosAttentionShape shape;
+} RelPosAttentionBwdKeySm90Params;
+ABI_SIZE(RelPosAttentionBwdKeySm90Params, 1216);
 
 /** Threads of a block of the sum over partials. */
 #define SUM_PARTIALS_THREADS 256

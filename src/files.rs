@@ -17,6 +17,11 @@ use std::path::{Path, PathBuf};
 const MAX_TEXT: u64 = 64 << 20;
 /// The limit of the safetensors format.
 const MAX_HEADER: u64 = 100_000_000;
+/// How the files of `torch.save` begin: a zip archive, or a bare pickle.
+const PICKLES: [&[u8]; 2] = [b"PK\x03\x04", b"\x80\x02"];
+const PICKLED: &str = "it is one of torch.save; these hold pickles, which can run any program, and are not read here. \
+                       Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), \
+                       new_file)";
 
 /// A complete new version of a file, on disk beside it; dropped unless committed.
 #[derive(Debug)]
@@ -126,6 +131,9 @@ impl TensorFile {
         file.read_exact(&mut prefix).map_err(|e| invalid(&e))?;
         let header_length = u64::from_le_bytes(prefix);
         if header_length > MAX_HEADER || header_length > length.saturating_sub(8) {
+            if PICKLES.iter().any(|start| prefix.starts_with(start)) {
+                return Err(invalid(&PICKLED));
+            }
             return Err(invalid(&format!(
                 "a header of {header_length} bytes in a file of {length} bytes"
             )));

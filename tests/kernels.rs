@@ -22,5 +22,9 @@ mod projection;
 mod projection_sm90;
 #[path = "kernels/rel_pos_attention.rs"]
 mod rel_pos_attention;
+#[path = "kernels/rel_pos_attention_bwd_sm90.rs"]
+mod rel_pos_attention_bwd_sm90;
 #[path = "kernels/rel_pos_attention_sm90.rs"]
 mod rel_pos_attention_sm90;
+#[path = "kernels/rel_pos_attention_window_sm90.rs"]
+mod rel_pos_attention_window_sm90;

@@ -9,7 +9,9 @@ use candle_sam_lora::launch::projection::{
 };
 use candle_sam_lora::launch::projection_sm90;
 use candle_sam_lora::launch::rel_pos_attention as attention;
+use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
 use candle_sam_lora::launch::rel_pos_attention_sm90 as attention_sm90;
+use candle_sam_lora::launch::rel_pos_attention_window_sm90 as windows_sm90;
 use candle_sam_lora::launch::{
     dora, dropout, layer_norm, AttentionProblem, Launch, LayerNormProblem,
 };
@@ -88,6 +90,13 @@ fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Resu
     let mut launches = attention::backward(&problem, dtype, &inputs, &operands)?;
     launches.push(attention::forward(&problem, dtype, &inputs, AT, AT)?);
     launches.extend(attention_sm90::forward(&problem, dtype, &inputs, AT, AT)?);
+    launches.extend(windows_sm90::forward(&problem, dtype, &inputs, AT, AT)?);
+    let backward = windows_sm90::backward(&problem, dtype, &inputs, &operands)?;
+    launches.extend(backward.unwrap_or_default());
+    let trained = attention::BackwardOperands { dpad: 0, ..operands };
+    launches.extend(
+        attention_bwd_sm90::backward(&problem, dtype, &inputs, &trained)?.unwrap_or_default(),
+    );
     Ok(launches)
 }
 

@@ -5,12 +5,13 @@ mod lora_support;
 
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{
-    adapter_state, inject, load_adapter, merge, save_adapter, set_adapter_state, BiasTraining,
-    LoraConfig, CONFIG_FILE, TENSORS_FILE,
+    adapter_state, add_adapter, inject, load_adapter, merge, save_adapter, save_pretrained,
+    set_adapter_state, BiasTraining, LoraConfig, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
 };
 use candle_sam_lora::nn::{trainable, Buffer, Linear, Mode, DEFAULT_ADAPTER};
 use candle_sam_lora::{files, module_tree, Error};
-use lora_support::{adapted, bits, fixture, read, relative_error, snapshot, Net, F32_BOUND, KINDS};
+use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
+use lora_support::{adapted, bits, relative_error, snapshot};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -181,6 +182,54 @@ fn a_folder_that_lacks_a_file_says_which() {
         assert!(error.to_string().contains(file), "{error}");
         assert_eq!(snapshot(&model), snapshot(&Net::base()));
     }
+}
+
+#[test]
+fn the_model_card_is_pefts_but_for_its_prose() {
+    let cards = std::fs::read_to_string(fixture("../peft/cards.json")).unwrap();
+    let cards: Vec<serde_json::Value> = serde_json::from_str(&cards).unwrap();
+    assert_eq!(cards.len(), 8);
+    let ours = format!("- candle-sam-lora {}", env!("CARGO_PKG_VERSION"));
+    for card in cards {
+        let dir = tempfile::tempdir().unwrap();
+        let mut model = Net::base();
+        let mut config = config();
+        config.base_model_name_or_path = card["base"].as_str().map(str::to_string);
+        inject(&mut model, &config, 0).unwrap();
+        let path = dir.path().join(CARD_FILE);
+        if let Some(before) = card["before"].as_str() {
+            std::fs::write(&path, before).unwrap();
+        }
+        save_pretrained(&model, DEFAULT_ADAPTER, &config, dir.path()).unwrap();
+        assert_eq!(entries(dir.path()), [CARD_FILE, CONFIG_FILE, TENSORS_FILE]);
+        let written = std::fs::read_to_string(&path).unwrap();
+        let (header, text) = written.strip_prefix("---\n").unwrap().split_once("---\n").unwrap();
+        assert_eq!(header, card["header"].as_str().unwrap());
+        let expected = card["text"].as_str().unwrap().replace("- PEFT 0.21.2", &ours);
+        match card["before"].is_null() {
+            true => assert!(text.trim_end().ends_with(&expected), "{text}"),
+            false => assert_eq!(text.trim_end(), expected),
+        }
+        // Saved once more it stays as it is.
+        save_pretrained(&model, DEFAULT_ADAPTER, &config, dir.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), written);
+        load_adapter(&mut Net::base(), dir.path()).unwrap();
+    }
+}
+
+#[test]
+fn an_adapter_of_another_name_has_a_folder_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = Net::base();
+    add_adapter(&mut model, "cells", &config(), 0).unwrap();
+    let mut named = config();
+    named.base_model_name_or_path = Some("a: \"strange\" name".into());
+    save_pretrained(&model, "cells", &named, dir.path()).unwrap();
+    assert_eq!(entries(dir.path()), [CARD_FILE, "cells"]);
+    assert_eq!(entries(&dir.path().join("cells")), [CONFIG_FILE, TENSORS_FILE]);
+    let card = std::fs::read_to_string(dir.path().join(CARD_FILE)).unwrap();
+    assert!(card.contains(r#"base_model: "a: \"strange\" name""#), "{card}");
+    load_adapter(&mut Net::base(), &dir.path().join("cells")).unwrap();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod lora_support;
 
 use candle_sam_lora::lora::{BiasTraining, LoraConfig, ModuleNames, CONFIG_FILE};
-use lora_support::{fixture, KINDS};
+use lora_support::linears::{fixture, KINDS};
 use proptest::prelude::*;
 use serde_json::{json, Value};
 

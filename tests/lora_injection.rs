@@ -9,7 +9,8 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::{trainable, Linear, Mode, DEFAULT_ADAPTER};
 use candle_sam_lora::{module_tree, Error};
-use lora_support::{adapted, bits, fixture, read, relative_error, snapshot, values, Net, KINDS};
+use lora_support::linears::{fixture, read, Net, KINDS};
+use lora_support::{adapted, bits, relative_error, snapshot, values};
 
 fn config() -> LoraConfig {
     LoraConfig::new(4).alpha(32.0).dropout(0.1).target_modules(["q", "v"])

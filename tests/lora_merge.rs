@@ -7,9 +7,8 @@ use candle_sam_lora::lora::{
     eject, inject, load_adapter, merge, merge_and_unload, safe_merge, unmerge, LoraConfig,
 };
 use candle_sam_lora::nn::{trainable, Mode, DEFAULT_ADAPTER};
-use lora_support::{
-    adapted, bits, fixture, read, relative_error, snapshot, values, Net, F32_BOUND, KINDS,
-};
+use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
+use lora_support::{adapted, bits, relative_error, snapshot, values};
 
 fn loaded(kind: &str) -> Net {
     let mut model = Net::base();

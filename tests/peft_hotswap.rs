@@ -1,13 +1,14 @@
 //! Adapters swapped into the place of a loaded one, against PEFT's `hotswap_adapter`.
 
-mod peft_support;
+mod lora_support;
 
 use candle_core::Tensor;
 use candle_sam_lora::lora::{
     hotswap_adapter, load_adapter, load_named_adapter, merge, set_adapter, unmerge,
 };
 use candle_sam_lora::nn::{set_trainable, trainable, Mode};
-use peft_support::{adapter, bits, read, relative_error, snapshot, Net, F32_BOUND};
+use lora_support::blocks::{adapter, read, Net, F32_BOUND};
+use lora_support::{bits, relative_error, snapshot};
 
 fn loaded(name: &str) -> Net {
     let mut model = Net::base();

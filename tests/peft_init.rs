@@ -1,7 +1,7 @@
 //! Initialisations: what PEFT takes out of the base is taken out of it, adapters trained on the rest load with PEFT's
 //! outputs, and the random ones have their distribution.
 
-mod peft_support;
+mod lora_support;
 
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{
@@ -10,9 +10,8 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::{trainable, Linear, Mode, Node};
 use candle_sam_lora::{files, module_tree};
-use peft_support::{
-    below, bits, fixture, read, relative_error, snapshot, values, Net, Tensors, F32_BOUND,
-};
+use lora_support::blocks::{below, fixture, read, Net, F32_BOUND};
+use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::path::PathBuf;
 
 const KINDS: [&str; 4] = ["pissa", "olora", "pissa_rslora", "pissa_dora"];

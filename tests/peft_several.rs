@@ -1,18 +1,17 @@
 //! Several adapters on one model against PEFT in f64: each alone, sums in any order, DoRA among them, dropout,
 //! gradients, merging, and a different adapter for each image.
 
-mod peft_support;
+mod lora_support;
 
 use candle_core::{IndexOp, Tensor};
 use candle_sam_lora::lora::{
-    active_adapters, adapter_names, add_adapter, add_weighted_adapter, by_adapter, delete_adapter,
-    disable_adapters, enable_adapters, load_named_adapter, merge, safe_merge, save_named_adapter,
-    set_adapter, unmerge, Combination, LoraConfig, BASE, CONFIG_FILE, TENSORS_FILE,
+    active_adapters, adapter_names, add_adapter, by_adapter, delete_adapter, disable_adapters,
+    enable_adapters, load_named_adapter, merge, safe_merge, save_named_adapter, set_adapter,
+    unmerge, LoraConfig, BASE, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{named_parameters, set_trainable, trainable, Mode, ModuleTree, Node};
-use peft_support::{
-    adapter, below, bits, facts, read, relative_error, snapshot, values, Net, Tensors, F32_BOUND,
-};
+use candle_sam_lora::nn::{named_parameters, set_trainable, trainable, Mode};
+use lora_support::blocks::{adapter, below, facts, read, Net, F32_BOUND};
+use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::collections::BTreeSet;
 
 const NAMES: [&str; 10] =
@@ -310,82 +309,5 @@ fn a_new_adapter_of_a_convolution_changes_nothing_at_first() {
         let got = model.forward(&input(), Mode::Eval).unwrap();
         let error = relative_error(&got, &Net::base().forward(&input(), Mode::Eval).unwrap());
         assert!(error < F32_BOUND, "{error}");
-    }
-}
-
-/// The sum of a case in the fixture; none for the ways that are not here.
-fn combination(facts: &serde_json::Value) -> Option<Combination> {
-    match facts["combination_type"].as_str().unwrap() {
-        "linear" => Some(Combination::Linear),
-        "cat" => Some(Combination::Cat),
-        "svd" => {
-            let rank = facts.get("svd_rank").map(|rank| rank.as_u64().unwrap() as usize);
-            Some(Combination::Svd { rank })
-        }
-        _ => None,
-    }
-}
-
-#[test]
-fn weighted_adapters_are_pefts() {
-    let io = read("several.safetensors");
-    let mut compared = 0;
-    for case in ["linear", "linear_one", "cat", "svd", "svd_rank", "conv_svd", "conv_cat"] {
-        let facts = facts("several.safetensors", &format!("weighted/{case}"));
-        let names: Vec<&str> =
-            facts["adapters"].as_array().unwrap().iter().map(|n| n.as_str().unwrap()).collect();
-        let weights = facts["weights"].as_array().unwrap().iter().map(|w| w.as_f64().unwrap());
-        let parts: Vec<(&str, f64)> = names.iter().copied().zip(weights).collect();
-        let mut model = loaded(&NAMES);
-        let combination = combination(&facts).unwrap();
-        let config = add_weighted_adapter(&mut model, "sum", &parts, combination).unwrap();
-        assert_eq!(active_adapters(&model), ["a"], "the new one waits");
-        set_adapter(&mut model, &["sum"]).unwrap();
-        let error = relative_error(
-            &model.forward(&input(), Mode::Eval).unwrap(),
-            &io[&format!("weighted/{case}/out")],
-        );
-        assert!(error < F32_BOUND, "{case}: {error}");
-        let deltas = below(&io, &format!("weighted/{case}/delta/"));
-        assert_eq!(trainable(&model).unwrap().len(), 2 * deltas.len());
-        model.visit("", &mut |path, node| {
-            let Node::Layer(layer) = node else { return };
-            let Some(sum) = layer.adapters.get("sum") else { return };
-            assert_eq!(sum.rank() as u64, facts["r"].as_u64().unwrap(), "{case}: {path}");
-            let error = relative_error(&sum.delta().unwrap(), &deltas[path]);
-            assert!(error < F32_BOUND, "{case}: {path}: {error}");
-            compared += 1;
-        });
-        // It is an adapter as any other: saved, and loaded into a model that never had the others.
-        let dir = tempfile::tempdir().unwrap();
-        save_named_adapter(&model, "sum", &config, dir.path()).unwrap();
-        let mut alone = Net::base();
-        load_named_adapter(&mut alone, "default", dir.path()).unwrap();
-        let [got, expected] = [&alone, &model].map(|m| m.forward(&input(), Mode::Eval).unwrap());
-        assert_eq!(bits(&got), bits(&expected), "{case}");
-    }
-    assert_eq!(compared, 5 * 6 + 2 * 6);
-}
-
-#[test]
-fn a_sum_that_cannot_be_is_refused_and_changes_nothing() {
-    let mut model = loaded(&NAMES);
-    let before = snapshot(&model);
-    let linear = Combination::Linear;
-    let cases = [
-        ("sum", vec![], linear, "at least"),
-        ("sum", vec![("x", 1.0)], linear, "no adapter called"),
-        ("sum", vec![("a", f64::NAN)], linear, "finite"),
-        ("sum", vec![("a", 1.0), ("d", 1.0)], linear, "one rank"),
-        ("sum", vec![("a", 1.0), ("c", 1.0)], Combination::Cat, "DoRA"),
-        ("sum", vec![("a", 1.0), ("b", 1.0)], Combination::Cat, "lora_bias"),
-        ("sum", vec![("a", 1.0), ("d", 1.0)], Combination::Svd { rank: Some(0) }, "rank"),
-        ("a", vec![("a", 1.0)], linear, "already carries"),
-        ("x.y", vec![("a", 1.0)], linear, "name"),
-    ];
-    for (name, parts, combination, expected) in cases {
-        let error = add_weighted_adapter(&mut model, name, &parts, combination).unwrap_err();
-        assert!(error.to_string().contains(expected), "{parts:?}: {error}");
-        assert_eq!(snapshot(&model), before);
     }
 }

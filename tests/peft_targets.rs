@@ -1,10 +1,11 @@
 //! Which layers a configuration adapts, against PEFT's own choice: names, indices, patterns, and what it refuses.
 
-mod peft_support;
+mod lora_support;
 
 use candle_sam_lora::lora::{inject, LoraConfig, CONFIG_FILE};
 use candle_sam_lora::Result;
-use peft_support::{adapted, fixture, snapshot, Net};
+use lora_support::blocks::{fixture, Net};
+use lora_support::{adapted, snapshot};
 use serde_json::{json, Value};
 
 fn config(options: &Value) -> Result<LoraConfig> {

@@ -1,9 +1,14 @@
-//! Bugs of Hopper's kind planted in copies of `tests/kernels/sm90/gemm_sm90.cu` and `instructions_sm90.cu`, one at a time,
-//! each of which the emulator must catch. Unharmed, the product is right in every mode of copies and products.
+//! Bugs of Hopper's kind planted in copies of `tests/kernels/sm90/gemm_sm90.cu` and `instructions_sm90.cu`, and of the
+//! attention's backward, one at a time, each of which the emulator must catch. Unharmed, they are right in every mode of
+//! copies and products.
 
+#[path = "seeded_bugs_sm90/attention_bwd.rs"]
+mod attention_bwd;
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "seeded_bugs_sm90/windows.rs"]
+mod windows;
 
 use candle_core::DType;
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};

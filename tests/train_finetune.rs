@@ -250,3 +250,73 @@ fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()>
     assert_eq!(std::fs::read_dir(&mine)?.count(), 1);
     Ok(())
 }
+
+/// The objects of a folder of masks as COCO's annotations, run by run, in the order of their labels.
+fn coco(images: &[std::path::PathBuf], masks: &Path) -> anyhow::Result<serde_json::Value> {
+    use serde_json::json;
+    let (mut described, mut annotations) = (vec![], vec![]);
+    for (id, path) in images.iter().enumerate() {
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a name");
+        let mask = image::open(masks.join(name))?.into_luma16();
+        let (width, height) = mask.dimensions();
+        described.push(json!({ "id": id, "file_name": name, "width": width, "height": height }));
+        let columns = || (0..width).flat_map(|x| (0..height).map(move |y| (x, y)));
+        let labels: std::collections::BTreeSet<u16> = mask.pixels().map(|p| p.0[0]).collect();
+        for label in labels.into_iter().filter(|label| *label > 0) {
+            let (mut counts, mut inside) = (vec![0u32], false);
+            for (x, y) in columns() {
+                if (mask.get_pixel(x, y).0[0] == label) != inside {
+                    inside = !inside;
+                    counts.push(0);
+                }
+                *counts.last_mut().expect("a run") += 1;
+            }
+            annotations.push(json!({
+                "id": annotations.len(), "image_id": id, "category_id": 1, "iscrowd": 0,
+                "segmentation": { "size": [height, width], "counts": counts },
+            }));
+        }
+    }
+    Ok(json!({ "images": described, "annotations": annotations }))
+}
+
+/// The same objects as masks and as annotations: the same run, bit for bit.
+#[test]
+fn coco_annotations_train_as_masks_do() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
+    let (mut by_masks, mut by_coco) = (vec![], vec![]);
+    for (part, prefix, count) in [("train", "", 3), ("heldout", "val-", 1)] {
+        let mut images = std::fs::read_dir(shipped.join(part).join("images"))?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<std::io::Result<Vec<_>>>()?;
+        images.sort();
+        images.truncate(count);
+        for (kind, of) in [("images", part), ("masks", part)] {
+            let target = at(part).join(kind);
+            std::fs::create_dir_all(&target)?;
+            for image in &images {
+                let name = image.file_name().expect("a name");
+                std::fs::copy(shipped.join(of).join(kind).join(name), target.join(name))?;
+            }
+        }
+        let file = at(part).join("instances.json");
+        std::fs::write(&file, coco(&images, &at(part).join("masks"))?.to_string())?;
+        let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
+        let images = [format!("--{prefix}images"), text(at(part).join("images"))];
+        let masks = [format!("--{prefix}masks"), text(at(part).join("masks"))];
+        by_masks.extend(images.iter().cloned().chain(masks));
+        by_coco.extend(images.into_iter().chain([format!("--{prefix}coco"), text(file)]));
+    }
+    let train = |name: &str, data: &[String]| -> anyhow::Result<Outcome> {
+        let data: Vec<&str> = data.iter().map(String::as_str).collect();
+        finetune(&at(name), &short(&[&["--steps", "3"], data.as_slice()].concat()))
+    };
+    let (masks, coco) = (train("by-masks", &by_masks)?, train("by-coco", &by_coco)?);
+    assert_eq!(masks.losses, coco.losses);
+    assert_eq!((masks.before.iou, masks.after.iou), (coco.before.iou, coco.after.iou));
+    let adapter = |name: &str| std::fs::read(at(name).join("adapter/adapter_model.safetensors"));
+    assert!(adapter("by-masks")? == adapter("by-coco")?, "the adapters differ");
+    Ok(())
+}

@@ -62,6 +62,21 @@ __device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const un
     ptx::wgmma_commit_group();
 }
 
+// A warp's 16 rows of a panel, from `row` on, as left operands of products over channels.
+template <int Rows, int Dim> __device__ __forceinline__ void load_left(uint32_t (&left)[Dim / 16][4], const unsigned char* panel, uint32_t row) {
+    const uint32_t lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int k = 0; k < Dim / 16; ++k) ptx::ldmatrix_x4(left[k], panel + Panel<Rows, Dim>::offset(row + lane % 16, 2 * k + lane / 16));
+}
+
+// The same products with rows in registers.
+template <class T, int Dim, int N>
+__device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const uint32_t (&left)[Dim / 16][4], const unsigned char* b) {
+#pragma unroll
+    for (int k = 0; k < Dim / 16; ++k) ptx::wgmma_m64k16<N>(products, left[k], Panel<N, Dim>::k_inner(b, 0, k), k > 0, T{});
+    ptx::wgmma_commit_group();
+}
+
 // sums += weights [64, Rows] times the panel. In flight until it is waited for.
 template <class T, int Dim, int Rows>
 __device__ __forceinline__ void add_weighted(ChannelSums<Dim>& sums, const uint32_t (&weights)[Rows / 16][4], const unsigned char* panel) {

@@ -60,11 +60,34 @@ pub const REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS: u32 = 5;
 pub const REL_POS_ATTENTION_SM90_QUERIES: u32 = 128;
 pub const REL_POS_ATTENTION_SM90_THREADS: u32 = 384;
 pub const REL_POS_ATTENTION_SM90_TABLE_ROWS: u32 = 64;
+pub const REL_POS_ATTENTION_WINDOW_SM90_SIDE: u32 = 14;
+pub const REL_POS_ATTENTION_WINDOW_SM90_THREADS: u32 = 448;
+pub const REL_POS_ATTENTION_WINDOW_SM90_BLOCKS: u32 = 132;
+pub const REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES: u32 = 191264;
+pub const REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES: u32 = 231328;
+pub const REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES: u32 = 210048;
+pub const REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES: u32 = 231104;
 pub const REL_POS_ATTENTION_KEY_SIDE: u32 = 8;
 pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
 pub const REL_POS_ATTENTION_KEY_QUERIES_F32: u32 = 32;
 pub const REL_POS_ATTENTION_TABLE_PARTS: u32 = 264;
+pub const REL_POS_ATTENTION_SM90_BWD_KEYS: u32 = 128;
+pub const REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES: u32 = 64;
+pub const REL_POS_ATTENTION_SM90_BWD_KEY_STAGES: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS: u32 = 2;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS: u32 = 1;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS: u32 = 5;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS: u32 = 4;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS: u32 = 8;
+pub const REL_POS_ATTENTION_SM90_TABLE_PARTS: u32 = 132;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
@@ -727,6 +750,84 @@ impl Default for RelPosAttentionFwdSm90Params {
         }
     }
 }
+#[doc = " As RelPosAttentionFwdParams; the blocks take turns at `units`, windows x heads."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionWindowFwdParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub units: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionWindowFwdParams"]
+        [::std::mem::size_of::<RelPosAttentionWindowFwdParams>() - 104usize];
+    ["Alignment of RelPosAttentionWindowFwdParams"]
+        [::std::mem::align_of::<RelPosAttentionWindowFwdParams>() - 8usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::units"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, units) - 40usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, shape) - 48usize];
+};
+#[doc = " The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of\n the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionWindowBwdParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub dout: device_ptr,
+    pub dqkv: device_ptr,
+    pub table_partials: device_ptr,
+    pub pad_partials: device_ptr,
+    pub units: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionWindowBwdParams"]
+        [::std::mem::size_of::<RelPosAttentionWindowBwdParams>() - 136usize];
+    ["Alignment of RelPosAttentionWindowBwdParams"]
+        [::std::mem::align_of::<RelPosAttentionWindowBwdParams>() - 8usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::dout"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dout) - 40usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dqkv) - 48usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::table_partials"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, table_partials) - 56usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::pad_partials"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad_partials) - 64usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::units"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, units) - 72usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, shape) - 80usize];
+};
 #[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -811,6 +912,113 @@ const _: () = {
     ["Offset of field: RelPosAttentionBwdKeyParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionBwdKeyParams, shape) - 56usize];
 };
+#[doc = " As RelPosAttentionBwdQueryParams, with maps of qkv and dout as grids and of the tables as they lie."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionBwdQuerySm90Params {
+    pub qkv_maps: PanelMaps,
+    pub dout_maps: PanelMaps,
+    pub table_maps: PanelMaps,
+    pub tables: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub dout: device_ptr,
+    pub dqkv: device_ptr,
+    pub bias: device_ptr,
+    pub delta: device_ptr,
+    pub table_partials: device_ptr,
+    pub items: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdQuerySm90Params"]
+        [::std::mem::size_of::<RelPosAttentionBwdQuerySm90Params>() - 896usize];
+    ["Alignment of RelPosAttentionBwdQuerySm90Params"]
+        [::std::mem::align_of::<RelPosAttentionBwdQuerySm90Params>() - 64usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::qkv_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, qkv_maps) - 0usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::dout_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dout_maps) - 256usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::table_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, table_maps) - 512usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::tables"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, tables) - 768usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::out"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, out) - 776usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::lse"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, lse) - 784usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::dout"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dout) - 792usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dqkv) - 800usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::bias"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, bias) - 808usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::delta"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, delta) - 816usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::table_partials"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, table_partials) - 824usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::items"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, items) - 832usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, shape) - 840usize];
+};
+impl Default for RelPosAttentionBwdQuerySm90Params {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[doc = " Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what the\n query pass left: of its `bias` a key tile's columns and its rows, and `delta`."]
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionBwdKeySm90Params {
+    pub key_maps: PanelMaps,
+    pub query_maps: PanelMaps,
+    pub dout_maps: PanelMaps,
+    pub rel_w_map: EncodedTensorMap,
+    pub rel_h_map: EncodedTensorMap,
+    pub delta_map: EncodedTensorMap,
+    pub dqkv: device_ptr,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionBwdKeySm90Params"]
+        [::std::mem::size_of::<RelPosAttentionBwdKeySm90Params>() - 1216usize];
+    ["Alignment of RelPosAttentionBwdKeySm90Params"]
+        [::std::mem::align_of::<RelPosAttentionBwdKeySm90Params>() - 64usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::key_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, key_maps) - 0usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::query_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, query_maps) - 256usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::dout_maps"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, dout_maps) - 512usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::rel_w_map"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, rel_w_map) - 768usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::rel_h_map"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, rel_h_map) - 896usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::delta_map"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, delta_map) - 1024usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, dqkv) - 1152usize];
+    ["Offset of field: RelPosAttentionBwdKeySm90Params::shape"]
+        [::std::mem::offset_of!(RelPosAttentionBwdKeySm90Params, shape) - 1160usize];
+};
+impl Default for RelPosAttentionBwdKeySm90Params {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 #[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -228,8 +228,7 @@ impl Workspace {
     /// `[units, tokens]` biases, delta, then the partial sums of what is trained.
     fn new(p: &AttentionProblem, tile: &Tile, train_tables: bool, train_pad: bool) -> Self {
         let rows = lse_elements(p);
-        let pitch = p.side_h.next_multiple_of(KEY_SIDE) + p.side_w.next_multiple_of(KEY_SIDE);
-        let delta = 4 * rows * pitch;
+        let delta = 4 * rows * bias_pitch(p);
         let table_partials = delta + 4 * rows;
         let parts = if train_tables { table_parts(p, tile) as usize } else { 0 };
         let pad_partials = table_partials + 4 * parts * table_elements(p);
@@ -241,8 +240,13 @@ impl Workspace {
     }
 }
 
+/// Biases that the query pass leaves for a query: rel_h and rel_w, each rounded up to whole key tiles.
+pub(super) fn bias_pitch(p: &AttentionProblem) -> usize {
+    p.side_h.next_multiple_of(KEY_SIDE) + p.side_w.next_multiple_of(KEY_SIDE)
+}
+
 /// Elements of both tables.
-fn table_elements(p: &AttentionProblem) -> usize {
+pub(super) fn table_elements(p: &AttentionProblem) -> usize {
     let (h, w) = p.table_rows();
     (h + w) * p.head_dim
 }
@@ -275,6 +279,54 @@ pub fn workspace_bytes(
     Ok(Workspace::new(problem, &tile, train_tables, train_pad).bytes as usize)
 }
 
+/// What the passes of the backward hand on: addresses in its scratch memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BetweenPasses {
+    /// f32 `[units, tokens, side_h + side_w, each rounded up to 8]`
+    pub bias: device_ptr,
+    /// f32 `[units, tokens]`
+    pub delta: device_ptr,
+    /// f32 `[blocks of the query pass, rows of the tables, head_dim]`, or 0 if they are not trained.
+    pub table_partials: device_ptr,
+    /// Most of those blocks.
+    pub table_parts: u64,
+    /// f32 `[windows, key tiles, 3, heads, head_dim]`, or 0 if the pad is not trained.
+    pub pad_partials: device_ptr,
+}
+
+impl BetweenPasses {
+    /// In the workspace of [`workspace_bytes`].
+    pub(super) fn new(
+        p: &AttentionProblem,
+        dtype: DType,
+        operands: &BackwardOperands,
+    ) -> Result<Self> {
+        let &BackwardOperands { dtables, dpad, workspace, .. } = operands;
+        let tile = check(BY_QUERY, p, dtype, &[])?;
+        let at = Workspace::new(p, &tile, dtables != 0, dpad != 0);
+        let present = |output, partials| if output == 0 { 0 } else { workspace + partials };
+        Ok(Self {
+            bias: workspace,
+            delta: workspace + at.delta,
+            table_partials: present(dtables, at.table_partials),
+            table_parts: table_parts(p, &tile),
+            pad_partials: present(dpad, at.pad_partials),
+        })
+    }
+
+    /// The tables' gradients from those of so many blocks.
+    pub(super) fn sum_tables(
+        &self,
+        p: &AttentionProblem,
+        dtype: DType,
+        blocks: u64,
+        dtables: device_ptr,
+    ) -> Result<Launch> {
+        let size = table_elements(p) as u64;
+        sum_partials::launch(dtype, self.table_partials, dtables, blocks, size)
+    }
+}
+
 /// The gradients, in two to four launches, in this order: by queries, by keys, sums for the tables and for the pad.
 ///
 /// # Errors
@@ -286,20 +338,11 @@ pub fn backward(
     operands: &BackwardOperands,
 ) -> Result<Vec<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
-    let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace } = operands;
+    let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, .. } = operands;
     let addresses = [qkv, tables, pad, out, lse, dout, dqkv, dtables, dpad];
     let tile = check(BY_QUERY, problem, dtype, &addresses)?;
-    let at = Workspace::new(problem, &tile, dtables != 0, dpad != 0);
-    let (bias, delta) = (workspace, workspace + at.delta);
-    let present = |output: device_ptr, partials: u64| {
-        if output == 0 {
-            0
-        } else {
-            workspace + partials
-        }
-    };
-    let table_partials = present(dtables, at.table_partials);
-    let pad_partials = present(dpad, at.pad_partials);
+    let between = BetweenPasses::new(problem, dtype, operands)?;
+    let BetweenPasses { bias, delta, table_partials, table_parts, pad_partials } = between;
     let shape = shape(problem);
 
     let items = query_blocks(problem, &tile);
@@ -317,7 +360,7 @@ pub fn backward(
         items,
         shape,
     };
-    let blocks = if dtables == 0 { items } else { table_parts(problem, &tile) };
+    let blocks = if dtables == 0 { items } else { table_parts };
     let threads = 32 * tile.warps as u32;
     let by_query = Launch::new(&tile.instance(BY_QUERY), dtype, [blocks, 1, 1], threads, &params)?;
     let shared_bytes = tile.backward_shared_bytes(problem, dtype) as u32;
@@ -332,8 +375,7 @@ pub fn backward(
     launches.push(Launch { shared_bytes: key_shared_bytes(tile.dim, dtype) as u32, ..by_key });
 
     if dtables != 0 {
-        let size = table_elements(problem) as u64;
-        launches.push(sum_partials::launch(dtype, table_partials, dtables, blocks, size)?);
+        launches.push(between.sum_tables(problem, dtype, blocks, dtables)?);
     }
     if dpad != 0 {
         let (parts, size) = (pad_parts(problem) as u64, 3 * problem.channels() as u64);

@@ -25,67 +25,80 @@ use std::mem::offset_of;
 
 const FAMILY: &str = tiles::ATTENTION[2];
 /// Shared memory that a block may have on Hopper.
-const SHARED_BYTES: usize = 227 << 10;
+pub(super) const SHARED_BYTES: usize = 227 << 10;
 /// Channels of the first part of a panel; a head of 80 has a second one.
 const WIDE: usize = 64;
 /// What a swizzled tile is aligned to.
-const ATOM: usize = 1024;
+pub(super) const ATOM: usize = 1024;
 
 /// A key tile of whole rows of `cols` columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tile {
-    cols: usize,
+pub(super) struct Tile {
+    pub cols: usize,
     /// Key rows.
-    rows: usize,
+    pub rows: usize,
     /// Grid rows that one bulk copy brings.
     box_rows: usize,
     /// Tiles that are loaded ahead.
     slots: usize,
 }
 
-/// The tile that a problem gets, if it is covered: 16 bits, heads of 64 or 80 channels, no window that hangs over the
-/// grid, since a bulk copy makes zeros of what a token outside projects to.
-fn tile(problem: &AttentionProblem, dtype: DType) -> Option<Tile> {
-    let p = problem;
-    if !matches!(dtype, DType::F16 | DType::BF16) || ![64, 80].contains(&p.head_dim) {
-        return None;
-    }
-    let slots = |hd64: u32, hd80: u32| if p.head_dim == 64 { hd64 } else { hd80 } as usize;
-    if !p.h.is_multiple_of(p.side_h) || !p.w.is_multiple_of(p.side_w) {
-        return None;
-    }
-    if tiles::known(FAMILY, dtype, [p.head_dim, p.side_w], 0) == Some(tiles::PORTABLE) {
-        return None;
-    }
-    let cols = tiles::attention(FAMILY, dtype, p.head_dim, p.side_w);
-    let (rows, box_rows, slots) = match cols {
-        64 => (
-            REL_POS_ATTENTION_SM90_COLS64_ROWS,
-            REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS,
-            slots(
-                REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS,
-                REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS,
-            ),
-        ),
-        40 => (
-            REL_POS_ATTENTION_SM90_COLS40_ROWS,
-            REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
-            slots(
-                REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS,
-                REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS,
-            ),
-        ),
-        _ => (
-            REL_POS_ATTENTION_SM90_COLS16_ROWS,
-            REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
-            slots(
-                REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS,
-                REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS,
-            ),
-        ),
-    };
-    Some(Tile { cols, rows: rows as usize, box_rows: box_rows as usize, slots })
+/// The tiles that a kernel is compiled for: columns, key rows, rows of a bulk copy, slots for heads of 64 and 80 channels.
+pub(super) type Tiles = [(u32, u32, u32, [u32; 2]); 3];
+
+const COMPILED: Tiles = [
+    (
+        64,
+        REL_POS_ATTENTION_SM90_COLS64_ROWS,
+        REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS,
+        [REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS],
+    ),
+    (
+        16,
+        REL_POS_ATTENTION_SM90_COLS16_ROWS,
+        REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
+        [REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS],
+    ),
+    (
+        40,
+        REL_POS_ATTENTION_SM90_COLS40_ROWS,
+        REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
+        [REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS],
+    ),
+];
+
+/// 16 bits, heads of 64 or 80 channels, addresses as bulk copies want them; and the portable kernels not known to be
+/// faster.
+pub(super) fn covers(
+    p: &AttentionProblem,
+    dtype: DType,
+    family: &str,
+    addresses: &[device_ptr],
+) -> bool {
+    let known = tiles::known(family, dtype, [p.head_dim, p.side_w], 0);
+    matches!(dtype, DType::F16 | DType::BF16)
+        && [64, 80].contains(&p.head_dim)
+        && addresses.iter().all(|address| address.is_multiple_of(16))
+        && known != Some(tiles::PORTABLE)
 }
+
+/// The tile of a family for a problem that it covers.
+pub(super) fn tile(p: &AttentionProblem, dtype: DType, family: &str, compiled: &Tiles) -> Tile {
+    let cols = tiles::attention(family, dtype, p.head_dim, p.side_w);
+    let found = compiled.iter().find(|tile| tile.0 as usize == cols).unwrap_or(&compiled[0]);
+    let (cols, rows, box_rows, [hd64, hd80]) = *found;
+    let slots = if p.head_dim == WIDE { hd64 } else { hd80 };
+    let [cols, rows, box_rows, slots] = [cols, rows, box_rows, slots].map(|n| n as usize);
+    Tile { cols, rows, box_rows, slots }
+}
+
+/// Bytes of so many rows of a head's channels, as `Panel` of the kernels.
+pub(super) fn panel_bytes(p: &AttentionProblem, rows: usize) -> usize {
+    (rows * p.head_dim * 2).next_multiple_of(ATOM)
+}
+
+/// Tensor maps and where they stand in the params.
+pub(super) type Maps = Vec<(usize, TensorMap)>;
 
 /// A panel's maps, at their place `at` in the params, of a dense tensor of `dims`, innermost first: of the first channels
 /// of a head and, if it has more, of the others. `tile` is that of the other dimensions.
@@ -95,7 +108,7 @@ pub(super) fn panel_maps(
     dims: &[usize],
     tile: &[usize],
     at: usize,
-) -> Result<Vec<(usize, TensorMap)>> {
+) -> Result<Maps> {
     let element = Element::Bits16;
     let mut stride = u64::from(element.bytes());
     let mut strides = Vec::new();
@@ -116,53 +129,56 @@ pub(super) fn panel_maps(
     Ok(maps)
 }
 
-/// Of qkv as grids, in tiles of so many columns and rows.
+/// Of a grid's tokens with so many channels, in tiles of so many columns and rows.
 pub(super) fn grid_maps(
     p: &AttentionProblem,
-    qkv: device_ptr,
+    address: device_ptr,
+    channels: usize,
     tile: [usize; 2],
     at: usize,
-) -> Result<Vec<(usize, TensorMap)>> {
+) -> Result<Maps> {
     let [cols, rows] = tile;
-    let dims = [3 * p.channels(), p.w, p.h, p.batch];
-    panel_maps(p.head_dim, qkv, &dims, &[cols, rows, 1], at)
+    panel_maps(p.head_dim, address, &[channels, p.w, p.h, p.batch], &[cols, rows, 1], at)
 }
 
 /// Of both tables, as one list of rows.
-pub(super) fn table_maps(
-    p: &AttentionProblem,
-    tables: device_ptr,
-    at: usize,
-) -> Result<Vec<(usize, TensorMap)>> {
+pub(super) fn table_maps(p: &AttentionProblem, tables: device_ptr, at: usize) -> Result<Maps> {
     let (h, w) = p.table_rows();
     let rows = REL_POS_ATTENTION_SM90_TABLE_ROWS as usize;
     panel_maps(p.head_dim, tables, &[p.head_dim, h + w], &[rows], at)
 }
 
 impl Tile {
-    /// As `Storage` of the kernel lays it out, and behind it `Biases`.
-    fn shared_bytes(&self, problem: &AttentionProblem) -> usize {
-        let panel = |rows: usize| (rows * problem.head_dim * 2).next_multiple_of(ATOM);
-        let keys = panel(self.rows * self.cols);
-        let queries = REL_POS_ATTENTION_SM90_QUERIES as usize;
-        let storage = panel(queries) + self.slots * keys + (1 + 2 * self.slots) * 8;
-        let stride_h = problem.side_h.next_multiple_of(self.rows) | 1;
-        let stride_w = problem.side_w.next_multiple_of(self.cols) + 8;
-        storage.next_multiple_of(ATOM) + 4 * queries * (stride_h + stride_w)
+    /// As `Storage` of the kernel lays it out, up to the biases.
+    pub fn storage_bytes(&self, p: &AttentionProblem) -> usize {
+        let queries = panel_bytes(p, REL_POS_ATTENTION_SM90_QUERIES as usize);
+        let keys = panel_bytes(p, self.rows * self.cols);
+        (queries + self.slots * keys + (1 + 2 * self.slots) * 8).next_multiple_of(ATOM)
     }
 
-    fn maps(&self, p: &AttentionProblem, inputs: &Inputs) -> Result<Vec<(usize, TensorMap)>> {
-        type Params = RelPosAttentionFwdSm90Params;
-        let at = offset_of!(Params, qkv_maps);
-        let mut maps = grid_maps(p, inputs.qkv, [self.cols, self.box_rows], at)?;
-        if inputs.tables != 0 {
-            maps.extend(table_maps(p, inputs.tables, offset_of!(Params, table_maps))?);
-        }
-        Ok(maps)
+    /// Floats of a query's rel_h and rel_w, as `Biases` in `kernels/rel_pos_attention.cuh` lays them out.
+    pub fn bias_strides(&self, p: &AttentionProblem) -> [usize; 2] {
+        [p.side_h.next_multiple_of(self.rows) | 1, p.side_w.next_multiple_of(self.cols) + 8]
+    }
+
+    fn shared_bytes(&self, p: &AttentionProblem) -> usize {
+        let [h, w] = self.bias_strides(p);
+        self.storage_bytes(p) + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w)
+    }
+
+    /// Of qkv, or the output's gradient, which have `channels` of a token, as grids.
+    pub fn grid_maps(
+        &self,
+        p: &AttentionProblem,
+        address: device_ptr,
+        channels: usize,
+        at: usize,
+    ) -> Result<Maps> {
+        grid_maps(p, address, channels, [self.cols, self.box_rows], at)
     }
 
     /// Blocks of a window's head.
-    fn blocks(&self, problem: &AttentionProblem) -> usize {
+    pub fn blocks(&self, problem: &AttentionProblem) -> usize {
         let rows = REL_POS_ATTENTION_SM90_QUERIES as usize / self.cols;
         problem.side_h.div_ceil(rows) * problem.side_w.div_ceil(self.cols)
     }
@@ -179,11 +195,16 @@ pub fn forward(
     out: device_ptr,
     lse: device_ptr,
 ) -> Result<Option<Launch>> {
-    let Some(tile) = tile(problem, dtype) else { return Ok(None) };
     let &Inputs { qkv, tables, pad } = inputs;
-    let aligned = [qkv, tables, pad, out].iter().all(|address| address.is_multiple_of(16));
+    // A bulk copy makes zeros of tokens outside the grid, so no window may hang over it.
+    let whole =
+        problem.h.is_multiple_of(problem.side_h) && problem.w.is_multiple_of(problem.side_w);
+    let tile = tile(problem, dtype, FAMILY, &COMPILED);
     let shared_bytes = tile.shared_bytes(problem);
-    if !aligned || shared_bytes > SHARED_BYTES {
+    if !whole
+        || !covers(problem, dtype, FAMILY, &[qkv, tables, pad, out])
+        || shared_bytes > SHARED_BYTES
+    {
         return Ok(None);
     }
     let params = RelPosAttentionFwdSm90Params {
@@ -198,8 +219,13 @@ pub fn forward(
     let units = problem.windows() * problem.num_heads;
     let grid = [units as u64 * tile.blocks(problem) as u64, 1, 1];
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
-    let (shared_bytes, tensor_maps) = (shared_bytes as u32, tile.maps(problem, inputs)?);
-    Ok(Some(Launch { shared_bytes, tensor_maps, ..launch }))
+    let at = offset_of!(RelPosAttentionFwdSm90Params, qkv_maps);
+    let mut tensor_maps = tile.grid_maps(problem, qkv, 3 * problem.channels(), at)?;
+    if tables != 0 {
+        let at = offset_of!(RelPosAttentionFwdSm90Params, table_maps);
+        tensor_maps.extend(table_maps(problem, tables, at)?);
+    }
+    Ok(Some(Launch { shared_bytes: shared_bytes as u32, tensor_maps, ..launch }))
 }
 
 #[cfg(test)]

@@ -77,18 +77,32 @@ impl TensorMap {
     pub fn matrix(
         address: device_ptr,
         element: Element,
-        (rows, cols, stride): (u32, u32, u32),
-        (tile_rows, tile_cols): (u32, u32),
+        shape: (u32, u32, u32),
+        tile: (u32, u32),
     ) -> Result<Self> {
-        let swizzle = match tile_cols * element.bytes() {
+        let swizzle = match tile.1 * element.bytes() {
             32 => Swizzle::Bytes32,
             64 => Swizzle::Bytes64,
             128 => Swizzle::Bytes128,
             _ => Swizzle::None,
         };
+        let map = Self::unswizzled(address, element, shape, tile)?;
+        Ok(Self { swizzle, ..map })
+    }
+
+    /// The same as they lie: rows one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::matrix`], but that rows of a tile may be longer.
+    pub fn unswizzled(
+        address: device_ptr,
+        element: Element,
+        (rows, cols, stride): (u32, u32, u32),
+        (tile_rows, tile_cols): (u32, u32),
+    ) -> Result<Self> {
         let strides = vec![u64::from(stride) * u64::from(element.bytes())];
         let (dims, tile) = (vec![cols, rows], vec![tile_cols, tile_rows]);
-        let map = Self { address, element, dims, strides, tile, swizzle };
+        let map = Self { address, element, dims, strides, tile, swizzle: Swizzle::None };
         map.check()?;
         Ok(map)
     }

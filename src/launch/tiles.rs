@@ -29,8 +29,13 @@ pub struct Measured {
 }
 
 /// The attention's families.
-pub const ATTENTION: [&str; 3] =
-    ["rel_pos_attention_fwd", "rel_pos_attention_bwd_query", "rel_pos_attention_fwd_sm90"];
+pub const ATTENTION: [&str; 5] = [
+    "rel_pos_attention_fwd",
+    "rel_pos_attention_bwd_query",
+    "rel_pos_attention_fwd_sm90",
+    "rel_pos_attention_bwd_query_sm90",
+    "rel_pos_attention_bwd_key_sm90",
+];
 /// The projections' families.
 pub const PROJECTION: [&str; 3] = ["projection_fwd", "projection_bwd_input", "projection_fwd_sm90"];
 /// In the place of one of Hopper's tiles: the portable kernels, whose own table goes on.
@@ -120,7 +125,8 @@ pub(super) fn attention(family: &str, dtype: DType, head_dim: usize, width: usiz
 
 #[cfg(test)]
 mod tests {
-    use super::super::{projection, projection_sm90, rel_pos_attention, rel_pos_attention_sm90};
+    use super::super::{projection, projection_sm90, rel_pos_attention};
+    use super::super::{rel_pos_attention_bwd_sm90, rel_pos_attention_sm90};
     use super::super::{AttentionProblem, Launch};
     use super::*;
     use candle_core::Result;
@@ -220,12 +226,18 @@ mod tests {
                     let own = rel_pos_attention_sm90::forward(&problem, dtype, &inputs, out, lse)?;
                     own.into_iter().collect()
                 }
-                _ => backward(
-                    &problem,
-                    dtype,
-                    &inputs,
-                    &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace },
-                )?,
+                family => {
+                    // Padding, and so its gradient, is the portable kernels' alone.
+                    let dpad = if family.ends_with("_sm90") { 0 } else { dpad };
+                    let operands =
+                        BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
+                    if family.ends_with("_sm90") {
+                        let by_hopper = rel_pos_attention_bwd_sm90::backward;
+                        by_hopper(&problem, dtype, &inputs, &operands)?.unwrap_or_default()
+                    } else {
+                        backward(&problem, dtype, &inputs, &operands)?
+                    }
+                }
             }
         };
         Ok(launches.into_iter().find(|launch| launch.kernel.starts_with(row.family)))

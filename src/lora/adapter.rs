@@ -6,7 +6,7 @@
 //! half-way has no configuration and does not load.
 
 use super::inject::Plan;
-use super::state::{check, headers, named_adapter_state};
+use super::state::{check, described, headers, named_adapter_state, Slot};
 use super::{BiasTraining, LoraConfig};
 use crate::files::TensorFile;
 use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
@@ -89,24 +89,57 @@ pub fn load_named_adapter(
     name: &str,
     dir: &Path,
 ) -> Result<LoraConfig> {
-    let config_path = dir.join(CONFIG_FILE);
-    let config = LoraConfig::read(&config_path)?;
-    let file = open_adapter(dir, &config)?;
+    let (config, file) = open_adapter(dir)?;
     let plan = Plan::new(model, name, &config)
-        .map_err(|e| Error::file(&config_path, format!("does not fit this model: {e}")))?;
+        .map_err(|e| Error::file(dir.join(CONFIG_FILE), format!("does not fit this model: {e}")))?;
     let slots = plan.slots();
     check(&file.path().display().to_string(), &slots, headers(&file))?;
-    let mut tensors = file.read_all(&Device::Cpu)?;
+    fill(model, plan, slots, file.read_all(&Device::Cpu)?)?;
+    Ok(config)
+}
+
+/// As [`load_named_adapter`], from a configuration and tensors under PEFT's keys.
+///
+/// # Errors
+/// As [`load_named_adapter`], but for files.
+pub fn load_adapter_tensors(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+    tensors: BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let plan = Plan::new(model, name, config)?;
+    let slots = plan.slots();
+    check("the adapter", &slots, described(&tensors))?;
+    fill(model, plan, slots, tensors)
+}
+
+/// Carries out a plan with the values of a file, which were found to be those of the slots.
+fn fill(
+    model: &mut dyn ModuleTree,
+    plan: Plan<'_>,
+    slots: BTreeMap<String, Slot>,
+    mut tensors: BTreeMap<String, Tensor>,
+) -> Result<()> {
     let mut values = plan.base_values()?;
     values.extend(
         slots.into_iter().filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?))),
     );
-    plan.apply(model, values)?;
-    Ok(config)
+    plan.apply(model, values).map(drop)
 }
 
-/// The tensors in an adapter folder, of which the header alone has been read: what does not fit a model is refused by it.
-pub(super) fn open_adapter(dir: &Path, config: &LoraConfig) -> Result<TensorFile> {
+/// The configuration in the adapter folder `dir`, and its tensors by their keys.
+///
+/// # Errors
+/// When a file cannot be read or is not what it should be.
+pub fn read_adapter(dir: &Path) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
+    let (config, file) = open_adapter(dir)?;
+    Ok((config, file.read_all(&Device::Cpu)?))
+}
+
+/// As [`read_adapter`], of the tensors the header alone: what does not fit a model is refused by it.
+pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorFile)> {
+    let config = LoraConfig::read(&dir.join(CONFIG_FILE))?;
     let mut file = TensorFile::open(dir.join(TENSORS_FILE))?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         // PEFT stores the biases of modules to save three times over: plain, and under its two wrappers.
@@ -114,5 +147,5 @@ pub(super) fn open_adapter(dir: &Path, config: &LoraConfig) -> Result<TensorFile
             !key.ends_with(".original_module.bias") && !key.ends_with(".modules_to_save.bias")
         });
     }
-    Ok(file)
+    Ok((config, file))
 }

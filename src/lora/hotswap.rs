@@ -31,11 +31,9 @@ use std::path::Path;
 pub fn hotswap_adapter(model: &mut dyn ModuleTree, name: &str, dir: &Path) -> Result<LoraConfig> {
     check_known(model, &[name])?;
     refuse_merged(model)?;
-    let config_path = dir.join(CONFIG_FILE);
-    let config = LoraConfig::read(&config_path)?;
-    let file = open_adapter(dir, &config)?;
+    let (config, file) = open_adapter(dir)?;
     let mut new = plan(model, name, &config, &file).map_err(|e| match e {
-        Error::Config(message) => Error::file(&config_path, message),
+        Error::Config(message) => Error::file(dir.join(CONFIG_FILE), message),
         other => other,
     })?;
     model.visit_mut("", &mut |path, node| {

@@ -25,32 +25,46 @@
 mod adapter;
 mod config;
 mod convert;
+mod describe;
 mod hotswap;
+mod import;
 mod init;
 mod inject;
 mod linalg;
 mod merge;
 mod mixed;
+mod model_card;
+mod qkv;
 mod report;
 mod state;
 mod switch;
 mod target;
+mod task_arithmetic;
 mod weighted;
 
 pub use adapter::{
-    load_adapter, load_named_adapter, save_adapter, save_named_adapter, write_adapter, CONFIG_FILE,
-    TENSORS_FILE,
+    load_adapter, load_adapter_tensors, load_named_adapter, read_adapter, save_adapter,
+    save_named_adapter, write_adapter, CONFIG_FILE, TENSORS_FILE,
 };
 pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, OneOrMany};
 pub use convert::convert_to_lora;
 pub use hotswap::hotswap_adapter;
+pub use import::import_lora;
 pub use inject::{add_adapter, eject, inject};
 pub use merge::{merge, merge_and_unload, safe_merge, unmerge};
 pub use mixed::by_adapter;
+pub use model_card::{model_card, save_pretrained, CARD_FILE};
+pub use qkv::{fuse_qkv, split_qkv};
 pub use report::{peft_trainable_parameters, trainable_parameters, ParameterReport};
 pub use state::{adapter_state, named_adapter_state, set_adapter_state};
 pub use switch::{
     active_adapters, adapter_names, delete_adapter, disable_adapters, enable_adapters, set_adapter,
     BASE,
 };
+pub use task_arithmetic::{MajoritySign, Prune, TaskArithmetic};
 pub use weighted::{add_weighted_adapter, Combination};
+
+/// The code of docs/peft.md, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/peft.md")]
+struct Guide;

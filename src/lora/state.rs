@@ -162,8 +162,7 @@ pub fn set_adapter_state(
             (key.clone(), Slot { name: name.clone(), shape: tensor.dims().to_vec() })
         })
         .collect();
-    let found = tensors.iter().map(|(key, t)| (key.as_str(), t.dims(), t.dtype().into()));
-    check("the adapter state", &wanted, found)?;
+    check("the adapter state", &wanted, described(tensors))?;
     let values = saved.into_iter().filter_map(|(key, name, _)| Some((name, tensors.get(&key)?)));
     overwrite(model, values.collect())
 }
@@ -199,6 +198,13 @@ pub(super) fn overwrite(
 /// Name, shape and dtype of a file's tensors, by its header.
 pub(super) fn headers(file: &TensorFile) -> impl Iterator<Item = (&str, &[usize], Dtype)> {
     file.tensors().iter().map(|(key, info)| (key.as_str(), &info.shape[..], info.dtype))
+}
+
+/// Name, shape and dtype of tensors in memory.
+pub(super) fn described(
+    tensors: &BTreeMap<String, Tensor>,
+) -> impl Iterator<Item = (&str, &[usize], Dtype)> {
+    tensors.iter().map(|(key, tensor)| (key.as_str(), tensor.dims(), tensor.dtype().into()))
 }
 
 /// Compares what a model wants with what `source` has, tensors of some name, shape and dtype.

@@ -1,18 +1,19 @@
 //! An adapter made of others: their weighted sum, `c_i = weight_i scaling_i`.
 //!
 //! ```text
-//! linear   A = sum sign(c_i) sqrt|c_i| A_i     B = sum sqrt|c_i| B_i      equal ranks; B A has cross terms too
-//! cat      A = [c_1 A_1; c_2 A_2; ..]          B = [B_1, B_2, ..]         the sum itself; ranks add up
-//! svd      B A = the nearest of its rank to sum weight_i delta_i          any ranks
+//! factors   A = sum sign(c_i) sqrt|c_i| A_i     B = sum sqrt|c_i| B_i      equal ranks; B A has cross terms too
+//! cat       A = [c_1 A_1; c_2 A_2; ..]          B = [B_1, B_2, ..]         the sum itself; ranks add up
+//! svd       B A = the nearest of its rank to sum weight_i delta_i          any ranks
 //! ```
-//! The new one's scaling is 1. A layer that only some of the adapters are on gets their part, and zeros up to the rank.
+//! The first and the last sum may be any of `task_arithmetic.rs`. The new one's scaling is 1. A layer that only some of the adapters are on gets their part, and zeros up to the rank.
 //!
 //! Source: PEFT 0.21, `add_weighted_adapter` in `tuners/lora/model.py`.
 
+use super::describe::{describe, layer_paths};
 use super::inject::Plan;
 use super::linalg;
 use super::switch::check_known;
-use super::LoraConfig;
+use super::{LoraConfig, TaskArithmetic};
 use crate::nn::{adapter_tensor_name, Adapter, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -20,21 +21,42 @@ use nalgebra::DMatrix;
 use std::collections::BTreeMap;
 
 /// How [`add_weighted_adapter`] adds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Combination {
-    /// A's and B's by themselves; the adapters must have one rank.
-    Linear,
+    /// A's and B's by themselves; the adapters must have one rank. PEFT's "linear", and, with the arithmetic of that
+    /// name, "ties", "dare_linear", "dare_ties" and "magnitude_prune".
+    Factors(TaskArithmetic),
     /// Side by side: exact, and as large as all together.
     Cat,
-    /// The nearest of this rank; without one, of the largest rank among them.
+    /// The nearest of this rank; without one, of the largest rank among them. PEFT's "svd", "ties_svd" and so on.
     Svd {
+        /// How the products are added.
+        arithmetic: TaskArithmetic,
         /// At least 1.
         rank: Option<usize>,
     },
 }
 
-/// A layer's part of each adapter that is on it: its place in the list, the weight, the adapter.
-type Parts = Vec<(usize, f64, Adapter)>;
+impl Combination {
+    /// PEFT's "linear".
+    pub const LINEAR: Self = Self::Factors(TaskArithmetic::SUM);
+
+    /// PEFT's "svd".
+    pub fn svd(rank: Option<usize>) -> Self {
+        Self::Svd { arithmetic: TaskArithmetic::SUM, rank }
+    }
+}
+
+/// An adapter that is on a layer.
+struct Part {
+    /// Its place in the list.
+    index: usize,
+    /// Where its tensors are in the tree.
+    path: String,
+    name: String,
+    weight: f64,
+    adapter: Adapter,
+}
 
 /// Adds to the model the adapter `name`, the weighted sum of others that it carries. As after
 /// [`add_adapter`](super::add_adapter) the adapters in use stay so and the new one waits, frozen. Returns the
@@ -42,7 +64,7 @@ type Parts = Vec<(usize, f64, Adapter)>;
 ///
 /// # Errors
 /// When there is nothing to add, an adapter is unknown, uses DoRA or `lora_bias`, or changes its base, a weight is not
-/// finite, ranks differ in a linear sum, or as [`add_adapter`](super::add_adapter). The model is unchanged then.
+/// finite, ranks differ in a sum of factors, a density is out of range, or as [`add_adapter`](super::add_adapter). The model is unchanged then.
 pub fn add_weighted_adapter(
     model: &mut dyn ModuleTree,
     name: &str,
@@ -52,37 +74,41 @@ pub fn add_weighted_adapter(
     let layers = layers(model, adapters)?;
     let mut ranks = vec![0; adapters.len()];
     let mut dropout = None;
-    for (index, _, adapter) in layers.values().flatten() {
+    for Part { index, adapter, .. } in layers.values().flatten() {
         ranks[*index] = adapter.rank().max(ranks[*index]);
         if *index == 0 {
             dropout.get_or_insert(adapter.dropout);
         }
     }
-    let combination = if adapters.len() == 1 { Combination::Linear } else { combination };
+    if let Combination::Factors(arithmetic) | Combination::Svd { arithmetic, .. } = combination {
+        arithmetic.validate()?;
+    }
+    // As in PEFT one alone is only weighted.
+    let combination = match (adapters, combination) {
+        (_, Combination::Factors(_)) | ([_, _, ..], _) => combination,
+        _ => Combination::LINEAR,
+    };
     let largest = ranks.iter().copied().max().unwrap_or(0);
     let rank = match combination {
-        Combination::Linear if ranks.iter().any(|rank| *rank != largest) => {
+        Combination::Factors(_) if ranks.iter().any(|rank| *rank != largest) => {
             return Err(Error::config(format!(
-                "a linear sum needs adapters of one rank, got {ranks:?}"
+                "a sum of factors needs adapters of one rank, got {ranks:?}"
             )))
         }
-        Combination::Linear => largest,
+        Combination::Factors(_) => largest,
         Combination::Cat => ranks.iter().sum(),
-        Combination::Svd { rank } => rank.unwrap_or(largest),
+        Combination::Svd { rank, .. } => rank.unwrap_or(largest),
     };
-    // Whole names: a list's are matched from their end.
-    let paths: Vec<_> = layers.keys().map(|path| fancy_regex::escape(path)).collect();
-    let config = LoraConfig::new(rank)
-        .alpha(rank as f64)
-        .dropout(dropout.unwrap_or(0.0))
-        .target_regex(paths.join("|"));
+    let config = LoraConfig::new(rank).dropout(dropout.unwrap_or(0.0));
+    let described = layers.keys().map(|path| (path.clone(), (rank, 1.0))).collect();
+    let config = describe(&config, &described, &layer_paths(model))?;
     let plan = Plan::new(model, name, &config)?;
     let mut values = BTreeMap::new();
     for (path, parts) in &layers {
         let (a, b) = match combination {
-            Combination::Linear => linear(parts)?,
+            Combination::Factors(arithmetic) => factors(parts, &arithmetic)?,
             Combination::Cat => cat(parts)?,
-            Combination::Svd { .. } => svd(path, parts, rank)?,
+            Combination::Svd { arithmetic, .. } => svd(parts, &arithmetic, rank)?,
         };
         let a = a.pad_with_zeros(0, 0, rank.saturating_sub(a.dims()[0]))?;
         let b = b.pad_with_zeros(1, 0, rank.saturating_sub(b.dims()[1]))?;
@@ -94,7 +120,7 @@ pub fn add_weighted_adapter(
 }
 
 /// What is to be added, by layer.
-fn layers(model: &dyn ModuleTree, adapters: &[(&str, f64)]) -> Result<BTreeMap<String, Parts>> {
+fn layers(model: &dyn ModuleTree, adapters: &[(&str, f64)]) -> Result<BTreeMap<String, Vec<Part>>> {
     let names: Vec<&str> = adapters.iter().map(|(name, _)| *name).collect();
     check_known(model, &names)?;
     if names.is_empty() {
@@ -103,7 +129,7 @@ fn layers(model: &dyn ModuleTree, adapters: &[(&str, f64)]) -> Result<BTreeMap<S
     if let Some((name, weight)) = adapters.iter().find(|(_, weight)| !weight.is_finite()) {
         return Err(Error::config(format!("the weight of {name:?} must be finite, got {weight}")));
     }
-    let (mut layers, mut problem) = (BTreeMap::<String, Parts>::new(), None);
+    let (mut layers, mut problem) = (BTreeMap::<String, Vec<Part>>::new(), None);
     model.visit("", &mut |path, node| {
         let Node::Layer(layer) = node else { return };
         for (index, (name, weight)) in adapters.iter().enumerate() {
@@ -113,8 +139,9 @@ fn layers(model: &dyn ModuleTree, adapters: &[(&str, f64)]) -> Result<BTreeMap<S
                     "{name:?} uses DoRA or lora_bias or changes its base, and cannot be part of a weighted adapter"
                 ));
             }
-            let parts = layers.entry(path.to_string()).or_default();
-            parts.push((index, *weight, adapter.clone()));
+            let (path, name) = (path.to_string(), name.to_string());
+            let parts = layers.entry(path.clone()).or_default();
+            parts.push(Part { index, path, name, weight: *weight, adapter: adapter.clone() });
         }
     });
     problem.map_or(Ok(layers), |problem| Err(Error::config(problem)))
@@ -125,32 +152,42 @@ fn scaled(tensor: &Tensor, factor: f64) -> candle_core::Result<Tensor> {
     tensor.detach().to_dtype(DType::F32)? * factor
 }
 
-fn sum(terms: impl Iterator<Item = candle_core::Result<Tensor>>) -> candle_core::Result<Tensor> {
-    let terms = terms.collect::<candle_core::Result<Vec<_>>>()?;
-    Tensor::stack(&terms, 0)?.sum(0)
+impl Part {
+    fn coefficient(&self) -> f64 {
+        self.weight * self.adapter.scaling
+    }
+
+    /// A term of a sum; its name is the address of its random numbers.
+    fn term(&self, leaf: &str, weight: f64, tensor: &Tensor) -> (String, f64, Tensor) {
+        (adapter_tensor_name(&self.path, &self.name, leaf), weight, tensor.clone())
+    }
 }
 
-fn linear(parts: &Parts) -> Result<(Tensor, Tensor)> {
-    let coefficient = |weight: f64, adapter: &Adapter| weight * adapter.scaling;
-    let a = sum(parts.iter().map(|(_, weight, adapter)| {
-        let c = coefficient(*weight, adapter);
-        scaled(&adapter.a, c.abs().sqrt().copysign(c))
-    }))?;
-    let b = sum(parts.iter().map(|(_, weight, adapter)| {
-        scaled(&adapter.b, coefficient(*weight, adapter).abs().sqrt())
-    }))?;
-    Ok((a, b))
+fn factors(parts: &[Part], arithmetic: &TaskArithmetic) -> Result<(Tensor, Tensor)> {
+    let a = parts.iter().map(|part| {
+        let c = part.coefficient();
+        part.term("lora_A.weight", c.abs().sqrt().copysign(c), &part.adapter.a)
+    });
+    let b = parts
+        .iter()
+        .map(|part| part.term("lora_B.weight", part.coefficient().abs().sqrt(), &part.adapter.b));
+    Ok((arithmetic.sum(&a.collect::<Vec<_>>())?, arithmetic.sum(&b.collect::<Vec<_>>())?))
 }
 
-fn cat(parts: &Parts) -> Result<(Tensor, Tensor)> {
-    let a = parts.iter().map(|(_, weight, adapter)| scaled(&adapter.a, weight * adapter.scaling));
-    let b = parts.iter().map(|(_, _, adapter)| scaled(&adapter.b, 1.0));
+fn cat(parts: &[Part]) -> Result<(Tensor, Tensor)> {
+    let a = parts.iter().map(|part| scaled(&part.adapter.a, part.coefficient()));
+    let b = parts.iter().map(|part| scaled(&part.adapter.b, 1.0));
     let a = Tensor::cat(&a.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
     Ok((a, Tensor::cat(&b.collect::<candle_core::Result<Vec<_>>>()?, 1)?))
 }
 
-fn svd(path: &str, parts: &Parts, rank: usize) -> Result<(Tensor, Tensor)> {
-    let delta = sum(parts.iter().map(|(_, weight, adapter)| scaled(&adapter.delta()?, *weight)))?;
+fn svd(parts: &[Part], arithmetic: &TaskArithmetic, rank: usize) -> Result<(Tensor, Tensor)> {
+    let deltas = parts
+        .iter()
+        .map(|part| Ok(part.term("delta", part.weight, &part.adapter.delta()?)))
+        .collect::<Result<Vec<_>>>()?;
+    let delta = arithmetic.sum(&deltas)?;
+    let Part { path, adapter, .. } = &parts[0];
     let linalg::Svd { u, s, vt } = linalg::svd(&linalg::matrix(path, &delta)?, rank);
     let b = u * DMatrix::from_diagonal(&s.into());
     // In the shapes that the layer's own have.
@@ -159,6 +196,5 @@ fn svd(path: &str, parts: &Parts, rank: usize) -> Result<(Tensor, Tensor)> {
         dims[at] = vt.nrows();
         Ok(linalg::tensor(matrix, delta.device())?.reshape(dims)?)
     };
-    let (_, _, adapter) = &parts[0];
     Ok((shaped(&vt, &adapter.a, 0)?, shaped(&b, &adapter.b, 1)?))
 }

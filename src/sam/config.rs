@@ -8,13 +8,6 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::path::Path;
 
-/// No side of a model may be larger than this: far above any real SAM, far below an allocation that hurts.
-const MAX_SIZE: usize = 1 << 16;
-/// No attention window may be larger than this: it is padded to, so it costs even where the grid is small.
-const MAX_WINDOW: usize = 1 << 10;
-/// No model may have more parameters than this; ViT-H has 0.64e9.
-const MAX_PARAMETERS: u128 = 1 << 32;
-
 /// The activation between two layers, `hidden_act`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -136,53 +129,6 @@ impl SamVisionConfig {
     /// Rows of a layer's relative position tables: `2 * side - 1` of its window or of the grid.
     pub fn rel_pos_len(&self, layer: usize) -> usize {
         (2 * self.window(layer).unwrap_or(self.grid_size())).saturating_sub(1)
-    }
-
-    /// Refuses an encoder that cannot be, naming the field, its value and what it should be.
-    pub fn validate(&self) -> Result<()> {
-        require_sizes([
-            ("vision_config.hidden_size", self.hidden_size, 1),
-            ("vision_config.output_channels", self.output_channels, 1),
-            ("vision_config.num_hidden_layers", self.num_hidden_layers, 1),
-            ("vision_config.num_attention_heads", self.num_attention_heads, 1),
-            ("vision_config.num_channels", self.num_channels, 1),
-            ("vision_config.image_size", self.image_size, 1),
-            ("vision_config.patch_size", self.patch_size, 1),
-            ("vision_config.mlp_dim", self.mlp_dim(), 1),
-            ("vision_config.window_size", self.window_size, 0),
-        ])?;
-        require_multiples([
-            (
-                "vision_config.hidden_size",
-                self.hidden_size,
-                "num_attention_heads",
-                self.num_attention_heads,
-            ),
-            ("vision_config.image_size", self.image_size, "patch_size", self.patch_size),
-        ])?;
-        require_epsilons([("vision_config.layer_norm_eps", self.layer_norm_eps)])?;
-        require((0.0..1.0).contains(&self.attention_dropout), || {
-            format!(
-                "vision_config.attention_dropout is {}, expected at least 0 and below 1",
-                self.attention_dropout
-            )
-        })?;
-        require_parameters(self.parameter_estimate())
-    }
-
-    /// The number of parameters but for biases, norms and other small ones.
-    fn parameter_estimate(&self) -> u128 {
-        let width = self.hidden_size;
-        let tables =
-            2 * self.rel_pos_len(0).max(2 * self.grid_size()) * usize::from(self.use_rel_pos);
-        let layer = product(&[4, width, width])
-            + product(&[2, width, self.mlp_dim()])
-            + product(&[tables, self.head_dim()]);
-        let patches = product(&[width, self.num_channels, self.patch_size, self.patch_size]);
-        let positions = product(&[self.grid_size(), self.grid_size(), width]);
-        let neck = product(&[self.output_channels, width])
-            + product(&[9, self.output_channels, self.output_channels]);
-        layer * self.num_hidden_layers as u128 + patches + positions + neck
     }
 }
 
@@ -356,137 +302,6 @@ impl SamConfig {
         config.extra.entry("architectures").or_insert_with(|| vec!["SamModel"].into());
         serde_json::to_string_pretty(&config)
             .map_err(|e| Error::config(format!("cannot be written as JSON: {e}")))
-    }
-
-    /// Refuses a configuration that no model can have, naming the field, its value and what it should be.
-    pub fn validate(&self) -> Result<()> {
-        let (v, p, d) =
-            (&self.vision_config, &self.prompt_encoder_config, &self.mask_decoder_config);
-        if let Some(Value::String(kind)) = self.extra.get("model_type") {
-            require(kind == "sam", || format!("model_type is {kind:?}, expected \"sam\""))?;
-        }
-        v.validate()?;
-        require_sizes([
-            ("vision_config.num_pos_feats", v.num_pos_feats, 1),
-            ("prompt_encoder_config.hidden_size", p.hidden_size, 1),
-            ("prompt_encoder_config.mask_input_channels", p.mask_input_channels, 4),
-            ("prompt_encoder_config.num_point_embeddings", p.num_point_embeddings, 4),
-            ("mask_decoder_config.mlp_dim", d.mlp_dim, 1),
-            ("mask_decoder_config.num_hidden_layers", d.num_hidden_layers, 1),
-            ("mask_decoder_config.num_attention_heads", d.num_attention_heads, 1),
-            ("mask_decoder_config.attention_downsample_rate", d.attention_downsample_rate, 1),
-            ("mask_decoder_config.num_multimask_outputs", d.num_multimask_outputs, 1),
-            ("mask_decoder_config.iou_head_depth", d.iou_head_depth, 2),
-            ("mask_decoder_config.iou_head_hidden_dim", d.iou_head_hidden_dim, 1),
-        ])?;
-        require_multiples([
-            ("prompt_encoder_config.mask_input_channels", p.mask_input_channels, "the", 4),
-            ("mask_decoder_config.hidden_size", d.hidden_size, "the", 8),
-            (
-                "mask_decoder_config.hidden_size",
-                d.hidden_size,
-                "num_attention_heads * attention_downsample_rate",
-                d.num_attention_heads * d.attention_downsample_rate,
-            ),
-        ])?;
-        for (field, value, other, wanted) in [
-            (
-                "prompt_encoder_config.image_size",
-                p.image_size,
-                "vision_config.image_size",
-                v.image_size,
-            ),
-            (
-                "prompt_encoder_config.patch_size",
-                p.patch_size,
-                "vision_config.patch_size",
-                v.patch_size,
-            ),
-            (
-                "prompt_encoder_config.hidden_size",
-                p.hidden_size,
-                "vision_config.output_channels",
-                v.output_channels,
-            ),
-            (
-                "mask_decoder_config.hidden_size",
-                d.hidden_size,
-                "vision_config.output_channels",
-                v.output_channels,
-            ),
-            (
-                "prompt_encoder_config.hidden_size",
-                p.hidden_size,
-                "2 * vision_config.num_pos_feats",
-                2 * v.num_pos_feats,
-            ),
-        ] {
-            require(value == wanted, || {
-                format!("{field} is {value}, but {other} is {wanted}; they must be equal")
-            })?;
-        }
-        require_epsilons([
-            ("prompt_encoder_config.layer_norm_eps", p.layer_norm_eps),
-            ("mask_decoder_config.layer_norm_eps", d.layer_norm_eps),
-        ])?;
-        require_parameters(v.parameter_estimate() + self.decoder_estimate())
-    }
-
-    /// The number of parameters of prompt encoder and mask decoder but for biases, norms and other small ones.
-    fn decoder_estimate(&self) -> u128 {
-        let (p, d) = (&self.prompt_encoder_config, &self.mask_decoder_config);
-        let prompts = product(&[p.hidden_size, p.num_point_embeddings + p.mask_input_channels + 2]);
-        let layer =
-            product(&[12, d.hidden_size, d.hidden_size]) + product(&[2, d.hidden_size, d.mlp_dim]);
-        let heads = product(&[d.num_multimask_outputs + 1, 3, d.hidden_size, d.hidden_size])
-            + product(&[d.iou_head_depth, d.iou_head_hidden_dim, d.iou_head_hidden_dim]);
-        prompts + layer * d.num_hidden_layers as u128 + heads
-    }
-}
-
-/// A product of sizes, each at most [`MAX_SIZE`], that cannot overflow.
-fn product(factors: &[usize]) -> u128 {
-    factors.iter().map(|&factor| factor as u128).product()
-}
-
-fn require_sizes<const N: usize>(fields: [(&str, usize, usize); N]) -> Result<()> {
-    fields.into_iter().try_for_each(|(field, value, least)| {
-        let most = if field.ends_with("window_size") { MAX_WINDOW } else { MAX_SIZE };
-        require((least..=most).contains(&value), || {
-            format!("{field} is {value}, expected {least} to {most}")
-        })
-    })
-}
-
-fn require_multiples<const N: usize>(fields: [(&str, usize, &str, usize); N]) -> Result<()> {
-    fields.into_iter().try_for_each(|(field, value, what, divisor)| {
-        require(value % divisor == 0, || {
-            format!("{field} is {value}, expected a multiple of {what} {divisor}")
-        })
-    })
-}
-
-fn require_epsilons<const N: usize>(fields: [(&str, f64); N]) -> Result<()> {
-    fields.into_iter().try_for_each(|(field, value)| {
-        require(value > 0.0 && value < 1.0, || {
-            format!("{field} is {value}, expected between 0 and 1")
-        })
-    })
-}
-
-fn require_parameters(parameters: u128) -> Result<()> {
-    require(parameters <= MAX_PARAMETERS, || {
-        format!(
-            "the model would have {parameters} parameters, at most {MAX_PARAMETERS} are supported"
-        )
-    })
-}
-
-fn require(holds: bool, message: impl FnOnce() -> String) -> Result<()> {
-    if holds {
-        Ok(())
-    } else {
-        Err(Error::config(message()))
     }
 }
 

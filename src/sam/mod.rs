@@ -17,6 +17,7 @@ mod model;
 mod processor;
 mod prompt_encoder;
 mod transformer;
+mod validate;
 
 pub use attention::{
     in_windows, AttentionKind, LayerContext, RelPosCore, SamVisionAttention,

@@ -12,9 +12,11 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_sam_lora::cuda::{available_kernels, set_kernels, Kernels};
 use candle_sam_lora::launch::measured::MEASURED;
-use candle_sam_lora::launch::rel_pos_attention::Inputs;
+use candle_sam_lora::launch::rel_pos_attention::{BackwardOperands, Inputs};
 use candle_sam_lora::launch::tiles::{self, ATTENTION, PROJECTION};
-use candle_sam_lora::launch::{rel_pos_attention_sm90, AttentionProblem};
+use candle_sam_lora::launch::{
+    rel_pos_attention_bwd_sm90, rel_pos_attention_sm90, AttentionProblem,
+};
 use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use clap::Parser;
 use serde_json::json;
@@ -149,8 +151,8 @@ fn problems(hopper: bool) -> Vec<Problem<Work>> {
     };
     for (grid, window) in [(64, None), (64, Some(14)), (40, None), (32, None), (48, None)] {
         for (head_dim, heads) in [(64, 12), (80, 16)] {
-            // Windows that hang over the grid are not for the last one.
-            for family in ATTENTION.into_iter().take(if window.is_some() { 2 } else { 3 }) {
+            // Windows that hang over the grid are not for Hopper's.
+            for family in ATTENTION.into_iter().take(if window.is_some() { 2 } else { 5 }) {
                 let work = Work::Attention { heads, grid, window };
                 push(family, [head_dim, window.unwrap_or(grid)], 0, work);
             }
@@ -332,6 +334,7 @@ fn covered(problem: &Problem<Work>) -> Result<bool> {
     if !problem.family.ends_with("_sm90") {
         return Ok(true);
     }
+    let by_backward = backward(problem);
     let problem = AttentionProblem {
         batch: BATCH,
         h: *grid,
@@ -347,6 +350,13 @@ fn covered(problem: &Problem<Work>) -> Result<bool> {
     // Any address that is aligned as candle's tensors are.
     let at = 4096;
     let inputs = Inputs { qkv: at, tables: at, pad: 0 };
+    if by_backward {
+        let [out, lse, dout, dqkv, dtables, workspace] = [at; 6];
+        let dpad = 0;
+        let operands = BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
+        let own = rel_pos_attention_bwd_sm90::backward(&problem, DType::BF16, &inputs, &operands)?;
+        return Ok(own.is_some());
+    }
     Ok(rel_pos_attention_sm90::forward(&problem, DType::BF16, &inputs, at, at)?.is_some())
 }
 

@@ -1,10 +1,12 @@
 //! The attention's kernels: every instance against the f64 reference, grids and windows of any size, padding, dropout.
 
 use crate::common::{error, gradients, random, values, Worst};
-use crate::device::{bound, emulator, in_every_mode, launch_all, Device, Memory, DTYPES};
+use crate::device::{bound, emulator, in_every_mode, in_modes, launch_all, Device, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{tiles, AttentionProblem};
+use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
+use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention_window_sm90;
+use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -252,8 +254,50 @@ fn forward() -> Result<()> {
     assert_all_ran("fwd", false, &launched)
 }
 
+/// Whose kernels a case is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kernels {
+    Portable,
+    Hopper,
+    HopperWindows,
+}
+
+impl Kernels {
+    fn backward(
+        self,
+        case: &Case,
+        inputs: &Inputs,
+        operands: &BackwardOperands,
+    ) -> Result<Vec<Launch>> {
+        let (p, dtype) = (&case.problem, case.dtype);
+        match self {
+            Self::Portable => attention::backward(p, dtype, inputs, operands),
+            Self::Hopper => Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
+                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+            Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
+                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+        }
+    }
+
+    fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
+        let p = &case.problem;
+        match self {
+            Self::Portable | Self::Hopper => attention::workspace_bytes(p, case.dtype, tables, pad),
+            Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),
+        }
+    }
+
+    fn modes(self) -> Vec<Mode> {
+        match self {
+            Self::Portable | Self::HopperWindows => Mode::all().collect(),
+            Self::Hopper => Mode::all_with_products().collect(),
+        }
+    }
+}
+
 /// dqkv, and the gradients of the tables and of the pad where they are trained, the same in every mode.
 fn run_backward(
+    kernels: Kernels,
     case: &Case,
     on_device: &OnDevice,
     forward: &[Memory],
@@ -263,12 +307,12 @@ fn run_backward(
 ) -> Vec<Memory> {
     let dout = Memory::from_tensor(dout);
     let names = RefCell::new(launched);
-    in_every_mode(&case.name, |device| {
-        let (p, dtype) = (&case.problem, case.dtype);
+    in_modes(&case.name, kernels.modes().into_iter(), |device| {
+        let dtype = case.dtype;
         let (tables, pad) = (trained && case.shapes.rel_pos, trained && case.shapes.pad);
         let [dqkv, dtables, dpad] = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad]
             .map(|tensor| Memory::for_elements(tensor.elem_count(), dtype));
-        let workspace = Memory::new(attention::workspace_bytes(p, dtype, tables, pad)?);
+        let workspace = Memory::new(kernels.workspace_bytes(case, tables, pad)?);
         let operands = BackwardOperands {
             out: forward[0].address(),
             lse: forward[1].address(),
@@ -278,7 +322,7 @@ fn run_backward(
             dpad: if pad { dpad.address() } else { 0 },
             workspace: workspace.address(),
         };
-        let launches = attention::backward(p, dtype, &on_device.inputs(), &operands)?;
+        let launches = kernels.backward(case, &on_device.inputs(), &operands)?;
         names.borrow_mut().extend(launches.iter().map(|launch| launch.kernel.clone()));
         launch_all(device, &launches)?;
         Ok(vec![dqkv, dtables, dpad])
@@ -313,7 +357,8 @@ fn gradients_by(
 }
 
 /// The gradients against the composed graph's in f32; with `frozen`, dqkv has the same bits where nothing else is wanted.
-fn check_backward(
+pub fn check_backward(
+    kernels: Kernels,
     case: &Case,
     frozen: bool,
     worst: &mut Worst,
@@ -328,9 +373,9 @@ fn check_backward(
     let forward = forward_on(&device, case, &on_device)?;
     let (b, h, w, packed) = case.qkv.dims4()?;
     let dout = random(9, (b, h, w, packed / 3)).to_dtype(dtype)?;
-    let outputs = run_backward(case, &on_device, &forward, &dout, true, launched);
+    let outputs = run_backward(kernels, case, &on_device, &forward, &dout, true, launched);
     if frozen {
-        let frozen = run_backward(case, &on_device, &forward, &dout, false, launched);
+        let frozen = run_backward(kernels, case, &on_device, &forward, &dout, false, launched);
         assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: frozen", case.name);
     }
 
@@ -363,15 +408,14 @@ fn backward() -> Result<()> {
     for dtype in DTYPES {
         for (index, shapes) in shapes(dtype).into_iter().enumerate() {
             let frozen = index == 0 || shapes.pad;
-            check_backward(&Case::new(shapes, dtype)?, frozen, &mut worst, &mut launched)?;
+            let case = Case::new(shapes, dtype)?;
+            check_backward(Kernels::Portable, &case, frozen, &mut worst, &mut launched)?;
         }
     }
     worst.check("rel_pos_attention backward", 1.0 / 16.0);
     assert_all_ran("bwd", false, &launched)
 }
 
-/// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for
-/// ThreadSanitizer.
 /// Tuning may give a problem any of a family's tiles, also such as waste most of their columns on it.
 #[test]
 fn any_tile_serves_any_problem() -> Result<()> {
@@ -385,7 +429,8 @@ fn any_tile_serves_any_problem() -> Result<()> {
                 if family.ends_with("fwd") {
                     check_forward(&case, &mut worst, &mut launched)?;
                 } else {
-                    check_backward(&case, false, &mut worst, &mut launched)?;
+                    let kernels = Kernels::Portable;
+                    check_backward(kernels, &case, false, &mut worst, &mut launched)?;
                 }
                 let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
                 assert!(launched.contains(&kernel), "{kernel} was not run");
@@ -397,13 +442,15 @@ fn any_tile_serves_any_problem() -> Result<()> {
     Ok(())
 }
 
+/// One window of nine tokens, three of them padding: what the kernels' threads share, and little else, for
+/// ThreadSanitizer.
 #[test]
 fn smallest_case() -> Result<()> {
     let mut worst = Worst::default();
     let shapes = Shapes { grid: (2, 3), window: Some(3), dim: 16, ..WINDOWED };
     let case = Case::new(shapes, DType::F16)?;
     check_forward(&case, &mut worst, &mut BTreeSet::new())?;
-    check_backward(&case, true, &mut worst, &mut BTreeSet::new())?;
+    check_backward(Kernels::Portable, &case, true, &mut worst, &mut BTreeSet::new())?;
     worst.check("rel_pos_attention, smallest", 1.0 / 64.0);
     Ok(())
 }

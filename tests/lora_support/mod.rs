@@ -1,95 +1,38 @@
-//! The small model of `tests/fixtures/lora`, and what PEFT wrote for it.
+//! What the tests of adapters share: two small models that PEFT's fixtures belong to, and how results are compared.
 #![allow(dead_code)]
 
+pub mod blocks;
+pub mod linears;
+
 use candle_core::{DType, Device, Tensor};
-use candle_sam_lora::nn::{named_parameters, LayerNorm, Linear, Mode, ModuleTree, Node, NodeMut};
-use candle_sam_lora::{files, module_tree, Result};
+use candle_sam_lora::files;
+use candle_sam_lora::nn::{named_parameters, ModuleTree, Node, NodeMut};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// Every adapter folder PEFT wrote.
-/// f32 against f64 over five layers in a row, the adapters' scaling of 8 within: thirty roundings of 6e-8.
-pub const F32_BOUND: f32 = 2e-6;
+pub type Tensors = BTreeMap<String, Tensor>;
 
-pub const KINDS: [&str; 12] = [
-    "plain",
-    "rslora",
-    "dora",
-    "lora_bias",
-    "bias_lora_only",
-    "bias_all",
-    "bias_all_save",
-    "save",
-    "pattern",
-    "regex",
-    "exclude",
-    "all_linear",
-];
-
-#[derive(Clone)]
-pub struct Mlp {
-    pub lin1: Linear,
-    pub lin2: Linear,
-}
-module_tree!(Mlp { lin1, lin2 });
-
-#[derive(Clone)]
-pub struct Net {
-    pub q: Linear,
-    pub v: Linear,
-    pub norm: LayerNorm,
-    pub mlp: Mlp,
-    pub head: Linear,
-}
-module_tree!(Net { q, v, norm, mlp, head });
-
-pub fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/lora").join(name)
+/// A folder of fixtures.
+fn fixtures(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-pub fn read(name: &str) -> BTreeMap<String, Tensor> {
-    files::read_tensors(&fixture(name), &Device::Cpu).unwrap()
+fn read_tensors(path: &Path) -> Tensors {
+    files::read_tensors(path, &Device::Cpu).unwrap()
 }
 
-impl Net {
-    pub fn zeros(dtype: DType) -> Self {
-        let linear =
-            |i: usize, o: usize, bias| Linear::zeros(i, o, bias, dtype, &Device::Cpu).unwrap();
-        Self {
-            q: linear(8, 8, true),
-            v: linear(8, 6, true),
-            norm: LayerNorm::new(6, 1e-5, dtype, &Device::Cpu).unwrap(),
-            mlp: Mlp { lin1: linear(6, 10, true), lin2: linear(10, 6, false) },
-            head: linear(6, 4, true),
-        }
-    }
-
-    /// The model the fixtures belong to.
-    pub fn base() -> Self {
-        Self::base_in(DType::F32)
-    }
-
-    pub fn base_in(dtype: DType) -> Self {
-        let mut net = Self::zeros(dtype);
-        let mut tensors = read("base.safetensors");
-        net.visit_mut("", &mut |name, node| {
+/// Gives every parameter its value of the file, which has no other.
+fn fill(model: &mut dyn ModuleTree, path: &Path) {
+    let mut tensors = read_tensors(path);
+    model
+        .visit_mut("", &mut |name, node| {
             if let NodeMut::Parameter(tensor) = node {
-                *tensor = tensors.remove(name).unwrap().to_dtype(dtype)?;
+                *tensor = tensors.remove(name).unwrap().to_dtype(tensor.dtype())?;
             }
             Ok(())
         })
         .unwrap();
-        assert!(tensors.is_empty());
-        net
-    }
-
-    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let x = self.v.forward(&self.q.forward(x, mode)?.tanh()?, mode)?;
-        let x = self.norm.forward(&x)?;
-        let hidden = self.mlp.lin1.forward(&x, mode)?.gelu_erf()?;
-        let x = (&x + self.mlp.lin2.forward(&hidden, mode)?)?;
-        Ok(self.head.forward(&x, mode)?)
-    }
+    assert!(tensors.is_empty());
 }
 
 /// Name, trainable or not, and bits of every parameter: what must not change when something fails.

@@ -39,8 +39,8 @@ const FOREIGN: [&str; 4] =
 /// Fills `model` from a checkpoint: a `.safetensors` file, an index of several, or a folder with either.
 ///
 /// Reads Hugging Face's and the original naming, also below a prefix such as `model.`; f32, f16, bf16 and f64,
-/// cast to the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder alone takes its
-/// part of a whole SAM. Parameters that are variables stay the same variables with new values; adapters stay as they
+/// cast to the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder, prompt encoder or
+/// mask decoder alone takes its part of a whole SAM. Of SAMed's and micro-sam's files it takes all but the adapters. Parameters that are variables stay the same variables with new values; adapters stay as they
 /// are, and must not be merged.
 ///
 /// # Errors
@@ -132,6 +132,27 @@ fn layout<'a>(names: &[&'a str]) -> Layout<'a> {
     Layout { prefix: "", part: "" }
 }
 
+/// Whether a tensor is one of the low-rank matrices that SAMed and micro-sam save among those of the model.
+fn is_low_rank(name: &str) -> bool {
+    let Some((_, layer)) = name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.'))
+    else {
+        return false;
+    };
+    ["w_a_linear_", "w_b_linear_", "linear_a_", "linear_b_"]
+        .iter()
+        .any(|start| layer.starts_with(start))
+}
+
+/// The name of a tensor without those of the modules that SAMed and micro-sam wrap around layers they adapt.
+fn unwrapped(name: &str) -> String {
+    const WRAPPED: [(&str, &str); 3] = [
+        (".attn.qkv.qkv_proj.", ".attn.qkv."),
+        (".attn.qkv.qkv.", ".attn.qkv."),
+        (".mlp.mlp_layer.", ".mlp."),
+    ];
+    WRAPPED.iter().fold(name.to_string(), |name, (wrapped, plain)| name.replace(wrapped, plain))
+}
+
 /// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`; and the second of the
 /// two that may hold the position features, if both are there.
 fn hugging_face_names(
@@ -142,7 +163,10 @@ fn hugging_face_names(
     let Layout { prefix, part } = layout(&all);
     let (in_file, inside): (Vec<&str>, Vec<String>) = all
         .iter()
-        .filter_map(|name| Some((*name, format!("{part}{}", name.strip_prefix(prefix)?))))
+        .filter(|name| !is_low_rank(name))
+        .filter_map(|name| {
+            Some((*name, format!("{part}{}", unwrapped(name.strip_prefix(prefix)?))))
+        })
         .unzip();
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let mut names: BTreeMap<String, String> = BTreeMap::new();

@@ -29,13 +29,17 @@ fn fused_name(split: &str) -> Option<(String, usize)> {
     Some((format!("{path}.attn.qkv.{leaf}"), third))
 }
 
-/// The name of the model's root: none for a whole SAM, `vision_encoder` for an image encoder alone.
+/// The name of the model's root: none for a whole SAM, else that of the part whose first tensors it has.
 fn root(model: &dyn crate::nn::ModuleTree) -> &'static str {
-    let mut encoder = false;
-    model.visit("", &mut |name, _| encoder |= name.starts_with("patch_embed."));
-    if encoder {
-        "vision_encoder"
-    } else {
-        ""
-    }
+    const PARTS: [(&str, &str); 3] = [
+        ("patch_embed.", "vision_encoder"),
+        ("not_a_point_embed.", "prompt_encoder"),
+        ("iou_token.", "mask_decoder"),
+    ];
+    let mut root = "";
+    model.visit("", &mut |name, _| {
+        let part = PARTS.iter().find(|(first, _)| name.starts_with(first));
+        root = part.map_or(root, |(_, part)| part);
+    });
+    root
 }

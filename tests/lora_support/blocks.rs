@@ -1,18 +1,13 @@
 //! The model of `tests/fixtures/gen/peft_model.py`, with blocks, linears and convolutions, and what PEFT wrote for it.
-#![allow(dead_code)]
 
+use super::{fill, fixtures, read_tensors, Tensors};
 use candle_core::{DType, Device, Tensor};
-use candle_sam_lora::nn::{
-    named_parameters, Conv2d, ConvTranspose2d, LayerNorm, Linear, Mode, ModuleTree, Node, NodeMut,
-};
-use candle_sam_lora::{files, module_tree, Result};
-use std::collections::BTreeMap;
+use candle_sam_lora::nn::{Conv2d, ConvTranspose2d, LayerNorm, Linear, Mode};
+use candle_sam_lora::{module_tree, Result};
 use std::path::PathBuf;
 
 /// f32 against f64 over ten layers in a row with adapters as strong as the weights: a hundred roundings of 6e-8.
 pub const F32_BOUND: f32 = 6e-6;
-
-pub type Tensors = BTreeMap<String, Tensor>;
 
 #[derive(Clone)]
 pub struct Block {
@@ -46,7 +41,7 @@ pub struct Net {
 module_tree!(Net { patch, encoder, neck, head, up });
 
 pub fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft").join(name)
+    fixtures("peft").join(name)
 }
 
 pub fn adapter(name: &str) -> PathBuf {
@@ -54,7 +49,7 @@ pub fn adapter(name: &str) -> PathBuf {
 }
 
 pub fn read(name: &str) -> Tensors {
-    files::read_tensors(&fixture(name), &Device::Cpu).unwrap()
+    read_tensors(&fixture(name))
 }
 
 /// What a fixture's metadata says under `key`.
@@ -90,15 +85,7 @@ impl Net {
             head: linear(6, 4),
             up: ConvTranspose2d::zeros(4, 2, 2, dtype, device).unwrap(),
         };
-        let mut tensors = read("base.safetensors");
-        net.visit_mut("", &mut |name, node| {
-            if let NodeMut::Parameter(tensor) = node {
-                *tensor = tensors.remove(name).unwrap();
-            }
-            Ok(())
-        })
-        .unwrap();
-        assert!(tensors.is_empty());
+        fill(&mut net, &fixture("base.safetensors"));
         net
     }
 
@@ -111,43 +98,4 @@ impl Net {
         let x = self.neck.conv2.forward(&self.neck.conv1.forward(&x, mode)?, mode)?;
         Ok(self.head.forward(&self.neck.norm.forward(&x)?, mode)?)
     }
-}
-
-/// Name, trainable or not, and bits of every parameter: what must not change when something fails.
-pub fn snapshot(model: &dyn ModuleTree) -> Vec<(String, bool, Vec<u32>)> {
-    named_parameters(model)
-        .into_iter()
-        .map(|(name, tensor)| (name, tensor.is_variable(), bits(&tensor)))
-        .collect()
-}
-
-pub fn bits(tensor: &Tensor) -> Vec<u32> {
-    values(tensor).into_iter().map(f32::to_bits).collect()
-}
-
-pub fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// The paths of the layers that carry an adapter.
-pub fn adapted(model: &dyn ModuleTree) -> Vec<String> {
-    let mut paths = Vec::new();
-    model.visit("", &mut |path, node| match node {
-        Node::Layer(layer) if !layer.adapters.is_empty() => paths.push(path.to_string()),
-        _ => {}
-    });
-    paths
-}
-
-/// Largest difference relative to the largest expected value.
-pub fn relative_error(got: &Tensor, expected: &Tensor) -> f32 {
-    assert_eq!(got.dims(), expected.dims());
-    let (got, expected) = (values(got), values(expected));
-    let scale = expected.iter().fold(0f32, |max, value| max.max(value.abs()));
-    assert!(scale > 0.0);
-    let error = got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0f32, |max, e| {
-        assert!(!e.is_nan());
-        max.max(e)
-    });
-    error / scale
 }

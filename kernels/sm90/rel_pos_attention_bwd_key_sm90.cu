@@ -1,0 +1,18 @@
+// The instances of rel_pos_attention_bwd_key_sm90.cuh: head_dim, the columns of a block of keys, dtype. One block a
+// multiprocessor.
+#include "rel_pos_attention_bwd_key_sm90.cuh"
+
+#define INSTANCE(dim, cols, suffix, T)                                                                      \
+    KERNEL(rel_pos_attention_bwd_key_sm90_hd##dim##_cols##cols##_##suffix, RelPosAttentionBwdKeySm90Params, \
+           REL_POS_ATTENTION_SM90_THREADS, 1) {                                                             \
+        rel_pos_attention_bwd_key_sm90<KeyBlock<T, dim, cols>>(p);                                          \
+    }
+#define INSTANCES(suffix, T)    \
+    INSTANCE(64, 64, suffix, T) \
+    INSTANCE(64, 40, suffix, T) \
+    INSTANCE(64, 16, suffix, T) \
+    INSTANCE(80, 64, suffix, T) \
+    INSTANCE(80, 40, suffix, T) \
+    INSTANCE(80, 16, suffix, T)
+INSTANCES(f16, __half)
+INSTANCES(bf16, __nv_bfloat16)

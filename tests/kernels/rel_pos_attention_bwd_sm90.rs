@@ -1,0 +1,69 @@
+//! The attention's backward for Hopper: the gradients by every instance, against the composed graph in f32.
+
+use crate::common::Worst;
+use crate::rel_pos_attention::{
+    assert_all_ran, check_backward, Case, Kernels, Shapes, DROPOUT, GLOBAL,
+};
+use candle_core::{DType, Result};
+use candle_sam_lora::launch::tiles;
+use std::collections::BTreeSet;
+
+/// The smallest case of each kernel, and what only some have to do; with whether to freeze the tables too.
+fn shapes(dtype: DType) -> Vec<(Shapes, bool)> {
+    // The last has four blocks of queries, for two parts of the tables' gradients.
+    let grids = [(2, 63), (4, 39), (9, 17)];
+    let dims = |grid| [64, 80].map(|dim| (Shapes { dim, grid, ..GLOBAL }, false));
+    let mut all: Vec<_> = grids.into_iter().flat_map(dims).collect();
+    if dtype == DType::BF16 {
+        all.extend([
+            (Shapes { batch: 2, heads: 2, ..GLOBAL }, true),
+            // The stages and slots go round.
+            (Shapes { grid: (6, 64), ..GLOBAL }, false),
+            // Several stripes, several blocks; two boxes of a table.
+            (Shapes { grid: (2, 126), dim: 80, ..GLOBAL }, false),
+            (Shapes { grid: (67, 3), ..GLOBAL }, false),
+        ]);
+    } else {
+        all.extend([
+            (Shapes { dropout: Some(DROPOUT), grid: (3, 61), ..GLOBAL }, false),
+            (Shapes { dropout: Some(DROPOUT), grid: (4, 40), dim: 80, ..GLOBAL }, false),
+            (Shapes { dropout: Some(DROPOUT), grid: (5, 33), heads: 2, ..GLOBAL }, false),
+            (Shapes { rel_pos: false, grid: (3, 40), ..GLOBAL }, false),
+            (Shapes { grid: (1, 1), ..GLOBAL }, false),
+        ]);
+    }
+    all
+}
+
+#[test]
+fn backward() -> Result<()> {
+    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
+    for dtype in [DType::F16, DType::BF16] {
+        for (shapes, frozen) in shapes(dtype) {
+            let case = Case::new(shapes, dtype)?;
+            check_backward(Kernels::Hopper, &case, frozen, &mut worst, &mut launched)?;
+        }
+    }
+    worst.check("rel_pos_attention backward on sm_90a", 1.0 / 16.0);
+    assert_all_ran("bwd", true, &launched)
+}
+
+/// As of the portable kernels; the passes have their tiles each for itself.
+#[test]
+fn any_tile_serves_any_problem() -> Result<()> {
+    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
+    let case = Case::new(Shapes { grid: (3, 20), ..GLOBAL }, DType::BF16)?;
+    let shape = [case.problem.head_dim, case.problem.side_w];
+    for family in &tiles::ATTENTION[3..] {
+        let own = |tile: &&str| *tile != tiles::PORTABLE;
+        for tile in tiles::candidates(family, 2, shape).into_iter().filter(own) {
+            tiles::force(Some((family, tile)));
+            check_backward(Kernels::Hopper, &case, false, &mut worst, &mut launched)?;
+            let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
+            assert!(launched.contains(&kernel), "{kernel} was not run");
+        }
+    }
+    tiles::force(None);
+    worst.check("rel_pos_attention backward on Hopper, any tile", 1.0 / 16.0);
+    Ok(())
+}
