@@ -21,8 +21,10 @@ use candle_sam_lora::train::{AdamW, AdamWConfig};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
 use std::process::ExitCode;
-use support::models::{self, Adapters, Vit, FROZEN, VIT_B, VIT_H, VIT_L};
-use support::probe::{self, Measurement};
+use support::clock::{self, Measurement};
+use support::models::{self, Adapters, FROZEN};
+use support::probe;
+use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
 use support::work::{Pass, Work};
 use support::{candle_sam, composed, normal, Rotating};
 
@@ -265,7 +267,7 @@ impl Setup<'_> {
     }
 
     fn run(&self, run: impl FnMut() -> Result<()>) -> Result<Measurement> {
-        probe::measure(self.reps, self.device, run)
+        clock::measure(self.reps, self.device, run)
     }
 
     fn ours(&self) -> Result<bool> {
@@ -414,7 +416,7 @@ impl Setup<'_> {
         if !self.ours()? {
             bail!("a ratio within this crate has no other implementation")
         }
-        probe::measure_in_turns(
+        clock::measure_in_turns(
             self.reps,
             self.device,
             || adapted().map(drop),

@@ -15,7 +15,8 @@ use candle_sam_lora::train::{AdamW, AdamWConfig};
 use candle_sam_lora::Result;
 use criterion::{criterion_group, criterion_main, Criterion};
 use support::criterion::{all, bench, group};
-use support::models::{self, Adapters, Vit, FROZEN, VIT_B, VIT_H, VIT_L};
+use support::models::{self, Adapters, FROZEN};
+use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
 use support::work::Pass;
 use support::{candle_sam, composed, device, normal, Rotating};
 

@@ -11,7 +11,7 @@ use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosA
 use candle_sam_lora::philox::Dropout;
 use criterion::{criterion_group, criterion_main, Criterion};
 use support::criterion::{all, bench, group};
-use support::models::{Vit, VIT_B, VIT_H, VIT_L, WINDOW};
+use support::vit::{Vit, VIT_B, VIT_H, VIT_L, WINDOW};
 use support::work::{Pass, Work};
 use support::{normal, Rotating};
 

@@ -173,6 +173,7 @@ ABI_SIZE(ProjectionBwdInputSm90Params, 1984);
 #define PROJECTION_SM90_THREADS 384
 /** Their shared memory, by tile: two warpgroups take tiles in turn (ping-pong), or share each one's rows (cooperative). */
 #define PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES 196752
+#define PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES 221344
 #define PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES 213136
 
 /** Shared memory of the projection kernels, by tile. */
@@ -364,6 +365,45 @@ typedef struct RelPosAttentionFwdSm90Params {
   uint64_t unused[5];
 } RelPosAttentionFwdSm90Params;
 ABI_SIZE(RelPosAttentionFwdSm90Params, 640);
+
+/** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for each
+ * multiprocessor of an H100 or H200. */
+#define REL_POS_ATTENTION_WINDOW_SM90_SIDE 14
+#define REL_POS_ATTENTION_WINDOW_SM90_THREADS 448
+#define REL_POS_ATTENTION_WINDOW_SM90_BLOCKS 132
+#define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES 191264
+#define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES 231328
+#define REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES 210048
+#define REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES 231104
+
+/** As RelPosAttentionFwdParams; the blocks take turns at `units`, windows x heads. */
+typedef struct RelPosAttentionWindowFwdParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  uint64_t units;
+  RelPosAttentionShape shape;
+} RelPosAttentionWindowFwdParams;
+ABI_SIZE(RelPosAttentionWindowFwdParams, 104);
+
+/** The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of
+ * the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted. */
+typedef struct RelPosAttentionWindowBwdParams {
+  device_ptr qkv;
+  device_ptr tables;
+  device_ptr pad;
+  device_ptr out;
+  device_ptr lse;
+  device_ptr dout;
+  device_ptr dqkv;
+  device_ptr table_partials;
+  device_ptr pad_partials;
+  uint64_t units;
+  RelPosAttentionShape shape;
+} RelPosAttentionWindowBwdParams;
+ABI_SIZE(RelPosAttentionWindowBwdParams, 136);
 
 /** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
 #define REL_POS_ATTENTION_KEY_SIDE 8

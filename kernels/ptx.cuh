@@ -99,6 +99,9 @@ PTX void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "me
 // Until at most N of this thread's committed groups are in flight.
 template <int N> PTX void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// Asks for what lies at this address, so that it is in the L2 cache later.
+PTX void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // --- barriers, shuffles, arithmetic -----------------------------------------------------------------------------------
 
 // The barrier `id` (1..15) among `threads` threads, a multiple of 32.
@@ -107,6 +110,12 @@ PTX void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(i
 template <class T> PTX T shfl_xor(T value, int lane_mask) { return __shfl_xor_sync(~0u, value, lane_mask); }
 template <class T> PTX T shfl_idx(T value, int lane) { return __shfl_sync(~0u, value, lane); }
 template <class T> PTX T shfl_down(T value, int delta) { return __shfl_down_sync(~0u, value, delta); }
+
+// No instruction: the same value, of which the compiler knows nothing.
+PTX uint32_t hide(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // 2^x to about 2 ulp; 2^-inf = 0.
 PTX float ex2_approx(float x) {

@@ -14,26 +14,84 @@
 //! BigCrush; the known answers of the authors' Random123 library are tested below.
 
 use candle_core::{bail, Result};
+use pulp::{Arch, Simd, WithSimd};
 
 const ROUNDS: usize = 7;
 const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
+/// Elements that the words of one counter are for.
+const BLOCK: usize = 8;
+/// Counters that are computed side by side: a vector of 64-bit products.
+const LANES: usize = 8;
+
 /// Philox4x32-7: four random words for one counter under one key.
 #[inline]
-pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    philox4x32_lanes(counter.map(|word| [word]), key).map(|[word]| word)
+}
+
+/// As [`philox4x32`] for `N` counters, each word of all of them together.
+#[inline(always)]
+fn philox4x32_lanes<const N: usize>(
+    mut counter: [[u32; N]; 4],
+    mut key: [u32; 2],
+) -> [[u32; N]; 4] {
     for _ in 0..ROUNDS {
-        let product0 = u64::from(MULTIPLIER[0]) * u64::from(counter[0]);
-        let product1 = u64::from(MULTIPLIER[1]) * u64::from(counter[2]);
-        counter = [
-            (product1 >> 32) as u32 ^ counter[1] ^ key[0],
-            product1 as u32,
-            (product0 >> 32) as u32 ^ counter[3] ^ key[1],
-            product0 as u32,
-        ];
+        let [c0, c1, c2, c3] = counter;
+        for i in 0..N {
+            let product0 = u64::from(MULTIPLIER[0]) * u64::from(c0[i]);
+            let product1 = u64::from(MULTIPLIER[1]) * u64::from(c2[i]);
+            counter[0][i] = (product1 >> 32) as u32 ^ c1[i] ^ key[0];
+            counter[1][i] = product1 as u32;
+            counter[2][i] = (product0 >> 32) as u32 ^ c3[i] ^ key[1];
+            counter[3][i] = product0 as u32;
+        }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     counter
+}
+
+/// Dropout of whole groups of `LANES` counters: `values` starts at counter `first` of the row.
+struct Groups<'a> {
+    dropout: &'a Dropout,
+    row: u64,
+    first: usize,
+    values: &'a mut [f32],
+}
+
+impl WithSimd for Groups<'_> {
+    type Output = ();
+
+    // The compiler makes the vectors: all that this takes from the instruction set is its name.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let (threshold, scale) = (self.dropout.threshold(), self.dropout.scale());
+        for (group, values) in self.values.chunks_exact_mut(LANES * BLOCK).enumerate() {
+            let first = self.first + group * LANES;
+            let counter = [
+                std::array::from_fn(|lane| (first + lane) as u32),
+                [self.row as u32; LANES],
+                [(self.row >> 32) as u32; LANES],
+                [self.dropout.stream; LANES],
+            ];
+            let words = philox4x32_lanes(counter, self.dropout.key());
+            let mut in_order = [0u32; LANES * BLOCK / 2];
+            for lane in 0..LANES {
+                for (index, words) in words.iter().enumerate() {
+                    in_order[lane * BLOCK / 2 + index] = words[lane];
+                }
+            }
+            let mut factors = [0f32; LANES * BLOCK];
+            for (index, word) in in_order.into_iter().enumerate() {
+                factors[2 * index] = if word & 0xFFFF >= threshold { scale } else { 0.0 };
+                factors[2 * index + 1] = if word >> 16 >= threshold { scale } else { 0.0 };
+            }
+            for (value, factor) in values.iter_mut().zip(factors) {
+                *value = if factor > 0.0 { *value * factor } else { 0.0 };
+            }
+        }
+    }
 }
 
 /// Dropout as the operations take it: a probability and the address of the mask.
@@ -69,18 +127,34 @@ impl Dropout {
         (65536.0 / (65536.0 - f64::from(self.threshold()))) as f32
     }
 
+    fn key(&self) -> [u32; 2] {
+        [self.seed as u32, (self.seed >> 32) as u32]
+    }
+
     /// Multiplies `values`, the elements `col..col + values.len()` of `row`, by their mask and scale.
     pub fn apply_row(&self, row: u64, col: usize, values: &mut [f32]) {
+        let before = (col.next_multiple_of(BLOCK) - col).min(values.len());
+        let (head, values) = values.split_at_mut(before);
+        let (groups, tail) = values.split_at_mut(values.len() / (LANES * BLOCK) * LANES * BLOCK);
+        self.apply_elements(row, col, head);
+        self.apply_elements(row, col + before + groups.len(), tail);
+        if !groups.is_empty() {
+            let first = (col + before) / BLOCK;
+            Arch::new().dispatch(Groups { dropout: self, row, first, values: groups });
+        }
+    }
+
+    /// As [`apply_row`](Self::apply_row), one by one.
+    fn apply_elements(&self, row: u64, col: usize, values: &mut [f32]) {
         let (threshold, scale) = (self.threshold(), self.scale());
-        let key = [self.seed as u32, (self.seed >> 32) as u32];
         let mut words = [0u32; 4];
         let mut group = usize::MAX;
         for (offset, value) in values.iter_mut().enumerate() {
-            let (block, lane) = ((col + offset) / 8, (col + offset) % 8);
+            let (block, lane) = ((col + offset) / BLOCK, (col + offset) % BLOCK);
             if block != group {
                 group = block;
                 let counter = [block as u32, row as u32, (row >> 32) as u32, self.stream];
-                words = philox4x32(counter, key);
+                words = philox4x32(counter, self.key());
             }
             let bits = (words[lane / 2] >> (16 * (lane % 2))) & 0xFFFF;
             *value = if bits >= threshold { *value * scale } else { 0.0 };

@@ -26,3 +26,5 @@ mod rel_pos_attention;
 mod rel_pos_attention_bwd_sm90;
 #[path = "kernels/rel_pos_attention_sm90.rs"]
 mod rel_pos_attention_sm90;
+#[path = "kernels/rel_pos_attention_window_sm90.rs"]
+mod rel_pos_attention_window_sm90;

@@ -11,6 +11,7 @@ use candle_sam_lora::launch::projection_sm90;
 use candle_sam_lora::launch::rel_pos_attention as attention;
 use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
 use candle_sam_lora::launch::rel_pos_attention_sm90 as attention_sm90;
+use candle_sam_lora::launch::rel_pos_attention_window_sm90 as windows_sm90;
 use candle_sam_lora::launch::{
     dora, dropout, layer_norm, AttentionProblem, Launch, LayerNormProblem,
 };
@@ -89,6 +90,9 @@ fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Resu
     let mut launches = attention::backward(&problem, dtype, &inputs, &operands)?;
     launches.push(attention::forward(&problem, dtype, &inputs, AT, AT)?);
     launches.extend(attention_sm90::forward(&problem, dtype, &inputs, AT, AT)?);
+    launches.extend(windows_sm90::forward(&problem, dtype, &inputs, AT, AT)?);
+    let backward = windows_sm90::backward(&problem, dtype, &inputs, &operands)?;
+    launches.extend(backward.unwrap_or_default());
     let trained = attention::BackwardOperands { dpad: 0, ..operands };
     launches.extend(
         attention_bwd_sm90::backward(&problem, dtype, &inputs, &trained)?.unwrap_or_default(),
@@ -110,7 +114,7 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
     let operands =
         ForwardOperands { x: AT, weights, small: AT, residual: AT, out: AT, low_rank: AT, sum: AT };
     let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
-    for tile in &projection_sm90::TILES {
+    for tile in projection_sm90::FORWARD_TILES {
         let own = projection_sm90::forward_with(tile, &problem, dtype, &operands, 132)?;
         launches.extend(own.into_iter().flatten());
     }
@@ -126,6 +130,10 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         workspace: AT,
     };
     launches.extend(projection::backward_with(tile, &problem, dtype, &operands)?);
+    for tile in projection_sm90::BACKWARD_TILES {
+        let own = projection_sm90::backward_with(tile, &problem, dtype, &operands, 132)?;
+        launches.extend(own.into_iter().flatten());
+    }
     Ok(launches)
 }
 

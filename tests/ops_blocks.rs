@@ -1,4 +1,4 @@
-//! The residual branches as one operation: against the composed operations one after the other, values and every
+//! The residual branches, and an attention layer without norm and residual, as one operation: against the composed operations one after the other, values and every
 //! gradient, and against the fused ones, bit for bit.
 
 mod common;
@@ -28,13 +28,17 @@ struct Shape {
     /// q, k and v by themselves, or one projection.
     split: bool,
     lora: bool,
+    /// A residual branch with its norm, or the layer alone.
+    branch: bool,
 }
 
-const SHAPES: [Shape; 4] = [
-    Shape { grid: [2, 5, 7], window: None, split: true, lora: true },
-    Shape { grid: [1, 5, 7], window: Some(3), split: true, lora: true },
-    Shape { grid: [1, 4, 6], window: Some(2), split: false, lora: false },
-    Shape { grid: [3, 1, 1], window: Some(4), split: false, lora: true },
+const SHAPES: [Shape; 6] = [
+    Shape { grid: [2, 5, 7], window: None, split: true, lora: true, branch: true },
+    Shape { grid: [1, 5, 7], window: Some(3), split: true, lora: true, branch: true },
+    Shape { grid: [1, 4, 6], window: Some(2), split: false, lora: false, branch: true },
+    Shape { grid: [3, 1, 1], window: Some(4), split: false, lora: true, branch: true },
+    Shape { grid: [1, 5, 7], window: Some(3), split: true, lora: true, branch: false },
+    Shape { grid: [2, 4, 3], window: None, split: false, lora: false, branch: false },
 ];
 
 fn dropout(stream: u32) -> Option<Dropout> {
@@ -112,12 +116,16 @@ fn attention(path: Path, shape: &Shape, inputs: &[Tensor]) -> Result<Tensor> {
         _ => ops::lora_linear(x, p, Activation::None, residual),
     };
     if let Path::Block = path {
-        return ops::attention_block(x, &norm, &qkv, &config, &proj);
+        return match shape.branch {
+            true => ops::attention_block(x, &norm, &qkv, &config, &proj),
+            false => ops::attention_layer(x, &qkv, &config, &proj),
+        };
     }
     let is_composed = matches!(path, Path::Composed);
-    let normed = match is_composed {
-        true => composed::layer_norm(x, weight, bias, EPS)?,
-        false => ops::layer_norm(x, weight, bias, EPS)?,
+    let normed = match (shape.branch, is_composed) {
+        (true, true) => composed::layer_norm(x, weight, bias, EPS)?,
+        (true, false) => ops::layer_norm(x, weight, bias, EPS)?,
+        (false, _) => x.clone(),
     };
     let packed = match (&qkv[..], is_composed) {
         ([q, k, v], true) => composed::lora_qkv(&normed, &[*q, *k, *v])?,
@@ -128,7 +136,7 @@ fn attention(path: Path, shape: &Shape, inputs: &[Tensor]) -> Result<Tensor> {
         true => composed::rel_pos_attention(&packed, &config)?.0,
         false => ops::rel_pos_attention(&packed, &config)?,
     };
-    one(&proj, &out, Some(x))
+    one(&proj, &out, shape.branch.then_some(x))
 }
 
 /// x, norm weight and bias, both biases, A and B of lin2's adapter.
@@ -173,13 +181,13 @@ fn blocks() -> Vec<(String, Vec<Tensor>, Block<'static>)> {
         // Without an adapter its tensors have no gradient; the last input is proj's bias.
         let bias = inputs.split_off(8);
         let adapter = inputs.split_off(used.min(8));
+        // Neither have the norm's where there is none.
+        let norm: Vec<_> = inputs.drain(1..if shape.branch { 1 } else { 3 }).collect();
         let count = inputs.len();
         inputs.extend(bias);
         let run = move |path: Path, inputs: &[Tensor]| {
-            let mut whole = inputs[..count].to_vec();
-            whole.extend(adapter.iter().cloned());
-            whole.push(inputs[count].clone());
-            attention(path, shape, &whole)
+            let (middle, bias) = (&inputs[1..count], &inputs[count..]);
+            attention(path, shape, &[&inputs[..1], &norm, middle, &adapter, bias].concat())
         };
         all.push((format!("attention {index}"), inputs, Box::new(run)));
     }

@@ -162,6 +162,28 @@ fn each_image_gets_its_own_adapter() {
     }
 }
 
+/// A batch that is not mixed is run once and not copied, whatever strides the output has; those of an image encoder are
+/// those of a permutation.
+#[test]
+fn outputs_of_any_strides_are_put_in_order() {
+    let mut model = loaded(&["a", "b"]);
+    let x = input();
+    let out = |model: &Net, images: &Tensor| {
+        Ok(vec![model.forward(&x.index_select(images, 0)?, Mode::Eval)?.permute((0, 3, 1, 2))?])
+    };
+    for adapters in [["b"; 4], [BASE; 4], ["b", "a", "b", BASE]] {
+        let mixed = by_adapter(&mut model, &adapters, out).unwrap();
+        for (i, name) in adapters.iter().enumerate() {
+            let active: &[&str] = if *name == BASE { &[] } else { &[name] };
+            set_adapter(&mut model, active).unwrap();
+            let alone = model.forward(&x.narrow(0, i, 1).unwrap(), Mode::Eval).unwrap();
+            let alone = alone.permute((0, 3, 1, 2)).unwrap();
+            let error = relative_error(&mixed[0].i(i..i + 1).unwrap(), &alone);
+            assert!(error < 1e-6, "image {i}: {error}");
+        }
+    }
+}
+
 #[test]
 fn a_mixed_batch_that_cannot_be_is_refused_and_leaves_the_model_as_it_was() {
     let mut model = loaded(&["a", "b"]);

@@ -7,6 +7,8 @@ mod attention_bwd;
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "seeded_bugs_sm90/windows.rs"]
+mod windows;
 
 use candle_core::DType;
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};

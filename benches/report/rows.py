@@ -6,6 +6,7 @@
     rate      none                            a GPU's arithmetic, counted on the operation's products
     lora      adapted / frozen                median of the ratios of neighbouring runs; bar: at most
     bf16      our f32 / our bf16              bar: at least
+    time, memory  ours without / with         of the step with gradient checkpointing; no bar
     limit     ours / the machine's best       GFLOP/s over the GEMM's, GB/s over the copy's; no bar
 
 `spread` is (q75 - q25) / median of each side's runs; of a side with less than three runs, (max - min) / median.
@@ -15,7 +16,7 @@ A case measured with our process under the keeping allocator has "/kept" after i
 from statistics import median, quantiles
 
 import comparisons
-from comparisons import DEFAULT, KEPT, Config
+from comparisons import DEFAULT, KEPT, SPED_UP, Config
 
 MIB = 2**20
 
@@ -77,6 +78,8 @@ def rows_of(runs, compared):
                 suffix = "/kept" if allocator == KEPT else ""
                 rows += time_rows(comparison, suffix, ours, of_case)
                 rows += memory_rows(comparison, suffix, ours, of_case) if allocator == DEFAULT else []
+                if comparison is comparisons.CHECKPOINTED:
+                    rows += checkpointed_rows(comparison, ours, samples)
                 rows += rate_rows(comparison, ours)
                 rows += peak_rows(comparison, ours, of_case) if comparison.case.endswith("train_step") else []
                 rows += limit_rows(comparison, suffix, ours, samples)
@@ -91,7 +94,7 @@ def others(of_case):
 
 def time_rows(comparison, suffix, ours, of_case):
     peers = others(of_case)
-    best = [n for n in peers if n.endswith(f"({KEPT})") and "without_bias" not in n]
+    best = [n for n in peers if n.endswith(f"({KEPT})") and "without_bias" not in n and not n.startswith(SPED_UP)]
     best = min(best, key=lambda name: peers[name].time, default=None)
     for name, peer in peers.items():
         ratio = peer.time / ours.time
@@ -149,6 +152,20 @@ def bf16_rows(comparison, suffix, ours, samples, allocator):
         yield row(
             comparison.name + suffix, "time", "s", ours.time, f32.time, name, ratio, spreads, bar, ratio >= bar
         )
+
+
+def checkpointed_rows(comparison, ours, samples):
+    name = Config("candle", "ours").name
+    plain = samples.get(("encoder_train_step", name))
+    if plain is None:
+        return
+    peer = "candle ours, not checkpointed"
+    spreads = (spread(ours.wall), spread(plain.wall))
+    yield row(comparison.name, "time", "s", ours.time, plain.time, peer, plain.time / ours.time, spreads)
+    if ours.memory and plain.memory:
+        mine, theirs = max(ours.memory), max(plain.memory)
+        spreads = (spread(ours.memory), spread(plain.memory))
+        yield row(comparison.name, "memory", "MiB", mine, theirs, peer, theirs / mine, spreads)
 
 
 def lora_rows(comparison, of_case):

@@ -54,6 +54,15 @@ def build():
     return paths[-1]
 
 
+def build_published():
+    """The path of the runner of candle as published."""
+    manifest = ROOT / "benches/peers/candle/Cargo.toml"
+    command = ["cargo", "build", "--release", "--manifest-path", str(manifest), "--message-format=json"]
+    lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    messages = (json.loads(line) for line in lines if line.startswith("{"))
+    return [m["executable"] for m in messages if m.get("executable")][-1]
+
+
 def busy_seconds():
     """CPU time of the whole machine; none where the system does not tell."""
     try:
@@ -72,6 +81,8 @@ def children_seconds():
 class Runner:
     def __init__(self, args, start):
         self.args, self.executable = args, args.executable or build()
+        # Its comparisons are on the CPU; a machine that only has our executable does without.
+        self.published = build_published() if args.device == "cpu" and not args.executable else None
         self.end = start + args.seconds if args.seconds else float("inf")
 
     def out_of_time(self):
@@ -79,8 +90,10 @@ class Runner:
         return time.monotonic() + 10 > self.end
 
     def command(self, comparison, config, reps):
-        if config.program == "candle":
+        if config.program in ("candle", "beside"):
             command = [self.executable]
+        elif config.program == "published":
+            command = [self.published]
         else:
             command = [sys.executable, str(ROOT / "benches/peers/run.py"), "--device", self.args.device]
         options = {"reps": reps, **comparison.options, **dict(config.options)}
@@ -146,10 +159,12 @@ class Runner:
             return [Config("candle", "ours"), *comparison.peers]
         skipped = comparison.slow if self.args.quick else ()
         peers = [peer for peer in comparison.peers if peer not in skipped]
+        if not self.published:
+            peers = [peer for peer in peers if peer.program != "published"]
         if comparison in comparisons.PROBES:
             peers = [Config("pytorch", "eager")] if comparison.case == "gemm_peak" else []
             return [Config("candle", "ours"), *peers]
-        if comparison in comparisons.LORA or comparison in comparisons.SWEEPS:
+        if comparison in [*comparisons.LORA, *comparisons.SWEEPS, comparisons.CHECKPOINTED]:
             return [Config("candle", "ours"), *peers]
         return [Config("candle", "ours", DEFAULT), *peers, Config("candle", "ours", KEPT)]
 

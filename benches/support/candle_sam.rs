@@ -2,7 +2,7 @@
 //! keep the whole graph. Its attention is private, so the encoder alone can be compared, forward only: its gradients
 //! stop at the layer norms. Only with the feature `candle-transformers`, which nobody but a benchmark needs.
 
-use super::models::Vit;
+use super::vit::Vit;
 use candle_core::{DType, Device, Module, Result};
 
 /// Whether the comparison was built in.
@@ -17,7 +17,7 @@ pub fn encoder(_: &Vit, _: usize, _: DType, _: &Device) -> Result<Box<dyn Module
 /// The encoder for images of `grid` patches a side.
 #[cfg(feature = "candle-transformers")]
 pub fn encoder(vit: &Vit, grid: usize, dtype: DType, device: &Device) -> Result<Box<dyn Module>> {
-    use super::models::WINDOW;
+    use super::vit::WINDOW;
     use candle_transformers::models::segment_anything::image_encoder::ImageEncoderViT;
 
     let backend = Box::new(random::Random);

@@ -3,11 +3,13 @@
 #![allow(dead_code)]
 
 pub mod candle_sam;
+pub mod clock;
 pub mod composed;
 pub mod criterion;
 pub mod memory;
 pub mod models;
 pub mod probe;
+pub mod vit;
 pub mod work;
 
 use candle_core::{DType, Device, Result, Tensor};

@@ -8,7 +8,7 @@
 //! Padded queries and recomputation are not counted; padded keys, which take part in SAM's softmax, are. Bytes are
 //! those of reading every input and writing every output once.
 
-use super::models::{Vit, WINDOW};
+use super::vit::{Vit, WINDOW};
 use std::ops::{Add, Mul};
 
 /// Floating-point operations and bytes.

@@ -1,6 +1,6 @@
 //! Activations and their derivatives over slices.
 
-use super::simd::{exp_nonpositive, run, vectors_mut};
+use super::simd::{exp2_nonpositive, run, vectors_mut};
 use crate::problem::Activation;
 use pulp::{Simd, WithSimd};
 use std::borrow::Cow;
@@ -92,7 +92,8 @@ fn erf<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
     let (zero, one) = (simd.splat_f32s(0.0), simd.splat_f32s(1.0));
     let magnitude = simd.abs_f32s(x);
     let square = simd.mul_f32s(x, x);
-    let gauss = exp_nonpositive(simd, simd.neg_f32s(square));
+    let log2_e = simd.splat_f32s(std::f32::consts::LOG2_E);
+    let gauss = exp2_nonpositive(simd, simd.neg_f32s(simd.mul_f32s(square, log2_e)));
     let mut near = zero;
     for c in NEAR.into_iter().rev() {
         near = simd.mul_add_f32s(near, square, simd.splat_f32s(c));

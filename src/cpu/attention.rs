@@ -14,16 +14,26 @@
 //! belongs to its place. Sums that cross units (tables, pad) are taken in the order of the units.
 
 use super::buffer::Buffer;
-use super::head::{Block, Head, Tables, Tile};
+use super::head::{Block, Head, Pass, Tables, Tile};
 use super::math::dot;
 use super::panel::{panel, Into, Left, Right};
 use super::simd::padded;
-use super::softmax::{apply, Online, Row, ScoreGradient, Weights};
+use super::softmax::{apply, Gradient, Online, Row};
 use crate::problem::AttentionProblem;
 use rayon::prelude::*;
+use std::f32::consts::LOG2_E;
 
-/// Queries of one block: whole register tiles of 6.
-pub(super) const BLOCK_M: usize = 48;
+/// Queries of one block, at most. Every block reads all keys and values, and in the backward adds to all their
+/// gradients, which do not fit into a second-level cache: small blocks would wait for the third.
+const BLOCK_M: usize = 96;
+/// Rows of a register tile, see [`super::panel`].
+const TILE_M: usize = 6;
+
+/// Queries of each block but the last: equal parts, in whole register tiles.
+fn block_rows(queries: usize) -> usize {
+    let blocks = queries.div_ceil(BLOCK_M).max(1);
+    queries.div_ceil(blocks).next_multiple_of(TILE_M).max(TILE_M)
+}
 
 /// The inputs: `qkv [batch, h, w, 3, heads, d]`, tables `[2 side - 1, d]` or empty, `pad [3, heads, d]` or empty
 /// (zero).
@@ -47,7 +57,7 @@ pub struct Gradients {
     pub pad: Vec<f32>,
 }
 
-/// Output `[batch, h, w, heads, d]` and `lse [windows, heads, tokens]`, real tokens first, in order.
+/// Output `[batch, h, w, heads, d]` and `lse [windows, heads, tokens]` to base two, real tokens first, in order.
 pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Buffer, Vec<f32>) {
     let (tokens, d) = (p.tokens(), p.head_dim);
     let units = p.windows() * p.num_heads;
@@ -57,10 +67,11 @@ pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Buffer, Vec<f32>) 
     let mut lse = vec![0f32; units * tokens];
     out.par_chunks_mut(tokens * d).zip(lse.par_chunks_mut(tokens)).enumerate().for_each(
         |(unit, (out, lse))| {
-            let head = Head::gather(p, inputs, unit);
-            out.par_chunks_mut(BLOCK_M * d)
-                .zip(lse.par_chunks_mut(BLOCK_M))
-                .zip(head.real.par_chunks(BLOCK_M))
+            let head = Head::gather(p, inputs, unit, Pass::Forward);
+            let rows = block_rows(head.real.len());
+            out.par_chunks_mut(rows * d)
+                .zip(lse.par_chunks_mut(rows))
+                .zip(head.real.par_chunks(rows))
                 .for_each(|((out, lse), real)| forward_block(&head, &tables, real, out, lse));
         },
     );
@@ -80,13 +91,14 @@ fn forward_block(
     let mut max = vec![f32::NEG_INFINITY; count];
     let mut sum = vec![0f32; count];
     let mut acc = vec![0f32; count * width];
-    let mut scores = vec![0f32; count * head.tile_keys()];
+    let mut scores = vec![0f32; count * head.stride()];
     for tile in head.tiles() {
-        multiply_keys(&block.q, count, &tile, tile.k_t, &mut scores);
-        for (n, scores) in scores.chunks_exact_mut(tile.keys).take(count).enumerate() {
-            let row = score_row(&block, &tile, n, scores);
+        multiply_keys(p, &block.q, count, &tile, tile.k_t, &mut scores);
+        for (n, scores) in scores.chunks_exact_mut(tile.stride).enumerate() {
+            let scores = &mut scores[..tile.keys];
+            let row = score_row(p, &block, &tile, n, scores);
             let step = apply(Online { row, max: max[n] });
-            let rescale = (max[n] - step.max).exp();
+            let rescale = (max[n] - step.max).exp2();
             if rescale != 1.0 {
                 sum[n] *= rescale;
                 acc[n * width..][..width].iter_mut().for_each(|o| *o *= rescale);
@@ -94,7 +106,7 @@ fn forward_block(
             (max[n], sum[n]) = (step.max, sum[n] + step.sum);
             drop_weights(head, real[n].0, &tile, scores);
         }
-        let weights = Left::Rows(&scores, tile.keys);
+        let weights = Left::Rows(&scores, tile.stride);
         let shape = (count, width, tile.keys);
         panel((&mut acc, width), Into::Add, 1.0, shape, weights, Right(tile.v, width));
     }
@@ -102,23 +114,35 @@ fn forward_block(
         for (o, acc) in out.iter_mut().zip(&acc[n * width..]) {
             *o = acc / sum[n];
         }
-        lse[n] = max[n] + sum[n].ln();
+        lse[n] = max[n] + sum[n].log2();
     }
 }
 
 /// `rows [count, d] x columns [d, keys]` for a tile's transposed keys or values.
-fn multiply_keys(rows: &[f32], count: usize, tile: &Tile<'_>, columns: &[f32], out: &mut [f32]) {
-    let (d, width) = (tile.head_dim, padded(tile.head_dim));
-    let shape = (count, tile.keys, d);
-    let rows = Left::Rows(rows, width);
-    panel((out, tile.keys), Into::Store, 1.0, shape, rows, Right(columns, tile.keys));
+fn multiply_keys(
+    p: &AttentionProblem,
+    rows: &[f32],
+    count: usize,
+    tile: &Tile<'_>,
+    columns: &[f32],
+    out: &mut [f32],
+) {
+    let shape = (count, tile.keys, p.head_dim);
+    let rows = Left::Rows(rows, padded(p.head_dim));
+    panel((out, tile.stride), Into::Store, 1.0, shape, rows, Right(columns, tile.stride));
 }
 
 /// Query `n` of the block with its biases for the key rows of the tile.
-fn score_row<'a>(block: &'a Block, tile: &Tile<'_>, n: usize, scores: &'a mut [f32]) -> Row<'a> {
+fn score_row<'a>(
+    p: &AttentionProblem,
+    block: &'a Block,
+    tile: &Tile<'_>,
+    n: usize,
+    scores: &'a mut [f32],
+) -> Row<'a> {
     let (rel_h, rel_w) = block.biases(n);
-    let softmax_scale = tile.softmax_scale;
-    Row { scores, rel_h: &rel_h[tile.rows.clone()], rel_w, softmax_scale }
+    let scale = p.softmax_scale * LOG2_E;
+    Row { scores, rel_h: &rel_h[tile.rows.clone()], rel_w, scale }
 }
 
 /// Attention dropout on one query's weights of a tile.
@@ -150,7 +174,7 @@ pub fn backward(
         .zip(extras.par_chunks_mut(extra).zip(lse.par_chunks(tokens)))
         .enumerate()
         .for_each(|(unit, (slab, (extra, lse)))| {
-            let head = Head::gather(p, inputs, unit);
+            let head = Head::gather(p, inputs, unit, Pass::Backward);
             let (dtables, dpad) = extra.split_at_mut(inputs.tables.len());
             backward_head(&head, &tables, (out, grad_out, lse), (slab, dtables, dpad));
         });
@@ -177,12 +201,14 @@ fn backward_head(
 ) {
     let (p, d, width) = (head.p, head.p.head_dim, padded(head.p.head_dim));
     let (dq, dkv) = slab.split_at_mut(p.tokens() * d);
-    let mut dk = vec![0f32; head.keys() * width];
-    let mut dv = vec![0f32; head.keys() * width];
+    let mut dk = Buffer::zeros(head.keys() * width);
+    let mut dv = Buffer::zeros(head.keys() * width);
     let mut dtables_padded = tables.zeros();
-    let mut weights = vec![0f32; BLOCK_M * head.tile_keys()];
+    let block_rows = block_rows(head.real.len());
+    let mut weights = vec![0f32; block_rows * head.stride()];
     let mut grads = weights.clone();
-    let blocks = head.real.chunks(BLOCK_M).zip(lse.chunks(BLOCK_M)).zip(dq.chunks_mut(BLOCK_M * d));
+    let blocks = head.real.chunks(block_rows).zip(lse.chunks(block_rows));
+    let blocks = blocks.zip(dq.chunks_mut(block_rows * d));
     for ((real, lse), dq) in blocks {
         let count = real.len();
         let block = Block::new(head, tables, real);
@@ -193,24 +219,26 @@ fn backward_head(
         let mut dbiases = block.zero_biases();
         let mut dq_padded = vec![0f32; count * width];
         for tile in head.tiles() {
-            multiply_keys(&block.q, count, &tile, tile.k_t, &mut weights);
-            multiply_keys(&grad, count, &tile, tile.v_t, &mut grads);
-            let keys = tile.keys;
-            let rows = weights.chunks_exact_mut(keys).zip(grads.chunks_exact_mut(keys));
+            multiply_keys(p, &block.q, count, &tile, tile.k_t, &mut weights);
+            multiply_keys(p, &grad, count, &tile, tile.v_t, &mut grads);
+            let (keys, stride) = (tile.keys, tile.stride);
+            let rows = weights.chunks_exact_mut(stride).zip(grads.chunks_exact_mut(stride));
             for (n, (weights, grads)) in rows.take(count).enumerate() {
-                apply(Weights { row: score_row(&block, &tile, n, weights), lse: lse[n] });
+                let (weights, grads) = (&mut weights[..keys], &mut grads[..keys]);
                 drop_weights(head, real[n].0, &tile, grads);
                 let (rel_h, rel_w) = dbiases.of(n);
                 let rel_h = &mut rel_h[tile.rows.clone()];
-                apply(ScoreGradient { weights, grads, delta: delta[n], rel_h, rel_w });
+                let row = score_row(p, &block, &tile, n, weights);
+                apply(Gradient { row, lse: lse[n], grads, delta: delta[n], rel_h, rel_w });
                 drop_weights(head, real[n].0, &tile, weights);
             }
             let k = Right(tile.k, width);
-            let ds = Left::Rows(&grads, keys);
+            let ds = Left::Rows(&grads, stride);
             let scale = p.softmax_scale;
             panel((&mut dq_padded, width), Into::Add, scale, (count, width, keys), ds, k);
             let shape = (keys, width, count);
-            let (ds_t, weights_t) = (Left::Columns(&grads, keys), Left::Columns(&weights, keys));
+            let (ds_t, weights_t) =
+                (Left::Columns(&grads, stride), Left::Columns(&weights, stride));
             let at = tile.first * width..(tile.first + keys) * width;
             let dk = (&mut dk[at.clone()], width);
             panel(dk, Into::Add, scale, shape, ds_t, Right(&block.q, width));

@@ -18,7 +18,7 @@ pub const PANEL: usize = 64;
 /// Rows of one block.
 pub const ROWS: usize = 192;
 /// Depth of one product: a panel of this depth stays in the second-level cache.
-const DEPTH: usize = 384;
+const DEPTH: usize = 768;
 
 /// A matrix `[k, n]` in panels `[panel][k, PANEL]`, the last one filled up with zeros.
 pub struct Packed {

@@ -9,7 +9,9 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
 /// Below this, in elements, a buffer is an ordinary vector.
-const LARGE: usize = 1 << 20;
+const LARGE: usize = 1 << 17;
+/// From this on, in elements, one asks for huge pages: two of them.
+const HUGE: usize = 1 << 20;
 
 /// Bytes that wait, at most.
 const MOST: usize = 2 << 30;
@@ -47,7 +49,9 @@ impl Buffer {
         }
         drop(waiting);
         let mut buffer = vec![0.0; len];
-        ask_for_huge_pages(&mut buffer);
+        if len >= HUGE {
+            ask_for_huge_pages(&mut buffer);
+        }
         Self(buffer)
     }
 

@@ -3,22 +3,34 @@
 //! ```text
 //! q, dO      [block, width]               width = head_dim padded to whole vectors, the rest zero
 //! k, v       [keys, width]                keys = side_h x pitch, pitch = side_w padded to whole vectors
-//! k^T, v^T   [tile][head_dim, tile keys]  tiles of whole window rows
+//! k^T, v^T   [tile][head_dim, stride]     tiles of whole window rows; an odd number of vectors apart, so that the
+//!                                         lines of a column do not compete for the same places of a cache
 //! tables     [width of the reversed table, width] and transposed; row j holds R[2 side - 2 - j]
 //! ```
 //! In a reversed table the rows a query at row y needs, `R[y - kh + side - 1]` for kh = 0, 1, .., are consecutive
 //! from `side - 1 - y`: its biases are one stretch of `q R^T`, ready to be read as vectors.
 
 use super::attention::{add, Inputs};
+use super::buffer::Buffer;
 use super::panel::{panel, Into, Left, Right};
-use super::simd::padded;
+use super::simd::{padded, MAX_LANES};
 use crate::problem::AttentionProblem;
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// Keys of one tile, at most, unless a single window row is longer.
-const BLOCK_N: usize = 256;
+const BLOCK_N: usize = 512;
 
-/// Keys and values of one head of one window.
+/// Which keys and values are wanted, and how.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// k^T and v.
+    Forward,
+    /// k, k^T and v^T.
+    Backward,
+}
+
+/// Keys and values of one head of one window; what its pass does not want is empty.
 pub struct Head<'a> {
     pub p: &'a AttentionProblem,
     /// `window * heads + head`
@@ -26,10 +38,10 @@ pub struct Head<'a> {
     /// Tokens inside the grid: (token of the window, token of the grid).
     pub real: Vec<(usize, usize)>,
     qkv: &'a [f32],
-    k: Vec<f32>,
-    v: Vec<f32>,
-    k_t: Vec<f32>,
-    v_t: Vec<f32>,
+    k: Buffer,
+    v: Buffer,
+    k_t: Buffer,
+    v_t: Buffer,
 }
 
 /// Some whole key rows of a window.
@@ -40,40 +52,62 @@ pub struct Tile<'a> {
     pub keys: usize,
     /// The first of them.
     pub first: usize,
-    pub head_dim: usize,
-    pub softmax_scale: f32,
+    /// Distance of the rows of what has a column per key.
+    pub stride: usize,
     /// `[keys, width]`
     pub k: &'a [f32],
     /// `[keys, width]`
     pub v: &'a [f32],
-    /// `[head_dim, keys]`
+    /// `[head_dim, stride]`
     pub k_t: &'a [f32],
-    /// `[head_dim, keys]`
+    /// `[head_dim, stride]`
     pub v_t: &'a [f32],
 }
 
 impl<'a> Head<'a> {
-    pub fn gather(p: &'a AttentionProblem, inputs: &Inputs<'a>, unit: usize) -> Self {
+    pub fn gather(p: &'a AttentionProblem, inputs: &Inputs<'a>, unit: usize, pass: Pass) -> Self {
         let (window, head) = (unit / p.num_heads, unit % p.num_heads);
         let (d, channels, width, pitch) =
             (p.head_dim, p.channels(), padded(p.head_dim), padded(p.side_w));
-        let size = p.side_h * pitch;
-        let (mut k, mut v) = (vec![0f32; size * width], vec![0f32; size * width]);
+        let places = || (0..p.side_h).flat_map(|y| (0..p.side_w).map(move |x| (y, x)));
         let mut real = Vec::with_capacity(p.tokens());
+        // The tokens' q, k and v; nothing where they are zero.
+        let mut sources = Vec::with_capacity(p.tokens());
         for token in 0..p.tokens() {
-            let source = match p.grid_index(window, token) {
-                Some(grid) => {
-                    real.push((token, grid));
-                    &inputs.qkv[grid * 3 * channels..][..3 * channels]
-                }
-                None if inputs.pad.is_empty() => continue,
-                None => inputs.pad,
-            };
-            let at = (token / p.side_w * pitch + token % p.side_w) * width;
-            k[at..][..d].copy_from_slice(&source[channels + head * d..][..d]);
-            v[at..][..d].copy_from_slice(&source[2 * channels + head * d..][..d]);
+            let grid = p.grid_index(window, token);
+            real.extend(grid.map(|grid| (token, grid)));
+            sources.push(grid.map_or(inputs.pad, |grid| &inputs.qkv[grid * 3 * channels..]));
         }
-        let (k_t, v_t) = (transpose_tiles(p, &k), transpose_tiles(p, &v));
+        // k (1) or v (2) of every token that has any.
+        let part = |index: usize| {
+            let values =
+                move |source: &&'a [f32]| source.get(index * channels + head * d..)?.get(..d);
+            places().zip(&sources).filter_map(move |(place, source)| Some((place, values(source)?)))
+        };
+        let rows = |index: usize| {
+            let mut rows = Buffer::zeros(p.side_h * pitch * width);
+            for ((y, x), values) in part(index) {
+                rows[(y * pitch + x) * width..][..d].copy_from_slice(values);
+            }
+            rows
+        };
+        let columns = |index: usize| {
+            let (tile_rows, stride) = (tile_rows(p), tile_stride(p));
+            let mut columns = Buffer::zeros(p.side_h.div_ceil(tile_rows) * d * stride);
+            for ((y, x), values) in part(index) {
+                let tile = &mut columns[y / tile_rows * d * stride..][..d * stride];
+                let at = y % tile_rows * pitch + x;
+                for (line, &value) in tile.chunks_exact_mut(stride).zip(values) {
+                    line[at] = value;
+                }
+            }
+            columns
+        };
+        let (k, v, v_t) = match pass {
+            Pass::Forward => (Buffer::default(), rows(2), Buffer::default()),
+            Pass::Backward => (rows(1), Buffer::default(), columns(2)),
+        };
+        let k_t = columns(1);
         Self { p, unit, real, qkv: inputs.qkv, k, v, k_t, v_t }
     }
 
@@ -82,27 +116,28 @@ impl<'a> Head<'a> {
         self.p.side_h * padded(self.p.side_w)
     }
 
-    /// Keys of the largest tile.
-    pub fn tile_keys(&self) -> usize {
-        tile_rows(self.p) * padded(self.p.side_w)
+    /// See [`Tile::stride`].
+    pub fn stride(&self) -> usize {
+        tile_stride(self.p)
     }
 
     pub fn tiles(&self) -> impl Iterator<Item = Tile<'_>> {
         let (p, pitch, width) = (self.p, padded(self.p.side_w), padded(self.p.head_dim));
-        tile_ranges(p).map(move |rows| {
+        let (step, stride) = (tile_rows(p), tile_stride(p));
+        (0..p.side_h).step_by(step).enumerate().map(move |(index, row)| {
+            let rows = row..(row + step).min(p.side_h);
             let (first, keys) = (rows.start * pitch, rows.len() * pitch);
             let natural = first * width..(first + keys) * width;
-            let transposed = first * p.head_dim..(first + keys) * p.head_dim;
+            let transposed = index * p.head_dim * stride..(index + 1) * p.head_dim * stride;
             Tile {
                 rows,
                 keys,
                 first,
-                head_dim: p.head_dim,
-                softmax_scale: p.softmax_scale,
-                k: &self.k[natural.clone()],
-                v: &self.v[natural],
-                k_t: &self.k_t[transposed.clone()],
-                v_t: &self.v_t[transposed],
+                stride,
+                k: part_of(&self.k, natural.clone()),
+                v: part_of(&self.v, natural),
+                k_t: part_of(&self.k_t, transposed.clone()),
+                v_t: part_of(&self.v_t, transposed),
             }
         })
     }
@@ -148,29 +183,15 @@ fn tile_rows(p: &AttentionProblem) -> usize {
     (BLOCK_N / padded(p.side_w)).clamp(1, p.side_h)
 }
 
-fn tile_ranges(p: &AttentionProblem) -> impl Iterator<Item = Range<usize>> {
-    let (step, side_h) = (tile_rows(p), p.side_h);
-    (0..side_h).step_by(step).map(move |row| row..(row + step).min(side_h))
+/// See [`Tile::stride`].
+fn tile_stride(p: &AttentionProblem) -> usize {
+    let vectors = tile_rows(p) * padded(p.side_w) / MAX_LANES;
+    (vectors | 1) * MAX_LANES
 }
 
-/// `[keys, width]` -> `[tile][head_dim, tile keys]`
-fn transpose_tiles(p: &AttentionProblem, rows: &[f32]) -> Vec<f32> {
-    let (d, width, pitch) = (p.head_dim, padded(p.head_dim), padded(p.side_w));
-    let mut transposed = vec![0f32; rows.len() / width * d];
-    let tiles = transposed.chunks_mut(tile_rows(p) * pitch * d);
-    for (tile, rows) in tiles.zip(rows.chunks(tile_rows(p) * pitch * width)) {
-        let keys = rows.len() / width;
-        // Sixteen keys at a time, so that a line of the destination is filled while it is in cache.
-        for (group, rows) in rows.chunks(16 * width).enumerate() {
-            for c in 0..d {
-                let line = &mut tile[c * keys + group * 16..];
-                for (out, row) in line.iter_mut().zip(rows.chunks_exact(width)) {
-                    *out = row[c];
-                }
-            }
-        }
-    }
-    transposed
+/// A range of what may not have been gathered.
+fn part_of(values: &[f32], range: Range<usize>) -> &[f32] {
+    values.get(range).unwrap_or_default()
 }
 
 /// One of the two tables, reversed and padded.
@@ -268,7 +289,8 @@ impl Tables {
     }
 }
 
-/// Biases of a block's queries, or their gradients: `rel_h [count, side_h]`, `rel_w [count, pitch]`.
+/// Biases of a block's queries, or their gradients: `rel_h [count, side_h]`, `rel_w [count, pitch]`. Biases, not their
+/// gradients, times log2 e as in [`super::softmax`].
 pub struct Biases {
     side_h: usize,
     pitch: usize,
@@ -310,7 +332,7 @@ impl Block {
             let shape = (real.len(), table.pitch(), p.head_dim);
             let right = Right(&table.transposed, table.pitch());
             let rows = Left::Rows(&q, padded(p.head_dim));
-            panel((&mut out, table.pitch()), Into::Store, 1.0, shape, rows, right);
+            panel((&mut out, table.pitch()), Into::Store, LOG2_E, shape, rows, right);
             out
         };
         let (qr_h, qr_w) = (project(&tables.h), project(&tables.w));

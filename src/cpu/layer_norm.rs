@@ -17,10 +17,23 @@ const ROWS: usize = 64;
 /// A row's mean, as the sum of two f32, and its reciprocal standard deviation.
 fn statistics(row: &[f32], eps: f64) -> ([f32; 2], f32) {
     let n = row.len() as f64;
-    let mean = row.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
-    let var = row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+    let mean = sum(row, |x| x) / n;
+    let var = sum(row, |x| (x - mean) * (x - mean)) / n;
     let high = mean as f32;
     ([high, (mean - f64::from(high)) as f32], (1.0 / (var + eps).sqrt()) as f32)
+}
+
+/// The sum of `f` over a row, in eight lanes.
+fn sum(row: &[f32], f: impl Fn(f64) -> f64) -> f64 {
+    let mut lanes = [0f64; 8];
+    let chunks = row.chunks_exact(lanes.len());
+    let tail: f64 = chunks.remainder().iter().map(|&x| f(f64::from(x))).sum();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(f64::from(x));
+        }
+    }
+    lanes.iter().sum::<f64>() + tail
 }
 
 /// `y` for `x [rows, size]`.

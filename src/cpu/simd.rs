@@ -30,27 +30,26 @@ pub fn vectors_mut<S: Simd>(slice: &mut [f32]) -> &mut [S::f32s] {
     S::as_mut_simd_f32s(slice).0
 }
 
-/// `exp(x)` for `x <= 0`, relative error below 2.4e-7; below -87.3 it stays at exp(-87.3), about 1e-38.
+/// `2^x` for `x <= 0`, relative error below 2e-7; below -126 it stays at 2^-126, about 1e-38.
 ///
-/// `2^n p(r)` with `n = round(x log2 e)`, `|r| <= ln 2 / 2` and the Taylor polynomial of degree 7.
+/// `2^n p(r)` with `n = round(x)`, `r = x - n` without rounding, `|r| <= 1/2`, and a minimax polynomial of degree 5.
 #[inline(always)]
-pub fn exp_nonpositive<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the pattern.
-    const ROUND: f32 = 12_582_912.0;
-    let lowest = simd.splat_f32s(-87.3);
+pub fn exp2_nonpositive<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // Adding 1.5 * 2^23 rounds to the nearest integer; adding the exponent's bias, too, leaves the exponent's bits of 2^n
+    // in the low bits of the pattern.
+    const ROUND: f32 = 12_582_912.0 + 127.0;
+    const COEFFICIENTS: [f32; 5] =
+        [0.009_669_691, 0.055_505_585, 0.240_222_83, std::f32::consts::LN_2, 1.0];
+    let lowest = simd.splat_f32s(-126.0);
     // A comparison, not a maximum: NaN must stay NaN.
     let x = simd.select_f32s(simd.less_than_f32s(x, lowest), lowest, x);
-    let shifted =
-        simd.mul_add_f32s(x, simd.splat_f32s(std::f32::consts::LOG2_E), simd.splat_f32s(ROUND));
-    let n = simd.sub_f32s(shifted, simd.splat_f32s(ROUND));
-    // ln 2 in two parts, the first exact in few bits.
-    let r = simd.negate_mul_add_f32s(n, simd.splat_f32s(0.693_359_4), x);
-    let r = simd.negate_mul_add_f32s(n, simd.splat_f32s(-2.121_944_4e-4), r);
-    let mut p = simd.splat_f32s(1.0 / 5040.0);
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+    let shifted = simd.add_f32s(x, simd.splat_f32s(ROUND));
+    let r = simd.sub_f32s(x, simd.sub_f32s(shifted, simd.splat_f32s(ROUND)));
+    let mut p = simd.splat_f32s(0.001_330_060_5);
+    for c in COEFFICIENTS {
         p = simd.mul_add_f32s(p, r, simd.splat_f32s(c));
     }
-    let bits = simd.add_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(127));
+    let bits = simd.transmute_u32s_f32s(shifted);
     let scale = simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(23));
     simd.mul_f32s(p, simd.transmute_f32s_u32s(scale))
 }
@@ -67,28 +66,28 @@ mod tests {
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
             for x in vectors_mut::<S>(self.0) {
-                *x = exp_nonpositive(simd, *x);
+                *x = exp2_nonpositive(simd, *x);
             }
         }
     }
 
     #[test]
-    fn exp_is_accurate_on_every_instruction_set() {
-        let inputs: Vec<f32> = (0..87_200).map(|i| -(i as f32) * 1e-3).collect();
+    fn exp2_is_accurate_on_every_instruction_set() {
+        let inputs: Vec<f32> = (0..126_000).map(|i| -(i as f32) * 1e-3).collect();
         let mut best = inputs.clone();
         run(Exp(&mut best));
         let mut scalar = inputs.clone();
         Exp(&mut scalar).with_simd(pulp::Scalar);
         for results in [&best, &scalar] {
             for (x, y) in inputs.iter().zip(results) {
-                let exact = f64::from(*x).exp();
-                assert!((f64::from(*y) / exact - 1.0).abs() < 2.4e-7, "exp({x}) = {y}");
+                let exact = f64::from(*x).exp2();
+                assert!((f64::from(*y) / exact - 1.0).abs() < 2e-7, "2^{x} = {y}");
             }
         }
     }
 
     #[test]
-    fn exp_of_infinity_and_nan() {
+    fn exp2_of_infinity_and_nan() {
         let mut values = [f32::NEG_INFINITY; MAX_LANES];
         values[3] = f32::NAN;
         run(Exp(&mut values));

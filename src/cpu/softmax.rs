@@ -2,8 +2,11 @@
 //!
 //! A tile holds whole key rows of a window, each padded to `pitch` lanes. Its bias is then one vector of `rel_w` that
 //! is the same for every key row, minus infinity in the padding lanes, plus one number `rel_h` per key row.
+//!
+//! Logarithms are to base two: scores, biases, maxima and `lse` are those of the softmax times log2 e, which costs
+//! nothing where it is part of a factor, and spares the exponential a product.
 
-use super::simd::{exp_nonpositive, run, vectors, vectors_mut};
+use super::simd::{exp2_nonpositive, run, vectors, vectors_mut};
 use pulp::{Simd, WithSimd};
 
 /// One query's scores against one key tile, `[key rows, pitch]`, and its biases.
@@ -14,11 +17,11 @@ pub struct Row<'a> {
     pub rel_h: &'a [f32],
     /// Of each column, `pitch` long; minus infinity where there is no key.
     pub rel_w: &'a [f32],
-    /// Factor of `q . k`.
-    pub softmax_scale: f32,
+    /// Factor of `q . k`: `softmax_scale log2 e`.
+    pub scale: f32,
 }
 
-/// Turns scores into `exp(score - max)` of the running maximum.
+/// Turns scores into `2^(score - max)` of the running maximum.
 pub struct Online<'a> {
     /// The scores and biases.
     pub row: Row<'a>,
@@ -39,7 +42,7 @@ impl WithSimd for Online<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> OnlineStep {
-        let scale = simd.splat_f32s(self.row.softmax_scale);
+        let scale = simd.splat_f32s(self.row.scale);
         let rel_w = vectors::<S>(self.row.rel_w);
         let mut maxima = simd.splat_f32s(f32::NEG_INFINITY);
         let scores = vectors_mut::<S>(self.row.scores);
@@ -54,47 +57,21 @@ impl WithSimd for Online<'_> {
         let splat = simd.splat_f32s(max);
         let mut sums = simd.splat_f32s(0.0);
         for score in scores.iter_mut() {
-            *score = exp_nonpositive(simd, simd.sub_f32s(*score, splat));
+            *score = exp2_nonpositive(simd, simd.sub_f32s(*score, splat));
             sums = simd.add_f32s(sums, *score);
         }
         OnlineStep { max, sum: simd.reduce_sum_f32s(sums) }
     }
 }
 
-/// Turns scores into the final weights `exp(score - lse)`.
-pub struct Weights<'a> {
+/// Turns scores into the final weights `P = 2^(score - lse)`, and dP into `dS = P (dP - delta)` with its sums over each key
+/// row and over each column.
+pub struct Gradient<'a> {
     /// The scores and biases.
     pub row: Row<'a>,
-    /// Logarithm of the row's sum of exponentials.
+    /// Logarithm of the row's sum of powers.
     pub lse: f32,
-}
-
-impl WithSimd for Weights<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let scale = simd.splat_f32s(self.row.softmax_scale);
-        let (zero, lse) = (simd.splat_f32s(0.0), simd.splat_f32s(self.lse));
-        let rel_w = vectors::<S>(self.row.rel_w);
-        let scores = vectors_mut::<S>(self.row.scores);
-        for (scores, &rel_h) in scores.chunks_exact_mut(rel_w.len()).zip(self.row.rel_h) {
-            let bias = simd.sub_f32s(simd.splat_f32s(rel_h), lse);
-            for (score, &rel_w) in scores.iter_mut().zip(rel_w) {
-                let log = simd.mul_add_f32s(*score, scale, simd.add_f32s(rel_w, bias));
-                // Rounding may put it a little above zero.
-                let log = simd.select_f32s(simd.less_than_f32s(zero, log), zero, log);
-                *score = exp_nonpositive(simd, log);
-            }
-        }
-    }
-}
-
-/// `dS = P (dP - delta)` in place of dP, with its sums over each key row and over each column.
-pub struct ScoreGradient<'a> {
-    /// P, `[key rows, pitch]`.
-    pub weights: &'a [f32],
-    /// dP; becomes dS.
+    /// dP, `[key rows, pitch]`; becomes dS.
     pub grads: &'a mut [f32],
     /// `dO . O` of the query.
     pub delta: f32,
@@ -104,23 +81,31 @@ pub struct ScoreGradient<'a> {
     pub rel_w: &'a mut [f32],
 }
 
-impl WithSimd for ScoreGradient<'_> {
+impl WithSimd for Gradient<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        let scale = simd.splat_f32s(self.row.scale);
+        let (zero, lse) = (simd.splat_f32s(0.0), simd.splat_f32s(self.lse));
         let delta = simd.splat_f32s(self.delta);
-        let rel_w = vectors_mut::<S>(self.rel_w);
-        let (weights, grads) = (vectors::<S>(self.weights), vectors_mut::<S>(self.grads));
-        let rows = weights.chunks_exact(rel_w.len()).zip(grads.chunks_exact_mut(rel_w.len()));
-        for ((weights, grads), rel_h) in rows.zip(self.rel_h) {
-            let mut sum = simd.splat_f32s(0.0);
-            for ((&weight, grad), rel_w) in weights.iter().zip(grads).zip(rel_w.iter_mut()) {
-                *grad = simd.mul_f32s(weight, simd.sub_f32s(*grad, delta));
+        let (rel_w, drel_w) = (vectors::<S>(self.row.rel_w), vectors_mut::<S>(self.rel_w));
+        let (scores, grads) = (vectors_mut::<S>(self.row.scores), vectors_mut::<S>(self.grads));
+        let rows = scores.chunks_exact_mut(rel_w.len()).zip(grads.chunks_exact_mut(rel_w.len()));
+        for ((scores, grads), (&rel_h, drel_h)) in rows.zip(self.row.rel_h.iter().zip(self.rel_h)) {
+            let bias = simd.sub_f32s(simd.splat_f32s(rel_h), lse);
+            let mut sum = zero;
+            let columns = rel_w.iter().zip(drel_w.iter_mut());
+            for ((score, grad), (&rel_w, drel_w)) in scores.iter_mut().zip(grads).zip(columns) {
+                let log = simd.mul_add_f32s(*score, scale, simd.add_f32s(rel_w, bias));
+                // Rounding may put it a little above zero.
+                let log = simd.select_f32s(simd.less_than_f32s(zero, log), zero, log);
+                *score = exp2_nonpositive(simd, log);
+                *grad = simd.mul_f32s(*score, simd.sub_f32s(*grad, delta));
                 sum = simd.add_f32s(sum, *grad);
-                *rel_w = simd.add_f32s(*rel_w, *grad);
+                *drel_w = simd.add_f32s(*drel_w, *grad);
             }
-            *rel_h = simd.reduce_sum_f32s(sum);
+            *drel_h = simd.reduce_sum_f32s(sum);
         }
     }
 }

@@ -31,11 +31,11 @@ pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
     bytes.ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
 }
 
-/// How many multiprocessors there are; 1 if the driver does not say.
-pub(crate) fn multiprocessors(device: &CudaDevice) -> u32 {
+/// How many multiprocessors there are, if the device runs the kernels for Hopper; 1 if the driver does not say.
+pub(crate) fn hopper_multiprocessors(device: &CudaDevice) -> Option<u32> {
     let count = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-    let count = device.cuda_stream().context().attribute(count);
-    count.ok().and_then(|count| u32::try_from(count).ok()).unwrap_or(1)
+    let count = || device.cuda_stream().context().attribute(count).ok();
+    is_hopper(device).then(|| count().and_then(|count| u32::try_from(count).ok()).unwrap_or(1))
 }
 
 /// The stream of a candle device.

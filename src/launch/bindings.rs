@@ -11,6 +11,7 @@ pub const ACTIVATION_GELU: u32 = 1;
 pub const ACTIVATION_RELU: u32 = 2;
 pub const PROJECTION_SM90_THREADS: u32 = 384;
 pub const PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES: u32 = 196752;
+pub const PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES: u32 = 221344;
 pub const PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES: u32 = 213136;
 pub const PROJECTION_FWD_128X128_SHARED_BYTES: u32 = 81920;
 pub const PROJECTION_FWD_64X64_SHARED_BYTES: u32 = 40960;
@@ -60,6 +61,13 @@ pub const REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS: u32 = 5;
 pub const REL_POS_ATTENTION_SM90_QUERIES: u32 = 128;
 pub const REL_POS_ATTENTION_SM90_THREADS: u32 = 384;
 pub const REL_POS_ATTENTION_SM90_TABLE_ROWS: u32 = 64;
+pub const REL_POS_ATTENTION_WINDOW_SM90_SIDE: u32 = 14;
+pub const REL_POS_ATTENTION_WINDOW_SM90_THREADS: u32 = 448;
+pub const REL_POS_ATTENTION_WINDOW_SM90_BLOCKS: u32 = 132;
+pub const REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES: u32 = 191264;
+pub const REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES: u32 = 231328;
+pub const REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES: u32 = 210048;
+pub const REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES: u32 = 231104;
 pub const REL_POS_ATTENTION_KEY_SIDE: u32 = 8;
 pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_KEY_QUERIES: u32 = 64;
@@ -743,6 +751,84 @@ impl Default for RelPosAttentionFwdSm90Params {
         }
     }
 }
+#[doc = " As RelPosAttentionFwdParams; the blocks take turns at `units`, windows x heads."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionWindowFwdParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub units: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionWindowFwdParams"]
+        [::std::mem::size_of::<RelPosAttentionWindowFwdParams>() - 104usize];
+    ["Alignment of RelPosAttentionWindowFwdParams"]
+        [::std::mem::align_of::<RelPosAttentionWindowFwdParams>() - 8usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::units"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, units) - 40usize];
+    ["Offset of field: RelPosAttentionWindowFwdParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, shape) - 48usize];
+};
+#[doc = " The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of\n the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct RelPosAttentionWindowBwdParams {
+    pub qkv: device_ptr,
+    pub tables: device_ptr,
+    pub pad: device_ptr,
+    pub out: device_ptr,
+    pub lse: device_ptr,
+    pub dout: device_ptr,
+    pub dqkv: device_ptr,
+    pub table_partials: device_ptr,
+    pub pad_partials: device_ptr,
+    pub units: u64,
+    pub shape: RelPosAttentionShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RelPosAttentionWindowBwdParams"]
+        [::std::mem::size_of::<RelPosAttentionWindowBwdParams>() - 136usize];
+    ["Alignment of RelPosAttentionWindowBwdParams"]
+        [::std::mem::align_of::<RelPosAttentionWindowBwdParams>() - 8usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::qkv"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, qkv) - 0usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::tables"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, tables) - 8usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::pad"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad) - 16usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::out"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, out) - 24usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::lse"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, lse) - 32usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::dout"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dout) - 40usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::dqkv"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dqkv) - 48usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::table_partials"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, table_partials) - 56usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::pad_partials"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad_partials) - 64usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::units"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, units) - 72usize];
+    ["Offset of field: RelPosAttentionWindowBwdParams::shape"]
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, shape) - 80usize];
+};
 #[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

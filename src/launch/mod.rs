@@ -17,6 +17,7 @@ pub mod projection_sm90;
 pub mod rel_pos_attention;
 pub mod rel_pos_attention_bwd_sm90;
 pub mod rel_pos_attention_sm90;
+pub mod rel_pos_attention_window_sm90;
 mod sum_partials;
 pub mod tensor_map;
 pub mod tiles;

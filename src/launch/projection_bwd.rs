@@ -10,8 +10,8 @@
 
 use super::bindings::{
     self, device_ptr, ActivationGradParams, BiasGradParams, BiasGradPart, LowRankPart,
-    ProjectionParams, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES, BIAS_GRAD_WARPS,
-    PROJECTION_PARTS,
+    ProjectionParams, ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES,
+    BIAS_GRAD_WARPS, PROJECTION_PARTS,
 };
 use super::projection::{low_rank, Activation, Problem, Shapes, Tile};
 use super::{dropout, sum_partials, tiles, Launch};
@@ -55,6 +55,19 @@ struct Workspace {
     end: u64,
     splits: u64,
     split_rows: u64,
+}
+
+impl Shapes<'_> {
+    /// The params of dx.
+    pub(super) fn bwd_input_params(
+        &self,
+        parts: [ProjectionPart; 3],
+        g: device_ptr,
+        ds: device_ptr,
+        dx: device_ptr,
+    ) -> ProjectionParams {
+        ProjectionParams { left: g, low_rank: ds, out: dx, parts, ..self.params() }
+    }
 }
 
 impl Workspace {
@@ -105,6 +118,28 @@ pub fn backward_with(
     dtype: DType,
     operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
+    backward_by(problem, dtype, operands, |shapes, parts, g, ds| {
+        let widths = [u64::from(shapes.in_dim)];
+        let shared_bytes = match tile {
+            Tile::Large => bindings::PROJECTION_BWD_INPUT_128X128_SHARED_BYTES,
+            Tile::Small => bindings::PROJECTION_BWD_INPUT_64X64_SHARED_BYTES,
+        };
+        let params = shapes.bwd_input_params(parts, g, ds, operands.dx);
+        let tiles = (tile, shared_bytes);
+        shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)
+    })
+}
+
+/// The backward with dx by this launch, of the shapes, the projections, the gradient of the sums, and dS.
+///
+/// # Errors
+/// As [`backward`].
+pub(super) fn backward_by(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+    bwd_input: impl FnOnce(&Shapes<'_>, [ProjectionPart; 3], device_ptr, device_ptr) -> Result<Launch>,
+) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
     let want_small = operands.dsmall != 0 && shapes.small_len > 0;
     let space = Workspace::new(&shapes, dtype);
@@ -147,21 +182,7 @@ pub fn backward_with(
     launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
 
     if operands.dx != 0 {
-        let widths = [u64::from(shapes.in_dim)];
-        let shared_bytes = match tile {
-            Tile::Large => bindings::PROJECTION_BWD_INPUT_128X128_SHARED_BYTES,
-            Tile::Small => bindings::PROJECTION_BWD_INPUT_64X64_SHARED_BYTES,
-        };
-        let params =
-            ProjectionParams { left: g, low_rank: ds, out: operands.dx, parts, ..shapes.params() };
-        let tiles = (tile, shared_bytes);
-        launches.push(shapes.launch_tiles(
-            "projection_bwd_input",
-            dtype,
-            tiles,
-            &widths,
-            params,
-        )?);
+        launches.push(bwd_input(&shapes, parts, g, ds)?);
     }
 
     if !want_small {

@@ -1,15 +1,17 @@
-//! Projections with LoRA on Hopper: `kernels/sm90/projection_fwd_sm90.cuh`. What it does not cover is the portable
-//! kernels', and so are the thin products for S.
+//! Projections with LoRA on Hopper: `kernels/sm90/projection_fwd_sm90.cuh`, `projection_bwd_input_sm90.cuh`. What they do
+//! not cover is the portable kernels', and so are the thin products: S, dS and the gradients of the adapters.
 //!
 //! A kernel's blocks stay, one on each multiprocessor, and make tile after tile. Which tile a problem gets is a table,
 //! [`CHOICES`].
 
 use super::bindings::{
-    device_ptr, EncodedTensorMap, ProjectionFwdSm90Params,
+    device_ptr, EncodedTensorMap, ProjectionBwdInputSm90Params, ProjectionFwdSm90Params,
+    ProjectionPart, PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
     PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
     PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES, PROJECTION_SM90_THREADS,
 };
-use super::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
+use super::projection::{low_rank_input, BackwardOperands, ForwardOperands, Problem, Shapes};
+use super::projection_bwd::backward_by;
 use super::tensor_map::{Element, TensorMap};
 use super::{tiles, Launch};
 use candle_core::{bail, DType, Result};
@@ -26,13 +28,19 @@ pub struct Tile {
     shared_bytes: u32,
 }
 
-/// Those that there are kernels for.
-pub const TILES: [Tile; 2] = [
+/// All tiles that some kernel has.
+const TILES: [Tile; 3] = [
     Tile {
         name: "pingpong_128x192",
         rows: 128,
         cols: 192,
         shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
+    },
+    Tile {
+        name: "cooperative_128x192",
+        rows: 128,
+        cols: 192,
+        shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
     },
     Tile {
         name: "cooperative_128x256",
@@ -42,12 +50,17 @@ pub const TILES: [Tile; 2] = [
     },
 ];
 
+/// The tiles of the forward, by name.
+pub const FORWARD_TILES: [&str; 2] = ["pingpong_128x192", "cooperative_128x256"];
+/// The tiles of the gradient of x.
+pub const BACKWARD_TILES: [&str; 2] = ["cooperative_128x192", "cooperative_128x256"];
+
 /// A row of the table: a tile, and the launches that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// The kernels: `projection_fwd_sm90`.
+    /// The kernels: `projection_fwd_sm90` or `projection_bwd_input_sm90`.
     pub family: &'static str,
-    /// All outputs are as wide as multiples of this.
+    /// All outputs, or x, are as wide as multiples of this.
     pub width: u32,
     /// There are at least so many tiles.
     pub tiles: u64,
@@ -58,16 +71,21 @@ pub struct Choice {
 /// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
 /// multiprocessors from what a step of 64 of depth costs, `rows cols / 64` cycles of the tensor cores and
 /// `128 (rows + cols)` bytes from the L2 cache.
-pub const CHOICES: [Choice; 3] = [
+pub const CHOICES: [Choice; 6] = [
     // Widths of ViT-B. 53 bytes a cycle, and an epilogue that costs nothing.
     Choice { family: FORWARD, width: 192, tiles: 66, tile: "pingpong_128x192" },
     // Of ViT-L and ViT-H, which tiles of 192 do not fill. 48 bytes a cycle.
     Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256" },
     // With fewer tiles than for every other multiprocessor, smaller portable ones are faster.
     Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192" },
+    // The sums are as deep as all outputs together are wide, so the epilogue is short beside them.
+    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "cooperative_128x192" },
+    Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256" },
+    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "cooperative_128x192" },
 ];
 
 const FORWARD: &str = tiles::PROJECTION[2];
+const BWD_INPUT: &str = tiles::PROJECTION[3];
 /// Columns that a warp stores at once, of 16 rows.
 const PIECE: (u32, u32) = (16, 64);
 /// Elements of a row of a stage: 128 bytes.
@@ -96,25 +114,30 @@ fn tile(name: &str) -> Result<&'static Tile> {
     }
 }
 
-fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static Tile>> {
+/// The name of the tile for an output of `rows` rows in these widths.
+fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static str>> {
     for choice in CHOICES.iter().filter(|choice| choice.family == family) {
-        let tile = tile(choice.tile)?;
         let fits = widths.iter().all(|width| width.is_multiple_of(choice.width));
-        if fits && tile.count(rows, widths) >= choice.tiles {
-            return Ok(Some(tile));
+        if fits && tile(choice.tile)?.count(rows, widths) >= choice.tiles {
+            return Ok(Some(choice.tile));
         }
     }
     Ok(None)
 }
 
-/// The tile that was measured to be the fastest, or that the table names; none for the portable kernels.
-fn chosen(family: &str, problem: &Problem<'_>, dtype: DType) -> Result<Option<&'static Tile>> {
-    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    let shape = [problem.in_dim, widths.iter().sum::<u32>() as usize];
-    match tiles::known(family, dtype, shape, problem.rows) {
+/// The tile that was measured to be the fastest, or that the table names, for an output in these widths; none for the
+/// portable kernels.
+fn chosen(
+    family: &str,
+    problem: &Problem<'_>,
+    dtype: DType,
+    widths: &[u32],
+) -> Result<Option<&'static str>> {
+    let total = problem.projections.iter().map(|part| part.out_dim).sum();
+    match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
         Some(tiles::PORTABLE) => Ok(None),
-        Some(name) => tile(name).map(Some),
-        None => choose(family, problem.rows as u64, &widths),
+        None => choose(family, problem.rows as u64, widths),
+        known => Ok(known),
     }
 }
 
@@ -138,18 +161,19 @@ pub fn forward(
     operands: &ForwardOperands<'_>,
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
-    match chosen(FORWARD, problem, dtype)? {
+    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
+    match chosen(FORWARD, problem, dtype, &widths)? {
         Some(tile) => forward_with(tile, problem, dtype, operands, multiprocessors),
         None => Ok(None),
     }
 }
 
-/// The forward with this tile; none if the kernels do not cover the problem.
+/// The forward with the tile of this name; none if the kernels do not cover the problem.
 ///
 /// # Errors
-/// As [`forward`].
+/// As [`forward`], and if there is no such tile.
 pub fn forward_with(
-    tile: &Tile,
+    name: &str,
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
@@ -164,6 +188,7 @@ pub fn forward_with(
     if !ranks || !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
+    let tile = tile(name)?;
     let parts = shapes.parts(operands.weights, small)?;
     let (rows, in_dim, total) = (problem.rows as u32, shapes.in_dim, shapes.total);
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
@@ -204,6 +229,87 @@ pub fn forward_with(
     let out = persistent(FORWARD, tile, dtype, (tiles, multiprocessors), &params, maps)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     Ok(Some(s.into_iter().chain([out]).collect()))
+}
+
+/// What [`super::projection::backward`] launches, for so many multiprocessors of Hopper; none where there is no kernel of
+/// Hopper for dx.
+///
+/// # Errors
+/// As [`super::projection::backward`].
+pub fn backward(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+    multiprocessors: u32,
+) -> Result<Option<Vec<Launch>>> {
+    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32])? {
+        Some(tile) => backward_with(tile, problem, dtype, operands, multiprocessors),
+        None => Ok(None),
+    }
+}
+
+/// The backward with the tile of this name for dx; none if the kernel does not cover the problem.
+///
+/// # Errors
+/// As [`backward`], and if there is no such tile.
+pub fn backward_with(
+    name: &str,
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+    multiprocessors: u32,
+) -> Result<Option<Vec<Launch>>> {
+    let BackwardOperands { small, dout, dx, workspace, .. } = *operands;
+    let mut addresses = vec![small, dout, dx, workspace];
+    addresses.extend(operands.weights);
+    if !copies_take(&Shapes::new(problem)?, dtype, &addresses) {
+        return Ok(None);
+    }
+    let tile = tile(name)?;
+    let launches = backward_by(problem, dtype, operands, |shapes, parts, g, ds| {
+        bwd_input(tile, shapes, dtype, parts, [g, ds, dx], multiprocessors)
+    })?;
+    Ok(Some(launches))
+}
+
+/// dx from g and dS, at these addresses.
+fn bwd_input(
+    tile: &Tile,
+    shapes: &Shapes<'_>,
+    dtype: DType,
+    parts: [ProjectionPart; 3],
+    [g, ds, dx]: [device_ptr; 3],
+    multiprocessors: u32,
+) -> Result<Launch> {
+    type Params = ProjectionBwdInputSm90Params;
+    let (rows, in_dim) = (shapes.problem.rows as u32, shapes.in_dim);
+    let mut maps = Maps::default();
+    for (index, part) in parts.iter().enumerate().take(shapes.problem.projections.len()) {
+        let columns = (rows, part.out_dim, shapes.total);
+        let g = bits16(g + 2 * u64::from(part.column), columns, (tile.rows, DEPTH))?;
+        maps.push(offset_of!(Params, g), index, g);
+        let weight = bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH, DEPTH))?;
+        maps.push(offset_of!(Params, weight), index, weight);
+        if part.rank > 0 {
+            // dS has zeros up to a multiple of four columns.
+            let columns = (rows, part.rank.next_multiple_of(4), shapes.s_stride);
+            let ds = ds + 4 * u64::from(part.s_column);
+            let ds = tf32(ds, columns, (tile.rows, LOW_RANK_DEPTH))?;
+            maps.push(offset_of!(Params, low_rank), index, ds);
+            let a = (part.rank, in_dim, in_dim);
+            let a = tf32(part.a, a, (LOW_RANK_DEPTH, LOW_RANK_DEPTH))?;
+            maps.push(offset_of!(Params, a), index, a);
+        }
+    }
+    maps.push(offset_of!(Params, dx), 0, bits16(dx, (rows, in_dim, in_dim), PIECE)?);
+    let tiles = tile.count(rows.into(), &[in_dim]);
+    let mut params = Params {
+        problem: shapes.bwd_input_params(parts, g, ds, dx),
+        tiles,
+        ..bytemuck::Zeroable::zeroed()
+    };
+    params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
+    persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)
 }
 
 /// Tensor maps and where they stand.
@@ -251,9 +357,8 @@ mod tests {
         for choice in CHOICES {
             tile(choice.tile)?;
         }
-        let name = |rows, widths: &[u32]| {
-            choose(FORWARD, rows, widths).map(|tile| tile.map_or("", |tile| tile.name))
-        };
+        let name =
+            |rows, widths: &[u32]| choose(FORWARD, rows, widths).map(Option::unwrap_or_default);
         // One image through ViT-B, L and H: qkv, proj, lin1.
         for (width, expected) in [
             (768, "pingpong_128x192"),
@@ -267,6 +372,16 @@ mod tests {
         assert_eq!(name(4096, &[3072])?, "pingpong_128x192");
         assert_eq!(name(4096, &[1000])?, "pingpong_128x192");
         assert_eq!(name(196, &[768; 3])?, "");
+        // x of the same: of lin2 it is as wide as the output of lin1.
+        for (width, expected) in [
+            (768, "cooperative_128x192"),
+            (3072, "cooperative_128x192"),
+            (1024, "cooperative_128x256"),
+            (1280, "cooperative_128x256"),
+        ] {
+            assert_eq!(choose(BWD_INPUT, 4096, &[width])?, Some(expected));
+        }
+        assert_eq!(choose(BWD_INPUT, 196, &[768])?, None);
         Ok(())
     }
 
@@ -287,7 +402,7 @@ mod tests {
             sum: 0,
         };
         let forward = |problem: &Problem<'_>, dtype, operands: &ForwardOperands<'_>| {
-            forward_with(&TILES[0], problem, dtype, operands, 5)
+            forward_with(FORWARD_TILES[0], problem, dtype, operands, 5)
         };
         let launches = forward(&problem, DType::F16, &operands)?.unwrap();
         let [s, out] = &launches[..] else { panic!("{}", launches.len()) };

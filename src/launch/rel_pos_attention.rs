@@ -247,7 +247,7 @@ pub(super) fn bias_pitch(p: &AttentionProblem) -> usize {
 }
 
 /// Elements of both tables.
-fn table_elements(p: &AttentionProblem) -> usize {
+pub(super) fn table_elements(p: &AttentionProblem) -> usize {
     let (h, w) = p.table_rows();
     (h + w) * p.head_dim
 }

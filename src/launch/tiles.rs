@@ -10,6 +10,7 @@
 //! grids of 40 and 80, of 16 for windows of 14.
 
 use super::measured::MEASURED;
+use super::projection_sm90;
 use candle_core::DType;
 use std::cell::Cell;
 
@@ -37,7 +38,8 @@ pub const ATTENTION: [&str; 5] = [
     "rel_pos_attention_bwd_key_sm90",
 ];
 /// The projections' families.
-pub const PROJECTION: [&str; 3] = ["projection_fwd", "projection_bwd_input", "projection_fwd_sm90"];
+pub const PROJECTION: [&str; 4] =
+    ["projection_fwd", "projection_bwd_input", "projection_fwd_sm90", "projection_bwd_input_sm90"];
 /// In the place of one of Hopper's tiles: the portable kernels, whose own table goes on.
 pub const PORTABLE: &str = "portable";
 
@@ -45,7 +47,6 @@ pub const PORTABLE: &str = "portable";
 const COLUMNS: [(usize, &str); 3] = [(64, "cols64"), (16, "cols16"), (40, "cols40")];
 /// Names of the projections' tiles.
 const SQUARES: [&str; 2] = ["128x128", "64x64"];
-const PERSISTENT: [&str; 2] = ["pingpong_128x192", "cooperative_128x256"];
 
 thread_local! {
     static FORCED: Cell<Option<(&'static str, &'static str)>> = const { Cell::new(None) };
@@ -63,8 +64,12 @@ pub fn candidates(family: &str, bytes: usize, shape: [usize; 2]) -> Vec<&'static
         Vec::new()
     } else if ATTENTION.contains(&family) {
         attention_columns(bytes, shape[0]).map(|(_, name)| name).collect()
+    } else if family == PROJECTION[2] {
+        projection_sm90::FORWARD_TILES.to_vec()
+    } else if family == PROJECTION[3] {
+        projection_sm90::BACKWARD_TILES.to_vec()
     } else if PROJECTION.contains(&family) {
-        if hopper { PERSISTENT } else { SQUARES }.to_vec()
+        SQUARES.to_vec()
     } else {
         Vec::new()
     };
@@ -188,10 +193,8 @@ mod tests {
                 "projection_fwd_sm90" => {
                     projection_sm90::forward(&problem, dtype, &forward, 132)?.unwrap_or_default()
                 }
-                _ => projection::backward(
-                    &problem,
-                    dtype,
-                    &BackwardOperands {
+                of_backward => {
+                    let backward = BackwardOperands {
                         x,
                         weights,
                         small,
@@ -201,8 +204,13 @@ mod tests {
                         dx,
                         dsmall,
                         workspace,
-                    },
-                )?,
+                    };
+                    match of_backward {
+                        "projection_bwd_input" => projection::backward(&problem, dtype, &backward)?,
+                        _ => projection_sm90::backward(&problem, dtype, &backward, 132)?
+                            .unwrap_or_default(),
+                    }
+                }
             }
         } else {
             use rel_pos_attention::{backward, forward, BackwardOperands, Inputs};

@@ -1,12 +1,14 @@
-//! A residual branch as one operation: `x + last(.. first(x))`.
+//! Layers in a row as one operation, `last(.. first(x))`, or a residual branch, `x + last(.. first(x))`.
 //!
 //! ```text
+//! attention_layer   proj(rel_pos_attention(qkv(x)))
 //! attention_block   x + proj(rel_pos_attention(qkv(layer_norm(x))))
 //! mlp_block         x + lin2(act(lin1(layer_norm(x))))
 //! ```
 //! Stages are those of the single operations, with the same arithmetic. As one node of candle's graph they hand f32
-//! buffers to each other: what no backward reads is dropped at once, nothing is rounded in between, and no gradient but
-//! that of `x` and of the parameters enters candle's store, which adds every gradient to a tensor of zeros.
+//! buffers to each other: what no backward reads is dropped at once, nothing is rounded in between, no gradient but that
+//! of `x` and of the parameters enters candle's store, which adds every gradient to a tensor of zeros, and buffers are used
+//! again, where a tensor's memory goes back to the system and comes back page by page.
 //!
 //! On the CPU; elsewhere, and with trainable weights, the single operations run one after the other.
 
@@ -20,7 +22,7 @@ use candle_core::{bail, CpuStorage, CustomOp2, DType, Device, Layout, Result, Sh
 use std::ops::Range;
 use std::sync::OnceLock;
 
-const OP: &str = "residual-branch";
+const OP: &str = "layer-chain";
 
 /// A LayerNorm's parameters.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,20 @@ pub struct Norm<'a> {
     pub bias: &'a Tensor,
     /// Added to the variance.
     pub eps: f64,
+}
+
+/// `proj(rel_pos_attention(qkv(x)))`: `[B, H, W, C] -> [B, H, W, C']`, with the gradients of the operations it consists
+/// of. `qkv` is one projection, or those of q, k and v.
+///
+/// # Errors
+/// As [`lora_linear`], [`lora_qkv`] and [`rel_pos_attention`](super::rel_pos_attention()).
+pub fn attention_layer(
+    x: &Tensor,
+    qkv: &[Projection<'_>],
+    config: &RelPosAttention<'_>,
+    proj: &Projection<'_>,
+) -> Result<Tensor> {
+    attend(x, None, qkv, config, proj)
 }
 
 /// `x + proj(rel_pos_attention(qkv(layer_norm(x))))`: `[B, H, W, C] -> [B, H, W, C]`, with the gradients of the
@@ -45,22 +61,38 @@ pub fn attention_block(
     config: &RelPosAttention<'_>,
     proj: &Projection<'_>,
 ) -> Result<Tensor> {
+    attend(x, Some(norm), qkv, config, proj)
+}
+
+/// The block with a norm, the layer without.
+fn attend(
+    x: &Tensor,
+    norm: Option<&Norm<'_>>,
+    qkv: &[Projection<'_>],
+    config: &RelPosAttention<'_>,
+    proj: &Projection<'_>,
+) -> Result<Tensor> {
     if !chained(x, qkv.iter().chain([proj])) {
-        let normed = layer_norm(x, norm.weight, norm.bias, norm.eps)?;
+        let normed = match norm {
+            Some(norm) => layer_norm(x, norm.weight, norm.bias, norm.eps)?,
+            None => x.clone(),
+        };
         let packed = match qkv {
             [q, k, v] => lora_qkv(&normed, &[*q, *k, *v])?,
             [qkv] => lora_linear(&normed, qkv, Activation::None, None)?,
             _ => bail!("{OP}: expected one projection or three, got {}", qkv.len()),
         };
         let out = attention::rel_pos_attention(&packed, config)?;
-        return lora_linear(&out, proj, Activation::None, Some(x));
+        return lora_linear(&out, proj, Activation::None, norm.map(|_| x));
     }
     let mut chain = Chain::new(x);
-    chain.layer_norm(norm)?;
+    if let Some(norm) = norm {
+        chain.layer_norm(norm)?;
+    }
     chain.projections(qkv, Activation::None)?;
     chain.attention(config)?;
     chain.projections(&[*proj], Activation::None)?;
-    chain.apply()
+    chain.apply(norm.is_some())
 }
 
 /// `x + lin2(act(lin1(layer_norm(x))))`: `[.., C] -> [.., C]`, with the gradients of the operations it consists of.
@@ -83,7 +115,7 @@ pub fn mlp_block(
     chain.layer_norm(norm)?;
     chain.projections(&[*lin1], activation)?;
     chain.projections(&[*lin2], Activation::None)?;
-    chain.apply()
+    chain.apply(true)
 }
 
 fn chained<'a>(x: &Tensor, projections: impl IntoIterator<Item = &'a Projection<'a>>) -> bool {
@@ -152,9 +184,9 @@ impl<'a> Chain<'a> {
         Ok(())
     }
 
-    /// `x` plus what the last stage gives.
-    fn apply(self) -> Result<Tensor> {
-        if self.dims != self.x.dims() {
+    /// What the last stage gives, plus `x` if that is the residual.
+    fn apply(self, residual: bool) -> Result<Tensor> {
+        if residual && self.dims != self.x.dims() {
             bail!(
                 "{OP}: a branch from {:?} must lead back to it, got {:?}",
                 self.x.dims(),
@@ -169,12 +201,13 @@ impl<'a> Chain<'a> {
             }
         };
         let keep = self.x.track_op() || parameters.track_op();
-        let op = Branch { stages: self.stages, keep, saved: OnceLock::new() };
+        let shape = Shape::from(self.dims);
+        let op = Layers { stages: self.stages, residual, shape, keep, saved: OnceLock::new() };
         self.x.apply_op2(&parameters, op)
     }
 }
 
-/// One step of a branch.
+/// One layer.
 struct Stage {
     kind: Kind,
     /// Its part of the flat parameters.
@@ -300,8 +333,13 @@ fn attention_inputs<'a>(
 }
 
 /// Inputs: x, the flat parameters of all stages.
-struct Branch {
+struct Layers {
     stages: Vec<Stage>,
+    /// Whether x is added to what the last stage gives.
+    residual: bool,
+    /// Of the output.
+    shape: Shape,
+    /// Whether there may be a backward.
     keep: bool,
     saved: OnceLock<Kept>,
 }
@@ -309,7 +347,7 @@ struct Branch {
 /// Of each stage: its output, empty where no backward reads it, and what else it saved.
 struct Kept(Vec<(Buffer, Saved)>);
 
-impl Branch {
+impl Layers {
     /// Whether a backward reads the output of stage `index`.
     fn is_read(&self, index: usize) -> bool {
         self.keep
@@ -339,14 +377,14 @@ impl Branch {
             grad_out = Some(stage.backward(values, parameters, grad, before, &mut dparameters)?);
         }
         let mut dx = grad_out.unwrap_or_default();
-        if want_x {
+        if want_x && self.residual {
             cpu::add_in_parallel(&mut dx, grad);
         }
         Ok((dx, dparameters))
     }
 }
 
-impl CustomOp2 for Branch {
+impl CustomOp2 for Layers {
     fn name(&self) -> &'static str {
         OP
     }
@@ -363,7 +401,8 @@ impl CustomOp2 for Branch {
         let mut kept: Vec<(Buffer, Saved)> = Vec::with_capacity(self.stages.len());
         for (index, stage) in self.stages.iter().enumerate() {
             let input = kept.last().map_or(&*rows, |(value, _)| value);
-            let residual = (index + 1 == self.stages.len()).then_some(&*rows);
+            let last = index + 1 == self.stages.len();
+            let residual = (last && self.residual).then_some(&*rows);
             let done = stage.forward(input, &parameters, residual, self.keep)?;
             if let Some((value, _)) = kept.last_mut().filter(|_| !self.is_read(index - 1)) {
                 *value = Buffer::default();
@@ -375,7 +414,7 @@ impl CustomOp2 for Branch {
             // The operation runs once; a second value could only be equal.
             let _ = self.saved.set(Kept(kept));
         }
-        Ok((from_f32(OP, out.into_vec(), dtype_of(x))?, x_layout.shape().clone()))
+        Ok((from_f32(OP, out.into_vec(), dtype_of(x))?, self.shape.clone()))
     }
 
     fn bwd(

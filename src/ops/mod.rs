@@ -7,6 +7,7 @@
 //! | [`lora_qkv`] | q, k and v projections side by side, LoRA on any of them |
 //! | [`rel_pos_attention`] | attention with decomposed relative positions, global or windowed |
 //! | [`attention_block`], [`mlp_block`] | the two residual branches of an encoder layer |
+//! | [`attention_layer`] | an encoder layer's attention alone, q, k and v to proj |
 //! | [`dora_linear`] | a linear with a DoRA adapter |
 //! | [`dropout`] | counter-based dropout |
 //!
@@ -27,7 +28,7 @@ mod projection;
 mod rel_pos_attention;
 mod resize;
 
-pub use chain::{attention_block, mlp_block, Norm};
+pub use chain::{attention_block, attention_layer, mlp_block, Norm};
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 pub use layer_norm::layer_norm;

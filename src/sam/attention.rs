@@ -320,10 +320,23 @@ macro_rules! projections_around_the_core {
 
         impl VisionAttention for $attention {
             fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-                self.proj.forward(&self.attend(x, mode)?, mode)
+                self.run(x, None, mode)
             }
 
             fn forward_normed(&self, x: &Tensor, norm: &LayerNorm, mode: Mode) -> Result<Tensor> {
+                self.run(x, Some(norm), mode)
+            }
+
+            fn forward_with_weights(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
+                let (qkv, pad) = self.project(x, mode)?;
+                let (out, weights) = self.core.forward_with_weights(&qkv, pad.as_ref(), mode)?;
+                Ok((self.proj.forward(&out, mode)?, weights))
+            }
+        }
+
+        impl $attention {
+            /// The attention of x, or with a norm x plus the attention of the normed x.
+            fn run(&self, x: &Tensor, norm: Option<&LayerNorm>, mode: Mode) -> Result<Tensor> {
                 let parts = self.parts();
                 let low_rank = parts.iter().map(|part| part.low_rank(mode));
                 let low_rank = low_rank.collect::<Result<Vec<_>>>()?;
@@ -333,20 +346,18 @@ macro_rules! projections_around_the_core {
                     (qkv.collect::<Option<Vec<_>>>(), self.proj.projection(&proj_low_rank))
                 else {
                     // Some output is no sum of base and low-rank part, as with DoRA.
-                    let out = self.attend(&norm.forward(x)?, mode)?;
-                    return self.proj.forward_fused(&out, Activation::None, Some(x), mode);
+                    let normed = norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))?;
+                    let (out, residual) = (self.attend(&normed, mode)?, norm.map(|_| x));
+                    return self.proj.forward_fused(&out, Activation::None, residual, mode);
                 };
                 let tables = self.core.rel_pos_h.as_ref().zip(self.core.rel_pos_w.as_ref());
                 let pad = self.pad(x, mode)?;
                 let packed = parts.iter().map(|part| part.out_dim()).sum();
                 let config = self.core.config(packed, tables, pad.as_ref(), mode);
-                ops::attention_block(x, &norm.parameters(), &qkv, &config, &proj)
-            }
-
-            fn forward_with_weights(&self, x: &Tensor, mode: Mode) -> Result<(Tensor, Tensor)> {
-                let (qkv, pad) = self.project(x, mode)?;
-                let (out, weights) = self.core.forward_with_weights(&qkv, pad.as_ref(), mode)?;
-                Ok((self.proj.forward(&out, mode)?, weights))
+                match norm {
+                    Some(norm) => ops::attention_block(x, &norm.parameters(), &qkv, &config, &proj),
+                    None => ops::attention_layer(x, &qkv, &config, &proj),
+                }
             }
         }
     };

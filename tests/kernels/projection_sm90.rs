@@ -2,10 +2,10 @@
 //! cases whose blocks make several tiles and fill their rings more than once.
 
 use crate::common::Worst;
-use crate::projection::{check_forward, Case, Data, CASES, PLAIN};
+use crate::projection::{check_backward, check_forward, Case, Data, CASES, PLAIN};
 use candle_core::{DType, Result};
-use candle_sam_lora::launch::projection::{Activation, ForwardOperands};
-use candle_sam_lora::launch::projection_sm90::{self as hopper, TILES};
+use candle_sam_lora::launch::projection::{Activation, BackwardOperands, ForwardOperands};
+use candle_sam_lora::launch::projection_sm90::{self as hopper, BACKWARD_TILES, FORWARD_TILES};
 use candle_sam_lora_emulator::Mode;
 
 const TRAINED: Case = Case { p: 0.1, bias: true, lora_bias: true, ..PLAIN };
@@ -17,19 +17,22 @@ const LARGE: [Case; 3] = [
     Case { rows: 260, outs: &[328], residual: true, ..TRAINED },
 ];
 
-/// All cases that bulk copies take, with the tiles and how many multiprocessors there are: small cases take the tiles by
-/// turns.
-fn cases(dtype: DType, tiles: usize) -> Result<Vec<(Data, usize, u32)>> {
+/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
+/// multiprocessors there are. Ranks are to be multiples of `rank`.
+fn cases(
+    dtype: DType,
+    tiles: &[&'static str],
+    rank: usize,
+) -> Result<Vec<(Data, &'static str, u32)>> {
     let mut cases = Vec::new();
     for (index, case) in CASES.into_iter().chain(LARGE).enumerate() {
         let multiple = |sizes: &[usize], of: usize| sizes.iter().all(|size| size % of == 0);
         let widths = multiple(&[case.in_dim, case.offset], 8) && multiple(case.outs, 8);
-        if !widths || !multiple(case.ranks, 4) {
+        if !widths || !multiple(case.ranks, rank) {
             continue;
         }
-        for tile in (0..tiles).filter(|tile| index >= CASES.len() || index % tiles == *tile) {
-            cases.push((Data::new(case, dtype)?, tile, 1 + (index + tile) as u32 % 2));
-        }
+        let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
+        cases.push((Data::new(case, dtype)?, tile, 1 + index as u32 / 2 % 2));
     }
     Ok(cases)
 }
@@ -46,10 +49,9 @@ fn modes(dtype: DType) -> Vec<Mode> {
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        for (data, tile, multiprocessors) in cases(dtype, TILES.len())? {
+        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4)? {
             let problem = data.projections();
             let plan = |operands: &ForwardOperands<'_>| {
-                let tile = &TILES[tile];
                 let launches =
                     hopper::forward_with(tile, &problem, dtype, operands, multiprocessors)?;
                 Ok(launches.unwrap_or_else(|| panic!("{}: not covered", data.name)))
@@ -58,5 +60,23 @@ fn forward() -> Result<()> {
         }
     }
     worst.check("projection forward on Hopper", 1.0 / 64.0);
+    Ok(())
+}
+
+#[test]
+fn backward() -> Result<()> {
+    let mut worst = Worst::default();
+    for dtype in [DType::F16, DType::BF16] {
+        for (data, tile, multiprocessors) in cases(dtype, &BACKWARD_TILES, 1)? {
+            let problem = data.projections();
+            let plan = |operands: &BackwardOperands<'_>| {
+                let launches =
+                    hopper::backward_with(tile, &problem, dtype, operands, multiprocessors)?;
+                Ok(launches.unwrap_or_else(|| panic!("{}: not covered", data.name)))
+            };
+            check_backward(&data, &mut worst, &modes(dtype), &[&plan])?;
+        }
+    }
+    worst.check("projection backward on Hopper", 1.0 / 64.0);
     Ok(())
 }

@@ -5,6 +5,7 @@ use crate::device::{bound, emulator, in_every_mode, in_modes, launch_all, Device
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
 use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
+use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention_window_sm90;
 use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
@@ -258,6 +259,7 @@ fn forward() -> Result<()> {
 pub enum Kernels {
     Portable,
     Hopper,
+    HopperWindows,
 }
 
 impl Kernels {
@@ -272,12 +274,22 @@ impl Kernels {
             Self::Portable => attention::backward(p, dtype, inputs, operands),
             Self::Hopper => Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
                 .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+            Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
+                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+        }
+    }
+
+    fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
+        let p = &case.problem;
+        match self {
+            Self::Portable | Self::Hopper => attention::workspace_bytes(p, case.dtype, tables, pad),
+            Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),
         }
     }
 
     fn modes(self) -> Vec<Mode> {
         match self {
-            Self::Portable => Mode::all().collect(),
+            Self::Portable | Self::HopperWindows => Mode::all().collect(),
             Self::Hopper => Mode::all_with_products().collect(),
         }
     }
@@ -296,11 +308,11 @@ fn run_backward(
     let dout = Memory::from_tensor(dout);
     let names = RefCell::new(launched);
     in_modes(&case.name, kernels.modes().into_iter(), |device| {
-        let (p, dtype) = (&case.problem, case.dtype);
+        let dtype = case.dtype;
         let (tables, pad) = (trained && case.shapes.rel_pos, trained && case.shapes.pad);
         let [dqkv, dtables, dpad] = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad]
             .map(|tensor| Memory::for_elements(tensor.elem_count(), dtype));
-        let workspace = Memory::new(attention::workspace_bytes(p, dtype, tables, pad)?);
+        let workspace = Memory::new(kernels.workspace_bytes(case, tables, pad)?);
         let operands = BackwardOperands {
             out: forward[0].address(),
             lse: forward[1].address(),

@@ -133,6 +133,11 @@ template <int Bytes> void cp_async(void* dst, const void* src, bool valid = true
 inline void cp_async_commit_group() { emulator::commit_copies(); }
 template <int N> void cp_async_wait_group() { emulator::wait_copies(N); }
 
+inline uint32_t hide(uint32_t x) { return x; }
+
+// Reads it, for AddressSanitizer to see.
+inline void prefetch_l2(const void* p) { [[maybe_unused]] const char byte = *static_cast<const volatile char*>(p); }
+
 // --- barriers, shuffles, arithmetic -----------------------------------------------------------------------------------
 
 inline void bar_sync(int id, int threads, EMULATOR_LOCATION) {

@@ -76,12 +76,9 @@ impl Projections<'_> {
                 low_rank: if self.has_lora() { low_rank } else { 0 },
                 sum: if self.keeps_sum() { sum } else { 0 },
             };
-            let own = match cuda::is_hopper(device) {
-                true => {
-                    let multiprocessors = cuda::multiprocessors(device);
-                    hopper::forward(&self.problem, dtype, &operands, multiprocessors)?
-                }
-                false => None,
+            let own = match cuda::hopper_multiprocessors(device) {
+                Some(n) => hopper::forward(&self.problem, dtype, &operands, n)?,
+                None => None,
             };
             match own {
                 Some(launches) => Ok(launches),
@@ -105,7 +102,7 @@ impl Projections<'_> {
         grad: &Tensor,
         wanted: (bool, bool),
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dtype = x.dtype();
+        let (dtype, device) = (x.dtype(), x.device().as_cuda_device()?);
         let mut inputs = vec![x, small, &saved.low_rank, &saved.sum, grad];
         inputs.extend(self.weights);
         let outputs = [(dtype, x.shape()), (DType::F32, small.shape())];
@@ -124,7 +121,14 @@ impl Projections<'_> {
                 dsmall: if wanted.1 { dsmall } else { 0 },
                 workspace: at.workspace,
             };
-            kernels::backward(&self.problem, dtype, &operands)
+            let own = match cuda::hopper_multiprocessors(device) {
+                Some(n) => hopper::backward(&self.problem, dtype, &operands, n)?,
+                None => None,
+            };
+            match own {
+                Some(launches) => Ok(launches),
+                None => kernels::backward(&self.problem, dtype, &operands),
+            }
         })?;
         Ok((wanted.0.then_some(dx), wanted.1.then_some(dsmall)))
     }

@@ -3,7 +3,10 @@
 use super::Input;
 use crate::cuda::{self, Job};
 use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
-use crate::launch::{rel_pos_attention_bwd_sm90 as hopper_bwd, rel_pos_attention_sm90 as hopper};
+use crate::launch::{
+    rel_pos_attention_bwd_sm90 as hopper_bwd, rel_pos_attention_sm90 as hopper,
+    rel_pos_attention_window_sm90 as hopper_windows,
+};
 use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
@@ -41,15 +44,17 @@ pub fn forward(
     let job = Job { op: OP, device: qkv.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
     let [out, lse] = cuda::run(&job, |at| {
         let (inputs, [out, lse]) = (present(problem, pad_present, at.inputs()?), at.outputs);
-        let own = match cuda::is_hopper(qkv.device()) {
-            true => hopper::forward(problem, dtype, &inputs, out, lse)?,
-            false => None,
-        };
-        let launch = match own {
-            Some(launch) => launch,
-            None => kernels::forward(problem, dtype, &inputs, out, lse)?,
-        };
-        Ok(vec![launch])
+        let mut launch = None;
+        if cuda::is_hopper(qkv.device()) {
+            launch = hopper_windows::forward(problem, dtype, &inputs, out, lse)?;
+            if launch.is_none() {
+                launch = hopper::forward(problem, dtype, &inputs, out, lse)?;
+            }
+        }
+        match launch {
+            Some(launch) => Ok(vec![launch]),
+            None => Ok(vec![kernels::forward(problem, dtype, &inputs, out, lse)?]),
+        }
     })?;
     let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
     Ok((out, shape, lse))
@@ -67,8 +72,9 @@ pub fn backward(
     let dtype = qkv.dtype();
     let tables_wanted = problem.rel_pos && tables.track_op();
     let pad_wanted = pad_present && pad.track_op();
-    let workspace_bytes = kernels::workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?;
     let is_hopper = cuda::is_hopper(qkv.device().as_cuda_device()?);
+    let workspace_bytes = kernels::workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?
+        .max(hopper_windows::workspace_bytes(problem, tables_wanted, pad_wanted));
     let inputs = [qkv, tables, pad, out, lse, grad];
     let outputs = [qkv, tables, pad].map(|t| (dtype, t.shape()));
     let [dqkv, dtables, dpad] = cuda::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
@@ -85,7 +91,10 @@ pub fn backward(
             workspace: at.workspace,
         };
         let own = match is_hopper {
-            true => hopper_bwd::backward(problem, dtype, &inputs, &operands)?,
+            true => match hopper_windows::backward(problem, dtype, &inputs, &operands)? {
+                None => hopper_bwd::backward(problem, dtype, &inputs, &operands)?,
+                windows => windows,
+            },
             false => None,
         };
         match own {

@@ -1,0 +1,165 @@
+//! Bugs planted in copies of the projections' kernels for Hopper, each of which the emulator must catch.
+//!
+//! What runs is the true launch code, S and then the output, or the gradient of x. Unharmed, both are those of float64 in
+//! every mode, which tests/kernels/projection_sm90.rs shows.
+
+mod common;
+#[path = "kernels/device.rs"]
+mod device;
+
+use candle_core::{DType, Result};
+use candle_sam_lora::launch::projection::{
+    low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
+    Problem, ProjectionProblem,
+};
+use candle_sam_lora::launch::projection_sm90::{backward_with, forward_with};
+use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
+use common::random;
+use device::{kernels, launch_all, Device, Memory};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// The instances that run.
+const INSTANCES: &str = r#"
+#include "low_rank.cuh"
+#include "sm90/projection_bwd_input_sm90.cuh"
+#include "sm90/projection_fwd_sm90.cuh"
+using T = __nv_bfloat16;
+using Input = LowRankTile<T, 16, 4, 1, false, false>;
+using Grad = LowRankTile<T, 16, 4, 1, false, true>;
+using PingPong = ProjectionTileSm90<T, 128, 192, 4, true>;
+using Cooperative = ProjectionTileSm90<T, 128, 192, 5, false>;
+KERNEL(low_rank_input_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Input>(p); }
+KERNEL(low_rank_grad_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Grad>(p); }
+KERNEL(projection_fwd_sm90_pingpong_128x192_bf16, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS, 1) { projection_fwd_sm90<PingPong>(p); }
+KERNEL(projection_bwd_input_sm90_cooperative_128x192_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
+    projection_bwd_input_sm90<Cooperative>(p);
+}
+"#;
+
+/// Three tiles for one multiprocessor, of more steps than there are stages.
+const ROWS: usize = 264;
+const IN_DIM: usize = 136;
+const OUT_DIM: usize = 136;
+const RANK: usize = 16;
+
+/// A folder with copies of the headers, in which `planted` stands in place of `original` in `file`.
+fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
+    let folder =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs_projection_sm90").join(name);
+    std::fs::create_dir_all(folder.join("sm90")).unwrap();
+    for sub in ["", "sm90"] {
+        let headers = std::fs::read_dir(kernels().join(sub)).unwrap().map(|e| e.unwrap().path());
+        for path in headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h")) {
+            let mut text = std::fs::read_to_string(&path).unwrap();
+            if path.ends_with(file) {
+                assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
+                text = text.replace(original, planted);
+            }
+            std::fs::write(folder.join(sub).join(path.file_name().unwrap()), text).unwrap();
+        }
+    }
+    std::fs::write(folder.join("instances.cu"), INSTANCES).unwrap();
+    folder
+}
+
+/// The outputs of both kernels in each mode, or the reports.
+type Outcomes = Vec<(Mode, [Result<Vec<u8>>; 2])>;
+
+fn run(folder: &Path) -> Outcomes {
+    let sources =
+        Sources { kernels: folder.to_path_buf(), files: Some(vec![folder.join("instances.cu")]) };
+    let emulator = Emulator::new(&sources, &device::cache()).unwrap_or_else(|e| panic!("{e}"));
+    let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: None, bias: false };
+    let parts = [ProjectionProblem { out_dim: OUT_DIM, bias: false, lora: Some(lora) }];
+    let activation = Activation::Identity;
+    let problem = Problem { rows: ROWS, in_dim: IN_DIM, projections: &parts, activation };
+    let bf16 = |seed, rows, cols| {
+        Memory::from_tensor(&random(seed, (rows, cols)).to_dtype(DType::BF16).unwrap())
+    };
+    let [x, weight, grad] =
+        [bf16(1, ROWS, IN_DIM), bf16(2, OUT_DIM, IN_DIM), bf16(4, ROWS, OUT_DIM)];
+    let small = Memory::from_tensor(&random(3, RANK * (IN_DIM + OUT_DIM)));
+    let forward = |mode: Mode| {
+        let y = Memory::for_elements(ROWS * OUT_DIM, DType::BF16);
+        let s = Memory::for_elements(low_rank_len(&problem), DType::F32);
+        let operands = ForwardOperands {
+            x: x.address(),
+            weights: &[weight.address()],
+            small: small.address(),
+            residual: 0,
+            out: y.address(),
+            low_rank: s.address(),
+            sum: 0,
+        };
+        let launches = forward_with("pingpong_128x192", &problem, DType::BF16, &operands, 1)?;
+        launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
+        Ok(y.bytes().to_vec())
+    };
+    let backward = |mode: Mode| {
+        let dx = Memory::for_elements(ROWS * IN_DIM, DType::BF16);
+        let workspace = Memory::new(workspace_bytes(&problem, DType::BF16));
+        let operands = BackwardOperands {
+            x: x.address(),
+            weights: &[weight.address()],
+            small: small.address(),
+            low_rank: 0,
+            sum: 0,
+            dout: grad.address(),
+            dx: dx.address(),
+            dsmall: 0,
+            workspace: workspace.address(),
+        };
+        let launches = backward_with("cooperative_128x192", &problem, DType::BF16, &operands, 1)?;
+        launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
+        Ok(dx.bytes().to_vec())
+    };
+    Mode::all_with_products().map(|mode| (mode, [forward(mode), backward(mode)])).collect()
+}
+
+/// In which modes a planted bug changes the bits of each output, or is reported.
+fn seen(name: &str, file: &str, original: &str, planted: &str) -> Vec<(Mode, [bool; 2])> {
+    static RIGHT: OnceLock<Outcomes> = OnceLock::new();
+    let unharmed = || run(&copy_with("none", "projection.cuh", "#pragma once", "#pragma once"));
+    let right = RIGHT.get_or_init(unharmed);
+    let harmed = run(&copy_with(name, file, original, planted));
+    let differ = |right: &Result<Vec<u8>>, harmed: &Result<Vec<u8>>| {
+        harmed.as_ref().map_or(true, |harmed| harmed != right.as_ref().unwrap())
+    };
+    let pairs = right.iter().zip(&harmed);
+    pairs.map(|((mode, r), (_, h))| (*mode, [0, 1].map(|i| differ(&r[i], &h[i])))).collect()
+}
+
+#[test]
+fn a_piece_written_over_before_its_store_has_read_it_is_seen_when_copies_are_late() {
+    let wait = "    if (threadIdx.x % kWarp == 0) ptx::cp_async_bulk_wait_group_read<0>();\n";
+    for (mode, seen) in seen("pieces", "sm90/projection_sm90.cuh", wait, "") {
+        assert!(
+            seen == [true; 2] || mode.timing == Timing::Early,
+            "not seen in {mode:?}: {seen:?}"
+        );
+    }
+}
+
+/// Its parity then tells a warpgroup of a phase that is not its tile's.
+#[test]
+fn a_warpgroup_that_does_not_wait_for_its_turn_is_seen() {
+    let wait = "        wait_for_turn<Tile>(shared, group, turn / 2);\n";
+    let seen = seen("turn", "sm90/projection_fwd_sm90.cuh", wait, "");
+    assert!(seen.iter().any(|(_, seen)| seen[0]), "{seen:?}");
+    assert!(seen.iter().all(|(_, seen)| !seen[1]), "the other kernel has no turns");
+}
+
+#[test]
+fn a_stage_given_back_before_its_low_rank_product_is_seen_when_copies_are_early() {
+    let wait = "                ptx::mbarrier_wait_parity(shared.full[at.stage], at.parity);\n";
+    let product = "                add_low_rank<Tile::kCols>(acc[0], stage.left + warp * 16 * 128, stage.right, rank - k, \
+                   p.problem.parts[part].mask, row, corner.x);\n";
+    let sync = "                __syncwarp();  // all lanes have read the stage\n";
+    let give_back = "                arrive(shared.empty[at.stage]);\n";
+    let original = [wait, product, sync, give_back].concat();
+    let planted = [wait, give_back, product, sync].concat();
+    let seen = seen("low_rank", "sm90/projection_bwd_input_sm90.cuh", &original, &planted);
+    let early = seen.iter().filter(|(mode, _)| mode.timing == Timing::Early);
+    assert!(early.into_iter().any(|(_, seen)| seen[1]), "{seen:?}");
+}
