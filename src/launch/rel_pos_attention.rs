@@ -229,7 +229,8 @@ impl Workspace {
     fn new(p: &AttentionProblem, tile: &Tile, train_tables: bool, train_pad: bool) -> Self {
         let rows = lse_elements(p);
         let delta = 4 * rows * bias_pitch(p);
-        let table_partials = delta + 4 * rows;
+        // Hopper's query pass adds to them two at a time.
+        let table_partials = (delta + 4 * rows).next_multiple_of(16);
         let parts = if train_tables { table_parts(p, tile) as usize } else { 0 };
         let pad_partials = table_partials + 4 * parts * table_elements(p);
         let parts = if train_pad { pad_parts(p) } else { 0 };
