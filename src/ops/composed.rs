@@ -4,7 +4,7 @@
 //! N x N weights. They are the oracle of the fused operations and the path for what those do not cover.
 //! Arguments are taken as checked.
 
-use super::{Activation, Projection, RelPosAttention};
+use super::{resize_linear, Activation, Projection, RelPosAttention};
 use candle_core::{DType, Result, Tensor, D};
 
 /// LayerNorm over the last dimension; statistics in f32.
@@ -114,13 +114,17 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
     Ok((out, weights.reshape((count, heads, tokens, tokens))?))
 }
 
-/// `R[i, j] = table[i - j + side - 1]`: `[2 side - 1, d] -> [side, side, d]`.
+/// `R[i, j] = table[i - j + side - 1]`: `[2 side - 1, d] -> [side, side, d]`; a table of another length is resized.
 fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
     let index: Vec<u32> =
         (0..side).flat_map(|i| (0..side).map(move |j| (i + side - 1 - j) as u32)).collect();
     let index = Tensor::from_vec(index, side * side, table.device())?;
     // candle selects rows of contiguous tables only.
-    table.contiguous()?.index_select(&index, 0)?.reshape((side, side, ()))
+    resize_linear(table, 2 * side - 1)?.contiguous()?.index_select(&index, 0)?.reshape((
+        side,
+        side,
+        (),
+    ))
 }
 
 /// Splits a grid into square windows, filling what hangs over with `pad` (zero if none):
@@ -159,4 +163,36 @@ pub fn unpartition(
         .narrow(1, 0, h)?
         .narrow(2, 0, w)?
         .contiguous()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// Longer and shorter ones than the grid's sides ask for.
+    #[test]
+    fn tables_of_other_lengths_are_resized_as_the_fused_operation_does() -> Result<()> {
+        let values = |count: usize, shape: &[usize]| {
+            let values: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7).sin()).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        };
+        let qkv = values(4 * 3 * 24, &[1, 4, 3, 24])?;
+        let (long, short) = (values(11 * 4, &[11, 4])?, values(2 * 4, &[2, 4])?);
+        for tables in [(&long, &short), (&short, &long)] {
+            let config = RelPosAttention {
+                num_heads: 2,
+                softmax_scale: 0.5,
+                rel_pos: Some(tables),
+                window: None,
+                pad: None,
+                dropout: None,
+            };
+            let fused = super::super::rel_pos_attention(&qkv, &config)?;
+            let (composed, _) = rel_pos_attention(&qkv, &config)?;
+            let error = (fused - composed)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(error < 1e-5, "{error}");
+        }
+        Ok(())
+    }
 }
