@@ -402,11 +402,11 @@ fn query_blocks(problem: &AttentionProblem, tile: &Tile) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    /// SAM's ViT-B.
-    const GLOBAL: AttentionProblem = AttentionProblem {
+    /// SAM's ViT-B, for Hopper's launches too.
+    pub const GLOBAL: AttentionProblem = AttentionProblem {
         batch: 4,
         h: 64,
         w: 64,

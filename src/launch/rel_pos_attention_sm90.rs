@@ -230,21 +230,9 @@ pub fn forward(
 
 #[cfg(test)]
 mod tests {
+    use super::super::rel_pos_attention::tests::GLOBAL;
     use super::*;
 
-    /// SAM's ViT-B.
-    const GLOBAL: AttentionProblem = AttentionProblem {
-        batch: 4,
-        h: 64,
-        w: 64,
-        num_heads: 12,
-        head_dim: 64,
-        side_h: 64,
-        side_w: 64,
-        softmax_scale: 0.125,
-        rel_pos: true,
-        dropout: None,
-    };
     const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 192 };
 
     fn launch(problem: AttentionProblem) -> Result<Option<Launch>> {
