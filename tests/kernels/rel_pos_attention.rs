@@ -200,6 +200,27 @@ impl OnDevice {
     }
 }
 
+/// The output against the f64 reference, and lse against the portable kernel's.
+pub fn check_outputs(case: &Case, outputs: &[Memory], worst: &mut Worst) -> Result<()> {
+    let expected = case.reference();
+    let eager = composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;
+    let eager = error(&values(&eager.0), &expected);
+    let got = error(&outputs[0].values(case.dtype), &expected);
+    assert!(got <= bound(case.dtype, eager), "{}: {got:e}, eager {eager:e}", case.name);
+    worst.note(&format!("out {:?}", case.dtype), &case.name, got);
+
+    let mode = Mode::all().next().unwrap();
+    let device = Device { emulator: emulator(), mode };
+    let expected = forward_on(&device, case, &case.memory()?)?[1].values(DType::F32);
+    for (index, (got, expected)) in outputs[1].values(DType::F32).iter().zip(&expected).enumerate()
+    {
+        // Of queries outside the grid there is none.
+        let same = (got - expected).abs() < 1e-4 || (got.is_nan() && expected.is_nan());
+        assert!(same, "{}: lse {index} is {got}, expected {expected}", case.name);
+    }
+    Ok(())
+}
+
 /// Output and lse.
 pub fn forward_on(device: &Device, case: &Case, on_device: &OnDevice) -> Result<Vec<Memory>> {
     let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);

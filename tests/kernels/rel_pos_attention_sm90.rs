@@ -1,13 +1,12 @@
 //! The attention's kernels for Hopper: every instance against the f64 reference and, for lse, the portable kernels.
 
-use crate::common::{error, values, Worst};
-use crate::device::{bound, emulator, launch_all, Device, Memory};
-use crate::rel_pos_attention::{assert_all_ran, forward_on, Case, Shapes, DROPOUT, GLOBAL};
+use crate::common::Worst;
+use crate::device::{emulator, launch_all, Device, Memory};
+use crate::rel_pos_attention::{assert_all_ran, check_outputs, Case, Shapes, DROPOUT, GLOBAL};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention_sm90 as attention;
 use candle_sam_lora::launch::tiles;
-use candle_sam_lora::ops::composed;
 use candle_sam_lora_emulator::Mode;
 use std::collections::BTreeSet;
 
@@ -73,23 +72,7 @@ fn run(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memory>> {
 
 fn check(case: &Case, worst: &mut Worst, launched: &mut BTreeSet<String>) -> Result<()> {
     let outputs = run(case, launched)?;
-    let expected = case.reference();
-    let eager = composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;
-    let eager = error(&values(&eager.0), &expected);
-    let got = error(&outputs[0].values(case.dtype), &expected);
-    assert!(got <= bound(case.dtype, eager), "{}: {got:e}, eager {eager:e}", case.name);
-    worst.note(&format!("out {:?}", case.dtype), &case.name, got);
-
-    let mode = Mode::all().next().unwrap();
-    let device = Device { emulator: emulator(), mode };
-    let expected = forward_on(&device, case, &case.memory()?)?[1].values(DType::F32);
-    for (index, (got, expected)) in outputs[1].values(DType::F32).iter().zip(&expected).enumerate()
-    {
-        // Of queries outside the grid there is none.
-        let same = (got - expected).abs() < 1e-4 || (got.is_nan() && expected.is_nan());
-        assert!(same, "{}: lse {index} is {got}, expected {expected}", case.name);
-    }
-    Ok(())
+    check_outputs(case, &outputs, worst)
 }
 
 #[test]

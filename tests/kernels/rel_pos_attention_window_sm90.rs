@@ -1,16 +1,14 @@
 //! The attention's kernels for windows on Hopper: every instance against the f64 reference, lse against the portable
 //! kernels, the gradients against the composed graph's.
 
-use crate::common::{error, values, Worst};
-use crate::device::{bound, emulator, in_every_mode, launch_all, Device, Memory};
+use crate::common::Worst;
+use crate::device::{emulator, in_every_mode, launch_all, Memory};
 use crate::rel_pos_attention::{
-    check_backward, forward_on, Case, Kernels, Shapes, DROPOUT, GLOBAL, WINDOWED,
+    check_backward, check_outputs, Case, Kernels, Shapes, DROPOUT, GLOBAL, WINDOWED,
 };
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention;
-use candle_sam_lora::ops::composed;
-use candle_sam_lora_emulator::Mode;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
@@ -68,23 +66,7 @@ fn run_forward(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memor
 
 fn check_forward(case: &Case, worst: &mut Worst, launched: &mut BTreeSet<String>) -> Result<()> {
     let outputs = run_forward(case, launched)?;
-    let expected = case.reference();
-    let eager = composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;
-    let eager = error(&values(&eager.0), &expected);
-    let got = error(&outputs[0].values(case.dtype), &expected);
-    assert!(got <= bound(case.dtype, eager), "{}: {got:e}, eager {eager:e}", case.name);
-    worst.note(&format!("out {:?}", case.dtype), &case.name, got);
-
-    let mode = Mode::all().next().unwrap();
-    let device = Device { emulator: emulator(), mode };
-    let expected = forward_on(&device, case, &case.memory()?)?[1].values(DType::F32);
-    for (index, (got, expected)) in outputs[1].values(DType::F32).iter().zip(&expected).enumerate()
-    {
-        // Of queries outside the grid there is none.
-        let same = (got - expected).abs() < 1e-4 || (got.is_nan() && expected.is_nan());
-        assert!(same, "{}: lse {index} is {got}, expected {expected}", case.name);
-    }
-    Ok(())
+    check_outputs(case, &outputs, worst)
 }
 
 #[test]
