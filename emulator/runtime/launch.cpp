@@ -7,7 +7,7 @@
 #include <mutex>
 #include <thread>
 
-#include "block.h"
+#include "cluster.h"
 
 namespace emulator {
 
@@ -26,18 +26,19 @@ Registration::Registration(const char* name, size_t params_bytes, void (*run)(co
     kernels()[name] = {params_bytes, run, max_threads};
 }
 
-// The blocks are independent; the report is that of the first one that fails, so it does not depend on their timing.
-static std::string run_blocks(const Launch& launch, unsigned workers) {
-    const uint64_t total = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+// The clusters are independent; the report is that of the first one that fails, so it does not depend on their timing.
+static std::string run_clusters(const Launch& launch, unsigned workers) {
+    const unsigned columns = launch.grid.x / launch.cluster;
+    const uint64_t total = uint64_t(columns) * launch.grid.y * launch.grid.z;
     std::atomic<uint64_t> next{0}, failed{total};
     std::mutex mutex;
     std::string report;
     const auto work = [&] {
         try {
-            Block block(launch);
+            Cluster cluster(launch);
             for (uint64_t i; (i = next++) < total && i < failed;) {
-                const uint3 index{unsigned(i % launch.grid.x), unsigned(i / launch.grid.x % launch.grid.y), unsigned(i / launch.grid.x / launch.grid.y)};
-                const std::string error = block.run(index);
+                const uint3 first{unsigned(i % columns) * launch.cluster, unsigned(i / columns % launch.grid.y), unsigned(i / columns / launch.grid.y)};
+                const std::string error = cluster.run(first);
                 std::lock_guard lock(mutex);
                 if (!error.empty() && i < failed) {
                     failed = i;
@@ -57,7 +58,7 @@ static std::string run_blocks(const Launch& launch, unsigned workers) {
     return report;
 }
 
-static std::string launch_by_name(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const void* params, size_t params_bytes, Mode mode, unsigned workers) {
+static std::string launch_by_name(const char* name, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const void* params, size_t params_bytes, Mode mode, unsigned workers) {
     const auto found = kernels().find(name);
     if (found == kernels().end()) return "no such kernel";
     const Kernel& kernel = found->second;
@@ -67,21 +68,23 @@ static std::string launch_by_name(const char* name, dim3 grid, dim3 block, size_
     if (threads == 0 || threads % kWarp || threads > uint64_t(kernel.max_threads))
         return "a block of " + std::to_string(threads) + " threads; expected a multiple of 32, at most " + std::to_string(kernel.max_threads);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return "a grid that no device has";
+    if (cluster == 0 || cluster > 8) return "a cluster of " + std::to_string(cluster) + " blocks; 1 to 8 run on every device that has clusters";
+    if (grid.x % cluster) return "a grid of " + std::to_string(grid.x) + " blocks along x is not one of clusters of " + std::to_string(cluster);
     if (shared_bytes > 227 * 1024) return std::to_string(shared_bytes) + " bytes of shared memory; a block has at most 227 KiB";
     std::vector<uint64_t> aligned((params_bytes + 7) / 8 + 8);
     auto* copy = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(aligned.data()) + 63) / 64 * 64);
     std::memcpy(copy, params, params_bytes);
-    return run_blocks({kernel.run, copy, grid, block, shared_bytes, mode}, workers);
+    return run_clusters({kernel.run, copy, grid, block, cluster, shared_bytes, mode}, workers);
 }
 
 }  // namespace emulator
 
 // Launches a kernel and waits for it; 0, or 1 with the reason in `error`, cut to `error_bytes`.
 extern "C" __attribute__((visibility("default"))) int emulator_launch(
-    const char* kernel, const uint32_t grid[3], const uint32_t block[3], uint32_t shared_bytes, const void* params,
-    size_t params_bytes, int early, int early_products, uint64_t seed, uint32_t workers, char* error, size_t error_bytes) {
+    const char* kernel, const uint32_t grid[3], const uint32_t block[3], uint32_t cluster, uint32_t shared_bytes,
+    const void* params, size_t params_bytes, int early, int early_products, uint64_t seed, uint32_t workers, char* error, size_t error_bytes) {
     const std::string report = emulator::launch_by_name(
-        kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, params, params_bytes, {early != 0, early_products != 0, seed}, workers);
+        kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, cluster, shared_bytes, params, params_bytes, {early != 0, early_products != 0, seed}, workers);
     if (report.empty()) return 0;
     const std::string full = std::string(kernel) + ": " + report;
     const size_t length = std::min(full.size(), error_bytes - 1);

@@ -71,6 +71,7 @@ type LaunchFn = unsafe extern "C" fn(
     *const u32,
     *const u32,
     u32,
+    u32,
     *const c_void,
     usize,
     c_int,
@@ -120,7 +121,28 @@ impl Emulator {
         Ok(text.to_string_lossy().lines().map(str::to_string).collect())
     }
 
-    /// Launches a kernel and waits for its end. `params` are the bytes of its params struct.
+    /// Launches a kernel and waits for its end, each of its blocks a cluster by itself. `params` are the bytes of its
+    /// params struct.
+    ///
+    /// # Errors
+    /// As [`Self::launch_clusters`].
+    ///
+    /// # Safety
+    /// As of [`Self::launch_clusters`].
+    pub unsafe fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared_bytes: u32,
+        params: &[u8],
+        mode: Mode,
+    ) -> Result<(), String> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_clusters(kernel, grid, block, 1, shared_bytes, params, mode) }
+    }
+
+    /// Launches a kernel in clusters of `cluster` blocks along x, and waits for its end.
     ///
     /// # Errors
     /// If there is no such kernel, the launch is one that no device takes, or the kernel went wrong: divergence,
@@ -128,11 +150,13 @@ impl Emulator {
     ///
     /// # Safety
     /// The addresses in `params` must be those of live memory of the sizes that the kernel expects.
-    pub unsafe fn launch(
+    #[allow(clippy::too_many_arguments)] // those of the driver
+    pub unsafe fn launch_clusters(
         &self,
         kernel: &str,
         grid: [u32; 3],
         block: [u32; 3],
+        cluster: u32,
         shared_bytes: u32,
         params: &[u8],
         mode: Mode,
@@ -148,6 +172,7 @@ impl Emulator {
                 name.as_ptr(),
                 grid.as_ptr(),
                 block.as_ptr(),
+                cluster,
                 shared_bytes,
                 params.as_ptr().cast(),
                 params.len(),
