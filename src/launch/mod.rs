@@ -43,6 +43,9 @@ pub struct Launch {
     pub params: Vec<u8>,
     /// Tensor maps and where in `params` they stand once they are encoded.
     pub tensor_maps: Vec<(usize, TensorMap)>,
+    /// Whether the kernel may begin before the one launched before it has ended (programmatic dependent launch): it then
+    /// waits for that itself, by the rules in `docs/kernels.md`. A permission, which devices before Hopper do not use.
+    pub begins_early: bool,
 }
 
 impl Launch {
@@ -62,7 +65,7 @@ impl Launch {
         let params = bytemuck::bytes_of(params).to_vec();
         let grid = grid.map(|blocks| blocks as u32);
         let (block, tensor_maps) = ([threads, 1, 1], Vec::new());
-        Ok(Self { kernel, grid, block, shared_bytes: 0, params, tensor_maps })
+        Ok(Self { kernel, grid, block, shared_bytes: 0, params, tensor_maps, begins_early: false })
     }
 }
 

@@ -4,7 +4,7 @@ use crate::common::{error, random, values};
 use crate::device::{cache, encode, kernels, Memory};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
-use candle_sam_lora_emulator::{Emulator, Mode, Sources};
+use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources};
 use std::sync::OnceLock;
 
 fn emulator() -> &'static Emulator {
@@ -33,9 +33,9 @@ fn run(
         params.resize(params.len().next_multiple_of(64), 0);
     }
     for mode in Mode::all_with_products() {
+        let launch = Launch { kernel, grid, block: [threads, 1, 1], shared_bytes, params: &params };
         // SAFETY: the callers' memory is as long as the kernels say.
-        unsafe { emulator().launch(kernel, grid, [threads, 1, 1], shared_bytes, &params, mode) }
-            .unwrap_or_else(|e| panic!("{mode:?}: {e}"));
+        unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{mode:?}: {e}"));
         check(mode);
     }
 }
