@@ -2,7 +2,7 @@
 //!
 //! The kernel is the staged product of `tests/kernels/gemm.cu`. Unharmed, it is right in every mode.
 
-use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
+use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources, Timing};
 use std::path::{Path, PathBuf};
 
 const KERNEL: &str = "gemm.cu";
@@ -64,10 +64,10 @@ fn run(folder: &Path, shared_bytes: u32) -> Outcomes {
             let mut bytes = bytemuck::bytes_of(&params.0).to_vec();
             bytes.extend_from_slice(bytemuck::bytes_of(&params.1));
             let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, 1];
+            let (kernel, block, params) = ("gemm_bf16", [128, 1, 1], &bytes);
+            let launch = Launch { kernel, grid, block, shared_bytes, cluster: 1, params };
             // SAFETY: the vectors live, and are as long as the sizes say.
-            let status = unsafe {
-                emulator.launch("gemm_bf16", grid, [128, 1, 1], shared_bytes, &bytes, mode)
-            };
+            let status = unsafe { emulator.launch(&launch, mode) };
             let error = || {
                 let mut worst = 0f64;
                 for (i, y) in y.iter().enumerate() {

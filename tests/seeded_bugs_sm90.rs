@@ -4,6 +4,8 @@
 
 #[path = "seeded_bugs_sm90/attention_bwd.rs"]
 mod attention_bwd;
+#[path = "seeded_bugs_sm90/clusters.rs"]
+mod clusters;
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
@@ -12,7 +14,7 @@ mod windows;
 
 use candle_core::DType;
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
-use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
+use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources, Timing};
 use common::{random, values};
 use device::{encode, kernels, Memory};
 use std::path::{Path, PathBuf};
@@ -66,8 +68,16 @@ fn run(name: &str, original: &str, planted: &str) -> Outcomes {
             params.extend(word.to_ne_bytes());
         }
         let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, 1];
+        let launch = Launch {
+            kernel: "gemm_sm90_bf16",
+            grid,
+            block: [256, 1, 1],
+            shared_bytes: 50176,
+            cluster: 1,
+            params: &params,
+        };
         // SAFETY: the memory lives, and is as long as the sizes say.
-        unsafe { emulator.launch("gemm_sm90_bf16", grid, [256, 1, 1], 50176, &params, mode) }?;
+        unsafe { emulator.launch(&launch, mode) }?;
         let errors = y.values(DType::F32).into_iter().zip(&expected).map(|(y, e)| (y - e).abs());
         Ok(errors.fold(0f64, |m, e| if e.is_nan() { f64::INFINITY } else { m.max(e) }))
     };
@@ -175,10 +185,17 @@ fn run_store(name: &str, original: &str, planted: &str) -> Vec<(Mode, Result<(),
     let output = Memory::for_elements(256, DType::F16);
     let params: Vec<u8> =
         [input.address(), output.address()].iter().flat_map(|a| a.to_ne_bytes()).collect();
+    let launch = Launch {
+        kernel: "stmatrix_sm90",
+        grid: [1; 3],
+        block: [32, 1, 1],
+        shared_bytes: 768,
+        cluster: 1,
+        params: &params,
+    };
     // SAFETY: the memory lives, and is as long as the kernel says.
-    let launch =
-        |mode| unsafe { emulator.launch("stmatrix_sm90", [1; 3], [32, 1, 1], 768, &params, mode) };
-    Mode::all_with_products().map(|mode| (mode, launch(mode))).collect()
+    let run = |mode| unsafe { emulator.launch(&launch, mode) };
+    Mode::all_with_products().map(|mode| (mode, run(mode))).collect()
 }
 
 #[test]

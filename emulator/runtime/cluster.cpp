@@ -15,8 +15,13 @@ Cluster::Cluster(const Launch& launch) : launch_(launch), ready_(size_t(launch.t
 }
 
 std::string Cluster::run(uint3 first) {
-    blockDim = launch_.block;
-    gridDim = launch_.grid;
+    start(first);
+    go();
+    return report();
+}
+
+// Sets up the blocks, none of whose threads has run.
+void Cluster::start(uint3 first) {
     error_.clear();
     live_ = int(ready_.size());
     head_ = count_ = 0;
@@ -32,17 +37,27 @@ std::string Cluster::run(uint3 first) {
             wake(fiber);
         }
     }
+}
+
+// Lets the threads run until none can, always on the same thread of the operating system.
+void Cluster::go() {
+    blockDim = launch_.block;
+    gridDim = launch_.grid;
     adopt(main_);
     sync_release(this);
     transfer(main_, next());
     sync_acquire(this);
+    running = nullptr;
+}
+
+// What went wrong, once none can run.
+std::string Cluster::report() {
     if (error_.empty() && live_ > 0) {
         for (const auto& block : blocks_)
             if (block->live_ > 0) error_ += (error_.empty() ? "" : "; ") + block->name() + "deadlock: " + block->who_waits_where();
     }
     if (error_.empty() && !loads_.empty()) error_ = blocks_[0]->name() + "a bulk copy into shared memory is in flight when the block ends";
     for (const auto& block : blocks_) error_ += block->end(!error_.empty());
-    running = nullptr;
     return error_;
 }
 

@@ -31,6 +31,9 @@ struct Cluster {
 
 private:
     static void entry();
+    void start(uint3 first);
+    void go();
+    std::string report();
     Fiber* next();
     uint64_t random();
     bool land();

@@ -58,7 +58,18 @@ static std::string run_clusters(const Launch& launch, unsigned workers) {
     return report;
 }
 
-static std::string launch_by_name(const char* name, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const void* params, size_t params_bytes, Mode mode, unsigned workers) {
+// A launch and its mode, as src/lib.rs gives them.
+struct Arguments {
+    const char* kernel;
+    const void* params;
+    uint64_t params_bytes, seed;
+    uint32_t grid[3], block[3];
+    uint32_t shared_bytes, cluster, early, early_products, workers;
+};
+
+static std::string launch_by_name(const Arguments& arguments) {
+    const auto& [name, params, params_bytes, seed, g, b, shared_bytes, cluster, early, early_products, workers] = arguments;
+    const dim3 grid{g[0], g[1], g[2]}, block{b[0], b[1], b[2]};
     const auto found = kernels().find(name);
     if (found == kernels().end()) return "no such kernel";
     const Kernel& kernel = found->second;
@@ -74,19 +85,16 @@ static std::string launch_by_name(const char* name, dim3 grid, dim3 block, unsig
     std::vector<uint64_t> aligned((params_bytes + 7) / 8 + 8);
     auto* copy = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(aligned.data()) + 63) / 64 * 64);
     std::memcpy(copy, params, params_bytes);
-    return run_clusters({kernel.run, copy, grid, block, cluster, shared_bytes, mode}, workers);
+    return run_clusters({kernel.run, copy, grid, block, cluster, shared_bytes, {early != 0, early_products != 0, seed}}, workers);
 }
 
 }  // namespace emulator
 
 // Launches a kernel and waits for it; 0, or 1 with the reason in `error`, cut to `error_bytes`.
-extern "C" __attribute__((visibility("default"))) int emulator_launch(
-    const char* kernel, const uint32_t grid[3], const uint32_t block[3], uint32_t cluster, uint32_t shared_bytes,
-    const void* params, size_t params_bytes, int early, int early_products, uint64_t seed, uint32_t workers, char* error, size_t error_bytes) {
-    const std::string report = emulator::launch_by_name(
-        kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, cluster, shared_bytes, params, params_bytes, {early != 0, early_products != 0, seed}, workers);
+extern "C" __attribute__((visibility("default"))) int emulator_launch(const emulator::Arguments* arguments, char* error, size_t error_bytes) {
+    const std::string report = emulator::launch_by_name(*arguments);
     if (report.empty()) return 0;
-    const std::string full = std::string(kernel) + ": " + report;
+    const std::string full = std::string(arguments->kernel) + ": " + report;
     const size_t length = std::min(full.size(), error_bytes - 1);
     std::memcpy(error, full.data(), length);
     error[length] = 0;

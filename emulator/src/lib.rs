@@ -66,21 +66,40 @@ impl Mode {
     }
 }
 
-type LaunchFn = unsafe extern "C" fn(
-    *const c_char,
-    *const u32,
-    *const u32,
-    u32,
-    u32,
-    *const c_void,
-    usize,
-    c_int,
-    c_int,
-    u64,
-    u32,
-    *mut c_char,
-    usize,
-) -> c_int;
+/// What the driver takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// The kernel's name.
+    pub kernel: &'a str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// Blocks of a cluster, along x.
+    pub cluster: u32,
+    /// The bytes of its params struct.
+    pub params: &'a [u8],
+}
+
+/// A launch and its mode, as runtime/launch.cpp declares them.
+#[repr(C)]
+struct Arguments {
+    kernel: *const c_char,
+    params: *const c_void,
+    params_bytes: u64,
+    seed: u64,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    cluster: u32,
+    early: u32,
+    early_products: u32,
+    workers: u32,
+}
+
+type LaunchFn = unsafe extern "C" fn(*const Arguments, *mut c_char, usize) -> c_int;
 type KernelsFn = unsafe extern "C" fn(*mut c_char, usize) -> usize;
 
 /// Compiled kernels, ready to be launched.
@@ -121,28 +140,7 @@ impl Emulator {
         Ok(text.to_string_lossy().lines().map(str::to_string).collect())
     }
 
-    /// Launches a kernel and waits for its end, each of its blocks a cluster by itself. `params` are the bytes of its
-    /// params struct.
-    ///
-    /// # Errors
-    /// As [`Self::launch_clusters`].
-    ///
-    /// # Safety
-    /// As of [`Self::launch_clusters`].
-    pub unsafe fn launch(
-        &self,
-        kernel: &str,
-        grid: [u32; 3],
-        block: [u32; 3],
-        shared_bytes: u32,
-        params: &[u8],
-        mode: Mode,
-    ) -> Result<(), String> {
-        // SAFETY: the caller's promise.
-        unsafe { self.launch_clusters(kernel, grid, block, 1, shared_bytes, params, mode) }
-    }
-
-    /// Launches a kernel in clusters of `cluster` blocks along x, and waits for its end.
+    /// Launches a kernel and waits for its end.
     ///
     /// # Errors
     /// If there is no such kernel, the launch is one that no device takes, or the kernel went wrong: divergence,
@@ -150,40 +148,27 @@ impl Emulator {
     ///
     /// # Safety
     /// The addresses in `params` must be those of live memory of the sizes that the kernel expects.
-    #[allow(clippy::too_many_arguments)] // those of the driver
-    pub unsafe fn launch_clusters(
-        &self,
-        kernel: &str,
-        grid: [u32; 3],
-        block: [u32; 3],
-        cluster: u32,
-        shared_bytes: u32,
-        params: &[u8],
-        mode: Mode,
-    ) -> Result<(), String> {
-        let name = CString::new(kernel).map_err(|e| e.to_string())?;
+    pub unsafe fn launch(&self, launch: &Launch<'_>, mode: Mode) -> Result<(), String> {
+        let name = CString::new(launch.kernel).map_err(|e| e.to_string())?;
+        let arguments = Arguments {
+            kernel: name.as_ptr(),
+            params: launch.params.as_ptr().cast(),
+            params_bytes: launch.params.len() as u64,
+            seed: mode.seed,
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            cluster: launch.cluster,
+            early: u32::from(mode.timing == Timing::Early),
+            early_products: u32::from(mode.products == Timing::Early),
+            workers: self.workers,
+        };
         let mut error = vec![0u8; 4096];
         // SAFETY: the signature is that of runtime/launch.cpp.
-        let launch = unsafe { self.loaded.get::<LaunchFn>(b"emulator_launch\0") }
+        let run = unsafe { self.loaded.get::<LaunchFn>(b"emulator_launch\0") }
             .map_err(|e| e.to_string())?;
-        // SAFETY: all arrays outlive the call; the addresses are the caller's promise.
-        let status = unsafe {
-            launch(
-                name.as_ptr(),
-                grid.as_ptr(),
-                block.as_ptr(),
-                cluster,
-                shared_bytes,
-                params.as_ptr().cast(),
-                params.len(),
-                c_int::from(mode.timing == Timing::Early),
-                c_int::from(mode.products == Timing::Early),
-                mode.seed,
-                self.workers,
-                error.as_mut_ptr().cast(),
-                error.len(),
-            )
-        };
+        // SAFETY: all that the arguments point to outlives the call; the addresses are the caller's promise.
+        let status = unsafe { run(&arguments, error.as_mut_ptr().cast(), error.len()) };
         if status == 0 {
             return Ok(());
         }

@@ -3,8 +3,11 @@
 use super::kernels::{kernels, Kernels};
 use super::{modules, tensor_map};
 use crate::launch::{device_ptr, Backend, Launch};
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum;
-use candle_core::cuda_backend::cudarc::driver::{result, CudaSlice, CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    cuLaunchKernelEx, CUdevice_attribute_enum, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig,
+};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use candle_core::{CudaDevice, Error, Result};
 use std::sync::Arc;
 
@@ -38,6 +41,29 @@ pub(crate) fn hopper_multiprocessors(device: &CudaDevice) -> Option<u32> {
     is_hopper(device).then(|| count().and_then(|count| u32::try_from(count).ok()).unwrap_or(1))
 }
 
+/// What a launch asks of the driver beside its size.
+fn attributes(launch: &Launch, capability: Option<(i32, i32)>) -> Vec<CUlaunchAttribute> {
+    let mut attributes = Vec::new();
+    let mut add = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {
+        let mut value = CUlaunchAttributeValue { pad: [0; 64] };
+        set(&mut value);
+        attributes.push(CUlaunchAttribute { id, pad: [0; 4], value });
+    };
+    if launch.begins_early && capability >= Some((9, 0)) {
+        let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        add(id, &|value| value.programmaticStreamSerializationAllowed = 1);
+    }
+    if launch.cluster > 1 {
+        let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        add(id, &|value| {
+            value.clusterDim.x = launch.cluster;
+            value.clusterDim.y = 1;
+            value.clusterDim.z = 1;
+        });
+    }
+    attributes
+}
+
 /// The stream of a candle device.
 pub(super) struct Stream(pub Arc<CudaStream>);
 
@@ -56,7 +82,7 @@ impl Backend for Stream {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let Launch { kernel, grid, block, shared_bytes, params, tensor_maps } = launch;
+        let Launch { kernel, grid, block, shared_bytes, params, tensor_maps, .. } = launch;
         let failed = |e: Error| {
             e.context(format!(
                 "launching {kernel} with {grid:?} blocks of {block:?} threads and {shared_bytes} bytes of shared memory"
@@ -71,14 +97,26 @@ impl Backend for Stream {
             let encoded = tensor_map::encode(map).map_err(failed)?;
             params[*start..*start + encoded.len()].copy_from_slice(&encoded);
         }
-        let [grid, block] = [grid, block].map(|&[x, y, z]| (x, y, z));
+        let mut attributes = attributes(launch, context.compute_capability().ok());
+        let config = CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: *shared_bytes,
+            hStream: self.0.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
         let mut arguments = [params.as_mut_ptr().cast()];
         // SAFETY: the one argument is the params struct by value, which the driver copies before it returns; host
-        // and kernel have it from one header, with its size asserted on both sides. That the addresses in it stay
-        // valid is the caller's promise.
+        // and kernel have it from one header, with its size asserted on both sides. The attributes outlive the call.
+        // That the addresses in the params stay valid is the caller's promise.
         unsafe {
-            let (function, stream) = (function.cu_function(), self.0.cu_stream());
-            result::launch_kernel(function, grid, block, *shared_bytes, stream, &mut arguments)
+            let (function, arguments) = (function.cu_function(), arguments.as_mut_ptr());
+            cuLaunchKernelEx(&config, function, arguments, std::ptr::null_mut()).result()
         }
         .map_err(|e| failed(Error::wrap(e)))
     }

@@ -4,7 +4,7 @@
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
 use candle_sam_lora::launch::{device_ptr, Backend, Launch};
-use candle_sam_lora_emulator::{Emulator, Mode, Sources};
+use candle_sam_lora_emulator::{Emulator, Launch as EmulatorLaunch, Mode, Sources};
 use std::alloc::Layout;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -45,14 +45,14 @@ impl Backend for Device<'_> {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let Launch { kernel, grid, block, shared_bytes, params, tensor_maps } = launch;
-        let mut params = params.clone();
-        for (start, map) in tensor_maps {
+        let mut params = launch.params.clone();
+        for (start, map) in &launch.tensor_maps {
             params[*start..][..128].copy_from_slice(&encode(map).map_err(candle_core::Error::msg)?);
         }
-        self.emulator
-            .launch(kernel, *grid, *block, *shared_bytes, &params, self.mode)
-            .map_err(candle_core::Error::msg)
+        let &Launch { ref kernel, grid, block, shared_bytes, cluster, .. } = launch;
+        let params = &params;
+        let launch = EmulatorLaunch { kernel, grid, block, shared_bytes, cluster, params };
+        self.emulator.launch(&launch, self.mode).map_err(candle_core::Error::msg)
     }
 }
 

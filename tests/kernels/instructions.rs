@@ -3,7 +3,7 @@
 use crate::common::{error, random, values};
 use crate::device::{cache, kernels, Memory};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora_emulator::{Emulator, Mode, Sources};
+use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources};
 use std::sync::OnceLock;
 
 fn emulator() -> &'static Emulator {
@@ -21,11 +21,11 @@ fn run(kernel: &str, blocks: usize, shared_bytes: u32, input: &Memory, output: &
     let params = [input.address(), output.address()];
     for mode in Mode::all() {
         let grid = [blocks as u32, 1, 1];
-        let bytes = bytemuck::bytes_of(&params);
+        let params = bytemuck::bytes_of(&params);
         let block = [if kernel == "copies" { 64 } else { 32 }, 1, 1];
+        let launch = Launch { kernel, grid, block, shared_bytes, cluster: 1, params };
         // SAFETY: the callers' memory is as long as instructions.cu says.
-        unsafe { emulator().launch(kernel, grid, block, shared_bytes, bytes, mode) }
-            .unwrap_or_else(|e| panic!("{e}"));
+        unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{e}"));
     }
 }
 
@@ -138,10 +138,16 @@ fn staged_products() -> Result<()> {
                 };
                 let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, 1];
                 let kernel = format!("gemm_{}", dtype.as_str());
-                let bytes = bytemuck::bytes_of(&params);
+                let launch = Launch {
+                    kernel: &kernel,
+                    grid,
+                    block: [128, 1, 1],
+                    shared_bytes: 20480,
+                    cluster: 1,
+                    params: bytemuck::bytes_of(&params),
+                };
                 // SAFETY: the memory lives and is as long as the sizes say.
-                unsafe { emulator().launch(&kernel, grid, [128, 1, 1], 20480, bytes, mode) }
-                    .unwrap_or_else(|e| panic!("{e}"));
+                unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{e}"));
                 let error = error(&y.values(DType::F32), &expected);
                 assert!(error < 1e-6, "{m} {n} {k} {dtype:?} {mode:?}: {error:e}");
             }
