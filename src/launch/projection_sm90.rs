@@ -21,37 +21,70 @@ use std::mem::{offset_of, size_of};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
     /// As the kernels' names have it. `pingpong`: two warpgroups take tiles in turn, so that one's epilogue runs beside
-    /// the other's products; `cooperative`: they share each one's rows.
+    /// the other's products; `cooperative`: they share each one's rows. [`X2`]: two blocks are a cluster.
     pub name: &'static str,
     rows: u32,
     cols: u32,
+    /// Blocks of a cluster, which make tiles of the same columns, one below the other, and load the weights once.
+    cluster: u32,
     shared_bytes: u32,
 }
 
+/// How the names of tiles end that a cluster of two blocks makes. There is one of the same name without it, for devices
+/// without clusters.
+pub const X2: &str = "_x2";
+
+/// What the launches hang on, of a device that runs the kernels for Hopper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hopper {
+    /// How many there are.
+    pub multiprocessors: u32,
+    /// Whether it launches clusters of two blocks.
+    pub clusters: bool,
+}
+
 /// All tiles that some kernel has.
-const TILES: [Tile; 3] = [
+const TILES: [Tile; 5] = [
     Tile {
         name: "pingpong_128x192",
         rows: 128,
         cols: 192,
+        cluster: 1,
+        shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
+    },
+    Tile {
+        name: "pingpong_128x192_x2",
+        rows: 128,
+        cols: 192,
+        cluster: 2,
         shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
     },
     Tile {
         name: "cooperative_128x192",
         rows: 128,
         cols: 192,
+        cluster: 1,
         shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
     },
     Tile {
         name: "cooperative_128x256",
         rows: 128,
         cols: 256,
+        cluster: 1,
+        shared_bytes: PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
+    },
+    Tile {
+        name: "cooperative_128x256_x2",
+        rows: 128,
+        cols: 256,
+        cluster: 2,
         shared_bytes: PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
     },
 ];
 
 /// The tiles of the forward, by name.
-pub const FORWARD_TILES: [&str; 2] = ["pingpong_128x192", "cooperative_128x256"];
+pub const FORWARD_TILES: [&str; 4] =
+    ["pingpong_128x192", "pingpong_128x192_x2", "cooperative_128x256", "cooperative_128x256_x2"];
 /// The tiles of the gradient of x.
 pub const BACKWARD_TILES: [&str; 2] = ["cooperative_128x192", "cooperative_128x256"];
 
@@ -62,22 +95,22 @@ pub struct Choice {
     pub family: &'static str,
     /// All outputs, or x, are as wide as multiples of this.
     pub width: u32,
-    /// There are at least so many tiles.
+    /// There are at least so many tiles, those of a cluster's blocks counted each.
     pub tiles: u64,
     /// The tile's name.
     pub tile: &'static str,
 }
 
 /// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
-/// multiprocessors from what a step of 64 of depth costs, `rows cols / 64` cycles of the tensor cores and
-/// `128 (rows + cols)` bytes from the L2 cache.
+/// multiprocessors from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
+/// `128 (rows + cols / cluster)` bytes from the L2 cache.
 pub const CHOICES: [Choice; 6] = [
-    // Widths of ViT-B. 53 bytes a cycle, and an epilogue that costs nothing.
-    Choice { family: FORWARD, width: 192, tiles: 66, tile: "pingpong_128x192" },
-    // Of ViT-L and ViT-H, which tiles of 192 do not fill. 48 bytes a cycle.
-    Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256" },
+    // Widths of ViT-B. 37 bytes a cycle, without a cluster 53, and an epilogue that costs nothing.
+    Choice { family: FORWARD, width: 192, tiles: 66, tile: "pingpong_128x192_x2" },
+    // Of ViT-L and ViT-H, which tiles of 192 do not fill. 32 bytes a cycle, without a cluster 48.
+    Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256_x2" },
     // With fewer tiles than for every other multiprocessor, smaller portable ones are faster.
-    Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192" },
+    Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
     // The sums are as deep as all outputs together are wide, so the epilogue is short beside them.
     Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "cooperative_128x192" },
     Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256" },
@@ -97,9 +130,10 @@ impl Tile {
         widths.iter().map(|width| u64::from(width.div_ceil(self.cols))).sum()
     }
 
-    /// Tiles of an output of so many rows in these widths.
+    /// Tiles of an output of so many rows in these widths, those that a cluster makes together counted once. The last
+    /// ones may lie partly, those of a cluster's later blocks entirely below it.
     fn count(&self, rows: u64, widths: &[u32]) -> u64 {
-        rows.div_ceil(self.rows.into()) * self.columns(widths)
+        rows.div_ceil((self.cluster * self.rows).into()) * self.columns(widths)
     }
 }
 
@@ -118,7 +152,8 @@ fn tile(name: &str) -> Result<&'static Tile> {
 fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static str>> {
     for choice in CHOICES.iter().filter(|choice| choice.family == family) {
         let fits = widths.iter().all(|width| width.is_multiple_of(choice.width));
-        if fits && tile(choice.tile)?.count(rows, widths) >= choice.tiles {
+        let tile = tile(choice.tile)?;
+        if fits && tile.count(rows, widths) * u64::from(tile.cluster) >= choice.tiles {
             return Ok(Some(choice.tile));
         }
     }
@@ -132,13 +167,18 @@ fn chosen(
     problem: &Problem<'_>,
     dtype: DType,
     widths: &[u32],
+    clusters: bool,
 ) -> Result<Option<&'static str>> {
     let total = problem.projections.iter().map(|part| part.out_dim).sum();
-    match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
-        Some(tiles::PORTABLE) => Ok(None),
-        None => choose(family, problem.rows as u64, widths),
-        known => Ok(known),
-    }
+    let name = match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
+        Some(tiles::PORTABLE) => None,
+        None => choose(family, problem.rows as u64, widths)?,
+        known => known,
+    };
+    Ok(match name {
+        Some(name) if !clusters => Some(name.strip_suffix(X2).unwrap_or(name)),
+        name => name,
+    })
 }
 
 /// Whether bulk copies take the rows: 16 bits an element, rows and addresses of multiples of 16 bytes.
@@ -150,8 +190,8 @@ fn copies_take(shapes: &Shapes<'_>, dtype: DType, addresses: &[device_ptr]) -> b
         && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// What [`super::projection::forward`] launches, for so many multiprocessors of Hopper; none where its kernels do not
-/// cover the problem, or the table has no tile for it.
+/// What [`super::projection::forward`] launches on Hopper; none where its kernels do not cover the problem, or the table
+/// has no tile for it.
 ///
 /// # Errors
 /// On shapes that no kernel takes.
@@ -159,16 +199,16 @@ pub fn forward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
-    multiprocessors: u32,
+    device: Hopper,
 ) -> Result<Option<Vec<Launch>>> {
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    match chosen(FORWARD, problem, dtype, &widths)? {
-        Some(tile) => forward_with(tile, problem, dtype, operands, multiprocessors),
+    match chosen(FORWARD, problem, dtype, &widths, device.clusters)? {
+        Some(tile) => forward_with(tile, problem, dtype, operands, device.multiprocessors),
         None => Ok(None),
     }
 }
 
-/// The forward with the tile of this name; none if the kernels do not cover the problem.
+/// The forward with the tile of this name on so many multiprocessors; none if the kernels do not cover the problem.
 ///
 /// # Errors
 /// As [`forward`], and if there is no such tile.
@@ -198,14 +238,14 @@ pub fn forward_with(
     maps.push(offset_of!(Params, x), 0, bits16(x, (rows, in_dim, in_dim), (tile.rows, DEPTH))?);
     for (index, part) in parts.iter().enumerate().take(widths.len()) {
         let weight = (part.out_dim, in_dim, in_dim);
-        let weight = bits16(part.weight, weight, (tile.cols, DEPTH))?;
+        let weight = bits16(part.weight, weight, (tile.cols / tile.cluster, DEPTH))?;
         maps.push(offset_of!(Params, weight), index, weight);
         if part.rank > 0 {
             let s = low_rank + 4 * u64::from(part.s_column);
             let s = tf32(s, (rows, part.rank, shapes.s_stride), (tile.rows, LOW_RANK_DEPTH))?;
             maps.push(offset_of!(Params, low_rank), index, s);
             let b = (part.out_dim, part.rank, part.rank);
-            let b = tf32(part.b, b, (tile.cols, LOW_RANK_DEPTH))?;
+            let b = tf32(part.b, b, (tile.cols / tile.cluster, LOW_RANK_DEPTH))?;
             maps.push(offset_of!(Params, b), index, b);
         }
         for (packed, at) in [
@@ -231,8 +271,7 @@ pub fn forward_with(
     Ok(Some(s.into_iter().chain([out]).collect()))
 }
 
-/// What [`super::projection::backward`] launches, for so many multiprocessors of Hopper; none where there is no kernel of
-/// Hopper for dx.
+/// What [`super::projection::backward`] launches on Hopper; none where there is no kernel of Hopper for dx.
 ///
 /// # Errors
 /// As [`super::projection::backward`].
@@ -240,15 +279,16 @@ pub fn backward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    multiprocessors: u32,
+    device: Hopper,
 ) -> Result<Option<Vec<Launch>>> {
-    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32])? {
-        Some(tile) => backward_with(tile, problem, dtype, operands, multiprocessors),
+    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32], device.clusters)? {
+        Some(tile) => backward_with(tile, problem, dtype, operands, device.multiprocessors),
         None => Ok(None),
     }
 }
 
-/// The backward with the tile of this name for dx; none if the kernel does not cover the problem.
+/// The backward with the tile of this name for dx on so many multiprocessors; none if the kernel does not cover the
+/// problem.
 ///
 /// # Errors
 /// As [`backward`], and if there is no such tile.
@@ -332,7 +372,7 @@ fn tf32(at: device_ptr, matrix: (u32, u32, u32), tile: (u32, u32)) -> Result<Ten
     TensorMap::matrix(at, Element::Tf32, matrix, tile)
 }
 
-/// A launch with a block on each multiprocessor that there is work for.
+/// A launch with a block on each multiprocessor that there is work for, at least a cluster.
 fn persistent<P: bytemuck::NoUninit>(
     family: &str,
     tile: &Tile,
@@ -341,10 +381,12 @@ fn persistent<P: bytemuck::NoUninit>(
     params: &P,
     maps: Maps,
 ) -> Result<Launch> {
-    let grid = [tiles.min(multiprocessors.max(1).into()), 1, 1];
+    let clusters = (multiprocessors / tile.cluster).max(1);
+    let grid = [tiles.min(clusters.into()) * u64::from(tile.cluster), 1, 1];
     let family = format!("{family}_{}", tile.name);
     let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
-    Ok(Launch { shared_bytes: tile.shared_bytes, tensor_maps: maps.0, ..launch })
+    let &Tile { cluster, shared_bytes, .. } = tile;
+    Ok(Launch { shared_bytes, cluster, tensor_maps: maps.0, ..launch })
 }
 
 #[cfg(test)]
@@ -361,16 +403,16 @@ mod tests {
             |rows, widths: &[u32]| choose(FORWARD, rows, widths).map(Option::unwrap_or_default);
         // One image through ViT-B, L and H: qkv, proj, lin1.
         for (width, expected) in [
-            (768, "pingpong_128x192"),
-            (1024, "cooperative_128x256"),
-            (1280, "cooperative_128x256"),
+            (768, "pingpong_128x192_x2"),
+            (1024, "cooperative_128x256_x2"),
+            (1280, "cooperative_128x256_x2"),
         ] {
             assert_eq!(name(4096, &[width; 3])?, expected);
             assert_eq!(name(4096, &[width])?, expected);
         }
         // Both widths fit lin1 of ViT-B.
-        assert_eq!(name(4096, &[3072])?, "pingpong_128x192");
-        assert_eq!(name(4096, &[1000])?, "pingpong_128x192");
+        assert_eq!(name(4096, &[3072])?, "pingpong_128x192_x2");
+        assert_eq!(name(4096, &[1000])?, "pingpong_128x192_x2");
         assert_eq!(name(196, &[768; 3])?, "");
         // x of the same: of lin2 it is as wide as the output of lin1.
         for (width, expected) in [

@@ -32,7 +32,8 @@ fn cases(
             continue;
         }
         let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
-        cases.push((Data::new(case, dtype)?, tile, 1 + index as u32 / 2 % 2));
+        let blocks = if tile.ends_with(hopper::X2) { 2 } else { 1 };
+        cases.push((Data::new(case, dtype)?, tile, blocks * (1 + index as u32 / 2 % 2)));
     }
     Ok(cases)
 }
