@@ -428,6 +428,25 @@ mod tests {
     }
 
     #[test]
+    fn without_clusters_the_same_tile_serves() -> Result<()> {
+        let named = |tiles: &[&str], name| tiles.contains(&name);
+        for tile in TILES.iter().filter(|tile| tile.cluster > 1) {
+            let without = super::tile(tile.name.strip_suffix(X2).unwrap())?;
+            assert_eq!(without, &Tile { name: without.name, cluster: 1, ..*tile });
+            for tiles in [&FORWARD_TILES[..], &BACKWARD_TILES] {
+                assert!(!named(tiles, tile.name) || named(tiles, without.name), "{}", tile.name);
+            }
+        }
+        let projections = [ProjectionProblem { out_dim: 768, bias: true, lora: None }];
+        let activation = Activation::Identity;
+        let problem = Problem { rows: 4096, in_dim: 768, projections: &projections, activation };
+        let name = |clusters| chosen(FORWARD, &problem, DType::BF16, &[768], clusters);
+        assert_eq!(name(true)?, Some("pingpong_128x192_x2"));
+        assert_eq!(name(false)?, Some("pingpong_128x192"));
+        Ok(())
+    }
+
+    #[test]
     fn a_launch_carries_the_maps_of_what_is_there() -> Result<()> {
         let lora = LoraProblem { rank: 16, scaling: 1.0, dropout: None, bias: false };
         let part = |lora| ProjectionProblem { out_dim: 192, bias: true, lora };
@@ -458,6 +477,18 @@ mod tests {
         // k begins 192 columns into the weight's rows' outputs, in a map of its own.
         let (_, k) = &out.tensor_maps[5];
         assert_eq!((k.address, k.dims.as_slice()), (768, &[64, 192][..]));
+
+        // A cluster of two loads the weights, and b, in halves, and is there as a whole.
+        let launches = forward_with("pingpong_128x192_x2", &problem, DType::F16, &operands, 5)?;
+        let in_clusters = &launches.unwrap()[1];
+        assert_eq!(in_clusters.kernel, "projection_fwd_sm90_pingpong_128x192_x2_f16");
+        assert_eq!((out.cluster, in_clusters.cluster, in_clusters.grid), (1, 2, [4, 1, 1]));
+        let tiles = |launch: &Launch| launch.tensor_maps.iter().map(|m| m.1.tile[1]).collect();
+        let (whole, halves): (Vec<_>, Vec<_>) = (tiles(out), tiles(in_clusters));
+        assert_eq!(
+            (&whole[..4], &halves[..4]),
+            (&[128, 192, 128, 192][..], &[128, 96, 128, 96][..])
+        );
 
         // What bulk copies do not take.
         for operands in [
