@@ -72,6 +72,7 @@ fn run(name: &str, original: &str, planted: &str) -> Outcomes {
             block: [256, 1, 1],
             shared_bytes: 50176,
             params: &params,
+            begins_early: false,
         };
         // SAFETY: the memory lives, and is as long as the sizes say.
         unsafe { emulator.launch(&launch, mode) }?;
@@ -188,6 +189,7 @@ fn run_store(name: &str, original: &str, planted: &str) -> Vec<(Mode, Result<(),
         block: [32, 1, 1],
         shared_bytes: 768,
         params: &params,
+        begins_early: false,
     };
     // SAFETY: the memory lives, and is as long as the kernel says.
     let run = |mode| unsafe { emulator.launch(&launch, mode) };

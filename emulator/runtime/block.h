@@ -23,6 +23,7 @@ struct Launch {
     const void* params;
     dim3 grid, block;
     size_t shared_bytes;
+    bool begins_early;  // before the kernel before it has ended, for which it has to wait
     Mode mode;
     int threads() const { return int(block.x * block.y * block.z); }
 };
@@ -94,6 +95,11 @@ struct Block {
 
     // Runs the block with this index; what went wrong, or nothing.
     std::string run(uint3 index);
+    // The same in two steps: to where all that can be done is done before the kernel before it has ended, and the rest.
+    std::string begin(uint3 index);
+    std::string end();
+    // griddepcontrol.wait
+    void wait_for_grids(Location at);
 
     void meet(Group& group, int slot, int size, const char* name, bool same_line, void* operands, Operation operation, Location at);
     // Arrives at a meeting of `size` and goes on.
@@ -125,6 +131,9 @@ struct Block {
 
 private:
     static void entry();
+    void start(uint3 index, bool held);
+    void go();
+    std::string report();
     void join(Group& group, int size, const char* name, bool same_line, Location at);
     void leave(Group& group);
     Fiber* next();
@@ -134,6 +143,8 @@ private:
 
     std::vector<Fiber*> ready_;  // a ring
     size_t head_ = 0, count_ = 0;
+    bool held_ = false, waited_ = false;  // for the kernel before: it has not ended; some thread has waited
+    std::vector<Fiber*> held_sleepers_;
     uint64_t random_ = 0;
     Context main_;
     int live_ = 0;

@@ -82,10 +82,42 @@ Block::~Block() {
 }
 
 std::string Block::run(uint3 index) {
-    running = this;
-    index_ = blockIdx = index;
-    blockDim = launch_.block;
-    gridDim = launch_.grid;
+    start(index, false);
+    go();
+    return report();
+}
+
+std::string Block::begin(uint3 index) {
+    start(index, true);
+    go();
+    const bool waits = error_.empty() && live_ > 0 && !held_sleepers_.empty();
+    return waits ? std::string() : report();
+}
+
+std::string Block::end() {
+    held_ = false;
+    for (Fiber* fiber : held_sleepers_) wake(*fiber);
+    held_sleepers_.clear();
+    go();
+    return report();
+}
+
+void Block::wait_for_grids(Location at) {
+    if (held_) {
+        held_sleepers_.push_back(self_);
+        RELEASE(this);
+        sleep("griddepcontrol.wait", at);
+        ACQUIRE(this);
+    }
+    waited_ = true;
+}
+
+// Sets up its threads, none of which has run.
+void Block::start(uint3 index, bool held) {
+    index_ = index;
+    held_ = held;
+    waited_ = false;
+    held_sleepers_.clear();
     error_.clear();
     live_ = threads_;
     head_ = count_ = 0;
@@ -104,8 +136,6 @@ std::string Block::run(uint3 index) {
 #if defined(EMULATOR_ASAN)
     __asan_poison_memory_region(shared_ + launch_.shared_bytes, capacity_ - launch_.shared_bytes);
 #endif
-    adopt(main_);
-    RELEASE(this);
     const dim3 size = launch_.block;
     for (int rank = 0; rank < threads_; ++rank) {
         Fiber& fiber = fibers_[rank];
@@ -121,9 +151,25 @@ std::string Block::run(uint3 index) {
         prepare(fiber.context, entry);
         wake(fiber);
     }
+}
+
+// Lets the threads run until none can, always on the same thread of the operating system.
+void Block::go() {
+    running = this;
+    blockIdx = index_;
+    blockDim = launch_.block;
+    gridDim = launch_.grid;
+    adopt(main_);
+    RELEASE(this);
     transfer(main_, next());
     ACQUIRE(this);
+    running = nullptr;
+}
+
+// What went wrong, once none can run.
+std::string Block::report() {
     if (error_.empty() && live_ > 0) error_ = "deadlock: " + who_waits_where();
+    if (error_.empty() && launch_.begins_early && !waited_) error_ = "ends without griddepcontrol.wait, in a kernel that may begin before the one before it has ended";
     if (error_.empty()) error_ = left_behind();
 #if defined(EMULATOR_ASAN)
     __asan_unpoison_memory_region(shared_, capacity_);
@@ -134,10 +180,9 @@ std::string Block::run(uint3 index) {
         if (touched != end)
             error_ = "wrote byte " + std::to_string(touched - shared_) + " of " + std::to_string(launch_.shared_bytes) + " bytes of shared memory";
     }
-    running = nullptr;
     if (error_.empty()) return {};
     char where[64];
-    std::snprintf(where, sizeof where, "block (%u, %u, %u): ", index.x, index.y, index.z);
+    std::snprintf(where, sizeof where, "block (%u, %u, %u): ", index_.x, index_.y, index_.z);
     return where + error_;
 }
 
@@ -272,6 +317,8 @@ void meet_barrier(const char* name, int id, int threads, Location at) {
     if (threads > block.threads_) fail("a barrier for more threads than the block has", at);
     block.meet(block.barriers_[id], -1, threads ? threads : block.threads_, name, false, nullptr, [](void**) {}, at);
 }
+
+void wait_for_grids(Location at) { current().wait_for_grids(at); }
 
 int lane() { return current().self_->rank % kWarp; }
 

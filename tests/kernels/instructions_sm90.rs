@@ -33,7 +33,14 @@ fn run(
         params.resize(params.len().next_multiple_of(64), 0);
     }
     for mode in Mode::all_with_products() {
-        let launch = Launch { kernel, grid, block: [threads, 1, 1], shared_bytes, params: &params };
+        let launch = Launch {
+            kernel,
+            grid,
+            block: [threads, 1, 1],
+            shared_bytes,
+            params: &params,
+            begins_early: false,
+        };
         // SAFETY: the callers' memory is as long as the kernels say.
         unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{mode:?}: {e}"));
         check(mode);
