@@ -111,6 +111,7 @@ pub struct TensorFile {
     path: PathBuf,
     file: File,
     data_start: u64,
+    data_len: u64,
     tensors: BTreeMap<String, TensorInfo>,
     metadata: HashMap<String, String>,
 }
@@ -158,7 +159,7 @@ impl TensorFile {
             tensors.insert(name, info.clone());
         }
         let metadata = header.metadata().clone().unwrap_or_default();
-        Ok(Self { path, file, data_start, tensors, metadata })
+        Ok(Self { path, file, data_start, data_len: expected, tensors, metadata })
     }
 
     /// Where the file is.
@@ -181,11 +182,26 @@ impl TensorFile {
         &self.metadata
     }
 
+    /// Bytes of all tensors together, those forgotten too.
+    pub fn data_len(&self) -> u64 {
+        self.data_len
+    }
+
     /// Reads one tensor, in the dtype it has in the file.
     ///
     /// # Errors
     /// When there is no such tensor, the file cannot be read, memory has no room for it, or candle lacks the dtype.
     pub fn read(&self, name: &str, device: &Device) -> Result<Tensor> {
+        self.read_with(name, device, |_| ())
+    }
+
+    /// As [`Self::read`], and shows the bytes as they are in the file.
+    pub(crate) fn read_with(
+        &self,
+        name: &str,
+        device: &Device,
+        see: impl FnOnce(&[u8]),
+    ) -> Result<Tensor> {
         let invalid =
             |e: &dyn std::fmt::Display| Error::file(&self.path, format!("tensor {name}: {e}"));
         let info = self.tensors.get(name).ok_or_else(|| invalid(&"not in the file"))?;
@@ -201,6 +217,7 @@ impl TensorFile {
         file.seek(SeekFrom::Start(self.data_start + start as u64))
             .and_then(|_| file.take((end - start) as u64).read_to_end(&mut bytes))
             .map_err(|e| Error::io(&self.path, e))?;
+        see(&bytes);
         let view =
             TensorView::new(info.dtype, info.shape.clone(), &bytes).map_err(|e| invalid(&e))?;
         candle_core::safetensors::Load::load(&view, device).map_err(|e| invalid(&e))

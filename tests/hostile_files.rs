@@ -398,3 +398,20 @@ fn huge_files_are_refused_by_their_headers() {
         is_mismatch(what, load(&mut Small::new(), &path).unwrap_err());
     }
 }
+
+/// A training state that truly has a terabyte is refused by its header, too.
+#[cfg(target_os = "linux")]
+#[test]
+fn huge_states_are_refused_by_their_headers() {
+    use candle_sam_lora::train::{AdamWConfig, Trainer};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let mut model = Small::new();
+    candle_sam_lora::nn::set_trainable(&mut model, &mut |_| true).unwrap();
+    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 1, Default::default()).unwrap();
+    sparse(&path, &[("parameter.layers.0.attn.q.weight", &[1 << 38])]);
+    let error = trainer.resume(&path).unwrap_err().to_string();
+    // 16 parameters with two moments each.
+    let said = "1099511627776 bytes of tensors; a state of this model has 192";
+    assert!(error.contains(said), "{error}");
+}

@@ -10,7 +10,7 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::{trainable, Linear, Mode, Node};
 use candle_sam_lora::{files, module_tree};
-use lora_support::blocks::{below, fixture, read, Net, F32_BOUND};
+use lora_support::blocks::{below, fixture, input, read, Net, F32_BOUND};
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::path::PathBuf;
 
@@ -29,10 +29,6 @@ fn tensors(kind: &str, part: &str) -> Tensors {
 
 fn config(kind: &str, part: &str) -> LoraConfig {
     LoraConfig::read(&folder(kind, part).join(CONFIG_FILE)).unwrap()
-}
-
-fn input() -> Tensor {
-    read("inputs.safetensors")["x"].clone()
 }
 
 /// Weight and `scaling B A` of the adapted layers.

@@ -10,24 +10,9 @@ use candle_sam_lora::lora::{
     unmerge, LoraConfig, BASE, CONFIG_FILE, TENSORS_FILE,
 };
 use candle_sam_lora::nn::{named_parameters, set_trainable, trainable, Mode};
-use lora_support::blocks::{adapter, below, facts, read, Net, F32_BOUND};
+use lora_support::blocks::{adapter, below, facts, input, loaded, read, Net, F32_BOUND, NAMES};
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::collections::BTreeSet;
-
-const NAMES: [&str; 10] =
-    ["a", "b", "c", "d", "e", "f", "conv", "conv_dropout", "conv_dora", "conv_dora_dropout"];
-
-fn loaded(names: &[&str]) -> Net {
-    let mut model = Net::base();
-    for name in names {
-        load_named_adapter(&mut model, name, &adapter(name)).unwrap();
-    }
-    model
-}
-
-fn input() -> Tensor {
-    read("inputs.safetensors")["x"].clone()
-}
 
 /// The combinations in the fixture, with their tensors.
 fn combinations() -> Vec<(Vec<String>, Tensors)> {

@@ -2,29 +2,13 @@
 
 mod lora_support;
 
-use candle_core::Tensor;
 use candle_sam_lora::lora::{
     active_adapters, add_weighted_adapter, load_named_adapter, save_named_adapter, set_adapter,
     Combination, MajoritySign, TaskArithmetic,
 };
 use candle_sam_lora::nn::{trainable, Mode, ModuleTree, Node};
-use lora_support::blocks::{adapter, below, facts, read, Net, F32_BOUND};
+use lora_support::blocks::{below, facts, input, loaded, read, Net, F32_BOUND, NAMES};
 use lora_support::{bits, relative_error, snapshot};
-
-const NAMES: [&str; 10] =
-    ["a", "b", "c", "d", "e", "f", "conv", "conv_dropout", "conv_dora", "conv_dora_dropout"];
-
-fn loaded(names: &[&str]) -> Net {
-    let mut model = Net::base();
-    for name in names {
-        load_named_adapter(&mut model, name, &adapter(name)).unwrap();
-    }
-    model
-}
-
-fn input() -> Tensor {
-    read("inputs.safetensors")["x"].clone()
-}
 
 /// The sum of a case in the fixture.
 fn combination(facts: &serde_json::Value) -> Combination {

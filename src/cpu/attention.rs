@@ -14,8 +14,9 @@
 //! belongs to its place. Sums that cross units (tables, pad) are taken in the order of the units.
 
 use super::buffer::Buffer;
+pub use super::head::Inputs;
 use super::head::{Block, Head, Pass, Tables, Tile};
-use super::math::dot;
+use super::math::{add, dot};
 use super::panel::{panel, Into, Left, Right};
 use super::simd::padded;
 use super::softmax::{apply, Gradient, Online, Row};
@@ -33,18 +34,6 @@ const TILE_M: usize = 6;
 fn block_rows(queries: usize) -> usize {
     let blocks = queries.div_ceil(BLOCK_M).max(1);
     queries.div_ceil(blocks).next_multiple_of(TILE_M).max(TILE_M)
-}
-
-/// The inputs: `qkv [batch, h, w, 3, heads, d]`, tables `[2 side - 1, d]` or empty, `pad [3, heads, d]` or empty
-/// (zero).
-#[derive(Clone, Copy)]
-pub struct Inputs<'a> {
-    /// Packed q, k, v of the grid's tokens.
-    pub qkv: &'a [f32],
-    /// `rel_pos_h`, then `rel_pos_w`.
-    pub tables: &'a [f32],
-    /// The qkv of a padded token.
-    pub pad: &'a [f32],
 }
 
 /// Gradients of [`Inputs`]; `tables` and `pad` are empty where the input is.
@@ -273,10 +262,4 @@ fn to_grid(p: &AttentionProblem, slabs: &[f32], d: usize, parts: usize) -> Buffe
         }
     });
     grid
-}
-
-pub(super) fn add(sum: &mut [f32], part: &[f32]) {
-    for (sum, part) in sum.iter_mut().zip(part) {
-        *sum += part;
-    }
 }

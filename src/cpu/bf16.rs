@@ -6,8 +6,7 @@
 //! Two neighbours in k make a pair of 32 bits. A pair travels as the f32 of the same bits, which is never computed
 //! with, so that packing and blocking are those of f32 with half the depth.
 
-use super::blocked::PANEL;
-use super::panel::Into;
+use super::panel::{Into, PANEL};
 
 /// Whether this machine has the instruction; without it f32 is faster.
 pub fn available() -> bool {

@@ -9,12 +9,10 @@
 
 use super::bf16;
 use super::buffer::Buffer;
-use super::panel::{panel, Into, Left, Right};
+use super::panel::{panel, Into, Left, Right, PANEL};
 use super::simd::padded;
 use rayon::prelude::*;
 
-/// Columns of one panel: four AVX-512 vectors.
-pub const PANEL: usize = 64;
 /// Rows of one block.
 pub const ROWS: usize = 192;
 /// Depth of one product: a panel of this depth stays in the second-level cache.

@@ -10,8 +10,8 @@
 //! In a reversed table the rows a query at row y needs, `R[y - kh + side - 1]` for kh = 0, 1, .., are consecutive
 //! from `side - 1 - y`: its biases are one stretch of `q R^T`, ready to be read as vectors.
 
-use super::attention::{add, Inputs};
 use super::buffer::Buffer;
+use super::math::add;
 use super::panel::{panel, Into, Left, Right};
 use super::simd::{padded, MAX_LANES};
 use crate::problem::AttentionProblem;
@@ -20,6 +20,18 @@ use std::ops::Range;
 
 /// Keys of one tile, at most, unless a single window row is longer.
 const BLOCK_N: usize = 512;
+
+/// The inputs: `qkv [batch, h, w, 3, heads, d]`, tables `[2 side - 1, d]` or empty, `pad [3, heads, d]` or empty
+/// (zero).
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Packed q, k, v of the grid's tokens.
+    pub qkv: &'a [f32],
+    /// `rel_pos_h`, then `rel_pos_w`.
+    pub tables: &'a [f32],
+    /// The qkv of a padded token.
+    pub pad: &'a [f32],
+}
 
 /// Which keys and values are wanted, and how.
 #[derive(Clone, Copy, PartialEq, Eq)]

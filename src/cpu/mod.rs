@@ -23,5 +23,5 @@ pub fn add_in_parallel(sum: &mut [f32], part: &[f32]) {
     const CHUNK: usize = 1 << 16;
     sum.par_chunks_mut(CHUNK)
         .zip(part.par_chunks(CHUNK))
-        .for_each(|(sum, part)| attention::add(sum, part));
+        .for_each(|(sum, part)| math::add(sum, part));
 }

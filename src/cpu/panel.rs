@@ -20,6 +20,9 @@ pub enum Left<'a> {
 #[derive(Clone, Copy)]
 pub struct Right<'a>(pub &'a [f32], pub usize);
 
+/// Columns of one panel of a packed matrix: four AVX-512 vectors.
+pub const PANEL: usize = 64;
+
 /// Whether the old values of C are replaced or added to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Into {

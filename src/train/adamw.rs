@@ -185,6 +185,12 @@ impl AdamW {
         Ok(state)
     }
 
+    /// Bytes of the tensors of [`state`](Self::state).
+    pub(super) fn state_bytes(&self) -> u64 {
+        let tensors = self.slots.iter().flat_map(Slot::tensors);
+        tensors.map(|(_, t)| (t.elem_count() * t.dtype().size_in_bytes()) as u64).sum()
+    }
+
     /// Puts back what [`state`](Self::state) gave after `steps` steps.
     ///
     /// # Errors

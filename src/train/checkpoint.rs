@@ -12,9 +12,10 @@
 
 use super::checksum::Checksum;
 use super::{Evaluated, Scores};
-use crate::{files, Error, Result};
+use crate::files::{self, TensorFile};
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use safetensors::{SafeTensors, View};
+use safetensors::View;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
@@ -81,31 +82,31 @@ impl State {
     /// # Errors
     /// When the file cannot be read, is truncated or damaged, or is no training state.
     pub fn load(path: &Path, device: &Device) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        Self::read(&TensorFile::open(path)?, device)
+    }
+
+    /// Reads the state in a file whose header has been looked at.
+    pub(super) fn read(file: &TensorFile, device: &Device) -> Result<Self> {
         let invalid = |e: &dyn std::fmt::Display| {
-            Error::file(path, format!("not a training state, or a damaged one: {e}"))
+            let message = format!("not a training state, or a damaged one: {e}");
+            Error::file(file.path(), message)
         };
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| invalid(&e))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| invalid(&e))?;
-        let header = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
-        let (expected, header) = header
-            .and_then(|text| text.split_once(' '))
-            .ok_or_else(|| invalid(&"the metadata entry `state` is missing"))?;
-        let views: BTreeMap<_, _> = file.tensors().into_iter().collect();
+        let (expected, header) =
+            (file.metadata().get(KEY))
+                .and_then(|text| text.split_once(' '))
+                .ok_or_else(|| invalid(&"the metadata entry `state` is missing"))?;
         let mut checksum = Checksum::new();
         checksum.add(KEY, header.as_bytes());
-        views.iter().for_each(|(name, view)| checksum.add(name, view.data()));
+        let mut tensors = BTreeMap::new();
+        for name in file.tensors().keys() {
+            let tensor = file.read_with(name, device, |data| checksum.add(name, data))?;
+            tensors.insert(name.clone(), tensor);
+        }
         if checksum.to_string() != expected {
             return Err(invalid(&"its checksum is wrong"));
         }
         let Header { step, seed, settings } =
             serde_json::from_str(header).map_err(|e| invalid(&e))?;
-        let mut tensors = BTreeMap::new();
-        for (name, view) in &views {
-            let tensor = candle_core::safetensors::Load::load(view, device)
-                .map_err(|e| invalid(&format!("tensor {name}: {e}")))?;
-            tensors.insert(name.clone(), tensor);
-        }
         let losses = tensors.remove(LOSSES).ok_or_else(|| invalid(&"`losses` is missing"))?;
         let losses = losses.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
         let evaluations = match tensors.remove(EVALUATIONS) {

@@ -11,6 +11,7 @@
 use super::checkpoint::previous;
 use super::checksum::Checksum;
 use super::{AdamW, AdamWConfig, Draws, Evaluated, Gradients, Schedule, Scores, State};
+use crate::files::TensorFile;
 use crate::nn::{trainable, Mode, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{bail, Device, Tensor};
@@ -199,9 +200,9 @@ impl Trainer {
     /// When both are damaged, or the state was written with another seed, other settings or another model; nothing was
     /// changed then.
     pub fn resume(&mut self, path: &Path) -> Result<Option<Error>> {
-        match State::load(path, &Device::Cpu) {
+        match self.read(path) {
             Ok(state) => self.go_on(path, state).map(|()| None),
-            Err(damage) => match State::load(&previous(path), &Device::Cpu) {
+            Err(damage) => match self.read(&previous(path)) {
                 Ok(state) => {
                     self.go_on(&previous(path), state)?;
                     // Or the next state saved would push the damaged one into the place of this one.
@@ -219,14 +220,28 @@ impl Trainer {
     /// # Errors
     /// As [`resume`](Self::resume).
     pub fn go_back(&mut self, path: &Path) -> Result<()> {
-        let newest = State::load(path, &Device::Cpu)?;
+        let newest = self.read(path)?;
         if newest.step < self.steps() {
             return self.go_on(path, newest);
         }
-        match State::load(&previous(path), &Device::Cpu) {
+        match self.read(&previous(path)) {
             Ok(state) => self.go_on(&previous(path), state),
             Err(_) => self.go_on(path, newest),
         }
+    }
+
+    /// The state at `path`, unless its header says that it is no run's of this model: it is read whole before its checksum
+    /// can be told.
+    fn read(&self, path: &Path) -> Result<State> {
+        // Losses and evaluations come on top: four bytes and 32 a step at most.
+        const HISTORY: u64 = 1 << 30;
+        let file = TensorFile::open(path)?;
+        let (found, own) = (file.data_len(), self.optimizer.state_bytes());
+        if found > own + HISTORY {
+            let message = format!("{found} bytes of tensors; a state of this model has {own}");
+            return Err(Error::file(path, message));
+        }
+        State::read(&file, &Device::Cpu)
     }
 
     fn go_on(&mut self, path: &Path, state: State) -> Result<()> {

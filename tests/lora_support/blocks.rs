@@ -2,12 +2,17 @@
 
 use super::{fill, fixtures, read_tensors, Tensors};
 use candle_core::{DType, Device, Tensor};
+use candle_sam_lora::lora::load_named_adapter;
 use candle_sam_lora::nn::{Conv2d, ConvTranspose2d, LayerNorm, Linear, Mode};
 use candle_sam_lora::{module_tree, Result};
 use std::path::PathBuf;
 
 /// f32 against f64 over ten layers in a row with adapters as strong as the weights: a hundred roundings of 6e-8.
 pub const F32_BOUND: f32 = 6e-6;
+
+/// Every adapter that PEFT wrote for it.
+pub const NAMES: [&str; 10] =
+    ["a", "b", "c", "d", "e", "f", "conv", "conv_dropout", "conv_dora", "conv_dora_dropout"];
 
 #[derive(Clone)]
 pub struct Block {
@@ -50,6 +55,19 @@ pub fn adapter(name: &str) -> PathBuf {
 
 pub fn read(name: &str) -> Tensors {
     read_tensors(&fixture(name))
+}
+
+/// The model with these adapters, the first of them active.
+pub fn loaded(names: &[&str]) -> Net {
+    let mut model = Net::base();
+    for name in names {
+        load_named_adapter(&mut model, name, &adapter(name)).unwrap();
+    }
+    model
+}
+
+pub fn input() -> Tensor {
+    read("inputs.safetensors")["x"].clone()
 }
 
 /// What a fixture's metadata says under `key`.

@@ -7,10 +7,11 @@
 //! Gradients of the small tensors are summed within a group of consecutive rows, then over the groups, in order.
 
 use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
-use crate::cpu::attention::add;
 use crate::cpu::bf16;
-use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, PANEL, ROWS};
+use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, ROWS};
 use crate::cpu::buffer::Buffer;
+use crate::cpu::math::add;
+use crate::cpu::panel::PANEL;
 use crate::cpu::simd::padded;
 use crate::problem::small_layout;
 use crate::problem::Activation;

@@ -7,10 +7,11 @@
 //! Kept for the backward: S, and with an activation the sum before it.
 
 use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
-use crate::cpu::attention::add;
 use crate::cpu::bf16;
-use crate::cpu::blocked::{accumulate, Packed, Term, PANEL, ROWS};
+use crate::cpu::blocked::{accumulate, Packed, Term, ROWS};
 use crate::cpu::buffer::Buffer;
+use crate::cpu::math::add;
+use crate::cpu::panel::PANEL;
 use crate::cpu::simd::padded;
 use crate::problem::Activation;
 use crate::problem::LoraProblem;

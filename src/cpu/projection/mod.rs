@@ -12,10 +12,11 @@ mod forward;
 pub use backward::backward;
 pub use forward::forward;
 
-use super::attention::add;
 use super::bf16;
-use super::blocked::{Packed, PANEL};
+use super::blocked::Packed;
 use super::buffer::Buffer;
+use super::math::add;
+use super::panel::PANEL;
 use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
 use half::slice::HalfFloatSliceExt;
 use std::borrow::Cow;
