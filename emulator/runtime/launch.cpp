@@ -7,7 +7,7 @@
 #include <mutex>
 #include <thread>
 
-#include "block.h"
+#include "cluster.h"
 
 namespace emulator {
 
@@ -26,18 +26,19 @@ Registration::Registration(const char* name, size_t params_bytes, void (*run)(co
     kernels()[name] = {params_bytes, run, max_threads};
 }
 
-// The blocks are independent; the report is that of the first one that fails, so it does not depend on their timing.
-static std::string run_blocks(const Launch& launch, unsigned workers) {
-    const uint64_t total = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+// The clusters are independent; the report is that of the first one that fails, so it does not depend on their timing.
+static std::string run_clusters(const Launch& launch, unsigned workers) {
+    const unsigned columns = launch.grid.x / launch.cluster;
+    const uint64_t total = uint64_t(columns) * launch.grid.y * launch.grid.z;
     std::atomic<uint64_t> next{0}, failed{total};
     std::mutex mutex;
     std::string report;
     const auto work = [&] {
         try {
-            Block block(launch);
+            Cluster cluster(launch);
             for (uint64_t i; (i = next++) < total && i < failed;) {
-                const uint3 index{unsigned(i % launch.grid.x), unsigned(i / launch.grid.x % launch.grid.y), unsigned(i / launch.grid.x / launch.grid.y)};
-                const std::string error = block.run(index);
+                const uint3 first{unsigned(i % columns) * launch.cluster, unsigned(i / columns % launch.grid.y), unsigned(i / columns / launch.grid.y)};
+                const std::string error = cluster.run(first);
                 std::lock_guard lock(mutex);
                 if (!error.empty() && i < failed) {
                     failed = i;
@@ -63,11 +64,11 @@ struct Arguments {
     const void* params;
     uint64_t params_bytes, seed;
     uint32_t grid[3], block[3];
-    uint32_t shared_bytes, early, early_products, workers;
+    uint32_t shared_bytes, cluster, early, early_products, workers;
 };
 
 static std::string launch_by_name(const Arguments& arguments) {
-    const auto& [name, params, params_bytes, seed, g, b, shared_bytes, early, early_products, workers] = arguments;
+    const auto& [name, params, params_bytes, seed, g, b, shared_bytes, cluster, early, early_products, workers] = arguments;
     const dim3 grid{g[0], g[1], g[2]}, block{b[0], b[1], b[2]};
     const auto found = kernels().find(name);
     if (found == kernels().end()) return "no such kernel";
@@ -78,11 +79,13 @@ static std::string launch_by_name(const Arguments& arguments) {
     if (threads == 0 || threads % kWarp || threads > uint64_t(kernel.max_threads))
         return "a block of " + std::to_string(threads) + " threads; expected a multiple of 32, at most " + std::to_string(kernel.max_threads);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return "a grid that no device has";
+    if (cluster == 0 || cluster > 8) return "a cluster of " + std::to_string(cluster) + " blocks; 1 to 8 run on every device that has clusters";
+    if (grid.x % cluster) return "a grid of " + std::to_string(grid.x) + " blocks along x is not one of clusters of " + std::to_string(cluster);
     if (shared_bytes > 227 * 1024) return std::to_string(shared_bytes) + " bytes of shared memory; a block has at most 227 KiB";
     std::vector<uint64_t> aligned((params_bytes + 7) / 8 + 8);
     auto* copy = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(aligned.data()) + 63) / 64 * 64);
     std::memcpy(copy, params, params_bytes);
-    return run_blocks({kernel.run, copy, grid, block, shared_bytes, {early != 0, early_products != 0, seed}}, workers);
+    return run_clusters({kernel.run, copy, grid, block, cluster, shared_bytes, {early != 0, early_products != 0, seed}}, workers);
 }
 
 }  // namespace emulator

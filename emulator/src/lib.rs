@@ -77,6 +77,8 @@ pub struct Launch<'a> {
     pub block: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, along x.
+    pub cluster: u32,
     /// The bytes of its params struct.
     pub params: &'a [u8],
 }
@@ -91,6 +93,7 @@ struct Arguments {
     grid: [u32; 3],
     block: [u32; 3],
     shared_bytes: u32,
+    cluster: u32,
     early: u32,
     early_products: u32,
     workers: u32,
@@ -155,6 +158,7 @@ impl Emulator {
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
+            cluster: launch.cluster,
             early: u32::from(mode.timing == Timing::Early),
             early_products: u32::from(mode.products == Timing::Early),
             workers: self.workers,

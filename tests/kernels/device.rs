@@ -49,9 +49,9 @@ impl Backend for Device<'_> {
         for (start, map) in &launch.tensor_maps {
             params[*start..][..128].copy_from_slice(&encode(map).map_err(candle_core::Error::msg)?);
         }
-        let Launch { kernel, grid, block, shared_bytes, .. } = launch;
-        let (grid, block, shared_bytes) = (*grid, *block, *shared_bytes);
-        let launch = EmulatorLaunch { kernel, grid, block, shared_bytes, params: &params };
+        let &Launch { ref kernel, grid, block, shared_bytes, cluster, .. } = launch;
+        let params = &params;
+        let launch = EmulatorLaunch { kernel, grid, block, shared_bytes, cluster, params };
         self.emulator.launch(&launch, self.mode).map_err(candle_core::Error::msg)
     }
 }
