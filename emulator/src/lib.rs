@@ -86,6 +86,8 @@ pub struct Launch<'a> {
     pub block: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, along x.
+    pub cluster: u32,
     /// The bytes of its params struct.
     pub params: &'a [u8],
     /// Whether it may begin before the launch before it has ended, for which every block of it then has to wait.
@@ -102,6 +104,7 @@ struct Arguments {
     grid: [u32; 3],
     block: [u32; 3],
     shared_bytes: u32,
+    cluster: u32,
     begins_early: u32,
     early: u32,
     early_products: u32,
@@ -191,6 +194,7 @@ impl Emulator {
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
+            cluster: launch.cluster,
             begins_early: launch.begins_early.into(),
             early: u32::from(mode.timing == Timing::Early),
             early_products: u32::from(mode.products == Timing::Early),

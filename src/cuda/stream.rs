@@ -57,14 +57,22 @@ fn driver_version() -> Option<i32> {
 /// What a launch asks of the driver beside its size.
 fn attributes(launch: &Launch, capability: Option<(i32, i32)>) -> Vec<CUlaunchAttribute> {
     let mut attributes = Vec::new();
-    let mut add = |id, set: fn(&mut CUlaunchAttributeValue)| {
+    let mut add = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {
         let mut value = CUlaunchAttributeValue { pad: [0; 64] };
         set(&mut value);
         attributes.push(CUlaunchAttribute { id, pad: [0; 4], value });
     };
     if launch.begins_early && dependents_begin_early(capability, driver_version()) {
         let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        add(id, |value| value.programmaticStreamSerializationAllowed = 1);
+        add(id, &|value| value.programmaticStreamSerializationAllowed = 1);
+    }
+    if launch.cluster > 1 {
+        let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        add(id, &|value| {
+            value.clusterDim.x = launch.cluster;
+            value.clusterDim.y = 1;
+            value.clusterDim.z = 1;
+        });
     }
     attributes
 }

@@ -79,6 +79,7 @@ impl<'a> Device<'a> {
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
+            cluster: launch.cluster,
             params: &params,
             begins_early: launch.begins_early,
         };
