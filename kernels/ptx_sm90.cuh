@@ -186,10 +186,6 @@ template <bool Trans = false> PTX void stmatrix_x2(void* row, const uint32_t (&r
         asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(cvta_shared(row)), "r"(r[0]), "r"(r[1]) : "memory");
 }
 
-// Programmatic dependent launch: lets the next kernel begin; waits for the end of the one before.
-PTX void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-PTX void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 }  // namespace ptx
 #undef PTX
 #endif

@@ -75,6 +75,7 @@ fn run(name: &str, original: &str, planted: &str) -> Outcomes {
             shared_bytes: 50176,
             cluster: 1,
             params: &params,
+            begins_early: false,
         };
         // SAFETY: the memory lives, and is as long as the sizes say.
         unsafe { emulator.launch(&launch, mode) }?;
@@ -192,6 +193,7 @@ fn run_store(name: &str, original: &str, planted: &str) -> Vec<(Mode, Result<(),
         shared_bytes: 768,
         cluster: 1,
         params: &params,
+        begins_early: false,
     };
     // SAFETY: the memory lives, and is as long as the kernel says.
     let run = |mode| unsafe { emulator.launch(&launch, mode) };

@@ -25,6 +25,7 @@ struct Launch {
     dim3 grid, block;
     unsigned cluster;  // blocks of one, along x
     size_t shared_bytes;
+    bool begins_early;  // before the kernel before it has ended, for which it has to wait
     Mode mode;
     int threads() const { return int(block.x * block.y * block.z); }
 };
@@ -138,6 +139,7 @@ struct Block {
     std::vector<int> registers_;              // of a warp's threads
     int free_registers_ = 0;
     std::vector<Fiber*> register_sleepers_;
+    bool waited_ = false;  // some thread, for the kernel before
 
 private:
     void join(Group& group, int size, const char* name, bool same_line, Location at);

@@ -15,13 +15,27 @@ Cluster::Cluster(const Launch& launch) : launch_(launch), ready_(size_t(launch.t
 }
 
 std::string Cluster::run(uint3 first) {
-    start(first);
+    start(first, false);
+    go();
+    return report();
+}
+
+std::string Cluster::begin(uint3 first) {
+    start(first, true);
+    go();
+    return error_.empty() && live_ > 0 && !held_sleepers_.empty() ? std::string() : report();
+}
+
+std::string Cluster::end() {
+    held_ = false;
+    for (Fiber* fiber : held_sleepers_) wake(*fiber);
+    held_sleepers_.clear();
     go();
     return report();
 }
 
 // Sets up the blocks, none of whose threads has run.
-void Cluster::start(uint3 first) {
+void Cluster::start(uint3 first, bool held) {
     error_.clear();
     live_ = int(ready_.size());
     head_ = count_ = 0;
@@ -29,6 +43,8 @@ void Cluster::start(uint3 first) {
     phase_ = 0;
     arrived_ = 0;
     sleepers_.clear();
+    held_ = held;
+    held_sleepers_.clear();
     loads_.clear();
     for (auto& block : blocks_) {
         block->begin({first.x + block->rank_, first.y, first.z});
@@ -158,6 +174,15 @@ void Cluster::wait(Location at) {
         sleep(self, "barrier.cluster.wait", at);
     }
     self.arrived = false;
+    sync_acquire(this);
+}
+
+void Cluster::wait_for_grids(Location at) {
+    if (!held_) return;
+    Fiber& self = *current().self_;
+    held_sleepers_.push_back(&self);
+    sync_release(this);
+    sleep(self, "griddepcontrol.wait", at);
     sync_acquire(this);
 }
 

@@ -12,6 +12,9 @@ struct Cluster {
 
     // Runs the blocks from this index on, along x; what went wrong, or nothing.
     std::string run(uint3 first);
+    // The same in two steps: as far as they get before the kernel before it has ended, and the rest.
+    std::string begin(uint3 first);
+    std::string end();
 
     // The other threads' turn, until somebody wakes this one.
     void sleep(Fiber& self, const char* name, Location at);
@@ -23,6 +26,9 @@ struct Cluster {
     void arrive(Location at);
     void wait(Location at);
 
+    // griddepcontrol.wait
+    void wait_for_grids(Location at);
+
     void start_load(std::function<void()> copy);
 
     const Launch& launch_;
@@ -31,7 +37,7 @@ struct Cluster {
 
 private:
     static void entry();
-    void start(uint3 first);
+    void start(uint3 first, bool held);
     void go();
     std::string report();
     Fiber* next();
@@ -46,6 +52,8 @@ private:
     Context main_;
     int live_ = 0, arrived_ = 0;
     std::vector<Fiber*> sleepers_;              // at the barrier
+    bool held_ = false;                         // the kernel before has not ended
+    std::vector<Fiber*> held_sleepers_;         // until it has
     std::vector<std::function<void()>> loads_;  // bulk copies that have not landed
     std::string error_;
 };

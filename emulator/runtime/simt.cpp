@@ -90,6 +90,7 @@ void Block::begin(uint3 index) {
     registers_.assign(warps_.size(), std::min(255, (64 << 10) / threads_ / 8 * 8));
     free_registers_ = 0;
     register_sleepers_.clear();
+    waited_ = false;
     std::memset(shared_, 0xFF, capacity_);
 #if defined(EMULATOR_ASAN)
     __asan_poison_memory_region(shared_ + launch_.shared_bytes, capacity_ - launch_.shared_bytes);
@@ -114,6 +115,7 @@ std::string Block::end(bool failed) {
     __asan_unpoison_memory_region(shared_, capacity_);
 #endif
     if (failed) return {};
+    if (launch_.begins_early && !waited_) return name() + "ends without griddepcontrol.wait, in a kernel that may begin before the one before it has ended";
     const std::string left = left_behind();
     if (!left.empty()) return name() + left;
     const auto* end = shared_ + capacity_;
@@ -212,6 +214,12 @@ void meet_barrier(const char* name, int id, int threads, Location at) {
     Block& block = current();
     if (threads > block.threads_) fail("a barrier for more threads than the block has", at);
     block.meet(block.barriers_[id], -1, threads ? threads : block.threads_, name, false, nullptr, [](void**) {}, at);
+}
+
+void wait_for_grids(Location at) {
+    Block& block = current();
+    block.cluster_.wait_for_grids(at);
+    block.waited_ = true;
 }
 
 int lane() { return current().self_->rank % kWarp; }

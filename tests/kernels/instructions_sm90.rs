@@ -49,7 +49,8 @@ fn run_clusters(
     }
     for mode in Mode::all_with_products() {
         let (block, params) = ([threads, 1, 1], &params);
-        let launch = Launch { kernel, grid, block, shared_bytes, cluster, params };
+        let launch =
+            Launch { kernel, grid, block, shared_bytes, cluster, params, begins_early: false };
         // SAFETY: the callers' memory is as long as the kernels say.
         unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{mode:?}: {e}"));
         check(mode);

@@ -38,7 +38,15 @@ fn run_clusters(name: &str, original: &str, planted: &str, cluster: u32) -> Outc
         }
         let (grid, block, shared_bytes) = ([2, 1, 1], [64, 1, 1], 5120);
         let kernel = "cluster_sm90";
-        let launch = Launch { kernel, grid, block, shared_bytes, cluster, params: &params };
+        let launch = Launch {
+            kernel,
+            grid,
+            block,
+            shared_bytes,
+            cluster,
+            params: &params,
+            begins_early: false,
+        };
         // SAFETY: the memory lives, and is as long as the sizes say.
         unsafe { emulator.launch(&launch, mode) }?;
         let out = out.values(DType::F32);

@@ -117,8 +117,4 @@ template <int Count, bool Trans> void stmatrix(const char* name, void* row, cons
 template <bool Trans = false> void stmatrix_x4(void* row, const uint32_t (&r)[4], EMULATOR_LOCATION) { detail::stmatrix<4, Trans>("stmatrix.x4", row, r, at); }
 template <bool Trans = false> void stmatrix_x2(void* row, const uint32_t (&r)[2], EMULATOR_LOCATION) { detail::stmatrix<2, Trans>("stmatrix.x2", row, r, at); }
 
-// Launches follow one another here, so there is nothing to wait for.
-inline void griddepcontrol_launch_dependents() {}
-inline void griddepcontrol_wait() {}
-
 }  // namespace ptx
