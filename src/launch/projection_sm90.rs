@@ -425,4 +425,45 @@ mod tests {
         assert!(forward(&odd, DType::F16, &operands)?.is_none());
         Ok(())
     }
+
+    #[test]
+    fn the_gradient_of_x_copies_g_and_the_weights_alone() -> Result<()> {
+        let lora = LoraProblem { rank: 3, scaling: 1.0, dropout: None, bias: false };
+        let part = |lora| ProjectionProblem { out_dim: 192, bias: true, lora };
+        let parts = [part(Some(lora)), part(None)];
+        let activation = Activation::Identity;
+        let problem = Problem { rows: 1000, in_dim: 200, projections: &parts, activation };
+        let operands = BackwardOperands {
+            x: 256,
+            weights: &[512, 768],
+            small: 2052, // f32 of any alignment
+            low_rank: 0,
+            sum: 0,
+            dout: 4096,
+            dx: 8192,
+            dsmall: 0,
+            workspace: 1 << 16,
+        };
+        let backward = |tile, operands: &BackwardOperands<'_>| {
+            backward_with(tile, &problem, DType::BF16, operands, 5)
+        };
+        for tile in BACKWARD_TILES {
+            let launches = backward(tile, &operands)?.unwrap();
+            let [ds, dx] = &launches[..] else { panic!("{}", launches.len()) };
+            assert_eq!(ds.kernel, "low_rank_grad_64x16_bf16");
+            assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
+            assert_eq!((dx.grid, dx.tensor_maps.len()), ([5, 1, 1], 2 + 2 + 1));
+            let end = |(start, _): &(usize, TensorMap)| start + 128;
+            assert!(dx.tensor_maps.iter().map(end).max() <= Some(dx.params.len()));
+            for operands in [
+                BackwardOperands { dout: 4104, ..operands },
+                BackwardOperands { dx: 8200, ..operands },
+                BackwardOperands { workspace: (1 << 16) + 4, ..operands },
+                BackwardOperands { weights: &[512, 776], ..operands },
+            ] {
+                assert!(backward(tile, &operands)?.is_none());
+            }
+        }
+        Ok(())
+    }
 }
