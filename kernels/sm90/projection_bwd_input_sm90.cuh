@@ -7,9 +7,8 @@
 // through the dropout mask into the accumulators of wgmma, which lie alike.
 //
 // dS and a do not pass through the ring of stages: each warp reads its rows of dS and the tile's columns of a from global
-// memory when the tile's other products are done. They are small (12 KB of a for rank 16 and 192 columns) and every warp
-// of the tile wants the same a, so they come from the L1 cache; the producer is at the next tile's operands by then, and
-// nothing of the epilogue belongs to a turn, so that the warpgroups may take tiles in turn.
+// memory, when the tile's other products are done. All warps want the same few KB of a (12 for rank 16 and 192 columns),
+// which the L1 cache has. So the ring is the next tile's by then, and the warpgroups can take tiles in turn.
 #pragma once
 #include "dropout_fragment.cuh"
 #include "projection_sm90.cuh"
