@@ -49,6 +49,8 @@ template <class Tile> __device__ __forceinline__ void drop_tile(typename Tile::S
 // Block (i tile, j tile, part and split).
 template <class Tile> __device__ __forceinline__ void low_rank(const LowRankParams& params) {
     using T = typename Tile::T;
+    // Who takes the result begins beside the last of these blocks, and waits for it.
+    ptx::griddepcontrol_launch_dependents();
     constexpr int kStages = Tile::kStages;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
     const uint32_t split = blockIdx.z % params.splits;

@@ -111,6 +111,23 @@ template <class T> PTX T shfl_xor(T value, int lane_mask) { return __shfl_xor_sy
 template <class T> PTX T shfl_idx(T value, int lane) { return __shfl_sync(~0u, value, lane); }
 template <class T> PTX T shfl_down(T value, int delta) { return __shfl_down_sync(~0u, value, delta); }
 
+// --- programmatic dependent launch, docs/kernels.md; before Hopper nothing: there kernels follow one another --------------
+
+// Lets the next kernel begin, if it may, once all blocks have come here or ended.
+PTX void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernels before this one have ended, and what they wrote can be read.
+PTX void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// --- the rest ----------------------------------------------------------------------------------------------------------
+
 // No instruction: the same value, of which the compiler knows nothing.
 PTX uint32_t hide(uint32_t x) {
     asm volatile("" : "+r"(x));

@@ -41,6 +41,12 @@ PTX void mbarrier_wait_parity(mbarrier& bar, uint32_t parity) {
                      : "=r"(ended) : "r"(cvta_shared(&bar)), "r"(parity) : "memory");
     } while (!ended);
 }
+// Arrives at the barrier at the same place in the shared memory of that block of the cluster. It tells that reads of wgmma
+// have been waited for; no write of this thread is released to the other block, which would take a fence of the whole GPU.
+PTX void mbarrier_arrive_cluster(mbarrier& bar, uint32_t rank) {
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote];}"
+                 ::"r"(cvta_shared(&bar)), "r"(rank) : "memory");
+}
 PTX void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -64,6 +70,15 @@ template <class... C> PTX void cp_async_bulk_tensor(void* dst, const EncodedTens
     LOAD(4, "%3, %4, %5, %6", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))
     LOAD(5, "%3, %4, %5, %6, %7", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4]))
 #undef LOAD
+}
+
+// The same to the same places in the shared memory of all blocks of the cluster that the mask names, each of which counts
+// the bytes on its own barrier.
+template <class... C> PTX void cp_async_bulk_tensor_multicast(void* dst, const EncodedTensorMap& map, mbarrier& bar, uint16_t mask, C... coordinates) {
+    const int c[] = {int(coordinates)...};
+    static_assert(sizeof...(C) == 2);
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+                 ::"r"(cvta_shared(dst)), "l"(&map), "r"(cvta_shared(&bar)), "r"(c[0]), "r"(c[1]), "h"(mask) : "memory");
 }
 
 // A tile from shared memory into the tensor; what lies outside of it is left out. Part of a bulk group of this thread.
@@ -126,6 +141,19 @@ template <int N> PTX void wgmma_pin(float (&d)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// --- clusters: blocks that run at the same time and reach each other's shared memory ------------------------------------
+
+// This block's rank in its cluster, counted along x first.
+PTX uint32_t cluster_ctarank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// The barrier between all threads of a cluster; those that have ended do not count. Of what was done before, it orders
+// what fence_mbarrier_init did.
+PTX void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
 // --- the rest ----------------------------------------------------------------------------------------------------------
 
 // Registers a thread of this warpgroup may use from here on, a multiple of 8; the others' sum decides what there is.
@@ -164,10 +192,6 @@ template <bool Trans = false> PTX void stmatrix_x2(void* row, const uint32_t (&r
     else
         asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(cvta_shared(row)), "r"(r[0]), "r"(r[1]) : "memory");
 }
-
-// Programmatic dependent launch: lets the next kernel begin; waits for the end of the one before.
-PTX void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-PTX void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace ptx
 #undef PTX

@@ -38,10 +38,12 @@ export -f compile
   true
 } | xargs -P "$(nproc)" -L 1 bash -c 'compile "$1" "$2" || exit 255' _
 
-# Those are there for Hopper's products and bulk copies; the windows', which are bound by memory, for its shared memory.
+# Those are there for Hopper's products and bulk copies, some to wait themselves for the kernel before (ACQBULK); the
+# windows', which are bound by memory, for its shared memory.
 for source in kernels/sm90/*.cu; do
   case $source in
     *_window_*) instructions="HMMA LDGSTS" ;;
+    */projection_fwd_*) instructions="HGMMA UTMALDG ACQBULK" ;;
     *) instructions="HGMMA UTMALDG" ;;
   esac
   sass=$("$(dirname "$nvcc")/cuobjdump" --dump-sass "$out/${source%.cu}-sm_90a.cubin")

@@ -65,7 +65,15 @@ fn run(folder: &Path, shared_bytes: u32) -> Outcomes {
             bytes.extend_from_slice(bytemuck::bytes_of(&params.1));
             let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, 1];
             let (kernel, block, params) = ("gemm_bf16", [128, 1, 1], &bytes);
-            let launch = Launch { kernel, grid, block, shared_bytes, params };
+            let launch = Launch {
+                kernel,
+                grid,
+                block,
+                shared_bytes,
+                cluster: 1,
+                params,
+                begins_early: false,
+            };
             // SAFETY: the vectors live, and are as long as the sizes say.
             let status = unsafe { emulator.launch(&launch, mode) };
             let error = || {

@@ -36,7 +36,8 @@ KERNEL(projection_bwd_input_sm90_pingpong_128x192_bf16, ProjectionBwdInputSm90Pa
 }
 "#;
 
-/// Three tiles for one multiprocessor, of more steps than there are stages.
+/// Three tiles for each multiprocessor, of more steps than there are stages. Of the forward's two, one has the projection
+/// with LoRA, the other one that without.
 const ROWS: usize = 264;
 const IN_DIM: usize = 136;
 const OUT_DIM: usize = 136;
@@ -70,9 +71,14 @@ fn run(folder: &Path) -> Outcomes {
         Sources { kernels: folder.to_path_buf(), files: Some(vec![folder.join("instances.cu")]) };
     let emulator = Emulator::new(&sources, &device::cache()).unwrap_or_else(|e| panic!("{e}"));
     let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: None, bias: false };
-    let parts = [ProjectionProblem { out_dim: OUT_DIM, bias: false, lora: Some(lora) }];
-    let activation = Activation::Identity;
-    let problem = Problem { rows: ROWS, in_dim: IN_DIM, projections: &parts, activation };
+    let part = |lora| ProjectionProblem { out_dim: OUT_DIM, bias: false, lora };
+    let parts = [part(Some(lora)), part(None)];
+    let problem = |projections| Problem {
+        rows: ROWS,
+        in_dim: IN_DIM,
+        projections,
+        activation: Activation::Identity,
+    };
     let bf16 = |seed, rows, cols| {
         Memory::from_tensor(&random(seed, (rows, cols)).to_dtype(DType::BF16).unwrap())
     };
@@ -80,22 +86,24 @@ fn run(folder: &Path) -> Outcomes {
         [bf16(1, ROWS, IN_DIM), bf16(2, OUT_DIM, IN_DIM), bf16(4, ROWS, OUT_DIM)];
     let small = Memory::from_tensor(&random(3, RANK * (IN_DIM + OUT_DIM)));
     let forward = |mode: Mode| {
-        let y = Memory::for_elements(ROWS * OUT_DIM, DType::BF16);
+        let problem = problem(&parts);
+        let y = Memory::for_elements(2 * ROWS * OUT_DIM, DType::BF16);
         let s = Memory::for_elements(low_rank_len(&problem), DType::F32);
         let operands = ForwardOperands {
             x: x.address(),
-            weights: &[weight.address()],
+            weights: &[weight.address(); 2],
             small: small.address(),
             residual: 0,
             out: y.address(),
             low_rank: s.address(),
             sum: 0,
         };
-        let launches = forward_with("pingpong_128x192", &problem, DType::BF16, &operands, 1)?;
+        let launches = forward_with("pingpong_128x192", &problem, DType::BF16, &operands, 2)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(y.bytes().to_vec())
     };
     let backward = |mode: Mode| {
+        let problem = problem(&parts[..1]);
         let dx = Memory::for_elements(ROWS * IN_DIM, DType::BF16);
         let workspace = Memory::new(workspace_bytes(&problem, DType::BF16));
         let operands = BackwardOperands {
@@ -147,6 +155,44 @@ fn a_warpgroup_that_does_not_wait_for_its_turn_is_seen() {
     let seen = seen("turn", "sm90/projection_sm90.cuh", wait, "");
     for kernel in [0, 1] {
         assert!(seen.iter().any(|(_, seen)| seen[kernel]), "{kernel}: {seen:?}");
+    }
+}
+
+const WAIT_FOR_S: &str = "            if (step == work.base) ptx::griddepcontrol_wait();\n";
+const WAIT_TO_STORE: &str = "    ptx::griddepcontrol_wait();\n#pragma unroll\n";
+
+#[test]
+fn s_read_without_waiting_for_its_kernel_is_seen_when_dependents_begin_early() {
+    for (mode, seen) in seen("s", "sm90/projection_fwd_sm90.cuh", WAIT_FOR_S, "") {
+        assert_eq!(seen, [mode.dependents == Timing::Early, false], "{mode:?}");
+    }
+}
+
+/// The reports of the forward, planted where it waits to store; of its blocks that is the one without LoRA, as the other
+/// waits for S.
+fn report(name: &str, planted: &str) -> Vec<(Mode, Result<Vec<u8>>)> {
+    let folder = copy_with(name, "sm90/projection_fwd_sm90.cuh", WAIT_TO_STORE, planted);
+    run(&folder).into_iter().map(|(mode, [forward, _])| (mode, forward)).collect()
+}
+
+#[test]
+fn a_block_that_ends_without_waiting_for_the_kernel_before_is_reported() {
+    for (mode, forward) in report("end", "#pragma unroll\n") {
+        let report = forward.expect_err(&format!("not caught in {mode:?}")).to_string();
+        let expected = "block (1, 0, 0): ends without griddepcontrol.wait";
+        assert!(report.contains(expected), "{mode:?}: {report}");
+    }
+}
+
+#[test]
+fn what_is_written_before_the_kernel_before_has_ended_is_reported_when_dependents_begin_early() {
+    let late = "    struct Late {\n        ~Late() { ptx::griddepcontrol_wait(); }\n    } late;\n#pragma unroll\n";
+    for (mode, forward) in report("write", late) {
+        assert_eq!(forward.is_err(), mode.dependents == Timing::Early, "{mode:?}");
+        if let Err(report) = forward {
+            let report = report.to_string();
+            assert!(report.contains("has written before griddepcontrol.wait"), "{report}");
+        }
     }
 }
 

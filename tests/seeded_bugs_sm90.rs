@@ -4,6 +4,8 @@
 
 #[path = "seeded_bugs_sm90/attention_bwd.rs"]
 mod attention_bwd;
+#[path = "seeded_bugs_sm90/clusters.rs"]
+mod clusters;
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
@@ -71,7 +73,9 @@ fn run(name: &str, original: &str, planted: &str) -> Outcomes {
             grid,
             block: [256, 1, 1],
             shared_bytes: 50176,
+            cluster: 1,
             params: &params,
+            begins_early: false,
         };
         // SAFETY: the memory lives, and is as long as the sizes say.
         unsafe { emulator.launch(&launch, mode) }?;
@@ -187,7 +191,9 @@ fn run_store(name: &str, original: &str, planted: &str) -> Vec<(Mode, Result<(),
         grid: [1; 3],
         block: [32, 1, 1],
         shared_bytes: 768,
+        cluster: 1,
         params: &params,
+        begins_early: false,
     };
     // SAFETY: the memory lives, and is as long as the kernel says.
     let run = |mode| unsafe { emulator.launch(&launch, mode) };

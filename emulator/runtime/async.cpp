@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "block.h"
+#include "cluster.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "emulator/async.h"
@@ -65,21 +65,40 @@ static void check_fenced(const char* name, uint32_t offset, uint32_t bytes, Loca
 
 // --- mbarrier ----------------------------------------------------------------------------------------------------------
 
-static Mbarrier& mbarrier_at(const char* name, void* bar, Location at) {
-    Block& block = current();
-    const uint32_t offset = offset_of(name, bar, 8, 8, at);
+// The barrier at this place, or at the same place of another block of the cluster.
+static Mbarrier& mbarrier_at(const char* name, Block& block, uint32_t offset, Location at) {
+    const bool other = &block != &current();
+    const std::string whose = other ? " of block " + std::to_string(block.rank_) + " of the cluster" : "";
+    if (other && block.live_ == 0) current().fail(std::string(name) + " on a barrier" + whose + ", which has ended", at);
     const auto found = block.mbarriers_.find(offset);
-    if (found == block.mbarriers_.end()) block.fail(std::string(name) + " on a barrier that nobody has initialised", at);
+    if (other && (found == block.mbarriers_.end() || found->second.made == block.cluster_.phase_))
+        current().fail(std::string(name) + " on a barrier" + whose + " without a barrier of the cluster after its mbarrier.init", at);
+    if (other && current().self_->arrived)
+        current().fail(std::string(name) + " on a barrier" + whose + " between barrier.cluster.arrive and wait, which orders nothing", at);
+    if (found == block.mbarriers_.end()) current().fail(std::string(name) + " on a barrier that nobody has initialised", at);
     uint64_t cookie;
-    std::memcpy(&cookie, bar, 8);
-    if (cookie != (kCookie ^ offset)) block.fail(std::string(name) + " on a barrier that has been overwritten", at);
+    std::memcpy(&cookie, block.shared_ + offset, 8);
+    if (cookie != (kCookie ^ offset)) current().fail(std::string(name) + " on a barrier" + whose + " that has been overwritten", at);
     return found->second;
+}
+
+static Mbarrier& mbarrier_at(const char* name, const void* bar, Location at) {
+    return mbarrier_at(name, current(), offset_of(name, bar, 8, 8, at), at);
+}
+
+// One that the engine or another block uses.
+static Mbarrier& fenced_barrier(const char* name, Block& block, const void* bar, Location at) {
+    Mbarrier& barrier = mbarrier_at(name, block, offset_of(name, bar, 8, 8, at), at);
+    if (!barrier.fenced) current().fail(std::string(name) + " on a barrier without fence.mbarrier_init after its mbarrier.init", at);
+    return barrier;
 }
 
 static void settle(Mbarrier& bar) {
     if (bar.pending != 0 || bar.bytes != 0) return;
     bar.pending = bar.arrivals;
     bar.parity ^= 1;
+    bar.unseen |= bar.visited;
+    bar.visited = false;
     for (Fiber* fiber : bar.sleepers) current().wake(*fiber);
     bar.sleepers.clear();
 }
@@ -91,7 +110,7 @@ void mbarrier_init(void* bar, uint32_t arrivals, Location at) {
     if (block.mbarriers_.contains(offset)) block.fail("mbarrier.init on a barrier that is in use", at);
     const uint64_t cookie = kCookie ^ offset;
     std::memcpy(bar, &cookie, 8);
-    block.mbarriers_[offset] = {arrivals, arrivals, 0, 0, false, block.self_->rank, at, {}};
+    block.mbarriers_[offset] = {arrivals, arrivals, 0, 0, false, block.self_->rank, at, block.cluster_.phase_};
 }
 
 void fence_mbarrier_init() {
@@ -100,15 +119,33 @@ void fence_mbarrier_init() {
         if (bar.owner == block.self_->rank) bar.fenced = true;
 }
 
-void mbarrier_arrive(void* at_bar, int64_t expected_bytes, Location at) {
-    const char* name = expected_bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive";
-    Mbarrier& bar = mbarrier_at(name, at_bar, at);
+static void arrive(Mbarrier& bar, Location at) {
     if (bar.pending == 0) current().fail("more arrivals at a phase of a barrier than mbarrier.init gave", at);
-    bar.bytes += expected_bytes;
-    if (bar.bytes >= 1 << 20) current().fail("a barrier cannot expect 2^20 bytes", at);
     sync_release(&bar);
     --bar.pending;
     settle(bar);
+}
+
+void mbarrier_arrive(void* at_bar, int64_t expected_bytes, Location at) {
+    const char* name = expected_bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive";
+    Mbarrier& bar = mbarrier_at(name, at_bar, at);
+    bar.bytes += expected_bytes;
+    if (bar.bytes >= 1 << 20) current().fail("a barrier cannot expect 2^20 bytes", at);
+    arrive(bar, at);
+}
+
+static Block& block_of_cluster(const char* name, uint32_t rank, Location at) {
+    Block& self = current();
+    if (rank >= self.launch_.cluster) self.fail(std::string(name) + " names block " + std::to_string(rank) + " of a cluster of " + std::to_string(self.launch_.cluster), at);
+    return *self.cluster_.blocks_[rank];
+}
+
+void mbarrier_arrive_cluster(void* at_bar, uint32_t rank, Location at) {
+    const char* name = "mbarrier.arrive.shared::cluster";
+    Block& block = block_of_cluster(name, rank, at);
+    Mbarrier& bar = fenced_barrier(name, block, at_bar, at);
+    bar.visited |= &block != &current();
+    arrive(bar, at);
 }
 
 void mbarrier_wait(void* at_bar, uint32_t parity, Location at) {
@@ -118,6 +155,7 @@ void mbarrier_wait(void* at_bar, uint32_t parity, Location at) {
         bar.sleepers.push_back(current().self_);
         current().sleep("mbarrier.try_wait", at);
     }
+    bar.unseen = false;
     sync_acquire(&bar);
 }
 
@@ -125,12 +163,6 @@ static void complete(Mbarrier& bar, uint32_t bytes) {
     bar.bytes -= bytes;
     sync_release(&bar);
     settle(bar);
-}
-
-static Mbarrier& fenced_barrier(const char* name, void* bar, Location at) {
-    Mbarrier& barrier = mbarrier_at(name, bar, at);
-    if (!barrier.fenced) current().fail(std::string(name) + " on a barrier without fence.mbarrier_init after its mbarrier.init", at);
-    return barrier;
 }
 
 // --- copies ------------------------------------------------------------------------------------------------------------
@@ -181,21 +213,31 @@ static TileCopy tile_copy(const char* name, const void* shared, const void* map,
     return copy;
 }
 
-void tensor_load(void* dst, const void* map, void* bar, const int* coordinates, int rank, Location at) {
-    const char* name = "cp.async.bulk.tensor";
-    Mbarrier& barrier = fenced_barrier(name, bar, at);
+// Into this block's shared memory, or to the same places of those that the mask names.
+void tensor_load(void* dst, const void* map, void* bar, const int* coordinates, int rank, const uint16_t* mask, Location at) {
+    const char* name = mask ? "cp.async.bulk.tensor.multicast::cluster" : "cp.async.bulk.tensor";
+    Block& self = current();
     const TileCopy copy = tile_copy(name, dst, map, coordinates, rank, at);
-    Block& block = current();
-    block.start_load([&block, &barrier, copy] {
-        for_box(copy.map, copy.coordinates, [&](uint32_t offset, const unsigned char* from) {
-            uint32_t bits = 0;
-            if (from) std::memcpy(&bits, from, copy.map.element_bytes);
-            const float value = std::bit_cast<float>(bits);
-            if (copy.map.round_tf32 && std::isfinite(value)) bits = (bits + 0x1000u) & 0xFFFFE000u;
-            std::memcpy(block.shared_ + swizzled(copy.offset + offset, copy.map.swizzle), &bits, copy.map.element_bytes);
+    const uint32_t blocks = mask ? *mask : 1u << self.rank_;
+    if (blocks == 0) self.fail(std::string(name) + " for no block", at);
+    for (uint32_t to = 0; blocks >> to; ++to) {
+        if ((blocks >> to & 1) == 0) continue;
+        Block& block = block_of_cluster(name, to, at);
+        Mbarrier& barrier = fenced_barrier(name, block, bar, at);
+        const bool other = &block != &self;
+        self.cluster_.start_load([&block, &barrier, other, copy, at] {
+            if (block.live_ == 0) block.cluster_.fail(block.name() + "a bulk copy issued at " + text(at) + " lands in a block that has ended");
+            for_box(copy.map, copy.coordinates, [&](uint32_t offset, const unsigned char* from) {
+                uint32_t bits = 0;
+                if (from) std::memcpy(&bits, from, copy.map.element_bytes);
+                const float value = std::bit_cast<float>(bits);
+                if (copy.map.round_tf32 && std::isfinite(value)) bits = (bits + 0x1000u) & 0xFFFFE000u;
+                std::memcpy(block.shared_ + swizzled(copy.offset + offset, copy.map.swizzle), &bits, copy.map.element_bytes);
+            });
+            barrier.visited |= other;
+            complete(barrier, copy.bytes);
         });
-        complete(barrier, copy.bytes);
-    });
+    }
 }
 
 void tensor_store(const void* map, const void* src, const int* coordinates, int rank, Location at) {
@@ -215,10 +257,10 @@ static void check_bulk(const char* name, const void* global, uint32_t bytes, Loc
 }
 
 void bulk_load(void* dst, const void* src, uint32_t bytes, void* bar, Location at) {
-    Mbarrier& barrier = fenced_barrier("cp.async.bulk", bar, at);
+    Mbarrier& barrier = fenced_barrier("cp.async.bulk", current(), bar, at);
     check_bulk("cp.async.bulk", src, bytes, at);
     offset_of("cp.async.bulk", dst, bytes, 16, at);
-    current().start_load([=, &barrier] {
+    current().cluster_.start_load([=, &barrier] {
         std::memcpy(dst, src, bytes);
         complete(barrier, bytes);
     });
@@ -228,11 +270,6 @@ void bulk_store(void* dst, const void* src, uint32_t bytes, Location at) {
     check_bulk("cp.async.bulk", dst, bytes, at);
     check_fenced("cp.async.bulk", offset_of("cp.async.bulk", src, bytes, 16, at), bytes, at);
     current().start_store([=] { std::memcpy(dst, src, bytes); }, at);
-}
-
-void Block::start_load(std::function<void()> copy) {
-    if (launch_.mode.early) copy();
-    else loads_.push_back(std::move(copy));
 }
 
 void Block::start_store(std::function<void()> copy, Location at) {
@@ -253,22 +290,14 @@ void wait_bulk(int in_flight) {
         for (const auto& copy : groups.front()) copy();
 }
 
-// Lets one load land, whichever; false if there is none.
-bool Block::land() {
-    if (loads_.empty()) return false;
-    const size_t which = launch_.mode.seed == 0 ? 0 : random() % loads_.size();
-    const auto copy = std::move(loads_[which]);
-    loads_.erase(loads_.begin() + ptrdiff_t(which));
-    copy();
-    return true;
-}
-
 // What a block must not leave behind when its shared memory is given to another.
 std::string Block::left_behind() const {
-    if (!loads_.empty()) return "a bulk copy into shared memory is in flight when the block ends";
-    for (const auto& [offset, bar] : mbarriers_)
+    for (const auto& [offset, bar] : mbarriers_) {
         if (bar.bytes != 0)
             return "the barrier initialised at " + text(bar.at) + " ends with " + std::to_string(bar.bytes) + " bytes more expected than have come";
+        if (bar.visited || bar.unseen)
+            return "has ended while others of its cluster may still arrive at the barrier initialised at " + text(bar.at) + ": no barrier of the cluster comes after them";
+    }
     const auto some = [](const auto& group) { return !group.empty(); };
     for (size_t warp = 0; warp < products_.size(); ++warp)
         if (some(products_[warp].open) || std::ranges::any_of(products_[warp].groups, some)) return "warp " + std::to_string(warp) + " ends without waiting for its wgmma";
@@ -454,6 +483,10 @@ void set_registers(int count, bool increase, Location at) {
     }
     meet_warp("setmaxnreg", nullptr, [](void**) {}, at);
 }
+
+void cluster_arrive(Location at) { current().cluster_.arrive(at); }
+void cluster_wait(Location at) { current().cluster_.wait(at); }
+uint32_t cluster_rank() { return current().rank_; }
 
 void arrive_barrier(int id, int threads, Location at) {
     Block& block = current();

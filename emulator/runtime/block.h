@@ -1,4 +1,5 @@
-// A block of threads: its fibers, whom they wait for, and its shared memory.
+// A block of threads: its fibers, whom they wait for, and its shared memory. Blocks run in clusters, most of them of one
+// block: cluster.h.
 #pragma once
 #include <deque>
 #include <functional>
@@ -22,7 +23,9 @@ struct Launch {
     void (*run)(const void* params);
     const void* params;
     dim3 grid, block;
+    unsigned cluster;  // blocks of one, along x
     size_t shared_bytes;
+    bool begins_early;  // before the kernel before it has ended, for which it has to wait
     Mode mode;
     int threads() const { return int(block.x * block.y * block.z); }
 };
@@ -34,8 +37,12 @@ struct Copy {
     Move move;
 };
 
+struct Block;
+struct Cluster;
+
 struct Fiber {
     Context context;
+    Block* block = nullptr;
     int rank = 0;
     uint3 index{};
     bool ended = false;
@@ -48,6 +55,8 @@ struct Fiber {
     std::deque<std::vector<std::function<void()>>> stores;
     Location store_at{};
     std::vector<uint32_t> unfenced;  // units of 16 bytes, written and not fenced
+    bool arrived = false;            // at the cluster's barrier, and has not waited
+    uint64_t arrived_in = 0;         // its phase
 };
 
 // Threads that do something together.
@@ -66,7 +75,10 @@ struct Mbarrier {
     bool fenced;
     int owner;
     Location at;
-    std::vector<Fiber*> sleepers;
+    uint64_t made;  // in this phase of the cluster's barrier
+    // Other blocks have been here, in this phase; in one that has ended, for which nobody has waited.
+    bool visited = false, unseen = false;
+    std::vector<Fiber*> sleepers{};
 };
 
 // A warp's share of a wgmma: rows 16 quarter .. 16 quarter + 15.
@@ -89,11 +101,13 @@ struct WarpProducts {
 };
 
 struct Block {
-    explicit Block(const Launch& launch);
+    Block(const Launch& launch, Cluster& cluster, unsigned rank);
     ~Block();
 
-    // Runs the block with this index; what went wrong, or nothing.
-    std::string run(uint3 index);
+    // Makes the block with this index of it, all of whose threads are ready.
+    void begin(uint3 index);
+    // All threads have ended, or cannot: what is wrong with what they leave, or nothing.
+    std::string end(bool failed);
 
     void meet(Group& group, int slot, int size, const char* name, bool same_line, void* operands, Operation operation, Location at);
     // Arrives at a meeting of `size` and goes on.
@@ -101,45 +115,37 @@ struct Block {
     void sleep(const char* name, Location at);
     void wake(Fiber& fiber);
     [[noreturn]] void fail(const std::string& what, Location at);
+    std::string who_waits_where() const;
+    // "block (1, 0, 0): "
+    std::string name() const;
 
     // async.cpp
-    void start_load(std::function<void()> copy);
     void start_store(std::function<void()> copy, Location at);
-    bool land();
     std::string left_behind() const;
 
     const Launch& launch_;
-    int threads_;
+    Cluster& cluster_;
+    const unsigned rank_;  // in the cluster
+    uint3 index_{};
+    int threads_, live_ = 0;
     std::vector<Fiber> fibers_;
     std::vector<Group> warps_, warpgroups_, barriers_;
-    Fiber* self_ = nullptr;
+    Fiber* self_ = nullptr;  // who runs, or ran last
     unsigned char* shared_ = nullptr;
 
-    std::map<uint32_t, Mbarrier> mbarriers_;   // by offset in shared memory
-    std::vector<std::function<void()>> loads_;  // bulk copies that have not landed
-    std::vector<WarpProducts> products_;        // by warp
-    std::vector<uint16_t> unfenced_;            // of 16 bytes of shared memory: 0, or who wrote them, counted from 1
-    std::vector<int> registers_;                // of a warp's threads
+    std::map<uint32_t, Mbarrier> mbarriers_;  // by offset in shared memory
+    std::vector<WarpProducts> products_;      // by warp
+    std::vector<uint16_t> unfenced_;          // of 16 bytes of shared memory: 0, or who wrote them, counted from 1
+    std::vector<int> registers_;              // of a warp's threads
     int free_registers_ = 0;
     std::vector<Fiber*> register_sleepers_;
+    bool waited_ = false;  // some thread, for the kernel before
 
 private:
-    static void entry();
     void join(Group& group, int size, const char* name, bool same_line, Location at);
     void leave(Group& group);
-    Fiber* next();
-    uint64_t random();
-    void transfer(Context& from, Fiber* to, bool last = false);
-    std::string who_waits_where() const;
 
-    std::vector<Fiber*> ready_;  // a ring
-    size_t head_ = 0, count_ = 0;
-    uint64_t random_ = 0;
-    Context main_;
-    int live_ = 0;
-    uint3 index_{};
     size_t capacity_ = 0;
-    std::string error_;
 };
 
 // The block that this thread of the operating system runs.

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <thread>
 
-#include "block.h"
+#include "cluster.h"
 
 namespace emulator {
 
@@ -26,18 +26,48 @@ Registration::Registration(const char* name, size_t params_bytes, void (*run)(co
     kernels()[name] = {params_bytes, run, max_threads};
 }
 
-// The blocks are independent; the report is that of the first one that fails, so it does not depend on their timing.
-static std::string run_blocks(const Launch& launch, unsigned workers) {
-    const uint64_t total = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
-    std::atomic<uint64_t> next{0}, failed{total};
+// A launch, and those of its clusters that have begun before the launches before it have ended.
+struct Started {
+    std::string kernel;
+    std::vector<unsigned char> params;
+    Launch launch;
+    unsigned workers;
+    std::vector<std::unique_ptr<Cluster>> early;
+
+    unsigned columns() const { return launch.grid.x / launch.cluster; }
+    uint64_t total() const { return uint64_t(columns()) * launch.grid.y * launch.grid.z; }
+    // Its first block.
+    uint3 first(uint64_t cluster) const {
+        return {unsigned(cluster % columns()) * launch.cluster, unsigned(cluster / columns() % launch.grid.y), unsigned(cluster / columns() / launch.grid.y)};
+    }
+};
+
+// As many as find room; the others begin later.
+constexpr uint64_t kEarly = 8;
+
+static std::string begin_clusters(Started& started) {
+    for (uint64_t i = 0; i < std::min(kEarly, started.total()); ++i) {
+        const std::string error = started.early.emplace_back(std::make_unique<Cluster>(started.launch))->begin(started.first(i));
+        if (!error.empty()) return error;
+    }
+    return {};
+}
+
+// The clusters are independent; the report is that of the first one that fails, so it does not depend on their timing.
+static std::string run_clusters(Started& started) {
+    const uint64_t total = started.total(), early = started.early.size();
+    for (const auto& cluster : started.early) {
+        const std::string error = cluster->end();
+        if (!error.empty()) return error;
+    }
+    std::atomic<uint64_t> next{early}, failed{total};
     std::mutex mutex;
     std::string report;
     const auto work = [&] {
         try {
-            Block block(launch);
+            Cluster cluster(started.launch);
             for (uint64_t i; (i = next++) < total && i < failed;) {
-                const uint3 index{unsigned(i % launch.grid.x), unsigned(i / launch.grid.x % launch.grid.y), unsigned(i / launch.grid.x / launch.grid.y)};
-                const std::string error = block.run(index);
+                const std::string error = cluster.run(started.first(i));
                 std::lock_guard lock(mutex);
                 if (!error.empty() && i < failed) {
                     failed = i;
@@ -51,7 +81,7 @@ static std::string run_blocks(const Launch& launch, unsigned workers) {
         }
     };
     std::vector<std::thread> others;
-    for (unsigned i = 1; i < std::min<uint64_t>(workers, total); ++i) others.emplace_back(work);
+    for (unsigned i = 1; i < std::min<uint64_t>(started.workers, total - early); ++i) others.emplace_back(work);
     work();
     for (auto& other : others) other.join();
     return report;
@@ -63,11 +93,12 @@ struct Arguments {
     const void* params;
     uint64_t params_bytes, seed;
     uint32_t grid[3], block[3];
-    uint32_t shared_bytes, early, early_products, workers;
+    uint32_t shared_bytes, cluster, begins_early, early, early_products, workers;
 };
 
-static std::string launch_by_name(const Arguments& arguments) {
-    const auto& [name, params, params_bytes, seed, g, b, shared_bytes, early, early_products, workers] = arguments;
+// What the driver checks, and the launch with a copy of the params.
+static std::string look_up(const Arguments& arguments, Started& started) {
+    const auto& [name, params, params_bytes, seed, g, b, shared_bytes, cluster, begins_early, early, early_products, workers] = arguments;
     const dim3 grid{g[0], g[1], g[2]}, block{b[0], b[1], b[2]};
     const auto found = kernels().find(name);
     if (found == kernels().end()) return "no such kernel";
@@ -78,28 +109,49 @@ static std::string launch_by_name(const Arguments& arguments) {
     if (threads == 0 || threads % kWarp || threads > uint64_t(kernel.max_threads))
         return "a block of " + std::to_string(threads) + " threads; expected a multiple of 32, at most " + std::to_string(kernel.max_threads);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return "a grid that no device has";
+    if (cluster == 0 || cluster > 8) return "a cluster of " + std::to_string(cluster) + " blocks; 1 to 8 run on every device that has clusters";
+    if (grid.x % cluster) return "a grid of " + std::to_string(grid.x) + " blocks along x is not one of clusters of " + std::to_string(cluster);
     if (shared_bytes > 227 * 1024) return std::to_string(shared_bytes) + " bytes of shared memory; a block has at most 227 KiB";
-    std::vector<uint64_t> aligned((params_bytes + 7) / 8 + 8);
-    auto* copy = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(aligned.data()) + 63) / 64 * 64);
+    started.kernel = name;
+    started.workers = workers;
+    started.params.resize(params_bytes + 63);
+    auto* copy = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(started.params.data()) + 63) / 64 * 64);
     std::memcpy(copy, params, params_bytes);
-    return run_blocks({kernel.run, copy, grid, block, shared_bytes, {early != 0, early_products != 0, seed}}, workers);
+    started.launch = {kernel.run, copy, grid, block, cluster, shared_bytes, begins_early != 0, {early != 0, early_products != 0, seed}};
+    return {};
 }
 
 }  // namespace emulator
 
-// Launches a kernel and waits for it; 0, or 1 with the reason in `error`, cut to `error_bytes`.
-extern "C" __attribute__((visibility("default"))) int emulator_launch(const emulator::Arguments* arguments, char* error, size_t error_bytes) {
-    const std::string report = emulator::launch_by_name(*arguments);
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// 0, or 1 with the reason in `error`, cut to `error_bytes`.
+static int told(const std::string& kernel, const std::string& report, char* error, size_t error_bytes) {
     if (report.empty()) return 0;
-    const std::string full = std::string(arguments->kernel) + ": " + report;
+    const std::string full = kernel + ": " + report;
     const size_t length = std::min(full.size(), error_bytes - 1);
     std::memcpy(error, full.data(), length);
     error[length] = 0;
     return 1;
 }
 
+// Begins a launch: if it `waits`, the first of its clusters, as far as they get before those before it have ended. Then
+// there is a launch to end, or a reason in `error`.
+EXPORTED emulator::Started* emulator_begin(const emulator::Arguments* arguments, int waits, char* error, size_t error_bytes) {
+    auto started = std::make_unique<emulator::Started>();
+    std::string report = emulator::look_up(*arguments, *started);
+    if (report.empty() && waits) report = emulator::begin_clusters(*started);
+    return told(arguments->kernel, report, error, error_bytes) ? nullptr : started.release();
+}
+
+// Runs the rest of a launch and waits for it, or, without `error`, gives it up. On the thread that began it.
+EXPORTED int emulator_end(emulator::Started* begun, char* error, size_t error_bytes) {
+    const std::unique_ptr<emulator::Started> started(begun);
+    return error ? told(started->kernel, emulator::run_clusters(*started), error, error_bytes) : 0;
+}
+
 // The names of all kernels, one a line; the bytes needed, the final zero included.
-extern "C" __attribute__((visibility("default"))) size_t emulator_kernels(char* names, size_t bytes) {
+EXPORTED size_t emulator_kernels(char* names, size_t bytes) {
     std::string all;
     for (const auto& [name, kernel] : emulator::kernels()) all += name + "\n";
     if (bytes > all.size()) std::memcpy(names, all.c_str(), all.size() + 1);

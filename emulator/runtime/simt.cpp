@@ -1,6 +1,4 @@
-// The scheduler: runs one block's threads as fibers until all have ended, or tells why they cannot.
-#include "block.h"
-
+// A block: its memory, and what its threads do together.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -8,6 +6,8 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+
+#include "cluster.h"
 
 #if defined(EMULATOR_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -24,14 +24,8 @@ void __tsan_release(void*);
 #define RELEASE(p) ((void)0)
 #endif
 
-constinit thread_local uint3 threadIdx{}, blockIdx{};
-constinit thread_local dim3 blockDim{}, gridDim{};
-
 namespace emulator {
 
-static constinit thread_local Block* running = nullptr;
-
-Block& current() { return *running; }
 void sync_acquire([[maybe_unused]] void* object) { ACQUIRE(object); }
 void sync_release([[maybe_unused]] void* object) { RELEASE(object); }
 
@@ -61,10 +55,13 @@ static char* take_stack() {
     return static_cast<char*>(memory) + kPage;
 }
 
-Block::Block(const Launch& launch) : launch_(launch), threads_(launch.threads()), fibers_(threads_), warps_(threads_ / kWarp), warpgroups_((threads_ + 127) / 128), barriers_(16), ready_(threads_) {
-    for (auto& fiber : fibers_) {
-        fiber.context.stack = take_stack();
-        fiber.context.stack_bytes = kStackBytes;
+Block::Block(const Launch& launch, Cluster& cluster, unsigned rank)
+    : launch_(launch), cluster_(cluster), rank_(rank), threads_(launch.threads()), fibers_(threads_), warps_(threads_ / kWarp), warpgroups_((threads_ + 127) / 128), barriers_(16) {
+    for (int i = 0; i < threads_; ++i) {
+        fibers_[i].block = this;
+        fibers_[i].rank = i;
+        fibers_[i].context.stack = take_stack();
+        fibers_[i].context.stack_bytes = kStackBytes;
     }
     // A tail of NaN behind the exact size, which nobody may write.
     capacity_ = (launch.shared_bytes + 1023) / 1024 * 1024 + 1024;
@@ -81,35 +78,26 @@ Block::~Block() {
     }
 }
 
-std::string Block::run(uint3 index) {
-    running = this;
-    index_ = blockIdx = index;
-    blockDim = launch_.block;
-    gridDim = launch_.grid;
-    error_.clear();
+void Block::begin(uint3 index) {
+    index_ = index;
     live_ = threads_;
-    head_ = count_ = 0;
-    random_ = (launch_.mode.seed + 1) * 0x9E3779B97F4A7C15u ^ (uint64_t(index.z) << 42 ^ uint64_t(index.y) << 21 ^ index.x) * 0xBF58476D1CE4E5B9u;
     for (auto* groups : {&warps_, &warpgroups_, &barriers_})
         for (auto& group : *groups) group = {};
     mbarriers_.clear();
-    loads_.clear();
     products_.assign(warps_.size(), {});
     unfenced_.assign(capacity_ / 16, 0);
     // As many as there are for all, in steps of eight.
     registers_.assign(warps_.size(), std::min(255, (64 << 10) / threads_ / 8 * 8));
     free_registers_ = 0;
     register_sleepers_.clear();
+    waited_ = false;
     std::memset(shared_, 0xFF, capacity_);
 #if defined(EMULATOR_ASAN)
     __asan_poison_memory_region(shared_ + launch_.shared_bytes, capacity_ - launch_.shared_bytes);
 #endif
-    adopt(main_);
-    RELEASE(this);
     const dim3 size = launch_.block;
-    for (int rank = 0; rank < threads_; ++rank) {
-        Fiber& fiber = fibers_[rank];
-        fiber.rank = rank;
+    for (Fiber& fiber : fibers_) {
+        const unsigned rank = unsigned(fiber.rank);
         fiber.index = {rank % size.x, rank / size.x % size.y, rank / (size.x * size.y)};
         fiber.ended = false;
         fiber.waits_in = nullptr;
@@ -118,76 +106,33 @@ std::string Block::run(uint3 index) {
         fiber.open_stores.clear();
         fiber.stores.clear();
         fiber.unfenced.clear();
-        prepare(fiber.context, entry);
-        wake(fiber);
+        fiber.arrived = false;
     }
-    transfer(main_, next());
-    ACQUIRE(this);
-    if (error_.empty() && live_ > 0) error_ = "deadlock: " + who_waits_where();
-    if (error_.empty()) error_ = left_behind();
+}
+
+std::string Block::end(bool failed) {
 #if defined(EMULATOR_ASAN)
     __asan_unpoison_memory_region(shared_, capacity_);
 #endif
-    if (error_.empty()) {
-        const auto* end = shared_ + capacity_;
-        const auto* touched = std::find_if(shared_ + launch_.shared_bytes, const_cast<unsigned char*>(end), [](unsigned char byte) { return byte != 0xFF; });
-        if (touched != end)
-            error_ = "wrote byte " + std::to_string(touched - shared_) + " of " + std::to_string(launch_.shared_bytes) + " bytes of shared memory";
-    }
-    running = nullptr;
-    if (error_.empty()) return {};
-    char where[64];
-    std::snprintf(where, sizeof where, "block (%u, %u, %u): ", index.x, index.y, index.z);
-    return where + error_;
+    if (failed) return {};
+    if (launch_.begins_early && !waited_) return name() + "ends without griddepcontrol.wait, in a kernel that may begin before the one before it has ended";
+    const std::string left = left_behind();
+    if (!left.empty()) return name() + left;
+    const auto* end = shared_ + capacity_;
+    const auto* touched = std::find_if(shared_ + launch_.shared_bytes, const_cast<unsigned char*>(end), [](unsigned char byte) { return byte != 0xFF; });
+    if (touched == end) return {};
+    return name() + "wrote byte " + std::to_string(touched - shared_) + " of " + std::to_string(launch_.shared_bytes) + " bytes of shared memory";
 }
 
-// In a fiber: the kernel, for one thread.
-void Block::entry() {
-    Block& block = current();
-    switched(block.self_->context);
-    ACQUIRE(&block);
-    block.launch_.run(block.launch_.params);
-    RELEASE(&block);
-    block.self_->ended = true;
-    --block.live_;
-    block.transfer(block.self_->context, block.next(), true);
+std::string Block::name() const {
+    char text[64];
+    std::snprintf(text, sizeof text, "block (%u, %u, %u): ", index_.x, index_.y, index_.z);
+    return text;
 }
 
-void Block::wake(Fiber& fiber) { ready_[(head_ + count_++) % ready_.size()] = &fiber; }
+void Block::wake(Fiber& fiber) { cluster_.wake(fiber); }
 
-uint64_t Block::random() {
-    random_ ^= random_ << 13;
-    random_ ^= random_ >> 7;
-    random_ ^= random_ << 17;
-    return random_;
-}
-
-// Who runs next: the first ready fiber, or with a seed any; with none, who waits for a load; at last, the scheduler.
-Fiber* Block::next() {
-    while (count_ == 0)
-        if (live_ == 0 || !land()) return nullptr;
-    if (launch_.mode.seed != 0) std::swap(ready_[head_], ready_[(head_ + random() % count_) % ready_.size()]);
-    Fiber* fiber = ready_[head_];
-    head_ = (head_ + 1) % ready_.size();
-    --count_;
-    return fiber;
-}
-
-void Block::transfer(Context& from, Fiber* to, bool last) {
-    self_ = to;
-    if (to) threadIdx = to->index;
-    // A thread that waits for a load may be the first to run once it has landed: there is nowhere to go.
-    if (to && &to->context == &from) return;
-    switch_to(from, to ? to->context : main_, last);
-}
-
-void Block::sleep(const char* name, Location at) {
-    Fiber& self = *self_;
-    self.waits_in = name;
-    self.at = at;
-    transfer(self.context, next());
-    self.waits_in = nullptr;
-}
+void Block::sleep(const char* name, Location at) { cluster_.sleep(*self_, name, at); }
 
 std::string text(Location at) {
     const char* slash = std::strrchr(at.file, '/');
@@ -213,9 +158,7 @@ std::string Block::who_waits_where() const {
 }
 
 void Block::fail(const std::string& what, Location at) {
-    error_ = "thread " + std::to_string(self_->rank) + " at " + text(at) + ": " + what;
-    transfer(self_->context, nullptr, true);
-    std::abort();  // nothing switches back into a block that has failed
+    cluster_.fail(name() + "thread " + std::to_string(self_->rank) + " at " + text(at) + ": " + what);
 }
 
 // Literals: mostly one and the same.
@@ -271,6 +214,12 @@ void meet_barrier(const char* name, int id, int threads, Location at) {
     Block& block = current();
     if (threads > block.threads_) fail("a barrier for more threads than the block has", at);
     block.meet(block.barriers_[id], -1, threads ? threads : block.threads_, name, false, nullptr, [](void**) {}, at);
+}
+
+void wait_for_grids(Location at) {
+    Block& block = current();
+    block.cluster_.wait_for_grids(at);
+    block.waited_ = true;
 }
 
 int lane() { return current().self_->rank % kWarp; }

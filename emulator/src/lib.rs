@@ -25,12 +25,13 @@ pub use tensor_map::TensorMap;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::path::Path;
 
-/// When asynchronous copies land and products are formed, of the moments the rules allow.
+/// When asynchronous copies land, products are formed and dependent launches begin, of the moments the rules allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timing {
-    /// When they are waited for: shows a missing wait.
+    /// When they are waited for: shows a missing wait. A launch: after those before it.
     Late,
-    /// When they are issued: shows a buffer that is refilled while it is still read.
+    /// When they are issued: shows a buffer that is refilled while it is still read. A launch: before those before it,
+    /// as far as it gets.
     Early,
 }
 
@@ -41,6 +42,8 @@ pub struct Mode {
     pub timing: Timing,
     /// When asynchronous products (wgmma) are formed.
     pub products: Timing,
+    /// When launches begin that may begin before those before them have ended.
+    pub dependents: Timing,
     /// 0: the threads of a block take turns. Else: any one that can run, by this seed.
     pub seed: u64,
 }
@@ -61,7 +64,13 @@ impl Mode {
     }
 
     fn timings(pairs: impl IntoIterator<Item = (Timing, Timing)>) -> impl Iterator<Item = Mode> {
-        let mode = |timing, products| move |seed| Mode { timing, products, seed };
+        // Dependents begin early but for one seed.
+        let mode = |timing, products| {
+            move |seed| {
+                let dependents = if seed == 1 { Timing::Late } else { Timing::Early };
+                Mode { timing, products, dependents, seed }
+            }
+        };
         pairs.into_iter().flat_map(move |(timing, products)| (0..3).map(mode(timing, products)))
     }
 }
@@ -77,8 +86,12 @@ pub struct Launch<'a> {
     pub block: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, along x.
+    pub cluster: u32,
     /// The bytes of its params struct.
     pub params: &'a [u8],
+    /// Whether it may begin before the launch before it has ended, for which every block of it then has to wait.
+    pub begins_early: bool,
 }
 
 /// A launch and its mode, as runtime/launch.cpp declares them.
@@ -91,12 +104,15 @@ struct Arguments {
     grid: [u32; 3],
     block: [u32; 3],
     shared_bytes: u32,
+    cluster: u32,
+    begins_early: u32,
     early: u32,
     early_products: u32,
     workers: u32,
 }
 
-type LaunchFn = unsafe extern "C" fn(*const Arguments, *mut c_char, usize) -> c_int;
+type BeginFn = unsafe extern "C" fn(*const Arguments, c_int, *mut c_char, usize) -> *mut c_void;
+type EndFn = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
 type KernelsFn = unsafe extern "C" fn(*mut c_char, usize) -> usize;
 
 /// Compiled kernels, ready to be launched.
@@ -146,6 +162,29 @@ impl Emulator {
     /// # Safety
     /// The addresses in `params` must be those of live memory of the sizes that the kernel expects.
     pub unsafe fn launch(&self, launch: &Launch<'_>, mode: Mode) -> Result<(), String> {
+        // SAFETY: the caller's promise.
+        unsafe { self.start(launch, mode, false)?.end() }
+    }
+
+    /// Begins a launch before those before it have run, if it may and the mode has it so: the first of its blocks get as
+    /// far as the wait for them. [`Begun::end`] runs the rest.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch), until it has ended.
+    pub unsafe fn begin(&self, launch: &Launch<'_>, mode: Mode) -> Result<Begun<'_>, String> {
+        // SAFETY: the caller's promise.
+        unsafe { self.start(launch, mode, launch.begins_early && mode.dependents == Timing::Early) }
+    }
+
+    unsafe fn start(
+        &self,
+        launch: &Launch<'_>,
+        mode: Mode,
+        early: bool,
+    ) -> Result<Begun<'_>, String> {
         let name = CString::new(launch.kernel).map_err(|e| e.to_string())?;
         let arguments = Arguments {
             kernel: name.as_ptr(),
@@ -155,20 +194,63 @@ impl Emulator {
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
+            cluster: launch.cluster,
+            begins_early: launch.begins_early.into(),
             early: u32::from(mode.timing == Timing::Early),
             early_products: u32::from(mode.products == Timing::Early),
             workers: self.workers,
         };
-        let mut error = vec![0u8; 4096];
-        // SAFETY: the signature is that of runtime/launch.cpp.
-        let run = unsafe { self.loaded.get::<LaunchFn>(b"emulator_launch\0") }
-            .map_err(|e| e.to_string())?;
+        // SAFETY: the signatures are those of runtime/launch.cpp.
+        let (begin, end) = unsafe {
+            let begin = self.loaded.get::<BeginFn>(b"emulator_begin\0");
+            let end = self.loaded.get::<EndFn>(b"emulator_end\0");
+            (begin.map_err(|e| e.to_string())?, end.map_err(|e| e.to_string())?)
+        };
+        let mut error = vec![0u8; ERROR_BYTES];
+        let (text, length) = (error.as_mut_ptr().cast(), error.len());
         // SAFETY: all that the arguments point to outlives the call; the addresses are the caller's promise.
-        let status = unsafe { run(&arguments, error.as_mut_ptr().cast(), error.len()) };
-        if status == 0 {
-            return Ok(());
+        let started = unsafe { begin(&arguments, early.into(), text, length) };
+        match started.is_null() {
+            true => Err(message(&error)),
+            false => Ok(Begun { started, end }),
         }
-        let message = CStr::from_bytes_until_nul(&error).map_err(|e| e.to_string())?;
-        Err(message.to_string_lossy().into_owned())
     }
+}
+
+/// A launch that has begun.
+pub struct Begun<'a> {
+    started: *mut c_void,
+    end: libloading::Symbol<'a, EndFn>,
+}
+
+impl Begun<'_> {
+    /// Runs the rest of it, and waits for its end.
+    ///
+    /// # Errors
+    /// As [`Emulator::launch`].
+    pub fn end(mut self) -> Result<(), String> {
+        let mut error = vec![0u8; ERROR_BYTES];
+        let started = std::mem::replace(&mut self.started, std::ptr::null_mut());
+        // SAFETY: begun and not ended, on this thread: the pointer makes this type neither Send nor Sync.
+        match unsafe { (self.end)(started, error.as_mut_ptr().cast(), error.len()) } {
+            0 => Ok(()),
+            _ => Err(message(&error)),
+        }
+    }
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        if !self.started.is_null() {
+            // SAFETY: as in `end`; without an array for an error it is given up.
+            unsafe { (self.end)(self.started, std::ptr::null_mut(), 0) };
+        }
+    }
+}
+
+const ERROR_BYTES: usize = 4096;
+
+fn message(error: &[u8]) -> String {
+    let text = CStr::from_bytes_until_nul(error).unwrap_or_default();
+    text.to_string_lossy().into_owned()
 }

@@ -4,6 +4,8 @@
 //
 // S_p [rows, rank], f32, from low_rank.cu. S_p b_p^T is further steps of the same loop, of f32 operands that the copies
 // round to tf32. f16 and bf16, and rows of multiples of 16 bytes; for the rest there is projection_fwd.cuh.
+//
+// It may begin before low_rank.cu has ended: x and W are there by then; S, and leave to write, are waited for.
 #pragma once
 #include "projection_fwd.cuh"
 #include "projection_sm90.cuh"
@@ -41,6 +43,7 @@ template <class Tile> __device__ __forceinline__ void load_forward(const Project
             ptx::mbarrier_wait_parity(shared.empty[at.stage], at.parity ^ 1);
             ptx::mbarrier_arrive_expect_tx(full, sizeof(stage));
             const bool low_rank = step >= work.base;
+            if (step == work.base) ptx::griddepcontrol_wait();
             const uint32_t k = low_rank ? (step - work.base) * Tile::kLowRankDepth : step * Tile::kDepth;
             ptx::cp_async_bulk_tensor(stage.left, low_rank ? p.low_rank[work.part] : p.x, full, k, work.row);
             ptx::cp_async_bulk_tensor(stage.right, low_rank ? p.b[work.part] : p.weight[work.part], full, k, work.col);
@@ -90,6 +93,7 @@ __device__ __forceinline__ void store_forward(const ProjectionFwdSm90Params& p, 
     const uint32_t activation = p.problem.activation, row = work.row + first_row + warp % 4 * 16;
     const bool residual = p.problem.residual != 0;
     auto& pieces = shared.pieces[warp];
+    ptx::griddepcontrol_wait();
 #pragma unroll
     for (int c = 0; c < Tile::kCols; c += Tile::kPiece) {
         const uint32_t col = work.col + c;

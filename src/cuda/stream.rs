@@ -4,8 +4,8 @@ use super::kernels::{kernels, Kernels};
 use super::{modules, tensor_map};
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    cuLaunchKernelEx, CUdevice_attribute_enum, CUlaunchAttribute, CUlaunchAttributeID,
-    CUlaunchAttributeValue, CUlaunchConfig,
+    cuDriverGetVersion, cuLaunchKernelEx, CUdevice_attribute_enum, CUlaunchAttribute,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use candle_core::{CudaDevice, Error, Result};
@@ -41,17 +41,38 @@ pub(crate) fn hopper_multiprocessors(device: &CudaDevice) -> Option<u32> {
     is_hopper(device).then(|| count().and_then(|count| u32::try_from(count).ok()).unwrap_or(1))
 }
 
+/// Whether a kernel may begin before the one before it has ended: on Hopper and newer devices; with drivers for CUDA 12.3
+/// and newer, which keep the permission as an edge of a graph where launches are captured.
+fn dependents_begin_early(capability: Option<(i32, i32)>, driver: Option<i32>) -> bool {
+    capability >= Some((9, 0)) && driver >= Some(12_030)
+}
+
+/// As CUDA counts, 12030 for 12.3, if the driver says.
+fn driver_version() -> Option<i32> {
+    let mut version = 0;
+    // SAFETY: writes the integer.
+    unsafe { cuDriverGetVersion(&mut version) }.result().ok().map(|()| version)
+}
+
 /// What a launch asks of the driver beside its size.
 fn attributes(launch: &Launch, capability: Option<(i32, i32)>) -> Vec<CUlaunchAttribute> {
     let mut attributes = Vec::new();
-    let mut add = |id, set: fn(&mut CUlaunchAttributeValue)| {
+    let mut add = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {
         let mut value = CUlaunchAttributeValue { pad: [0; 64] };
         set(&mut value);
         attributes.push(CUlaunchAttribute { id, pad: [0; 4], value });
     };
-    if launch.begins_early && capability >= Some((9, 0)) {
+    if launch.begins_early && dependents_begin_early(capability, driver_version()) {
         let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        add(id, |value| value.programmaticStreamSerializationAllowed = 1);
+        add(id, &|value| value.programmaticStreamSerializationAllowed = 1);
+    }
+    if launch.cluster > 1 {
+        let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        add(id, &|value| {
+            value.clusterDim.x = launch.cluster;
+            value.clusterDim.y = 1;
+            value.clusterDim.z = 1;
+        });
     }
     attributes
 }
@@ -111,5 +132,20 @@ impl Backend for Stream {
             cuLaunchKernelEx(&config, function, arguments, std::ptr::null_mut()).result()
         }
         .map_err(|e| failed(Error::wrap(e)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_begin_early_where_devices_and_graphs_know_it() {
+        assert!(dependents_begin_early(Some((9, 0)), Some(12_030)));
+        assert!(dependents_begin_early(Some((10, 0)), Some(13_000)));
+        assert!(!dependents_begin_early(Some((8, 9)), Some(13_000)));
+        assert!(!dependents_begin_early(Some((9, 0)), Some(12_020)));
+        assert!(!dependents_begin_early(None, Some(13_000)));
+        assert!(!dependents_begin_early(Some((9, 0)), None));
     }
 }

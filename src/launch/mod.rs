@@ -39,6 +39,9 @@ pub struct Launch {
     pub block: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, which run at the same time and reach each other's shared memory, along x: 1 for none; else
+    /// for Hopper alone.
+    pub cluster: u32,
     /// The bytes of the params struct.
     pub params: Vec<u8>,
     /// Tensor maps and where in `params` they stand once they are encoded.
@@ -65,7 +68,8 @@ impl Launch {
         let params = bytemuck::bytes_of(params).to_vec();
         let grid = grid.map(|blocks| blocks as u32);
         let (block, tensor_maps) = ([threads, 1, 1], Vec::new());
-        Ok(Self { kernel, grid, block, shared_bytes: 0, params, tensor_maps, begins_early: false })
+        let (shared_bytes, cluster, begins_early) = (0, 1, false);
+        Ok(Self { kernel, grid, block, shared_bytes, cluster, params, tensor_maps, begins_early })
     }
 }
 

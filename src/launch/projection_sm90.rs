@@ -232,6 +232,8 @@ pub fn forward_with(
     params.problem.column_tiles = tile.columns(&widths) as u32;
     let out = persistent(FORWARD, tile, dtype, (tiles, multiprocessors), &params, maps)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
+    // S's kernel begins when x is there, so this one may begin with x.
+    let out = Launch { begins_early: s.is_some(), ..out };
     Ok(Some(s.into_iter().chain([out]).collect()))
 }
 

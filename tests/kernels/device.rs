@@ -1,11 +1,13 @@
 //! The emulator as a back end of `launch`, its memory, and the modes that every case runs in.
 #![allow(dead_code)]
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{bail, DType, Error, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
 use candle_sam_lora::launch::{device_ptr, Backend, Launch};
-use candle_sam_lora_emulator::{Emulator, Launch as EmulatorLaunch, Mode, Sources};
+use candle_sam_lora_emulator::{Begun, Emulator, Launch as EmulatorLaunch, Mode, Sources};
 use std::alloc::Layout;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -45,14 +47,43 @@ impl Backend for Device<'_> {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
+        self.with(launch, |launch| unsafe { self.emulator.launch(launch, self.mode) })
+    }
+}
+
+impl<'a> Device<'a> {
+    /// Begins a launch that may begin before those before it have ended; what it writes by then is an error.
+    fn begin(&self, launch: &Launch) -> Result<Begun<'a>> {
+        let before = live_bytes();
+        // SAFETY: as `launch_all`.
+        let begun =
+            self.with(launch, |launch| unsafe { self.emulator.begin(launch, self.mode) })?;
+        if live_bytes() != before {
+            bail!("{} has written before griddepcontrol.wait", launch.kernel)
+        }
+        Ok(begun)
+    }
+
+    /// Gives the launch to the emulator, its tensor maps encoded.
+    fn with<T>(
+        &self,
+        launch: &Launch,
+        run: impl FnOnce(&EmulatorLaunch<'_>) -> std::result::Result<T, String>,
+    ) -> Result<T> {
         let mut params = launch.params.clone();
         for (start, map) in &launch.tensor_maps {
-            params[*start..][..128].copy_from_slice(&encode(map).map_err(candle_core::Error::msg)?);
+            params[*start..][..128].copy_from_slice(&encode(map).map_err(Error::msg)?);
         }
-        let Launch { kernel, grid, block, shared_bytes, .. } = launch;
-        let (grid, block, shared_bytes) = (*grid, *block, *shared_bytes);
-        let launch = EmulatorLaunch { kernel, grid, block, shared_bytes, params: &params };
-        self.emulator.launch(&launch, self.mode).map_err(candle_core::Error::msg)
+        let launch = EmulatorLaunch {
+            kernel: &launch.kernel,
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            cluster: launch.cluster,
+            params: &params,
+            begins_early: launch.begins_early,
+        };
+        run(&launch).map_err(Error::msg)
     }
 }
 
@@ -68,6 +99,20 @@ pub fn encode(map: &TensorMap) -> std::result::Result<[u8; 128], String> {
         swizzle: map.swizzle.bytes(),
     }
     .encode()
+}
+
+thread_local! {
+    /// Where this thread's memory lies, and how long it is.
+    static LIVE: RefCell<BTreeMap<*const u8, usize>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// All that this thread's kernels could have written.
+fn live_bytes() -> Vec<u8> {
+    LIVE.with_borrow(|live| {
+        // SAFETY: initialised by `Memory::new`, and live until it is taken out of here; no kernel runs.
+        let bytes = |(&start, &length)| unsafe { std::slice::from_raw_parts(start, length) };
+        live.iter().flat_map(bytes).copied().collect()
+    })
 }
 
 /// Device memory: exactly as long as asked for, aligned as CUDA aligns it, NaN until written.
@@ -86,6 +131,7 @@ impl Memory {
             start.write_bytes(0xFF, layout.size());
             start
         };
+        LIVE.with_borrow_mut(|live| live.insert(start, layout.size()));
         Self { start, layout }
     }
 
@@ -135,6 +181,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        LIVE.with_borrow_mut(|live| live.remove(&self.start.cast_const()));
         // SAFETY: allocated with this layout in `new`.
         unsafe { std::alloc::dealloc(self.start, self.layout) }
     }
@@ -190,10 +237,17 @@ pub fn in_modes(
     first.unwrap()
 }
 
-/// Launches one after the other.
+/// Launches one after the other; those that may begin before the one before them do, up to their wait.
 pub fn launch_all(device: &Device, launches: &[Launch]) -> Result<()> {
-    // SAFETY: the tests keep the memory whose addresses they pass until they have read the outputs.
-    launches.iter().try_for_each(|launch| unsafe { device.launch(launch) })
+    for chain in launches.chunk_by(|_, next| next.begins_early) {
+        let Some((first, dependents)) = chain.split_first() else { continue };
+        let begun = dependents.iter().map(|launch| device.begin(launch));
+        let begun = begun.collect::<Result<Vec<_>>>()?;
+        // SAFETY: the tests keep the memory whose addresses they pass until they have read the outputs.
+        unsafe { device.launch(first)? };
+        begun.into_iter().try_for_each(|begun| begun.end().map_err(Error::msg))?;
+    }
+    Ok(())
 }
 
 /// The bound on the error of a result in `dtype`: f32 has its own; the others twice that of the eager graph, but one

@@ -23,7 +23,8 @@ fn run(kernel: &str, blocks: usize, shared_bytes: u32, input: &Memory, output: &
         let grid = [blocks as u32, 1, 1];
         let params = bytemuck::bytes_of(&params);
         let block = [if kernel == "copies" { 64 } else { 32 }, 1, 1];
-        let launch = Launch { kernel, grid, block, shared_bytes, params };
+        let launch =
+            Launch { kernel, grid, block, shared_bytes, cluster: 1, params, begins_early: false };
         // SAFETY: the callers' memory is as long as instructions.cu says.
         unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{e}"));
     }
@@ -143,7 +144,9 @@ fn staged_products() -> Result<()> {
                     grid,
                     block: [128, 1, 1],
                     shared_bytes: 20480,
+                    cluster: 1,
                     params: bytemuck::bytes_of(&params),
+                    begins_early: false,
                 };
                 // SAFETY: the memory lives and is as long as the sizes say.
                 unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{e}"));

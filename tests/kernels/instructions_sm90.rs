@@ -11,7 +11,9 @@ fn emulator() -> &'static Emulator {
     static EMULATOR: OnceLock<Emulator> = OnceLock::new();
     EMULATOR.get_or_init(|| {
         let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/sm90");
-        let files = ["gemm_sm90.cu", "instructions_sm90.cu"].map(|name| here.join(name)).to_vec();
+        let files = ["gemm_sm90.cu", "instructions_sm90.cu", "cluster_sm90.cu"]
+            .map(|name| here.join(name))
+            .to_vec();
         let sources = Sources { files: Some(files), ..Sources::all(kernels()) };
         Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
     })
@@ -25,6 +27,19 @@ fn run(
     shared_bytes: u32,
     maps: &[&TensorMap],
     words: &[u64],
+    check: impl FnMut(Mode),
+) {
+    run_clusters(kernel, (grid, 1), threads, shared_bytes, maps, words, check);
+}
+
+/// The same in clusters of so many blocks.
+fn run_clusters(
+    kernel: &str,
+    (grid, cluster): ([u32; 3], u32),
+    threads: u32,
+    shared_bytes: u32,
+    maps: &[&TensorMap],
+    words: &[u64],
     mut check: impl FnMut(Mode),
 ) {
     let mut params: Vec<u8> = maps.iter().flat_map(|map| encode(map).unwrap()).collect();
@@ -33,7 +48,9 @@ fn run(
         params.resize(params.len().next_multiple_of(64), 0);
     }
     for mode in Mode::all_with_products() {
-        let launch = Launch { kernel, grid, block: [threads, 1, 1], shared_bytes, params: &params };
+        let (block, params) = ([threads, 1, 1], &params);
+        let launch =
+            Launch { kernel, grid, block, shared_bytes, cluster, params, begins_early: false };
         // SAFETY: the callers' memory is as long as the kernels say.
         unsafe { emulator().launch(&launch, mode) }.unwrap_or_else(|e| panic!("{mode:?}: {e}"));
         check(mode);
@@ -230,5 +247,29 @@ fn products_behind_a_pipeline_of_bulk_copies() -> Result<()> {
             });
         }
     }
+    Ok(())
+}
+
+#[test]
+fn blocks_of_a_cluster_load_for_each_other() -> Result<()> {
+    let (clusters, steps) = (2, 5);
+    let input = random(1, (clusters, steps, 16 * 32));
+    let expected = values(&input.sum(1)?.repeat((1, 2))?); // both blocks of a cluster have the same
+    let (memory, out) =
+        (Memory::from_tensor(&input), Memory::for_elements(clusters * 2 * 16 * 32, DType::F32));
+    let map = TensorMap {
+        address: memory.address(),
+        element: Element::Bits32,
+        dims: vec![32, (clusters * steps * 16) as u32],
+        strides: vec![4 * 32],
+        tile: vec![32, 8],
+        swizzle: Swizzle::None,
+    };
+    let grid = [2 * clusters as u32, 1, 1];
+    let words = [out.address(), steps as u64];
+    run_clusters("cluster_sm90", (grid, 2), 64, 5120, &[&map], &words, |mode| {
+        let error = error(&out.values(DType::F32), &expected);
+        assert!(error < 1e-6, "{mode:?}: {error:e}");
+    });
     Ok(())
 }

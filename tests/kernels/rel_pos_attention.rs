@@ -10,7 +10,7 @@ use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
-use candle_sam_lora_emulator::{Mode, Timing};
+use candle_sam_lora_emulator::Mode;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
@@ -387,10 +387,7 @@ pub fn check_backward(
 ) -> Result<()> {
     let dtype = case.dtype;
     let on_device = case.memory()?;
-    let device = Device {
-        emulator: emulator(),
-        mode: Mode { timing: Timing::Late, products: Timing::Late, seed: 0 },
-    };
+    let device = Device { emulator: emulator(), mode: Mode::all().next().unwrap() };
     let forward = forward_on(&device, case, &on_device)?;
     let (b, h, w, packed) = case.qkv.dims4()?;
     let dout = random(9, (b, h, w, packed / 3)).to_dtype(dtype)?;
@@ -519,7 +516,7 @@ fn rel_h_is_that_of_the_key_row_whatever_the_tile() -> Result<()> {
 
             let device = Device {
                 emulator: emulator(),
-                mode: Mode { timing: Timing::Early, products: Timing::Early, seed: 1 },
+                mode: Mode { seed: 1, ..Mode::all().last().unwrap() },
             };
             let got = forward_on(&device, &case, &case.memory()?)?[0].values(dtype);
             let got = error(&got, &expected);

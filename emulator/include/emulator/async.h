@@ -23,6 +23,8 @@ constexpr uint64_t kTensorMapMagic = 0x70616D726F736E65u;
 // A block's barriers are known by where they lie; eight bytes there tell whether somebody overwrote them.
 void mbarrier_init(void* bar, uint32_t arrivals, Location at);
 void mbarrier_arrive(void* bar, int64_t expected_bytes, Location at);
+// At the barrier at the same place of that block of the cluster.
+void mbarrier_arrive_cluster(void* bar, uint32_t rank, Location at);
 void mbarrier_wait(void* bar, uint32_t parity, Location at);
 void fence_mbarrier_init();
 
@@ -30,7 +32,8 @@ void fence_mbarrier_init();
 void note_generic_write(const void* p, int bytes);
 void fence_proxy_async();
 
-void tensor_load(void* dst, const void* map, void* bar, const int* coordinates, int rank, Location at);
+// `mask`: the blocks of the cluster that get it, or null for this one.
+void tensor_load(void* dst, const void* map, void* bar, const int* coordinates, int rank, const uint16_t* mask, Location at);
 void tensor_store(const void* map, const void* src, const int* coordinates, int rank, Location at);
 void bulk_load(void* dst, const void* src, uint32_t bytes, void* bar, Location at);
 void bulk_store(void* dst, const void* src, uint32_t bytes, Location at);
@@ -52,6 +55,11 @@ void wgmma(Wgmma& operands, Location at);
 void wgmma_fence(Location at);
 void wgmma_commit(Location at);
 void wgmma_wait(int in_flight, Location at);
+
+// The barrier between the threads of a cluster's blocks.
+void cluster_arrive(Location at);
+void cluster_wait(Location at);
+uint32_t cluster_rank();
 
 void set_registers(int count, bool increase, Location at);
 void arrive_barrier(int id, int threads, Location at);

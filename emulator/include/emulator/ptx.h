@@ -149,6 +149,10 @@ template <class T> T shfl_xor(T value, int lane_mask, EMULATOR_LOCATION) { retur
 template <class T> T shfl_idx(T value, int lane, EMULATOR_LOCATION) { return __shfl_sync(~0u, value, lane, 32, at); }
 template <class T> T shfl_down(T value, int delta, EMULATOR_LOCATION) { return __shfl_down_sync(~0u, value, delta, 32, at); }
 
+// Who waits is told apart, not who lets others begin: that is a permission.
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait(EMULATOR_LOCATION) { emulator::wait_for_grids(at); }
+
 // Flush subnormals as the .ftz forms do.
 inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 inline float ex2_approx(float x) { return flush(std::exp2(flush(x))); }

@@ -12,6 +12,7 @@ inline void mbarrier_init(mbarrier& bar, uint32_t arrivals, EMULATOR_LOCATION) {
 inline void mbarrier_arrive(mbarrier& bar, EMULATOR_LOCATION) { emulator::mbarrier_arrive(&bar, 0, at); }
 inline void mbarrier_arrive_expect_tx(mbarrier& bar, uint32_t bytes, EMULATOR_LOCATION) { emulator::mbarrier_arrive(&bar, bytes, at); }
 inline void mbarrier_wait_parity(mbarrier& bar, uint32_t parity, EMULATOR_LOCATION) { emulator::mbarrier_wait(&bar, parity, at); }
+inline void mbarrier_arrive_cluster(mbarrier& bar, uint32_t rank, EMULATOR_LOCATION) { emulator::mbarrier_arrive_cluster(&bar, rank, at); }
 inline void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 
@@ -24,7 +25,11 @@ template <class T> struct Here {
 inline void prefetch_tensormap(const EncodedTensorMap& map, EMULATOR_LOCATION) { emulator::check_tensor_map(&map, 0, at); }
 template <class... C> void cp_async_bulk_tensor(Here<void*> dst, const EncodedTensorMap& map, mbarrier& bar, C... coordinates) {
     const int c[] = {int(coordinates)...};
-    emulator::tensor_load(dst.value, &map, &bar, c, sizeof...(C), dst.at);
+    emulator::tensor_load(dst.value, &map, &bar, c, sizeof...(C), nullptr, dst.at);
+}
+template <class... C> void cp_async_bulk_tensor_multicast(Here<void*> dst, const EncodedTensorMap& map, mbarrier& bar, uint16_t mask, C... coordinates) {
+    const int c[] = {int(coordinates)...};
+    emulator::tensor_load(dst.value, &map, &bar, c, sizeof...(C), &mask, dst.at);
 }
 template <class... C> void cp_async_bulk_tensor_store(const EncodedTensorMap& map, Here<const void*> src, C... coordinates) {
     const int c[] = {int(coordinates)...};
@@ -69,6 +74,10 @@ inline void wgmma_commit_group(EMULATOR_LOCATION) { emulator::wgmma_commit(at); 
 template <int N> void wgmma_wait_group(EMULATOR_LOCATION) { emulator::wgmma_wait(N, at); }
 template <int N> void wgmma_pin(float (&)[N]) {}
 
+inline uint32_t cluster_ctarank() { return emulator::cluster_rank(); }
+inline void cluster_arrive_relaxed(EMULATOR_LOCATION) { emulator::cluster_arrive(at); }
+inline void cluster_wait(EMULATOR_LOCATION) { emulator::cluster_wait(at); }
+
 template <int N> void setmaxnreg_inc(EMULATOR_LOCATION) { emulator::set_registers(N, true, at); }
 template <int N> void setmaxnreg_dec(EMULATOR_LOCATION) { emulator::set_registers(N, false, at); }
 inline void bar_arrive(int id, int threads, EMULATOR_LOCATION) {
@@ -112,9 +121,5 @@ template <int Count, bool Trans> void stmatrix(const char* name, void* row, cons
 }  // namespace detail
 template <bool Trans = false> void stmatrix_x4(void* row, const uint32_t (&r)[4], EMULATOR_LOCATION) { detail::stmatrix<4, Trans>("stmatrix.x4", row, r, at); }
 template <bool Trans = false> void stmatrix_x2(void* row, const uint32_t (&r)[2], EMULATOR_LOCATION) { detail::stmatrix<2, Trans>("stmatrix.x2", row, r, at); }
-
-// Launches follow one another here, so there is nothing to wait for.
-inline void griddepcontrol_launch_dependents() {}
-inline void griddepcontrol_wait() {}
 
 }  // namespace ptx

@@ -52,6 +52,9 @@ void copy_async(void* dst, const void* src, int bytes, bool valid, Move move, Lo
 void commit_copies();
 void wait_copies(int in_flight);
 
+// Until the kernels before this one have ended, where it may begin earlier.
+void wait_for_grids(Location at);
+
 // Ends the launch, with this thread's place and the message in its error.
 [[noreturn]] void fail(const char* what, Location at);
 
