@@ -75,8 +75,13 @@ const TILES: [Tile; 5] = [
 pub const FORWARD_TILES: [&str; 4] =
     ["pingpong_128x192", "pingpong_128x192_x2", "cooperative_128x256", "cooperative_128x256_x2"];
 /// The tiles of the gradient of x.
-pub const BACKWARD_TILES: [&str; 3] =
-    ["pingpong_128x192", "cooperative_128x192", "cooperative_128x256"];
+pub const BACKWARD_TILES: [&str; 5] = [
+    "pingpong_128x192",
+    "pingpong_128x192_x2",
+    "cooperative_128x192",
+    "cooperative_128x256",
+    "cooperative_128x256_x2",
+];
 
 /// A row of the table: a tile, and the launches that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,11 +108,11 @@ pub const CHOICES: [Choice; 6] = [
     Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
     // qkv of ViT-B: products of 28 thousand cycles a tile. Two masks and low-rank products take 10 to 14 thousand if all
     // warps make them before the next tile, 24 thousand by one warpgroup, beside the other's products.
-    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "pingpong_128x192" },
+    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "pingpong_128x192_x2" },
     // Of ViT-L: with LoRA 245 to 262 cycles a column against 216 in a ping-pong's tiles, of which it fills 5.3 of 6;
     // without 204, and most linears have none.
-    Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256" },
-    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "pingpong_128x192" },
+    Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256_x2" },
+    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
 ];
 
 const FORWARD: &str = tiles::PROJECTION[2];
@@ -324,7 +329,8 @@ fn bwd_input(
         let columns = (rows, part.out_dim, shapes.total);
         let g = bits16(g + 2 * u64::from(part.column), columns, (tile.rows, DEPTH))?;
         maps.push(offset_of!(Params, g), index, g);
-        let weight = bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH, DEPTH))?;
+        let weight =
+            bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH / tile.cluster, DEPTH))?;
         maps.push(offset_of!(Params, weight), index, weight);
     }
     maps.push(offset_of!(Params, dx), 0, bits16(dx, (rows, in_dim, in_dim), PIECE)?);
@@ -402,10 +408,10 @@ mod tests {
         assert_eq!(name(196, &[768; 3])?, "");
         // x of the same: of lin2 it is as wide as the output of lin1.
         for (width, expected) in [
-            (768, "pingpong_128x192"),
-            (3072, "pingpong_128x192"),
-            (1024, "cooperative_128x256"),
-            (1280, "cooperative_128x256"),
+            (768, "pingpong_128x192_x2"),
+            (3072, "pingpong_128x192_x2"),
+            (1024, "cooperative_128x256_x2"),
+            (1280, "cooperative_128x256_x2"),
         ] {
             assert_eq!(choose(BWD_INPUT, 4096, &[width])?, Some(expected));
         }
@@ -516,7 +522,15 @@ mod tests {
             let [ds, dx] = &launches[..] else { panic!("{}", launches.len()) };
             assert_eq!(ds.kernel, "low_rank_grad_64x16_bf16");
             assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
-            assert_eq!((dx.grid, dx.tensor_maps.len()), ([5, 1, 1], 2 + 2 + 1));
+            let clusters = dx.cluster == 2;
+            assert_eq!(
+                (dx.grid[0], clusters),
+                if tile.ends_with(X2) { (4, true) } else { (5, false) }
+            );
+            // g's tile; of the weights' depth, each block of a cluster loads half.
+            assert_eq!(dx.tensor_maps[0].1.tile, [64, 128]);
+            assert_eq!(dx.tensor_maps[1].1.tile, [64, if clusters { 32 } else { 64 }]);
+            assert_eq!(dx.tensor_maps.len(), 2 + 2 + 1);
             let end = |(start, _): &(usize, TensorMap)| start + 128;
             assert!(dx.tensor_maps.iter().map(end).max() <= Some(dx.params.len()));
             for operands in [
