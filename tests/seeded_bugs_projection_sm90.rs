@@ -10,7 +10,7 @@ mod device;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
     low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
-    Problem, ProjectionProblem,
+    Problem, ProjectionProblem, Small,
 };
 use candle_sam_lora::launch::projection_sm90::{backward_with, forward_with};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
@@ -93,7 +93,7 @@ fn run(folder: &Path) -> Outcomes {
         let operands = ForwardOperands {
             x: x.address(),
             weights: &[weight.address(); 2],
-            small: small.address(),
+            small: Small::Flat(small.address()),
             residual: 0,
             out: y.address(),
             low_rank: s.address(),
@@ -110,7 +110,7 @@ fn run(folder: &Path) -> Outcomes {
         let operands = BackwardOperands {
             x: x.address(),
             weights: &[weight.address()],
-            small: small.address(),
+            small: Small::Flat(small.address()),
             low_rank: 0,
             sum: 0,
             dout: grad.address(),

@@ -180,16 +180,16 @@ pub fn forward_with(
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
     let shapes = Shapes::new(problem)?;
-    let ForwardOperands { x, small, residual, out, low_rank, sum, .. } = *operands;
-    let mut addresses = vec![x, small, residual, out, low_rank, sum];
-    addresses.extend(operands.weights);
+    let ForwardOperands { x, residual, out, low_rank, sum, .. } = *operands;
+    let parts = shapes.parts(operands.weights, operands.small)?;
+    let mut addresses = vec![x, residual, out, low_rank, sum];
+    addresses.extend(parts.iter().flat_map(|part| [part.weight, part.b]));
     // Rows of b are its ranks.
     let ranks = shapes.adapted().all(|(_, lora)| lora.rank.is_multiple_of(4));
     if !ranks || !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
     let tile = tile(name)?;
-    let parts = shapes.parts(operands.weights, small)?;
     let (rows, in_dim, total) = (problem.rows as u32, shapes.in_dim, shapes.total);
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
 
@@ -261,10 +261,12 @@ pub fn backward_with(
     operands: &BackwardOperands<'_>,
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
-    let BackwardOperands { small, dout, dx, workspace, .. } = *operands;
-    let mut addresses = vec![small, dout, dx, workspace];
-    addresses.extend(operands.weights);
-    if !copies_take(&Shapes::new(problem)?, dtype, &addresses) {
+    let BackwardOperands { dout, dx, workspace, .. } = *operands;
+    let shapes = Shapes::new(problem)?;
+    let parts = shapes.parts(operands.weights, operands.small)?;
+    let mut addresses = vec![dout, dx, workspace];
+    addresses.extend(parts.iter().flat_map(|part| [part.weight, part.a]));
+    if !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
     let tile = tile(name)?;
@@ -351,7 +353,7 @@ fn persistent<P: bytemuck::NoUninit>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::projection::{Activation, LoraProblem, ProjectionProblem};
+    use super::super::projection::{Activation, LoraProblem, ProjectionProblem, Small};
     use super::*;
 
     #[test]
@@ -397,7 +399,7 @@ mod tests {
         let operands = ForwardOperands {
             x: 256,
             weights: &[512, 768, 1024],
-            small: 2048,
+            small: Small::Flat(2048),
             residual: 0,
             out: 4096,
             low_rank: 8192,
@@ -423,7 +425,7 @@ mod tests {
         for operands in [
             ForwardOperands { x: 264, ..operands },
             ForwardOperands { out: 4104, ..operands },
-            ForwardOperands { small: 2052, ..operands },
+            ForwardOperands { small: Small::Flat(2052), ..operands },
         ] {
             assert!(forward(&problem, DType::F16, &operands)?.is_none());
         }
