@@ -158,19 +158,17 @@ typedef struct ProjectionFwdSm90Params {
 } ProjectionFwdSm90Params;
 ABI_SIZE(ProjectionFwdSm90Params, 2816);
 
-/** The gradient of x on Hopper: tensor maps of each projection's columns of the gradient, weight, dS and a, and of dx;
- * those of absent tensors are zero. */
+/** The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of
+ * absent tensors are zero. */
 typedef struct ProjectionBwdInputSm90Params {
   EncodedTensorMap g[PROJECTION_PARTS];
   EncodedTensorMap weight[PROJECTION_PARTS];
-  EncodedTensorMap low_rank[PROJECTION_PARTS];
-  EncodedTensorMap a[PROJECTION_PARTS];
   EncodedTensorMap dx;
   ProjectionParams problem;
   uint64_t tiles;
   uint64_t reserved[6];
 } ProjectionBwdInputSm90Params;
-ABI_SIZE(ProjectionBwdInputSm90Params, 2048);
+ABI_SIZE(ProjectionBwdInputSm90Params, 1280);
 
 /** Threads of a block of the projection kernels on Hopper: three warpgroups. */
 #define PROJECTION_SM90_THREADS 384

@@ -28,12 +28,11 @@ using T = __nv_bfloat16;
 using Input = LowRankTile<T, 16, 4, 1, false, false>;
 using Grad = LowRankTile<T, 16, 4, 1, false, true>;
 using PingPong = ProjectionTileSm90<T, 128, 192, 4, true>;
-using Cooperative = ProjectionTileSm90<T, 128, 192, 5, false>;
 KERNEL(low_rank_input_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Input>(p); }
 KERNEL(low_rank_grad_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Grad>(p); }
 KERNEL(projection_fwd_sm90_pingpong_128x192_bf16, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS, 1) { projection_fwd_sm90<PingPong>(p); }
-KERNEL(projection_bwd_input_sm90_cooperative_128x192_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
-    projection_bwd_input_sm90<Cooperative>(p);
+KERNEL(projection_bwd_input_sm90_pingpong_128x192_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
+    projection_bwd_input_sm90<PingPong>(p);
 }
 "#;
 
@@ -118,7 +117,7 @@ fn run(folder: &Path) -> Outcomes {
             dsmall: 0,
             workspace: workspace.address(),
         };
-        let launches = backward_with("cooperative_128x192", &problem, DType::BF16, &operands, 1)?;
+        let launches = backward_with("pingpong_128x192", &problem, DType::BF16, &operands, 1)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(dx.bytes().to_vec())
     };
@@ -152,10 +151,11 @@ fn a_piece_written_over_before_its_store_has_read_it_is_seen_when_copies_are_lat
 /// Its parity then tells a warpgroup of a phase that is not its tile's.
 #[test]
 fn a_warpgroup_that_does_not_wait_for_its_turn_is_seen() {
-    let wait = "        wait_for_turn<Tile>(shared, group, turn / 2);\n";
-    let seen = seen("turn", "sm90/projection_fwd_sm90.cuh", wait, "");
-    assert!(seen.iter().any(|(_, seen)| seen[0]), "{seen:?}");
-    assert!(seen.iter().all(|(_, seen)| !seen[1]), "the other kernel has no turns");
+    let wait = "if constexpr (Tile::kPingPong) ptx::mbarrier_wait_parity(shared.turn[group], (tiles ^ uint32_t(group) ^ 1) % 2);";
+    let seen = seen("turn", "sm90/projection_sm90.cuh", wait, "");
+    for kernel in [0, 1] {
+        assert!(seen.iter().any(|(_, seen)| seen[kernel]), "{kernel}: {seen:?}");
+    }
 }
 
 const WAIT_FOR_S: &str = "            if (step == work.base) ptx::griddepcontrol_wait();\n";
@@ -165,6 +165,16 @@ const WAIT_TO_STORE: &str = "    ptx::griddepcontrol_wait();\n#pragma unroll\n";
 fn s_read_without_waiting_for_its_kernel_is_seen_when_dependents_begin_early() {
     for (mode, seen) in seen("s", "sm90/projection_fwd_sm90.cuh", WAIT_FOR_S, "") {
         assert_eq!(seen, [mode.dependents == Timing::Early, false], "{mode:?}");
+    }
+}
+
+#[test]
+fn ds_read_before_its_kernel_has_ended_is_seen_when_dependents_begin_early() {
+    let wait = "        ptx::griddepcontrol_wait();\n";
+    let product = "        add_low_rank<Tile>(p.problem, acc, row, corner.x);\n";
+    let (original, planted) = ([wait, product].concat(), [product, wait].concat());
+    for (mode, seen) in seen("ds", "sm90/projection_bwd_input_sm90.cuh", &original, &planted) {
+        assert_eq!(seen, [false, mode.dependents == Timing::Early], "{mode:?}");
     }
 }
 
@@ -197,15 +207,17 @@ fn what_is_written_before_the_kernel_before_has_ended_is_reported_when_dependent
 }
 
 #[test]
-fn a_stage_given_back_before_its_low_rank_product_is_seen_when_copies_are_early() {
-    let wait = "                ptx::mbarrier_wait_parity(shared.full[at.stage], at.parity);\n";
-    let product = "                add_low_rank<Tile::kCols>(acc[0], stage.left + warp * 16 * 128, stage.right, rank - k, \
-                   p.problem.parts[part].mask, row, corner.x);\n";
-    let sync = "                __syncwarp();  // all lanes have read the stage\n";
-    let give_back = "                arrive(shared.empty[at.stage]);\n";
-    let original = [wait, product, sync, give_back].concat();
-    let planted = [wait, give_back, product, sync].concat();
-    let seen = seen("low_rank", "sm90/projection_bwd_input_sm90.cuh", &original, &planted);
-    let early = seen.iter().filter(|(mode, _)| mode.timing == Timing::Early);
-    assert!(early.into_iter().any(|(_, seen)| seen[1]), "{seen:?}");
+fn a_warpgroup_that_does_not_pass_the_other_s_stages_is_seen() {
+    let file = "sm90/projection_bwd_input_sm90.cuh";
+    let seen = seen("stages", file, "at.advance(turn * depth);", "at.advance(turn / 2 * depth);");
+    assert!(seen.iter().all(|(_, seen)| seen[1] && !seen[0]), "{seen:?}");
+}
+
+/// The lane's share of a row of dS is four of depth, but not those that two steps of mma would take in their order.
+#[test]
+fn depth_in_another_order_than_the_other_operand_s_is_seen() {
+    let right = "right[n][2 * s], right[n][2 * s + 1]);";
+    let planted = "right[n][s], right[n][s + 2]);";
+    let seen = seen("depth", "sm90/projection_bwd_input_sm90.cuh", right, planted);
+    assert!(seen.iter().all(|(_, seen)| seen[1] && !seen[0]), "{seen:?}");
 }

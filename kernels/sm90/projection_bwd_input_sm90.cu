@@ -1,13 +1,14 @@
 // The instances of projection_bwd_input_sm90.cuh: tile, dtype. One block a multiprocessor.
 #include "projection_bwd_input_sm90.cuh"
 
-#define INSTANCE(tile, rows, cols, stages, TILE, suffix, T)                                                                    \
-    static_assert(sizeof(ProjectionTileSm90<T, rows, cols, stages, false>::Storage) == PROJECTION_SM90_##TILE##_SHARED_BYTES);  \
-    KERNEL(projection_bwd_input_sm90_##tile##_##suffix, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {            \
-        projection_bwd_input_sm90<ProjectionTileSm90<T, rows, cols, stages, false>>(p);                                        \
+#define INSTANCE(tile, rows, cols, stages, ping_pong, TILE, suffix, T)                                                            \
+    static_assert(sizeof(ProjectionTileSm90<T, rows, cols, stages, ping_pong>::Storage) == PROJECTION_SM90_##TILE##_SHARED_BYTES); \
+    KERNEL(projection_bwd_input_sm90_##tile##_##suffix, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {               \
+        projection_bwd_input_sm90<ProjectionTileSm90<T, rows, cols, stages, ping_pong>>(p);                                       \
     }
-#define INSTANCES(suffix, T)                                                     \
-    INSTANCE(cooperative_128x192, 128, 192, 5, COOPERATIVE_128X192, suffix, T)   \
-    INSTANCE(cooperative_128x256, 128, 256, 4, COOPERATIVE_128X256, suffix, T)
+#define INSTANCES(suffix, T)                                                            \
+    INSTANCE(pingpong_128x192, 128, 192, 4, true, PINGPONG_128X192, suffix, T)          \
+    INSTANCE(cooperative_128x192, 128, 192, 5, false, COOPERATIVE_128X192, suffix, T)   \
+    INSTANCE(cooperative_128x256, 128, 256, 4, false, COOPERATIVE_128X256, suffix, T)
 INSTANCES(f16, __half)
 INSTANCES(bf16, __nv_bfloat16)

@@ -398,15 +398,13 @@ impl Default for ProjectionFwdSm90Params {
         }
     }
 }
-#[doc = " The gradient of x on Hopper: tensor maps of each projection's columns of the gradient, weight, dS and a, and of dx;\n those of absent tensors are zero."]
+#[doc = " The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of\n absent tensors are zero."]
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct ProjectionBwdInputSm90Params {
     pub g: [EncodedTensorMap; 3usize],
     pub weight: [EncodedTensorMap; 3usize],
-    pub low_rank: [EncodedTensorMap; 3usize],
-    pub a: [EncodedTensorMap; 3usize],
     pub dx: EncodedTensorMap,
     pub problem: ProjectionParams,
     pub tiles: u64,
@@ -415,25 +413,21 @@ pub struct ProjectionBwdInputSm90Params {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ProjectionBwdInputSm90Params"]
-        [::std::mem::size_of::<ProjectionBwdInputSm90Params>() - 2048usize];
+        [::std::mem::size_of::<ProjectionBwdInputSm90Params>() - 1280usize];
     ["Alignment of ProjectionBwdInputSm90Params"]
         [::std::mem::align_of::<ProjectionBwdInputSm90Params>() - 64usize];
     ["Offset of field: ProjectionBwdInputSm90Params::g"]
         [::std::mem::offset_of!(ProjectionBwdInputSm90Params, g) - 0usize];
     ["Offset of field: ProjectionBwdInputSm90Params::weight"]
         [::std::mem::offset_of!(ProjectionBwdInputSm90Params, weight) - 384usize];
-    ["Offset of field: ProjectionBwdInputSm90Params::low_rank"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, low_rank) - 768usize];
-    ["Offset of field: ProjectionBwdInputSm90Params::a"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, a) - 1152usize];
     ["Offset of field: ProjectionBwdInputSm90Params::dx"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, dx) - 1536usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, dx) - 768usize];
     ["Offset of field: ProjectionBwdInputSm90Params::problem"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, problem) - 1664usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, problem) - 896usize];
     ["Offset of field: ProjectionBwdInputSm90Params::tiles"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, tiles) - 1992usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, tiles) - 1224usize];
     ["Offset of field: ProjectionBwdInputSm90Params::reserved"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, reserved) - 2000usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, reserved) - 1232usize];
 };
 impl Default for ProjectionBwdInputSm90Params {
     fn default() -> Self {

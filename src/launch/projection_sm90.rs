@@ -53,7 +53,8 @@ const TILES: [Tile; 3] = [
 /// The tiles of the forward, by name.
 pub const FORWARD_TILES: [&str; 2] = ["pingpong_128x192", "cooperative_128x256"];
 /// The tiles of the gradient of x.
-pub const BACKWARD_TILES: [&str; 2] = ["cooperative_128x192", "cooperative_128x256"];
+pub const BACKWARD_TILES: [&str; 3] =
+    ["pingpong_128x192", "cooperative_128x192", "cooperative_128x256"];
 
 /// A row of the table: a tile, and the launches that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +70,7 @@ pub struct Choice {
 }
 
 /// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
-/// multiprocessors from what a step of 64 of depth costs, `rows cols / 64` cycles of the tensor cores and
+/// multiprocessors from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
 /// `128 (rows + cols)` bytes from the L2 cache.
 pub const CHOICES: [Choice; 6] = [
     // Widths of ViT-B. 53 bytes a cycle, and an epilogue that costs nothing.
@@ -78,10 +79,13 @@ pub const CHOICES: [Choice; 6] = [
     Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256" },
     // With fewer tiles than for every other multiprocessor, smaller portable ones are faster.
     Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192" },
-    // The sums are as deep as all outputs together are wide, so the epilogue is short beside them.
-    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "cooperative_128x192" },
+    // qkv of ViT-B: products of 28 thousand cycles a tile. Two masks and low-rank products take 10 to 14 thousand if all
+    // warps make them before the next tile, 24 thousand by one warpgroup, beside the other's products.
+    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "pingpong_128x192" },
+    // Of ViT-L: with LoRA 245 to 262 cycles a column against 216 in a ping-pong's tiles, of which it fills 5.3 of 6;
+    // without 204, and most linears have none.
     Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256" },
-    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "cooperative_128x192" },
+    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "pingpong_128x192" },
 ];
 
 const FORWARD: &str = tiles::PROJECTION[2];
@@ -262,11 +266,10 @@ pub fn backward_with(
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
     let BackwardOperands { dout, dx, workspace, .. } = *operands;
-    let shapes = Shapes::new(problem)?;
-    let parts = shapes.parts(operands.weights, operands.small)?;
+    // a is not copied: the kernel reads it element by element.
     let mut addresses = vec![dout, dx, workspace];
-    addresses.extend(parts.iter().flat_map(|part| [part.weight, part.a]));
-    if !copies_take(&shapes, dtype, &addresses) {
+    addresses.extend(operands.weights);
+    if !copies_take(&Shapes::new(problem)?, dtype, &addresses) {
         return Ok(None);
     }
     let tile = tile(name)?;
@@ -294,16 +297,6 @@ fn bwd_input(
         maps.push(offset_of!(Params, g), index, g);
         let weight = bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH, DEPTH))?;
         maps.push(offset_of!(Params, weight), index, weight);
-        if part.rank > 0 {
-            // dS has zeros up to a multiple of four columns.
-            let columns = (rows, part.rank.next_multiple_of(4), shapes.s_stride);
-            let ds = ds + 4 * u64::from(part.s_column);
-            let ds = tf32(ds, columns, (tile.rows, LOW_RANK_DEPTH))?;
-            maps.push(offset_of!(Params, low_rank), index, ds);
-            let a = (part.rank, in_dim, in_dim);
-            let a = tf32(part.a, a, (LOW_RANK_DEPTH, LOW_RANK_DEPTH))?;
-            maps.push(offset_of!(Params, a), index, a);
-        }
     }
     maps.push(offset_of!(Params, dx), 0, bits16(dx, (rows, in_dim, in_dim), PIECE)?);
     let tiles = tile.count(rows.into(), &[in_dim]);
@@ -313,7 +306,9 @@ fn bwd_input(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
-    persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)
+    let launch = persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    // dS's kernel begins when g is there, so this one may begin with g.
+    Ok(Launch { begins_early: shapes.adapted().next().is_some(), ..launch })
 }
 
 /// Tensor maps and where they stand.
@@ -378,8 +373,8 @@ mod tests {
         assert_eq!(name(196, &[768; 3])?, "");
         // x of the same: of lin2 it is as wide as the output of lin1.
         for (width, expected) in [
-            (768, "cooperative_128x192"),
-            (3072, "cooperative_128x192"),
+            (768, "pingpong_128x192"),
+            (3072, "pingpong_128x192"),
             (1024, "cooperative_128x256"),
             (1280, "cooperative_128x256"),
         ] {
@@ -432,6 +427,47 @@ mod tests {
         assert!(forward(&problem, DType::F32, &operands)?.is_none());
         let odd = Problem { in_dim: 63, ..problem };
         assert!(forward(&odd, DType::F16, &operands)?.is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn the_gradient_of_x_copies_g_and_the_weights_alone() -> Result<()> {
+        let lora = LoraProblem { rank: 3, scaling: 1.0, dropout: None, bias: false };
+        let part = |lora| ProjectionProblem { out_dim: 192, bias: true, lora };
+        let parts = [part(Some(lora)), part(None)];
+        let activation = Activation::Identity;
+        let problem = Problem { rows: 1000, in_dim: 200, projections: &parts, activation };
+        let operands = BackwardOperands {
+            x: 256,
+            weights: &[512, 768],
+            small: Small::Flat(2052), // f32 of any alignment
+            low_rank: 0,
+            sum: 0,
+            dout: 4096,
+            dx: 8192,
+            dsmall: 0,
+            workspace: 1 << 16,
+        };
+        let backward = |tile, operands: &BackwardOperands<'_>| {
+            backward_with(tile, &problem, DType::BF16, operands, 5)
+        };
+        for tile in BACKWARD_TILES {
+            let launches = backward(tile, &operands)?.unwrap();
+            let [ds, dx] = &launches[..] else { panic!("{}", launches.len()) };
+            assert_eq!(ds.kernel, "low_rank_grad_64x16_bf16");
+            assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
+            assert_eq!((dx.grid, dx.tensor_maps.len()), ([5, 1, 1], 2 + 2 + 1));
+            let end = |(start, _): &(usize, TensorMap)| start + 128;
+            assert!(dx.tensor_maps.iter().map(end).max() <= Some(dx.params.len()));
+            for operands in [
+                BackwardOperands { dout: 4104, ..operands },
+                BackwardOperands { dx: 8200, ..operands },
+                BackwardOperands { workspace: (1 << 16) + 4, ..operands },
+                BackwardOperands { weights: &[512, 776], ..operands },
+            ] {
+                assert!(backward(tile, &operands)?.is_none());
+            }
+        }
         Ok(())
     }
 }

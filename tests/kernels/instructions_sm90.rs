@@ -200,6 +200,31 @@ fn stmatrix_and_its_transpose() -> Result<()> {
 }
 
 #[test]
+fn tf32_is_the_nearest_of_ten_bits_or_the_even_one() -> Result<()> {
+    let ulp = (2f32).powi(-10);
+    let pairs = [
+        (1.0, 1.0),
+        (1.0 + 0.5 * ulp, 1.0),
+        (1.0 + 0.5001 * ulp, 1.0 + ulp),
+        (-1.0 - 1.5 * ulp, -1.0 - 2.0 * ulp),
+        (f32::MAX, f32::INFINITY),
+        (f32::NEG_INFINITY, f32::NEG_INFINITY),
+        (0.0, 0.0),
+        (f32::NAN, f32::NAN),
+    ];
+    let input: Vec<f32> = pairs.iter().map(|pair| pair.0).cycle().take(32).collect();
+    let input = Tensor::from_vec(input, 32, &candle_core::Device::Cpu)?;
+    let (memory, output) = (Memory::from_tensor(&input), Memory::for_elements(32, DType::F32));
+    run("tf32_sm90", [1; 3], 32, 0, &[], &[memory.address(), output.address()], |mode| {
+        for (got, (_, expected)) in output.values(DType::F32).into_iter().zip(pairs) {
+            let expected = f64::from(expected);
+            assert!(got == expected || got.is_nan() && expected.is_nan(), "{mode:?}: {got}");
+        }
+    });
+    Ok(())
+}
+
+#[test]
 fn products_behind_a_pipeline_of_bulk_copies() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         for (m, n, k) in [(64, 64, 64), (70, 129, 328), (1, 1, 8)] {

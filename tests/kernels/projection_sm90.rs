@@ -17,6 +17,14 @@ const LARGE: [Case; 3] = [
     Case { rows: 260, outs: &[328], residual: true, ..TRAINED },
 ];
 
+/// The low-rank products of the gradient of x, for every tile: ranks of less and more than the sixteen that are multiplied at
+/// once, of one to three projections, in tiles that end within 32 columns and 16 rows.
+const LOW_RANKS: [Case; 3] = [
+    Case { rows: 270, in_dim: 200, outs: &[40, 72, 24], ranks: &[1, 33, 4], p: 0.3, ..PLAIN },
+    Case { rows: 133, in_dim: 264, outs: &[72, 136], ranks: &[64, 16], p: 0.1, ..PLAIN },
+    Case { rows: 8, in_dim: 24, outs: &[8], ranks: &[16], ..PLAIN },
+];
+
 /// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
 /// multiprocessors there are. Ranks are to be multiples of `rank`.
 fn cases(
@@ -67,7 +75,12 @@ fn forward() -> Result<()> {
 fn backward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        for (data, tile, multiprocessors) in cases(dtype, &BACKWARD_TILES, 1)? {
+        let mut cases = cases(dtype, &BACKWARD_TILES, 1)?;
+        let all_tiles = LOW_RANKS.into_iter().flat_map(|case| BACKWARD_TILES.map(|t| (case, t)));
+        for (case, tile) in all_tiles.filter(|_| dtype == DType::BF16) {
+            cases.push((Data::new(case, dtype)?, tile, 1));
+        }
+        for (data, tile, multiprocessors) in cases {
             let problem = data.projections();
             let plan = |operands: &BackwardOperands<'_>| {
                 let launches =

@@ -84,6 +84,11 @@ inline void bar_arrive(int id, int threads, EMULATOR_LOCATION) {
     if (id < 1 || id > 15 || threads <= 0 || threads % 32) emulator::fail("bar.arrive wants an id in 1..15 and a multiple of 32 threads", at);
     emulator::arrive_barrier(id, threads, at);
 }
+// To nearest, ties to even.
+inline uint32_t cvt_rn_tf32(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    return std::isfinite(x) ? (bits + 0x0FFFu + (bits >> 13 & 1u)) & 0xFFFFE000u : bits;
+}
 inline bool elect_sync(EMULATOR_LOCATION) {
     emulator::meet_warp("elect.sync", nullptr, [](void**) {}, at);
     return emulator::lane() == 0;

@@ -154,3 +154,8 @@ KERNEL(stmatrix_sm90, StoreParams, 32) {
         ptx::cp_async_bulk_wait_group_read<0>();
     }
 }
+
+// in [32] f32, out [32]: their tf32.
+KERNEL(tf32_sm90, StoreParams, 32) {
+    global<uint32_t>(p.out)[threadIdx.x] = ptx::cvt_rn_tf32(global<const float>(p.in)[threadIdx.x]);
+}
