@@ -27,14 +27,14 @@ template <class Tile> __device__ __forceinline__ ForwardWork forward_work(const 
     }
     const uint32_t base = ceil_div(p.problem.in_dim, uint32_t(Tile::kDepth));
     const uint32_t low_rank = ceil_div(p.problem.parts[part].rank, uint32_t(Tile::kLowRankDepth));
-    return {part, tile / column_tiles * Tile::kRows, (column_tile - first) * Tile::kCols, base, base + low_rank};
+    return {part, block_row<Tile>(tile / column_tiles), (column_tile - first) * Tile::kCols, base, base + low_rank};
 }
 
 // One thread: fills stage after stage.
 template <class Tile> __device__ __forceinline__ void load_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared) {
     RingPosition<Tile::kStages> at;
 #pragma unroll 1
-    for (uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>()) {
         const ForwardWork work = forward_work<Tile>(p, tile);
 #pragma unroll 1
         for (uint32_t step = 0; step < work.steps; ++step) {
@@ -46,7 +46,7 @@ template <class Tile> __device__ __forceinline__ void load_forward(const Project
             if (step == work.base) ptx::griddepcontrol_wait();
             const uint32_t k = low_rank ? (step - work.base) * Tile::kLowRankDepth : step * Tile::kDepth;
             ptx::cp_async_bulk_tensor(stage.left, low_rank ? p.low_rank[work.part] : p.x, full, k, work.row);
-            ptx::cp_async_bulk_tensor(stage.right, low_rank ? p.b[work.part] : p.weight[work.part], full, k, work.col);
+            load_right<Tile, Tile::kCols>(stage.right, low_rank ? p.b[work.part] : p.weight[work.part], full, k, work.col);
             at.advance();
         }
     }
@@ -145,7 +145,7 @@ template <class Tile> __device__ __forceinline__ void multiply_forward(const Pro
     RingPosition<Tile::kStages> at;
     uint32_t loads = 0, turn = 0;
 #pragma unroll 1
-    for (uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
+    for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>(), ++turn) {
         const ForwardWork work = forward_work<Tile>(p, tile);
         if (Tile::kPingPong && turn % 2 != uint32_t(group)) {
             at.advance(work.steps);

@@ -100,8 +100,8 @@ impl Projections<'_> {
                 low_rank: if self.has_lora() { low_rank } else { 0 },
                 sum: if self.keeps_sum() { sum } else { 0 },
             };
-            let own = match cuda::hopper_multiprocessors(device) {
-                Some(n) => hopper::forward(&self.problem, dtype, &operands, n)?,
+            let own = match cuda::hopper(device) {
+                Some(device) => hopper::forward(&self.problem, dtype, &operands, device)?,
                 None => None,
             };
             match own {
@@ -148,8 +148,8 @@ impl Projections<'_> {
                 dsmall: if wanted.1 { dsmall } else { 0 },
                 workspace: at.workspace,
             };
-            let own = match cuda::hopper_multiprocessors(device) {
-                Some(n) => hopper::backward(&self.problem, dtype, &operands, n)?,
+            let own = match cuda::hopper(device) {
+                Some(device) => hopper::backward(&self.problem, dtype, &operands, device)?,
                 None => None,
             };
             match own {
