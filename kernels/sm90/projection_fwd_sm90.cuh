@@ -68,13 +68,15 @@ __device__ __forceinline__ void multiply_low_rank(typename Tile::Accumulators& a
 // Adds what is constant over the rows to 64 columns of the accumulators, from column `col` of the projection on.
 template <class Tile>
 __device__ __forceinline__ void add_constants(typename Tile::Accumulators& acc, const ProjectionPart& part, int first, uint32_t col) {
+    using T = typename Tile::T;
     const uint32_t mine = col + 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int i = 0; i < Tile::kPiece / 4; ++i) {
         const uint32_t at = mine + i / 2 * 8 + i % 2;
         float constant = 0.0f;
-        if (part.bias != 0 && at < part.out_dim) constant = global<const float>(part.bias)[at];
-        if (part.lora_bias != 0 && at < part.out_dim) constant = fmaf(part.scaling, global<const float>(part.lora_bias)[at], constant);
+        if (part.bias != 0 && at < part.out_dim) constant = bias_at<T>(part.bias, part.bias_typed, at);
+        if (part.lora_bias != 0 && at < part.out_dim)
+            constant = fmaf(part.scaling, bias_at<T>(part.lora_bias, part.lora_bias_typed, at), constant);
 #pragma unroll
         for (int m = 0; m < Tile::kM; ++m) {
             acc[m][first / 2 + i / 2 * 4 + i % 2] += constant;

@@ -218,16 +218,16 @@ pub fn forward_with(
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
     let shapes = Shapes::new(problem)?;
-    let ForwardOperands { x, small, residual, out, low_rank, sum, .. } = *operands;
-    let mut addresses = vec![x, small, residual, out, low_rank, sum];
-    addresses.extend(operands.weights);
+    let ForwardOperands { x, residual, out, low_rank, sum, .. } = *operands;
+    let parts = shapes.parts(operands.weights, operands.small)?;
+    let mut addresses = vec![x, residual, out, low_rank, sum];
+    addresses.extend(parts.iter().flat_map(|part| [part.weight, part.b]));
     // Rows of b are its ranks.
     let ranks = shapes.adapted().all(|(_, lora)| lora.rank.is_multiple_of(4));
     if !ranks || !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
     let tile = tile(name)?;
-    let parts = shapes.parts(operands.weights, small)?;
     let (rows, in_dim, total) = (problem.rows as u32, shapes.in_dim, shapes.total);
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
 
@@ -341,7 +341,9 @@ fn bwd_input(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
-    persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)
+    let launch = persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    // dS's kernel begins when g is there, so this one may begin with g.
+    Ok(Launch { begins_early: shapes.adapted().next().is_some(), ..launch })
 }
 
 /// Tensor maps and where they stand.
@@ -383,7 +385,7 @@ fn persistent<P: bytemuck::NoUninit>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::projection::{Activation, LoraProblem, ProjectionProblem};
+    use super::super::projection::{Activation, LoraProblem, ProjectionProblem, Small};
     use super::*;
 
     #[test]
@@ -448,7 +450,7 @@ mod tests {
         let operands = ForwardOperands {
             x: 256,
             weights: &[512, 768, 1024],
-            small: 2048,
+            small: Small::Flat(2048),
             residual: 0,
             out: 4096,
             low_rank: 8192,
@@ -486,7 +488,7 @@ mod tests {
         for operands in [
             ForwardOperands { x: 264, ..operands },
             ForwardOperands { out: 4104, ..operands },
-            ForwardOperands { small: 2052, ..operands },
+            ForwardOperands { small: Small::Flat(2052), ..operands },
         ] {
             assert!(forward(&problem, DType::F16, &operands)?.is_none());
         }
@@ -506,7 +508,7 @@ mod tests {
         let operands = BackwardOperands {
             x: 256,
             weights: &[512, 768],
-            small: 2052, // f32 of any alignment
+            small: Small::Flat(2052), // f32 of any alignment
             low_rank: 0,
             sum: 0,
             dout: 4096,

@@ -5,7 +5,7 @@ use crate::common::Worst;
 use crate::projection::{check_backward, check_forward, Case, Data, CASES, PLAIN};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{Activation, BackwardOperands, ForwardOperands};
-use candle_sam_lora::launch::projection_sm90::{self as hopper, BACKWARD_TILES, FORWARD_TILES};
+use candle_sam_lora::launch::projection_sm90::{self as hopper, BACKWARD_TILES, FORWARD_TILES, X2};
 use candle_sam_lora_emulator::Mode;
 
 const TRAINED: Case = Case { p: 0.1, bias: true, lora_bias: true, ..PLAIN };
@@ -18,7 +18,7 @@ const LARGE: [Case; 3] = [
     Case { rows: 260, outs: &[328], residual: true, ..TRAINED },
 ];
 
-/// The low-rank products of the gradient of x, for every tile: ranks of less and more than the sixteen that are multiplied at
+/// The low-rank products of the gradient of x: ranks of less and more than the sixteen that are multiplied at
 /// once, of one to three projections, in tiles that end within 32 columns and 16 rows.
 const LOW_RANKS: [Case; 3] = [
     Case { rows: 270, in_dim: 200, outs: &[40, 72, 24], ranks: &[1, 33, 4], p: 0.3, ..PLAIN },
@@ -26,12 +26,13 @@ const LOW_RANKS: [Case; 3] = [
     Case { rows: 8, in_dim: 24, outs: &[8], ranks: &[16], ..PLAIN },
 ];
 
-/// All cases that bulk copies take, with the tiles and how many multiprocessors there are. Large cases have all tiles; the
-/// others take them by turns, f16 the ones that bf16 does not. Ranks are to be multiples of `rank`.
+/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
+/// multiprocessors there are; those of `every_tile` with every one, in bf16. Ranks are to be multiples of `rank`.
 fn cases(
     dtype: DType,
     tiles: &[&'static str],
     rank: usize,
+    every_tile: &[Case],
 ) -> Result<Vec<(Data, &'static str, u32)>> {
     let mut cases = Vec::new();
     for (index, case) in CASES.into_iter().chain(LARGE).enumerate() {
@@ -40,12 +41,13 @@ fn cases(
         if !widths || !multiple(case.ranks, rank) {
             continue;
         }
-        let turn = index + usize::from(dtype == DType::F16);
-        let count = if index < CASES.len() { 1 } else { tiles.len() };
-        for tile in (turn..turn + count).map(|turn| tiles[turn % tiles.len()]) {
-            let blocks = if tile.ends_with(hopper::X2) { 2 } else { 1 };
-            cases.push((Data::new(case, dtype)?, tile, blocks * (1 + index as u32 / 2 % 2)));
-        }
+        let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
+        cases.push((Data::new(case, dtype)?, tile, 1 + index as u32 / 2 % 2));
+    }
+    let pairs = every_tile.iter().flat_map(|case| tiles.iter().map(move |tile| (*case, *tile)));
+    for (case, tile) in pairs.filter(|_| dtype == DType::BF16) {
+        let multiprocessors = if tile.ends_with(X2) { 4 } else { 1 };
+        cases.push((Data::new(case, dtype)?, tile, multiprocessors));
     }
     Ok(cases)
 }
@@ -62,7 +64,7 @@ fn modes(dtype: DType) -> Vec<Mode> {
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4)? {
+        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4, &LARGE)? {
             let problem = data.projections();
             let plan = |operands: &ForwardOperands<'_>| {
                 let launches =
@@ -80,12 +82,7 @@ fn forward() -> Result<()> {
 fn backward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        let mut cases = cases(dtype, &BACKWARD_TILES, 1)?;
-        let all_tiles = LOW_RANKS.into_iter().flat_map(|case| BACKWARD_TILES.map(|t| (case, t)));
-        for (case, tile) in all_tiles.filter(|_| dtype == DType::BF16) {
-            cases.push((Data::new(case, dtype)?, tile, 1));
-        }
-        for (data, tile, multiprocessors) in cases {
+        for (data, tile, multiprocessors) in cases(dtype, &BACKWARD_TILES, 1, &LOW_RANKS)? {
             let problem = data.projections();
             let plan = |operands: &BackwardOperands<'_>| {
                 let launches =
