@@ -14,11 +14,14 @@ const LARGE: [Case; 3] = [
     Case { rows: 130, in_dim: 72, outs: &[200, 40, 264], ranks: &[16, 0, 68], ..TRAINED },
     // More steps than stages, both outputs and a residual.
     Case { in_dim: 392, activation: Activation::Gelu, residual: true, ranks: &[12], ..TRAINED },
-    // Three tiles, one below the other: of two clusters' blocks, one has nothing but pads.
     Case { rows: 260, outs: &[328], residual: true, ..TRAINED },
 ];
 
-/// The low-rank products of the gradient of x: ranks of less and more than the sixteen that are multiplied at
+/// Three tiles, one below the other: of two clusters' blocks, one has none.
+const IN_CLUSTERS: Case =
+    Case { rows: 260, in_dim: 200, outs: &[72, 40], ranks: &[16, 0], residual: true, ..TRAINED };
+
+/// The low-rank products of the gradient of x, for every tile: ranks of less and more than the sixteen that are multiplied at
 /// once, of one to three projections, in tiles that end within 32 columns and 16 rows.
 const LOW_RANKS: [Case; 3] = [
     Case { rows: 270, in_dim: 200, outs: &[40, 72, 24], ranks: &[1, 33, 4], p: 0.3, ..PLAIN },
@@ -27,7 +30,8 @@ const LOW_RANKS: [Case; 3] = [
 ];
 
 /// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
-/// multiprocessors there are; those of `every_tile` with every one, in bf16. Ranks are to be multiples of `rank`.
+/// multiprocessors there are. In bf16 those of `every_tile` with all that blocks make by themselves, and what clusters are to
+/// be tried with. Ranks are to be multiples of `rank`.
 fn cases(
     dtype: DType,
     tiles: &[&'static str],
@@ -44,10 +48,13 @@ fn cases(
         let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
         cases.push((Data::new(case, dtype)?, tile, 1 + index as u32 / 2 % 2));
     }
-    let pairs = every_tile.iter().flat_map(|case| tiles.iter().map(move |tile| (*case, *tile)));
-    for (case, tile) in pairs.filter(|_| dtype == DType::BF16) {
-        let multiprocessors = if tile.ends_with(X2) { 4 } else { 1 };
-        cases.push((Data::new(case, dtype)?, tile, multiprocessors));
+    for tile in tiles.iter().filter(|_| dtype == DType::BF16) {
+        let clusters = tile.ends_with(X2);
+        let (more, multiprocessors) =
+            if clusters { (&[IN_CLUSTERS][..], 4) } else { (every_tile, 1) };
+        for case in more {
+            cases.push((Data::new(*case, dtype)?, tile, multiprocessors));
+        }
     }
     Ok(cases)
 }
@@ -64,7 +71,7 @@ fn modes(dtype: DType) -> Vec<Mode> {
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4, &LARGE)? {
+        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4, &[])? {
             let problem = data.projections();
             let plan = |operands: &ForwardOperands<'_>| {
                 let launches =
