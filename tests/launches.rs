@@ -77,7 +77,7 @@ fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Resu
         rel_pos: true,
         dropout: None,
     };
-    let inputs = attention::Inputs { qkv: AT, tables: AT, pad: AT };
+    let inputs = attention::Inputs { qkv: AT, tables: [AT; 2], pad: AT };
     let operands = attention::BackwardOperands {
         out: AT,
         lse: AT,
