@@ -18,7 +18,7 @@ use crate::cpu::attention;
 use crate::launch::rel_pos_attention as kernels;
 use crate::philox::Dropout;
 use crate::problem::AttentionProblem;
-use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
@@ -63,14 +63,13 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
     let qkv = operand(qkv)?;
     // In the place of an input that is not there: nobody reads it.
     let absent = qkv.detach();
-    let mut separate = None;
-    let tables = match &tables {
-        None => absent.clone(),
-        Some([h, w]) if !(qkv.device().is_cpu() || h.track_op() || w.track_op()) => {
-            separate = Some([operand(h)?, operand(w)?]);
-            absent.clone()
-        }
-        Some(tables) => operand(&Tensor::cat(tables, 0)?)?,
+    let separate = match qkv.device() {
+        Device::Cpu => None,
+        _ => where_they_lie(&tables)?,
+    };
+    let tables = match (&tables, &separate) {
+        (Some(tables), None) => operand(&Tensor::cat(tables, 0)?)?,
+        _ => absent.clone(),
     };
     let op = FusedAttention { problem, separate, pad: pad.is_some(), lse: OnceLock::new() };
     qkv.apply_op3(&tables, &pad.map_or(Ok(absent), operand)?, op)
@@ -78,6 +77,14 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
 
 /// Tables of the lengths that a problem wants.
 type Tables = Option<[Tensor; 2]>;
+
+/// The tables as kernels read them; none if there are none, or one of them wants a gradient.
+fn where_they_lie(tables: &Tables) -> Result<Tables> {
+    match tables {
+        Some([h, w]) if !h.track_op() && !w.track_op() => Ok(Some([operand(h)?, operand(w)?])),
+        _ => Ok(None),
+    }
+}
 
 /// Checks everything; the problem, its tables, and the pad where padding takes part.
 pub(super) fn prepare<'a>(
@@ -251,4 +258,23 @@ pub(super) fn validate(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(us
         dropout.validate(OP)?;
     }
     Ok((h, w))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Var};
+
+    #[test]
+    fn kernels_read_frozen_tables_where_they_lie() -> Result<()> {
+        let table = || Tensor::zeros((27, 64), DType::BF16, &Device::Cpu);
+        let (h, w) = (table()?, table()?);
+        let lie = where_they_lie(&Some([h.clone(), w.clone()]))?;
+        assert_eq!(lie.map(|tables| tables.map(|t| t.id())), Some([h.id(), w.id()]));
+
+        // What is trained is one input, for the gradient.
+        let trained = Var::from_tensor(&w)?;
+        assert!(where_they_lie(&Some([h, trained.as_tensor().clone()]))?.is_none());
+        Ok(())
+    }
 }
