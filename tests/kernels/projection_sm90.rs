@@ -87,7 +87,9 @@ fn backward() -> Result<()> {
                     hopper::backward_with(tile, &problem, dtype, operands, multiprocessors)?;
                 Ok(launches.unwrap_or_else(|| panic!("{}: not covered", data.name)))
             };
-            check_backward(&data, &mut worst, &modes(dtype), &[&plan])?;
+            // dS alone has a kernel of its own, which adds up in another order.
+            let alone = !tile.ends_with("_ds");
+            check_backward(&data, &mut worst, &modes(dtype), alone, &[&plan])?;
         }
     }
     worst.check("projection backward on Hopper", 1.0 / 64.0);
