@@ -31,9 +31,9 @@ fn matrix_bytes(out_dim: u32) -> u64 {
 }
 
 /// What [`launch`] wants to write to; 0 for what it does not cover.
-pub(super) fn bytes(shapes: &Shapes<'_>) -> u64 {
+pub(super) fn bytes(shapes: &Shapes<'_>, dtype: DType) -> u64 {
     let outs = shapes.adapted().map(|(index, _)| shapes.problem.projections[index].out_dim as u32);
-    match covers(shapes) {
+    match covers(shapes) && dtype.size_in_bytes() == 2 {
         true => UNSCALE_BYTES + outs.map(matrix_bytes).sum::<u64>(),
         false => 0,
     }

@@ -86,7 +86,7 @@ impl Workspace {
         let splits = rows.div_ceil(split_rows);
         let ds = align(g);
         let split = ds + align(shapes.s_bytes() as u64);
-        let partials = split + low_rank_split::bytes(shapes);
+        let partials = split + low_rank_split::bytes(shapes, dtype);
         let end = partials + 4 * splits * small_len;
         Self { ds, split, partials, end, splits, split_rows }
     }

@@ -30,6 +30,8 @@ pub struct Case {
     pub residual: bool,
     /// How many elements the tensors lie off their alignment.
     pub offset: usize,
+    /// What b is multiplied by, and a divided.
+    pub b_scale: f64,
 }
 
 pub const PLAIN: Case = Case {
@@ -43,6 +45,7 @@ pub const PLAIN: Case = Case {
     activation: Activation::Identity,
     residual: false,
     offset: 0,
+    b_scale: 1.0,
 };
 const GELU: Activation = Activation::Gelu;
 
@@ -110,8 +113,9 @@ impl Data {
             let part = Part {
                 weight: (random(seed + 1, (out, in_dim)) * scale)?.to_dtype(dtype)?,
                 bias: case.bias.then(|| random(seed + 2, out).to_dtype(dtype)).transpose()?,
-                a: (random(seed + 3, (rank.max(1), in_dim)) * scale)?,
-                b: (random(seed + 4, (out, rank.max(1))) / (rank.max(1) as f64).sqrt())?,
+                a: (random(seed + 3, (rank.max(1), in_dim)) * (scale / case.b_scale))?,
+                b: (random(seed + 4, (out, rank.max(1)))
+                    * (case.b_scale / (rank.max(1) as f64).sqrt()))?,
                 lora_bias: (rank > 0 && case.lora_bias).then(|| random(seed + 5, out)),
                 problem: ProjectionProblem { out_dim: out, bias: case.bias, lora },
             };

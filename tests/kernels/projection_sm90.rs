@@ -22,8 +22,11 @@ const LARGE: [Case; 3] = [
 const LOW_RANKS: [Case; 3] = [
     Case { rows: 270, in_dim: 200, outs: &[40, 72, 24], ranks: &[1, 33, 4], p: 0.3, ..PLAIN },
     Case { rows: 133, in_dim: 264, outs: &[72, 136], ranks: &[64, 16], p: 0.1, ..PLAIN },
-    Case { rows: 8, in_dim: 24, outs: &[8], ranks: &[16], ..PLAIN },
+    Case { rows: 140, in_dim: 264, outs: &[328, 40, 72], ranks: &[16, 0, 5], p: 0.1, ..PLAIN },
 ];
+/// b of more and of less than f16 has.
+const RANGES: [Case; 2] =
+    [Case { ranks: &[16], b_scale: 1e6, ..PLAIN }, Case { ranks: &[4], b_scale: 1e-7, ..PLAIN }];
 
 /// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
 /// multiprocessors there are. Ranks are to be multiples of `rank`.
@@ -76,8 +79,11 @@ fn backward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
         let mut cases = cases(dtype, &BACKWARD_TILES, 1)?;
-        let all_tiles = LOW_RANKS.into_iter().flat_map(|case| BACKWARD_TILES.map(|t| (case, t)));
-        for (case, tile) in all_tiles.filter(|_| dtype == DType::BF16) {
+        let more: Vec<_> = match dtype {
+            DType::F16 => RANGES.into_iter().map(|case| (case, BACKWARD_TILES[3])).collect(),
+            _ => LOW_RANKS.into_iter().flat_map(|c| BACKWARD_TILES.map(|tile| (c, tile))).collect(),
+        };
+        for (case, tile) in more {
             cases.push((Data::new(case, dtype)?, tile, 1));
         }
         for (data, tile, multiprocessors) in cases {
