@@ -97,8 +97,9 @@ ABI_SIZE(LayerNormBwdWeightParams, 48);
 #define PROJECTION_PARTS 3
 
 /** One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are
- * f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`. Its columns of packed tensors
- * start at `column`, those of S at `s_column`. Without LoRA the rank is 0. */
+ * f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`; the biases are of the kernel's
+ * dtype if `bias_typed`, `lora_bias_typed`. Its columns of packed tensors start at `column`, those of S at `s_column`.
+ * Without LoRA the rank is 0. */
 typedef struct ProjectionPart {
   device_ptr weight;
   device_ptr bias;
@@ -109,10 +110,12 @@ typedef struct ProjectionPart {
   uint32_t column;
   uint32_t rank;
   uint32_t s_column;
+  uint32_t bias_typed;
+  uint32_t lora_bias_typed;
   float scaling;
   DropoutMask mask;
 } ProjectionPart;
-ABI_SIZE(ProjectionPart, 80);
+ABI_SIZE(ProjectionPart, 88);
 
 /** What is applied to the sum of a projection. */
 #define ACTIVATION_IDENTITY 0
@@ -137,7 +140,7 @@ typedef struct ProjectionParams {
   uint32_t activation;
   ProjectionPart parts[PROJECTION_PARTS];
 } ProjectionParams;
-ABI_SIZE(ProjectionParams, 304);
+ABI_SIZE(ProjectionParams, 328);
 
 /** The forward on Hopper: tensor maps of x, and of each projection's weight, S, b and columns of the packed tensors, in
  * the tiles of the kernel; those of absent tensors are zero. `tiles` is the number of tiles. */
@@ -151,9 +154,9 @@ typedef struct ProjectionFwdSm90Params {
   EncodedTensorMap out[PROJECTION_PARTS];
   ProjectionParams problem;
   uint64_t tiles;
-  uint64_t reserved;
+  uint64_t reserved[6];
 } ProjectionFwdSm90Params;
-ABI_SIZE(ProjectionFwdSm90Params, 2752);
+ABI_SIZE(ProjectionFwdSm90Params, 2816);
 
 /** The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of
  * absent tensors are zero. If dS is made on the way, also of b as LowRankSplitParams has it, with its `unscale`. */
@@ -165,8 +168,9 @@ typedef struct ProjectionBwdInputSm90Params {
   ProjectionParams problem;
   uint64_t tiles;
   device_ptr unscale;
+  uint64_t reserved[5];
 } ProjectionBwdInputSm90Params;
-ABI_SIZE(ProjectionBwdInputSm90Params, 1600);
+ABI_SIZE(ProjectionBwdInputSm90Params, 1664);
 
 /** One of up to three matrices b `[out_dim, rank]` of at most LOW_RANK_SPLIT_RANK columns, f32; `out` is
  * `[out_dim, LOW_RANK_SPLIT_COLUMNS]`, 16 bits. */

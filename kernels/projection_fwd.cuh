@@ -32,14 +32,19 @@ template <class Tile> struct ForwardSteps {
     }
 };
 
+// Element i of a bias: of the tensors' dtype, or f32.
+template <class T> __device__ __forceinline__ float bias_at(device_ptr bias, bool typed, uint32_t i) {
+    return typed ? to_float(global<const T>(bias)[i]) : global<const float>(bias)[i];
+}
+
 // N values of the tile's row, from the accumulator to memory.
 template <class T, int N>
 __device__ __forceinline__ void finish_forward(const ProjectionParams& p, const ProjectionPart& part, uint32_t row, uint32_t col, float (&v)[N]) {
     const uint64_t at = uint64_t(row) * p.total + part.column + col;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        if (part.bias != 0) v[i] += global<const float>(part.bias)[col + i];
-        if (part.lora_bias != 0) v[i] = fmaf(part.scaling, global<const float>(part.lora_bias)[col + i], v[i]);
+        if (part.bias != 0) v[i] += bias_at<T>(part.bias, part.bias_typed, col + i);
+        if (part.lora_bias != 0) v[i] = fmaf(part.scaling, bias_at<T>(part.lora_bias, part.lora_bias_typed, col + i), v[i]);
     }
     if (p.sum != 0) store(global<T>(p.sum) + at, v);
 #pragma unroll

@@ -146,7 +146,7 @@ template <int N> PTX void wgmma_pin(float (&d)[N]) {
 // This block's rank in its cluster, counted along x first.
 PTX uint32_t cluster_ctarank() {
     uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 // The barrier between all threads of a cluster; those that have ended do not count. Of what was done before, it orders

@@ -5,7 +5,7 @@
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
-    Tile,
+    Small, Tile,
 };
 use candle_sam_lora::launch::projection_sm90;
 use candle_sam_lora::launch::rel_pos_attention as attention;
@@ -111,8 +111,15 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         activation: Activation::Gelu,
     };
     let weights = &[AT][..];
-    let operands =
-        ForwardOperands { x: AT, weights, small: AT, residual: AT, out: AT, low_rank: AT, sum: AT };
+    let operands = ForwardOperands {
+        x: AT,
+        weights,
+        small: Small::Flat(AT),
+        residual: AT,
+        out: AT,
+        low_rank: AT,
+        sum: AT,
+    };
     let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
     for tile in projection_sm90::FORWARD_TILES {
         let own = projection_sm90::forward_with(tile, &problem, dtype, &operands, 132)?;
@@ -121,7 +128,7 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
     let operands = BackwardOperands {
         x: AT,
         weights,
-        small: AT,
+        small: Small::Flat(AT),
         low_rank: AT,
         sum: AT,
         dout: AT,

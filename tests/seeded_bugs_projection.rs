@@ -9,7 +9,7 @@ mod device;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
     forward_with, low_rank_len, Activation, ForwardOperands, LoraProblem, Problem,
-    ProjectionProblem, Tile,
+    ProjectionProblem, Small, Tile,
 };
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -77,7 +77,7 @@ fn run(folder: &Path, fewer_bytes: u32) -> Vec<(Mode, Result<f64>)> {
         let operands = ForwardOperands {
             x: x.address(),
             weights: &[weight.address()],
-            small: small.address(),
+            small: Small::Flat(small.address()),
             residual: 0,
             out: y.address(),
             low_rank: s.address(),

@@ -10,7 +10,7 @@ mod device;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
     low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
-    Problem, ProjectionProblem,
+    Problem, ProjectionProblem, Small,
 };
 use candle_sam_lora::launch::projection_sm90::{backward_with, forward_with};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
@@ -92,7 +92,7 @@ fn run(folder: &Path) -> Outcomes {
         let operands = ForwardOperands {
             x: x.address(),
             weights: &[weight.address(); 2],
-            small: small.address(),
+            small: Small::Flat(small.address()),
             residual: 0,
             out: y.address(),
             low_rank: s.address(),
@@ -109,7 +109,7 @@ fn run(folder: &Path) -> Outcomes {
         let operands = BackwardOperands {
             x: x.address(),
             weights: &[weight.address()],
-            small: small.address(),
+            small: Small::Flat(small.address()),
             low_rank: 0,
             sum: 0,
             dout: grad.address(),
@@ -165,6 +165,16 @@ const WAIT_TO_STORE: &str = "    ptx::griddepcontrol_wait();\n#pragma unroll\n";
 fn s_read_without_waiting_for_its_kernel_is_seen_when_dependents_begin_early() {
     for (mode, seen) in seen("s", "sm90/projection_fwd_sm90.cuh", WAIT_FOR_S, "") {
         assert_eq!(seen, [mode.dependents == Timing::Early, false], "{mode:?}");
+    }
+}
+
+#[test]
+fn ds_read_before_its_kernel_has_ended_is_seen_when_dependents_begin_early() {
+    let wait = "        ptx::griddepcontrol_wait();\n";
+    let product = "        add_low_rank<Tile>(p.problem, acc, row, corner.x);\n";
+    let (original, planted) = ([wait, product].concat(), [product, wait].concat());
+    for (mode, seen) in seen("ds", "sm90/projection_bwd_input_sm90.cuh", &original, &planted) {
+        assert_eq!(seen, [false, mode.dependents == Timing::Early], "{mode:?}");
     }
 }
 

@@ -9,7 +9,7 @@
 #pragma once
 #include "projection_bwd_input_sm90.cuh"
 
-template <class T, int kStages> using ProjectionTileDsSm90 = ProjectionTileSm90<T, 128, 192, kStages, false, LOW_RANK_SPLIT_COLUMNS>;
+template <class T, int kStages> using ProjectionTileDsSm90 = ProjectionTileSm90<T, 128, 192, kStages, false, 1, LOW_RANK_SPLIT_COLUMNS>;
 using ThinAccumulators = float[PROJECTION_PARTS][LOW_RANK_SPLIT_COLUMNS / 2];
 
 // Starts one step's products of a warpgroup's 64 rows with the thin side, in tiles [64 of depth][16].

@@ -9,6 +9,8 @@
 // dS and a do not pass through the ring of stages: each warp reads its rows of dS and the tile's columns of a from global
 // memory, when the tile's other products are done. All warps want the same few KB of a (12 for rank 16 and 192 columns),
 // which the L1 cache has. So the ring is the next tile's by then, and the warpgroups can take tiles in turn.
+//
+// It may begin before low_rank.cu has ended: g and W are there by then; dS, and leave to write, are waited for.
 #pragma once
 #include "dropout_fragment.cuh"
 #include "projection_sm90.cuh"
@@ -168,6 +170,7 @@ template <class Tile> __device__ __forceinline__ void multiply_bwd_input(const P
         pass_turn<Tile>(shared, group);
         finish_steps<Tile>(shared, acc, busy);
         const uint32_t row = corner.y + first_row + threadIdx.x / kWarp % 4 * 16;
+        ptx::griddepcontrol_wait();
         add_low_rank<Tile>(p.problem, acc, row, corner.x, [&](uint32_t(&left)[2][4], int i, uint32_t mine, uint32_t k) {
             load_low_rank_left(left, p.problem, p.problem.parts[i], mine, k);
         });

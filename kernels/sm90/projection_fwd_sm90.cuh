@@ -27,14 +27,14 @@ template <class Tile> __device__ __forceinline__ ForwardWork forward_work(const 
     }
     const uint32_t base = ceil_div(p.problem.in_dim, uint32_t(Tile::kDepth));
     const uint32_t low_rank = ceil_div(p.problem.parts[part].rank, uint32_t(Tile::kLowRankDepth));
-    return {part, tile / column_tiles * Tile::kRows, (column_tile - first) * Tile::kCols, base, base + low_rank};
+    return {part, block_row<Tile>(tile / column_tiles), (column_tile - first) * Tile::kCols, base, base + low_rank};
 }
 
 // One thread: fills stage after stage.
 template <class Tile> __device__ __forceinline__ void load_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared) {
     RingPosition<Tile::kStages> at;
 #pragma unroll 1
-    for (uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>()) {
         const ForwardWork work = forward_work<Tile>(p, tile);
 #pragma unroll 1
         for (uint32_t step = 0; step < work.steps; ++step) {
@@ -46,7 +46,7 @@ template <class Tile> __device__ __forceinline__ void load_forward(const Project
             if (step == work.base) ptx::griddepcontrol_wait();
             const uint32_t k = low_rank ? (step - work.base) * Tile::kLowRankDepth : step * Tile::kDepth;
             ptx::cp_async_bulk_tensor(stage.left, low_rank ? p.low_rank[work.part] : p.x, full, k, work.row);
-            ptx::cp_async_bulk_tensor(stage.right, low_rank ? p.b[work.part] : p.weight[work.part], full, k, work.col);
+            load_right<Tile, Tile::kCols>(stage.right, low_rank ? p.b[work.part] : p.weight[work.part], full, k, work.col);
             at.advance();
         }
     }
@@ -68,13 +68,15 @@ __device__ __forceinline__ void multiply_low_rank(typename Tile::Accumulators& a
 // Adds what is constant over the rows to 64 columns of the accumulators, from column `col` of the projection on.
 template <class Tile>
 __device__ __forceinline__ void add_constants(typename Tile::Accumulators& acc, const ProjectionPart& part, int first, uint32_t col) {
+    using T = typename Tile::T;
     const uint32_t mine = col + 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int i = 0; i < Tile::kPiece / 4; ++i) {
         const uint32_t at = mine + i / 2 * 8 + i % 2;
         float constant = 0.0f;
-        if (part.bias != 0 && at < part.out_dim) constant = global<const float>(part.bias)[at];
-        if (part.lora_bias != 0 && at < part.out_dim) constant = fmaf(part.scaling, global<const float>(part.lora_bias)[at], constant);
+        if (part.bias != 0 && at < part.out_dim) constant = bias_at<T>(part.bias, part.bias_typed, at);
+        if (part.lora_bias != 0 && at < part.out_dim)
+            constant = fmaf(part.scaling, bias_at<T>(part.lora_bias, part.lora_bias_typed, at), constant);
 #pragma unroll
         for (int m = 0; m < Tile::kM; ++m) {
             acc[m][first / 2 + i / 2 * 4 + i % 2] += constant;
@@ -143,7 +145,7 @@ template <class Tile> __device__ __forceinline__ void multiply_forward(const Pro
     RingPosition<Tile::kStages> at;
     uint32_t loads = 0, turn = 0;
 #pragma unroll 1
-    for (uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, ++turn) {
+    for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>(), ++turn) {
         const ForwardWork work = forward_work<Tile>(p, tile);
         if (Tile::kPingPong && turn % 2 != uint32_t(group)) {
             at.advance(work.steps);

@@ -7,15 +7,19 @@
 // count their bytes on `full`), the other two multiply them (wgmma) and give the stages back (`empty`). They share each
 // tile's rows (cooperative), or take the tiles in turn (ping-pong), so that one's epilogue runs beside the other's products.
 //
+// Blocks may form clusters, which make tiles of the same columns, one below the other. Each then loads its part of `right`
+// for all of them (multicast), so that it comes from the L2 cache once; a stage is given back to all that load into it.
+// Tiles that lie below the last row are made like the others: copies fill them with zeros, and stores leave them out.
+//
 // Results leave through shared memory in pieces of 16 x 64 elements a warp, which bulk stores cut off at the tensor's edges.
 #pragma once
 #include "common.cuh"
 #include "descriptor.cuh"
 
 // kThin_: how many columns of another, thin right side each stage has, for products with the same left one.
-template <class T_, int kRows_, int kCols_, int kStages_, bool kPingPong_, int kThin_ = 0> struct ProjectionTileSm90 {
+template <class T_, int kRows_, int kCols_, int kStages_, bool kPingPong_, int kCluster_ = 1, int kThin_ = 0> struct ProjectionTileSm90 {
     using T = T_;
-    static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_, kDepth = 64, kLowRankDepth = 32;
+    static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_, kCluster = kCluster_, kDepth = 64, kLowRankDepth = 32;
     static constexpr int kThin = kThin_;
     static constexpr bool kPingPong = kPingPong_;
     static constexpr int kM = kRows / 64 / (kPingPong ? 1 : 2);  // products of 64 rows of a warpgroup
@@ -47,12 +51,40 @@ template <int kStages> struct RingPosition {
     }
 };
 
+// Nothing that a cluster of one block has to do.
+template <class Tile> __device__ __forceinline__ void meet_cluster() {
+    if constexpr (Tile::kCluster > 1) {
+        ptx::cluster_arrive_relaxed();
+        ptx::cluster_wait();
+    }
+}
+
+// The tiles of a cluster are `tile`, `tile` + clusters(), ...; in a row of tiles, its blocks make one below the other.
+template <class Tile> __device__ __forceinline__ uint32_t first_tile() { return blockIdx.x / Tile::kCluster; }
+template <class Tile> __device__ __forceinline__ uint32_t clusters() { return gridDim.x / Tile::kCluster; }
+template <class Tile> __device__ __forceinline__ uint32_t block_row(uint32_t row_of_tiles) {
+    if constexpr (Tile::kCluster == 1) return row_of_tiles * Tile::kRows;
+    else return (row_of_tiles * Tile::kCluster + ptx::cluster_ctarank()) * Tile::kRows;
+}
+
+// kRows rows of 128 bytes of `right`, of which each block of the cluster loads its part for all.
+template <class Tile, int kRows>
+__device__ __forceinline__ void load_right(unsigned char* to, const EncodedTensorMap& map, ptx::mbarrier& full, uint32_t x, uint32_t y) {
+    if constexpr (Tile::kCluster == 1) {
+        ptx::cp_async_bulk_tensor(to, map, full, x, y);
+    } else {
+        static_assert(kRows % (8 * Tile::kCluster) == 0, "a swizzled pattern is eight rows");
+        const uint32_t first = ptx::cluster_ctarank() * (kRows / Tile::kCluster);
+        ptx::cp_async_bulk_tensor_multicast(to + first * 128, map, full, (1 << Tile::kCluster) - 1, x, y + first);
+    }
+}
+
 template <class Tile> __device__ __forceinline__ void initialise_barriers(typename Tile::Storage& shared) {
     if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int i = 0; i < Tile::kStages; ++i) {
             ptx::mbarrier_init(shared.full[i], 1);
-            ptx::mbarrier_init(shared.empty[i], Tile::kPingPong ? 4 : 8);  // the warps that read a stage
+            ptx::mbarrier_init(shared.empty[i], (Tile::kPingPong ? 4 : 8) * Tile::kCluster);  // the warps that read a stage
         }
 #pragma unroll 1
         for (int i = 0; i < 8; ++i) ptx::mbarrier_init(shared.loaded[i], 1);
@@ -60,7 +92,8 @@ template <class Tile> __device__ __forceinline__ void initialise_barriers(typena
         for (int i = 0; i < 2; ++i) ptx::mbarrier_init(shared.turn[i], 4);
         ptx::fence_mbarrier_init();
     }
-    __syncthreads();
+    if constexpr (Tile::kCluster > 1) meet_cluster<Tile>();
+    else __syncthreads();
 }
 
 // Runs the two tasks: produce() by one thread, consume(group) by the two warpgroups 0 and 1.
@@ -77,6 +110,7 @@ __device__ __forceinline__ void run_warpgroups(typename Tile::Storage& shared, P
         consume(group);
         if (threadIdx.x % kWarp == 0) ptx::cp_async_bulk_wait_group<0>();
     }
+    meet_cluster<Tile>();  // the other blocks have given back their last stages, to this one too
 }
 
 // The ping-pong: before its products, each warpgroup waits until the other has seen all operands of the tile before.
@@ -86,12 +120,19 @@ template <class Tile> __device__ __forceinline__ void wait_for_turn(typename Til
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait_parity(shared.turn[group], (tiles ^ uint32_t(group) ^ 1) % 2);
 }
 
-// A warp arrives at a barrier: gives back a stage that it has read, or lets the other warpgroup begin.
+// A warp arrives at a barrier.
 __device__ __forceinline__ void arrive(ptx::mbarrier& bar) {
     if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(bar);
 }
+// It lets the other warpgroup begin.
 template <class Tile> __device__ __forceinline__ void pass_turn(typename Tile::Storage& shared, int group) {
     if constexpr (Tile::kPingPong) arrive(shared.turn[1 - group]);
+}
+// It gives back a stage that it has read.
+template <class Tile> __device__ __forceinline__ void give_back(ptx::mbarrier& empty) {
+    const uint32_t lane = threadIdx.x % kWarp;
+    if constexpr (Tile::kCluster == 1) arrive(empty);
+    else if (lane < Tile::kCluster) ptx::mbarrier_arrive_cluster(empty, lane);
 }
 
 // Starts one step's products by a warpgroup whose rows of `left` begin at first_row.
@@ -124,7 +165,7 @@ __device__ __forceinline__ void run_steps(typename Tile::Storage& shared, RingPo
         body(shared.stages[at.stage], step);
         ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<1>();
-        if (step > 0) arrive(shared.empty[busy]);
+        if (step > 0) give_back<Tile>(shared.empty[busy]);
         busy = at.stage;
         at.advance();
     }
@@ -133,7 +174,7 @@ template <class Tile> __device__ __forceinline__ void finish_steps(typename Tile
     ptx::wgmma_wait_group<0>();
 #pragma unroll
     for (int m = 0; m < Tile::kM; ++m) ptx::wgmma_pin(acc[m]);
-    arrive(shared.empty[busy]);
+    give_back<Tile>(shared.empty[busy]);
 }
 
 // A warp's piece of 16 x 64 in shared memory, rows of 128 bytes swizzled as bulk copies want them. Lane l gives the rows

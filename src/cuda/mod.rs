@@ -17,4 +17,4 @@ pub use kernels::{available_kernels, kernels, set_kernels, Kernels};
 
 pub(crate) use pool::keep_freed_memory;
 pub(crate) use run::{operand, run, with_tensors, Job};
-pub(crate) use stream::{hopper_multiprocessors, is_hopper, shared_memory, supported};
+pub(crate) use stream::{hopper, is_hopper, shared_memory, supported};

@@ -2,6 +2,7 @@
 
 use super::kernels::{kernels, Kernels};
 use super::{modules, tensor_map};
+use crate::launch::projection_sm90::Hopper;
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuDriverGetVersion, cuLaunchKernelEx, CUdevice_attribute_enum, CUlaunchAttribute,
@@ -34,11 +35,16 @@ pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
     bytes.ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
 }
 
-/// How many multiprocessors there are, if the device runs the kernels for Hopper; 1 if the driver does not say.
-pub(crate) fn hopper_multiprocessors(device: &CudaDevice) -> Option<u32> {
-    let count = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-    let count = || device.cuda_stream().context().attribute(count).ok();
-    is_hopper(device).then(|| count().and_then(|count| u32::try_from(count).ok()).unwrap_or(1))
+/// What launches hang on, if the device runs the kernels for Hopper: one multiprocessor and no clusters if the driver does
+/// not say.
+pub(crate) fn hopper(device: &CudaDevice) -> Option<Hopper> {
+    use CUdevice_attribute_enum as Attribute;
+    let context = device.cuda_stream().context().clone();
+    let ask = |attribute| context.attribute(attribute).ok();
+    let count = ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    let multiprocessors = count.and_then(|count| u32::try_from(count).ok()).unwrap_or(1);
+    let clusters = ask(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH) == Some(1);
+    is_hopper(device).then_some(Hopper { multiprocessors, clusters })
 }
 
 /// Whether a kernel may begin before the one before it has ended: on Hopper and newer devices; with drivers for CUDA 12.3
@@ -95,10 +101,11 @@ impl Backend for Stream {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        let Launch { kernel, grid, block, shared_bytes, params, tensor_maps, .. } = launch;
+        let Launch { kernel, grid, block, shared_bytes, cluster, params, tensor_maps, .. } = launch;
         let failed = |e: Error| {
             e.context(format!(
-                "launching {kernel} with {grid:?} blocks of {block:?} threads and {shared_bytes} bytes of shared memory"
+                "launching {kernel} with {grid:?} blocks in clusters of {cluster}, {block:?} threads and {shared_bytes} bytes of \
+                 shared memory a block"
             ))
         };
         let context = self.0.context();

@@ -258,7 +258,7 @@ const _: () = {
     ["Offset of field: LayerNormBwdWeightParams::size"]
         [::std::mem::offset_of!(LayerNormBwdWeightParams, size) - 40usize];
 };
-#[doc = " One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are\n f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`. Its columns of packed tensors\n start at `column`, those of S at `s_column`. Without LoRA the rank is 0."]
+#[doc = " One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are\n f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`; the biases are of the kernel's\n dtype if `bias_typed`, `lora_bias_typed`. Its columns of packed tensors start at `column`, those of S at `s_column`.\n Without LoRA the rank is 0."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct ProjectionPart {
@@ -271,12 +271,14 @@ pub struct ProjectionPart {
     pub column: u32,
     pub rank: u32,
     pub s_column: u32,
+    pub bias_typed: u32,
+    pub lora_bias_typed: u32,
     pub scaling: f32,
     pub mask: DropoutMask,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ProjectionPart"][::std::mem::size_of::<ProjectionPart>() - 80usize];
+    ["Size of ProjectionPart"][::std::mem::size_of::<ProjectionPart>() - 88usize];
     ["Alignment of ProjectionPart"][::std::mem::align_of::<ProjectionPart>() - 8usize];
     ["Offset of field: ProjectionPart::weight"]
         [::std::mem::offset_of!(ProjectionPart, weight) - 0usize];
@@ -294,10 +296,14 @@ const _: () = {
         [::std::mem::offset_of!(ProjectionPart, rank) - 48usize];
     ["Offset of field: ProjectionPart::s_column"]
         [::std::mem::offset_of!(ProjectionPart, s_column) - 52usize];
+    ["Offset of field: ProjectionPart::bias_typed"]
+        [::std::mem::offset_of!(ProjectionPart, bias_typed) - 56usize];
+    ["Offset of field: ProjectionPart::lora_bias_typed"]
+        [::std::mem::offset_of!(ProjectionPart, lora_bias_typed) - 60usize];
     ["Offset of field: ProjectionPart::scaling"]
-        [::std::mem::offset_of!(ProjectionPart, scaling) - 56usize];
+        [::std::mem::offset_of!(ProjectionPart, scaling) - 64usize];
     ["Offset of field: ProjectionPart::mask"]
-        [::std::mem::offset_of!(ProjectionPart, mask) - 60usize];
+        [::std::mem::offset_of!(ProjectionPart, mask) - 68usize];
 };
 #[doc = " `out = act(cat_p (left W_p^T + low_rank_p b_p^T + constants)) + residual` in the forward (left is x `[rows, in_dim]`,\n low_rank is S, out is `[rows, total]`); `out = sum_p (left_p W_p + mask_p(low_rank_p a_p))` in the backward (left is\n the gradient `[rows, total]`, low_rank is dS, out is `[rows, in_dim]`). S and dS are `[rows, s_stride]`, f32, and carry\n `scaling`. `sum`, if wanted, is what `act` is applied to."]
 #[repr(C)]
@@ -318,7 +324,7 @@ pub struct ProjectionParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ProjectionParams"][::std::mem::size_of::<ProjectionParams>() - 304usize];
+    ["Size of ProjectionParams"][::std::mem::size_of::<ProjectionParams>() - 328usize];
     ["Alignment of ProjectionParams"][::std::mem::align_of::<ProjectionParams>() - 8usize];
     ["Offset of field: ProjectionParams::left"]
         [::std::mem::offset_of!(ProjectionParams, left) - 0usize];
@@ -359,12 +365,12 @@ pub struct ProjectionFwdSm90Params {
     pub out: [EncodedTensorMap; 3usize],
     pub problem: ProjectionParams,
     pub tiles: u64,
-    pub reserved: u64,
+    pub reserved: [u64; 6usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ProjectionFwdSm90Params"]
-        [::std::mem::size_of::<ProjectionFwdSm90Params>() - 2752usize];
+        [::std::mem::size_of::<ProjectionFwdSm90Params>() - 2816usize];
     ["Alignment of ProjectionFwdSm90Params"]
         [::std::mem::align_of::<ProjectionFwdSm90Params>() - 64usize];
     ["Offset of field: ProjectionFwdSm90Params::x"]
@@ -384,9 +390,9 @@ const _: () = {
     ["Offset of field: ProjectionFwdSm90Params::problem"]
         [::std::mem::offset_of!(ProjectionFwdSm90Params, problem) - 2432usize];
     ["Offset of field: ProjectionFwdSm90Params::tiles"]
-        [::std::mem::offset_of!(ProjectionFwdSm90Params, tiles) - 2736usize];
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, tiles) - 2760usize];
     ["Offset of field: ProjectionFwdSm90Params::reserved"]
-        [::std::mem::offset_of!(ProjectionFwdSm90Params, reserved) - 2744usize];
+        [::std::mem::offset_of!(ProjectionFwdSm90Params, reserved) - 2768usize];
 };
 impl Default for ProjectionFwdSm90Params {
     fn default() -> Self {
@@ -409,11 +415,12 @@ pub struct ProjectionBwdInputSm90Params {
     pub problem: ProjectionParams,
     pub tiles: u64,
     pub unscale: device_ptr,
+    pub reserved: [u64; 5usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ProjectionBwdInputSm90Params"]
-        [::std::mem::size_of::<ProjectionBwdInputSm90Params>() - 1600usize];
+        [::std::mem::size_of::<ProjectionBwdInputSm90Params>() - 1664usize];
     ["Alignment of ProjectionBwdInputSm90Params"]
         [::std::mem::align_of::<ProjectionBwdInputSm90Params>() - 64usize];
     ["Offset of field: ProjectionBwdInputSm90Params::g"]
@@ -427,9 +434,11 @@ const _: () = {
     ["Offset of field: ProjectionBwdInputSm90Params::problem"]
         [::std::mem::offset_of!(ProjectionBwdInputSm90Params, problem) - 1280usize];
     ["Offset of field: ProjectionBwdInputSm90Params::tiles"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, tiles) - 1584usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, tiles) - 1608usize];
     ["Offset of field: ProjectionBwdInputSm90Params::unscale"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, unscale) - 1592usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, unscale) - 1616usize];
+    ["Offset of field: ProjectionBwdInputSm90Params::reserved"]
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, reserved) - 1624usize];
 };
 impl Default for ProjectionBwdInputSm90Params {
     fn default() -> Self {

@@ -10,6 +10,7 @@ use super::bindings::{
 use super::{bindings, dropout, tiles, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
+use std::ops::Range;
 
 pub use super::projection_bwd::{backward, backward_with, workspace_bytes, BackwardOperands};
 pub use crate::problem::{Activation, LoraProblem, ProjectionProblem, SmallLayout};
@@ -167,34 +168,46 @@ impl<'a> Shapes<'a> {
     pub(super) fn parts(
         &self,
         weights: &[device_ptr],
-        small: device_ptr,
+        small: Small<'_>,
     ) -> Result<[ProjectionPart; 3]> {
         let problems = self.problem.projections;
         if weights.len() != problems.len() {
             bail!("projection: {} weights for {} projections", weights.len(), problems.len())
         }
+        let mut separate = match small {
+            Small::Flat(_) => &[],
+            Small::Separate(tensors) => tensors,
+        }
+        .iter();
+        // Those that are there, in the order of the layout.
+        let mut next = |range: &Range<usize>| match (small, separate.next()) {
+            (Small::Flat(first), _) => Ok((first + 4 * range.start as u64, 0)),
+            (Small::Separate(_), Some(tensor)) => Ok((tensor.at, u32::from(tensor.typed))),
+            (Small::Separate(_), None) => bail!("projection: too few small tensors"),
+        };
         let mut parts = [ProjectionPart::default(); 3];
         for (index, (part, problem)) in parts.iter_mut().zip(problems).enumerate() {
             let layout = &self.layouts[index];
-            let at = |start: usize| small + 4 * start as u64;
-            let optional =
-                |range: &Option<std::ops::Range<usize>>| range.as_ref().map_or(0, |r| at(r.start));
             *part = ProjectionPart {
                 weight: weights[index],
-                bias: optional(&layout.bias),
-                lora_bias: optional(&layout.lora_bias),
                 out_dim: problem.out_dim as u32,
                 column: self.column(index),
                 s_column: self.s_columns[index],
                 mask: dropout::mask(None),
                 ..Default::default()
             };
+            if let Some(range) = &layout.bias {
+                (part.bias, part.bias_typed) = next(range)?;
+            }
             if let Some(lora) = problem.lora {
-                part.a = at(layout.a.start);
-                part.b = at(layout.b.start);
+                (part.a, _) = next(&layout.a)?;
+                (part.b, _) = next(&layout.b)?;
                 part.rank = lora.rank as u32;
                 part.scaling = lora.scaling;
                 part.mask = dropout::mask(lora.dropout);
+            }
+            if let Some(range) = &layout.lora_bias {
+                (part.lora_bias, part.lora_bias_typed) = next(range)?;
             }
         }
         Ok(parts)
@@ -306,6 +319,24 @@ pub fn low_rank_len(problem: &Problem<'_>) -> usize {
     problem.rows * ranks.map(|rank| rank.next_multiple_of(4)).sum::<usize>()
 }
 
+/// Where the projections' small tensors lie.
+#[derive(Clone, Copy, Debug)]
+pub enum Small<'a> {
+    /// As one tensor in f32, as `problem::small_layout` has them.
+    Flat(device_ptr),
+    /// Each by itself, those that are there in the order of `problem::small_layout`.
+    Separate(&'a [SmallTensor]),
+}
+
+/// A small tensor by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct SmallTensor {
+    /// Its address.
+    pub at: device_ptr,
+    /// Whether its elements are of the problem's dtype, which biases' may be; else they are f32.
+    pub typed: bool,
+}
+
 /// The addresses of the forward's operands; 0 is absent.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardOperands<'a> {
@@ -313,8 +344,8 @@ pub struct ForwardOperands<'a> {
     pub x: device_ptr,
     /// Of each projection, `[out_dim, in_dim]`.
     pub weights: &'a [device_ptr],
-    /// f32, as `problem::small_layout` has it.
-    pub small: device_ptr,
+    /// Biases and adapters.
+    pub small: Small<'a>,
     /// `[rows, out_dims]`; may be absent.
     pub residual: device_ptr,
     /// Output `[rows, out_dims]`.
@@ -406,7 +437,7 @@ mod tests {
     const OPERANDS: ForwardOperands<'_> = ForwardOperands {
         x: 256,
         weights: &[512, 768, 1024],
-        small: 2048,
+        small: Small::Flat(2048),
         residual: 0,
         out: 4096,
         low_rank: 8192,
@@ -462,7 +493,7 @@ mod tests {
         let operands = BackwardOperands {
             x: 256,
             weights: OPERANDS.weights,
-            small: 2048,
+            small: Small::Flat(2048),
             low_rank: 4096,
             sum: 0,
             dout: 8192,

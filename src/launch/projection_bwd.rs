@@ -13,7 +13,7 @@ use super::bindings::{
     ProjectionParams, ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES,
     BIAS_GRAD_WARPS, PROJECTION_PARTS,
 };
-use super::projection::{low_rank, Activation, Problem, Shapes, Tile};
+use super::projection::{low_rank, Activation, Problem, Shapes, Small, Tile};
 use super::{dropout, low_rank_split, sum_partials, tiles, Launch};
 use candle_core::{bail, DType, Result};
 
@@ -33,7 +33,7 @@ pub struct BackwardOperands<'a> {
     /// As in the forward.
     pub weights: &'a [device_ptr],
     /// As in the forward.
-    pub small: device_ptr,
+    pub small: Small<'a>,
     /// The forward's output.
     pub low_rank: device_ptr,
     /// The forward's output; absent without an activation.

@@ -23,49 +23,68 @@ use std::mem::{offset_of, size_of};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
     /// As the kernels' names have it. `pingpong`: two warpgroups take tiles in turn, so that one's epilogue runs beside
-    /// the other's products; `cooperative`: they share each one's rows.
+    /// the other's products; `cooperative`: they share each one's rows. [`X2`]: two blocks are a cluster.
     pub name: &'static str,
     rows: u32,
     cols: u32,
+    /// Blocks of a cluster, which make tiles of the same columns, one below the other, and load the weights once.
+    cluster: u32,
     shared_bytes: u32,
     /// Whether the kernel of dx makes dS too.
     makes_ds: bool,
 }
 
+/// How the names of tiles end that a cluster of two blocks makes. There is one of the same name without it, for devices
+/// without clusters.
+pub const X2: &str = "_x2";
+
+/// What the launches hang on, of a device that runs the kernels for Hopper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hopper {
+    /// Their number.
+    pub multiprocessors: u32,
+    /// Whether it launches clusters of two blocks.
+    pub clusters: bool,
+}
+
+const PINGPONG_128X192: Tile = Tile {
+    name: "pingpong_128x192",
+    rows: 128,
+    cols: 192,
+    cluster: 1,
+    shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
+    makes_ds: false,
+};
+const COOPERATIVE_128X192: Tile = Tile {
+    name: "cooperative_128x192",
+    shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
+    ..PINGPONG_128X192
+};
+const COOPERATIVE_128X256: Tile = Tile {
+    name: "cooperative_128x256",
+    rows: 128,
+    cols: 256,
+    shared_bytes: PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
+    ..PINGPONG_128X192
+};
 /// All tiles that some kernel has.
-const TILES: [Tile; 4] = [
-    Tile {
-        name: "pingpong_128x192",
-        rows: 128,
-        cols: 192,
-        shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
-        makes_ds: false,
-    },
-    Tile {
-        name: "cooperative_128x192",
-        rows: 128,
-        cols: 192,
-        shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
-        makes_ds: false,
-    },
-    Tile {
-        name: "cooperative_128x256",
-        rows: 128,
-        cols: 256,
-        shared_bytes: PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
-        makes_ds: false,
-    },
+const TILES: [Tile; 6] = [
+    PINGPONG_128X192,
+    Tile { name: "pingpong_128x192_x2", cluster: 2, ..PINGPONG_128X192 },
+    COOPERATIVE_128X192,
+    COOPERATIVE_128X256,
+    Tile { name: "cooperative_128x256_x2", cluster: 2, ..COOPERATIVE_128X256 },
     Tile {
         name: "cooperative_128x192_ds",
-        rows: 128,
-        cols: 192,
         shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_DS_SHARED_BYTES,
         makes_ds: true,
+        ..COOPERATIVE_128X192
     },
 ];
 
 /// The tiles of the forward, by name.
-pub const FORWARD_TILES: [&str; 2] = ["pingpong_128x192", "cooperative_128x256"];
+pub const FORWARD_TILES: [&str; 4] =
+    ["pingpong_128x192", "pingpong_128x192_x2", "cooperative_128x256", "cooperative_128x256_x2"];
 /// The tiles of the gradient of x. With `_ds` the kernel makes dS too, if no rank is above 16; else it is that without.
 pub const BACKWARD_TILES: [&str; 4] =
     ["pingpong_128x192", "cooperative_128x192", "cooperative_128x256", "cooperative_128x192_ds"];
@@ -77,7 +96,7 @@ pub struct Choice {
     pub family: &'static str,
     /// All outputs, or x, are as wide as multiples of this.
     pub width: u32,
-    /// There are at least so many tiles.
+    /// There are at least so many tiles, those of a cluster's blocks counted each.
     pub tiles: u64,
     /// The tile's name.
     pub tile: &'static str,
@@ -85,14 +104,14 @@ pub struct Choice {
 
 /// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
 /// multiprocessors from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
-/// `128 (rows + cols)` bytes from the L2 cache.
+/// `128 (rows + cols / cluster)` bytes from the L2 cache.
 pub const CHOICES: [Choice; 6] = [
-    // Widths of ViT-B. 53 bytes a cycle, and an epilogue that costs nothing.
-    Choice { family: FORWARD, width: 192, tiles: 66, tile: "pingpong_128x192" },
-    // Of ViT-L and ViT-H, which tiles of 192 do not fill. 48 bytes a cycle.
-    Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256" },
+    // Widths of ViT-B. 37 bytes a cycle, without a cluster 53, and an epilogue that costs nothing.
+    Choice { family: FORWARD, width: 192, tiles: 66, tile: "pingpong_128x192_x2" },
+    // Of ViT-L and ViT-H, which tiles of 192 do not fill. 32 bytes a cycle, without a cluster 48.
+    Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256_x2" },
     // With fewer tiles than for every other multiprocessor, smaller portable ones are faster.
-    Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192" },
+    Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
     // qkv of ViT-B: products of 28 thousand cycles a tile. Two masks and low-rank products take 10 to 14 thousand if all
     // warps make them before the next tile, 24 thousand by one warpgroup, beside the other's products.
     Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "pingpong_128x192" },
@@ -117,9 +136,10 @@ impl Tile {
         widths.iter().map(|width| u64::from(width.div_ceil(self.cols))).sum()
     }
 
-    /// Tiles of an output of so many rows in these widths.
+    /// Tiles of an output of so many rows in these widths, those that a cluster makes together counted once. The last
+    /// ones may lie partly, those of a cluster's later blocks entirely below it.
     fn count(&self, rows: u64, widths: &[u32]) -> u64 {
-        rows.div_ceil(self.rows.into()) * self.columns(widths)
+        rows.div_ceil((self.cluster * self.rows).into()) * self.columns(widths)
     }
 }
 
@@ -138,7 +158,8 @@ fn tile(name: &str) -> Result<&'static Tile> {
 fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static str>> {
     for choice in CHOICES.iter().filter(|choice| choice.family == family) {
         let fits = widths.iter().all(|width| width.is_multiple_of(choice.width));
-        if fits && tile(choice.tile)?.count(rows, widths) >= choice.tiles {
+        let tile = tile(choice.tile)?;
+        if fits && tile.count(rows, widths) * u64::from(tile.cluster) >= choice.tiles {
             return Ok(Some(choice.tile));
         }
     }
@@ -152,13 +173,18 @@ fn chosen(
     problem: &Problem<'_>,
     dtype: DType,
     widths: &[u32],
+    clusters: bool,
 ) -> Result<Option<&'static str>> {
     let total = problem.projections.iter().map(|part| part.out_dim).sum();
-    match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
-        Some(tiles::PORTABLE) => Ok(None),
-        None => choose(family, problem.rows as u64, widths),
-        known => Ok(known),
-    }
+    let name = match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
+        Some(tiles::PORTABLE) => None,
+        None => choose(family, problem.rows as u64, widths)?,
+        known => known,
+    };
+    Ok(match name {
+        Some(name) if !clusters => Some(name.strip_suffix(X2).unwrap_or(name)),
+        name => name,
+    })
 }
 
 /// Whether bulk copies take the rows: 16 bits an element, rows and addresses of multiples of 16 bytes.
@@ -170,8 +196,8 @@ fn copies_take(shapes: &Shapes<'_>, dtype: DType, addresses: &[device_ptr]) -> b
         && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// What [`super::projection::forward`] launches, for so many multiprocessors of Hopper; none where its kernels do not
-/// cover the problem, or the table has no tile for it.
+/// What [`super::projection::forward`] launches on Hopper; none where its kernels do not cover the problem, or the table
+/// has no tile for it.
 ///
 /// # Errors
 /// On shapes that no kernel takes.
@@ -179,16 +205,16 @@ pub fn forward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
-    multiprocessors: u32,
+    device: Hopper,
 ) -> Result<Option<Vec<Launch>>> {
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    match chosen(FORWARD, problem, dtype, &widths)? {
-        Some(tile) => forward_with(tile, problem, dtype, operands, multiprocessors),
+    match chosen(FORWARD, problem, dtype, &widths, device.clusters)? {
+        Some(tile) => forward_with(tile, problem, dtype, operands, device.multiprocessors),
         None => Ok(None),
     }
 }
 
-/// The forward with the tile of this name; none if the kernels do not cover the problem.
+/// The forward with the tile of this name on so many multiprocessors; none if the kernels do not cover the problem.
 ///
 /// # Errors
 /// As [`forward`], and if there is no such tile.
@@ -200,16 +226,16 @@ pub fn forward_with(
     multiprocessors: u32,
 ) -> Result<Option<Vec<Launch>>> {
     let shapes = Shapes::new(problem)?;
-    let ForwardOperands { x, small, residual, out, low_rank, sum, .. } = *operands;
-    let mut addresses = vec![x, small, residual, out, low_rank, sum];
-    addresses.extend(operands.weights);
+    let ForwardOperands { x, residual, out, low_rank, sum, .. } = *operands;
+    let parts = shapes.parts(operands.weights, operands.small)?;
+    let mut addresses = vec![x, residual, out, low_rank, sum];
+    addresses.extend(parts.iter().flat_map(|part| [part.weight, part.b]));
     // Rows of b are its ranks.
     let ranks = shapes.adapted().all(|(_, lora)| lora.rank.is_multiple_of(4));
     if !ranks || !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
     let tile = tile(name)?;
-    let parts = shapes.parts(operands.weights, small)?;
     let (rows, in_dim, total) = (problem.rows as u32, shapes.in_dim, shapes.total);
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
 
@@ -218,14 +244,14 @@ pub fn forward_with(
     maps.push(offset_of!(Params, x), 0, bits16(x, (rows, in_dim, in_dim), (tile.rows, DEPTH))?);
     for (index, part) in parts.iter().enumerate().take(widths.len()) {
         let weight = (part.out_dim, in_dim, in_dim);
-        let weight = bits16(part.weight, weight, (tile.cols, DEPTH))?;
+        let weight = bits16(part.weight, weight, (tile.cols / tile.cluster, DEPTH))?;
         maps.push(offset_of!(Params, weight), index, weight);
         if part.rank > 0 {
             let s = low_rank + 4 * u64::from(part.s_column);
             let s = tf32(s, (rows, part.rank, shapes.s_stride), (tile.rows, LOW_RANK_DEPTH))?;
             maps.push(offset_of!(Params, low_rank), index, s);
             let b = (part.out_dim, part.rank, part.rank);
-            let b = tf32(part.b, b, (tile.cols, LOW_RANK_DEPTH))?;
+            let b = tf32(part.b, b, (tile.cols / tile.cluster, LOW_RANK_DEPTH))?;
             maps.push(offset_of!(Params, b), index, b);
         }
         for (packed, at) in [
@@ -253,8 +279,7 @@ pub fn forward_with(
     Ok(Some(s.into_iter().chain([out]).collect()))
 }
 
-/// What [`super::projection::backward`] launches, for so many multiprocessors of Hopper; none where there is no kernel of
-/// Hopper for dx.
+/// What [`super::projection::backward`] launches on Hopper; none where there is no kernel of Hopper for dx.
 ///
 /// # Errors
 /// As [`super::projection::backward`].
@@ -262,15 +287,16 @@ pub fn backward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    multiprocessors: u32,
+    device: Hopper,
 ) -> Result<Option<Vec<Launch>>> {
-    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32])? {
-        Some(tile) => backward_with(tile, problem, dtype, operands, multiprocessors),
+    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32], device.clusters)? {
+        Some(tile) => backward_with(tile, problem, dtype, operands, device.multiprocessors),
         None => Ok(None),
     }
 }
 
-/// The backward with the tile of this name for dx; none if the kernel does not cover the problem.
+/// The backward with the tile of this name for dx on so many multiprocessors; none if the kernel does not cover the
+/// problem.
 ///
 /// # Errors
 /// As [`backward`], and if there is no such tile.
@@ -340,7 +366,10 @@ fn bwd_input(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
-    launches.push(persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?);
+    let launch = persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    // dS's kernel begins when g is there, so this one may begin with g.
+    let begins_early = !tile.makes_ds && shapes.adapted().next().is_some();
+    launches.push(Launch { begins_early, ..launch });
     Ok(launches)
 }
 
@@ -364,7 +393,7 @@ fn tf32(at: device_ptr, matrix: (u32, u32, u32), tile: (u32, u32)) -> Result<Ten
     TensorMap::matrix(at, Element::Tf32, matrix, tile)
 }
 
-/// A launch with a block on each multiprocessor that there is work for.
+/// A launch with a block on each multiprocessor that there is work for, at least a cluster.
 fn persistent<P: bytemuck::NoUninit>(
     family: &str,
     tile: &Tile,
@@ -373,15 +402,17 @@ fn persistent<P: bytemuck::NoUninit>(
     params: &P,
     maps: Maps,
 ) -> Result<Launch> {
-    let grid = [tiles.min(multiprocessors.max(1).into()), 1, 1];
+    let clusters = (multiprocessors / tile.cluster).max(1);
+    let grid = [tiles.min(clusters.into()) * u64::from(tile.cluster), 1, 1];
     let family = format!("{family}_{}", tile.name);
     let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
-    Ok(Launch { shared_bytes: tile.shared_bytes, tensor_maps: maps.0, ..launch })
+    let &Tile { cluster, shared_bytes, .. } = tile;
+    Ok(Launch { shared_bytes, cluster, tensor_maps: maps.0, ..launch })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::projection::{Activation, LoraProblem, ProjectionProblem};
+    use super::super::projection::{Activation, LoraProblem, ProjectionProblem, Small};
     use super::*;
 
     #[test]
@@ -393,16 +424,16 @@ mod tests {
             |rows, widths: &[u32]| choose(FORWARD, rows, widths).map(Option::unwrap_or_default);
         // One image through ViT-B, L and H: qkv, proj, lin1.
         for (width, expected) in [
-            (768, "pingpong_128x192"),
-            (1024, "cooperative_128x256"),
-            (1280, "cooperative_128x256"),
+            (768, "pingpong_128x192_x2"),
+            (1024, "cooperative_128x256_x2"),
+            (1280, "cooperative_128x256_x2"),
         ] {
             assert_eq!(name(4096, &[width; 3])?, expected);
             assert_eq!(name(4096, &[width])?, expected);
         }
         // Both widths fit lin1 of ViT-B.
-        assert_eq!(name(4096, &[3072])?, "pingpong_128x192");
-        assert_eq!(name(4096, &[1000])?, "pingpong_128x192");
+        assert_eq!(name(4096, &[3072])?, "pingpong_128x192_x2");
+        assert_eq!(name(4096, &[1000])?, "pingpong_128x192_x2");
         assert_eq!(name(196, &[768; 3])?, "");
         // x of the same: of lin2 it is as wide as the output of lin1.
         for (width, expected) in [
@@ -418,6 +449,25 @@ mod tests {
     }
 
     #[test]
+    fn without_clusters_the_same_tile_serves() -> Result<()> {
+        let named = |tiles: &[&str], name| tiles.contains(&name);
+        for tile in TILES.iter().filter(|tile| tile.cluster > 1) {
+            let without = super::tile(tile.name.strip_suffix(X2).unwrap())?;
+            assert_eq!(without, &Tile { name: without.name, cluster: 1, ..*tile });
+            for tiles in [&FORWARD_TILES[..], &BACKWARD_TILES] {
+                assert!(!named(tiles, tile.name) || named(tiles, without.name), "{}", tile.name);
+            }
+        }
+        let projections = [ProjectionProblem { out_dim: 768, bias: true, lora: None }];
+        let activation = Activation::Identity;
+        let problem = Problem { rows: 4096, in_dim: 768, projections: &projections, activation };
+        let name = |clusters| chosen(FORWARD, &problem, DType::BF16, &[768], clusters);
+        assert_eq!(name(true)?, Some("pingpong_128x192_x2"));
+        assert_eq!(name(false)?, Some("pingpong_128x192"));
+        Ok(())
+    }
+
+    #[test]
     fn a_launch_carries_the_maps_of_what_is_there() -> Result<()> {
         let lora = LoraProblem { rank: 16, scaling: 1.0, dropout: None, bias: false };
         let part = |lora| ProjectionProblem { out_dim: 192, bias: true, lora };
@@ -427,7 +477,7 @@ mod tests {
         let operands = ForwardOperands {
             x: 256,
             weights: &[512, 768, 1024],
-            small: 2048,
+            small: Small::Flat(2048),
             residual: 0,
             out: 4096,
             low_rank: 8192,
@@ -449,11 +499,23 @@ mod tests {
         let (_, k) = &out.tensor_maps[5];
         assert_eq!((k.address, k.dims.as_slice()), (768, &[64, 192][..]));
 
+        // A cluster of two loads the weights, and b, in halves, and is there as a whole.
+        let launches = forward_with("pingpong_128x192_x2", &problem, DType::F16, &operands, 5)?;
+        let in_clusters = &launches.unwrap()[1];
+        assert_eq!(in_clusters.kernel, "projection_fwd_sm90_pingpong_128x192_x2_f16");
+        assert_eq!((out.cluster, in_clusters.cluster, in_clusters.grid), (1, 2, [4, 1, 1]));
+        let tiles = |launch: &Launch| launch.tensor_maps.iter().map(|m| m.1.tile[1]).collect();
+        let (whole, halves): (Vec<_>, Vec<_>) = (tiles(out), tiles(in_clusters));
+        assert_eq!(
+            (&whole[..4], &halves[..4]),
+            (&[128, 192, 128, 192][..], &[128, 96, 128, 96][..])
+        );
+
         // What bulk copies do not take.
         for operands in [
             ForwardOperands { x: 264, ..operands },
             ForwardOperands { out: 4104, ..operands },
-            ForwardOperands { small: 2052, ..operands },
+            ForwardOperands { small: Small::Flat(2052), ..operands },
         ] {
             assert!(forward(&problem, DType::F16, &operands)?.is_none());
         }
@@ -473,7 +535,7 @@ mod tests {
         let operands = BackwardOperands {
             x: 256,
             weights: &[512, 768],
-            small: 2052, // f32 of any alignment
+            small: Small::Flat(2052), // f32 of any alignment
             low_rank: 0,
             sum: 0,
             dout: 4096,

@@ -180,18 +180,19 @@ mod tests {
         let dtype = if row.bytes == 4 { DType::F32 } else { DType::BF16 };
         let [inner, outer] = row.shape;
         let launches = if PROJECTION.contains(&row.family) {
-            use projection::{Activation, BackwardOperands, ForwardOperands, Problem};
+            use projection::{Activation, BackwardOperands, ForwardOperands, Problem, Small};
             let part = projection::ProjectionProblem { out_dim: outer, bias: true, lora: None };
             let (weights, activation) = (&[at][..], Activation::Identity);
             let (rows, in_dim, projections) = (row.rows, inner, &[part][..]);
             let problem = Problem { rows, in_dim, projections, activation };
-            let ([x, small, out, dout, dx, workspace], none) = ([at; 6], 0);
+            let device = projection_sm90::Hopper { multiprocessors: 132, clusters: true };
+            let ([x, out, dout, dx, workspace], small, none) = ([at; 5], Small::Flat(at), 0);
             let (low_rank, sum, residual, dsmall) = (none, none, none, none);
             let forward = ForwardOperands { x, weights, small, residual, out, low_rank, sum };
             match row.family {
                 "projection_fwd" => projection::forward(&problem, dtype, &forward)?,
                 "projection_fwd_sm90" => {
-                    projection_sm90::forward(&problem, dtype, &forward, 132)?.unwrap_or_default()
+                    projection_sm90::forward(&problem, dtype, &forward, device)?.unwrap_or_default()
                 }
                 of_backward => {
                     let backward = BackwardOperands {
@@ -207,7 +208,7 @@ mod tests {
                     };
                     match of_backward {
                         "projection_bwd_input" => projection::backward(&problem, dtype, &backward)?,
-                        _ => projection_sm90::backward(&problem, dtype, &backward, 132)?
+                        _ => projection_sm90::backward(&problem, dtype, &backward, device)?
                             .unwrap_or_default(),
                     }
                 }

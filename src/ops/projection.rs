@@ -16,7 +16,9 @@ use crate::cpu::projection::{self, Saved, Weight, Weights};
 use crate::launch::projection as kernels;
 use crate::philox::Dropout;
 use crate::problem::{self, LoraProblem, ProjectionProblem};
-use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{
+    bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor,
+};
 use std::sync::OnceLock;
 
 /// The low-rank part of a projection.
@@ -188,7 +190,8 @@ fn kernel_problem<'a>(
     kernels::Problem { rows, in_dim, projections, activation }
 }
 
-/// Packs everything small and differentiable into one flat f32 tensor, and applies the operation.
+/// Applies the operation. Everything small is captured by it where it lies, for kernels that read it there; what has a
+/// gradient to come is packed into one flat f32 tensor, an input, and so is everything on the CPU.
 fn apply(
     name: &'static str,
     x: &Tensor,
@@ -196,24 +199,56 @@ fn apply(
     activation: Activation,
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let small: Vec<_> = projections.iter().flat_map(small).collect();
-    let small = if small.is_empty() {
-        Tensor::zeros(1, DType::F32, x.device())?
-    } else {
-        let flat = small.iter().map(|tensor| tensor.flatten_all()?.to_dtype(DType::F32));
-        Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
+    let x = operand(x)?;
+    let separate = match x.device() {
+        Device::Cpu => None,
+        _ => where_they_lie(projections, x.dtype())?,
     };
-    let absent = Tensor::zeros(1, x.dtype(), x.device())?;
+    // In the place of an input that is not there: nobody reads it.
+    let absent = x.detach();
+    let small: Vec<_> = projections.iter().flat_map(small).collect();
+    let small = match separate {
+        Some(_) => absent.clone(),
+        None if small.is_empty() => Tensor::zeros(1, DType::F32, x.device())?,
+        None => {
+            let flat = small.iter().map(|tensor| tensor.flatten_all()?.to_dtype(DType::F32));
+            Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
+        }
+    };
     let op = FusedProjection {
         name,
         problems: projections.iter().map(problem).collect(),
         weights: projections.iter().map(|p| operand(p.weight)).collect::<Result<_>>()?,
+        separate,
         activation: activation.problem(),
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
         saved: OnceLock::new(),
     };
-    operand(x)?.apply_op3(&small, &operand(residual.unwrap_or(&absent))?, op)
+    let residual = residual.map_or(Ok(absent), operand)?;
+    x.apply_op3(&small, &residual, op)
+}
+
+/// The small tensors as kernels for `dtype` read them, in the order of `small_layout`: themselves, but for adapters in 16
+/// bits, which become f32. None if one of them wants a gradient.
+fn where_they_lie(projections: &[Projection<'_>], dtype: DType) -> Result<Option<Vec<Tensor>>> {
+    if projections.iter().flat_map(small).any(Tensor::track_op) {
+        return Ok(None);
+    }
+    let f32 = |tensor: &Tensor| operand(&tensor.to_dtype(DType::F32)?);
+    let bias = |tensor: &Tensor| match tensor.dtype() == dtype {
+        true => operand(tensor),
+        false => f32(tensor),
+    };
+    let mut tensors = Vec::new();
+    for projection in projections {
+        tensors.extend(projection.bias.map(bias).transpose()?);
+        if let Some(lora) = projection.lora {
+            tensors.extend([f32(lora.a)?, f32(lora.b)?]);
+            tensors.extend(lora.b_bias.map(bias).transpose()?);
+        }
+    }
+    Ok(Some(tensors))
 }
 
 /// Everything small and differentiable of a projection, in the order of `small_layout`.
@@ -239,11 +274,14 @@ pub(super) fn problem(p: &Projection<'_>) -> ProjectionProblem {
     }
 }
 
-/// Inputs: x, the flat small tensors, the residual (or a placeholder).
+/// Inputs: x, the flat small tensors, the residual; placeholders for those that are absent or separate.
 struct FusedProjection {
     name: &'static str,
     problems: Vec<ProjectionProblem>,
     weights: Vec<Tensor>,
+    /// The small tensors, if they are no input: for kernels.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    separate: Option<Vec<Tensor>>,
     activation: problem::Activation,
     residual: bool,
     keep: bool,
@@ -261,7 +299,12 @@ impl FusedProjection {
     #[cfg(feature = "cuda")]
     fn on_gpu(&self, x_dims: &[usize]) -> super::gpu::projection::Projections<'_> {
         let problem = kernel_problem(x_dims, &self.problems, self.activation);
-        super::gpu::projection::Projections { op: self.name, problem, weights: &self.weights }
+        super::gpu::projection::Projections {
+            op: self.name,
+            problem,
+            weights: &self.weights,
+            separate: self.separate.as_deref(),
+        }
     }
 
     fn with_weights<R>(&self, f: impl FnOnce(&Weights<'_>) -> Result<R>) -> Result<R> {
@@ -383,5 +426,40 @@ impl CustomOp3 for FusedProjection {
         let dx = wanted.0.then(|| tensor_like(grads.x.into_vec(), x)).transpose()?;
         let dsmall = wanted.1.then(|| tensor_like(grads.small, small)).transpose()?;
         Ok((dx, dsmall, dresidual))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    fn zeros(shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Tensor::zeros(shape, dtype, &Device::Cpu)
+    }
+
+    #[test]
+    fn kernels_read_frozen_biases_and_adapters_where_they_lie() -> Result<()> {
+        let (weight, bias) = (zeros(&[6, 4], DType::BF16)?, zeros(&[6], DType::BF16)?);
+        let (a, b) = (zeros(&[2, 4], DType::F32)?, zeros(&[6, 2], DType::F32)?);
+        let lora = Lora { a: &a, b: &b, b_bias: Some(&bias), scaling: 1.0, dropout: None };
+        let base = Projection { weight: &weight, bias: Some(&bias), lora: None };
+        let adapted = Projection { lora: Some(lora), ..base };
+        let ids = |tensors: Vec<Tensor>| tensors.iter().map(Tensor::id).collect::<Vec<_>>();
+
+        let lie = where_they_lie(&[base, adapted], DType::BF16)?.map(ids);
+        assert_eq!(lie, Some([&bias, &bias, &a, &b, &bias].map(Tensor::id).to_vec()));
+
+        // What kernels do not read is converted.
+        let a16 = a.to_dtype(DType::BF16)?;
+        let adapted = Projection { lora: Some(Lora { a: &a16, ..lora }), ..base };
+        let lie = where_they_lie(&[adapted], DType::BF16)?.unwrap_or_default();
+        assert_eq!((lie[1].dtype(), lie[2].id()), (DType::F32, b.id()));
+
+        // What is trained is one input, for the gradient.
+        let trained = Var::from_tensor(&b)?;
+        let adapted = Projection { lora: Some(Lora { b: &trained, ..lora }), ..base };
+        assert!(where_they_lie(&[adapted], DType::BF16)?.is_none());
+        Ok(())
     }
 }

@@ -11,7 +11,9 @@ use crate::common::cases::DROPOUT;
 use crate::common::{error, random, values};
 use crate::{trial, with_each};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sam_lora::launch::projection::{self, ForwardOperands, LoraProblem, ProjectionProblem};
+use candle_sam_lora::launch::projection::{
+    self, ForwardOperands, LoraProblem, ProjectionProblem, Small,
+};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, Inputs};
 use candle_sam_lora::launch::{layer_norm, AttentionProblem, LayerNormProblem};
 use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
@@ -217,7 +219,7 @@ fn emulate(
         let operands = ForwardOperands {
             x: from_x.address(),
             weights: &weights_at,
-            small: small.address(),
+            small: Small::Flat(small.address()),
             residual: residual.as_ref().map_or(0, Memory::address),
             out: out.address(),
             low_rank: s.address(),

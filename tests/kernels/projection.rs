@@ -6,7 +6,7 @@ use crate::device::{bound, in_modes, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
-    Tile, TILES,
+    Small, SmallTensor, Tile, TILES,
 };
 use candle_sam_lora::launch::Launch;
 use candle_sam_lora::ops::{self, composed, Lora, Projection};
@@ -383,6 +383,13 @@ pub fn check_forward(
     let weights: Vec<_> = data.parts.iter().map(|part| data.memory(&part.weight)).collect();
     let weights_at: Vec<_> = weights.iter().map(|weight| data.at(weight)).collect();
     let small = Memory::from_tensor(&data.small);
+    let tensors = data.small_tensors();
+    let memories: Vec<_> = tensors.iter().map(Memory::from_tensor).collect();
+    let typed = |tensor: &Tensor| tensor.dtype() != DType::F32;
+    let separate = tensors.iter().zip(&memories);
+    let separate: Vec<_> = separate
+        .map(|(tensor, memory)| SmallTensor { at: memory.address(), typed: typed(tensor) })
+        .collect();
     let residual = data.residual.as_ref().map(|residual| data.memory(residual));
     let expected_sum = data.reference_sum();
     let mut expected: Vec<f64> = expected_sum.iter().map(|&x| data.activate(x)).collect();
@@ -398,7 +405,11 @@ pub fn check_forward(
             let operands = ForwardOperands {
                 x: data.at(&x),
                 weights: &weights_at,
-                small: small.address(),
+                // Wherever they lie, the bits are the same.
+                small: match device.mode.seed {
+                    0 => Small::Flat(small.address()),
+                    _ => Small::Separate(&separate),
+                },
                 residual: residual.as_ref().map_or(0, |residual| data.at(residual)),
                 out: data.at(&y),
                 low_rank: s.address(),
@@ -504,7 +515,7 @@ pub fn check_backward(
             let forward = ForwardOperands {
                 x: data.at(&x),
                 weights: &weights_at,
-                small: small.address(),
+                small: Small::Flat(small.address()),
                 residual: 0,
                 out: data.at(&y),
                 low_rank: s.address(),
@@ -518,7 +529,7 @@ pub fn check_backward(
             let operands = BackwardOperands {
                 x: data.at(&x),
                 weights: &weights_at,
-                small: small.address(),
+                small: Small::Flat(small.address()),
                 low_rank: s.address(),
                 sum: data.at(&sum),
                 dout: data.at(&grad),

@@ -14,6 +14,7 @@ const LARGE: [Case; 3] = [
     Case { rows: 130, in_dim: 72, outs: &[200, 40, 264], ranks: &[16, 0, 68], ..TRAINED },
     // More steps than stages, both outputs and a residual.
     Case { in_dim: 392, activation: Activation::Gelu, residual: true, ranks: &[12], ..TRAINED },
+    // Three tiles, one below the other: of two clusters' blocks, one has nothing but pads.
     Case { rows: 260, outs: &[328], residual: true, ..TRAINED },
 ];
 
@@ -28,8 +29,8 @@ const LOW_RANKS: [Case; 3] = [
 const RANGES: [Case; 2] =
     [Case { ranks: &[16], b_scale: 1e6, ..PLAIN }, Case { ranks: &[4], b_scale: 1e-7, ..PLAIN }];
 
-/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
-/// multiprocessors there are. Ranks are to be multiples of `rank`.
+/// All cases that bulk copies take, with the tiles and how many multiprocessors there are. Large cases have all tiles; the
+/// others take them by turns, f16 the ones that bf16 does not. Ranks are to be multiples of `rank`.
 fn cases(
     dtype: DType,
     tiles: &[&'static str],
@@ -42,8 +43,12 @@ fn cases(
         if !widths || !multiple(case.ranks, rank) {
             continue;
         }
-        let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
-        cases.push((Data::new(case, dtype)?, tile, 1 + index as u32 / 2 % 2));
+        let turn = index + usize::from(dtype == DType::F16);
+        let count = if index < CASES.len() { 1 } else { tiles.len() };
+        for tile in (turn..turn + count).map(|turn| tiles[turn % tiles.len()]) {
+            let blocks = if tile.ends_with(hopper::X2) { 2 } else { 1 };
+            cases.push((Data::new(case, dtype)?, tile, blocks * (1 + index as u32 / 2 % 2)));
+        }
     }
     Ok(cases)
 }

@@ -2,7 +2,10 @@
 
 use super::Input;
 use crate::cuda::{self, Job};
-use crate::launch::projection::{self as kernels, BackwardOperands, ForwardOperands, Problem};
+use crate::launch::device_ptr;
+use crate::launch::projection::{
+    self as kernels, BackwardOperands, ForwardOperands, Problem, Small, SmallTensor,
+};
 use crate::launch::projection_sm90 as hopper;
 use crate::problem::Activation;
 use candle_core::backend::BackendStorage;
@@ -15,15 +18,35 @@ pub struct Saved {
     sum: Tensor,
 }
 
-/// The operation's name, its problem, its frozen weights.
+/// The operation's name, its problem, its frozen weights, and the small tensors if they are frozen too.
 #[derive(Clone, Copy)]
 pub struct Projections<'a> {
     pub op: &'static str,
     pub problem: Problem<'a>,
     pub weights: &'a [Tensor],
+    pub separate: Option<&'a [Tensor]>,
 }
 
 impl Projections<'_> {
+    /// What is no input of the operation: the weights, then small tensors.
+    fn captured(&self) -> impl Iterator<Item = &Tensor> {
+        self.weights.iter().chain(self.separate.unwrap_or_default())
+    }
+
+    /// The addresses of the weights, and those of the small tensors if they were captured.
+    fn split<'b>(
+        &self,
+        captured: &'b [device_ptr],
+    ) -> Result<(&'b [device_ptr], Option<Vec<SmallTensor>>)> {
+        let Some((weights, separate)) = captured.split_at_checked(self.weights.len()) else {
+            bail!("{}: {} weights, expected {}", self.op, captured.len(), self.weights.len())
+        };
+        let small =
+            |(&at, tensor): (_, &Tensor)| SmallTensor { at, typed: tensor.dtype() != DType::F32 };
+        let separate = self.separate.map(|tensors| separate.iter().zip(tensors).map(small));
+        Ok((weights, separate.map(Iterator::collect)))
+    }
+
     fn has_lora(&self) -> bool {
         kernels::low_rank_len(&self.problem) > 0
     }
@@ -32,7 +55,7 @@ impl Projections<'_> {
         self.problem.activation != Activation::Identity
     }
 
-    /// Inputs: x, the flat small tensors, the residual or a placeholder.
+    /// Inputs: x, the flat small tensors, the residual; placeholders for the latter two.
     pub fn forward(
         &self,
         inputs: [Input<'_>; 3],
@@ -49,12 +72,12 @@ impl Projections<'_> {
         let low_rank_shape = Shape::from(kernels::low_rank_len(&self.problem).max(1));
         let sum_shape = if self.keeps_sum() { shape.clone() } else { Shape::from(1) };
 
-        let guards: Vec<_> = self.weights.iter().map(Tensor::storage_and_layout).collect();
+        let guards: Vec<_> = self.captured().map(Tensor::storage_and_layout).collect();
         let mut inputs = inputs.to_vec();
         for (storage, layout) in &guards {
             match &**storage {
                 Storage::Cuda(storage) => inputs.push((storage, *layout)),
-                _ => bail!("{}: the weight left the GPU", self.op),
+                _ => bail!("{}: a parameter left the GPU", self.op),
             }
         }
         let outputs = [
@@ -65,19 +88,20 @@ impl Projections<'_> {
         let device = x.device();
         let job = Job { op: self.op, device, inputs: &inputs, outputs, workspace_bytes: 0 };
         let [out, low_rank, sum] = cuda::run(&job, |at| {
-            let ([x, small, residual], weights) = at.first_inputs()?;
+            let ([x, small, residual], captured) = at.first_inputs()?;
+            let (weights, separate) = self.split(captured)?;
             let [out, low_rank, sum] = at.outputs;
             let operands = ForwardOperands {
                 x,
                 weights,
-                small,
+                small: separate.as_deref().map_or(Small::Flat(small), Small::Separate),
                 residual: if residual_present { residual } else { 0 },
                 out,
                 low_rank: if self.has_lora() { low_rank } else { 0 },
                 sum: if self.keeps_sum() { sum } else { 0 },
             };
-            let own = match cuda::hopper_multiprocessors(device) {
-                Some(n) => hopper::forward(&self.problem, dtype, &operands, n)?,
+            let own = match cuda::hopper(device) {
+                Some(device) => hopper::forward(&self.problem, dtype, &operands, device)?,
                 None => None,
             };
             match own {
@@ -104,16 +128,19 @@ impl Projections<'_> {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (dtype, device) = (x.dtype(), x.device().as_cuda_device()?);
         let mut inputs = vec![x, small, &saved.low_rank, &saved.sum, grad];
-        inputs.extend(self.weights);
-        let outputs = [(dtype, x.shape()), (DType::F32, small.shape())];
+        inputs.extend(self.captured());
+        let unwanted = Shape::from(1);
+        let dsmall_shape = if wanted.1 { small.shape() } else { &unwanted };
+        let outputs = [(dtype, x.shape()), (DType::F32, dsmall_shape)];
         let workspace_bytes = kernels::workspace_bytes(&self.problem, dtype);
         let [dx, dsmall] = cuda::with_tensors(self.op, &inputs, outputs, workspace_bytes, |at| {
-            let ([x, small, low_rank, sum, dout], weights) = at.first_inputs()?;
+            let ([x, small, low_rank, sum, dout], captured) = at.first_inputs()?;
+            let (weights, separate) = self.split(captured)?;
             let [dx, dsmall] = at.outputs;
             let operands = BackwardOperands {
                 x,
                 weights,
-                small,
+                small: separate.as_deref().map_or(Small::Flat(small), Small::Separate),
                 low_rank: if self.has_lora() { low_rank } else { 0 },
                 sum: if self.keeps_sum() { sum } else { 0 },
                 dout,
@@ -121,8 +148,8 @@ impl Projections<'_> {
                 dsmall: if wanted.1 { dsmall } else { 0 },
                 workspace: at.workspace,
             };
-            let own = match cuda::hopper_multiprocessors(device) {
-                Some(n) => hopper::backward(&self.problem, dtype, &operands, n)?,
+            let own = match cuda::hopper(device) {
+                Some(device) => hopper::backward(&self.problem, dtype, &operands, device)?,
                 None => None,
             };
             match own {
