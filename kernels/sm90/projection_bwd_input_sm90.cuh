@@ -170,10 +170,11 @@ template <class Tile> __device__ __forceinline__ void multiply_bwd_input(const P
         pass_turn<Tile>(shared, group);
         finish_steps<Tile>(shared, acc, busy);
         const uint32_t row = corner.y + first_row + threadIdx.x / kWarp % 4 * 16;
+        const auto load_left = [&](uint32_t(&left)[2][4], int part, uint32_t mine, uint32_t k) {
+            load_low_rank_left(left, p.problem, p.problem.parts[part], mine, k);
+        };
         ptx::griddepcontrol_wait();
-        add_low_rank<Tile>(p.problem, acc, row, corner.x, [&](uint32_t(&left)[2][4], int i, uint32_t mine, uint32_t k) {
-            load_low_rank_left(left, p.problem, p.problem.parts[i], mine, k);
-        });
+        add_low_rank<Tile>(p.problem, acc, row, corner.x, load_left);
         store_bwd_input<Tile>(p, shared, acc, row, corner.x);
     }
 }
