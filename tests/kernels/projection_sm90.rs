@@ -21,9 +21,9 @@ const LARGE: [Case; 3] = [
 /// The low-rank products of the gradient of x, for every tile: ranks of less and more than the sixteen that are multiplied at
 /// once, of one to three projections, in tiles that end within 32 columns and 16 rows.
 const LOW_RANKS: [Case; 3] = [
-    Case { rows: 270, in_dim: 200, outs: &[40, 72, 24], ranks: &[1, 33, 4], p: 0.3, ..PLAIN },
-    Case { rows: 133, in_dim: 264, outs: &[72, 136], ranks: &[64, 16], p: 0.1, ..PLAIN },
-    Case { rows: 140, in_dim: 264, outs: &[328, 40, 72], ranks: &[16, 0, 5], p: 0.1, ..PLAIN },
+    Case { rows: 133, in_dim: 200, outs: &[40, 24, 8], ranks: &[1, 16, 4], p: 0.3, ..PLAIN },
+    Case { rows: 133, outs: &[72, 40], ranks: &[33, 64], p: 0.1, ..PLAIN },
+    Case { rows: 133, in_dim: 200, outs: &[136, 40, 8], ranks: &[16, 0, 5], ..PLAIN },
 ];
 /// b of more and of less than f16 has.
 const RANGES: [Case; 2] =
