@@ -340,17 +340,17 @@ typedef struct RelPosAttentionShape {
 } RelPosAttentionShape;
 ABI_SIZE(RelPosAttentionShape, 56);
 
-/** `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,
- * head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first. */
+/** `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,
+ * head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first. */
 typedef struct RelPosAttentionFwdParams {
   device_ptr qkv;
-  device_ptr tables;
+  device_ptr tables[2];
   device_ptr pad;
   device_ptr out;
   device_ptr lse;
   RelPosAttentionShape shape;
 } RelPosAttentionFwdParams;
-ABI_SIZE(RelPosAttentionFwdParams, 96);
+ABI_SIZE(RelPosAttentionFwdParams, 104);
 
 /** The forward on sm_90a. Its key tiles, COLS columns by ROWS key rows; the rows that one bulk copy brings; and the tiles
  * in flight, for head_dim 64 and 80. */
@@ -382,15 +382,15 @@ ABI_SIZE(PanelMaps, 256);
  * tables as they lie. `tables` only says whether there are any. */
 typedef struct RelPosAttentionFwdSm90Params {
   PanelMaps qkv_maps;
-  PanelMaps table_maps;
-  device_ptr tables;
+  PanelMaps table_maps[2];
+  device_ptr tables[2];
   device_ptr pad;
   device_ptr out;
   device_ptr lse;
   RelPosAttentionShape shape;
-  uint64_t unused[5];
+  uint64_t unused[4];
 } RelPosAttentionFwdSm90Params;
-ABI_SIZE(RelPosAttentionFwdSm90Params, 640);
+ABI_SIZE(RelPosAttentionFwdSm90Params, 896);
 
 /** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for each
  * multiprocessor of an H100 or H200. */
@@ -405,20 +405,20 @@ ABI_SIZE(RelPosAttentionFwdSm90Params, 640);
 /** As RelPosAttentionFwdParams; the blocks take turns at `units`, windows x heads. */
 typedef struct RelPosAttentionWindowFwdParams {
   device_ptr qkv;
-  device_ptr tables;
+  device_ptr tables[2];
   device_ptr pad;
   device_ptr out;
   device_ptr lse;
   uint64_t units;
   RelPosAttentionShape shape;
 } RelPosAttentionWindowFwdParams;
-ABI_SIZE(RelPosAttentionWindowFwdParams, 104);
+ABI_SIZE(RelPosAttentionWindowFwdParams, 112);
 
 /** The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of
  * the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted. */
 typedef struct RelPosAttentionWindowBwdParams {
   device_ptr qkv;
-  device_ptr tables;
+  device_ptr tables[2];
   device_ptr pad;
   device_ptr out;
   device_ptr lse;
@@ -429,7 +429,7 @@ typedef struct RelPosAttentionWindowBwdParams {
   uint64_t units;
   RelPosAttentionShape shape;
 } RelPosAttentionWindowBwdParams;
-ABI_SIZE(RelPosAttentionWindowBwdParams, 136);
+ABI_SIZE(RelPosAttentionWindowBwdParams, 144);
 
 /** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
 #define REL_POS_ATTENTION_KEY_SIDE 8
@@ -444,7 +444,7 @@ ABI_SIZE(RelPosAttentionWindowBwdParams, 136);
  * launch, rows of the tables, head_dim]`; `items` are the blocks of queries. */
 typedef struct RelPosAttentionBwdQueryParams {
   device_ptr qkv;
-  device_ptr tables;
+  device_ptr tables[2];
   device_ptr pad;
   device_ptr out;
   device_ptr lse;
@@ -456,7 +456,7 @@ typedef struct RelPosAttentionBwdQueryParams {
   uint64_t items;
   RelPosAttentionShape shape;
 } RelPosAttentionBwdQueryParams;
-ABI_SIZE(RelPosAttentionBwdQueryParams, 144);
+ABI_SIZE(RelPosAttentionBwdQueryParams, 152);
 
 /** The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums
  * over a tile's keys outside the grid. */
@@ -495,8 +495,8 @@ ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 typedef struct RelPosAttentionBwdQuerySm90Params {
   PanelMaps qkv_maps;
   PanelMaps dout_maps;
-  PanelMaps table_maps;
-  device_ptr tables;
+  PanelMaps table_maps[2];
+  device_ptr tables[2];
   device_ptr out;
   device_ptr lse;
   device_ptr dout;
@@ -506,8 +506,9 @@ typedef struct RelPosAttentionBwdQuerySm90Params {
   device_ptr table_partials;
   uint64_t items;
   RelPosAttentionShape shape;
+  uint64_t unused[7];
 } RelPosAttentionBwdQuerySm90Params;
-ABI_SIZE(RelPosAttentionBwdQuerySm90Params, 896);
+ABI_SIZE(RelPosAttentionBwdQuerySm90Params, 1216);
 
 /** Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what the
  * query pass left: of its `bias` a key tile's columns and its rows, and `delta`. */

@@ -207,25 +207,35 @@ struct TableRows {
     }
 };
 
+// Both tables, whose rows count as one list: those of h, then those of w. Null if there are none.
+template <class T> struct Tables {
+    const T *h, *w;
+    __device__ __forceinline__ explicit Tables(const device_ptr (&tables)[2])
+        : h(tables[0] == 0 ? nullptr : global<const T>(tables[0])), w(tables[1] == 0 ? nullptr : global<const T>(tables[1])) {}
+    __device__ __forceinline__ const T* row(const RelPosAttentionShape& s, uint32_t row) const {
+        const uint32_t rows_h = 2 * s.side_h - 1;
+        return row < rows_h ? h + uint64_t(row) * s.head_dim : w + uint64_t(row - rows_h) * s.head_dim;
+    }
+};
+
 // Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is.
 // Uses the staging memory; every thread of the block must come.
 template <class Tile, class T>
 __device__ __forceinline__ void project_tables(
     const Biases<Tile>& bias, typename Tile::Storage& shared, const RelPosAttentionShape& s, const AttentionUnit& unit,
-    uint32_t first, const FragmentA<T> (&q)[Tile::kDim / 16], const T* tables, bool wide) {
+    uint32_t first, const FragmentA<T> (&q)[Tile::kDim / 16], const Tables<T>& tables, bool wide) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     float *h = bias.h + 16 * warp * bias.stride_h, *w = bias.w + 16 * warp * bias.stride_w;
     for (uint32_t i = lane; i < 16 * bias.stride_h; i += kWarp) h[i] = i % bias.stride_h < s.side_h ? 0.0f : -INFINITY;
     for (uint32_t i = lane; i < 16 * bias.stride_w; i += kWarp) w[i] = i % bias.stride_w < s.side_w ? 0.0f : -INFINITY;
     __syncwarp();
-    if (tables == nullptr) return;
+    if (tables.h == nullptr) return;
     const int g = lane / 4, t = lane % 4;
     const TableRows list(s, unit, first, Tile::kQueries);
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
     for (uint32_t begin = 0; begin < list.count; begin += Tile::kStagedRows) {
         const int count = int(min(list.count - begin, uint32_t(Tile::kStagedRows)));
-        copy_rows<Tile>(wide, shared.rows, count, s.head_dim, tables,
-                        [&](int row) { return tables + uint64_t(list.row(begin + row)) * s.head_dim; });
+        copy_rows<Tile>(wide, shared.rows, count, s.head_dim, tables.h, [&](int row) { return tables.row(s, list.row(begin + row)); });
         wait_for_copies();
         for (int block = 0; block < count; block += 16) {
             float products[2][4] = {};

@@ -53,15 +53,15 @@ __device__ __forceinline__ void write_biases(
 template <class Tile, class T>
 __device__ __forceinline__ void add_table_terms(
     float (&dq)[Tile::kDim / 8][4], const BiasGradients<Tile>& gradients, typename Tile::Storage& shared, const RelPosAttentionShape& s,
-    const AttentionUnit& unit, uint32_t first, const T* tables, bool wide) {
+    const AttentionUnit& unit, uint32_t first, const Tables<T>& tables, bool wide) {
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
     const TableRows list(s, unit, first, Tile::kQueries);
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
     for (uint32_t begin = 0; begin < list.count; begin += Tile::kStagedRows) {
         const int count = int(min(list.count - begin, uint32_t(Tile::kStagedRows))), whole = (count + 15) / 16 * 16;
         // Zeros up to a whole depth: what was staged before would count, times zero, if it is not finite.
-        copy_rows<Tile>(wide, shared.rows, whole, s.head_dim, tables, [&](int row) -> const T* {
-            return row < count ? tables + uint64_t(list.row(begin + row)) * s.head_dim : nullptr;
+        copy_rows<Tile>(wide, shared.rows, whole, s.head_dim, tables.h, [&](int row) -> const T* {
+            return row < count ? tables.row(s, list.row(begin + row)) : nullptr;
         });
         wait_for_copies();
         for (int block = 0; block < count; block += 16) {
@@ -135,8 +135,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const uint32_t channels = s.num_heads * s.head_dim;
     const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad);
-    const T* tables = p.tables == 0 ? nullptr : global<const T>(p.tables);
-    const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables, p.out, p.dout);
+    const Tables<T> tables(p.tables);
+    const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables[0], p.tables[1], p.out, p.dout);
     const BiasGradients<Tile> gradients(s, reinterpret_cast<float*>(&shared + 1));
     const Biases<Tile>& bias = gradients.bias;
     const float scale = s.softmax_scale * kLog2e;
@@ -271,7 +271,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) dq[n][i] *= s.softmax_scale;
-        if (tables != nullptr) add_table_terms<Tile>(dq, gradients, shared, s, unit, first, tables, wide);
+        if (tables.h != nullptr) add_table_terms<Tile>(dq, gradients, shared, s, unit, first, tables, wide);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t n = warp_first + g + 8 * half;

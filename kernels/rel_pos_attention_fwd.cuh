@@ -23,8 +23,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const uint32_t channels = s.num_heads * s.head_dim, head_column = unit.head * s.head_dim;
     const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad);
-    const T* tables = p.tables == 0 ? nullptr : global<const T>(p.tables);
-    const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables);
+    const Tables<T> tables(p.tables);
+    const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables[0], p.tables[1]);
 
     FragmentA<T> q[kDim / 16];
     load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);

@@ -5,7 +5,7 @@
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
-    Small, Tile,
+    Small, SmallTensor, Tile,
 };
 use candle_sam_lora::launch::projection_sm90;
 use candle_sam_lora::launch::rel_pos_attention as attention;
@@ -64,8 +64,8 @@ fn rows(dtype: DType) -> Result<Vec<Launch>> {
 }
 
 /// Attention in windows of `side x side` over a grid of `grid x grid` tokens.
-fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Result<Vec<Launch>> {
-    let problem = AttentionProblem {
+fn attention_problem(grid: usize, side: usize, head_dim: usize) -> AttentionProblem {
+    AttentionProblem {
         batch: 1,
         h: grid,
         w: grid,
@@ -76,8 +76,12 @@ fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Resu
         softmax_scale: 0.125,
         rel_pos: true,
         dropout: None,
-    };
-    let inputs = attention::Inputs { qkv: AT, tables: AT, pad: AT };
+    }
+}
+
+fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Result<Vec<Launch>> {
+    let problem = attention_problem(grid, side, head_dim);
+    let inputs = attention::Inputs { qkv: AT, tables: [AT; 2], pad: AT };
     let operands = attention::BackwardOperands {
         out: AT,
         lse: AT,
@@ -142,6 +146,66 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         launches.extend(own.into_iter().flatten());
     }
     Ok(launches)
+}
+
+/// What a layer's operations launch for one image if nothing is trained, with or without adapters on all its linears.
+fn frozen_layer(window: usize, rank: Option<usize>, hopper: bool) -> Result<Vec<String>> {
+    const DTYPE: DType = DType::BF16;
+    let lora = rank.map(|rank| LoraProblem { rank, scaling: 1.0, dropout: None, bias: false });
+    let linear = |in_dim, outs: &[usize], activation| -> Result<Vec<Launch>> {
+        let part = |&out_dim: &usize| ProjectionProblem { out_dim, bias: true, lora };
+        let projections: Vec<_> = outs.iter().map(part).collect();
+        let problem = Problem { rows: 4096, in_dim, projections: &projections, activation };
+        let small = vec![SmallTensor { at: AT, typed: true }; 3 * outs.len()];
+        let operands = ForwardOperands {
+            x: AT,
+            weights: &vec![AT; outs.len()],
+            small: Small::Separate(&small),
+            residual: AT,
+            out: AT,
+            low_rank: AT,
+            sum: 0,
+        };
+        let device = projection_sm90::Hopper { multiprocessors: 132, clusters: true };
+        match hopper {
+            true => projection_sm90::forward(&problem, DTYPE, &operands, device)
+                .map(Option::unwrap_or_default),
+            false => projection::forward(&problem, DTYPE, &operands),
+        }
+    };
+    let norm = || {
+        let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
+        layer_norm::forward(&problem, DTYPE, AT, AT, AT, AT)
+    };
+    let problem = attention_problem(64, window, 64);
+    let inputs = attention::Inputs { qkv: AT, tables: [AT; 2], pad: AT };
+    let attend = match (hopper, window) {
+        (true, 64) => attention_sm90::forward(&problem, DTYPE, &inputs, AT, AT)?,
+        (true, _) => windows_sm90::forward(&problem, DTYPE, &inputs, AT, AT)?,
+        (false, _) => Some(attention::forward(&problem, DTYPE, &inputs, AT, AT)?),
+    };
+    let mut launches = vec![norm()?];
+    launches.extend(linear(768, &[768; 3], Activation::Identity)?);
+    launches.extend(attend);
+    launches.extend(linear(768, &[768], Activation::Identity)?);
+    launches.push(norm()?);
+    launches.extend(linear(768, &[3072], Activation::Gelu)?);
+    launches.extend(linear(3072, &[768], Activation::Identity)?);
+    Ok(launches.into_iter().map(|launch| launch.kernel).collect())
+}
+
+/// The tests of the operations show that frozen parameters are read where they lie, so that this is all.
+#[test]
+fn a_frozen_layer_is_seven_kernels_and_one_more_for_each_adapted_linear() -> Result<()> {
+    for (window, hopper) in [(64, true), (64, false), (14, true), (14, false)] {
+        let names = frozen_layer(window, None, hopper)?;
+        assert_eq!(names.len(), 7, "{names:?}");
+        let names = frozen_layer(window, Some(16), hopper)?;
+        assert_eq!(names.len(), 11, "{names:?}");
+        let thin = names.iter().filter(|name| name.starts_with("low_rank_input_64x16"));
+        assert_eq!(thin.count(), 4, "{names:?}");
+    }
+    Ok(())
 }
 
 #[test]

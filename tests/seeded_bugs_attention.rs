@@ -107,8 +107,12 @@ fn run(folder: &Path, change: impl Fn(Launch) -> Launch) -> Outcomes {
         Emulator::new(&Sources { kernels: folder.to_path_buf(), files }, &cache()).unwrap();
     let case = case();
     let [qkv, pad, dout] = [&case.qkv, &case.pad, &case.dout].map(Memory::from_tensor);
-    let tables = Memory::from_tensor(&Tensor::cat(&case.tables, 0).unwrap());
-    let inputs = Inputs { qkv: qkv.address(), tables: tables.address(), pad: pad.address() };
+    let tables = case.tables.each_ref().map(Memory::from_tensor);
+    let inputs = Inputs {
+        qkv: qkv.address(),
+        tables: tables.each_ref().map(Memory::address),
+        pad: pad.address(),
+    };
     let in_mode = |mode| -> Result<f64> {
         let device = Device { emulator: &emulator, mode };
         let out = Memory::for_elements(case.out.len(), DType::F32);
@@ -213,6 +217,6 @@ fn padded_keys_left_out_are_seen() {
 
 #[test]
 fn a_forgotten_table_term_of_dq_is_seen() {
-    let original = "if (tables != nullptr) add_table_terms";
+    let original = "if (tables.h != nullptr) add_table_terms";
     assert_seen(&plant("dq", QUERY, original, "if (false) add_table_terms"), |_| true);
 }

@@ -30,12 +30,12 @@ __device__ __forceinline__ void load_query_pass(const RelPosAttentionBwdQuerySm9
         ptx::mbarrier_arrive_expect_tx(shared.queries_full, 2 * Tile::kQueryBytes);
         ring.queries(shared.queries, p.qkv_maps, work);
         ring.queries(shared.dout, p.dout_maps, work);
-        if (p.tables != 0) ring.tables(p.table_maps, work);
+        if (p.tables[0] != 0) ring.tables(p.table_maps, work);
         for (uint32_t tile = 0; tile < work.tiles; ++tile) {
             ring.keys(p.qkv_maps, work, tile, 1);
             ring.keys(p.qkv_maps, work, tile, 2);
         }
-        if (p.tables != 0) ring.tables(p.table_maps, work);
+        if (p.tables[0] != 0) ring.tables(p.table_maps, work);
     }
 }
 
@@ -136,7 +136,7 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
         float delta[2], lse[2];
         row_statistics(delta, lse, p, work, first);
         ptx::mbarrier_wait_parity(shared.queries_full, count % 2);
-        project_tables(bias, ring, work, group, p.tables != 0);
+        project_tables(bias, ring, work, group, p.tables[0] != 0);
         write_biases(bias, work, first, lse, global<float>(p.bias));
 
         ChannelSums<kDim> dq;
@@ -236,7 +236,7 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
         for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) dq.at(n, i) *= s.softmax_scale;
-        for (uint32_t chunk = 0; p.tables != 0 && chunk < work.chunks; ++chunk) {
+        for (uint32_t chunk = 0; p.tables[0] != 0 && chunk < work.chunks; ++chunk) {
             const unsigned char* rows = ring.wait();
             const int row_of_zero[2] = {work.row_of_zero(chunk, query[0]), work.row_of_zero(chunk, query[1])};
             uint32_t left[kTableRows / 16][4];

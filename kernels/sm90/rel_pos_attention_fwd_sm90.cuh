@@ -18,7 +18,7 @@ template <class Tile> __device__ __forceinline__ void load_stream(const RelPosAt
     StreamLoader<Tile> ring{shared};
     ptx::mbarrier_arrive_expect_tx(shared.queries_full, Tile::kQueryBytes);
     ring.queries(shared.queries, p.qkv_maps, work);
-    if (p.tables != 0) ring.tables(p.table_maps, work);
+    if (p.tables[0] != 0) ring.tables(p.table_maps, work);
     ring.keys(p.qkv_maps, work, 0, 1);
     for (uint32_t tile = 1; tile < work.tiles; ++tile) {
         ring.keys(p.qkv_maps, work, tile, 1);
@@ -47,7 +47,7 @@ template <class Tile> __device__ __forceinline__ void consume_stream(const RelPo
 
     const Biases<Tile> bias(s, reinterpret_cast<float*>(&shared + 1));
     ptx::mbarrier_wait_parity(shared.queries_full, 0);
-    project_tables(bias, ring, work, group, p.tables != 0);
+    project_tables(bias, ring, work, group, p.tables[0] != 0);
     const float *rel_h = bias.h + (16 * warp + g) * bias.stride_h, *rel_w = bias.w + (16 * warp + g) * bias.stride_w;
 
     const float scale = s.softmax_scale * kLog2e;

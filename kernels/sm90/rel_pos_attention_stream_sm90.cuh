@@ -94,10 +94,10 @@ template <class Tile> struct StreamLoader {
             panel, Tile::kQueryRows, maps, shared.queries_full, unit.head * Tile::kDim, unit.origin.x + work.first.x,
             unit.origin.y + work.first.y, unit.image);
     }
-    __device__ __forceinline__ void tables(const PanelMaps& maps, const StreamWork<Tile>& work) {
+    __device__ __forceinline__ void tables(const PanelMaps (&maps)[2], const StreamWork<Tile>& work) {
         for (uint32_t chunk = 0; chunk < work.chunks; ++chunk) {
             const uint32_t index = slot(kTableRows * Tile::kDim * 2);
-            load_rows<kTableRows, Tile::kDim>(shared.slots[index], maps, shared.full[index], 0, work.table_row(chunk));
+            load_rows<kTableRows, Tile::kDim>(shared.slots[index], maps[chunk < work.chunks_h ? 0 : 1], shared.full[index], 0, work.distance(chunk));
         }
     }
     // A tile of part 1 (keys) or 2 (values) of qkv.

@@ -86,7 +86,7 @@ __device__ __forceinline__ void prepare_queries(
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) load_a_of_row(q[k], &shared.rows.q[first], s.side_w, 16 * k);
     float rel_h[2][4] = {};
-    project_row<Tile>(rel_h, &shared.biases[1][first], q, shared.tables, p.tables != 0, s, y);
+    project_row<Tile>(rel_h, &shared.biases[1][first], q, shared.tables, p.tables[0] != 0, s, y);
     const float* lse = global<const float>(p.lse) + unit.first_row() + y * unit.valid_w;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -256,7 +256,7 @@ __device__ __forceinline__ void finish_queries(
 #pragma unroll
         for (int i = 0; i < 4; ++i) dq[n][i] *= s.softmax_scale;
 
-    if (p.tables != 0) {
+    if (p.tables[0] != 0) {
         TableGradients<Tile> own = &shared.rows.dout[first];
         for (uint32_t i = lane; i < s.side_w * Tile::kTableRows / 8; i += kWarp)
             *reinterpret_cast<Vec<uint32_t, 4>*>(&own[i / (Tile::kTableRows / 8)][i % (Tile::kTableRows / 8) * 8]) = {};
@@ -331,8 +331,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_b
         for (uint32_t i = threadIdx.x; i < table_elements; i += Tile::kThreads) table_partial(blockIdx.x)[i] = 0.0f;
     if (p.pad_partials != 0)
         for (uint32_t i = threadIdx.x; i < 3 * channels; i += Tile::kThreads) pad_partial(blockIdx.x)[i] = 0.0f;
-    if (p.tables != 0) {
-        copy_tables<Tile>(shared.tables, s, global<const T>(p.tables));
+    if (p.tables[0] != 0) {
+        copy_tables<Tile>(shared.tables, s, Tables<T>(p.tables));
         wait_for_copies();
     }
 

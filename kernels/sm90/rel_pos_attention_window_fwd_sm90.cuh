@@ -124,7 +124,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_f
     const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const uint64_t channels = s.num_heads * kDim;
     const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad);
-    if (p.tables != 0) copy_tables<Tile>(shared.tables, s, global<const T>(p.tables));
+    if (p.tables[0] != 0) copy_tables<Tile>(shared.tables, s, Tables<T>(p.tables));
 
     const auto start_copying = [&](uint32_t index, typename Storage::Stage& to) {
         if (index < p.units && warp < s.side_h) {
@@ -151,7 +151,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_f
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) load_a_of_row(state.q[k], own, s.side_w, 16 * k);
         float(*rel_w)[Tile::kSide] = shared.rel_w[warp];
-        project_row<Tile>(state.rel_h, rel_w, state.q, shared.tables, p.tables != 0, s, warp);
+        project_row<Tile>(state.rel_h, rel_w, state.q, shared.tables, p.tables[0] != 0, s, warp);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const uint32_t n = g + 8 * (i % 4 / 2), x = 8 * (i / 4) + 2 * t + i % 2;

@@ -43,13 +43,13 @@ __device__ __forceinline__ void copy_window_row(
 
 // The same of both tables, by the block; zeros behind their end.
 template <class Tile>
-__device__ __forceinline__ void copy_tables(typename Tile::Row* rows, const RelPosAttentionShape& s, const typename Tile::T* tables) {
+__device__ __forceinline__ void copy_tables(typename Tile::Row* rows, const RelPosAttentionShape& s, const Tables<typename Tile::T>& tables) {
     using T = typename Tile::T;
     const uint32_t count = 2 * s.side_h - 1 + 2 * s.side_w - 1;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < Tile::kTableRows * Tile::kPieces; i += Tile::kThreads) {
         const uint32_t row = i / Tile::kPieces, column = i % Tile::kPieces * kVec<T>;
-        ptx::cp_async<16>(&rows[row][column], row < count ? tables + row * Tile::kDim + column : tables, row < count);
+        ptx::cp_async<16>(&rows[row][column], row < count ? tables.row(s, row) + column : tables.h, row < count);
     }
 }
 

@@ -699,12 +699,12 @@ const _: () = {
     ["Offset of field: RelPosAttentionShape::dropout"]
         [::std::mem::offset_of!(RelPosAttentionShape, dropout) - 36usize];
 };
-#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables [2 side_h - 1 + 2 side_w - 1, head_dim]` or 0, `pad [3, heads,\n head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first."]
+#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,\n head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionFwdParams {
     pub qkv: device_ptr,
-    pub tables: device_ptr,
+    pub tables: [device_ptr; 2usize],
     pub pad: device_ptr,
     pub out: device_ptr,
     pub lse: device_ptr,
@@ -713,7 +713,7 @@ pub struct RelPosAttentionFwdParams {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of RelPosAttentionFwdParams"]
-        [::std::mem::size_of::<RelPosAttentionFwdParams>() - 96usize];
+        [::std::mem::size_of::<RelPosAttentionFwdParams>() - 104usize];
     ["Alignment of RelPosAttentionFwdParams"]
         [::std::mem::align_of::<RelPosAttentionFwdParams>() - 8usize];
     ["Offset of field: RelPosAttentionFwdParams::qkv"]
@@ -721,13 +721,13 @@ const _: () = {
     ["Offset of field: RelPosAttentionFwdParams::tables"]
         [::std::mem::offset_of!(RelPosAttentionFwdParams, tables) - 8usize];
     ["Offset of field: RelPosAttentionFwdParams::pad"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, pad) - 16usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, pad) - 24usize];
     ["Offset of field: RelPosAttentionFwdParams::out"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, out) - 24usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, out) - 32usize];
     ["Offset of field: RelPosAttentionFwdParams::lse"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, lse) - 32usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, lse) - 40usize];
     ["Offset of field: RelPosAttentionFwdParams::shape"]
-        [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 40usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdParams, shape) - 48usize];
 };
 #[doc = " Rows of channels for bulk copies: maps of the first 64 channels of a head and, if it has more, of the others."]
 #[repr(C)]
@@ -759,18 +759,18 @@ impl Default for PanelMaps {
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionFwdSm90Params {
     pub qkv_maps: PanelMaps,
-    pub table_maps: PanelMaps,
-    pub tables: device_ptr,
+    pub table_maps: [PanelMaps; 2usize],
+    pub tables: [device_ptr; 2usize],
     pub pad: device_ptr,
     pub out: device_ptr,
     pub lse: device_ptr,
     pub shape: RelPosAttentionShape,
-    pub unused: [u64; 5usize],
+    pub unused: [u64; 4usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of RelPosAttentionFwdSm90Params"]
-        [::std::mem::size_of::<RelPosAttentionFwdSm90Params>() - 640usize];
+        [::std::mem::size_of::<RelPosAttentionFwdSm90Params>() - 896usize];
     ["Alignment of RelPosAttentionFwdSm90Params"]
         [::std::mem::align_of::<RelPosAttentionFwdSm90Params>() - 64usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::qkv_maps"]
@@ -778,17 +778,17 @@ const _: () = {
     ["Offset of field: RelPosAttentionFwdSm90Params::table_maps"]
         [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, table_maps) - 256usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::tables"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables) - 512usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, tables) - 768usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::pad"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, pad) - 520usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, pad) - 784usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::out"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, out) - 528usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, out) - 792usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::lse"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, lse) - 536usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, lse) - 800usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::shape"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, shape) - 544usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, shape) - 808usize];
     ["Offset of field: RelPosAttentionFwdSm90Params::unused"]
-        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, unused) - 600usize];
+        [::std::mem::offset_of!(RelPosAttentionFwdSm90Params, unused) - 864usize];
 };
 impl Default for RelPosAttentionFwdSm90Params {
     fn default() -> Self {
@@ -804,7 +804,7 @@ impl Default for RelPosAttentionFwdSm90Params {
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionWindowFwdParams {
     pub qkv: device_ptr,
-    pub tables: device_ptr,
+    pub tables: [device_ptr; 2usize],
     pub pad: device_ptr,
     pub out: device_ptr,
     pub lse: device_ptr,
@@ -814,7 +814,7 @@ pub struct RelPosAttentionWindowFwdParams {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of RelPosAttentionWindowFwdParams"]
-        [::std::mem::size_of::<RelPosAttentionWindowFwdParams>() - 104usize];
+        [::std::mem::size_of::<RelPosAttentionWindowFwdParams>() - 112usize];
     ["Alignment of RelPosAttentionWindowFwdParams"]
         [::std::mem::align_of::<RelPosAttentionWindowFwdParams>() - 8usize];
     ["Offset of field: RelPosAttentionWindowFwdParams::qkv"]
@@ -822,22 +822,22 @@ const _: () = {
     ["Offset of field: RelPosAttentionWindowFwdParams::tables"]
         [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, tables) - 8usize];
     ["Offset of field: RelPosAttentionWindowFwdParams::pad"]
-        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, pad) - 16usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, pad) - 24usize];
     ["Offset of field: RelPosAttentionWindowFwdParams::out"]
-        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, out) - 24usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, out) - 32usize];
     ["Offset of field: RelPosAttentionWindowFwdParams::lse"]
-        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, lse) - 32usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, lse) - 40usize];
     ["Offset of field: RelPosAttentionWindowFwdParams::units"]
-        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, units) - 40usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, units) - 48usize];
     ["Offset of field: RelPosAttentionWindowFwdParams::shape"]
-        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, shape) - 48usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, shape) - 56usize];
 };
 #[doc = " The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of\n the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionWindowBwdParams {
     pub qkv: device_ptr,
-    pub tables: device_ptr,
+    pub tables: [device_ptr; 2usize],
     pub pad: device_ptr,
     pub out: device_ptr,
     pub lse: device_ptr,
@@ -851,7 +851,7 @@ pub struct RelPosAttentionWindowBwdParams {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of RelPosAttentionWindowBwdParams"]
-        [::std::mem::size_of::<RelPosAttentionWindowBwdParams>() - 136usize];
+        [::std::mem::size_of::<RelPosAttentionWindowBwdParams>() - 144usize];
     ["Alignment of RelPosAttentionWindowBwdParams"]
         [::std::mem::align_of::<RelPosAttentionWindowBwdParams>() - 8usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::qkv"]
@@ -859,30 +859,30 @@ const _: () = {
     ["Offset of field: RelPosAttentionWindowBwdParams::tables"]
         [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, tables) - 8usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::pad"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad) - 16usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad) - 24usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::out"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, out) - 24usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, out) - 32usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::lse"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, lse) - 32usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, lse) - 40usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::dout"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dout) - 40usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dout) - 48usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::dqkv"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dqkv) - 48usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, dqkv) - 56usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::table_partials"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, table_partials) - 56usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, table_partials) - 64usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::pad_partials"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad_partials) - 64usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, pad_partials) - 72usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::units"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, units) - 72usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, units) - 80usize];
     ["Offset of field: RelPosAttentionWindowBwdParams::shape"]
-        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, shape) - 80usize];
+        [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, shape) - 88usize];
 };
 #[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionBwdQueryParams {
     pub qkv: device_ptr,
-    pub tables: device_ptr,
+    pub tables: [device_ptr; 2usize],
     pub pad: device_ptr,
     pub out: device_ptr,
     pub lse: device_ptr,
@@ -897,7 +897,7 @@ pub struct RelPosAttentionBwdQueryParams {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of RelPosAttentionBwdQueryParams"]
-        [::std::mem::size_of::<RelPosAttentionBwdQueryParams>() - 144usize];
+        [::std::mem::size_of::<RelPosAttentionBwdQueryParams>() - 152usize];
     ["Alignment of RelPosAttentionBwdQueryParams"]
         [::std::mem::align_of::<RelPosAttentionBwdQueryParams>() - 8usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::qkv"]
@@ -905,25 +905,25 @@ const _: () = {
     ["Offset of field: RelPosAttentionBwdQueryParams::tables"]
         [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, tables) - 8usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::pad"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, pad) - 16usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, pad) - 24usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::out"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, out) - 24usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, out) - 32usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::lse"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, lse) - 32usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, lse) - 40usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::dout"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dout) - 40usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dout) - 48usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::dqkv"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dqkv) - 48usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, dqkv) - 56usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::bias"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, bias) - 56usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, bias) - 64usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::delta"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, delta) - 64usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, delta) - 72usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::table_partials"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, table_partials) - 72usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, table_partials) - 80usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::items"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, items) - 80usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, items) - 88usize];
     ["Offset of field: RelPosAttentionBwdQueryParams::shape"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, shape) - 88usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQueryParams, shape) - 96usize];
 };
 #[doc = " The key pass: dk and dv into dqkv. `pad_partials` is 0 or f32 `[windows, key tiles, 3, heads, head_dim]`, the sums\n over a tile's keys outside the grid."]
 #[repr(C)]
@@ -968,8 +968,8 @@ const _: () = {
 pub struct RelPosAttentionBwdQuerySm90Params {
     pub qkv_maps: PanelMaps,
     pub dout_maps: PanelMaps,
-    pub table_maps: PanelMaps,
-    pub tables: device_ptr,
+    pub table_maps: [PanelMaps; 2usize],
+    pub tables: [device_ptr; 2usize],
     pub out: device_ptr,
     pub lse: device_ptr,
     pub dout: device_ptr,
@@ -979,11 +979,12 @@ pub struct RelPosAttentionBwdQuerySm90Params {
     pub table_partials: device_ptr,
     pub items: u64,
     pub shape: RelPosAttentionShape,
+    pub unused: [u64; 7usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of RelPosAttentionBwdQuerySm90Params"]
-        [::std::mem::size_of::<RelPosAttentionBwdQuerySm90Params>() - 896usize];
+        [::std::mem::size_of::<RelPosAttentionBwdQuerySm90Params>() - 1216usize];
     ["Alignment of RelPosAttentionBwdQuerySm90Params"]
         [::std::mem::align_of::<RelPosAttentionBwdQuerySm90Params>() - 64usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::qkv_maps"]
@@ -993,25 +994,27 @@ const _: () = {
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::table_maps"]
         [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, table_maps) - 512usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::tables"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, tables) - 768usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, tables) - 1024usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::out"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, out) - 776usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, out) - 1040usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::lse"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, lse) - 784usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, lse) - 1048usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::dout"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dout) - 792usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dout) - 1056usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::dqkv"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dqkv) - 800usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, dqkv) - 1064usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::bias"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, bias) - 808usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, bias) - 1072usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::delta"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, delta) - 816usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, delta) - 1080usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::table_partials"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, table_partials) - 824usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, table_partials) - 1088usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::items"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, items) - 832usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, items) - 1096usize];
     ["Offset of field: RelPosAttentionBwdQuerySm90Params::shape"]
-        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, shape) - 840usize];
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, shape) - 1104usize];
+    ["Offset of field: RelPosAttentionBwdQuerySm90Params::unused"]
+        [::std::mem::offset_of!(RelPosAttentionBwdQuerySm90Params, unused) - 1160usize];
 };
 impl Default for RelPosAttentionBwdQuerySm90Params {
     fn default() -> Self {

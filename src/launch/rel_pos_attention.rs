@@ -166,8 +166,8 @@ pub fn shared_bytes(problem: &AttentionProblem, dtype: DType) -> Option<usize> {
 pub struct Inputs {
     /// `[batch, h, w, 3, heads, head_dim]`
     pub qkv: device_ptr,
-    /// rel_pos_h, then rel_pos_w: `[2 side_h - 1 + 2 side_w - 1, head_dim]`; 0 without relative positions.
-    pub tables: device_ptr,
+    /// rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1, head_dim]`; 0 without relative positions.
+    pub tables: [device_ptr; 2],
     /// What a token outside the grid projects to, `[3, heads, head_dim]`; 0 for zeros.
     pub pad: device_ptr,
 }
@@ -189,7 +189,9 @@ pub fn forward(
     lse: device_ptr,
 ) -> Result<Launch> {
     let &Inputs { qkv, tables, pad } = inputs;
-    let tile = check(FORWARD, problem, dtype, &[qkv, tables, pad, out, lse])?;
+    let [rel_pos_h, rel_pos_w] = tables;
+    let addresses = [qkv, rel_pos_h, rel_pos_w, pad, out, lse];
+    let tile = check(FORWARD, problem, dtype, &addresses)?;
     let params = RelPosAttentionFwdParams { qkv, tables, pad, out, lse, shape: shape(problem) };
     let threads = 32 * tile.warps as u32;
     let grid = [query_blocks(problem, &tile), 1, 1];
@@ -340,7 +342,8 @@ pub fn backward(
 ) -> Result<Vec<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, .. } = operands;
-    let addresses = [qkv, tables, pad, out, lse, dout, dqkv, dtables, dpad];
+    let [rel_pos_h, rel_pos_w] = tables;
+    let addresses = [qkv, rel_pos_h, rel_pos_w, pad, out, lse, dout, dqkv, dtables, dpad];
     let tile = check(BY_QUERY, problem, dtype, &addresses)?;
     let between = BetweenPasses::new(problem, dtype, operands)?;
     let BetweenPasses { bias, delta, table_partials, table_parts, pad_partials } = between;
@@ -424,7 +427,7 @@ pub(super) mod tests {
         BackwardOperands { out: 4, lse: 8, dout: 12, dqkv: 16, dtables, dpad, workspace: 1024 }
     }
 
-    const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 192 };
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
 
     #[test]
     fn every_row_of_the_table_is_row_aligned_and_has_its_use() {

@@ -78,7 +78,8 @@ pub fn backward(
     let &BackwardOperands { out, dout, dqkv, dtables, dpad, workspace, .. } = operands;
     let whole = p.side_h == p.h && p.side_w == p.w && dpad == 0;
     let tile = tile(p, dtype, BY_QUERY, &COMPILED);
-    let addresses = [inputs.qkv, inputs.tables, out, dout, dqkv, workspace];
+    let [rel_pos_h, rel_pos_w] = inputs.tables;
+    let addresses = [inputs.qkv, rel_pos_h, rel_pos_w, out, dout, dqkv, workspace];
     let covered = |family| covers(p, dtype, family, &addresses);
     let fits = query_shared_bytes(p, &tile) <= SHARED_BYTES;
     if !whole || !fits || !covered(BY_QUERY) || !covered(BY_KEY) {
@@ -125,9 +126,7 @@ fn query_pass(
     let channels = p.channels();
     let mut maps = tile.grid_maps(p, qkv, 3 * channels, offset_of!(Params, qkv_maps))?;
     maps.extend(tile.grid_maps(p, dout, channels, offset_of!(Params, dout_maps))?);
-    if tables != 0 {
-        maps.extend(table_maps(p, tables, offset_of!(Params, table_maps))?);
-    }
+    maps.extend(table_maps(p, tables, offset_of!(Params, table_maps))?);
     let params = Params {
         tables,
         out,
@@ -225,7 +224,7 @@ mod tests {
     use super::super::rel_pos_attention::tests::GLOBAL;
     use super::*;
 
-    const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 0 };
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 0 };
     const OPERANDS: BackwardOperands = BackwardOperands {
         out: 16,
         lse: 4,

@@ -141,11 +141,18 @@ pub(super) fn grid_maps(
     panel_maps(p.head_dim, address, &[channels, p.w, p.h, p.batch], &[cols, rows, 1], at)
 }
 
-/// Of both tables, as one list of rows.
-pub(super) fn table_maps(p: &AttentionProblem, tables: device_ptr, at: usize) -> Result<Maps> {
+/// Of both tables, if there are any.
+pub(super) fn table_maps(p: &AttentionProblem, tables: [device_ptr; 2], at: usize) -> Result<Maps> {
     let (h, w) = p.table_rows();
-    let rows = REL_POS_ATTENTION_SM90_TABLE_ROWS as usize;
-    panel_maps(p.head_dim, tables, &[p.head_dim, h + w], &[rows], at)
+    let box_rows = [REL_POS_ATTENTION_SM90_TABLE_ROWS as usize];
+    let mut maps = Maps::new();
+    for (index, (table, rows)) in tables.into_iter().zip([h, w]).enumerate() {
+        if table != 0 {
+            let at = at + index * size_of::<PanelMaps>();
+            maps.extend(panel_maps(p.head_dim, table, &[p.head_dim, rows], &box_rows, at)?);
+        }
+    }
+    Ok(maps)
 }
 
 impl Tile {
@@ -202,7 +209,7 @@ pub fn forward(
     let tile = tile(problem, dtype, FAMILY, &COMPILED);
     let shared_bytes = tile.shared_bytes(problem);
     if !whole
-        || !covers(problem, dtype, FAMILY, &[qkv, tables, pad, out])
+        || !covers(problem, dtype, FAMILY, &[qkv, tables[0], tables[1], pad, out])
         || shared_bytes > SHARED_BYTES
     {
         return Ok(None);
@@ -221,10 +228,8 @@ pub fn forward(
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
     let at = offset_of!(RelPosAttentionFwdSm90Params, qkv_maps);
     let mut tensor_maps = tile.grid_maps(problem, qkv, 3 * problem.channels(), at)?;
-    if tables != 0 {
-        let at = offset_of!(RelPosAttentionFwdSm90Params, table_maps);
-        tensor_maps.extend(table_maps(problem, tables, at)?);
-    }
+    let at = offset_of!(RelPosAttentionFwdSm90Params, table_maps);
+    tensor_maps.extend(table_maps(problem, tables, at)?);
     Ok(Some(Launch { shared_bytes: shared_bytes as u32, tensor_maps, ..launch }))
 }
 
@@ -233,7 +238,7 @@ mod tests {
     use super::super::rel_pos_attention::tests::GLOBAL;
     use super::*;
 
-    const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 192 };
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
 
     fn launch(problem: AttentionProblem) -> Result<Option<Launch>> {
         forward(&problem, DType::BF16, &INPUTS, 16, 4)

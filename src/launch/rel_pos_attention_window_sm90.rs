@@ -60,7 +60,7 @@ pub fn forward(
     lse: device_ptr,
 ) -> Result<Option<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
-    if !covers(problem, dtype, &[qkv, tables, pad, out]) {
+    if !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out]) {
         return Ok(None);
     }
     let (units, shape) = (units(problem) as u64, shape(problem));
@@ -97,7 +97,7 @@ pub fn backward(
 ) -> Result<Option<Vec<Launch>>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace: at } = operands;
-    if !covers(problem, dtype, &[qkv, tables, pad, out, dout, dqkv]) {
+    if !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out, dout, dqkv]) {
         return Ok(None);
     }
     let [pad_partials, _] = workspace(problem, dtables != 0, dpad != 0);
@@ -151,7 +151,7 @@ mod tests {
         rel_pos: true,
         dropout: None,
     };
-    const INPUTS: Inputs = Inputs { qkv: 64, tables: 128, pad: 192 };
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
 
     #[test]
     fn blocks_take_turns_at_heads_of_windows() -> Result<()> {

@@ -227,7 +227,7 @@ mod tests {
                 rel_pos: true,
                 dropout: None,
             };
-            let inputs = Inputs { qkv: at, tables: at, pad: at };
+            let inputs = Inputs { qkv: at, tables: [at; 2], pad: at };
             let [out, lse, dout, dqkv, dtables, dpad, workspace] = [at; 7];
             match row.family {
                 "rel_pos_attention_fwd" => vec![forward(&problem, dtype, &inputs, out, lse)?],

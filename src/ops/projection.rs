@@ -304,6 +304,7 @@ impl FusedProjection {
             problem,
             weights: &self.weights,
             separate: self.separate.as_deref(),
+            keep: self.keep,
         }
     }
 

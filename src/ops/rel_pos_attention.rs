@@ -18,7 +18,8 @@ use crate::cpu::attention;
 use crate::launch::rel_pos_attention as kernels;
 use crate::philox::Dropout;
 use crate::problem::AttentionProblem;
-use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 const OP: &str = AttentionProblem::OP;
@@ -59,17 +60,31 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
     if !fused_on(qkv.device(), covered) {
         return Ok(composed::rel_pos_attention(qkv, &config)?.0);
     }
-    let absent = Tensor::zeros(1, qkv.dtype(), qkv.device())?;
-    let tables = match &tables {
-        Some(tables) => Tensor::cat(tables, 0)?,
-        None => absent.clone(),
+    let qkv = operand(qkv)?;
+    // In the place of an input that is not there: nobody reads it.
+    let absent = qkv.detach();
+    let separate = match qkv.device() {
+        Device::Cpu => None,
+        _ => where_they_lie(&tables)?,
     };
-    let op = FusedAttention { problem, pad: pad.is_some(), lse: OnceLock::new() };
-    operand(qkv)?.apply_op3(&operand(&tables)?, &operand(pad.unwrap_or(&absent))?, op)
+    let tables = match (&tables, &separate) {
+        (Some(tables), None) => operand(&Tensor::cat(tables, 0)?)?,
+        _ => absent.clone(),
+    };
+    let op = FusedAttention { problem, separate, pad: pad.is_some(), lse: OnceLock::new() };
+    qkv.apply_op3(&tables, &pad.map_or(Ok(absent), operand)?, op)
 }
 
 /// Tables of the lengths that a problem wants.
 type Tables = Option<[Tensor; 2]>;
+
+/// The tables as kernels read them; none if there are none, or one of them wants a gradient.
+fn where_they_lie(tables: &Tables) -> Result<Tables> {
+    match tables {
+        Some([h, w]) if !h.track_op() && !w.track_op() => Ok(Some([operand(h)?, operand(w)?])),
+        _ => Ok(None),
+    }
+}
 
 /// Checks everything; the problem, its tables, and the pad where padding takes part.
 pub(super) fn prepare<'a>(
@@ -105,6 +120,9 @@ pub(super) fn prepare<'a>(
 /// Inputs: qkv, both tables in one tensor, pad; placeholders for what is absent.
 struct FusedAttention {
     problem: AttentionProblem,
+    /// The tables, if they are no input: frozen ones, for kernels, which read them where they lie.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    separate: Option<[Tensor; 2]>,
     pad: bool,
     lse: OnceLock<Lse>,
 }
@@ -114,6 +132,14 @@ enum Lse {
     Cpu(Vec<f32>),
     #[cfg(feature = "cuda")]
     Gpu(Tensor),
+}
+
+#[cfg(feature = "cuda")]
+impl FusedAttention {
+    fn on_gpu(&self) -> super::gpu::rel_pos_attention::Attention<'_> {
+        let Self { problem, separate, pad, .. } = self;
+        super::gpu::rel_pos_attention::Attention { problem, tables: separate.as_ref(), pad: *pad }
+    }
 }
 
 impl CustomOp3 for FusedAttention {
@@ -132,13 +158,13 @@ impl CustomOp3 for FusedAttention {
     ) -> Result<(CpuStorage, Shape)> {
         let p = &self.problem;
         let values = to_f32(OP, qkv, qkv_layout)?;
-        let tables = to_f32(OP, tables, tables_layout)?;
-        let pad = to_f32(OP, pad, pad_layout)?;
-        let inputs = attention::Inputs {
-            qkv: &values,
-            tables: if p.rel_pos { &tables } else { &[] },
-            pad: if self.pad { &pad } else { &[] },
+        let present = |present, storage, layout| match present {
+            true => to_f32(OP, storage, layout),
+            false => Ok(Cow::Borrowed(&[][..])),
         };
+        let tables = present(p.rel_pos, tables, tables_layout)?;
+        let pad = present(self.pad, pad, pad_layout)?;
+        let inputs = attention::Inputs { qkv: &values, tables: &tables, pad: &pad };
         let (out, lse) = attention::forward(p, &inputs);
         // The operation runs once; a second value could only be equal.
         let _ = self.lse.set(Lse::Cpu(lse));
@@ -157,8 +183,7 @@ impl CustomOp3 for FusedAttention {
         pad_layout: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         let inputs = [(qkv, qkv_layout), (tables, tables_layout), (pad, pad_layout)];
-        let (out, shape, lse) =
-            super::gpu::rel_pos_attention::forward(&self.problem, self.pad, inputs)?;
+        let (out, shape, lse) = self.on_gpu().forward(inputs)?;
         let _ = self.lse.set(Lse::Gpu(lse));
         Ok((out, shape))
     }
@@ -175,11 +200,7 @@ impl CustomOp3 for FusedAttention {
             Some(Lse::Cpu(lse)) => lse,
             #[cfg(feature = "cuda")]
             Some(Lse::Gpu(lse)) => {
-                let (inputs, saved) = ([qkv, tables, pad], (res, lse));
-                let (problem, pad) = (&self.problem, self.pad);
-                return super::gpu::rel_pos_attention::backward(
-                    problem, pad, inputs, saved, grad_res,
-                );
+                return self.on_gpu().backward([qkv, tables, pad], (res, lse), grad_res);
             }
             None => bail!("{OP}: backward without a forward"),
         };
@@ -237,4 +258,23 @@ pub(super) fn validate(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(us
         dropout.validate(OP)?;
     }
     Ok((h, w))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Var};
+
+    #[test]
+    fn kernels_read_frozen_tables_where_they_lie() -> Result<()> {
+        let table = || Tensor::zeros((27, 64), DType::BF16, &Device::Cpu);
+        let (h, w) = (table()?, table()?);
+        let lie = where_they_lie(&Some([h.clone(), w.clone()]))?;
+        assert_eq!(lie.map(|tables| tables.map(|t| t.id())), Some([h.id(), w.id()]));
+
+        // What is trained is one input, for the gradient.
+        let trained = Var::from_tensor(&w)?;
+        assert!(where_they_lie(&Some([h, trained.as_tensor().clone()]))?.is_none());
+        Ok(())
+    }
 }

@@ -118,10 +118,10 @@ fn attention_of(
         dropout: None,
     };
     let (from_qkv, from_pad) = (Memory::from_tensor(&qkv), pad.as_ref().map(Memory::from_tensor));
-    let from_tables = Memory::from_tensor(&Tensor::cat(&[&table_h, &table_w], 0)?);
+    let from_tables = [&table_h, &table_w].map(Memory::from_tensor);
     let inputs = Inputs {
         qkv: from_qkv.address(),
-        tables: from_tables.address(),
+        tables: from_tables.each_ref().map(Memory::address),
         pad: from_pad.as_ref().map_or(0, Memory::address),
     };
     let outputs = in_every_mode("attention", |device| {

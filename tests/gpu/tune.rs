@@ -349,7 +349,7 @@ fn covered(problem: &Problem<Work>) -> Result<bool> {
     };
     // Any address that is aligned as candle's tensors are.
     let at = 4096;
-    let inputs = Inputs { qkv: at, tables: at, pad: 0 };
+    let inputs = Inputs { qkv: at, tables: [at; 2], pad: 0 };
     if by_backward {
         let [out, lse, dout, dqkv, dtables, workspace] = [at; 6];
         let dpad = 0;

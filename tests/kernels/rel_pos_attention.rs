@@ -172,7 +172,7 @@ impl Case {
     pub fn memory(&self) -> Result<OnDevice> {
         Ok(OnDevice {
             qkv: Memory::from_tensor(&self.qkv),
-            tables: Memory::from_tensor(&Tensor::cat(&self.tables, 0)?),
+            tables: self.tables.each_ref().map(Memory::from_tensor),
             pad: Memory::from_tensor(&self.pad),
             rel_pos: self.shapes.rel_pos,
             has_pad: self.shapes.pad,
@@ -183,7 +183,7 @@ impl Case {
 /// A case's inputs.
 pub struct OnDevice {
     qkv: Memory,
-    tables: Memory,
+    tables: [Memory; 2],
     pad: Memory,
     rel_pos: bool,
     has_pad: bool,
@@ -194,7 +194,7 @@ impl OnDevice {
         let present = |memory: &Memory, is| if is { memory.address() } else { 0 };
         Inputs {
             qkv: self.qkv.address(),
-            tables: present(&self.tables, self.rel_pos),
+            tables: self.tables.each_ref().map(|table| present(table, self.rel_pos)),
             pad: present(&self.pad, self.has_pad),
         }
     }
@@ -251,7 +251,7 @@ pub fn assert_all_ran(pass: &str, hopper: bool, launched: &BTreeSet<String>) -> 
 fn check_forward(case: &Case, worst: &mut Worst, launched: &mut BTreeSet<String>) -> Result<()> {
     let dtype = case.dtype;
     let outputs = run_forward(case, &case.memory()?);
-    let inputs = Inputs { qkv: 16, tables: 0, pad: 0 };
+    let inputs = Inputs { qkv: 16, tables: [0; 2], pad: 0 };
     launched.insert(attention::forward(&case.problem, dtype, &inputs, 16, 16)?.kernel);
     let expected = case.reference();
     let eager = composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;

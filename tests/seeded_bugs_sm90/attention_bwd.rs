@@ -3,7 +3,7 @@
 use super::common::{error, gradients, random, values};
 use super::device::{cache, emulator, kernels, launch_all, Device, Memory};
 use super::Outcomes;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention::{self as portable, BackwardOperands, Inputs};
 use candle_sam_lora::launch::{rel_pos_attention_bwd_sm90 as attention, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, RelPosAttention};
@@ -95,9 +95,9 @@ fn run(name: &str, pass: &Pass, original: &str, planted: &str) -> Outcomes {
     let [dqkv, dh, dw] = [0, 1, 2].map(|i| values(&grads[i]));
     let expected = [dqkv, [dh, dw].concat()];
 
-    let tables = Memory::from_tensor(&Tensor::cat(&[h, w], 0).unwrap());
-    let [qkv, dout] = [qkv, dout].map(|t| Memory::from_tensor(&t));
-    let inputs = Inputs { qkv: qkv.address(), tables: tables.address(), pad: 0 };
+    let [qkv, dout, h, w] = [qkv, dout, h, w].map(|t| Memory::from_tensor(&t));
+    let tables = [h.address(), w.address()];
+    let inputs = Inputs { qkv: qkv.address(), tables, pad: 0 };
     let in_mode = |mode| -> Result<f64> {
         let [good, bad] = [emulator(), &with_bug].map(|emulator| Device { emulator, mode });
         let out = Memory::for_elements(p.tokens() * 64, DTYPE);

@@ -54,9 +54,10 @@ fn run(device: &Device) -> Result<f64> {
         ops::rel_pos_attention(&t[0], &config)
     })?;
 
-    let tables = Tensor::cat(&small[..2], 0)?;
-    let [qkv, dout, tables, pad] = [&qkv, &dout, &tables, &small[2]].map(Memory::from_tensor);
-    let inputs = Inputs { qkv: qkv.address(), tables: tables.address(), pad: pad.address() };
+    let [qkv, dout] = [&qkv, &dout].map(Memory::from_tensor);
+    let [h, w, pad] = [0, 1, 2].map(|i| Memory::from_tensor(&small[i]));
+    let tables = [h.address(), w.address()];
+    let inputs = Inputs { qkv: qkv.address(), tables, pad: pad.address() };
     let [to, dqkv] = [&out, &grads[0]].map(|t| Memory::for_elements(t.elem_count(), dtype));
     let lse = Memory::for_elements(lse_elements(p), DType::F32);
     let one_block = |launch: Launch| Launch { grid: [1; 3], ..launch };

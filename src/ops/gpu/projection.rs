@@ -25,6 +25,8 @@ pub struct Projections<'a> {
     pub problem: Problem<'a>,
     pub weights: &'a [Tensor],
     pub separate: Option<&'a [Tensor]>,
+    /// Whether there may be a backward of x or the small tensors.
+    pub keep: bool,
 }
 
 impl Projections<'_> {
@@ -52,7 +54,7 @@ impl Projections<'_> {
     }
 
     fn keeps_sum(&self) -> bool {
-        self.problem.activation != Activation::Identity
+        self.keep && self.problem.activation != Activation::Identity
     }
 
     /// Inputs: x, the flat small tensors, the residual; placeholders for the latter two.

@@ -2,6 +2,7 @@
 
 use super::Input;
 use crate::cuda::{self, Job};
+use crate::launch::device_ptr;
 use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
 use crate::launch::{
     rel_pos_attention_bwd_sm90 as hopper_bwd, rel_pos_attention_sm90 as hopper,
@@ -11,12 +12,20 @@ use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{bail, CudaStorage, DType, Result, Shape, Storage, Tensor};
 
 const OP: &str = AttentionProblem::OP;
 
+/// The problem, its tables if they are no input of the operation, and whether there is a pad.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    pub problem: &'a AttentionProblem,
+    pub tables: Option<&'a [Tensor; 2]>,
+    pub pad: bool,
+}
+
 /// The address of an operand, 0 if it is absent.
-fn address(present: bool, address: u64) -> u64 {
+fn address(present: bool, address: device_ptr) -> device_ptr {
     if present {
         address
     } else {
@@ -24,83 +33,111 @@ fn address(present: bool, address: u64) -> u64 {
     }
 }
 
-/// The addresses of qkv, both tables, pad, of which the latter may be placeholders.
-fn present(problem: &AttentionProblem, pad_present: bool, [qkv, tables, pad]: [u64; 3]) -> Inputs {
-    let (tables, pad) = (address(problem.rel_pos, tables), address(pad_present, pad));
-    Inputs { qkv, tables, pad }
-}
+impl Attention<'_> {
+    /// The addresses of the inputs: qkv, both tables in one tensor or a placeholder, pad or a placeholder; and of the
+    /// tables that are none.
+    fn at(
+        &self,
+        dtype: DType,
+        [qkv, tables, pad]: [device_ptr; 3],
+        separate: &[device_ptr],
+    ) -> Inputs {
+        let (rows_h, _) = self.problem.table_rows();
+        let bytes_h = (rows_h * self.problem.head_dim * dtype.size_in_bytes()) as u64;
+        let tables = match (separate, self.problem.rel_pos) {
+            (&[h, w], _) => [h, w],
+            (_, true) => [tables, tables + bytes_h],
+            (_, false) => [0; 2],
+        };
+        Inputs { qkv, tables, pad: address(self.pad, pad) }
+    }
 
-/// Inputs: qkv, both tables, pad. Returns the output with its shape, and lse.
-pub fn forward(
-    problem: &AttentionProblem,
-    pad_present: bool,
-    inputs: [Input<'_>; 3],
-) -> Result<(CudaStorage, Shape, Tensor)> {
-    let [(qkv, _), ..] = inputs;
-    let dtype = qkv.dtype();
-    let shape = Shape::from((problem.batch, problem.h, problem.w, problem.channels()));
-    let lse_shape = Shape::from(kernels::lse_elements(problem));
-    let outputs = [(dtype, shape.clone()), (DType::F32, lse_shape.clone())];
-    let job = Job { op: OP, device: qkv.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
-    let [out, lse] = cuda::run(&job, |at| {
-        let (inputs, [out, lse]) = (present(problem, pad_present, at.inputs()?), at.outputs);
-        let mut launch = None;
-        if cuda::is_hopper(qkv.device()) {
-            launch = hopper_windows::forward(problem, dtype, &inputs, out, lse)?;
-            if launch.is_none() {
-                launch = hopper::forward(problem, dtype, &inputs, out, lse)?;
+    /// Inputs: qkv, both tables, pad, the latter two or placeholders. Returns the output with its shape, and lse.
+    pub fn forward(&self, inputs: [Input<'_>; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
+        let [(qkv, _), ..] = inputs;
+        let (problem, dtype) = (self.problem, qkv.dtype());
+        let shape = Shape::from((problem.batch, problem.h, problem.w, problem.channels()));
+        let lse_shape = Shape::from(kernels::lse_elements(problem));
+        let outputs = [(dtype, shape.clone()), (DType::F32, lse_shape.clone())];
+        let guards: Vec<_> =
+            self.tables.into_iter().flatten().map(Tensor::storage_and_layout).collect();
+        let mut all = inputs.to_vec();
+        for (storage, layout) in &guards {
+            match &**storage {
+                Storage::Cuda(storage) => all.push((storage, *layout)),
+                _ => bail!("{OP}: a table left the GPU"),
             }
         }
-        match launch {
-            Some(launch) => Ok(vec![launch]),
-            None => Ok(vec![kernels::forward(problem, dtype, &inputs, out, lse)?]),
-        }
-    })?;
-    let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
-    Ok((out, shape, lse))
-}
+        let job = Job { op: OP, device: qkv.device(), inputs: &all, outputs, workspace_bytes: 0 };
+        let [out, lse] = cuda::run(&job, |at| {
+            let (inputs, separate) = at.first_inputs()?;
+            let (inputs, [out, lse]) = (self.at(dtype, inputs, separate), at.outputs);
+            let mut launch = None;
+            if cuda::is_hopper(qkv.device()) {
+                launch = hopper_windows::forward(problem, dtype, &inputs, out, lse)?;
+                if launch.is_none() {
+                    launch = hopper::forward(problem, dtype, &inputs, out, lse)?;
+                }
+            }
+            match launch {
+                Some(launch) => Ok(vec![launch]),
+                None => Ok(vec![kernels::forward(problem, dtype, &inputs, out, lse)?]),
+            }
+        })?;
+        let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
+        Ok((out, shape, lse))
+    }
 
-/// Inputs: qkv, both tables, pad; the output and lse; the output's gradient.
-pub fn backward(
-    problem: &AttentionProblem,
-    pad_present: bool,
-    inputs: [&Tensor; 3],
-    (out, lse): (&Tensor, &Tensor),
-    grad: &Tensor,
-) -> Result<Gradients> {
-    let [qkv, tables, pad] = inputs;
-    let dtype = qkv.dtype();
-    let tables_wanted = problem.rel_pos && tables.track_op();
-    let pad_wanted = pad_present && pad.track_op();
-    let is_hopper = cuda::is_hopper(qkv.device().as_cuda_device()?);
-    let workspace_bytes = kernels::workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?
-        .max(hopper_windows::workspace_bytes(problem, tables_wanted, pad_wanted));
-    let inputs = [qkv, tables, pad, out, lse, grad];
-    let outputs = [qkv, tables, pad].map(|t| (dtype, t.shape()));
-    let [dqkv, dtables, dpad] = cuda::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
-        let ([qkv, tables, pad, out, lse, dout], [dqkv, dtables, dpad]) =
-            (at.inputs()?, at.outputs);
-        let inputs = present(problem, pad_present, [qkv, tables, pad]);
-        let operands = BackwardOperands {
-            out,
-            lse,
-            dout,
-            dqkv,
-            dtables: address(tables_wanted, dtables),
-            dpad: address(pad_wanted, dpad),
-            workspace: at.workspace,
+    /// Inputs: qkv, both tables, pad; the output and lse; the output's gradient.
+    pub fn backward(
+        &self,
+        inputs: [&Tensor; 3],
+        (out, lse): (&Tensor, &Tensor),
+        grad: &Tensor,
+    ) -> Result<Gradients> {
+        let [qkv, tables, pad] = inputs;
+        let (problem, dtype) = (self.problem, qkv.dtype());
+        let tables_wanted = problem.rel_pos && tables.track_op();
+        let pad_wanted = self.pad && pad.track_op();
+        let is_hopper = cuda::is_hopper(qkv.device().as_cuda_device()?);
+        let workspace_bytes = kernels::workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?
+            .max(hopper_windows::workspace_bytes(problem, tables_wanted, pad_wanted));
+        let mut inputs = vec![qkv, tables, pad, out, lse, grad];
+        inputs.extend(self.tables.into_iter().flatten());
+        // One element where nothing is wanted: there is no empty memory on the device.
+        let none = Shape::from(1);
+        let wanted = |wanted, tensor: &'_ Tensor| match wanted {
+            true => tensor.shape().clone(),
+            false => none.clone(),
         };
-        let own = match is_hopper {
-            true => match hopper_windows::backward(problem, dtype, &inputs, &operands)? {
-                None => hopper_bwd::backward(problem, dtype, &inputs, &operands)?,
-                windows => windows,
-            },
-            false => None,
-        };
-        match own {
-            Some(launches) => Ok(launches),
-            None => kernels::backward(problem, dtype, &inputs, &operands),
-        }
-    })?;
-    Ok((Some(dqkv), tables_wanted.then_some(dtables), pad_wanted.then_some(dpad)))
+        let (dtables_shape, dpad_shape) = (wanted(tables_wanted, tables), wanted(pad_wanted, pad));
+        let outputs = [qkv.shape(), &dtables_shape, &dpad_shape].map(|shape| (dtype, shape));
+        let [dqkv, dtables, dpad] =
+            cuda::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
+                let ([qkv, tables, pad, out, lse, dout], separate) = at.first_inputs()?;
+                let [dqkv, dtables, dpad] = at.outputs;
+                let inputs = self.at(dtype, [qkv, tables, pad], separate);
+                let operands = BackwardOperands {
+                    out,
+                    lse,
+                    dout,
+                    dqkv,
+                    dtables: address(tables_wanted, dtables),
+                    dpad: address(pad_wanted, dpad),
+                    workspace: at.workspace,
+                };
+                let own = match is_hopper {
+                    true => match hopper_windows::backward(problem, dtype, &inputs, &operands)? {
+                        None => hopper_bwd::backward(problem, dtype, &inputs, &operands)?,
+                        windows => windows,
+                    },
+                    false => None,
+                };
+                match own {
+                    Some(launches) => Ok(launches),
+                    None => kernels::backward(problem, dtype, &inputs, &operands),
+                }
+            })?;
+        Ok((Some(dqkv), tables_wanted.then_some(dtables), pad_wanted.then_some(dpad)))
+    }
 }
