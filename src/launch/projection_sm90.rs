@@ -562,14 +562,11 @@ mod tests {
             };
             assert_eq!(before.kernel, kernel);
             assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
-            let clusters = dx.cluster == 2;
-            assert_eq!(
-                (dx.grid[0], clusters),
-                if tile.ends_with(X2) { (4, true) } else { (5, false) }
-            );
-            // g's tile; of the weights' depth, each block of a cluster loads half.
-            assert_eq!(dx.tensor_maps[0].1.tile, [64, 128]);
-            assert_eq!(dx.tensor_maps[1].1.tile, [64, if clusters { 32 } else { 64 }]);
+            // Of the weights' depth, each block of a cluster of two loads half.
+            let (cluster, grid, depth) = if tile.ends_with(X2) { (2, 4, 32) } else { (1, 5, 64) };
+            assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
+            let [g, weight] = [0, 1].map(|map| dx.tensor_maps[map].1.tile.as_slice());
+            assert_eq!((g, weight), (&[64, 128][..], &[64, depth][..]));
             assert_eq!(dx.tensor_maps.len(), maps);
             let end = |(start, _): &(usize, TensorMap)| start + 128;
             assert!(dx.tensor_maps.iter().map(end).max() <= Some(dx.params.len()));
@@ -587,7 +584,8 @@ mod tests {
             let lora = LoraProblem { rank, ..lora };
             let parts = [part(Some(lora))];
             let problem = Problem { projections: &parts, ..problem };
-            let launches = backward_with(BACKWARD_TILES[3], &problem, DType::F16, operands, 5)?;
+            let tile = "cooperative_128x192_ds";
+            let launches = backward_with(tile, &problem, DType::F16, operands, 5)?;
             Result::Ok(launches.unwrap().into_iter().map(|l| l.kernel).take(2).collect::<Vec<_>>())
         };
         let operands = BackwardOperands { weights: &[512], ..operands };
