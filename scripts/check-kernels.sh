@@ -43,8 +43,7 @@ export -f compile
 for source in kernels/sm90/*.cu; do
   case $source in
     *_window_*) instructions="HMMA LDGSTS" ;;
-    */projection_fwd_*) instructions="HGMMA UTMALDG UTMALDG.2D.MULTICAST ACQBULK" ;;
-    */projection_*) instructions="HGMMA UTMALDG ACQBULK" ;;
+    */projection_*) instructions="HGMMA UTMALDG UTMALDG.2D.MULTICAST ACQBULK" ;;
     *) instructions="HGMMA UTMALDG" ;;
   esac
   sass=$("$(dirname "$nvcc")/cuobjdump" --dump-sass "$out/${source%.cu}-sm_90a.cubin")

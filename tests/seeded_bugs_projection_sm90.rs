@@ -29,17 +29,25 @@ using T = __nv_bfloat16;
 using Input = LowRankTile<T, 16, 4, 1, false, false>;
 using Grad = LowRankTile<T, 16, 4, 1, false, true>;
 using PingPong = ProjectionTileSm90<T, 128, 192, 4, true>;
+using Cluster = ProjectionTileSm90<T, 128, 192, 4, true, 2>;
 KERNEL(low_rank_input_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Input>(p); }
 KERNEL(low_rank_grad_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Grad>(p); }
 KERNEL(projection_fwd_sm90_pingpong_128x192_bf16, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS, 1) { projection_fwd_sm90<PingPong>(p); }
 KERNEL(projection_bwd_input_sm90_pingpong_128x192_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
     projection_bwd_input_sm90<PingPong>(p);
 }
+KERNEL(projection_fwd_sm90_pingpong_128x192_x2_bf16, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS, 1) { projection_fwd_sm90<Cluster>(p); }
+KERNEL(projection_bwd_input_sm90_pingpong_128x192_x2_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
+    projection_bwd_input_sm90<Cluster>(p);
+}
 KERNEL(low_rank_split_bf16, LowRankSplitParams, LOW_RANK_SPLIT_THREADS) { low_rank_split<T>(p); }
 KERNEL(projection_bwd_input_sm90_cooperative_128x192_ds_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
     projection_bwd_ds_sm90<ProjectionTileDsSm90<T, 4>>(p);
 }
 "#;
+const BLOCKS: &str = "pingpong_128x192";
+/// Of the same bits.
+const CLUSTERS: &str = "pingpong_128x192_x2";
 
 /// Three tiles for each multiprocessor, of more steps than there are stages. Of the forward's two, one has the projection
 /// with LoRA, the other one that without.
@@ -71,7 +79,7 @@ fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
 /// The outputs of both kernels in each mode, or the reports.
 type Outcomes = Vec<(Mode, [Result<Vec<u8>>; 3])>;
 
-fn run(folder: &Path) -> Outcomes {
+fn run(folder: &Path, tile: &str) -> Outcomes {
     let sources =
         Sources { kernels: folder.to_path_buf(), files: Some(vec![folder.join("instances.cu")]) };
     let emulator = Emulator::new(&sources, &device::cache()).unwrap_or_else(|e| panic!("{e}"));
@@ -103,7 +111,7 @@ fn run(folder: &Path) -> Outcomes {
             low_rank: s.address(),
             sum: 0,
         };
-        let launches = forward_with("pingpong_128x192", &problem, DType::BF16, &operands, 2)?;
+        let launches = forward_with(tile, &problem, DType::BF16, &operands, 2)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(y.bytes().to_vec())
     };
@@ -127,22 +135,24 @@ fn run(folder: &Path) -> Outcomes {
         Ok(dx.bytes().to_vec())
     };
     let kernels = |mode: Mode| {
-        let of_x = backward("pingpong_128x192", mode);
-        [forward(mode), of_x, backward("cooperative_128x192_ds", mode)]
+        [forward(mode), backward(tile, mode), backward("cooperative_128x192_ds", mode)]
     };
     Mode::all_with_products().map(|mode| (mode, kernels(mode))).collect()
 }
 
 /// In which modes a planted bug changes the bits of each output, or is reported.
 fn seen(name: &str, file: &str, original: &str, planted: &str) -> Vec<(Mode, [bool; 3])> {
+    differences(&run(&copy_with(name, file, original, planted), BLOCKS))
+}
+
+fn differences(harmed: &Outcomes) -> Vec<(Mode, [bool; 3])> {
     static RIGHT: OnceLock<Outcomes> = OnceLock::new();
-    let unharmed = || run(&copy_with("none", "projection.cuh", "#pragma once", "#pragma once"));
-    let right = RIGHT.get_or_init(unharmed);
-    let harmed = run(&copy_with(name, file, original, planted));
+    let folder = || copy_with("none", "projection.cuh", "#pragma once", "#pragma once");
+    let right = RIGHT.get_or_init(|| run(&folder(), BLOCKS));
     let differ = |right: &Result<Vec<u8>>, harmed: &Result<Vec<u8>>| {
         harmed.as_ref().map_or(true, |harmed| harmed != right.as_ref().unwrap())
     };
-    let pairs = right.iter().zip(&harmed);
+    let pairs = right.iter().zip(harmed);
     pairs.map(|((mode, r), (_, h))| (*mode, [0, 1, 2].map(|i| differ(&r[i], &h[i])))).collect()
 }
 
@@ -191,7 +201,7 @@ fn ds_read_before_its_kernel_has_ended_is_seen_when_dependents_begin_early() {
 /// waits for S.
 fn report(name: &str, planted: &str) -> Vec<(Mode, Result<Vec<u8>>)> {
     let folder = copy_with(name, "sm90/projection_fwd_sm90.cuh", WAIT_TO_STORE, planted);
-    run(&folder).into_iter().map(|(mode, [forward, ..])| (mode, forward)).collect()
+    run(&folder, BLOCKS).into_iter().map(|(mode, [forward, ..])| (mode, forward)).collect()
 }
 
 #[test]
@@ -237,4 +247,39 @@ fn a_stage_whose_third_operand_is_not_waited_for_is_seen() {
     let planted = "sizeof(typename Tile::Operands)";
     let seen = seen("thin", "sm90/projection_bwd_input_sm90.cuh", bytes, planted);
     assert!(seen.iter().all(|(_, seen)| *seen == [false, false, true]), "{seen:?}");
+}
+
+/// What clusters make of a change in the kernels' common part; the last of the three has none.
+fn in_clusters(name: &str, original: &str, planted: &str) -> Outcomes {
+    run(&copy_with(name, "sm90/projection_sm90.cuh", original, planted), CLUSTERS)
+}
+
+const LOAD: &str = "(1 << Tile::kCluster) - 1, x, y + first);";
+
+#[test]
+fn a_block_of_a_cluster_that_loads_the_other_one_s_part_is_seen() {
+    let unharmed = differences(&in_clusters("clusters", LOAD, LOAD));
+    assert!(unharmed.iter().all(|(_, seen)| *seen == [false; 3]), "{unharmed:?}");
+    let seen = differences(&in_clusters("part", LOAD, &LOAD.replace("y + first", "y")));
+    assert!(seen.iter().all(|(_, seen)| *seen == [true, true, false]), "{seen:?}");
+}
+
+/// The other block may not have read what is written over there.
+#[test]
+fn a_stage_given_back_to_the_own_block_alone_is_seen_when_products_are_late() {
+    let give_back = "ptx::mbarrier_arrive_cluster(empty, lane);";
+    let seen = differences(&in_clusters("own", give_back, "ptx::mbarrier_arrive(empty);"));
+    let late = seen.iter().filter(|(mode, _)| mode.products == Timing::Late && mode.seed != 0);
+    assert!(late.into_iter().all(|(_, seen)| *seen == [true, true, false]), "{seen:?}");
+}
+
+#[test]
+fn a_block_that_ends_before_the_other_one_has_given_back_its_stages_is_reported() {
+    let meet = "    meet_cluster<Tile>();  // the other blocks have given back their last stages, to this one too\n";
+    for (mode, outputs) in in_clusters("leave", meet, "") {
+        for output in outputs.into_iter().take(2) {
+            let report = output.expect_err(&format!("not caught in {mode:?}")).to_string();
+            assert!(report.contains("has ended"), "{mode:?}: {report}");
+        }
+    }
 }

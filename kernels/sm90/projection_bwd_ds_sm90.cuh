@@ -53,7 +53,7 @@ template <class Tile> __device__ __forceinline__ void multiply_bwd_ds(const Proj
     const int first_row = group * 64;
     RingPosition<Tile::kStages> at;
 #pragma unroll 1
-    for (uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>()) {
         const uint2 corner = tile_corner<Tile>(p.problem, tile);
         typename Tile::Accumulators acc;
         ThinAccumulators thin = {};

@@ -17,14 +17,14 @@
 
 // The corner of a tile; tiles go along a row of tiles first, whose g is the same.
 template <class Tile> __device__ __forceinline__ uint2 tile_corner(const ProjectionParams& p, uint32_t tile) {
-    return make_uint2(tile % p.column_tiles * Tile::kCols, tile / p.column_tiles * Tile::kRows);
+    return make_uint2(tile % p.column_tiles * Tile::kCols, block_row<Tile>(tile / p.column_tiles));
 }
 
 // One thread: fills stage after stage with the depth of q, k and v; parts that are not there have none.
 template <class Tile> __device__ __forceinline__ void load_bwd_input(const ProjectionBwdInputSm90Params& p, typename Tile::Storage& shared) {
     RingPosition<Tile::kStages> at;
 #pragma unroll 1
-    for (uint32_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>()) {
         const uint2 corner = tile_corner<Tile>(p.problem, tile);
 #pragma unroll 1
         for (uint32_t part = 0; part < PROJECTION_PARTS; ++part)
@@ -38,7 +38,7 @@ template <class Tile> __device__ __forceinline__ void load_bwd_input(const Proje
                 ptx::cp_async_bulk_tensor(stage.left, p.g[part], full, k, corner.y);
 #pragma unroll 1
                 for (uint32_t c = 0; c < Tile::kCols; c += 64)
-                    ptx::cp_async_bulk_tensor(stage.right + c * 128, p.weight[part], full, corner.x + c, k);
+                    load_right<Tile, Tile::kDepth>(stage.right + c * 128, p.weight[part], full, corner.x + c, k);
                 if constexpr (Tile::kThin != 0) {
 #pragma unroll 1
                     for (uint32_t c = 0; thin && c < Tile::kThin; c += 16) ptx::cp_async_bulk_tensor(stage.thin + c * 128, p.b[part], full, c, k);
@@ -157,8 +157,8 @@ template <class Tile> __device__ __forceinline__ void multiply_bwd_input(const P
 #pragma unroll
     for (int part = 0; part < PROJECTION_PARTS; ++part) depth += ceil_div(p.problem.parts[part].out_dim, uint32_t(Tile::kDepth));
 #pragma unroll 1
-    for (uint32_t turn = Tile::kPingPong ? group : 0; blockIdx.x + turn * gridDim.x < p.tiles; turn += Tile::kPingPong ? 2 : 1) {
-        const uint32_t tile = blockIdx.x + turn * gridDim.x;
+    for (uint32_t turn = Tile::kPingPong ? group : 0; first_tile<Tile>() + turn * clusters<Tile>() < p.tiles; turn += Tile::kPingPong ? 2 : 1) {
+        const uint32_t tile = first_tile<Tile>() + turn * clusters<Tile>();
         RingPosition<Tile::kStages> at;
         at.advance(turn * depth);
         const uint2 corner = tile_corner<Tile>(p.problem, tile);

@@ -86,8 +86,14 @@ const TILES: [Tile; 6] = [
 pub const FORWARD_TILES: [&str; 4] =
     ["pingpong_128x192", "pingpong_128x192_x2", "cooperative_128x256", "cooperative_128x256_x2"];
 /// The tiles of the gradient of x. With `_ds` the kernel makes dS too, if no rank is above 16; else it is that without.
-pub const BACKWARD_TILES: [&str; 4] =
-    ["pingpong_128x192", "cooperative_128x192", "cooperative_128x256", "cooperative_128x192_ds"];
+pub const BACKWARD_TILES: [&str; 6] = [
+    "pingpong_128x192",
+    "pingpong_128x192_x2",
+    "cooperative_128x192",
+    "cooperative_128x256",
+    "cooperative_128x256_x2",
+    "cooperative_128x192_ds",
+];
 
 /// A row of the table: a tile, and the launches that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,11 +120,11 @@ pub const CHOICES: [Choice; 6] = [
     Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
     // qkv of ViT-B: products of 28 thousand cycles a tile. Two masks and low-rank products take 10 to 14 thousand if all
     // warps make them before the next tile, 24 thousand by one warpgroup, beside the other's products.
-    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "pingpong_128x192" },
+    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "pingpong_128x192_x2" },
     // Of ViT-L: with LoRA 245 to 262 cycles a column against 216 in a ping-pong's tiles, of which it fills 5.3 of 6;
     // without 204, and most linears have none.
-    Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256" },
-    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "pingpong_128x192" },
+    Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256_x2" },
+    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
 ];
 
 const FORWARD: &str = tiles::PROJECTION[2];
@@ -342,7 +348,8 @@ fn bwd_input(
         let columns = (rows, part.out_dim, shapes.total);
         let g = bits16(g + 2 * u64::from(part.column), columns, (tile.rows, DEPTH))?;
         maps.push(offset_of!(Params, g), index, g);
-        let weight = bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH, DEPTH))?;
+        let weight =
+            bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH / tile.cluster, DEPTH))?;
         maps.push(offset_of!(Params, weight), index, weight);
     }
     let mut launches = Vec::new();
@@ -437,10 +444,10 @@ mod tests {
         assert_eq!(name(196, &[768; 3])?, "");
         // x of the same: of lin2 it is as wide as the output of lin1.
         for (width, expected) in [
-            (768, "pingpong_128x192"),
-            (3072, "pingpong_128x192"),
-            (1024, "cooperative_128x256"),
-            (1280, "cooperative_128x256"),
+            (768, "pingpong_128x192_x2"),
+            (3072, "pingpong_128x192_x2"),
+            (1024, "cooperative_128x256_x2"),
+            (1280, "cooperative_128x256_x2"),
         ] {
             assert_eq!(choose(BWD_INPUT, 4096, &[width])?, Some(expected));
         }
@@ -555,7 +562,12 @@ mod tests {
             };
             assert_eq!(before.kernel, kernel);
             assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
-            assert_eq!((dx.grid, dx.tensor_maps.len()), ([5, 1, 1], maps));
+            // Of the weights' depth, each block of a cluster of two loads half.
+            let (cluster, grid, depth) = if tile.ends_with(X2) { (2, 4, 32) } else { (1, 5, 64) };
+            assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
+            let [g, weight] = [0, 1].map(|map| dx.tensor_maps[map].1.tile.as_slice());
+            assert_eq!((g, weight), (&[64, 128][..], &[64, depth][..]));
+            assert_eq!(dx.tensor_maps.len(), maps);
             let end = |(start, _): &(usize, TensorMap)| start + 128;
             assert!(dx.tensor_maps.iter().map(end).max() <= Some(dx.params.len()));
             for operands in [
@@ -572,7 +584,8 @@ mod tests {
             let lora = LoraProblem { rank, ..lora };
             let parts = [part(Some(lora))];
             let problem = Problem { projections: &parts, ..problem };
-            let launches = backward_with(BACKWARD_TILES[3], &problem, DType::F16, operands, 5)?;
+            let tile = "cooperative_128x192_ds";
+            let launches = backward_with(tile, &problem, DType::F16, operands, 5)?;
             Result::Ok(launches.unwrap().into_iter().map(|l| l.kernel).take(2).collect::<Vec<_>>())
         };
         let operands = BackwardOperands { weights: &[512], ..operands };

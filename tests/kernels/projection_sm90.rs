@@ -5,7 +5,7 @@ use crate::common::Worst;
 use crate::projection::{check_backward, check_forward, Case, Data, CASES, PLAIN};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{Activation, BackwardOperands, ForwardOperands};
-use candle_sam_lora::launch::projection_sm90::{self as hopper, BACKWARD_TILES, FORWARD_TILES};
+use candle_sam_lora::launch::projection_sm90::{self as hopper, BACKWARD_TILES, FORWARD_TILES, X2};
 use candle_sam_lora_emulator::Mode;
 
 const TRAINED: Case = Case { p: 0.1, bias: true, lora_bias: true, ..PLAIN };
@@ -14,9 +14,12 @@ const LARGE: [Case; 3] = [
     Case { rows: 130, in_dim: 72, outs: &[200, 40, 264], ranks: &[16, 0, 68], ..TRAINED },
     // More steps than stages, both outputs and a residual.
     Case { in_dim: 392, activation: Activation::Gelu, residual: true, ranks: &[12], ..TRAINED },
-    // Three tiles, one below the other: of two clusters' blocks, one has nothing but pads.
     Case { rows: 260, outs: &[328], residual: true, ..TRAINED },
 ];
+
+/// Three tiles, one below the other: of two clusters' blocks, one has none.
+const IN_CLUSTERS: Case =
+    Case { rows: 260, in_dim: 200, outs: &[72, 40], ranks: &[16, 0], residual: true, ..TRAINED };
 
 /// The low-rank products of the gradient of x, for every tile: ranks of less and more than the sixteen that are multiplied at
 /// once, of one to three projections, in tiles that end within 32 columns and 16 rows.
@@ -29,12 +32,14 @@ const LOW_RANKS: [Case; 3] = [
 const RANGES: [Case; 2] =
     [Case { ranks: &[16], b_scale: 1e6, ..PLAIN }, Case { ranks: &[4], b_scale: 1e-7, ..PLAIN }];
 
-/// All cases that bulk copies take, with the tiles and how many multiprocessors there are. Large cases have all tiles; the
-/// others take them by turns, f16 the ones that bf16 does not. Ranks are to be multiples of `rank`.
+/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
+/// multiprocessors there are. In bf16 those of `every_tile` with all that blocks make by themselves, and what clusters are to
+/// be tried with. Ranks are to be multiples of `rank`.
 fn cases(
     dtype: DType,
     tiles: &[&'static str],
     rank: usize,
+    every_tile: &[Case],
 ) -> Result<Vec<(Data, &'static str, u32)>> {
     let mut cases = Vec::new();
     for (index, case) in CASES.into_iter().chain(LARGE).enumerate() {
@@ -43,11 +48,15 @@ fn cases(
         if !widths || !multiple(case.ranks, rank) {
             continue;
         }
-        let turn = index + usize::from(dtype == DType::F16);
-        let count = if index < CASES.len() { 1 } else { tiles.len() };
-        for tile in (turn..turn + count).map(|turn| tiles[turn % tiles.len()]) {
-            let blocks = if tile.ends_with(hopper::X2) { 2 } else { 1 };
-            cases.push((Data::new(case, dtype)?, tile, blocks * (1 + index as u32 / 2 % 2)));
+        let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
+        cases.push((Data::new(case, dtype)?, tile, 1 + index as u32 / 2 % 2));
+    }
+    for tile in tiles.iter().filter(|_| dtype == DType::BF16) {
+        let clusters = tile.ends_with(X2);
+        let (more, multiprocessors) =
+            if clusters { (&[IN_CLUSTERS][..], 4) } else { (every_tile, 1) };
+        for case in more {
+            cases.push((Data::new(*case, dtype)?, tile, multiprocessors));
         }
     }
     Ok(cases)
@@ -65,7 +74,7 @@ fn modes(dtype: DType) -> Vec<Mode> {
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4)? {
+        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4, &[])? {
             let problem = data.projections();
             let plan = |operands: &ForwardOperands<'_>| {
                 let launches =
@@ -83,13 +92,9 @@ fn forward() -> Result<()> {
 fn backward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        let mut cases = cases(dtype, &BACKWARD_TILES, 1)?;
-        let more: Vec<_> = match dtype {
-            DType::F16 => RANGES.into_iter().map(|case| (case, BACKWARD_TILES[3])).collect(),
-            _ => LOW_RANKS.into_iter().flat_map(|c| BACKWARD_TILES.map(|tile| (c, tile))).collect(),
-        };
-        for (case, tile) in more {
-            cases.push((Data::new(case, dtype)?, tile, 1));
+        let mut cases = cases(dtype, &BACKWARD_TILES, 1, &LOW_RANKS)?;
+        for case in RANGES.into_iter().filter(|_| dtype == DType::F16) {
+            cases.push((Data::new(case, dtype)?, "cooperative_128x192_ds", 1));
         }
         for (data, tile, multiprocessors) in cases {
             let problem = data.projections();
