@@ -1,7 +1,7 @@
 //! Bugs planted in copies of the projections' kernels for Hopper, each of which the emulator must catch.
 //!
-//! What runs is the true launch code, S and then the output, or the gradient of x. Unharmed, both are those of float64 in
-//! every mode, which tests/kernels/projection_sm90.rs shows.
+//! What runs is the true launch code: S and then the output, dS and then the gradient of x, or both of these by one kernel.
+//! Unharmed, all are those of float64 in every mode, which tests/kernels/projection_sm90.rs shows.
 
 mod common;
 #[path = "kernels/device.rs"]
@@ -22,7 +22,8 @@ use std::sync::OnceLock;
 /// The instances that run.
 const INSTANCES: &str = r#"
 #include "low_rank.cuh"
-#include "sm90/projection_bwd_input_sm90.cuh"
+#include "low_rank_split.cuh"
+#include "sm90/projection_bwd_ds_sm90.cuh"
 #include "sm90/projection_fwd_sm90.cuh"
 using T = __nv_bfloat16;
 using Input = LowRankTile<T, 16, 4, 1, false, false>;
@@ -33,6 +34,10 @@ KERNEL(low_rank_grad_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Gra
 KERNEL(projection_fwd_sm90_pingpong_128x192_bf16, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS, 1) { projection_fwd_sm90<PingPong>(p); }
 KERNEL(projection_bwd_input_sm90_pingpong_128x192_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
     projection_bwd_input_sm90<PingPong>(p);
+}
+KERNEL(low_rank_split_bf16, LowRankSplitParams, LOW_RANK_SPLIT_THREADS) { low_rank_split<T>(p); }
+KERNEL(projection_bwd_input_sm90_cooperative_128x192_ds_bf16, ProjectionBwdInputSm90Params, PROJECTION_SM90_THREADS, 1) {
+    projection_bwd_ds_sm90<ProjectionTileDsSm90<T, 4>>(p);
 }
 "#;
 
@@ -64,7 +69,7 @@ fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
 }
 
 /// The outputs of both kernels in each mode, or the reports.
-type Outcomes = Vec<(Mode, [Result<Vec<u8>>; 2])>;
+type Outcomes = Vec<(Mode, [Result<Vec<u8>>; 3])>;
 
 fn run(folder: &Path) -> Outcomes {
     let sources =
@@ -102,7 +107,7 @@ fn run(folder: &Path) -> Outcomes {
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(y.bytes().to_vec())
     };
-    let backward = |mode: Mode| {
+    let backward = |tile: &str, mode: Mode| {
         let problem = problem(&parts[..1]);
         let dx = Memory::for_elements(ROWS * IN_DIM, DType::BF16);
         let workspace = Memory::new(workspace_bytes(&problem, DType::BF16));
@@ -117,15 +122,19 @@ fn run(folder: &Path) -> Outcomes {
             dsmall: 0,
             workspace: workspace.address(),
         };
-        let launches = backward_with("pingpong_128x192", &problem, DType::BF16, &operands, 1)?;
+        let launches = backward_with(tile, &problem, DType::BF16, &operands, 1)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(dx.bytes().to_vec())
     };
-    Mode::all_with_products().map(|mode| (mode, [forward(mode), backward(mode)])).collect()
+    let kernels = |mode: Mode| {
+        let of_x = backward("pingpong_128x192", mode);
+        [forward(mode), of_x, backward("cooperative_128x192_ds", mode)]
+    };
+    Mode::all_with_products().map(|mode| (mode, kernels(mode))).collect()
 }
 
 /// In which modes a planted bug changes the bits of each output, or is reported.
-fn seen(name: &str, file: &str, original: &str, planted: &str) -> Vec<(Mode, [bool; 2])> {
+fn seen(name: &str, file: &str, original: &str, planted: &str) -> Vec<(Mode, [bool; 3])> {
     static RIGHT: OnceLock<Outcomes> = OnceLock::new();
     let unharmed = || run(&copy_with("none", "projection.cuh", "#pragma once", "#pragma once"));
     let right = RIGHT.get_or_init(unharmed);
@@ -134,7 +143,7 @@ fn seen(name: &str, file: &str, original: &str, planted: &str) -> Vec<(Mode, [bo
         harmed.as_ref().map_or(true, |harmed| harmed != right.as_ref().unwrap())
     };
     let pairs = right.iter().zip(&harmed);
-    pairs.map(|((mode, r), (_, h))| (*mode, [0, 1].map(|i| differ(&r[i], &h[i])))).collect()
+    pairs.map(|((mode, r), (_, h))| (*mode, [0, 1, 2].map(|i| differ(&r[i], &h[i])))).collect()
 }
 
 #[test]
@@ -142,7 +151,7 @@ fn a_piece_written_over_before_its_store_has_read_it_is_seen_when_copies_are_lat
     let wait = "    if (threadIdx.x % kWarp == 0) ptx::cp_async_bulk_wait_group_read<0>();\n";
     for (mode, seen) in seen("pieces", "sm90/projection_sm90.cuh", wait, "") {
         assert!(
-            seen == [true; 2] || mode.timing == Timing::Early,
+            seen == [true; 3] || mode.timing == Timing::Early,
             "not seen in {mode:?}: {seen:?}"
         );
     }
@@ -164,17 +173,17 @@ const WAIT_TO_STORE: &str = "    ptx::griddepcontrol_wait();\n#pragma unroll\n";
 #[test]
 fn s_read_without_waiting_for_its_kernel_is_seen_when_dependents_begin_early() {
     for (mode, seen) in seen("s", "sm90/projection_fwd_sm90.cuh", WAIT_FOR_S, "") {
-        assert_eq!(seen, [mode.dependents == Timing::Early, false], "{mode:?}");
+        assert_eq!(seen, [mode.dependents == Timing::Early, false, false], "{mode:?}");
     }
 }
 
 #[test]
 fn ds_read_before_its_kernel_has_ended_is_seen_when_dependents_begin_early() {
     let wait = "        ptx::griddepcontrol_wait();\n";
-    let product = "        add_low_rank<Tile>(p.problem, acc, row, corner.x);\n";
+    let product = "        add_low_rank<Tile>(p.problem, acc, row, corner.x, load_left);\n";
     let (original, planted) = ([wait, product].concat(), [product, wait].concat());
     for (mode, seen) in seen("ds", "sm90/projection_bwd_input_sm90.cuh", &original, &planted) {
-        assert_eq!(seen, [false, mode.dependents == Timing::Early], "{mode:?}");
+        assert_eq!(seen, [false, mode.dependents == Timing::Early, false], "{mode:?}");
     }
 }
 
@@ -182,7 +191,7 @@ fn ds_read_before_its_kernel_has_ended_is_seen_when_dependents_begin_early() {
 /// waits for S.
 fn report(name: &str, planted: &str) -> Vec<(Mode, Result<Vec<u8>>)> {
     let folder = copy_with(name, "sm90/projection_fwd_sm90.cuh", WAIT_TO_STORE, planted);
-    run(&folder).into_iter().map(|(mode, [forward, _])| (mode, forward)).collect()
+    run(&folder).into_iter().map(|(mode, [forward, ..])| (mode, forward)).collect()
 }
 
 #[test]
@@ -210,7 +219,7 @@ fn what_is_written_before_the_kernel_before_has_ended_is_reported_when_dependent
 fn a_warpgroup_that_does_not_pass_the_other_s_stages_is_seen() {
     let file = "sm90/projection_bwd_input_sm90.cuh";
     let seen = seen("stages", file, "at.advance(turn * depth);", "at.advance(turn / 2 * depth);");
-    assert!(seen.iter().all(|(_, seen)| seen[1] && !seen[0]), "{seen:?}");
+    assert!(seen.iter().all(|(_, seen)| *seen == [false, true, false]), "{seen:?}");
 }
 
 /// The lane's share of a row of dS is four of depth, but not those that two steps of mma would take in their order.
@@ -219,5 +228,13 @@ fn depth_in_another_order_than_the_other_operand_s_is_seen() {
     let right = "right[n][2 * s], right[n][2 * s + 1]);";
     let planted = "right[n][s], right[n][s + 2]);";
     let seen = seen("depth", "sm90/projection_bwd_input_sm90.cuh", right, planted);
-    assert!(seen.iter().all(|(_, seen)| seen[1] && !seen[0]), "{seen:?}");
+    assert!(seen.iter().all(|(_, seen)| *seen == [false, true, true]), "{seen:?}");
+}
+
+#[test]
+fn a_stage_whose_third_operand_is_not_waited_for_is_seen() {
+    let bytes = "thin ? sizeof(stage) : sizeof(typename Tile::Operands)";
+    let planted = "sizeof(typename Tile::Operands)";
+    let seen = seen("thin", "sm90/projection_bwd_input_sm90.cuh", bytes, planted);
+    assert!(seen.iter().all(|(_, seen)| *seen == [false, false, true]), "{seen:?}");
 }

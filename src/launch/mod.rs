@@ -10,6 +10,7 @@ mod bindings;
 pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
+mod low_rank_split;
 pub mod measured;
 pub mod projection;
 mod projection_bwd;

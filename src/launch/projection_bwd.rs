@@ -4,7 +4,7 @@
 //! ```text
 //! g = grad act'(sum)        only with an activation
 //! dS                        if anything is adapted
-//! dx                        if wanted
+//! dx                        if wanted; some kernels of Hopper make dS on the way
 //! dA, dB, biases            in partial sums over splits of the rows, laid out as the small tensors; then their sum
 //! ```
 
@@ -14,7 +14,7 @@ use super::bindings::{
     BIAS_GRAD_WARPS, PROJECTION_PARTS,
 };
 use super::projection::{low_rank, Activation, Problem, Shapes, Small, Tile};
-use super::{dropout, sum_partials, tiles, Launch};
+use super::{dropout, low_rank_split, sum_partials, tiles, Launch};
 use candle_core::{bail, DType, Result};
 
 const WARP: u64 = 32;
@@ -51,6 +51,7 @@ pub struct BackwardOperands<'a> {
 /// Where things lie in the workspace, in bytes.
 struct Workspace {
     ds: u64,
+    split: u64,
     partials: u64,
     end: u64,
     splits: u64,
@@ -84,9 +85,10 @@ impl Workspace {
         let split_rows = rows.div_ceil(splits).next_multiple_of(WARP);
         let splits = rows.div_ceil(split_rows);
         let ds = align(g);
-        let partials = ds + align(shapes.s_bytes() as u64);
+        let split = ds + align(shapes.s_bytes() as u64);
+        let partials = split + low_rank_split::bytes(shapes, dtype);
         let end = partials + 4 * splits * small_len;
-        Self { ds, partials, end, splits, split_rows }
+        Self { ds, split, partials, end, splits, split_rows }
     }
 }
 
@@ -118,19 +120,30 @@ pub fn backward_with(
     dtype: DType,
     operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
-    backward_by(problem, dtype, operands, |shapes, parts, g, ds| {
+    backward_by(problem, dtype, operands, false, |shapes, parts, between| {
         let widths = [u64::from(shapes.in_dim)];
         let shared_bytes = match tile {
             Tile::Large => bindings::PROJECTION_BWD_INPUT_128X128_SHARED_BYTES,
             Tile::Small => bindings::PROJECTION_BWD_INPUT_64X64_SHARED_BYTES,
         };
-        let params = shapes.bwd_input_params(parts, g, ds, operands.dx);
+        let params = shapes.bwd_input_params(parts, between.g, between.ds, operands.dx);
         let tiles = (tile, shared_bytes);
-        shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)
+        let dx = shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)?;
+        Ok(vec![dx])
     })
 }
 
-/// The backward with dx by this launch, of the shapes, the projections, the gradient of the sums, and dS.
+/// The addresses of what lies between the backward's operands.
+pub(super) struct Between {
+    /// The gradient of the sums.
+    pub(super) g: device_ptr,
+    /// dS
+    pub(super) ds: device_ptr,
+    /// Room for what [`low_rank_split`] makes.
+    pub(super) split: device_ptr,
+}
+
+/// The backward with dx, and dS if `makes_ds`, by these launches.
 ///
 /// # Errors
 /// As [`backward`].
@@ -138,7 +151,8 @@ pub(super) fn backward_by(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    bwd_input: impl FnOnce(&Shapes<'_>, [ProjectionPart; 3], device_ptr, device_ptr) -> Result<Launch>,
+    makes_ds: bool,
+    bwd_input: impl FnOnce(&Shapes<'_>, [ProjectionPart; 3], Between) -> Result<Vec<Launch>>,
 ) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
     let want_small = operands.dsmall != 0 && shapes.small_len > 0;
@@ -179,10 +193,12 @@ pub(super) fn backward_by(
         })
         .collect();
     let depth = problem.projections.iter().map(|part| part.out_dim as u32).max().unwrap_or(0);
-    launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
-
+    if operands.dx == 0 || !makes_ds {
+        launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
+    }
     if operands.dx != 0 {
-        launches.push(bwd_input(&shapes, parts, g, ds)?);
+        let between = Between { g, ds, split: operands.workspace + space.split };
+        launches.extend(bwd_input(&shapes, parts, between)?);
     }
 
     if !want_small {

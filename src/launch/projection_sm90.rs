@@ -6,14 +6,16 @@
 
 use super::bindings::{
     device_ptr, EncodedTensorMap, ProjectionBwdInputSm90Params, ProjectionFwdSm90Params,
-    ProjectionPart, PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
+    ProjectionPart, LOW_RANK_SPLIT_COLUMNS, LOW_RANK_SPLIT_RANK,
+    PROJECTION_SM90_COOPERATIVE_128X192_DS_SHARED_BYTES,
+    PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
     PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
     PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES, PROJECTION_SM90_THREADS,
 };
 use super::projection::{low_rank_input, BackwardOperands, ForwardOperands, Problem, Shapes};
-use super::projection_bwd::backward_by;
+use super::projection_bwd::{backward_by, Between};
 use super::tensor_map::{Element, TensorMap};
-use super::{tiles, Launch};
+use super::{low_rank_split, tiles, Launch};
 use candle_core::{bail, DType, Result};
 use std::mem::{offset_of, size_of};
 
@@ -28,6 +30,8 @@ pub struct Tile {
     /// Blocks of a cluster, which make tiles of the same columns, one below the other, and load the weights once.
     cluster: u32,
     shared_bytes: u32,
+    /// Whether the kernel of dx makes dS too.
+    makes_ds: bool,
 }
 
 /// How the names of tiles end that a cluster of two blocks makes. There is one of the same name without it, for devices
@@ -49,6 +53,7 @@ const PINGPONG_128X192: Tile = Tile {
     cols: 192,
     cluster: 1,
     shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
+    makes_ds: false,
 };
 const COOPERATIVE_128X192: Tile = Tile {
     name: "cooperative_128x192",
@@ -59,24 +64,30 @@ const COOPERATIVE_128X256: Tile = Tile {
     name: "cooperative_128x256",
     rows: 128,
     cols: 256,
-    cluster: 1,
     shared_bytes: PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
+    ..PINGPONG_128X192
 };
 /// All tiles that some kernel has.
-const TILES: [Tile; 5] = [
+const TILES: [Tile; 6] = [
     PINGPONG_128X192,
     Tile { name: "pingpong_128x192_x2", cluster: 2, ..PINGPONG_128X192 },
     COOPERATIVE_128X192,
     COOPERATIVE_128X256,
     Tile { name: "cooperative_128x256_x2", cluster: 2, ..COOPERATIVE_128X256 },
+    Tile {
+        name: "cooperative_128x192_ds",
+        shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_DS_SHARED_BYTES,
+        makes_ds: true,
+        ..COOPERATIVE_128X192
+    },
 ];
 
 /// The tiles of the forward, by name.
 pub const FORWARD_TILES: [&str; 4] =
     ["pingpong_128x192", "pingpong_128x192_x2", "cooperative_128x256", "cooperative_128x256_x2"];
-/// The tiles of the gradient of x.
-pub const BACKWARD_TILES: [&str; 3] =
-    ["pingpong_128x192", "cooperative_128x192", "cooperative_128x256"];
+/// The tiles of the gradient of x. With `_ds` the kernel makes dS too, if no rank is above 16; else it is that without.
+pub const BACKWARD_TILES: [&str; 4] =
+    ["pingpong_128x192", "cooperative_128x192", "cooperative_128x256", "cooperative_128x192_ds"];
 
 /// A row of the table: a tile, and the launches that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +128,8 @@ const PIECE: (u32, u32) = (16, 64);
 /// Elements of a row of a stage: 128 bytes.
 const DEPTH: u32 = 64;
 const LOW_RANK_DEPTH: u32 = 32;
+/// In the place of the tile that makes dS, for ranks that it does not take.
+const WITHOUT_DS: &str = "cooperative_128x192";
 
 impl Tile {
     fn columns(&self, widths: &[u32]) -> u64 {
@@ -298,25 +311,30 @@ pub fn backward_with(
     // a is not copied: the kernel reads it element by element.
     let mut addresses = vec![dout, dx, workspace];
     addresses.extend(operands.weights);
-    if !copies_take(&Shapes::new(problem)?, dtype, &addresses) {
+    let shapes = Shapes::new(problem)?;
+    if !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
-    let tile = tile(name)?;
-    let launches = backward_by(problem, dtype, operands, |shapes, parts, g, ds| {
-        bwd_input(tile, shapes, dtype, parts, [g, ds, dx], multiprocessors)
-    })?;
+    let tile = match tile(name)? {
+        Tile { makes_ds: true, .. } if !low_rank_split::covers(&shapes) => tile(WITHOUT_DS)?,
+        tile => tile,
+    };
+    let launches =
+        backward_by(problem, dtype, operands, tile.makes_ds, |shapes, parts, between| {
+            bwd_input(tile, shapes, dtype, parts, (between, dx), multiprocessors)
+        })?;
     Ok(Some(launches))
 }
 
-/// dx from g and dS, at these addresses.
+/// dx at this address, from what is there.
 fn bwd_input(
     tile: &Tile,
     shapes: &Shapes<'_>,
     dtype: DType,
     parts: [ProjectionPart; 3],
-    [g, ds, dx]: [device_ptr; 3],
+    (Between { g, ds, split }, dx): (Between, device_ptr),
     multiprocessors: u32,
-) -> Result<Launch> {
+) -> Result<Vec<Launch>> {
     type Params = ProjectionBwdInputSm90Params;
     let (rows, in_dim) = (shapes.problem.rows as u32, shapes.in_dim);
     let mut maps = Maps::default();
@@ -327,17 +345,32 @@ fn bwd_input(
         let weight = bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH, DEPTH))?;
         maps.push(offset_of!(Params, weight), index, weight);
     }
+    let mut launches = Vec::new();
+    let mut unscale = 0;
+    if tile.makes_ds {
+        let split = low_rank_split::launch(shapes, dtype, &parts, split)?;
+        for (index, _) in shapes.adapted() {
+            let matrix = (parts[index].out_dim, LOW_RANK_SPLIT_COLUMNS, LOW_RANK_SPLIT_COLUMNS);
+            let b = bits16(split.matrices[index], matrix, (DEPTH, LOW_RANK_SPLIT_RANK))?;
+            maps.push(offset_of!(Params, b), index, b);
+        }
+        unscale = split.unscale;
+        launches.extend(split.launch);
+    }
     maps.push(offset_of!(Params, dx), 0, bits16(dx, (rows, in_dim, in_dim), PIECE)?);
     let tiles = tile.count(rows.into(), &[in_dim]);
     let mut params = Params {
         problem: shapes.bwd_input_params(parts, g, ds, dx),
         tiles,
+        unscale,
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
     let launch = persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?;
     // dS's kernel begins when g is there, so this one may begin with g.
-    Ok(Launch { begins_early: shapes.adapted().next().is_some(), ..launch })
+    let begins_early = !tile.makes_ds && shapes.adapted().next().is_some();
+    launches.push(Launch { begins_early, ..launch });
+    Ok(launches)
 }
 
 /// Tensor maps and where they stand.
@@ -515,10 +548,14 @@ mod tests {
         };
         for tile in BACKWARD_TILES {
             let launches = backward(tile, &operands)?.unwrap();
-            let [ds, dx] = &launches[..] else { panic!("{}", launches.len()) };
-            assert_eq!(ds.kernel, "low_rank_grad_64x16_bf16");
+            let [before, dx] = &launches[..] else { panic!("{}", launches.len()) };
+            let (kernel, maps) = match tile.ends_with("_ds") {
+                true => ("low_rank_split_bf16", 2 + 2 + 1 + 1),
+                false => ("low_rank_grad_64x16_bf16", 2 + 2 + 1),
+            };
+            assert_eq!(before.kernel, kernel);
             assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
-            assert_eq!((dx.grid, dx.tensor_maps.len()), ([5, 1, 1], 2 + 2 + 1));
+            assert_eq!((dx.grid, dx.tensor_maps.len()), ([5, 1, 1], maps));
             let end = |(start, _): &(usize, TensorMap)| start + 128;
             assert!(dx.tensor_maps.iter().map(end).max() <= Some(dx.params.len()));
             for operands in [
@@ -530,6 +567,20 @@ mod tests {
                 assert!(backward(tile, &operands)?.is_none());
             }
         }
+        // dS alone, or of a rank that the kernel does not take, has its own.
+        let kernels = |rank, operands: &BackwardOperands<'_>| {
+            let lora = LoraProblem { rank, ..lora };
+            let parts = [part(Some(lora))];
+            let problem = Problem { projections: &parts, ..problem };
+            let launches = backward_with(BACKWARD_TILES[3], &problem, DType::F16, operands, 5)?;
+            Result::Ok(launches.unwrap().into_iter().map(|l| l.kernel).take(2).collect::<Vec<_>>())
+        };
+        let operands = BackwardOperands { weights: &[512], ..operands };
+        let names =
+            ["low_rank_grad_64x64_f16", "projection_bwd_input_sm90_cooperative_128x192_f16"];
+        assert_eq!(kernels(17, &operands)?, names);
+        let alone = BackwardOperands { dx: 0, dsmall: 1 << 20, ..operands };
+        assert_eq!(kernels(16, &alone)?[0], "low_rank_grad_64x16_f16");
         Ok(())
     }
 }

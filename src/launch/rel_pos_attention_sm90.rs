@@ -259,9 +259,12 @@ mod tests {
         let maps = launch(AttentionProblem { head_dim: 80, ..GLOBAL })?.unwrap().tensor_maps;
         let found: Vec<_> = maps.iter().map(|(at, map)| (*at, map.tile.clone())).collect();
         let tokens = |channels| vec![channels, 64, 2, 1];
+        let table = |at| [(at, vec![64, 64]), (at + 128, vec![16, 64])];
         let expected =
-            [(0, tokens(64)), (128, tokens(16)), (256, vec![64, 64]), (384, vec![16, 64])];
-        assert_eq!(found, expected);
+            [vec![(0, tokens(64)), (128, tokens(16))], table(256).into(), table(512).into()];
+        assert_eq!(found, expected.concat());
+        let tables: Vec<_> = maps[2..].iter().map(|(_, map)| map.address).collect();
+        assert_eq!(tables, INPUTS.tables.map(|at| [at; 2]).concat());
         assert_eq!(maps[0].1.strides, [5760, 64 * 5760, 4096 * 5760]);
         Ok(())
     }
