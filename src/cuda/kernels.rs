@@ -4,7 +4,7 @@
 
 use super::{modules, stream};
 use candle_core::Device;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Implementations of the operations on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -12,27 +12,29 @@ pub enum Kernels {
     /// Those for the GPU's own architecture, as far as there are any; else the portable ones.
     #[default]
     Native,
+    /// The same, of which none begins before the one before it has ended, as some may on Hopper (programmatic dependent
+    /// launch).
+    NativeInTurn,
     /// Those that run on every GPU from compute capability 8.0 on.
     Portable,
 }
 
-static PORTABLE: AtomicBool = AtomicBool::new(false);
+static CHOICE: AtomicU8 = AtomicU8::new(Kernels::Native as u8);
 
 /// Takes these kernels from now on, in the whole process. A graph goes on with those that it was captured with; between
 /// a forward and its backward, the choice must stay.
 pub fn set_kernels(kernels: Kernels) {
-    PORTABLE.store(kernels == Kernels::Portable, Ordering::Relaxed);
+    CHOICE.store(kernels as u8, Ordering::Relaxed);
 }
 
 /// The kernels that are taken.
 pub fn kernels() -> Kernels {
-    match PORTABLE.load(Ordering::Relaxed) {
-        false => Kernels::Native,
-        true => Kernels::Portable,
-    }
+    let choice = CHOICE.load(Ordering::Relaxed);
+    let all = [Kernels::Native, Kernels::NativeInTurn, Kernels::Portable];
+    all.into_iter().find(|&kernels| kernels as u8 == choice).unwrap_or_default()
 }
 
-/// The implementations that differ on this device: both on Hopper, one on any other.
+/// The implementations that differ on this device: two on Hopper, one on any other.
 pub fn available_kernels(device: &Device) -> &'static [Kernels] {
     match device {
         Device::Cuda(device) if stream::capability(device).is_some_and(modules::cover_hopper) => {
@@ -49,10 +51,10 @@ mod tests {
     #[test]
     fn the_choice_is_kept_and_a_device_without_kernels_of_its_own_has_one() {
         assert_eq!(kernels(), Kernels::default());
-        set_kernels(Kernels::Portable);
-        assert_eq!(kernels(), Kernels::Portable);
-        set_kernels(Kernels::Native);
-        assert_eq!(kernels(), Kernels::Native);
+        for choice in [Kernels::Portable, Kernels::NativeInTurn, Kernels::Native] {
+            set_kernels(choice);
+            assert_eq!(kernels(), choice);
+        }
         assert_eq!(available_kernels(&Device::Cpu), [Kernels::Native]);
     }
 }

@@ -20,7 +20,7 @@ pub(super) fn capability(device: &CudaDevice) -> Option<(i32, i32)> {
 /// Whether to run the kernels for Hopper: on compute capability 9.0, if compiled for it and not asked for the portable
 /// ones.
 pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
-    kernels() == Kernels::Native && capability(device).is_some_and(modules::cover_hopper)
+    kernels() != Kernels::Portable && capability(device).is_some_and(modules::cover_hopper)
 }
 
 /// Whether this device can run the kernels: compute capability 8.0 or newer, and compiled for it.
@@ -68,7 +68,8 @@ fn attributes(launch: &Launch, capability: Option<(i32, i32)>) -> Vec<CUlaunchAt
         set(&mut value);
         attributes.push(CUlaunchAttribute { id, pad: [0; 4], value });
     };
-    if launch.begins_early && dependents_begin_early(capability, driver_version()) {
+    let early = launch.begins_early && kernels() != Kernels::NativeInTurn;
+    if early && dependents_begin_early(capability, driver_version()) {
         let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         add(id, &|value| value.programmaticStreamSerializationAllowed = 1);
     }

@@ -4,6 +4,7 @@ use crate::common::cases::{all, disguises, large, Op};
 use crate::common::{error, gradients, random, tensor_error, values};
 use crate::{trial, with_each};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+use candle_sam_lora::cuda::{self, Kernels};
 use libtest_mimic::Trial;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -126,6 +127,12 @@ fn ten_runs_give_the_same_bits(op: &Op, dtype: DType, device: &Device) -> Result
         let expected = everything(op, &inputs)?;
         for run in 1..10 {
             assert!(everything(op, &inputs)? == expected, "{}: run {run} gave other bits", op.name);
+        }
+        if cuda::kernels() == Kernels::Native {
+            cuda::set_kernels(Kernels::NativeInTurn);
+            let in_turn = everything(op, &inputs)?;
+            cuda::set_kernels(Kernels::Native);
+            assert!(in_turn == expected, "{}: kernels in turn give other bits", op.name);
         }
         Ok(())
     })
