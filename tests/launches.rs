@@ -7,7 +7,6 @@ use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
     Small, SmallTensor, Tile,
 };
-use candle_sam_lora::launch::projection_sm90;
 use candle_sam_lora::launch::rel_pos_attention as attention;
 use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
 use candle_sam_lora::launch::rel_pos_attention_sm90 as attention_sm90;
@@ -15,6 +14,7 @@ use candle_sam_lora::launch::rel_pos_attention_window_sm90 as windows_sm90;
 use candle_sam_lora::launch::{
     dora, dropout, layer_norm, AttentionProblem, Launch, LayerNormProblem,
 };
+use candle_sam_lora::launch::{projection_bwd_sm90, projection_sm90};
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
 
@@ -142,7 +142,7 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
     };
     launches.extend(projection::backward_with(tile, &problem, dtype, &operands)?);
     for tile in projection_sm90::BACKWARD_TILES {
-        let own = projection_sm90::backward_with(tile, &problem, dtype, &operands, 132)?;
+        let own = projection_bwd_sm90::backward_with(tile, &problem, dtype, &operands, 132)?;
         launches.extend(own.into_iter().flatten());
     }
     Ok(launches)

@@ -12,7 +12,8 @@ use candle_sam_lora::launch::projection::{
     low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
     Problem, ProjectionProblem, Small,
 };
-use candle_sam_lora::launch::projection_sm90::{backward_with, forward_with};
+use candle_sam_lora::launch::projection_bwd_sm90::backward_with;
+use candle_sam_lora::launch::projection_sm90::forward_with;
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::random;
 use device::{kernels, launch_all, Device, Memory};

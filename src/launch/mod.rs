@@ -14,6 +14,7 @@ mod low_rank_split;
 pub mod measured;
 pub mod projection;
 mod projection_bwd;
+pub mod projection_bwd_sm90;
 pub mod projection_sm90;
 pub mod rel_pos_attention;
 pub mod rel_pos_attention_bwd_sm90;

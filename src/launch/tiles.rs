@@ -130,7 +130,7 @@ pub(super) fn attention(family: &str, dtype: DType, head_dim: usize, width: usiz
 
 #[cfg(test)]
 mod tests {
-    use super::super::{projection, projection_sm90, rel_pos_attention};
+    use super::super::{projection, projection_bwd_sm90, projection_sm90, rel_pos_attention};
     use super::super::{rel_pos_attention_bwd_sm90, rel_pos_attention_sm90};
     use super::super::{AttentionProblem, Launch};
     use super::*;
@@ -208,7 +208,7 @@ mod tests {
                     };
                     match of_backward {
                         "projection_bwd_input" => projection::backward(&problem, dtype, &backward)?,
-                        _ => projection_sm90::backward(&problem, dtype, &backward, device)?
+                        _ => projection_bwd_sm90::backward(&problem, dtype, &backward, device)?
                             .unwrap_or_default(),
                     }
                 }

@@ -5,6 +5,7 @@ use crate::common::Worst;
 use crate::projection::{check_backward, check_forward, Case, Data, CASES, PLAIN};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{Activation, BackwardOperands, ForwardOperands};
+use candle_sam_lora::launch::projection_bwd_sm90 as hopper_bwd;
 use candle_sam_lora::launch::projection_sm90::{self as hopper, BACKWARD_TILES, FORWARD_TILES, X2};
 use candle_sam_lora_emulator::Mode;
 
@@ -100,7 +101,7 @@ fn backward() -> Result<()> {
             let problem = data.projections();
             let plan = |operands: &BackwardOperands<'_>| {
                 let launches =
-                    hopper::backward_with(tile, &problem, dtype, operands, multiprocessors)?;
+                    hopper_bwd::backward_with(tile, &problem, dtype, operands, multiprocessors)?;
                 Ok(launches.unwrap_or_else(|| panic!("{}: not covered", data.name)))
             };
             // dS alone has a kernel of its own, which adds up in another order.

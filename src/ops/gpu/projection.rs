@@ -6,7 +6,7 @@ use crate::launch::device_ptr;
 use crate::launch::projection::{
     self as kernels, BackwardOperands, ForwardOperands, Problem, Small, SmallTensor,
 };
-use crate::launch::projection_sm90 as hopper;
+use crate::launch::{projection_bwd_sm90 as hopper_bwd, projection_sm90 as hopper};
 use crate::problem::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
@@ -151,7 +151,7 @@ impl Projections<'_> {
                 workspace: at.workspace,
             };
             let own = match cuda::hopper(device) {
-                Some(device) => hopper::backward(&self.problem, dtype, &operands, device)?,
+                Some(device) => hopper_bwd::backward(&self.problem, dtype, &operands, device)?,
                 None => None,
             };
             match own {
