@@ -33,15 +33,26 @@ const LOW_RANKS: [Case; 3] = [
 const RANGES: [Case; 2] =
     [Case { ranks: &[16], b_scale: 1e6, ..PLAIN }, Case { ranks: &[4], b_scale: 1e-7, ..PLAIN }];
 
-/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not, and how many
-/// multiprocessors there are. In bf16 those of `every_tile` with all that blocks make by themselves, and what clusters are to
-/// be tried with. Ranks are to be multiples of `rank`.
+/// A case as it is run.
+struct Run {
+    data: Data,
+    tile: &'static str,
+    multiprocessors: u32,
+    modes: Vec<Mode>,
+}
+
+/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not. In bf16 those of
+/// `every_tile` with all that blocks make by themselves, and what clusters are to be tried with. Ranks are to be multiples of
+/// `rank`.
 fn cases(
     dtype: DType,
     tiles: &[&'static str],
     rank: usize,
     every_tile: &[Case],
-) -> Result<Vec<(Data, &'static str, u32)>> {
+) -> Result<Vec<Run>> {
+    // Copies and products late and early each by itself, for one of the dtypes, which differ in nothing else.
+    let all = || Mode::all_with_products().collect();
+    let few = || Mode::all().collect::<Vec<_>>();
     let mut cases = Vec::new();
     for (index, case) in CASES.into_iter().chain(LARGE).enumerate() {
         let multiple = |sizes: &[usize], of: usize| sizes.iter().all(|size| size % of == 0);
@@ -50,39 +61,36 @@ fn cases(
             continue;
         }
         let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
-        cases.push((Data::new(case, dtype)?, tile, 1 + index as u32 / 2 % 2));
+        let modes = if dtype == DType::F16 { few() } else { all() };
+        let (data, multiprocessors) = (Data::new(case, dtype)?, 1 + index as u32 / 2 % 2);
+        cases.push(Run { data, tile, multiprocessors, modes });
     }
     for tile in tiles.iter().filter(|_| dtype == DType::BF16) {
-        let clusters = tile.ends_with(X2);
-        let (more, multiprocessors) =
-            if clusters { (&[IN_CLUSTERS][..], 4) } else { (every_tile, 1) };
-        for case in more {
-            cases.push((Data::new(*case, dtype)?, tile, multiprocessors));
+        if tile.ends_with(X2) {
+            let data = Data::new(IN_CLUSTERS, dtype)?;
+            cases.push(Run { data, tile, multiprocessors: 4, modes: all() });
+            continue;
+        }
+        for case in every_tile {
+            let data = Data::new(*case, dtype)?;
+            cases.push(Run { data, tile, multiprocessors: 1, modes: few() });
         }
     }
     Ok(cases)
-}
-
-/// Copies and products late and early, each by itself, for one of the dtypes, which differ in nothing else.
-fn modes(dtype: DType) -> Vec<Mode> {
-    match dtype {
-        DType::F16 => Mode::all().collect(),
-        _ => Mode::all_with_products().collect(),
-    }
 }
 
 #[test]
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        for (data, tile, multiprocessors) in cases(dtype, &FORWARD_TILES, 4, &[])? {
+        for Run { data, tile, multiprocessors, modes } in cases(dtype, &FORWARD_TILES, 4, &[])? {
             let problem = data.projections();
             let plan = |operands: &ForwardOperands<'_>| {
                 let launches =
                     hopper::forward_with(tile, &problem, dtype, operands, multiprocessors)?;
                 Ok(launches.unwrap_or_else(|| panic!("{}: not covered", data.name)))
             };
-            check_forward(&data, &mut worst, &modes(dtype), &[&plan])?;
+            check_forward(&data, &mut worst, &modes, &[&plan])?;
         }
     }
     worst.check("projection forward on Hopper", 1.0 / 64.0);
@@ -95,9 +103,10 @@ fn backward() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         let mut cases = cases(dtype, &BACKWARD_TILES, 1, &LOW_RANKS)?;
         for case in RANGES.into_iter().filter(|_| dtype == DType::F16) {
-            cases.push((Data::new(case, dtype)?, "cooperative_128x192_ds", 1));
+            let (data, tile) = (Data::new(case, dtype)?, "cooperative_128x192_ds");
+            cases.push(Run { data, tile, multiprocessors: 1, modes: Mode::all().collect() });
         }
-        for (data, tile, multiprocessors) in cases {
+        for Run { data, tile, multiprocessors, modes } in cases {
             let problem = data.projections();
             let plan = |operands: &BackwardOperands<'_>| {
                 let launches =
@@ -106,7 +115,7 @@ fn backward() -> Result<()> {
             };
             // dS alone has a kernel of its own, which adds up in another order.
             let alone = !tile.ends_with("_ds");
-            check_backward(&data, &mut worst, &modes(dtype), alone, &[&plan])?;
+            check_backward(&data, &mut worst, &modes, alone, &[&plan])?;
         }
     }
     worst.check("projection backward on Hopper", 1.0 / 64.0);
