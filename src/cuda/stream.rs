@@ -39,12 +39,15 @@ pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
 /// not say.
 pub(crate) fn hopper(device: &CudaDevice) -> Option<Hopper> {
     use CUdevice_attribute_enum as Attribute;
+    if !is_hopper(device) {
+        return None;
+    }
     let context = device.cuda_stream().context().clone();
     let ask = |attribute| context.attribute(attribute).ok();
     let count = ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
     let multiprocessors = count.and_then(|count| u32::try_from(count).ok()).unwrap_or(1);
     let clusters = ask(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH) == Some(1);
-    is_hopper(device).then_some(Hopper { multiprocessors, clusters })
+    Some(Hopper { multiprocessors, clusters })
 }
 
 /// Whether a kernel may begin before the one before it has ended: on Hopper and newer devices; with drivers for CUDA 12.3
