@@ -4,7 +4,7 @@
 usage: kernel_table.py LOGS LAUNCHES BUDGET
 
 LOGS: a folder of what `nvcc -Xptxas -v` printed, in files `*-sm_*.log`. LAUNCHES: what tests/launches.rs
-printed: threads and dynamic shared memory. BUDGET: scripts/kernel-budget.tsv. Fails where a kernel is over its budget,
+wrote: threads and dynamic shared memory. BUDGET: scripts/kernel-budget.tsv. Fails where a kernel is over its budget,
 is launched by nobody, or fits no multiprocessor.
 """
 
@@ -78,9 +78,7 @@ def tab_separated(path):
 
 def main(logs, launches, budget):
     launched = {
-        fields[1]: (int(fields[2]), int(fields[3]))
-        for fields in tab_separated(launches)
-        if fields[0] == "launch"
+        kernel: (int(threads), int(dynamic)) for kernel, threads, dynamic in tab_separated(launches)
     }
     budgets = [(re.compile(pattern), int(most), int(spills)) for pattern, most, spills in tab_separated(budget)]
     rows = sorted(

@@ -1,6 +1,6 @@
 //! What SAM's layers launch, at the sizes of the published models: every kernel with its threads and the dynamic shared
-//! memory of a block, the most of all its launches. `scripts/check-kernels.sh` reads the lines that start with `launch`
-//! and puts them beside the registers; a kernel that is not among them fails there.
+//! memory of a block, the most of all its launches. `scripts/check-kernels.sh` names a file for them in
+//! `CANDLE_SAM_LORA_LAUNCHES` and puts them beside the registers; a kernel that is not among them fails there.
 
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
@@ -220,10 +220,14 @@ fn every_launch_fits_its_smallest_device() -> Result<()> {
             *shared = launch.shared_bytes.max(*shared);
         }
     }
+    let mut table = String::new();
     for (kernel, (threads, shared)) in blocks {
-        println!("launch\t{kernel}\t{threads}\t{shared}");
+        table += &format!("{kernel}\t{threads}\t{shared}\n");
         let most = if kernel.contains("_sm90_") { MOST_SHARED_HOPPER } else { MOST_SHARED };
         assert!(shared <= most, "{kernel}: {shared} bytes of shared memory");
+    }
+    if let Some(path) = std::env::var_os("CANDLE_SAM_LORA_LAUNCHES") {
+        std::fs::write(path, table)?;
     }
     Ok(())
 }
