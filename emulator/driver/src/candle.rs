@@ -1,153 +1,112 @@
-//! Of candle's own kernels (candle-kernels, `src/*.cu`) those that copy, convert, scale and add: what lies between the
-//! operations of candle-sam-lora. Elements go through f64, which holds every type's values but the largest integers.
+//! Candle's own kernels (candle-kernels, `src/*.cu`), as far as candle-sam-lora meets them between its operations.
 
-use half::{bf16, f16};
+use crate::element::{Arguments, Element, Layouts};
 use std::ffi::c_void;
 
-/// An element's type, by the end of a kernel's name.
-#[derive(Clone, Copy)]
-enum Element {
-    F32,
-    F64,
-    F16,
-    BF16,
-    U8,
-    U32,
-    I64,
-}
-
-impl Element {
-    fn named(name: &str) -> Option<Self> {
-        Some(match name {
-            "f32" => Self::F32,
-            "f64" => Self::F64,
-            "f16" => Self::F16,
-            "bf16" => Self::BF16,
-            "u8" => Self::U8,
-            "u32" => Self::U32,
-            "i64" => Self::I64,
-            _ => return None,
-        })
-    }
-
-    /// # Safety
-    /// There is such an element at this index.
-    unsafe fn get(self, at: u64, index: usize) -> f64 {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Self::F32 => (at as *const f32).add(index).read().into(),
-                Self::F64 => (at as *const f64).add(index).read(),
-                Self::F16 => (at as *const f16).add(index).read().into(),
-                Self::BF16 => (at as *const bf16).add(index).read().into(),
-                Self::U8 => (at as *const u8).add(index).read().into(),
-                Self::U32 => (at as *const u32).add(index).read().into(),
-                Self::I64 => (at as *const i64).add(index).read() as f64,
-            }
-        }
-    }
-
-    /// # Safety
-    /// There is room for such an element at this index.
-    unsafe fn set(self, at: u64, index: usize, value: f64) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Self::F32 => (at as *mut f32).add(index).write(value as f32),
-                Self::F64 => (at as *mut f64).add(index).write(value),
-                Self::F16 => (at as *mut f16).add(index).write(f16::from_f64(value)),
-                Self::BF16 => (at as *mut bf16).add(index).write(bf16::from_f64(value)),
-                Self::U8 => (at as *mut u8).add(index).write(value as u8),
-                Self::U32 => (at as *mut u32).add(index).write(value as u32),
-                Self::I64 => (at as *mut i64).add(index).write(value as i64),
-            }
-        }
-    }
-}
-
-/// A kernel's arguments, of which each has a type that only its name tells.
-struct Arguments(*const *const c_void);
-
-impl Arguments {
-    /// # Safety
-    /// There is an argument of this type at this index.
-    unsafe fn at<T: Copy>(&self, index: usize) -> T {
-        // SAFETY: the caller's promise.
-        unsafe { (*self.0.add(index)).cast::<T>().read() }
-    }
-}
-
-/// Sizes of `info`, which has `1 + tensors` times as many numbers as there are dimensions: sizes, then strides; null for
-/// contiguous tensors. Copied: candle frees them in the stream's order.
-#[derive(Clone)]
-struct Info {
-    count: usize,
-    dims: Vec<usize>,
-    strides: Vec<Vec<usize>>,
-}
-
-impl Info {
-    /// # Safety
-    /// The first three arguments are the number of elements, that of dimensions, and `info`.
-    unsafe fn read(arguments: &Arguments, tensors: usize) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (count, rank) = (arguments.at::<usize>(0), arguments.at::<usize>(1));
-            let info = arguments.at::<*const usize>(2);
-            if info.is_null() {
-                return Self { count, dims: vec![count], strides: vec![vec![1]; tensors] };
-            }
-            let part = |i: usize| std::slice::from_raw_parts(info.add(i * rank), rank).to_vec();
-            Self { count, dims: part(0), strides: (1..=tensors).map(part).collect() }
-        }
-    }
-
-    /// Where the element of this index lies in one of the tensors.
-    fn offset(&self, tensor: usize, mut index: usize) -> usize {
-        let mut offset = 0;
-        for (dim, stride) in self.dims.iter().zip(&self.strides[tensor]).rev() {
-            offset += index % dim * stride;
-            index /= dim;
-        }
-        offset
-    }
-}
-
-type Work = Box<dyn Fn() + Send + Sync>;
+pub type Work = Box<dyn Fn() + Send + Sync>;
 
 /// A launch of candle's kernel of this name; none if it is not one of those that are known.
 ///
 /// # Safety
 /// The arguments are those that the kernel takes; their addresses stay live until the work is done.
-pub unsafe fn kernel(name: &str, arguments: *const *const c_void) -> Option<Work> {
-    let arguments = Arguments(arguments);
+pub unsafe fn kernel(
+    name: &str,
+    grid: [u32; 3],
+    block: [u32; 3],
+    arguments: *const *const c_void,
+) -> Option<Work> {
+    let arguments = &Arguments(arguments);
     let (family, element) = name.rsplit_once('_')?;
     let element = Element::named(element)?;
-    // SAFETY: all reads and writes are those of the kernel of this name, whose arguments these are.
+    // SAFETY: the arguments are read as the kernel of this name takes them.
     unsafe {
         if let Some(from) = family.strip_prefix("cast_") {
-            let from = Element::named(from)?;
-            return Some(map(&arguments, from, element, |x| x));
+            return Some(map(arguments, Element::named(from)?, element, |x| x));
+        }
+        if let Some(condition) = family.strip_prefix("where_") {
+            return Some(select(arguments, Element::named(condition)?, element));
+        }
+        if let Some(index) = family.strip_prefix("is_") {
+            return Some(index_select(arguments, Element::named(index)?, element));
+        }
+        if let Some(f) = unary(family) {
+            return Some(map(arguments, element, element, f));
+        }
+        if let Some(f) = arithmetic(family) {
+            return Some(binary(arguments, element, element, f));
+        }
+        if let Some(f) = comparison(family) {
+            return Some(binary(arguments, element, Element::U8, move |a, b| f(&a, &b).into()));
         }
         Some(match family {
-            "ucopy" => map(&arguments, element, element, |x| x),
-            "uneg" => map(&arguments, element, element, |x| -x),
             "affine" => {
-                let scalar = |index| element.get(*arguments.0.add(index) as u64, 0);
-                let (mul, add) = (scalar(5), scalar(6));
-                map(&arguments, element, element, move |x| x * mul + add)
+                let (mul, add) = (arguments.scalar(5, element), arguments.scalar(6, element));
+                map(arguments, element, element, move |x| x * mul + add)
             }
-            "badd" => binary(&arguments, element, |a, b| a + b),
-            "bsub" => binary(&arguments, element, |a, b| a - b),
-            "bmul" => binary(&arguments, element, |a, b| a * b),
-            "const_set" => const_set(&arguments, element),
-            "copy2d" => copy_2d(&arguments, element),
+            "upowf" => {
+                let power = arguments.scalar(3, element);
+                map_from(arguments, 4, element, element, move |x| x.powf(power))
+            }
+            "const_set" => const_set(arguments, element),
+            "copy2d" => copy_2d(arguments, element),
+            "fast_sum" => reduce(arguments, element, grid[0] as usize, 0.0, |a, b| a + b),
+            "fast_max" => reduce(arguments, element, grid[0] as usize, f64::NEG_INFINITY, f64::max),
+            // Its first argument is the number of sums, of which the last block has what is left.
+            "fast_sum_small" => {
+                let count: usize = arguments.at(0);
+                debug_assert!(count <= (grid[0] * block[0]) as usize);
+                reduce(arguments, element, count, 0.0, |a, b| a + b)
+            }
+            "im2col" => im2col(arguments, element),
             _ => return None,
         })
     }
 }
 
-/// `(count, rank, info, in, out)`, where no `in` is `out` itself.
+fn unary(family: &str) -> Option<fn(f64) -> f64> {
+    Some(match family {
+        "ucopy" => |x| x,
+        "uneg" => |x| -x,
+        "uabs" => f64::abs,
+        "uexp" => f64::exp,
+        "ulog" => f64::ln,
+        "usin" => f64::sin,
+        "ucos" => f64::cos,
+        "utanh" => f64::tanh,
+        "usqr" => |x| x * x,
+        "usqrt" => f64::sqrt,
+        "urecip" => f64::recip,
+        "urelu" => |x| x.max(0.0),
+        "usigmoid" => |x| 1.0 / (1.0 + (-x).exp()),
+        _ => return None,
+    })
+}
+
+fn arithmetic(family: &str) -> Option<fn(f64, f64) -> f64> {
+    Some(match family {
+        "badd" => |a, b| a + b,
+        "bsub" => |a, b| a - b,
+        "bmul" => |a, b| a * b,
+        "bdiv" => |a, b| a / b,
+        "bmaximum" => f64::max,
+        "bminimum" => f64::min,
+        _ => return None,
+    })
+}
+
+fn comparison(family: &str) -> Option<fn(&f64, &f64) -> bool> {
+    Some(match family {
+        "eq" => f64::eq,
+        "ne" => f64::ne,
+        "lt" => f64::lt,
+        "le" => f64::le,
+        "gt" => f64::gt,
+        "ge" => f64::ge,
+        _ => return None,
+    })
+}
+
+/// `(count, rank, info, in, out)`.
 unsafe fn map(
     arguments: &Arguments,
     from: Element,
@@ -155,15 +114,29 @@ unsafe fn map(
     f: impl Fn(f64) -> f64 + Send + Sync + 'static,
 ) -> Work {
     // SAFETY: as `kernel`.
-    let (info, x, y) =
-        unsafe { (Info::read(arguments, 1), arguments.at::<u64>(3), arguments.at::<u64>(4)) };
+    unsafe { map_from(arguments, 3, from, to, f) }
+}
+
+/// `(count, rank, info, .., in, out)`; where there is no `in` it is `out`.
+unsafe fn map_from(
+    arguments: &Arguments,
+    first: usize,
+    from: Element,
+    to: Element,
+    f: impl Fn(f64) -> f64 + Send + Sync + 'static,
+) -> Work {
+    // SAFETY: as `kernel`.
+    let (count, layouts, [x, y]) = unsafe {
+        let tensors = [first, first + 1].map(|i| arguments.at::<u64>(i));
+        (arguments.at::<usize>(0), Layouts::read(arguments, 1, 1), tensors)
+    };
     Box::new(move || {
-        for index in 0..info.count {
+        for index in 0..count {
             // SAFETY: as `kernel`.
             unsafe {
                 let value = match x {
                     0 => to.get(y, index),
-                    x => from.get(x, info.offset(0, index)),
+                    x => from.get(x, layouts.offset(0, index)),
                 };
                 to.set(y, index, f(value));
             }
@@ -174,19 +147,89 @@ unsafe fn map(
 /// `(count, rank, info of both, a, b, out)`.
 unsafe fn binary(
     arguments: &Arguments,
-    element: Element,
+    from: Element,
+    to: Element,
     f: impl Fn(f64, f64) -> f64 + Send + Sync + 'static,
 ) -> Work {
     // SAFETY: as `kernel`.
-    let (info, [a, b, y]) =
-        unsafe { (Info::read(arguments, 2), [3, 4, 5].map(|i| arguments.at::<u64>(i))) };
+    let (count, layouts, [a, b, y]) = unsafe {
+        let tensors = [3, 4, 5].map(|i| arguments.at::<u64>(i));
+        (arguments.at::<usize>(0), Layouts::read(arguments, 1, 2), tensors)
+    };
     Box::new(move || {
-        for index in 0..info.count {
+        for index in 0..count {
             // SAFETY: as `kernel`.
             unsafe {
-                let a = element.get(a, info.offset(0, index));
-                let b = element.get(b, info.offset(1, index));
-                element.set(y, index, f(a, b));
+                let a = from.get(a, layouts.offset(0, index));
+                let b = from.get(b, layouts.offset(1, index));
+                to.set(y, index, f(a, b));
+            }
+        }
+    })
+}
+
+/// `(count, rank, info of all, condition, a, b, out)`: a where the condition is not 0, else b.
+unsafe fn select(arguments: &Arguments, condition: Element, element: Element) -> Work {
+    // SAFETY: as `kernel`.
+    let (count, layouts, [which, a, b, y]) = unsafe {
+        let tensors = [3, 4, 5, 6].map(|i| arguments.at::<u64>(i));
+        (arguments.at::<usize>(0), Layouts::read(arguments, 1, 3), tensors)
+    };
+    Box::new(move || {
+        for index in 0..count {
+            // SAFETY: as `kernel`.
+            unsafe {
+                let chosen = match condition.get(which, layouts.offset(0, index)) {
+                    0.0 => element.get(b, layouts.offset(2, index)),
+                    _ => element.get(a, layouts.offset(1, index)),
+                };
+                element.set(y, index, chosen);
+            }
+        }
+    })
+}
+
+/// `(count, rank, info of the indices, indices, in, out, left, dim of in, number of indices, right)`: of `in`, as
+/// `[left, dim, right]`, the named ones of the middle.
+unsafe fn index_select(arguments: &Arguments, index: Element, element: Element) -> Work {
+    // SAFETY: as `kernel`.
+    let (count, layouts, [indices, x, y], [dim, chosen, right]) = unsafe {
+        let tensors = [3, 4, 5].map(|i| arguments.at::<u64>(i));
+        let sizes = [7, 8, 9].map(|i| arguments.at::<usize>(i));
+        (arguments.at::<usize>(0), Layouts::read(arguments, 1, 1), tensors, sizes)
+    };
+    Box::new(move || {
+        for at in 0..count {
+            let (left, middle) = (at / right / chosen, at / right % chosen);
+            // SAFETY: as `kernel`.
+            unsafe {
+                let row = index.get(indices, layouts.offset(0, middle)) as usize;
+                element.set(y, at, element.get(x, (left * dim + row) * right + at % right));
+            }
+        }
+    })
+}
+
+/// `(_, length, rank, info, in, out)`: each result of so many elements one after the other.
+unsafe fn reduce(
+    arguments: &Arguments,
+    element: Element,
+    results: usize,
+    first: f64,
+    f: fn(f64, f64) -> f64,
+) -> Work {
+    // SAFETY: as `kernel`.
+    let (length, layouts, [x, y]) = unsafe {
+        let tensors = [4, 5].map(|i| arguments.at::<u64>(i));
+        (arguments.at::<usize>(1), Layouts::read(arguments, 2, 1), tensors)
+    };
+    Box::new(move || {
+        for result in 0..results {
+            let of = result * length..(result + 1) * length;
+            // SAFETY: as `kernel`.
+            unsafe {
+                let values = of.map(|index| element.get(x, layouts.offset(0, index)));
+                element.set(y, result, values.fold(first, f));
             }
         }
     })
@@ -195,14 +238,14 @@ unsafe fn binary(
 /// `(count, rank, info, value, out)`: the strides are those of `out`.
 unsafe fn const_set(arguments: &Arguments, element: Element) -> Work {
     // SAFETY: as `kernel`.
-    let (info, value, y) = unsafe {
-        let value = element.get(*arguments.0.add(3) as u64, 0);
-        (Info::read(arguments, 1), value, arguments.at::<u64>(4))
+    let (count, layouts, value, y) = unsafe {
+        let value = arguments.scalar(3, element);
+        (arguments.at::<usize>(0), Layouts::read(arguments, 1, 1), value, arguments.at::<u64>(4))
     };
     Box::new(move || {
-        for index in 0..info.count {
+        for index in 0..count {
             // SAFETY: as `kernel`.
-            unsafe { element.set(y, info.offset(0, index), value) };
+            unsafe { element.set(y, layouts.offset(0, index), value) };
         }
     })
 }
@@ -211,16 +254,52 @@ unsafe fn const_set(arguments: &Arguments, element: Element) -> Work {
 unsafe fn copy_2d(arguments: &Arguments, element: Element) -> Work {
     // SAFETY: as `kernel`.
     let ([x, y], [rows, columns, from, to]) = unsafe {
-        (
-            [0, 1].map(|i| arguments.at::<u64>(i)),
-            [2, 3, 4, 5].map(|i| arguments.at::<u32>(i) as usize),
-        )
+        let sizes = [2, 3, 4, 5].map(|i| arguments.at::<u32>(i) as usize);
+        ([0, 1].map(|i| arguments.at::<u64>(i)), sizes)
     };
     Box::new(move || {
         for row in 0..rows {
             for column in 0..columns {
                 // SAFETY: as `kernel`.
                 unsafe { element.set(y, row * to + column, element.get(x, row * from + column)) };
+            }
+        }
+    })
+}
+
+/// `(count, h_out, w_out, h_k, w_k, stride, padding, dilation, info, in, out)`: `in` is `[batch, channels, h, w]` with
+/// the sizes and strides of `info`, `out` is `[batch, h_out, w_out, channels, h_k, w_k]`.
+unsafe fn im2col(arguments: &Arguments, element: Element) -> Work {
+    // SAFETY: as `kernel`.
+    let (count, sizes, info, [x, y]) = unsafe {
+        let sizes: [usize; 7] = std::array::from_fn(|i| arguments.at(i + 1));
+        let info = arguments.at::<*const [usize; 8]>(8).read();
+        (arguments.at::<usize>(0), sizes, info, [9, 10].map(|i| arguments.at::<u64>(i)))
+    };
+    Box::new(move || {
+        let [h_out, w_out, h_k, w_k, stride, padding, dilation] = sizes;
+        let [_, channels, h, w, strides @ ..] = info;
+        for at in 0..count {
+            let mut rest = at;
+            let mut next = |dim: usize| {
+                let index = rest % dim;
+                rest /= dim;
+                index
+            };
+            let (kw, kh, channel) = (next(w_k), next(h_k), next(channels));
+            let (column, row, image) = (next(w_out), next(h_out), rest);
+            let (i, j) = (row * stride + kh * dilation, column * stride + kw * dilation);
+            let inside = (padding..padding + h).contains(&i) && (padding..padding + w).contains(&j);
+            // SAFETY: as `kernel`.
+            unsafe {
+                let value = if inside {
+                    let index = [image, channel, i - padding, j - padding];
+                    let offset = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
+                    element.get(x, offset)
+                } else {
+                    0.0
+                };
+                element.set(y, at, value);
             }
         }
     })

@@ -171,7 +171,7 @@ fn launch(
     }
     if function.owner == Owner::Candle {
         // SAFETY: the arguments are those that candle's kernel of this name takes, by the caller's promise.
-        let work = unsafe { candle::kernel(&name, arguments) };
+        let work = unsafe { candle::kernel(&name, config.grid, config.block, arguments) };
         return match work {
             Some(work) => graph::submit(config.stream, move || {
                 work();

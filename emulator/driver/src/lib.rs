@@ -16,6 +16,7 @@
 
 mod candle;
 mod device;
+mod element;
 mod graph;
 mod launch;
 mod libraries;
