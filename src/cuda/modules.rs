@@ -58,13 +58,16 @@ pub(super) fn function(context: &Arc<CudaContext>, kernel: &str) -> Result<CudaF
     Ok(function)
 }
 
-/// Lets a kernel have more than the 48 KiB of shared memory that need no permission.
-pub(super) fn permit_shared(function: &CudaFunction, bytes: u32) -> Result<()> {
+/// Lets a kernel have all that a block may have, if it wants more than the 48 KiB of shared memory that need no
+/// permission. Never less: a graph may hold a launch that wants more than this one.
+pub(super) fn permit_shared(function: &CudaFunction, bytes: u32, most: usize) -> Result<()> {
     const FREE: u32 = 48 * 1024;
     if bytes > FREE {
         let attribute =
             sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, bytes as i32).map_err(Error::wrap)?;
+        // The kernels have no other shared memory.
+        let most = most.max(bytes as usize) as i32;
+        function.set_attribute(attribute, most).map_err(Error::wrap)?;
     }
     Ok(())
 }
