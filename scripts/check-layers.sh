@@ -14,7 +14,7 @@ forbid() {
   fi
 }
 forbid "src/philox.rs src/reference.rs src/error.rs src/device.rs" "problem|cpu|launch|ops|nn|lora|sam|train"
-forbid "src/problem.rs src/files.rs" "cpu|launch|ops|nn|lora|sam|train"
+forbid "src/problem.rs src/files.rs src/hub" "cpu|launch|ops|nn|lora|sam|train"
 forbid "src/cpu" "launch|ops|nn|lora|sam|train|files"
 forbid "src/launch" "cpu|ops|nn|lora|sam|train|files|reference"
 forbid "src/cuda" "cpu|ops|nn|lora|sam|train|files|reference"

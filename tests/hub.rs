@@ -184,7 +184,8 @@ fn encode_takes_both_from_the_hub(here: &Path) -> Result<()> {
 fn segment_takes_the_model_from_the_hub(here: &Path) -> Result<()> {
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
     let images = assets.join("photos/nuclei/heldout/images");
-    let image = std::fs::read_dir(&images)?.next().context("no image")??.path();
+    let names = contents(&images)?;
+    let image = images.join(names.keys().next().context("no image")?);
     let image = image.to_str().context("UTF-8")?;
     let hub = repository("user/small", &assets.join("tiny-sam"))?.run()?;
     for (mask, model) in [("local.png", vec![]), ("hub.png", vec!["--model", "user/small"])] {
