@@ -1,13 +1,15 @@
 //! Models and adapters by their names on the hub: real requests to a small server on this machine that answers as the hub
 //! does (tests/hub/server.rs).
 //!
-//! The environment says where hub and cache are, and it belongs to a process: so this binary is the examples `encode` and
-//! `segment`, too, and a program that prints what `hub::folder` gives.
+//! The environment says where hub and cache are, and it belongs to a process: so this binary is the examples `encode`,
+//! `finetune` and `segment`, too, and a program that prints what `hub::folder` gives.
 #![allow(clippy::duplicate_mod)]
 
 mod common;
 #[path = "../examples/encode.rs"]
 mod encode;
+#[path = "../examples/finetune/main.rs"]
+mod finetune;
 #[path = "../examples/segment.rs"]
 mod segment;
 #[path = "hub/server.rs"]
@@ -29,6 +31,7 @@ const NAME: &str = "CANDLE_SAM_LORA_EXAMPLE";
 fn main() -> ExitCode {
     match std::env::var(NAME).as_deref() {
         Ok("encode") => encode::main(),
+        Ok("finetune") => finetune::main(),
         Ok("segment") => segment::main(),
         Ok("folder") => print_folder(),
         _ => tests(),
@@ -50,9 +53,10 @@ fn print_folder() -> ExitCode {
 
 fn tests() -> ExitCode {
     type Test = fn(&Path) -> Result<()>;
-    let trials: [(&str, Test); 8] = [
+    let trials: [(&str, Test); 9] = [
         ("encode_takes_model_and_adapter_from_the_hub", encode_takes_both_from_the_hub),
         ("segment_takes_the_model_from_the_hub", segment_takes_the_model_from_the_hub),
+        ("finetune_notes_the_name_of_its_model", finetune_notes_the_name_of_its_model),
         ("only_what_is_read_is_fetched_and_once", only_what_is_read_is_fetched_and_once),
         ("shards_come_with_their_index", shards_come_with_their_index),
         ("the_cache_serves_where_the_hub_does_not", the_cache_serves_where_the_hub_does_not),
@@ -202,6 +206,21 @@ fn segment_takes_the_model_from_the_hub(here: &Path) -> Result<()> {
     Ok(())
 }
 
+fn finetune_notes_the_name_of_its_model(here: &Path) -> Result<()> {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny-sam");
+    let hub = repository("user/small", &model)?.run()?;
+    let short = ["--batch", "1", "--prompts", "1", "--overlays", "0", "--output", "run"];
+    let from_hub = ["--model", "user/small@v1.0", "--steps", "1"];
+    run_well(here, &hub, "finetune", &[&short[..], &from_hub].concat())?;
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(here.join("run/adapter/adapter_config.json"))?)?;
+    ensure!(config["base_model_name_or_path"] == "user/small", "{config}");
+    // It is the same model from a folder.
+    let model = model.to_str().context("UTF-8")?;
+    let from_folder = ["--model", model, "--steps", "2", "--resume"];
+    run_well(here, &hub, "finetune", &[&short[..], &from_folder].concat())
+}
+
 fn only_what_is_read_is_fetched_and_once(here: &Path) -> Result<()> {
     let mut hub = tiny()?;
     for name in [
@@ -316,7 +335,9 @@ fn a_broken_download_leaves_nothing(here: &Path) -> Result<()> {
     let lying = Hub { lying: true, ..tiny()? }.run()?;
     for hub in [&lying, &truncating] {
         refused(here, &hub.address, name, &[], &["model.safetensors"])?;
-        refused(here, "http://127.0.0.1:1", name, &[], &["lacks it"])?;
+        for name in [name, &format!("{name}@{COMMIT}")] {
+            refused(here, "http://127.0.0.1:1", name, &[], &["lacks it"])?;
+        }
     }
     // The next download goes on where the connection broke.
     is_tiny(&found(here, &tiny()?.run()?.address, name, &[])?)
