@@ -16,7 +16,7 @@ expect() {
   local text=$1 said
   shift
   said=$(env -i OUT_DIR="$work" NUM_JOBS=1 CARGO_FEATURE_CUDA=1 "$@" "$work/build")
-  if ! grep -E '^cargo::(error|warning)=' <<<"$said" | grep -qF -- "$text"; then
+  if ! grep -E '^cargo::(error|warning)=' <<<"$said" | grep -F -- "$text" >/dev/null; then
     printf 'error: with %s\nexpected: %s\ngot:\n%s\n' "$*" "$text" "$said" >&2
     exit 1
   fi
