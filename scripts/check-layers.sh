@@ -18,7 +18,7 @@ forbid() {
   done
 }
 forbid "src/philox.rs src/reference.rs src/error.rs src/device.rs" "problem|cpu|launch|ops|nn|lora|sam|train"
-forbid "src/problem.rs src/files.rs" "cuda|cpu|launch|ops|nn|lora|sam|train"
+forbid "src/problem.rs src/files.rs src/hub" "cuda|cpu|launch|ops|nn|lora|sam|train"
 forbid "src/cpu" "cuda|launch|ops|nn|lora|sam|train|files"
 forbid "src/launch" "cuda|cpu|ops|nn|lora|sam|train|files|reference"
 forbid "src/cuda" "cpu|ops|nn|lora|sam|train|files|reference"
