@@ -22,10 +22,8 @@ fn global_attention_is_linear_in_tokens() -> Result<()> {
         pad: None,
         dropout: None,
     };
-    // Each thread has blocks of its own; a machine of many would have as much in them as N x N takes.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads");
-    let (out, forward) = peak(|| pool.install(|| ops::rel_pos_attention(&qkv, &config)))?;
-    let (_, backward) = peak(|| pool.install(|| out.sum_all()?.backward()))?;
+    let (out, forward) = peak(|| ops::rel_pos_attention(&qkv, &config))?;
+    let (_, backward) = peak(|| out.sum_all()?.backward())?;
     let n_by_n = SIDE.pow(4) * 4;
     let io = SIDE * SIDE * 4 * DIM * 4;
     println!(

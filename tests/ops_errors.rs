@@ -5,7 +5,7 @@ mod common;
 mod property;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
+use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use common::random;
 use proptest::prelude::*;
@@ -141,6 +141,13 @@ fn rel_pos_attention() {
     }
     let huge = RelPosAttention { window: Some(usize::MAX / 2), ..config };
     fails(run(&huge), &[op, "window"]);
+
+    // The composed one is public, too.
+    let run = |config| composed::rel_pos_attention(&qkv, &config).map(|(out, _)| out);
+    fails(run(attention(0)), &[op, "heads", "24"]);
+    fails(run(RelPosAttention { window: Some(0), ..config }), &[op, "window"]);
+    fails(composed::partition(&qkv, 0, None), &["partition", "positive"]);
+    fails(composed::unpartition(&qkv, 0, (1, 3, 4)), &["unpartition", "positive"]);
 }
 
 #[test]
