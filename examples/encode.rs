@@ -13,9 +13,9 @@ mod model;
 
 use anyhow::bail;
 use candle_core::{DType, Tensor};
-use candle_sam_lora::files;
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::{AttentionKind, DeepSeekOcrEncoder, SamInput};
+use candle_sam_lora::{files, hub};
 use clap::Parser;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -31,11 +31,12 @@ use std::process::ExitCode;
 /// [B,3,S,S] of any S that is a multiple of 16 become image_embeddings [B,1024,S/64,S/64].
 #[derive(Parser)]
 struct Options {
-    /// Folder with config.json and safetensors weights [default: the small SAM of this project]
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
+    /// Face hub [default: the small SAM of this project]
+    #[arg(long, value_name = "DIR|NAME")]
     model: Option<PathBuf>,
-    /// Folder of a PEFT adapter
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of a PEFT adapter
+    #[arg(long, value_name = "DIR|NAME")]
     adapter: Option<PathBuf>,
     /// Safetensors file to read
     #[arg(long, value_name = "FILE")]
@@ -79,19 +80,20 @@ fn run(options: &Options) -> anyhow::Result<()> {
         let known = PROMPTS.join(", ");
         bail!("{}: unknown tensor {name}; known: pixel_values, {known}", options.input.display())
     }
-    let folder = options.model.clone().unwrap_or_else(model::shipped_model);
+    let folder = model::folder(options.model.as_deref())?;
+    let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
+    let adapter = adapter.as_deref();
     if options.deepseek_ocr {
         if prompted {
             bail!("{}: DeepSeek-OCR's encoder takes no prompts", options.input.display())
         }
-        let adapter = options.adapter.as_deref();
         let kind = adapter.map_or(Ok(AttentionKind::Fused), adapted::kind_of)?;
         let mut encoder = DeepSeekOcrEncoder::from_checkpoint(&folder, kind, DType::F32, &device)?;
         adapter.map_or(Ok(()), |adapter| adapted::adapt(&mut encoder, adapter))?;
         let embeddings = encoder.forward(&pixel_values, Mode::Eval)?;
         return write(options, &BTreeMap::from([("image_embeddings".into(), embeddings)]));
     }
-    let (_, sam) = adapted::load_adapted(&folder, options.adapter.as_deref(), &device)?;
+    let (_, sam) = adapted::load_adapted(&folder, adapter, &device)?;
     let encoded = sam.vision_encoder.forward_with_states(&pixel_values, false, Mode::Eval)?;
     let mut output: BTreeMap<String, Tensor> = BTreeMap::new();
     for (index, state) in encoded.hidden_states.into_iter().enumerate() {

@@ -16,6 +16,7 @@ mod model;
 
 use anyhow::{anyhow, bail};
 use candle_core::{Device, Tensor};
+use candle_sam_lora::hub;
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::{read_image, Frame, SamInput, SamProcessor};
 use clap::Parser;
@@ -37,11 +38,12 @@ struct Options {
     /// A box around the object, in pixels
     #[arg(long = "box", value_name = "X0,Y0,X1,Y1", allow_hyphen_values = true)]
     sides: Option<String>,
-    /// Folder with config.json and safetensors weights [default: the small SAM of this project]
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
+    /// Face hub [default: the small SAM of this project]
+    #[arg(long, value_name = "DIR|NAME")]
     model: Option<PathBuf>,
-    /// Folder of a PEFT adapter
-    #[arg(long, value_name = "DIR")]
+    /// Folder or name of a PEFT adapter
+    #[arg(long, value_name = "DIR|NAME")]
     adapter: Option<PathBuf>,
     /// Take the best of several masks, for a prompt that could mean a part or the whole
     #[arg(long)]
@@ -145,8 +147,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
     }
     let image = read_image(&options.image)?;
     let prompts = Prompts::parse(options, image.width(), image.height())?;
-    let folder = options.model.clone().unwrap_or_else(model::shipped_model);
-    let (config, sam) = adapted::load_adapted(&folder, options.adapter.as_deref(), &device)?;
+    let folder = model::folder(options.model.as_deref())?;
+    let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
+    let (config, sam) = adapted::load_adapted(&folder, adapter.as_deref(), &device)?;
     let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;
     let (pixel_values, frame) = processor.preprocess(&image, &device)?;
     let input = SamInput {

@@ -341,7 +341,8 @@ typedef struct RelPosAttentionShape {
 ABI_SIZE(RelPosAttentionShape, 56);
 
 /** `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,
- * head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32 `[windows, heads, tokens]`, tokens on the grid first. */
+ * head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32
+ * `[windows, heads, tokens]`, tokens on the grid first. */
 typedef struct RelPosAttentionFwdParams {
   device_ptr qkv;
   device_ptr tables[2];

@@ -150,7 +150,7 @@ PTX uint32_t cluster_ctarank() {
     return rank;
 }
 // The barrier between all threads of a cluster; those that have ended do not count. Of what was done before, it orders
-// what fence_mbarrier_init did.
+// what fence_mbarrier_init did, and nothing else: arrivals at another block's barriers may be on their way still.
 PTX void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 

@@ -5,7 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${CUDA_HOME:?set it, or eval \"\$(scripts/cuda-toolchain.sh)\"}"
 
-work=$(mktemp -d)
+# Not in the system's folder for temporary files, which may forbid running programs.
+mkdir -p target
+work=$(mktemp -d "$PWD/target/check-build-errors.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 rustc --edition 2021 -o "$work/build" build.rs
 printf '#!/bin/sh\necho "Cuda compilation tools, release 11.8, V11.8.89"\n' >"$work/nvcc-11"
@@ -16,7 +18,7 @@ expect() {
   local text=$1 said
   shift
   said=$(env -i OUT_DIR="$work" NUM_JOBS=1 CARGO_FEATURE_CUDA=1 "$@" "$work/build")
-  if ! grep -E '^cargo::(error|warning)=' <<<"$said" | grep -qF -- "$text"; then
+  if ! grep -E '^cargo::(error|warning)=' <<<"$said" | grep -F -- "$text" >/dev/null; then
     printf 'error: with %s\nexpected: %s\ngot:\n%s\n' "$*" "$text" "$said" >&2
     exit 1
   fi

@@ -17,7 +17,7 @@ root() { echo "$directory"/venv/lib/python3*/site-packages/nvidia/cu13; }
 if ! [ -e "$directory/complete" ]; then
   # The extras pin every part to one CUDA release. cuobjdump and the nvdisasm that it calls, first released for 13.2, read
   # what 13.0 wrote.
-  python3 -m venv "$directory/venv" >&2
+  python3 -m venv --clear "$directory/venv" >&2
   "$directory/venv/bin/pip" install -q --disable-pip-version-check --no-cache-dir --no-compile \
     'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.2' nvidia-cuda-cuobjdump==13.2.78 \
     nvidia-cuda-nvdisasm==13.2.78 >&2
@@ -37,7 +37,8 @@ echo "export CUDA_HOME=$cuda"
 echo "export PATH=$cuda/bin:\$PATH"
 # candle's own kernels want one capability where no GPU can be asked; PTX of 8.0 runs on everything newer.
 echo 'export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-80}'
-# A driver that is there goes before its stand-in.
-if ! ldconfig -p | grep -q 'libcuda\.so\.1'; then
+# A driver that is there goes before its stand-in. Not `grep -q`: it would leave early, and ldconfig die of the broken
+# pipe. A user's PATH may lack /sbin.
+if ! PATH=$PATH:/usr/sbin:/sbin ldconfig -p | grep 'libcuda\.so\.1' >/dev/null; then
   echo "export LD_LIBRARY_PATH=$cuda/lib/stubs\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 fi

@@ -5,7 +5,7 @@ usage: kernel_table.py LOGS LAUNCHES BUDGET
 
 LOGS: a folder of what `nvcc -Xptxas -v` printed, in files `*-sm_*.log`. LAUNCHES: what tests/launches.rs
 wrote: threads and dynamic shared memory. BUDGET: scripts/kernel-budget.tsv. Fails where a kernel is over its budget,
-is launched by nobody, or fits no multiprocessor.
+is launched by nobody, is in a file where it is not looked for (`launch::file_of`), or fits no multiprocessor.
 """
 
 import pathlib
@@ -70,6 +70,11 @@ def blocks(row, threads, dynamic):
     return min(MOST_BLOCKS, most_threads // threads, warps * WARP // threads, memory)
 
 
+def file_of(kernel, files):
+    """Where src/launch/mod.rs says that a kernel is: the longest name of a file that its own begins with."""
+    return max((file for file in files if f"{kernel}_".startswith(f"{file}_")), key=len, default=None)
+
+
 def tab_separated(path):
     """The lines of a file, without comments, in fields."""
     lines = pathlib.Path(path).read_text().splitlines()
@@ -81,10 +86,15 @@ def main(logs, launches, budget):
         kernel: (int(threads), int(dynamic)) for kernel, threads, dynamic in tab_separated(launches)
     }
     budgets = [(re.compile(pattern), int(most), int(spills)) for pattern, most, spills in tab_separated(budget)]
-    rows = sorted(
-        row for path in pathlib.Path(logs).rglob("*-sm_*.log") for row in compiled(path.read_text())
-    )
+    of_file = [
+        (path.name.partition("-sm_")[0], compiled(path.read_text())) for path in pathlib.Path(logs).rglob("*-sm_*.log")
+    ]
+    rows = sorted(row for _, kernels in of_file for row in kernels)
+    files = {file for file, _ in of_file}
     table, bad = [HEADER], []
+    for kernel, file in sorted({(row.kernel, file) for file, kernels in of_file for row in kernels}):
+        if file_of(kernel, files) != file:
+            bad.append(f"{kernel} is in {file}.cu, but looked for in {file_of(kernel, files)}.cu")
     for row in rows:
         name = f"{row.kernel} ({row.target})"
         fitting = [limits for pattern, *limits in budgets if pattern.fullmatch(row.kernel)]

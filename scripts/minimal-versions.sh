@@ -9,4 +9,4 @@ trap 'rm -rf "$copy"' EXIT
 git ls-files -z --cached --others --exclude-standard ':!tests/fixtures' | tar c --null -T - | tar x -C "$copy"
 cd "$copy"
 RUSTC_BOOTSTRAP=1 cargo update -Z direct-minimal-versions
-cargo check --release --workspace --all-targets --target-dir "$target"
+cargo check --release --workspace --all-targets --features hub --target-dir "$target"

@@ -10,6 +10,7 @@ elif [ -n "${CUDA_HOME:-}" ] && [ -x "$CUDA_HOME/bin/nvcc" ]; then
 elif command -v nvcc; then
   :
 else
-  eval "$(scripts/cuda-toolchain.sh)"
+  toolchain=$(scripts/cuda-toolchain.sh)
+  eval "$toolchain"
   echo "$CUDA_HOME/bin/nvcc"
 fi

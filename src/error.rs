@@ -31,6 +31,14 @@ pub enum Error {
     /// A configuration that no model can have, or that is not supported.
     #[error("invalid configuration: {0}")]
     Config(String),
+    /// A name that is neither a folder nor to be had from the hub, see [`hub`](crate::hub).
+    #[error("{name}: no such folder here; {message}")]
+    Hub {
+        /// What was named.
+        name: String,
+        /// Why the hub did not give it.
+        message: String,
+    },
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

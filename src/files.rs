@@ -68,6 +68,7 @@ pub fn stage(
 
 /// Temporary files that end as ordinary ones have the permissions of ordinary ones, not of secrets.
 fn temporary() -> tempfile::Builder<'static, 'static> {
+    #[cfg_attr(not(unix), allow(unused_mut))]
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {

@@ -5,6 +5,7 @@
 //! - [`nn`]: layers, and the tree of named tensors they form.
 //! - [`sam`]: the model, its checkpoints and its image processor.
 //! - [`lora`]: PEFT-compatible adapters on any linear layer.
+//! - [`hub`]: models and adapters by their names on the Hugging Face hub.
 //! - [`train`]: losses, AdamW, data, resumable runs.
 //! - [`reference`](mod@reference): the operations as naive f64 loops.
 //!
@@ -16,6 +17,7 @@ pub mod cuda;
 mod device;
 mod error;
 pub mod files;
+pub mod hub;
 #[doc(hidden)]
 pub mod launch;
 pub mod lora;

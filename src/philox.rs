@@ -207,10 +207,13 @@ mod tests {
     #[test]
     fn any_part_of_a_row_has_the_mask_of_the_whole() {
         let dropout = Dropout { p: 0.5, seed: 1 << 40, stream: 3 };
-        let mut whole = vec![1f32; 37];
+        // Longer than a group, which is computed by other code than single elements.
+        let mut whole = vec![1f32; 5 * LANES * BLOCK];
         dropout.apply_row(5_000_000_000, 0, &mut whole);
-        let mut part = vec![1f32; 20];
-        dropout.apply_row(5_000_000_000, 11, &mut part);
-        assert_eq!(part, whole[11..31]);
+        for (start, length) in [(11, 20), (3, 200), (64, 65), (0, 7)] {
+            let mut part = vec![1f32; length];
+            dropout.apply_row(5_000_000_000, start, &mut part);
+            assert_eq!(part, whole[start..start + length], "{start}, {length}");
+        }
     }
 }

@@ -29,7 +29,7 @@ fn global_attention_is_linear_in_tokens() -> Result<()> {
     println!(
         "forward {forward} B, backward {backward} B, N x N would be {n_by_n} B, qkv + out {io} B"
     );
-    // A handful of copies of inputs and outputs and the blocks of each thread, far from one N x N matrix.
+    // A handful of copies of inputs and outputs and the blocks of two threads, far from one N x N matrix.
     assert!(forward < 6 * io && forward < n_by_n / 8, "forward took {forward} bytes");
     assert!(backward < 12 * io && backward < n_by_n / 6, "backward took {backward} bytes");
     Ok(())

@@ -1,6 +1,9 @@
 //! Files made to hurt: whatever the bytes, a loader answers with an error that names the file, or with what the file
 //! truly holds; it neither panics nor allocates what a header merely claims.
 
+#[path = "common/property.rs"]
+mod property;
+
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::sam::checkpoint::{load, to_hugging_face, to_original};
@@ -199,7 +202,7 @@ const FIELDS: [&str; 20] = [
 ];
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(property::config(400))]
 
     #[test]
     fn damaged_tensors_never_panic(damage in damage()) {

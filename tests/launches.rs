@@ -12,11 +12,12 @@ use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
 use candle_sam_lora::launch::rel_pos_attention_sm90 as attention_sm90;
 use candle_sam_lora::launch::rel_pos_attention_window_sm90 as windows_sm90;
 use candle_sam_lora::launch::{
-    dora, dropout, layer_norm, AttentionProblem, Launch, LayerNormProblem,
+    dora, dropout, file_of, layer_norm, AttentionProblem, Launch, LayerNormProblem,
 };
 use candle_sam_lora::launch::{projection_bwd_sm90, projection_sm90};
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The address of every operand: nothing is run here.
 const AT: u64 = 1 << 20;
@@ -204,6 +205,25 @@ fn a_frozen_layer_is_seven_kernels_and_one_more_for_each_adapted_linear() -> Res
         assert_eq!(names.len(), 11, "{names:?}");
         let thin = names.iter().filter(|name| name.starts_with("low_rank_input_64x16"));
         assert_eq!(thin.count(), 4, "{names:?}");
+    }
+    Ok(())
+}
+
+/// As the driver's back end looks for them; `scripts/kernel_table.py` sees that they are there.
+#[test]
+fn every_kernel_has_a_file_of_its_name() -> Result<()> {
+    let mut files = Vec::new();
+    for folder in ["kernels", "kernels/sm90"] {
+        let entries = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder))?;
+        let paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+        let sources = paths.iter().filter(|path| path.extension().is_some_and(|e| e == "cu"));
+        files.extend(sources.filter_map(|path| Some(path.file_stem()?.to_str()?.to_string())));
+    }
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for Launch { kernel, .. } in launches(dtype)? {
+            let file = file_of(&kernel, files.iter().map(String::as_str));
+            assert!(file.is_some(), "{kernel}: of {files:?}");
+        }
     }
     Ok(())
 }

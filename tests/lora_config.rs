@@ -1,6 +1,8 @@
 //! `adapter_config.json`: PEFT's own files come back byte for byte; what is wrong or unsupported is refused by name.
 
 mod lora_support;
+#[path = "common/property.rs"]
+mod property;
 
 use candle_sam_lora::lora::{BiasTraining, LoraConfig, ModuleNames, CONFIG_FILE};
 use lora_support::linears::{fixture, KINDS};
@@ -172,6 +174,8 @@ fn hostile_text_is_an_error() {
 }
 
 proptest! {
+    #![proptest_config(property::config(256))]
+
     #[test]
     fn mutated_files_never_panic(kind in 0..KINDS.len(), cut in 0..1200usize, edits in prop::collection::vec((0..1200usize, any::<u8>()), 0..4)) {
         let mut bytes = std::fs::read(fixture(KINDS[kind]).join(CONFIG_FILE)).unwrap();

@@ -1,9 +1,11 @@
 //! Bad input to the operations: a message that names the operation, what it expected and what it got; never a panic.
 
 mod common;
+#[path = "common/property.rs"]
+mod property;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
+use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use common::random;
 use proptest::prelude::*;
@@ -71,7 +73,7 @@ fn lora_linear() {
     fails(with(Lora { a: &wide, ..lora }), &[op, "lora A", "[2, 4]", "[2, 5]"]);
     fails(with(Lora { b: &deep, ..lora }), &[op, "lora B", "[5, 2]", "[5, 3]"]);
     fails(with(Lora { b_bias: Some(&a), ..lora }), &[op, "lora bias", "[5]", "[2, 4]"]);
-    for scaling in [f64::NAN, f64::INFINITY] {
+    for scaling in [f64::NAN, f64::INFINITY, 1e39] {
         fails(with(Lora { scaling, ..lora }), &[op, "scaling"]);
     }
     for p in [-0.1, 1.0, 0.999_999_9, 2.0, f64::NAN] {
@@ -89,6 +91,29 @@ fn lora_qkv() {
     let p = Projection { weight: &weight, bias: None, lora: None };
     let other = Projection { weight: &wide, ..p };
     fails(ops::lora_qkv(&x, &[p, other, p]), &["lora-qkv", "equal", "4, 8"]);
+}
+
+/// As one operation, and one after the other where a weight is trained.
+#[test]
+fn attention_layer() {
+    let (x, config) = (zeros(&[1, 2, 2, 4]), attention(1));
+    let (narrow, weight, wide) = (zeros(&[2, 4]), zeros(&[4, 4]), zeros(&[6, 4]));
+    let trained = candle_core::Var::from_tensor(&weight).unwrap();
+    fn projection(weight: &Tensor) -> Projection<'_> {
+        Projection { weight, bias: None, lora: None }
+    }
+    for proj in [&weight, trained.as_tensor()] {
+        let run = |weights: &[&Tensor]| {
+            let qkv: Vec<_> = weights.iter().map(|weight| projection(weight)).collect();
+            ops::attention_layer(&x, &qkv, &config, &projection(proj))
+        };
+        assert_eq!(run(&[&weight; 3]).unwrap().dims(), x.dims());
+        // Together they are as wide as three of four would be.
+        fails(run(&[&narrow, &weight, &wide]), &["lora-qkv", "equal", "2, 4 and 6"]);
+        fails(run(&[]), &["layer-chain", "one projection or three", "got 0"]);
+        fails(run(&[&wide, &wide]), &["layer-chain", "one projection or three", "got 2"]);
+        fails(run(&[&weight]), &["rel-pos-attention", "3 x 1 heads", "got 4"]);
+    }
 }
 
 #[test]
@@ -110,10 +135,19 @@ fn rel_pos_attention() {
     let empty = zeros(&[0, 4]);
     fails(run(&RelPosAttention { rel_pos: Some((&empty, &table)), ..config }), &[op, "[0, 4]"]);
     fails(run(&RelPosAttention { pad: Some(&table), ..config }), &[op, "pad", "[24]"]);
-    let scale = RelPosAttention { softmax_scale: f64::NAN, ..config };
-    fails(run(&scale), &[op, "softmax_scale"]);
+    for softmax_scale in [f64::NAN, -1e39] {
+        let scale = RelPosAttention { softmax_scale, ..config };
+        fails(run(&scale), &[op, "softmax_scale"]);
+    }
     let huge = RelPosAttention { window: Some(usize::MAX / 2), ..config };
     fails(run(&huge), &[op, "window"]);
+
+    // The composed one is public, too.
+    let run = |config| composed::rel_pos_attention(&qkv, &config).map(|(out, _)| out);
+    fails(run(attention(0)), &[op, "heads", "24"]);
+    fails(run(RelPosAttention { window: Some(0), ..config }), &[op, "window"]);
+    fails(composed::partition(&qkv, 0, None), &["partition", "positive"]);
+    fails(composed::unpartition(&qkv, 0, (1, 3, 4)), &["unpartition", "positive"]);
 }
 
 #[test]
@@ -131,7 +165,7 @@ fn a_frozen_weight_behind_a_graph_is_not_cut_off() -> Result<()> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(property::config(300))]
 
     /// Any shapes: a finite result of the right shape, or an error; never a panic.
     #[test]

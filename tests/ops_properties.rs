@@ -3,6 +3,8 @@
 //! `PROPTEST_CASES=2000 cargo test --release --test ops_properties` tries more.
 
 mod common;
+#[path = "common/property.rs"]
+mod property;
 
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::ops::Activation;
@@ -11,8 +13,12 @@ use common::cases::{self, disguises, Attention, Op};
 use common::{error, gradients, random, tensor_error, values};
 use proptest::prelude::*;
 
-/// As in `tests/ops_reference.rs`.
+/// As in `tests/ops_reference.rs`, on shapes that are chosen there: values, and gradients.
 const F32_TOLERANCE: f64 = 3e-6;
+const F32_GRADIENT_TOLERANCE: f64 = 1e-5;
+/// Results of random shapes may cancel, or hang on large scores; then no computation in f32 is that close. So many times
+/// the change is allowed too that inputs make which are one unit in the last place off.
+const TIMES_ROUNDING: f64 = 8.0;
 
 fn dropout() -> impl Strategy<Value = Option<Dropout>> {
     prop::option::of((0.0..0.9, any::<u64>(), any::<u32>()))
@@ -56,8 +62,18 @@ fn disguised(op: &Op, choice: u32) -> Result<Vec<Tensor>> {
     op.inputs.iter().enumerate().map(one).collect()
 }
 
+/// Every element one unit in its last place away, up or down by chance.
+fn nudged(inputs: &[Tensor]) -> Vec<Tensor> {
+    let one = |(i, input): (usize, &Tensor)| {
+        let signs = random(90 + i as u64, input.shape()).sign()?;
+        (signs * f64::from(f32::EPSILON))? + 1.0
+    };
+    let factors = inputs.iter().enumerate().map(|pair| one(pair).unwrap());
+    factors.zip(inputs).map(|(factor, input)| (factor * input).unwrap()).collect()
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 120, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(property::config(120))]
 
     #[test]
     fn values_are_the_references_and_gradients_the_composed_graphs(op in op(), choice in any::<u32>()) {
@@ -66,18 +82,24 @@ proptest! {
         let expected = (op.reference)(&op.inputs.iter().map(values).collect::<Vec<_>>());
         let out = (op.fused)(&inputs).unwrap();
         let off = error(&values(&out), &expected);
-        prop_assert!(off <= F32_TOLERANCE, "{name}: {off:e}");
+        let nudged = nudged(&op.inputs);
+        let rounding = error(&(op.reference)(&nudged.iter().map(values).collect::<Vec<_>>()), &expected);
+        let bound = F32_TOLERANCE.max(TIMES_ROUNDING * rounding);
+        prop_assert!(off <= bound, "{name}: {off:e} > {bound:e}");
         let grad_out = random(78, out.shape());
         let (again, fused) = gradients(&inputs, &grad_out, &op.fused).unwrap();
         prop_assert_eq!(values(&again), values(&out), "{}", name);
         let (_, composed) = gradients(&inputs, &grad_out, &op.composed).unwrap();
+        let (_, rounded) = gradients(&nudged, &grad_out, &op.composed).unwrap();
         // A table of one row shifts all scores alike: its gradient cancels, and what is left is rounding.
         let size = |t: &Tensor| values(t).into_iter().fold(0f64, |m, x| m.max(x.abs()));
         let largest = composed.iter().map(size).fold(0f64, f64::max);
-        for (index, (fused, composed)) in fused.iter().zip(&composed).enumerate() {
+        let all = fused.iter().zip(&composed).zip(&rounded);
+        for (index, ((fused, composed), rounded)) in all.enumerate() {
             let off = tensor_error(fused, composed);
             let cancels = size(fused).max(size(composed)) <= 1e-5 * largest;
-            prop_assert!(off <= 1e-5 || cancels, "{name}: gradient {index}: {off:e}");
+            let bound = F32_GRADIENT_TOLERANCE.max(TIMES_ROUNDING * tensor_error(rounded, composed));
+            prop_assert!(off <= bound || cancels, "{name}: gradient {index}: {off:e} > {bound:e}");
         }
     }
 

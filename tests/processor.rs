@@ -106,7 +106,8 @@ fn masks_come_back_as_transformers_brings_them() {
 fn masks_of_any_rank_and_dtype_resize_and_wrong_ones_do_not() {
     let processor = SamProcessor::new(SIDE);
     let frame = processor.frame(20, 30).unwrap();
-    let low = Tensor::randn(0f32, 1.0, (2, 3, 16, 16), &Device::Cpu).unwrap();
+    let low: Vec<f32> = (0..2 * 3 * 16 * 16).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+    let low = Tensor::from_vec(low, (2, 3, 16, 16), &Device::Cpu).unwrap();
     let all = processor.resize_masks(&low, &frame).unwrap();
     assert_eq!(all.dims(), [2, 3, 20, 30]);
     let one = processor.resize_masks(&low.get(1).unwrap().get(2).unwrap(), &frame).unwrap();

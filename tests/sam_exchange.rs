@@ -2,6 +2,8 @@
 //! PyTorch; all in f64.
 
 mod common;
+#[path = "common/property.rs"]
+mod property;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -324,7 +326,7 @@ fn files_of_other_kinds_are_refused_with_what_they_are() -> Result<()> {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::test_runner::Config::with_cases(200))]
+    #![proptest_config(property::config(200))]
 
     /// Names, shapes and lengths of a file of SAMed with some bytes changed: imported or refused, and whatever is
     /// imported loads or is refused.

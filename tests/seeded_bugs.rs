@@ -91,6 +91,21 @@ fn run(folder: &Path, shared_bytes: u32) -> Outcomes {
         .collect()
 }
 
+/// A command `env` whose process has its addresses where they would be without chance, if the system allows that: where it
+/// scatters them widely, sanitizers of older compilers find their place taken, now and then.
+fn with_fixed_addresses() -> std::process::Command {
+    let fixed = ["setarch", std::env::consts::ARCH, "--addr-no-randomize"];
+    let command = |program: &[&str]| {
+        let mut command = std::process::Command::new(program[0]);
+        command.args(&program[1..]);
+        command
+    };
+    match command(&fixed).arg("true").output() {
+        Ok(output) if output.status.success() => command(&[&fixed[..], &["env"]].concat()),
+        _ => command(&["env"]),
+    }
+}
+
 /// Runs one of the tests below as a process of its own, in which a sanitizer watches; what it said, or none if the
 /// compiler lacks it.
 fn under_sanitizer(kind: &str, runtime: &str, test: &str) -> Option<String> {
@@ -102,10 +117,11 @@ fn under_sanitizer(kind: &str, runtime: &str, test: &str) -> Option<String> {
         println!("skipped: the C++ compiler has no {runtime}");
         return None;
     }
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
+    let output = with_fixed_addresses()
+        .arg(format!("LD_PRELOAD={}", library.display()))
+        .arg(std::env::current_exe().unwrap())
         .args([test, "--exact", "--ignored", "--nocapture"])
         .env("EMULATOR_SANITIZE", kind)
-        .env("LD_PRELOAD", library)
         .env("ASAN_OPTIONS", "detect_leaks=0")
         .env("TSAN_OPTIONS", "halt_on_error=1:ignore_noninstrumented_modules=1")
         .output()

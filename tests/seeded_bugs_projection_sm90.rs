@@ -267,17 +267,19 @@ fn a_block_of_a_cluster_that_loads_the_other_one_s_part_is_seen() {
 
 /// The other block may not have read what is written over there.
 #[test]
-fn a_stage_given_back_to_the_own_block_alone_is_seen_when_products_are_late() {
+fn a_stage_given_back_to_the_own_block_alone_is_seen_when_copies_are_early_and_products_late() {
     let give_back = "ptx::mbarrier_arrive_cluster(empty, lane);";
     let seen = differences(&in_clusters("own", give_back, "ptx::mbarrier_arrive(empty);"));
-    let late = seen.iter().filter(|(mode, _)| mode.products == Timing::Late && mode.seed != 0);
-    assert!(late.into_iter().all(|(_, seen)| *seen == [true, true, false]), "{seen:?}");
+    let refilled = |mode: &Mode| mode.timing == Timing::Early && mode.products == Timing::Late;
+    let mut modes = seen.iter().filter(|(mode, _)| refilled(mode) && mode.seed != 0);
+    assert!(modes.all(|(_, seen)| *seen == [true, true, false]), "{seen:?}");
 }
 
 #[test]
 fn a_block_that_ends_before_the_other_one_has_given_back_its_stages_is_reported() {
-    let meet = "    meet_cluster<Tile>();  // the other blocks have given back their last stages, to this one too\n";
-    for (mode, outputs) in in_clusters("leave", meet, "") {
+    let (all, but_one) =
+        ("i < Tile::kStages; ++i, at.advance()", "i < Tile::kStages - 1; ++i, at.advance()");
+    for (mode, outputs) in in_clusters("leave", all, but_one) {
         for output in outputs.into_iter().take(2) {
             let report = output.expect_err(&format!("not caught in {mode:?}")).to_string();
             assert!(report.contains("has ended"), "{mode:?}: {report}");

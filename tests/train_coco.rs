@@ -1,6 +1,8 @@
 //! COCO's annotations: the masks of pycocotools, pixel for pixel, and errors that name what is wrong.
 
 mod common;
+#[path = "common/property.rs"]
+mod property;
 
 use candle_sam_lora::train::{Dataset, Sample};
 use image::RgbImage;
@@ -177,7 +179,7 @@ fn nothing_is_drawn_by_the_size_that_annotations_claim() -> anyhow::Result<()> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(property::config(300))]
 
     /// Whatever the polygon or the counts: a mask of the image's size, or an error.
     #[test]

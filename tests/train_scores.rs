@@ -1,5 +1,8 @@
 //! IoU, Dice and the boundary measure against naive implementations, and cases whose scores are known.
 
+#[path = "common/property.rs"]
+mod property;
+
 use candle_core::{Device, Result, Tensor};
 use candle_sam_lora::train::Scores;
 use proptest::prelude::*;
@@ -82,7 +85,7 @@ fn blobs() -> impl Strategy<Value = (Mask, Mask)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(property::config(200))]
 
     #[test]
     fn scores_are_those_of_a_naive_implementation((found, truth) in blobs()) {

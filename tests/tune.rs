@@ -95,7 +95,8 @@ fn a_table_compiles_to_its_rows() {
          shape: [usize; 2], rows: usize, tile: &'static str }}\n{table}\
          fn main() {{ print!(\"{{MEASURED:?}}\") }}"
     );
-    let folder = tempfile::tempdir().unwrap();
+    // Where programs may be run, as they need not in a system's folder for temporary files.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (source, binary) = (folder.path().join("table.rs"), folder.path().join("table"));
     std::fs::write(&source, program).unwrap();
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());

@@ -296,7 +296,7 @@ std::string Block::left_behind() const {
         if (bar.bytes != 0)
             return "the barrier initialised at " + text(bar.at) + " ends with " + std::to_string(bar.bytes) + " bytes more expected than have come";
         if (bar.visited || bar.unseen)
-            return "has ended while others of its cluster may still arrive at the barrier initialised at " + text(bar.at) + ": no barrier of the cluster comes after them";
+            return "has ended while others of its cluster may still arrive at the barrier initialised at " + text(bar.at) + ": nobody has waited for that";
     }
     const auto some = [](const auto& group) { return !group.empty(); };
     for (size_t warp = 0; warp < products_.size(); ++warp)

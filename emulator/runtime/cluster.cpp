@@ -193,8 +193,6 @@ void Cluster::settle() {
     ++phase_;
     for (Fiber* fiber : sleepers_) wake(*fiber);
     sleepers_.clear();
-    for (auto& block : blocks_)
-        for (auto& [offset, bar] : block->mbarriers_) bar.visited = bar.unseen = false;
 }
 
 }  // namespace emulator

@@ -19,8 +19,9 @@ use std::str::FromStr;
 /// --eval-every, best/, the adapter that did best on the held-out images.
 #[derive(Parser, Clone, Debug)]
 pub struct Options {
-    /// Folder with config.json and safetensors weights [default: the small SAM of this project]
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
+    /// Face hub [default: the small SAM of this project]
+    #[arg(long, value_name = "DIR|NAME")]
     pub model: Option<PathBuf>,
     /// Folder of images to train on [default: the micrographs of this project]
     #[arg(long, value_name = "DIR", requires = "truth")]

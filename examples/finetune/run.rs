@@ -43,7 +43,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     batch.validate()?;
     options.lora.config().validate()?;
     output::check(options)?;
-    let folder = options.model.clone().unwrap_or_else(model::shipped_model);
+    let folder = model::folder(options.model.as_deref())?;
     let dtype = match options.dtype {
         DTypeArg::F32 => DType::F32,
         DTypeArg::Bf16 => DType::BF16,
@@ -58,7 +58,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         judge(sam, &processor, &held_out, batch.kind, overlays, &device)
     };
     let before = judge(&sam, options.overlays)?;
-    let (lora, names) = adapt_encoder(&mut sam, options)?;
+    let (mut lora, names) = adapt_encoder(&mut sam, options)?;
     say(format!("adapters on {names} linear layers of the image encoder"));
     let trainable = trainable_parameters(&sam).to_string();
     say(&trainable);
@@ -74,6 +74,8 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     if dtype != DType::F32 {
         settings.insert("dtype".into(), json!(format!("{dtype:?}")));
     }
+    // After the settings: a run may go on with the same model from a folder.
+    lora.base_model_name_or_path = name_on_the_hub(options, &folder);
     let mut trainer = Trainer::new(&sam, options.trainer(), options.seed, settings)?;
     let loss = |part, mode| {
         Batch::draw(&train, &processor, &batch, mask_size, options.seed, part, &device)?
@@ -107,6 +109,12 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     ));
     say(format!("results in {}", options.output.display()));
     Ok(outcome)
+}
+
+/// What the model is called on the hub, if `folder` comes from there.
+fn name_on_the_hub(options: &Options, folder: &Path) -> Option<String> {
+    let name = options.model.as_deref().filter(|name| *name != folder)?.to_str()?;
+    name.split('@').next().map(str::to_string)
 }
 
 /// The images to train on and those held out.

@@ -6,6 +6,7 @@ use candle_sam_lora::files::TensorFile;
 use candle_sam_lora::lora::{load_adapter, TENSORS_FILE};
 use candle_sam_lora::nn::{set_trainable, ModuleTree};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
+use candle_sam_lora::Result;
 use std::path::Path;
 
 /// The model in `folder`, frozen, in f32, with the adapter in the folder `adapter`.
@@ -13,7 +14,7 @@ pub fn load_adapted(
     folder: &Path,
     adapter: Option<&Path>,
     device: &Device,
-) -> anyhow::Result<(SamConfig, SamModel)> {
+) -> Result<(SamConfig, SamModel)> {
     let Some(adapter) = adapter else {
         return load_model(folder, AttentionKind::Fused, DType::F32, device);
     };
@@ -23,14 +24,14 @@ pub fn load_adapted(
 }
 
 /// The attention whose names the adapter in a folder means.
-pub fn kind_of(adapter: &Path) -> anyhow::Result<AttentionKind> {
+pub fn kind_of(adapter: &Path) -> Result<AttentionKind> {
     let tensors = TensorFile::open(adapter.join(TENSORS_FILE))?;
     let fused = tensors.tensors().keys().any(|name| name.contains(".attn.qkv."));
     Ok(if fused { AttentionKind::Fused } else { AttentionKind::Split })
 }
 
 /// Puts an adapter into a model and freezes it all.
-pub fn adapt(model: &mut dyn ModuleTree, adapter: &Path) -> anyhow::Result<()> {
+pub fn adapt(model: &mut dyn ModuleTree, adapter: &Path) -> Result<()> {
     load_adapter(model, adapter)?;
-    Ok(set_trainable(model, &mut |_| false)?)
+    set_trainable(model, &mut |_| false)
 }

@@ -1,9 +1,14 @@
 //! Devices and models from the command line's words.
 
-use anyhow::bail;
 use candle_core::{DType, Device};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
+use candle_sam_lora::{hub, Result};
 use std::path::{Path, PathBuf};
+
+/// The folder of the model called `name`, by default of the small one that comes with the project.
+pub fn folder(name: Option<&Path>) -> Result<PathBuf> {
+    name.map_or_else(|| Ok(shipped_model()), hub::folder)
+}
 
 /// The small model that comes with the project.
 pub fn shipped_model() -> PathBuf {
@@ -15,7 +20,7 @@ pub fn shipped_model() -> PathBuf {
 /// On the CPU the heavy work is in this crate's operations, which have threads of their own. Candle's elementwise ones
 /// wait for each other by spinning, which on a busy machine takes several times longer than one thread would; they
 /// get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
-pub fn device(name: &str) -> candle_sam_lora::Result<Device> {
+pub fn device(name: &str) -> Result<Device> {
     const THREADS: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(THREADS).is_none() {
         std::env::set_var(THREADS, "1");
@@ -29,10 +34,7 @@ pub fn load_model(
     kind: AttentionKind,
     dtype: DType,
     device: &Device,
-) -> anyhow::Result<(SamConfig, SamModel)> {
-    if !folder.is_dir() {
-        bail!("--model {}: no such folder", folder.display())
-    }
+) -> Result<(SamConfig, SamModel)> {
     let config = SamConfig::from_file(folder.join("config.json"))?;
     let mut model = SamModel::new(&config, kind, dtype, device)?;
     checkpoint::load(&mut model, folder)?;

@@ -46,6 +46,7 @@ template <class Tile> __device__ __forceinline__ void load_bwd_input(const Proje
                 at.advance();
             }
     }
+    wait_for_last_stages<Tile>(shared, at);
 }
 
 // A low-rank product takes sixteen of depth at once, two steps of mma: those of step s are 4 t + 2 s and the next of lane t

@@ -50,6 +50,7 @@ template <class Tile> __device__ __forceinline__ void load_forward(const Project
             at.advance();
         }
     }
+    wait_for_last_stages<Tile>(shared, at);
 }
 
 // One step of f32 operands, both [..][32]; `depth` of the 32 are not zero.

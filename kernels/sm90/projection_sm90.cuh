@@ -51,14 +51,6 @@ template <int kStages> struct RingPosition {
     }
 };
 
-// Nothing that a cluster of one block has to do.
-template <class Tile> __device__ __forceinline__ void meet_cluster() {
-    if constexpr (Tile::kCluster > 1) {
-        ptx::cluster_arrive_relaxed();
-        ptx::cluster_wait();
-    }
-}
-
 // The tiles of a cluster are `tile`, `tile` + clusters(), ...; in a row of tiles, its blocks make one below the other.
 template <class Tile> __device__ __forceinline__ uint32_t first_tile() { return blockIdx.x / Tile::kCluster; }
 template <class Tile> __device__ __forceinline__ uint32_t clusters() { return gridDim.x / Tile::kCluster; }
@@ -92,8 +84,21 @@ template <class Tile> __device__ __forceinline__ void initialise_barriers(typena
         for (int i = 0; i < 2; ++i) ptx::mbarrier_init(shared.turn[i], 4);
         ptx::fence_mbarrier_init();
     }
-    if constexpr (Tile::kCluster > 1) meet_cluster<Tile>();
-    else __syncthreads();
+    if constexpr (Tile::kCluster == 1) {
+        __syncthreads();
+    } else {
+        ptx::cluster_arrive_relaxed();
+        ptx::cluster_wait();
+    }
+}
+
+// By the loading thread, behind its last step: until all stages have been given back, by the other blocks too. Nobody may
+// arrive at the barriers of a block that has ended.
+template <class Tile> __device__ __forceinline__ void wait_for_last_stages(typename Tile::Storage& shared, RingPosition<Tile::kStages> at) {
+    if constexpr (Tile::kCluster > 1) {
+#pragma unroll 1
+        for (int i = 0; i < Tile::kStages; ++i, at.advance()) ptx::mbarrier_wait_parity(shared.empty[at.stage], at.parity ^ 1);
+    }
 }
 
 // Runs the two tasks: produce() by one thread, consume(group) by the two warpgroups 0 and 1.
@@ -110,7 +115,6 @@ __device__ __forceinline__ void run_warpgroups(typename Tile::Storage& shared, P
         consume(group);
         if (threadIdx.x % kWarp == 0) ptx::cp_async_bulk_wait_group<0>();
     }
-    meet_cluster<Tile>();  // the other blocks have given back their last stages, to this one too
 }
 
 // The ping-pong: before its products, each warpgroup waits until the other has seen all operands of the tile before.

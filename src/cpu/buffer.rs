@@ -13,8 +13,8 @@ const LARGE: usize = 1 << 17;
 /// From this on, in elements, one asks for huge pages: two of them.
 const HUGE: usize = 1 << 20;
 
-/// Bytes that wait, at most.
-const MOST: usize = 2 << 30;
+/// Elements that wait, at most: 2 GiB.
+const MOST: usize = 1 << 29;
 
 /// Dropped large buffers.
 static WAITING: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
@@ -65,8 +65,8 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if self.0.len() >= LARGE {
             let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
-            let bytes: usize = waiting.iter().map(|b| size_of::<f32>() * b.capacity()).sum();
-            if bytes < MOST {
+            let elements: usize = waiting.iter().chain([&self.0]).map(Vec::capacity).sum();
+            if elements <= MOST {
                 waiting.push(std::mem::take(&mut self.0));
             }
         }

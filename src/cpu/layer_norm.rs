@@ -8,7 +8,7 @@
 //! the backward recomputes them. Rows run in parallel, in blocks of fixed size.
 
 use super::buffer::Buffer;
-use super::math::dot;
+use super::math::{add, dot};
 use rayon::prelude::*;
 
 /// Rows that one task handles; the sums over rows are taken block by block, in order.
@@ -84,10 +84,4 @@ pub fn backward(x: &[f32], weight: &[f32], grad: &[f32], eps: f64) -> (Buffer, V
         add(&mut db, part_b);
     }
     (dx, dw, db)
-}
-
-fn add(sum: &mut [f32], part: &[f32]) {
-    for (sum, part) in sum.iter_mut().zip(part) {
-        *sum += part;
-    }
 }

@@ -1,5 +1,6 @@
 //! The compiled kernels, embedded by build.rs, and what of them has been loaded into which context.
 
+use crate::launch::file_of;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaContext, CudaFunction, CudaModule};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{bail, Error, Result};
@@ -36,7 +37,8 @@ pub(super) fn function(context: &Arc<CudaContext>, kernel: &str) -> Result<CudaF
     if let Some(function) = loaded.functions.get(&(id, kernel.to_string())) {
         return Ok(function.clone());
     }
-    let Some(index) = image_of(kernel, IMAGES) else { bail!("no file of kernels holds {kernel}") };
+    let files = IMAGES.iter().map(|(name, _)| *name);
+    let Some(index) = file_of(kernel, files) else { bail!("no file of kernels holds {kernel}") };
     let module = match loaded.modules.get(&(id, index)) {
         Some(module) => module.clone(),
         None => {
@@ -56,21 +58,16 @@ pub(super) fn function(context: &Arc<CudaContext>, kernel: &str) -> Result<CudaF
     Ok(function)
 }
 
-/// A kernel's name begins with that of its file; of several, the longest one is meant.
-fn image_of(kernel: &str, images: &[(&str, &[u8])]) -> Option<usize> {
-    let holds = |name: &str| {
-        kernel.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
-    };
-    (0..images.len()).filter(|&i| holds(images[i].0)).max_by_key(|&i| images[i].0.len())
-}
-
-/// Lets a kernel have more than the 48 KiB of shared memory that need no permission.
-pub(super) fn permit_shared(function: &CudaFunction, bytes: u32) -> Result<()> {
+/// Lets a kernel have all that a block may have, if it wants more than the 48 KiB of shared memory that need no
+/// permission. Never less: a graph may hold a launch that wants more than this one.
+pub(super) fn permit_shared(function: &CudaFunction, bytes: u32, most: usize) -> Result<()> {
     const FREE: u32 = 48 * 1024;
     if bytes > FREE {
         let attribute =
             sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, bytes as i32).map_err(Error::wrap)?;
+        // The kernels have no other shared memory.
+        let most = most.max(bytes as usize) as i32;
+        function.set_attribute(attribute, most).map_err(Error::wrap)?;
     }
     Ok(())
 }
@@ -78,17 +75,6 @@ pub(super) fn permit_shared(function: &CudaFunction, bytes: u32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_kernel_is_looked_for_in_the_file_that_its_name_begins_with() {
-        let images: [(&str, &[u8]); 3] = [("foo", b""), ("foo_bwd", b""), ("foo_bwd_sm90", b"")];
-        assert_eq!(image_of("foo_f16", &images), Some(0));
-        assert_eq!(image_of("foo_bwd_f16", &images), Some(1));
-        assert_eq!(image_of("foo_bwd_sm90_bf16", &images), Some(2));
-        for stranger in ["food_f16", "fo_f16", "bar"] {
-            assert_eq!(image_of(stranger, &images), None);
-        }
-    }
 
     #[test]
     fn every_file_of_kernels_is_embedded_as_a_fat_binary() {

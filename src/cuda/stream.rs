@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     cuDriverGetVersion, cuLaunchKernelEx, CUdevice_attribute_enum, CUlaunchAttribute,
     CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use candle_core::{CudaDevice, Error, Result};
 use std::sync::Arc;
 
@@ -30,8 +30,12 @@ pub(crate) fn supported(device: &CudaDevice) -> bool {
 
 /// Bytes of shared memory that a block may opt into; 0 if the driver does not say.
 pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
+    most_shared(device.cuda_stream().context())
+}
+
+fn most_shared(context: &CudaContext) -> usize {
     let limit = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let bytes = device.cuda_stream().context().attribute(limit);
+    let bytes = context.attribute(limit);
     bytes.ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
 }
 
@@ -115,7 +119,7 @@ impl Backend for Stream {
         let context = self.0.context();
         context.bind_to_thread().map_err(|e| failed(Error::wrap(e)))?;
         let function = modules::function(context, kernel).map_err(failed)?;
-        modules::permit_shared(&function, *shared_bytes).map_err(failed)?;
+        modules::permit_shared(&function, *shared_bytes, most_shared(context)).map_err(failed)?;
         let mut params = params.clone();
         for (start, map) in tensor_maps {
             let encoded = tensor_map::encode(map).map_err(failed)?;

@@ -75,6 +75,16 @@ impl Launch {
     }
 }
 
+/// The place of a kernel's file among files of kernels: its name begins with that of its file, and of several the longest is
+/// meant.
+pub fn file_of<'a>(kernel: &str, files: impl IntoIterator<Item = &'a str>) -> Option<usize> {
+    let holds = |name: &str| {
+        kernel.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+    };
+    let found = files.into_iter().enumerate().filter(|(_, name)| holds(name));
+    found.max_by_key(|(_, name)| name.len()).map(|(index, _)| index)
+}
+
 /// What kernels run on.
 pub trait Backend {
     /// Memory of the device, freed on drop once the kernels that use it have ended.
@@ -126,6 +136,17 @@ mod tests {
         assert_eq!((launch.kernel.as_str(), launch.grid), ("op_bf16", [3, 2, 1]));
         assert_eq!(launch.params, 0x0102_0304u32.to_ne_bytes());
         Ok(())
+    }
+
+    #[test]
+    fn a_kernel_is_looked_for_in_the_file_that_its_name_begins_with() {
+        let files = ["foo", "foo_bwd", "foo_bwd_sm90"];
+        assert_eq!(file_of("foo_f16", files), Some(0));
+        assert_eq!(file_of("foo_bwd_f16", files), Some(1));
+        assert_eq!(file_of("foo_bwd_sm90_bf16", files), Some(2));
+        for stranger in ["food_f16", "fo_f16", "bar"] {
+            assert_eq!(file_of(stranger, files), None);
+        }
     }
 
     #[test]

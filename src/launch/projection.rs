@@ -507,8 +507,8 @@ mod tests {
         let operands = BackwardOperands { dx: 0, dsmall: 16384, ..operands };
         let launches = backward(&problem, DType::F16, &operands)?;
         let weight = "low_rank_weight_64x16_f16";
-        let expected =
-            ["low_rank_grad_64x16_f16", weight, weight, "bias_grad_f16", "sum_partials_f32"];
+        let (ds, biases) = ("low_rank_grad_64x16_f16", "projection_bwd_bias_f16");
+        let expected = [ds, weight, weight, biases, "sum_partials_f32"];
         assert_eq!(names(&launches), expected);
         // 32 splits of 128 rows, for each of two adapters.
         assert_eq!(launches[1].grid, [1, 1, 64]);

@@ -275,7 +275,7 @@ fn activation_grad(
     };
     let per_block = u64::from(ACTIVATION_GRAD_THREADS) * 16 / dtype.size_in_bytes() as u64;
     let grid = [size.div_ceil(per_block), 1, 1];
-    Launch::new("activation_grad", dtype, grid, ACTIVATION_GRAD_THREADS, &params)
+    Launch::new("projection_bwd_activation", dtype, grid, ACTIVATION_GRAD_THREADS, &params)
 }
 
 /// The partial sums of the biases' gradients; none where no projection has a bias.
@@ -308,7 +308,7 @@ fn bias_grad(
         return Ok(None);
     };
     if parts.len() > PROJECTION_PARTS as usize {
-        bail!("bias_grad: {} projections", parts.len())
+        bail!("projection_bwd_bias: {} projections", parts.len())
     }
     let mut params = BiasGradParams {
         g,
@@ -320,6 +320,7 @@ fn bias_grad(
     };
     params.parts[..parts.len()].copy_from_slice(&parts);
     let grid = [space.splits, widest.div_ceil(WARP), parts.len() as u64];
-    let launch = Launch::new("bias_grad", dtype, grid, BIAS_GRAD_WARPS * WARP as u32, &params)?;
+    let launch =
+        Launch::new("projection_bwd_bias", dtype, grid, BIAS_GRAD_WARPS * WARP as u32, &params)?;
     Ok(Some(Launch { shared_bytes: BIAS_GRAD_SHARED_BYTES, ..launch }))
 }

@@ -111,38 +111,36 @@ impl<'a> Plan<'a> {
     /// The tensors that training starts from, by their name in the model; base weights that change among them.
     fn initial_values(&self, seed: u64) -> Result<BTreeMap<String, Tensor>> {
         let init = &self.config.init_lora_weights;
-        let starts = self
-            .targets
-            .par_iter()
-            .map(|(path, target)| {
-                let tree_name = |leaf| adapter_tensor_name(path, self.name, leaf);
-                let name = tree_name("lora_A.weight");
-                let Target { weight, rank, scaling } = target;
-                let layer = Layer { path, name: &name, weight, rank: *rank, scaling: *scaling };
-                let start = initial(init, &layer, seed)?;
-                let mut values = Vec::new();
-                for (leaf, shape) in self.adapter_shapes(target) {
-                    let value = match leaf {
-                        "lora_A.weight" => start.a.clone(),
-                        "lora_B.weight" => start.b.clone(),
-                        "lora_magnitude_vector" => magnitude(&layer, &start, &shape)?,
-                        _ if *init == InitLoraWeights::Default(false) => {
-                            let columns = uniform(
-                                &tree_name(leaf),
-                                &[shape[0], *rank],
-                                seed,
-                                weight.device(),
-                            )?;
-                            columns.narrow(1, 0, 1)?.flatten_all()?
-                        }
-                        _ => Tensor::zeros(shape, DType::F32, weight.device())?,
-                    };
-                    values.push((tree_name(leaf), value));
-                }
-                values.extend(start.weight.map(|weight| (format!("{path}.weight"), weight)));
-                Ok(values)
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let values_of = |(path, target): (&String, &Target)| {
+            let tree_name = |leaf| adapter_tensor_name(path, self.name, leaf);
+            let name = tree_name("lora_A.weight");
+            let Target { weight, rank, scaling } = target;
+            let layer = Layer { path, name: &name, weight, rank: *rank, scaling: *scaling };
+            let start = initial(init, &layer, seed)?;
+            let mut values = Vec::new();
+            for (leaf, shape) in self.adapter_shapes(target) {
+                let value = match leaf {
+                    "lora_A.weight" => start.a.clone(),
+                    "lora_B.weight" => start.b.clone(),
+                    "lora_magnitude_vector" => magnitude(&layer, &start, &shape)?,
+                    _ if *init == InitLoraWeights::Default(false) => {
+                        let (leaf, shape) = (tree_name(leaf), [shape[0], *rank]);
+                        let columns = uniform(&leaf, &shape, seed, weight.device())?;
+                        columns.narrow(1, 0, 1)?.flatten_all()?
+                    }
+                    _ => Tensor::zeros(shape, DType::F32, weight.device())?,
+                };
+                values.push((tree_name(leaf), value));
+            }
+            values.extend(start.weight.map(|weight| (format!("{path}.weight"), weight)));
+            Ok(values)
+        };
+        // On a GPU every thread has a stream of its own, which knows nothing of the others' work: this thread does it all.
+        let on_the_cpu = self.targets.values().all(|target| target.weight.device().is_cpu());
+        let starts = match on_the_cpu {
+            true => self.targets.par_iter().map(values_of).collect::<Result<Vec<_>>>()?,
+            false => self.targets.iter().map(values_of).collect::<Result<Vec<_>>>()?,
+        };
         Ok(starts.into_iter().flatten().collect())
     }
 

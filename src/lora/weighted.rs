@@ -5,7 +5,8 @@
 //! cat       A = [c_1 A_1; c_2 A_2; ..]          B = [B_1, B_2, ..]         the sum itself; ranks add up
 //! svd       B A = the nearest of its rank to sum weight_i delta_i          any ranks
 //! ```
-//! The first and the last sum may be any of `task_arithmetic.rs`. The new one's scaling is 1. A layer that only some of the adapters are on gets their part, and zeros up to the rank.
+//! The first and the last sum may be any of `task_arithmetic.rs`. The new one's scaling is 1. A layer that only some of
+//! the adapters are on gets their part, and zeros up to the rank.
 //!
 //! Source: PEFT 0.21, `add_weighted_adapter` in `tuners/lora/model.py`.
 
@@ -64,7 +65,8 @@ struct Part {
 ///
 /// # Errors
 /// When there is nothing to add, an adapter is unknown, uses DoRA or `lora_bias`, or changes its base, a weight is not
-/// finite, ranks differ in a sum of factors, a density is out of range, or as [`add_adapter`](super::add_adapter). The model is unchanged then.
+/// finite, ranks differ in a sum of factors, a density is out of range, or as [`add_adapter`](super::add_adapter). The
+/// model is unchanged then.
 pub fn add_weighted_adapter(
     model: &mut dyn ModuleTree,
     name: &str,

@@ -80,7 +80,7 @@ fn attend(
         let packed = match qkv {
             [q, k, v] => lora_qkv(&normed, &[*q, *k, *v])?,
             [qkv] => lora_linear(&normed, qkv, Activation::None, None)?,
-            _ => bail!("{OP}: expected one projection or three, got {}", qkv.len()),
+            other => return wrong_count(other),
         };
         let out = attention::rel_pos_attention(&packed, config)?;
         return lora_linear(&out, proj, Activation::None, norm.map(|_| x));
@@ -90,9 +90,18 @@ fn attend(
         chain.layer_norm(norm)?;
     }
     chain.projections(qkv, Activation::None)?;
+    match qkv {
+        [_] => {}
+        [q, k, v] => super::projection::equal_widths("lora-qkv", &[*q, *k, *v])?,
+        other => return wrong_count(other),
+    }
     chain.attention(config)?;
     chain.projections(&[*proj], Activation::None)?;
     chain.apply(norm.is_some())
+}
+
+fn wrong_count(qkv: &[Projection<'_>]) -> Result<Tensor> {
+    bail!("{OP}: q, k and v are one projection or three, got {}", qkv.len())
 }
 
 /// `x + lin2(act(lin1(layer_norm(x))))`: `[.., C] -> [.., C]`, with the gradients of the operations it consists of.

@@ -62,10 +62,10 @@ pub(super) fn not_empty(op: &'static str, name: &str, tensor: &Tensor) -> Result
     Ok(())
 }
 
-/// `value` is a finite number.
+/// `value` is a finite number, in the f32 that the operations compute with too.
 pub(super) fn finite(op: &'static str, name: &str, value: f64) -> Result<()> {
-    if !value.is_finite() {
-        bail!("{op}: {name} must be finite, got {value}")
+    if !(value as f32).is_finite() {
+        bail!("{op}: {name} must be finite in f32, got {value}")
     }
     Ok(())
 }

@@ -1,11 +1,11 @@
 //! The operations written with candle's own: the way one would write them without this crate.
 //!
 //! Differentiable in everything, weights included, but they hold every intermediate; the attention builds its
-//! N x N weights. They are the oracle of the fused operations and the path for what those do not cover.
-//! Arguments are taken as checked.
+//! N x N weights. They are the oracle of the fused operations and the path for what those do not cover. What does not
+//! fit is an error of candle's, without the names that the fused operations give; the attention checks as they do.
 
 use super::{resize_linear, Activation, Projection, RelPosAttention};
-use candle_core::{DType, Result, Tensor, D};
+use candle_core::{bail, DType, Result, Tensor, D};
 
 /// LayerNorm over the last dimension; statistics in f32.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
@@ -56,10 +56,14 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     Tensor::cat(&parts, D::Minus1)
 }
 
-/// Attention with partition, padding and crop as copies. Tables must have their final length. Returns the output
-/// `[B, H, W, C]` and the attention weights `[B * windows, heads, N, N]`.
+/// Attention with partition, padding and crop as copies. Returns the output `[B, H, W, C]` and the attention weights
+/// `[B * windows, heads, N, N]`.
+///
+/// # Errors
+/// As [`rel_pos_attention`](super::rel_pos_attention()).
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(Tensor, Tensor)> {
-    let (batch, h, w, packed) = qkv.dims4()?;
+    let (h, w) = super::rel_pos_attention::validate(qkv, config)?;
+    let (batch, _, _, packed) = qkv.dims4()?;
     let (heads, dim) = (config.num_heads, packed / 3 / config.num_heads);
     let windows = match config.window {
         Some(side) => partition(qkv, side, config.pad)?,
@@ -129,8 +133,14 @@ fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
 
 /// Splits a grid into square windows, filling what hangs over with `pad` (zero if none):
 /// `[B, H, W, X] -> [B * windows, side, side, X]`.
+///
+/// # Errors
+/// When the side is 0, or shapes do not fit.
 pub fn partition(x: &Tensor, side: usize, pad: Option<&Tensor>) -> Result<Tensor> {
     let (batch, h, w, channels) = x.dims4()?;
+    if side == 0 {
+        bail!("partition: the side of the windows must be positive")
+    }
     let (rows, cols) = (h.div_ceil(side), w.div_ceil(side));
     let filled = |dims: (usize, usize, usize, usize)| match pad {
         Some(pad) => pad.reshape((1, 1, 1, channels))?.broadcast_as(dims)?.contiguous(),
@@ -149,11 +159,17 @@ pub fn partition(x: &Tensor, side: usize, pad: Option<&Tensor>) -> Result<Tensor
 }
 
 /// Undoes [`partition`], cropping what hung over: `[B * windows, side, side, X] -> [B, H, W, X]`.
+///
+/// # Errors
+/// As [`partition`].
 pub fn unpartition(
     windows: &Tensor,
     side: usize,
     (batch, h, w): (usize, usize, usize),
 ) -> Result<Tensor> {
+    if side == 0 {
+        bail!("unpartition: the side of the windows must be positive")
+    }
     let (rows, cols) = (h.div_ceil(side), w.div_ceil(side));
     let channels = windows.dim(D::Minus1)?;
     windows

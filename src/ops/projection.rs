@@ -118,14 +118,20 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     for projection in projections {
         validate(OP, x, projection)?;
     }
-    let [q, k, v] = projections.each_ref().map(|p| p.weight.dims()[0]);
-    if q != k || k != v {
-        bail!("{OP}: q, k and v must have equal output widths, got {q}, {k} and {v}")
-    }
+    equal_widths(OP, projections)?;
     if !fusable(x, projections, Activation::None) {
         return composed::lora_qkv(x, projections);
     }
     apply(OP, x, projections, Activation::None, None)
+}
+
+/// q, k and v, each validated, fill equal parts of the packed output.
+pub(super) fn equal_widths(op: &'static str, projections: &[Projection<'_>; 3]) -> Result<()> {
+    let [q, k, v] = projections.each_ref().map(|p| p.weight.dims()[0]);
+    if q != k || k != v {
+        bail!("{op}: q, k and v must have equal output widths, got {q}, {k} and {v}")
+    }
+    Ok(())
 }
 
 pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result<()> {

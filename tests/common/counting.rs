@@ -2,8 +2,10 @@
 #![allow(dead_code)]
 
 use candle_core::Result;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::LazyLock;
 
 struct Counting;
 
@@ -33,10 +35,18 @@ pub fn live() -> usize {
     LIVE.load(Relaxed)
 }
 
-/// Bytes allocated at the peak of `f`, beyond what lived before.
-pub fn peak<R>(f: impl FnOnce() -> Result<R>) -> Result<(R, usize)> {
+/// Two threads that have begun, on every machine: each has memory of its own.
+pub static THREADS: LazyLock<ThreadPool> = LazyLock::new(|| {
+    let threads = ThreadPoolBuilder::new().num_threads(2).build().expect("threads");
+    threads.broadcast(|_| ());
+    threads
+});
+
+/// Bytes allocated at the peak of `f` on [`THREADS`], beyond what lived before.
+pub fn peak<R: Send>(f: impl FnOnce() -> Result<R> + Send) -> Result<(R, usize)> {
+    let threads = &*THREADS;
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
-    let result = f()?;
+    let result = threads.install(f)?;
     Ok((result, PEAK.load(Relaxed) - before))
 }

@@ -91,8 +91,11 @@ fn starve(folder: &Path) -> anyhow::Result<()> {
     let pages: u64 =
         std::fs::read_to_string("/proc/self/statm")?.split(' ').next().unwrap_or("0").parse()?;
     let bytes = pages * 4096 + (16 << 20);
-    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
-    // SAFETY: the limit outlives the call.
-    anyhow::ensure!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) } == 0, "setrlimit");
+    // Nor is its memory to be left behind in a file.
+    for (resource, bytes) in [(libc::RLIMIT_AS, bytes), (libc::RLIMIT_CORE, 0)] {
+        let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+        // SAFETY: the limit outlives the call.
+        anyhow::ensure!(unsafe { libc::setrlimit(resource, &limit) } == 0, "setrlimit");
+    }
     train(folder, 2, 10_000_000)
 }

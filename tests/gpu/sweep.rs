@@ -39,7 +39,8 @@ pub struct Swept {
 /// Another tile than the first must be faster by more than this, of the first's time: runs differ by as much.
 const NOISE: f64 = 0.02;
 
-/// Measures problem by problem as long as there is time, and reports all so far after each. One that was not measured to the end is left out: its tile stays.
+/// Measures problem by problem as long as there is time, and reports all so far after each. One that was not measured
+/// to the end is left out: its tile stays.
 pub fn sweep<W>(
     problems: &[Problem<W>],
     mut in_time: impl FnMut() -> bool,

@@ -9,8 +9,11 @@ use candle_sam_lora_emulator::{Launch, Mode, Timing};
 
 const CLUSTER: &str = "cluster_sm90.cu";
 const STEPS: usize = 7;
-const LAST_BARRIER: &str = "    ptx::cluster_arrive_relaxed();
-    ptx::cluster_wait();  // the other block has given back its last stage, here too
+const FIRST_BARRIER: &str = "    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();  // both blocks have initialised their barriers
+";
+const LAST_WAIT: &str = "        for (uint32_t step = steps; step < steps + 2; ++step)  // the other block has given back its last stages, here too
+            ptx::mbarrier_wait_parity(shared.empty[step % 2], step / 2 % 2 ^ 1);
 ";
 
 fn run(name: &str, original: &str, planted: &str) -> Outcomes {
@@ -58,7 +61,7 @@ fn run_clusters(name: &str, original: &str, planted: &str, cluster: u32) -> Outc
 
 #[test]
 fn unharmed_a_cluster_is_right_in_every_mode() {
-    for (mode, outcome) in run("cluster_none", LAST_BARRIER, LAST_BARRIER) {
+    for (mode, outcome) in run("cluster_none", LAST_WAIT, LAST_WAIT) {
         let error = outcome.unwrap();
         assert!(error < TOLERANCE, "{mode:?}: {error:e}");
     }
@@ -66,16 +69,24 @@ fn unharmed_a_cluster_is_right_in_every_mode() {
 
 #[test]
 fn a_block_that_ends_before_the_other_s_last_arrival_is_reported() {
-    let outcomes = run("cluster_end", LAST_BARRIER, "");
+    let outcomes = run("cluster_end", LAST_WAIT, "");
+    assert_reported(&outcomes, &["has ended", CLUSTER]);
+    let once = LAST_WAIT.replace("steps + 2", "steps + 1");
+    let outcomes = run("cluster_end_once", LAST_WAIT, &once);
+    assert_reported(&outcomes, &["has ended", CLUSTER]);
+}
+
+/// It orders no arrivals.
+#[test]
+fn a_relaxed_barrier_of_the_cluster_after_the_last_arrivals_is_reported() {
+    let barrier = "        ptx::cluster_arrive_relaxed();\n        ptx::cluster_wait();\n";
+    let outcomes = run("cluster_relaxed", LAST_WAIT, barrier);
     assert_reported(&outcomes, &["has ended", CLUSTER]);
 }
 
 #[test]
 fn another_block_s_barriers_before_the_cluster_has_met_are_reported() {
-    let barrier = "    ptx::cluster_arrive_relaxed();
-    ptx::cluster_wait();  // both blocks have initialised their barriers
-";
-    let outcomes = run("cluster_begin", barrier, "    __syncthreads();\n");
+    let outcomes = run("cluster_begin", FIRST_BARRIER, "    __syncthreads();\n");
     let words = ["of block", "without a barrier of the cluster after its mbarrier.init"];
     assert_reported(&outcomes, &words);
 }
@@ -126,11 +137,11 @@ fn a_block_that_expects_the_bytes_of_its_own_half_alone_is_seen() {
 
 #[test]
 fn the_cluster_s_barrier_used_wrongly_is_reported() {
-    let outcomes =
-        run("cluster_twice", LAST_BARRIER, &LAST_BARRIER.replace("wait", "arrive_relaxed"));
+    let twice = FIRST_BARRIER.replace("wait", "arrive_relaxed");
+    let outcomes = run("cluster_twice", FIRST_BARRIER, &twice);
     assert_reported(&outcomes, &["barrier.cluster.arrive twice"]);
-    let wait = "    ptx::cluster_wait();  // the other block has given";
-    let outcomes = run("cluster_wait", LAST_BARRIER, &format!("{wait}\n"));
+    let (_, wait) = FIRST_BARRIER.split_once('\n').unwrap();
+    let outcomes = run("cluster_wait", FIRST_BARRIER, wait);
     assert_reported(&outcomes, &["barrier.cluster.wait without barrier.cluster.arrive"]);
     // Between the two it orders nothing.
     let body = "    } else if (threadIdx.x >= kWarp) {\n        float sums[16] = {};\n";

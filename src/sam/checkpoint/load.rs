@@ -38,10 +38,11 @@ const FOREIGN: [&str; 4] =
 
 /// Fills `model` from a checkpoint: a `.safetensors` file, an index of several, or a folder with either.
 ///
-/// Reads Hugging Face's and the original naming, also below a prefix such as `model.`; f32, f16, bf16 and f64,
-/// cast to the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder, prompt encoder or
-/// mask decoder alone takes its part of a whole SAM. Of SAMed's and micro-sam's files it takes all but the adapters. Parameters that are variables stay the same variables with new values; adapters stay as they
-/// are, and must not be merged.
+/// Reads Hugging Face's and the original naming, also below a prefix such as `model.`; f32, f16, bf16 and f64, cast to
+/// the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder, prompt encoder or mask
+/// decoder alone takes its part of a whole SAM. Of SAMed's and micro-sam's files it takes all but the adapters.
+/// Parameters that are variables stay the same variables with new values; adapters stay as they are, and must not be
+/// merged.
 ///
 /// # Errors
 /// [`Error::Mismatch`] lists every missing, surplus and mis-shaped tensor. Other errors: a file that is unreadable

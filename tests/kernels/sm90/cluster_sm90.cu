@@ -33,6 +33,8 @@ KERNEL(cluster_sm90, ClusterParams, 64) {
             ptx::mbarrier_arrive_expect_tx(shared.full[stage], sizeof(shared.tiles[0]));
             ptx::cp_async_bulk_tensor_multicast(shared.tiles[stage][8 * rank], p.in, shared.full[stage], 3, 0, (blockIdx.x / 2 * steps + step) * 16 + 8 * rank);
         }
+        for (uint32_t step = steps; step < steps + 2; ++step)  // the other block has given back its last stages, here too
+            ptx::mbarrier_wait_parity(shared.empty[step % 2], step / 2 % 2 ^ 1);
     } else if (threadIdx.x >= kWarp) {
         float sums[16] = {};
         for (uint32_t step = 0; step < steps; ++step) {
@@ -44,6 +46,4 @@ KERNEL(cluster_sm90, ClusterParams, 64) {
         }
         for (int row = 0; row < 16; ++row) global<float>(p.out)[(blockIdx.x * 16 + row) * 32 + lane] = sums[row];
     }
-    ptx::cluster_arrive_relaxed();
-    ptx::cluster_wait();  // the other block has given back its last stage, here too
 }

@@ -1,0 +1,126 @@
+//! A model or an adapter by its name: a folder here, or `owner/name` on the Hugging Face hub.
+//!
+//! With the feature `hub`, [`folder`] asks the hub for the commit that a revision is and for its files, fetches those that
+//! this crate reads (configurations and safetensors, never pickles) into the cache that Python's libraries use too, and
+//! gives the commit's folder in it. Where the hub is out of reach, the commit that was fetched last serves.
+//!
+//! | environment | meaning |
+//! |---|---|
+//! | `HF_HOME` | the cache is `$HF_HOME/hub`; by default `~/.cache/huggingface/hub` |
+//! | `HF_TOKEN` | for private and gated repositories; by default what `hf auth login` has left in `$HF_HOME/token` |
+//! | `HF_ENDPOINT` | another hub than `https://huggingface.co` |
+//! | `HF_HUB_OFFLINE` | `1`: the cache alone, no network |
+
+#[cfg(feature = "hub")]
+mod fetch;
+
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// The folder of what is called `name`: `name` itself, if there is such a path; else `owner/name` or
+/// `owner/name@revision` on the hub, where a revision is a branch, a tag or a commit, by default `main`.
+///
+/// # Errors
+/// [`Error::Hub`] when there is no such folder, and the name is none of the hub's, or the feature `hub` is not there, or the
+/// hub has no such repository or revision, does not let one in, or has no safetensors there; when the network fails and
+/// the cache has nothing.
+pub fn folder(name: impl AsRef<Path>) -> Result<PathBuf> {
+    let path = name.as_ref();
+    if path.exists() {
+        return Ok(path.to_path_buf());
+    }
+    let found = match path.to_str().and_then(parse) {
+        Some((repository, revision)) => fetch(repository, revision),
+        None => Err("a name on the Hugging Face hub is owner/name or owner/name@revision".into()),
+    };
+    found.map_err(|message| Error::Hub { name: path.display().to_string(), message })
+}
+
+#[cfg(feature = "hub")]
+use fetch::fetch;
+
+#[cfg(not(feature = "hub"))]
+fn fetch(_: &str, _: &str) -> std::result::Result<PathBuf, String> {
+    Err("to fetch it from the Hugging Face hub, build with --features hub".into())
+}
+
+/// Repository and revision, of characters that mean nothing else in a path or an address.
+fn parse(name: &str) -> Option<(&str, &str)> {
+    let (repository, revision) = name.split_once('@').unwrap_or((name, "main"));
+    let (owner, model) = repository.split_once('/')?;
+    // The cache writes `owner--name`.
+    let valid = [owner, model].iter().all(|part| is_plain(part) && !part.contains("--"))
+        && revision.split('/').all(is_plain);
+    valid.then_some((repository, revision))
+}
+
+/// Whether this is one plain component of a path, on any system.
+fn is_plain(part: &str) -> bool {
+    let known = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !part.is_empty()
+        && !part.starts_with(['.', '-'])
+        && !part.ends_with('.')
+        && part.chars().all(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{folder, parse};
+
+    #[test]
+    fn names_of_the_hub_are_told_from_paths() {
+        assert_eq!(parse("facebook/sam-vit-base"), Some(("facebook/sam-vit-base", "main")));
+        assert_eq!(parse("a/b_C.1@refs/pr/1"), Some(("a/b_C.1", "refs/pr/1")));
+        for bad in [
+            "",
+            "sam",
+            "/",
+            "/a",
+            "a/",
+            "a/b/c",
+            "/a/b",
+            "./a",
+            "../a",
+            "a/..",
+            "a/../b",
+            "..a/b",
+            "~/a",
+            "-a/b",
+            "a/b@",
+            "a/b@..",
+            "a/b@../c",
+            "a/b@/c",
+            "a/b@c/",
+            "a/b@c//d",
+            "a/b@c@d",
+            "a\\b",
+            "a/b\\c",
+            "C:/a",
+            "a/b?c",
+            "a/b#c",
+            "a/b%2e",
+            "a/b c",
+            "a--b/c",
+            "a/\u{e9}",
+            "https://huggingface.co/a/b",
+            "a/b.",
+        ] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_there_wins_and_what_is_not_is_told() -> crate::Result<()> {
+        assert_eq!(folder("src/hub")?, std::path::Path::new("src/hub"));
+        let message = folder("../nowhere").map(drop).map_err(|e| e.to_string());
+        let expected =
+            "../nowhere: no such folder here; a name on the Hugging Face hub is owner/name or \
+                        owner/name@revision";
+        assert_eq!(message, Err(expected.to_string()));
+        if cfg!(not(feature = "hub")) {
+            let message = folder("facebook/sam-vit-base").map(drop).map_err(|e| e.to_string());
+            assert!(message.is_err_and(|message| message.contains("--features hub")));
+        }
+        Ok(())
+    }
+}
