@@ -29,6 +29,9 @@ pub unsafe fn kernel(
         if let Some(index) = family.strip_prefix("is_") {
             return Some(index_select(arguments, Element::named(index)?, element));
         }
+        if let Some(index) = family.strip_prefix("ia_") {
+            return Some(index_add(arguments, Element::named(index)?, element));
+        }
         if let Some(f) = unary(family) {
             return Some(map(arguments, element, element, f));
         }
@@ -77,6 +80,8 @@ fn unary(family: &str) -> Option<fn(f64) -> f64> {
         "usqrt" => f64::sqrt,
         "urecip" => f64::recip,
         "urelu" => |x| x.max(0.0),
+        "uerf" => libm::erf,
+        "ugelu_erf" => |x| 0.5 * x * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2)),
         "usigmoid" => |x| 1.0 / (1.0 + (-x).exp()),
         _ => return None,
     })
@@ -205,6 +210,27 @@ unsafe fn index_select(arguments: &Arguments, index: Element, element: Element) 
             unsafe {
                 let row = index.get(indices, layouts.offset(0, middle)) as usize;
                 element.set(y, at, element.get(x, (left * dim + row) * right + at % right));
+            }
+        }
+    })
+}
+
+/// `(indices, number of them, in, out, left, _, dim of out, right)`: adds `in` to the named ones of the middle of `out`,
+/// as `[left, dim, right]`.
+unsafe fn index_add(arguments: &Arguments, index: Element, element: Element) -> Work {
+    // SAFETY: as `kernel`.
+    let ([indices, x, y], [chosen, left, dim, right]) = unsafe {
+        let sizes = [1, 4, 6, 7].map(|i| arguments.at::<usize>(i));
+        ([0, 2, 3].map(|i| arguments.at::<u64>(i)), sizes)
+    };
+    Box::new(move || {
+        for at in 0..left * chosen * right {
+            let (left, middle) = (at / right / chosen, at / right % chosen);
+            // SAFETY: as `kernel`.
+            unsafe {
+                let row = index.get(indices, middle) as usize;
+                let to = (left * dim + row) * right + at % right;
+                element.set(y, to, element.get(y, to) + element.get(x, at));
             }
         }
     })

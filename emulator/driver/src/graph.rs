@@ -9,6 +9,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+const AUTO_FREE_ON_LAUNCH: u64 = 1;
+
 type Work = Box<dyn Fn() -> Outcome + Send + Sync>;
 
 /// What a stream did while it was captured.
@@ -24,7 +26,7 @@ struct Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         for &address in &self.memory {
-            told(memory::free(address));
+            told(memory::disown(address).and_then(|()| memory::free(address)));
         }
     }
 }
@@ -55,6 +57,7 @@ pub fn submit(stream: Stream, work: impl Fn() -> Outcome + Send + Sync + 'static
 pub fn allocated(stream: Stream, address: u64) {
     captures(|captures| {
         if let Some(graph) = captures.get_mut(&stream) {
+            memory::own(address);
             graph.memory.push(address);
             graph.kept.push(address);
         }
@@ -85,10 +88,6 @@ unsafe extern "C" fn cuStreamEndCapture(stream: Stream, graph: *mut *mut Arc<Gra
     let captured = captures(|captures| captures.remove(&stream));
     told(match captured {
         None => Err((STREAM_CAPTURE_INVALIDATED, "no capture to end".into())),
-        Some(captured) if !captured.kept.is_empty() => {
-            let reason = format!("{} allocations outlive their graph", captured.kept.len());
-            Err((INVALID_VALUE, reason))
-        }
         Some(captured) => {
             // SAFETY: the caller's address is one to write to.
             unsafe { *graph = Box::into_raw(Box::new(Arc::new(captured))) };
@@ -108,11 +107,21 @@ unsafe extern "C" fn cuStreamIsCapturing(stream: Stream, status: *mut i32) -> St
 unsafe extern "C" fn cuGraphInstantiateWithFlags(
     executable: *mut *mut Arc<Graph>,
     graph: *mut Arc<Graph>,
-    _flags: u64,
+    flags: u64,
 ) -> Status {
-    // SAFETY: the graph is one of `cuStreamEndCapture`'s, not yet destroyed; the address is one to write to.
-    unsafe { *executable = Box::into_raw(Box::new(Arc::clone(&*graph))) };
-    SUCCESS
+    // SAFETY: the graph is one of `cuStreamEndCapture`'s, not yet destroyed.
+    let graph = unsafe { Arc::clone(&*graph) };
+    told(match graph.kept.len() {
+        // What is still allocated at a launch's end would be in the way of the next one.
+        kept if kept > 0 && flags & AUTO_FREE_ON_LAUNCH == 0 => {
+            Err((INVALID_VALUE, format!("a graph does not free {kept} of its allocations")))
+        }
+        _ => {
+            // SAFETY: the caller's address is one to write to.
+            unsafe { *executable = Box::into_raw(Box::new(graph)) };
+            Ok(())
+        }
+    })
 }
 
 #[no_mangle]

@@ -2,7 +2,7 @@
 
 use crate::{graph, told, Outcome, Status, INVALID_VALUE, STREAM_CAPTURE_UNSUPPORTED, SUCCESS};
 use std::alloc::Layout;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
 /// A stream's handle.
@@ -13,6 +13,26 @@ const NAN: u8 = 0xFF;
 
 /// Where live memory lies, and how long it is.
 static LIVE: Mutex<BTreeMap<u64, usize>> = Mutex::new(BTreeMap::new());
+
+/// That of graphs, which stays when it is freed: another launch writes it again.
+static OWNED: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
+
+fn owned<T>(change: impl FnOnce(&mut BTreeSet<u64>) -> T) -> T {
+    change(&mut OWNED.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Memory becomes a graph's.
+pub fn own(address: u64) {
+    owned(|owned| owned.insert(address));
+}
+
+/// A graph's memory, after its end.
+pub fn disown(address: u64) -> Outcome {
+    match owned(|owned| owned.remove(&address)) {
+        true => Ok(()),
+        false => Err((INVALID_VALUE, format!("{address:#x} is not a graph's"))),
+    }
+}
 
 fn live<T>(change: impl FnOnce(&mut BTreeMap<u64, usize>) -> T) -> T {
     change(&mut LIVE.lock().unwrap_or_else(PoisonError::into_inner))
@@ -39,6 +59,9 @@ fn alloc(bytes: usize) -> Result<u64, (Status, String)> {
 
 /// Gives memory back, NaN.
 pub fn free(address: u64) -> Outcome {
+    if owned(|owned| owned.contains(&address)) {
+        return Ok(());
+    }
     let Some(bytes) = live(|live| live.remove(&address)) else {
         return Err((INVALID_VALUE, format!("{address:#x} is freed, but was not allocated")));
     };
