@@ -191,6 +191,7 @@ fn a_frozen_encoder_costs_no_graph() -> Result<()> {
     set_trainable(&mut model, &mut |name| name.ends_with("layers.0.attn.q.weight"))?;
     let tracked = model.vision_encoder.forward(&io["encoder/pixel_values"], Mode::Eval)?;
     assert!(tracked.track_op());
-    assert_eq!(relative_error(&frozen, &tracked)?, 0.0);
+    // A trained weight is multiplied by candle, whose sums are ours on some machines only.
+    assert!(relative_error(&frozen, &tracked)? < F32_TOLERANCE);
     Ok(())
 }
