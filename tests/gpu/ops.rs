@@ -55,7 +55,7 @@ fn one_rounding(dtype: DType) -> f64 {
     }
 }
 
-/// f32 has a bound of its own; the others may be twice as far off as the composed graph on the CPU in that dtype.
+/// f32 has a bound of its own; the others may be twice as far off as the composed graph in that dtype.
 fn check(what: &str, op: &Op, dtype: DType, got: f64, eager: f64, roundings: f64) {
     let bound = match dtype {
         DType::F32 => F32_BOUND,
@@ -80,11 +80,11 @@ fn values_agree_with_the_reference(op: &Op, dtype: DType, device: &Device) -> Re
 fn gradients_agree_with_the_composed_graph(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (host, inputs) = inputs(op, dtype, device)?;
     let grad_out = random(79, (op.fused)(&inputs)?.shape()).to_dtype(dtype)?;
-    let (_, eager) = gradients(&host, &grad_out, &op.composed)?;
-    let wide: Vec<_> = host.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<_>>()?;
-    let (_, truth) = gradients(&wide, &grad_out.to_dtype(DType::F32)?, &op.composed)?;
-    let eager: Vec<_> = eager.iter().zip(&truth).map(|(e, truth)| tensor_error(e, truth)).collect();
+    let wide: Vec<_> = host.iter().map(|t| t.to_dtype(DType::F64)).collect::<Result<_>>()?;
+    let (_, truth) = gradients(&wide, &grad_out.to_dtype(DType::F64)?, &op.composed)?;
     let on_device = grad_out.to_device(device)?;
+    let (_, eager) = gradients(&inputs, &on_device, &op.composed)?;
+    let eager: Vec<_> = eager.iter().zip(&truth).map(|(e, truth)| tensor_error(e, truth)).collect();
     with_each(device, || {
         let (_, grads) = gradients(&inputs, &on_device, &op.fused)?;
         for (index, ((grad, eager), truth)) in grads.iter().zip(&eager).zip(&truth).enumerate() {
