@@ -103,7 +103,7 @@ template <class Tile> __device__ __forceinline__ void low_rank(const LowRankPara
         product_tf32<Tile::kDepth, sizeof(T) == 4, true, Tile::kM, Tile::kN>(
             [&](int i, int k) { return to_float(Tile::kLeftColumns ? stage.left[k][warp_i + i] : stage.left[warp_i + i][k]); },
             [&](int k, int j) { return Tile::kRightRows ? stage.right[k][warp_j + j] : stage.right[warp_j + j][k]; },
-            [&](int m, int n, auto body) { body(acc[m][n]); });
+            [&](int m, int n, auto body) { add_rounded(acc[m][n], body); });
     }
 
     const int lane = threadIdx.x % kWarp;

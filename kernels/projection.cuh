@@ -73,6 +73,12 @@ template <class Tile, class Add> __device__ __forceinline__ void product_f32(con
         [&](int k, int j) { return right[Tile::kRightRows ? k * kRightStride + j : j * kRightStride + k]; }, add);
 }
 
+// The low-rank products beside 16-bit operands are a short chain.
+template <class Tile, class Body> __device__ __forceinline__ void add_product(float (&acc)[4], Body body) {
+    if constexpr (Tile::kSplit) add_rounded(acc, body);
+    else body(acc);
+}
+
 // Runs the loop; rows and cols are what the matrices have left from the tile's corner. `steps.at(i)` is step i of
 // `steps.count()`; `low_rank(stage, step)` multiplies a stage of a low-rank one.
 template <class Tile, class Steps, class LowRank>
@@ -102,7 +108,7 @@ __device__ __forceinline__ void sum_steps(typename Tile::Storage& shared, typena
         if (step.low_rank) {
             low_rank(stage, step);
         } else if constexpr (Tile::kSplit) {
-            product_f32<Tile>(stage, [&](int m, int n, auto body) { body(acc[m][n]); });
+            product_f32<Tile>(stage, [&](int m, int n, auto body) { add_product<Tile>(acc[m][n], body); });
         } else {
             constexpr int kLeftStride = Tile::template kLeftStride<T>, kRightStride = Tile::template kRightStride<T>;
             product_16bit<Tile::kRightRows, kLeftStride, kRightStride>(

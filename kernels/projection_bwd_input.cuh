@@ -52,7 +52,7 @@ template <class Tile> __device__ __forceinline__ void projection_bwd_input(const
     sum_steps<Tile>(shared, acc, BackwardSteps<Tile>{p, row0, col0}, rows, cols, [&](const auto& stage, const Step& step) {
         const DropoutMask& mask = p.parts[step.part].mask;
         if (mask.threshold == 0) {
-            product_f32<Tile>(stage, [&](int m, int n, auto body) { body(acc[m][n]); });
+            product_f32<Tile>(stage, [&](int m, int n, auto body) { add_product<Tile>(acc[m][n], body); });
             return;
         }
         // Two fragment rows share a word.

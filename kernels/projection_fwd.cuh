@@ -76,7 +76,7 @@ template <class Tile> __device__ __forceinline__ void projection_fwd(const Proje
 
     typename Tile::Accumulators acc = {};
     sum_steps<Tile>(shared, acc, ForwardSteps<Tile>{p, part, row0, col0}, rows, cols, [&](const auto& stage, const auto&) {
-        product_f32<Tile>(stage, [&](int m, int n, auto body) { body(acc[m][n]); });
+        product_f32<Tile>(stage, [&](int m, int n, auto body) { add_product<Tile>(acc[m][n], body); });
     });
     accumulators_to_rows<Tile>(shared, acc);
     if (vectorisable<T>(p.total | part.column | part.out_dim, p.out, p.sum, p.residual))

@@ -73,6 +73,15 @@ __device__ __forceinline__ Tf32 split_tf32(float x) {
     return {high, ptx::cvt_rna_tf32(x - __uint_as_float(high))};
 }
 
+// acc += what `body` adds to zeros. Tensor cores cut their sums off where f32 would be rounded: in one long chain of them the
+// accuracy would be lost that splitting the operands has kept.
+template <class Body> __device__ __forceinline__ void add_rounded(float (&acc)[4], Body body) {
+    float sum[4] = {};
+    body(sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[i] += sum[i];
+}
+
 // left(i, k) right(k, j) over kDepth of depth, i and j counted from the warp's corner. For each fragment (m, n) calls
 // add(m, n, body), and body(d) adds the product of this step of eight to d.
 template <int kDepth, bool kSplitLeft, bool kSplitRight, int kM, int kN, class Left, class Right, class Add>
