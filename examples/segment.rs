@@ -89,7 +89,9 @@ impl Prompts {
             let [x0, y0, x1, y1] = numbers(text)?[..] else {
                 bail!("--box {text}: expected X0,Y0,X1,Y1")
             };
-            if !inside(x0, y0) || !inside(x1, y1) || x0 >= x1 || y0 >= y1 {
+            // The right and lower sides may be the image's own.
+            let fits = inside(x0, y0) && x1 <= width as f32 && y1 <= height as f32;
+            if !fits || x0 >= x1 || y0 >= y1 {
                 bail!(
                     "--box {text}: expected X0 < X1 and Y0 < Y1 inside the image, which is {width} x {height} pixels"
                 )
@@ -132,6 +134,9 @@ fn numbers(text: &str) -> anyhow::Result<Vec<f32>> {
 fn destination(options: &Options, path: &Option<PathBuf>, ending: &str) -> anyhow::Result<PathBuf> {
     let stem = options.image.file_stem().unwrap_or_default().to_string_lossy();
     let path = path.clone().unwrap_or_else(|| Path::new(&format!("{stem}.{ending}.png")).into());
+    if path.canonicalize().is_ok_and(|path| options.image.canonicalize().is_ok_and(|i| i == path)) {
+        bail!("{}: is the image itself; choose another place", path.display())
+    }
     if path.exists() && !options.overwrite {
         bail!("{}: exists already; choose another place or --overwrite", path.display())
     }

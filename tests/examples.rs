@@ -287,6 +287,14 @@ fn segment_says_what_is_wrong(here: &Path) -> Result<()> {
     fails(&format!("{image} --point 1,y"), 1, &["\"y\" is no number"])?;
     fails(&format!("{image} --point -1,2"), 1, &["outside", &format!("{width} x {height}")])?;
     fails(&format!("{image} --box 9,9,3,3"), 1, &["--box", "X0 < X1"])?;
+    let beyond = format!("{image} --box 0,0,{},{height}", width + 1);
+    fails(&beyond, 1, &["--box", "inside the image"])?;
+    let whole = format!("{image} --box 0,0,{width},{height} --mask b.png --overlay c.png");
+    succeed(here, "segment", &whole)?;
+    std::fs::copy(micrograph().0, here.join("own.png"))?;
+    let own = "own.png --point 1,1 --overwrite --mask ./own.png";
+    fails(own, 1, &["own.png: is the image itself"])?;
+    ensure!(std::fs::read(here.join("own.png"))? == std::fs::read(micrograph().0)?, "overwritten");
     let same = format!("{image} --point 1,1 --mask a.png --overlay a.png");
     fails(&same, 1, &["--mask and --overlay are both a.png"])?;
     std::fs::write(here.join("a.png"), "mine")?;

@@ -224,3 +224,29 @@ fn the_configuration_of_a_folder_is_read_and_checked() {
         );
     }
 }
+
+/// A camera that was held upright: EXIF's orientation 6 says to turn the stored image a quarter clockwise.
+#[test]
+fn photographs_are_turned_as_a_viewer_turns_them() {
+    let stored = RgbImage::from_fn(32, 16, |x, _| image::Rgb([if x < 16 { 0 } else { 255 }; 3]));
+    let mut jpeg = std::io::Cursor::new(Vec::new());
+    stored.write_to(&mut jpeg, image::ImageFormat::Jpeg).unwrap();
+    let (start, rest) = jpeg.get_ref().split_at(2);
+    // A TIFF of one directory of one entry: tag 0x112, one 16-bit value.
+    let exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0";
+    let length = (exif.len() as u16 + 2).to_be_bytes();
+    let photograph = [start, b"\xff\xe1", &length, exif, rest].concat();
+    let folder = tempfile::tempdir().unwrap();
+    for (name, bytes, size) in
+        [("plain", jpeg.get_ref(), (32, 16)), ("turned", &photograph, (16, 32))]
+    {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let image = read_image(&path).unwrap().into_luma8();
+        assert_eq!(image.dimensions(), size, "{name}");
+        let ends = [image.get_pixel(4, 4).0[0], image.get_pixel(size.0 - 5, size.1 - 5).0[0]];
+        assert!(ends[0] < 20 && ends[1] > 235, "{name}: {ends:?}");
+        let other = image.get_pixel(size.0 - 5, 4).0[0];
+        assert_eq!(other < 20, name == "turned", "{name}: {other}");
+    }
+}

@@ -8,7 +8,8 @@
 
 use crate::{files, ops, Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
-use image::{imageops, DynamicImage, ImageReader};
+use image::metadata::Orientation;
+use image::{imageops, DynamicImage, ImageDecoder, ImageReader, ImageResult};
 use serde::Deserialize;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
@@ -18,7 +19,8 @@ const MAX_SIDE: u32 = 1 << 15;
 /// No image may need more memory to decode, in bytes.
 const MAX_DECODED: u64 = 1 << 30;
 
-/// Reads an image of any format and depth, told by its content rather than its name.
+/// Reads an image of any format and depth, told by its content rather than its name, and turns it as its EXIF data say
+/// that the camera was held: its pixels are where a viewer shows them.
 ///
 /// # Errors
 /// When the file cannot be read, is no image, is damaged, or is larger than 32768 pixels a side or 1 GiB decoded.
@@ -31,11 +33,20 @@ pub fn read_image(path: impl AsRef<Path>) -> Result<DynamicImage> {
     limits.max_image_width = Some(MAX_SIDE);
     limits.max_image_height = Some(MAX_SIDE);
     limits.max_alloc = Some(MAX_DECODED);
-    reader.limits(limits);
+    reader.limits(limits.clone());
+    let decode = || -> ImageResult<DynamicImage> {
+        let mut decoder = reader.into_decoder()?;
+        limits.reserve(decoder.total_bytes())?;
+        decoder.set_limits(limits)?;
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let mut image = DynamicImage::from_decoder(decoder)?;
+        image.apply_orientation(orientation);
+        Ok(image)
+    };
     let failed = |why: &str| Error::file(path, format!("cannot be read as an image: {why}"));
     // A decoder that panics on a damaged file (the one for PNG does on a palette that ends within a colour) is no reason
     // to end the process; it has seen nothing but this file.
-    match catch_unwind(AssertUnwindSafe(|| reader.decode())) {
+    match catch_unwind(AssertUnwindSafe(decode)) {
         Ok(decoded) => decoded.map_err(|e| failed(&e.to_string())),
         Err(_) => Err(failed("its decoder panicked")),
     }

@@ -18,7 +18,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::View;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 const KEY: &str = "state";
@@ -121,17 +121,7 @@ impl State {
 
     /// Fails unless `settings` are those of this state, telling every difference.
     pub fn check_settings(&self, path: &Path, settings: &Map<String, Value>) -> Result<()> {
-        let names: std::collections::BTreeSet<_> =
-            self.settings.keys().chain(settings.keys()).collect();
-        let shown = |value: Option<&Value>| value.map_or("nothing".to_string(), short);
-        let differences: Vec<String> = names
-            .into_iter()
-            .filter(|name| self.settings.get(*name) != settings.get(*name))
-            .map(|name| {
-                let (was, is) = (self.settings.get(name), settings.get(name));
-                format!("\n  {name}: was {}, is {}", shown(was), shown(is))
-            })
-            .collect();
+        let differences = differences("", &self.settings, settings);
         if differences.is_empty() {
             return Ok(());
         }
@@ -165,6 +155,20 @@ fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<Evaluated>> {
         _ => candle_core::bail!("an evaluation has {} numbers, not 4", row.len()),
     };
     rows.into_iter().map(evaluated).collect()
+}
+
+/// A line for each value that differs, by its path.
+fn differences(path: &str, was: &Map<String, Value>, is: &Map<String, Value>) -> Vec<String> {
+    let shown = |value: Option<&Value>| value.map_or("nothing".to_string(), short);
+    let names: BTreeSet<&String> = was.keys().chain(is.keys()).collect();
+    let of = |name: &String| match (was.get(name), is.get(name)) {
+        (was, is) if was == is => vec![],
+        (Some(Value::Object(was)), Some(Value::Object(is))) => {
+            differences(&format!("{path}{name}."), was, is)
+        }
+        (was, is) => vec![format!("\n  {path}{name}: was {}, is {}", shown(was), shown(is))],
+    };
+    names.into_iter().flat_map(of).collect()
 }
 
 /// A value as text, cut where it would fill the screen.
