@@ -8,18 +8,18 @@ cd "$(dirname "$0")/.."
 eval "$(scripts/cuda-toolchain.sh)"
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
-# The emulator compiles the kernels itself. What nvcc makes of them would only be loaded, so that an nvcc stands in here
-# that leaves out their code; candle's build takes the real one, which is in PATH.
-export CUDA_HOME=$target/emulated-gpu
-mkdir -p "$CUDA_HOME/bin"
-cat >"$CUDA_HOME/bin/nvcc" <<EOF
+# The emulator compiles the kernels itself. What nvcc makes of them would be loaded and never run, so one stands in here
+# that leaves their code out.
+cuda=$target/emulated-gpu
+mkdir -p "$cuda"
+cat >"$cuda/nvcc" <<EOF
 #!/usr/bin/env bash
 [[ \$1 == --fatbin ]] || exec "$(command -v nvcc)" "\$@"
 while [[ \$1 != -o ]]; do shift; done
 printf '\x50\xed\x55\xba' >"\$2" # a fat binary's magic number
 EOF
-chmod +x "$CUDA_HOME/bin/nvcc"
-export CANDLE_SAM_LORA_CUDA_ARCHS='80;90' CANDLE_SAM_LORA_KERNEL_CACHE=$CUDA_HOME/kernels
+chmod +x "$cuda/nvcc"
+export CANDLE_SAM_LORA_NVCC=$cuda/nvcc CANDLE_SAM_LORA_KERNEL_CACHE=$cuda/kernels CANDLE_SAM_LORA_CUDA_ARCHS='80;90'
 
 cargo build --release -p candle-sam-lora-driver
 triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')

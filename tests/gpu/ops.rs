@@ -80,8 +80,8 @@ fn values_agree_with_the_reference(op: &Op, dtype: DType, device: &Device) -> Re
 fn gradients_agree_with_the_composed_graph(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (host, inputs) = inputs(op, dtype, device)?;
     let grad_out = random(79, (op.fused)(&inputs)?.shape()).to_dtype(dtype)?;
-    let wide: Vec<_> = host.iter().map(|t| t.to_dtype(DType::F64)).collect::<Result<_>>()?;
-    let (_, truth) = gradients(&wide, &grad_out.to_dtype(DType::F64)?, &op.composed)?;
+    let wide: Vec<_> = host.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<_>>()?;
+    let (_, truth) = gradients(&wide, &grad_out.to_dtype(DType::F32)?, &op.composed)?;
     let on_device = grad_out.to_device(device)?;
     let (_, eager) = gradients(&inputs, &on_device, &op.composed)?;
     let eager: Vec<_> = eager.iter().zip(&truth).map(|(e, truth)| tensor_error(e, truth)).collect();
