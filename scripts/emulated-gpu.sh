@@ -5,7 +5,8 @@
 # usage: emulated-gpu.sh [what the tests' names hold, and other arguments of theirs]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-eval "$(scripts/cuda-toolchain.sh)"
+toolchain=$(scripts/cuda-toolchain.sh)
+eval "$toolchain"
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
 # The emulator compiles the kernels itself. What nvcc makes of them would be loaded and never run, so one stands in here
