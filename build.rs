@@ -3,7 +3,7 @@
 //!
 //! | environment | meaning |
 //! |---|---|
-//! | `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH` | where nvcc is, in this order |
+//! | `CANDLE_SAM_LORA_NVCC`, `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH` | where nvcc is, in this order; the first for these kernels alone |
 //! | `NVCC_CCBIN` | the host compiler, read by nvcc itself |
 //! | `CANDLE_SAM_LORA_CUDA_ARCHS` | compute capabilities, `80;90a`; or `all`, the default |
 //! | `CUDA_COMPUTE_CAP` | the same, if that one is not set; candle's own kernels know this one, and take one only |
@@ -177,11 +177,11 @@ impl Nvcc {
 
     fn path() -> PathBuf {
         let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
-        let named = variable("NVCC").map(PathBuf::from);
+        let named = ["CANDLE_SAM_LORA_NVCC", "NVCC"].into_iter().find_map(variable);
         let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable);
         let at_home =
             homes.map(|home| Path::new(&home).join("bin").join(&name)).find(|p| p.exists());
-        named.or(at_home).unwrap_or_else(|| PathBuf::from(name))
+        named.map(PathBuf::from).or(at_home).unwrap_or_else(|| PathBuf::from(name))
     }
 
     /// The name and the fat binary of each source, as many at once as cargo allows.

@@ -10,15 +10,12 @@ use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::ops::Activation;
 use candle_sam_lora::philox::Dropout;
 use common::cases::{self, disguises, Attention, Op};
-use common::{error, gradients, random, tensor_error, values};
+use common::{error, gradients, nudged, random, tensor_error, values, TIMES_ROUNDING};
 use proptest::prelude::*;
 
 /// As in `tests/ops_reference.rs`, on shapes that are chosen there: values, and gradients.
 const F32_TOLERANCE: f64 = 3e-6;
 const F32_GRADIENT_TOLERANCE: f64 = 1e-5;
-/// Results of random shapes may cancel, or hang on large scores; then no computation in f32 is that close. So many times
-/// the change is allowed too that inputs make which are one unit in the last place off.
-const TIMES_ROUNDING: f64 = 8.0;
 
 fn dropout() -> impl Strategy<Value = Option<Dropout>> {
     prop::option::of((0.0..0.9, any::<u64>(), any::<u32>()))
@@ -60,16 +57,6 @@ fn disguised(op: &Op, choice: u32) -> Result<Vec<Tensor>> {
         Ok(ways.swap_remove((choice >> (2 * i)) as usize % ways.len()))
     };
     op.inputs.iter().enumerate().map(one).collect()
-}
-
-/// Every element one unit in its last place away, up or down by chance.
-fn nudged(inputs: &[Tensor]) -> Vec<Tensor> {
-    let one = |(i, input): (usize, &Tensor)| {
-        let signs = random(90 + i as u64, input.shape()).sign()?;
-        (signs * f64::from(f32::EPSILON))? + 1.0
-    };
-    let factors = inputs.iter().enumerate().map(|pair| one(pair).unwrap());
-    factors.zip(inputs).map(|(factor, input)| (factor * input).unwrap()).collect()
 }
 
 proptest! {

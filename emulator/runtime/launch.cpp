@@ -157,3 +157,9 @@ EXPORTED size_t emulator_kernels(char* names, size_t bytes) {
     if (bytes > all.size()) std::memcpy(names, all.c_str(), all.size() + 1);
     return all.size() + 1;
 }
+
+// Bytes of a kernel's params, of which the driver is told only where they lie; 0 if there is no such kernel.
+EXPORTED size_t emulator_params_bytes(const char* kernel) {
+    const auto found = emulator::kernels().find(kernel);
+    return found == emulator::kernels().end() ? 0 : found->second.params_bytes;
+}

@@ -114,6 +114,7 @@ struct Arguments {
 type BeginFn = unsafe extern "C" fn(*const Arguments, c_int, *mut c_char, usize) -> *mut c_void;
 type EndFn = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
 type KernelsFn = unsafe extern "C" fn(*mut c_char, usize) -> usize;
+type ParamsBytesFn = unsafe extern "C" fn(*const c_char) -> usize;
 
 /// Compiled kernels, ready to be launched.
 pub struct Emulator {
@@ -151,6 +152,19 @@ impl Emulator {
         };
         let text = CStr::from_bytes_until_nul(&names).map_err(|e| e.to_string())?;
         Ok(text.to_string_lossy().lines().map(str::to_string).collect())
+    }
+
+    /// The size of a kernel's params struct; none if there is no such kernel.
+    ///
+    /// # Errors
+    /// If the library is not one of this crate's.
+    pub fn params_bytes(&self, kernel: &CStr) -> Result<Option<usize>, String> {
+        // SAFETY: the signature is that of runtime/launch.cpp.
+        let params_bytes = unsafe { self.loaded.get::<ParamsBytesFn>(b"emulator_params_bytes\0") }
+            .map_err(|e| e.to_string())?;
+        // SAFETY: reads the name.
+        let bytes = unsafe { params_bytes(kernel.as_ptr()) };
+        Ok((bytes > 0).then_some(bytes))
     }
 
     /// Launches a kernel and waits for its end.

@@ -336,7 +336,10 @@ pub fn dropout(dims: &'static [usize]) -> Op<'static> {
         name: format!("dropout {dims:?}"),
         inputs: vec![random(1, dims)],
         fused: Box::new(|t| ops::dropout(&t[0], DROPOUT)),
-        composed: Box::new(|t| ops::dropout(&t[0].to_device(&Device::Cpu)?, DROPOUT)),
+        composed: Box::new(|t| {
+            let device = t[0].device();
+            ops::dropout(&t[0].to_device(&Device::Cpu)?, DROPOUT)?.to_device(device)
+        }),
         reference: Box::new(move |v| {
             let mask = DROPOUT.mask(v[0].len() / cols, cols);
             v[0].iter().zip(mask).map(|(x, m)| x * f64::from(m)).collect()

@@ -89,6 +89,20 @@ pub fn tensor_error(got: &Tensor, expected: &Tensor) -> f64 {
     error(&values(got), &values(expected))
 }
 
+/// Results of random shapes may cancel, or hang on large scores; then no computation in f32 is that close. So many times
+/// the change is allowed too that inputs make which are one unit in the last place off.
+pub const TIMES_ROUNDING: f64 = 8.0;
+
+/// Every element one unit in its last place away, up or down by chance.
+pub fn nudged(inputs: &[Tensor]) -> Vec<Tensor> {
+    let one = |(i, input): (usize, &Tensor)| {
+        let signs = random(90 + i as u64, input.shape()).sign()?;
+        (signs * f64::from(f32::EPSILON))? + 1.0
+    };
+    let factors = inputs.iter().enumerate().map(|pair| one(pair).unwrap());
+    factors.zip(inputs).map(|(factor, input)| (factor * input).unwrap()).collect()
+}
+
 /// Collects the largest error of each kind, and fails on one above the bound.
 #[derive(Default)]
 pub struct Worst(BTreeMap<String, (f64, String)>);

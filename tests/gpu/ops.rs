@@ -1,7 +1,7 @@
 //! Every operation on the GPU: values, gradients, strides, repetition, streams.
 
 use crate::common::cases::{all, disguises, large, Op};
-use crate::common::{error, gradients, random, tensor_error, values};
+use crate::common::{error, gradients, nudged, random, tensor_error, values, TIMES_ROUNDING};
 use crate::{trial, with_each};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 use candle_sam_lora::cuda::{self, Kernels};
@@ -55,12 +55,7 @@ fn one_rounding(dtype: DType) -> f64 {
     }
 }
 
-/// f32 has a bound of its own; the others may be twice as far off as the composed graph on the CPU in that dtype.
-fn check(what: &str, op: &Op, dtype: DType, got: f64, eager: f64, roundings: f64) {
-    let bound = match dtype {
-        DType::F32 => F32_BOUND,
-        _ => (2.0 * eager).max(roundings * one_rounding(dtype)),
-    };
+fn check(what: &str, op: &Op, dtype: DType, got: f64, bound: f64) {
     assert!(got <= bound, "{} {dtype:?} {what}: error {got:e}, bound {bound:e}", op.name);
 }
 
@@ -68,11 +63,15 @@ fn values_agree_with_the_reference(op: &Op, dtype: DType, device: &Device) -> Re
     let (host, inputs) = inputs(op, dtype, device)?;
     let expected = (op.reference)(&host.iter().map(values).collect::<Vec<_>>());
     let eager = error(&values(&(op.composed)(&host)?), &expected);
+    let bound = match dtype {
+        DType::F32 => F32_BOUND,
+        _ => one_rounding(dtype).max(2.0 * eager),
+    };
     with_each(device, || {
         let out = (op.fused)(&inputs)?;
         assert_eq!(out.dtype(), dtype);
         assert!(out.device().same_device(device));
-        check("value", op, dtype, error(&values(&out), &expected), eager, 1.0);
+        check("value", op, dtype, error(&values(&out), &expected), bound);
         Ok(())
     })
 }
@@ -80,18 +79,29 @@ fn values_agree_with_the_reference(op: &Op, dtype: DType, device: &Device) -> Re
 fn gradients_agree_with_the_composed_graph(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (host, inputs) = inputs(op, dtype, device)?;
     let grad_out = random(79, (op.fused)(&inputs)?.shape()).to_dtype(dtype)?;
-    let (_, eager) = gradients(&host, &grad_out, &op.composed)?;
     let wide: Vec<_> = host.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<_>>()?;
     let (_, truth) = gradients(&wide, &grad_out.to_dtype(DType::F32)?, &op.composed)?;
-    let eager: Vec<_> = eager.iter().zip(&truth).map(|(e, truth)| tensor_error(e, truth)).collect();
     let on_device = grad_out.to_device(device)?;
+    let bounds: Vec<f64> = match dtype {
+        // As far as the truth is one: f32, too, magnifies roundings where GELU is steep and its argument a large sum.
+        DType::F32 => {
+            let (_, rounded) = gradients(&nudged(&host), &grad_out, &op.composed)?;
+            let off = rounded.iter().zip(&truth).map(|(r, truth)| tensor_error(r, truth));
+            off.map(|off| F32_BOUND.max(TIMES_ROUNDING * off)).collect()
+        }
+        // The forward's rounded output enters the attention's backward: one more rounding.
+        _ => {
+            let (_, eager) = gradients(&inputs, &on_device, &op.composed)?;
+            let off = eager.iter().zip(&truth).map(|(e, truth)| tensor_error(e, truth));
+            off.map(|off| (2.0 * one_rounding(dtype)).max(2.0 * off)).collect()
+        }
+    };
     with_each(device, || {
         let (_, grads) = gradients(&inputs, &on_device, &op.fused)?;
-        for (index, ((grad, eager), truth)) in grads.iter().zip(&eager).zip(&truth).enumerate() {
+        for (index, ((grad, bound), truth)) in grads.iter().zip(&bounds).zip(&truth).enumerate() {
             assert_eq!(grad.dtype(), dtype);
             let got = tensor_error(grad, truth);
-            // The forward's rounded output enters the attention's backward: one more rounding.
-            check(&format!("gradient {index}"), op, dtype, got, *eager, 2.0);
+            check(&format!("gradient {index}"), op, dtype, got, *bound);
         }
         Ok(())
     })

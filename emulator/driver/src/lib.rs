@@ -1,0 +1,56 @@
+//! Stands in for the CUDA driver where there is none, so that what talks to it runs in tests: allocations, copies,
+//! modules, launches and their attributes, tensor maps, streams, graphs, as candle and candle-sam-lora use them.
+//!
+//! ```text
+//! cargo build --release -p candle-sam-lora-driver
+//! LD_PRELOAD=target/release/libcandle_sam_lora_driver.so  a program built with the `cuda` feature
+//! ```
+//!
+//! The functions of this library go before those of the libraries that the program is linked with. One device,
+//! whose memory is the host's; a function's work is done before it returns, so that everything is in every stream's
+//! order. Kernels of candle-sam-lora run in the emulator (`launch`); of candle's own, those that prepare operands
+//! (`candle`). What the driver would refuse is refused; a kernel that fails leaves the device broken, as on a GPU, and
+//! says why on stderr.
+//!
+//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another.
+
+mod candle;
+mod device;
+mod element;
+mod graph;
+mod launch;
+mod libraries;
+mod memory;
+
+use std::sync::atomic::{AtomicI32, Ordering};
+
+/// `CUresult`; the numbers are those of cuda.h.
+type Status = i32;
+const SUCCESS: Status = 0;
+const INVALID_VALUE: Status = 1;
+const INVALID_CONTEXT: Status = 201;
+const NOT_FOUND: Status = 500;
+const LAUNCH_FAILED: Status = 719;
+const NOT_SUPPORTED: Status = 801;
+const STREAM_CAPTURE_UNSUPPORTED: Status = 900;
+const STREAM_CAPTURE_INVALIDATED: Status = 901;
+
+/// A status and the reason for it.
+type Outcome = Result<(), (Status, String)>;
+
+/// What a kernel's failure left: it stays, as on a GPU.
+static BROKEN: AtomicI32 = AtomicI32::new(SUCCESS);
+
+/// Says why a call failed; returns what the caller is told.
+fn told(outcome: Outcome) -> Status {
+    match outcome {
+        Ok(()) => BROKEN.load(Ordering::SeqCst),
+        Err((status, reason)) => {
+            eprintln!("emulated driver: {reason}");
+            if status == LAUNCH_FAILED {
+                BROKEN.store(status, Ordering::SeqCst);
+            }
+            status
+        }
+    }
+}

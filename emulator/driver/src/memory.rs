@@ -1,0 +1,175 @@
+//! The device's memory: the host's, exactly as long as asked for, NaN when it is new and when it is given back.
+
+use crate::{graph, told, Outcome, Status, INVALID_VALUE, STREAM_CAPTURE_UNSUPPORTED, SUCCESS};
+use std::alloc::Layout;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
+
+/// A stream's handle.
+pub type Stream = usize;
+/// As a pool of the driver's aligns it.
+const ALIGNMENT: usize = 256;
+const NAN: u8 = 0xFF;
+
+/// Where live memory lies, and how long it is.
+static LIVE: Mutex<BTreeMap<u64, usize>> = Mutex::new(BTreeMap::new());
+
+/// That of graphs, which stays when it is freed: another launch writes it again.
+static OWNED: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
+
+fn owned<T>(change: impl FnOnce(&mut BTreeSet<u64>) -> T) -> T {
+    change(&mut OWNED.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Memory becomes a graph's.
+pub fn own(address: u64) {
+    owned(|owned| owned.insert(address));
+}
+
+/// A graph's memory, after its end.
+pub fn disown(address: u64) -> Outcome {
+    match owned(|owned| owned.remove(&address)) {
+        true => Ok(()),
+        false => Err((INVALID_VALUE, format!("{address:#x} is not a graph's"))),
+    }
+}
+
+fn live<T>(change: impl FnOnce(&mut BTreeMap<u64, usize>) -> T) -> T {
+    change(&mut LIVE.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn alloc(bytes: usize) -> Result<u64, (Status, String)> {
+    let refused = || (INVALID_VALUE, format!("an allocation of {bytes} bytes"));
+    let layout = Layout::from_size_align(bytes, ALIGNMENT).map_err(|_| refused())?;
+    if bytes == 0 {
+        return Err(refused());
+    }
+    // SAFETY: the layout is not empty; the bytes are written before anybody reads them.
+    let address = unsafe {
+        let start = std::alloc::alloc(layout);
+        if start.is_null() {
+            std::alloc::handle_alloc_error(layout)
+        }
+        start.write_bytes(NAN, bytes);
+        start as u64
+    };
+    live(|live| live.insert(address, bytes));
+    Ok(address)
+}
+
+/// Gives memory back, NaN.
+pub fn free(address: u64) -> Outcome {
+    if owned(|owned| owned.contains(&address)) {
+        return Ok(());
+    }
+    let Some(bytes) = live(|live| live.remove(&address)) else {
+        return Err((INVALID_VALUE, format!("{address:#x} is freed, but was not allocated")));
+    };
+    // SAFETY: allocated with this layout, and no longer listed, so nobody else frees it.
+    unsafe {
+        (address as *mut u8).write_bytes(NAN, bytes);
+        std::alloc::dealloc(
+            address as *mut u8,
+            Layout::from_size_align_unchecked(bytes, ALIGNMENT),
+        );
+    }
+    Ok(())
+}
+
+/// Whether all of it is live memory.
+fn check(address: u64, bytes: usize) -> Outcome {
+    let end = live(|live| {
+        let (start, length) = live.range(..=address).next_back()?;
+        Some(start + *length as u64)
+    });
+    match end {
+        Some(end) if address + bytes as u64 <= end => Ok(()),
+        _ => Err((INVALID_VALUE, format!("{bytes} bytes at {address:#x} are not the device's"))),
+    }
+}
+
+/// Copies within, to or from the device's memory; `ours` are the addresses in it.
+fn copy(stream: Stream, to: u64, from: u64, bytes: usize, ours: &[u64]) -> Outcome {
+    let host = ours.len() == 1;
+    if host && graph::is_capturing(stream) {
+        return Err((STREAM_CAPTURE_UNSUPPORTED, "a copy from or to the host in a graph".into()));
+    }
+    for &address in ours {
+        check(address, bytes)?;
+    }
+    graph::submit(stream, move || {
+        // SAFETY: checked where it is the device's, else the caller's promise; the two may be the same memory.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    })
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream: Stream) -> Status {
+    told(alloc(bytes).map(|new| {
+        graph::allocated(stream, new);
+        // SAFETY: the caller's address is one to write to.
+        unsafe { *address = new }
+    }))
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuMemFreeAsync(address: u64, stream: Stream) -> Status {
+    told(match graph::freed(stream, address) {
+        Some(outcome) => outcome,
+        None => free(address),
+    })
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+    to: u64,
+    from: *const u8,
+    bytes: usize,
+    stream: Stream,
+) -> Status {
+    told(copy(stream, to, from as u64, bytes, &[to]))
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
+    to: *mut u8,
+    from: u64,
+    bytes: usize,
+    stream: Stream,
+) -> Status {
+    told(copy(stream, to as u64, from, bytes, &[from]))
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
+    to: u64,
+    from: u64,
+    bytes: usize,
+    stream: Stream,
+) -> Status {
+    told(copy(stream, to, from, bytes, &[to, from]))
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: Stream) -> Status {
+    told(check(to, bytes).and_then(|()| {
+        graph::submit(stream, move || {
+            // SAFETY: checked.
+            unsafe { (to as *mut u8).write_bytes(value, bytes) };
+            Ok(())
+        })
+    }))
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut usize, _device: i32) -> Status {
+    // SAFETY: the caller's address is one to write to.
+    unsafe { *pool = 1 };
+    SUCCESS
+}
+
+#[no_mangle]
+extern "C" fn cuMemPoolSetAttribute(_pool: usize, _attribute: i32, _value: *mut u8) -> Status {
+    SUCCESS
+}

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The GPU tests on a machine without a GPU: candle and this crate with the `cuda` feature, on a stand-in for the driver
+# that runs the kernels in the emulator (emulator/driver), as a Hopper GPU or, with EMULATED_CAPABILITY=80, an older one.
+#
+# usage: emulated-gpu.sh [what the tests' names hold, and other arguments of theirs]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+toolchain=$(scripts/cuda-toolchain.sh)
+eval "$toolchain"
+target=${CARGO_TARGET_DIR:-$PWD/target}
+
+# The emulator compiles the kernels itself. What nvcc makes of them would be loaded and never run, so one stands in here
+# that leaves their code out.
+cuda=$target/emulated-gpu
+mkdir -p "$cuda"
+cat >"$cuda/nvcc" <<EOF
+#!/usr/bin/env bash
+[[ \$1 == --fatbin ]] || exec "$(command -v nvcc)" "\$@"
+while [[ \$1 != -o ]]; do shift; done
+printf '\x50\xed\x55\xba' >"\$2" # a fat binary's magic number
+EOF
+chmod +x "$cuda/nvcc"
+export CANDLE_SAM_LORA_NVCC=$cuda/nvcc CANDLE_SAM_LORA_KERNEL_CACHE=$cuda/kernels CANDLE_SAM_LORA_CUDA_ARCHS='80;90'
+
+cargo build --release -p candle-sam-lora-driver
+triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+export "CARGO_TARGET_${triple}_RUNNER=env LD_PRELOAD=$target/release/libcandle_sam_lora_driver.so"
+CANDLE_SAM_LORA_REQUIRE_GPU=1 cargo test --release --features cuda --test gpu -- "$@"
