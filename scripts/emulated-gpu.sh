@@ -2,6 +2,8 @@
 # The GPU tests on a machine without a GPU: candle and this crate with the `cuda` feature, on a stand-in for the driver
 # that runs the kernels in the emulator (emulator/driver), as a Hopper GPU or, with EMULATED_CAPABILITY=80, an older one.
 #
+# With EMULATOR_SANITIZE=address,undefined a kernel that reaches past a tensor or its workspace is reported.
+#
 # usage: emulated-gpu.sh [what the tests' names hold, and other arguments of theirs]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,6 +25,12 @@ chmod +x "$cuda/nvcc"
 export CANDLE_SAM_LORA_NVCC=$cuda/nvcc CANDLE_SAM_LORA_KERNEL_CACHE=$cuda/kernels CANDLE_SAM_LORA_CUDA_ARCHS='80;90'
 
 cargo build --release -p candle-sam-lora-driver
+preload=$target/release/libcandle_sam_lora_driver.so
+if [ -n "${EMULATOR_SANITIZE:-}" ]; then
+  # The sanitizer's runtime has to be the first library of all.
+  preload=$("${CXX:-c++}" -print-file-name=libasan.so):$preload
+  export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+fi
 triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
-export "CARGO_TARGET_${triple}_RUNNER=env LD_PRELOAD=$target/release/libcandle_sam_lora_driver.so"
+export "CARGO_TARGET_${triple}_RUNNER=env LD_PRELOAD=$preload"
 CANDLE_SAM_LORA_REQUIRE_GPU=1 cargo test --release --features cuda --test gpu -- "$@"
