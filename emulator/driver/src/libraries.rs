@@ -2,9 +2,13 @@
 
 use crate::element::Element;
 use crate::memory::Stream;
-use crate::{graph, Status, NOT_SUPPORTED, SUCCESS};
+use crate::{graph, Status, SUCCESS};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// CUBLAS_STATUS_NOT_SUPPORTED and CUBLAS_STATUS_EXECUTION_FAILED: cuBLAS counts otherwise than the driver.
+const NOT_SUPPORTED: Status = 15;
+const EXECUTION_FAILED: Status = 13;
 
 /// Of cuBLAS: the stream that it works in.
 type Handle = AtomicUsize;
@@ -110,7 +114,7 @@ unsafe extern "C" fn cublasGemmStridedBatchedEx(
         }
         Ok(())
     });
-    done.map_or_else(|(status, _)| status, |()| SUCCESS)
+    done.map_or(EXECUTION_FAILED, |()| SUCCESS)
 }
 
 #[no_mangle]
