@@ -395,6 +395,19 @@ fn saved_modules_load_into_the_maps_variables() -> Result<()> {
 }
 
 #[test]
+fn saved_modules_part_from_tied_ones_that_are_frozen() -> Result<()> {
+    let mut vit = Vit::new(&VarMap::new(), Kept::default())?;
+    vit.head.weight = vit.embed.weight.clone();
+    let before = bits(&vit.embed.weight)?;
+    inject(&mut vit, &lora().modules_to_save(["head"]), 0)?;
+    let mut trainer = Trainer::new(&vit, config(), 0, Default::default())?;
+    trainer.step(|_, mode| vit.loss(mode))?;
+    assert_eq!(bits(&vit.embed.weight)?, before);
+    assert_ne!(bits(&vit.head.weight)?, before);
+    Ok(())
+}
+
+#[test]
 fn views_trained_beside_adapters_become_variables_of_their_own() -> Result<()> {
     let map = VarMap::new();
     let mut vit = Vit::new(&map, Kept::default())?;

@@ -12,12 +12,12 @@ use super::target::Matcher;
 use super::{unmerge, InitLoraWeights, LoraConfig};
 use crate::nn::{
     adapter_tensor_name, is_adapter_tensor, set_values, Adapter, Adapters, ModuleTree, Node,
-    NodeMut, DEFAULT_ADAPTER,
+    NodeMut, Training, DEFAULT_ADAPTER,
 };
 use crate::{philox, Error, Result};
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// How many names an error offers as candidates.
 const SHOWN: usize = 12;
@@ -217,17 +217,27 @@ impl<'a> Plan<'a> {
         model: &dyn ModuleTree,
         mut values: BTreeMap<String, Tensor>,
     ) -> Result<BTreeMap<String, Replacement>> {
+        let trains = |name: &str, is_buffer: bool| !is_buffer && self.base.contains_key(name);
+        // As PEFT's copy does, a module to save parts from what it shares its weights with.
+        let mut frozen = HashSet::new();
+        for (name, tensor, is_buffer) in tensors(model) {
+            if let (false, Training::Trained(variable)) =
+                (trains(&name, is_buffer), Training::of(&tensor)?)
+            {
+                frozen.insert(variable.id());
+            }
+        }
         let mut replaced = BTreeMap::new();
         for (name, current, is_buffer) in tensors(model) {
             if is_adapter_tensor(&name) {
                 continue;
             }
-            let trained = !is_buffer && self.base.contains_key(&name);
+            let trained = trains(&name, is_buffer);
             let value = values
                 .remove(&name)
                 .map(|value| value.to_device(current.device())?.to_dtype(current.dtype()))
                 .transpose()?;
-            let own = trained && current.is_variable();
+            let own = trained && current.is_variable() && !frozen.contains(&current.id());
             let new = match value {
                 Some(value) if own => Replacement::Values(value),
                 None if own || !(trained || current.track_op()) => continue,
@@ -246,7 +256,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// How a base tensor changes.
+/// Change of a base tensor.
 enum Replacement {
     /// Other values for a variable that stays.
     Values(Tensor),
@@ -374,7 +384,7 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
 /// seed gives the same adapter.
 ///
 /// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. What is trained besides keeps its
-/// variable; a view of one becomes a variable of its own.
+/// variable, unless a frozen tensor shares it; then, and for a view, it becomes a variable of its own.
 ///
 /// # Errors
 /// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is

@@ -7,12 +7,12 @@
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
 
-/// Operations that end the graph without an error; the second half of the message on a gradient that is missing.
+/// Names operations that end the graph without an error, for messages on missing gradients.
 pub(crate) const ENDS_THE_GRAPH: &str =
     "candle_nn's LayerNorm, RmsNorm, softmax_last_dim, rotary embeddings and any apply_op*_no_bwd have no backward \
      and end the graph without an error; nn::LayerNorm and candle_nn::ops::softmax have one";
 
-/// What training sees in a parameter.
+/// A parameter's part in training.
 pub(crate) enum Training {
     /// A constant.
     Frozen,

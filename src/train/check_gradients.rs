@@ -39,22 +39,22 @@ impl Verdict {
     }
 }
 
-/// What was found of a variable, or of some of its elements.
+/// The check of a variable, or of some of its elements.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientCheck {
-    /// Of the variable.
+    /// Name of the variable.
     pub name: String,
-    /// Elements that moved: all, or those with or without a gradient of exactly zero.
+    /// Number of elements that moved: all, or those with or without a gradient of exactly zero.
     pub elements: usize,
-    /// Elements of the variable.
+    /// Number of elements of the variable.
     pub of: usize,
     /// The derivative along the direction by the gradient; none without a gradient.
     pub by_gradient: Option<f64>,
     /// The derivative along the direction by losses.
     pub by_losses: f64,
-    /// How far `by_losses` may be from the truth.
+    /// Largest error of `by_losses`.
     pub uncertainty: f64,
-    /// What follows.
+    /// The conclusion.
     pub verdict: Verdict,
 }
 
@@ -73,14 +73,14 @@ impl fmt::Display for GradientCheck {
     }
 }
 
-/// What was found of every variable, sorted by name.
+/// The checks of all variables, sorted by name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientReport {
-    /// One for a variable; two where some of its elements have a gradient of exactly zero.
+    /// One for each variable; two where only some of its elements have a gradient of exactly zero.
     pub checks: Vec<GradientCheck>,
 }
 
-/// A line for each.
+/// One line for each check.
 impl fmt::Display for GradientReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lines: Vec<String> = self.checks.iter().map(|check| check.to_string()).collect();
@@ -89,7 +89,7 @@ impl fmt::Display for GradientReport {
 }
 
 impl GradientReport {
-    /// Those that are missing, zero or wrong.
+    /// The checks that found a gradient missing, zero or wrong.
     pub fn faults(&self) -> impl Iterator<Item = &GradientCheck> {
         self.checks.iter().filter(|check| check.verdict.is_fault())
     }
@@ -124,7 +124,7 @@ impl GradientReport {
                 let part = Part { name, var, gradient: gradient.as_deref(), zero };
                 let mut check = part.check(0, here, &mut loss)?;
                 if check.verdict.is_fault() {
-                    // Rounding errors that are once in a while larger than expected are not so twice.
+                    // A rare, large rounding error does not come twice, along another direction.
                     check = part.check(1, here, &mut loss)?;
                 }
                 checks.push(check);
@@ -166,7 +166,7 @@ impl Part<'_> {
             || self.gradient.iter().copied().flatten().zip(&direction).map(|(g, d)| g * d);
         let by_gradient = self.gradient.map(|_| products().sum::<f64>());
         let length = products().map(|product| product * product).sum::<f64>().sqrt();
-        // Sums of up to 1 / sqrt(eps) terms, each rounded by eps.
+        // A gradient sums up to 1 / sqrt(eps) terms, each rounded by eps.
         let rounding = epsilon(self.var.dtype()).max(here.epsilon).sqrt() * length;
         let agree = |derivative: f64| (value - derivative).abs() <= uncertainty + rounding;
         let precise = uncertainty <= LEAST_PRECISION * value.abs().max(length);

@@ -1,7 +1,7 @@
-//! What to say of parameters that a backward pass gave nothing: whether the loss depends on them, by trying.
+//! Tells lost gradients from rightly absent ones: moves the parameters, and looks whether the loss follows.
 
 use super::gradients::causes;
-use super::slope::{values, Loss, Moving, Slope};
+use super::slope::{is_constant, values, Loss, Moving, Slope};
 use super::{Draws, Gradients};
 use crate::nn::ENDS_THE_GRAPH;
 use candle_core::{bail, DType, Error, Result, Tensor, Var};
@@ -19,30 +19,34 @@ pub(super) fn missing(
     mut loss: impl FnMut() -> Result<Loss>,
 ) -> Error {
     let names: Vec<&str> = parameters.iter().map(|(name, _)| *name).collect();
-    let start = format!("{} of {of} trainable parameters got no gradient", names.len());
     let suspects: Vec<_> = parameters.iter().map(|(name, var)| (*name, *var, None)).collect();
-    let used = match moving(&suspects).and_then(|moving| Slope::along(&moving, here, &mut loss)) {
-        Ok(Slope { constant: true, .. }) => Ok(None),
-        Ok(_) => used(&suspects, here, loss).map(Some),
-        Err(error) => Err(error),
+    let mut used = || -> Result<Option<String>> {
+        if loss()?.value != here.value {
+            bail!("the loss cannot be repeated")
+        }
+        match is_constant(&moving(&suspects)?, here, &mut loss)? {
+            true => Ok(None),
+            false => used(&suspects, here, &mut loss).map(Some),
+        }
     };
-    let cause = match used {
+    let cause = match used() {
         Ok(None) => {
             "; the loss does not depend on them, so freeze them with nn::set_trainable".to_string()
         }
         Ok(Some(used)) => format!(
             ", but the loss depends on {used}. {ENDS_THE_GRAPH}. Freeze those that the loss does not depend on"
         ),
+        // A loss that fails or changes by itself tells nothing.
         Err(_) => format!(". {}", causes()),
     };
-    Error::msg(format!("{start}: {}{cause}", names.join(", ")))
+    let (count, names) = (names.len(), names.join(", "));
+    Error::msg(format!("{count} of {of} trainable parameters got no gradient: {names}{cause}"))
 }
 
 /// Fails when `loss`, whose value is `here`, depends on elements whose gradient is exactly zero.
 ///
 /// Many gradients are rightly zero: that of a LoRA's A while B is zero, or of an embedding that is not used. Then the
 /// loss has no slope when all such elements move together: two more losses tell in most cases, twelve or more in others.
-///
 pub(super) fn check_zeros<'a>(
     parameters: impl Iterator<Item = (&'a str, &'a Var)>,
     gradients: &Gradients,
@@ -58,7 +62,7 @@ pub(super) fn check_zeros<'a>(
     if suspects.is_empty() {
         return Ok(());
     }
-    // Beside the parameters' values the loss may fail, where it does not at them: then nothing can be told.
+    // The loss may fail at other values of the parameters; then it tells nothing.
     let Ok(slope) = Slope::along(&moving(&suspects)?, here, &mut loss) else { return Ok(()) };
     if slope.value.abs() <= slope.uncertainty {
         return Ok(());
@@ -91,8 +95,7 @@ fn used(
 ) -> Result<String> {
     let mut used = Vec::new();
     for suspect in suspects.iter().take(TRIED) {
-        let slope = Slope::along(&moving(&[*suspect])?, here, &mut loss)?;
-        if slope.value.abs() > slope.uncertainty {
+        if !is_constant(&moving(&[*suspect])?, here, &mut loss)? {
             used.push(suspect.0);
         }
         if used.len() == NAMED {

@@ -101,7 +101,7 @@ impl Drop for Moving {
 }
 
 impl Slope {
-    /// Of `loss`, whose value is `here`, while all of `moving` move together.
+    /// The slope of `loss`, whose value is `here`, while all of `moving` move together.
     ///
     /// # Errors
     /// When a loss fails or is not finite.
@@ -110,21 +110,13 @@ impl Slope {
         here: Loss,
         mut loss: impl FnMut() -> Result<Loss>,
     ) -> Result<Self> {
-        let eps = moving.iter().map(|m| epsilon(m.start.dtype())).fold(here.epsilon, f64::max);
-        let mut h = eps.powf(0.2).min(1.0 / 16.0);
-        let mut at = |distance: f64| -> Result<f64> {
-            moving.iter().try_for_each(|m| m.go_to(distance))?;
-            Ok(loss()?.value - here.value)
-        };
+        let mut h = first_step(moving, here);
         let rounded = |value: f64| 0.5 * here.epsilon * value.abs();
-        let reach = f64::from(REACH) * h;
-        if at(reach)? == 0.0 && at(-reach)? == 0.0 {
-            return Ok(Self {
-                value: 0.0,
-                uncertainty: wide(rounded(here.value), h),
-                constant: true,
-            });
+        if is_constant(moving, here, &mut loss)? {
+            let uncertainty = wide(rounded(here.value), h);
+            return Ok(Self { value: 0.0, uncertainty, constant: true });
         }
+        let mut at = |distance: f64| change(moving, distance, here, &mut loss);
         let mut best = Self { value: 0.0, uncertainty: f64::INFINITY, constant: false };
         if at(0.0)? != 0.0 {
             return Ok(best);
@@ -148,6 +140,37 @@ impl Slope {
         }
         Ok(best)
     }
+}
+
+/// Whether `loss`, whose value is `here`, has the same bits at either end of the way that `moving` go.
+///
+/// # Errors
+/// When a loss fails or is not finite.
+pub(super) fn is_constant(
+    moving: &[Moving],
+    here: Loss,
+    mut loss: impl FnMut() -> Result<Loss>,
+) -> Result<bool> {
+    let reach = f64::from(REACH) * first_step(moving, here);
+    let mut at = |distance: f64| change(moving, distance, here, &mut loss);
+    Ok(at(reach)? == 0.0 && at(-reach)? == 0.0)
+}
+
+/// The largest h, in sizes of the variables.
+fn first_step(moving: &[Moving], here: Loss) -> f64 {
+    let eps = moving.iter().map(|m| epsilon(m.start.dtype())).fold(here.epsilon, f64::max);
+    eps.powf(0.2).min(1.0 / 16.0)
+}
+
+/// Change of the loss, this far along the directions.
+fn change(
+    moving: &[Moving],
+    distance: f64,
+    here: Loss,
+    loss: &mut impl FnMut() -> Result<Loss>,
+) -> Result<f64> {
+    moving.iter().try_for_each(|m| m.go_to(distance))?;
+    Ok(loss()?.value - here.value)
 }
 
 /// The uncertainty of a slope over losses with these errors.
