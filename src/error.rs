@@ -31,6 +31,9 @@ pub enum Error {
     /// A configuration that no model can have, or that is not supported.
     #[error("invalid configuration: {0}")]
     Config(String),
+    /// Gradients that are missing or wrong, by the names of their parameters.
+    #[error("gradients: {0}")]
+    Gradients(String),
     /// A name that is neither a folder nor to be had from the hub, see [`hub`](crate::hub).
     #[error("{name}: no such folder here; {message}")]
     Hub {

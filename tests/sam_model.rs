@@ -6,7 +6,10 @@ mod common;
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode, ModuleTree, Node};
-use candle_sam_lora::sam::{AttentionKind, SamConfig, SamInput, SamModel};
+use candle_sam_lora::sam::{
+    AttentionKind, DeepSeekOcrEncoder, SamConfig, SamInput, SamMaskDecoder, SamModel,
+    SamPositionalEmbedding, SamPromptEncoder, SamTwoWayTransformer, SamVisionEncoder,
+};
 use common::{
     error_relative_to, largest, lookup, model, read, relative_error, scalars, Tensors, Worst,
 };
@@ -309,5 +312,54 @@ fn random_weights_depend_on_the_seed_alone() -> Result<()> {
         assert_eq!(tensor.is_variable(), name.ends_with("q.weight"), "{name}");
     }
     assert!(build(1)?.randomize(1, f64::NAN).is_err());
+    Ok(())
+}
+
+#[test]
+fn every_constructor_refuses_what_no_model_can_be() -> Result<()> {
+    let device = &Device::Cpu;
+    let (good, f32s) = (SamConfig::default(), DType::F32);
+    let mut bad = good.clone();
+    (bad.vision_config.hidden_size, bad.vision_config.num_attention_heads) = (65, 2);
+    let kind = AttentionKind::Split;
+    let build = |config: &SamConfig, dtype: DType| {
+        let vision = &config.vision_config;
+        let text = |result: candle_core::Result<()>| {
+            result.expect_err("a model that cannot be").to_string()
+        };
+        let crates = |result: candle_sam_lora::Result<()>| text(result.map_err(Into::into));
+        vec![
+            text(SamVisionEncoder::new(vision, kind, dtype, device).map(drop)),
+            text(
+                SamVisionEncoder::with_attention(vision, dtype, device, |l| kind.build(l))
+                    .map(drop),
+            ),
+            crates(DeepSeekOcrEncoder::new(vision, [4, 8], kind, dtype, device).map(drop)),
+            crates(SamModel::new(config, kind, dtype, device).map(drop)),
+            text(SamPromptEncoder::zeros(config, dtype, device).map(drop)),
+        ]
+    };
+    for message in build(&bad, f32s) {
+        assert!(
+            message.contains("vision_config.hidden_size is 65, expected a multiple of"),
+            "{message}"
+        );
+    }
+    for dtype in [DType::F64, DType::U8, DType::I64] {
+        let decoder = SamMaskDecoder::zeros(&good.mask_decoder_config, dtype, device).map(drop);
+        let transformer =
+            SamTwoWayTransformer::zeros(&good.mask_decoder_config, dtype, device).map(drop);
+        let positions = SamPositionalEmbedding::zeros(8, dtype, device).map(drop);
+        let others =
+            [decoder, transformer, positions].map(|r| r.expect_err("no such dtype").to_string());
+        for message in build(&good, dtype).into_iter().chain(others) {
+            assert!(
+                message.contains(&format!("is {dtype:?}, expected F32, F16 or BF16")),
+                "{message}"
+            );
+        }
+    }
+    let narrow = DeepSeekOcrEncoder::new(&good.vision_config, [4, 0], kind, f32s, device).map(drop);
+    assert!(narrow.expect_err("no width").to_string().contains("width of net_3 is 0"));
     Ok(())
 }

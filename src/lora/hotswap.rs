@@ -15,7 +15,9 @@ use super::switch::check_known;
 use super::target::Matcher;
 use super::{LoraConfig, CONFIG_FILE};
 use crate::files::TensorFile;
-use crate::nn::{Adapter, ModuleTree, Node, NodeMut};
+use crate::nn::{
+    adapter_tensor_name, check_settable, set_values, Adapter, ModuleTree, Node, NodeMut,
+};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Var};
 use std::collections::BTreeMap;
@@ -79,6 +81,9 @@ fn plan(
         if let Some((what, was, is)) = alike.into_iter().find(|(_, was, is)| was != is) {
             return Err(Error::config(format!("{what} is {is}, and {was} in the loaded adapter")));
         }
+        for (leaf, tensor) in old.tensors() {
+            check_settable(&adapter_tensor_name(&path, name, leaf), tensor)?;
+        }
         let mut adapter = old.clone();
         if !file.tensors().contains_key(&key(&path, "lora_A.weight")) {
             for tensor in [&mut adapter.a, &mut adapter.b].into_iter().chain(&mut adapter.b_bias) {
@@ -115,10 +120,10 @@ fn plan(
 /// Puts the values of `new` into `adapter`.
 fn swap(adapter: &mut Adapter, new: Adapter) -> Result<()> {
     (adapter.scaling, adapter.dropout) = (new.scaling, new.dropout);
-    for ((_, tensor), (_, value)) in adapter.tensors_mut().zip(new.tensors()) {
+    for ((leaf, tensor), (_, value)) in adapter.tensors_mut().zip(new.tensors()) {
         let value = value.detach();
-        match (tensor.is_variable(), tensor.dims() == value.dims()) {
-            (true, true) => Var::from_tensor(tensor)?.set(&value)?,
+        match (tensor.track_op(), tensor.dims() == value.dims()) {
+            (true, true) => set_values(leaf, tensor, &value)?,
             (true, false) => *tensor = Var::from_tensor(&value)?.into_inner(),
             (false, _) => *tensor = value,
         }

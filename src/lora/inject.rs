@@ -11,13 +11,13 @@ use super::switch::BASE;
 use super::target::Matcher;
 use super::{unmerge, InitLoraWeights, LoraConfig};
 use crate::nn::{
-    adapter_tensor_name, is_adapter_tensor, Adapter, Adapters, ModuleTree, Node, NodeMut,
-    DEFAULT_ADAPTER,
+    adapter_tensor_name, is_adapter_tensor, set_values, Adapter, Adapters, ModuleTree, Node,
+    NodeMut, Training, DEFAULT_ADAPTER,
 };
 use crate::{philox, Error, Result};
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// How many names an error offers as candidates.
 const SHOWN: usize = 12;
@@ -199,8 +199,10 @@ impl<'a> Plan<'a> {
                     }
                 }
                 NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) => {
-                    if let Some(new) = replaced.remove(path) {
-                        *tensor = new;
+                    match replaced.remove(path) {
+                        Some(Replacement::Values(values)) => set_values(path, tensor, &values)?,
+                        Some(Replacement::Tensor(new)) => *tensor = new,
+                        None => {}
                     }
                 }
             }
@@ -214,23 +216,52 @@ impl<'a> Plan<'a> {
         &self,
         model: &dyn ModuleTree,
         mut values: BTreeMap<String, Tensor>,
-    ) -> Result<BTreeMap<String, Tensor>> {
+    ) -> Result<BTreeMap<String, Replacement>> {
+        let trains = |name: &str, is_buffer: bool| !is_buffer && self.base.contains_key(name);
+        // As PEFT's copy does, a module to save parts from what it shares its weights with.
+        let mut frozen = HashSet::new();
+        for (name, tensor, is_buffer) in tensors(model) {
+            if let (false, Training::Trained(variable)) =
+                (trains(&name, is_buffer), Training::of(&tensor)?)
+            {
+                frozen.insert(variable.id());
+            }
+        }
         let mut replaced = BTreeMap::new();
         for (name, current, is_buffer) in tensors(model) {
             if is_adapter_tensor(&name) {
                 continue;
             }
-            let trained = !is_buffer && self.base.contains_key(&name);
-            let new = match values.remove(&name) {
-                Some(value) => value.to_device(current.device())?.to_dtype(current.dtype())?,
-                None if trained == current.is_variable() => continue,
-                None => current.detach(),
+            let trained = trains(&name, is_buffer);
+            let value = values
+                .remove(&name)
+                .map(|value| value.to_device(current.device())?.to_dtype(current.dtype()))
+                .transpose()?;
+            let own = trained && current.is_variable() && !frozen.contains(&current.id());
+            let new = match value {
+                Some(value) if own => Replacement::Values(value),
+                None if own || !(trained || current.track_op()) => continue,
+                value => {
+                    let new = value.unwrap_or_else(|| current.detach());
+                    Replacement::Tensor(if trained {
+                        Var::from_tensor(&new)?.into_inner()
+                    } else {
+                        new
+                    })
+                }
             };
-            let new = if trained { Var::from_tensor(&new)?.into_inner() } else { new };
             replaced.insert(name, new);
         }
         Ok(replaced)
     }
+}
+
+/// Change of a base tensor.
+enum Replacement {
+    /// Other values for a variable that stays.
+    Values(Tensor),
+    /// A constant, or a variable of its own.
+    Tensor(Tensor),
 }
 
 /// Name and tensor of everything in `model`, and whether it is a buffer.
@@ -351,6 +382,9 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
 /// Freezes `model` and gives every targeted linear layer a fresh, trainable adapter in f32; makes trainable what
 /// the configuration names besides (biases, modules to save). Returns the paths of the adapted layers. The same
 /// seed gives the same adapter.
+///
+/// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. What is trained besides keeps its
+/// variable, unless a frozen tensor shares it; then, and for a view, it becomes a variable of its own.
 ///
 /// # Errors
 /// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is

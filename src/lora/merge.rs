@@ -97,6 +97,8 @@ fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<
 
 /// Folds the active adapters into their layers' weights and biases; layers already merged stay as they are.
 ///
+/// Merged weights are new tensors: a `VarMap` keeps the base, which [`unmerge`] puts back.
+///
 /// # Errors
 /// When the model carries no active adapter, or a LoRA bias meets a layer without bias, as in PEFT. The model is
 /// unchanged then.

@@ -42,7 +42,7 @@ pub fn trainable_parameters(model: &dyn ModuleTree) -> ParameterReport {
     let mut report = ParameterReport { trainable: 0, all: 0 };
     for (_, tensor) in named_parameters(model) {
         report.all += tensor.elem_count();
-        if tensor.is_variable() {
+        if tensor.track_op() {
             report.trainable += tensor.elem_count();
         }
     }

@@ -15,10 +15,11 @@ use super::target::Matcher;
 use super::{BiasTraining, LoraConfig};
 use crate::files::TensorFile;
 use crate::nn::{
-    adapter_tensor_name, is_adapter_tensor, ModuleTree, Node, NodeMut, DEFAULT_ADAPTER,
+    adapter_tensor_name, check_settable, is_adapter_tensor, set_values, ModuleTree, Node, NodeMut,
+    DEFAULT_ADAPTER,
 };
 use crate::{Error, Result, TensorMismatch};
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -167,7 +168,8 @@ pub fn set_adapter_state(
     overwrite(model, values.collect())
 }
 
-/// Gives tensors of the model new values, in device and dtype of the old ones; variables in place.
+/// Gives tensors of the model new values, in device and dtype of the old ones; variables, and those behind views, in
+/// place.
 pub(super) fn overwrite(
     model: &mut dyn ModuleTree,
     values: BTreeMap<String, &Tensor>,
@@ -176,22 +178,17 @@ pub(super) fn overwrite(
     model.visit("", &mut |name, node| {
         let (Node::Parameter(old) | Node::Buffer(old)) = node else { return };
         if let Some(value) = values.get(name) {
-            let value = value.to_device(old.device()).and_then(|v| v.to_dtype(old.dtype()));
-            converted.insert(name.to_string(), value);
+            let convert = || Ok(value.to_device(old.device())?.to_dtype(old.dtype())?);
+            converted.insert(name.to_string(), check_settable(name, old).and_then(|()| convert()));
         }
     });
     let mut converted = converted
         .into_iter()
         .map(|(name, value)| Ok((name, value?)))
-        .collect::<Result<BTreeMap<_, _>>>()?;
+        .collect::<Result<BTreeMap<String, Tensor>>>()?;
     model.visit_mut("", &mut |name, node| {
         let (NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor)) = node else { return Ok(()) };
-        match converted.remove(name) {
-            Some(value) if tensor.is_variable() => Var::from_tensor(tensor)?.set(&value)?,
-            Some(value) => *tensor = value.detach(),
-            None => {}
-        }
-        Ok(())
+        converted.remove(name).map_or(Ok(()), |value| set_values(name, tensor, &value))
     })
 }
 

@@ -6,7 +6,7 @@
 //! Source: PEFT 0.21, `set_adapter`, `enable_adapters`, `delete_adapter` in `tuners/tuners_utils.py`.
 
 use super::unmerge;
-use crate::nn::{ModuleTree, Node, NodeMut};
+use crate::nn::{ModuleTree, Node, NodeMut, Training};
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
 use std::collections::BTreeSet;
@@ -90,12 +90,12 @@ pub fn set_adapter(model: &mut dyn ModuleTree, names: &[&str]) -> Result<()> {
     })
 }
 
-/// Makes a tensor a variable or none; what it is already stays untouched.
+/// Makes a tensor trainable or frozen; a variable, or a view of one, that stays trainable is left as it is.
 fn set_variable(tensor: &mut Tensor, wanted: bool) -> Result<()> {
-    match (wanted, tensor.is_variable()) {
-        (true, false) => *tensor = Var::from_tensor(tensor)?.into_inner(),
-        (false, true) => *tensor = tensor.detach(),
-        _ => {}
+    match (wanted, Training::of(tensor)?) {
+        (true, Training::Trained(_)) => {}
+        (true, _) => *tensor = Var::from_tensor(&tensor.detach())?.into_inner(),
+        (false, _) => *tensor = tensor.detach(),
     }
     Ok(())
 }

@@ -9,7 +9,7 @@
 //!
 //! Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; `torch.utils.checkpoint`.
 
-use super::{named_parameters, ModuleTree};
+use super::{trainable, ModuleTree, ENDS_THE_GRAPH};
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Storage};
 use candle_core::{Tensor, Var};
 use std::sync::Mutex;
@@ -22,8 +22,11 @@ const OP: &str = "gradient-checkpoint";
 /// it is, too.
 ///
 /// # Errors
-/// When `f` fails, or depends on a variable that is not in the module's tree, which would get no gradient. The
-/// backward fails when `f` does not depend on a trainable parameter.
+/// - `f` fails;
+/// - `f` depends on a variable that is not in the module's tree, which would get no gradient;
+/// - a parameter is computed from a variable, see [`trainable`].
+///
+/// The backward fails when no gradient reaches a trainable parameter.
 pub fn gradient_checkpoint<M>(
     module: &M,
     x: &Tensor,
@@ -32,8 +35,7 @@ pub fn gradient_checkpoint<M>(
 where
     M: ModuleTree + Clone + Send + Sync + 'static,
 {
-    let parameters: Vec<_> =
-        named_parameters(module).into_iter().filter(|(_, p)| p.is_variable()).collect();
+    let parameters = trainable(module)?;
     let supported = matches!(x.device(), Device::Cpu | Device::Cuda(_));
     if !supported || (parameters.is_empty() && !x.track_op()) {
         return f(module, x);
@@ -64,7 +66,7 @@ where
 /// Inputs: x, the flat parameters.
 struct Recomputed<F> {
     run: F,
-    parameters: Vec<(String, Tensor)>,
+    parameters: Vec<(String, Var)>,
     /// What the forward gives, once.
     value: Mutex<Option<Tensor>>,
 }
@@ -133,7 +135,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp2 for Recomputed<F> {
                 Some(gradient) => flat.push(gradient.flatten_all()?.to_dtype(DType::F32)?),
                 None => bail!(
                     "{OP}: the trainable parameter {name} got no gradient; freeze it if the module does not depend \
-                     on it"
+                     on it, else look for an operation without a backward: {ENDS_THE_GRAPH}"
                 ),
             }
         }

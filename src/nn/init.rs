@@ -1,35 +1,45 @@
 //! Random weights that depend only on a seed and on each parameter's name.
 
-use super::{ModuleTree, NodeMut};
+use super::variables::{check_settable, set_values};
+use super::{ModuleTree, Node, NodeMut};
 use crate::philox::{philox4x32, stream_of};
 use crate::{Error, Result};
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// Fills a module with random numbers: normal, cut off at two standard deviations, `std` wide.
 ///
 /// The weights of normalisations (rank-1 tensors named `weight`) get one added; buffers, which hold the frequencies
-/// of positional encodings, get a `std` of 1. What was trainable stays trainable. The same seed gives the same
-/// values for a parameter whatever else the module holds.
+/// of positional encodings, get a `std` of 1. Variables, and those behind views, stay the same variables with new
+/// values. The same seed gives the same values for a parameter whatever else the module holds.
 ///
 /// # Errors
-/// When `std` is negative or not finite.
+/// - `std` is negative or not finite;
+/// - a tensor is computed from a variable, or is a broadcast view of one.
+///
+/// The module is unchanged then.
 pub fn randomize(module: &mut dyn ModuleTree, seed: u64, std: f64) -> Result<()> {
     if !std.is_finite() || std < 0.0 {
         return Err(Error::config(format!("std of random weights must be >= 0, got {std}")));
     }
+    let mut settable = Ok(());
+    module.visit("", &mut |name, node| {
+        if let (Ok(()), Node::Parameter(tensor) | Node::Buffer(tensor)) = (&settable, node) {
+            settable = check_settable(name, tensor);
+        }
+    });
+    settable?;
     module.visit_mut("", &mut |name, node| {
-        match node {
+        let (tensor, mean, std) = match node {
             NodeMut::Parameter(tensor) => {
                 let norm = tensor.rank() == 1 && name.ends_with("weight");
-                let random = random_like(tensor, seed, name, if norm { 1.0 } else { 0.0 }, std)?;
-                let trainable = tensor.is_variable();
-                *tensor = if trainable { Var::from_tensor(&random)?.into_inner() } else { random };
+                (tensor, if norm { 1.0 } else { 0.0 }, std)
             }
-            NodeMut::Buffer(tensor) => *tensor = random_like(tensor, seed, name, 0.0, 1.0)?,
-            NodeMut::Layer(_) => {}
-        }
-        Ok(())
+            NodeMut::Buffer(tensor) => (tensor, 0.0, 1.0),
+            NodeMut::Layer(_) => return Ok(()),
+        };
+        let random = random_like(tensor, seed, name, mean, std)?;
+        set_values(name, tensor, &random)
     })
 }
 

@@ -12,6 +12,7 @@ mod low_rank;
 mod mlp;
 mod mode;
 mod tree;
+mod variables;
 
 pub use adapter::Adapter;
 pub use adapters::{adapter_tensor_name, is_adapter_tensor, Adapters, Unmerged, DEFAULT_ADAPTER};
@@ -28,3 +29,4 @@ pub use tree::{
     child, join, named_parameters, set_trainable, trainable, Buffer, Layer, LayerMut, ModuleTree,
     Node, NodeMut,
 };
+pub(crate) use variables::{check_settable, set_values, Training, ENDS_THE_GRAPH};

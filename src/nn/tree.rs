@@ -4,14 +4,16 @@
 //! tensor, and each [`Layer`] that can be adapted, with its dotted name. A layer takes part by listing its children once, with
 //! [`module_tree!`](crate::module_tree), under the names its checkpoint uses.
 
+use super::variables::Training;
 use super::Adapters;
 use crate::Result;
 use candle_core::{Tensor, Var};
+use std::collections::{BTreeMap, HashSet};
 
 /// What a walk meets.
 #[derive(Debug)]
 pub enum Node<'a> {
-    /// A parameter; trainable if [`Tensor::is_variable`].
+    /// A parameter; trainable if [`Tensor::track_op`], see [`trainable`].
     Parameter(&'a Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a Tensor),
@@ -87,6 +89,11 @@ impl LayerMut<'_> {
 }
 
 /// A tree of named tensors.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no tree of named tensors",
+    note = "implement it for a struct of yours by naming the fields that hold parameters: `candle_sam_lora::module_tree!(MyLayer {{ qkv, norm }})`",
+    note = "in the place of candle_nn's layers take `nn::Linear`, `nn::Conv2d`, `nn::Embedding` and `nn::LayerNorm`, which LoRA can adapt; leave out fields without parameters"
+)]
 pub trait ModuleTree {
     /// Calls `f` with every node below `path`, in checkpoint order.
     fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>));
@@ -245,27 +252,52 @@ pub fn named_parameters(module: &dyn ModuleTree) -> Vec<(String, Tensor)> {
     parameters
 }
 
-/// Every trainable parameter with its name, as the variables an optimizer updates in place.
+/// The variables behind the trainable parameters, for an optimizer to update in place, by the parameters' names.
+///
+/// A parameter may be a view of a variable, as q, k and v are of a fused `qkv`: the variable behind it is trained whole.
+/// Parameters that share one variable give it once, under their names joined by `+`.
+///
+/// # Errors
+/// When a parameter is computed from a variable, as by a cast: a step would not change it.
 pub fn trainable(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>> {
-    named_parameters(module)
-        .into_iter()
-        .filter(|(_, tensor)| tensor.is_variable())
-        .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
-        .collect()
+    let mut variables: Vec<(String, Var)> = Vec::new();
+    for (name, tensor) in named_parameters(module) {
+        let Some(variable) = Training::variable(&name, &tensor)? else { continue };
+        match variables.iter_mut().find(|(_, known)| known.id() == variable.id()) {
+            Some((names, _)) => *names = format!("{names}+{name}"),
+            None => variables.push((name, variable)),
+        }
+    }
+    Ok(variables)
 }
 
 /// Makes each parameter trainable or frozen as `wanted` says of its name.
+///
+/// A parameter that is trainable already keeps its variable, which a `VarMap` may hold too. One that was frozen becomes a
+/// new variable with a copy of its values, because candle cannot make a tensor a variable in place. So does one that is
+/// computed from a variable, or that shares its variable with a parameter to be frozen.
+///
+/// # Errors
+/// When a tensor cannot be allocated.
 pub fn set_trainable(
     module: &mut dyn ModuleTree,
     wanted: &mut dyn FnMut(&str) -> bool,
 ) -> Result<()> {
+    let mut choices = BTreeMap::new();
+    let mut frozen = HashSet::new();
+    for (name, tensor) in named_parameters(module) {
+        let train = wanted(&name);
+        if let (false, Training::Trained(variable)) = (train, Training::of(&tensor)?) {
+            frozen.insert(variable.id());
+        }
+        choices.insert(name, train);
+    }
     module.visit_mut("", &mut |name, node| {
-        if let NodeMut::Parameter(tensor) = node {
-            match (wanted(name), tensor.is_variable()) {
-                (true, false) => *tensor = Var::from_tensor(tensor)?.into_inner(),
-                (false, true) => *tensor = tensor.detach(),
-                _ => {}
-            }
+        let NodeMut::Parameter(tensor) = node else { return Ok(()) };
+        match (choices.get(name), Training::of(tensor)?) {
+            (Some(true), Training::Trained(variable)) if !frozen.contains(&variable.id()) => {}
+            (Some(true), _) => *tensor = Var::from_tensor(&tensor.detach())?.into_inner(),
+            _ => *tensor = tensor.detach(),
         }
         Ok(())
     })

@@ -13,6 +13,7 @@
 //!
 //! Source: `SamVisionAttention`, `SamVisionLayer` in `modeling_sam.py`.
 
+use super::validate::require_dtype;
 use super::SamVisionConfig;
 use crate::nn::{LayerNorm, Linear, Mode, ModuleTree};
 use crate::ops::{self, composed, Activation, RelPosAttention};
@@ -125,8 +126,13 @@ module_tree!(RelPosCore { rel_pos_h, rel_pos_w });
 
 impl RelPosCore {
     /// Tables all zero.
+    ///
+    /// # Errors
+    /// When the configuration is impossible, the dtype is none of f32, f16 and bf16, or a tensor cannot be allocated.
     pub fn new(layer: &LayerContext<'_>) -> Result<Self> {
         let config = layer.config;
+        config.validate()?;
+        require_dtype(layer.dtype)?;
         let table = || {
             let dims = (config.rel_pos_len(layer.index), config.head_dim());
             let table = || Tensor::zeros(dims, layer.dtype, layer.device);

@@ -60,6 +60,13 @@ impl DeepSeekOcrEncoder {
         device: &Device,
         build: impl FnMut(&LayerContext<'_>) -> candle_core::Result<Box<dyn VisionAttention>>,
     ) -> Result<Self> {
+        for (name, width) in [("net_2", width_2), ("net_3", width_3)] {
+            if width == 0 {
+                return Err(Error::config(format!(
+                    "deepseek-ocr: the width of {name} is 0, expected 1 or more"
+                )));
+            }
+        }
         config.validate()?;
         let halving = |from, to| Conv2d::downsample(from, to, 3, 2, dtype, device);
         Ok(Self {

@@ -7,6 +7,7 @@
 //! ```
 //! Source: `SamVisionEncoder` in `modeling_sam.py`.
 
+use super::validate::require_dtype;
 use super::{AttentionKind, LayerContext, SamVisionConfig, VisionAttention};
 use crate::module_tree;
 use crate::nn::{gradient_checkpoint, Conv2d, LayerNorm, MlpBlock, Mode};
@@ -144,7 +145,9 @@ impl SamVisionEncoder {
     /// All zero, with the same attention in every layer.
     ///
     /// # Errors
-    /// When a tensor cannot be allocated.
+    /// - the configuration is impossible, see [`SamVisionConfig::validate`];
+    /// - the dtype is none of f32, f16 and bf16;
+    /// - a tensor cannot be allocated.
     pub fn new(
         config: &SamVisionConfig,
         kind: AttentionKind,
@@ -157,13 +160,15 @@ impl SamVisionEncoder {
     /// All zero, with the attention that `build` makes for each layer.
     ///
     /// # Errors
-    /// When a tensor cannot be allocated, or `build` fails.
+    /// As `new`; besides when `build` fails.
     pub fn with_attention(
         config: &SamVisionConfig,
         dtype: DType,
         device: &Device,
         mut build: impl FnMut(&LayerContext<'_>) -> Result<Box<dyn VisionAttention>>,
     ) -> Result<Self> {
+        config.validate()?;
+        require_dtype(dtype)?;
         let (size, out, side) = (config.hidden_size, config.output_channels, config.grid_size());
         let pos_embed = || Tensor::zeros((1, side, side, size), dtype, device);
         let patch = config.patch_size;

@@ -9,6 +9,7 @@
 //!
 //! Source: `SamMaskDecoder` in `modeling_sam.py`.
 
+use super::validate::require_dtype;
 use super::{SamMaskDecoderConfig, SamTwoWayTransformer};
 use crate::module_tree;
 use crate::nn::{ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
@@ -93,8 +94,9 @@ impl SamMaskDecoder {
     /// All zero.
     ///
     /// # Errors
-    /// When the heads do not divide the channels.
+    /// When the heads do not divide the channels, or the dtype is none of f32, f16 and bf16.
     pub fn zeros(config: &SamMaskDecoderConfig, dtype: DType, device: &Device) -> Result<Self> {
+        require_dtype(dtype)?;
         let (size, masks) = (config.hidden_size, config.num_multimask_outputs + 1);
         let (quarter, eighth) = (size / 4, size / 8);
         let hypernetwork = |_| SamFeedForward::zeros([size, size, eighth], 3, dtype, device);

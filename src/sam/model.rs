@@ -75,7 +75,7 @@ impl SamModel {
     /// All zero, to be filled from a checkpoint or with [`randomize`](Self::randomize).
     ///
     /// # Errors
-    /// When the configuration is impossible or a tensor cannot be allocated.
+    /// When the configuration is impossible, the dtype is none of f32, f16 and bf16, or a tensor cannot be allocated.
     pub fn new(
         config: &SamConfig,
         kind: AttentionKind,

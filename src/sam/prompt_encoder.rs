@@ -11,6 +11,7 @@
 //!
 //! Source: `SamPromptEncoder` in `modeling_sam.py`.
 
+use super::validate::require_dtype;
 use super::{SamConfig, SamPromptEncoderConfig};
 use crate::module_tree;
 use crate::nn::{Buffer, Conv2d, Embedding, LayerNorm, Mode};
@@ -33,7 +34,11 @@ module_tree!(SamPositionalEmbedding { positional_embedding });
 
 impl SamPositionalEmbedding {
     /// All zero.
+    ///
+    /// # Errors
+    /// When the dtype is none of f32, f16 and bf16, or a tensor cannot be allocated.
     pub fn zeros(num_pos_feats: usize, dtype: DType, device: &Device) -> Result<Self> {
+        require_dtype(dtype)?;
         let positional_embedding = Buffer(Tensor::zeros((2, num_pos_feats), dtype, device)?);
         Ok(Self { positional_embedding })
     }
@@ -135,7 +140,14 @@ module_tree!(SamPromptEncoder { mask_embed, no_mask_embed, point_embed, not_a_po
 
 impl SamPromptEncoder {
     /// All zero.
+    ///
+    /// # Errors
+    /// - the configuration is impossible, see [`SamConfig::validate`];
+    /// - the dtype is none of f32, f16 and bf16;
+    /// - a tensor cannot be allocated.
     pub fn zeros(config: &SamConfig, dtype: DType, device: &Device) -> Result<Self> {
+        config.validate()?;
+        require_dtype(dtype)?;
         let config = &config.prompt_encoder_config;
         let embedding = || Embedding::zeros(1, config.hidden_size, dtype, device);
         Ok(Self {

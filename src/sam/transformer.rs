@@ -10,6 +10,7 @@
 //!
 //! Source: `SamTwoWayTransformer` in `modeling_sam.py`.
 
+use super::validate::require_dtype;
 use super::SamMaskDecoderConfig;
 use crate::module_tree;
 use crate::nn::{LayerNorm, Linear, MlpBlock, Mode};
@@ -188,8 +189,9 @@ impl SamTwoWayTransformer {
     /// All zero.
     ///
     /// # Errors
-    /// When the heads do not divide the channels.
+    /// When the heads do not divide the channels, or the dtype is none of f32, f16 and bf16.
     pub fn zeros(config: &SamMaskDecoderConfig, dtype: DType, device: &Device) -> Result<Self> {
+        require_dtype(dtype)?;
         let rate = config.attention_downsample_rate;
         Ok(Self {
             layers: (0..config.num_hidden_layers)

@@ -3,6 +3,7 @@
 
 use super::{SamConfig, SamVisionConfig};
 use crate::{Error, Result};
+use candle_core::DType;
 use serde_json::Value;
 
 /// No side of a model may be larger than this: far above any real SAM, far below an allocation that hurts.
@@ -178,4 +179,11 @@ fn require(holds: bool, message: impl FnOnce() -> String) -> Result<()> {
     } else {
         Err(Error::config(message()))
     }
+}
+
+/// Refuses a dtype that the operations do not have.
+pub(super) fn require_dtype(dtype: DType) -> Result<()> {
+    require(matches!(dtype, DType::F32 | DType::F16 | DType::BF16), || {
+        format!("the dtype of a model is {dtype:?}, expected F32, F16 or BF16")
+    })
 }

@@ -148,10 +148,14 @@ impl AdamW {
     /// # Errors
     /// When parameters have none, or one is not finite.
     pub fn gradients(&self, grads: &GradStore) -> candle_core::Result<Gradients> {
-        let parameters = self.slots.iter().map(|slot| (slot.name.as_str(), &slot.var));
-        Gradients::of(parameters, grads).map_err(|error| {
+        Gradients::of(self.parameters(), grads).map_err(|error| {
             candle_core::Error::msg(format!("adamw: step {}: {error}", self.steps + 1))
         })
+    }
+
+    /// Names and variables, in their order.
+    pub(super) fn parameters(&self) -> impl Iterator<Item = (&str, &Var)> {
+        self.slots.iter().map(|slot| (slot.name.as_str(), &slot.var))
     }
 
     /// Makes one step with gradients of [`gradients`](Self::gradients).

@@ -7,6 +7,7 @@
 //!
 //! Source: `torch.nn.utils.clip_grad_norm_`.
 
+use crate::nn::ENDS_THE_GRAPH;
 use candle_core::{backprop::GradStore, bail, DType, Result, Tensor, Var, D};
 
 /// Added to the norm by PyTorch.
@@ -39,10 +40,11 @@ impl Gradients {
         }
         if !missing.is_empty() {
             bail!(
-                "{} of {} trainable parameters got no gradient; freeze them if the loss does not depend on them: {}",
+                "{} of {} trainable parameters got no gradient: {}. {}",
                 missing.len(),
                 missing.len() + names.len(),
-                missing.join(", ")
+                missing.join(", "),
+                causes()
             )
         }
         // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
@@ -85,4 +87,12 @@ impl Gradients {
         let scaled = self.tensors.iter().map(|gradient| gradient * factor);
         Ok(Self { tensors: scaled.collect::<Result<_>>()? })
     }
+}
+
+/// Why parameters may have no gradient.
+pub(super) fn causes() -> String {
+    format!(
+        "Freeze them with nn::set_trainable if the loss does not depend on them; else an operation lost their gradient: \
+         {ENDS_THE_GRAPH}"
+    )
 }

@@ -2,9 +2,10 @@
 //!
 //! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
 //! [`Batch`] is such a loss for SAM. Whatever is random is a function of (seed, step), so that a run continued from
-//! its state gives the bits of one that was never interrupted.
+//! its state gives the bits of one that was never interrupted. [`check_gradients`] tests the gradients of anything.
 
 mod adamw;
+mod check_gradients;
 mod checkpoint;
 mod checksum;
 mod coco;
@@ -14,6 +15,7 @@ mod gradients;
 mod history;
 mod labels;
 mod loss;
+mod lost_gradients;
 mod metrics_csv;
 mod prompt;
 mod random;
@@ -21,9 +23,11 @@ mod rle;
 mod schedule;
 mod scores;
 mod segmentation;
+mod slope;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig};
+pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 pub use checkpoint::{previous, State};
 pub use data::{sample_indices, Dataset, Sample, Symmetry};
 pub use event_file::EventFile;

@@ -10,6 +10,8 @@
 
 use super::checkpoint::previous;
 use super::checksum::Checksum;
+use super::lost_gradients::{check_zeros, missing};
+use super::slope::Loss;
 use super::{AdamW, AdamWConfig, Draws, Evaluated, Gradients, Schedule, Scores, State};
 use crate::files::TensorFile;
 use crate::nn::{trainable, Mode, ModuleTree, Node};
@@ -100,6 +102,8 @@ pub struct Trainer {
     settings: Map<String, Value>,
     losses: Vec<f32>,
     evaluations: Vec<Evaluated>,
+    /// Whether gradients of zero have been looked at.
+    zeros_checked: bool,
 }
 
 impl Trainer {
@@ -109,7 +113,9 @@ impl Trainer {
     /// checksum of what is frozen in `model`.
     ///
     /// # Errors
-    /// When nothing is trainable, or the configuration is impossible.
+    /// - nothing is trainable;
+    /// - a parameter is computed from a variable, see [`trainable`];
+    /// - the configuration is impossible.
     pub fn new(
         model: &dyn ModuleTree,
         config: impl Into<TrainerConfig>,
@@ -122,7 +128,8 @@ impl Trainer {
         settings.insert("model".into(), frozen_checksum(model).to_string().into());
         settings.extend(config.settings());
         let (losses, evaluations) = (vec![], vec![]);
-        Ok(Self { optimizer, config, seed, settings, losses, evaluations })
+        let zeros_checked = false;
+        Ok(Self { optimizer, config, seed, settings, losses, evaluations, zeros_checked })
     }
 
     /// Steps made.
@@ -148,24 +155,52 @@ impl Trainer {
     /// Makes one step; `loss` gets the number of parts computed before and the mode with this part's dropout masks,
     /// and returns a scalar.
     ///
+    /// Where gradients are exactly zero, the first step computes the loss of its first part two times more, or some
+    /// dozens, to tell whether an operation lost them. So does every step whose gradients are missing.
+    ///
     /// # Errors
-    /// When a loss is no scalar or not finite, or as [`AdamW::step`]; no parameter was changed then.
+    /// - a loss is no scalar or not finite;
+    /// - a gradient is not finite;
+    /// - parameters got no gradient: the error says whether the loss depends on them;
+    /// - in the first step, the loss depends on elements whose gradient is exactly zero.
+    ///
+    /// No parameter was changed then.
     pub fn step(
         &mut self,
         mut loss: impl FnMut(u64, Mode) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Step> {
         let (step, parts) = (self.steps(), self.config.accumulation);
-        let (mut sum, mut gradients) = (0f32, None::<Gradients>);
+        let mode = |part| Mode::Train { seed: Draws::new(self.seed, "dropout", part).bits64() };
+        let mut loss = |part: u64| checked(loss(part, mode(part))?, step);
+        let (mut sum, mut gradients, mut first) = (0f32, None::<Gradients>, None);
         for part in step * parts..(step + 1) * parts {
-            let mode = Mode::Train { seed: Draws::new(self.seed, "dropout", part).bits64() };
-            let loss = checked(loss(part, mode)?, step)?;
-            sum += loss.to_scalar::<f32>()?;
-            let share = if parts > 1 { (loss / parts as f64)? } else { loss };
-            let found = self.optimizer.gradients(&share.backward()?)?;
+            let value = loss(part)?;
+            let here = Loss::of(&value)?;
+            first.get_or_insert((part, here));
+            sum += value.to_scalar::<f32>()?;
+            let share = if parts > 1 { (value / parts as f64)? } else { value };
+            let store = share.backward()?;
+            let lost: Vec<_> =
+                self.optimizer.parameters().filter(|(_, var)| store.get(var).is_none()).collect();
+            if !lost.is_empty() {
+                let of = self.optimizer.parameters().count();
+                let error = missing(&lost, of, here, || Loss::of(&loss(part)?));
+                bail!("train: step {}: {error}", step + 1)
+            }
+            let found = self.optimizer.gradients(&store)?;
             gradients = Some(match gradients {
                 Some(before) => before.plus(&found)?,
                 None => found,
             });
+        }
+        if let (false, Some(gradients), Some((part, here))) =
+            (self.zeros_checked, &gradients, first)
+        {
+            check_zeros(self.optimizer.parameters(), gradients, here, || Loss::of(&loss(part)?))
+                .map_err(|error| {
+                    candle_core::Error::msg(format!("train: step {}: {error}", step + 1))
+                })?;
+            self.zeros_checked = true;
         }
         let Some(mut gradients) = gradients else { bail!("train: a step has no part") };
         let grad_norm = gradients.norm()?;
@@ -274,7 +309,7 @@ fn frozen_checksum(model: &dyn ModuleTree) -> Checksum {
     let mut checksum = Checksum::new();
     model.visit("", &mut |name, node| {
         if let Node::Parameter(tensor) | Node::Buffer(tensor) = node {
-            if !tensor.is_variable() {
+            if !tensor.track_op() {
                 checksum.add(name, &safetensors::View::data(tensor));
             }
         }

@@ -7,9 +7,9 @@
 use super::names::{PROMPT_EMBEDDING, SHARED_EMBEDDING};
 use super::source::Source;
 use super::{fused_name, root, split_names, to_hugging_face};
-use crate::nn::{is_adapter_tensor, ModuleTree, Node, NodeMut};
+use crate::nn::{check_settable, is_adapter_tensor, set_values, ModuleTree, Node, NodeMut};
 use crate::{Error, Result, TensorMismatch};
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
@@ -41,12 +41,13 @@ const FOREIGN: [&str; 4] =
 /// Reads Hugging Face's and the original naming, also below a prefix such as `model.`; f32, f16, bf16 and f64, cast to
 /// the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder, prompt encoder or mask
 /// decoder alone takes its part of a whole SAM. Of SAMed's and micro-sam's files it takes all but the adapters.
-/// Parameters that are variables stay the same variables with new values; adapters stay as they are, and must not be
-/// merged.
+/// Parameters that are variables, or views of one, stay so with new values in place; adapters stay as they are, and must
+/// not be merged.
 ///
 /// # Errors
 /// [`Error::Mismatch`] lists every missing, surplus and mis-shaped tensor. Other errors: a file that is unreadable
-/// or inconsistent, a tensor that is not floating point or holds NaN or infinity. The model is then unchanged.
+/// or inconsistent, a tensor that is not floating point or holds NaN or infinity, a parameter that is computed from a
+/// variable. The model is then unchanged.
 pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let source = Source::open(path.as_ref())?;
     let root = root(model);
@@ -63,10 +64,8 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let mut tensors = read(&source, &targets, &plan)?;
     model.visit_mut(root, &mut |name, node| {
         if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {
-            match tensors.remove(name) {
-                Some(value) if tensor.is_variable() => Var::from_tensor(tensor)?.set(&value)?,
-                Some(value) => *tensor = value,
-                None => {}
+            if let Some(value) = tensors.remove(name) {
+                set_values(name, tensor, &value)?;
             }
         }
         Ok(())
@@ -89,12 +88,15 @@ pub(in crate::sam) fn shape_of(path: &Path, name: &str) -> Result<Vec<usize>> {
 /// The tensors of the model, adapters left out.
 fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target>> {
     let mut targets = BTreeMap::new();
-    let mut merged = None;
+    let (mut merged, mut settable) = (None, Ok(()));
     model.visit(root, &mut |name, node| match node {
         Node::Parameter(tensor) | Node::Buffer(tensor) if !is_adapter_tensor(name) => {
             let (shape, dtype) = (tensor.dims().to_vec(), tensor.dtype());
             let target = Target { shape, dtype, device: tensor.device().clone() };
             targets.insert(name.to_string(), target);
+            if settable.is_ok() {
+                settable = check_settable(name, tensor);
+            }
         }
         Node::Layer(layer) if layer.adapters.unmerged.is_some() => merged = Some(name.to_string()),
         _ => {}
@@ -103,7 +105,7 @@ fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target
         Some(name) => Err(Error::config(format!(
             "{name} has a merged adapter; unmerge it before loading other weights"
         ))),
-        None => Ok(targets),
+        None => settable.map(|()| targets),
     }
 }
 
