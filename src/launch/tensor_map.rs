@@ -123,7 +123,9 @@ impl TensorMap {
             bail!("a tensor map of {dims:?} in tiles of {tile:?}, {swizzle:?}: not what bulk copies take")
         }
         if let Some(size) = dims.iter().find(|size| **size as usize > LONGEST) {
-            bail!("a tensor map of {dims:?}: bulk copies take dimensions up to {LONGEST}, got {size}")
+            bail!(
+                "a tensor map of {dims:?}: bulk copies take dimensions up to {LONGEST}, got {size}"
+            )
         }
         if address % 16 != 0 || strides.iter().any(|s| s % 16 != 0 || *s == 0 || *s >= 1 << 40) {
             bail!("a tensor map at {address:#x} with strides of {strides:?} bytes: bulk copies want multiples of 16")

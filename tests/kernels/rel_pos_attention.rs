@@ -309,8 +309,10 @@ impl Kernels {
         let (p, dtype) = (&case.problem, case.dtype);
         match self {
             Self::Portable => attention::backward(p, dtype, inputs, operands),
-            Self::Hopper | Self::HopperKeysInSharedMemory => Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
-                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+            Self::Hopper | Self::HopperKeysInSharedMemory => {
+                Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
+                    .unwrap_or_else(|| panic!("{}: not covered", case.name)))
+            }
             Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
                 .unwrap_or_else(|| panic!("{}: not covered", case.name))),
         }
