@@ -10,9 +10,12 @@
 //! | `CANDLE_SAM_LORA_NVCC_FLAGS` | further flags, as `-lineinfo` |
 //! | `CANDLE_SAM_LORA_KERNEL_CACHE` | a folder for compiled kernels, shared by builds; else they are kept in OUT_DIR |
 
+#[path = "build/advice.rs"]
+mod advice;
 #[path = "build/files.rs"]
 mod files;
 
+use advice::{advice, Release};
 use files::{for_hopper, with_extensions};
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write;
@@ -23,7 +26,7 @@ use std::sync::{Mutex, PoisonError};
 use std::{env, fs};
 
 /// The oldest release that knows C++20.
-const OLDEST_CUDA: (u32, u32) = (12, 0);
+const OLDEST_CUDA: Release = (12, 0);
 /// Compiled for, as far as nvcc knows them; PTX serves what is newer.
 const ALL: [u32; 6] = [80, 86, 89, 90, 100, 120];
 const OLDEST_CAPABILITY: u32 = 80;
@@ -50,6 +53,9 @@ fn build() -> Result<(), String> {
     println!("cargo::rerun-if-env-changed=NVCC_CCBIN");
     let nvcc = Nvcc::find()?;
     let capabilities = capabilities(&nvcc)?;
+    if let Some(advice) = advice(nvcc.release, capabilities.contains(&90)) {
+        println!("cargo::warning={}: {advice}", nvcc.path.display());
+    }
     let mut images = Vec::new();
     if let Some(lowest) = capabilities.first() {
         let mut portable: Vec<String> =
@@ -117,6 +123,7 @@ fn capabilities(nvcc: &Nvcc) -> Result<Vec<u32>, String> {
 struct Nvcc {
     path: PathBuf,
     version: String,
+    release: Release,
     capabilities: Vec<u32>,
     flags: Vec<String>,
     cache: PathBuf,
@@ -140,8 +147,8 @@ impl Nvcc {
             let minor: String = rest.chars().take_while(char::is_ascii_digit).collect();
             Some((major.parse().ok()?, minor.parse().ok()?))
         });
-        match release {
-            Some(release) if release >= OLDEST_CUDA => {}
+        let release = match release {
+            Some(release) if release >= OLDEST_CUDA => release,
             Some((major, minor)) => {
                 return Err(format!(
                 "{} is CUDA {major}.{minor}; the kernels need {}.{} or newer\n{HOW_TO_GET_NVCC}",
@@ -153,7 +160,7 @@ impl Nvcc {
             None => {
                 return Err(format!("{} is no nvcc: {version}\n{HOW_TO_GET_NVCC}", path.display()))
             }
-        }
+        };
         let known = run("--list-gpu-code")?;
         let capabilities = known
             .split_whitespace()
@@ -172,7 +179,7 @@ impl Nvcc {
             None => out_dir()?,
         };
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
-        Ok(Self { path, version, capabilities, flags, cache })
+        Ok(Self { path, version, release, capabilities, flags, cache })
     }
 
     fn path() -> PathBuf {

@@ -7,10 +7,15 @@
 #pragma once
 #include "projection.cuh"
 
-__device__ __forceinline__ float activate(float x, uint32_t activation) {
-    if (activation == ACTIVATION_GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    if (activation == ACTIVATION_RELU) return x < 0.0f ? 0.0f : x;  // NaN stays NaN
-    return x;
+// act of N values. Decided once for all of them: the compiler would make a branch of each, one after the other.
+template <int N> __device__ __forceinline__ void activate(float (&v)[N], uint32_t activation) {
+    if (activation == ACTIVATION_GELU) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] = 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
+    } else if (activation == ACTIVATION_RELU) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];  // NaN stays NaN
+    }
 }
 
 // The depth of x, then the rank.
@@ -47,8 +52,7 @@ __device__ __forceinline__ void finish_forward(const ProjectionParams& p, const 
         if (part.lora_bias != 0) v[i] = fmaf(part.scaling, bias_at<T>(part.lora_bias, part.lora_bias_typed, col + i), v[i]);
     }
     if (p.sum != 0) store(global<T>(p.sum) + at, v);
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = activate(v[i], p.activation);
+    activate(v, p.activation);
     if (p.residual != 0) {
         float residual[N];
         load(residual, global<const T>(p.residual) + at);

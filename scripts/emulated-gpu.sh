@@ -17,7 +17,7 @@ cuda=$target/emulated-gpu
 mkdir -p "$cuda"
 cat >"$cuda/nvcc" <<EOF
 #!/usr/bin/env bash
-[[ \$1 == --fatbin ]] || exec "$(command -v nvcc)" "\$@"
+[[ \$1 == --fatbin ]] || exec "$CANDLE_SAM_LORA_NVCC" "\$@"
 while [[ \$1 != -o ]]; do shift; done
 printf '\x50\xed\x55\xba' >"\$2" # a fat binary's magic number
 EOF

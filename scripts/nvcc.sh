@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
-# Prints the path of an nvcc: NVCC, CUDA_HOME, PATH, or else the one that scripts/cuda-toolchain.sh installs.
+# Prints the paths of the nvcc that the kernels have to be right with, one a line: the one of NVCC, CUDA_HOME or PATH, and
+# last CANDLE_SAM_LORA_NVCC. Without any, those that scripts/cuda-toolchain.sh installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -n "${NVCC:-}" ]; then
-  echo "$NVCC"
-elif [ -n "${CUDA_HOME:-}" ] && [ -x "$CUDA_HOME/bin/nvcc" ]; then
-  echo "$CUDA_HOME/bin/nvcc"
-elif command -v nvcc; then
-  :
-else
+find_nvcc() {
+  if [ -n "${NVCC:-}" ]; then
+    echo "$NVCC"
+  elif [ -n "${CUDA_HOME:-}" ] && [ -x "$CUDA_HOME/bin/nvcc" ]; then
+    echo "$CUDA_HOME/bin/nvcc"
+  else
+    command -v nvcc || true
+  fi
+  echo "${CANDLE_SAM_LORA_NVCC:-}"
+}
+
+found=$(find_nvcc | sed '/^$/d')
+if [ -z "$found" ]; then
   toolchain=$(scripts/cuda-toolchain.sh)
   eval "$toolchain"
-  echo "$CUDA_HOME/bin/nvcc"
+  found=$(find_nvcc)
 fi
+uniq <<<"$found"

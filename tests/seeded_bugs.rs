@@ -36,8 +36,7 @@ fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
 type Outcomes = Vec<(Mode, Result<f64, String>)>;
 
 fn run(folder: &Path, shared_bytes: u32) -> Outcomes {
-    let files = Some(vec![folder.join(KERNEL)]);
-    let sources = Sources { kernels: folder.to_path_buf(), files };
+    let sources = Sources::files(folder, vec![folder.join(KERNEL)]);
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     let emulator = Emulator::new(&sources, &cache).unwrap_or_else(|e| panic!("{e}"));
     let [m, n, k] = SIZES;

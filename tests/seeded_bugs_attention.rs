@@ -102,9 +102,8 @@ fn worst(got: &[f64], expected: &[f64]) -> f64 {
 
 /// Forward, and backward if that went well; `change` may alter the forward's launch.
 fn run(folder: &Path, change: impl Fn(Launch) -> Launch) -> Outcomes {
-    let files = Some(vec![folder.join("attention.cu")]);
-    let emulator =
-        Emulator::new(&Sources { kernels: folder.to_path_buf(), files }, &cache()).unwrap();
+    let sources = Sources::files(folder, vec![folder.join("attention.cu")]);
+    let emulator = Emulator::new(&sources, &cache()).unwrap();
     let case = case();
     let [qkv, pad, dout] = [&case.qkv, &case.pad, &case.dout].map(Memory::from_tensor);
     let tables = case.tables.each_ref().map(Memory::from_tensor);

@@ -55,8 +55,7 @@ fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
 
 /// What the launches came to in each mode: the largest error, infinite where something is NaN, or the report.
 fn run(folder: &Path, fewer_bytes: u32) -> Vec<(Mode, Result<f64>)> {
-    let sources =
-        Sources { kernels: folder.to_path_buf(), files: Some(vec![folder.join("instances.cu")]) };
+    let sources = Sources::files(folder, vec![folder.join("instances.cu")]);
     let emulator = Emulator::new(&sources, &device::cache()).unwrap_or_else(|e| panic!("{e}"));
     let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: Some(DROPOUT), bias: false };
     let parts = [ProjectionProblem { out_dim: OUT_DIM, bias: false, lora: Some(lora) }];

@@ -81,8 +81,7 @@ fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
 type Outcomes = Vec<(Mode, [Result<Vec<u8>>; 3])>;
 
 fn run(folder: &Path, tile: &str) -> Outcomes {
-    let sources =
-        Sources { kernels: folder.to_path_buf(), files: Some(vec![folder.join("instances.cu")]) };
+    let sources = Sources::files(folder, vec![folder.join("instances.cu")]);
     let emulator = Emulator::new(&sources, &device::cache()).unwrap_or_else(|e| panic!("{e}"));
     let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: None, bias: false };
     let part = |lora| ProjectionProblem { out_dim: OUT_DIM, bias: false, lora };

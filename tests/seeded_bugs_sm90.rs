@@ -43,7 +43,7 @@ fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
 }
 
 fn emulator(folder: &Path, file: &str) -> Emulator {
-    let sources = Sources { kernels: folder.to_path_buf(), files: Some(vec![folder.join(file)]) };
+    let sources = Sources::files(folder, vec![folder.join(file)]);
     Emulator::new(&sources, &device::cache()).unwrap_or_else(|e| panic!("{e}"))
 }
 

@@ -16,12 +16,19 @@ pub struct Sources {
     pub kernels: PathBuf,
     /// Compile these `.cu` files instead, against the headers of that folder.
     pub files: Option<Vec<PathBuf>>,
+    /// Macros to compile the kernels with, as `NAME=VALUE`.
+    pub defines: Vec<String>,
 }
 
 impl Sources {
     /// All kernels of a folder.
     pub fn all(kernels: impl Into<PathBuf>) -> Self {
-        Self { kernels: kernels.into(), files: None }
+        Self { kernels: kernels.into(), files: None, defines: Vec::new() }
+    }
+
+    /// These files, against the headers of a folder.
+    pub fn files(kernels: impl Into<PathBuf>, files: Vec<PathBuf>) -> Self {
+        Self { files: Some(files), ..Self::all(kernels) }
     }
 
     /// Compiles into `cache`; the path of the library.
@@ -36,7 +43,7 @@ impl Sources {
         let mut headers = with_extensions(&here.join("include"), &["h"])?;
         headers.extend(with_extensions(&here.join("include/emulator"), &["h"])?);
         headers.extend(with_extensions(&here.join("runtime"), &["h"])?);
-        let compiler = Compiler::new(&self.kernels)?;
+        let compiler = Compiler::new(self)?;
 
         // As many compilers at once as there are cores, each taking the next source.
         let sources: Vec<PathBuf> = runtime.into_iter().chain(kernels).collect();
@@ -81,10 +88,11 @@ struct Compiler {
     version: String,
     sanitize: Option<String>,
     kernels: PathBuf,
+    defines: Vec<String>,
 }
 
 impl Compiler {
-    fn new(kernels: &Path) -> Result<Self, String> {
+    fn new(sources: &Sources) -> Result<Self, String> {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         let program = std::env::var("CXX").unwrap_or_else(|_| "c++".to_string());
         let sanitize = std::env::var("EMULATOR_SANITIZE").ok().filter(|s| !s.is_empty());
@@ -103,8 +111,9 @@ impl Compiler {
             flags.push("-DEMULATOR_UCONTEXT".to_string());
         }
         flags.push(format!("-I{}", here.join("include").display()));
-        let kernels = kernels.to_path_buf();
-        let mut compiler = Self { program, flags, version: String::new(), sanitize, kernels };
+        let Sources { kernels, defines, .. } = sources.clone();
+        let version = String::new();
+        let mut compiler = Self { program, flags, version, sanitize, kernels, defines };
         compiler.version = compiler.run(&["--version".to_string()])?;
         if !compiler.version.contains("clang") {
             // Each library keeps its own table of kernels though several are loaded.
@@ -136,6 +145,7 @@ impl Compiler {
         let is_runtime = source.extension().is_some_and(|e| e == "cpp");
         if !is_runtime {
             flags.push(format!("-I{}", self.kernels.display()));
+            flags.extend(self.defines.iter().map(|define| format!("-D{define}")));
         }
         if let Some(sanitize) = &self.sanitize {
             // The scheduler is no subject of ThreadSanitizer, but tells it what orders what.

@@ -123,10 +123,7 @@ __device__ __forceinline__ void store_forward(const ProjectionFwdSm90Params& p, 
 #pragma unroll
         for (int m = 0; m < Tile::kM; ++m) {
             write_piece<T>(pieces[m], acc[m], c, [&](float(&values)[8], unsigned char* at) {
-                if (activation != ACTIVATION_IDENTITY) {
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) values[i] = activate(values[i], activation);
-                }
+                activate(values, activation);
                 if (residual) {
                     uint32_t r[4];
                     ptx::ldmatrix_x4(r, at);

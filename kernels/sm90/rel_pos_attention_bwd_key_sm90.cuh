@@ -3,24 +3,29 @@
 //   dv_m = sum_n dropout(P)[n, m] dO_n          dk_m = softmax_scale sum_n dS[n, m] q_n
 //
 // A block holds 128 keys of a unit, 64 for each of two warpgroups: whole stretches of kCols of grid rows. They stay in
-// registers. A third warpgroup's first thread loads the unit's queries, 64 at a time, with what the query pass left for
-// them: the biases, lse taken off, and delta. Products are transposed, keys as rows: S^T = k q^T and dP^T = v dO^T, from
-// which P^T and dS^T are left operands as they stand. Those with dO and q run on while the next ones with k and v start.
+// shared memory and, if InRegisters, as far as there is room, in registers. A third warpgroup's first thread loads the
+// unit's queries, 64 at a time, with what the query pass left for them: the biases, lse taken off, and delta. Products are
+// transposed, keys as rows: S^T = k q^T and dP^T = v dO^T, from which P^T and dS^T are left operands as they stand. Those
+// with dO and q run on while the next ones with k and v start.
+//
+// Registers save a sixth of a step's traffic of shared memory. But some compilers overwrite them within the loop: the
+// instances say which.
 //
 // Keys outside the grid have whatever values: a row of keys depends on no other, and theirs is not stored. Queries
 // behind the last one are rows of zeros, whose weights are made zero.
 #pragma once
 #include "rel_pos_attention_sm90.cuh"
 
-template <class Element, int Dim, int Cols> struct KeyBlock {
+template <class Element, int Dim, int Cols, bool InRegisters> struct KeyBlock {
     using T = Element;
     static constexpr int kDim = Dim, kCols = Cols, kStages = REL_POS_ATTENTION_SM90_BWD_KEY_STAGES, kGroups = 2;
     static constexpr int kKeys = kGroups * kGroupRows, kRows = kKeys / Cols, kBoxRows = kRows, kThreads = kGroup * (kGroups + 1);
     static constexpr int kQueries = REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES;
     static_assert(kKeys == REL_POS_ATTENTION_SM90_BWD_KEYS && kThreads == REL_POS_ATTENTION_SM90_THREADS);
     static_assert(Cols % 8 == 0, "the eight rows of an accumulator must belong to one key row: rel_h is read once for them");
+    static constexpr bool kKeysInRegisters = InRegisters;
     // With longer rows there are not registers enough for both.
-    static constexpr bool kValuesInRegisters = Dim == kWide;
+    static constexpr bool kValuesInRegisters = InRegisters && Dim == kWide;
     // Four more columns than there are keys: a lane's reads are in different banks. Boxes are whole 16 bytes.
     static constexpr int kStrideW = Cols + 4, kStrideH = (kRows + 3) / 4 * 4;
     static_assert(kStrideW % 16 == 4 || kStrideW % 16 == 12, "queries 0, 2, 4 and 6 lie 8 banks apart");
@@ -96,9 +101,9 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
     const Token key[2] = {{work.first.y + row[0], work.first.x + column[0]}, {work.first.y + row[1], work.first.x + column[1]}};
     const float scale = s.softmax_scale * kLog2e;
 
-    uint32_t keys[kDim / 16][4], values[kDim / 16][4];
+    [[maybe_unused]] uint32_t keys[kDim / 16][4], values[kDim / 16][4];
     ptx::mbarrier_wait_parity(shared.keys_full, 0);
-    load_left<kKeys, kDim>(keys, shared.keys, first);
+    if constexpr (Block::kKeysInRegisters) load_left<kKeys, kDim>(keys, shared.keys, first);
     if constexpr (Block::kValuesInRegisters) load_left<kKeys, kDim>(values, shared.values, first);
 
     // Query of the step that element n of a lane's accumulators belongs to; its key is number n / 2 % 2.
@@ -110,7 +115,8 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
         const auto& stage = shared.stages[step % Block::kStages];
         ptx::mbarrier_wait_parity(shared.full[step % Block::kStages], step / Block::kStages % 2);
         ptx::wgmma_fence();
-        multiply_rows<T, kDim, kQueries>(scores, keys, stage.queries);
+        if constexpr (Block::kKeysInRegisters) multiply_rows<T, kDim, kQueries>(scores, keys, stage.queries);
+        else multiply_rows<T, kDim, kQueries, kKeys, kQueries>(scores, shared.keys, group * kGroupRows, stage.queries);
         if constexpr (Block::kValuesInRegisters) multiply_rows<T, kDim, kQueries>(dweights, values, stage.dout);
         else multiply_rows<T, kDim, kQueries, kKeys, kQueries>(dweights, shared.values, group * kGroupRows, stage.dout);
         ptx::wgmma_wait_group<1>();  // the scores, and all products of the step before

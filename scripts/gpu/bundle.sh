@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 archive=${1:-target/gpu-kit.tar.gz}
 limit=$((60 * 1024 * 1024))
 
-# nvcc and stand-ins to link against, if this machine has no CUDA of its own.
+# Two nvcc, the newest for this crate's kernels, and stand-ins to link against, if this machine has no CUDA of its own.
 if [ ! -x "${CUDA_HOME:-}/bin/nvcc" ]; then eval "$(scripts/cuda-toolchain.sh)"; fi
 # A target folder of its own: CI compiles candle's kernels with other flags, of which cargo does not know.
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target/gpu-kit} CUDAFORGE_THREADS=${CUDAFORGE_THREADS:-$(nproc)}
@@ -55,9 +55,10 @@ cp -r benches/peers benches/report "$kit/benches/"
 cp -r assets "$kit/"
 find "$kit" -name __pycache__ -prune -exec rm -r {} +
 git describe --always --dirty >"$kit/VERSION"
+release() { "$1" --version | sed -n 's/^Cuda compilation tools, //p'; }
 cat >"$kit/BUILD" <<END
-Built with $("$NVCC" --version | sed -n 's/^Cuda compilation tools, //p') for compute capability \
-$CANDLE_SAM_LORA_CUDA_ARCHS, $CANDLE_SAM_LORA_NVCC_FLAGS; candle's kernels for ${CUDA_COMPUTE_CAP:-this GPU}, \
+Built with $(release "${CANDLE_SAM_LORA_NVCC:-$NVCC}") for compute capability \
+$CANDLE_SAM_LORA_CUDA_ARCHS, $CANDLE_SAM_LORA_NVCC_FLAGS; candle's kernels with $(release "$NVCC") for ${CUDA_COMPUTE_CAP:-this GPU}, \
 those of quantised models with -Ofc=max; $(rustc --version); needs glibc $(objdump -T "$kit/gpu" |
   grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -1 | cut -d_ -f2) or newer.
 END

@@ -12,7 +12,7 @@ use super::bindings::{
     PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES, PROJECTION_SM90_THREADS,
 };
 use super::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
-use super::tensor_map::{Element, TensorMap};
+use super::tensor_map::{Element, TensorMap, LONGEST};
 use super::{tiles, Launch};
 use candle_core::{bail, DType, Result};
 use std::mem::{offset_of, size_of};
@@ -189,13 +189,17 @@ pub(super) fn chosen(
     })
 }
 
-/// Whether bulk copies take the rows: 16 bits an element, rows and addresses of multiples of 16 bytes.
+/// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, and no more
+/// rows or columns than a coordinate counts.
 pub(super) fn copies_take(shapes: &Shapes<'_>, dtype: DType, addresses: &[device_ptr]) -> bool {
     let widths = shapes.problem.projections.iter().map(|part| part.out_dim);
     matches!(dtype, DType::F16 | DType::BF16)
         && shapes.in_dim.is_multiple_of(8)
         && widths.into_iter().all(|width| width.is_multiple_of(8))
         && addresses.iter().all(|address| address.is_multiple_of(16))
+        && [shapes.problem.rows, shapes.in_dim as usize, shapes.total as usize]
+            .iter()
+            .all(|size| *size <= LONGEST)
 }
 
 /// What [`super::projection::forward`] launches on Hopper; none where its kernels do not cover the problem, or the table
@@ -434,6 +438,10 @@ mod tests {
         assert!(forward(&problem, DType::F32, &operands)?.is_none());
         let odd = Problem { in_dim: 63, ..problem };
         assert!(forward(&odd, DType::F16, &operands)?.is_none());
+        // Rows that a coordinate counts, and one more.
+        let long = |rows| Problem { rows, ..problem };
+        assert!(forward(&long((1 << 31) - 1), DType::F16, &operands)?.is_some());
+        assert!(forward(&long(1 << 31), DType::F16, &operands)?.is_none());
         Ok(())
     }
 }

@@ -24,7 +24,7 @@ use super::rel_pos_attention_sm90::{
     covers, grid_maps, panel_bytes, panel_maps, table_maps, tile, Maps, Tile, Tiles, ATOM,
     SHARED_BYTES,
 };
-use super::tensor_map::{Element, Swizzle, TensorMap};
+use super::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
 use super::{narrow, tiles, AttentionProblem, Launch};
 use bytemuck::Zeroable;
 use candle_core::{DType, Result};
@@ -82,7 +82,9 @@ pub fn backward(
     let addresses = [inputs.qkv, rel_pos_h, rel_pos_w, out, dout, dqkv, workspace];
     let covered = |family| covers(p, dtype, family, &addresses);
     let fits = query_shared_bytes(p, &tile) <= SHARED_BYTES;
-    if !whole || !fits || !covered(BY_QUERY) || !covered(BY_KEY) {
+    // The key pass copies rows of all heads and windows.
+    let counted = portable::lse_elements(p) <= LONGEST;
+    if !whole || !fits || !counted || !covered(BY_QUERY) || !covered(BY_KEY) {
         return Ok(None);
     }
     let between = BetweenPasses::new(p, dtype, operands)?;
@@ -283,6 +285,26 @@ mod tests {
         assert!(backward(&GLOBAL, DType::F32, &INPUTS, &OPERANDS)?.is_none());
         let unaligned = BackwardOperands { dqkv: 40, ..OPERANDS };
         assert!(backward(&GLOBAL, DType::BF16, &INPUTS, &unaligned)?.is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn rows_beyond_a_coordinate_are_the_portable_kernels() -> Result<()> {
+        // Heads times tokens: 2^31 - 1 is a prime, so of one token each.
+        let images = AttentionProblem { num_heads: 1, h: 1, w: 1, side_h: 1, side_w: 1, ..GLOBAL };
+        let last = AttentionProblem { batch: (1 << 31) - 1, ..images };
+        let sam = AttentionProblem { batch: 43691, ..GLOBAL };
+        for (problem, hopper) in [
+            (last, true),
+            (AttentionProblem { batch: 1 << 31, ..images }, false),
+            (AttentionProblem { batch: 43690, ..GLOBAL }, true),
+            (sam, false),
+        ] {
+            let launches = backward(&problem, DType::BF16, &INPUTS, &OPERANDS)?;
+            assert_eq!(launches.is_some(), hopper, "{problem:?}");
+        }
+        assert!(portable::lse_elements(&sam) > 1 << 31);
+        assert_eq!(portable::backward(&sam, DType::BF16, &INPUTS, &OPERANDS)?.len(), 2);
         Ok(())
     }
 }

@@ -18,8 +18,8 @@ use super::bindings::{
     REL_POS_ATTENTION_SM90_TABLE_ROWS, REL_POS_ATTENTION_SM90_THREADS,
 };
 use super::rel_pos_attention::{shape, Inputs};
-use super::tensor_map::{Element, Swizzle, TensorMap};
-use super::{tiles, AttentionProblem, Launch};
+use super::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
+use super::{narrow, tiles, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
@@ -67,8 +67,8 @@ const COMPILED: Tiles = [
     ),
 ];
 
-/// 16 bits, heads of 64 or 80 channels, addresses as bulk copies want them; and the portable kernels not known to be
-/// faster.
+/// 16 bits, heads of 64 or 80 channels, addresses and sizes as bulk copies want them; and the portable kernels not known
+/// to be faster.
 pub(super) fn covers(
     p: &AttentionProblem,
     dtype: DType,
@@ -79,6 +79,7 @@ pub(super) fn covers(
     matches!(dtype, DType::F16 | DType::BF16)
         && [64, 80].contains(&p.head_dim)
         && addresses.iter().all(|address| address.is_multiple_of(16))
+        && [p.batch, p.tokens(), 3 * p.channels()].iter().all(|size| *size <= LONGEST)
         && known != Some(tiles::PORTABLE)
 }
 
@@ -116,8 +117,10 @@ pub(super) fn panel_maps(
         stride *= *size as u64;
         strides.push(stride);
     }
+    let size = |&size: &usize| narrow("rel-pos-attention", "a dimension", size);
+    let dims = dims.iter().map(size).collect::<Result<Vec<_>>>()?;
     let map = |channels: usize, swizzle| {
-        let dims = dims.iter().map(|&n| n as u32).collect();
+        let dims = dims.clone();
         let tile = [channels].iter().chain(tile).map(|&n| n as u32).collect();
         let map = TensorMap { address, element, dims, strides: strides.clone(), tile, swizzle };
         map.check().map(|()| map)
@@ -280,6 +283,10 @@ mod tests {
         assert!(forward(&GLOBAL, DType::F32, &INPUTS, 16, 4)?.is_none());
         let unaligned = Inputs { qkv: 72, ..INPUTS };
         assert!(forward(&GLOBAL, DType::BF16, &unaligned, 16, 4)?.is_none());
+        // More images than a coordinate counts.
+        let images = |batch| AttentionProblem { batch, h: 1, w: 1, side_h: 1, side_w: 1, ..GLOBAL };
+        assert!(covered(AttentionProblem { num_heads: 1, ..images((1 << 31) - 1) })?);
+        assert!(!covered(AttentionProblem { num_heads: 1, ..images(1 << 31) })?);
         Ok(())
     }
 }

@@ -6,6 +6,9 @@
 use super::device_ptr;
 use candle_core::{bail, Result};
 
+/// The longest dimension: coordinates are signed numbers of 32 bits.
+pub const LONGEST: usize = i32::MAX as usize;
+
 /// What the elements are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
@@ -119,6 +122,11 @@ impl TensorMap {
         if !shapes || !tiles || !swizzled || dims.contains(&0) {
             bail!("a tensor map of {dims:?} in tiles of {tile:?}, {swizzle:?}: not what bulk copies take")
         }
+        if let Some(size) = dims.iter().find(|size| **size as usize > LONGEST) {
+            bail!(
+                "a tensor map of {dims:?}: bulk copies take dimensions up to {LONGEST}, got {size}"
+            )
+        }
         if address % 16 != 0 || strides.iter().any(|s| s % 16 != 0 || *s == 0 || *s >= 1 << 40) {
             bail!("a tensor map at {address:#x} with strides of {strides:?} bytes: bulk copies want multiples of 16")
         }
@@ -149,5 +157,9 @@ mod tests {
         assert!(!matrix(250, 40, (64, 64)), "address");
         assert!(!matrix(256, 42, (64, 64)), "stride");
         assert!(!matrix(256, 40, (257, 64)) && !matrix(256, 40, (64, 4)), "tile");
+        let long = |rows| TensorMap::matrix(256, Element::Bits16, (rows, 40, 40), (64, 64));
+        assert!(long((1 << 31) - 1).is_ok());
+        let message = long(1 << 31).unwrap_err().to_string();
+        assert!(message.contains("2147483647, got 2147483648"), "{message}");
     }
 }

@@ -11,7 +11,7 @@ fn emulator() -> &'static Emulator {
     EMULATOR.get_or_init(|| {
         let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels");
         let files = ["gemm.cu", "instructions.cu"].map(|name| here.join(name)).to_vec();
-        let sources = Sources { files: Some(files), ..Sources::all(kernels()) };
+        let sources = Sources::files(kernels(), files);
         Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
     })
 }

@@ -14,7 +14,7 @@ fn emulator() -> &'static Emulator {
         let files = ["gemm_sm90.cu", "instructions_sm90.cu", "cluster_sm90.cu"]
             .map(|name| here.join(name))
             .to_vec();
-        let sources = Sources { files: Some(files), ..Sources::all(kernels()) };
+        let sources = Sources::files(kernels(), files);
         Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
     })
 }

@@ -1,7 +1,9 @@
 //! The attention's kernels: every instance against the f64 reference, grids and windows of any size, padding, dropout.
 
 use crate::common::{error, gradients, random, values, Worst};
-use crate::device::{bound, emulator, in_every_mode, in_modes, launch_all, Device, Memory, DTYPES};
+use crate::device::{
+    bound, cache, emulator, in_every_mode, in_modes, kernels, launch_all, Device, Memory, DTYPES,
+};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
 use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
@@ -10,9 +12,10 @@ use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
-use candle_sam_lora_emulator::Mode;
+use candle_sam_lora_emulator::{Emulator, Mode, Sources};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
 pub const DROPOUT: Dropout = Dropout { p: 0.2, seed: 77, stream: 5 };
 
@@ -280,7 +283,20 @@ fn forward() -> Result<()> {
 pub enum Kernels {
     Portable,
     Hopper,
+    /// The same, but the key pass as nvcc before CUDA 13.1 compiles it.
+    HopperKeysInSharedMemory,
     HopperWindows,
+}
+
+/// The key pass for Hopper with keys and values as left operands in shared memory.
+fn keys_in_shared_memory() -> &'static Emulator {
+    static EMULATOR: OnceLock<Emulator> = OnceLock::new();
+    EMULATOR.get_or_init(|| {
+        let file = kernels().join("sm90/rel_pos_attention_bwd_key_sm90.cu");
+        let defines = vec!["KEYS_IN_REGISTERS=false".to_string()];
+        let sources = Sources { defines, ..Sources::files(kernels(), vec![file]) };
+        Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
+    })
 }
 
 impl Kernels {
@@ -293,8 +309,10 @@ impl Kernels {
         let (p, dtype) = (&case.problem, case.dtype);
         match self {
             Self::Portable => attention::backward(p, dtype, inputs, operands),
-            Self::Hopper => Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
-                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+            Self::Hopper | Self::HopperKeysInSharedMemory => {
+                Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
+                    .unwrap_or_else(|| panic!("{}: not covered", case.name)))
+            }
             Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
                 .unwrap_or_else(|| panic!("{}: not covered", case.name))),
         }
@@ -303,15 +321,15 @@ impl Kernels {
     fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
         let p = &case.problem;
         match self {
-            Self::Portable | Self::Hopper => attention::workspace_bytes(p, case.dtype, tables, pad),
             Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),
+            _ => attention::workspace_bytes(p, case.dtype, tables, pad),
         }
     }
 
     fn modes(self) -> Vec<Mode> {
         match self {
             Self::Portable | Self::HopperWindows => Mode::all().collect(),
-            Self::Hopper => Mode::all_with_products().collect(),
+            Self::Hopper | Self::HopperKeysInSharedMemory => Mode::all_with_products().collect(),
         }
     }
 }
@@ -345,7 +363,14 @@ fn run_backward(
         };
         let launches = kernels.backward(case, &on_device.inputs(), &operands)?;
         names.borrow_mut().extend(launches.iter().map(|launch| launch.kernel.clone()));
-        launch_all(device, &launches)?;
+        for launch in &launches {
+            let is_key_pass = launch.kernel.contains("bwd_key");
+            let emulator = match kernels {
+                Kernels::HopperKeysInSharedMemory if is_key_pass => keys_in_shared_memory(),
+                _ => device.emulator,
+            };
+            launch_all(&Device { emulator, ..*device }, std::slice::from_ref(launch))?;
+        }
         Ok(vec![dqkv, dtables, dpad])
     })
 }

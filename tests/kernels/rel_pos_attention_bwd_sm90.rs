@@ -48,6 +48,21 @@ fn backward() -> Result<()> {
     assert_all_ran("bwd", true, &launched)
 }
 
+/// The key pass has two forms: which one a GPU runs depends on the compiler. A default build of the emulator has the one
+/// with keys in registers, which `backward` runs.
+#[test]
+fn backward_with_keys_in_shared_memory() -> Result<()> {
+    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
+    for dtype in [DType::F16, DType::BF16] {
+        for (shapes, frozen) in shapes(dtype) {
+            let (kernels, case) = (Kernels::HopperKeysInSharedMemory, Case::new(shapes, dtype)?);
+            check_backward(kernels, &case, frozen, &mut worst, &mut launched)?;
+        }
+    }
+    worst.check("rel_pos_attention backward on sm_90a, keys in shared memory", 1.0 / 16.0);
+    assert_all_ran("bwd_key", true, &launched)
+}
+
 /// As of the portable kernels; the passes have their tiles each for itself.
 #[test]
 fn any_tile_serves_any_problem() -> Result<()> {

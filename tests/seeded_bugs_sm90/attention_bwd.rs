@@ -43,7 +43,7 @@ const KEY: Pass = Pass {
     index: 1,
     file: "rel_pos_attention_bwd_key_sm90.cuh",
     instance: "KERNEL(rel_pos_attention_bwd_key_sm90_hd64_cols40_f16, RelPosAttentionBwdKeySm90Params, 384, 1) {\n\
-        rel_pos_attention_bwd_key_sm90<KeyBlock<__half, 64, 40>>(p);\n}\n",
+        rel_pos_attention_bwd_key_sm90<KeyBlock<__half, 64, 40, true>>(p);\n}\n",
 };
 
 /// A folder with copies of all headers, where `planted` stands in place of `original` in the pass's.
@@ -70,8 +70,8 @@ fn copy_with(name: &str, pass: &Pass, original: &str, planted: &str) -> PathBuf 
 /// The gradients' largest error in each mode, infinite where something is NaN, or the report.
 fn run(name: &str, pass: &Pass, original: &str, planted: &str) -> Outcomes {
     let folder = copy_with(name, pass, original, planted);
-    let files = Some(vec![folder.join("pass.cu")]);
-    let with_bug = Emulator::new(&Sources { kernels: folder, files }, &cache()).unwrap();
+    let sources = Sources::files(&folder, vec![folder.join("pass.cu")]);
+    let with_bug = Emulator::new(&sources, &cache()).unwrap();
 
     let p = &PROBLEM;
     let tensor = |seed, shape: &[usize]| random(seed, shape).to_dtype(DTYPE).unwrap();

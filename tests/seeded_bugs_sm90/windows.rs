@@ -103,7 +103,7 @@ fn assert_seen(name: &str, file: &str, original: &str, planted: &str, seen_in: f
     }
     let instances = folder.join("sm90/windows.cu");
     std::fs::write(&instances, INSTANCES).unwrap();
-    let sources = Sources { kernels: folder, files: Some(vec![instances]) };
+    let sources = Sources::files(folder, vec![instances]);
     let emulator = Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"));
     for mode in Mode::all() {
         let error = run(&Device { emulator: &emulator, mode }).unwrap();

@@ -1,0 +1,237 @@
+"""Machine code as nvdisasm lists it: instructions, basic blocks, loops and reaching definitions.
+
+The listing has the live ranges (`-plr`), so which registers an instruction reads and writes is the tool's word. Sets of
+registers are integers: bit n is Rn.
+"""
+
+import re
+import subprocess
+from functools import cached_property
+from typing import NamedTuple
+
+SECTION = re.compile(r"\.text\.(\w+):")
+LABEL = re.compile(r"(\.L_x_\w+|\$\S+):")
+CODE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:\(\*.*\*\))?;")
+# Above the columns of the live ranges stands the last digit of each register's number.
+COLUMNS = re.compile(r"// \|\s+# ((?:0123456789)*\d*)")
+TARGET = re.compile(r"`\((\S+)\)$")
+REGISTER = re.compile(r"R(\d+)")
+
+
+class Instruction(NamedTuple):
+    """One instruction; `target` is where it may branch to, in the function's instructions."""
+
+    address: int
+    predicate: str | None
+    opcode: str
+    operands: str
+    writes: int = 0
+    reads: int = 0
+    target: int | None = None
+
+    @property
+    def base(self):
+        return self.opcode.partition(".")[0]
+
+    def __str__(self):
+        return f"{self.address:#06x} {self.opcode} {self.operands}"
+
+
+def disassemble(nvdisasm, cubin, live_ranges):
+    """The functions of a cubin, by name. Live ranges take a quarter of a minute for a large one."""
+    command = [nvdisasm, "-c", *(["-plr", "-lrm", "narrow"] if live_ranges else []), cubin]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return parse(listing.splitlines())
+
+
+def parse(lines):
+    """The functions of a listing, by name."""
+    functions, labels, raw, start, count = {}, {}, None, 0, 0
+    for line in lines:
+        if found := CODE.match(line):
+            writes = reads = 0
+            if count:
+                ranges = line[start : start + count]
+                for mark in re.finditer(r"[\^vx]", ranges):
+                    bit = 1 << mark.start()
+                    writes |= bit if mark[0] != "v" else 0
+                    reads |= bit if mark[0] != "^" else 0
+            address, predicate, opcode, operands = found.groups()
+            raw.append(Instruction(int(address, 16), predicate, opcode, operands, writes, reads))
+        elif found := SECTION.match(line):
+            raw, labels = [], {}
+            functions[found[1]] = (raw, labels)
+        elif raw is not None and (found := LABEL.match(line)):
+            labels[found[1]] = len(raw)
+        if "//" in line and (found := COLUMNS.search(line)):
+            start, count = found.start(1), len(found[1])
+    return {name: Function(name, link(raw, labels)) for name, (raw, labels) in functions.items() if raw}
+
+
+def link(instructions, labels):
+    """The same with their targets."""
+    linked = []
+    for instruction in instructions:
+        if instruction.base in ("BRA", "CALL", "JMP", "BRX"):
+            found = TARGET.search(instruction.operands)
+            if not found or found[1] not in labels:
+                raise ValueError(f"{instruction}: where it goes to cannot be told")
+            instruction = instruction._replace(target=labels[found[1]])
+        linked.append(instruction)
+    return linked
+
+
+def successors(code, index):
+    """Instructions that may come after this one, in a function's list."""
+    instruction = code[index]
+    then = [] if instruction.target is None else [instruction.target]
+    # A branch may have its condition among its operands.
+    always = instruction.predicate is None
+    plain = instruction.opcode in ("BRA", "BRA.U") and "P" not in instruction.operands.partition("`")[0]
+    if not (always and (plain or instruction.base in ("EXIT", "RET", "JMP"))) and index + 1 < len(code):
+        then.append(index + 1)
+    return then
+
+
+class Loop(NamedTuple):
+    """A natural loop: its first block, and all of them."""
+
+    head: int
+    blocks: frozenset
+
+
+class Function:
+    """A kernel's instructions, and the basic blocks that a flow from the first one reaches, in reverse postorder."""
+
+    def __init__(self, name, code):
+        self.name, self.code = name, code
+        follow = [successors(code, index) for index in range(len(code))]
+        leaders = {0} | {t for index, then in enumerate(follow) for t in then if then != [index + 1]}
+        leaders |= {index + 1 for index, then in enumerate(follow) if then != [index + 1]}
+        starts = sorted(leader for leader in leaders if leader < len(code))
+        ranges = {start: range(start, end) for start, end in zip(starts, [*starts[1:], len(code)])}
+        order, seen, stack = [], {0}, [(0, iter(follow[ranges[0][-1]]))]
+        while stack:
+            start, then = stack[-1]
+            for target in then:
+                if target not in seen:
+                    seen.add(target)
+                    stack.append((target, iter(follow[ranges[target][-1]])))
+                    break
+            else:
+                order.append(start)
+                stack.pop()
+        number = {start: block for block, start in enumerate(reversed(order))}
+        self.blocks = [ranges[start] for start in number]
+        self.after = [sorted({number[t] for t in follow[block[-1]]}) for block in self.blocks]
+        self.before = [[] for _ in self.blocks]
+        for block, then in enumerate(self.after):
+            for target in then:
+                self.before[target].append(block)
+        self.block_of = {index: block for block, span in enumerate(self.blocks) for index in span}
+
+    @cached_property
+    def dominators(self):
+        """The immediate dominator of each block (Cooper, Harvey and Kennedy)."""
+        above = [0] + [None] * (len(self.blocks) - 1)
+        changed = True
+        while changed:
+            changed = False
+            for block in range(1, len(self.blocks)):
+                new = None
+                for other in self.before[block]:
+                    if above[other] is None:
+                        continue
+                    if new is None:
+                        new = other
+                    while new != other:
+                        new, other = (above[new], other) if new > other else (new, above[other])
+                if new != above[block]:
+                    above[block], changed = new, True
+        return above
+
+    def dominates(self, upper, block):
+        while block > upper:
+            block = self.dominators[block]
+        return block == upper
+
+    @cached_property
+    def loops(self):
+        """All natural loops, those with one head together, inner ones first."""
+        bodies = {}
+        for block, then in enumerate(self.after):
+            for head in (target for target in then if self.dominates(target, block)):
+                body, stack = bodies.setdefault(head, {head}), [block]
+                while stack:
+                    if (found := stack.pop()) not in body:
+                        body.add(found)
+                        stack.extend(self.before[found])
+        return sorted((Loop(head, frozenset(body)) for head, body in bodies.items()), key=lambda loop: len(loop.blocks))
+
+    def innermost(self, index):
+        """The smallest loop that an instruction is in."""
+        return next((loop for loop in self.loops if self.block_of[index] in loop.blocks), None)
+
+    def instructions(self, loop):
+        """A loop's, in the order of the code."""
+        return [self.code[index] for block in sorted(loop.blocks) for index in self.blocks[block]]
+
+    @cached_property
+    def written(self):
+        """The registers that each block writes."""
+        masks = []
+        for block in self.blocks:
+            mask = 0
+            for index in block:
+                mask |= self.code[index].writes
+            masks.append(mask)
+        return masks
+
+    def definitions(self, index, register):
+        """The instructions whose value of a register reaches this one; None among them if there may be no value."""
+        bit, found, seen = 1 << register, set(), set()
+        stack = [(self.block_of[index], index)]
+        while stack:
+            block, end = stack.pop()
+            # A predicated write may leave the value of another one.
+            stopped = False
+            if self.written[block] & bit:
+                for at in range(end - 1, self.blocks[block][0] - 1, -1):
+                    if self.code[at].writes & bit:
+                        found.add(at)
+                        if stopped := self.code[at].predicate is None:
+                            break
+            if stopped:
+                continue
+            if block == 0:
+                found.add(None)
+            for before in self.before[block]:
+                if before not in seen:
+                    seen.add(before)
+                    stack.append((before, self.blocks[before][-1] + 1))
+        return found
+
+    def origins(self, index, register):
+        """The same through copies between registers."""
+        found, seen, stack = set(), set(), [(index, register)]
+        while stack:
+            for at in self.definitions(*stack.pop()):
+                source = at is not None and copied(self.code[at])
+                if source is False or source is None:
+                    found.add(at)
+                elif (at, source) not in seen:
+                    seen.add((at, source))
+                    stack.append((at, source))
+        return found
+
+
+def copied(instruction):
+    """The register that an instruction copies, if that is all it does."""
+    operands = instruction.operands.replace(".reuse", "").split(", ")
+    if instruction.base == "MOV":
+        found = REGISTER.fullmatch(operands[1])
+    elif instruction.opcode.startswith("IMAD.MOV") and operands[1:3] == ["RZ", "RZ"]:
+        found = REGISTER.fullmatch(operands[3])
+    else:
+        found = None
+    return int(found[1]) if found else None
