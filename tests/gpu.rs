@@ -80,6 +80,7 @@ fn trial(name: String, test: impl FnOnce(&Device) -> Result<()> + Send + 'static
     Trial::test(name.clone(), move || {
         let device = gpu()?;
         watchdog::progress(&*name);
+        cuda::set_kernels(implementations(device)[0]);
         let _watch = Watch { test: &name, device };
         test(device).map_err(Failed::from)
     })
@@ -102,7 +103,7 @@ fn with_each(device: &Device, test: impl Fn() -> Result<()>) -> Result<()> {
         watchdog::progress(format!("{test_name} ({kernels:?} kernels)"));
         cuda::set_kernels(kernels);
         let outcome = catch_unwind(AssertUnwindSafe(&test));
-        cuda::set_kernels(Kernels::default());
+        cuda::set_kernels(implementations(device)[0]);
         let failure = match outcome {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
@@ -113,6 +114,7 @@ fn with_each(device: &Device, test: impl Fn() -> Result<()>) -> Result<()> {
         };
         bail!("{kernels:?} kernels: {failure}")
     }
+    watchdog::progress(test_name);
     Ok(())
 }
 

@@ -17,7 +17,8 @@ RUNS = 10
 
 def warm(kit, until):
     """The families at small sizes: the driver compiles candle's kernels and keeps them for every process that follows."""
-    smoke_at(kit, until, "warm", ["--small"])
+    # What compiles makes no progress that anybody sees.
+    smoke_at(kit, until, "warm", ["--small"], CANDLE_SAM_LORA_WATCHDOG=str(4 * kit.watchdog))
 
 
 def smoke(kit, until):
@@ -25,29 +26,32 @@ def smoke(kit, until):
     kit.wrong |= smoke_at(kit, until, "smoke", kit.sizes)
 
 
-def smoke_at(kit, until, step, sizes):
+def smoke_at(kit, until, step, sizes, **environment):
     """{family: what is wrong with it}. A family that kills its process is left out of the next one, which goes on."""
     families = kit.run([kit.program("smoke"), "--list"], until).out.split()
-    rows, wrong, left = [], {}, list(families)
+    rows, wrong, left, kernels = [], {}, list(families), ["Native"]
     if not families:
         kit.results.note(step, "failed", reason="the program lists no family")
         return {}
     while left:
-        begun, kernels, shown = [], ["Native"], collections.defaultdict(list)
+        begun, shown = [], collections.defaultdict(list)
 
         def on_line(line):
             nonlocal kernels
             if (found := event(line)) is None:
                 return
             kernels = found.get("kernels_here", kernels)
-            if "begun" in found:
+            if "self_test" in found:
+                rows.append(found)  # the library's word, kept beside ours
+            elif "begun" in found:
                 begun.append(found["begun"])
             elif found.get("family") in left:
                 shown[found["family"]].append(found)
                 rows.append(found)
                 kit.results.note(step, "running", rows=rows)
 
-        done = kit.run([kit.program("smoke"), *sizes, *words("--only", left)], until, on_line=on_line)
+        command = [kit.program("smoke"), *sizes, *words("--only", left)]
+        done = kit.run(command, until, on_line=on_line, **environment)
         # The last one may not be complete.
         ended = begun if done.status in (0, 1) else begun[:-1]
         for family in begun:
@@ -65,7 +69,7 @@ def smoke_at(kit, until, step, sizes):
     for family in left:
         wrong[family] = f"not run: {done.reason()}"
     good = [family for family in families if family not in wrong]
-    reason = f"{len(good)} of {len(families)} families are right"
+    reason = f"{len(good)} of {len(families)} families are right, of the kernels {' and '.join(kernels)}"
     kit.results.note(step, "failed" if wrong else "passed", reason=reason, rows=rows, failures=wrong)
     return wrong
 
@@ -102,6 +106,8 @@ def words(option, values):
     return [word for value in values for word in (option, value)]
 
 
+# What a test did, beside libtest's own words.
+ALONE, NOT_RUN = "ok with the portable kernels alone", "not run"
 # The tests by what they hold, in the order in which they are run.
 OF_OPERATION = ("gradients", "values", "strides", "repeat", "streams")
 
@@ -157,19 +163,21 @@ def tests(kit, until):
             ended |= outcomes
             lies |= lie
             tell(kit, "running", ended, lies)
-    missing = {name: ("not run", "its process says nothing of it") for name in names if name not in ended}
+    missing = {name: ("lost", "its process says nothing of it") for name in names if name not in ended}
     ended = {name: (ended | missing)[name] for name in names}
-    good = not lies and all(outcome in ("ok", "ignored") for outcome, _ in ended.values())
-    tell(kit, "passed" if good else "failed", ended, lies)
+    tell(kit, None, ended, lies)
 
 
 def tell(kit, result, ended, lies):
+    """Notes the tests so far; with no result, the result that they have."""
+    names = lambda wanted: [name for name, (outcome, _) in ended.items() if outcome == wanted]
     count = collections.Counter(outcome for outcome, _ in ended.values())
-    failures = {name: f"{outcome}: {why}" for name, (outcome, why) in ended.items() if outcome not in ("ok", "ignored")}
-    if result == "passed" and not count["ok"]:
-        result = "failed"
+    well = ("ok", "ignored", ALONE, NOT_RUN)
+    failures = {name: f"{outcome}: {why}" for name, (outcome, why) in ended.items() if outcome not in well} | lies
+    if result is None:
+        result = "failed" if failures or not count["ok"] else "stopped" if count[NOT_RUN] else "passed"
     reason = ", ".join(f"{number} {outcome}" for outcome, number in sorted(count.items()))
-    kit.results.note("tests", result, reason=reason, failures=failures | lies)
+    kit.results.note("tests", result, reason=reason, failures=failures, alone=names(ALONE), not_run=names(NOT_RUN))
 
 
 def job(kit, until, phase, family, names, portable):
@@ -177,7 +185,7 @@ def job(kit, until, phase, family, names, portable):
     ended, lost, lies, left = {}, {}, {}, list(names)
     while left:
         if time.monotonic() >= until:
-            ended |= {name: ("not run", "out of time") for name in left}
+            ended |= {name: (NOT_RUN, "out of time") for name in left}
             break
         alone = family in portable
         done = run_tests(kit, until, left, alone)
@@ -185,13 +193,15 @@ def job(kit, until, phase, family, names, portable):
         if lie:
             lies[f"{family}, phase {phase}"] = lie
         ended |= {
-            name: ("ok with the portable kernels alone" if alone and outcome == "ok" else outcome, message)
+            name: (ALONE if alone and outcome == "ok" else outcome, message)
             for name, (outcome, message) in found.items()
         }
         left = [name for name in left if name not in found]
         begun = [e["name"] for e in events(done.out) if e.get("event") == "started" and e.get("name") in left]
-        if not begun or done.status is None:
-            ended |= {name: ("not run", done.reason()) for name in left}
+        if done.status is None and time.monotonic() >= until:
+            continue
+        if not begun:
+            ended |= {name: ("lost", f"not begun: {done.reason()}") for name in left}
             break
         # It took its process along: once more with the portable kernels, then never again.
         if alone or begun[-1] in lost:

@@ -79,7 +79,7 @@ def smoke():
             runs = 3 if behaviour == "lie" else 10
             outputs = [{"name": name, "error": error, "bound": 8e-3} for name in ("value", "gradient 0")]
             same = dict(runs=10, same_bits=runs, same_bits_in_turn=True)
-            say(family=family, kernels=kernels, outputs=outputs, ok=behaviour != "wrong", **same)
+            say(family=family, kernels=kernels, outputs=outputs, ok=behaviour != "wrong", seconds=0.5, **same)
 
 
 def headline():

@@ -30,7 +30,7 @@ STEPS += [measure.tune, measure.finetune, measure.bench, checks.sanitizers]
 STEPS = {step.__name__: step for step in STEPS}
 # The steps of a plan in their order, each with its share of the time.
 PLANS = {
-    "short": dict(warm=20, smoke=50, headline=90, peers=60, profile=70, tests=130, tune=90, sanitizers=60),
+    "short": dict(warm=45, smoke=50, headline=85, peers=60, profile=65, tests=125, tune=80, sanitizers=60),
     "full": dict(warm=2, smoke=6, tests=40, headline=8, peers=8, finetune=6, bench=60, profile=10, tune=40, sanitizers=60),
 }
 SECONDS = {"short": 570, "full": 3600}
@@ -55,7 +55,8 @@ class Kit:
         environment |= {"LD_LIBRARY_PATH": ":".join(libraries()), "CANDLE_SAM_LORA_WATCHDOG": str(self.watchdog)}
         # The driver compiles candle's kernels for this GPU, once if it may keep them.
         environment.setdefault("CUDA_CACHE_PATH", str(self.folder / "cache"))
-        self.run = Runner(self.tree, environment, self.results.log).run
+        self.runner = Runner(self.tree, environment, self.results.log)
+        self.run = self.runner.run
 
     def program(self, name):
         return self.folder / name
@@ -97,7 +98,8 @@ class Kit:
         try:
             STEPS[name](self, self.deadline(name))
         except Exception as error:  # a step that dies takes no other along
-            self.results.note(name, "failed", reason=f"{type(error).__name__}: {error}")
+            kept = self.results.all["steps"].get(name, {})
+            self.results.note(name, **kept | {"result": "failed", "reason": f"{type(error).__name__}: {error}"})
         print(f"   {time.monotonic() - begun:.0f} s, at {time.monotonic() - self.start:.0f} s", flush=True)
 
 
@@ -114,7 +116,7 @@ def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     kit = Kit(args)
     if kit.probe():
-        kit.run.__self__.environment["CANDLE_SAM_LORA_REQUIRE_GPU"] = "1"
+        kit.runner.environment["CANDLE_SAM_LORA_REQUIRE_GPU"] = "1"
         for name in kit.shares:
             kit.step(name)
     kit.results.write()

@@ -1,5 +1,6 @@
 """How fast the kernels are, beside PyTorch's, why, and with which tiles."""
 
+import importlib.util
 import json
 import math
 import pathlib
@@ -133,13 +134,7 @@ def headline(kit, until):
 
 def peers(kit, until):
     """PyTorch on the same layers, in one process."""
-    try:
-        import importlib.util
-
-        found = importlib.util.find_spec("torch")
-    except ImportError:
-        found = None
-    if found is None:
+    if importlib.util.find_spec("torch") is None:
         return kit.results.note("peers", "skipped", reason="torch is not installed")
     command = [sys.executable, kit.tree / "benches/peers/headline.py", *kit.sizes]
     rows, done = measured(kit, until, "peers", command, [])

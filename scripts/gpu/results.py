@@ -1,5 +1,6 @@
 """What a visit leaves: results.json and results.md, whole at every moment, and log.txt."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -78,6 +79,8 @@ def report(results):
             lines += ["", f"## {name}: failures", ""] + [f"- {what}: {message}" for what, message in found.items()]
         if findings := step.get("findings"):
             lines += ["", f"## {name}: findings", "", "```", *findings, "```"]
+    if rows := steps.get("smoke", {}).get("rows"):
+        lines += ["", "## Families at SAM's sizes"] + table(["", "kernels", "largest error / bound", "seconds"], families(rows))
     ours = steps.get("headline", {}).get("rows", [])
     if ours:
         lines += headline(ours, steps.get("peers", {}).get("rows", []))
@@ -88,6 +91,13 @@ def report(results):
         lines += ["", "## Benchmarks"]
         lines += table(keys, [["" if row[key] is None else row[key] for key in keys] for row in rows])
     return "\n".join(lines) + "\n"
+
+
+def families(rows):
+    for row in rows:
+        with contextlib.suppress(TypeError, KeyError, ValueError, ZeroDivisionError):
+            worst = max(output["error"] / output["bound"] for output in row["outputs"])
+            yield row["family"], row["kernels"], f"{worst:.2f}", f"{row['seconds']:.1f}"
 
 
 def headline(ours, peers):

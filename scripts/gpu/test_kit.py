@@ -78,6 +78,7 @@ class Kit(unittest.TestCase):
         self.assertEqual(set(results.values()), {"passed"}, visit.steps())
         self.assertEqual(set(results) - {"memcheck", "racecheck"}, set(STEPS) - {"sanitizers"})
         self.assertIn("FAKE GPU", visit.read()["device"])
+        self.assertIn("| qkv_lora | Portable | 0.12 | 0.5 |", visit.out)
         self.assertIn("| attention_global_64 forward batch 1 grid 64 | 120 to 170 | 130.0 | as expected |", visit.out)
         self.assertEqual(visit.steps()["headline"]["rows"][0]["sm_mhz"], 1980)
 
@@ -105,6 +106,7 @@ class Kit(unittest.TestCase):
         self.assertEqual(len(lost), 2, tests)
         self.assertIn("then: ok with the portable kernels alone", lost[0])
         self.assertIn("4 ok,", tests["reason"])
+        self.assertEqual((len(tests["alone"]), tests["not_run"]), (6, []))
 
     def test_a_crash_takes_its_family_alone(self):
         visit = self.ended("smoke=crash@layer_norm headline=crash@qkv_lora", steps=["smoke", "headline"])
