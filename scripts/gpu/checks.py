@@ -17,8 +17,7 @@ RUNS = 10
 
 def warm(kit, until):
     """The families at small sizes: the driver compiles candle's kernels and keeps them for every process that follows."""
-    # What compiles makes no progress that anybody sees.
-    smoke_at(kit, until, "warm", ["--small"], CANDLE_SAM_LORA_WATCHDOG=str(4 * kit.watchdog))
+    smoke_at(kit, until, "warm", ["--small"])
 
 
 def smoke(kit, until):
@@ -26,52 +25,69 @@ def smoke(kit, until):
     kit.wrong |= smoke_at(kit, until, "smoke", kit.sizes)
 
 
-def smoke_at(kit, until, step, sizes, **environment):
-    """{family: what is wrong with it}. A family that kills its process is left out of the next one, which goes on."""
+def smoke_at(kit, until, step, sizes):
+    """{family: what is wrong with it}. A family that kills its process is left out of the next one, which goes on; so is
+    one that hung before."""
     families = kit.run([kit.program("smoke"), "--list"], until).out.split()
-    rows, wrong, left, kernels = [], {}, list(families), ["Native"]
+    rows, wrong, kernels = [], {name: "hung before" for name in families if name in kit.hangs}, []
+    left = [name for name in families if name not in wrong]
     if not families:
         kit.results.note(step, "failed", reason="the program lists no family")
         return {}
     while left:
-        begun, shown = [], collections.defaultdict(list)
-
-        def on_line(line):
-            nonlocal kernels
-            if (found := event(line)) is None:
-                return
-            kernels = found.get("kernels_here", kernels)
-            if "self_test" in found:
-                rows.append(found)  # the library's word, kept beside ours
-            elif "begun" in found:
-                begun.append(found["begun"])
-            elif found.get("family") in left:
-                shown[found["family"]].append(found)
-                rows.append(found)
-                kit.results.note(step, "running", rows=rows)
-
-        command = [kit.program("smoke"), *sizes, *words("--only", left)]
-        done = kit.run(command, until, on_line=on_line, **environment)
-        # The last one may not be complete.
-        ended = begun if done.status in (0, 1) else begun[:-1]
+        begun, shown, here, done = run_smoke(kit, until, step, sizes, left, rows)
+        kernels = here or kernels
         for family in begun:
-            found = [problem for row in shown[family] if (problem := judge(row))]
-            missing = [name for name in kernels if name not in [row.get("kernels") for row in shown[family]]]
-            if missing:
-                found.append(f"nothing of the {', '.join(missing)} kernels: {done.reason()}")
-            if found:
-                wrong[family] = "; ".join(found)
-            if family not in ended and done.status in (HANGS, BROKEN):
-                kit.hangs.add(family)
+            if found := judge_all(shown[family], kernels, done):
+                wrong[family] = found
         left = [family for family in left if family not in begun]
-        if not begun or done.status is None or done.status in (0, 1):
+        if not begun or done.status in (None, 0, 1):
             break
+        # The last one took its process along.
+        if done.status in (HANGS, BROKEN):
+            kit.hangs.add(begun[-1])
+        portable = dict(CANDLE_SAM_LORA_TEST_KERNELS="portable")
+        _, shown, _, alone = run_smoke(kit, until, step, sizes, begun[-1:], rows, **portable)
+        found = judge_all(shown[begun[-1]], ["Portable"], alone)
+        wrong[begun[-1]] += f"; the portable kernels alone: {found or 'right'}"
     for family in left:
         wrong[family] = f"not run: {done.reason()}"
     good = [family for family in families if family not in wrong]
     reason = f"{len(good)} of {len(families)} families are right, of the kernels {' and '.join(kernels)}"
     kit.results.note(step, "failed" if wrong else "passed", reason=reason, rows=rows, failures=wrong)
     return wrong
+
+
+def run_smoke(kit, until, step, sizes, families, rows, **environment):
+    """Families that begun, {family: its lines}, the kernels that the device has, how the process ended."""
+    begun, shown, kernels = [], collections.defaultdict(list), []
+
+    def on_line(line):
+        if (found := event(line)) is None:
+            return
+        if "kernels_here" in found:
+            kernels.extend(found["kernels_here"])
+        elif "self_test" in found:
+            rows.append(found)  # the library's word, kept beside ours
+        elif found.get("begun") in families:
+            begun.append(found["begun"])
+        elif found.get("family") in families:
+            shown[found["family"]].append(found)
+            rows.append(found)
+            kit.results.note(step, "running", rows=rows)
+
+    command = [kit.program("smoke"), *sizes, *words("--only", families)]
+    done = kit.run(command, until, on_line=on_line, **environment)
+    return begun, shown, kernels, done
+
+
+def judge_all(lines, kernels, done):
+    """What is wrong with a family, by its lines; an empty text if nothing is."""
+    found = [problem for line in lines if (problem := judge(line))]
+    missing = [name for name in kernels or ["Native"] if name not in [line.get("kernels") for line in lines]]
+    if missing:
+        found.append(f"nothing of the {', '.join(missing)} kernels: {done.reason()}")
+    return "; ".join(found)
 
 
 def judge(row):

@@ -94,6 +94,7 @@ class Kit(unittest.TestCase):
         steps = visit.steps()
         self.assertEqual(set(steps["smoke"]["failures"]), {"qkv_lora"})
         self.assertIn("status 71", steps["smoke"]["failures"]["qkv_lora"])
+        self.assertIn("the portable kernels alone: right", steps["smoke"]["failures"]["qkv_lora"])
         self.assertEqual({row["family"] for row in steps["headline"]["rows"]}, {"attention_global_64", "layer_norm"})
         # Its tests run the portable kernels alone, the others both.
         self.assertIn("4 ok with the portable kernels alone", steps["tests"]["reason"])

@@ -133,12 +133,11 @@ fn headline(args: &Args) -> Result<()> {
     for problem in &problems {
         println!("{}", json!({"begun": problem.family.name}));
         watchdog::progress(problem.name());
-        let work = Work::new(problem, dtype, device, copies)?;
+        let work = Work::new(problem, dtype, device, copies);
         for &kernels in implementations(device) {
             let mut choices = vec![None];
             if kernels == Kernels::Native && implementations(device).len() > 1 {
-                let shape = [work.layer.inputs[0].dims(), work.layer.grad.dims()];
-                let shape = shape.map(|dims| dims.last().copied().unwrap_or(0));
+                let shape = work.as_ref().map_or([0; 2], |work| work.shape());
                 let names = tiles::candidates(problem.tiles, dtype.size_in_bytes(), shape);
                 choices.extend(names.into_iter().filter(|&name| name != tiles::PORTABLE).map(Some));
             }
@@ -147,7 +146,10 @@ fn headline(args: &Args) -> Result<()> {
                 cuda::set_kernels(kernels);
                 tiles::force(tile.map(|tile| (problem.tiles, tile)));
                 let from = now()?;
-                let times = work.time(clock, device);
+                let times = match &work {
+                    Ok(work) => work.time(clock, device),
+                    Err(error) => Err(anyhow!("its tensors: {error:#}")),
+                };
                 let until = now()?;
                 tiles::force(None);
                 cuda::set_kernels(Kernels::default());
@@ -161,12 +163,12 @@ fn headline(args: &Args) -> Result<()> {
                     "tables": problem.size.tables, "from": from, "until": until,
                 });
                 match times {
-                    Ok(Times { median, least, most, runs }) => {
+                    Ok((Times { median, least, most, runs }, flops)) => {
                         line["us"] = (1e6 * median).into();
                         line["least_us"] = (1e6 * least).into();
                         line["most_us"] = (1e6 * most).into();
                         line["runs"] = runs.into();
-                        line["tflops"] = (work.flops / median / 1e12).into();
+                        line["tflops"] = (flops / median / 1e12).into();
                     }
                     Err(error) => {
                         failed += 1;
@@ -212,14 +214,22 @@ impl Work {
         Ok(Self { layer, copies, pass: problem.pass, trained, flops })
     }
 
-    fn time(&self, clock: Clock, device: &Device) -> Result<Times> {
+    /// Channels in and out.
+    fn shape(&self) -> [usize; 2] {
+        [self.layer.inputs[0].dims(), self.layer.grad.dims()]
+            .map(|dims| dims.last().copied().unwrap_or(0))
+    }
+
+    /// Times of a run, and its floating-point operations.
+    fn time(&self, clock: Clock, device: &Device) -> Result<(Times, f64)> {
         let mut turn = (0..self.copies.len()).cycle();
         let mut next = move || turn.next().unwrap_or(0);
         if self.pass == Pass::Forward {
-            return clock.time(device, || {
+            let times = clock.time(device, || {
                 let layer = &self.copies[next()];
                 Ok(layer.run(&layer.inputs, By::Kernels)?)
-            });
+            })?;
+            return Ok((times, self.flops));
         }
         let losses = self.copies.iter().map(|layer| layer.loss(self.trained, By::Kernels));
         let losses = losses.collect::<candle_core::Result<Vec<_>>>()?;
@@ -233,11 +243,7 @@ impl Work {
             bail!("the loss alone takes {of_loss:.1e} s of {:.1e} s", whole.least)
         }
         let less = |seconds| seconds - of_loss;
-        Ok(Times {
-            median: less(whole.median),
-            least: less(whole.least),
-            most: less(whole.most),
-            ..whole
-        })
+        let [median, least, most] = [whole.median, whole.least, whole.most].map(less);
+        Ok((Times { median, least, most, ..whole }, self.flops))
     }
 }

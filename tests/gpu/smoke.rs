@@ -73,14 +73,19 @@ fn smoke(args: &Args) -> Result<()> {
     let mut wrong = Vec::new();
     for family in families {
         println!("{}", json!({"begun": family.name}));
-        watchdog::progress(family.name);
-        let layer = Layer::new(family, size, dtype, device)?;
-        let expected = Expected::new(&layer)?;
+        let prepared = watchdog::unwatched(|| -> Result<_> {
+            let layer = Layer::new(family, size, dtype, device)?;
+            let expected = Expected::new(&layer)?;
+            Ok((layer, expected))
+        });
         for &kernels in implementations(device) {
             watchdog::progress(format!("{} ({kernels:?} kernels)", family.name));
             let start = Instant::now();
             cuda::set_kernels(kernels);
-            let outcome = compare(&layer, &expected, kernels);
+            let outcome = match &prepared {
+                Ok((layer, expected)) => compare(layer, expected, kernels),
+                Err(error) => Err(anyhow!("the composed graph: {error:#}")),
+            };
             cuda::set_kernels(Kernels::default());
             if let Err(error) = device.synchronize() {
                 eprintln!("{}: the GPU does not answer any more: {error}", family.name);

@@ -61,8 +61,8 @@ pub fn rest() {
     set(None);
 }
 
-/// Runs what only the host does, however long it takes.
-pub fn on_the_host<T>(work: impl FnOnce() -> T) -> T {
+/// Runs what launches none of our kernels, however long it takes: what the host computes, what the driver compiles.
+pub fn unwatched<T>(work: impl FnOnce() -> T) -> T {
     let task = set(None);
     let result = work();
     set(task.map(|(name, _)| name));
