@@ -113,7 +113,9 @@ def main():
     parser.add_argument("--watchdog", type=float, default=10, metavar="S", help="a process without progress hangs")
     parser.add_argument("--small", action="store_true", help="small sizes everywhere, for the emulator")
     args = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if hard == resource.RLIM_INFINITY or hard > LARGEST_FILE:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, hard))
     kit = Kit(args)
     if kit.probe():
         kit.runner.environment["CANDLE_SAM_LORA_REQUIRE_GPU"] = "1"

@@ -81,7 +81,7 @@ class Clocks:
 def measured(kit, until, step, command, without):
     """Rows of a program that measures, each noted as it comes; and how the program ended. `without`: families that are
     left out, and after a crash the one that it came from."""
-    rows, without, names = {}, list(without), None
+    rows, without = {}, list(without)
     with Clocks() as clocks:
         while True:
             begun = None
