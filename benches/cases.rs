@@ -34,6 +34,8 @@ use support::{candle_sam, composed, normal, Rotating};
 enum Case {
     /// x W^T + b, [B H W, C] -> [.., 3C]
     LinearForward,
+    /// GELU(x W^T + b), [B H W, C] -> [.., 4C]: the first linear of the MLP.
+    Lin1Forward,
     /// The attention operation alone, global, from packed qkv.
     AttentionForward,
     /// As AttentionForward, forward and backward.
@@ -238,7 +240,12 @@ impl Setup<'_> {
         let train = forward.with_backward();
         let (vit, rank) = (&self.vit, self.adapters.rank);
         Ok(match case {
-            Case::LinearForward => (self.linear()?, forward.linear(vit.dim, 3 * vit.dim)),
+            Case::LinearForward => {
+                (self.linear(3, Activation::None)?, forward.linear(vit.dim, 3 * vit.dim))
+            }
+            Case::Lin1Forward => {
+                (self.linear(4, Activation::Gelu)?, forward.linear(vit.dim, 4 * vit.dim))
+            }
             Case::AttentionForward => (self.attention(false)?, forward.attention(vit, false)),
             Case::AttentionTrain => (self.attention(true)?, train.attention(vit, false)),
             Case::GlobalLayerForward | Case::WindowedLayerForward => {
@@ -285,15 +292,16 @@ impl Setup<'_> {
         Ok(normal(&[self.batch, self.grid, self.grid, channels], self.dtype, self.device)?)
     }
 
-    fn linear(&self) -> Result<Measurement> {
+    /// Of `times` the channels.
+    fn linear(&self, times: usize, activation: Activation) -> Result<Measurement> {
         let (ours, dim) = (self.ours()?, self.vit.dim);
         let x = Rotating::new(self.tokens(dim)?)?;
-        let weight = normal(&[3 * dim, dim], self.dtype, self.device)?;
-        let bias = normal(&[3 * dim], self.dtype, self.device)?;
+        let weight = normal(&[times * dim, dim], self.dtype, self.device)?;
+        let bias = normal(&[times * dim], self.dtype, self.device)?;
         let projection = ops::Projection { weight: &weight, bias: Some(&bias), lora: None };
         self.run(|| {
             let run = if ours { ops::lora_linear } else { ops_composed::lora_linear };
-            run(x.next(), &projection, Activation::None, None)?;
+            run(x.next(), &projection, activation, None)?;
             Ok(())
         })
     }

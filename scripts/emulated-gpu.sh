@@ -5,6 +5,7 @@
 # With EMULATOR_SANITIZE=address,undefined a kernel that reaches past a tensor or its workspace is reported.
 #
 # usage: emulated-gpu.sh [what the tests' names hold, and other arguments of theirs]
+#        emulated-gpu.sh --kit [arguments of scripts/gpu/kit.py]     the GPU kit, small and with time to spare
 set -euo pipefail
 cd "$(dirname "$0")/.."
 toolchain=$(scripts/cuda-toolchain.sh)
@@ -33,4 +34,11 @@ if [ -n "${EMULATOR_SANITIZE:-}" ]; then
 fi
 triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${triple}_RUNNER=env LD_PRELOAD=$preload"
+if [ "${1:-}" = --kit ]; then
+  kit=$cuda/kit
+  binary=$(scripts/gpu/build.sh)
+  scripts/gpu/layout.sh "$binary" "$kit" "the emulator"
+  export LD_PRELOAD=$preload
+  exec python3 scripts/gpu/kit.py --kit "$kit" --small --watchdog 120 --results "$cuda/results" "${@:2}"
+fi
 CANDLE_SAM_LORA_REQUIRE_GPU=1 cargo test --release --features cuda --test gpu -- "$@"

@@ -3,10 +3,19 @@
 //! training. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
 //!
 //! For scripts/gpu/, where one binary has to do, it is also the benchmark and the example of these names, and what
-//! measures tiles: called as `cases`, `finetune` or `tune`, that is what it is.
+//! compares and measures at SAM's sizes: called as `cases`, `finetune`, `smoke`, `headline` or `tune`, that is what it is.
+//!
+//! | environment | meaning |
+//! |---|---|
+//! | `CANDLE_SAM_LORA_REQUIRE_GPU` | without a device the tests fail |
+//! | `CANDLE_SAM_LORA_WATCHDOG` | seconds without progress after which the process ends with status 71 |
+//! | `CANDLE_SAM_LORA_TEST_KERNELS` | `portable`: the tests do without the kernels for the GPU's own architecture |
+//! | `CANDLE_SAM_LORA_TEST_NAMES` | a file with the names of the tests to run, one a line, in this order |
 
 #[path = "../benches/cases.rs"]
 mod cases;
+#[path = "gpu/clock.rs"]
+mod clock;
 mod common;
 #[path = "gpu/emulated.rs"]
 mod emulated;
@@ -16,18 +25,27 @@ mod finetune;
 mod graph;
 #[path = "gpu/graphed.rs"]
 mod graphed;
+#[path = "gpu/headline.rs"]
+mod headline;
+#[path = "gpu/layers.rs"]
+mod layers;
 #[path = "gpu/model.rs"]
 mod model;
 #[path = "gpu/ops.rs"]
 mod ops;
+#[path = "gpu/smoke.rs"]
+mod smoke;
 #[path = "gpu/train.rs"]
 mod train;
 #[path = "gpu/tune.rs"]
 mod tune;
+#[path = "gpu/watchdog.rs"]
+mod watchdog;
 
 use candle_core::{bail, Device, Result};
 use candle_sam_lora::cuda::{self, Kernels};
 use libtest_mimic::{Arguments, Failed, Trial};
+use std::collections::HashMap;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::process::ExitCode;
@@ -36,7 +54,7 @@ use std::sync::OnceLock;
 /// The GPU of this process: candle loads its kernels once for each device.
 fn gpu() -> std::result::Result<&'static Device, String> {
     static GPU: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
-    let gpu = GPU.get_or_init(|| Device::new_cuda(0).map_err(|e| e.to_string()));
+    let gpu = GPU.get_or_init(|| candle_sam_lora::device("cuda").map_err(|e| e.to_string()));
     gpu.as_ref().map_err(String::clone)
 }
 
@@ -51,8 +69,9 @@ impl Drop for Watch<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.device.synchronize() {
             eprintln!("{}: the GPU does not answer any more: {error}", self.test);
-            std::process::exit(70);
+            watchdog::end(watchdog::BROKEN);
         }
+        watchdog::rest();
     }
 }
 
@@ -60,17 +79,31 @@ impl Drop for Watch<'_> {
 fn trial(name: String, test: impl FnOnce(&Device) -> Result<()> + Send + 'static) -> Trial {
     Trial::test(name.clone(), move || {
         let device = gpu()?;
+        watchdog::progress(&*name);
+        cuda::set_kernels(implementations(device)[0]);
         let _watch = Watch { test: &name, device };
         test(device).map_err(Failed::from)
     })
 }
 
+/// The implementations that differ on this device, or the portable one alone where the environment asks for that.
+fn implementations(device: &Device) -> &'static [Kernels] {
+    let portable =
+        std::env::var_os("CANDLE_SAM_LORA_TEST_KERNELS").is_some_and(|k| k == "portable");
+    match cuda::available_kernels(device) {
+        [_, Kernels::Portable] if portable => &[Kernels::Portable],
+        available => available,
+    }
+}
+
 /// Runs a test with each implementation that the device has kernels of, and says with which one it failed.
 fn with_each(device: &Device, test: impl Fn() -> Result<()>) -> Result<()> {
-    for &kernels in cuda::available_kernels(device) {
+    let test_name = watchdog::task();
+    for &kernels in implementations(device) {
+        watchdog::progress(format!("{test_name} ({kernels:?} kernels)"));
         cuda::set_kernels(kernels);
         let outcome = catch_unwind(AssertUnwindSafe(&test));
-        cuda::set_kernels(Kernels::default());
+        cuda::set_kernels(implementations(device)[0]);
         let failure = match outcome {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
@@ -81,6 +114,7 @@ fn with_each(device: &Device, test: impl Fn() -> Result<()>) -> Result<()> {
         };
         bail!("{kernels:?} kernels: {failure}")
     }
+    watchdog::progress(test_name);
     Ok(())
 }
 
@@ -103,7 +137,28 @@ fn tests() -> ExitCode {
         model::trials(),
         train::trials(),
     ];
-    libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
+    let trials = watchdog::start().and_then(|()| named(trials.into_iter().flatten().collect()));
+    match trials {
+        Ok(trials) => libtest_mimic::run(&arguments, trials).exit_code(),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Those trials whose names the environment's file has, in its order; all, where it names no file.
+///
+/// # Errors
+/// - the file cannot be read;
+/// - it names a test that does not exist, or one twice.
+fn named(trials: Vec<Trial>) -> std::result::Result<Vec<Trial>, String> {
+    let Some(file) = std::env::var_os("CANDLE_SAM_LORA_TEST_NAMES") else { return Ok(trials) };
+    let names = std::fs::read_to_string(&file).map_err(|e| format!("{file:?}: {e}"))?;
+    let mut trials: HashMap<_, _> =
+        trials.into_iter().map(|trial| (trial.name().to_string(), trial)).collect();
+    let find = |name| trials.remove(name).ok_or_else(|| format!("{file:?}: no test {name:?} left"));
+    names.lines().map(find).collect()
 }
 
 fn main() -> ExitCode {
@@ -111,6 +166,8 @@ fn main() -> ExitCode {
     match Path::new(&name).file_name().and_then(|name| name.to_str()) {
         Some("cases") => cases::main(),
         Some("finetune") => finetune::main(),
+        Some("headline") => headline::main(),
+        Some("smoke") => smoke::main(),
         Some("tune") => tune::main(),
         _ => tests(),
     }

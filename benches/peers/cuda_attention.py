@@ -93,13 +93,13 @@ CORES = {"flex": flex, "triton": core_triton}
 
 
 def check():
-    from sam import cores
+    from cores import CORES as EAGER_CORES
 
     for side, dim in [(16, 64), (14, 80)]:
         q, k, v = torch.randn(3, 2, side * side, dim)
         rel_h, rel_w = torch.randn(2, 2, side * side, side)
         inputs = (q, k, v, rel_h, rel_w, dim**-0.5)
-        expected = cores()["eager"](*inputs)
+        expected = EAGER_CORES["eager"](*inputs)
         for name, core in {"flex": flex(side, compiled=False), "triton": core_triton(side)}.items():
             error = (core(*inputs) - expected).abs().max().item()
             print(f"{name} side {side} head_dim {dim}: largest error {error:.1e}")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import sam
+from cores import CORES
 from measure import measure
 
 IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "flex", "triton"]
@@ -42,11 +43,17 @@ def linear_forward(args):
     return lambda: F.linear(x, linear.weight, linear.bias)
 
 
+def lin1_forward(args):
+    dim = sam.MODELS[args.model]["hidden_size"]
+    x, linear = tokens(args, dim), torch.nn.Linear(dim, 4 * dim, device=args.device, dtype=args.torch_dtype)
+    return lambda: F.gelu(F.linear(x, linear.weight, linear.bias))
+
+
 def attention(args):
     """The operation alone: from packed qkv, tables gathered, to the heads side by side."""
     model, grid = sam.MODELS[args.model], args.grid
     heads, dim = model["num_attention_heads"], model["hidden_size"]
-    core = core_of(args, grid) or sam.cores()[args.implementation]
+    core = core_of(args, grid) or CORES[args.implementation]
     head_dim = dim // heads
     qkv = tokens(args, 3 * dim)
     table = torch.randn(2, 2 * grid - 1, head_dim, device=args.device, dtype=args.torch_dtype) * 0.02
@@ -126,6 +133,7 @@ def gemm_peak(args):
 
 CASES = {
     "linear_forward": linear_forward,
+    "lin1_forward": lin1_forward,
     "attention_forward": attention,
     "attention_train": attention,
     "global_layer_forward": layer,

@@ -153,15 +153,16 @@ def on_gpu(case, peers=(), reps=20, **options):
 
 
 GPU = [
+    on_gpu("attention_forward", ["portable", "composed", "sdpa", "sdpa_without_bias", "flex", "triton"], batch=4),
+    on_gpu("attention_train", ["portable", "composed", "sdpa", "flex"], batch=4),
+    *(on_gpu("qkv_lora", batch=4, model=model) for model in "blh"),
+    *(on_gpu(case, ["portable", "eager"], batch=4, model=model) for model in "blh" for case in ("qkv_forward", "qkv_train")),
+    *(on_gpu("linear_forward", ["portable", "eager"], batch=4, model=model) for model in "blh"),
+    *(on_gpu("lin1_forward", ["portable", "eager"], batch=4, model=model) for model in "blh"),
     # Peak memory of a training step; PEFT's LoRA is the peer.
     *(on_gpu("encoder_train_step", ["sdpa", "eager"], reps=8, model=model) for model in "blh"),
     on_gpu("encoder_forward", ["graph", "portable", "sdpa", "flex"], reps=8),
     on_gpu("encoder_forward", ["graph", "sdpa", "flex"], reps=8, batch=8),
-    on_gpu("attention_forward", ["portable", "composed", "sdpa", "sdpa_without_bias", "flex", "triton"], batch=4),
-    on_gpu("attention_train", ["portable", "composed", "sdpa", "flex"], batch=4),
-    *(on_gpu("linear_forward", ["portable", "eager"], batch=4, model=model) for model in "blh"),
-    *(on_gpu("qkv_lora", batch=4, model=model) for model in "blh"),
-    *(on_gpu(case, ["portable", "eager"], batch=4, model=model) for model in "blh" for case in ("qkv_forward", "qkv_train")),
     on_gpu("windowed_layer_forward", ["portable", "composed", "sdpa"], batch=8),
     on_gpu("windowed_layer_train", ["portable", "composed", "sdpa"], batch=8),
     on_gpu("global_layer_forward", ["portable", "composed", "eager", "sdpa", "sdpa_without_bias", "flex", "triton"]),

@@ -10,7 +10,7 @@ keeps freed pages (`kept`), because mapping and unmapping large tensors can cost
 restricts to the cases whose name contains one of the words. The machine should be idle: the share of the CPUs that other
 processes took is recorded for each process and a warning printed above 6 %. The results are written after each
 comparison; `--seconds` ends the run in good order. With `--executable`, the case runner that is there, neither Rust nor
-git is needed: the version is read from the file VERSION.
+git is needed: the version is read from the file VERSION beside it.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def head(args):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     if args.executable:
-        commit = (ROOT / "VERSION").read_text().strip()
+        commit = (args.executable.parent / "VERSION").read_text().strip()
     else:
         lock = (ROOT / "Cargo.lock").read_text().split("[[package]]")
         locked = lambda name: next(p.split('version = "')[1].split('"')[0] for p in lock if f'name = "{name}"\n' in p)
@@ -214,6 +214,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benches/results/cpu.json")
     parser.add_argument("--quick", action="store_true", help="one process each, few repetitions")
     parser.add_argument("--cases", nargs="*", help="only the cases that contain one of these words")
+    parser.add_argument("--without", action="append", default=[], help="not the cases that contain this; may be repeated")
     parser.add_argument("--reps", type=int, help="repetitions, in one process each")
     parser.add_argument("--grid", type=int, help="all cases on small grids, say 8: to see that everything runs")
     parser.add_argument("--threads", type=int, default=2)
@@ -228,6 +229,7 @@ def main():
         args.executable = args.executable.absolute()
     compared = comparisons.CPU if args.device == "cpu" else comparisons.GPU
     wanted = [c for c in compared if not args.cases or any(word in c.name for word in args.cases)]
+    wanted = [c for c in wanted if not any(word in c.name for word in args.without)]
     if not wanted:
         parser.error("no case has such a name")
     start = time.monotonic()
@@ -244,7 +246,10 @@ def main():
             # The bars are for the cases' own shapes.
             rows = [row | {"bar": None, "holds": None} for row in rows]
         results = {"head": before, "rows": rows, "runs": runs}
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        # Whole, whoever ends this process.
+        part = args.out.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(part, args.out)
     if not runs:
         sys.exit("nothing was measured")
     document.write(results, args.out, args.document)

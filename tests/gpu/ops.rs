@@ -2,6 +2,7 @@
 
 use crate::common::cases::{all, disguises, large, Op};
 use crate::common::{error, gradients, nudged, random, tensor_error, values, TIMES_ROUNDING};
+use crate::watchdog::unwatched;
 use crate::{trial, with_each};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 use candle_sam_lora::cuda::{self, Kernels};
@@ -61,8 +62,11 @@ fn check(what: &str, op: &Op, dtype: DType, got: f64, bound: f64) {
 
 fn values_agree_with_the_reference(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (host, inputs) = inputs(op, dtype, device)?;
-    let expected = (op.reference)(&host.iter().map(values).collect::<Vec<_>>());
-    let eager = error(&values(&(op.composed)(&host)?), &expected);
+    let (expected, eager) = unwatched(|| -> Result<_> {
+        let expected = (op.reference)(&host.iter().map(values).collect::<Vec<_>>());
+        let eager = error(&values(&(op.composed)(&host)?), &expected);
+        Ok((expected, eager))
+    })?;
     let bound = match dtype {
         DType::F32 => F32_BOUND,
         _ => one_rounding(dtype).max(2.0 * eager),
@@ -80,12 +84,14 @@ fn gradients_agree_with_the_composed_graph(op: &Op, dtype: DType, device: &Devic
     let (host, inputs) = inputs(op, dtype, device)?;
     let grad_out = random(79, (op.fused)(&inputs)?.shape()).to_dtype(dtype)?;
     let wide: Vec<_> = host.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<_>>()?;
-    let (_, truth) = gradients(&wide, &grad_out.to_dtype(DType::F32)?, &op.composed)?;
+    let wide_grad_out = grad_out.to_dtype(DType::F32)?;
+    let (_, truth) = unwatched(|| gradients(&wide, &wide_grad_out, &op.composed))?;
     let on_device = grad_out.to_device(device)?;
     let bounds: Vec<f64> = match dtype {
         // As far as the truth is one: f32, too, magnifies roundings where GELU is steep and its argument a large sum.
         DType::F32 => {
-            let (_, rounded) = gradients(&nudged(&host), &grad_out, &op.composed)?;
+            let nudged = unwatched(|| gradients(&nudged(&host), &grad_out, &op.composed));
+            let (_, rounded) = nudged?;
             let off = rounded.iter().zip(&truth).map(|(r, truth)| tensor_error(r, truth));
             off.map(|off| F32_BOUND.max(TIMES_ROUNDING * off)).collect()
         }

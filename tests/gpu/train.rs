@@ -1,6 +1,7 @@
 //! Fine-tuning on the GPU: the losses of the same steps, images, prompts and dropout masks as on the CPU.
 
 use crate::common::fixtures;
+use crate::watchdog::unwatched;
 use crate::{trial, with_each};
 use candle_core::{DType, Device, Error};
 use candle_sam_lora::lora::{inject, LoraConfig};
@@ -17,7 +18,7 @@ const BOUND: f32 = 1e-5;
 
 pub fn trials() -> Vec<Trial> {
     vec![trial("train tiny-sam".to_string(), |device| {
-        let expected = losses(&Device::Cpu).map_err(Error::wrap)?;
+        let expected = unwatched(|| losses(&Device::Cpu)).map_err(Error::wrap)?;
         with_each(device, || losses_are(&expected, device).map_err(Error::wrap))
     })]
 }

@@ -8,6 +8,9 @@
 #[path = "sweep.rs"]
 mod sweep;
 
+use crate::clock::Clock;
+use crate::smoke::distance;
+use crate::watchdog;
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_sam_lora::cuda::{available_kernels, set_kernels, Kernels};
@@ -41,6 +44,9 @@ struct Args {
     /// Only problems whose line contains this.
     #[arg(long, default_value = "")]
     only: String,
+    /// Not the problems of these families of the smoke test.
+    #[arg(long)]
+    without: Vec<String>,
     /// Where to write the table.
     #[arg(long, default_value = "measured.rs")]
     table: PathBuf,
@@ -68,6 +74,7 @@ fn tune(args: &Args) -> Result<()> {
     let hopper = available_kernels(&device).contains(&Kernels::Portable);
     let mut prepared = None;
     let measure = |problem: &Problem<Work>, tile| {
+        watchdog::progress(format!("{} {:?} {tile}", problem.family, problem.shape));
         let outcome = measure(problem, tile, &device, &mut prepared);
         tiles::force(None);
         set_kernels(Kernels::default());
@@ -76,7 +83,15 @@ fn tune(args: &Args) -> Result<()> {
     let in_time = || start.elapsed().as_secs_f64() < args.seconds;
     let how = format!("Measured on {}.", args.about);
     let mut problems = problems(hopper);
-    problems.retain(|p| format!("{} {:?} {}", p.family, p.shape, p.rows).contains(&args.only));
+    for name in &args.without {
+        crate::layers::family(name)?;
+    }
+    problems.retain(|p| {
+        let line = format!("{} {:?} {}", p.family, p.shape, p.rows);
+        line.contains(&args.only) && !args.without.iter().any(|name| *name == in_smoke(p))
+    });
+    ensure!(!problems.is_empty(), "no problem is called {:?}", args.only);
+    watchdog::start().map_err(anyhow::Error::msg)?;
     let swept = sweep(&problems, in_time, measure, |swept| {
         if let Some(last) = swept.last() {
             println!("{}", line(last));
@@ -94,8 +109,24 @@ fn tune(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Writes beside the file and renames, so that whoever ends this process leaves a whole file.
 fn write(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text).with_context(|| path.display().to_string())
+    let part = path.with_extension("part");
+    std::fs::write(&part, text).with_context(|| part.display().to_string())?;
+    std::fs::rename(&part, path).with_context(|| path.display().to_string())
+}
+
+/// The family of the smoke test that runs a problem's kernels.
+fn in_smoke(problem: &Problem<Work>) -> String {
+    match &problem.work {
+        Work::Attention { window, .. } => {
+            let kind = if window.is_some() { "windows" } else { "global" };
+            format!("attention_{kind}_{}", problem.shape[0])
+        }
+        Work::Projection { widths } if widths.len() == 3 => "qkv_lora".to_string(),
+        Work::Projection { widths } if widths[0] > problem.shape[0] => "lin1_gelu".to_string(),
+        Work::Projection { .. } => "lin2".to_string(),
+    }
 }
 
 /// Problem and times, the chosen tile marked.
@@ -158,7 +189,7 @@ fn problems(hopper: bool) -> Vec<Problem<Work>> {
             }
         }
     }
-    for rows in [4096, 16384] {
+    for rows in [4096, 16384, 32768] {
         for dim in [768, 1024, 1280] {
             let linears =
                 [(dim, vec![dim; 3]), (dim, vec![dim]), (dim, vec![4 * dim]), (4 * dim, vec![dim])];
@@ -316,11 +347,12 @@ fn measure(
     tiles::force(Some((problem.family, tile)));
     ensure!(tile == tiles::PORTABLE || covered(problem)?, "the kernels do not cover the problem");
     let error = distance(&result(problem, inputs, grad, true)?, expected)?;
+    let clock = Clock::default();
     let seconds = if backward(problem) {
         let (_first, loss) = loss(problem, inputs, grad, true)?;
-        time(device, || Ok(loss.backward()?))?
+        clock.time(device, || Ok(loss.backward()?))?.median
     } else {
-        time(device, || run(problem, inputs, true))?
+        clock.time(device, || run(problem, inputs, true))?.median
     };
     Ok(Outcome { seconds, error, bound: *bound })
 }
@@ -358,30 +390,4 @@ fn covered(problem: &Problem<Work>) -> Result<bool> {
         return Ok(own.is_some());
     }
     Ok(rel_pos_attention_sm90::forward(&problem, DType::BF16, &inputs, at, at)?.is_some())
-}
-
-/// `|got - expected| / |expected|`, of the vectors; not a number if one of them has any that is none.
-fn distance(got: &Tensor, expected: &Tensor) -> Result<f64> {
-    let square = |t: &Tensor| -> Result<f64> {
-        Ok(t.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?.into())
-    };
-    Ok((square(&(got.to_dtype(DType::F32)? - expected)?)? / square(expected)?).sqrt())
-}
-
-/// Seconds of a run: the median of five batches of 20 ms.
-fn time<T>(device: &Device, run: impl Fn() -> Result<T>) -> Result<f64> {
-    let batch = |runs: usize| -> Result<f64> {
-        let start = Instant::now();
-        for _ in 0..runs {
-            run()?;
-        }
-        device.synchronize()?;
-        Ok(start.elapsed().as_secs_f64() / runs as f64)
-    };
-    device.synchronize()?;
-    batch(2)?;
-    let runs = (0.02 / batch(2)?).clamp(1.0, 500.0) as usize;
-    let mut times = (0..5).map(|_| batch(runs)).collect::<Result<Vec<_>>>()?;
-    times.sort_by(f64::total_cmp);
-    Ok(times[2])
 }

@@ -8,6 +8,7 @@ use crate::{
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 const AUTO_FREE_ON_LAUNCH: u64 = 1;
 
@@ -172,16 +173,47 @@ extern "C" fn cuStreamWaitEvent(_stream: Stream, _event: usize, _flags: u32) -> 
     SUCCESS
 }
 
+/// When each event was recorded, in seconds since the first one: work is done where it is submitted, so the host's clock
+/// is the stream's.
+fn events<T>(change: impl FnOnce(&mut HashMap<usize, f64>) -> T) -> T {
+    static EVENTS: OnceLock<Mutex<HashMap<usize, f64>>> = OnceLock::new();
+    change(&mut EVENTS.get_or_init(Default::default).lock().unwrap_or_else(PoisonError::into_inner))
+}
+
 #[no_mangle]
 unsafe extern "C" fn cuEventCreate(event: *mut usize, _flags: u32) -> Status {
+    static NEXT: AtomicUsize = AtomicUsize::new(1);
     // SAFETY: the caller's address is one to write to.
-    unsafe { *event = 1 };
+    unsafe { *event = NEXT.fetch_add(1, Ordering::Relaxed) };
     SUCCESS
 }
 
 #[no_mangle]
-extern "C" fn cuEventRecord(_event: usize, _stream: Stream) -> Status {
+extern "C" fn cuEventRecord(event: usize, _stream: Stream) -> Status {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let now = START.get_or_init(Instant::now).elapsed().as_secs_f64();
+    events(|events| events.insert(event, now));
     SUCCESS
+}
+
+#[no_mangle]
+unsafe extern "C" fn cuEventElapsedTime_v2(ms: *mut f32, start: usize, end: usize) -> Status {
+    let times = events(|events| [start, end].map(|event| events.get(&event).copied()));
+    told(match times {
+        [Some(start), Some(end)] => {
+            // SAFETY: the caller's address is one to write to.
+            unsafe { *ms = (1e3 * (end - start)) as f32 };
+            Ok(())
+        }
+        _ => Err((INVALID_VALUE, "time between events that were not recorded".into())),
+    })
+}
+
+/// As drivers before CUDA 13 have it.
+#[no_mangle]
+unsafe extern "C" fn cuEventElapsedTime(ms: *mut f32, start: usize, end: usize) -> Status {
+    // SAFETY: as the caller promises.
+    unsafe { cuEventElapsedTime_v2(ms, start, end) }
 }
 
 #[no_mangle]
@@ -190,6 +222,7 @@ extern "C" fn cuEventSynchronize(_event: usize) -> Status {
 }
 
 #[no_mangle]
-extern "C" fn cuEventDestroy_v2(_event: usize) -> Status {
+extern "C" fn cuEventDestroy_v2(event: usize) -> Status {
+    events(|events| events.remove(&event));
     SUCCESS
 }

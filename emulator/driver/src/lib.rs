@@ -12,7 +12,8 @@
 //! (`candle`). What the driver would refuse is refused; a kernel that fails leaves the device broken, as on a GPU, and
 //! says why on stderr.
 //!
-//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another.
+//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another. A kernel whose
+//! name contains `EMULATED_HANG` never ends, for tests of what watches the GPU.
 
 mod candle;
 mod device;
