@@ -7,8 +7,8 @@ usage: check-sass.py [--nvdisasm PROGRAM] [--budget TABLE | --write TABLE] FOLDE
 FOLDER: what scripts/check-kernels.sh left of one compiler, and is named by its release: NAME-TARGET.cubin, .ptx and .log of
 each file. TABLE: scripts/sass-budget.tsv, which --write makes anew. It is an error if
 
-- a register of a left operand of wgmma comes from elsewhere than in the PTX: from another kind of instruction, or from
-  within the loop where the PTX has it from before;
+- a register of a left operand of wgmma comes from elsewhere than in the PTX: from another kind or number of instructions, or
+  from within the loop where the PTX has it from before;
 - an instruction touches an accumulator of wgmma, or writes a left operand, before wgmma is done with it;
 - a warpgroup names registers that it does not have after setmaxnreg;
 - ptxas says that it serialises wgmma (C7510 to C7518), or uses local memory;
@@ -68,16 +68,17 @@ PTX_REGISTER = re.compile(r"%[a-z]+\d+")
 
 
 class Left(NamedTuple):
-    """Where a register of the left operand of a product of N columns comes from: kinds of instructions, and whether any is
-    in the innermost loop around the product."""
+    """Where a register of the left operand of a product of N columns comes from: the kinds of the instructions that make
+    it, their number, and whether any is in the innermost loop around the product."""
 
     columns: int
     kinds: frozenset
+    number: int
     in_loop: bool
 
     def __str__(self):
         where = "the loop" if self.in_loop else "before the loop"
-        return f"n{self.columns} of {'/'.join(sorted(self.kinds))} from {where}"
+        return f"n{self.columns} of {self.number} {'/'.join(sorted(self.kinds))} from {where}"
 
 
 def lefts_of_ptx(body):
@@ -97,20 +98,23 @@ def lefts_of_ptx(body):
         if (found := PTX_BRANCH.search(line)) and found[1] in labels:
             loops.append(range(labels[found[1]], at))
 
-    def origins(register, seen):
+    def origins(register, seen=frozenset()):
         for at, kind, sources in writes.get(register, []):
             if kind != "mov":
                 yield at, kind
-            elif at not in seen:
-                for source in sources:
-                    yield from origins(source, seen | {at})
+            elif len(sources) == 1 and at not in seen:
+                yield from origins(sources[0], seen | {at})
+            elif len(sources) > 1:  # halves, which the machine converts and packs by one instruction
+                yield from ((at, of_half) for source in sources for _, of_half in origins(source))
 
     lefts = set()
-    for at, columns, registers in products:
-        loop = min((loop for loop in loops if at in loop), key=len, default=range(0))
+    for product, columns, registers in products:
+        loop = min((loop for loop in loops if product in loop), key=len, default=range(0))
         for register in registers:
-            found = set(origins(register, frozenset()))
-            lefts.add(Left(columns, frozenset(kind for _, kind in found), any(at in loop for at, _ in found)))
+            found = list(origins(register))
+            places = {at for at, _ in found}
+            kinds = frozenset(kind for _, kind in found)
+            lefts.add(Left(columns, kinds, len(places), any(at in loop for at in places)))
     return lefts
 
 
@@ -136,8 +140,9 @@ def lefts_of_code(function):
         for register in range(first, first + 4):
             origins = function.origins(index, register)
             bases = ("nothing" if at is None else function.code[at].base for at in origins)
+            kinds = frozenset(KINDS.get(base, base) for base in bases)
             inside = any(at is not None and loop and function.block_of[at] in loop.blocks for at in origins)
-            yield instruction, loop, register, Left(columns, frozenset(KINDS.get(base, base) for base in bases), inside)
+            yield instruction, loop, register, Left(columns, kinds, len(origins), inside)
 
 
 def check_lefts(found, lefts):

@@ -84,8 +84,8 @@ class LeftOperands(unittest.TestCase):
         return list(check.check_lefts(list(lefts), LEFTS))
 
     def test_the_ptx_tells_what_stays(self):
-        keys, weights = check.Left(64, frozenset(["ldmatrix"]), False), check.Left(64, frozenset(["cvt"]), True)
-        self.assertEqual(LEFTS, {keys, weights})
+        keys = check.Left(64, frozenset(["ldmatrix"]), 1, False)
+        self.assertEqual(LEFTS, {keys, check.Left(64, frozenset(["cvt"]), 1, True)})
 
     def test_keys_that_stay_are_right(self):
         self.assertEqual(self.found("EXIT", "EXIT"), [])
@@ -94,15 +94,21 @@ class LeftOperands(unittest.TestCase):
         original = "F2FP.F16.F32.PACK_AB R11, R31, R30 | 11 |"
         found = self.found(original, f"{original.replace('11', '7')} 30 31\n{original}")
         self.assertEqual(len(found), 1)
-        self.assertIn("R7 is n64 of cvt/ldmatrix from the loop", found[0])
+        self.assertIn("R7 is n64 of 2 cvt/ldmatrix from the loop", found[0])
 
     def test_keys_loaded_over_others_are_found(self):
         again = "LDSM.16.M88.4 R4, [R1] | 4-7 | 1\n@P0 BRA `(top)"
-        self.assertIn("of ldmatrix from the loop", self.found("@P0 BRA `(top)", again)[0])
+        self.assertIn("of 2 ldmatrix from the loop", self.found("@P0 BRA `(top)", again)[0])
 
     def test_a_value_that_may_be_missing_is_found(self):
         found = self.found("LDSM.16.M88.4 R4, [R0]", "@P1 LDSM.16.M88.4 R4, [R0]")
-        self.assertIn("of ldmatrix/nothing", found[0])
+        self.assertIn("of 2 ldmatrix/nothing", found[0])
+
+    def test_weights_that_another_step_may_have_left_are_found(self):
+        # The last of them is packed only if there is a mask.
+        original = "F2FP.F16.F32.PACK_AB R11, R31, R30"
+        found = self.found(original, f"MOV R11, RZ | 11 |\n@P1 {original}")
+        self.assertIn("R11 is n64 of 2", found[0])
 
     def test_copies_are_followed(self):
         copies = "\n".join(f"MOV R{n}, R{n + 96} | {n} | {n + 96}" for n in range(4, 8))
@@ -263,7 +269,7 @@ class Compilers(unittest.TestCase):
                     # Eight operands of each instance with head_dim 64, and no other fault.
                     self.assertEqual(len(found), 8 * 6, found)
                     for message in found:
-                        self.assertRegex(message, "hd64.* is n64 of cvt/ldmatrix from the loop")
+                        self.assertRegex(message, "hd64.* is n64 of 2 cvt/ldmatrix from the loop")
 
 
 if __name__ == "__main__":
