@@ -299,7 +299,7 @@ fn the_check_finds_small_errors_and_lost_elements() -> Result<()> {
         Ok(report.checks.iter().map(|check| (check.elements, check.verdict)).collect())
     };
     assert_eq!(verdicts(1.0, 0, &x)?, [(6, Verdict::Right)]);
-    assert_eq!(verdicts(1.0 + 1e-5, 0, &x)?, [(6, Verdict::Wrong)]);
+    assert_eq!(verdicts(1.0 + 1e-4, 0, &x)?, [(6, Verdict::Wrong)]);
     assert_eq!(verdicts(-1.0, 0, &x)?, [(6, Verdict::Wrong)]);
     assert_eq!(verdicts(1.0, 2, &x)?, [(4, Verdict::Right), (2, Verdict::Zero)]);
     assert_eq!(verdicts(0.0, 0, &x)?, [(6, Verdict::Zero)]);

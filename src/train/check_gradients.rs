@@ -14,6 +14,8 @@ use std::fmt;
 
 /// Above this part of a derivative an uncertainty hides too much.
 const LEAST_PRECISION: f64 = 0.1;
+/// Smaller errors, relative to the gradient, count as rounding: candle's own backward of `gelu_erf` has some of 2e-6.
+const LEAST_ERROR: f64 = 1e-5;
 
 /// How a gradient and the losses agree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +108,7 @@ impl GradientReport {
         let variables: BTreeMap<String, Var> =
             variables.into_iter().map(|(name, var)| (name.into(), var)).collect();
         if variables.is_empty() {
-            return Err(Error::config("check_gradients: there is no variable to check"));
+            return Err(Error::Gradients("there is no variable to check".into()));
         }
         let first = loss()?;
         let here = Loss::of(&first)?;
@@ -152,14 +154,14 @@ impl Part<'_> {
         let moves = |i: usize| self.gradient.is_none_or(|g| (g[i] == 0.0) == self.zero);
         let moving = Moving::new(self.var, &mut Draws::new(0, self.name, attempt), moves)?;
         let direction = moving.direction()?;
-        let Slope { value, uncertainty, constant } = Slope::along(&[moving], here, || {
-            Loss::of(&loss()?)
-        })
-        .map_err(|error| Error::config(format!("check_gradients: {}: {error}", self.name)))?;
+        let Slope { value, uncertainty, constant } =
+            Slope::along(&[moving], here, || Loss::of(&loss()?))
+                .map_err(|error| Error::Gradients(format!("{}: {error}", self.name)))?;
         if uncertainty.is_infinite() {
-            return Err(Error::config(
-                "check_gradients: the loss is another one when it is computed again; it must depend on nothing but the \
-                 variables, so give dropout and other random numbers a fixed seed",
+            return Err(Error::Gradients(
+                "the loss is another one when it is computed again; it must depend on nothing but the \
+                 variables, so give dropout and other random numbers a fixed seed"
+                    .into(),
             ));
         }
         let products =
@@ -167,7 +169,7 @@ impl Part<'_> {
         let by_gradient = self.gradient.map(|_| products().sum::<f64>());
         let length = products().map(|product| product * product).sum::<f64>().sqrt();
         // A gradient sums up to 1 / sqrt(eps) terms, each rounded by eps.
-        let rounding = epsilon(self.var.dtype()).max(here.epsilon).sqrt() * length;
+        let rounding = epsilon(self.var.dtype()).max(here.epsilon).sqrt().max(LEAST_ERROR) * length;
         let agree = |derivative: f64| (value - derivative).abs() <= uncertainty + rounding;
         let precise = uncertainty <= LEAST_PRECISION * value.abs().max(length);
         let verdict = match by_gradient {
@@ -198,7 +200,7 @@ impl Part<'_> {
 /// The variables are those of a module ([`trainable`](crate::nn::trainable)), of a `VarMap` (a clone of its data), or
 /// any with names, the inputs of an operation among them. `loss` returns a scalar, and must be a function of the
 /// variables alone. Check at values where nothing that matters is zero, as a LoRA's B is at first. The precision is
-/// that of the variables and of the loss; in f64 it finds errors of 1e-7 of a gradient, in f32 of 1e-3.
+/// that of the variables and of the loss; in f64 it finds errors of 1e-5 of a gradient, in f32 of 1e-3.
 ///
 /// ```
 /// # fn main() -> candle_sam_lora::Result<()> {

@@ -5,7 +5,7 @@
 //! l_i ~ a quartic in i, by least squares    slope = derivative of the quartic at 0, over h
 //! uncertainty = 15 standard errors of the slope, by the residuals of the fit
 //! h = eps^(1/5), at most 1/16               rounding, eps / h, and truncation, h^4, are then alike;
-//!                                           smaller by 8 as long as truncation prevails and that helps
+//!                                           smaller by 8, up to four times, while residuals exceed rounding
 //! ```
 //! Residuals hold all that makes the slope uncertain. A fifth power, which the quartic lacks, shifts the slope by 3.3
 //! standard errors, a jump by up to 3.7, a kink by up to 10.4; rounding errors, with the four degrees of freedom that the
@@ -117,10 +117,10 @@ impl Slope {
             return Ok(Self { value: 0.0, uncertainty, constant: true });
         }
         let mut at = |distance: f64| change(moving, distance, here, &mut loss);
-        let mut best = Self { value: 0.0, uncertainty: f64::INFINITY, constant: false };
         if at(0.0)? != 0.0 {
-            return Ok(best);
+            return Ok(Self { value: 0.0, uncertainty: f64::INFINITY, constant: false });
         }
+        let mut found: Vec<Self> = Vec::with_capacity(SIZES);
         for _ in 0..SIZES {
             let mut losses = [0.0; POINTS];
             for (i, loss) in (-REACH..=REACH).zip(&mut losses) {
@@ -128,18 +128,34 @@ impl Slope {
             }
             let largest = losses.iter().fold(here.value, |most, l| most.abs().max(l.abs()));
             let (residual, rounding) = (residual(&losses), rounded(largest));
-            let uncertainty = wide(residual.max(rounding), h);
-            if uncertainty >= best.uncertainty {
-                return Ok(best);
-            }
-            (best.value, best.uncertainty) = (dot(&SLOPE, &losses) / SLOPE_SCALE / h, uncertainty);
+            found.push(Self {
+                value: dot(&SLOPE, &losses) / SLOPE_SCALE / h,
+                uncertainty: wide(residual.max(rounding), h),
+                constant: false,
+            });
             if residual <= TRUNCATED * rounding {
-                return Ok(best);
+                break;
             }
             h /= 8.0;
         }
-        Ok(best)
+        Ok(best(&found))
     }
+}
+
+/// The slope with the least uncertainty; larger where another size of h contradicts it, as among many kinks.
+fn best(found: &[Slope]) -> Slope {
+    let none = Slope { value: 0.0, uncertainty: f64::INFINITY, constant: false };
+    let least = |a: Slope, b: &Slope| if b.uncertainty < a.uncertainty { *b } else { a };
+    let best = found.iter().fold(none, least);
+    let apart = found.iter().map(|other| {
+        let apart = (other.value - best.value).abs();
+        if apart > other.uncertainty + best.uncertainty {
+            apart
+        } else {
+            0.0
+        }
+    });
+    Slope { uncertainty: apart.fold(best.uncertainty, f64::max), ..best }
 }
 
 /// Whether `loss`, whose value is `here`, has the same bits at either end of the way that `moving` go.
