@@ -125,7 +125,8 @@ def headline(kit, until):
     rows, done = measured(kit, until, "headline", command, left_out)
     failures = {row["name"]: row["failed"] for row in rows if "failed" in row}
     missing = [name for name in expected if name not in {row["name"] for row in rows if "us" in row}]
-    failures |= {name: f"not measured: {done.reason()}" for name in missing if name not in failures}
+    why = lambda name: kit.wrong.get(name.split()[0]) or (done.reason() if done.status != 0 else "nothing was said of it")
+    failures |= {name: f"not measured: {why(name)}" for name in missing if name not in failures}
     good = done.status == 0 and rows and not failures
     reason = f"{len(rows)} times, {len(expected) - len(missing)} of {len(expected)} measurements"
     reason += f"; left out: {', '.join(left_out)}" if left_out else ""

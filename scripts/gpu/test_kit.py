@@ -116,6 +116,7 @@ class Kit(unittest.TestCase):
         self.assertIn("status -11", steps["smoke"]["failures"]["layer_norm"])
         self.assertEqual({row["family"] for row in steps["headline"]["rows"]}, {"attention_global_64"})
         self.assertEqual(steps["headline"]["result"], "failed")
+        self.assertIn("status -11", steps["headline"]["failures"]["qkv_lora forward batch 1 grid 64"])
 
     def test_tests_that_crash_are_named(self):
         steps = self.ended("gpu=crash@lora_qkv", steps=["tests"]).steps()
