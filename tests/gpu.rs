@@ -8,6 +8,8 @@
 #[path = "../benches/cases.rs"]
 mod cases;
 mod common;
+#[path = "gpu/driver_calls.rs"]
+mod driver_calls;
 #[path = "gpu/emulated.rs"]
 mod emulated;
 #[path = "../examples/finetune/main.rs"]
@@ -20,6 +22,8 @@ mod graphed;
 mod model;
 #[path = "gpu/ops.rs"]
 mod ops;
+#[path = "gpu/self_test.rs"]
+mod self_test;
 #[path = "gpu/train.rs"]
 mod train;
 #[path = "gpu/tune.rs"]
@@ -102,6 +106,8 @@ fn tests() -> ExitCode {
         emulated::trials(),
         model::trials(),
         train::trials(),
+        driver_calls::trials(),
+        self_test::trials(),
     ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }

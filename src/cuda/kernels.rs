@@ -2,7 +2,7 @@
 //!
 //! For comparing the two, and to get along without one that turns out to be wrong.
 
-use super::{modules, stream};
+use super::stream;
 use candle_core::Device;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -37,7 +37,7 @@ pub fn kernels() -> Kernels {
 /// The implementations that differ on this device: two on Hopper, one on any other.
 pub fn available_kernels(device: &Device) -> &'static [Kernels] {
     match device {
-        Device::Cuda(device) if stream::capability(device).is_some_and(modules::cover_hopper) => {
+        Device::Cuda(device) if stream::hopper(device).is_some() => {
             &[Kernels::Native, Kernels::Portable]
         }
         _ => &[Kernels::Native],

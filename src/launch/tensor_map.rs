@@ -7,7 +7,7 @@ use super::device_ptr;
 use candle_core::{bail, Result};
 
 /// What the elements are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// 16 bits of any kind.
     Bits16,
@@ -29,7 +29,7 @@ impl Element {
 
 /// Bytes of a tile's row within which shared memory is swizzled, so that neither rows nor columns of 16 bytes meet in
 /// the same banks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 pub enum Swizzle {
     None,
@@ -51,7 +51,7 @@ impl Swizzle {
 }
 
 /// A tensor in device memory and its tiles. Dimensions are innermost first; the first one's elements lie side by side.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMap {
     /// Of the first element.
     pub address: device_ptr,

@@ -12,11 +12,14 @@
 //! (`candle`). What the driver would refuse is refused; a kernel that fails leaves the device broken, as on a GPU, and
 //! says why on stderr.
 //!
-//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another.
+//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another, and
+//! `EMULATED_FAULT` names kernels that are to compute wrongly. `emulated_driver_calls` tells how often a function was called.
 
+mod calls;
 mod candle;
 mod device;
 mod element;
+mod fault;
 mod graph;
 mod launch;
 mod libraries;
