@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Layers import downward only:  reference | philox <- problem <- cpu, launch <- cuda <- ops <- nn <- lora, sam <- train <- examples.
+# Layers import downward only:  reference | philox <- problem <- cpu, launch <- driver <- ops <- nn <- lora, sam <- train <- examples.
+# `cuda`, the public face of driver, launch and ops, is for users alone.
 # Each line below names a layer and the modules of this crate it must not import.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -172,7 +172,7 @@ impl fmt::Display for SelfTestReport {
         writeln!(f, "{}, kernels compiled by {}", self.device, self.compiler)?;
         writeln!(
             f,
-            "{:<22} {:<5} {:<8} {:<24} {:>8} {:>8}",
+            "{:<22} {:<5} {:<8} {:<36} {:>8} {:>8}",
             "family", "dtype", "kernels", "worst result", "error", "bound"
         )?;
         for row in &self.rows {
@@ -181,9 +181,9 @@ impl fmt::Display for SelfTestReport {
             write!(f, "{family:<22} {:<5} {:<8} ", row.dtype.as_str(), row.kernels)?;
             match row.worst() {
                 Some(Comparison { result, error, bound }) => {
-                    writeln!(f, "{result:<24} {error:>8.1e} {bound:>8.1e} {verdict}")?;
+                    writeln!(f, "{result:<36} {error:>8.1e} {bound:>8.1e} {verdict}")?;
                 }
-                None => writeln!(f, "{:<24} {:>8} {:>8} {verdict}", "-", "-", "-")?,
+                None => writeln!(f, "{:<36} {:>8} {:>8} {verdict}", "-", "-", "-")?,
             }
         }
         for row in &self.rows {

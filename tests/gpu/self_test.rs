@@ -9,6 +9,8 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use candle_sam_lora::cuda::{self, Choice, Family, Kernels};
+use candle_sam_lora::launch::projection_sm90::tiles_in_use;
+use candle_sam_lora::launch::tiles::PROJECTION;
 use candle_sam_lora::ops::{self, Activation, Projection, RelPosAttention};
 use libtest_mimic::Trial;
 use std::process::Command;
@@ -73,12 +75,36 @@ fn right_kernels_pass(device: &Device) -> Result<()> {
     let implementations = cuda::available_kernels(device).len();
     assert_eq!(report.rows.len(), Family::ALL.len() * Family::DTYPES.len() * implementations);
     assert!(report.compiler.starts_with("nvcc "), "{}", report.compiler);
-    // Native kernels of their own, not the portable ones twice.
     if implementations == 2 {
         assert_eq!([0, 1].map(|i| report.rows[i].kernels), [Choice::Native, Choice::Portable]);
-        assert_ne!(report.rows[0].comparisons, report.rows[1].comparisons);
+        // A kernel that no test launches is none that a test trusts.
+        for kernel in native_kernels() {
+            assert_ne!(calls(&kernel), Some(0), "{kernel} was not tested");
+        }
     }
     Ok(())
+}
+
+/// The native kernels that problems may get.
+fn native_kernels() -> Vec<String> {
+    let mut names = Vec::new();
+    for head_dim in [64, 80] {
+        for pass in ["fwd", "bwd_query", "bwd_key"] {
+            for cols in [64, 40, 16] {
+                names.push(format!("rel_pos_attention_{pass}_sm90_hd{head_dim}_cols{cols}"));
+            }
+        }
+        for pass in ["fwd", "bwd"] {
+            names.push(format!("rel_pos_attention_window_{pass}_sm90_hd{head_dim}"));
+        }
+    }
+    for family in &PROJECTION[2..] {
+        names.extend(tiles_in_use(family, true).iter().map(|tile| format!("{family}_{tile}")));
+    }
+    let typed = |dtype: &DType| {
+        names.iter().map(|name| format!("{name}_{}", dtype.as_str())).collect::<Vec<_>>()
+    };
+    Family::DTYPES.iter().flat_map(typed).collect()
 }
 
 /// A fault is planted in a process of its own: what its self-tests find holds as long as it runs.
