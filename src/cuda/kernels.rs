@@ -21,8 +21,8 @@ pub enum Kernels {
 
 static CHOICE: AtomicU8 = AtomicU8::new(Kernels::Native as u8);
 
-/// Takes these kernels from now on, in the whole process. A graph goes on with those that it was captured with; between
-/// a forward and its backward, the choice must stay.
+/// Takes these kernels from now on, in the whole process. A graph goes on with those that it was captured with, a backward
+/// with those of its forward.
 pub fn set_kernels(kernels: Kernels) {
     CHOICE.store(kernels as u8, Ordering::Relaxed);
 }

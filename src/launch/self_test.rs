@@ -13,6 +13,8 @@ use std::fmt;
 
 /// Candle adds up 16-bit gradients in 16 bits, which costs some roundings; a wrong result is off by hundreds.
 const MOST_ROUNDINGS: f64 = 32.0;
+/// Wrong results that a refusal names.
+const MOST_FAULTS: usize = 3;
 
 /// What computes a family's problems, from the first choice to the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -78,6 +80,10 @@ impl Comparison {
     pub fn passed(&self) -> bool {
         self.error <= self.bound
     }
+
+    fn excess(&self) -> f64 {
+        self.error / self.bound
+    }
 }
 
 impl fmt::Display for Comparison {
@@ -92,7 +98,7 @@ impl fmt::Display for Comparison {
 pub struct SelfTestRow {
     /// What was tested; `portable` rows are of the kernels that stand in for this family.
     pub family: Family,
-    /// Of the operands.
+    /// The dtype of the operands.
     pub dtype: DType,
     /// Native or portable.
     pub kernels: Choice,
@@ -111,17 +117,22 @@ impl SelfTestRow {
 
     /// The result that comes closest to its bound, or exceeds it most.
     pub fn worst(&self) -> Option<&Comparison> {
-        let excess = |c: &&Comparison| c.error / c.bound;
-        self.comparisons.iter().max_by(|a, b| excess(a).total_cmp(&excess(b)))
+        self.comparisons.iter().max_by(|a, b| a.excess().total_cmp(&b.excess()))
     }
 
-    /// What is wrong: the failure, or every result that exceeds its bound.
+    /// What is wrong, in one line: the failure, or the results that exceed their bounds most.
     fn faults(&self) -> String {
         if let Some(failure) = &self.failure {
-            return failure.clone();
+            return failure.split_whitespace().collect::<Vec<_>>().join(" ");
         }
-        let faults = self.comparisons.iter().filter(|c| !c.passed());
-        faults.map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        let mut faults: Vec<_> = self.comparisons.iter().filter(|c| !c.passed()).collect();
+        faults.sort_by(|a, b| b.excess().total_cmp(&a.excess()));
+        let (told, others) = faults.split_at(faults.len().min(MOST_FAULTS));
+        let told: Vec<_> = told.iter().map(ToString::to_string).collect();
+        match others.len() {
+            0 => told.join(", "),
+            others => format!("{} and {others} more", told.join(", ")),
+        }
     }
 }
 
@@ -137,13 +148,13 @@ pub fn refusal(rows: &[SelfTestRow], compiler: &str) -> Option<String> {
     let faults: Vec<_> =
         refused.iter().map(|row| format!("{} kernels: {}", row.kernels, row.faults())).collect();
     Some(format!(
-        "self-test: {} in {} is wrong and not used: {} (kernels compiled by {compiler}); {} takes its place",
+        "self-test: {} in {} is wrong and not used: {} (kernels compiled by {compiler}); {} its place",
         first.family,
         first.dtype.as_str(),
         faults.join("; "),
         match choice(rows) {
-            Choice::Composed => "the composed graph",
-            _ => "the portable kernels'",
+            Choice::Composed => "the composed graph takes",
+            _ => "the portable kernels take",
         }
     ))
 }
@@ -253,13 +264,30 @@ mod tests {
         for part in ["global attention hd64", "bf16", "5x64 dk 1.2e0 > 7.8e-3", compiler] {
             assert!(line.contains(part), "{line}");
         }
-        assert!(line.ends_with("the portable kernels' takes its place"), "{line}");
+        assert!(line.ends_with("the portable kernels take its place"), "{line}");
         assert!(!line.contains("out") && !line.contains('\n'), "{line}");
         let rows = [row(Choice::Native, 1.25), row(Choice::Portable, 2.5)];
         let line = refusal(&rows, compiler).unwrap();
         assert!(line.contains("portable kernels: 5x64 dk 2.5e0"), "{line}");
         assert!(line.ends_with("the composed graph takes its place"), "{line}");
         assert_eq!(refusal(&[row(Choice::Native, 0.005)], compiler), None);
+    }
+
+    #[test]
+    fn a_refusal_is_one_line_of_the_worst_results() {
+        let mut wrong = row(Choice::Native, 0.5);
+        for (name, error) in [("dq", 0.7), ("dv", 0.6), ("drel_h", 0.4), ("drel_w", 0.3)] {
+            let result = name.to_string();
+            wrong.comparisons.push(Comparison { result, error, bound: 0.1 });
+        }
+        let line = refusal(&[wrong], "nvcc").unwrap();
+        let worst = "5x64 dk 5.0e-1 > 7.8e-3, dq 7.0e-1 > 1.0e-1, dv 6.0e-1 > 1.0e-1 and 2 more";
+        assert!(line.contains(worst), "{line}");
+
+        let failure = Some("no kernel\n\nCaused by:\n    no image".to_string());
+        let failed = SelfTestRow { comparisons: vec![], failure, ..row(Choice::Native, 0.0) };
+        let line = refusal(&[failed], "nvcc").unwrap();
+        assert!(line.contains("native kernels: no kernel Caused by: no image (kernels"), "{line}");
     }
 
     #[test]

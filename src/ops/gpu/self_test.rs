@@ -14,9 +14,10 @@ use crate::launch::projection_sm90::Hopper;
 use crate::launch::self_test::{
     bound, error, refusal, Choice, Comparison, SelfTestReport, SelfTestRow,
 };
-use candle_core::{CudaDevice, DType, Device, Error, Result};
+use candle_core::{bail, CudaDevice, DType, Device, Error, Result};
 use problems::{By, Problem};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 /// A family and a dtype, which are tested together.
 type Key = (Family, DType);
@@ -32,7 +33,13 @@ pub fn first_use(device: &CudaDevice, key: Key, hopper: Hopper) -> Result<Choice
     let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
     match driver::tested(device, key)? {
         Some(choice) => Ok(choice),
-        None => settle(device, key, &test(device, key, Some(hopper), false)?),
+        None => {
+            let start = Instant::now();
+            let rows = test(device, key, Some(hopper), false)?;
+            let (family, dtype) = key;
+            tracing::debug!("self-test of {family} in {}: {:?}", dtype.as_str(), start.elapsed());
+            settle(device, key, &rows)
+        }
     }
 }
 
@@ -41,11 +48,15 @@ pub fn first_use(device: &CudaDevice, key: Key, hopper: Hopper) -> Result<Choice
 ///
 /// # Errors
 /// - the device is no GPU, or one without kernels: compute capability 8.0 and newer has them;
+/// - its stream is being captured;
 /// - the truth or the composed graph cannot be computed, as for want of memory.
 pub fn self_test_report(device: &Device) -> Result<SelfTestReport> {
     let gpu = device.as_cuda_device()?;
     if !driver::supported(gpu) {
-        candle_core::bail!("self-test: this crate has no kernels for {:?}", device.location())
+        bail!("self-test: this crate has no kernels for {:?}", device.location())
+    }
+    if driver::is_capturing(gpu) {
+        bail!("self-test: it waits for the GPU, which a stream that is captured cannot")
     }
     let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
     let name = gpu.cuda_stream().context().name().map_err(Error::wrap)?;

@@ -28,7 +28,7 @@ pub enum Problem {
         /// The tile to take; none where there is one only.
         tile: Option<&'static str>,
     },
-    /// q, k and v, of which q and v have LoRA.
+    /// q, k and v; q and v have LoRA.
     Qkv { out_dim: usize, tiles: [Vec<&'static str>; 2] },
     /// With LoRA, GELU and a residual.
     Gelu { out_dim: usize, tiles: [Vec<&'static str>; 2] },
@@ -289,4 +289,55 @@ impl Problem {
 /// All values, on the host.
 fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::self_test::error;
+    use std::time::Instant;
+
+    /// Needs no GPU: a truth that were wrong would refuse right kernels.
+    #[test]
+    fn the_truth_is_the_composed_graphs_in_f32() -> Result<()> {
+        for family in Family::ALL {
+            for problem in of(family, true) {
+                let inputs = problem.inputs()?;
+                let start = Instant::now();
+                let truth = problem.results(&inputs, By::Kernels(Implementation::Portable))?;
+                println!("{family} {}: {:?}", problem.name(), start.elapsed());
+                let composed = problem.results(&inputs, By::Composed)?;
+                let names = problem.result_names();
+                assert_eq!([truth.len(), composed.len()], [names.len(); 2]);
+                for (name, (truth, composed)) in names.iter().zip(truth.iter().zip(&composed)) {
+                    let error = error(composed, truth);
+                    assert!(error < 1e-5, "{family} {} {name}: {error:e}", problem.name());
+                    // Zeros alone would show no error; nobody asks a padded token.
+                    assert_eq!(truth.iter().any(|x| *x != 0.0), *name != "dpad_q", "{name}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_tile_in_use_is_a_case() {
+        let hopper = crate::launch::projection_sm90::Hopper { multiprocessors: 2, clusters: true };
+        let mut tried = Vec::new();
+        for family in Family::ALL {
+            for problem in of(family, true) {
+                let cases = problem.cases(Implementation::Native(hopper));
+                tried.extend(cases.into_iter().flat_map(|case| case.0));
+                assert_eq!(problem.cases(Implementation::Portable).len(), 1);
+            }
+        }
+        for family in &PROJECTION[2..] {
+            for tile in tiles_in_use(family, true) {
+                assert!(tried.contains(&(*family, tile)), "{family} {tile}");
+            }
+        }
+        for tile in ["cols64", "cols40", "cols16"] {
+            assert!(ATTENTION[2..].iter().all(|family| tried.contains(&(*family, tile))), "{tile}");
+        }
+    }
 }
