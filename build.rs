@@ -40,7 +40,7 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    let built = if env::var_os("DOCS_RS").is_some() { embed(&[], &[]) } else { build() };
+    let built = if env::var_os("DOCS_RS").is_some() { embed(&[], &[], "none") } else { build() };
     if let Err(message) = built {
         for line in message.lines() {
             println!("cargo::error={line}");
@@ -69,17 +69,18 @@ fn build() -> Result<(), String> {
         let sources = for_hopper(Path::new("kernels"), &["cu"])?;
         images.extend(sources.into_iter().map(|source| (source, hopper.clone())));
     }
-    embed(&nvcc.compile_all(&images)?, &capabilities)
+    embed(&nvcc.compile_all(&images)?, &capabilities, &nvcc.name())
 }
 
 /// Writes the table of compiled kernels that src/cuda/modules.rs includes.
-fn embed(images: &[(String, PathBuf)], capabilities: &[u32]) -> Result<(), String> {
+fn embed(images: &[(String, PathBuf)], capabilities: &[u32], compiler: &str) -> Result<(), String> {
     let mut table = String::from("pub(super) static IMAGES: &[(&str, &[u8])] = &[\n");
     for (name, path) in images {
         let _ =
             writeln!(table, "    ({name:?}, include_bytes!({:?})),", path.display().to_string());
     }
     let _ = writeln!(table, "];\npub(super) static CAPABILITIES: &[u32] = &{capabilities:?};");
+    let _ = writeln!(table, "pub(crate) static COMPILER: &str = {compiler:?};");
     let path = out_dir()?.join("images.rs");
     fs::write(&path, table).map_err(|e| format!("{}: {e}", path.display()))
 }
@@ -180,6 +181,12 @@ impl Nvcc {
         };
         fs::create_dir_all(&cache).map_err(|e| format!("{}: {e}", cache.display()))?;
         Ok(Self { path, version, release, capabilities, flags, cache })
+    }
+
+    /// `nvcc 13.0.88`: the release with its build, since compilers of one release differ too.
+    fn name(&self) -> String {
+        let build = self.version.split_whitespace().find_map(|word| word.strip_prefix('V'));
+        format!("nvcc {}", build.unwrap_or("of an unknown version"))
     }
 
     fn path() -> PathBuf {

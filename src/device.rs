@@ -26,7 +26,7 @@ fn cuda(name: &str, ordinal: usize) -> Result<Device> {
     let device = Device::new_cuda(ordinal)
         .map_err(|e| failed("there is no such GPU, or no CUDA driver for it", e))?;
     let gpu = device.as_cuda_device().map_err(|e| failed("no GPU", e))?;
-    crate::cuda::keep_freed_memory(gpu).map_err(|e| failed("its memory pool", e))?;
+    crate::driver::keep_freed_memory(gpu).map_err(|e| failed("its memory pool", e))?;
     Ok(device)
 }
 

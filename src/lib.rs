@@ -12,9 +12,10 @@
 //! The README shows how they go together; `docs/hack-your-own.md` how to put an attention of your own into the model.
 
 mod cpu;
-#[cfg(feature = "cuda")]
-pub mod cuda;
 mod device;
+#[cfg(feature = "cuda")]
+#[path = "cuda/mod.rs"]
+mod driver;
 mod error;
 pub mod files;
 pub mod hub;
@@ -28,6 +29,15 @@ mod problem;
 pub mod reference;
 pub mod sam;
 pub mod train;
+
+/// Operations on an NVIDIA GPU: whose kernels compute them, the kernels' self-test, CUDA graphs.
+#[cfg(feature = "cuda")]
+pub mod cuda {
+    pub use crate::driver::{available_kernels, kernels, self_test, set_kernels, Graphed, Kernels};
+    pub use crate::launch::family::Family;
+    pub use crate::launch::self_test::{Choice, Comparison, SelfTestReport, SelfTestRow};
+    pub use crate::ops::self_test_report;
+}
 
 pub use cpu::buffer::release as release_buffers;
 pub use device::device;

@@ -17,6 +17,8 @@ mod cases;
 #[path = "gpu/clock.rs"]
 mod clock;
 mod common;
+#[path = "gpu/driver_calls.rs"]
+mod driver_calls;
 #[path = "gpu/emulated.rs"]
 mod emulated;
 #[path = "../examples/finetune/main.rs"]
@@ -33,6 +35,8 @@ mod layers;
 mod model;
 #[path = "gpu/ops.rs"]
 mod ops;
+#[path = "gpu/self_test.rs"]
+mod self_test;
 #[path = "gpu/smoke.rs"]
 mod smoke;
 #[path = "gpu/train.rs"]
@@ -136,6 +140,8 @@ fn tests() -> ExitCode {
         emulated::trials(),
         model::trials(),
         train::trials(),
+        driver_calls::trials(),
+        self_test::trials(),
     ];
     let trials = watchdog::start().and_then(|()| named(trials.into_iter().flatten().collect()));
     match trials {

@@ -2,7 +2,7 @@
 //!
 //! For comparing the two, and to get along without one that turns out to be wrong.
 
-use super::{modules, stream};
+use super::stream;
 use candle_core::Device;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -21,8 +21,8 @@ pub enum Kernels {
 
 static CHOICE: AtomicU8 = AtomicU8::new(Kernels::Native as u8);
 
-/// Takes these kernels from now on, in the whole process. A graph goes on with those that it was captured with; between
-/// a forward and its backward, the choice must stay.
+/// Takes these kernels from now on, in the whole process. A graph goes on with those that it was captured with, a backward
+/// with those of its forward.
 pub fn set_kernels(kernels: Kernels) {
     CHOICE.store(kernels as u8, Ordering::Relaxed);
 }
@@ -37,7 +37,7 @@ pub fn kernels() -> Kernels {
 /// The implementations that differ on this device: two on Hopper, one on any other.
 pub fn available_kernels(device: &Device) -> &'static [Kernels] {
     match device {
-        Device::Cuda(device) if stream::capability(device).is_some_and(modules::cover_hopper) => {
+        Device::Cuda(device) if stream::hopper(device).is_some() => {
             &[Kernels::Native, Kernels::Portable]
         }
         _ => &[Kernels::Native],

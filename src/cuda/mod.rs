@@ -4,6 +4,7 @@
 //! No operation waits for the GPU, so all can be captured in a CUDA graph (once their kernels have been loaded by a first
 //! run): [`Graphed`] does that. All unsafe code of the GPU path is in this folder.
 
+mod context;
 mod graphed;
 mod kernels;
 mod modules;
@@ -11,10 +12,14 @@ mod pool;
 mod run;
 mod stream;
 mod tensor_map;
+mod trust;
 
 pub use graphed::Graphed;
 pub use kernels::{available_kernels, kernels, set_kernels, Kernels};
+pub use trust::self_test;
 
+pub(crate) use modules::COMPILER;
 pub(crate) use pool::keep_freed_memory;
 pub(crate) use run::{operand, run, with_tensors, Job};
-pub(crate) use stream::{hopper, is_hopper, shared_memory, supported};
+pub(crate) use stream::{hopper, is_capturing, shared_memory, supported};
+pub(crate) use trust::{keep_test, self_test_is_on, tested};

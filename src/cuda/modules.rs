@@ -1,13 +1,14 @@
-//! The compiled kernels, embedded by build.rs, and what of them has been loaded into which context.
+//! The compiled kernels, embedded by build.rs, and which of them a context has loaded.
 
 use crate::launch::file_of;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaContext, CudaFunction, CudaModule};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{bail, Error, Result};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
-// IMAGES: name and fat binary of every file of kernels; CAPABILITIES: what they were compiled for, sorted.
+// IMAGES: name and fat binary of every file of kernels; CAPABILITIES: what they were compiled for, sorted; COMPILER: by what.
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// Whether there is code for a device of this compute capability: its own or PTX of an older one.
@@ -20,56 +21,82 @@ pub(super) fn cover_hopper(capability: (i32, i32)) -> bool {
     capability == (9, 0) && CAPABILITIES.contains(&90)
 }
 
-/// A context and an index into [`IMAGES`], or a context and a kernel. The cached modules keep their context alive, so
-/// its address is nobody else's.
+/// The modules and kernels that a context has loaded.
 #[derive(Default)]
-struct Loaded {
-    modules: HashMap<(usize, usize), Arc<CudaModule>>,
-    functions: HashMap<(usize, String), CudaFunction>,
+pub(super) struct Loaded {
+    /// By their place in [`IMAGES`].
+    modules: HashMap<usize, Arc<CudaModule>>,
+    kernels: HashMap<String, Arc<Kernel>>,
+}
+
+/// A loaded kernel.
+pub(super) struct Kernel {
+    pub function: CudaFunction,
+    /// Dynamic shared memory that its blocks may have.
+    permitted: AtomicU32,
 }
 
 /// The kernel, loaded with its file when it is first asked for.
-pub(super) fn function(context: &Arc<CudaContext>, kernel: &str) -> Result<CudaFunction> {
-    static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
-    let loaded = LOADED.get_or_init(Default::default);
-    let mut loaded = loaded.lock().unwrap_or_else(PoisonError::into_inner);
-    let id = context.cu_ctx() as usize;
-    if let Some(function) = loaded.functions.get(&(id, kernel.to_string())) {
-        return Ok(function.clone());
+pub(super) fn kernel(
+    context: &Arc<CudaContext>,
+    loaded: &RwLock<Loaded>,
+    name: &str,
+) -> Result<Arc<Kernel>> {
+    if let Some(kernel) = loaded.read().unwrap_or_else(PoisonError::into_inner).kernels.get(name) {
+        return Ok(kernel.clone());
     }
-    let files = IMAGES.iter().map(|(name, _)| *name);
-    let Some(index) = file_of(kernel, files) else { bail!("no file of kernels holds {kernel}") };
-    let module = match loaded.modules.get(&(id, index)) {
-        Some(module) => module.clone(),
-        None => {
-            let (name, image) = IMAGES[index];
-            let module = context.load_module(Ptx::from_binary(image.to_vec())).map_err(|e| {
-                Error::wrap(e)
-                    .context(format!("loading the kernels {name}, compiled for {CAPABILITIES:?}"))
-            })?;
-            loaded.modules.insert((id, index), module.clone());
-            module
-        }
-    };
-    let function = module
-        .load_function(kernel)
-        .map_err(|e| Error::wrap(e).context(format!("kernel {kernel} in {}", IMAGES[index].0)))?;
-    loaded.functions.insert((id, kernel.to_string()), function.clone());
-    Ok(function)
+    loaded.write().unwrap_or_else(PoisonError::into_inner).load(context, name)
 }
 
-/// Lets a kernel have all that a block may have, if it wants more than the 48 KiB of shared memory that need no
-/// permission. Never less: a graph may hold a launch that wants more than this one.
-pub(super) fn permit_shared(function: &CudaFunction, bytes: u32, most: usize) -> Result<()> {
-    const FREE: u32 = 48 * 1024;
-    if bytes > FREE {
+impl Loaded {
+    fn load(&mut self, context: &Arc<CudaContext>, name: &str) -> Result<Arc<Kernel>> {
+        // Another thread may have been first.
+        if let Some(kernel) = self.kernels.get(name) {
+            return Ok(kernel.clone());
+        }
+        let files = IMAGES.iter().map(|(name, _)| *name);
+        let Some(index) = file_of(name, files) else { bail!("no file of kernels holds {name}") };
+        let module = match self.modules.get(&index) {
+            Some(module) => module.clone(),
+            None => {
+                let (file, image) = IMAGES[index];
+                let module =
+                    context.load_module(Ptx::from_binary(image.to_vec())).map_err(|e| {
+                        Error::wrap(e).context(format!(
+                            "loading the kernels {file}, compiled for {CAPABILITIES:?}"
+                        ))
+                    })?;
+                self.modules.insert(index, module.clone());
+                module
+            }
+        };
+        let function = module
+            .load_function(name)
+            .map_err(|e| Error::wrap(e).context(format!("kernel {name} in {}", IMAGES[index].0)))?;
+        let kernel = Arc::new(Kernel { function, permitted: AtomicU32::new(FREE_SHARED) });
+        self.kernels.insert(name.to_string(), kernel.clone());
+        Ok(kernel)
+    }
+}
+
+/// Shared memory that needs no permission.
+const FREE_SHARED: u32 = 48 * 1024;
+
+impl Kernel {
+    /// Raises the kernel's limit of shared memory to the device's, if a launch wants more than it may have. Never lowers it:
+    /// a graph may hold a launch that wants more than this one.
+    pub fn permit_shared(&self, bytes: u32, most: usize) -> Result<()> {
+        if bytes <= self.permitted.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let attribute =
             sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // The kernels have no other shared memory.
-        let most = most.max(bytes as usize) as i32;
-        function.set_attribute(attribute, most).map_err(Error::wrap)?;
+        let most = u32::try_from(most).unwrap_or(0).max(bytes);
+        self.function.set_attribute(attribute, most as i32).map_err(Error::wrap)?;
+        self.permitted.store(most, Ordering::Relaxed);
+        Ok(())
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,74 +1,48 @@
 //! The CUDA driver as a back end of [`crate::launch`]: memory and launches in the order of one stream.
 
+use super::context::{self, properties, Properties};
 use super::kernels::{kernels, Kernels};
-use super::{modules, tensor_map};
+use super::modules;
 use crate::launch::projection_sm90::Hopper;
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    cuDriverGetVersion, cuLaunchKernelEx, CUdevice_attribute_enum, CUlaunchAttribute,
-    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
+    cuLaunchKernelEx, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchConfig, CUstreamCaptureStatus,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use candle_core::{CudaDevice, Error, Result};
 use std::sync::Arc;
 
-/// Major and minor, if the driver says.
-pub(super) fn capability(device: &CudaDevice) -> Option<(i32, i32)> {
-    device.cuda_stream().context().compute_capability().ok()
-}
-
-/// Whether to run the kernels for Hopper: on compute capability 9.0, if compiled for it and not asked for the portable
-/// ones.
-pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
-    kernels() != Kernels::Portable && capability(device).is_some_and(modules::cover_hopper)
-}
-
 /// Whether this device can run the kernels: compute capability 8.0 or newer, and compiled for it.
 pub(crate) fn supported(device: &CudaDevice) -> bool {
-    capability(device).is_some_and(|capability| capability >= (8, 0) && modules::cover(capability))
+    properties(device).is_some_and(|p| p.capability >= (8, 0) && modules::cover(p.capability))
 }
 
 /// Bytes of shared memory that a block may opt into; 0 if the driver does not say.
 pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
-    most_shared(device.cuda_stream().context())
+    properties(device).map_or(0, |p| p.shared_memory)
 }
 
-fn most_shared(context: &CudaContext) -> usize {
-    let limit = CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let bytes = context.attribute(limit);
-    bytes.ok().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0)
-}
-
-/// What launches hang on, if the device runs the kernels for Hopper: one multiprocessor and no clusters if the driver does
-/// not say.
+/// What launches hang on, if the device has kernels for Hopper: compute capability 9.0, and compiled for it.
 pub(crate) fn hopper(device: &CudaDevice) -> Option<Hopper> {
-    use CUdevice_attribute_enum as Attribute;
-    if !is_hopper(device) {
-        return None;
-    }
-    let context = device.cuda_stream().context().clone();
-    let ask = |attribute| context.attribute(attribute).ok();
-    let count = ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-    let multiprocessors = count.and_then(|count| u32::try_from(count).ok()).unwrap_or(1);
-    let clusters = ask(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH) == Some(1);
-    Some(Hopper { multiprocessors, clusters })
+    let Properties { capability, multiprocessors, clusters, .. } = properties(device)?;
+    modules::cover_hopper(capability).then_some(Hopper { multiprocessors, clusters })
+}
+
+/// Whether the device's stream is being captured; also if the driver does not say.
+pub(crate) fn is_capturing(device: &CudaDevice) -> bool {
+    let status = device.cuda_stream().capture_status();
+    !status.is_ok_and(|s| s == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
 /// Whether a kernel may begin before the one before it has ended: on Hopper and newer devices; with drivers for CUDA 12.3
 /// and newer, which keep the permission as an edge of a graph where launches are captured.
-fn dependents_begin_early(capability: Option<(i32, i32)>, driver: Option<i32>) -> bool {
-    capability >= Some((9, 0)) && driver >= Some(12_030)
-}
-
-/// As CUDA counts, 12030 for 12.3, if the driver says.
-fn driver_version() -> Option<i32> {
-    let mut version = 0;
-    // SAFETY: writes the integer.
-    unsafe { cuDriverGetVersion(&mut version) }.result().ok().map(|()| version)
+fn dependents_begin_early(device: &Properties) -> bool {
+    device.capability >= (9, 0) && device.driver >= 12_030
 }
 
 /// What a launch asks of the driver beside its size.
-fn attributes(launch: &Launch, capability: Option<(i32, i32)>) -> Vec<CUlaunchAttribute> {
+fn attributes(launch: &Launch, device: &Properties) -> Vec<CUlaunchAttribute> {
     let mut attributes = Vec::new();
     let mut add = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {
         let mut value = CUlaunchAttributeValue { pad: [0; 64] };
@@ -76,7 +50,7 @@ fn attributes(launch: &Launch, capability: Option<(i32, i32)>) -> Vec<CUlaunchAt
         attributes.push(CUlaunchAttribute { id, pad: [0; 4], value });
     };
     let early = launch.begins_early && kernels() != Kernels::NativeInTurn;
-    if early && dependents_begin_early(capability, driver_version()) {
+    if early && dependents_begin_early(device) {
         let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         add(id, &|value| value.programmaticStreamSerializationAllowed = 1);
     }
@@ -118,14 +92,16 @@ impl Backend for Stream {
         };
         let context = self.0.context();
         context.bind_to_thread().map_err(|e| failed(Error::wrap(e)))?;
-        let function = modules::function(context, kernel).map_err(failed)?;
-        modules::permit_shared(&function, *shared_bytes, most_shared(context)).map_err(failed)?;
+        let known = context::of(context).map_err(failed)?;
+        let device = &known.properties;
+        let kernel = modules::kernel(context, &known.kernels, kernel).map_err(failed)?;
+        kernel.permit_shared(*shared_bytes, device.shared_memory).map_err(failed)?;
         let mut params = params.clone();
         for (start, map) in tensor_maps {
-            let encoded = tensor_map::encode(map).map_err(failed)?;
+            let encoded = known.maps.get(map).map_err(failed)?;
             params[*start..*start + encoded.len()].copy_from_slice(&encoded);
         }
-        let mut attributes = attributes(launch, context.compute_capability().ok());
+        let mut attributes = attributes(launch, device);
         let config = CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -143,8 +119,9 @@ impl Backend for Stream {
         // and kernel have it from one header, with its size asserted on both sides. The attributes outlive the call.
         // That the addresses in the params stay valid is the caller's promise.
         unsafe {
-            let (function, arguments) = (function.cu_function(), arguments.as_mut_ptr());
-            cuLaunchKernelEx(&config, function, arguments, std::ptr::null_mut()).result()
+            let function = kernel.function.cu_function();
+            cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
+                .result()
         }
         .map_err(|e| failed(Error::wrap(e)))
     }
@@ -156,11 +133,16 @@ mod tests {
 
     #[test]
     fn kernels_begin_early_where_devices_and_graphs_know_it() {
-        assert!(dependents_begin_early(Some((9, 0)), Some(12_030)));
-        assert!(dependents_begin_early(Some((10, 0)), Some(13_000)));
-        assert!(!dependents_begin_early(Some((8, 9)), Some(13_000)));
-        assert!(!dependents_begin_early(Some((9, 0)), Some(12_020)));
-        assert!(!dependents_begin_early(None, Some(13_000)));
-        assert!(!dependents_begin_early(Some((9, 0)), None));
+        let early = |capability, driver| {
+            dependents_begin_early(&Properties {
+                capability,
+                shared_memory: 0,
+                multiprocessors: 1,
+                clusters: false,
+                driver,
+            })
+        };
+        assert!(early((9, 0), 12_030) && early((10, 0), 13_000));
+        assert!(!early((8, 9), 13_000) && !early((9, 0), 12_020));
     }
 }

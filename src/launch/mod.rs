@@ -9,6 +9,7 @@
 mod bindings;
 pub mod dora;
 pub mod dropout;
+pub mod family;
 pub mod layer_norm;
 mod low_rank_split;
 pub mod measured;
@@ -20,6 +21,7 @@ pub mod rel_pos_attention;
 pub mod rel_pos_attention_bwd_sm90;
 pub mod rel_pos_attention_sm90;
 pub mod rel_pos_attention_window_sm90;
+pub mod self_test;
 mod sum_partials;
 pub mod tensor_map;
 pub mod tiles;

@@ -168,6 +168,19 @@ fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static str
     Ok(None)
 }
 
+/// The tiles that a family's problems get on a device with or without clusters.
+pub fn tiles_in_use(family: &str, clusters: bool) -> Vec<&'static str> {
+    let named = CHOICES.iter().filter(|choice| choice.family == family).map(|choice| choice.tile);
+    let mut names = Vec::new();
+    for name in named.chain(tiles::measured(family)) {
+        let name = if clusters { name } else { name.strip_suffix(X2).unwrap_or(name) };
+        if name != tiles::PORTABLE && !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
+}
+
 /// The tile that was measured to be the fastest, or that the table names, for an output in these widths; none for the
 /// portable kernels.
 pub(super) fn chosen(
@@ -187,6 +200,18 @@ pub(super) fn chosen(
         Some(name) if !clusters => Some(name.strip_suffix(X2).unwrap_or(name)),
         name => name,
     })
+}
+
+/// Whether the forward or the gradient of x is the kernels' for Hopper, for operands that bulk copies take.
+///
+/// # Errors
+/// On shapes that no kernel takes.
+pub(super) fn covers(problem: &Problem<'_>, dtype: DType, clusters: bool) -> Result<bool> {
+    let shapes = Shapes::new(problem)?;
+    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
+    Ok(copies_take(&shapes, dtype, &[])
+        && (chosen(FORWARD, problem, dtype, &widths, clusters)?.is_some()
+            || chosen(BWD_INPUT, problem, dtype, &[shapes.in_dim], clusters)?.is_some()))
 }
 
 /// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, and no more

@@ -91,7 +91,9 @@ pub fn backward(
     let items = (p.windows() * p.num_heads * tile.blocks(p)) as u64;
     let blocks = match dtables {
         0 => items,
-        _ => items.min(between.table_parts).min(REL_POS_ATTENTION_SM90_TABLE_PARTS.into()),
+        _ => items
+            .min(between.table_parts)
+            .min(tiles::taking_turns(REL_POS_ATTENTION_SM90_TABLE_PARTS)),
     };
     let mut launches = vec![
         query_pass(p, dtype, inputs, operands, &between, &tile, [items, blocks])?,

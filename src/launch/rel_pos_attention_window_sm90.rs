@@ -11,11 +11,11 @@ use super::bindings::{
     REL_POS_ATTENTION_WINDOW_SM90_THREADS,
 };
 use super::rel_pos_attention::{shape, table_elements, BackwardOperands, Inputs};
-use super::{sum_partials, AttentionProblem, Launch};
+use super::{sum_partials, tiles, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 
 /// Whether the kernels cover a problem with operands at these addresses.
-fn covers(problem: &AttentionProblem, dtype: DType, addresses: &[device_ptr]) -> bool {
+pub(super) fn covers(problem: &AttentionProblem, dtype: DType, addresses: &[device_ptr]) -> bool {
     let side = REL_POS_ATTENTION_WINDOW_SM90_SIDE as usize;
     matches!(dtype, DType::F16 | DType::BF16)
         && [64, 80].contains(&problem.head_dim)
@@ -30,7 +30,7 @@ fn units(problem: &AttentionProblem) -> usize {
 
 /// Blocks that take turns at the units: one for each multiprocessor, or fewer.
 fn blocks(problem: &AttentionProblem) -> u64 {
-    (units(problem) as u64).min(REL_POS_ATTENTION_WINDOW_SM90_BLOCKS.into())
+    (units(problem) as u64).min(tiles::taking_turns(REL_POS_ATTENTION_WINDOW_SM90_BLOCKS))
 }
 
 /// A pass's kernel with the shared memory that it takes for heads of 64 and of 80 channels.

@@ -10,7 +10,7 @@ use candle_core::{bail, Result};
 pub const LONGEST: usize = i32::MAX as usize;
 
 /// What the elements are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// 16 bits of any kind.
     Bits16,
@@ -32,7 +32,7 @@ impl Element {
 
 /// Bytes of a tile's row within which shared memory is swizzled, so that neither rows nor columns of 16 bytes meet in
 /// the same banks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 pub enum Swizzle {
     None,
@@ -54,7 +54,7 @@ impl Swizzle {
 }
 
 /// A tensor in device memory and its tiles. Dimensions are innermost first; the first one's elements lie side by side.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMap {
     /// Of the first element.
     pub address: device_ptr,

@@ -12,7 +12,7 @@
 use super::measured::MEASURED;
 use super::projection_sm90;
 use candle_core::DType;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 /// A row of the table: the tile of the problems of a family that have this shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,13 +48,36 @@ const COLUMNS: [(usize, &str); 3] = [(64, "cols64"), (16, "cols16"), (40, "cols4
 /// Names of the projections' tiles.
 const SQUARES: [&str; 2] = ["128x128", "64x64"];
 
+/// A family and one of its tiles.
+type Named = (&'static str, &'static str);
+
 thread_local! {
-    static FORCED: Cell<Option<(&'static str, &'static str)>> = const { Cell::new(None) };
+    static FORCED: RefCell<Vec<Named>> = const { RefCell::new(Vec::new()) };
+    static MOST_BLOCKS: Cell<u64> = const { Cell::new(u64::MAX) };
 }
 
 /// For tuning: makes this thread give all problems of a family this tile, if it is one of [`candidates`].
-pub fn force(family_and_tile: Option<(&'static str, &'static str)>) {
-    FORCED.set(family_and_tile);
+pub fn force(family_and_tile: Option<Named>) {
+    FORCED.replace(family_and_tile.into_iter().collect());
+}
+
+/// For self-tests: calls `f` while this thread gives all problems of these families these tiles, and kernels whose blocks
+/// take turns at their work at most so many blocks, so that small problems have several turns.
+pub fn forced<R>(tiles: &[Named], most_blocks: u64, f: impl FnOnce() -> R) -> R {
+    struct Restore(Vec<Named>, u64);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FORCED.replace(std::mem::take(&mut self.0));
+            MOST_BLOCKS.set(self.1);
+        }
+    }
+    let _restore = Restore(FORCED.replace(tiles.to_vec()), MOST_BLOCKS.replace(most_blocks));
+    f()
+}
+
+/// The blocks of a kernel whose blocks take turns, of which a device runs so many at once.
+pub(super) fn taking_turns(blocks: u32) -> u64 {
+    u64::from(blocks).min(MOST_BLOCKS.get())
 }
 
 /// The tiles of a family that there are kernels for; for tuning.
@@ -93,6 +116,11 @@ fn attention_columns(bytes: usize, dim: usize) -> impl Iterator<Item = (usize, &
     COLUMNS.into_iter().filter(move |&(cols, _)| cols == 16 || (bytes == 2 && dim > 32))
 }
 
+/// The tiles of a family that were measured.
+pub(super) fn measured(family: &str) -> impl Iterator<Item = &'static str> + '_ {
+    MEASURED.iter().filter(move |row| row.family == family).map(|row| row.tile)
+}
+
 /// The tile that was measured, or is forced.
 pub(super) fn known(
     family: &str,
@@ -101,7 +129,8 @@ pub(super) fn known(
     rows: usize,
 ) -> Option<&'static str> {
     let bytes = dtype.size_in_bytes();
-    let forced = FORCED.get().filter(|(of, _)| *of == family).map(|(_, tile)| tile);
+    let of_family = |named: &&Named| named.0 == family;
+    let forced = FORCED.with_borrow(|tiles| tiles.iter().find(of_family).map(|named| named.1));
     let tile = forced.or_else(|| in_table(MEASURED, family, bytes, shape, rows))?;
     candidates(family, bytes, shape).contains(&tile).then_some(tile)
 }

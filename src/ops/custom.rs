@@ -1,5 +1,7 @@
 //! Where the fused operations run, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
 
+use crate::launch::family::{Family, Implementation};
+use crate::launch::projection_sm90::Hopper;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -11,10 +13,34 @@ pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool 
     match device {
         Device::Cpu => true,
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::supported(device) && covered(),
+        Device::Cuda(device) => crate::driver::supported(device) && covered(),
         _ => {
             let _ = covered;
             false
+        }
+    }
+}
+
+/// Whose kernels compute a problem; none where the composed graph does, as on a GPU where all kernels of the problem's
+/// family were found to be wrong. The CPU has its own path, whatever this says.
+///
+/// # Errors
+/// If a GPU cannot run the family's self-test.
+pub(super) fn implementation(
+    device: &Device,
+    dtype: DType,
+    covered: impl FnOnce() -> bool,
+    family: impl FnOnce(Hopper) -> Option<Family>,
+) -> Result<Option<Implementation>> {
+    if !fused_on(device, covered) {
+        return Ok(None);
+    }
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => super::gpu::choice::implementation(device, dtype, family),
+        _ => {
+            let _ = (dtype, family);
+            Ok(Some(Implementation::Portable))
         }
     }
 }
@@ -23,7 +49,7 @@ pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool 
 pub(super) fn shared_memory(device: &Device) -> usize {
     match device {
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::cuda::shared_memory(device),
+        Device::Cuda(device) => crate::driver::shared_memory(device),
         _ => usize::MAX,
     }
 }
@@ -32,7 +58,7 @@ pub(super) fn shared_memory(device: &Device) -> usize {
 pub(super) fn operand(tensor: &Tensor) -> Result<Tensor> {
     match tensor.device() {
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => crate::cuda::operand(tensor),
+        Device::Cuda(_) => crate::driver::operand(tensor),
         _ => Ok(tensor.clone()),
     }
 }

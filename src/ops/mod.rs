@@ -31,6 +31,9 @@ mod resize;
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
+#[cfg(feature = "cuda")]
+#[doc(hidden)] // its place is `cuda`
+pub use gpu::self_test_report;
 pub use layer_norm::layer_norm;
 pub use projection::{lora_linear, lora_qkv, Activation, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};

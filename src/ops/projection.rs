@@ -8,11 +8,10 @@
 //! q, k and v stay three tensors under three names, for checkpoints, adapters and users; the operation writes
 //! them side by side into one packed output, so nothing is ever concatenated.
 
-use super::custom::{
-    dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
-};
-use super::{check, composed, Gradients};
+use super::custom::{dtype_of, from_f32, operand, tensor_like, to_f32, vec_f32, with_f32};
+use super::{check, composed, custom, Gradients};
 use crate::cpu::projection::{self, Saved, Weight, Weights};
+use crate::launch::family::{Family, Implementation};
 use crate::launch::projection as kernels;
 use crate::philox::Dropout;
 use crate::problem::{self, LoraProblem, ProjectionProblem};
@@ -101,10 +100,10 @@ pub fn lora_linear(
         check::shape(OP, "residual", residual, &expected)?;
         check::same_kind(OP, "residual", residual, x)?;
     }
-    if !fusable(x, &[*projection], activation) {
-        return composed::lora_linear(x, projection, activation, residual);
+    match implementation(x, &[*projection], activation)? {
+        Some(whose) => apply(OP, x, &[*projection], activation, residual, whose),
+        None => composed::lora_linear(x, projection, activation, residual),
     }
-    apply(OP, x, &[*projection], activation, residual)
 }
 
 /// The q, k and v projections of attention, packed: `x [.., C] -> [.., 3C]`, q first, then k, then v.
@@ -119,10 +118,25 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
         validate(OP, x, projection)?;
     }
     equal_widths(OP, projections)?;
-    if !fusable(x, projections, Activation::None) {
-        return composed::lora_qkv(x, projections);
+    match implementation(x, projections, Activation::None)? {
+        Some(whose) => apply(OP, x, projections, Activation::None, None, whose),
+        None => composed::lora_qkv(x, projections),
     }
-    apply(OP, x, projections, Activation::None, None)
+}
+
+/// Projections by the kernels of one implementation, for the self-test: shapes are not checked.
+///
+/// # Errors
+/// On problems that no kernel covers.
+#[cfg(feature = "cuda")]
+pub(super) fn by_kernels(
+    x: &Tensor,
+    projections: &[Projection<'_>],
+    activation: Activation,
+    residual: Option<&Tensor>,
+    whose: Implementation,
+) -> Result<Tensor> {
+    apply("projection", x, projections, activation, residual, whose)
 }
 
 /// q, k and v, each validated, fill equal parts of the packed output.
@@ -174,15 +188,21 @@ pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>
     lora.dropout.map_or(Ok(()), |dropout| dropout.validate(op))
 }
 
-/// The fused operation holds its weights captured, where no gradient reaches them; trainable ones, and devices
-/// without kernels, take the composed path.
-fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -> bool {
-    let covered = || {
-        let problems: Vec<_> = projections.iter().map(problem).collect();
-        let activation = activation.problem();
-        kernels::covers(&kernel_problem(x.dims(), &problems, activation), x.dtype())
-    };
-    projections.iter().all(|p| !p.weight.track_op()) && fused_on(x.device(), covered)
+/// Whose kernels compute the projections. The fused operation holds its weights captured, where no gradient reaches them;
+/// trainable ones, and devices without kernels, take the composed path.
+fn implementation(
+    x: &Tensor,
+    projections: &[Projection<'_>],
+    activation: Activation,
+) -> Result<Option<Implementation>> {
+    if projections.iter().any(|p| p.weight.track_op()) {
+        return Ok(None);
+    }
+    let problems: Vec<_> = projections.iter().map(problem).collect();
+    let problem = kernel_problem(x.dims(), &problems, activation.problem());
+    let covered = || kernels::covers(&problem, x.dtype());
+    let family = |hopper| Family::of_projections(&problem, x.dtype(), hopper);
+    custom::implementation(x.device(), x.dtype(), covered, family)
 }
 
 /// The problem as the kernels' launch code takes it.
@@ -204,6 +224,7 @@ fn apply(
     projections: &[Projection<'_>],
     activation: Activation,
     residual: Option<&Tensor>,
+    implementation: Implementation,
 ) -> Result<Tensor> {
     let x = operand(x)?;
     let separate = match x.device() {
@@ -229,6 +250,7 @@ fn apply(
         activation: activation.problem(),
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
+        implementation,
         saved: OnceLock::new(),
     };
     let residual = residual.map_or(Ok(absent), operand)?;
@@ -291,6 +313,9 @@ struct FusedProjection {
     activation: problem::Activation,
     residual: bool,
     keep: bool,
+    /// Whose kernels compute it, on a GPU.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    implementation: Implementation,
     saved: OnceLock<Kept>,
 }
 
@@ -311,6 +336,7 @@ impl FusedProjection {
             weights: &self.weights,
             separate: self.separate.as_deref(),
             keep: self.keep,
+            implementation: self.implementation,
         }
     }
 

@@ -11,10 +11,12 @@
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
 use super::custom::{
-    dtype_of, from_f32, fused_on, operand, shared_memory, tensor_like, to_f32, vec_f32, with_f32,
+    dtype_of, from_f32, implementation, operand, shared_memory, tensor_like, to_f32, vec_f32,
+    with_f32,
 };
 use super::{check, composed, resize_linear, Gradients};
 use crate::cpu::attention;
+use crate::launch::family::{Family, Implementation};
 use crate::launch::rel_pos_attention as kernels;
 use crate::philox::Dropout;
 use crate::problem::AttentionProblem;
@@ -57,21 +59,48 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
         let needed = kernels::shared_bytes(&problem, qkv.dtype());
         needed.is_some_and(|needed| needed <= shared_memory(qkv.device()))
     };
-    if !fused_on(qkv.device(), covered) {
-        return Ok(composed::rel_pos_attention(qkv, &config)?.0);
+    let family = |_| Family::of_attention(&problem, qkv.dtype());
+    match implementation(qkv.device(), qkv.dtype(), covered, family)? {
+        Some(whose) => apply(qkv, problem, &tables, pad, whose),
+        None => Ok(composed::rel_pos_attention(qkv, &config)?.0),
     }
+}
+
+/// [`rel_pos_attention`] by the kernels of one implementation, for the self-test.
+///
+/// # Errors
+/// As [`rel_pos_attention`], and on problems that no kernel covers.
+#[cfg(feature = "cuda")]
+pub(super) fn by_kernels(
+    qkv: &Tensor,
+    config: &RelPosAttention<'_>,
+    whose: Implementation,
+) -> Result<Tensor> {
+    let (problem, tables, pad) = prepare(qkv, config)?;
+    apply(qkv, problem, &tables, pad, whose)
+}
+
+/// Applies the operation.
+fn apply(
+    qkv: &Tensor,
+    problem: AttentionProblem,
+    tables: &Tables,
+    pad: Option<&Tensor>,
+    implementation: Implementation,
+) -> Result<Tensor> {
     let qkv = operand(qkv)?;
     // In the place of an input that is not there: nobody reads it.
     let absent = qkv.detach();
     let separate = match qkv.device() {
         Device::Cpu => None,
-        _ => where_they_lie(&tables)?,
+        _ => where_they_lie(tables)?,
     };
-    let tables = match (&tables, &separate) {
+    let tables = match (tables, &separate) {
         (Some(tables), None) => operand(&Tensor::cat(tables, 0)?)?,
         _ => absent.clone(),
     };
-    let op = FusedAttention { problem, separate, pad: pad.is_some(), lse: OnceLock::new() };
+    let (has_pad, lse) = (pad.is_some(), OnceLock::new());
+    let op = FusedAttention { problem, separate, pad: has_pad, implementation, lse };
     qkv.apply_op3(&tables, &pad.map_or(Ok(absent), operand)?, op)
 }
 
@@ -124,6 +153,9 @@ struct FusedAttention {
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     separate: Option<[Tensor; 2]>,
     pad: bool,
+    /// Whose kernels compute it, on a GPU.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    implementation: Implementation,
     lse: OnceLock<Lse>,
 }
 
@@ -137,8 +169,9 @@ enum Lse {
 #[cfg(feature = "cuda")]
 impl FusedAttention {
     fn on_gpu(&self) -> super::gpu::rel_pos_attention::Attention<'_> {
-        let Self { problem, separate, pad, .. } = self;
-        super::gpu::rel_pos_attention::Attention { problem, tables: separate.as_ref(), pad: *pad }
+        let &Self { ref problem, ref separate, pad, implementation, .. } = self;
+        let tables = separate.as_ref();
+        super::gpu::rel_pos_attention::Attention { problem, tables, pad, implementation }
     }
 }
 

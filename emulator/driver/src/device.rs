@@ -1,6 +1,6 @@
 //! The driver's one device and its one context.
 
-use crate::{Status, BROKEN, INVALID_VALUE, SUCCESS};
+use crate::{calls, Status, BROKEN, INVALID_VALUE, SUCCESS};
 use std::cell::Cell;
 use std::ffi::c_char;
 use std::sync::atomic::Ordering;
@@ -32,6 +32,7 @@ extern "C" fn cuInit(_flags: u32) -> Status {
 
 #[no_mangle]
 unsafe extern "C" fn cuDriverGetVersion(version: *mut i32) -> Status {
+    calls::count("cuDriverGetVersion");
     // SAFETY: the caller's address is one to write to.
     unsafe { *version = DRIVER_VERSION };
     SUCCESS
@@ -68,6 +69,7 @@ unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, bytes: i32, _device: i32
 /// Few multiprocessors, so that persistent kernels have several tiles a block in small cases.
 #[no_mangle]
 unsafe extern "C" fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, _device: i32) -> Status {
+    calls::count("cuDeviceGetAttribute");
     let hopper = capability() >= 90;
     let answer = match attribute {
         16 => 4, // multiprocessors
@@ -101,6 +103,7 @@ extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: i32) -> Status {
 
 #[no_mangle]
 unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Status {
+    calls::count("cuCtxGetCurrent");
     // SAFETY: the caller's address is one to write to.
     unsafe { *context = CURRENT.get() };
     SUCCESS
@@ -108,6 +111,7 @@ unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> Status {
 
 #[no_mangle]
 extern "C" fn cuCtxSetCurrent(context: usize) -> Status {
+    calls::count("cuCtxSetCurrent");
     CURRENT.set(context);
     SUCCESS
 }

@@ -2,8 +2,8 @@
 
 use crate::memory::{self, Stream};
 use crate::{
-    told, Outcome, Status, INVALID_VALUE, STREAM_CAPTURE_INVALIDATED, STREAM_CAPTURE_UNSUPPORTED,
-    SUCCESS,
+    calls, told, Outcome, Status, INVALID_VALUE, STREAM_CAPTURE_INVALIDATED,
+    STREAM_CAPTURE_UNSUPPORTED, SUCCESS,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -99,6 +99,7 @@ unsafe extern "C" fn cuStreamEndCapture(stream: Stream, graph: *mut *mut Arc<Gra
 
 #[no_mangle]
 unsafe extern "C" fn cuStreamIsCapturing(stream: Stream, status: *mut i32) -> Status {
+    calls::count("cuStreamIsCapturing");
     // SAFETY: the caller's address is one to write to.
     unsafe { *status = is_capturing(stream).into() };
     SUCCESS
@@ -162,6 +163,7 @@ extern "C" fn cuStreamDestroy_v2(_stream: Stream) -> Status {
 
 #[no_mangle]
 extern "C" fn cuStreamSynchronize(stream: Stream) -> Status {
+    calls::count("cuStreamSynchronize");
     told(match is_capturing(stream) {
         true => Err((STREAM_CAPTURE_UNSUPPORTED, "waiting for a stream that is captured".into())),
         false => Ok(()),
@@ -170,6 +172,7 @@ extern "C" fn cuStreamSynchronize(stream: Stream) -> Status {
 
 #[no_mangle]
 extern "C" fn cuStreamWaitEvent(_stream: Stream, _event: usize, _flags: u32) -> Status {
+    calls::count("cuStreamWaitEvent");
     SUCCESS
 }
 
@@ -190,6 +193,7 @@ unsafe extern "C" fn cuEventCreate(event: *mut usize, _flags: u32) -> Status {
 
 #[no_mangle]
 extern "C" fn cuEventRecord(event: usize, _stream: Stream) -> Status {
+    calls::count("cuEventRecord");
     static START: OnceLock<Instant> = OnceLock::new();
     let now = START.get_or_init(Instant::now).elapsed().as_secs_f64();
     events(|events| events.insert(event, now));

@@ -3,8 +3,8 @@
 
 use crate::memory::Stream;
 use crate::{
-    candle, device, graph, told, Outcome, Status, INVALID_CONTEXT, INVALID_VALUE, LAUNCH_FAILED,
-    NOT_FOUND, NOT_SUPPORTED,
+    calls, candle, device, fault, graph, told, Outcome, Status, INVALID_CONTEXT, INVALID_VALUE,
+    LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED,
 };
 use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources, TensorMap, Timing};
 use std::ffi::{c_char, c_void, CStr, CString};
@@ -51,6 +51,7 @@ struct Function {
 /// Modules and functions stay until the process ends.
 #[no_mangle]
 unsafe extern "C" fn cuModuleLoadData(module: *mut &'static Owner, image: *const u8) -> Status {
+    calls::count("cuModuleLoadData");
     // SAFETY: both kinds of image have at least four bytes.
     let magic = unsafe { image.cast::<u32>().read_unaligned() };
     let owner = if magic == FAT_BINARY { &Owner::Crate } else { &Owner::Candle };
@@ -70,6 +71,7 @@ unsafe extern "C" fn cuModuleGetFunction(
     module: &'static Owner,
     name: *const c_char,
 ) -> Status {
+    calls::count("cuModuleGetFunction");
     // SAFETY: the driver's callers give a string.
     let name = unsafe { CStr::from_ptr(name) }.to_owned();
     told(known(&name, *module).map(|()| {
@@ -89,6 +91,7 @@ fn known(name: &CStr, owner: Owner) -> Outcome {
 
 #[no_mangle]
 extern "C" fn cuFuncSetAttribute(function: &Function, attribute: i32, value: i32) -> Status {
+    calls::count("cuFuncSetAttribute");
     told(match (attribute, u32::try_from(value)) {
         (MAX_DYNAMIC_SHARED_SIZE_BYTES, Ok(bytes)) => {
             function.shared_bytes.store(bytes, Ordering::SeqCst);
@@ -126,6 +129,7 @@ unsafe extern "C" fn cuLaunchKernelEx(
     arguments: Arguments,
     _extra: *const c_void,
 ) -> Status {
+    calls::count("cuLaunchKernelEx");
     let attributes = match config.attribute_count {
         0 => &[],
         // SAFETY: the caller's array has that many elements.
@@ -148,6 +152,7 @@ unsafe extern "C" fn cuLaunchKernel(
     arguments: Arguments,
     _extra: *const c_void,
 ) -> Status {
+    calls::count("cuLaunchKernel");
     let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
     let attributes = std::ptr::null();
     let config = Config { grid, block, shared_bytes, stream, attributes, attribute_count: 0 };
@@ -183,6 +188,7 @@ fn launch(
             None => Err((NOT_SUPPORTED, format!("candle's kernel {name} is not emulated"))),
         };
     }
+    calls::count(function.name.to_str().unwrap_or_default());
     let (mut cluster, mut begins_early) = (1, false);
     for attribute in attributes {
         match (attribute.id, attribute.value) {
@@ -214,8 +220,14 @@ fn launch(
         let kernel = &function.name.to_string_lossy();
         let params = &params;
         let launch = Launch { kernel, grid, block, shared_bytes, cluster, params, begins_early };
-        // SAFETY: that the params' addresses are live memory is the promise of who launches.
-        unsafe { emulator.launch(&launch, mode) }.map_err(|reason| (LAUNCH_FAILED, reason))
+        let run = || {
+            // SAFETY: that the params' addresses are live memory is the promise of who launches.
+            unsafe { emulator.launch(&launch, mode) }.map_err(|reason| (LAUNCH_FAILED, reason))
+        };
+        match fault::is_planted(kernel) {
+            true => fault::run(params, run),
+            false => run(),
+        }
     })
 }
 
@@ -234,6 +246,7 @@ unsafe extern "C" fn cuTensorMapEncodeTiled(
     _l2_promotion: i32,
     fill: i32,
 ) -> Status {
+    calls::count("cuTensorMapEncodeTiled");
     let rank = rank as usize;
     // SAFETY: the arrays have as many elements as the rank says, strides one less.
     let (dims, strides, tile, steps) = unsafe {

@@ -12,12 +12,15 @@
 //! (`candle`). What the driver would refuse is refused; a kernel that fails leaves the device broken, as on a GPU, and
 //! says why on stderr.
 //!
-//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another. A kernel whose
-//! name contains `EMULATED_HANG` never ends, for tests of what watches the GPU.
+//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another. `EMULATED_FAULT`
+//! names kernels that compute wrongly. A kernel whose name contains `EMULATED_HANG` never ends, for tests of what watches the
+//! GPU. `emulated_driver_calls` tells how often a function was called.
 
+mod calls;
 mod candle;
 mod device;
 mod element;
+mod fault;
 mod graph;
 mod launch;
 mod libraries;

@@ -1,6 +1,8 @@
 //! The device's memory: the host's, exactly as long as asked for, NaN when it is new and when it is given back.
 
-use crate::{graph, told, Outcome, Status, INVALID_VALUE, STREAM_CAPTURE_UNSUPPORTED, SUCCESS};
+use crate::{
+    calls, graph, told, Outcome, Status, INVALID_VALUE, STREAM_CAPTURE_UNSUPPORTED, SUCCESS,
+};
 use std::alloc::Layout;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
@@ -76,6 +78,14 @@ pub fn free(address: u64) -> Outcome {
     Ok(())
 }
 
+/// The start and length of the live memory that this address lies in.
+pub fn holding(address: u64) -> Option<(u64, usize)> {
+    live(|live| {
+        let (start, length) = live.range(..=address).next_back()?;
+        (address < start + *length as u64).then_some((*start, *length))
+    })
+}
+
 /// Whether all of it is live memory.
 fn check(address: u64, bytes: usize) -> Outcome {
     let end = live(|live| {
@@ -106,6 +116,7 @@ fn copy(stream: Stream, to: u64, from: u64, bytes: usize, ours: &[u64]) -> Outco
 
 #[no_mangle]
 unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream: Stream) -> Status {
+    calls::count("cuMemAllocAsync");
     told(alloc(bytes).map(|new| {
         graph::allocated(stream, new);
         // SAFETY: the caller's address is one to write to.
@@ -115,6 +126,7 @@ unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream: St
 
 #[no_mangle]
 unsafe extern "C" fn cuMemFreeAsync(address: u64, stream: Stream) -> Status {
+    calls::count("cuMemFreeAsync");
     told(match graph::freed(stream, address) {
         Some(outcome) => outcome,
         None => free(address),
@@ -128,6 +140,7 @@ unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     bytes: usize,
     stream: Stream,
 ) -> Status {
+    calls::count("cuMemcpyHtoDAsync_v2");
     told(copy(stream, to, from as u64, bytes, &[to]))
 }
 
@@ -138,6 +151,7 @@ unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     bytes: usize,
     stream: Stream,
 ) -> Status {
+    calls::count("cuMemcpyDtoHAsync_v2");
     told(copy(stream, to as u64, from, bytes, &[from]))
 }
 
@@ -148,11 +162,13 @@ unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     bytes: usize,
     stream: Stream,
 ) -> Status {
+    calls::count("cuMemcpyDtoDAsync_v2");
     told(copy(stream, to, from, bytes, &[to, from]))
 }
 
 #[no_mangle]
 unsafe extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: Stream) -> Status {
+    calls::count("cuMemsetD8Async");
     told(check(to, bytes).and_then(|()| {
         graph::submit(stream, move || {
             // SAFETY: checked.

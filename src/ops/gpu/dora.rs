@@ -1,6 +1,6 @@
 //! DoRA's row norms by their kernel; no gradient goes through them.
 
-use crate::cuda;
+use crate::driver;
 use crate::launch::dora::{self as kernels, DoraNorm};
 use candle_core::{DType, Result, Shape, Tensor};
 
@@ -10,7 +10,7 @@ pub fn norm(weight: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Ten
     let problem = DoraNorm { out_dim, in_dim, rank: a.dim(0)?, scaling: scaling as f32 };
     let shape = Shape::from(out_dim);
     let outputs = [(DType::F32, &shape)];
-    let [norm] = cuda::with_tensors("dora-norm", &[weight, a, b], outputs, 0, |at| {
+    let [norm] = driver::with_tensors("dora-norm", &[weight, a, b], outputs, 0, |at| {
         let ([weight_at, a, b], [norm]) = (at.inputs()?, at.outputs);
         Ok(vec![kernels::norm(&problem, weight.dtype(), weight_at, a, b, norm)?])
     })?;

@@ -1,6 +1,6 @@
 //! Dropout by its kernel: the mask is made where it is used, in both directions, and never stored.
 
-use crate::cuda::{self, Job};
+use crate::driver::{self, Job};
 use crate::launch::dropout as kernels;
 use crate::philox::Dropout;
 use candle_core::backend::BackendStorage;
@@ -9,7 +9,7 @@ use candle_core::{bail, CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shap
 /// Drops elements of `x [.., C]`, seen as rows of `C`.
 pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
     let cols = x.dims().last().copied().unwrap_or(1);
-    cuda::operand(x)?.apply_op1(FusedDropout { size: (x.elem_count() / cols, cols), dropout })
+    driver::operand(x)?.apply_op1(FusedDropout { size: (x.elem_count() / cols, cols), dropout })
 }
 
 const OP: &str = Dropout::OP;
@@ -33,7 +33,7 @@ impl CustomOp1 for FusedDropout {
         let (shape, dtype) = (layout.shape().clone(), x.dtype());
         let (inputs, outputs) = ([(x, layout)], [(dtype, shape.clone())]);
         let job = Job { op: OP, device: x.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
-        let [y] = cuda::run(&job, |at| {
+        let [y] = driver::run(&job, |at| {
             let ([x], [y]) = (at.inputs()?, at.outputs);
             Ok(vec![kernels::forward(self.size, self.dropout, dtype, x, y)?])
         })?;
@@ -42,7 +42,7 @@ impl CustomOp1 for FusedDropout {
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad_res: &Tensor) -> Result<Option<Tensor>> {
         let dtype = x.dtype();
-        let [dx] = cuda::with_tensors(OP, &[grad_res], [(dtype, x.shape())], 0, |at| {
+        let [dx] = driver::with_tensors(OP, &[grad_res], [(dtype, x.shape())], 0, |at| {
             let ([dy], [dx]) = (at.inputs()?, at.outputs);
             Ok(vec![kernels::forward(self.size, self.dropout, dtype, dy, dx)?])
         })?;

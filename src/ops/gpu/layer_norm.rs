@@ -1,7 +1,7 @@
 //! LayerNorm by its kernels; weight and bias cost nothing in the backward while they are frozen.
 
 use super::Input;
-use crate::cuda::{self, Job};
+use crate::driver::{self, Job};
 use crate::launch::layer_norm::{self as kernels, BackwardOperands, TrainedOperands};
 use crate::ops::Gradients;
 use crate::problem::LayerNormProblem;
@@ -21,7 +21,7 @@ pub fn forward(eps: f64, inputs: [Input<'_>; 3]) -> Result<(CudaStorage, Shape)>
     let (problem, dtype) = (problem(layout.shape(), eps), x.dtype());
     let outputs = [(dtype, layout.shape().clone())];
     let job = Job { op: OP, device: x.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
-    let [y] = cuda::run(&job, |at| {
+    let [y] = driver::run(&job, |at| {
         let ([x, weight, bias], [y]) = (at.inputs()?, at.outputs);
         Ok(vec![kernels::forward(&problem, dtype, x, weight, bias, y)?])
     })?;
@@ -34,7 +34,7 @@ pub fn backward(eps: f64, inputs: [&Tensor; 3], grad: &Tensor) -> Result<Gradien
     let (problem, dtype) = (problem(x.shape(), eps), x.dtype());
     let inputs = [x, weight, grad];
     if !weight.track_op() && !bias.track_op() {
-        let [dx] = cuda::with_tensors(OP, &inputs, [(dtype, x.shape())], 0, |at| {
+        let [dx] = driver::with_tensors(OP, &inputs, [(dtype, x.shape())], 0, |at| {
             let ([x, weight, dy], [dx]) = (at.inputs()?, at.outputs);
             let operands = BackwardOperands { x, weight, dy, dx, trained: None };
             kernels::backward(&problem, dtype, &operands)
@@ -43,7 +43,7 @@ pub fn backward(eps: f64, inputs: [&Tensor; 3], grad: &Tensor) -> Result<Gradien
     }
     let outputs = [x, weight, bias].map(|t| (dtype, t.shape()));
     let workspace_bytes = kernels::workspace_bytes(&problem);
-    let [dx, dweight, dbias] = cuda::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
+    let [dx, dweight, dbias] = driver::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
         let ([x, weight, dy], [dx, dweight, dbias]) = (at.inputs()?, at.outputs);
         let trained = Some(TrainedOperands { dweight, dbias, workspace: at.workspace });
         kernels::backward(&problem, dtype, &BackwardOperands { x, weight, dy, dx, trained })

@@ -1,10 +1,14 @@
 //! The fused operations on the GPU: what each hands to [`crate::launch`], and what comes back.
 
+pub mod choice;
 pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
 pub mod projection;
 pub mod rel_pos_attention;
+mod self_test;
+
+pub use self_test::self_test_report;
 
 use candle_core::{CudaStorage, Layout};
 

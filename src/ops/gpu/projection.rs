@@ -1,12 +1,12 @@
 //! Projections with LoRA by their kernels; what the backward needs of the forward stays on the GPU.
 
 use super::Input;
-use crate::cuda::{self, Job};
+use crate::driver::{self, Job};
 use crate::launch::device_ptr;
+use crate::launch::family::Implementation;
 use crate::launch::projection::{
     self as kernels, BackwardOperands, ForwardOperands, Problem, Small, SmallTensor,
 };
-use crate::launch::{projection_bwd_sm90 as hopper_bwd, projection_sm90 as hopper};
 use crate::problem::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
@@ -27,6 +27,8 @@ pub struct Projections<'a> {
     pub separate: Option<&'a [Tensor]>,
     /// Whether there may be a backward of x or the small tensors.
     pub keep: bool,
+    /// Whose kernels compute it.
+    pub implementation: Implementation,
 }
 
 impl Projections<'_> {
@@ -87,9 +89,9 @@ impl Projections<'_> {
             (DType::F32, low_rank_shape.clone()),
             (dtype, sum_shape.clone()),
         ];
-        let device = x.device();
-        let job = Job { op: self.op, device, inputs: &inputs, outputs, workspace_bytes: 0 };
-        let [out, low_rank, sum] = cuda::run(&job, |at| {
+        let job =
+            Job { op: self.op, device: x.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
+        let [out, low_rank, sum] = driver::run(&job, |at| {
             let ([x, small, residual], captured) = at.first_inputs()?;
             let (weights, separate) = self.split(captured)?;
             let [out, low_rank, sum] = at.outputs;
@@ -102,14 +104,7 @@ impl Projections<'_> {
                 low_rank: if self.has_lora() { low_rank } else { 0 },
                 sum: if self.keeps_sum() { sum } else { 0 },
             };
-            let own = match cuda::hopper(device) {
-                Some(device) => hopper::forward(&self.problem, dtype, &operands, device)?,
-                None => None,
-            };
-            match own {
-                Some(launches) => Ok(launches),
-                None => kernels::forward(&self.problem, dtype, &operands),
-            }
+            self.implementation.projection_forward(&self.problem, dtype, &operands)
         })?;
         let tensor = |storage, shape| {
             Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
@@ -128,37 +123,31 @@ impl Projections<'_> {
         grad: &Tensor,
         wanted: (bool, bool),
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dtype, device) = (x.dtype(), x.device().as_cuda_device()?);
+        let dtype = x.dtype();
         let mut inputs = vec![x, small, &saved.low_rank, &saved.sum, grad];
         inputs.extend(self.captured());
         let unwanted = Shape::from(1);
         let dsmall_shape = if wanted.1 { small.shape() } else { &unwanted };
         let outputs = [(dtype, x.shape()), (DType::F32, dsmall_shape)];
         let workspace_bytes = kernels::workspace_bytes(&self.problem, dtype);
-        let [dx, dsmall] = cuda::with_tensors(self.op, &inputs, outputs, workspace_bytes, |at| {
-            let ([x, small, low_rank, sum, dout], captured) = at.first_inputs()?;
-            let (weights, separate) = self.split(captured)?;
-            let [dx, dsmall] = at.outputs;
-            let operands = BackwardOperands {
-                x,
-                weights,
-                small: separate.as_deref().map_or(Small::Flat(small), Small::Separate),
-                low_rank: if self.has_lora() { low_rank } else { 0 },
-                sum: if self.keeps_sum() { sum } else { 0 },
-                dout,
-                dx: if wanted.0 { dx } else { 0 },
-                dsmall: if wanted.1 { dsmall } else { 0 },
-                workspace: at.workspace,
-            };
-            let own = match cuda::hopper(device) {
-                Some(device) => hopper_bwd::backward(&self.problem, dtype, &operands, device)?,
-                None => None,
-            };
-            match own {
-                Some(launches) => Ok(launches),
-                None => kernels::backward(&self.problem, dtype, &operands),
-            }
-        })?;
+        let [dx, dsmall] =
+            driver::with_tensors(self.op, &inputs, outputs, workspace_bytes, |at| {
+                let ([x, small, low_rank, sum, dout], captured) = at.first_inputs()?;
+                let (weights, separate) = self.split(captured)?;
+                let [dx, dsmall] = at.outputs;
+                let operands = BackwardOperands {
+                    x,
+                    weights,
+                    small: separate.as_deref().map_or(Small::Flat(small), Small::Separate),
+                    low_rank: if self.has_lora() { low_rank } else { 0 },
+                    sum: if self.keeps_sum() { sum } else { 0 },
+                    dout,
+                    dx: if wanted.0 { dx } else { 0 },
+                    dsmall: if wanted.1 { dsmall } else { 0 },
+                    workspace: at.workspace,
+                };
+                self.implementation.projection_backward(&self.problem, dtype, &operands)
+            })?;
         Ok((wanted.0.then_some(dx), wanted.1.then_some(dsmall)))
     }
 }

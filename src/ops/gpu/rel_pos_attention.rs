@@ -1,13 +1,10 @@
 //! Attention with relative positions by its kernels; `lse` stays on the GPU for the backward.
 
 use super::Input;
-use crate::cuda::{self, Job};
+use crate::driver::{self, Job};
 use crate::launch::device_ptr;
+use crate::launch::family::Implementation;
 use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
-use crate::launch::{
-    rel_pos_attention_bwd_sm90 as hopper_bwd, rel_pos_attention_sm90 as hopper,
-    rel_pos_attention_window_sm90 as hopper_windows,
-};
 use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
@@ -16,12 +13,13 @@ use candle_core::{bail, CudaStorage, DType, Result, Shape, Storage, Tensor};
 
 const OP: &str = AttentionProblem::OP;
 
-/// The problem, its tables if they are no input of the operation, and whether there is a pad.
+/// The problem, its tables if they are no input of the operation, whether there is a pad, and whose kernels compute it.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
     pub problem: &'a AttentionProblem,
     pub tables: Option<&'a [Tensor; 2]>,
     pub pad: bool,
+    pub implementation: Implementation,
 }
 
 /// The address of an operand, 0 if it is absent.
@@ -69,20 +67,10 @@ impl Attention<'_> {
             }
         }
         let job = Job { op: OP, device: qkv.device(), inputs: &all, outputs, workspace_bytes: 0 };
-        let [out, lse] = cuda::run(&job, |at| {
+        let [out, lse] = driver::run(&job, |at| {
             let (inputs, separate) = at.first_inputs()?;
             let (inputs, [out, lse]) = (self.at(dtype, inputs, separate), at.outputs);
-            let mut launch = None;
-            if cuda::is_hopper(qkv.device()) {
-                launch = hopper_windows::forward(problem, dtype, &inputs, out, lse)?;
-                if launch.is_none() {
-                    launch = hopper::forward(problem, dtype, &inputs, out, lse)?;
-                }
-            }
-            match launch {
-                Some(launch) => Ok(vec![launch]),
-                None => Ok(vec![kernels::forward(problem, dtype, &inputs, out, lse)?]),
-            }
+            self.implementation.attention_forward(problem, dtype, &inputs, out, lse)
         })?;
         let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
         Ok((out, shape, lse))
@@ -99,9 +87,9 @@ impl Attention<'_> {
         let (problem, dtype) = (self.problem, qkv.dtype());
         let tables_wanted = problem.rel_pos && tables.track_op();
         let pad_wanted = self.pad && pad.track_op();
-        let is_hopper = cuda::is_hopper(qkv.device().as_cuda_device()?);
-        let workspace_bytes = kernels::workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?
-            .max(hopper_windows::workspace_bytes(problem, tables_wanted, pad_wanted));
+        let implementation = self.implementation;
+        let workspace_bytes =
+            implementation.attention_workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?;
         let mut inputs = vec![qkv, tables, pad, out, lse, grad];
         inputs.extend(self.tables.into_iter().flatten());
         // One element where nothing is wanted: there is no empty memory on the device.
@@ -113,7 +101,7 @@ impl Attention<'_> {
         let (dtables_shape, dpad_shape) = (wanted(tables_wanted, tables), wanted(pad_wanted, pad));
         let outputs = [qkv.shape(), &dtables_shape, &dpad_shape].map(|shape| (dtype, shape));
         let [dqkv, dtables, dpad] =
-            cuda::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
+            driver::with_tensors(OP, &inputs, outputs, workspace_bytes, |at| {
                 let ([qkv, tables, pad, out, lse, dout], separate) = at.first_inputs()?;
                 let [dqkv, dtables, dpad] = at.outputs;
                 let inputs = self.at(dtype, [qkv, tables, pad], separate);
@@ -126,17 +114,7 @@ impl Attention<'_> {
                     dpad: address(pad_wanted, dpad),
                     workspace: at.workspace,
                 };
-                let own = match is_hopper {
-                    true => match hopper_windows::backward(problem, dtype, &inputs, &operands)? {
-                        None => hopper_bwd::backward(problem, dtype, &inputs, &operands)?,
-                        windows => windows,
-                    },
-                    false => None,
-                };
-                match own {
-                    Some(launches) => Ok(launches),
-                    None => kernels::backward(problem, dtype, &inputs, &operands),
-                }
+                implementation.attention_backward(problem, dtype, &inputs, &operands)
             })?;
         Ok((Some(dqkv), tables_wanted.then_some(dtables), pad_wanted.then_some(dpad)))
     }

@@ -1,0 +1,25 @@
+//! How often the driver's functions were called and the crate's kernels launched, by their names: for tests of the host's work.
+
+use std::collections::BTreeMap;
+use std::ffi::{c_char, CStr};
+use std::sync::{Mutex, PoisonError};
+
+static CALLS: Mutex<BTreeMap<&'static str, u64>> = Mutex::new(BTreeMap::new());
+
+/// Counts a call, or a launch.
+pub fn count(name: &'static str) {
+    let mut calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);
+    *calls.entry(name).or_default() += 1;
+}
+
+/// The calls of all functions, or launches of all kernels, whose names begin so.
+///
+/// # Safety
+/// The prefix is a string.
+#[no_mangle]
+pub unsafe extern "C" fn emulated_driver_calls(prefix: *const c_char) -> u64 {
+    // SAFETY: the caller's promise.
+    let prefix = unsafe { CStr::from_ptr(prefix) }.to_str().unwrap_or_default();
+    let calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);
+    calls.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, count)| count).sum()
+}
