@@ -81,6 +81,8 @@ def report(results):
             lines += ["", f"## {name}: findings", "", "```", *findings, "```"]
     if rows := steps.get("smoke", {}).get("rows"):
         lines += ["", "## Families at SAM's sizes"] + table(["", "kernels", "largest error / bound", "seconds"], families(rows))
+        for said in [row for row in rows if "self_test" in row][-1:]:
+            lines += ["", "## The library's self-test"] + table(["family", "dtype", "kernels", "", "worst"], self_test(said))
     ours = steps.get("headline", {}).get("rows", [])
     if ours:
         lines += headline(ours, steps.get("peers", {}).get("rows", []))
@@ -98,6 +100,12 @@ def families(rows):
         with contextlib.suppress(TypeError, KeyError, ValueError, ZeroDivisionError):
             worst = max(output["error"] / output["bound"] for output in row["outputs"])
             yield row["family"], row["kernels"], f"{worst:.2f}", f"{row['seconds']:.1f}"
+
+
+def self_test(said):
+    for row in said["self_test"]:
+        verdict = "ok" if row["ok"] else "refused"
+        yield row["family"], row["dtype"], row["kernels"], verdict, row["failure"] or row["worst"]
 
 
 def headline(ours, peers):

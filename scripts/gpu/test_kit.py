@@ -79,6 +79,7 @@ class Kit(unittest.TestCase):
         self.assertEqual(set(results) - {"memcheck", "racecheck"}, set(STEPS) - {"sanitizers"})
         self.assertIn("FAKE GPU", visit.read()["device"])
         self.assertIn("| qkv_lora | Portable | 0.12 | 0.5 |", visit.out)
+        self.assertIn("| projection | bf16 | native | ok | out 1.0e-3 <= 8.0e-3 |", visit.out)
         self.assertIn("| attention_global_64 forward batch 1 grid 64 | 120 to 170 | 130.0 | as expected |", visit.out)
         self.assertEqual(visit.steps()["headline"]["rows"][0]["sm_mhz"], 1980)
 

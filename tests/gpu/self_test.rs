@@ -136,7 +136,10 @@ fn in_a_process(fault: &Fault, device: &Device) -> Result<()> {
 fn planted(device: &Device) -> Result<()> {
     let name = std::env::var(FAULT).map_err(Error::wrap)?;
     match FAULTS.iter().find(|fault| fault.name == name) {
-        Some(fault) => (fault.test)(device),
+        Some(fault) => {
+            cuda::self_test(true);
+            (fault.test)(device)
+        }
         None => bail!("there is no fault {name:?}"),
     }
 }

@@ -6,13 +6,14 @@
 //! smoke --dtype bf16 --without attention_global_80
 //! ```
 //! A line of JSON for each family before it begins, and for each of its implementations when it has ended. Bounds are
-//! those of the tests: twice the error of the composed graph in the same dtype, or one rounding.
+//! those of the tests: twice the error of the composed graph in the same dtype, or one rounding. The last line is the
+//! library's own self-test of all families at small sizes.
 
 use crate::layers::{By, Family, Layer, FAMILIES, REAL, SMALL};
 use crate::{gpu, implementations, watchdog};
 use anyhow::{anyhow, ensure, Result};
-use candle_core::{DType, Tensor};
-use candle_sam_lora::cuda::{self, Kernels};
+use candle_core::{DType, Device, Tensor};
+use candle_sam_lora::cuda::{self, Kernels, SelfTestRow};
 use clap::Parser;
 use half::{bf16, f16};
 use serde_json::{json, Value};
@@ -105,8 +106,32 @@ fn smoke(args: &Args) -> Result<()> {
         }
         watchdog::rest();
     }
+    println!("{}", self_test(device)?);
     ensure!(wrong.is_empty(), "wrong: {}", wrong.join(", "));
     Ok(())
+}
+
+/// What the library finds of its kernels before their first use. It decides for users, not here.
+fn self_test(device: &Device) -> Result<Value> {
+    watchdog::progress("self-test");
+    let start = Instant::now();
+    let report = cuda::self_test_report(device)?;
+    let seconds = start.elapsed().as_secs_f64();
+    watchdog::rest();
+    let row = |row: &SelfTestRow| {
+        let worst = row.worst().map(ToString::to_string);
+        json!({
+            "family": row.family.to_string(),
+            "dtype": row.dtype.as_str(),
+            "kernels": row.kernels.to_string(),
+            "ok": row.passed(),
+            "worst": worst,
+            "failure": row.failure,
+        })
+    };
+    let rows: Vec<_> = report.rows.iter().map(row).collect();
+    let ok = report.passed();
+    Ok(json!({"self_test": rows, "ok": ok, "compiler": report.compiler, "seconds": seconds}))
 }
 
 /// What the composed graph makes of a layer: output and gradients.
