@@ -9,6 +9,7 @@ FOLDER: the attention's key pass with keys in registers, by a compiler that over
 import importlib.util
 import pathlib
 import sys
+import tempfile
 import unittest
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
@@ -224,6 +225,13 @@ class HotLoops(unittest.TestCase):
         self.assertEqual(budget({("kernel", 0): {"13.0": fewer}}), [])
         self.assertIn("is gone", budget({})[0])
         self.assertIn("is new", budget({**counts, ("other", 0): counts["kernel", 0]})[0])
+
+    def test_the_table_is_read_as_it_was_written(self):
+        counts = {("kernel", 0): {"13.0": self.loop()}, ("kernel", 1): {"13.0": self.loop(), "13.5": self.loop()}}
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "budget.tsv"
+            check.write_budget(path, counts, ["13.0", "13.5"])
+            self.assertEqual(check.read_budget(path), counts)
 
     def test_a_compiler_without_a_column_has_no_budget(self):
         counts = {("kernel", 0): {"12.9": self.loop()}}
