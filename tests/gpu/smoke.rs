@@ -109,7 +109,7 @@ fn smoke(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What the composed graph makes of a layer: output and gradients.
+/// Output and gradients of a layer by the composed graph, and the error that is allowed for each.
 struct Expected {
     results: Vec<Tensor>,
     bounds: Vec<f64>,
