@@ -292,7 +292,7 @@ impl Setup<'_> {
         Ok(normal(&[self.batch, self.grid, self.grid, channels], self.dtype, self.device)?)
     }
 
-    /// Of `times` the channels.
+    /// A linear to `times` as many channels.
     fn linear(&self, times: usize, activation: Activation) -> Result<Measurement> {
         let (ours, dim) = (self.ours()?, self.vit.dim);
         let x = Rotating::new(self.tokens(dim)?)?;

@@ -25,7 +25,7 @@ WINDOW = 14
 
 
 def seconds_of(args, runs, run):
-    """Of one run, of so many."""
+    """Seconds of one run: the mean of `runs`."""
     if args.device.type != "cuda":
         begun = time.perf_counter()
         for _ in range(runs):
@@ -137,7 +137,7 @@ def layers(args):
                 yield name, core, flops, make
             if not backward and dim == 64:
                 flex.append((name, flops, heads, dim, grid))
-        # Of 70 x 70 tokens, padding included.
+        # 70 x 70 tokens, padding included.
         batch, windows = (1, 4) if args.small else (8, 25)
         heads = 1 if args.small else 12
         flops = products * 2 * batch * grid * grid * WINDOW**2 * heads * 64

@@ -82,7 +82,7 @@ def run_smoke(kit, until, step, sizes, families, rows, **environment):
 
 
 def judge_all(lines, kernels, done):
-    """What is wrong with a family, by its lines; an empty text if nothing is."""
+    """The faults of a family, by its lines; an empty text if there are none."""
     found = [problem for line in lines if (problem := judge(line))]
     missing = [name for name in kernels or ["Native"] if name not in [line.get("kernels") for line in lines]]
     if missing:
@@ -91,7 +91,7 @@ def judge_all(lines, kernels, done):
 
 
 def judge(row):
-    """What is wrong with the line of a family, by its numbers; nothing if it is right."""
+    """The fault of a line of a family, by its numbers; none if it is right."""
     try:
         return judged(row)
     except (TypeError, AttributeError) as error:
@@ -122,7 +122,7 @@ def words(option, values):
     return [word for value in values for word in (option, value)]
 
 
-# What a test did, beside libtest's own words.
+# Outcomes of a test, beside libtest's own.
 ALONE, NOT_RUN = "ok with the portable kernels alone", "not run"
 # The tests by what they hold, in the order in which they are run.
 OF_OPERATION = ("gradients", "values", "strides", "repeat", "streams")

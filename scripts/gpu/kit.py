@@ -7,8 +7,8 @@
 
 Every step has a time at which it ends; what one leaves over goes to the next. results.json and results.md are written after
 each line that a step produces, and are whole whenever the kit is killed; log.txt is what the programs said. A family of
-kernels that is wrong at SAM's sizes is left out of all measurements, and the others go on. What is not there
-(compute-sanitizer, ncu, torch) is skipped, and the report says so. Without a GPU the kit says that and ends well; the exit
+kernels that is wrong at SAM's sizes is left out of all measurements, and the others go on. A missing tool
+(compute-sanitizer, ncu, torch) skips its step, and the report says so. Without a GPU the kit says that and ends well; the exit
 status is 1 if anything failed.
 """
 
@@ -39,7 +39,7 @@ LARGEST_FILE = 1 << 30
 
 
 class Kit:
-    """What every step has: the programs, the results, and what is known of the kernel families so far."""
+    """The state that steps share: programs, results, and the faults of kernel families so far."""
 
     def __init__(self, args):
         self.tree, self.folder, self.plan = TREE, args.kit.absolute(), args.plan

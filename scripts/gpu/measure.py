@@ -15,7 +15,7 @@ import time
 from checks import words
 from process import BROKEN, HANGS, event
 
-# What a profile says of a kernel: the case of benches/cases.rs that launches it, and its family in the smoke test.
+# Kernels to profile: the case of benches/cases.rs that launches each, and its family in the smoke test.
 PROFILED = [
     ("rel_pos_attention_fwd_sm90", "attention_forward", "attention_global_64"),
     ("rel_pos_attention_bwd_query_sm90", "attention_train", "attention_global_64"),
@@ -146,7 +146,7 @@ def peers(kit, until):
 
 
 def profile(kit, until):
-    """What bounds each of our kernels, by Nsight Compute; the clocks stay as they are."""
+    """The bounds of our kernels, by Nsight Compute; the clocks stay as they are."""
     program = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if program is None:
         return kit.results.note("profile", "skipped", reason="ncu is not installed")

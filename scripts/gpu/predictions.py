@@ -1,4 +1,4 @@
-"""What docs/gpu-notes.md expects, held against what was measured.
+"""The predictions of docs/gpu-notes.md beside the measurements.
 
 A measurement outside its range says that the model of the kernel is wrong, on either side: a kernel that is faster than
 its bound does not do all of its work.

@@ -1,4 +1,4 @@
-"""What a visit leaves: results.json and results.md, whole at every moment, and log.txt."""
+"""The files of a visit: results.json and results.md, whole at every moment, and log.txt."""
 
 import contextlib
 import datetime

@@ -76,7 +76,7 @@ impl Problem {
     }
 }
 
-/// What is measured; what matters most first.
+/// The measurements, the most important first.
 fn problems(small: bool) -> Result<Vec<Problem>> {
     const BOTH: [Pass; 2] = [Pass::Forward, Pass::Backward];
     let size = |batch, grid| match small {

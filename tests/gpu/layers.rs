@@ -18,7 +18,7 @@ pub struct Size {
 }
 
 pub const REAL: Size = Size { batch: 1, grid: 64, heads: None, tables: true };
-/// What the emulator does in seconds, and a GPU in no time.
+/// Sizes for the emulator.
 pub const SMALL: Size = Size { grid: 16, heads: Some(1), ..REAL };
 
 const WINDOW: usize = 14;
@@ -26,7 +26,7 @@ const RANK: usize = 16;
 const SCALING: f64 = 2.0;
 const DROPOUT: Dropout = Dropout { p: 0.1, seed: 11, stream: 5 };
 
-/// What a layer computes.
+/// The operation of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
     LayerNorm,
@@ -99,7 +99,7 @@ pub struct Layer {
     pub inputs: Vec<Tensor>,
     /// So many of the inputs, the first ones, can be trained.
     pub trainable: usize,
-    /// Of the output.
+    /// The gradient of the output.
     pub grad: Tensor,
 }
 
@@ -284,7 +284,7 @@ impl Layer {
     }
 }
 
-/// Of weight and bias; A, B and a dropout.
+/// A projection from `[weight, bias]`, and from `[A, B]` and a dropout.
 fn projection<'a>(
     base: &'a [Tensor],
     lora: Option<(&'a [Tensor], Option<Dropout>)>,

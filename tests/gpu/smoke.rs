@@ -134,7 +134,7 @@ fn self_test(device: &Device) -> Result<Value> {
     Ok(json!({"self_test": rows, "ok": ok, "compiler": report.compiler, "seconds": seconds}))
 }
 
-/// What the composed graph makes of a layer: output and gradients.
+/// Output and gradients of a layer by the composed graph, and the error that is allowed for each.
 struct Expected {
     results: Vec<Tensor>,
     bounds: Vec<f64>,

@@ -11,7 +11,7 @@ pub const HANGS: i32 = 71;
 /// Exit status of a process whose GPU answers with errors alone.
 pub const BROKEN: i32 = 70;
 
-/// What is waited for, and since when.
+/// The task that the process waits for, and since when.
 static TASK: Mutex<Option<(String, Instant)>> = Mutex::new(None);
 
 fn set(task: Option<String>) -> Option<(String, Instant)> {
@@ -45,13 +45,13 @@ pub fn start() -> Result<(), String> {
     Ok(())
 }
 
-/// What is waited for; nothing if nobody said.
+/// The task that the process waits for; empty if there is none.
 pub fn task() -> String {
     let task = TASK.lock().unwrap_or_else(PoisonError::into_inner);
     task.as_ref().map_or_else(String::new, |(name, _)| name.clone())
 }
 
-/// Says what the process begins to wait for.
+/// Names the task that the process begins to wait for.
 pub fn progress(task: impl Into<String>) {
     set(Some(task.into()));
 }
@@ -61,7 +61,7 @@ pub fn rest() {
     set(None);
 }
 
-/// Runs what launches none of our kernels, however long it takes: what the host computes, what the driver compiles.
+/// Runs work that launches none of our kernels, however long it takes: sums on the host, candle's kernels, compilation.
 pub fn unwatched<T>(work: impl FnOnce() -> T) -> T {
     let task = set(None);
     let result = work();
