@@ -11,7 +11,7 @@
 use super::custom::{
     dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
 };
-use super::{check, composed, Gradients};
+use super::{check, composed, Activation, Gradients};
 use crate::cpu::projection::{self, Saved, Weight, Weights};
 use crate::launch::projection as kernels;
 use crate::philox::Dropout;
@@ -47,37 +47,6 @@ pub struct Projection<'a> {
     pub lora: Option<Lora<'a>>,
 }
 
-/// What is applied to the sum of base and low-rank part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Activation {
-    /// Nothing.
-    #[default]
-    None,
-    /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
-    Gelu,
-    /// `max(x, 0)`
-    Relu,
-}
-
-impl Activation {
-    /// Applies the activation with candle's operations.
-    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::None => Ok(x.clone()),
-            Self::Gelu => x.gelu_erf(),
-            Self::Relu => x.relu(),
-        }
-    }
-
-    pub(super) fn problem(self) -> problem::Activation {
-        match self {
-            Self::None => problem::Activation::Identity,
-            Self::Gelu => problem::Activation::Gelu,
-            Self::Relu => problem::Activation::Relu,
-        }
-    }
-}
-
 /// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
 ///
 /// Gradients go to `x`, `residual`, the biases and the adapter; a weight that is a variable gets one too, on the
@@ -101,10 +70,14 @@ pub fn lora_linear(
         check::shape(OP, "residual", residual, &expected)?;
         check::same_kind(OP, "residual", residual, x)?;
     }
-    if !fusable(x, &[*projection], activation) {
+    let Some(fused) = activation.fused() else {
+        let y = activation.apply(&lora_linear(x, projection, Activation::None, None)?)?;
+        return residual.map_or(Ok(y.clone()), |residual| residual + y);
+    };
+    if !fusable(x, &[*projection], fused) {
         return composed::lora_linear(x, projection, activation, residual);
     }
-    apply(OP, x, &[*projection], activation, residual)
+    apply(OP, x, &[*projection], fused, residual)
 }
 
 /// The q, k and v projections of attention, packed: `x [.., C] -> [.., 3C]`, q first, then k, then v.
@@ -119,10 +92,11 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
         validate(OP, x, projection)?;
     }
     equal_widths(OP, projections)?;
-    if !fusable(x, projections, Activation::None) {
+    const ACTIVATION: problem::Activation = problem::Activation::Identity;
+    if !fusable(x, projections, ACTIVATION) {
         return composed::lora_qkv(x, projections);
     }
-    apply(OP, x, projections, Activation::None, None)
+    apply(OP, x, projections, ACTIVATION, None)
 }
 
 /// q, k and v, each validated, fill equal parts of the packed output.
@@ -176,10 +150,9 @@ pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>
 
 /// The fused operation holds its weights captured, where no gradient reaches them; trainable ones, and devices
 /// without kernels, take the composed path.
-fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: Activation) -> bool {
+fn fusable(x: &Tensor, projections: &[Projection<'_>], activation: problem::Activation) -> bool {
     let covered = || {
         let problems: Vec<_> = projections.iter().map(problem).collect();
-        let activation = activation.problem();
         kernels::covers(&kernel_problem(x.dims(), &problems, activation), x.dtype())
     };
     projections.iter().all(|p| !p.weight.track_op()) && fused_on(x.device(), covered)
@@ -202,7 +175,7 @@ fn apply(
     name: &'static str,
     x: &Tensor,
     projections: &[Projection<'_>],
-    activation: Activation,
+    activation: problem::Activation,
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
     let x = operand(x)?;
@@ -226,7 +199,7 @@ fn apply(
         problems: projections.iter().map(problem).collect(),
         weights: projections.iter().map(|p| operand(p.weight)).collect::<Result<_>>()?,
         separate,
-        activation: activation.problem(),
+        activation,
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
         saved: OnceLock::new(),

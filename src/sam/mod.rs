@@ -18,13 +18,14 @@ mod processor;
 mod prompt_encoder;
 mod transformer;
 mod validate;
+mod vision_model;
 
 pub use attention::{
     in_windows, AttentionKind, LayerContext, RelPosCore, SamVisionAttention,
     SamVisionAttentionSplit, VisionAttention,
 };
 pub use config::{
-    HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
+    model_type, HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
 };
 pub use deepseek::DeepSeekOcrEncoder;
 pub use encoder::{
@@ -35,6 +36,7 @@ pub use model::{SamInput, SamModel, SamOutput};
 pub use processor::{read_image, Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
+pub use vision_model::SamVisionModel;
 
 /// The code of the document, compiled and run.
 #[cfg(doctest)]
