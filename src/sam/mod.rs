@@ -16,6 +16,7 @@ mod mask_decoder;
 mod model;
 mod processor;
 mod prompt_encoder;
+mod read_image;
 mod transformer;
 mod validate;
 mod vision_model;
@@ -33,8 +34,9 @@ pub use encoder::{
 };
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
 pub use model::{SamInput, SamModel, SamOutput};
-pub use processor::{read_image, Frame, SamProcessor};
+pub use processor::{Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
+pub use read_image::{convert_to_rgb, is_transparent, read_image};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
 pub use vision_model::SamVisionModel;
 
