@@ -14,7 +14,10 @@ mod model;
 use anyhow::bail;
 use candle_core::{DType, Tensor};
 use candle_sam_lora::nn::Mode;
-use candle_sam_lora::sam::{AttentionKind, DeepSeekOcrEncoder, SamInput};
+use candle_sam_lora::sam::{
+    checkpoint, model_type, AttentionKind, DeepSeekOcrEncoder, SamInput, SamVisionConfig,
+    SamVisionEncoderOutput, SamVisionModel,
+};
 use candle_sam_lora::{files, hub};
 use clap::Parser;
 use std::collections::BTreeMap;
@@ -26,6 +29,8 @@ use std::process::ExitCode;
 /// Tensors read: pixel_values [B,3,S,S], and if wanted input_points [B,P,N,2], input_labels [B,P,N],
 /// input_boxes [B,P,4], input_masks [B,1,4h,4w], as Hugging Face's SamModel takes them. Tensors written:
 /// image_embeddings, hidden_states.0 .. hidden_states.N, and with prompts pred_masks and iou_scores. All in f32.
+///
+/// The model may be an image encoder alone (SamVisionModel); it takes no prompts.
 ///
 /// With --deepseek-ocr the model is a checkpoint of DeepSeek-OCR, of which the SAM encoder runs: pixel_values
 /// [B,3,S,S] of any S that is a multiple of 16 become image_embeddings [B,1024,S/64,S/64].
@@ -93,16 +98,32 @@ fn run(options: &Options) -> anyhow::Result<()> {
         let embeddings = encoder.forward(&pixel_values, Mode::Eval)?;
         return write(options, &BTreeMap::from([("image_embeddings".into(), embeddings)]));
     }
+    let config = folder.join("config.json");
+    if model_type(&config)? == SamVisionConfig::MODEL_TYPE {
+        if prompted {
+            bail!(
+                "{}: has prompts, but the model in {} is an image encoder alone: it has no prompt encoder and no \
+                 mask decoder",
+                options.input.display(),
+                folder.display()
+            )
+        }
+        let config = SamVisionConfig::from_file(config)?;
+        let kind = adapter.map_or(Ok(AttentionKind::Fused), adapted::kind_of)?;
+        let mut model = SamVisionModel::new(&config, kind, DType::F32, &device)?;
+        checkpoint::load(&mut model, &folder)?;
+        adapter.map_or(Ok(()), |adapter| adapted::adapt(&mut model, adapter))?;
+        let encoder = &model.vision_encoder;
+        let encoded = encoder.forward_with_states(&pixel_values, false, Mode::Eval)?;
+        return write(options, &tensors_of(encoded));
+    }
     let (_, sam) = adapted::load_adapted(&folder, adapter, &device)?;
     let encoded = sam.vision_encoder.forward_with_states(&pixel_values, false, Mode::Eval)?;
-    let mut output: BTreeMap<String, Tensor> = BTreeMap::new();
-    for (index, state) in encoded.hidden_states.into_iter().enumerate() {
-        output.insert(format!("hidden_states.{index}"), state);
-    }
-    output.insert("image_embeddings".into(), encoded.image_embeddings.clone());
+    let embeddings = encoded.image_embeddings.clone();
+    let mut output = tensors_of(encoded);
     let prompts = [&input.input_points, &input.input_boxes, &input.input_masks];
     if prompts.iter().any(|prompt| prompt.is_some()) {
-        input.image_embeddings = Some(encoded.image_embeddings);
+        input.image_embeddings = Some(embeddings);
         let masks = sam.forward(&input, Mode::Eval)?;
         output.insert("pred_masks".into(), masks.pred_masks);
         output.insert("iou_scores".into(), masks.iou_scores);
@@ -110,6 +131,12 @@ fn run(options: &Options) -> anyhow::Result<()> {
         bail!("{}: input_labels without input_points", options.input.display())
     }
     write(options, &output)
+}
+
+fn tensors_of(encoded: SamVisionEncoderOutput) -> BTreeMap<String, Tensor> {
+    let states = encoded.hidden_states.into_iter().enumerate();
+    let states = states.map(|(index, state)| (format!("hidden_states.{index}"), state));
+    states.chain([("image_embeddings".into(), encoded.image_embeddings)]).collect()
 }
 
 fn write(options: &Options, output: &BTreeMap<String, Tensor>) -> anyhow::Result<()> {

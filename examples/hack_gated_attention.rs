@@ -50,7 +50,8 @@ fn main() -> Result<()> {
     let (input, target) = example(&config)?;
     let before = model.forward(&input, Mode::Eval)?.pred_masks;
 
-    for &index in &config.vision_config.global_attn_indexes {
+    let vision = &config.vision_config;
+    for index in (0..vision.num_hidden_layers).filter(|&index| vision.window(index).is_none()) {
         let layer = &mut model.vision_encoder.layers[index];
         let ours = (layer.attn.as_ref() as &dyn Any).downcast_ref::<SamVisionAttentionSplit>();
         let ours = ours.context("the layer's attention is not the split one")?.clone();

@@ -11,8 +11,11 @@ mod lora_args;
 
 use candle_core::{DType, Device};
 use candle_sam_lora::lora::{inject, trainable_parameters};
-use candle_sam_lora::sam::{SamConfig, SamModel};
+use candle_sam_lora::nn::ModuleTree;
+use candle_sam_lora::sam::{model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel};
+use candle_sam_lora::Result;
 use clap::Parser;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Prints how many parameters of a SAM a LoRA configuration trains; needs no weights
@@ -26,15 +29,25 @@ struct Options {
 }
 
 fn run(options: &Options) -> anyhow::Result<()> {
-    let config = if std::path::Path::new(&options.config).is_file() {
-        SamConfig::from_file(&options.config)?
-    } else {
-        SamConfig::by_name(&options.config)?
-    };
-    let mut model = SamModel::new(&config, options.lora.attention(), DType::F32, &Device::Cpu)?;
-    inject(&mut model, &options.lora.config(), 0)?;
-    console::say(trainable_parameters(&model));
+    let mut model = model(options)?;
+    inject(model.as_mut(), &options.lora.config(), 0)?;
+    console::say(trainable_parameters(model.as_ref()));
     Ok(())
+}
+
+/// A whole SAM, or an image encoder alone.
+fn model(options: &Options) -> Result<Box<dyn ModuleTree>> {
+    let (kind, dtype, device) = (options.lora.attention(), DType::F32, Device::Cpu);
+    let path = Path::new(&options.config);
+    if !path.is_file() {
+        let config = SamConfig::by_name(&options.config)?;
+        return Ok(Box::new(SamModel::new(&config, kind, dtype, &device)?));
+    }
+    if model_type(path)? == SamVisionConfig::MODEL_TYPE {
+        let config = SamVisionConfig::from_file(path)?;
+        return Ok(Box::new(SamVisionModel::new(&config, kind, dtype, &device)?));
+    }
+    Ok(Box::new(SamModel::new(&SamConfig::from_file(path)?, kind, dtype, &device)?))
 }
 
 pub fn main() -> ExitCode {

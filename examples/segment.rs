@@ -13,12 +13,14 @@ mod console;
 mod draw;
 #[path = "shared/model.rs"]
 mod model;
+#[path = "shared/processor.rs"]
+mod processor;
 
 use anyhow::{anyhow, bail};
 use candle_core::{Device, Tensor};
 use candle_sam_lora::hub;
 use candle_sam_lora::nn::Mode;
-use candle_sam_lora::sam::{read_image, Frame, SamInput, SamProcessor};
+use candle_sam_lora::sam::{convert_to_rgb, is_transparent, read_image, Frame, SamInput};
 use clap::Parser;
 use image::GrayImage;
 use std::path::{Path, PathBuf};
@@ -151,11 +153,14 @@ fn run(options: &Options) -> anyhow::Result<()> {
         bail!("--mask and --overlay are both {}", mask_path.display())
     }
     let image = read_image(&options.image)?;
+    if is_transparent(&image) {
+        console::say(format!("{}: transparent pixels are laid on white", options.image.display()));
+    }
     let prompts = Prompts::parse(options, image.width(), image.height())?;
     let folder = model::folder(options.model.as_deref())?;
     let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
     let (config, sam) = adapted::load_adapted(&folder, adapter.as_deref(), &device)?;
-    let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;
+    let processor = processor::from_folder(&folder, &config)?;
     let (pixel_values, frame) = processor.preprocess(&image, &device)?;
     let input = SamInput {
         pixel_values: Some(pixel_values),
@@ -173,7 +178,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let values: Vec<u8> = mask.iter().map(|value| value * 255).collect();
     let mask = GrayImage::from_raw(image.width(), image.height(), values)
         .ok_or_else(|| anyhow!("the mask is not of the image's size"))?;
-    let mut overlay = image.to_rgb8();
+    let mut overlay = convert_to_rgb(&image)?;
     draw::fill(&mut overlay, &inside, draw::colour(0));
     draw::outline(&mut overlay, &inside, draw::WHITE);
     for point in &prompts.points {

@@ -127,7 +127,11 @@ impl TensorFile {
         let invalid = |e: &dyn std::fmt::Display| {
             Error::file(&path, format!("not a valid safetensors file: {e}"))
         };
-        let mut file = File::open(&path).map_err(|e| Error::io(&path, e))?;
+        let pickle = path.with_extension("bin");
+        let mut file = File::open(&path).map_err(|e| match !path.exists() && pickle.exists() {
+            true => Error::file(&path, format!("not there, only {}: {PICKLED}", pickle.display())),
+            false => Error::io(&path, e),
+        })?;
         let length = file.metadata().map_err(|e| Error::io(&path, e))?.len();
         let mut prefix = [0u8; 8];
         file.read_exact(&mut prefix).map_err(|e| invalid(&e))?;

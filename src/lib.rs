@@ -43,7 +43,7 @@ pub use cpu::buffer::release as release_buffers;
 pub use device::device;
 pub use error::{Error, Result, TensorMismatch};
 
-/// The code of the README, compiled.
+/// The code of the README, compiled and run.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -34,13 +34,16 @@ fn main() -> ExitCode {
 
 fn tests() -> ExitCode {
     type Test = fn(&Path) -> Result<()>;
-    let trials: [(&str, Test); 7] = [
+    let trials: [(&str, Test); 10] = [
         ("params_counts_what_peft_counts", params_counts_what_peft_counts),
         ("params_says_what_is_wrong", params_says_what_is_wrong),
         ("encode_gives_the_tensors_of_pytorch", encode_gives_the_tensors_of_pytorch),
         ("encode_with_an_adapter_gives_those_of_peft", encode_with_an_adapter_gives_those_of_peft),
+        ("encode_runs_an_encoder_alone", encode_runs_an_encoder_alone),
         ("encode_says_what_is_wrong", encode_says_what_is_wrong),
         ("segment_cuts_out_the_nucleus", segment_cuts_out_the_nucleus),
+        ("segment_lays_transparency_on_white", segment_lays_transparency_on_white),
+        ("segment_names_a_missing_processor", segment_names_a_missing_processor),
         ("segment_says_what_is_wrong", segment_says_what_is_wrong),
     ];
     let trials = trials.into_iter().map(|(name, test)| {
@@ -186,6 +189,43 @@ fn encode_with_an_adapter_gives_those_of_peft(here: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A checkpoint of transformers' SamVisionModel, by itself and under adapters of PEFT's.
+fn encode_runs_an_encoder_alone(here: &Path) -> Result<()> {
+    let vision = folder("").with_file_name("variants").join("vision");
+    let io = read(vision.join("io.safetensors"))?;
+    write_tensors(&here.join("in"), &inputs(&io, &["base/"]))?;
+    let command = format!("--input in --output out --model {}", vision.display());
+    succeed(here, "encode", &command)?;
+    let written = read(here.join("out"))?;
+    ensure!(written.len() == 4, "{:?}", written.keys());
+    for name in written.keys() {
+        compare(&written, name, &io[&format!("base/{name}")])?;
+    }
+    for adapter in ["adapter_fused", "adapter_split"] {
+        let adapted = format!("{command} --adapter {}", vision.join(adapter).display());
+        succeed(here, "encode", &adapted)?;
+        let expected = &io[&format!("{adapter}/image_embeddings")];
+        compare(&read(here.join("out"))?, "image_embeddings", expected).context(adapter)?;
+    }
+    let counted =
+        succeed(here, "params", &format!("--config {}/config.json --r 2", vision.display()))?;
+    // q and v of two layers, A and B of rank 2 at a width of 8.
+    ensure!(counted.starts_with("trainable params: 128 ||"), "{counted}");
+    let mut prompted = inputs(&io, &["base/"]);
+    prompted.insert("input_boxes".into(), Tensor::new(&[[[0f32, 0., 4., 4.]]], &Device::Cpu)?);
+    write_tensors(&here.join("in"), &prompted)?;
+    fail(
+        here,
+        "encode",
+        &command,
+        1,
+        &["in: has prompts", "no prompt encoder and no mask decoder"],
+    )?;
+    let image = micrograph().0;
+    let segment = format!("{} --point 9,9 --model {}", image.display(), vision.display());
+    fail(here, "segment", &segment, 1, &["without the prompt encoder and the mask decoder"])
+}
+
 fn encode_says_what_is_wrong(here: &Path) -> Result<()> {
     let fails = |command: &str, code, words: &[&str]| fail(here, "encode", command, code, words);
     let io = read(folder("tiny").join("io.safetensors"))?;
@@ -210,6 +250,11 @@ fn encode_says_what_is_wrong(here: &Path) -> Result<()> {
     fails("--input in --output out --model none", 1, &["none", "no such folder"])?;
     fails(&format!("{command} --adapter none"), 1, &["none", "no such folder"])?;
     fails(&format!("{command} --device tpu"), 1, &["tpu", "cpu, cuda"])?;
+    std::fs::create_dir(here.join("old"))?;
+    std::fs::write(here.join("old/adapter_model.bin"), "PK")?;
+    let old =
+        ["old/adapter_model.safetensors: not there, only old/adapter_model.bin", "Convert it"];
+    fails(&format!("{command} --adapter old"), 1, &old)?;
     ensure!(!here.join("out").exists(), "a run that failed has written");
     Ok(())
 }
@@ -269,6 +314,46 @@ fn segment_cuts_out_the_nucleus(here: &Path) -> Result<()> {
         let inside = changed.zip(&found).filter(|(changed, inside)| *changed && **inside).count();
         ensure!(2 * inside > area, "{inside} of {area} pixels are marked");
     }
+    Ok(())
+}
+
+fn segment_lays_transparency_on_white(here: &Path) -> Result<()> {
+    let image = image::open(micrograph().0)?.into_rgb8();
+    let (width, height) = image.dimensions();
+    let clear = image::RgbaImage::from_fn(width, height, |x, y| {
+        let [r, g, b] = image.get_pixel(x, y).0;
+        image::Rgba([r, g, b, if x < width / 2 { 0 } else { 255 }])
+    });
+    let white = image::RgbImage::from_fn(width, height, |x, y| match x < width / 2 {
+        true => image::Rgb([255; 3]),
+        false => *image.get_pixel(x, y),
+    });
+    clear.save(here.join("clear.png"))?;
+    white.save(here.join("white.png"))?;
+    let prompt = format!("--point {},{}", 3 * width / 4, height / 2);
+    let out = succeed(here, "segment", &format!("clear.png {prompt}"))?;
+    let said = "clear.png: transparent pixels are laid on white\n";
+    let rest = out.strip_prefix(said).with_context(|| format!("not said: {out}"))?;
+    let expected = succeed(here, "segment", &format!("white.png {prompt}"))?;
+    ensure!(rest.replace("clear", "white") == expected, "{rest}, on white {expected}");
+    for file in ["mask", "overlay"] {
+        let bytes = |name: &str| std::fs::read(here.join(format!("{name}.{file}.png")));
+        ensure!(bytes("clear")? == bytes("white")?, "another {file}");
+    }
+    Ok(())
+}
+
+fn segment_names_a_missing_processor(here: &Path) -> Result<()> {
+    let model = root().join("assets/tiny-sam");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(model.join(file), here.join(file))?;
+    }
+    let command = format!("{} --point 9,9 --overwrite --model", micrograph().0.display());
+    let said = "neither processor_config.json nor preprocessor_config.json";
+    let without = succeed(here, "segment", &format!("{command} {}", here.display()))?;
+    ensure!(without.contains(said), "{without}");
+    let with = succeed(here, "segment", &format!("{command} {}", model.display()))?;
+    ensure!(!with.contains(said), "{with}");
     Ok(())
 }
 

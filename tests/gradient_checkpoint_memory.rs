@@ -16,7 +16,8 @@ fn memory_grows_by_one_tensor_a_layer() -> anyhow::Result<()> {
         let mut config = SamConfig::default();
         let vision = &mut config.vision_config;
         (vision.hidden_size, vision.num_attention_heads) = (WIDTH, 2);
-        (vision.num_hidden_layers, vision.global_attn_indexes) = (layers, vec![layers - 1]);
+        vision.num_hidden_layers = layers;
+        vision.global_attn_indexes = vec![layers as i64 - 1];
         (vision.image_size, vision.patch_size, vision.window_size) = (8 * SIDE, 8, 7);
         let prompt = &mut config.prompt_encoder_config;
         (prompt.image_size, prompt.patch_size) = (8 * SIDE, 8);

@@ -19,6 +19,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::Device;
 use candle_sam_lora::files::{read_tensors, write_tensors};
 use candle_sam_lora::hub;
+use candle_sam_lora::sam::SamProcessor;
 use common::model::{folder, Tensors};
 use libtest_mimic::{Arguments, Failed, Trial};
 use server::{Hub, Running, COMMIT, TOKEN};
@@ -53,12 +54,13 @@ fn print_folder() -> ExitCode {
 
 fn tests() -> ExitCode {
     type Test = fn(&Path) -> Result<()>;
-    let trials: [(&str, Test); 9] = [
+    let trials: [(&str, Test); 10] = [
         ("encode_takes_model_and_adapter_from_the_hub", encode_takes_both_from_the_hub),
         ("segment_takes_the_model_from_the_hub", segment_takes_the_model_from_the_hub),
         ("finetune_notes_the_name_of_its_model", finetune_notes_the_name_of_its_model),
         ("only_what_is_read_is_fetched_and_once", only_what_is_read_is_fetched_and_once),
         ("shards_come_with_their_index", shards_come_with_their_index),
+        ("processor_settings_come_with_the_model", processor_settings_come_with_the_model),
         ("the_cache_serves_where_the_hub_does_not", the_cache_serves_where_the_hub_does_not),
         ("who_is_not_let_in_is_told", who_is_not_let_in_is_told),
         ("what_is_not_there_is_told", what_is_not_there_is_told),
@@ -261,6 +263,20 @@ fn shards_come_with_their_index(here: &Path) -> Result<()> {
     let files = hub.files.clone();
     let got = found(here, &hub.run()?.address, "facebook/sam-tiny", &[])?;
     ensure!(contents(&got)? == files);
+    Ok(())
+}
+
+/// In both files, of which the nested one counts.
+fn processor_settings_come_with_the_model(here: &Path) -> Result<()> {
+    let mut hub = tiny()?;
+    let nested = r#"{"image_processor": {"size": {"longest_edge": 60}}}"#;
+    for (name, text) in [("processor_config.json", nested), ("preprocessor_config.json", "{}")] {
+        hub.files.insert(name.into(), text.into());
+    }
+    let files = hub.files.clone();
+    let got = found(here, &hub.run()?.address, "facebook/sam-tiny", &[])?;
+    ensure!(contents(&got)? == files);
+    ensure!(SamProcessor::from_folder(got, 64)?.longest_edge == 60);
     Ok(())
 }
 

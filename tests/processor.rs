@@ -1,8 +1,11 @@
 //! The image processor against transformers' own (`tests/data/processor.py` made the file), and on odd images.
 
+mod common;
+
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::files;
-use candle_sam_lora::sam::{read_image, Frame, SamProcessor};
+use candle_sam_lora::sam::{convert_to_rgb, is_transparent, read_image, Frame, SamProcessor};
+use common::cases;
 use image::{DynamicImage, ImageBuffer, Luma, RgbImage, RgbaImage};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -134,17 +137,96 @@ fn every_depth_and_channel_count_gives_the_same_pixels() {
     let expected = pixels(&processor, rgb.clone());
     let luma = ImageBuffer::from_fn(50, 40, |x, y| Luma([grey(x, y)]));
     let deep = ImageBuffer::from_fn(50, 40, |x, y| Luma([u16::from(grey(x, y)) * 257]));
-    let alpha = RgbaImage::from_fn(50, 40, |x, y| {
+    let opaque = RgbaImage::from_fn(50, 40, |x, y| {
         let v = grey(x, y);
-        image::Rgba([v, v, v, (x % 2) as u8 * 255])
+        image::Rgba([v, v, v, 255])
     });
     assert_eq!(pixels(&processor, luma), expected);
     assert_eq!(pixels(&processor, deep), expected);
-    assert_eq!(pixels(&processor, alpha), expected);
+    assert_eq!(pixels(&processor, opaque), expected);
     assert_eq!(pixels(&processor, DynamicImage::from(rgb.clone()).to_rgb16()), expected);
     assert_eq!(pixels(&processor, DynamicImage::from(rgb).to_rgb32f()), expected);
     // Padding is zero: 40 of 50 rows' share of the square, below that nothing.
     assert!(expected[52 * SIDE..SIDE * SIDE].iter().all(|v| *v == 0.0));
+}
+
+/// Formats and depths, alpha of every kind, against transformers and Pillow (tests/fixtures/gen/images.py).
+#[test]
+fn transparent_images_are_laid_on_white() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let cases = cases("images.safetensors");
+    let (mut transparent, mut found) = (0, 0);
+    for case in &cases {
+        let bytes: Vec<u8> = case.tensor("file").to_vec1().unwrap();
+        std::fs::write(&path, bytes).unwrap();
+        let image = read_image(&path).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        let rgb = case.tensor("rgb");
+        let (height, width, _) = rgb.dims3().unwrap();
+        assert_eq!((image.height() as usize, image.width() as usize), (height, width));
+        let expected: Vec<u8> = rgb.flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(convert_to_rgb(&image).unwrap().into_raw(), expected, "{}", case.name);
+        let processor = SamProcessor::new(SIDE);
+        let opaque = RgbImage::from_raw(width as u32, height as u32, expected).unwrap();
+        assert_eq!(pixels(&processor, image.clone()), pixels(&processor, opaque), "{}", case.name);
+        let has_alpha = !["opaque", "unspecified", "bmp_rgb", "png_rgb_16", "png_grey_16"]
+            .iter()
+            .any(|name| case.name.contains(name));
+        assert_eq!(is_transparent(&image), has_alpha, "{}", case.name);
+        transparent += usize::from(has_alpha);
+        found += 1;
+    }
+    assert!(found > 30 && transparent > 20, "{found} {transparent}");
+}
+
+#[test]
+fn floats_beyond_their_range_are_refused() {
+    let image = |value: f32| {
+        DynamicImage::from(image::Rgb32FImage::from_pixel(9, 9, image::Rgb([0.5, value, 0.5])))
+    };
+    let white = convert_to_rgb(&image(1.0)).unwrap();
+    assert_eq!(white.get_pixel(0, 0).0, [128, 255, 128]);
+    for value in [1.01, -0.5, f32::NAN, f32::INFINITY, 255.0] {
+        let message = convert_to_rgb(&image(value)).unwrap_err().to_string();
+        assert!(message.contains(&format!("0 to 1, found {value}")), "{message}");
+        let processor = SamProcessor::new(SIDE);
+        assert!(processor.preprocess(&image(value), &Device::Cpu).is_err(), "{value}");
+    }
+}
+
+/// Nothing in such a file says which value is white.
+#[test]
+fn tiffs_of_32_bit_grey_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("grey.tiff");
+    // One strip of 2 x 1 grey pixels; the tags BitsPerSample and SampleFormat: 32 bits, and 1 integers or 3 floats.
+    for (bits, format) in [(32u16, 3u16), (32, 1), (32, 2), (16, 2), (64, 3)] {
+        let entry = |tag: u16, kind: u16, value: u32| {
+            [&tag.to_le_bytes()[..], &kind.to_le_bytes(), &1u32.to_le_bytes(), &value.to_le_bytes()]
+                .concat()
+        };
+        let bytes = u32::from(bits) / 8 * 2;
+        let entries = [
+            entry(256, 4, 2),
+            entry(257, 4, 1),
+            entry(258, 3, bits.into()),
+            entry(259, 3, 1),
+            entry(262, 3, 1),
+            entry(273, 4, 8 + 2 + 12 * 10 + 4),
+            entry(277, 3, 1),
+            entry(278, 4, 1),
+            entry(279, 4, bytes),
+            entry(339, 3, format.into()),
+        ];
+        let head =
+            [&b"II*\0"[..], &8u32.to_le_bytes(), &(entries.len() as u16).to_le_bytes()].concat();
+        let file = [head, entries.concat(), vec![0; 4 + bytes as usize]].concat();
+        std::fs::write(&path, file).unwrap();
+        let message = read_image(&path).unwrap_err().to_string();
+        let said =
+            message.contains("grey.tiff") && message.contains("scale other pixels to 8 bits first");
+        assert!(said, "{bits} {format}: {message}");
+    }
 }
 
 #[test]
@@ -189,6 +271,7 @@ fn the_configuration_of_a_folder_is_read_and_checked() {
     let folder = tempfile::tempdir().unwrap();
     let read = |side: usize| SamProcessor::from_folder(folder.path(), side);
     assert_eq!(read(256).unwrap(), SamProcessor::new(256));
+    assert_eq!(SamProcessor::config_file(folder.path()).unwrap(), None);
     let config =
         |json: &str| std::fs::write(folder.path().join("preprocessor_config.json"), json).unwrap();
     let nested = r#"{"processor_class": "SamProcessor", "image_processor": {
@@ -203,6 +286,15 @@ fn the_configuration_of_a_folder_is_read_and_checked() {
     let white = pixels(&processor, white);
     assert!((white[0] - (255.0 * 0.0039 - 0.5) / 0.5).abs() < 1e-6);
     assert_eq!((white[60], white[30 * 64]), (0.0, 0.0));
+    // As in transformers, the nested settings are before the others, and others are where nothing is nested.
+    config(r#"{"size": {"longest_edge": 50}}"#);
+    assert_eq!(read(64).unwrap(), processor);
+    let file = || SamProcessor::config_file(folder.path()).unwrap().unwrap();
+    assert!(file().ends_with("processor_config.json"));
+    let older = r#"{"processor_class": "SamProcessor", "target_size": 64}"#;
+    std::fs::write(folder.path().join("processor_config.json"), older).unwrap();
+    assert_eq!(read(64).unwrap().longest_edge, 50);
+    assert!(file().ends_with("preprocessor_config.json"));
     config("{}");
     assert_eq!(read(64).unwrap(), SamProcessor::new(64));
     for (json, expected) in [

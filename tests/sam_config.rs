@@ -53,6 +53,14 @@ fn a_written_configuration_reads_back_with_its_unknown_keys() {
 }
 
 #[test]
+fn indexes_of_no_layer_make_none_global() {
+    let config =
+        parse(r#"{"vision_config": {"global_attn_indexes": [-1, 0, 12]}}"#).unwrap().vision_config;
+    let global: Vec<usize> = (0..12).filter(|&layer| config.window(layer).is_none()).collect();
+    assert_eq!(global, [0]);
+}
+
+#[test]
 fn impossible_configurations_are_refused_by_field() {
     let vision = |field: &str| format!(r#"{{"vision_config": {{{field}}}}}"#);
     let decoder = |field: &str| format!(r#"{{"mask_decoder_config": {{{field}}}}}"#);
@@ -64,7 +72,8 @@ fn impossible_configurations_are_refused_by_field() {
         (vision(r#""image_size": [512, 256]"#), "not square"),
         (vision(r#""image_size": "big""#), "expected a size"),
         (vision(r#""patch_size": 0"#), "patch_size is 0"),
-        (vision(r#""hidden_act": "silu""#), "silu"),
+        (vision(r#""hidden_act": "prelu""#), "prelu"),
+        (vision(r#""image_size": 8"#), "less than a patch of 16"),
         (vision(r#""hidden_size": -1"#), "-1"),
         (vision(r#""hidden_size": 18446744073709551615"#), "hidden_size is 18446744073709551615"),
         (vision(r#""mlp_ratio": 1e300"#), "mlp_dim"),
@@ -73,9 +82,18 @@ fn impossible_configurations_are_refused_by_field() {
         (vision(r#""layer_norm_eps": 0"#), "layer_norm_eps"),
         (vision(r#""attention_dropout": 1.0"#), "attention_dropout"),
         (vision(r#""output_channels": 128"#), "output_channels is 128"),
-        (decoder(r#""num_attention_heads": 3"#), "attention_downsample_rate 6"),
-        (decoder(r#""iou_head_depth": 1"#), "iou_head_depth is 1"),
+        (
+            decoder(r#""num_attention_heads": 3"#),
+            "256 channels, expected a multiple of num_attention_heads 3",
+        ),
+        (decoder(r#""attention_downsample_rate": 64"#), "4 channels, expected a multiple"),
+        (decoder(r#""attention_downsample_rate": 512"#), "0 channels, expected a multiple"),
+        (decoder(r#""attention_downsample_rate": 0"#), "attention_downsample_rate is 0"),
         (r#"{"model_type": "bert"}"#.into(), "bert"),
+        (
+            r#"{"model_type": "sam_vision_model"}"#.into(),
+            "without the prompt encoder and the mask decoder",
+        ),
     ] {
         refused(&json, expected);
     }

@@ -66,6 +66,31 @@ fn labels_of_16_bits_colours_and_binary_parts_become_instances() -> anyhow::Resu
     Ok(())
 }
 
+/// Training sees what `SamProcessor` and `segment` see.
+#[test]
+fn transparent_images_are_on_white_and_counted() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (images, masks) = folders(folder.path())?;
+    let alpha = |x: u32| if x < 6 { 0 } else { 128 };
+    image::RgbaImage::from_fn(12, 10, |x, _| image::Rgba([10, 200, 0, alpha(x)]))
+        .save(images.join("clear.png"))?;
+    RgbImage::from_pixel(12, 10, image::Rgb([9, 8, 7])).save(images.join("opaque.png"))?;
+    for name in ["clear.png", "opaque.png"] {
+        let label = |x, y| Luma([blocks().get_pixel(x, y).0[0] as u16]);
+        ImageBuffer::<Luma<u16>, _>::from_fn(12, 10, label).save(masks.join(name))?;
+    }
+    let dataset = Dataset::open(&images, &masks, 9)?;
+    assert_eq!((dataset.len(), dataset.transparent()), (2, 1));
+    let sample = dataset.load(0)?;
+    assert!(sample.transparent && sample.image.get_pixel(0, 0).0 == [255; 3]);
+    // (10 * 128 + 255 * 127) / 255 and so on, rounded.
+    assert_eq!(sample.image.get_pixel(9, 9).0, [132, 227, 127]);
+    assert!(!dataset.load(1)?.transparent);
+    let (rest, held_out) = dataset.split(0.5, 1)?;
+    assert_eq!(rest.transparent() + held_out.transparent(), 1);
+    Ok(())
+}
+
 #[test]
 fn prompts_lie_inside_and_boxes_around() {
     let labels = blocks();

@@ -14,6 +14,8 @@ mod model;
 mod options;
 #[path = "../examples/finetune/output.rs"]
 mod output;
+#[path = "../examples/shared/processor.rs"]
+mod processor;
 #[path = "../examples/finetune/report.rs"]
 mod report;
 #[path = "../examples/finetune/run.rs"]
@@ -65,6 +67,18 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     let config = SamConfig::from_file(model::shipped_model().join("config.json"))?;
     let mut sam = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
     assert_eq!(load_adapter(&mut sam, &output.join("adapter"))?.rank, 16);
+    Ok(())
+}
+
+/// An image encoder alone is no model to train with masks.
+#[test]
+fn an_encoder_alone_is_refused() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let vision = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/variants/vision");
+    let arguments = short(&["--steps", "1", "--model", vision]);
+    let message =
+        finetune(&folder.path().join("run"), &arguments).expect_err("refused").to_string();
+    assert!(message.contains("without the prompt encoder and the mask decoder"), "{message}");
     Ok(())
 }
 

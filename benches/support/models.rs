@@ -18,7 +18,7 @@ impl Vit {
             num_attention_heads: self.heads,
             image_size: 16 * grid,
             window_size: WINDOW,
-            global_attn_indexes: self.global.to_vec(),
+            global_attn_indexes: self.global.map(|index| index as i64).to_vec(),
             ..SamVisionConfig::default()
         }
     }

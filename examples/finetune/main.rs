@@ -14,6 +14,8 @@ mod draw;
 mod model;
 mod options;
 mod output;
+#[path = "../shared/processor.rs"]
+mod processor;
 mod report;
 mod run;
 mod training;

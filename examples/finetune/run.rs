@@ -7,7 +7,7 @@ use super::options::{DTypeArg, Options};
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
 use super::report::Verdict;
 use super::training::Run;
-use super::{model, report};
+use super::{model, processor, report};
 use anyhow::bail;
 use candle_core::{DType, Device};
 use candle_sam_lora::lora::{
@@ -50,10 +50,14 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     };
     let (config, mut sam) = model::load_model(&folder, options.lora.attention(), dtype, &device)?;
     set_trainable(&mut sam, &mut |_| false)?;
-    let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;
+    let processor = processor::from_folder(&folder, &config)?;
     let (train, held_out) = datasets(options)?;
 
     say(format!("{} images to train on, {} held out", train.len(), held_out.len()));
+    match train.transparent() + held_out.transparent() {
+        0 => {}
+        count => say(format!("transparent pixels are laid on white, in {count} of these images")),
+    }
     let judge = |sam: &SamModel, overlays: usize| {
         judge(sam, &processor, &held_out, batch.kind, overlays, &device)
     };

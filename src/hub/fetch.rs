@@ -8,7 +8,8 @@ use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
 /// What of a repository is read here besides weights.
-const SETTINGS: [&str; 3] = ["config.json", "preprocessor_config.json", "adapter_config.json"];
+const SETTINGS: [&str; 4] =
+    ["config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"];
 const ADAPTER: &str = "adapter_model.safetensors";
 const WHOLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

@@ -89,14 +89,14 @@ fn attend(
     if let Some(norm) = norm {
         chain.layer_norm(norm)?;
     }
-    chain.projections(qkv, Activation::None)?;
+    chain.projections(qkv, problems::Activation::Identity)?;
     match qkv {
         [_] => {}
         [q, k, v] => super::projection::equal_widths("lora-qkv", &[*q, *k, *v])?,
         other => return wrong_count(other),
     }
     chain.attention(config)?;
-    chain.projections(&[*proj], Activation::None)?;
+    chain.projections(&[*proj], problems::Activation::Identity)?;
     chain.apply(norm.is_some())
 }
 
@@ -115,15 +115,16 @@ pub fn mlp_block(
     activation: Activation,
     lin2: &Projection<'_>,
 ) -> Result<Tensor> {
-    if !chained(x, [lin1, lin2]) {
+    let fused = activation.fused().filter(|_| chained(x, [lin1, lin2]));
+    let Some(activation) = fused else {
         let normed = layer_norm(x, norm.weight, norm.bias, norm.eps)?;
         let hidden = lora_linear(&normed, lin1, activation, None)?;
         return lora_linear(&hidden, lin2, Activation::None, Some(x));
-    }
+    };
     let mut chain = Chain::new(x);
     chain.layer_norm(norm)?;
     chain.projections(&[*lin1], activation)?;
-    chain.projections(&[*lin2], Activation::None)?;
+    chain.projections(&[*lin2], problems::Activation::Identity)?;
     chain.apply(true)
 }
 
@@ -166,7 +167,11 @@ impl<'a> Chain<'a> {
         Ok(())
     }
 
-    fn projections(&mut self, parts: &[Projection<'_>], activation: Activation) -> Result<()> {
+    fn projections(
+        &mut self,
+        parts: &[Projection<'_>],
+        activation: problems::Activation,
+    ) -> Result<()> {
         let op = if parts.len() == 1 { "lora-linear" } else { "lora-qkv" };
         let x = self.stand_in()?;
         for part in parts {
@@ -175,7 +180,7 @@ impl<'a> Chain<'a> {
         let kind = Kind::Projections {
             problems: parts.iter().map(problem).collect(),
             weights: parts.iter().map(|part| part.weight.clone()).collect(),
-            activation: activation.problem(),
+            activation,
         };
         if let Some(last) = self.dims.last_mut() {
             *last = parts.iter().map(|part| part.weight.dims()[0]).sum();

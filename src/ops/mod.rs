@@ -15,6 +15,7 @@
 //! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
 //! It is what the fused ones are tested against, and what runs where they do not apply.
 
+mod activation;
 mod chain;
 mod check;
 pub mod composed;
@@ -28,6 +29,7 @@ mod projection;
 mod rel_pos_attention;
 mod resize;
 
+pub use activation::Activation;
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
@@ -35,7 +37,7 @@ pub use dropout::dropout;
 #[doc(hidden)] // its place is `cuda`
 pub use gpu::self_test_report;
 pub use layer_norm::layer_norm;
-pub use projection::{lora_linear, lora_qkv, Activation, Lora, Projection};
+pub use projection::{lora_linear, lora_qkv, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
 pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};
 

@@ -9,7 +9,7 @@
 //! them side by side into one packed output, so nothing is ever concatenated.
 
 use super::custom::{dtype_of, from_f32, operand, tensor_like, to_f32, vec_f32, with_f32};
-use super::{check, composed, custom, Gradients};
+use super::{check, composed, custom, Activation, Gradients};
 use crate::cpu::projection::{self, Saved, Weight, Weights};
 use crate::launch::family::{Family, Implementation};
 use crate::launch::projection as kernels;
@@ -46,37 +46,6 @@ pub struct Projection<'a> {
     pub lora: Option<Lora<'a>>,
 }
 
-/// What is applied to the sum of base and low-rank part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Activation {
-    /// Nothing.
-    #[default]
-    None,
-    /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
-    Gelu,
-    /// `max(x, 0)`
-    Relu,
-}
-
-impl Activation {
-    /// Applies the activation with candle's operations.
-    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::None => Ok(x.clone()),
-            Self::Gelu => x.gelu_erf(),
-            Self::Relu => x.relu(),
-        }
-    }
-
-    pub(super) fn problem(self) -> problem::Activation {
-        match self {
-            Self::None => problem::Activation::Identity,
-            Self::Gelu => problem::Activation::Gelu,
-            Self::Relu => problem::Activation::Relu,
-        }
-    }
-}
-
 /// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
 ///
 /// Gradients go to `x`, `residual`, the biases and the adapter; a weight that is a variable gets one too, on the
@@ -100,8 +69,12 @@ pub fn lora_linear(
         check::shape(OP, "residual", residual, &expected)?;
         check::same_kind(OP, "residual", residual, x)?;
     }
-    match implementation(x, &[*projection], activation)? {
-        Some(whose) => apply(OP, x, &[*projection], activation, residual, whose),
+    let Some(fused) = activation.fused() else {
+        let y = activation.apply(&lora_linear(x, projection, Activation::None, None)?)?;
+        return residual.map_or(Ok(y.clone()), |residual| residual + y);
+    };
+    match implementation(x, &[*projection], fused)? {
+        Some(whose) => apply(OP, x, &[*projection], fused, residual, whose),
         None => composed::lora_linear(x, projection, activation, residual),
     }
 }
@@ -118,8 +91,9 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
         validate(OP, x, projection)?;
     }
     equal_widths(OP, projections)?;
-    match implementation(x, projections, Activation::None)? {
-        Some(whose) => apply(OP, x, projections, Activation::None, None, whose),
+    const ACTIVATION: problem::Activation = problem::Activation::Identity;
+    match implementation(x, projections, ACTIVATION)? {
+        Some(whose) => apply(OP, x, projections, ACTIVATION, None, whose),
         None => composed::lora_qkv(x, projections),
     }
 }
@@ -132,7 +106,7 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 pub(super) fn by_kernels(
     x: &Tensor,
     projections: &[Projection<'_>],
-    activation: Activation,
+    activation: problem::Activation,
     residual: Option<&Tensor>,
     whose: Implementation,
 ) -> Result<Tensor> {
@@ -193,13 +167,13 @@ pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>
 fn implementation(
     x: &Tensor,
     projections: &[Projection<'_>],
-    activation: Activation,
+    activation: problem::Activation,
 ) -> Result<Option<Implementation>> {
     if projections.iter().any(|p| p.weight.track_op()) {
         return Ok(None);
     }
     let problems: Vec<_> = projections.iter().map(problem).collect();
-    let problem = kernel_problem(x.dims(), &problems, activation.problem());
+    let problem = kernel_problem(x.dims(), &problems, activation);
     let covered = || kernels::covers(&problem, x.dtype());
     let family = |hopper| Family::of_projections(&problem, x.dtype(), hopper);
     custom::implementation(x.device(), x.dtype(), covered, family)
@@ -222,7 +196,7 @@ fn apply(
     name: &'static str,
     x: &Tensor,
     projections: &[Projection<'_>],
-    activation: Activation,
+    activation: problem::Activation,
     residual: Option<&Tensor>,
     implementation: Implementation,
 ) -> Result<Tensor> {
@@ -247,7 +221,7 @@ fn apply(
         problems: projections.iter().map(problem).collect(),
         weights: projections.iter().map(|p| operand(p.weight)).collect::<Result<_>>()?,
         separate,
-        activation: activation.problem(),
+        activation,
         residual: residual.is_some(),
         keep: x.track_op() || small.track_op(),
         implementation,

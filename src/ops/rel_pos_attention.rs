@@ -48,7 +48,8 @@ pub struct RelPosAttention<'a> {
 
 /// Attention over a grid: packed `qkv [B, H, W, 3C] -> [B, H, W, C]`.
 ///
-/// Gradients go to `qkv`, the tables and `pad`. Nothing of size N x N is allocated.
+/// Gradients go to `qkv`, the tables and `pad`. On the CPU, and on a GPU whose kernels cover the shape, nothing of size
+/// N x N is allocated. Elsewhere the graph of [`composed`] runs, which holds the weights.
 ///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.

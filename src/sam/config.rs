@@ -8,21 +8,58 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::path::Path;
 
-/// The activation between two layers, `hidden_act`.
+/// The activation between two layers, `hidden_act`: the names in transformers' `ACT2FN` whose function has no
+/// parameters. Names of one function are kept apart, so that a file is written as it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
 pub enum HiddenAct {
-    /// `x Phi(x)` with the exact error function.
     Gelu,
-    /// `max(x, 0)`
+    #[serde(rename = "gelu_10")]
+    Gelu10,
+    GeluAccurate,
+    GeluFast,
+    GeluNew,
+    GeluPython,
+    GeluPythonTanh,
+    GeluPytorchTanh,
+    Hardswish,
+    Laplace,
+    LeakyRelu,
+    Linear,
+    Mish,
+    QuickGelu,
     Relu,
+    Relu2,
+    Relu6,
+    Sigmoid,
+    Silu,
+    Swish,
+    Tanh,
 }
 
 impl From<HiddenAct> for ops::Activation {
     fn from(act: HiddenAct) -> Self {
         match act {
-            HiddenAct::Gelu => Self::Gelu,
+            HiddenAct::Gelu | HiddenAct::GeluPython => Self::Gelu,
+            HiddenAct::Gelu10 => Self::GeluClipped,
+            HiddenAct::GeluAccurate
+            | HiddenAct::GeluFast
+            | HiddenAct::GeluNew
+            | HiddenAct::GeluPythonTanh
+            | HiddenAct::GeluPytorchTanh => Self::GeluTanh,
+            HiddenAct::Hardswish => Self::Hardswish,
+            HiddenAct::Laplace => Self::Laplace,
+            HiddenAct::LeakyRelu => Self::LeakyRelu,
+            HiddenAct::Linear => Self::None,
+            HiddenAct::Mish => Self::Mish,
+            HiddenAct::QuickGelu => Self::QuickGelu,
             HiddenAct::Relu => Self::Relu,
+            HiddenAct::Relu2 => Self::ReluSquared,
+            HiddenAct::Relu6 => Self::Relu6,
+            HiddenAct::Sigmoid => Self::Sigmoid,
+            HiddenAct::Silu | HiddenAct::Swish => Self::Silu,
+            HiddenAct::Tanh => Self::Tanh,
         }
     }
 }
@@ -44,7 +81,7 @@ pub struct SamVisionConfig {
     /// Side S of the square input image; `[S, S]` is read too.
     #[serde(deserialize_with = "side")]
     pub image_size: usize,
-    /// Side of a patch; divides `image_size`.
+    /// Side of a patch, at most `image_size`; a remainder of the image is not looked at.
     #[serde(deserialize_with = "side")]
     pub patch_size: usize,
     /// Activation of the MLPs.
@@ -65,9 +102,9 @@ pub struct SamVisionConfig {
     pub use_rel_pos: bool,
     /// Side of the attention window of the layers that are not global; 0: all layers are global.
     pub window_size: usize,
-    /// The layers with global attention. Indexes beyond the last layer mean nothing, as in Hugging Face, where a
-    /// shallow model often keeps the default list.
-    pub global_attn_indexes: Vec<usize>,
+    /// The layers with global attention. Indexes that are no layer's mean nothing, as in Hugging Face: a shallow model
+    /// often keeps the default list, and -1 is not the last layer.
+    pub global_attn_indexes: Vec<i64>,
     /// Half the channels of the random Fourier position features; `2 * num_pos_feats` is the prompts' width.
     pub num_pos_feats: usize,
     /// Width of the MLPs; see [`mlp_dim`](Self::mlp_dim()).
@@ -105,6 +142,26 @@ impl Default for SamVisionConfig {
 }
 
 impl SamVisionConfig {
+    /// The [`model_type`] of a `config.json` that describes an image encoder alone.
+    pub const MODEL_TYPE: &str = "sam_vision_model";
+
+    /// Reads and validates the image encoder's part of a `config.json`: all of the file of a `SamVisionModel`,
+    /// `vision_config` in the file of a whole SAM.
+    ///
+    /// # Errors
+    /// - the file cannot be read or is no JSON;
+    /// - a value is of the wrong kind;
+    /// - the file describes no possible model.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if model_type(path)? != Self::MODEL_TYPE {
+            return Ok(SamConfig::from_file(path)?.vision_config);
+        }
+        let config: Self = read(path, "the configuration of an image encoder")?;
+        config.validate().map_err(|e| Error::file(path, e.to_string()))?;
+        Ok(config)
+    }
+
     /// Width of one attention head.
     pub fn head_dim(&self) -> usize {
         self.hidden_size / self.num_attention_heads.max(1)
@@ -115,14 +172,15 @@ impl SamVisionConfig {
         self.mlp_dim.unwrap_or((self.hidden_size as f64 * self.mlp_ratio) as usize)
     }
 
-    /// Side of the token grid, `image_size / patch_size`.
+    /// Side of the token grid, `image_size / patch_size` rounded down.
     pub fn grid_size(&self) -> usize {
         self.image_size / self.patch_size.max(1)
     }
 
     /// The window of a layer; none for global attention.
     pub fn window(&self, layer: usize) -> Option<usize> {
-        let global = self.window_size == 0 || self.global_attn_indexes.contains(&layer);
+        let listed = self.global_attn_indexes.contains(&(layer as i64));
+        let global = self.window_size == 0 || listed;
         (!global).then_some(self.window_size)
     }
 
@@ -183,21 +241,22 @@ impl SamPromptEncoderConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamMaskDecoderConfig {
-    /// Width of the tokens; a multiple of 8.
+    /// Width of the tokens, at least 8.
     pub hidden_size: usize,
     /// Activation of the transformer's MLPs.
     pub hidden_act: HiddenAct,
     /// Width of the transformer's MLPs.
     pub mlp_dim: usize,
-    /// Number of two-way layers.
+    /// Number of two-way layers; may be 0.
     pub num_hidden_layers: usize,
     /// Attention heads.
     pub num_attention_heads: usize,
-    /// Cross attention works on `hidden_size / attention_downsample_rate` channels.
+    /// The final attention works on `hidden_size / attention_downsample_rate` channels; the cross attentions of the
+    /// two-way layers on `hidden_size / 2`, whatever this says, as in Hugging Face.
     pub attention_downsample_rate: usize,
     /// Masks given for an ambiguous prompt, besides the one for an unambiguous prompt.
     pub num_multimask_outputs: usize,
-    /// Layers of the IoU head, at least 2.
+    /// Layers of the IoU head; fewer than 2 mean 2, as in Hugging Face.
     pub iou_head_depth: usize,
     /// Width inside the IoU head.
     pub iou_head_hidden_dim: usize,
@@ -260,7 +319,7 @@ impl SamConfig {
         Self::with_encoder(1280, 32, 16, vec![7, 15, 23, 31])
     }
 
-    fn with_encoder(width: usize, layers: usize, heads: usize, global: Vec<usize>) -> Self {
+    fn with_encoder(width: usize, layers: usize, heads: usize, global: Vec<i64>) -> Self {
         let mut config = Self::default();
         config.vision_config.hidden_size = width;
         config.vision_config.num_hidden_layers = layers;
@@ -284,11 +343,12 @@ impl SamConfig {
     /// Reads and validates a `config.json`.
     ///
     /// # Errors
-    /// When the file cannot be read, is no JSON, has a value of the wrong kind, or describes no possible SAM.
+    /// - the file cannot be read or is no JSON;
+    /// - a value is of the wrong kind;
+    /// - the file describes no possible SAM, or an image encoder alone.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let config: Self = serde_json::from_str(&files::read_text(path)?)
-            .map_err(|e| Error::file(path, format!("not a SAM configuration: {e}")))?;
+        let config: Self = read(path, "a SAM configuration")?;
         config.validate().map_err(|e| Error::file(path, e.to_string()))?;
         Ok(config)
     }
@@ -303,6 +363,25 @@ impl SamConfig {
         serde_json::to_string_pretty(&config)
             .map_err(|e| Error::config(format!("cannot be written as JSON: {e}")))
     }
+}
+
+/// The `model_type` of a `config.json`: `sam` for a whole SAM and where the file names none,
+/// [`SamVisionConfig::MODEL_TYPE`] for an image encoder alone.
+///
+/// # Errors
+/// - the file cannot be read or is no JSON object.
+pub fn model_type(path: impl AsRef<Path>) -> Result<String> {
+    #[derive(Deserialize)]
+    struct Header {
+        model_type: Option<String>,
+    }
+    let header: Header = read(path.as_ref(), "a model's configuration")?;
+    Ok(header.model_type.unwrap_or_else(|| "sam".into()))
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
+    serde_json::from_str(&files::read_text(path)?)
+        .map_err(|e| Error::file(path, format!("not {kind}: {e}")))
 }
 
 /// Reads a side given as `S` or, as Hugging Face allows, `[S, S]`.

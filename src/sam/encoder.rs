@@ -37,6 +37,9 @@ impl SamPatchEmbeddings {
             )
         }
         let pixel_values = pixel_values.to_dtype(self.projection.weight.dtype())?;
+        // As a strided convolution: pixels beyond the last whole patch are not looked at.
+        let whole = side - side % self.projection.stride.max(1);
+        let pixel_values = pixel_values.narrow(2, 0, whole)?.narrow(3, 0, whole)?;
         self.projection.forward(&pixel_values.permute((0, 2, 3, 1))?, mode)
     }
 }

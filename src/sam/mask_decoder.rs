@@ -160,7 +160,7 @@ impl SamMaskDecoder {
 
         let up =
             self.upscale_conv1.forward(&image.reshape((groups, h, w, size))?, Activation::None)?;
-        let up = self.upscale_layer_norm.forward(&up)?.gelu_erf()?;
+        let up = Activation::Gelu.apply(&self.upscale_layer_norm.forward(&up)?)?;
         let up = self.upscale_conv2.forward(&up, Activation::Gelu)?.flatten(1, 2)?;
 
         let (first, count) = if multimask_output { (1, masks - 1) } else { (0, 1) };

@@ -16,15 +16,17 @@ mod mask_decoder;
 mod model;
 mod processor;
 mod prompt_encoder;
+mod read_image;
 mod transformer;
 mod validate;
+mod vision_model;
 
 pub use attention::{
     in_windows, AttentionKind, LayerContext, RelPosCore, SamVisionAttention,
     SamVisionAttentionSplit, VisionAttention,
 };
 pub use config::{
-    HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
+    model_type, HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
 };
 pub use deepseek::DeepSeekOcrEncoder;
 pub use encoder::{
@@ -32,9 +34,11 @@ pub use encoder::{
 };
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
 pub use model::{SamInput, SamModel, SamOutput};
-pub use processor::{read_image, Frame, SamProcessor};
+pub use processor::{Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
+pub use read_image::{convert_to_rgb, is_transparent, read_image};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
+pub use vision_model::SamVisionModel;
 
 /// The code of the document, compiled and run.
 #[cfg(doctest)]

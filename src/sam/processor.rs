@@ -6,51 +6,13 @@
 //! ```
 //! A frame is the place of an image in the square input: prompts are scaled into it and masks cut out of it.
 
+use super::read_image::{convert_to_rgb, MAX_SIDE};
 use crate::{files, ops, Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
-use image::metadata::Orientation;
-use image::{imageops, DynamicImage, ImageDecoder, ImageReader, ImageResult};
+use image::{imageops, DynamicImage};
+use serde::de::DeserializeOwned;
 use serde::Deserialize;
-use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::path::Path;
-
-/// No side of an image may be longer, in pixels.
-const MAX_SIDE: u32 = 1 << 15;
-/// No image may need more memory to decode, in bytes.
-const MAX_DECODED: u64 = 1 << 30;
-
-/// Reads an image of any format and depth, told by its content rather than its name, and turns it as its EXIF data say
-/// that the camera was held: its pixels are where a viewer shows them.
-///
-/// # Errors
-/// When the file cannot be read, is no image, is damaged, or is larger than 32768 pixels a side or 1 GiB decoded.
-pub fn read_image(path: impl AsRef<Path>) -> Result<DynamicImage> {
-    let path = path.as_ref();
-    let mut reader = ImageReader::open(path)
-        .and_then(|reader| reader.with_guessed_format())
-        .map_err(|e| Error::io(path, e))?;
-    let mut limits = image::Limits::default();
-    limits.max_image_width = Some(MAX_SIDE);
-    limits.max_image_height = Some(MAX_SIDE);
-    limits.max_alloc = Some(MAX_DECODED);
-    reader.limits(limits.clone());
-    let decode = || -> ImageResult<DynamicImage> {
-        let mut decoder = reader.into_decoder()?;
-        limits.reserve(decoder.total_bytes())?;
-        decoder.set_limits(limits)?;
-        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-        let mut image = DynamicImage::from_decoder(decoder)?;
-        image.apply_orientation(orientation);
-        Ok(image)
-    };
-    let failed = |why: &str| Error::file(path, format!("cannot be read as an image: {why}"));
-    // A decoder that panics on a damaged file (the one for PNG does on a palette that ends within a colour) is no reason
-    // to end the process; it has seen nothing but this file.
-    match catch_unwind(AssertUnwindSafe(decode)) {
-        Ok(decoded) => decoded.map_err(|e| failed(&e.to_string())),
-        Err(_) => Err(failed("its decoder panicked")),
-    }
-}
+use std::path::{Path, PathBuf};
 
 /// Where an image lies in SAM's square input; sizes are height and width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,10 +87,31 @@ struct Size {
     width: usize,
 }
 
-/// `processor_config.json`, where newer versions of transformers write the same.
+/// `processor_config.json`, where transformers 5 writes the same, nested. An older file has other settings alone.
 #[derive(Deserialize)]
 struct NestedConfig {
-    image_processor: ProcessorConfig,
+    image_processor: Option<ProcessorConfig>,
+}
+
+const NESTED_FILE: &str = "processor_config.json";
+const FILE: &str = "preprocessor_config.json";
+
+/// The configuration in a folder, and its file.
+fn find_config(folder: &Path) -> Result<Option<(PathBuf, ProcessorConfig)>> {
+    let nested = folder.join(NESTED_FILE);
+    if nested.exists() {
+        if let Some(config) = read_config::<NestedConfig>(&nested)?.image_processor {
+            return Ok(Some((nested, config)));
+        }
+    }
+    let path = folder.join(FILE);
+    path.exists().then(|| Ok((path.clone(), read_config(&path)?))).transpose()
+}
+
+fn read_config<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_str(&files::read_text(path)?).map_err(|e| {
+        Error::file(path, format!("not a configuration of SAM's image processor: {e}"))
+    })
 }
 
 impl SamProcessor {
@@ -143,28 +126,27 @@ impl SamProcessor {
         }
     }
 
-    /// The processor a model's folder describes, in `preprocessor_config.json` or `processor_config.json`; SAM's own
-    /// where there is neither.
+    /// The processor that a model's folder describes in the file that [`config_file`](Self::config_file) finds; SAM's
+    /// own where there is none.
     ///
     /// # Errors
-    /// When the file cannot be read, asks for something other than SAM's processing, or pads to another size than
-    /// the model's `image_size`.
+    /// - the file cannot be read;
+    /// - it asks for something other than SAM's processing;
+    /// - it pads to another size than the model's `image_size`.
     pub fn from_folder(folder: impl AsRef<Path>, image_size: usize) -> Result<Self> {
-        let path = folder.as_ref().join("preprocessor_config.json");
-        let nested = folder.as_ref().join("processor_config.json");
-        let invalid = |path: &Path, e: serde_json::Error| {
-            Error::file(path, format!("not a configuration of SAM's image processor: {e}"))
-        };
-        if path.exists() {
-            let config = serde_json::from_str(&files::read_text(&path)?);
-            Self::from_config(&path, config.map_err(|e| invalid(&path, e))?, image_size)
-        } else if nested.exists() {
-            let config = serde_json::from_str::<NestedConfig>(&files::read_text(&nested)?);
-            let config = config.map_err(|e| invalid(&nested, e))?.image_processor;
-            Self::from_config(&nested, config, image_size)
-        } else {
-            Ok(Self::new(image_size))
+        match find_config(folder.as_ref())? {
+            Some((path, config)) => Self::from_config(&path, config, image_size),
+            None => Ok(Self::new(image_size)),
         }
+    }
+
+    /// The file that describes a folder's processor: as in transformers, `processor_config.json` if it has an
+    /// `image_processor`, else `preprocessor_config.json`.
+    ///
+    /// # Errors
+    /// - a file cannot be read or is no configuration of SAM's image processor.
+    pub fn config_file(folder: impl AsRef<Path>) -> Result<Option<PathBuf>> {
+        Ok(find_config(folder.as_ref())?.map(|(path, _)| path))
     }
 
     fn from_config(path: &Path, config: ProcessorConfig, image_size: usize) -> Result<Self> {
@@ -228,10 +210,10 @@ impl SamProcessor {
 
     /// An image as SAM's input `[1, 3, S, S]` in f32, and its frame.
     ///
-    /// Grey images become RGB, alpha is dropped, 16 bits and floats are scaled to 8 bits over their whole range.
+    /// The image becomes RGB of 8 bits by [`convert_to_rgb`]: transparent pixels are laid on white.
     ///
     /// # Errors
-    /// As [`frame`](Self::frame).
+    /// As [`frame`](Self::frame) and [`convert_to_rgb`].
     pub fn preprocess(
         &self,
         image: &DynamicImage,
@@ -239,7 +221,7 @@ impl SamProcessor {
     ) -> candle_core::Result<(Tensor, Frame)> {
         let frame = self.frame(image.height() as usize, image.width() as usize)?;
         let (height, width) = frame.resized;
-        let rgb = image.to_rgb8();
+        let rgb = convert_to_rgb(image)?;
         // Sideways first and rounded to 8 bits in between, as Pillow does it.
         let filter = imageops::FilterType::Triangle;
         let rgb = imageops::resize(&rgb, width as u32, rgb.height(), filter);

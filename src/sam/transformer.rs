@@ -19,6 +19,8 @@ use candle_core::{bail, DType, Device, Result, Tensor, D};
 
 /// Epsilon of the final norm: torch's default, where all others have the configuration's.
 const FINAL_EPS: f64 = 1e-5;
+/// The rate of the layers' cross attentions. `attention_downsample_rate` is that of the final attention alone.
+pub(super) const CROSS_DOWNSAMPLE_RATE: usize = 2;
 
 /// Multi-head attention inside `hidden_size / downsample_rate` channels.
 #[derive(Clone, Debug)]
@@ -124,7 +126,7 @@ impl SamTwoWayAttentionBlock {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let (size, rate) = (config.hidden_size, config.attention_downsample_rate);
+        let (size, rate) = (config.hidden_size, CROSS_DOWNSAMPLE_RATE);
         let norm = || LayerNorm::new(size, config.layer_norm_eps, dtype, device);
         let activation = config.hidden_act.into();
         Ok(Self {

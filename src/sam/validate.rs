@@ -1,6 +1,7 @@
 //! What no SAM can be: sizes, ratios and parts that contradict each other are refused before anything is allocated, each
 //! by its name in `config.json`, its value and what it should be.
 
+use super::transformer::CROSS_DOWNSAMPLE_RATE;
 use super::{SamConfig, SamVisionConfig};
 use crate::{Error, Result};
 use candle_core::DType;
@@ -26,7 +27,7 @@ impl SamVisionConfig {
         require_sizes([
             (field!(vision_config.hidden_size of self), 1),
             (field!(vision_config.output_channels of self), 1),
-            (field!(vision_config.num_hidden_layers of self), 1),
+            (field!(vision_config.num_hidden_layers of self), 0),
             (field!(vision_config.num_attention_heads of self), 1),
             (field!(vision_config.num_channels of self), 1),
             (field!(vision_config.image_size of self), 1),
@@ -34,13 +35,16 @@ impl SamVisionConfig {
             (("vision_config.mlp_dim", self.mlp_dim()), 1),
             (field!(vision_config.window_size of self), 0),
         ])?;
-        require_multiples([
-            (
-                field!(vision_config.hidden_size of self),
-                ("num_attention_heads", self.num_attention_heads),
-            ),
-            (field!(vision_config.image_size of self), ("patch_size", self.patch_size)),
-        ])?;
+        require_multiples([(
+            field!(vision_config.hidden_size of self),
+            ("num_attention_heads", self.num_attention_heads),
+        )])?;
+        require(self.grid_size() > 0, || {
+            format!(
+                "vision_config.image_size is {}, less than a patch of {}",
+                self.image_size, self.patch_size
+            )
+        })?;
         require_epsilons([field!(vision_config.layer_norm_eps of self)])?;
         let (name, dropout) = field!(vision_config.attention_dropout of self);
         require((0.0..1.0).contains(&dropout), || {
@@ -71,7 +75,13 @@ impl SamConfig {
         let (v, p, d) =
             (&self.vision_config, &self.prompt_encoder_config, &self.mask_decoder_config);
         if let Some(Value::String(kind)) = self.extra.get("model_type") {
-            require(kind == "sam", || format!("model_type is {kind:?}, expected \"sam\""))?;
+            let missing = match kind == SamVisionConfig::MODEL_TYPE {
+                true => ": an image encoder alone, without the prompt encoder and the mask decoder that masks need",
+                false => "",
+            };
+            require(kind == "sam", || {
+                format!("model_type is {kind:?}, expected \"sam\"{missing}")
+            })?;
         }
         v.validate()?;
         require_sizes([
@@ -80,22 +90,26 @@ impl SamConfig {
             (field!(prompt_encoder_config.mask_input_channels of p), 4),
             (field!(prompt_encoder_config.num_point_embeddings of p), 4),
             (field!(mask_decoder_config.mlp_dim of d), 1),
-            (field!(mask_decoder_config.num_hidden_layers of d), 1),
+            (field!(mask_decoder_config.hidden_size of d), 8),
+            (field!(mask_decoder_config.num_hidden_layers of d), 0),
             (field!(mask_decoder_config.num_attention_heads of d), 1),
             (field!(mask_decoder_config.attention_downsample_rate of d), 1),
             (field!(mask_decoder_config.num_multimask_outputs of d), 1),
-            (field!(mask_decoder_config.iou_head_depth of d), 2),
+            (field!(mask_decoder_config.iou_head_depth of d), 0),
             (field!(mask_decoder_config.iou_head_hidden_dim of d), 1),
         ])?;
-        let heads = d.num_attention_heads * d.attention_downsample_rate;
-        require_multiples([
-            (field!(prompt_encoder_config.mask_input_channels of p), ("the", 4)),
-            (field!(mask_decoder_config.hidden_size of d), ("the", 8)),
-            (
-                field!(mask_decoder_config.hidden_size of d),
-                ("num_attention_heads * attention_downsample_rate", heads),
-            ),
-        ])?;
+        let (name, channels) = field!(prompt_encoder_config.mask_input_channels of p);
+        require_multiples([((name, channels), ("the", 4))])?;
+        for rate in [1, CROSS_DOWNSAMPLE_RATE, d.attention_downsample_rate] {
+            let (inner, heads) = (d.hidden_size / rate, d.num_attention_heads);
+            require(inner > 0 && inner.is_multiple_of(heads), || {
+                format!(
+                    "mask_decoder_config.hidden_size is {}, and an attention works on 1/{rate} of it: {inner} \
+                     channels, expected a multiple of num_attention_heads {heads}",
+                    d.hidden_size
+                )
+            })?;
+        }
         let width = field!(vision_config.output_channels of v);
         let positions = ("2 * vision_config.num_pos_feats", 2 * v.num_pos_feats);
         require_equal([

@@ -6,7 +6,7 @@ use super::coco::{self, CocoImage};
 use super::labels::{layered, layers_of, read_labels, Instance, LabelImage};
 use super::rle;
 use super::Draws;
-use crate::sam::read_image;
+use crate::sam::{convert_to_rgb, is_transparent, read_image};
 use crate::{Error, Result};
 use image::{imageops, RgbImage};
 use std::collections::BTreeMap;
@@ -21,8 +21,10 @@ const ENDINGS: [&str; 11] =
 pub struct Sample {
     /// The stem of both files; of COCO's, the file's name within its folder without its ending.
     pub name: String,
-    /// The image.
+    /// The image; transparent pixels are laid on white.
     pub image: RgbImage,
+    /// Whether the file has transparent pixels.
+    pub transparent: bool,
     /// The masks, of the image's size: one, or several where objects overlap.
     pub layers: Vec<LabelImage>,
     /// At least one.
@@ -47,6 +49,7 @@ pub struct Dataset {
 struct Pair {
     name: String,
     image: PathBuf,
+    transparent: bool,
     truth: Truth,
 }
 
@@ -73,14 +76,16 @@ impl Dataset {
                     format!("has no mask: {} has no file of this stem", masks.display()),
                 )
             })?;
-            pairs.push(Pair { name, image, truth: Truth::Mask(mask) });
+            pairs.push(Pair { name, image, transparent: false, truth: Truth::Mask(mask) });
         }
         if let Some(mask) = mask_files.values().next() {
             let message = format!("has no image: {} has no file of this stem", images.display());
             return Err(Error::file(mask, message));
         }
-        let dataset = Self { pairs, min_area };
-        (0..dataset.len()).try_for_each(|index| dataset.load(index).map(drop))?;
+        let mut dataset = Self { pairs, min_area };
+        for index in 0..dataset.len() {
+            dataset.pairs[index].transparent = dataset.load(index)?.transparent;
+        }
         Ok(dataset)
     }
 
@@ -104,11 +109,13 @@ impl Dataset {
                     format!("two images are called {name}: {other} and {}", coco.file_name);
                 return Err(Error::file(annotations, message));
             }
-            dataset.pairs.push(Pair { name, image, truth: Truth::Coco(coco) });
+            dataset.pairs.push(Pair { name, image, transparent: false, truth: Truth::Coco(coco) });
         }
         let mut large = vec![];
         for index in 0..dataset.len() {
-            large.push(!dataset.read(index)?.instances.is_empty());
+            let sample = dataset.read(index)?;
+            dataset.pairs[index].transparent = sample.transparent;
+            large.push(!sample.instances.is_empty());
         }
         let mut large = large.into_iter();
         dataset.pairs.retain(|_| large.next().unwrap_or(false));
@@ -122,6 +129,11 @@ impl Dataset {
     /// How many pairs there are, at least one.
     pub fn len(&self) -> usize {
         self.pairs.len()
+    }
+
+    /// The number of images with transparent pixels, which are laid on white.
+    pub fn transparent(&self) -> usize {
+        self.pairs.iter().filter(|pair| pair.transparent).count()
     }
 
     /// Never, of a dataset that was opened.
@@ -195,7 +207,9 @@ impl Dataset {
         let pair = self.pairs.get(index).ok_or_else(|| {
             Error::config(format!("there are {} images, and none at {index}", self.len()))
         })?;
-        let image = read_image(&pair.image)?.to_rgb8();
+        let image = read_image(&pair.image)?;
+        let transparent = is_transparent(&image);
+        let image = convert_to_rgb(&image).map_err(|e| Error::file(&pair.image, e.to_string()))?;
         let (width, height) = image.dimensions();
         let layers = match &pair.truth {
             Truth::Mask(mask) => {
@@ -225,7 +239,7 @@ impl Dataset {
             }
         };
         let instances = layered(&layers, self.min_area);
-        Ok(Sample { name: pair.name.clone(), image, layers, instances })
+        Ok(Sample { name: pair.name.clone(), image, transparent, layers, instances })
     }
 
     /// The objects that are large enough, as masks of rows, drawn one after another.
@@ -303,7 +317,7 @@ impl Symmetry {
         // Turning keeps the areas, so the smallest kept one admits exactly those kept before.
         let min_area = sample.instances.iter().map(|i| i.area).min().unwrap_or(1);
         let instances = layered(&layers, min_area);
-        Sample { name: sample.name, image, layers, instances }
+        Sample { image, layers, instances, ..sample }
     }
 
     fn turn<P: image::Pixel + 'static>(

@@ -38,6 +38,40 @@ pub fn layer_norm(dims: &[usize]) -> Op<'static> {
     }
 }
 
+/// An activation in f64, by its definition.
+pub fn activated(activation: Activation, x: f64) -> f64 {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    match activation {
+        Activation::None => x,
+        Activation::Gelu => reference::gelu(x),
+        Activation::Relu => x.max(0.0),
+        Activation::GeluTanh => {
+            let inner = std::f64::consts::FRAC_2_PI.sqrt() * (x + 0.044715 * x.powi(3));
+            0.5 * x * (1.0 + inner.tanh())
+        }
+        Activation::GeluClipped => reference::gelu(x).clamp(-10.0, 10.0),
+        Activation::QuickGelu => x * sigmoid(1.702 * x),
+        Activation::Silu => x * sigmoid(x),
+        Activation::Mish => x * x.exp().ln_1p().tanh(),
+        Activation::Hardswish => x * (x + 3.0).clamp(0.0, 6.0) / 6.0,
+        Activation::LeakyRelu => x.max(0.0) + 0.01 * x.min(0.0),
+        Activation::ReluSquared => x.max(0.0).powi(2),
+        Activation::Relu6 => x.clamp(0.0, 6.0),
+        Activation::Sigmoid => sigmoid(x),
+        Activation::Tanh => x.tanh(),
+        Activation::Laplace => {
+            // (1 + erf(z)) / 2 is gelu(t) / t at t = z sqrt 2.
+            #[allow(clippy::approx_constant)]
+            let t = (x - 0.707107) / 0.282095;
+            if t == 0.0 {
+                0.5
+            } else {
+                reference::gelu(t) / t
+            }
+        }
+    }
+}
+
 /// Inputs: x, bias, A, B, lora bias, residual.
 pub fn lora_linear(
     rows: usize,
@@ -82,11 +116,7 @@ pub fn lora_linear(
                 mask,
             };
             let y = reference::lora_linear(&v[0], &weight_values, Some(&v[1]), Some(&lora), in_dim);
-            let act = |y: f64| match activation {
-                Activation::None => y,
-                Activation::Gelu => reference::gelu(y),
-                Activation::Relu => y.max(0.0),
-            };
+            let act = |y: f64| activated(activation, y);
             y.into_iter().zip(&v[5]).map(|(y, residual)| act(y) + residual).collect()
         }),
     }
@@ -312,6 +342,8 @@ pub fn all() -> Vec<Op<'static>> {
         lora_linear(3, (5, 7), 2, Activation::None, None),
         lora_linear(3, (8, 6), 3, Activation::Gelu, Some(DROPOUT)),
         lora_linear(2, (4, 5), 1, Activation::Relu, None),
+        lora_linear(2, (5, 4), 1, Activation::GeluTanh, Some(DROPOUT)),
+        lora_linear(3, (4, 3), 1, Activation::Silu, None),
         lora_linear(300, (3, 2), 5, Activation::Gelu, Some(DROPOUT)),
         lora_qkv(5, 6, (2, 3)),
         lora_qkv(1, 1, (1, 4)),

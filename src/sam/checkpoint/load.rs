@@ -40,9 +40,9 @@ const FOREIGN: [&str; 4] =
 ///
 /// Reads Hugging Face's and the original naming, also below a prefix such as `model.`; f32, f16, bf16 and f64, cast to
 /// the model's dtype; `qkv` fused or split, whichever way the model has it. An image encoder, prompt encoder or mask
-/// decoder alone takes its part of a whole SAM. Of SAMed's and micro-sam's files it takes all but the adapters.
-/// Parameters that are variables, or views of one, stay so with new values in place; adapters stay as they are, and must
-/// not be merged.
+/// decoder alone, bare or in a [`SamVisionModel`](crate::sam::SamVisionModel), takes its part of a whole SAM. From SAMed's
+/// and micro-sam's files it takes all but the adapters. Parameters that are variables, or views of one, stay so with new
+/// values in place; adapters stay as they are, and must not be merged.
 ///
 /// # Errors
 /// [`Error::Mismatch`] lists every missing, surplus and mis-shaped tensor. Other errors: a file that is unreadable
@@ -52,7 +52,7 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let source = Source::open(path.as_ref())?;
     let root = root(model);
     let targets = targets(model, root)?;
-    let (mut available, twin) = hugging_face_names(&source, root)?;
+    let (mut available, twin) = hugging_face_names(&source, only_part(&targets))?;
     available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
     let plan = plan(&source, &targets, &available)?;
     if let (Some(inner), Some(outer)) = (&twin, available.get(SHARED_EMBEDDING)) {
@@ -156,11 +156,18 @@ fn unwrapped(name: &str) -> String {
     WRAPPED.iter().fold(name.to_string(), |name, (wrapped, plain)| name.replace(wrapped, plain))
 }
 
-/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`; and the second of the
-/// two that may hold the position features, if both are there.
+/// The part of a SAM, as `vision_encoder`, that all names of a model begin with, if there is one.
+fn only_part(targets: &BTreeMap<String, Target>) -> Option<&str> {
+    let mut parts = targets.keys().filter_map(|name| Some(name.split_once('.')?.0));
+    let first = parts.next()?;
+    parts.all(|part| part == first).then_some(first)
+}
+
+/// The file's tensors by Hugging Face name, of a model that is one `part` of a SAM those of this part; and the second of
+/// the two that may hold the position features, if both are there.
 fn hugging_face_names(
     source: &Source,
-    root: &str,
+    part_of_sam: Option<&str>,
 ) -> Result<(BTreeMap<String, String>, Option<String>)> {
     let all = source.names();
     let Layout { prefix, part } = layout(&all);
@@ -174,7 +181,7 @@ fn hugging_face_names(
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let mut names: BTreeMap<String, String> = BTreeMap::new();
     for (name, in_file) in to_hugging_face(&inside).into_iter().zip(in_file) {
-        if !root.is_empty() && !name.starts_with(&format!("{root}.")) {
+        if part_of_sam.is_some_and(|part| name.split('.').next() != Some(part)) {
             continue;
         }
         if let Some(twin) = names.insert(name.clone(), in_file.to_string()) {

@@ -8,6 +8,7 @@ use crate::ops::{
     composed, projection, rel_pos_attention, Activation, Lora, Projection, RelPosAttention,
 };
 use crate::philox::{philox4x32, Dropout};
+use crate::problem::Activation as Fused;
 use candle_core::{bail, DType, Device, Result, Tensor, Var};
 
 /// Blocks of the kernels whose blocks take turns at their work.
@@ -267,18 +268,18 @@ impl Problem {
                 match by {
                     By::Composed => composed::lora_qkv(&t[0], &parts),
                     By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &parts, Activation::None, None, whose)
+                        projection::by_kernels(&t[0], &parts, Fused::Identity, None, whose)
                     }
                 }
             }
             Self::Gelu { .. } => {
                 let lora = lora(&t[2], &t[3], None);
                 let part = Projection { weight: &frozen[0], bias: Some(&t[1]), lora };
-                let (gelu, residual) = (Activation::Gelu, Some(&frozen[1]));
+                let residual = Some(&frozen[1]);
                 match by {
-                    By::Composed => composed::lora_linear(&t[0], &part, gelu, residual),
+                    By::Composed => composed::lora_linear(&t[0], &part, Activation::Gelu, residual),
                     By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &[part], gelu, residual, whose)
+                        projection::by_kernels(&t[0], &[part], Fused::Gelu, residual, whose)
                     }
                 }
             }

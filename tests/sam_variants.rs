@@ -1,0 +1,275 @@
+//! Configurations that no published SAM has, against transformers in f64 (tests/fixtures/gen/variants.py): activations,
+//! downsampling rates, missing layers, an image that is no whole number of patches, image encoders alone.
+
+#[path = "common/model.rs"]
+mod common;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_sam_lora::files::{read_tensors, write_tensors};
+use candle_sam_lora::lora::load_adapter;
+use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
+use candle_sam_lora::sam::{checkpoint, model_type, AttentionKind, SamConfig, SamInput, SamModel};
+use candle_sam_lora::sam::{SamVisionConfig, SamVisionModel};
+use common::{error_relative_to, fixtures, largest, lookup, Tensors, Worst};
+use std::path::{Path, PathBuf};
+
+const VARIANTS: [&str; 4] = ["rate_4", "rate_1", "bare", "no_layers"];
+const KINDS: [AttentionKind; 2] = [AttentionKind::Fused, AttentionKind::Split];
+/// As in tests/sam_model.rs, for values and for gradients.
+const TOLERANCE: f64 = 5.4e-6;
+const GRADIENT_TOLERANCE: f64 = 7.6e-6;
+
+fn folder(name: &str) -> PathBuf {
+    fixtures().join("variants").join(name)
+}
+
+fn read(path: impl AsRef<Path>) -> Result<Tensors> {
+    Ok(read_tensors(path.as_ref(), &Device::Cpu)?)
+}
+
+fn load(name: &str, kind: AttentionKind, dtype: DType) -> Result<(SamConfig, SamModel)> {
+    let config = SamConfig::from_file(folder(name).join("config.json"))?;
+    let mut model = SamModel::new(&config, kind, dtype, &Device::Cpu)?;
+    checkpoint::load(&mut model, folder(name))?;
+    Ok((config, model))
+}
+
+fn input(io: &Tensors) -> SamInput {
+    let tensor = |name: &str| io.get(&format!("all/{name}")).cloned();
+    SamInput {
+        pixel_values: tensor("pixel_values"),
+        input_points: tensor("input_points"),
+        input_labels: tensor("input_labels"),
+        input_boxes: tensor("input_boxes"),
+        input_masks: tensor("input_masks"),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn outputs_equal_transformers() -> Result<()> {
+    let mut worst = Worst::default();
+    for (name, kind) in VARIANTS.iter().flat_map(|name| KINDS.map(|kind| (name, kind))) {
+        let io = read(folder(name).join("io.safetensors"))?;
+        let (_, model) = load(name, kind, DType::F32)?;
+        let out = model.forward(&input(&io), Mode::Eval)?;
+        let embeddings = model.vision_encoder.forward(&io["all/pixel_values"], Mode::Eval)?;
+        for (what, got) in [
+            ("pred_masks", &out.pred_masks),
+            ("iou_scores", &out.iou_scores),
+            ("image_embeddings", &embeddings),
+        ] {
+            worst.compare(&format!("{name} {what}"), got, &io[&format!("all/{what}")])?;
+        }
+    }
+    worst.assert_within(TOLERANCE);
+    Ok(())
+}
+
+#[test]
+fn gradients_equal_transformers() -> Result<()> {
+    let mut worst = Worst::default();
+    // Trainable matrices and frozen ones go different ways through the operations.
+    for (name, matrices) in VARIANTS.iter().flat_map(|name| [(name, true), (name, false)]) {
+        let io = read(folder(name).join("io.safetensors"))?;
+        let expected: Tensors = io
+            .iter()
+            .filter_map(|(name, t)| Some((name.strip_prefix("all/grad/")?.to_string(), t.clone())))
+            .collect();
+        let (_, mut model) = load(name, AttentionKind::Split, DType::F32)?;
+        set_trainable(&mut model, &mut |name| matrices || name.ends_with("bias"))?;
+        let out = model.forward(&input(&io), Mode::Eval)?;
+        let loss = (out.pred_masks * &io["all/G_pred_masks"])?.sum_all()?
+            + (out.iou_scores * &io["all/G_iou_scores"])?.sum_all()?;
+        let gradients = loss?.backward()?;
+        let mut compared = 0;
+        for (parameter_name, parameter) in named_parameters(&model) {
+            // What takes no part has no gradient there, or zeros.
+            let Ok(want) = lookup(&expected, &parameter_name) else { continue };
+            if !parameter.is_variable() || largest(&want)? == 0.0 {
+                continue;
+            }
+            // A bias of all keys shifts every score of a row alike: its gradient is zero but for rounding.
+            let queries = parameter_name.replace("k_proj.bias", "q_proj.bias");
+            let scale = lookup(&expected, &queries.replace(".k.bias", ".q.bias"))?;
+            let got = gradients.get(&parameter).with_context(|| parameter_name.clone())?;
+            let error = error_relative_to(&scale, got, &want)?;
+            let part = parameter_name.split('.').next().unwrap_or_default();
+            worst.add(&format!("{name} {part}"), error);
+            compared += 1;
+        }
+        ensure!(compared > if matrices { 40 } else { 15 }, "{name}: {compared} compared");
+    }
+    worst.assert_within(GRADIENT_TOLERANCE);
+    Ok(())
+}
+
+/// At most twice as far from the truth as transformers in the same dtype.
+#[test]
+fn half_precision_follows_f32() -> Result<()> {
+    for (name, dtype) in VARIANTS.iter().flat_map(|name| [(name, DType::F16), (name, DType::BF16)])
+    {
+        let io = read(folder(name).join("io.safetensors"))?;
+        let (_, model) = load(name, AttentionKind::Split, dtype)?;
+        let masks = model.forward(&input(&io), Mode::Eval)?.pred_masks;
+        let error = common::relative_error(&masks, &io["all/pred_masks"])?;
+        let theirs = if dtype == DType::F16 { "error_float16" } else { "error_bfloat16" };
+        let theirs = largest(&io[&format!("all/{theirs}")])?;
+        println!("{name} {dtype:?}: {error:.2e}, transformers {theirs:.2e}");
+        ensure!(error <= 2.0 * theirs, "{name} {dtype:?}: {error:.3e}, transformers {theirs:.3e}");
+    }
+    Ok(())
+}
+
+/// The other way: what is written here has the tensors and the settings of what transformers wrote.
+#[test]
+fn saved_models_are_those_transformers_wrote() -> Result<()> {
+    for name in VARIANTS {
+        let here = tempfile::tempdir()?;
+        let (config, model) = load(name, AttentionKind::Split, DType::F32)?;
+        checkpoint::save_pretrained(&model, &config, here.path())?;
+        let (ours, theirs) = (
+            read(here.path().join("model.safetensors"))?,
+            read(folder(name).join("model.safetensors"))?,
+        );
+        ensure!(ours.keys().eq(theirs.keys()), "{name}: other tensors");
+        for (tensor, value) in &theirs {
+            ensure!(ours[tensor].dims() == value.dims(), "{name}: {tensor} {:?}", ours[tensor]);
+            ensure!(largest(&(&ours[tensor] - value)?)? == 0.0, "{name}: {tensor} differs");
+        }
+        let json = |folder: &Path| -> Result<serde_json::Value> {
+            Ok(serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?)
+        };
+        ensure!(json(here.path())? == json(&folder(name))?, "{name}: another config.json");
+    }
+    Ok(())
+}
+
+fn vision_model(path: &Path, kind: AttentionKind, dtype: DType) -> Result<SamVisionModel> {
+    let config = SamVisionConfig::from_file(path.join("config.json"))?;
+    let mut model = SamVisionModel::new(&config, kind, dtype, &Device::Cpu)?;
+    checkpoint::load(&mut model, path)?;
+    Ok(model)
+}
+
+#[test]
+fn an_encoder_alone_equals_transformers() -> Result<()> {
+    let (vision, mut worst) = (folder("vision"), Worst::default());
+    ensure!(model_type(vision.join("config.json"))? == SamVisionConfig::MODEL_TYPE, "model_type");
+    let io = read(vision.join("io.safetensors"))?;
+    for kind in KINDS {
+        let model = vision_model(&vision, kind, DType::F32)?;
+        let pixels = &io["base/pixel_values"];
+        let out = model.vision_encoder.forward_with_states(pixels, false, Mode::Eval)?;
+        worst.compare("embeddings", &out.image_embeddings, &io["base/image_embeddings"])?;
+        ensure!(out.hidden_states.len() == 3, "{} states", out.hidden_states.len());
+        for (i, state) in out.hidden_states.iter().enumerate() {
+            worst.compare("states", state, &io[&format!("base/hidden_states.{i}")])?;
+        }
+        let forward = model.forward(pixels, Mode::Eval)?;
+        worst.compare("forward", &forward, &io["base/image_embeddings"])?;
+    }
+    worst.assert_within(TOLERANCE);
+    Ok(())
+}
+
+#[test]
+fn adapters_on_an_encoder_alone_equal_peft() -> Result<()> {
+    let (vision, mut worst) = (folder("vision"), Worst::default());
+    let io = read(vision.join("io.safetensors"))?;
+    for (name, kind) in
+        [("adapter_fused", AttentionKind::Fused), ("adapter_split", AttentionKind::Split)]
+    {
+        let mut model = vision_model(&vision, kind, DType::F32)?;
+        load_adapter(&mut model, &vision.join(name))?;
+        let embeddings = model.forward(&io["base/pixel_values"], Mode::Eval)?;
+        worst.compare(name, &embeddings, &io[&format!("{name}/image_embeddings")])?;
+    }
+    worst.assert_within(TOLERANCE);
+    Ok(())
+}
+
+/// The files such a checkpoint comes in, made of the fixture models: bare names, shards, other dtypes, whole SAMs.
+#[test]
+fn an_encoder_alone_loads_from_every_kind_of_file() -> Result<()> {
+    let here = tempfile::tempdir()?;
+    let path = here.path();
+    for name in ["tiny", "slim", "plain"] {
+        let whole = common::model(name, AttentionKind::Split, DType::F32)?;
+        let pixels = common::read(name, "io.safetensors")?["encoder/pixel_values"].clone();
+        let expected = whole.vision_encoder.forward(&pixels, Mode::Eval)?;
+        let config = std::fs::read(common::folder(name).join("config.json"))?;
+        let config: serde_json::Value = serde_json::from_slice(&config)?;
+        let mut vision = config["vision_config"].clone();
+        vision["model_type"] = SamVisionConfig::MODEL_TYPE.into();
+        std::fs::write(path.join("config.json"), vision.to_string())?;
+        let all = common::read(name, "model.safetensors")?;
+        let part: Tensors =
+            all.iter().filter(|(name, _)| name.starts_with("vision_encoder.")).map(own).collect();
+        let bare: Tensors = part
+            .iter()
+            .map(|(name, t)| (name["vision_encoder.".len()..].into(), t.clone()))
+            .collect();
+        let below: Tensors =
+            part.iter().map(|(name, t)| (format!("sam.{name}"), t.clone())).collect();
+        let check = |what: &str, dtype: DType, tolerance: f64| -> Result<()> {
+            let model = vision_model(path, AttentionKind::Split, dtype)?;
+            let error = common::relative_error(&model.forward(&pixels, Mode::Eval)?, &expected)?;
+            ensure!(error <= tolerance, "{name}, {what}: {error:e}");
+            Ok(())
+        };
+        for (what, tensors) in
+            [("prefix", &part), ("bare", &bare), ("below", &below), ("whole", &all)]
+        {
+            write_tensors(&path.join("model.safetensors"), tensors)?;
+            check(what, DType::F32, 0.0)?;
+        }
+        for (dtype, tolerance) in [(DType::F16, 0.01), (DType::BF16, 0.1), (DType::F64, 0.0)] {
+            let cast = |(name, t): (&String, &Tensor)| Ok((name.clone(), t.to_dtype(dtype)?));
+            let cast = part.iter().map(cast).collect::<Result<Tensors>>()?;
+            write_tensors(&path.join("model.safetensors"), &cast)?;
+            check(&format!("{dtype:?}"), DType::F32, tolerance)?;
+        }
+        std::fs::remove_file(path.join("model.safetensors"))?;
+        let (first, second): (Tensors, Tensors) =
+            bare.iter().map(own).partition(|(name, _)| name.as_str() < "layers.1");
+        let mut index = serde_json::Map::new();
+        for (file, tensors) in [("1.safetensors", first), ("2.safetensors", second)] {
+            write_tensors(&path.join(file), &tensors)?;
+            index.extend(tensors.keys().map(|name| (name.clone(), file.into())));
+        }
+        let index = serde_json::json!({"metadata": {}, "weight_map": index}).to_string();
+        let index_path = path.join("model.safetensors.index.json");
+        std::fs::write(&index_path, index)?;
+        check("shards", DType::F32, 0.0)?;
+        check("shards in bf16", DType::BF16, 0.1)?;
+        std::fs::remove_file(index_path)?;
+    }
+    Ok(())
+}
+
+fn own((name, tensor): (&String, &Tensor)) -> (String, Tensor) {
+    (name.clone(), tensor.clone())
+}
+
+#[test]
+fn a_whole_sam_is_not_made_of_an_encoder_alone() -> Result<()> {
+    let config = folder("vision").join("config.json");
+    let message = SamConfig::from_file(&config).map(drop).unwrap_err().to_string();
+    for word in
+        ["config.json", "sam_vision_model", "without the prompt encoder and the mask decoder"]
+    {
+        ensure!(message.contains(word), "{message}");
+    }
+    // An encoder's weights under a whole SAM's configuration.
+    let (_, mut model) = load("rate_4", AttentionKind::Fused, DType::F32)?;
+    let message = checkpoint::load(&mut model, folder("vision")).unwrap_err().to_string();
+    ensure!(message.contains("missing: mask_decoder.iou_token.weight"), "{message}");
+    let whole = SamVisionConfig::from_file(folder("rate_4").join("config.json"))?;
+    ensure!(
+        whole == load("rate_4", AttentionKind::Fused, DType::F32)?.0.vision_config,
+        "{whole:?}"
+    );
+    Ok(())
+}
