@@ -10,25 +10,31 @@
 //! | [`attention_layer`] | an encoder layer's attention alone, q, k and v to proj |
 //! | [`dora_linear`] | a linear with a DoRA adapter |
 //! | [`dropout`] | counter-based dropout |
+//! | [`scale_shift`], [`broadcast_add`], [`repeat`] | a small tensor applied to all of a large one |
 //!
 //! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output.
 //! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
 //! It is what the fused ones are tested against, and what runs where they do not apply.
 
+mod broadcast;
 mod chain;
 mod check;
 pub mod composed;
+mod computed;
 mod custom;
 mod dora;
 mod dropout;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod layer_norm;
+mod product;
 mod projection;
 mod rel_pos_attention;
 mod resize;
 
+pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};
+pub(crate) use computed::{storage_of, with_backward};
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 pub use layer_norm::layer_norm;

@@ -13,7 +13,7 @@
 use super::SamMaskDecoderConfig;
 use crate::module_tree;
 use crate::nn::{LayerNorm, Linear, MlpBlock, Mode};
-use crate::ops::Activation;
+use crate::ops::{self, Activation};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 
 /// Epsilon of the final norm: torch's default, where all others have the configuration's.
@@ -156,7 +156,7 @@ impl SamTwoWayAttentionBlock {
         };
         let queries = self.layer_norm1.forward(&queries)?;
 
-        let placed_keys = keys.broadcast_add(key_positions)?;
+        let placed_keys = ops::broadcast_add(keys, key_positions)?;
         let placed = (&queries + query_positions)?;
         let to_image = &self.cross_attn_token_to_image;
         let queries = to_image.forward([&placed, &placed_keys, keys], Some(&queries), mode)?;
@@ -213,7 +213,7 @@ impl SamTwoWayTransformer {
             (queries, keys) = layer.forward(&queries, &keys, tokens, image_positions, mode)?;
         }
         let placed = (&queries + tokens)?;
-        let placed_keys = keys.broadcast_add(image_positions)?;
+        let placed_keys = ops::broadcast_add(&keys, image_positions)?;
         let attention = &self.final_attn_token_to_image;
         let queries = attention.forward([&placed, &placed_keys, &keys], Some(&queries), mode)?;
         Ok((self.layer_norm_final_attn.forward(&queries)?, keys))
