@@ -136,6 +136,15 @@ fn tables(p: &mut Parameters) -> Result<Forward> {
     }))
 }
 
+fn masks(p: &mut Parameters) -> Result<Forward> {
+    let weights = [p.trained("one", &[1, 1, 8])?, p.trained("three", &[1, 3, 8])?];
+    Ok(Box::new(move |x| {
+        let pixels = x.transpose(1, 2)?;
+        let masks = weights.iter().map(|weights| ops::matmul(weights, &pixels));
+        Tensor::cat(&masks.collect::<Result<Vec<_>>>()?, 1)
+    }))
+}
+
 fn prompts(p: &mut Parameters) -> Result<Forward> {
     let config = SamConfig::from_file(common::fixtures().join("models/tiny/config.json")).unwrap();
     let mut encoder = SamPromptEncoder::zeros(&config, p.dtype, &Device::Cpu)?;
@@ -189,7 +198,7 @@ fn attention(p: &mut Parameters, composed: bool) -> Result<Forward> {
 }
 
 /// What is built, under the generator's name, and the shape of x for so many rows.
-const CASES: [(&str, Build, fn(usize) -> Vec<usize>); 16] = [
+const CASES: [(&str, Build, fn(usize) -> Vec<usize>); 17] = [
     ("dora", |p| linear(p, &[("default", 4, true, false)], 0.0, true), |rows| vec![rows, 24]),
     (
         "dora_dropout",
@@ -218,6 +227,7 @@ const CASES: [(&str, Build, fn(usize) -> Vec<usize>); 16] = [
     ("conv_same", |p| conv(p, 3, 1, false), |rows| vec![1, 64, rows / 64, 6]),
     ("conv_transpose", conv_transpose, |rows| vec![1, 64, rows / 64, 6]),
     ("tables", tables, |rows| vec![rows / 16, 4, 4, 8]),
+    ("masks", masks, |rows| vec![1, rows, 8]),
     ("prompts", prompts, |rows| vec![rows, 3]),
     ("attention", |p| attention(p, false), |rows| vec![rows / 64, 8, 8, 16]),
     ("attention", |p| attention(p, true), |rows| vec![rows / 64, 8, 8, 16]),

@@ -102,7 +102,7 @@ impl LowRank {
         let bias = self.b_bias.as_ref().map(to_dtype).transpose()?;
         let mut b = to_dtype(&self.b)?;
         if let Some(g) = g {
-            b = g.unsqueeze(1)?.broadcast_mul(&b)?;
+            b = ops::scale_shift(&b, Some(&g.unsqueeze(1)?), None)?;
         }
         let s = linear(x, &to_dtype(&self.a)?, None)?;
         linear(&s, &b, bias.as_ref())? * self.scaling

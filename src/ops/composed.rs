@@ -5,7 +5,7 @@
 //! N x N weights. They are the oracle of the fused operations and the path for what those do not cover. What does not
 //! fit is an error of candle's, without the names that the fused operations give; the attention checks as they do.
 
-use super::product::product;
+use super::product::{matmul, product};
 use super::{broadcast_add, repeat, scale_shift};
 use super::{resize_linear, Activation, Projection, RelPosAttention};
 use candle_core::{bail, DType, Result, Tensor, D};
@@ -30,13 +30,13 @@ pub fn lora_linear(
     let in_dim = out_dims.pop().unwrap_or(1);
     out_dims.push(projection.weight.dim(0)?);
     let rows = x.reshape(((), in_dim))?;
-    let mut y = product(&rows, projection.weight, None, x.dtype())?;
+    let mut y = product(&rows, &projection.weight.t()?, None, x.dtype())?;
     if let Some(bias) = projection.bias {
         y = broadcast_add(&y, bias)?;
     }
     if let Some(lora) = &projection.lora {
-        let s = (product(&rows, lora.a, lora.dropout, lora.a.dtype())? * lora.scaling)?;
-        let mut low_rank = product(&s, lora.b, None, x.dtype())?;
+        let s = (product(&rows, &lora.a.t()?, lora.dropout, lora.a.dtype())? * lora.scaling)?;
+        let mut low_rank = product(&s, &lora.b.t()?, None, x.dtype())?;
         if let Some(bias) = lora.b_bias {
             low_rank = broadcast_add(&low_rank, &(bias * lora.scaling)?)?;
         }
@@ -74,7 +74,7 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
     let split = windows.reshape((count, tokens, 3, heads, dim))?.permute((2, 0, 3, 1, 4))?;
     let part = |i: usize| split.get(i)?.contiguous()?.reshape((count * heads, tokens, dim));
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
-    let mut scores = ((&q * config.softmax_scale)?).matmul(&k.transpose(1, 2)?)?;
+    let mut scores = matmul(&(&q * config.softmax_scale)?, &k.transpose(1, 2)?)?;
     if let Some((rel_pos_h, rel_pos_w)) = config.rel_pos {
         let grid = q.reshape((count * heads, side_h, side_w, dim))?;
         // rel_h[b, h, w, kh] = sum_d q[b, h, w, d] Rh[h, kh, d], one matrix product per query row.
@@ -82,14 +82,14 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
             let rows = grid.permute((1, 0, 2, 3))?.contiguous()?;
             let rows = rows.reshape((side_h, count * heads * side_w, dim))?;
             let r = relative_table(rel_pos_h, side_h)?;
-            let rel = rows.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+            let rel = matmul(&rows, &r.transpose(1, 2)?.contiguous()?)?;
             rel.reshape((side_h, count * heads, side_w, side_h))?.permute((1, 0, 2, 3))?
         };
         let rel_w = {
             let cols = grid.permute((2, 0, 1, 3))?.contiguous()?;
             let cols = cols.reshape((side_w, count * heads * side_h, dim))?;
             let r = relative_table(rel_pos_w, side_w)?;
-            let rel = cols.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+            let rel = matmul(&cols, &r.transpose(1, 2)?.contiguous()?)?;
             rel.reshape((side_w, count * heads, side_h, side_w))?.permute((1, 2, 0, 3))?
         };
         let grid = (count * heads, side_h, side_w, side_h, side_w);
@@ -103,8 +103,7 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
         Some(dropout) => super::dropout(&weights, dropout)?,
         None => weights.clone(),
     };
-    let out = dropped
-        .matmul(&v)?
+    let out = matmul(&dropped, &v)?
         .reshape((count, heads, side_h, side_w, dim))?
         .permute((0, 2, 3, 1, 4))?
         .reshape((count, side_h, side_w, heads * dim))?;

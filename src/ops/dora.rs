@@ -12,7 +12,7 @@
 //! Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024; `peft/tuners/lora/dora.py`.
 
 use super::product::product;
-use super::{check, lora_linear, Activation, Lora, Projection};
+use super::{check, lora_linear, scale_shift, Activation, Lora, Projection};
 use candle_core::{bail, DType, Result, Tensor, D};
 
 /// The row norms `|| W + scaling B A ||_2`, `[out]`, in f32 and without a gradient.
@@ -49,8 +49,9 @@ pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) 
     super::projection::validate(OP, x, projection)?;
     let norm = dora_weight_norm(weight, lora.a, lora.b, lora.scaling)?;
     let g = (magnitude.to_dtype(DType::F32)? / norm)?;
-    let rows_scaled =
-        |g: &Tensor, matrix: &Tensor| g.unsqueeze(1)?.broadcast_mul(&matrix.to_dtype(DType::F32)?);
+    let rows_scaled = |g: &Tensor, matrix: &Tensor| {
+        scale_shift(&matrix.to_dtype(DType::F32)?, Some(&g.unsqueeze(1)?), None)
+    };
     let b = rows_scaled(&g, lora.b)?;
     let adapted = Projection { lora: Some(Lora { b: &b, ..lora }), ..*projection };
     if lora.dropout.is_none() && x.device().is_cpu() {
@@ -61,7 +62,7 @@ pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) 
     }
     let (out_dim, in_dim) = weight.dims2()?;
     let weight = rows_scaled(&(g - 1.0)?, weight)?;
-    let more = product(&x.reshape(((), in_dim))?, &weight, lora.dropout, x.dtype())?;
+    let more = product(&x.reshape(((), in_dim))?, &weight.t()?, lora.dropout, x.dtype())?;
     let mut dims = x.dims().to_vec();
     dims[x.rank() - 1] = out_dim;
     // As the residual it meets the rest before that is rounded, which would swallow it where g is near one.

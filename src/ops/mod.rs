@@ -11,6 +11,7 @@
 //! | [`dora_linear`] | a linear with a DoRA adapter |
 //! | [`dropout`] | counter-based dropout |
 //! | [`scale_shift`], [`broadcast_add`], [`repeat`] | a small tensor applied to all of a large one |
+//! | [`matmul`] | candle's, summed in f32 |
 //!
 //! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output.
 //! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
@@ -38,6 +39,7 @@ pub(crate) use computed::{storage_of, with_backward};
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 pub use layer_norm::layer_norm;
+pub use product::matmul;
 pub use projection::{lora_linear, lora_qkv, Activation, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
 pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};

@@ -170,7 +170,7 @@ impl SamMaskDecoder {
         let weights = mlps
             .map(|(i, mlp)| mlp.forward(&tokens.narrow(1, 1 + i, 1)?, mode))
             .collect::<Result<Vec<_>>>()?;
-        let pred_masks = Tensor::cat(&weights, 1)?.matmul(&up.transpose(1, 2)?)?;
+        let pred_masks = ops::matmul(&Tensor::cat(&weights, 1)?, &up.transpose(1, 2)?)?;
         let iou = self.iou_prediction_head.forward(&tokens.narrow(1, 0, 1)?.squeeze(1)?, mode)?;
         Ok((
             pred_masks.reshape((batch, prompts, count, 4 * h, 4 * w))?,

@@ -75,9 +75,9 @@ impl SamAttention {
         let k = heads(self.k_proj.forward(k, mode)?)?;
         let v = heads(self.v_proj.forward(v, mode)?)?;
         let softmax_scale = (q.dim(D::Minus1)? as f64).powf(-0.5);
-        let scores = (q.matmul(&k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
+        let scores = (ops::matmul(&q, &k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
-        let out = weights.matmul(&v)?.transpose(1, 2)?.flatten_from(2)?;
+        let out = ops::matmul(&weights, &v)?.transpose(1, 2)?.flatten_from(2)?;
         self.out_proj.forward_fused(&out, Activation::None, residual, mode)
     }
 }
