@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::ops;
+use candle_sam_lora::ops::{self, Activation, Projection};
 use common::cases::{all, disguises, dora};
 use common::{error, gradients, random, tensor_error, values, Worst};
 
@@ -185,6 +185,40 @@ fn nan_is_not_swallowed() -> Result<()> {
             inputs[index] = (&inputs[index] * f64::NAN)?;
             let out = values(&(op.fused)(&inputs)?);
             assert!(out.iter().any(|x| x.is_nan()), "{} input {index}", op.name);
+        }
+    }
+    Ok(())
+}
+
+/// In f32 beside an input in 16 bits, parameters enter unrounded, and their gradients are f32 sums.
+#[test]
+fn parameters_in_f32_beside_16_bits_are_not_rounded() -> Result<()> {
+    type OnTensors = fn(&[Tensor]) -> Result<Tensor>;
+    let layer_norm: OnTensors = |t| ops::layer_norm(&t[0], &t[1], &t[2], 1e-6);
+    let linear: OnTensors = |t| {
+        let projection = Projection { weight: &t[1], bias: Some(&t[2]), lora: None };
+        ops::lora_linear(&t[0], &projection, Activation::None, None)
+    };
+    for (name, op, weight) in
+        [("layer_norm", layer_norm, vec![9]), ("lora_linear", linear, vec![7, 9])]
+    {
+        for (dtype, rounding) in [(DType::F16, 1.0 / 2048.0), (DType::BF16, 1.0 / 256.0)] {
+            let out_dim = weight[0];
+            let x = random(1, (130, 9)).to_dtype(dtype)?;
+            let mut inputs = vec![x, random(2, weight.as_slice()), random(3, out_dim)];
+            let grad_out = random(4, (130, out_dim)).to_dtype(dtype)?;
+            let (out, grads) = gradients(&inputs, &grad_out, op)?;
+            inputs[0] = inputs[0].to_dtype(DType::F32)?;
+            let (exact, truth) = gradients(&inputs, &grad_out.to_dtype(DType::F32)?, op)?;
+            assert_eq!(out.dtype(), dtype, "{name}");
+            let off = tensor_error(&out, &exact);
+            // A trained weight's product is rounded, and the sum with the bias.
+            assert!(off <= 2.0 * rounding, "{name} {dtype:?}: {off:e}");
+            for (index, (grad, truth)) in grads.iter().zip(&truth).enumerate().skip(1) {
+                assert_eq!(grad.dtype(), DType::F32, "{name} gradient {index}");
+                let off = tensor_error(grad, truth);
+                assert!(off <= 1e-5, "{name} {dtype:?} gradient {index}: {off:e}");
+            }
         }
     }
     Ok(())

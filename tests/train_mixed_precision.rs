@@ -2,14 +2,17 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{backprop::GradStore, DType, Device, Result, Tensor, Var};
 use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
-use candle_sam_lora::nn::{is_adapter_tensor, named_parameters, trainable, Mode};
+use candle_sam_lora::nn::{
+    is_adapter_tensor, named_parameters, trainable, Mode, ModuleTree, NodeMut,
+};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use common::adapters::{folder, run};
 use common::model::{self, Tensors};
+use common::Case;
 use std::collections::BTreeMap;
 
 /// As far from the truth as eager PyTorch in the same dtype, at most so many times.
@@ -44,6 +47,38 @@ fn adapted(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
     Ok(sam)
 }
 
+/// The image embeddings, and the gradients of a case's loss on its inputs.
+fn embeddings_and_gradients(
+    sam: &SamModel,
+    case: &Case,
+    inputs: &Tensors,
+    dtype: DType,
+) -> anyhow::Result<(Tensor, GradStore)> {
+    let rounded = |(name, tensor): (&String, &Tensor)| {
+        let value = match tensor.dtype() {
+            DType::F32 => tensor.to_dtype(DType::BF16)?.to_dtype(DType::F32)?,
+            _ => tensor.clone(),
+        };
+        Ok((name.clone(), value))
+    };
+    let weights = inputs.iter().map(rounded).collect::<Result<Tensors>>()?;
+    let mut inputs = weights.clone();
+    inputs.insert("pixel_values".to_string(), weights["pixel_values"].to_dtype(dtype)?);
+    let outputs = run(sam, &inputs, Mode::Train { seed: case.integer("seed") })?;
+    let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+    let reaches_decoder = case.tensors().keys().any(|name| name.contains("mask_decoder"));
+    for (name, output) in &outputs {
+        assert_eq!(output.dtype(), dtype);
+        let weight = match *name {
+            "image_embeddings" => &weights["G"],
+            _ if !reaches_decoder => continue,
+            name => &weights[&format!("G_{name}")],
+        };
+        loss = (loss + (output.to_dtype(DType::F32)? * weight)?.sum_all()?)?;
+    }
+    Ok((outputs["image_embeddings"].clone(), loss.backward()?))
+}
+
 #[test]
 fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
     let cases = common::cases("train/mixed_precision.safetensors");
@@ -59,30 +94,7 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
             let expected = if is_adapter_tensor(&name) { DType::F32 } else { dtype };
             assert_eq!(tensor.dtype(), expected, "{name}");
         }
-        let mut rounded = Tensors::new();
-        for (name, tensor) in &inputs {
-            let value = match tensor.dtype() {
-                DType::F32 => tensor.to_dtype(DType::BF16)?.to_dtype(DType::F32)?,
-                _ => tensor.clone(),
-            };
-            rounded.insert(name.clone(), value);
-        }
-        let weights = rounded.clone();
-        let pixels = rounded["pixel_values"].to_dtype(dtype)?;
-        rounded.insert("pixel_values".to_string(), pixels);
-        let outputs = run(&sam, &rounded, Mode::Train { seed: case.integer("seed") })?;
-        let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-        let reaches_decoder = case.tensors().keys().any(|name| name.contains("mask_decoder"));
-        for (name, output) in &outputs {
-            assert_eq!(output.dtype(), dtype);
-            let weight = match *name {
-                "image_embeddings" => &weights["G"],
-                _ if !reaches_decoder => continue,
-                name => &weights[&format!("G_{name}")],
-            };
-            loss = (loss + (output.to_dtype(DType::F32)? * weight)?.sum_all()?)?;
-        }
-        let gradients = loss.backward()?;
+        let (embeddings, gradients) = embeddings_and_gradients(&sam, &case, &inputs, dtype)?;
 
         let parameters = trainable(&sam)?;
         let names: BTreeMap<_, _> = case
@@ -95,7 +107,7 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
                 ))
             })
             .collect();
-        let mut found = vec![("image_embeddings".to_string(), outputs["image_embeddings"].clone())];
+        let mut found = vec![("image_embeddings".to_string(), embeddings)];
         for (name, var) in &parameters {
             let Some(key) = names.get(name) else {
                 assert!(gradients.get(var).is_none(), "{}: {name}", case.name);
@@ -146,5 +158,41 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
         }
     }
     assert!(failures.is_empty(), "{} are too far off:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
+}
+
+/// A decoder that is saved with the adapter may be in f32 over an encoder in 16 bits.
+#[test]
+fn saved_modules_may_be_f32() -> anyhow::Result<()> {
+    let path = common::fixtures().join("adapters/inputs.safetensors");
+    let inputs = read_tensors(&path, &Device::Cpu)?;
+    for (name, dtype) in
+        [("save_decoder-bfloat16", DType::BF16), ("save_decoder-float16", DType::F16)]
+    {
+        let cases = common::cases("train/mixed_precision.safetensors");
+        let case = cases.iter().find(|case| case.name == name).expect("a case");
+        let mut sam = adapted("save_decoder", dtype)?;
+        sam.mask_decoder.visit_mut("", &mut |_, node| {
+            if let NodeMut::Parameter(tensor) = node {
+                *tensor = Var::from_tensor(&tensor.detach().to_dtype(DType::F32)?)?.into_inner();
+            }
+            Ok(())
+        })?;
+        let (_, gradients) = embeddings_and_gradients(&sam, case, &inputs, dtype)?;
+        let (mut ours, mut theirs) = (0.0, 0.0);
+        for (name, var) in trainable(&sam)? {
+            let key = format!("grad/base_model.model.{name}");
+            let Some(truth) = case.get(&key) else { continue };
+            let gradient = gradients.get(&var).cloned().map_or_else(|| var.zeros_like(), Ok)?;
+            assert_eq!(gradient.dtype(), DType::F32, "{name}");
+            ours += off(&gradient, &truth).powi(2);
+            theirs += case.of("off", &key).powi(2);
+        }
+        println!(
+            "{name}: {:.2} times PEFT's error with the decoder in 16 bits",
+            (ours / theirs).sqrt()
+        );
+        assert!(ours <= theirs, "{name}: {ours:e}, {theirs:e}");
+    }
     Ok(())
 }

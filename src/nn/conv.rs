@@ -154,7 +154,7 @@ fn overlapping(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
     if x.dtype() == DType::F32 || !x.track_op() {
         return neighbourhoods(x, kernel, stride);
     }
-    let value = ops::storage_of(&neighbourhoods(&x.detach(), kernel, stride)?)?;
+    let value = neighbourhoods(&x.detach(), kernel, stride)?;
     ops::with_backward("conv2d-columns", (x, None, None), value, move |[x, ..], grad| {
         // The columns are linear in x, so candle's gradient at any x in f32 is theirs.
         let origin = Var::zeros(x.shape(), DType::F32, x.device())?;

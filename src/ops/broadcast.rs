@@ -9,7 +9,7 @@
 //! beside an `x` in 16 bits.
 
 use super::check;
-use super::computed::{storage_of, with_backward};
+use super::computed::with_backward;
 use super::custom::{from_f32, vec_f32, with_f32};
 use crate::cpu::broadcast::{self, Spread};
 use candle_core::op::BackpropOp;
@@ -36,7 +36,7 @@ pub fn scale_shift(x: &Tensor, scale: Option<&Tensor>, shift: Option<&Tensor>) -
         let dx = match (x.track_op(), has_scale) {
             (false, _) => None,
             (true, false) => Some(grad.clone()),
-            (true, true) => Some(detached(scaled_and_shifted(grad, Some(scale), None)?)),
+            (true, true) => Some(scaled_and_shifted(grad, Some(scale), None)?),
         };
         let scale = (has_scale && scale.track_op()).then_some(scale);
         let shift = (has_shift && shift.track_op()).then_some(shift);
@@ -66,7 +66,7 @@ pub fn repeat(t: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     check::float(OP, "t", t)?;
     let shape = shape.into();
     spread(OP, shape.dims(), t)?;
-    let value = storage_of(&t.broadcast_as(shape)?)?;
+    let value = t.detach().broadcast_as(shape)?.contiguous()?;
     with_backward(OP, (t, None, None), value, |[t, ..], grad| {
         Ok((Some(sum_to(OP, grad, None, t)?), None, None))
     })
@@ -84,7 +84,7 @@ fn scaled_and_shifted(
     x: &Tensor,
     scale: Option<&Tensor>,
     shift: Option<&Tensor>,
-) -> Result<(Storage, Shape)> {
+) -> Result<Tensor> {
     const OP: &str = "scale-shift";
     if x.device().is_cpu() {
         let mut y = vec_f32(OP, x)?;
@@ -96,7 +96,11 @@ fn scaled_and_shifted(
             let (spread, shift) = (spread(OP, x.dims(), shift)?, vec_f32(OP, shift)?);
             broadcast::apply(&mut y, &shift, &spread, |y, shift| *y += shift);
         }
-        return Ok((Storage::Cpu(from_f32(OP, y, x.dtype())?), x.shape().clone()));
+        let storage = Storage::Cpu(from_f32(OP, y, x.dtype())?);
+        return Ok(Tensor::from_storage(storage, x.shape(), BackpropOp::none(), false));
+    }
+    if let (None, Some(shift)) = (scale, shift.filter(|shift| shift.dtype() == x.dtype())) {
+        return x.detach().broadcast_add(&shift.detach());
     }
     let wide = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
     let mut y = wide(x)?;
@@ -106,7 +110,7 @@ fn scaled_and_shifted(
     if let Some(shift) = shift {
         y = y.broadcast_add(&wide(shift)?)?;
     }
-    storage_of(&y.to_dtype(x.dtype())?)
+    y.to_dtype(x.dtype())
 }
 
 /// The sums of `values`, or of `values * factors`, for each element of `like`, in its shape and dtype.
@@ -139,8 +143,4 @@ fn sum_to(
         }
     };
     sums.to_dtype(like.dtype())
-}
-
-fn detached((storage, shape): (Storage, Shape)) -> Tensor {
-    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }

@@ -4,27 +4,27 @@ use super::Gradients;
 use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use std::sync::Mutex;
 
-/// A tensor's values as a storage of their own.
-pub(crate) fn storage_of(value: &Tensor) -> Result<(Storage, Shape)> {
-    let value = match value.layout().start_offset() {
-        0 => value.detach().contiguous()?,
-        _ => value.detach().force_contiguous()?,
-    };
-    let (storage, layout) = value.storage_and_layout();
-    Ok((storage.try_clone(layout)?, layout.shape().clone()))
-}
-
 /// `value` as a function of `inputs`, one to three; `backward` takes the inputs and the gradient of the value. An input
 /// that is not there reaches `backward` as a placeholder without a gradient.
 pub(crate) fn with_backward(
     name: &'static str,
     inputs: (&Tensor, Option<&Tensor>, Option<&Tensor>),
-    value: (Storage, Shape),
+    value: Tensor,
     backward: impl Fn([&Tensor; 3], &Tensor) -> Result<Gradients> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     let absent = inputs.0.detach();
     let (second, third) = (inputs.1.unwrap_or(&absent), inputs.2.unwrap_or(&absent));
-    let value = Mutex::new(Some(value));
+    if ![inputs.0, second, third].into_iter().any(Tensor::track_op) {
+        return Ok(value);
+    }
+    let value = match value.layout().start_offset() {
+        0 => value.contiguous()?,
+        _ => value.force_contiguous()?,
+    };
+    let value = {
+        let (storage, layout) = value.storage_and_layout();
+        Mutex::new(Some((storage.try_clone(layout)?, layout.shape().clone())))
+    };
     inputs.0.apply_op3(second, third, Computed { name, value, backward })
 }
 

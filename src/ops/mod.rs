@@ -35,7 +35,7 @@ mod resize;
 
 pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};
-pub(crate) use computed::{storage_of, with_backward};
+pub(crate) use computed::with_backward;
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 pub use layer_norm::layer_norm;

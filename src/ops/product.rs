@@ -6,7 +6,7 @@
 //! On the CPU candle's product in f16 rounds partial sums to f16. Here 16-bit operands are widened to f32 while a product
 //! runs; candle's graph keeps them as they are.
 
-use super::computed::{storage_of, with_backward};
+use super::computed::with_backward;
 use crate::philox::Dropout;
 use candle_core::{DType, Result, Tensor, D};
 
@@ -38,7 +38,7 @@ pub(super) fn product(
     let transposed = |tensor: Tensor| tensor.transpose(D::Minus2, D::Minus1);
     let value = drop(wide(a)?)?.matmul(&wide(b)?)?.to_dtype(dtype)?;
     let inputs = (a, Some(b), None);
-    with_backward("product", inputs, storage_of(&value)?, move |[a, b, _], grad| {
+    with_backward("product", inputs, value, move |[a, b, _], grad| {
         let grad = wide(grad)?;
         let da = || drop(grad.matmul(&transposed(wide(b)?)?)?)?.to_dtype(a.dtype());
         let db = || transposed(drop(wide(a)?)?)?.matmul(&grad)?.to_dtype(b.dtype());
