@@ -56,6 +56,7 @@ impl Parameters {
 
 type Forward = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 type Build = fn(&mut Parameters) -> Result<Forward>;
+type ShapeOfRows = fn(usize) -> Vec<usize>;
 
 const MODE: Mode = Mode::Train { seed: DROPOUT.1 };
 
@@ -198,7 +199,7 @@ fn attention(p: &mut Parameters, composed: bool) -> Result<Forward> {
 }
 
 /// What is built, under the generator's name, and the shape of x for so many rows.
-const CASES: [(&str, Build, fn(usize) -> Vec<usize>); 17] = [
+const CASES: [(&str, Build, ShapeOfRows); 17] = [
     ("dora", |p| linear(p, &[("default", 4, true, false)], 0.0, true), |rows| vec![rows, 24]),
     (
         "dora_dropout",

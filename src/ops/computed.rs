@@ -1,7 +1,8 @@
 //! A value that is computed already, as one node of candle's graph with a backward of its own.
 
 use super::Gradients;
-use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, MetalStorage, Result, Shape};
+use candle_core::{Storage, Tensor};
 use std::sync::Mutex;
 
 /// `value` as a function of `inputs`, one to three; `backward` takes the inputs and the gradient of the value. An input
@@ -67,18 +68,32 @@ where
         }
     }
 
-    #[cfg(feature = "cuda")]
     fn cuda_fwd(
         &self,
-        _: &candle_core::CudaStorage,
+        _: &CudaStorage,
         _: &Layout,
-        _: &candle_core::CudaStorage,
+        _: &CudaStorage,
         _: &Layout,
-        _: &candle_core::CudaStorage,
+        _: &CudaStorage,
         _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
+    ) -> Result<(CudaStorage, Shape)> {
         match self.take()? {
             (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            _ => bail!("{}: the value left the GPU", self.name),
+        }
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        match self.take()? {
+            (Storage::Metal(storage), shape) => Ok((storage, shape)),
             _ => bail!("{}: the value left the GPU", self.name),
         }
     }

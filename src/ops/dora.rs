@@ -5,7 +5,7 @@
 //! y = x W^T + b + (g - 1) * (drop(x) W^T) + g * scaling * drop(x) A^T B^T
 //!   = x W^T + b + drop(x) ((g - 1) W)^T + scaling * drop(x) A^T (g B)^T          (g W)_oi = g_o W_oi
 //! ```
-//! With `g` in the matrices its gradient is a sum over their rows, of gradients that are f32: dg_o = sum_i d(g W)_oi W_oi.
+//! `g` scales rows of the matrices, so its gradient comes from theirs, in f32: dg_o = sum_i d(g W)_oi W_oi + ...
 //! `g` itself is never rounded: in bf16 a magnitude within 0.4 % of the norm would have no effect. Without dropout
 //! `x (g W)^T` is all of the base product. The bias is not scaled by `g`.
 //!

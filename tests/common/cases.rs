@@ -342,7 +342,7 @@ pub fn all() -> Vec<Op<'static>> {
     ]
 }
 
-/// DoRA, whose gradient is not that of its reference.
+/// DoRA. Its norm has no gradient, so finite differences of the reference do not apply.
 pub fn dora() -> Vec<Op<'static>> {
     vec![dora_linear(5, (9, 6), 2, None), dora_linear(300, (8, 7), 3, Some(DROPOUT))]
 }
