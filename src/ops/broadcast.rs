@@ -18,12 +18,14 @@ use candle_core::{bail, DType, Device, Result, Shape, Storage, Tensor};
 /// `x * scale + shift` in the dtype of `x`; both broadcast to the shape of `x`.
 ///
 /// # Errors
+/// - `x` is empty;
 /// - `x`, `scale` or `shift` is not f32, f16 or bf16;
 /// - the tensors are on several devices;
 /// - `scale` or `shift` does not broadcast to the shape of `x`.
 pub fn scale_shift(x: &Tensor, scale: Option<&Tensor>, shift: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "scale-shift";
     check::float(OP, "x", x)?;
+    check::not_empty(OP, "x", x)?;
     for (name, tensor) in [("scale", scale), ("shift", shift)] {
         let Some(tensor) = tensor else { continue };
         check::float(OP, name, tensor)?;
@@ -59,6 +61,7 @@ pub fn broadcast_add(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
 /// `t` as often as `shape` asks for, as candle's `broadcast_as`, but in memory of its own.
 ///
 /// # Errors
+/// - `t` or `shape` is empty;
 /// - `t` is not f32, f16 or bf16;
 /// - `t` does not broadcast to `shape`.
 pub fn repeat(t: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
@@ -67,6 +70,7 @@ pub fn repeat(t: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
     spread(OP, shape.dims(), t)?;
     let value = t.detach().broadcast_as(shape)?.contiguous()?;
+    check::not_empty(OP, "the shape", &value)?;
     with_backward(OP, (t, None, None), value, |[t, ..], grad| {
         Ok((Some(sum_to(OP, grad, None, t)?), None, None))
     })
