@@ -56,6 +56,23 @@ fn layer_norm() {
 }
 
 #[test]
+fn broadcasts() {
+    let x = zeros(&[2, 4]);
+    for small in [&[3][..], &[4, 1], &[2, 2, 4]] {
+        let small = zeros(small);
+        let shape = format!("{:?}", small.dims());
+        let parts = ["does not broadcast", "[2, 4]", shape.as_str()];
+        fails(ops::scale_shift(&x, Some(&small), None), &parts);
+        fails(ops::broadcast_add(&x, &small), &parts);
+        fails(ops::repeat(&small, (2, 4)), &parts);
+    }
+    fails(ops::broadcast_add(&zeros(&[0, 4]), &zeros(&[4])), &["scale-shift", "empty", "[0, 4]"]);
+    fails(ops::repeat(&zeros(&[4]), (0, 4)), &["repeat", "empty", "[0, 4]"]);
+    let double = x.to_dtype(DType::F64).unwrap();
+    fails(ops::broadcast_add(&x, &double), &["scale-shift", "shift", "F64"]);
+}
+
+#[test]
 fn lora_linear() {
     let op = "lora-linear";
     let (x, weight, bias) = (zeros(&[3, 4]), zeros(&[5, 4]), zeros(&[5]));
@@ -181,6 +198,12 @@ proptest! {
         let others: Vec<Tensor> = others.into_iter().map(|dims| random(2, dims)).collect();
         if let Ok(y) = ops::layer_norm(&x, &others[0], &others[1], 1e-6) {
             prop_assert_eq!(y.dims(), x.dims());
+        }
+        let factor = candle_core::Var::from_tensor(&others[0]).unwrap();
+        if let Ok(y) = ops::scale_shift(&x, Some(&factor), Some(&others[1])) {
+            prop_assert_eq!(y.dims(), x.dims());
+            let gradients = y.backward().unwrap();
+            prop_assert_eq!(gradients.get(&factor).map(Tensor::dims), Some(factor.dims()));
         }
         let dropout = Some(Dropout { p, seed: 1, stream: 2 });
         let lora = Lora {

@@ -9,6 +9,7 @@ pub mod activation;
 pub mod attention;
 mod bf16;
 mod blocked;
+pub mod broadcast;
 pub mod buffer;
 mod head;
 pub mod layer_norm;

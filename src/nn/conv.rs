@@ -16,7 +16,7 @@ use super::tree::visit_layer;
 use super::{Adapters, LayerMut, Mode, ModuleTree, Node, NodeMut};
 use crate::module_tree;
 use crate::ops::{self, Activation, Projection};
-use candle_core::{bail, DType, Device, Result, Tensor, D};
+use candle_core::{bail, DType, Device, Result, Tensor, Var, D};
 
 /// A convolution over `[B, H, W, in]`, with kernel = stride or with an odd kernel padded by half of it.
 #[derive(Clone, Debug)]
@@ -99,6 +99,7 @@ impl Conv2d {
         let low_rank = self.adapters.low_rank(mode)?;
         // Where windows overlap an input is in several columns, and dropped in all or in none of them.
         let overlaps = self.weight.dim(2)? > self.stride;
+        let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
         let lora = match low_rank.as_slice() {
             [] => None,
             [part] if part.magnitude().is_none() && !(overlaps && part.drops()) => {
@@ -106,8 +107,8 @@ impl Conv2d {
             }
             parts => {
                 return in_turn(&base, parts, |dropout| match dropout {
-                    Some(dropout) if overlaps => self.columns(&ops::dropout(x, dropout)?),
-                    Some(dropout) => ops::dropout(&columns, dropout),
+                    Some(dropout) if overlaps => self.columns(&ops::dropout(&wide(x)?, dropout)?),
+                    Some(dropout) => ops::dropout(&wide(&columns)?, dropout),
                     None => Ok(columns.clone()),
                 })
             }
@@ -134,7 +135,7 @@ impl Conv2d {
         match (kernel, self.stride) {
             (1, 1) => Ok(x.clone()),
             (kernel, stride) if kernel == stride => patches(x, kernel),
-            (kernel, stride) => neighbourhoods(x, kernel, stride),
+            (kernel, stride) => overlapping(x, kernel, stride),
         }
     }
 }
@@ -146,6 +147,22 @@ fn patches(x: &Tensor, kernel: usize) -> Result<Tensor> {
     x.reshape(vec![batch, rows, kernel, cols, kernel, channels])?
         .permute(vec![0, 1, 3, 2, 4, 5])?
         .reshape((batch, rows, cols, kernel * kernel * channels))
+}
+
+/// [`neighbourhoods`], whose gradient adds up each input's places in f32.
+fn overlapping(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
+    if x.dtype() == DType::F32 || !x.track_op() {
+        return neighbourhoods(x, kernel, stride);
+    }
+    let value = neighbourhoods(&x.detach(), kernel, stride)?;
+    ops::with_backward("conv2d-columns", (x, None, None), value, move |[x, ..], grad| {
+        // The columns are linear in x, so candle's gradient at any x in f32 is theirs.
+        let origin = Var::zeros(x.shape(), DType::F32, x.device())?;
+        let columns = neighbourhoods(&origin, kernel, stride)?;
+        let gradients = (columns * grad.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
+        let dx = gradients.get(&origin).map(|dx| dx.to_dtype(x.dtype())).transpose()?;
+        Ok((dx, None, None))
+    })
 }
 
 /// The k x k neighbourhood of every position, or of one in each s x s, zero outside:
@@ -204,8 +221,10 @@ impl ConvTranspose2d {
         let (batch, h, w, _) = x.dims4()?;
         let taps = kernel * kernel;
         let weight = self.weight.permute((2, 3, 1, 0))?.reshape((taps * out_dim, in_dim))?;
-        let bias = self.bias.repeat(taps)?;
-        let projection = Projection { weight: &weight, bias: Some(&bias), lora: None };
+        // In f32, so that the sum over rows is rounded once, with that over the taps.
+        let bias = ops::repeat(&self.bias.to_dtype(DType::F32)?, (taps, out_dim))?;
+        let projection =
+            Projection { weight: &weight, bias: Some(&bias.flatten_all()?), lora: None };
         ops::lora_linear(x, &projection, activation, None)?
             .reshape(vec![batch, h, w, kernel, kernel, out_dim])?
             .permute(vec![0, 1, 3, 2, 4, 5])?

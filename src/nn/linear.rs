@@ -112,7 +112,7 @@ impl Linear {
                 ops::dora_linear(x, &Projection { lora: Some(part.lora()), ..base }, magnitude)?
             }
             None => in_turn(&base, &low_rank, |dropout| match dropout {
-                Some(dropout) => ops::dropout(x, dropout),
+                Some(dropout) => ops::dropout(&x.to_dtype(DType::F32)?, dropout),
                 None => Ok(x.clone()),
             })?,
         };

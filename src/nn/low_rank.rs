@@ -92,52 +92,51 @@ impl LowRank {
         self.dropout.is_some()
     }
 
-    /// `scaling (x A^T B^T + lora_bias)`, in the dtype of `x`, which is dropped already.
-    fn product(&self, x: &Tensor) -> Result<Tensor> {
+    /// `scaling (x A^T (g B)^T + lora_bias)` in f32, as `x` is, which is dropped already.
+    fn product(&self, x: &Tensor, g: Option<&Tensor>) -> Result<Tensor> {
         let linear = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
             let projection = Projection { weight, bias, lora: None };
             ops::lora_linear(x, &projection, Activation::None, None)
         };
         let to_dtype = |tensor: &Tensor| tensor.to_dtype(DType::F32);
         let bias = self.b_bias.as_ref().map(to_dtype).transpose()?;
-        let s = linear(&to_dtype(x)?, &to_dtype(&self.a)?, None)?;
-        let up = linear(&s, &to_dtype(&self.b)?, bias.as_ref())?;
-        (up * self.scaling)?.to_dtype(x.dtype())
+        let mut b = to_dtype(&self.b)?;
+        if let Some(g) = g {
+            b = ops::scale_shift(&b, Some(&g.unsqueeze(1)?), None)?;
+        }
+        let s = linear(x, &to_dtype(&self.a)?, None)?;
+        linear(&s, &b, bias.as_ref())? * self.scaling
     }
 }
 
-/// `x W^T + b` and the parts, one after the other. `input` gives x as rows, with dropout where it is asked for.
+/// `x W^T + b` and the parts, one after the other, in f32 between them as in PEFT. `input` gives x as rows, and in f32
+/// with dropout.
 pub(super) fn in_turn(
     base: &Projection<'_>,
     parts: &[LowRank],
     input: impl Fn(Option<Dropout>) -> Result<Tensor>,
 ) -> Result<Tensor> {
     let x = input(None)?;
-    let mut y = ops::lora_linear(&x, base, Activation::None, None)?;
+    let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+    let mut y = wide(&ops::lora_linear(&x, base, Activation::None, None)?)?;
     for part in parts {
-        let dropped = match part.dropout {
-            Some(_) => &input(part.dropout)?,
-            None => &x,
+        let dropped = wide(&input(part.dropout)?)?;
+        let Some(magnitude) = &part.magnitude else {
+            y = (y + part.product(&dropped, None)?)?;
+            continue;
         };
-        let low_rank = part.product(dropped)?;
-        y = match &part.magnitude {
-            None => (y + low_rank)?,
-            Some(magnitude) => {
-                let norm = ops::dora_weight_norm(base.weight, &part.a, &part.b, part.scaling)?;
-                let g = (magnitude.to_dtype(DType::F32)? / norm)?;
-                let unscaled = match (part.dropout, base.bias) {
-                    (Some(_), _) => {
-                        let weight = Projection { bias: None, ..*base };
-                        ops::lora_linear(dropped, &weight, Activation::None, None)?
-                    }
-                    (None, Some(bias)) => y.broadcast_sub(bias)?,
-                    (None, None) => y.clone(),
-                };
-                let dtype = y.dtype();
-                let (more, g) = ((&g - 1.0)?.to_dtype(dtype)?, g.to_dtype(dtype)?);
-                ((y + unscaled.broadcast_mul(&more)?)? + low_rank.broadcast_mul(&g)?)?
+        let norm = ops::dora_weight_norm(base.weight, &part.a, &part.b, part.scaling)?;
+        let g = (wide(magnitude)? / norm)?;
+        let unscaled = match (part.dropout, base.bias) {
+            (Some(_), _) => {
+                let weight = Projection { weight: &wide(base.weight)?, bias: None, lora: None };
+                ops::lora_linear(&dropped, &weight, Activation::None, None)?
             }
+            (None, Some(bias)) => ops::broadcast_add(&y, &bias.neg()?)?,
+            (None, None) => y.clone(),
         };
+        let more = ops::scale_shift(&unscaled, Some(&(&g - 1.0)?), None)?;
+        y = ((y + more)? + part.product(&dropped, Some(&g))?)?;
     }
-    Ok(y)
+    y.to_dtype(x.dtype())
 }

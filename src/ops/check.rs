@@ -41,6 +41,19 @@ pub(super) fn same_kind(
     Ok(())
 }
 
+/// `tensor` lives on the device of `like`, and is f32 or has the dtype of `like`.
+pub(super) fn parameter(
+    op: &'static str,
+    name: &str,
+    tensor: &Tensor,
+    like: &Tensor,
+) -> Result<()> {
+    match tensor.dtype() {
+        DType::F32 => same_device(op, name, tensor, like),
+        _ => same_kind(op, name, tensor, like),
+    }
+}
+
 /// `tensor` has exactly the shape `expected`.
 pub(super) fn shape(
     op: &'static str,

@@ -1,9 +1,12 @@
-//! The operations written with candle's own: the way one would write them without this crate.
+//! The operations written with candle's own: the way one would write them without this crate, but for the gradients that
+//! are sums over rows. Those are taken in f32, see [`scale_shift`].
 //!
 //! Differentiable in everything, weights included, but they hold every intermediate; the attention builds its
 //! N x N weights. They are the oracle of the fused operations and the path for what those do not cover. What does not
 //! fit is an error of candle's, without the names that the fused operations give; the attention checks as they do.
 
+use super::product::{matmul, product};
+use super::{broadcast_add, repeat, scale_shift};
 use super::{resize_linear, Activation, Projection, RelPosAttention};
 use candle_core::{bail, DType, Result, Tensor, D};
 
@@ -13,7 +16,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     let centred = x32.broadcast_sub(&x32.mean_keepdim(D::Minus1)?)?;
     let var = centred.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = centred.broadcast_div(&(var + eps)?.sqrt()?)?.to_dtype(x.dtype())?;
-    normed.broadcast_mul(weight)?.broadcast_add(bias)
+    scale_shift(&normed, Some(weight), Some(bias))
 }
 
 /// One projection with LoRA, activation and residual.
@@ -27,21 +30,17 @@ pub fn lora_linear(
     let in_dim = out_dims.pop().unwrap_or(1);
     out_dims.push(projection.weight.dim(0)?);
     let rows = x.reshape(((), in_dim))?;
-    let mut y = rows.matmul(&projection.weight.t()?)?;
+    let mut y = product(&rows, &projection.weight.t()?, None, x.dtype())?;
     if let Some(bias) = projection.bias {
-        y = y.broadcast_add(bias)?;
+        y = broadcast_add(&y, bias)?;
     }
     if let Some(lora) = &projection.lora {
-        let mut input = rows.to_dtype(lora.a.dtype())?;
-        if let Some(dropout) = lora.dropout {
-            input = super::dropout(&input, dropout)?;
-        }
-        let s = input.matmul(&lora.a.t()?)?;
-        let mut low_rank = s.matmul(&lora.b.to_dtype(s.dtype())?.t()?)?;
+        let s = (product(&rows, &lora.a.t()?, lora.dropout, lora.a.dtype())? * lora.scaling)?;
+        let mut low_rank = product(&s, &lora.b.t()?, None, x.dtype())?;
         if let Some(bias) = lora.b_bias {
-            low_rank = low_rank.broadcast_add(&bias.to_dtype(s.dtype())?)?;
+            low_rank = broadcast_add(&low_rank, &(bias * lora.scaling)?)?;
         }
-        y = (y + (low_rank * lora.scaling)?.to_dtype(x.dtype())?)?;
+        y = (y + low_rank)?;
     }
     let y = activation.apply(&y)?.reshape(out_dims)?;
     residual.map_or(Ok(y.clone()), |residual| residual + &y)
@@ -75,7 +74,7 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
     let split = windows.reshape((count, tokens, 3, heads, dim))?.permute((2, 0, 3, 1, 4))?;
     let part = |i: usize| split.get(i)?.contiguous()?.reshape((count * heads, tokens, dim));
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
-    let mut scores = ((&q * config.softmax_scale)?).matmul(&k.transpose(1, 2)?)?;
+    let mut scores = matmul(&(&q * config.softmax_scale)?, &k.transpose(1, 2)?)?;
     if let Some((rel_pos_h, rel_pos_w)) = config.rel_pos {
         let grid = q.reshape((count * heads, side_h, side_w, dim))?;
         // rel_h[b, h, w, kh] = sum_d q[b, h, w, d] Rh[h, kh, d], one matrix product per query row.
@@ -83,22 +82,20 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
             let rows = grid.permute((1, 0, 2, 3))?.contiguous()?;
             let rows = rows.reshape((side_h, count * heads * side_w, dim))?;
             let r = relative_table(rel_pos_h, side_h)?;
-            let rel = rows.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+            let rel = matmul(&rows, &r.transpose(1, 2)?.contiguous()?)?;
             rel.reshape((side_h, count * heads, side_w, side_h))?.permute((1, 0, 2, 3))?
         };
         let rel_w = {
             let cols = grid.permute((2, 0, 1, 3))?.contiguous()?;
             let cols = cols.reshape((side_w, count * heads * side_h, dim))?;
             let r = relative_table(rel_pos_w, side_w)?;
-            let rel = cols.matmul(&r.transpose(1, 2)?.contiguous()?)?;
+            let rel = matmul(&cols, &r.transpose(1, 2)?.contiguous()?)?;
             rel.reshape((side_w, count * heads, side_h, side_w))?.permute((1, 2, 0, 3))?
         };
         let grid = (count * heads, side_h, side_w, side_h, side_w);
-        scores = scores
-            .reshape(grid)?
-            .broadcast_add(&rel_h.unsqueeze(4)?)?
-            .broadcast_add(&rel_w.unsqueeze(3)?)?
-            .reshape((count * heads, tokens, tokens))?;
+        scores = broadcast_add(&scores.reshape(grid)?, &rel_h.unsqueeze(4)?)?;
+        scores = broadcast_add(&scores, &rel_w.unsqueeze(3)?)?;
+        scores = scores.reshape((count * heads, tokens, tokens))?;
     }
     let weights = candle_nn::ops::softmax(&scores.to_dtype(DType::F32)?, D::Minus1)?;
     let weights = weights.to_dtype(qkv.dtype())?;
@@ -106,8 +103,7 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
         Some(dropout) => super::dropout(&weights, dropout)?,
         None => weights.clone(),
     };
-    let out = dropped
-        .matmul(&v)?
+    let out = matmul(&dropped, &v)?
         .reshape((count, heads, side_h, side_w, dim))?
         .permute((0, 2, 3, 1, 4))?
         .reshape((count, side_h, side_w, heads * dim))?;
@@ -123,12 +119,9 @@ fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
     let index: Vec<u32> =
         (0..side).flat_map(|i| (0..side).map(move |j| (i + side - 1 - j) as u32)).collect();
     let index = Tensor::from_vec(index, side * side, table.device())?;
-    // candle selects rows of contiguous tables only.
-    resize_linear(table, 2 * side - 1)?.contiguous()?.index_select(&index, 0)?.reshape((
-        side,
-        side,
-        (),
-    ))
+    // In f32, where the backward adds up the rows that share an entry; and candle selects rows of contiguous tables only.
+    let rows = resize_linear(&table.to_dtype(DType::F32)?, 2 * side - 1)?.contiguous()?;
+    rows.index_select(&index, 0)?.to_dtype(table.dtype())?.reshape((side, side, ()))
 }
 
 /// Splits a grid into square windows, filling what hangs over with `pad` (zero if none):
@@ -143,7 +136,7 @@ pub fn partition(x: &Tensor, side: usize, pad: Option<&Tensor>) -> Result<Tensor
     }
     let (rows, cols) = (h.div_ceil(side), w.div_ceil(side));
     let filled = |dims: (usize, usize, usize, usize)| match pad {
-        Some(pad) => pad.reshape((1, 1, 1, channels))?.broadcast_as(dims)?.contiguous(),
+        Some(pad) => repeat(&pad.reshape((1, 1, 1, channels))?, dims),
         None => Tensor::zeros(dims, x.dtype(), x.device()),
     };
     let mut x = x.clone();

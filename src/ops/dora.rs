@@ -3,13 +3,16 @@
 //! ```text
 //! g = magnitude / || W + scaling B A ||_row          the norm is a constant: no gradient goes through it
 //! y = x W^T + b + (g - 1) * (drop(x) W^T) + g * scaling * drop(x) A^T B^T
+//!   = x W^T + b + drop(x) ((g - 1) W)^T + scaling * drop(x) A^T (g B)^T          (g W)_oi = g_o W_oi
 //! ```
-//! Without dropout the base product is shared, `y = g * (x W^T + scaling x A^T B^T) + b`; with dropout PEFT computes
-//! it once more on the dropped input, and so does this. The bias is not scaled by `g`.
+//! `g` scales rows of the matrices, so its gradient comes from theirs, in f32: dg_o = sum_i d(g W)_oi W_oi + ...
+//! `g` itself is never rounded: in bf16 a magnitude within 0.4 % of the norm would have no effect. Without dropout
+//! `x (g W)^T` is all of the base product. The bias is not scaled by `g`.
 //!
 //! Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024; `peft/tuners/lora/dora.py`.
 
-use super::{check, dropout, lora_linear, Activation, Projection};
+use super::product::product;
+use super::{check, lora_linear, scale_shift, Activation, Lora, Projection};
 use candle_core::{bail, DType, Result, Tensor, D};
 
 /// The row norms `|| W + scaling B A ||_2`, `[out]`, in f32 and without a gradient.
@@ -33,7 +36,7 @@ pub fn dora_weight_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -
 /// As [`lora_linear`]; besides, on a LoRA bias, which PEFT refuses together with DoRA.
 pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) -> Result<Tensor> {
     const OP: &str = "dora-linear";
-    let Projection { weight, bias, lora: Some(lora) } = *projection else {
+    let Projection { weight, lora: Some(lora), .. } = *projection else {
         bail!("{OP}: the projection has no lora part")
     };
     if lora.b_bias.is_some() {
@@ -42,26 +45,26 @@ pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) 
     check::shape(OP, "magnitude", magnitude, &[weight.dims().first().copied().unwrap_or(0)])?;
     check::float(OP, "magnitude", magnitude)?;
     check::same_device(OP, "magnitude", magnitude, x)?;
-    let base = Projection { weight, bias: None, lora: None };
-    // Checked by a projection before the norm touches the shapes.
-    let plain = lora_linear(x, &base, Activation::None, None)?;
+    // Checked before the norm touches the shapes.
+    super::projection::validate(OP, x, projection)?;
     let norm = dora_weight_norm(weight, lora.a, lora.b, lora.scaling)?;
-    let g = (magnitude.to_dtype(DType::F32)? / norm)?.to_dtype(x.dtype())?;
-    let low_rank = |x: &Tensor| -> Result<Tensor> {
-        let to = |tensor: &Tensor| tensor.to_dtype(x.dtype());
-        let rank = Projection { weight: &to(lora.a)?, bias: None, lora: None };
-        let s = lora_linear(x, &rank, Activation::None, None)?;
-        let up = Projection { weight: &to(lora.b)?, bias: None, lora: None };
-        lora_linear(&s, &up, Activation::None, None)? * lora.scaling
+    let g = (magnitude.to_dtype(DType::F32)? / norm)?;
+    let rows_scaled = |g: &Tensor, matrix: &Tensor| {
+        scale_shift(&matrix.to_dtype(DType::F32)?, Some(&g.unsqueeze(1)?), None)
     };
-    let y = match lora.dropout {
-        None => (plain + low_rank(x)?)?.broadcast_mul(&g)?,
-        Some(mask) => {
-            let dropped = dropout(x, mask)?;
-            let base_dropped = lora_linear(&dropped, &base, Activation::None, None)?;
-            let adapted = (&base_dropped + low_rank(&dropped)?)?.broadcast_mul(&g)?;
-            ((plain - base_dropped)? + adapted)?
-        }
-    };
-    bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+    let b = rows_scaled(&g, lora.b)?;
+    let adapted = Projection { lora: Some(Lora { b: &b, ..lora }), ..*projection };
+    if lora.dropout.is_none() && x.device().is_cpu() {
+        // A GPU's kernels would round g W to 16 bits, and g with it.
+        let weight = rows_scaled(&g, weight)?;
+        let adapted = Projection { weight: &weight, ..adapted };
+        return lora_linear(x, &adapted, Activation::None, None);
+    }
+    let (out_dim, in_dim) = weight.dims2()?;
+    let weight = rows_scaled(&(g - 1.0)?, weight)?;
+    let more = product(&x.reshape(((), in_dim))?, &weight.t()?, lora.dropout, x.dtype())?;
+    let mut dims = x.dims().to_vec();
+    dims[x.rank() - 1] = out_dim;
+    // As the residual it meets the rest before that is rounded, which would swallow it where g is near one.
+    lora_linear(x, &adapted, Activation::None, Some(&more.reshape(dims)?))
 }

@@ -10,11 +10,12 @@ use super::custom::{
 use super::{check, composed, Gradients};
 use crate::cpu;
 use crate::problem::LayerNormProblem;
-use candle_core::{bail, CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 
 const OP: &str = LayerNormProblem::OP;
 
-/// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three.
+/// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three. Weight and bias may be f32
+/// beside an `x` in 16 bits.
 ///
 /// # Errors
 /// On empty tensors, shapes that do not fit, mixed dtypes or devices, an `eps` that is not a positive number.
@@ -23,7 +24,12 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     if !fused_on(x.device(), || true) {
         return composed::layer_norm(x, weight, bias, eps);
     }
-    operand(x)?.apply_op3(&operand(weight)?, &operand(bias)?, FusedLayerNorm { eps })
+    let parameter = |tensor: &Tensor| match x.device() {
+        Device::Cpu => operand(tensor),
+        // Kernels take one dtype.
+        _ => operand(&tensor.to_dtype(x.dtype())?),
+    };
+    operand(x)?.apply_op3(&parameter(weight)?, &parameter(bias)?, FusedLayerNorm { eps })
 }
 
 /// Checks everything.
@@ -33,7 +39,7 @@ pub(super) fn validate(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> 
     let size = x.dims()[x.rank() - 1];
     for (name, tensor) in [("weight", weight), ("bias", bias)] {
         check::shape(OP, name, tensor, &[size])?;
-        check::same_kind(OP, name, tensor, x)?;
+        check::parameter(OP, name, tensor, x)?;
     }
     if !(eps.is_finite() && eps > 0.0) {
         bail!("{OP}: eps must be positive and finite, got {eps}")

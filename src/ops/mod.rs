@@ -10,33 +10,41 @@
 //! | [`attention_layer`] | an encoder layer's attention alone, q, k and v to proj |
 //! | [`dora_linear`] | a linear with a DoRA adapter |
 //! | [`dropout`] | counter-based dropout |
+//! | [`scale_shift`], [`broadcast_add`], [`repeat`] | a small tensor applied to all of a large one |
+//! | [`matmul`] | candle's, summed in f32 |
 //!
 //! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output.
 //! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
 //! It is what the fused ones are tested against, and what runs where they do not apply.
 
 mod activation;
+mod broadcast;
 mod chain;
 mod check;
 pub mod composed;
+mod computed;
 mod custom;
 mod dora;
 mod dropout;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod layer_norm;
+mod product;
 mod projection;
 mod rel_pos_attention;
 mod resize;
 
 pub use activation::Activation;
+pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};
+pub(crate) use computed::with_backward;
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 #[cfg(feature = "cuda")]
 #[doc(hidden)] // its place is `cuda`
 pub use gpu::self_test_report;
 pub use layer_norm::layer_norm;
+pub use product::matmul;
 pub use projection::{lora_linear, lora_qkv, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
 pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};

@@ -49,7 +49,8 @@ pub struct Projection<'a> {
 /// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
 ///
 /// Gradients go to `x`, `residual`, the biases and the adapter; a weight that is a variable gets one too, on the
-/// slower composed path. Adapters may be f32 while `x` and the weight are f16 or bf16.
+/// slower composed path. Every parameter may be f32 while `x` is f16 or bf16; a weight in f32 is rounded to the dtype of
+/// `x` for the kernels of a GPU.
 ///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, non-finite scaling, impossible dropout.
@@ -127,7 +128,7 @@ pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>
     check::not_empty(op, "x", x)?;
     let weight = projection.weight;
     check::not_empty(op, "weight", weight)?;
-    check::same_kind(op, "weight", weight, x)?;
+    check::parameter(op, "weight", weight, x)?;
     let in_dim = x.dims()[x.rank() - 1];
     if weight.rank() != 2 || weight.dims()[1] != in_dim {
         bail!("{op}: weight must have shape [out, {in_dim}], got {:?}", weight.dims())
@@ -135,7 +136,7 @@ pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>
     let out_dim = weight.dims()[0];
     if let Some(bias) = projection.bias {
         check::shape(op, "bias", bias, &[out_dim])?;
-        check::same_kind(op, "bias", bias, x)?;
+        check::parameter(op, "bias", bias, x)?;
     }
     let Some(lora) = &projection.lora else { return Ok(()) };
     let rank = lora.a.dims().first().copied().unwrap_or(0);
@@ -219,7 +220,7 @@ fn apply(
     let op = FusedProjection {
         name,
         problems: projections.iter().map(problem).collect(),
-        weights: projections.iter().map(|p| operand(p.weight)).collect::<Result<_>>()?,
+        weights: projections.iter().map(|p| weight_operand(p.weight, &x)).collect::<Result<_>>()?,
         separate,
         activation,
         residual: residual.is_some(),
@@ -229,6 +230,14 @@ fn apply(
     };
     let residual = residual.map_or(Ok(absent), operand)?;
     x.apply_op3(&small, &residual, op)
+}
+
+/// The weight as the device's code takes it: kernels in the dtype of `x`.
+fn weight_operand(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
+    match x.device() {
+        Device::Cpu => operand(weight),
+        _ => operand(&weight.to_dtype(x.dtype())?),
+    }
 }
 
 /// The small tensors as kernels for `dtype` read them, in the order of `small_layout`: themselves, but for adapters in 16

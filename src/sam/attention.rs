@@ -234,11 +234,11 @@ impl SamVisionAttention {
 
     /// q, k and v of a padded token, `[3C]`; none where no padded token takes part, or all are zero.
     fn pad(&self, x: &Tensor, mode: Mode) -> Result<Option<Tensor>> {
-        if self.core.pads(x) {
-            self.qkv.output_at_zero(mode)
-        } else {
-            Ok(None)
+        if !self.core.pads(x) {
+            return Ok(None);
         }
+        let pad = self.qkv.output_at_zero(mode)?;
+        pad.map(|pad| pad.to_dtype(x.dtype())).transpose()
     }
 }
 
@@ -306,8 +306,9 @@ impl SamVisionAttentionSplit {
             return Ok(None);
         }
         let filled = outputs.into_iter().zip(parts).map(|(output, part)| {
-            let (dtype, device) = (part.weight.dtype(), part.weight.device());
-            output.map_or_else(|| Tensor::zeros(part.out_dim(), dtype, device), Ok)
+            let (dtype, device) = (x.dtype(), part.weight.device());
+            let zeros = || Tensor::zeros(part.out_dim(), dtype, device);
+            output.map_or_else(zeros, |output| output.to_dtype(dtype))
         });
         Tensor::cat(&filled.collect::<Result<Vec<_>>>()?, 0).map(Some)
     }

@@ -14,7 +14,7 @@ use super::checkpoint;
 use super::{AttentionKind, LayerContext, SamVisionConfig, SamVisionEncoder, VisionAttention};
 use crate::module_tree;
 use crate::nn::{Conv2d, Mode};
-use crate::ops::resize_bicubic;
+use crate::ops::{broadcast_add, resize_bicubic};
 use crate::{Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use std::path::Path;
@@ -121,7 +121,7 @@ impl DeepSeekOcrEncoder {
         let pixel_values = pixel_values.to_dtype(projection.weight.dtype())?;
         let mut x = projection.forward(&pixel_values.permute((0, 2, 3, 1))?, mode)?;
         if let Some(pos_embed) = &self.sam.pos_embed {
-            x = x.broadcast_add(&resize_bicubic(pos_embed, x.dim(1)?)?)?;
+            x = broadcast_add(&x, &resize_bicubic(pos_embed, x.dim(1)?)?)?;
         }
         let x = self.net_2.forward(&self.sam.encode(x, mode)?, mode)?;
         self.net_3.forward(&x, mode)?.permute((0, 3, 1, 2))

@@ -11,6 +11,7 @@ use super::validate::require_dtype;
 use super::{AttentionKind, LayerContext, SamVisionConfig, VisionAttention};
 use crate::module_tree;
 use crate::nn::{gradient_checkpoint, Conv2d, LayerNorm, MlpBlock, Mode};
+use crate::ops;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// Epsilon of [`SamVisionNeck`]'s norms, whatever the configuration says of the others.
@@ -248,7 +249,7 @@ impl SamVisionEncoder {
     fn embed(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
         let x = self.patch_embed.forward(pixel_values, mode)?;
         match &self.pos_embed {
-            Some(pos_embed) => x.broadcast_add(pos_embed),
+            Some(pos_embed) => ops::broadcast_add(&x, pos_embed),
             None => Ok(x),
         }
     }

@@ -13,7 +13,7 @@ use super::validate::require_dtype;
 use super::{SamMaskDecoderConfig, SamTwoWayTransformer};
 use crate::module_tree;
 use crate::nn::{ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
-use crate::ops::Activation;
+use crate::ops::{self, Activation};
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// Epsilon of the norm between the upscaling convolutions, whatever the configuration says.
@@ -143,18 +143,22 @@ impl SamMaskDecoder {
         }
 
         let learned = Tensor::cat(&[&self.iou_token.weight, &self.mask_tokens.weight], 0)?;
-        let learned = learned.unsqueeze(0)?.broadcast_as((groups, 1 + masks, size))?;
+        let learned = learned.to_dtype(image_embeddings.dtype())?;
+        let learned = ops::repeat(&learned, (groups, 1 + masks, size))?;
         let tokens = match sparse {
             Some(sparse) => {
-                Tensor::cat(&[learned, sparse.reshape((groups, (), size))?], 1)?.contiguous()?
+                let sparse = sparse.reshape((groups, (), size))?.to_dtype(learned.dtype())?;
+                Tensor::cat(&[learned, sparse], 1)?.contiguous()?
             }
-            None => learned.contiguous()?,
+            None => learned,
         };
-        let image = image_embeddings.permute((0, 2, 3, 1))?.broadcast_add(dense)?;
-        let image = image
-            .reshape((batch, 1, h * w, size))?
-            .broadcast_as((batch, prompts, h * w, size))?
-            .reshape((groups, h * w, size))?;
+        let image = ops::broadcast_add(&image_embeddings.permute((0, 2, 3, 1))?, dense)?;
+        let image = image.reshape((batch, 1, h * w, size))?;
+        let image = match prompts {
+            1 => image,
+            _ => ops::repeat(&image, (batch, prompts, h * w, size))?,
+        };
+        let image = image.reshape((groups, h * w, size))?;
         let image_positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
         let (tokens, image) = self.transformer.forward(&tokens, &image, &image_positions, mode)?;
 
@@ -168,7 +172,7 @@ impl SamMaskDecoder {
         let weights = mlps
             .map(|(i, mlp)| mlp.forward(&tokens.narrow(1, 1 + i, 1)?, mode))
             .collect::<Result<Vec<_>>>()?;
-        let pred_masks = Tensor::cat(&weights, 1)?.matmul(&up.transpose(1, 2)?)?;
+        let pred_masks = ops::matmul(&Tensor::cat(&weights, 1)?, &up.transpose(1, 2)?)?;
         let iou = self.iou_prediction_head.forward(&tokens.narrow(1, 0, 1)?.squeeze(1)?, mode)?;
         Ok((
             pred_masks.reshape((batch, prompts, count, 4 * h, 4 * w))?,

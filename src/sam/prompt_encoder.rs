@@ -15,7 +15,7 @@ use super::validate::require_dtype;
 use super::{SamConfig, SamPromptEncoderConfig};
 use crate::module_tree;
 use crate::nn::{Buffer, Conv2d, Embedding, LayerNorm, Mode};
-use crate::ops::Activation;
+use crate::ops::{self, Activation};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 
 /// Label of a point that is none: it pads a prompt that has no box.
@@ -223,8 +223,8 @@ impl SamPromptEncoder {
             (0.0, &self.point_embed[0]),
             (1.0, &self.point_embed[1]),
         ] {
-            let chosen = has_label(label)?.to_dtype(dtype)?.broadcast_mul(&embedding.weight)?;
-            tokens = (tokens + chosen)?;
+            let chosen = ops::repeat(&embedding.weight, tokens.shape())?;
+            tokens = (tokens + chosen.broadcast_mul(&has_label(label)?.to_dtype(dtype)?)?)?;
         }
         Ok(tokens)
     }
@@ -235,7 +235,8 @@ impl SamPromptEncoder {
         let positions = (corners.affine(1.0, 0.5)? / self.image_size as f64)?;
         let embeddings = [&self.point_embed[2].weight, &self.point_embed[3].weight];
         let embeddings = Tensor::cat(&embeddings, 0)?;
-        shared.forward(&positions)?.to_dtype(embeddings.dtype())?.broadcast_add(&embeddings)
+        let positions = shared.forward(&positions)?.to_dtype(embeddings.dtype())?;
+        ops::broadcast_add(&positions, &embeddings)
     }
 
     fn check(&self, prompts: &SamPrompts<'_>, batch: usize) -> Result<()> {

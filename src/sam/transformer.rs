@@ -14,7 +14,7 @@ use super::validate::require_dtype;
 use super::SamMaskDecoderConfig;
 use crate::module_tree;
 use crate::nn::{LayerNorm, Linear, MlpBlock, Mode};
-use crate::ops::Activation;
+use crate::ops::{self, Activation};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 
 /// Epsilon of the final norm: torch's default, where all others have the configuration's.
@@ -78,9 +78,9 @@ impl SamAttention {
         let k = heads(self.k_proj.forward(k, mode)?)?;
         let v = heads(self.v_proj.forward(v, mode)?)?;
         let softmax_scale = (q.dim(D::Minus1)? as f64).powf(-0.5);
-        let scores = (q.matmul(&k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
+        let scores = (ops::matmul(&q, &k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
-        let out = weights.matmul(&v)?.transpose(1, 2)?.flatten_from(2)?;
+        let out = ops::matmul(&weights, &v)?.transpose(1, 2)?.flatten_from(2)?;
         self.out_proj.forward_fused(&out, Activation::None, residual, mode)
     }
 }
@@ -159,7 +159,7 @@ impl SamTwoWayAttentionBlock {
         };
         let queries = self.layer_norm1.forward(&queries)?;
 
-        let placed_keys = keys.broadcast_add(key_positions)?;
+        let placed_keys = ops::broadcast_add(keys, key_positions)?;
         let placed = (&queries + query_positions)?;
         let to_image = &self.cross_attn_token_to_image;
         let queries = to_image.forward([&placed, &placed_keys, keys], Some(&queries), mode)?;
@@ -217,7 +217,7 @@ impl SamTwoWayTransformer {
             (queries, keys) = layer.forward(&queries, &keys, tokens, image_positions, mode)?;
         }
         let placed = (&queries + tokens)?;
-        let placed_keys = keys.broadcast_add(image_positions)?;
+        let placed_keys = ops::broadcast_add(&keys, image_positions)?;
         let attention = &self.final_attn_token_to_image;
         let queries = attention.forward([&placed, &placed_keys, &keys], Some(&queries), mode)?;
         Ok((self.layer_norm_final_attn.forward(&queries)?, keys))

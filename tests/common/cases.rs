@@ -1,7 +1,7 @@
 //! The operations as the tests see them: small cases that hold every path, each with its reference.
 
 use super::{random, values};
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -138,7 +138,20 @@ pub fn dora_linear(
         let projection = Projection { weight: &weight, bias: Some(&t[1]), lora: Some(lora) };
         ops::dora_linear(&t[0], &projection, &t[4])
     };
-    let composed_run = run.clone();
+    let frozen = (random(9, (out_dim, in_dim)) * 0.2).unwrap();
+    // PEFT's formula in f32, rounded once.
+    let composed = move |t: &[Tensor]| {
+        let wide = |t: &Tensor| t.to_dtype(DType::F32);
+        let (x, a, b) = (wide(&t[0])?, wide(&t[2])?, wide(&t[3])?);
+        let weight = frozen.to_dtype(t[0].dtype())?.to_device(t[0].device())?;
+        let g = (wide(&t[4])? / ops::dora_weight_norm(&weight, &t[2], &t[3], scaling)?)?;
+        let weight = wide(&weight)?.t()?;
+        let dropped = dropout.map_or(Ok(x.clone()), |dropout| ops::dropout(&x, dropout))?;
+        let low_rank = (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * scaling)?;
+        let y = x.matmul(&weight)?.broadcast_add(&wide(&t[1])?)?;
+        let y = (y + dropped.matmul(&weight)?.broadcast_mul(&(&g - 1.0)?)?)?;
+        (y + low_rank.broadcast_mul(&g)?)?.to_dtype(t[0].dtype())
+    };
     Op {
         name: format!("dora_linear {rows} {in_dim} {out_dim} {rank} {dropout:?}"),
         inputs: vec![
@@ -149,7 +162,7 @@ pub fn dora_linear(
             random(5, out_dim),
         ],
         fused: Box::new(run),
-        composed: Box::new(move |t| composed_run(t)),
+        composed: Box::new(composed),
         reference: Box::new(move |v| {
             let mask = dropout.map_or(vec![1.0; rows * in_dim], |d| d.mask(rows, in_dim));
             let dropped: Vec<f64> = v[0].iter().zip(mask).map(|(x, m)| x * f64::from(m)).collect();
@@ -359,6 +372,11 @@ pub fn all() -> Vec<Op<'static>> {
         // More queries than a block, more keys than a tile.
         Attention { grid: (9, 33), heads: 1, dim: 3, tables: (17, 65), ..attention }.op(),
     ]
+}
+
+/// DoRA. Its norm has no gradient, so finite differences of the reference do not apply.
+pub fn dora() -> Vec<Op<'static>> {
+    vec![dora_linear(5, (9, 6), 2, None), dora_linear(300, (8, 7), 3, Some(DROPOUT))]
 }
 
 /// Inputs: x.

@@ -38,6 +38,12 @@ impl Case {
         self.scalars[name].as_f64().unwrap_or_else(|| panic!("{} has no {name}", self.name))
     }
 
+    /// A scalar of a group of them, as f64.
+    pub fn of(&self, group: &str, name: &str) -> f64 {
+        let found = self.scalars[group][name].as_f64();
+        found.unwrap_or_else(|| panic!("{} has no {group} {name}", self.name))
+    }
+
     /// A scalar as u64.
     pub fn integer(&self, name: &str) -> u64 {
         self.scalars[name].as_u64().unwrap_or_else(|| panic!("{} has no {name}", self.name))
