@@ -19,7 +19,7 @@ const MAX_TEXT: u64 = 64 << 20;
 const MAX_HEADER: u64 = 100_000_000;
 /// How the files of `torch.save` begin: a zip archive, or a bare pickle.
 const PICKLES: [&[u8]; 2] = [b"PK\x03\x04", b"\x80\x02"];
-const PICKLED: &str = "it is one of torch.save; these hold pickles, which can run any program, and are not read here. \
+pub(crate) const PICKLED: &str = "it is one of torch.save; these hold pickles, which can run any program, and are not read here. \
                        Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), \
                        new_file)";
 

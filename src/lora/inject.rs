@@ -5,13 +5,16 @@
 //!
 //! Source: PEFT 0.21, `inject_adapter` in `tuners/tuners_utils.py`.
 
+use super::base::{
+    base_tensors, check_modules_to_save, refuse_nested, unknown_modules, BaseTensor,
+};
 use super::init::{adapter_shapes, initial, magnitude, uniform, Layer};
 use super::state::{ancestors, base_key, split_last, Slot, PREFIX};
 use super::switch::BASE;
 use super::target::Matcher;
 use super::{unmerge, InitLoraWeights, LoraConfig};
 use crate::nn::{
-    adapter_tensor_name, is_adapter_tensor, Adapter, Adapters, ModuleTree, Node, NodeMut,
+    adapter_tensor_name, is_adapter_tensor, Adapter, Adapters, Fixed, ModuleTree, Node, NodeMut,
     DEFAULT_ADAPTER,
 };
 use crate::{philox, Error, Result};
@@ -39,6 +42,8 @@ pub(super) struct Plan<'a> {
     targets: BTreeMap<String, Target>,
     /// Base tensors saved with the adapter, by their name in the model; the parameters among them are trained.
     base: BTreeMap<String, (String, Tensor)>,
+    /// Names in `modules_to_save` without a module; PEFT passes over them.
+    pub(super) unknown_modules: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
@@ -53,19 +58,13 @@ impl<'a> Plan<'a> {
         let matcher = Matcher::new(config)?;
         let targets = find_targets(model, &matcher)?;
         let mut base = BTreeMap::new();
-        let mut modules = BTreeSet::new();
-        for (name, tensor, is_buffer) in tensors(model) {
-            modules.extend(ancestors(&name).map(str::to_string));
+        let tensors = base_tensors(model);
+        let unknown_modules = unknown_modules(&tensors, config);
+        refuse_nested(&tensors, &matcher)?;
+        for BaseTensor { name, value, is_parameter, .. } in tensors {
             let is_adapted = |module: &str| targets.contains_key(module);
-            if let Some(key) = base_key(&name, is_buffer, config, &matcher, is_adapted) {
-                base.insert(name, (key, tensor));
-            }
-        }
-        for wanted in config.modules_to_save.iter().flatten() {
-            if !modules.iter().any(|path| path.ends_with(wanted.as_str())) {
-                return Err(Error::config(format!(
-                    "modules_to_save: no module is called {wanted:?}"
-                )));
+            if let Some(key) = base_key(&name, !is_parameter, config, &matcher, is_adapted) {
+                base.insert(name, (key, value));
             }
         }
         for path in targets.keys() {
@@ -76,7 +75,7 @@ impl<'a> Plan<'a> {
                 )));
             }
         }
-        Ok(Self { config, name, active, targets, base })
+        Ok(Self { config, name, active, targets, base, unknown_modules })
     }
 
     /// Leaves and shapes of the tensors of one adapter.
@@ -203,6 +202,11 @@ impl<'a> Plan<'a> {
                         *tensor = new;
                     }
                 }
+                NodeMut::Tied(own) => {
+                    if let Some(new) = replaced.remove(path) {
+                        *own = Some(Fixed(new));
+                    }
+                }
             }
             Ok(())
         })?;
@@ -216,14 +220,15 @@ impl<'a> Plan<'a> {
         mut values: BTreeMap<String, Tensor>,
     ) -> Result<BTreeMap<String, Tensor>> {
         let mut replaced = BTreeMap::new();
-        for (name, current, is_buffer) in tensors(model) {
-            if is_adapter_tensor(&name) {
-                continue;
-            }
-            let trained = !is_buffer && self.base.contains_key(&name);
+        for BaseTensor { name, value: current, is_parameter, tied_to } in base_tensors(model) {
+            let saved = self.base.contains_key(&name);
+            let trained = is_parameter && saved;
+            // A tied tensor gets its own value once either of the two is saved.
+            let unties = tied_to.map(|source| saved || self.base.contains_key(&source));
             let new = match values.remove(&name) {
                 Some(value) => value.to_device(current.device())?.to_dtype(current.dtype())?,
-                None if trained == current.is_variable() => continue,
+                None if unties == Some(true) => current.copy()?.detach(),
+                None if unties == Some(false) || trained == current.is_variable() => continue,
                 None => current.detach(),
             };
             let new = if trained { Var::from_tensor(&new)?.into_inner() } else { new };
@@ -231,17 +236,6 @@ impl<'a> Plan<'a> {
         }
         Ok(replaced)
     }
-}
-
-/// Name and tensor of everything in `model`, and whether it is a buffer.
-fn tensors(model: &dyn ModuleTree) -> Vec<(String, Tensor, bool)> {
-    let mut tensors = Vec::new();
-    model.visit("", &mut |name, node| match node {
-        Node::Parameter(tensor) => tensors.push((name.to_string(), tensor.clone(), false)),
-        Node::Buffer(tensor) => tensors.push((name.to_string(), tensor.clone(), true)),
-        Node::Layer(_) => {}
-    });
-    tensors
 }
 
 /// The dropout stream of an adapter on the layer at `path`.
@@ -310,7 +304,8 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
         Node::Layer(layer) => {
             layers.insert(path.to_string(), layer.weight.clone());
         }
-        Node::Parameter(_) | Node::Buffer(_) => {
+        Node::Fixed => {}
+        Node::Parameter(_) | Node::Buffer(_) | Node::Tied(_) => {
             if !is_adapter_tensor(path) {
                 others.extend(ancestors(path).map(str::to_string));
             }
@@ -355,8 +350,8 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
 /// # Errors
 /// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is
 /// no linear layer is targeted, a layer is both targeted and to be saved, no module has a name to be saved (PEFT
-/// passes over that one in silence), or the model already carries an adapter of the name "default".
-/// The model is unchanged then.
+/// passes over that one in silence), a module to be saved is a list or lies in another, or the model already carries an
+/// adapter of the name "default". The model is unchanged then.
 pub fn inject(model: &mut dyn ModuleTree, config: &LoraConfig, seed: u64) -> Result<Vec<String>> {
     add_adapter(model, DEFAULT_ADAPTER, config, seed)
 }
@@ -374,6 +369,7 @@ pub fn add_adapter(
     seed: u64,
 ) -> Result<Vec<String>> {
     let plan = Plan::new(model, name, config)?;
+    check_modules_to_save(model, config)?;
     let values = plan.initial_values(seed)?;
     plan.apply(model, values)
 }

@@ -23,6 +23,7 @@
 //! ```
 
 mod adapter;
+mod base;
 mod config;
 mod convert;
 mod describe;
@@ -40,11 +41,12 @@ mod state;
 mod switch;
 mod target;
 mod task_arithmetic;
+mod warnings;
 mod weighted;
 
 pub use adapter::{
-    load_adapter, load_adapter_tensors, load_named_adapter, read_adapter, save_adapter,
-    save_named_adapter, write_adapter, CONFIG_FILE, TENSORS_FILE,
+    load_adapter, load_adapter_tensors, load_named_adapter, open_tensors, read_adapter,
+    save_adapter, save_named_adapter, write_adapter, CONFIG_FILE, TENSORS_FILE,
 };
 pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, OneOrMany};
 pub use convert::convert_to_lora;

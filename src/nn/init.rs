@@ -27,7 +27,7 @@ pub fn randomize(module: &mut dyn ModuleTree, seed: u64, std: f64) -> Result<()>
                 *tensor = if trainable { Var::from_tensor(&random)?.into_inner() } else { random };
             }
             NodeMut::Buffer(tensor) => *tensor = random_like(tensor, seed, name, 0.0, 1.0)?,
-            NodeMut::Layer(_) => {}
+            NodeMut::Tied(_) | NodeMut::Layer(_) => {}
         }
         Ok(())
     })

@@ -4,7 +4,7 @@
 //! tensor, and each [`Layer`] that can be adapted, with its dotted name. A layer takes part by listing its children once, with
 //! [`module_tree!`](crate::module_tree), under the names its checkpoint uses.
 
-use super::Adapters;
+use super::{Adapters, Fixed};
 use crate::Result;
 use candle_core::{Tensor, Var};
 
@@ -15,6 +15,12 @@ pub enum Node<'a> {
     Parameter(&'a Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a Tensor),
+    /// Says that the tensor of this name, met next, is a [`Fixed`] parameter. It is met as a buffer, and as
+    /// a parameter once an adapter trains it.
+    Fixed,
+    /// A [`Tied`](super::Tied) parameter without a value of its own, and the name of the tensor whose value it has, below
+    /// the nearest module around both.
+    Tied(&'static str),
     /// A layer that can be adapted, met before its own parameters.
     Layer(Layer<'a>),
 }
@@ -26,6 +32,8 @@ pub enum NodeMut<'a> {
     Parameter(&'a mut Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a mut Tensor),
+    /// Where a [`Tied`](super::Tied) parameter can get a value of its own; met only while it has none.
+    Tied(&'a mut Option<Fixed>),
     /// A layer that can be adapted, met before its own parameters.
     Layer(LayerMut<'a>),
 }

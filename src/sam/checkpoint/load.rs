@@ -7,7 +7,7 @@
 use super::names::{PROMPT_EMBEDDING, SHARED_EMBEDDING};
 use super::source::Source;
 use super::{fused_name, root, split_names, to_hugging_face};
-use crate::nn::{is_adapter_tensor, ModuleTree, Node, NodeMut};
+use crate::nn::{is_adapter_tensor, Fixed, ModuleTree, Node, NodeMut};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var};
 use safetensors::Dtype;
@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 /// A tensor the model wants.
+#[derive(Clone)]
 struct Target {
     shape: Vec<usize>,
     dtype: DType,
@@ -50,24 +51,36 @@ const FOREIGN: [&str; 4] =
 pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let source = Source::open(path.as_ref())?;
     let root = root(model);
-    let targets = targets(model, root)?;
-    let (mut available, twin) = hugging_face_names(&source, root)?;
-    available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
-    let plan = plan(&source, &targets, &available)?;
-    if let (Some(inner), Some(outer)) = (&twin, available.get(SHARED_EMBEDDING)) {
-        if !equal(&source, outer, inner)? {
-            let message = format!("{outer} and {inner} are one tensor in a SAM, but differ here");
-            return Err(Error::file(&source.path, message));
+    let mut targets = targets(model, root)?;
+    let (mut available, features) = hugging_face_names(&source, root)?;
+    if let Features { image: Some(image), prompts: Some(prompts) } = &features {
+        if !targets.contains_key(PROMPT_EMBEDDING) && !equal(&source, image, prompts)? {
+            // As in transformers, the prompts get features of their own.
+            let target = targets.get(SHARED_EMBEDDING).filter(|_| has_tie(model)).cloned();
+            let target = target.ok_or_else(|| {
+                let message =
+                    format!("{image} and {prompts} are one tensor in this model, but differ here");
+                Error::file(&source.path, message)
+            })?;
+            targets.insert(PROMPT_EMBEDDING.to_string(), target);
         }
     }
+    if targets.contains_key(PROMPT_EMBEDDING) {
+        let prompts = features.prompts.or(features.image);
+        available.extend(prompts.map(|prompts| (PROMPT_EMBEDDING.to_string(), prompts)));
+    }
+    available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
+    let plan = plan(&source, &targets, &available)?;
     let mut tensors = read(&source, &targets, &plan)?;
     model.visit_mut(root, &mut |name, node| {
-        if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {
-            match tensors.remove(name) {
+        match node {
+            NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) => match tensors.remove(name) {
                 Some(value) if tensor.is_variable() => Var::from_tensor(tensor)?.set(&value)?,
                 Some(value) => *tensor = value,
                 None => {}
-            }
+            },
+            NodeMut::Tied(own) => *own = tensors.remove(name).map(Fixed),
+            NodeMut::Layer(_) => {}
         }
         Ok(())
     })
@@ -105,6 +118,15 @@ fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target
         ))),
         None => Ok(targets),
     }
+}
+
+/// Whether the prompts have the image's position features and could have their own.
+fn has_tie(model: &dyn ModuleTree) -> bool {
+    let mut found = false;
+    model.visit("", &mut |name, node| {
+        found |= matches!(node, Node::Tied(_)) && name == PROMPT_EMBEDDING;
+    });
+    found
 }
 
 /// How the names of a file begin.
@@ -154,12 +176,16 @@ fn unwrapped(name: &str) -> String {
     WRAPPED.iter().fold(name.to_string(), |name, (wrapped, plain)| name.replace(wrapped, plain))
 }
 
-/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root`; and the second of the
-/// two that may hold the position features, if both are there.
-fn hugging_face_names(
-    source: &Source,
-    root: &str,
-) -> Result<(BTreeMap<String, String>, Option<String>)> {
+/// The position features in a file, which may come under either name or both.
+struct Features {
+    image: Option<String>,
+    /// None where they are the image's.
+    prompts: Option<String>,
+}
+
+/// The file's tensors by Hugging Face name, without what is no part of a model rooted at `root` and without the position
+/// features of prompts.
+fn hugging_face_names(source: &Source, root: &str) -> Result<(BTreeMap<String, String>, Features)> {
     let all = source.names();
     let Layout { prefix, part } = layout(&all);
     let (in_file, inside): (Vec<&str>, Vec<String>) = all
@@ -171,7 +197,13 @@ fn hugging_face_names(
         .unzip();
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let mut names: BTreeMap<String, String> = BTreeMap::new();
+    let mut features = Features { image: None, prompts: None };
     for (name, in_file) in to_hugging_face(&inside).into_iter().zip(in_file) {
+        match name.as_str() {
+            SHARED_EMBEDDING => features.image = Some(in_file.to_string()),
+            PROMPT_EMBEDDING => features.prompts = Some(in_file.to_string()),
+            _ => {}
+        }
         if !root.is_empty() && !name.starts_with(&format!("{root}.")) {
             continue;
         }
@@ -180,12 +212,13 @@ fn hugging_face_names(
             return Err(Error::file(&source.path, message));
         }
     }
-    // The position features may come under either name or both.
-    let mut inner = names.remove(PROMPT_EMBEDDING);
-    if !names.contains_key(SHARED_EMBEDDING) {
-        names.extend(inner.take().map(|inner| (SHARED_EMBEDDING.to_string(), inner)));
+    names.remove(PROMPT_EMBEDDING);
+    if features.image.is_none() {
+        features.image = features.prompts.take();
+        let image = features.image.clone().filter(|_| root.is_empty());
+        names.extend(image.map(|image| (SHARED_EMBEDDING.to_string(), image)));
     }
-    Ok((names, inner))
+    Ok((names, features))
 }
 
 /// Whether two tensors of the file have the same shape and hold the same values.
