@@ -34,11 +34,12 @@ fn main() -> ExitCode {
 
 fn tests() -> ExitCode {
     type Test = fn(&Path) -> Result<()>;
-    let trials: [(&str, Test); 7] = [
+    let trials: [(&str, Test); 8] = [
         ("params_counts_what_peft_counts", params_counts_what_peft_counts),
         ("params_says_what_is_wrong", params_says_what_is_wrong),
         ("encode_gives_the_tensors_of_pytorch", encode_gives_the_tensors_of_pytorch),
         ("encode_with_an_adapter_gives_those_of_peft", encode_with_an_adapter_gives_those_of_peft),
+        ("encode_tells_what_of_an_adapter_is_passed_over", encode_tells_what_is_passed_over),
         ("encode_says_what_is_wrong", encode_says_what_is_wrong),
         ("segment_cuts_out_the_nucleus", segment_cuts_out_the_nucleus),
         ("segment_says_what_is_wrong", segment_says_what_is_wrong),
@@ -186,6 +187,33 @@ fn encode_with_an_adapter_gives_those_of_peft(here: &Path) -> Result<()> {
     Ok(())
 }
 
+fn encode_tells_what_is_passed_over(here: &Path) -> Result<()> {
+    let adapters = folder("").with_file_name("adapters");
+    let tensors = read(adapters.join("inputs.safetensors"))?;
+    write_tensors(&here.join("in"), &inputs(&tensors, &[""]))?;
+    let adapter = here.join("adapter");
+    std::fs::create_dir(&adapter)?;
+    let file = "adapter_model.safetensors";
+    std::fs::copy(adapters.join("lora_qv").join(file), adapter.join(file))?;
+    let config = std::fs::read_to_string(adapters.join("lora_qv/adapter_config.json"))?;
+    let config = config
+        .replace("\"use_dora\": false", "\"use_dora\": false, \"use_superlora\": 7")
+        .replace("\"task_type\": null", "\"task_type\": \"CAUSAL_LM\"")
+        .replace("\"modules_to_save\": null", "\"modules_to_save\": [\"classifier\"]");
+    std::fs::write(adapter.join("adapter_config.json"), config)?;
+    let command =
+        format!("--input in --output out --adapter adapter --model {}", folder("tiny").display());
+    let Ended { code, err, .. } = run(here, "encode", &command)?;
+    let lines: Vec<&str> = err.lines().collect();
+    ensure!(code == Some(0) && lines.len() == 3, "{code:?}: {err}");
+    for (line, words) in lines.iter().zip(["use_superlora is 7", "CAUSAL_LM", "\"classifier\""]) {
+        let start = "warning: adapter/adapter_config.json: ";
+        ensure!(line.starts_with(start) && line.contains(words), "{words}: {err}");
+    }
+    let io = read(adapters.join("lora_qv/io.safetensors"))?;
+    compare(&read(here.join("out"))?, "pred_masks", &io["eval/pred_masks"])
+}
+
 fn encode_says_what_is_wrong(here: &Path) -> Result<()> {
     let fails = |command: &str, code, words: &[&str]| fail(here, "encode", command, code, words);
     let io = read(folder("tiny").join("io.safetensors"))?;
@@ -209,6 +237,10 @@ fn encode_says_what_is_wrong(here: &Path) -> Result<()> {
     input(&[("pixel_values", pixels)])?;
     fails("--input in --output out --model none", 1, &["none", "no such folder"])?;
     fails(&format!("{command} --adapter none"), 1, &["none", "no such folder"])?;
+    std::fs::create_dir(here.join("pickled"))?;
+    std::fs::write(here.join("pickled/adapter_model.bin"), "")?;
+    let pickled = ["pickled/adapter_model.bin", "pickles", "save_file"];
+    fails(&format!("{command} --adapter pickled"), 1, &pickled)?;
     fails(&format!("{command} --device tpu"), 1, &["tpu", "cpu, cuda"])?;
     ensure!(!here.join("out").exists(), "a run that failed has written");
     Ok(())

@@ -86,6 +86,8 @@ pub fn load_adapter(model: &mut dyn ModuleTree, dir: &Path) -> Result<LoraConfig
 /// As [`load_adapter`], under a name, beside other adapters; as after [`add_adapter`](super::add_adapter) those stay
 /// in use and the loaded one waits, frozen.
 ///
+/// PEFT passes over names in `modules_to_save` that no module has: a line on standard error tells of each.
+///
 /// # Errors
 /// As [`load_adapter`] and [`add_adapter`](super::add_adapter).
 pub fn load_named_adapter(
@@ -193,16 +195,16 @@ fn unwrapped(key: &str) -> Vec<String> {
     if parts.last() != Some(&"bias") || !parts.iter().any(|part| is_wrapper(part)) {
         return Vec::new();
     }
-    // Some versions leave out the adapter's name, which follows `modules_to_save`.
+    // The adapter's name follows `modules_to_save`, but not before the leaf; older versions leave it out everywhere.
     let plain = |with_name: bool| {
-        let mut kept: Vec<&str> = Vec::new();
-        for (index, &part) in parts.iter().enumerate() {
-            let is_name = with_name && index > 0 && parts[index - 1] == "modules_to_save";
-            if !is_wrapper(part) && !(is_name && index + 1 < parts.len()) {
-                kept.push(part);
-            }
-        }
-        kept.join(".")
+        let is_name = |index: usize| {
+            with_name
+                && (1..parts.len() - 1).contains(&index)
+                && parts[index - 1] == "modules_to_save"
+        };
+        let kept =
+            parts.iter().enumerate().filter(|(index, part)| !is_wrapper(part) && !is_name(*index));
+        kept.map(|(_, part)| *part).collect::<Vec<_>>().join(".")
     };
     vec![plain(true), plain(false)]
 }

@@ -64,10 +64,10 @@ pub fn peft_trainable_parameters(
     model.visit("", &mut |name, node| match node {
         // Its frozen original is not counted, as in a model without adapters.
         Node::Fixed => fixed = name.to_string(),
-        Node::Parameter(tensor) if name != fixed => {
-            if ancestors(name).any(|module| matcher.is_saved(module)) {
-                report.all += tensor.elem_count();
-            }
+        Node::Parameter(tensor)
+            if name != fixed && ancestors(name).any(|module| matcher.is_saved(module)) =>
+        {
+            report.all += tensor.elem_count();
         }
         _ => {}
     });

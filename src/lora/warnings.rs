@@ -23,6 +23,9 @@ const TASK_TYPES: [&str; 4] = ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_
 /// Task types that PEFT takes only for a model that generates text.
 const TEXT_TASK_TYPES: [&str; 2] = ["SEQ_2_SEQ_LM", "CAUSAL_LM"];
 
+/// The most characters of a key or a value that a line shows.
+const SHOWN: usize = 100;
+
 impl LoraConfig {
     /// One line for each key that has a value and no effect here, by its name and value, as a newer PEFT may write them;
     /// and one for a task type that PEFT refuses.
@@ -32,6 +35,7 @@ impl LoraConfig {
         };
         let unknown = self.other.iter().filter(|(name, value)| !known(name) && !is_neutral(value));
         let lines = unknown.map(|(name, value)| {
+            let (name, value) = (shortened(&name.escape_debug()), shortened(value));
             format!("{name} is {value}, a key that is not known here and has no effect: results may differ")
         });
         lines.chain(self.refused_task_type()).collect()
@@ -44,7 +48,17 @@ impl LoraConfig {
             true => "PEFT refuses it for a model that generates no text",
             false => "PEFT does not know it and refuses the adapter",
         };
-        Some(format!("task_type is {name:?}: {whose}; it takes null, {}", TASK_TYPES.join(", ")))
+        let name = shortened(&format_args!("{name:?}"));
+        Some(format!("task_type is {name}: {whose}; it takes null, {}", TASK_TYPES.join(", ")))
+    }
+}
+
+/// At most [`SHOWN`] characters of what a file says.
+fn shortened(text: &dyn std::fmt::Display) -> String {
+    let text = text.to_string();
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
     }
 }
 
