@@ -53,25 +53,29 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let root = root(model);
     let mut targets = targets(model, root)?;
     let (mut available, features) = hugging_face_names(&source, root)?;
-    if let Features { image: Some(image), prompts: Some(prompts) } = &features {
-        if !targets.contains_key(PROMPT_EMBEDDING) && !equal(&source, image, prompts)? {
+    if targets.contains_key(PROMPT_EMBEDDING) {
+        let prompts = features.prompts.as_ref().or(features.image.as_ref());
+        available.extend(prompts.map(|prompts| (PROMPT_EMBEDDING.to_string(), prompts.clone())));
+    }
+    available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
+    let mut origins = plan(&source, &targets, &available)?;
+    if let Features { image: Some(image), prompts: Some(prompts) } = features {
+        let tied = has_tie(model, root);
+        let wanted = (root.is_empty() || tied) && !targets.contains_key(PROMPT_EMBEDDING);
+        if wanted && !equal(&source, &image, &prompts)? {
             // As in transformers, the prompts get features of their own.
-            let target = targets.get(SHARED_EMBEDDING).filter(|_| has_tie(model)).cloned();
+            let target = targets.get(SHARED_EMBEDDING).filter(|_| tied).cloned();
             let target = target.ok_or_else(|| {
                 let message =
                     format!("{image} and {prompts} are one tensor in this model, but differ here");
                 Error::file(&source.path, message)
             })?;
             targets.insert(PROMPT_EMBEDDING.to_string(), target);
+            available.insert(PROMPT_EMBEDDING.to_string(), prompts);
+            origins = plan(&source, &targets, &available)?;
         }
     }
-    if targets.contains_key(PROMPT_EMBEDDING) {
-        let prompts = features.prompts.or(features.image);
-        available.extend(prompts.map(|prompts| (PROMPT_EMBEDDING.to_string(), prompts)));
-    }
-    available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
-    let plan = plan(&source, &targets, &available)?;
-    let mut tensors = read(&source, &targets, &plan)?;
+    let mut tensors = read(&source, &targets, &origins)?;
     model.visit_mut(root, &mut |name, node| {
         match node {
             NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) => match tensors.remove(name) {
@@ -121,9 +125,9 @@ fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target
 }
 
 /// Whether the prompts have the image's position features and could have their own.
-fn has_tie(model: &dyn ModuleTree) -> bool {
+fn has_tie(model: &dyn ModuleTree, root: &str) -> bool {
     let mut found = false;
-    model.visit("", &mut |name, node| {
+    model.visit(root, &mut |name, node| {
         found |= matches!(node, Node::Tied(_)) && name == PROMPT_EMBEDDING;
     });
     found
