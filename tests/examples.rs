@@ -34,12 +34,13 @@ fn main() -> ExitCode {
 
 fn tests() -> ExitCode {
     type Test = fn(&Path) -> Result<()>;
-    let trials: [(&str, Test); 10] = [
+    let trials: [(&str, Test); 11] = [
         ("params_counts_what_peft_counts", params_counts_what_peft_counts),
         ("params_says_what_is_wrong", params_says_what_is_wrong),
         ("encode_gives_the_tensors_of_pytorch", encode_gives_the_tensors_of_pytorch),
         ("encode_with_an_adapter_gives_those_of_peft", encode_with_an_adapter_gives_those_of_peft),
         ("encode_runs_an_encoder_alone", encode_runs_an_encoder_alone),
+        ("encode_tells_what_of_an_adapter_is_passed_over", encode_tells_what_is_passed_over),
         ("encode_says_what_is_wrong", encode_says_what_is_wrong),
         ("segment_cuts_out_the_nucleus", segment_cuts_out_the_nucleus),
         ("segment_lays_transparency_on_white", segment_lays_transparency_on_white),
@@ -224,6 +225,33 @@ fn encode_runs_an_encoder_alone(here: &Path) -> Result<()> {
     let image = micrograph().0;
     let segment = format!("{} --point 9,9 --model {}", image.display(), vision.display());
     fail(here, "segment", &segment, 1, &["without the prompt encoder and the mask decoder"])
+}
+
+fn encode_tells_what_is_passed_over(here: &Path) -> Result<()> {
+    let adapters = folder("").with_file_name("adapters");
+    let tensors = read(adapters.join("inputs.safetensors"))?;
+    write_tensors(&here.join("in"), &inputs(&tensors, &[""]))?;
+    let adapter = here.join("adapter");
+    std::fs::create_dir(&adapter)?;
+    let file = "adapter_model.safetensors";
+    std::fs::copy(adapters.join("lora_qv").join(file), adapter.join(file))?;
+    let config = std::fs::read_to_string(adapters.join("lora_qv/adapter_config.json"))?;
+    let config = config
+        .replace("\"use_dora\": false", "\"use_dora\": false, \"use_superlora\": 7")
+        .replace("\"task_type\": null", "\"task_type\": \"CAUSAL_LM\"")
+        .replace("\"modules_to_save\": null", "\"modules_to_save\": [\"classifier\"]");
+    std::fs::write(adapter.join("adapter_config.json"), config)?;
+    let command =
+        format!("--input in --output out --adapter adapter --model {}", folder("tiny").display());
+    let Ended { code, err, .. } = run(here, "encode", &command)?;
+    let lines: Vec<&str> = err.lines().collect();
+    ensure!(code == Some(0) && lines.len() == 3, "{code:?}: {err}");
+    for (line, words) in lines.iter().zip(["use_superlora is 7", "CAUSAL_LM", "\"classifier\""]) {
+        let start = "warning: adapter/adapter_config.json: ";
+        ensure!(line.starts_with(start) && line.contains(words), "{words}: {err}");
+    }
+    let io = read(adapters.join("lora_qv/io.safetensors"))?;
+    compare(&read(here.join("out"))?, "pred_masks", &io["eval/pred_masks"])
 }
 
 fn encode_says_what_is_wrong(here: &Path) -> Result<()> {

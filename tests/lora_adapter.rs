@@ -10,7 +10,7 @@ use candle_sam_lora::lora::{
     adapter_state, add_adapter, inject, load_adapter, merge, save_adapter, save_pretrained,
     set_adapter_state, BiasTraining, LoraConfig, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{trainable, Buffer, Linear, Mode, DEFAULT_ADAPTER};
+use candle_sam_lora::nn::{trainable, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER};
 use candle_sam_lora::{files, module_tree, Error};
 use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot};
@@ -189,6 +189,22 @@ fn a_folder_that_lacks_a_file_says_which() {
 }
 
 #[test]
+fn a_pickled_adapter_is_named_with_the_way_out() {
+    let dir = copy_fixture("plain");
+    let tensors = dir.path().join(TENSORS_FILE);
+    let pickle = dir.path().join("adapter_model.bin");
+    std::fs::write(&pickle, b"PK\x03\x04").unwrap();
+    load_adapter(&mut Net::base(), dir.path()).unwrap();
+    std::fs::remove_file(tensors).unwrap();
+    let mut model = Net::base();
+    let error = load_adapter(&mut model, dir.path()).unwrap_err().to_string();
+    for word in [pickle.to_str().unwrap(), "pickles", "save_file", TENSORS_FILE] {
+        assert!(error.contains(word), "{error}");
+    }
+    assert_eq!(snapshot(&model), snapshot(&Net::base()));
+}
+
+#[test]
 fn the_model_card_is_pefts_but_for_its_prose() {
     let cards = std::fs::read_to_string(fixture("../peft/cards.json")).unwrap();
     let cards: Vec<serde_json::Value> = serde_json::from_str(&cards).unwrap();
@@ -360,6 +376,57 @@ fn buffers_of_saved_modules_travel_but_are_not_trained() {
     assert_eq!(bits(&other.head.table.0), bits(&model.head.table.0));
     assert_eq!(bits(&other.head.weight), bits(&model.head.weight));
     assert!(other.head.weight.is_variable() && !other.head.table.0.is_variable());
+}
+
+#[test]
+fn tied_parameters_part_when_one_is_saved() {
+    struct Head {
+        table: Tied,
+    }
+    module_tree!(Head { table });
+    struct Model {
+        q: Linear,
+        first: Fixed,
+        head: Head,
+    }
+    module_tree!(Model { q, first => "tail.first", head });
+    let new = |value: f64| {
+        let q = Linear::zeros(4, 4, true, DType::F32, &Device::Cpu).unwrap();
+        let first = Fixed((Tensor::ones(3, DType::F32, &Device::Cpu).unwrap() * value).unwrap());
+        Model { q, first, head: Head { table: Tied::to("tail.first") } }
+    };
+    for (saved, keys) in [
+        (&["head"][..], &["head.table"][..]),
+        (&["tail"], &["tail.first"]),
+        (&["head", "tail"], &["head.table", "tail.first"]),
+    ] {
+        let config =
+            LoraConfig::new(2).target_modules(["q"]).modules_to_save(saved.iter().copied());
+        let (mut model, mut other) = (new(1.0), new(2.0));
+        inject(&mut model, &config, 0).unwrap();
+        let base = |(name, _): &(String, _)| !name.starts_with("q.");
+        let trained: Vec<_> = trainable(&model).unwrap().into_iter().filter(base).collect();
+        let mut names: Vec<&str> = trained.iter().map(|(name, _)| name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names, keys);
+        for (index, (_, variable)) in trained.iter().enumerate() {
+            variable.set(&(variable.as_tensor() + (index + 3) as f64).unwrap()).unwrap();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        save_adapter(&model, &config, dir.path()).unwrap();
+        load_adapter(&mut other, dir.path()).unwrap();
+        let values =
+            |model: &Model| [bits(&model.first.0), bits(&model.head.table.own.as_ref().unwrap().0)];
+        let (trained, mut loaded) = (values(&model), values(&other));
+        // What is not saved keeps the value of its own base.
+        for (name, value, old) in [("head.table", 1, &trained[1]), ("tail.first", 0, &trained[0])] {
+            if !keys.contains(&name) {
+                assert_eq!(loaded[value], vec![2f32.to_bits(); 3], "{saved:?}");
+                loaded[value].clone_from(old);
+            }
+        }
+        assert_eq!(loaded, trained, "{saved:?}");
+    }
 }
 
 #[test]

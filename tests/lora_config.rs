@@ -63,6 +63,54 @@ fn absent_fields_are_peft_defaults_and_unknown_ones_are_kept() {
 }
 
 #[test]
+fn unknown_keys_with_values_are_told() {
+    let mut file = minimal();
+    for (key, value) in [
+        ("use_superlora", json!(true)),
+        ("scale_mode", json!({"per": "channel"})),
+        // Neutral, or without effect by themselves.
+        ("use_other", json!(false)),
+        ("other_config", json!({})),
+        ("peft_version", json!("9.0")),
+        ("loftq_config", json!({"loftq_bits": 4})),
+    ] {
+        file[key] = value;
+    }
+    let warnings = read_json(&file).unwrap().warnings();
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].starts_with("use_superlora is true"), "{warnings:?}");
+    assert!(warnings[1].starts_with(r#"scale_mode is {"per":"channel"}"#), "{warnings:?}");
+    for kind in KINDS {
+        let config = LoraConfig::read(&fixture(kind).join(CONFIG_FILE)).unwrap();
+        assert!(config.warnings().is_empty(), "{kind}: {:?}", config.warnings());
+    }
+}
+
+/// PEFT 0.21.2 with a SAM, for `get_peft_model` and `PeftModel.from_pretrained` alike.
+#[test]
+fn task_types_that_peft_refuses_are_told() {
+    for (task_type, refused) in [
+        ("SEQ_CLS", false),
+        ("TOKEN_CLS", false),
+        ("QUESTION_ANS", false),
+        ("FEATURE_EXTRACTION", false),
+        ("SEQ_2_SEQ_LM", true),
+        ("CAUSAL_LM", true),
+        ("mask-generation", true),
+        ("causal_lm", true),
+        ("", true),
+    ] {
+        let mut config = LoraConfig::new(2).target_modules(["q"]);
+        config.task_type = Some(task_type.to_string());
+        let expected = format!("task_type is {task_type:?}: PEFT");
+        let told = |config: &LoraConfig| config.warnings().iter().any(|w| w.starts_with(&expected));
+        assert_eq!(told(&config), refused, "{task_type}");
+        let read = read_text(config.to_json().unwrap().as_bytes()).unwrap();
+        assert_eq!(told(&read), refused, "{task_type}");
+    }
+}
+
+#[test]
 fn alpha_is_written_as_python_would() {
     for (alpha, text) in [(32.0, "\"lora_alpha\": 32,"), (7.5, "\"lora_alpha\": 7.5,")] {
         let json = LoraConfig::new(4).alpha(alpha).target_modules(["q"]).to_json().unwrap();

@@ -7,6 +7,7 @@
 
 use super::inject::Plan;
 use super::state::{check, described, headers, named_adapter_state, Slot};
+use super::warnings::warn;
 use super::{BiasTraining, LoraConfig};
 use crate::files::TensorFile;
 use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
@@ -56,6 +57,7 @@ pub fn write_adapter(
     let json = config.to_json()?;
     files::create_dir(dir)?;
     let config_path = dir.join(CONFIG_FILE);
+    config.refused_task_type().iter().for_each(|line| warn(&config_path.display(), line));
     let staged_tensors = files::stage_tensors(&dir.join(TENSORS_FILE), tensors)?;
     let staged_config = files::stage(&config_path, |file| file.write_all(json.as_bytes()))?;
     match std::fs::read(&config_path) {
@@ -82,6 +84,8 @@ pub fn load_adapter(model: &mut dyn ModuleTree, dir: &Path) -> Result<LoraConfig
 /// As [`load_adapter`], under a name, beside other adapters; as after [`add_adapter`](super::add_adapter) those stay
 /// in use and the loaded one waits, frozen.
 ///
+/// PEFT passes over names in `modules_to_save` that no module has: a line on standard error tells of each.
+///
 /// # Errors
 /// As [`load_adapter`] and [`add_adapter`](super::add_adapter).
 pub fn load_named_adapter(
@@ -94,7 +98,7 @@ pub fn load_named_adapter(
         .map_err(|e| Error::file(dir.join(CONFIG_FILE), format!("does not fit this model: {e}")))?;
     let slots = plan.slots();
     check(&file.path().display().to_string(), &slots, headers(&file))?;
-    fill(model, plan, slots, file.read_all(&Device::Cpu)?)?;
+    fill(model, plan, slots, file.read_all(&Device::Cpu)?, &dir.join(CONFIG_FILE).display())?;
     Ok(config)
 }
 
@@ -111,7 +115,7 @@ pub fn load_adapter_tensors(
     let plan = Plan::new(model, name, config)?;
     let slots = plan.slots();
     check("the adapter", &slots, described(&tensors))?;
-    fill(model, plan, slots, tensors)
+    fill(model, plan, slots, tensors, &"the adapter")
 }
 
 /// Carries out a plan with the values of a file, which were found to be those of the slots.
@@ -120,7 +124,14 @@ fn fill(
     plan: Plan<'_>,
     slots: BTreeMap<String, Slot>,
     mut tensors: BTreeMap<String, Tensor>,
+    source: &dyn std::fmt::Display,
 ) -> Result<()> {
+    for name in &plan.unknown_modules {
+        warn(
+            source,
+            &format!("modules_to_save: no module is called {name:?}; PEFT passes over it"),
+        );
+    }
     let mut values = plan.base_values()?;
     values.extend(
         slots.into_iter().filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?))),
@@ -142,10 +153,42 @@ pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorFile)> {
     let config = LoraConfig::read(&dir.join(CONFIG_FILE))?;
     let mut file = TensorFile::open(dir.join(TENSORS_FILE))?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
-        // PEFT stores the biases of modules to save three times over: plain, and under its two wrappers.
+        let shapes: BTreeMap<_, _> =
+            file.tensors().iter().map(|(key, info)| (key.clone(), info.shape.clone())).collect();
         file.retain(|key| {
-            !key.ends_with(".original_module.bias") && !key.ends_with(".modules_to_save.bias")
+            let shape = shapes.get(key);
+            !unwrapped(key).iter().any(|plain| shapes.get(plain) == shape)
         });
     }
     Ok((config, file))
+}
+
+/// The plain keys that a bias below one of PEFT's wrappers may have; none for other tensors.
+///
+/// With `bias = all` PEFT writes each bias of a module to save three times. It reads the plain one alone into the module;
+/// that of `original_module` is what the module was before, and that of `modules_to_save` a copy of the plain one:
+///
+/// ```text
+/// neck.conv1.bias
+/// neck.original_module.conv1.bias
+/// neck.modules_to_save.default.conv1.bias          head.modules_to_save.bias, where the module has the bias itself
+/// ```
+fn unwrapped(key: &str) -> Vec<String> {
+    let parts: Vec<&str> = key.split('.').collect();
+    let is_wrapper = |part: &str| matches!(part, "original_module" | "modules_to_save");
+    if parts.last() != Some(&"bias") || !parts.iter().any(|part| is_wrapper(part)) {
+        return Vec::new();
+    }
+    // The adapter's name follows `modules_to_save`, but not before the leaf; older versions leave it out everywhere.
+    let plain = |with_name: bool| {
+        let is_name = |index: usize| {
+            with_name
+                && (1..parts.len() - 1).contains(&index)
+                && parts[index - 1] == "modules_to_save"
+        };
+        let kept =
+            parts.iter().enumerate().filter(|(index, part)| !is_wrapper(part) && !is_name(*index));
+        kept.map(|(_, part)| *part).collect::<Vec<_>>().join(".")
+    };
+    vec![plain(true), plain(false)]
 }

@@ -9,6 +9,7 @@
 //!
 //! Source: PEFT 0.21, `peft/tuners/lora/config.py`; rank stabilisation: Kalajdzievski, arXiv 2312.03732.
 
+use super::warnings::warn;
 use crate::{files, Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -19,7 +20,7 @@ use std::path::Path;
 const MAX_RANK: usize = 1 << 16;
 
 /// PEFT features that would change the result and are not followed here; refused unless null, false or empty.
-const UNSUPPORTED: [&str; 12] = [
+pub(super) const UNSUPPORTED: [&str; 12] = [
     "alora_invocation_tokens",
     "arrow_config",
     "ensure_weight_tying",
@@ -159,7 +160,7 @@ pub struct LoraConfig {
     /// Where the base model came from; for the reader alone.
     #[serde(default)]
     pub base_model_name_or_path: Option<String>,
-    /// PEFT's task type; kept, without effect here. PEFT refuses those it does not know.
+    /// PEFT's task type; kept, without effect here. [`warnings`](Self::warnings) tells of one that PEFT refuses.
     #[serde(default)]
     pub task_type: Option<String>,
     /// Every other key of the file.
@@ -404,7 +405,7 @@ impl LoraConfig {
         Ok(())
     }
 
-    /// Reads and checks an `adapter_config.json`.
+    /// Reads and checks an `adapter_config.json`. Writes its [`warnings`](Self::warnings) to standard error.
     ///
     /// # Errors
     /// When the file cannot be read, is no JSON of this kind, or does not pass [`validate`](Self::validate).
@@ -413,6 +414,7 @@ impl LoraConfig {
         let config: Self = serde_json::from_str(&text)
             .map_err(|e| Error::file(path, format!("not a LoRA configuration: {e}")))?;
         config.validate().map_err(|e| Error::file(path, e.to_string()))?;
+        config.warnings().iter().for_each(|line| warn(&path.display(), line));
         Ok(config)
     }
 
@@ -432,7 +434,8 @@ impl LoraConfig {
     }
 }
 
-fn is_neutral(value: &Value) -> bool {
+/// Null, false or empty.
+pub(super) fn is_neutral(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Array(items) => items.is_empty(),

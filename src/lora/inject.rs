@@ -5,13 +5,16 @@
 //!
 //! Source: PEFT 0.21, `inject_adapter` in `tuners/tuners_utils.py`.
 
+use super::base::{
+    base_tensors, check_modules_to_save, refuse_nested, unknown_modules, BaseTensor,
+};
 use super::init::{adapter_shapes, initial, magnitude, uniform, Layer};
 use super::state::{ancestors, base_key, split_last, Slot, PREFIX};
 use super::switch::BASE;
 use super::target::Matcher;
 use super::{unmerge, InitLoraWeights, LoraConfig};
 use crate::nn::{
-    adapter_tensor_name, is_adapter_tensor, set_values, Adapter, Adapters, ModuleTree, Node,
+    adapter_tensor_name, is_adapter_tensor, set_values, Adapter, Adapters, Fixed, ModuleTree, Node,
     NodeMut, Training, DEFAULT_ADAPTER,
 };
 use crate::{philox, Error, Result};
@@ -39,6 +42,8 @@ pub(super) struct Plan<'a> {
     targets: BTreeMap<String, Target>,
     /// Base tensors saved with the adapter, by their name in the model; the parameters among them are trained.
     base: BTreeMap<String, (String, Tensor)>,
+    /// Names in `modules_to_save` without a module; PEFT passes over them.
+    pub(super) unknown_modules: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
@@ -53,19 +58,13 @@ impl<'a> Plan<'a> {
         let matcher = Matcher::new(config)?;
         let targets = find_targets(model, &matcher)?;
         let mut base = BTreeMap::new();
-        let mut modules = BTreeSet::new();
-        for (name, tensor, is_buffer) in tensors(model) {
-            modules.extend(ancestors(&name).map(str::to_string));
+        let tensors = base_tensors(model);
+        let unknown_modules = unknown_modules(&tensors, config);
+        refuse_nested(&tensors, &matcher)?;
+        for BaseTensor { name, value, is_parameter, .. } in tensors {
             let is_adapted = |module: &str| targets.contains_key(module);
-            if let Some(key) = base_key(&name, is_buffer, config, &matcher, is_adapted) {
-                base.insert(name, (key, tensor));
-            }
-        }
-        for wanted in config.modules_to_save.iter().flatten() {
-            if !modules.iter().any(|path| path.ends_with(wanted.as_str())) {
-                return Err(Error::config(format!(
-                    "modules_to_save: no module is called {wanted:?}"
-                )));
+            if let Some(key) = base_key(&name, !is_parameter, config, &matcher, is_adapted) {
+                base.insert(name, (key, value));
             }
         }
         for path in targets.keys() {
@@ -76,7 +75,7 @@ impl<'a> Plan<'a> {
                 )));
             }
         }
-        Ok(Self { config, name, active, targets, base })
+        Ok(Self { config, name, active, targets, base, unknown_modules })
     }
 
     /// Leaves and shapes of the tensors of one adapter.
@@ -205,6 +204,12 @@ impl<'a> Plan<'a> {
                         None => {}
                     }
                 }
+                NodeMut::Tied(own) => match replaced.remove(path) {
+                    Some(Replacement::Values(new) | Replacement::Tensor(new)) => {
+                        *own = Some(Fixed(new));
+                    }
+                    None => {}
+                },
             }
             Ok(())
         })?;
@@ -217,32 +222,39 @@ impl<'a> Plan<'a> {
         model: &dyn ModuleTree,
         mut values: BTreeMap<String, Tensor>,
     ) -> Result<BTreeMap<String, Replacement>> {
-        let trains = |name: &str, is_buffer: bool| !is_buffer && self.base.contains_key(name);
         // As PEFT's copy does, a module to save parts from what it shares its weights with.
         let mut frozen = HashSet::new();
-        for (name, tensor, is_buffer) in tensors(model) {
-            if let (false, Training::Trained(variable)) =
-                (trains(&name, is_buffer), Training::of(&tensor)?)
+        for BaseTensor { name, value, is_parameter, tied_to } in base_tensors(model) {
+            let trained = is_parameter && self.base.contains_key(&name);
+            if let (false, None, Training::Trained(variable)) =
+                (trained, tied_to, Training::of(&value)?)
             {
                 frozen.insert(variable.id());
             }
         }
         let mut replaced = BTreeMap::new();
-        for (name, current, is_buffer) in tensors(model) {
-            if is_adapter_tensor(&name) {
-                continue;
-            }
-            let trained = trains(&name, is_buffer);
+        for BaseTensor { name, value: current, is_parameter, tied_to } in base_tensors(model) {
+            let saved = self.base.contains_key(&name);
+            let trained = is_parameter && saved;
+            // A tied tensor gets its own value once either of the two is saved.
+            let unties = tied_to.map(|source| saved || self.base.contains_key(&source));
             let value = values
                 .remove(&name)
                 .map(|value| value.to_device(current.device())?.to_dtype(current.dtype()))
                 .transpose()?;
-            let own = trained && current.is_variable() && !frozen.contains(&current.id());
+            let is_tied = unties.is_some();
+            let own =
+                trained && !is_tied && current.is_variable() && !frozen.contains(&current.id());
             let new = match value {
                 Some(value) if own => Replacement::Values(value),
-                None if own || !(trained || current.track_op()) => continue,
+                None if unties == Some(false) => continue,
+                None if !is_tied && (own || !(trained || current.track_op())) => continue,
                 value => {
-                    let new = value.unwrap_or_else(|| current.detach());
+                    let new = match value {
+                        Some(value) => value,
+                        None if is_tied => current.copy()?.detach(),
+                        None => current.detach(),
+                    };
                     Replacement::Tensor(if trained {
                         Var::from_tensor(&new)?.into_inner()
                     } else {
@@ -262,17 +274,6 @@ enum Replacement {
     Values(Tensor),
     /// A constant, or a variable of its own.
     Tensor(Tensor),
-}
-
-/// Name and tensor of everything in `model`, and whether it is a buffer.
-fn tensors(model: &dyn ModuleTree) -> Vec<(String, Tensor, bool)> {
-    let mut tensors = Vec::new();
-    model.visit("", &mut |name, node| match node {
-        Node::Parameter(tensor) => tensors.push((name.to_string(), tensor.clone(), false)),
-        Node::Buffer(tensor) => tensors.push((name.to_string(), tensor.clone(), true)),
-        Node::Layer(_) => {}
-    });
-    tensors
 }
 
 /// The dropout stream of an adapter on the layer at `path`.
@@ -341,7 +342,8 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
         Node::Layer(layer) => {
             layers.insert(path.to_string(), layer.weight.clone());
         }
-        Node::Parameter(_) | Node::Buffer(_) => {
+        Node::Fixed => {}
+        Node::Parameter(_) | Node::Buffer(_) | Node::Tied(_) => {
             if !is_adapter_tensor(path) {
                 others.extend(ancestors(path).map(str::to_string));
             }
@@ -389,8 +391,8 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
 /// # Errors
 /// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is
 /// no linear layer is targeted, a layer is both targeted and to be saved, no module has a name to be saved (PEFT
-/// passes over that one in silence), or the model already carries an adapter of the name "default".
-/// The model is unchanged then.
+/// passes over that one in silence), a module to be saved is a list or lies in another, or the model already carries an
+/// adapter of the name "default". The model is unchanged then.
 pub fn inject(model: &mut dyn ModuleTree, config: &LoraConfig, seed: u64) -> Result<Vec<String>> {
     add_adapter(model, DEFAULT_ADAPTER, config, seed)
 }
@@ -408,6 +410,7 @@ pub fn add_adapter(
     seed: u64,
 ) -> Result<Vec<String>> {
     let plan = Plan::new(model, name, config)?;
+    check_modules_to_save(model, config)?;
     let values = plan.initial_values(seed)?;
     plan.apply(model, values)
 }

@@ -23,6 +23,7 @@
 //! ```
 
 mod adapter;
+mod base;
 mod config;
 mod convert;
 mod describe;
@@ -40,6 +41,7 @@ mod state;
 mod switch;
 mod target;
 mod task_arithmetic;
+mod warnings;
 mod weighted;
 
 pub use adapter::{

@@ -4,11 +4,11 @@
 use super::state::ancestors;
 use super::target::Matcher;
 use super::LoraConfig;
-use crate::nn::{named_parameters, ModuleTree};
+use crate::nn::{named_parameters, ModuleTree, Node};
 use crate::Result;
 use std::fmt;
 
-/// Numbers of parameters; buffers are not counted.
+/// Numbers of parameters; buffers and fixed parameters are not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParameterReport {
     /// Elements of the trainable parameters.
@@ -60,10 +60,16 @@ pub fn peft_trainable_parameters(
 ) -> Result<ParameterReport> {
     let matcher = Matcher::new(config)?;
     let mut report = trainable_parameters(model);
-    for (name, tensor) in named_parameters(model) {
-        if ancestors(&name).any(|module| matcher.is_saved(module)) {
+    let mut fixed = String::new();
+    model.visit("", &mut |name, node| match node {
+        // Its frozen original is not counted, as in a model without adapters.
+        Node::Fixed => fixed = name.to_string(),
+        Node::Parameter(tensor)
+            if name != fixed && ancestors(name).any(|module| matcher.is_saved(module)) =>
+        {
             report.all += tensor.elem_count();
         }
-    }
+        _ => {}
+    });
     Ok(report)
 }

@@ -85,6 +85,7 @@ pub(super) fn saved_tensors(
             Node::Parameter(_) if is_adapter_tensor(path) => return,
             Node::Parameter(tensor) => (tensor, false),
             Node::Buffer(tensor) => (tensor, true),
+            Node::Fixed | Node::Tied(_) => return,
         };
         let is_adapted = |module: &str| adapted.contains(module);
         if let Some(key) = base_key(path, is_buffer, config, &matcher, is_adapted) {

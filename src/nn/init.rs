@@ -36,7 +36,7 @@ pub fn randomize(module: &mut dyn ModuleTree, seed: u64, std: f64) -> Result<()>
                 (tensor, if norm { 1.0 } else { 0.0 }, std)
             }
             NodeMut::Buffer(tensor) => (tensor, 0.0, 1.0),
-            NodeMut::Layer(_) => return Ok(()),
+            NodeMut::Tied(_) | NodeMut::Layer(_) => return Ok(()),
         };
         let random = random_like(tensor, seed, name, mean, std)?;
         set_values(name, tensor, &random)

@@ -5,7 +5,7 @@
 //! [`module_tree!`](crate::module_tree), under the names its checkpoint uses.
 
 use super::variables::Training;
-use super::Adapters;
+use super::{Adapters, Fixed};
 use crate::Result;
 use candle_core::{Tensor, Var};
 use std::collections::{BTreeMap, HashSet};
@@ -17,6 +17,12 @@ pub enum Node<'a> {
     Parameter(&'a Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a Tensor),
+    /// Says that the tensor of this name, met next, is a [`Fixed`] parameter. It is met as a buffer, and as
+    /// a parameter once an adapter trains it.
+    Fixed,
+    /// A [`Tied`](super::Tied) parameter without a value of its own, and the name of the tensor whose value it has, below
+    /// the nearest module around both.
+    Tied(&'static str),
     /// A layer that can be adapted, met before its own parameters.
     Layer(Layer<'a>),
 }
@@ -28,6 +34,8 @@ pub enum NodeMut<'a> {
     Parameter(&'a mut Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a mut Tensor),
+    /// Where a [`Tied`](super::Tied) parameter can get a value of its own; met only while it has none.
+    Tied(&'a mut Option<Fixed>),
     /// A layer that can be adapted, met before its own parameters.
     Layer(LayerMut<'a>),
 }

@@ -15,7 +15,7 @@ use candle_core::{bail, DType, Device, Tensor};
 /// checkpoints that hold q, k and v apart. A clone shares its tensors.
 #[derive(Clone, Debug)]
 pub struct SamModel {
-    /// The positional encoding that image and prompts share.
+    /// The positional encoding that image and prompts share, unless the prompts have their own.
     pub shared_image_embedding: SamPositionalEmbedding,
     /// Image to image embedding.
     pub vision_encoder: SamVisionEncoder,

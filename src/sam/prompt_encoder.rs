@@ -14,7 +14,7 @@
 use super::validate::require_dtype;
 use super::{SamConfig, SamPromptEncoderConfig};
 use crate::module_tree;
-use crate::nn::{Buffer, Conv2d, Embedding, LayerNorm, Mode};
+use crate::nn::{Conv2d, Embedding, Fixed, LayerNorm, Mode, Tied};
 use crate::ops::{self, Activation};
 use candle_core::{bail, DType, Device, Result, Tensor, D};
 
@@ -27,7 +27,7 @@ const PADDING: f64 = -10.0;
 #[derive(Clone, Debug)]
 pub struct SamPositionalEmbedding {
     /// The frequencies G, `[2, num_pos_feats]`.
-    pub positional_embedding: Buffer,
+    pub positional_embedding: Fixed,
 }
 
 module_tree!(SamPositionalEmbedding { positional_embedding });
@@ -39,7 +39,7 @@ impl SamPositionalEmbedding {
     /// When the dtype is none of f32, f16 and bf16, or a tensor cannot be allocated.
     pub fn zeros(num_pos_feats: usize, dtype: DType, device: &Device) -> Result<Self> {
         require_dtype(dtype)?;
-        let positional_embedding = Buffer(Tensor::zeros((2, num_pos_feats), dtype, device)?);
+        let positional_embedding = Fixed(Tensor::zeros((2, num_pos_feats), dtype, device)?);
         Ok(Self { positional_embedding })
     }
 
@@ -124,6 +124,8 @@ pub struct SamPrompts<'a> {
 /// The prompt encoder. The frequencies it shares with the image belong to the model.
 #[derive(Clone, Debug)]
 pub struct SamPromptEncoder {
+    /// Frequencies of the prompts alone, where they are no longer those of the image.
+    pub shared_embedding: Tied,
     /// For a mask prompt.
     pub mask_embed: SamMaskEmbedding,
     /// Instead of a mask prompt, `[1, hidden_size]`.
@@ -136,7 +138,13 @@ pub struct SamPromptEncoder {
     grid_size: usize,
 }
 
-module_tree!(SamPromptEncoder { mask_embed, no_mask_embed, point_embed, not_a_point_embed });
+module_tree!(SamPromptEncoder {
+    shared_embedding => "shared_embedding.positional_embedding",
+    mask_embed,
+    no_mask_embed,
+    point_embed,
+    not_a_point_embed,
+});
 
 impl SamPromptEncoder {
     /// All zero.
@@ -151,6 +159,7 @@ impl SamPromptEncoder {
         let config = &config.prompt_encoder_config;
         let embedding = || Embedding::zeros(1, config.hidden_size, dtype, device);
         Ok(Self {
+            shared_embedding: Tied::to("shared_image_embedding.positional_embedding"),
             mask_embed: SamMaskEmbedding::zeros(config, dtype, device)?,
             no_mask_embed: embedding()?,
             point_embed: (0..config.num_point_embeddings)
@@ -163,6 +172,7 @@ impl SamPromptEncoder {
     }
 
     /// Sparse tokens `[B, P, N, C]` (none without points and boxes) and the dense map `[B or 1, h or 1, w or 1, C]`.
+    /// `shared` is the image's, for prompts without frequencies of their own.
     ///
     /// # Errors
     /// When a prompt's shape does not fit `batch` or the other prompts.
@@ -174,6 +184,9 @@ impl SamPromptEncoder {
         mode: Mode,
     ) -> Result<(Option<Tensor>, Tensor)> {
         self.check(prompts, batch)?;
+        let own = self.shared_embedding.own.clone();
+        let own = own.map(|positional_embedding| SamPositionalEmbedding { positional_embedding });
+        let shared = own.as_ref().unwrap_or(shared);
         let mut sparse = vec![];
         if let Some(points) = prompts.input_points {
             let pad = prompts.input_boxes.is_none();

@@ -7,7 +7,7 @@
 use super::names::{PROMPT_EMBEDDING, SHARED_EMBEDDING};
 use super::source::Source;
 use super::{fused_name, root, split_names, to_hugging_face};
-use crate::nn::{check_settable, is_adapter_tensor, set_values, ModuleTree, Node, NodeMut};
+use crate::nn::{check_settable, is_adapter_tensor, set_values, Fixed, ModuleTree, Node, NodeMut};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use safetensors::Dtype;
@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 /// A tensor the model wants.
+#[derive(Clone)]
 struct Target {
     shape: Vec<usize>,
     dtype: DType,
@@ -51,22 +52,41 @@ const FOREIGN: [&str; 4] =
 pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
     let source = Source::open(path.as_ref())?;
     let root = root(model);
-    let targets = targets(model, root)?;
-    let (mut available, twin) = hugging_face_names(&source, only_part(&targets))?;
+    let mut targets = targets(model, root)?;
+    let part = only_part(&targets).map(str::to_string);
+    let (mut available, features) = hugging_face_names(&source, part.as_deref())?;
+    if targets.contains_key(PROMPT_EMBEDDING) {
+        let prompts = features.prompts.as_ref().or(features.image.as_ref());
+        available.extend(prompts.map(|prompts| (PROMPT_EMBEDDING.to_string(), prompts.clone())));
+    }
     available.retain(|name, _| targets.contains_key(name) || !FOREIGN.contains(&name.as_str()));
-    let plan = plan(&source, &targets, &available)?;
-    if let (Some(inner), Some(outer)) = (&twin, available.get(SHARED_EMBEDDING)) {
-        if !equal(&source, outer, inner)? {
-            let message = format!("{outer} and {inner} are one tensor in a SAM, but differ here");
-            return Err(Error::file(&source.path, message));
+    let mut origins = plan(&source, &targets, &available)?;
+    if let Features { image: Some(image), prompts: Some(prompts) } = features {
+        let tied = has_tie(model, root);
+        let wanted = (part.is_none() || tied) && !targets.contains_key(PROMPT_EMBEDDING);
+        if wanted && !equal(&source, &image, &prompts)? {
+            // As in transformers, the prompts get features of their own.
+            let target = targets.get(SHARED_EMBEDDING).filter(|_| tied).cloned();
+            let target = target.ok_or_else(|| {
+                let message =
+                    format!("{image} and {prompts} are one tensor in this model, but differ here");
+                Error::file(&source.path, message)
+            })?;
+            targets.insert(PROMPT_EMBEDDING.to_string(), target);
+            available.insert(PROMPT_EMBEDDING.to_string(), prompts);
+            origins = plan(&source, &targets, &available)?;
         }
     }
-    let mut tensors = read(&source, &targets, &plan)?;
+    let mut tensors = read(&source, &targets, &origins)?;
     model.visit_mut(root, &mut |name, node| {
-        if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {
-            if let Some(value) = tensors.remove(name) {
-                set_values(name, tensor, &value)?;
+        match node {
+            NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) => {
+                if let Some(value) = tensors.remove(name) {
+                    set_values(name, tensor, &value)?;
+                }
             }
+            NodeMut::Tied(own) => *own = tensors.remove(name).map(Fixed),
+            NodeMut::Layer(_) => {}
         }
         Ok(())
     })
@@ -107,6 +127,15 @@ fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target
         ))),
         None => settable.map(|()| targets),
     }
+}
+
+/// Whether the prompts have the image's position features and could have their own.
+fn has_tie(model: &dyn ModuleTree, root: &str) -> bool {
+    let mut found = false;
+    model.visit(root, &mut |name, node| {
+        found |= matches!(node, Node::Tied(_)) && name == PROMPT_EMBEDDING;
+    });
+    found
 }
 
 /// How the names of a file begin.
@@ -163,12 +192,19 @@ fn only_part(targets: &BTreeMap<String, Target>) -> Option<&str> {
     parts.all(|part| part == first).then_some(first)
 }
 
-/// The file's tensors by Hugging Face name, of a model that is one `part` of a SAM those of this part; and the second of
-/// the two that may hold the position features, if both are there.
+/// The position features in a file, which may come under either name or both.
+struct Features {
+    image: Option<String>,
+    /// None where they are the image's.
+    prompts: Option<String>,
+}
+
+/// The file's tensors by Hugging Face name, without the position features of prompts; of a model that is one `part` of a
+/// SAM, those of this part.
 fn hugging_face_names(
     source: &Source,
     part_of_sam: Option<&str>,
-) -> Result<(BTreeMap<String, String>, Option<String>)> {
+) -> Result<(BTreeMap<String, String>, Features)> {
     let all = source.names();
     let Layout { prefix, part } = layout(&all);
     let (in_file, inside): (Vec<&str>, Vec<String>) = all
@@ -180,7 +216,13 @@ fn hugging_face_names(
         .unzip();
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let mut names: BTreeMap<String, String> = BTreeMap::new();
+    let mut features = Features { image: None, prompts: None };
     for (name, in_file) in to_hugging_face(&inside).into_iter().zip(in_file) {
+        match name.as_str() {
+            SHARED_EMBEDDING => features.image = Some(in_file.to_string()),
+            PROMPT_EMBEDDING => features.prompts = Some(in_file.to_string()),
+            _ => {}
+        }
         if part_of_sam.is_some_and(|part| name.split('.').next() != Some(part)) {
             continue;
         }
@@ -189,12 +231,13 @@ fn hugging_face_names(
             return Err(Error::file(&source.path, message));
         }
     }
-    // The position features may come under either name or both.
-    let mut inner = names.remove(PROMPT_EMBEDDING);
-    if !names.contains_key(SHARED_EMBEDDING) {
-        names.extend(inner.take().map(|inner| (SHARED_EMBEDDING.to_string(), inner)));
+    names.remove(PROMPT_EMBEDDING);
+    if features.image.is_none() {
+        features.image = features.prompts.take();
+        let image = features.image.clone().filter(|_| part_of_sam.is_none());
+        names.extend(image.map(|image| (SHARED_EMBEDDING.to_string(), image)));
     }
-    Ok((names, inner))
+    Ok((names, features))
 }
 
 /// Whether two tensors of the file have the same shape and hold the same values.

@@ -3,7 +3,7 @@
 use super::{fused_name, root, split_names, to_original, Naming};
 use crate::nn::{is_adapter_tensor, ModuleTree, Node};
 use crate::sam::SamConfig;
-use crate::{files, Result};
+use crate::{files, Error, Result};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +15,8 @@ use std::path::Path;
 /// that is already there is replaced only by a complete one.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// - the file cannot be written;
+/// - the prompts have position features of their own, and the original naming has one name for theirs and the image's.
 pub fn save(
     model: &dyn ModuleTree,
     path: impl AsRef<Path>,
@@ -45,9 +46,28 @@ pub fn save(
     }
     if naming == Naming::Original {
         let names: Vec<&str> = tensors.keys().map(String::as_str).collect();
-        tensors = to_original(&names).into_iter().zip(tensors.values().cloned()).collect();
+        let mut named: BTreeMap<String, (&str, Tensor)> = BTreeMap::new();
+        for ((original, name), tensor) in
+            to_original(&names).into_iter().zip(names).zip(tensors.values())
+        {
+            if let Some((twin, value)) = named.get(&original) {
+                if !equal(value, tensor)? {
+                    return Err(Error::config(format!(
+                        "the original naming has one name, {original}, for {twin} and {name}, which differ here"
+                    )));
+                }
+            }
+            named.insert(original, (name, tensor.clone()));
+        }
+        tensors = named.into_iter().map(|(original, (_, tensor))| (original, tensor)).collect();
     }
     files::write_tensors(path.as_ref(), &tensors)
+}
+
+/// Whether two tensors of one shape hold the same values.
+fn equal(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let values = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
+    Ok(values(a)? == values(b)?)
 }
 
 /// q, k and v as one tensor, if all three are there and of one shape.
