@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
-use common::limits::{self, NotFinite, Queries, Saturated};
+use common::limits::{self, NotFinite, Rule, Saturated};
 use common::{gradients, values};
 
 /// A path through the operation: its name, and what computes it.
@@ -50,11 +50,11 @@ fn saturated_gradients_are_as_exact_as_pytorch() -> Result<()> {
 }
 
 /// What is not finite goes to the elements that it goes to in PyTorch, and to no others.
-fn check_not_finite(path: Path, queries: Queries) -> Result<()> {
+fn check_not_finite(path: Path, rule: Rule) -> Result<()> {
     let mut failures = Vec::new();
     for case in NotFinite::all()? {
         for (name, got) in run(path, &case.inputs, &case.settings)? {
-            if let Some(difference) = case.difference(&name, &values(&got), 1e-5, queries) {
+            if let Some(difference) = case.difference(&name, &values(&got), 1e-5, rule) {
                 failures.push(format!("{} {}: {name}: {difference}", path.0, case.name));
             }
         }
@@ -65,12 +65,12 @@ fn check_not_finite(path: Path, queries: Queries) -> Result<()> {
 
 #[test]
 fn not_finite_spreads_as_in_pytorch() -> Result<()> {
-    check_not_finite(FUSED, Queries::Real)
+    check_not_finite(FUSED, Rule::Exact)
 }
 
 #[test]
 fn not_finite_spreads_as_in_pytorch_when_composed() -> Result<()> {
-    check_not_finite(COMPOSED, Queries::All)
+    check_not_finite(COMPOSED, Rule::FiniteWithPadding)
 }
 
 /// A scale of zero leaves the tables alone to decide, a negative one turns the order round; both as the graph has it.

@@ -23,9 +23,9 @@ pub use super::head::Inputs;
 use super::head::{Block, Head, Pass, Tables, Tile};
 use super::math::{add, add_scaled, all_finite};
 use super::panel::{panel, row_dots, Into, Left, Right};
-use super::simd::{padded, MAX_LANES};
+use super::simd::padded;
 pub use super::softmax::Normalizer;
-use super::softmax::{apply, Gradient, Online, Row};
+use super::softmax::{apply, AboveHalf, Gradient, Online, Row};
 use crate::problem::AttentionProblem;
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -150,15 +150,6 @@ fn drop_weights(head: &Head<'_>, token: usize, tile: &Tile<'_>, weights: &mut [f
     }
 }
 
-/// Which weight is above 1/2, if any.
-fn above_half(weights: &[f32]) -> Option<usize> {
-    // By lanes without a branch among them, as vectors.
-    let any = |lanes: &[f32]| lanes.iter().fold(false, |any, &weight| any | (weight > 0.5));
-    let (index, lanes) = weights.chunks(MAX_LANES).enumerate().find(|(_, lanes)| any(lanes))?;
-    let lane = lanes.iter().position(|&weight| weight > 0.5)?;
-    Some(index * MAX_LANES + lane)
-}
-
 /// Takes the padding lanes, whose weight is zero, out of dS and its sums over key rows: times a gradient that is not
 /// finite, zero is NaN.
 fn forget_padding(p: &AttentionProblem, grads: &mut [f32], drel_h: &mut [f32]) {
@@ -264,7 +255,8 @@ fn backward_head(
                     forget_padding(p, grads, rel_h);
                 }
                 if normalizer.sum < 2.0 {
-                    largest[n] = largest[n].or_else(|| Some(tile.first + above_half(weights)?));
+                    largest[n] =
+                        largest[n].or_else(|| Some(tile.first + apply(AboveHalf(weights))?));
                 }
                 drop_weights(head, real[n].0, &tile, weights);
             }

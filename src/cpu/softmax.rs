@@ -127,6 +127,23 @@ impl WithSimd for Gradient<'_> {
     }
 }
 
+/// Which weight of whole vectors is above 1/2, if any.
+pub struct AboveHalf<'a>(pub &'a [f32]);
+
+impl WithSimd for AboveHalf<'_> {
+    type Output = Option<usize>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Option<usize> {
+        let mut maxima = simd.splat_f32s(0.0);
+        for &weights in vectors::<S>(self.0) {
+            maxima = simd.max_f32s(maxima, weights);
+        }
+        let found = simd.reduce_max_f32s(maxima) > 0.5;
+        found.then(|| self.0.iter().position(|&weight| weight > 0.5)).flatten()
+    }
+}
+
 /// Runs one of the above.
 pub fn apply<K: WithSimd>(kernel: K) -> K::Output {
     run(kernel)

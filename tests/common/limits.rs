@@ -139,13 +139,15 @@ fn class(x: f64) -> usize {
     }
 }
 
-/// Whose results are compared.
+/// What is compared with PyTorch.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Queries {
-    /// All of a window, as PyTorch has them. An infinity may be NaN: candle's softmax has a gradient through its maximum.
-    All,
-    /// Those on the grid.
-    Real,
+pub enum Rule {
+    /// Its queries on the grid, each element's kind.
+    Exact,
+    /// Its queries on the grid, whether an element is finite: terms that are infinite both ways, in another order, are NaN.
+    Finite,
+    /// As `Finite`, with the queries of padded tokens.
+    FiniteWithPadding,
 }
 
 impl NotFinite {
@@ -176,14 +178,15 @@ impl NotFinite {
 
     /// The first difference of a tensor from PyTorch's, if any: of the kind of an element, or of a number by more than
     /// `bound`, of the largest if that is above 1.
-    pub fn difference(&self, name: &str, got: &[f64], bound: f64, of: Queries) -> Option<String> {
-        let real = if of == Queries::Real && self.settings.window.is_some() { "real_" } else { "" };
+    pub fn difference(&self, name: &str, got: &[f64], bound: f64, rule: Rule) -> Option<String> {
+        let real = rule != Rule::FiniteWithPadding && self.settings.window.is_some();
+        let real = if real { "real_" } else { "" };
         let classes = values(&self.case.tensor(&format!("{real}class_{name}")));
         let expected = values(&self.case.tensor(&format!("{real}{name}")));
         assert_eq!(got.len(), expected.len(), "{} {name}", self.name);
-        let wrong = |(got, &expected): (&f64, &f64)| match class(*got) {
-            1 if of == Queries::All => expected == 0.0,
-            class => class != expected as usize,
+        let wrong = |(got, &expected): (&f64, &f64)| match rule {
+            Rule::Exact => class(*got) != expected as usize,
+            Rule::Finite | Rule::FiniteWithPadding => got.is_finite() != (expected == 0.0),
         };
         let count = got.iter().zip(&classes).filter(|&pair| wrong(pair)).count();
         if let Some(at) = got.iter().zip(&classes).position(wrong) {
