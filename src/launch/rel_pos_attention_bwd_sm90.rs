@@ -196,7 +196,7 @@ fn bias_maps(
     [stride_w, stride_h]: [usize; 2],
 ) -> Result<Maps> {
     type Params = RelPosAttentionBwdKeySm90Params;
-    let rows = narrow("rel-pos-attention", "heads times tokens", portable::lse_elements(p))?;
+    let rows = narrow("rel-pos-attention", "heads times tokens", portable::rows(p))?;
     let pitch = portable::bias_pitch(p) as u32;
     let queries = queries as u32;
     let biases = |columns: usize| {
