@@ -149,7 +149,7 @@ __device__ __forceinline__ void take_diagonal(float (&diagonal)[2], const float 
     const int g = lane_id() / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-        diagonal[half] = ptx::shfl_idx(products[half][2 * half + g % 2], 4 * g + g / 2);
+        diagonal[half] = ptx::shfl_idx(g % 2 == 0 ? products[half][2 * half] : products[half][2 * half + 1], 4 * g + g / 2);
 }
 
 // The sum and the maximum over the four lanes that hold a row of accumulators.

@@ -234,7 +234,9 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t n = warp_first + g + 8 * half;
-            if (n < queries) statistics.load(half, global<const float>(p.lse), unit.first_row() + n);
+            if (n >= queries) continue;
+            if constexpr (kExactWeights<T>) statistics.load(half, global<const float>(p.lse), unit.first_row() + n);
+            else if (t == 0) statistics.store(half, delta[half], global<float>(p.delta), unit.first_row() + n);
         }
         load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);
         project_tables<Tile>(bias, shared, s, unit, first, q, qkv + head_column, 3 * channels, tables, wide);
@@ -340,9 +342,9 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
             }
             __syncthreads();  // nobody reads this stage any more; after the last, all see drel
         }
+        if constexpr (kExactWeights<T>) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if constexpr (kExactWeights<T>) {
+            for (int half = 0; half < 2; ++half) {
                 float excess = 0.0f;
                 for (uint32_t key = t; key < s.side_h; key += 4) excess += drel_h[8 * half * bias.stride_h + key];
                 excess = quad_sum(excess);
@@ -362,11 +364,11 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                             if (from != nullptr && column < s.head_dim) dq[n][2 * half + c] -= excess * from[channels + head_column + column];
                         }
                 }
+                const uint32_t n = warp_first + g + 8 * half;
+                if (t == 0 && n < queries) statistics.store(half, delta[half], global<float>(p.delta), unit.first_row() + n);
             }
-            const uint32_t n = warp_first + g + 8 * half;
-            if (t == 0 && n < queries) statistics.store(half, delta[half], global<float>(p.delta), unit.first_row() + n);
+            __syncthreads();  // all see drel
         }
-        __syncthreads();  // all see drel
 
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n)

@@ -109,8 +109,8 @@ impl Comparison {
     /// Whether the error is more than so many times PyTorch's, a few roundings of the largest value, and what f64
     /// itself leaves of terms that cancel.
     pub fn failed(&self, times: f64) -> bool {
-        // Negated, so that NaN fails.
-        !(self.error <= times * self.pytorch + 5e-7 * self.largest + 1e-12)
+        let bound = times * self.pytorch + 5e-7 * self.largest + 1e-12;
+        self.error.is_nan() || self.error > bound
     }
 }
 
