@@ -342,7 +342,8 @@ ABI_SIZE(RelPosAttentionShape, 56);
 
 /** `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,
  * head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32
- * `[windows, heads, tokens]`, tokens on the grid first. */
+ * `[windows, heads, tokens]`, tokens on the grid first. With f32 operands it is `[windows, heads, tokens, 2]`, the maximum in
+ * base 2 and the sum. */
 typedef struct RelPosAttentionFwdParams {
   device_ptr qkv;
   device_ptr tables[2];
@@ -442,7 +443,8 @@ ABI_SIZE(RelPosAttentionWindowBwdParams, 144);
 
 /** The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,
  * side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the
- * launch, rows of the tables, head_dim]`; `items` are the blocks of queries. */
+ * launch, rows of the tables, head_dim]`; `items` are the blocks of queries. With f32
+ * operands `delta` is `[units, tokens, 4]`: delta, the maximum, 1 / the sum, and a number not used. */
 typedef struct RelPosAttentionBwdQueryParams {
   device_ptr qkv;
   device_ptr tables[2];

@@ -4,6 +4,9 @@
 // which leaves out terms of 2^-22; six mma.m16n8k8. The accumulators lie in the same place for all: lane l, with
 // g = l / 4 and t = l % 4, holds D[g][2t], D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1].
 //
+// low is cut off, not rounded: then high + low is split into the same two again, and a sum of one product, 1 v, is worth
+// in the next product what v is. An infinity has no low part: its f32 products are NaN.
+//
 // f32 operands take the depth in the order 0 2 4 6 1 3 5 7 within each eight, both alike, so a sum does not notice; then
 // what a lane needs of a row are two neighbours, and accumulators are A operands without moving between lanes.
 #pragma once
@@ -110,6 +113,10 @@ template <class T, class At> __device__ __forceinline__ void gather_a(FragmentA<
 template <class T> __device__ __forceinline__ void mma(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
     ptx::mma_m16n8k16(d, a.at, b.at[0], b.at[1], T{});
 }
+__device__ __forceinline__ uint32_t low_tf32(float x, uint32_t high) {
+    return __float_as_uint(x - __uint_as_float(high)) & 0xFFFFE000u;
+}
+template <bool kTransposed = false>
 __device__ __forceinline__ void mma(float (&d)[4], const FragmentA<float>& a, const FragmentB<float>& b) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -117,35 +124,32 @@ __device__ __forceinline__ void mma(float (&d)[4], const FragmentA<float>& a, co
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             a_high[i] = ptx::cvt_rna_tf32(a.at[h][i]);
-            a_low[i] = ptx::cvt_rna_tf32(a.at[h][i] - __uint_as_float(a_high[i]));
+            a_low[i] = low_tf32(a.at[h][i], a_high[i]);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             b_high[i] = ptx::cvt_rna_tf32(b.at[h][i]);
-            b_low[i] = ptx::cvt_rna_tf32(b.at[h][i] - __uint_as_float(b_high[i]));
+            b_low[i] = low_tf32(b.at[h][i], b_high[i]);
         }
+        if constexpr (kTransposed) ptx::mma_m16n8k8_tf32(d, a_high, b_low[0], b_low[1]);
         ptx::mma_m16n8k8_tf32(d, a_low, b_high[0], b_high[1]);
-        ptx::mma_m16n8k8_tf32(d, a_high, b_low[0], b_low[1]);
+        if constexpr (!kTransposed) ptx::mma_m16n8k8_tf32(d, a_high, b_low[0], b_low[1]);
         ptx::mma_m16n8k8_tf32(d, a_high, b_high[0], b_high[1]);
     }
 }
 
-// The dot products of rows g and g + 8 of two operands, this lane's share: the sum over the four lanes is due.
-__device__ __forceinline__ void add_row_dots(float (&sum)[2], const FragmentA<float>& a, const FragmentA<float>& b) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i % 2] = fmaf(a.at[h][i], b.at[h][i], sum[i % 2]);
+// D^T += B^T A^T, for operands in exchanged roles: with the bits that mma gives D.
+template <class T> __device__ __forceinline__ void mma_transposed(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
+    if constexpr (sizeof(T) == 4) mma<true>(d, a, b);
+    else mma(d, a, b);
 }
-template <class T> __device__ __forceinline__ void add_row_dots(float (&sum)[2], const FragmentA<T>& a, const FragmentA<T>& b) {
+
+// Of the products of 16 rows with 16, [8 columns at a time], those of row g with row g, and of g + 8 with g + 8.
+__device__ __forceinline__ void take_diagonal(float (&diagonal)[2], const float (&products)[2][4]) {
+    const int g = lane_id() / 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        T x[2], y[2];
-        memcpy(x, &a.at[i], 4);
-        memcpy(y, &b.at[i], 4);
-        sum[i % 2] = fmaf(to_float(x[0]), to_float(y[0]), sum[i % 2]);
-        sum[i % 2] = fmaf(to_float(x[1]), to_float(y[1]), sum[i % 2]);
-    }
+    for (int half = 0; half < 2; ++half)
+        diagonal[half] = ptx::shfl_idx(g % 2 == 0 ? products[half][2 * half] : products[half][2 * half + 1], 4 * g + g / 2);
 }
 
 // The sum and the maximum over the four lanes that hold a row of accumulators.

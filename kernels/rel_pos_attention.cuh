@@ -15,6 +15,13 @@
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // kDim channels (head_dim rounded up, the rest zero), key tiles of kRows x kCols, 16 queries a warp.
+// f32 keeps what normalizes a row of the softmax apart, P = exp2(S - max) / sum, where 16 bits have lse = max + log(sum):
+// at a score of 1e3 lse has lost what is below 1e-4, and so have all of the row's weights, more than f32 may lose. It also
+// adds rel_h to the score before the maximum is taken off, so that the largest one's weight is exactly 1 / sum.
+template <class T> constexpr bool kExactWeights = sizeof(T) == 4;
+// Numbers of a query that the backward's passes share: delta; in f32 delta, max, 1 / sum and one that is not used.
+template <class T> constexpr int kRowStatistics = kExactWeights<T> ? 4 : 1;
+
 template <class Element, int Dim, int Cols, int Rows, int Warps> struct AttentionTile {
     using T = Element;
     static constexpr int kDim = Dim, kCols = Cols, kRows = Rows, kWarps = Warps;
@@ -218,12 +225,18 @@ template <class T> struct Tables {
     }
 };
 
-// Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is.
-// Uses the staging memory; every thread of the block must come.
+// What the maximum is taken for: while all scores are minus infinity their weights are zero, not NaN.
+__device__ __forceinline__ float finite_maximum(float max) { return max == -INFINITY ? 0.0f : max; }
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is. Of
+// f32, what is not finite is computed anew, since an infinity in a table (a mask) is no operand of 3xTF32; `queries` are
+// q's rows [.., stride] in memory. Uses the staging memory; every thread of the block must come.
 template <class Tile, class T>
 __device__ __forceinline__ void project_tables(
     const Biases<Tile>& bias, typename Tile::Storage& shared, const RelPosAttentionShape& s, const AttentionUnit& unit,
-    uint32_t first, const FragmentA<T> (&q)[Tile::kDim / 16], const Tables<T>& tables, bool wide) {
+    uint32_t first, const FragmentA<T> (&q)[Tile::kDim / 16], const T* queries, uint64_t stride, const Tables<T>& tables, bool wide) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     float *h = bias.h + 16 * warp * bias.stride_h, *w = bias.w + 16 * warp * bias.stride_w;
     for (uint32_t i = lane; i < 16 * bias.stride_h; i += kWarp) h[i] = i % bias.stride_h < s.side_h ? 0.0f : -INFINITY;
@@ -248,9 +261,16 @@ __device__ __forceinline__ void project_tables(
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int half = i % 4 / 2, row = g + 8 * half;
-                list.key_of(begin + block + 8 * (i / 4) + 2 * t + i % 2, query[half], [&](bool is_h, uint32_t k) {
-                    (is_h ? h[row * bias.stride_h + k] : w[row * bias.stride_w + k]) = products[i / 4][i % 4] * kLog2e;
+                const int half = i % 4 / 2, row = g + 8 * half, column = block + 8 * (i / 4) + 2 * t + i % 2;
+                list.key_of(begin + column, query[half], [&](bool is_h, uint32_t k) {
+                    float product = products[i / 4][i % 4];
+                    if constexpr (sizeof(T) == 4)
+                        if (!is_finite(product) && first + 16 * warp + row < unit.queries()) {
+                            const T* of_query = queries + unit.token(query[half]) * stride;
+                            product = 0.0f;
+                            for (uint32_t c = 0; c < s.head_dim; ++c) product = fmaf(of_query[c], shared.rows[column][c], product);
+                        }
+                    (is_h ? h[row * bias.stride_h + k] : w[row * bias.stride_w + k]) = product * kLog2e;
                 });
             }
         }

@@ -4,9 +4,10 @@
 //
 // A block holds a key tile of 8 key rows by 8 columns of a unit, each warp two key rows, and goes through the unit's
 // queries. It computes S^T, keys as rows, so that P^T and dS^T are operands as they stand; rel_w is then one number for
-// both of a lane's keys, since they share their column, and rel_h one for each. The biases are the query pass's, with
-// lse taken off: P = exp2(q k scale log2(e) + rel_w + rel_h). Queries that do not exist are rows of zeros, q and dO
-// alike, and add nothing; keys that do not exist have a bias of minus infinity.
+// both of a lane's keys, since they share their column, and rel_h one for each. The biases are the query pass's: in 16 bits
+// with lse taken off, P = exp2(q k scale log2(e) + rel_w + rel_h); in f32 as they are, and with the query's delta come max
+// and 1 / sum. S and dP have the query pass's bits. Queries that do not exist are rows of zeros, q and dO alike, and add
+// nothing; keys that do not exist have a bias of minus infinity.
 #pragma once
 #include "rel_pos_attention.cuh"
 
@@ -20,7 +21,7 @@ template <class Element, int Dim, int Queries> struct KeyTile {
     static constexpr int kBiasStride = 12;
     struct Stage {
         T q[kQueries][kStride], dout[kQueries][kStride];
-        float rel_h[kQueries][kBiasStride], rel_w[kQueries][kBiasStride], delta[kQueries];
+        float rel_h[kQueries][kBiasStride], rel_w[kQueries][kBiasStride], statistics[kQueries][kRowStatistics<T>];
     };
     // After the stages, in their place, the sums over keys outside the grid.
     struct Stages {
@@ -75,7 +76,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
 
     const uint32_t pad_h = ceil_div(s.side_h, 8u) * 8, pitch = pad_h + ceil_div(s.side_w, 8u) * 8;
     const float* bias = global<const float>(p.bias) + unit.first_row() * pitch;
-    const float* delta = global<const float>(p.delta) + unit.first_row();
+    constexpr int kStatistics = kRowStatistics<T>;
+    const float* statistics = global<const float>(p.delta) + unit.first_row() * kStatistics;
     const auto copy_block = [&](uint32_t first, int stage) {
         auto& to = shared.stages[stage];
         const auto source = [&](const T* array, uint64_t stride) {
@@ -92,8 +94,10 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
             float* at = is_h ? &to.rel_h[row][column] : &to.rel_w[row][column];
             ptx::cp_async<16>(at, valid ? bias + uint64_t(n) * pitch + (is_h ? y : pad_h + x) + column : bias, valid);
         }
-        for (uint32_t i = threadIdx.x; i < kQueries; i += Tile::kThreads)
-            ptx::cp_async<4>(&to.delta[i], first + i < queries ? delta + first + i : delta, first + i < queries);
+        for (uint32_t i = threadIdx.x; i < kQueries; i += Tile::kThreads) {
+            const bool valid = first + i < queries;
+            ptx::cp_async<4 * kStatistics>(to.statistics[i], valid ? statistics + uint64_t(first + i) * kStatistics : statistics, valid);
+        }
     };
     copy_block(0, 0);
     ptx::cp_async_commit_group();
@@ -117,11 +121,11 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
                     if constexpr (!Tile::kKeysInRegisters) load_keys(c);
                     FragmentB<T> b[2];
                     load_b(b, &from.q[block][16 * c], kStride);
-                    mma(scores[0], k[c], b[0]);
-                    mma(scores[1], k[c], b[1]);
+                    mma_transposed(scores[0], k[c], b[0]);
+                    mma_transposed(scores[1], k[c], b[1]);
                     load_b(b, &from.dout[block][16 * c], kStride);
-                    mma(dweights[0], v[c], b[0]);
-                    mma(dweights[1], v[c], b[1]);
+                    mma_transposed(dweights[0], v[c], b[0]);
+                    mma_transposed(dweights[1], v[c], b[1]);
                 }
                 uint32_t kept = ~0u;
                 if (s.dropout.threshold != 0) {
@@ -136,11 +140,17 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
                 for (int i = 0; i < 8; ++i) {
                     float &score = scores[i / 4][i % 4], &dweight = dweights[i / 4][i % 4];
                     const int row = block + 8 * (i / 4) + 2 * t + i % 2;
-                    const float bias_of_key = from.rel_w[row][g] + from.rel_h[row][2 * warp + i / 2 % 2];
-                    const float weight = ptx::ex2_approx(fmaf(score, scale, bias_of_key));
+                    const float rel_w = from.rel_w[row][g], rel_h = from.rel_h[row][2 * warp + i / 2 % 2];
+                    float weight;
+                    if constexpr (kExactWeights<T>) {
+                        const auto* row_of = from.statistics[row];
+                        weight = ptx::ex2_approx(fmaf(score, scale, rel_w) + rel_h - row_of[1]) * row_of[2];
+                    } else {
+                        weight = ptx::ex2_approx(fmaf(score, scale, rel_w + rel_h));
+                    }
                     const float factor = s.dropout.threshold != 0 ? dropout_factor(s.dropout, kept, i) : 1.0f;
                     score = weight * factor;
-                    dweight = weight * (dweight * factor - from.delta[row]);
+                    dweight = weight * (dweight * factor - from.statistics[row][0]);
                 }
                 FragmentA<T> weights, dscores;
                 make_a(weights, scores[0], scores[1]);

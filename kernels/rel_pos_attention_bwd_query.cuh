@@ -1,6 +1,6 @@
 // The backward of rel_pos_attention, first pass, by queries: dq, and the gradients of the tables.
 //
-//   P = exp(S - lse)   dP = dropout(dO V^T)   dS = P (dP - delta)   delta_n = dO_n . O_n
+//   P = exp(S - lse)   dP = dropout(dO V^T)   dS = P (dP - delta)   delta_n = dO_n . O_n      (f32: P = exp(S - max) / sum)
 //   drel_h[n, y] = sum_x dS[n, (y, x)]        drel_w[n, x] = sum_y dS[n, (y, x)]
 //   dq_n = softmax_scale sum_m dS[n, m] k_m + sum_y drel_h[n, y] Rh[y_n - y + side_h - 1] + the same for w
 //   dRh[r] = sum_n drel_h[n, y_n - r + side_h - 1] q_n, the same for w
@@ -8,7 +8,15 @@
 // Tiles as in the forward; drel_w stays in registers for a stripe, as rel_w does, drel_h is a row sum. A block takes
 // every gridDim.x-th block of queries and adds the tables' gradients up in its own part of `table_partials`, which
 // sum_partials.cu sums in order: no atomics, the same bits every time. For the second pass it leaves delta and the
-// biases (rel_h minus lse, and rel_w, in base 2).
+// biases (rel_h minus lse, and rel_w, in base 2; in f32 rel_h as it is, and with delta max and 1 / sum).
+//
+// Where one weight is 1 and the others are 0, O is that key's value, and delta, the same product of tensor cores as dP, has
+// the bits of the key's dP: dS is exactly 0. In f32, where one weight is above 1/2, its dS may be small beside the roundings
+// of dP and delta. A row's dS add up to zero, so what they do add up to is taken off that weight's.
+//
+// Products with rows of the tables are over rows that not every query of a block reads, with gradients of zero for those it
+// does not. Zero times what is not finite (a table's mask of minus infinity) is NaN: a sum that is not finite is computed anew
+// from the rows that belong to it.
 #pragma once
 #include "rel_pos_attention.cuh"
 
@@ -37,7 +45,7 @@ __device__ __forceinline__ void write_biases(
     const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     for (uint32_t row = 16 * warp; row < 16 * warp + 16 && first + row < unit.queries(); ++row) {
         const uint64_t query = unit.first_row() + first + row;
-        const float shift = lse[query] * kLog2e;
+        const float shift = kExactWeights<typename Tile::T> ? 0.0f : lse[query] * kLog2e;
         for (uint32_t y = lane; y < pad_h; y += kWarp) {
             const float value = y < s.side_h ? bias.h[row * bias.stride_h + y] - shift : -INFINITY;
             if (y < s.side_h) bias.h[row * bias.stride_h + y] = value;
@@ -49,6 +57,23 @@ __device__ __forceinline__ void write_biases(
     __syncwarp();
 }
 
+// Computes this lane's sums of one half anew that are not finite: add(i, column, sum) for i below `count`. Rolled, since
+// hardly ever taken.
+template <class Tile, class Add>
+__device__ __forceinline__ void mend_sums(float (&sums)[Tile::kDim / 8][4], int half, uint32_t head_dim, uint32_t count, Add add) {
+#pragma unroll
+    for (int n = 0; n < Tile::kDim / 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const uint32_t column = 8 * n + threadIdx.x % 4 * 2 + c;
+            float& sum = half == 0 ? sums[n][c] : sums[n][2 + c];
+            if (is_finite(sum) || column >= head_dim) continue;
+            sum = 0.0f;
+#pragma unroll 1
+            for (uint32_t i = 0; i < count; ++i) add(i, column, sum);
+        }
+}
+
 // dq += drel R, for all rows of the list; with dq scaled already. Every thread of the block must come.
 template <class Tile, class T>
 __device__ __forceinline__ void add_table_terms(
@@ -57,6 +82,7 @@ __device__ __forceinline__ void add_table_terms(
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
     const TableRows list(s, unit, first, Tile::kQueries);
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
+    float terms[Tile::kDim / 8][4] = {};
     for (uint32_t begin = 0; begin < list.count; begin += Tile::kStagedRows) {
         const int count = int(min(list.count - begin, uint32_t(Tile::kStagedRows))), whole = (count + 15) / 16 * 16;
         // Zeros up to a whole depth: what was staged before would count, times zero, if it is not finite.
@@ -71,12 +97,25 @@ __device__ __forceinline__ void add_table_terms(
             for (int n = 0; n < Tile::kDim / 16; ++n) {
                 FragmentB<T> b[2];
                 load_b_trans(b, &shared.rows[block][16 * n], Tile::kStride);
-                mma(dq[2 * n], a, b[0]);
-                mma(dq[2 * n + 1], a, b[1]);
+                mma(terms[2 * n], a, b[0]);
+                mma(terms[2 * n + 1], a, b[1]);
             }
         }
         __syncthreads();
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        if (first + 16 * warp + g + 8 * half < unit.queries())
+            mend_sums<Tile>(terms, half, s.head_dim, list.count, [&](uint32_t i, uint32_t column, float& sum) {
+                list.key_of(i, query[half], [&](bool, uint32_t) {
+                    const float gradient = gradients.at(list, 16 * warp + g + 8 * half, query[half], i);
+                    sum = fmaf(gradient, to_float(tables.row(s, list.row(i))[column]), sum);
+                });
+            });
+#pragma unroll
+    for (int n = 0; n < Tile::kDim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq[n][i] += terms[n][i];
 }
 
 // partial += drel^T q over the block's queries, warp by warp 16 rows of the list. Every thread of the block must come.
@@ -109,6 +148,12 @@ __device__ __forceinline__ void add_table_gradients(
         for (int half = 0; half < 2; ++half) {
             const uint32_t i = block + g + 8 * half;
             if (i >= list.count) continue;
+            mend_sums<Tile>(sum, half, s.head_dim, min(unit.queries() - first, uint32_t(Tile::kQueries)), [&](uint32_t row, uint32_t column, float& sum) {
+                const Token query = unit.query(first + row);
+                list.key_of(i, query, [&](bool, uint32_t) {
+                    sum = fmaf(gradients.at(list, row, query, i), to_float(shared.rows[row][column]), sum);
+                });
+            });
             float* to = partial + uint64_t(list.row(i)) * s.head_dim;
 #pragma unroll
             for (int n = 0; n < Tile::kDim / 8; ++n)
@@ -123,6 +168,24 @@ __device__ __forceinline__ void add_table_gradients(
 // In f32 q and dO, with their two tf32 parts, are too many for registers: they stay in shared memory.
 template <class Tile> struct QueryStorage : Tile::Storage {
     typename Tile::T q[Tile::kQueries][Tile::kStride], dout[Tile::kQueries][Tile::kStride];
+};
+
+// What normalizes a lane's two queries' weights. In 16 bits lse has been taken off rel_h.
+template <class T> struct RowStatistics {
+    __device__ __forceinline__ void load(int, const float*, uint64_t) {}
+    __device__ __forceinline__ float weight(int, float score) const { return ptx::ex2_approx(score); }
+    __device__ __forceinline__ void store(int, float delta, float* to, uint64_t row) const { to[row] = delta; }
+};
+template <> struct RowStatistics<float> {
+    float max[2] = {}, inverse_sum[2] = {};
+    __device__ __forceinline__ void load(int half, const float* from, uint64_t row) {
+        max[half] = from[2 * row];
+        inverse_sum[half] = 1.0f / from[2 * row + 1];
+    }
+    __device__ __forceinline__ float weight(int half, float score) const { return ptx::ex2_approx(score - max[half]) * inverse_sum[half]; }
+    __device__ __forceinline__ void store(int half, float delta, float* to, uint64_t row) const {
+        ::store(to + 4 * row, {delta, max[half], inverse_sum[half], 0.0f});
+    }
 };
 
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_query(const RelPosAttentionBwdQueryParams& p) {
@@ -154,19 +217,29 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         const uint32_t head_column = unit.head * s.head_dim, warp_first = first + 16 * warp;
 
         FragmentA<T> q[kDim / 16], dout[kDim / 16];
-        load_queries<Tile>(q, shared, unit, first, wide, global<const T>(p.out) + head_column, channels);
+        static_assert(Tile::kStagedRows >= 2 * Tile::kQueries);
+        copy_queries<Tile>(shared.rows + Tile::kQueries, unit, first, wide, global<const T>(p.out) + head_column, channels);
         load_queries<Tile>(dout, shared, unit, first, wide, global<const T>(p.dout) + head_column, channels);
-        float delta[2] = {};
+        float delta[2], products[2][4] = {};
 #pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) add_row_dots(delta, q[k], dout[k]);
+        for (int k = 0; k < kDim / 16; ++k) {
+            FragmentB<T> b[2];
+            load_b(b, &shared.rows[Tile::kQueries + 16 * warp][16 * k], kStride);
+            mma(products[0], dout[k], b[0]);
+            mma(products[1], dout[k], b[1]);
+        }
+        take_diagonal(delta, products);
+        __syncthreads();  // nobody reads the output any more
+        RowStatistics<T> statistics;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            delta[half] = quad_sum(delta[half]);
             const uint32_t n = warp_first + g + 8 * half;
-            if (t == 0 && n < queries) global<float>(p.delta)[unit.first_row() + n] = delta[half];
+            if (n >= queries) continue;
+            if constexpr (kExactWeights<T>) statistics.load(half, global<const float>(p.lse), unit.first_row() + n);
+            else if (t == 0) statistics.store(half, delta[half], global<float>(p.delta), unit.first_row() + n);
         }
         load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);
-        project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
+        project_tables<Tile>(bias, shared, s, unit, first, q, qkv + head_column, 3 * channels, tables, wide);
         write_biases<Tile>(bias, s, unit, first, global<const float>(p.lse), global<float>(p.bias));
 
         if constexpr (!kQueriesInRegisters) {
@@ -180,6 +253,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
         float* drel_h = gradients.dh + (16 * warp + g) * bias.stride_h;
         float fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
+        int largest[2] = {-1, -1};  // in f32, the key whose weight is above 1/2
 
         for (uint32_t tile = 0; tile < tiles.count; ++tile) {
             const T(*keys)[kStride] = tiles.advance(tile);
@@ -227,7 +301,9 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
 #pragma unroll
                             for (int c = 0; c < 2; ++c) {
                                 const int i = 2 * half + c;
-                                const float weight = ptx::ex2_approx(fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
+                                const float weight = statistics.weight(half, fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
+                                if constexpr (kExactWeights<T>)
+                                    if (weight > 0.5f) largest[half] = int((y + r) * s.side_w + x + 8 * column + 2 * t + c);
                                 float dweight = dweights[j][i];
                                 if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
                                 scores[j][i] = weight * (dweight - delta[half]);
@@ -265,6 +341,33 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                 }
             }
             __syncthreads();  // nobody reads this stage any more; after the last, all see drel
+        }
+        if constexpr (kExactWeights<T>) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float excess = 0.0f;
+                for (uint32_t key = t; key < s.side_h; key += 4) excess += drel_h[8 * half * bias.stride_h + key];
+                excess = quad_sum(excess);
+                largest[half] = max(largest[half], ptx::shfl_xor(largest[half], 1));
+                largest[half] = max(largest[half], ptx::shfl_xor(largest[half], 2));
+                if (largest[half] >= 0 && is_finite(excess)) {
+                    const Token key{largest[half] / s.side_w, largest[half] % s.side_w};
+                    delta[half] += excess;
+                    if (t == 0) drel_h[8 * half * bias.stride_h + key.y] -= excess;
+                    if (t == 0) rel_w[8 * half * bias.stride_w + key.x] -= excess;
+                    const T* from = unit.on_grid(key) ? qkv + unit.token(key) * 3 * channels : pad;
+#pragma unroll
+                    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c) {
+                            const uint32_t column = 8 * n + 2 * t + c;
+                            if (from != nullptr && column < s.head_dim) dq[n][2 * half + c] -= excess * from[channels + head_column + column];
+                        }
+                }
+                const uint32_t n = warp_first + g + 8 * half;
+                if (t == 0 && n < queries) statistics.store(half, delta[half], global<float>(p.delta), unit.first_row() + n);
+            }
+            __syncthreads();  // all see drel
         }
 
 #pragma unroll

@@ -3,7 +3,8 @@
 //   S[n, m] = softmax_scale q_n . k_m + rel_h[n, y_m] + rel_w[n, x_m]          O = dropout(softmax(S)) V
 //   rel_h[n, y] = q_n . Rh[y_n - y + side_h - 1]      rel_w[n, x] = q_n . Rw[x_n - x + side_w - 1]     (unscaled q)
 //
-// qkv [batch, h, w, 3, heads, head_dim] -> out [batch, h, w, heads, head_dim], and lse f32 [windows, heads, tokens].
+// qkv [batch, h, w, 3, heads, head_dim] -> out [batch, h, w, heads, head_dim], and lse f32 [windows, heads, tokens], of f32
+// [windows, heads, tokens, 2]: max in base 2, and sum.
 // A block holds 16 kWarps queries of a unit; the biases are computed first, then key tiles stream by, two in flight,
 // under an online softmax in base 2: p = exp2((q k scale log2(e) + rel_w) + (rel_h - max)). Scores are scaled in f32.
 // f32 operands are multiplied as 3xTF32 (fragment.cuh), which keeps f32's accuracy.
@@ -29,7 +30,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
     FragmentA<T> q[kDim / 16];
     load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);
     const Biases<Tile> bias(s, reinterpret_cast<float*>(&shared + 1));
-    project_tables<Tile>(bias, shared, s, unit, first, q, tables, wide);
+    project_tables<Tile>(bias, shared, s, unit, first, q, qkv + head_column, 3 * channels, tables, wide);
 
     const KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, wide);
     tiles.copy(0);
@@ -79,13 +80,13 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
                         for (int i = 2 * half; i < 2 * half + 2; ++i) {
                             float& score = scores[r * (kCols / 8) + j][i];
                             score = fmaf(score, scale, fragment_w[j][i]);
+                            if constexpr (kExactWeights<T>) score += bias_h[r];
                             row = fmaxf(row, score);
                         }
-                    new_max = fmaxf(new_max, row + bias_h[r]);
+                    new_max = fmaxf(new_max, kExactWeights<T> ? row : row + bias_h[r]);
                 }
-                // The first key of a tile always exists, so this is finite.
                 new_max = quad_max(new_max);
-                const float rescale = ptx::ex2_approx(row_max[half] - new_max);
+                const float reference = finite_maximum(new_max), rescale = ptx::ex2_approx(row_max[half] - reference);
                 row_max[half] = new_max;
                 row_sum[half] *= rescale;
 #pragma unroll
@@ -100,7 +101,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
 #pragma unroll
                         for (int i = 2 * half; i < 2 * half + 2; ++i) {
                             float& score = scores[r * (kCols / 8) + j][i];
-                            score = ptx::ex2_approx(score + (bias_h[r] - new_max));
+                            score = ptx::ex2_approx(kExactWeights<T> ? score - reference : score + (bias_h[r] - reference));
                             row_sum[half] += score;
                         }
                 if (s.dropout.threshold != 0) {
@@ -137,6 +138,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
 #pragma unroll
         for (int c = 0; c < kDim / 8; ++c)
             store_pair(to, 8 * c + 2 * t, s.head_dim, out[c][2 * half] * inverse, out[c][2 * half + 1] * inverse);
-        if (t == 0) global<float>(p.lse)[unit.first_row() + n] = row_max[half] * kLn2 + logf(sum);
+        if (t != 0) continue;
+        if constexpr (kExactWeights<T>) store(global<float>(p.lse) + 2 * (unit.first_row() + n), {row_max[half], sum});
+        else global<float>(p.lse)[unit.first_row() + n] = row_max[half] * kLn2 + logf(sum);
     }
 }

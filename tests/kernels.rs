@@ -24,6 +24,8 @@ mod projection_sm90;
 mod rel_pos_attention;
 #[path = "kernels/rel_pos_attention_bwd_sm90.rs"]
 mod rel_pos_attention_bwd_sm90;
+#[path = "kernels/rel_pos_attention_limits.rs"]
+mod rel_pos_attention_limits;
 #[path = "kernels/rel_pos_attention_sm90.rs"]
 mod rel_pos_attention_sm90;
 #[path = "kernels/rel_pos_attention_window_sm90.rs"]

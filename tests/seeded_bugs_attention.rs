@@ -115,7 +115,7 @@ fn run(folder: &Path, change: impl Fn(Launch) -> Launch) -> Outcomes {
     let in_mode = |mode| -> Result<f64> {
         let device = Device { emulator: &emulator, mode };
         let out = Memory::for_elements(case.out.len(), DType::F32);
-        let lse = Memory::for_elements(attention::lse_elements(&PROBLEM), DType::F32);
+        let lse = Memory::for_elements(attention::lse_elements(&PROBLEM, DType::F32), DType::F32);
         let launch =
             attention::forward(&PROBLEM, DType::F32, &inputs, out.address(), lse.address())?;
         launch_all(&device, &[change(launch)])?;

@@ -193,14 +193,14 @@ __device__ __forceinline__ void softmax_of_tile(
                 }
             new_max = fmaxf(new_max, row + bias_h[r]);
         }
-        // The first key of a tile always exists, so this is finite.
         new_max = quad_max(new_max);
-        rescale[half] = ptx::ex2_approx(state.row_max[half] - new_max);
+        const float reference = finite_maximum(new_max);
+        rescale[half] = ptx::ex2_approx(state.row_max[half] - reference);
         state.row_max[half] = new_max;
         float sum = 0.0f;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            const float shift = bias_h[r] - new_max;
+            const float shift = bias_h[r] - reference;
 #pragma unroll
             for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll

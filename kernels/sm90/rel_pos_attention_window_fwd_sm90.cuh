@@ -73,9 +73,8 @@ __device__ __forceinline__ void attend_key_rows(
             }
             new_max = fmaxf(new_max, row + bias_h[r]);
         }
-        // The first key exists, so this is finite.
         new_max = quad_max(new_max);
-        const float rescale = ptx::ex2_approx(state.row_max[half] - new_max);
+        const float reference = finite_maximum(new_max), rescale = ptx::ex2_approx(state.row_max[half] - reference);
         state.row_max[half] = new_max;
         float sum = 0.0f;
 #pragma unroll
@@ -83,7 +82,7 @@ __device__ __forceinline__ void attend_key_rows(
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 float& score = scores[2 * r + j / 2][2 * half + j % 2];
-                score = ptx::ex2_approx(score + (bias_h[r] - new_max));
+                score = ptx::ex2_approx(score + (bias_h[r] - reference));
                 sum += score;
             }
         state.row_sum[half] = fmaf(state.row_sum[half], rescale, sum);

@@ -1,7 +1,7 @@
 //! Attention with decomposed relative positions over grids, global or windowed, forward and backward.
 //!
 //! ```text
-//! S[n, m] = scale q_n . k_m + rel_h[n, h_m] + rel_w[n, w_m]      P = exp(S - lse)      O = drop(P) V
+//! S[n, m] = scale q_n . k_m + rel_h[n, h_m] + rel_w[n, w_m]      P = exp(S - max) / sum      O = drop(P) V
 //! dP = drop(dO V^T)    dS = P (dP - D)    D_n = dO_n . O_n
 //! dq = scale dS K + drel_h Rh + drel_w Rw     dk = scale dS^T q     dv = drop(P)^T dO
 //! drel_h[n, kh] = sum_kw dS[n, (kh, kw)]      drel_w[n, kw] = sum_kh dS[n, (kh, kw)]
@@ -12,14 +12,20 @@
 //!
 //! The projected tables are `q R^T` for every table row; a query reads, and in the backward writes, the stretch that
 //! belongs to its place. Sums that cross units (tables, pad) are taken in the order of the units.
+//!
+//! Where one weight is 1 and the others are 0, O is that key's value. The backward's scores have the forward's bits, and D
+//! those of the key's dP, so that dS is exactly 0: keys of 1e4 would make a large gradient of any rounding left in it.
+//! Where one weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero, so what they
+//! do add up to is taken off the largest weight's, which makes it as exact as the others' sum.
 
 use super::buffer::Buffer;
 pub use super::head::Inputs;
 use super::head::{Block, Head, Pass, Tables, Tile};
-use super::math::{add, dot};
-use super::panel::{panel, Into, Left, Right};
+use super::math::{add, add_scaled, all_finite};
+use super::panel::{panel, row_dots, Into, Left, Right};
 use super::simd::padded;
-use super::softmax::{apply, Gradient, Online, Row};
+pub use super::softmax::Normalizer;
+use super::softmax::{apply, AboveHalf, Gradient, Online, Row};
 use crate::problem::AttentionProblem;
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -46,34 +52,36 @@ pub struct Gradients {
     pub pad: Vec<f32>,
 }
 
-/// Output `[batch, h, w, heads, d]` and `lse [windows, heads, tokens]` to base two, real tokens first, in order.
-pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Buffer, Vec<f32>) {
+/// Output `[batch, h, w, heads, d]` and the softmax' normalizers `[windows, heads, tokens]`, real tokens first, in order.
+pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Buffer, Vec<Normalizer>) {
     let (tokens, d) = (p.tokens(), p.head_dim);
     let units = p.windows() * p.num_heads;
     let tables = Tables::new(p, inputs.tables);
     // Head-major, so that every block writes a contiguous part; permuted to the grid afterwards.
     let mut out = Buffer::any(units * tokens * d);
-    let mut lse = vec![0f32; units * tokens];
-    out.par_chunks_mut(tokens * d).zip(lse.par_chunks_mut(tokens)).enumerate().for_each(
-        |(unit, (out, lse))| {
+    let mut normalizers = vec![Normalizer { max: 0.0, sum: 0.0 }; units * tokens];
+    out.par_chunks_mut(tokens * d).zip(normalizers.par_chunks_mut(tokens)).enumerate().for_each(
+        |(unit, (out, normalizers))| {
             let head = Head::gather(p, inputs, unit, Pass::Forward);
             let rows = block_rows(head.real.len());
             out.par_chunks_mut(rows * d)
-                .zip(lse.par_chunks_mut(rows))
+                .zip(normalizers.par_chunks_mut(rows))
                 .zip(head.real.par_chunks(rows))
-                .for_each(|((out, lse), real)| forward_block(&head, &tables, real, out, lse));
+                .for_each(|((out, normalizers), real)| {
+                    forward_block(&head, &tables, real, out, normalizers)
+                });
         },
     );
-    (to_grid(p, &out, d, 1), lse)
+    (to_grid(p, &out, d, 1), normalizers)
 }
 
-/// One block of queries against all keys. `out` and `lse` hold the block's real queries in order.
+/// One block of queries against all keys. `out` and `normalizers` hold the block's real queries in order.
 fn forward_block(
     head: &Head<'_>,
     tables: &Tables,
     real: &[(usize, usize)],
     out: &mut [f32],
-    lse: &mut [f32],
+    normalizers: &mut [Normalizer],
 ) {
     let (p, count, width) = (head.p, real.len(), padded(head.p.head_dim));
     let block = Block::new(head, tables, real);
@@ -87,10 +95,9 @@ fn forward_block(
             let scores = &mut scores[..tile.keys];
             let row = score_row(p, &block, &tile, n, scores);
             let step = apply(Online { row, max: max[n] });
-            let rescale = (max[n] - step.max).exp2();
-            if rescale != 1.0 {
-                sum[n] *= rescale;
-                acc[n * width..][..width].iter_mut().for_each(|o| *o *= rescale);
+            if step.rescale != 1.0 {
+                sum[n] *= step.rescale;
+                acc[n * width..][..width].iter_mut().for_each(|o| *o *= step.rescale);
             }
             (max[n], sum[n]) = (step.max, sum[n] + step.sum);
             drop_weights(head, real[n].0, &tile, scores);
@@ -103,7 +110,7 @@ fn forward_block(
         for (o, acc) in out.iter_mut().zip(&acc[n * width..]) {
             *o = acc / sum[n];
         }
-        lse[n] = max[n] + sum[n].log2();
+        normalizers[n] = Normalizer { max: max[n], sum: sum[n] };
     }
 }
 
@@ -143,12 +150,22 @@ fn drop_weights(head: &Head<'_>, token: usize, tile: &Tile<'_>, weights: &mut [f
     }
 }
 
+/// Takes the padding lanes, whose weight is zero, out of dS and its sums over key rows: times a gradient that is not
+/// finite, zero is NaN.
+fn forget_padding(p: &AttentionProblem, grads: &mut [f32], drel_h: &mut [f32]) {
+    for (grads, drel_h) in grads.chunks_exact_mut(padded(p.side_w)).zip(drel_h) {
+        let (grads, padding) = grads.split_at_mut(p.side_w);
+        padding.fill(0.0);
+        *drel_h = grads.iter().sum();
+    }
+}
+
 /// The gradients for the gradient `grad_out` of the output `out`, both `[batch, h, w, heads, d]`.
 pub fn backward(
     p: &AttentionProblem,
     inputs: &Inputs<'_>,
     out: &[f32],
-    lse: &[f32],
+    normalizers: &[Normalizer],
     grad_out: &[f32],
 ) -> Gradients {
     let (tokens, d, heads) = (p.tokens(), p.head_dim, p.num_heads);
@@ -160,12 +177,13 @@ pub fn backward(
     let mut extras = vec![0f32; units * extra];
     slabs
         .par_chunks_mut(3 * tokens * d)
-        .zip(extras.par_chunks_mut(extra).zip(lse.par_chunks(tokens)))
+        .zip(extras.par_chunks_mut(extra).zip(normalizers.par_chunks(tokens)))
         .enumerate()
-        .for_each(|(unit, (slab, (extra, lse)))| {
+        .for_each(|(unit, (slab, (extra, normalizers)))| {
             let head = Head::gather(p, inputs, unit, Pass::Backward);
             let (dtables, dpad) = extra.split_at_mut(inputs.tables.len());
-            backward_head(&head, &tables, (out, grad_out, lse), (slab, dtables, dpad));
+            let forward = (out, grad_out, normalizers);
+            backward_head(&head, &tables, forward, (slab, dtables, dpad));
         });
     let mut dtables = vec![0f32; inputs.tables.len()];
     let mut dpad = vec![0f32; inputs.pad.len()];
@@ -185,7 +203,7 @@ pub fn backward(
 fn backward_head(
     head: &Head<'_>,
     tables: &Tables,
-    (out, grad_out, lse): (&[f32], &[f32], &[f32]),
+    (out, grad_out, normalizers): (&[f32], &[f32], &[Normalizer]),
     (slab, dtables, dpad): (&mut [f32], &mut [f32], &mut [f32]),
 ) {
     let (p, d, width) = (head.p, head.p.head_dim, padded(head.p.head_dim));
@@ -196,17 +214,23 @@ fn backward_head(
     let block_rows = block_rows(head.real.len());
     let mut weights = vec![0f32; block_rows * head.stride()];
     let mut grads = weights.clone();
-    let blocks = head.real.chunks(block_rows).zip(lse.chunks(block_rows));
+    let blocks = head.real.chunks(block_rows).zip(normalizers.chunks(block_rows));
     let blocks = blocks.zip(dq.chunks_mut(block_rows * d));
-    for ((real, lse), dq) in blocks {
+    for ((real, normalizers), dq) in blocks {
         let count = real.len();
         let block = Block::new(head, tables, real);
         let grad = head.gather_grid(grad_out, real);
         let o = head.gather_grid(out, real);
-        let rows = grad.chunks_exact(width).zip(o.chunks_exact(width));
-        let delta: Vec<f32> = rows.map(|(grad, o)| dot(grad, o)).collect();
+        let mut delta = row_dots(&grad, &o, width);
+        for (delta, grad) in delta.iter_mut().zip(grad.chunks_exact(width)) {
+            // The sum of P dP, which is infinite both ways, as its product is not.
+            if delta.is_infinite() && !all_finite(grad) {
+                *delta = f32::NAN;
+            }
+        }
         let mut dbiases = block.zero_biases();
         let mut dq_padded = vec![0f32; count * width];
+        let mut largest = vec![None; count];
         for tile in head.tiles() {
             multiply_keys(p, &block.q, count, &tile, tile.k_t, &mut weights);
             multiply_keys(p, &grad, count, &tile, tile.v_t, &mut grads);
@@ -218,7 +242,22 @@ fn backward_head(
                 let (rel_h, rel_w) = dbiases.of(n);
                 let rel_h = &mut rel_h[tile.rows.clone()];
                 let row = score_row(p, &block, &tile, n, weights);
-                apply(Gradient { row, lse: lse[n], grads, delta: delta[n], rel_h, rel_w });
+                let (normalizer, delta) = (normalizers[n], delta[n]);
+                apply(Gradient {
+                    row,
+                    normalizer,
+                    grads: &mut *grads,
+                    delta,
+                    rel_h: &mut *rel_h,
+                    rel_w,
+                });
+                if !delta.is_finite() {
+                    forget_padding(p, grads, rel_h);
+                }
+                if normalizer.sum < 2.0 {
+                    largest[n] =
+                        largest[n].or_else(|| Some(tile.first + apply(AboveHalf(weights))?));
+                }
                 drop_weights(head, real[n].0, &tile, weights);
             }
             let k = Right(tile.k, width);
@@ -232,6 +271,21 @@ fn backward_head(
             let dk = (&mut dk[at.clone()], width);
             panel(dk, Into::Add, scale, shape, ds_t, Right(&block.q, width));
             panel((&mut dv[at], width), Into::Add, 1.0, shape, weights_t, Right(&grad, width));
+        }
+        let pitch = padded(p.side_w);
+        for (n, &key) in largest.iter().enumerate() {
+            let Some(key) = key else { continue };
+            let (rel_h, rel_w) = dbiases.of(n);
+            let excess: f32 = rel_h.iter().sum();
+            if !excess.is_finite() {
+                continue;
+            }
+            rel_h[key / pitch] -= excess;
+            rel_w[key % pitch] -= excess;
+            let factor = -p.softmax_scale * excess;
+            let (query, key) = (n * width..(n + 1) * width, key * width..(key + 1) * width);
+            add_scaled(&mut dq_padded[query.clone()], factor, &head.k()[key.clone()]);
+            add_scaled(&mut dk[key], factor, &block.q[query]);
         }
         tables.backward(&block, &dbiases, &mut dq_padded, &mut dtables_padded);
         for (dq, padded) in dq.chunks_exact_mut(d).zip(dq_padded.chunks_exact(width)) {

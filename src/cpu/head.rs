@@ -11,7 +11,7 @@
 //! from `side - 1 - y`: its biases are one stretch of `q R^T`, ready to be read as vectors.
 
 use super::buffer::Buffer;
-use super::math::add;
+use super::math::{add, add_scaled, all_finite};
 use super::panel::{panel, Into, Left, Right};
 use super::simd::{padded, MAX_LANES};
 use crate::problem::AttentionProblem;
@@ -123,6 +123,11 @@ impl<'a> Head<'a> {
         Self { p, unit, real, qkv: inputs.qkv, k, v, k_t, v_t }
     }
 
+    /// Every key, `[keys, width]`, of the backward.
+    pub fn k(&self) -> &[f32] {
+        &self.k
+    }
+
     /// Keys, padding lanes included.
     pub fn keys(&self) -> usize {
         self.p.side_h * padded(self.p.side_w)
@@ -221,6 +226,7 @@ pub struct Tables {
     d: usize,
     h: Table,
     w: Table,
+    finite: bool,
 }
 
 /// Gradients of both [`Tables`], `[padded rows, width]`.
@@ -254,7 +260,8 @@ impl Tables {
     pub fn new(p: &AttentionProblem, tables: &[f32]) -> Self {
         let (d, (rows_h, rows_w)) = (p.head_dim, p.table_rows());
         let (h, w) = tables.split_at(rows_h * d);
-        Self { d, h: Table::new(h, rows_h, d), w: Table::new(w, rows_w, d) }
+        let finite = all_finite(tables);
+        Self { d, h: Table::new(h, rows_h, d), w: Table::new(w, rows_w, d), finite }
     }
 
     pub fn zeros(&self) -> TableGradients {
@@ -272,6 +279,9 @@ impl Tables {
         if self.h.rows == 0 {
             return;
         }
+        if !self.finite || !all_finite(&block.q) {
+            return self.backward_by_pairs(block, dbiases, dq, grads);
+        }
         let width = padded(self.d);
         let (dqr_h, dqr_w) = block.to_projected(self, dbiases);
         for (table, dqr, grads) in
@@ -284,6 +294,34 @@ impl Tables {
             let columns = Left::Columns(dqr, pitch);
             let q = Right(&block.q, width);
             panel((grads, width), Into::Add, 1.0, (pitch, width, count), columns, q);
+        }
+    }
+
+    /// The same, for each query with the rows that it reads alone. In the products above every other row has a gradient
+    /// of zero, which would carry what is not finite (a table's mask of minus infinity) between those that never met.
+    fn backward_by_pairs(
+        &self,
+        block: &Block,
+        dbiases: &Biases,
+        dq: &mut [f32],
+        grads: &mut TableGradients,
+    ) {
+        let width = padded(self.d);
+        let (side_h, side_w) = block.side;
+        for (n, &(y, x)) in block.places.iter().enumerate() {
+            let q = &block.q[n * width..][..width];
+            let dq = &mut dq[n * width..][..width];
+            let (dh, dw) = dbiases.get(n);
+            for (table, grads, first, dbias) in [
+                (&self.h, &mut grads.h, side_h - 1 - y, dh),
+                (&self.w, &mut grads.w, side_w - 1 - x, &dw[..side_w]),
+            ] {
+                let rows = table.natural.chunks_exact(width).zip(grads.chunks_exact_mut(width));
+                for (&dbias, (row, grad)) in dbias.iter().zip(rows.skip(first)) {
+                    add_scaled(dq, dbias, row);
+                    add_scaled(grad, dbias, q);
+                }
+            }
         }
     }
 
@@ -311,6 +349,11 @@ pub struct Biases {
 }
 
 impl Biases {
+    /// `rel_h` and `rel_w` of query `n`.
+    pub fn get(&self, n: usize) -> (&[f32], &[f32]) {
+        (&self.h[n * self.side_h..][..self.side_h], &self.w[n * self.pitch..][..self.pitch])
+    }
+
     /// `rel_h` and `rel_w` of query `n`.
     pub fn of(&mut self, n: usize) -> (&mut [f32], &mut [f32]) {
         (&mut self.h[n * self.side_h..][..self.side_h], &mut self.w[n * self.pitch..][..self.pitch])
@@ -363,8 +406,7 @@ impl Block {
 
     /// `rel_h` and `rel_w` of query `n`; `rel_w` is minus infinity in the padding lanes.
     pub fn biases(&self, n: usize) -> (&[f32], &[f32]) {
-        let Biases { side_h, pitch, h, w } = &self.biases;
-        (&h[n * side_h..][..*side_h], &w[n * pitch..][..*pitch])
+        self.biases.get(n)
     }
 
     pub fn zero_biases(&self) -> Biases {

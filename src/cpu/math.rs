@@ -1,4 +1,4 @@
-//! Small sums.
+//! Small sums and checks.
 
 /// The dot product, summed in eight lanes.
 #[inline]
@@ -19,4 +19,18 @@ pub fn add(sum: &mut [f32], part: &[f32]) {
     for (sum, part) in sum.iter_mut().zip(part) {
         *sum += part;
     }
+}
+
+/// `sum += factor * part`
+pub fn add_scaled(sum: &mut [f32], factor: f32, part: &[f32]) {
+    for (sum, part) in sum.iter_mut().zip(part) {
+        *sum += factor * part;
+    }
+}
+
+/// Whether nothing is infinite or NaN.
+pub fn all_finite(values: &[f32]) -> bool {
+    // The largest pattern without its sign: a maximum of integers is computed in vectors.
+    let largest = values.iter().fold(0, |largest, x| largest.max(x.to_bits() & !(1 << 31)));
+    largest < f32::INFINITY.to_bits()
 }

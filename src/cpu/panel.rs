@@ -4,7 +4,7 @@
 //! either way round, and nothing has to be packed. `MR` rows times `NV` vectors of C stay in registers over the
 //! whole of k.
 
-use super::simd::{run, vectors, vectors_mut};
+use super::simd::{run, vectors, vectors_mut, MAX_LANES};
 use pulp::{Simd, WithSimd};
 
 /// A, `[m, k]`.
@@ -43,6 +43,43 @@ pub fn panel(
     b: Right<'_>,
 ) {
     run(Panel { c, c_stride, into, scale, m, n, k, a, b })
+}
+
+/// The dot product of each row of `a` with the same row of `b`, rows of whole vectors `width` apart: in the order, and
+/// so with the bits, that [`panel`] gives the diagonal of `A B^T`.
+pub fn row_dots(a: &[f32], b: &[f32], width: usize) -> Vec<f32> {
+    run(RowDots { a, b, width })
+}
+
+struct RowDots<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    width: usize,
+}
+
+impl WithSimd for RowDots<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+        let rows = self.a.chunks_exact(self.width).zip(self.b.chunks_exact(self.width));
+        rows.map(|(a, b)| {
+            let mut sum = simd.splat_f32s(0.0);
+            for (&a, &b) in a.iter().zip(b) {
+                sum = simd.mul_add_f32s(simd.splat_f32s(a), simd.splat_f32s(b), sum);
+            }
+            first_lane::<S>(sum)
+        })
+        .collect()
+    }
+}
+
+/// The first lane of a vector.
+#[inline(always)]
+fn first_lane<S: Simd>(vector: S::f32s) -> f32 {
+    let mut lanes = [0f32; MAX_LANES];
+    vectors_mut::<S>(&mut lanes)[0] = vector;
+    lanes[0]
 }
 
 struct Panel<'a> {
@@ -163,6 +200,23 @@ fn step<S: Simd, const MR: usize, const NV: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn row_dots_have_the_bits_of_the_diagonal() {
+        let (m, k) = (19, 48);
+        let value = |i: usize| ((i * 37 % 101) as f32 - 50.3) / 7.7;
+        let a: Vec<f32> = (0..m * k).map(value).collect();
+        let b: Vec<f32> = (0..m * k).map(|i| value(i * 3 + 5)).collect();
+        let pitch = m.next_multiple_of(MAX_LANES);
+        let mut b_t = vec![0f32; k * pitch];
+        b.iter().enumerate().for_each(|(i, &x)| b_t[i % k * pitch + i / k] = x);
+        let mut c = vec![0f32; m * pitch];
+        let (left, right) = (Left::Rows(&a, k), Right(&b_t, pitch));
+        panel((&mut c, pitch), Into::Store, 1.0, (m, pitch, k), left, right);
+        for (i, dot) in row_dots(&a, &b, k).into_iter().enumerate() {
+            assert_eq!(dot.to_bits(), c[i * pitch + i].to_bits(), "row {i}");
+        }
+    }
 
     #[test]
     fn every_tile_size_both_ways_round() {

@@ -699,7 +699,7 @@ const _: () = {
     ["Offset of field: RelPosAttentionShape::dropout"]
         [::std::mem::offset_of!(RelPosAttentionShape, dropout) - 36usize];
 };
-#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,\n head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32\n `[windows, heads, tokens]`, tokens on the grid first."]
+#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,\n head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32\n `[windows, heads, tokens]`, tokens on the grid first. With f32 operands it is `[windows, heads, tokens, 2]`, the maximum in\n base 2 and the sum."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionFwdParams {
@@ -877,7 +877,7 @@ const _: () = {
     ["Offset of field: RelPosAttentionWindowBwdParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, shape) - 88usize];
 };
-#[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries."]
+#[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries. With f32\n operands `delta` is `[units, tokens, 4]`: delta, the maximum, 1 / the sum, and a number not used."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionBwdQueryParams {

@@ -172,9 +172,25 @@ pub struct Inputs {
     pub pad: device_ptr,
 }
 
-/// Elements of `lse`, f32: `[windows, heads, tokens]`, of which a window's tokens on the grid come first, in order.
-pub fn lse_elements(problem: &AttentionProblem) -> usize {
+/// Heads of all windows times their tokens; of a window's, those on the grid come first, in order.
+pub(super) fn rows(problem: &AttentionProblem) -> usize {
     problem.windows() * problem.num_heads * problem.tokens()
+}
+
+/// Elements of `lse`, f32: `[windows, heads, tokens]`. With f32 operands `[windows, heads, tokens, 2]`, the maximum in base 2
+/// and the sum.
+pub fn lse_elements(problem: &AttentionProblem, dtype: DType) -> usize {
+    rows(problem) * if dtype == DType::F32 { 2 } else { 1 }
+}
+
+/// Numbers that the passes of the backward share of a query: delta; in f32 with the maximum, the inverse of the sum, and a
+/// place not used.
+fn statistics(dtype: DType) -> usize {
+    if dtype == DType::F32 {
+        4
+    } else {
+        1
+    }
 }
 
 /// `out [batch, h, w, heads, head_dim]` and `lse` ([`lse_elements`]) of the inputs.
@@ -228,11 +244,16 @@ struct Workspace {
 
 impl Workspace {
     /// `[units, tokens]` biases, delta, then the partial sums of what is trained.
-    fn new(p: &AttentionProblem, tile: &Tile, train_tables: bool, train_pad: bool) -> Self {
-        let rows = lse_elements(p);
+    fn new(
+        p: &AttentionProblem,
+        dtype: DType,
+        tile: &Tile,
+        [train_tables, train_pad]: [bool; 2],
+    ) -> Self {
+        let rows = rows(p);
         let delta = 4 * rows * bias_pitch(p);
         // Hopper's query pass adds to them two at a time.
-        let table_partials = (delta + 4 * rows).next_multiple_of(16);
+        let table_partials = (delta + 4 * rows * statistics(dtype)).next_multiple_of(16);
         let parts = if train_tables { table_parts(p, tile) as usize } else { 0 };
         let pad_partials = table_partials + 4 * parts * table_elements(p);
         let parts = if train_pad { pad_parts(p) } else { 0 };
@@ -279,7 +300,7 @@ pub fn workspace_bytes(
     train_pad: bool,
 ) -> Result<usize> {
     let tile = check(BY_QUERY, problem, dtype, &[])?;
-    Ok(Workspace::new(problem, &tile, train_tables, train_pad).bytes as usize)
+    Ok(Workspace::new(problem, dtype, &tile, [train_tables, train_pad]).bytes as usize)
 }
 
 /// What the passes of the backward hand on: addresses in its scratch memory.
@@ -287,7 +308,7 @@ pub fn workspace_bytes(
 pub(super) struct BetweenPasses {
     /// f32 `[units, tokens, side_h + side_w, each rounded up to 8]`
     pub bias: device_ptr,
-    /// f32 `[units, tokens]`
+    /// f32 `[units, tokens]`, or `[units, tokens, 4]` with f32 operands; see [`statistics`].
     pub delta: device_ptr,
     /// f32 `[blocks of the query pass, rows of the tables, head_dim]`, or 0 if they are not trained.
     pub table_partials: device_ptr,
@@ -306,7 +327,7 @@ impl BetweenPasses {
     ) -> Result<Self> {
         let &BackwardOperands { dtables, dpad, workspace, .. } = operands;
         let tile = check(BY_QUERY, p, dtype, &[])?;
-        let at = Workspace::new(p, &tile, dtables != 0, dpad != 0);
+        let at = Workspace::new(p, dtype, &tile, [dtables != 0, dpad != 0]);
         let present = |output, partials| if output == 0 { 0 } else { workspace + partials };
         Ok(Self {
             bias: workspace,
@@ -388,10 +409,12 @@ pub fn backward(
     Ok(launches)
 }
 
-/// Two stages of the key pass: q and the output's gradient, biases in rows of 12, delta; in f32 keys and values too.
+/// Two stages of the key pass: q and the output's gradient, biases in rows of 12, [`statistics`]; in f32 keys and values
+/// too.
 fn key_shared_bytes(dim: usize, dtype: DType) -> usize {
     let row = (dim + REL_POS_ATTENTION_ROW_PAD as usize) * dtype.size_in_bytes();
-    let stages = |queries: u32| 2 * queries as usize * (2 * row + 4 * (12 + 12 + 1));
+    let stages =
+        |queries: u32| 2 * queries as usize * (2 * row + 4 * (12 + 12 + statistics(dtype)));
     match dtype {
         DType::F32 => stages(REL_POS_ATTENTION_KEY_QUERIES_F32) + 2 * KEY_SIDE * KEY_SIDE * row,
         _ => stages(REL_POS_ATTENTION_KEY_QUERIES),

@@ -83,7 +83,7 @@ pub fn backward(
     let covered = |family| covers(p, dtype, family, &addresses);
     let fits = query_shared_bytes(p, &tile) <= SHARED_BYTES;
     // The key pass copies rows of all heads and windows.
-    let counted = portable::lse_elements(p) <= LONGEST;
+    let counted = portable::rows(p) <= LONGEST;
     if !whole || !fits || !counted || !covered(BY_QUERY) || !covered(BY_KEY) {
         return Ok(None);
     }
@@ -200,7 +200,7 @@ fn bias_maps(
     [stride_w, stride_h]: [usize; 2],
 ) -> Result<Maps> {
     type Params = RelPosAttentionBwdKeySm90Params;
-    let rows = narrow("rel-pos-attention", "heads times tokens", portable::lse_elements(p))?;
+    let rows = narrow("rel-pos-attention", "heads times tokens", portable::rows(p))?;
     let pitch = portable::bias_pitch(p) as u32;
     let queries = queries as u32;
     let biases = |columns: usize| {
@@ -305,7 +305,7 @@ mod tests {
             let launches = backward(&problem, DType::BF16, &INPUTS, &OPERANDS)?;
             assert_eq!(launches.is_some(), hopper, "{problem:?}");
         }
-        assert!(portable::lse_elements(&sam) > 1 << 31);
+        assert!(portable::rows(&sam) > 1 << 31);
         assert_eq!(portable::backward(&sam, DType::BF16, &INPUTS, &OPERANDS)?.len(), 2);
         Ok(())
     }

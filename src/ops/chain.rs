@@ -250,7 +250,7 @@ enum Kind {
 enum Saved {
     Nothing,
     Projections(cpu::projection::Saved),
-    Lse(Vec<f32>),
+    Normalizers(Vec<cpu::attention::Normalizer>),
 }
 
 impl Stage {
@@ -289,8 +289,8 @@ impl Stage {
             }
             Kind::Attention { problem, pad } => {
                 let inputs = attention_inputs(problem, *pad, x, parameters);
-                let (out, lse) = cpu::attention::forward(problem, &inputs);
-                (out, Saved::Lse(lse))
+                let (out, normalizers) = cpu::attention::forward(problem, &inputs);
+                (out, Saved::Normalizers(normalizers))
             }
         })
     }
@@ -321,9 +321,9 @@ impl Stage {
                 })?;
                 (grads.x, grads.small)
             }
-            (Kind::Attention { problem, pad }, Saved::Lse(lse)) => {
+            (Kind::Attention { problem, pad }, Saved::Normalizers(normalizers)) => {
                 let inputs = attention_inputs(problem, *pad, x, parameters);
-                let grads = cpu::attention::backward(problem, &inputs, out, lse, grad);
+                let grads = cpu::attention::backward(problem, &inputs, out, normalizers, grad);
                 (grads.qkv, [grads.tables, grads.pad].concat())
             }
             _ => bail!("{OP}: backward without a forward"),

@@ -100,8 +100,8 @@ fn apply(
         (Some(tables), None) => operand(&Tensor::cat(tables, 0)?)?,
         _ => absent.clone(),
     };
-    let (has_pad, lse) = (pad.is_some(), OnceLock::new());
-    let op = FusedAttention { problem, separate, pad: has_pad, implementation, lse };
+    let saved = OnceLock::new();
+    let op = FusedAttention { problem, separate, pad: pad.is_some(), implementation, saved };
     qkv.apply_op3(&tables, &pad.map_or(Ok(absent), operand)?, op)
 }
 
@@ -157,12 +157,12 @@ struct FusedAttention {
     /// Whose kernels compute it, on a GPU.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     implementation: Implementation,
-    lse: OnceLock<Lse>,
+    saved: OnceLock<Saved>,
 }
 
-/// The logarithms of the softmax' denominators, where they were computed.
-enum Lse {
-    Cpu(Vec<f32>),
+/// What normalizes the rows of the softmax, where it was computed.
+enum Saved {
+    Cpu(Vec<attention::Normalizer>),
     #[cfg(feature = "cuda")]
     Gpu(Tensor),
 }
@@ -199,9 +199,9 @@ impl CustomOp3 for FusedAttention {
         let tables = present(p.rel_pos, tables, tables_layout)?;
         let pad = present(self.pad, pad, pad_layout)?;
         let inputs = attention::Inputs { qkv: &values, tables: &tables, pad: &pad };
-        let (out, lse) = attention::forward(p, &inputs);
+        let (out, normalizers) = attention::forward(p, &inputs);
         // The operation runs once; a second value could only be equal.
-        let _ = self.lse.set(Lse::Cpu(lse));
+        let _ = self.saved.set(Saved::Cpu(normalizers));
         let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
         Ok((from_f32(OP, out.into_vec(), dtype_of(qkv))?, shape))
     }
@@ -218,7 +218,7 @@ impl CustomOp3 for FusedAttention {
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         let inputs = [(qkv, qkv_layout), (tables, tables_layout), (pad, pad_layout)];
         let (out, shape, lse) = self.on_gpu().forward(inputs)?;
-        let _ = self.lse.set(Lse::Gpu(lse));
+        let _ = self.saved.set(Saved::Gpu(lse));
         Ok((out, shape))
     }
 
@@ -230,10 +230,10 @@ impl CustomOp3 for FusedAttention {
         res: &Tensor,
         grad_res: &Tensor,
     ) -> Result<Gradients> {
-        let lse = match self.lse.get() {
-            Some(Lse::Cpu(lse)) => lse,
+        let normalizers = match self.saved.get() {
+            Some(Saved::Cpu(normalizers)) => normalizers,
             #[cfg(feature = "cuda")]
-            Some(Lse::Gpu(lse)) => {
+            Some(Saved::Gpu(lse)) => {
                 return self.on_gpu().backward([qkv, tables, pad], (res, lse), grad_res);
             }
             None => bail!("{OP}: backward without a forward"),
@@ -244,7 +244,7 @@ impl CustomOp3 for FusedAttention {
             let inputs = attention::Inputs { qkv: &qkv, tables: &table_values, pad: &pad_values };
             with_f32(OP, res, |out| {
                 with_f32(OP, grad_res, |grad| {
-                    Ok(attention::backward(&self.problem, &inputs, &out, lse, &grad))
+                    Ok(attention::backward(&self.problem, &inputs, &out, normalizers, &grad))
                 })
             })
         })?;

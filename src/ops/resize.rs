@@ -13,19 +13,25 @@
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
-/// The matrix `[len_out, len_in]` that resizes a vector of `len_in` to `len_out`, in f32.
-pub fn linear_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result<Tensor> {
+/// Which two rows make row `i` of the resized, and the second one's weight; the first one's is the rest to 1.
+fn linear_rows(len_in: usize, len_out: usize) -> Result<impl Iterator<Item = (usize, usize, f32)>> {
     if len_in == 0 || len_out == 0 {
         bail!("resize: lengths must be positive, got {len_in} -> {len_out}")
     }
     // torch computes the positions in f32; so does this, for equal weights.
     let ratio = len_in as f32 / len_out as f32;
-    let mut matrix = vec![0f32; len_in * len_out];
-    for (i, row) in matrix.chunks_mut(len_in).enumerate() {
+    Ok((0..len_out).map(move |i| {
         let position = ((i as f32 + 0.5) * ratio - 0.5).max(0.0);
         let low = (position as usize).min(len_in - 1);
-        let high = (low + 1).min(len_in - 1);
-        let weight = position - low as f32;
+        (low, (low + 1).min(len_in - 1), position - low as f32)
+    }))
+}
+
+/// The matrix `[len_out, len_in]` that resizes a vector of `len_in` to `len_out`, in f32.
+pub fn linear_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result<Tensor> {
+    let rows = linear_rows(len_in, len_out)?;
+    let mut matrix = vec![0f32; len_in * len_out];
+    for (row, (low, high, weight)) in matrix.chunks_mut(len_in).zip(rows) {
         row[low] += 1.0 - weight;
         row[high] += weight;
     }
@@ -33,13 +39,25 @@ pub fn linear_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> R
 }
 
 /// Resizes the rows of a table, `[len_in, d] -> [len_out, d]`; equal lengths give the table itself.
+///
+/// A row is made of two and no others: in a product with the matrix, one that is not finite would reach every row.
 pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
     let (len_in, _) = table.dims2()?;
     if len_in == len_out {
         return Ok(table.clone());
     }
-    let matrix = linear_resize_matrix(len_in, len_out, table.device())?;
-    matrix.matmul(&table.to_dtype(DType::F32)?.contiguous()?)?.to_dtype(table.dtype())
+    let (mut low, mut high, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+    for (first, second, weight) in linear_rows(len_in, len_out)? {
+        low.push(first as u32);
+        high.push(second as u32);
+        weights.push(weight);
+    }
+    let (device, rows) = (table.device(), table.to_dtype(DType::F32)?.contiguous()?);
+    let rows_at = |at: Vec<u32>| rows.index_select(&Tensor::from_vec(at, len_out, device)?, 0);
+    let weights = Tensor::from_vec(weights, (len_out, 1), device)?;
+    let first = rows_at(low)?.broadcast_mul(&(1.0 - &weights)?)?;
+    let second = rows_at(high)?.broadcast_mul(&weights)?;
+    (first + second)?.to_dtype(table.dtype())
 }
 
 /// Keys' cubic kernel with a = -1/2; zero from 2 on.

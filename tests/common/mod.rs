@@ -3,6 +3,7 @@
 
 pub mod adapters;
 pub mod cases;
+pub mod limits;
 pub mod model;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -47,6 +48,11 @@ impl Case {
     /// A scalar as u64.
     pub fn integer(&self, name: &str) -> u64 {
         self.scalars[name].as_u64().unwrap_or_else(|| panic!("{} has no {name}", self.name))
+    }
+
+    /// A scalar as text.
+    pub fn text(&self, name: &str) -> &str {
+        self.scalars[name].as_str().unwrap_or_else(|| panic!("{} has no {name}", self.name))
     }
 
     /// A scalar as bool.

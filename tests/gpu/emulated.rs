@@ -126,7 +126,7 @@ fn attention_of(
     };
     let outputs = in_every_mode("attention", |device| {
         let out = Memory::for_elements(h * w * packed / 3, dtype);
-        let lse = Memory::for_elements(attention::lse_elements(&problem), DType::F32);
+        let lse = Memory::for_elements(attention::lse_elements(&problem, dtype), DType::F32);
         let launch = attention::forward(&problem, dtype, &inputs, out.address(), lse.address())?;
         launch_all(device, &[launch])?;
         Ok(vec![out, lse])

@@ -227,7 +227,7 @@ pub fn check_outputs(case: &Case, outputs: &[Memory], worst: &mut Worst) -> Resu
 /// Output and lse.
 pub fn forward_on(device: &Device, case: &Case, on_device: &OnDevice) -> Result<Vec<Memory>> {
     let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
-    let lse = Memory::for_elements(attention::lse_elements(&case.problem), DType::F32);
+    let lse = Memory::for_elements(attention::lse_elements(&case.problem, case.dtype), DType::F32);
     let (to, lse_to) = (out.address(), lse.address());
     let launch = attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;
     launch_all(device, &[launch])?;

@@ -49,7 +49,8 @@ fn run(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memory>> {
     for mode in Mode::all_with_products() {
         let device = Device { emulator: emulator(), mode };
         let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
-        let lse = Memory::for_elements(portable::lse_elements(&case.problem), DType::F32);
+        let lse =
+            Memory::for_elements(portable::lse_elements(&case.problem, case.dtype), DType::F32);
         let (to, lse_to) = (out.address(), lse.address());
         let launch =
             attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;

@@ -53,7 +53,8 @@ fn run_forward(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memor
     let names = RefCell::new(launched);
     Ok(in_every_mode(&case.name, |device| {
         let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
-        let lse = Memory::for_elements(portable::lse_elements(&case.problem), DType::F32);
+        let lse =
+            Memory::for_elements(portable::lse_elements(&case.problem, case.dtype), DType::F32);
         let (to, lse_to) = (out.address(), lse.address());
         let launch =
             attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;

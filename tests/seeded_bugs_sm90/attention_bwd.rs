@@ -101,7 +101,7 @@ fn run(name: &str, pass: &Pass, original: &str, planted: &str) -> Outcomes {
     let in_mode = |mode| -> Result<f64> {
         let [good, bad] = [emulator(), &with_bug].map(|emulator| Device { emulator, mode });
         let out = Memory::for_elements(p.tokens() * 64, DTYPE);
-        let lse = Memory::for_elements(portable::lse_elements(p), DType::F32);
+        let lse = Memory::for_elements(portable::lse_elements(p, DTYPE), DType::F32);
         let forward = portable::forward(p, DTYPE, &inputs, out.address(), lse.address())?;
         launch_all(&good, &[forward])?;
         let [dqkv, dtables] = expected.each_ref().map(|e| Memory::for_elements(e.len(), DTYPE));

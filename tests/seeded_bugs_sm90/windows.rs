@@ -59,7 +59,7 @@ fn run(device: &Device) -> Result<f64> {
     let tables = [h.address(), w.address()];
     let inputs = Inputs { qkv: qkv.address(), tables, pad: pad.address() };
     let [to, dqkv] = [&out, &grads[0]].map(|t| Memory::for_elements(t.elem_count(), dtype));
-    let lse = Memory::for_elements(lse_elements(p), DType::F32);
+    let lse = Memory::for_elements(lse_elements(p, dtype), DType::F32);
     let one_block = |launch: Launch| Launch { grid: [1; 3], ..launch };
     let forward = windows::forward(p, dtype, &inputs, to.address(), lse.address())?;
     let operands = BackwardOperands {

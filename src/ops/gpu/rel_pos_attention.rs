@@ -55,7 +55,7 @@ impl Attention<'_> {
         let [(qkv, _), ..] = inputs;
         let (problem, dtype) = (self.problem, qkv.dtype());
         let shape = Shape::from((problem.batch, problem.h, problem.w, problem.channels()));
-        let lse_shape = Shape::from(kernels::lse_elements(problem));
+        let lse_shape = Shape::from(kernels::lse_elements(problem, dtype));
         let outputs = [(dtype, shape.clone()), (DType::F32, lse_shape.clone())];
         let guards: Vec<_> =
             self.tables.into_iter().flatten().map(Tensor::storage_and_layout).collect();

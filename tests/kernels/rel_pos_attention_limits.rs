@@ -1,0 +1,141 @@
+//! The attention's kernels at their limits, against PyTorch in f32: a saturated softmax, and values that are not finite.
+
+use crate::common::limits::{self, NotFinite, Rule, Saturated};
+use crate::device::{emulator, launch_all, Device, Memory};
+use crate::rel_pos_attention::{forward_on, Case, Shapes};
+use candle_core::{DType, Result, Tensor};
+use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands};
+use candle_sam_lora::launch::AttentionProblem;
+use candle_sam_lora_emulator::Mode;
+
+/// As the kernels' tests have a case.
+fn case(
+    name: &str,
+    inputs: &limits::Inputs,
+    settings: &limits::Settings,
+    dtype: DType,
+) -> Result<Case> {
+    let (batch, h, w, packed) = inputs.qkv.dims4()?;
+    let &limits::Settings { num_heads, softmax_scale, window } = settings;
+    let dim = packed / 3 / num_heads;
+    let (side_h, side_w) = window.map_or((h, w), |side| (side, side));
+    let pad = inputs.pad.is_some();
+    let (grid, heads) = ((h, w), num_heads);
+    let no_pad = || Tensor::zeros(packed, DType::F32, inputs.qkv.device());
+    Ok(Case {
+        name: format!("{name} {dtype:?}"),
+        shapes: Shapes { batch, grid, heads, dim, window, rel_pos: true, pad, dropout: None },
+        problem: AttentionProblem {
+            batch,
+            h,
+            w,
+            num_heads,
+            head_dim: dim,
+            side_h,
+            side_w,
+            softmax_scale: softmax_scale as f32,
+            rel_pos: true,
+            dropout: None,
+        },
+        dtype,
+        qkv: inputs.qkv.to_dtype(dtype)?,
+        tables: [inputs.tables[0].to_dtype(dtype)?, inputs.tables[1].to_dtype(dtype)?],
+        pad: inputs.pad.clone().map_or_else(no_pad, Ok)?.to_dtype(dtype)?,
+    })
+}
+
+/// Output and gradients by name.
+fn run(case: &Case, grad_out: &Tensor) -> Result<Vec<(&'static str, Vec<f64>)>> {
+    let (p, dtype) = (&case.problem, case.dtype);
+    let device = Device { emulator: emulator(), mode: Mode::all().next().unwrap() };
+    let on_device = case.memory()?;
+    let forward = forward_on(&device, case, &on_device)?;
+    let dout = Memory::from_tensor(&grad_out.to_dtype(dtype)?);
+    let elements = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad].map(Tensor::elem_count);
+    let [dqkv, dtables, dpad] = elements.map(|count| Memory::for_elements(count, dtype));
+    let workspace = Memory::new(attention::workspace_bytes(p, dtype, true, case.shapes.pad)?);
+    let operands = BackwardOperands {
+        out: forward[0].address(),
+        lse: forward[1].address(),
+        dout: dout.address(),
+        dqkv: dqkv.address(),
+        dtables: dtables.address(),
+        dpad: if case.shapes.pad { dpad.address() } else { 0 },
+        workspace: workspace.address(),
+    };
+    launch_all(&device, &attention::backward(p, dtype, &on_device.inputs(), &operands)?)?;
+    let mut h = dtables.values(dtype);
+    let w = h.split_off(case.tables[0].elem_count());
+    let mut all = vec![
+        ("out", forward[0].values(dtype)),
+        ("grad_qkv", dqkv.values(dtype)),
+        ("grad_rel_pos_h", h),
+        ("grad_rel_pos_w", w),
+    ];
+    if case.shapes.pad {
+        all.push(("grad_pad", dpad.values(dtype)));
+    }
+    Ok(all)
+}
+
+/// f32 gradients at any size of the logits are within four times PyTorch's error, or what 3xTF32 leaves out of a product.
+#[test]
+fn saturated_f32_gradients_are_as_exact_as_pytorch() -> Result<()> {
+    let mut failures = Vec::new();
+    for limit in Saturated::all()? {
+        let case = case(&limit.name, &limit.inputs, &limit.settings, DType::F32)?;
+        println!("{:<28} {:<15} {:>9} {:>9} {:>9}", case.name, "", "largest", "PyTorch", "here");
+        for (name, got) in run(&case, &limit.inputs.grad_out)? {
+            let row = limit.compare(name, &got);
+            println!("{:<28} {row}", "");
+            failures.extend(row.failed(4.0).then(|| format!("{} {row}", case.name)));
+        }
+    }
+    assert!(failures.is_empty(), "more than four times PyTorch's error:\n{}", failures.join("\n"));
+    Ok(())
+}
+
+/// In f32 an infinity in q, k, v or their gradients is NaN in all its products: 3xTF32 has no low part of it.
+const F32_INFINITIES: [&str; 11] = [
+    "q_inf",
+    "k_inf",
+    "k_inf_channels",
+    "v_inf",
+    "v_infs",
+    "v_inf_masked",
+    "grad_inf",
+    "overflow",
+    "one_key",
+    "window_v_inf",
+    "window_pad_inf",
+];
+
+fn check_not_finite(dtype: DType, bound: f64, rule: Rule) -> Result<()> {
+    let mut failures = Vec::new();
+    for limit in NotFinite::all()? {
+        // A table of another length is resized before a kernel sees it.
+        if limit.name == "table_resized"
+            || dtype == DType::F32 && F32_INFINITIES.contains(&&*limit.name)
+        {
+            continue;
+        }
+        let case = case(&limit.name, &limit.inputs, &limit.settings, dtype)?;
+        for (name, got) in run(&case, &limit.inputs.grad_out)? {
+            if let Some(difference) = limit.difference(name, &got, bound, rule) {
+                failures.push(format!("{}: {name}: {difference}", case.name));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn f32_not_finite_spreads_as_in_pytorch() -> Result<()> {
+    check_not_finite(DType::F32, 1e-5, Rule::Exact)
+}
+
+#[test]
+fn bf16_not_finite_spreads_as_in_pytorch() -> Result<()> {
+    check_not_finite(DType::BF16, 0.05, Rule::Finite)
+}
