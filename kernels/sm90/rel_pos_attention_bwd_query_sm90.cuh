@@ -107,6 +107,30 @@ template <class T, int Steps, class Pair> __device__ __forceinline__ void gather
         }
 }
 
+// Computes this lane's terms anew that are not finite, as the sum of term(half, column, i) for i below `count`. Zero times
+// what is not finite (a table's mask of minus infinity) is NaN, which no query may get from a row that it does not read.
+template <int Dim, class Term>
+__device__ __forceinline__ void mend_terms(ChannelSums<Dim>& terms, uint32_t count, Term term) {
+    float zero = 0.0f;
+#pragma unroll
+    for (int n = 0; n < Dim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) zero = fmaf(terms.at(n, i), 0.0f, zero);
+    if (zero == 0.0f) return;
+    // Hidden, so that nothing of this is worked out before the loops over keys, whose registers it would take.
+    const uint32_t first = ptx::hide(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < Dim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float& sum = terms.at(n, i);
+            if (is_finite(sum)) continue;
+            sum = 0.0f;
+#pragma unroll 1
+            for (uint32_t row = 0; row < count; ++row) sum += term(i / 2, 8 * n + first + i % 2, row);
+        }
+}
+
 template <class Tile>
 __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuerySm90Params& p, QueryPassStorage<Tile>& shared) {
     using T = typename Tile::T;
@@ -241,10 +265,23 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
             const int row_of_zero[2] = {work.row_of_zero(chunk, query[0]), work.row_of_zero(chunk, query[1])};
             uint32_t left[kTableRows / 16][4];
             gather_left<T>(left, [&](int half, int i) { return gradient(chunk < work.chunks_h, own_row + 8 * half, row_of_zero[half], i); });
+            ChannelSums<kDim> terms;
             ptx::wgmma_fence();
-            add_weighted<T, kDim, kTableRows>(dq, left, rows);
+            add_weighted<T, kDim, kTableRows>(terms, left, rows);
             ptx::wgmma_wait_group<0>();
-            dq.pin();
+            terms.pin();
+            mend_terms(terms, kTableRows, [&](int half, uint32_t column, uint32_t i) {
+                const bool is_h = chunk < work.chunks_h;
+                if (row_of_zero[half] - i >= (is_h ? s.side_h : s.side_w)) return 0.0f;
+                const float weight = gradient(is_h, own_row + 8 * half, row_of_zero[half], i);
+                const unsigned char* piece = rows + Panel<kTableRows, kDim>::offset(i, column / 8);
+                return to_float(from_float<T>(weight)) * to_float(reinterpret_cast<const T*>(piece)[column % 8]);
+            });
+#pragma unroll
+            for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) dq.at(n, i) += terms.at(n, i);
+            __syncwarp();  // all lanes have read the rows
             ring.release(ring.next - 1);
         }
         T* to[2] = {};
@@ -260,7 +297,9 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
                 const bool is_h = chunk < work.chunks_h;
                 const uint32_t in_box = own_row % kGroupRows;  // the rows of the box that are this lane's, this and the eighth after it
                 uint32_t left[kQueries / 16][4];
-                gather_left<T>(left, [&](int half, uint32_t row) {
+                // Hidden, so that the places of all rows are not worked out before the loop over keys.
+                gather_left<T>(left, [&](int half, uint32_t i) {
+                    const uint32_t row = ptx::hide(i);
                     return work.exists(row) ? gradient(is_h, row, work.row_of_zero(chunk, work.query(row)), in_box + 8 * half) : 0.0f;
                 });
                 ChannelSums<kDim> sums;

@@ -269,18 +269,46 @@ __device__ __forceinline__ void finish_queries(
             if (key < s.side_w) own[n][2 * s.side_h - 1 + n + s.side_w - 1 - key] = from_float<T>(drel_w[i / 4][i % 4]);
         }
         __syncwarp();
-#pragma unroll 1
-        for (int k = 0; k < Tile::kTableRows / 16; ++k) {
-            FragmentA<T> a;
-            load_a_of_row(a, own, s.side_w, 16 * k);
+        // Zero times what is not finite (a table's mask of minus infinity) is NaN: such a term is computed anew, from the rows
+        // that the query reads.
+        const auto reads = [&](uint32_t query, uint32_t row) {
+            const uint32_t of_h = row - warp, of_w = row - (2 * s.side_h - 1 + query);
+            return row < 2 * s.side_h - 1 ? of_h < s.side_h : of_w < s.side_w;
+        };
 #pragma unroll
-            for (int n = 0; n < kDim / 16; ++n) {
+        for (int n = 0; n < kDim / 16; ++n) {
+            float terms[2][4] = {};
+#pragma unroll 1
+            for (int k = 0; k < Tile::kTableRows / 16; ++k) {
+                FragmentA<T> a;
                 FragmentB<T> b[2];
+                load_a_of_row(a, own, s.side_w, 16 * k);
                 load_b_trans(b, &shared.tables[16 * k][16 * n], kStride);
-                mma(dq[2 * n], a, b[0]);
-                mma(dq[2 * n + 1], a, b[1]);
+                mma(terms[0], a, b[0]);
+                mma(terms[1], a, b[1]);
             }
+            float zero = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) zero = fmaf(terms[i / 4][i % 4], 0.0f, zero);
+            if (zero != 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) terms[i / 4][i % 4] = 0.0f;
+#pragma unroll 1
+                for (uint32_t row = 0; row < Tile::kTableRows; ++row)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const uint32_t query = g + 8 * half;
+                        if (query >= s.side_w || !reads(query, row)) continue;
+                        const float weight = to_float(own[query][row]);
+                        const T* table = &shared.tables[row][16 * n + 2 * t];
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) terms[i / 2][2 * half + i % 2] += weight * to_float(table[8 * (i / 2) + i % 2]);
+                    }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) dq[2 * n + i / 4][i % 4] += terms[i / 4][i % 4];
         }
+        __syncwarp();
     }
     // Its row of dS has been read by nobody else.
     T* to = global<T>(p.dqkv) + (unit.token({warp, 0}) * 3 * s.num_heads + unit.head) * kDim;

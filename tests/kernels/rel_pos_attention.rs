@@ -300,7 +300,7 @@ fn keys_in_shared_memory() -> &'static Emulator {
 }
 
 impl Kernels {
-    fn backward(
+    pub fn backward(
         self,
         case: &Case,
         inputs: &Inputs,
@@ -318,7 +318,7 @@ impl Kernels {
         }
     }
 
-    fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
+    pub fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
         let p = &case.problem;
         match self {
             Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),

@@ -1,10 +1,11 @@
 //! The attention's kernels at their limits, against PyTorch in f32: a saturated softmax, and values that are not finite.
 
 use crate::common::limits::{self, NotFinite, Rule, Saturated};
+use crate::common::random;
 use crate::device::{emulator, launch_all, Device, Memory};
-use crate::rel_pos_attention::{forward_on, Case, Shapes};
+use crate::rel_pos_attention::{forward_on, Case, Kernels, Shapes};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands};
+use candle_sam_lora::launch::rel_pos_attention::BackwardOperands;
 use candle_sam_lora::launch::AttentionProblem;
 use candle_sam_lora_emulator::Mode;
 
@@ -45,15 +46,15 @@ fn case(
 }
 
 /// Output and gradients by name.
-fn run(case: &Case, grad_out: &Tensor) -> Result<Vec<(&'static str, Vec<f64>)>> {
-    let (p, dtype) = (&case.problem, case.dtype);
+fn run(kernels: Kernels, case: &Case, grad_out: &Tensor) -> Result<Vec<(&'static str, Vec<f64>)>> {
+    let dtype = case.dtype;
     let device = Device { emulator: emulator(), mode: Mode::all().next().unwrap() };
     let on_device = case.memory()?;
     let forward = forward_on(&device, case, &on_device)?;
     let dout = Memory::from_tensor(&grad_out.to_dtype(dtype)?);
     let elements = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad].map(Tensor::elem_count);
     let [dqkv, dtables, dpad] = elements.map(|count| Memory::for_elements(count, dtype));
-    let workspace = Memory::new(attention::workspace_bytes(p, dtype, true, case.shapes.pad)?);
+    let workspace = Memory::new(kernels.workspace_bytes(case, true, case.shapes.pad)?);
     let operands = BackwardOperands {
         out: forward[0].address(),
         lse: forward[1].address(),
@@ -63,7 +64,7 @@ fn run(case: &Case, grad_out: &Tensor) -> Result<Vec<(&'static str, Vec<f64>)>> 
         dpad: if case.shapes.pad { dpad.address() } else { 0 },
         workspace: workspace.address(),
     };
-    launch_all(&device, &attention::backward(p, dtype, &on_device.inputs(), &operands)?)?;
+    launch_all(&device, &kernels.backward(case, &on_device.inputs(), &operands)?)?;
     let mut h = dtables.values(dtype);
     let w = h.split_off(case.tables[0].elem_count());
     let mut all = vec![
@@ -85,7 +86,7 @@ fn saturated_f32_gradients_are_as_exact_as_pytorch() -> Result<()> {
     for limit in Saturated::all()? {
         let case = case(&limit.name, &limit.inputs, &limit.settings, DType::F32)?;
         println!("{:<28} {:<15} {:>9} {:>9} {:>9}", case.name, "", "largest", "PyTorch", "here");
-        for (name, got) in run(&case, &limit.inputs.grad_out)? {
+        for (name, got) in run(Kernels::Portable, &case, &limit.inputs.grad_out)? {
             let row = limit.compare(name, &got);
             println!("{:<28} {row}", "");
             failures.extend(row.failed(4.0).then(|| format!("{} {row}", case.name)));
@@ -120,7 +121,7 @@ fn check_not_finite(dtype: DType, bound: f64, rule: Rule) -> Result<()> {
             continue;
         }
         let case = case(&limit.name, &limit.inputs, &limit.settings, dtype)?;
-        for (name, got) in run(&case, &limit.inputs.grad_out)? {
+        for (name, got) in run(Kernels::Portable, &case, &limit.inputs.grad_out)? {
             if let Some(difference) = limit.difference(name, &got, bound, rule) {
                 failures.push(format!("{}: {name}: {difference}", case.name));
             }
@@ -138,4 +139,56 @@ fn f32_not_finite_spreads_as_in_pytorch() -> Result<()> {
 #[test]
 fn bf16_not_finite_spreads_as_in_pytorch() -> Result<()> {
     check_not_finite(DType::BF16, 0.05, Rule::Finite)
+}
+
+/// A mask in one channel of one row of a table, under queries that are positive: those that read the row get NaN in that
+/// channel, and nothing else does. Hopper's kernels beside the portable ones, which PyTorch's fixtures hold.
+#[test]
+fn hopper_masks_in_tables_touch_their_readers_alone() -> Result<()> {
+    let whole = Shapes {
+        batch: 1,
+        grid: (5, 64),
+        heads: 1,
+        dim: 64,
+        window: None,
+        rel_pos: true,
+        pad: false,
+        dropout: None,
+    };
+    let windows = Shapes { grid: (16, 18), window: Some(14), pad: true, ..whole };
+    for (kernels, shapes) in [
+        (Kernels::Hopper, whole),
+        (Kernels::Hopper, Shapes { grid: (7, 33), dim: 80, ..whole }),
+        (Kernels::Hopper, Shapes { grid: (17, 9), heads: 2, ..whole }),
+        (Kernels::HopperWindows, windows),
+        (Kernels::HopperWindows, Shapes { dim: 80, heads: 2, ..windows }),
+    ] {
+        for (table, row) in [(0, 2), (1, 3)] {
+            let mut case = Case::new(shapes, DType::BF16)?;
+            case.name = format!("{} table {table}", case.name);
+            case.qkv = case.qkv.abs()?;
+            case.pad = case.pad.abs()?;
+            let mut values = case.tables[table].to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            values[row][5] = f32::NEG_INFINITY;
+            case.tables[table] = Tensor::new(values, case.qkv.device())?.to_dtype(DType::BF16)?;
+            let (b, h, w, packed) = case.qkv.dims4()?;
+            let grad_out = random(9, (b, h, w, packed / 3));
+            let expected = run(Kernels::Portable, &case, &grad_out)?;
+            let got = run(kernels, &case, &grad_out)?;
+            let infinite = expected[1].1.iter().filter(|x| !x.is_finite()).count();
+            assert!(infinite > 0 && infinite < h * w * shapes.heads, "{}: {infinite}", case.name);
+            for ((name, expected), (_, got)) in expected.iter().zip(&got) {
+                let finite = expected.iter().filter(|x| x.is_finite());
+                let largest = finite.fold(0f64, |largest, x| largest.max(x.abs()));
+                for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
+                    let same = match expected.is_finite() {
+                        true => (got - expected).abs() <= 0.03 * largest,
+                        false => !got.is_finite(),
+                    };
+                    assert!(same, "{}: {name} {index}: {got}, not {expected}", case.name);
+                }
+            }
+        }
+    }
+    Ok(())
 }
