@@ -57,6 +57,11 @@ __device__ __forceinline__ void write_biases(
     __syncwarp();
 }
 
+// Hidden where tiles are wide: the compiler would work out before the loops over keys what is wanted behind them, and spill.
+template <class Tile> __device__ __forceinline__ uint32_t thread_of_block() {
+    return Tile::kKeys > 64 ? ptx::hide(threadIdx.x) : threadIdx.x;
+}
+
 // Computes this lane's sums of one half anew that are not finite: add(i, column, sum) for i below `count`. Rolled, since
 // hardly ever taken.
 template <class Tile, class Add>
@@ -65,7 +70,7 @@ __device__ __forceinline__ void mend_sums(float (&sums)[Tile::kDim / 8][4], int 
     for (int n = 0; n < Tile::kDim / 8; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            const uint32_t column = 8 * n + threadIdx.x % 4 * 2 + c;
+            const uint32_t column = 8 * n + thread_of_block<Tile>() % 4 * 2 + c;
             float& sum = half == 0 ? sums[n][c] : sums[n][2 + c];
             if (is_finite(sum) || column >= head_dim) continue;
             sum = 0.0f;
@@ -79,7 +84,7 @@ template <class Tile, class T>
 __device__ __forceinline__ void add_table_terms(
     float (&dq)[Tile::kDim / 8][4], const BiasGradients<Tile>& gradients, typename Tile::Storage& shared, const RelPosAttentionShape& s,
     const AttentionUnit& unit, uint32_t first, const Tables<T>& tables, bool wide) {
-    const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
+    const int warp = thread_of_block<Tile>() / kWarp, g = thread_of_block<Tile>() % kWarp / 4;
     const TableRows list(s, unit, first, Tile::kQueries);
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
     float terms[Tile::kDim / 8][4] = {};
