@@ -307,8 +307,8 @@ __device__ __forceinline__ void finish_queries(
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i) dq[2 * n + i / 4][i % 4] += terms[i / 4][i % 4];
+            __syncwarp();
         }
-        __syncwarp();
     }
     // Its row of dS has been read by nobody else.
     T* to = global<T>(p.dqkv) + (unit.token({warp, 0}) * 3 * s.num_heads + unit.head) * kDim;
