@@ -4,7 +4,7 @@
 /// A release of CUDA.
 pub type Release = (u32, u32);
 
-/// What to know of this release, if the kernels for Hopper are compiled or not.
+/// The known faults of this release, with or without kernels for Hopper.
 pub fn advice((major, minor): Release, hopper: bool) -> Option<String> {
     let mut known = Vec::new();
     if hopper && (major, minor) < (12, 9) {

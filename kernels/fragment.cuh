@@ -144,7 +144,7 @@ template <class T> __device__ __forceinline__ void mma_transposed(float (&d)[4],
     else mma(d, a, b);
 }
 
-// Of the products of 16 rows with 16, [8 columns at a time], those of row g with row g, and of g + 8 with g + 8.
+// Takes the diagonal of 16 rows' products with 16, [8 columns at a time]: row g with row g, and g + 8 with g + 8.
 __device__ __forceinline__ void take_diagonal(float (&diagonal)[2], const float (&products)[2][4]) {
     const int g = lane_id() / 4;
 #pragma unroll

@@ -5,8 +5,8 @@
 template <class T, int kCols, bool kLeftColumns, bool kRightRows>
 using Tile = LowRankTile<T, kCols, kCols == 16 ? 4 : 2, kCols == 16 ? 1 : 2, kLeftColumns, kRightRows>;
 
-// Blocks that a multiprocessor is asked to have room for. Of the wide tile in f32 ptxas of CUDA 13.5 spills to have six if
-// it is not asked, and all spill to have four.
+// Blocks that a multiprocessor is asked to have room for. For the wide tile in f32, ptxas of CUDA 13.5 spills to have six
+// if it is not asked, and every ptxas spills to have four.
 constexpr int min_blocks(int cols) { return cols == 64 ? 3 : 0; }
 
 #define LOW_RANK_KERNELS(product, PRODUCT, cols, kLeftColumns, kRightRows)                                                             \

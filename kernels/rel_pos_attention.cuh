@@ -225,7 +225,7 @@ template <class T> struct Tables {
     }
 };
 
-// What the maximum is taken for: while all scores are minus infinity their weights are zero, not NaN.
+// The maximum that weights are relative to. While all scores are minus infinity, their weights are zero, not NaN.
 __device__ __forceinline__ float finite_maximum(float max) { return max == -INFINITY ? 0.0f : max; }
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }

@@ -175,7 +175,7 @@ template <class Tile> struct QueryStorage : Tile::Storage {
     typename Tile::T q[Tile::kQueries][Tile::kStride], dout[Tile::kQueries][Tile::kStride];
 };
 
-// What normalizes a lane's two queries' weights. In 16 bits lse has been taken off rel_h.
+// The normalizers of a lane's two queries. In 16 bits lse has been taken off rel_h.
 template <class T> struct RowStatistics {
     __device__ __forceinline__ void load(int, const float*, uint64_t) {}
     __device__ __forceinline__ float weight(int, float score) const { return ptx::ex2_approx(score); }

@@ -38,7 +38,7 @@ expect '"hopper" is no compute capability' "${home[@]}" CUDA_COMPUTE_CAP=hopper
 expect "get a newer CUDA toolkit" "${home[@]}" CUDA_COMPUTE_CAP=999
 expect "run as composed candle graphs" "${home[@]}" CUDA_COMPUTE_CAP=75
 
-# Of a release without faults nothing is said.
+# A release without faults gets no warning.
 said=$(env -i OUT_DIR="$work" NUM_JOBS=1 CARGO_FEATURE_CUDA=1 PATH=/usr/bin:/bin NVCC="$work/nvcc-13.3" "$work/build")
 if grep -E '^cargo::warning' <<<"$said"; then exit 1; fi
 

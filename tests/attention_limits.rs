@@ -49,7 +49,7 @@ fn saturated_gradients_are_as_exact_as_pytorch() -> Result<()> {
     Ok(())
 }
 
-/// What is not finite goes to the elements that it goes to in PyTorch, and to no others.
+/// Values that are not finite reach the elements that they reach in PyTorch, and no others.
 fn check_not_finite(path: Path, rule: Rule) -> Result<()> {
     let mut failures = Vec::new();
     for case in NotFinite::all()? {

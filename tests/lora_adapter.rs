@@ -418,7 +418,7 @@ fn tied_parameters_part_when_one_is_saved() {
         let values =
             |model: &Model| [bits(&model.first.0), bits(&model.head.table.own.as_ref().unwrap().0)];
         let (trained, mut loaded) = (values(&model), values(&other));
-        // What is not saved keeps the value of its own base.
+        // A module that is not saved keeps the value of its own base.
         for (name, value, old) in [("head.table", 1, &trained[1]), ("tail.first", 0, &trained[0])] {
             if !keys.contains(&name) {
                 assert_eq!(loaded[value], vec![2f32.to_bits(); 3], "{saved:?}");

@@ -85,7 +85,7 @@ fn gradients_equal_transformers() -> Result<()> {
         let gradients = loss?.backward()?;
         let mut compared = 0;
         for (parameter_name, parameter) in named_parameters(&model) {
-            // What takes no part has no gradient there, or zeros.
+            // A tensor that takes no part has no gradient there, or zeros.
             let Ok(want) = lookup(&expected, &parameter_name) else { continue };
             if !parameter.is_variable() || largest(&want)? == 0.0 {
                 continue;

@@ -361,7 +361,7 @@ fn adapters_that_are_views_switch_and_load() -> Result<()> {
     candle_sam_lora::lora::hotswap_adapter(&mut vit, "default", folder.path())?;
     assert_eq!(bits(&var)?[..2 * WIDTH], bits(&other[key])?);
 
-    // What is not active is frozen, views too.
+    // Adapters that are not active are frozen, views too.
     add_adapter(&mut vit, "second", &lora(), 1)?;
     set_adapter(&mut vit, &["second"])?;
     assert_eq!(reached_by(&var, &vit.loss(MODE)?)?, 0);

@@ -40,7 +40,7 @@ pub fn exp2_nonpositive<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     const ROUND: f32 = 12_582_912.0 + 127.0;
     const COEFFICIENTS: [f32; 5] =
         [0.009_669_691, 0.055_505_585, 0.240_222_83, std::f32::consts::LN_2, 1.0];
-    // Of -127 the exponent's bits are zero, and so is the result.
+    // At -127 the exponent's bits are zero, and so is the result.
     let lowest = simd.splat_f32s(-127.0);
     // A comparison, not a maximum: NaN must stay NaN.
     let x = simd.select_f32s(simd.less_than_f32s(x, lowest), lowest, x);

@@ -1,4 +1,4 @@
-//! What is known of a CUDA context: asked of the driver once, loaded once, tested once.
+//! The facts of a CUDA context: asked of the driver once, loaded once, tested once.
 
 use super::modules::Loaded;
 use super::tensor_map::EncodedMaps;
@@ -58,7 +58,7 @@ pub(super) struct Context {
     pub tested: Tested,
 }
 
-/// What is known of this context. It is kept until the process ends, as the kernels are: a graph may hold them.
+/// The facts of this context. They are kept until the process ends, as the kernels are: a graph may hold them.
 ///
 /// # Errors
 /// If the driver does not say what the device is.

@@ -23,7 +23,7 @@ pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
     properties(device).map_or(0, |p| p.shared_memory)
 }
 
-/// What launches hang on, if the device has kernels for Hopper: compute capability 9.0, and compiled for it.
+/// Device properties that Hopper launches depend on; none unless the device has capability 9.0 and kernels for it.
 pub(crate) fn hopper(device: &CudaDevice) -> Option<Hopper> {
     let Properties { capability, multiprocessors, clusters, .. } = properties(device)?;
     modules::cover_hopper(capability).then_some(Hopper { multiprocessors, clusters })

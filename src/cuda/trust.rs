@@ -25,7 +25,7 @@ pub(crate) fn self_test_is_on() -> bool {
 
 type Key = (Family, DType);
 
-/// What computes the problems of the families that were tested in a context.
+/// The choice for each family that was tested in a context.
 #[derive(Default)]
 pub(super) struct Tested(Mutex<HashMap<Key, Choice>>);
 
@@ -45,7 +45,7 @@ impl Tested {
     }
 }
 
-/// What computes a family's problems on this device; none if it was never tested there.
+/// The choice for a family on this device; none if the family was never tested there.
 ///
 /// # Errors
 /// If the driver does not say what the device is.

@@ -69,7 +69,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// Whose kernels an operation launches, in its forward and in its backward.
+/// The kernels that an operation launches, in its forward and in its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Implementation {
     /// Hopper's, where they cover the problem; else the portable ones.

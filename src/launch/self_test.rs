@@ -1,4 +1,4 @@
-//! What a self-test finds: errors, bounds, and what follows from them. How a family is run is not known here.
+//! The findings of a self-test: errors, bounds, and the choice that follows. This module does not know how a family runs.
 //!
 //! ```text
 //! error = max |got - truth| / max |truth|           of each result: the output, each gradient
@@ -16,7 +16,7 @@ const MOST_ROUNDINGS: f64 = 32.0;
 /// Wrong results that a refusal names.
 const MOST_FAULTS: usize = 3;
 
-/// What computes a family's problems, from the first choice to the last.
+/// Who computes a family's problems, from the first choice to the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Choice {
     /// The kernels for the GPU's own architecture.
@@ -96,7 +96,7 @@ impl fmt::Display for Comparison {
 /// A row of the table: a family's kernels of one implementation in one dtype.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SelfTestRow {
-    /// What was tested; `portable` rows are of the kernels that stand in for this family.
+    /// The tested family; `portable` rows are of the kernels that stand in for this family.
     pub family: Family,
     /// The dtype of the operands.
     pub dtype: DType,
@@ -120,7 +120,7 @@ impl SelfTestRow {
         self.comparisons.iter().max_by(|a, b| a.excess().total_cmp(&b.excess()))
     }
 
-    /// What is wrong, in one line: the failure, or the results that exceed their bounds most.
+    /// The faults in one line: the failure, or the results that exceed their bounds most.
     fn faults(&self) -> String {
         if let Some(failure) = &self.failure {
             return failure.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -136,7 +136,7 @@ impl SelfTestRow {
     }
 }
 
-/// What computes a family's problems after these rows: the first kernels that passed, else the composed graph.
+/// The choice after these rows: the first kernels that passed, else the composed graph.
 pub fn choice(rows: &[SelfTestRow]) -> Choice {
     rows.iter().find(|row| row.passed()).map_or(Choice::Composed, |row| row.kernels)
 }

@@ -1,4 +1,4 @@
-//! What of a configuration is passed over, and what PEFT will refuse of it: told, not silent.
+//! The parts of a configuration that are passed over, and those that PEFT will refuse: told, not silent.
 
 use super::config::{is_neutral, UNSUPPORTED};
 use super::LoraConfig;

@@ -1,4 +1,4 @@
-//! What is applied to the output of a projection.
+//! Functions applied to the output of a projection.
 //!
 //! The kernels and the CPU path fuse [`None`](Activation::None), [`Gelu`](Activation::Gelu) and
 //! [`Relu`](Activation::Relu). The others follow the projection as a graph of candle's operations, in f32 where the

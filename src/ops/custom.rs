@@ -21,7 +21,7 @@ pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool 
     }
 }
 
-/// Whose kernels compute a problem; none where the composed graph does, as on a GPU where all kernels of the problem's
+/// The implementation that computes a problem; none where the composed graph does, as on a GPU where all kernels of the problem's
 /// family were found to be wrong. The CPU has its own path, whatever this says.
 ///
 /// # Errors

@@ -163,7 +163,7 @@ pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>
     lora.dropout.map_or(Ok(()), |dropout| dropout.validate(op))
 }
 
-/// Whose kernels compute the projections. The fused operation holds its weights captured, where no gradient reaches them;
+/// The implementation that computes the projections. The fused operation holds its weights captured, where no gradient reaches them;
 /// trainable ones, and devices without kernels, take the composed path.
 fn implementation(
     x: &Tensor,
@@ -296,7 +296,7 @@ struct FusedProjection {
     activation: problem::Activation,
     residual: bool,
     keep: bool,
-    /// Whose kernels compute it, on a GPU.
+    /// The kernels that compute it on a GPU.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     implementation: Implementation,
     saved: OnceLock<Kept>,

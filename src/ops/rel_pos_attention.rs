@@ -154,13 +154,13 @@ struct FusedAttention {
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     separate: Option<[Tensor; 2]>,
     pad: bool,
-    /// Whose kernels compute it, on a GPU.
+    /// The kernels that compute it on a GPU.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     implementation: Implementation,
     saved: OnceLock<Saved>,
 }
 
-/// What normalizes the rows of the softmax, where it was computed.
+/// The normalizers of the softmax's rows, on the device that computed them.
 enum Saved {
     Cpu(Vec<attention::Normalizer>),
     #[cfg(feature = "cuda")]

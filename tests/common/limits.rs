@@ -139,7 +139,7 @@ fn class(x: f64) -> usize {
     }
 }
 
-/// What is compared with PyTorch.
+/// Tensors compared with PyTorch's.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
     /// Its queries on the grid, each element's kind.

@@ -21,7 +21,7 @@ pub fn calls(prefix: &str) -> Option<u64> {
     }
 }
 
-/// What has to be asked once, and not again for each launch.
+/// Driver functions to be called once, and not again for each launch.
 const ONCE: [&str; 5] = [
     "cuDeviceGetAttribute",
     "cuDriverGetVersion",

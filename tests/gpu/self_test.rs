@@ -19,12 +19,12 @@ use std::process::Command;
 const FAULT: &str = "SELF_TEST_FAULT";
 const CHILD: &str = "self_test with a planted fault";
 
-/// What is planted, and what becomes of it.
+/// A planted fault and its consequences.
 struct Fault {
     name: &'static str,
-    /// What the names of the wrong kernels begin with.
+    /// Prefixes of the wrong kernels' names.
     kernels: &'static str,
-    /// What the line on stderr says; empty if it says nothing.
+    /// The line on stderr; empty if there is none.
     told: &'static [&'static str],
     test: fn(&Device) -> Result<()>,
 }

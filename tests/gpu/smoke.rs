@@ -111,7 +111,7 @@ fn smoke(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What the library finds of its kernels before their first use. It decides for users, not here.
+/// The library's own findings before a kernel's first use. They decide for users, not here.
 fn self_test(device: &Device) -> Result<Value> {
     watchdog::progress("self-test");
     let start = Instant::now();

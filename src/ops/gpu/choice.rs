@@ -1,4 +1,4 @@
-//! Whose kernels compute a problem on a GPU: the one place where this is decided, before an operation's forward and for its
+//! The implementation that computes a problem on a GPU: the one place where this is decided, before an operation's forward and for its
 //! backward too.
 
 use super::self_test;
@@ -8,7 +8,7 @@ use crate::launch::projection_sm90::Hopper;
 use crate::launch::self_test::Choice;
 use candle_core::{CudaDevice, DType, Result};
 
-/// Whose kernels compute a problem of this family; none if the composed graph does. The first problem of a family and dtype
+/// The implementation that computes a problem of this family; none if the composed graph does. The first problem of a family and dtype
 /// on a device waits for the family's self-test. A capture cannot wait, so in one a family that was never tested is not
 /// used: the portable kernels are.
 pub fn implementation(

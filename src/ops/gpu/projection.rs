@@ -27,7 +27,7 @@ pub struct Projections<'a> {
     pub separate: Option<&'a [Tensor]>,
     /// Whether there may be a backward of x or the small tensors.
     pub keep: bool,
-    /// Whose kernels compute it.
+    /// The kernels that compute it.
     pub implementation: Implementation,
 }
 
