@@ -37,7 +37,7 @@ fn bits(model: &SamModel, input: &SamInput) -> Result<BTreeMap<String, Vec<u32>>
 
 fn check(what: &str, mut model: SamModel, at_least: usize) -> Result<()> {
     let inputs = candle_sam_lora::files::read_tensors(
-        &common::fixtures().join("adapters/inputs.safetensors"),
+        common::fixtures().join("adapters/inputs.safetensors"),
         &Device::Cpu,
     )?;
     let input = SamInput {
@@ -72,7 +72,7 @@ fn adapters_of_every_kind_get_the_same_bits() -> Result<()> {
         let attention =
             if kind == "fused_qkv" { AttentionKind::Fused } else { AttentionKind::Split };
         let mut model = common::model("tiny", attention, DType::F32)?;
-        load_adapter(&mut model, &common::fixtures().join("adapters").join(kind))?;
+        load_adapter(&mut model, common::fixtures().join("adapters").join(kind))?;
         check(kind, model, 5)?;
     }
     Ok(())

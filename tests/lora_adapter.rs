@@ -46,7 +46,7 @@ fn peft_adapters_compute_what_peft_computes() {
     let io = read("io.safetensors");
     for kind in KINDS {
         let mut model = Net::base();
-        load_adapter(&mut model, &fixture(kind)).unwrap();
+        load_adapter(&mut model, fixture(kind)).unwrap();
         let got = model.forward(&io["x"], Mode::Eval).unwrap();
         let error = relative_error(&got, &io[&format!("out/{kind}")]);
         assert!(error < F32_BOUND, "{kind}: {error}");
@@ -59,14 +59,14 @@ fn peft_adapters_compute_what_peft_computes() {
 fn peft_adapters_are_written_back_bit_for_bit() {
     for kind in KINDS {
         let mut model = Net::base();
-        let config = load_adapter(&mut model, &fixture(kind)).unwrap();
+        let config = load_adapter(&mut model, fixture(kind)).unwrap();
         let dir = tempfile::tempdir().unwrap();
         save_adapter(&model, &config, dir.path()).unwrap();
         assert_eq!(entries(dir.path()), [CONFIG_FILE, TENSORS_FILE]);
         let text = |dir: &Path| std::fs::read(dir.join(CONFIG_FILE)).unwrap();
         assert_eq!(text(dir.path()), text(&fixture(kind)), "{kind}");
         let tensors =
-            |dir: &Path| files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu).unwrap();
+            |dir: &Path| files::read_tensors(dir.join(TENSORS_FILE), &Device::Cpu).unwrap();
         let (got, mut expected) = (tensors(dir.path()), tensors(&fixture(kind)));
         if kind == "bias_all_save" {
             // PEFT writes these biases under its wrappers' names too.
@@ -91,7 +91,7 @@ fn a_loaded_adapter_is_trainable_as_an_injected_one() {
     };
     for kind in KINDS {
         let (mut loaded, mut injected) = (Net::base(), Net::base());
-        let config = load_adapter(&mut loaded, &fixture(kind)).unwrap();
+        let config = load_adapter(&mut loaded, fixture(kind)).unwrap();
         inject(&mut injected, &config, 0).unwrap();
         assert_eq!(names(&loaded), names(&injected), "{kind}");
         let stream = |model: &Net| model.q.adapters.get(DEFAULT_ADAPTER).unwrap().stream;
@@ -151,15 +151,15 @@ fn an_adapter_for_another_model_is_refused() {
     module_tree!(Narrow { q, v });
     let linear = || Linear::zeros(3, 3, true, DType::F32, &Device::Cpu).unwrap();
     let mut other = Other { query: linear() };
-    let error = load_adapter(&mut other, &fixture("plain")).unwrap_err().to_string();
+    let error = load_adapter(&mut other, fixture("plain")).unwrap_err().to_string();
     assert!(error.contains("does not fit this model") && error.contains("query"), "{error}");
     let mut narrow = Narrow { q: linear(), v: linear() };
-    let error = load_adapter(&mut narrow, &fixture("plain")).unwrap_err().to_string();
+    let error = load_adapter(&mut narrow, fixture("plain")).unwrap_err().to_string();
     assert!(error.contains("q.lora_A.weight: expected [4, 3], found [4, 8]"), "{error}");
     assert!(adapted(&narrow).is_empty());
     let mut twice = Net::base();
-    load_adapter(&mut twice, &fixture("plain")).unwrap();
-    let error = load_adapter(&mut twice, &fixture("dora")).unwrap_err().to_string();
+    load_adapter(&mut twice, fixture("plain")).unwrap();
+    let error = load_adapter(&mut twice, fixture("dora")).unwrap_err().to_string();
     assert!(error.contains("already carries an adapter"), "{error}");
 }
 
@@ -249,7 +249,7 @@ fn an_adapter_of_another_name_has_a_folder_of_its_own() {
     assert_eq!(entries(&dir.path().join("cells")), [CONFIG_FILE, TENSORS_FILE]);
     let card = std::fs::read_to_string(dir.path().join(CARD_FILE)).unwrap();
     assert!(card.contains(r#"base_model: "a: \"strange\" name""#), "{card}");
-    load_adapter(&mut Net::base(), &dir.path().join("cells")).unwrap();
+    load_adapter(&mut Net::base(), dir.path().join("cells")).unwrap();
 }
 
 #[test]

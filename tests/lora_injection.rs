@@ -95,7 +95,7 @@ fn what_is_trained_and_counted_is_what_peft_trains_and_counts() {
     let counts: serde_json::Value =
         serde_json::from_str(&metadata.metadata().as_ref().unwrap()["counts"]).unwrap();
     for kind in KINDS {
-        let config = LoraConfig::read(&fixture(kind).join(CONFIG_FILE)).unwrap();
+        let config = LoraConfig::read(fixture(kind).join(CONFIG_FILE)).unwrap();
         let mut model = Net::base();
         inject(&mut model, &config, 0).unwrap();
         let report = peft_trainable_parameters(&model, &config).unwrap();

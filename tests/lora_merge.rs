@@ -12,7 +12,7 @@ use lora_support::{adapted, bits, relative_error, snapshot, values};
 
 fn loaded(kind: &str) -> Net {
     let mut model = Net::base();
-    load_adapter(&mut model, &fixture(kind)).unwrap();
+    load_adapter(&mut model, fixture(kind)).unwrap();
     model
 }
 
@@ -110,7 +110,7 @@ fn a_broken_adapter_is_refused_by_the_safe_merge_alone() {
 fn half_precision_weights_are_rounded_once() {
     for dtype in [DType::F16, DType::BF16] {
         let mut model = Net::base_in(dtype);
-        load_adapter(&mut model, &fixture("dora")).unwrap();
+        load_adapter(&mut model, fixture("dora")).unwrap();
         let adapter = model.q.adapters.get(DEFAULT_ADAPTER).cloned().unwrap();
         let (weight, magnitude) = (values(&model.q.weight), adapter.magnitude.unwrap());
         let (a, b, magnitude) = (values(&adapter.a), values(&adapter.b), values(&magnitude));

@@ -24,11 +24,11 @@ fn folder(kind: &str, part: &str) -> PathBuf {
 }
 
 fn tensors(kind: &str, part: &str) -> Tensors {
-    files::read_tensors(&folder(kind, part).join(TENSORS_FILE), &Device::Cpu).unwrap()
+    files::read_tensors(folder(kind, part).join(TENSORS_FILE), &Device::Cpu).unwrap()
 }
 
 fn config(kind: &str, part: &str) -> LoraConfig {
-    LoraConfig::read(&folder(kind, part).join(CONFIG_FILE)).unwrap()
+    LoraConfig::read(folder(kind, part).join(CONFIG_FILE)).unwrap()
 }
 
 /// Weight and `scaling B A` of the adapted layers.
@@ -73,7 +73,7 @@ fn adapters_trained_on_the_rest_load_with_pefts_outputs() {
     let fixture = read("init.safetensors");
     for kind in KINDS {
         let mut model = Net::base();
-        let config = load_adapter(&mut model, &folder(kind, "trained")).unwrap();
+        let config = load_adapter(&mut model, folder(kind, "trained")).unwrap();
         let got = model.forward(&input(), Mode::Eval).unwrap();
         let error = relative_error(&got, &fixture[&format!("{kind}/out")]);
         assert!(error < 2.0 * F32_BOUND, "{kind}: {error}");

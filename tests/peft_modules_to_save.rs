@@ -48,12 +48,12 @@ fn features(model: &SamModel) -> (Vec<u32>, Option<Vec<u32>>) {
 fn files_come_back_bit_for_bit() -> Result<()> {
     for kind in KINDS {
         let mut model = base()?;
-        let config = load_adapter(&mut model, &folder(kind))?;
+        let config = load_adapter(&mut model, folder(kind))?;
         let written = tempfile::tempdir()?;
         save_adapter(&model, &config, written.path())?;
         let bytes = |dir: &Path, file: &str| std::fs::read(dir.join(file));
         assert_eq!(bytes(written.path(), CONFIG_FILE)?, bytes(&folder(kind), CONFIG_FILE)?);
-        let tensors = |dir: &Path| files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu);
+        let tensors = |dir: &Path| files::read_tensors(dir.join(TENSORS_FILE), &Device::Cpu);
         let (got, mut expected) = (tensors(written.path())?, tensors(&folder(kind))?);
         let all = expected.len();
         expected
@@ -83,7 +83,7 @@ fn the_saved_features_change_and_the_others_stay() -> Result<()> {
         ("save_both_embeddings", true, true),
     ] {
         let model = adapted(kind, &Device::Cpu)?;
-        let saved = files::read_tensors(&folder(kind).join(TENSORS_FILE), &Device::Cpu)?;
+        let saved = files::read_tensors(folder(kind).join(TENSORS_FILE), &Device::Cpu)?;
         let expected = |key: &str, saved_here: bool| {
             assert_eq!(saved.contains_key(key), saved_here, "{kind}: {key}");
             saved.get(key).map_or(before.clone(), bits)
@@ -198,9 +198,9 @@ fn load_changed(change: impl FnOnce(&mut Tensors)) -> candle_sam_lora::Result<Sa
     let dir = tempfile::tempdir().unwrap();
     let source = folder("save_composite_bias_all");
     std::fs::copy(source.join(CONFIG_FILE), dir.path().join(CONFIG_FILE)).unwrap();
-    let mut tensors = files::read_tensors(&source.join(TENSORS_FILE), &Device::Cpu)?;
+    let mut tensors = files::read_tensors(source.join(TENSORS_FILE), &Device::Cpu)?;
     change(&mut tensors);
-    files::write_tensors(&dir.path().join(TENSORS_FILE), &tensors)?;
+    files::write_tensors(dir.path().join(TENSORS_FILE), &tensors)?;
     let mut model = base().unwrap();
     load_adapter(&mut model, dir.path()).map(|_| model)
 }
@@ -277,7 +277,7 @@ fn modules_that_peft_refuses_or_cannot_load_are_refused() -> Result<()> {
 
 #[test]
 fn an_adapter_with_a_module_in_another_names_its_file() -> Result<()> {
-    let (mut config, tensors) = read_adapter(&folder("save_prompt_encoder"))?;
+    let (mut config, tensors) = read_adapter(folder("save_prompt_encoder"))?;
     config.modules_to_save = Some(vec!["prompt_encoder".into(), "mask_embed".into()]);
     let dir = tempfile::tempdir()?;
     write_adapter(&config, &tensors, dir.path())?;
@@ -289,7 +289,7 @@ fn an_adapter_with_a_module_in_another_names_its_file() -> Result<()> {
 /// PEFT passes over such names, as those it adds itself for some task types.
 #[test]
 fn files_may_name_modules_that_are_not_there() -> Result<()> {
-    let (mut config, tensors) = read_adapter(&folder("save_prompt_encoder"))?;
+    let (mut config, tensors) = read_adapter(folder("save_prompt_encoder"))?;
     let names = config.modules_to_save.as_mut().context("modules to save")?;
     names.extend(["classifier".into(), "positional_embedding".into()]);
     config.task_type = Some("SEQ_CLS".into());

@@ -229,7 +229,7 @@ fn the_active_are_trained_and_the_others_frozen() {
     // Frozen for inference, an added adapter changes nothing of what computes.
     set_trainable(&mut model, &mut |_| false).unwrap();
     let out = bits(&model.forward(&input(), Mode::Eval).unwrap());
-    load_named_adapter(&mut model, "c", &adapter("c")).unwrap();
+    load_named_adapter(&mut model, "c", adapter("c")).unwrap();
     assert_eq!(bits(&model.forward(&input(), Mode::Eval).unwrap()), out);
     assert!(trainable(&model).unwrap().is_empty());
 }
@@ -260,7 +260,7 @@ fn each_adapter_is_written_back_bit_for_bit_without_its_name() {
     let mut model = Net::base();
     let configs: Vec<LoraConfig> = NAMES
         .iter()
-        .map(|name| load_named_adapter(&mut model, name, &adapter(name)).unwrap())
+        .map(|name| load_named_adapter(&mut model, name, adapter(name)).unwrap())
         .collect();
     for (name, config) in NAMES.iter().zip(&configs) {
         let dir = tempfile::tempdir().unwrap();
@@ -298,7 +298,7 @@ fn what_does_not_go_together_is_refused_and_changes_nothing() {
     }
     let mut alone = Net::base();
     add_adapter(&mut alone, "x", &new().modules_to_save(["head"]), 0).unwrap();
-    let error = load_named_adapter(&mut alone, "a", &adapter("a")).unwrap_err().to_string();
+    let error = load_named_adapter(&mut alone, "a", adapter("a")).unwrap_err().to_string();
     assert!(error.contains("alone"), "{error}");
 }
 

@@ -55,8 +55,8 @@ fn with_active(layer: &Linear, active: &[&str], x: &Tensor) -> candle_core::Resu
 #[test]
 fn two_adapters_at_once_are_one_operation() -> Result<()> {
     let mut model = model::model("tiny", AttentionKind::Split, DType::F32)?;
-    lora::load_named_adapter(&mut model, "plain", &folder("lora_qv"))?;
-    lora::load_named_adapter(&mut model, "stable", &folder("rslora"))?;
+    lora::load_named_adapter(&mut model, "plain", folder("lora_qv"))?;
+    lora::load_named_adapter(&mut model, "stable", folder("rslora"))?;
     lora::set_adapter(&mut model, &["plain", "stable"])?;
     let variables = trainable(&model)?;
     let mut worst = <[Worst; 2]>::default();

@@ -73,9 +73,9 @@ fn expected_gradients(kind: &str) -> Result<Tensors> {
 #[test]
 fn q_k_and_v_become_the_qkv_that_peft_computes_with() -> Result<()> {
     for kind in FUSED {
-        let config = LoraConfig::read(&folder(kind).join(CONFIG_FILE))?;
+        let config = LoraConfig::read(folder(kind).join(CONFIG_FILE))?;
         let (config, tensors) = fuse_qkv(&adapted(kind, &DEVICE)?, "default", &config)?;
-        let (peft, expected) = read_adapter(&fused_folder(kind))?;
+        let (peft, expected) = read_adapter(fused_folder(kind))?;
         assert_eq!(config.target_modules, peft.target_modules, "{kind}");
         assert_eq!((config.rank, config.alpha), (peft.rank, peft.alpha), "{kind}");
         assert_eq!(config.rank_pattern, peft.rank_pattern, "{kind}");
@@ -193,7 +193,7 @@ fn what_cannot_be_fused_or_split_is_an_error() -> Result<()> {
     expect(fuse_qkv(&model, "default", &other), "on no q, k or v");
     expect(fuse_qkv(&model, "default", &other.clone().init("pissa")), "convert it");
     expect(fuse_qkv(&model, "default", &other.clone().modules_to_save(["attn.k"])), "saved whole");
-    let (config, mut tensors) = read_adapter(&folder("fused_qkv"))?;
+    let (config, mut tensors) = read_adapter(folder("fused_qkv"))?;
     expect(split_qkv(&model, &other, &BTreeMap::new()), "on no qkv");
     let mut saved = tensors.clone();
     let key = format!("{PREFIX}vision_encoder.layers.1.attn.qkv.weight");
@@ -231,7 +231,7 @@ const ALL: [&str; 3] = ["image_embeddings", "pred_masks", "iou_scores"];
 #[test]
 fn samed_files_compute_what_samed_computes() -> Result<()> {
     let mut model = base(AttentionKind::Split)?;
-    let (config, tensors) = import_lora(&model, &foreign("samed"), None)?;
+    let (config, tensors) = import_lora(&model, foreign("samed"), None)?;
     assert_eq!(config, LoraConfig::new(3).alpha(3.0).target_modules(["q", "v"]));
     checkpoint::load(&mut model.prompt_encoder, foreign("samed"))?;
     checkpoint::load(&mut model.mask_decoder, foreign("samed"))?;
@@ -249,14 +249,14 @@ fn samed_files_compute_what_samed_computes() -> Result<()> {
     compare("samed", &again, &["image_embeddings"])?;
 
     let mut model = base(AttentionKind::Split)?;
-    let (config, tensors) = import_lora(&model, &foreign("samed_some"), Some(&[0, 2]))?;
+    let (config, tensors) = import_lora(&model, foreign("samed_some"), Some(&[0, 2]))?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
     compare("samed_some", &model, &["image_embeddings"])?;
 
     let mut model =
         SamModel::new(&model::config("tiny")?, AttentionKind::Split, DType::F32, &DEVICE)?;
     checkpoint::load(&mut model.vision_encoder, foreign("samed_model"))?;
-    let (config, tensors) = import_lora(&model, &foreign("samed_model"), None)?;
+    let (config, tensors) = import_lora(&model, foreign("samed_model"), None)?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
     let io = read(foreign("io"), &DEVICE)?;
     let want = &io["samed_model/image_embeddings"];
@@ -269,7 +269,7 @@ fn micro_sam_files_hold_model_and_adapter() -> Result<()> {
     let mut model =
         SamModel::new(&model::config("tiny")?, AttentionKind::Split, DType::F32, &DEVICE)?;
     checkpoint::load(&mut model, foreign("micro_sam"))?;
-    let (config, tensors) = import_lora(&model, &foreign("micro_sam"), None)?;
+    let (config, tensors) = import_lora(&model, foreign("micro_sam"), None)?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
     compare("micro_sam", &model, &ALL)
 }
@@ -291,14 +291,14 @@ fn files_of_other_kinds_are_refused_with_what_they_are() -> Result<()> {
         expect(import_lora(&model, &pickled, None), "safetensors.torch.save_file");
     }
     expect(
-        import_lora(&model, &model::folder("tiny").join("original.safetensors"), None),
+        import_lora(&model, model::folder("tiny").join("original.safetensors"), None),
         "no LoRA",
     );
-    expect(import_lora(&model, &foreign("samed_some"), None), "adapts 2 blocks");
-    expect(import_lora(&model, &foreign("samed_some"), Some(&[1])), "adapts 2 blocks");
-    expect(import_lora(&model, &foreign("samed_some"), Some(&[1, 7])), "has not");
+    expect(import_lora(&model, foreign("samed_some"), None), "adapts 2 blocks");
+    expect(import_lora(&model, foreign("samed_some"), Some(&[1])), "adapts 2 blocks");
+    expect(import_lora(&model, foreign("samed_some"), Some(&[1, 7])), "has not");
     let fused = base(AttentionKind::Fused)?;
-    expect(import_lora(&fused, &foreign("samed"), None), "q, k and v apart");
+    expect(import_lora(&fused, foreign("samed"), None), "q, k and v apart");
 
     let file = scratch.path().join("some.safetensors");
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &DEVICE);
@@ -313,7 +313,7 @@ fn files_of_other_kinds_are_refused_with_what_they_are() -> Result<()> {
         expect(import_lora(&model, &file, None), expected);
     }
     // Half of a pair.
-    let mut tensors = files::read_tensors(&foreign("samed"), &DEVICE)?;
+    let mut tensors = files::read_tensors(foreign("samed"), &DEVICE)?;
     tensors.remove("w_b_003");
     files::write_tensors(&file, &tensors)?;
     let (config, tensors) = import_lora(&model, &file, None)?;

@@ -31,7 +31,7 @@ fn adapted(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
         SamModel::new(&model::config("tiny")?, AttentionKind::Split, dtype, &Device::Cpu)?;
     checkpoint::load(&mut sam, model::folder("tiny"))?;
     if kind != "save_decoder" {
-        load_adapter(&mut sam, &folder(kind))?;
+        load_adapter(&mut sam, folder(kind))?;
         return Ok(sam);
     }
     // The adapter of another kind, and a decoder that is trained from where the base has it.
@@ -84,7 +84,7 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
     let cases = common::cases("train/mixed_precision.safetensors");
     assert_eq!(cases.len(), 20);
     let inputs =
-        read_tensors(&common::fixtures().join("adapters/inputs.safetensors"), &Device::Cpu)?;
+        read_tensors(common::fixtures().join("adapters/inputs.safetensors"), &Device::Cpu)?;
     let mut failures = Vec::new();
     for case in cases {
         let (kind, dtype) = case.name.split_once('-').expect("a kind and a dtype");

@@ -15,7 +15,7 @@ fn five_steps_are_pytorchs() -> anyhow::Result<()> {
     let config = SamConfig::from_file(folder.join("config.json"))?;
     let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
     checkpoint::load(&mut model, &folder)?;
-    load_adapter(&mut model, &common::fixtures().join("adapters/lora_qv"))?;
+    load_adapter(&mut model, common::fixtures().join("adapters/lora_qv"))?;
     let parameters = trainable(&model)?;
     let hyperparameters = AdamWConfig {
         lr: case.number("lr"),

@@ -94,7 +94,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let eval_steps = options.eval_steps(train.len());
     Run { options, sam: &sam, lora: &lora, eval_steps }.steps(&mut trainer, loss, evaluate)?;
 
-    save_adapter(&sam, &lora, &options.output.join(ADAPTER))?;
+    save_adapter(&sam, &lora, options.output.join(ADAPTER))?;
     set_trainable(&mut sam, &mut |_| false)?;
     let after = judge(&sam, options.overlays)?;
     write_pictures(options, trainer.losses(), &before, &after)?;
@@ -105,7 +105,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         losses: trainer.losses().to_vec(),
     };
     let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
-    files::write_atomic(&options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
+    files::write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
     let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
     say(format!(
         "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
@@ -128,7 +128,7 @@ fn datasets(options: &Options) -> anyhow::Result<(Dataset, Dataset)> {
         let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
         let part = |part: &str| {
             let folder = |kind: &str| nuclei.join(part).join(kind);
-            Dataset::open(&folder("images"), &folder("masks"), options.min_area)
+            Dataset::open(folder("images"), folder("masks"), options.min_area)
         };
         return Ok((part("train")?, part("heldout")?));
     };

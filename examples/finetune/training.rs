@@ -56,7 +56,7 @@ impl Run<'_> {
             if let Some(scores) = scores {
                 trainer.note(scores);
                 if best(trainer.evaluations()).is_some_and(|best| best.step == made.step) {
-                    save_adapter(self.sam, self.lora, &options.output.join(BEST))?;
+                    save_adapter(self.sam, self.lora, options.output.join(BEST))?;
                 }
             }
             log.note(&made, scores.as_ref())?;
@@ -104,8 +104,8 @@ impl Run<'_> {
         error: candle_core::Error,
     ) -> anyhow::Result<anyhow::Error> {
         let output = &self.options.output;
-        trainer.go_back(&output.join(STATE))?;
-        save_adapter(self.sam, self.lora, &output.join(ADAPTER))?;
+        trainer.go_back(output.join(STATE))?;
+        save_adapter(self.sam, self.lora, output.join(ADAPTER))?;
         Ok(anyhow!(
             "{error}\nkept in {}: the adapter as it was after step {}, in {ADAPTER}/{}",
             output.display(),
@@ -126,9 +126,9 @@ struct Log {
 
 impl Log {
     fn open(options: &Options, steps: u64) -> Result<Self> {
-        let events = || EventFile::create(&options.output.join(TENSORBOARD), steps);
+        let events = || EventFile::create(options.output.join(TENSORBOARD), steps);
         Ok(Self {
-            table: MetricsCsv::open(&options.output.join(TABLE), steps)?,
+            table: MetricsCsv::open(options.output.join(TABLE), steps)?,
             events: options.tensorboard.then(events).transpose()?,
         })
     }

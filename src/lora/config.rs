@@ -409,7 +409,8 @@ impl LoraConfig {
     ///
     /// # Errors
     /// When the file cannot be read, is no JSON of this kind, or does not pass [`validate`](Self::validate).
-    pub fn read(path: &Path) -> Result<Self> {
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
         let text = files::read_text(path)?;
         let config: Self = serde_json::from_str(&text)
             .map_err(|e| Error::file(path, format!("not a LoRA configuration: {e}")))?;

@@ -114,9 +114,10 @@ fn model_blocks(model: &dyn ModuleTree) -> Result<BTreeMap<usize, String>> {
 /// fit it; a file of pickles says how it is converted.
 pub fn import_lora(
     model: &dyn ModuleTree,
-    path: &Path,
+    path: impl AsRef<Path>,
     blocks: Option<&[usize]>,
 ) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
+    let path = path.as_ref();
     let file = TensorFile::open(path)?;
     let wrong = |message: String| Error::file(path, message);
     let in_model = model_blocks(model)?;

@@ -54,7 +54,8 @@ impl State {
     ///
     /// # Errors
     /// When the file cannot be written; the old one remains then.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
         let failed =
             |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be serialized: {e}"));
         let mut tensors = self.tensors.clone();
@@ -81,7 +82,8 @@ impl State {
     ///
     /// # Errors
     /// When the file cannot be read, is truncated or damaged, or is no training state.
-    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
         Self::read(&TensorFile::open(path)?, device)
     }
 
@@ -134,7 +136,8 @@ impl State {
 }
 
 /// Where the state before that at `path` is kept.
-pub fn previous(path: &Path) -> PathBuf {
+pub fn previous(path: impl AsRef<Path>) -> PathBuf {
+    let path = path.as_ref();
     let ending = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
     path.with_extension(format!("previous{ending}"))
 }

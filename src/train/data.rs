@@ -66,7 +66,12 @@ impl Dataset {
     /// # Errors
     /// When a folder is unreadable or has no image, an image has no mask or a mask no image, two files share a
     /// stem, a file is unreadable, sizes differ, or a mask has no instance large enough; the file is named.
-    pub fn open(images: &Path, masks: &Path, min_area: usize) -> Result<Self> {
+    pub fn open(
+        images: impl AsRef<Path>,
+        masks: impl AsRef<Path>,
+        min_area: usize,
+    ) -> Result<Self> {
+        let (images, masks) = (images.as_ref(), masks.as_ref());
         let (image_files, mut mask_files) = (by_stem(images)?, by_stem(masks)?);
         let mut pairs = Vec::new();
         for (name, image) in image_files {
@@ -95,7 +100,12 @@ impl Dataset {
     /// # Errors
     /// When the annotations are unreadable or damaged, an image is missing, unreadable or of another size, two images
     /// have one name, or no image has an instance large enough; file and annotation are named.
-    pub fn open_coco(images: &Path, annotations: &Path, min_area: usize) -> Result<Self> {
+    pub fn open_coco(
+        images: impl AsRef<Path>,
+        annotations: impl AsRef<Path>,
+        min_area: usize,
+    ) -> Result<Self> {
+        let (images, annotations) = (images.as_ref(), annotations.as_ref());
         let mut dataset = Self { pairs: vec![], min_area };
         let mut names = BTreeMap::new();
         for coco in coco::read(annotations)? {

@@ -216,7 +216,8 @@ impl Trainer {
     }
 
     /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
         State {
             step: self.steps(),
             seed: self.seed,
@@ -234,7 +235,8 @@ impl Trainer {
     /// # Errors
     /// When both are damaged, or the state was written with another seed, other settings or another model; nothing was
     /// changed then.
-    pub fn resume(&mut self, path: &Path) -> Result<Option<Error>> {
+    pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<Option<Error>> {
+        let path = path.as_ref();
         match self.read(path) {
             Ok(state) => self.go_on(path, state).map(|()| None),
             Err(damage) => match self.read(&previous(path)) {
@@ -254,7 +256,8 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`resume`](Self::resume).
-    pub fn go_back(&mut self, path: &Path) -> Result<()> {
+    pub fn go_back(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
         let newest = self.read(path)?;
         if newest.step < self.steps() {
             return self.go_on(path, newest);

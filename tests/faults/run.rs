@@ -58,10 +58,10 @@ fn train(folder: &Path, steps: u64, rows: usize) -> anyhow::Result<()> {
     while trainer.steps() < steps {
         trainer.step(|step, mode| loss(&model, step, rows, mode))?;
         trainer.save(&state)?;
-        save_adapter(&model, &lora(), &folder.join(ADAPTER))?;
+        save_adapter(&model, &lora(), folder.join(ADAPTER))?;
     }
     // A run that was stopped between its last two files lacks the second.
-    Ok(save_adapter(&model, &lora(), &folder.join(ADAPTER))?)
+    Ok(save_adapter(&model, &lora(), folder.join(ADAPTER))?)
 }
 
 fn loss(model: &Model, step: u64, rows: usize, mode: Mode) -> candle_core::Result<Tensor> {
