@@ -62,7 +62,7 @@ fn main() -> Result<()> {
     println!("an open gate changes the masks by {change:.1e} at most");
     ensure!(change < 1e-5, "an open gate must change nothing");
 
-    set_trainable(&mut model, &mut |name| name.contains(".gate."))?;
+    set_trainable(&mut model, |name| name.contains(".gate."))?;
     let variables = trainable(&model)?;
     let loss = |model: &SamModel| -> Result<Tensor> {
         let masks = model.forward(&input, Mode::Train { seed: 0 })?.pred_masks;

@@ -83,7 +83,7 @@ fn half_precision_follows_f32() -> Result<()> {
 fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {
     let io = read("deepseek", "io.safetensors")?;
     let mut encoder = encoder(AttentionKind::Split, DType::F32)?;
-    set_trainable(&mut encoder, &mut |_| true)?;
+    set_trainable(&mut encoder, |_| true)?;
     let out = encoder.forward(&pixels(&io, 32)?, Mode::Eval)?;
     let grads = (out * &io["gradients/G"])?.sum_all()?.backward()?;
     let wanted: Tensors = (io.iter())

@@ -31,9 +31,9 @@ fn models(kept: Kept) -> Result<Vec<(&'static str, VarMap, Vit)>> {
     let map = VarMap::new();
     let views = Vit::new(&map, kept)?;
     let mut own = views.clone();
-    set_trainable(&mut own, &mut |_| false)?;
+    set_trainable(&mut own, |_| false)?;
     let mut adapted = own.clone();
-    set_trainable(&mut own, &mut |_| true)?;
+    set_trainable(&mut own, |_| true)?;
     inject(&mut adapted, &LoraConfig::new(2).target_modules(["q", "k", "v"]), 0)?;
     Ok(vec![("views", map.clone(), views), ("own", map.clone(), own), ("adapted", map, adapted)])
 }

@@ -51,7 +51,7 @@ fn variables_of_the_same_shape_stay_and_get_the_new_values() {
     }
     assert_eq!(bits(&forward(&model)), bits(&forward(&loaded("e"))));
     // What is frozen stays frozen.
-    set_trainable(&mut model, &mut |_| false).unwrap();
+    set_trainable(&mut model, |_| false).unwrap();
     hotswap_adapter(&mut model, "default", adapter("wider")).unwrap();
     assert!(trainable(&model).unwrap().is_empty());
 }

@@ -227,7 +227,7 @@ fn the_active_are_trained_and_the_others_frozen() {
         assert_eq!(old.as_tensor().id(), new.as_tensor().id(), "{name} is another variable");
     }
     // Frozen for inference, an added adapter changes nothing of what computes.
-    set_trainable(&mut model, &mut |_| false).unwrap();
+    set_trainable(&mut model, |_| false).unwrap();
     let out = bits(&model.forward(&input(), Mode::Eval).unwrap());
     load_named_adapter(&mut model, "c", adapter("c")).unwrap();
     assert_eq!(bits(&model.forward(&input(), Mode::Eval).unwrap()), out);

@@ -78,7 +78,7 @@ fn gradients_equal_transformers() -> Result<()> {
             .filter_map(|(name, t)| Some((name.strip_prefix("all/grad/")?.to_string(), t.clone())))
             .collect();
         let (_, mut model) = load(name, AttentionKind::Split, DType::F32)?;
-        set_trainable(&mut model, &mut |name| matrices || name.ends_with("bias"))?;
+        set_trainable(&mut model, |name| matrices || name.ends_with("bias"))?;
         let out = model.forward(&input(&io), Mode::Eval)?;
         let loss = (out.pred_masks * &io["all/G_pred_masks"])?.sum_all()?
             + (out.iou_scores * &io["all/G_iou_scores"])?.sum_all()?;

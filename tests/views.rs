@@ -35,8 +35,8 @@ fn lora() -> LoraConfig {
 /// The same model with q, k and v as variables of their own.
 fn separate(vit: &Vit) -> Result<Vit> {
     let mut own = vit.clone();
-    set_trainable(&mut own, &mut |_| false)?;
-    set_trainable(&mut own, &mut |_| true)?;
+    set_trainable(&mut own, |_| false)?;
+    set_trainable(&mut own, |_| true)?;
     Ok(own)
 }
 
@@ -92,7 +92,7 @@ fn freezing_stops_every_gradient_of_views() -> Result<()> {
     for (name, tensor) in named_parameters(&injected) {
         assert_eq!(tensor.track_op(), name.contains("lora_"), "{name}");
     }
-    set_trainable(&mut vit, &mut |_| false)?;
+    set_trainable(&mut vit, |_| false)?;
     assert!(!vit.loss(MODE)?.track_op());
     assert!(trainable(&vit)?.is_empty());
     assert_eq!(map_bits(&map)?, before);
@@ -104,9 +104,7 @@ fn views_of_one_variable_part_when_some_are_frozen() -> Result<()> {
     let map = VarMap::new();
     let mut vit = Vit::new(&map, Kept::default())?;
     let before = map_bits(&map)?;
-    set_trainable(&mut vit, &mut |name| {
-        name.ends_with("attn.q.weight") || name.starts_with("head")
-    })?;
+    set_trainable(&mut vit, |name| name.ends_with("attn.q.weight") || name.starts_with("head"))?;
     let names: Vec<String> = trainable(&vit)?.into_iter().map(|(name, _)| name).collect();
     assert_eq!(
         names,
@@ -186,10 +184,10 @@ fn what_is_computed_from_a_variable_is_refused_by_name() -> Result<()> {
         .to_string();
     assert!(message.contains("weight is computed from a variable"), "{message}");
 
-    set_trainable(&mut model, &mut |_| true)?;
+    set_trainable(&mut model, |_| true)?;
     assert_eq!(trainable(&model)?.len(), 1);
     let (_, mut model) = computed()?;
-    set_trainable(&mut model, &mut |_| false)?;
+    set_trainable(&mut model, |_| false)?;
     assert!(!model.linear.weight.track_op());
     let (_, mut model) = computed()?;
     inject(&mut model, &LoraConfig::new(1).target_modules(["linear"]), 0)?;
@@ -204,7 +202,7 @@ fn randomize_keeps_the_variables_of_a_map() -> Result<()> {
     let mut vit = Vit::new(&map, Kept::default())?;
     let before = map_bits(&map)?;
     let mut plain = vit.clone();
-    set_trainable(&mut plain, &mut |_| false)?;
+    set_trainable(&mut plain, |_| false)?;
     for (_, tensor) in named_parameters(&plain) {
         assert!(!tensor.track_op());
     }

@@ -49,7 +49,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         DTypeArg::Bf16 => DType::BF16,
     };
     let (config, mut sam) = model::load_model(&folder, options.lora.attention(), dtype, &device)?;
-    set_trainable(&mut sam, &mut |_| false)?;
+    set_trainable(&mut sam, |_| false)?;
     let processor = processor::from_folder(&folder, &config)?;
     let (train, held_out) = datasets(options)?;
 
@@ -88,14 +88,14 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     // A frozen clone has the same tensors, but its evaluation builds no graph.
     let evaluate = || {
         let mut sam = sam.clone();
-        set_trainable(&mut sam, &mut |_| false)?;
+        set_trainable(&mut sam, |_| false)?;
         Ok(report::mean(&judge(&sam, 0)?))
     };
     let eval_steps = options.eval_steps(train.len());
     Run { options, sam: &sam, lora: &lora, eval_steps }.steps(&mut trainer, loss, evaluate)?;
 
     save_adapter(&sam, &lora, options.output.join(ADAPTER))?;
-    set_trainable(&mut sam, &mut |_| false)?;
+    set_trainable(&mut sam, |_| false)?;
     let after = judge(&sam, options.overlays)?;
     write_pictures(options, trainer.losses(), &before, &after)?;
     let outcome = Outcome {

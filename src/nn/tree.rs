@@ -289,7 +289,7 @@ pub fn trainable(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>> {
 /// When a tensor cannot be allocated.
 pub fn set_trainable(
     module: &mut dyn ModuleTree,
-    wanted: &mut dyn FnMut(&str) -> bool,
+    mut wanted: impl FnMut(&str) -> bool,
 ) -> Result<()> {
     let mut choices = BTreeMap::new();
     let mut frozen = HashSet::new();
