@@ -11,7 +11,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer};
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{set_trainable, trainable, Linear, Mode};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, Linear, Mode};
 use candle_sam_lora::sam::{
     AttentionKind, SamConfig, SamInput, SamModel, SamVisionAttentionSplit, VisionAttention,
 };
@@ -63,7 +63,7 @@ fn main() -> Result<()> {
     ensure!(change < 1e-5, "an open gate must change nothing");
 
     set_trainable(&mut model, |name| name.contains(".gate."))?;
-    let variables = trainable(&model)?;
+    let variables = trainable_variables(&model)?;
     let loss = |model: &SamModel| -> Result<Tensor> {
         let masks = model.forward(&input, Mode::Train { seed: 0 })?.pred_masks;
         Ok(candle_nn::loss::binary_cross_entropy_with_logit(&masks, &target)?)

@@ -175,7 +175,7 @@ fn adapters_train_and_load() -> Result<()> {
     let lora = LoraConfig::new(2).alpha(4.0).target_modules(["q", "v"]);
     inject(&mut model, &lora, 7)?;
     assert_eq!(relative_error(&model.forward(&pixels, Mode::Eval)?, &plain)?, 0.0);
-    let variables = nn::trainable(&model)?;
+    let variables = nn::trainable_variables(&model)?;
     assert_eq!(variables.len(), 3 * 2 * 2, "{variables:?}");
     for _ in 0..2 {
         let loss = model.forward(&pixels, Mode::Train { seed: 1 })?.sqr()?.mean_all()?;

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{
-    gradient_checkpoint, set_trainable, trainable, Buffer, LayerNorm, Linear, Mode,
+    gradient_checkpoint, set_trainable, trainable_variables, Buffer, LayerNorm, Linear, Mode,
 };
 use candle_sam_lora::sam::{
     checkpoint, in_windows, AttentionKind, LayerContext, SamInput, SamModel, VisionAttention,
@@ -27,7 +27,7 @@ fn bits(model: &SamModel, input: &SamInput) -> Result<BTreeMap<String, Vec<u32>>
     let loss = model.forward(input, MODE)?.pred_masks.to_dtype(DType::F32)?.sqr()?.mean_all()?;
     let gradients = loss.backward()?;
     let mut all = BTreeMap::from([("loss".to_string(), bits(&loss)?)]);
-    for (name, var) in trainable(model)? {
+    for (name, var) in trainable_variables(model)? {
         if let Some(gradient) = gradients.get(&var) {
             all.insert(name, bits(gradient)?);
         }

@@ -10,7 +10,9 @@ use candle_sam_lora::lora::{
     adapter_state, add_adapter, inject, load_adapter, merge, save_adapter, save_pretrained,
     set_adapter_state, BiasTraining, LoraConfig, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{trainable, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER};
+use candle_sam_lora::nn::{
+    trainable_variables, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER,
+};
 use candle_sam_lora::{files, module_tree, Error};
 use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot};
@@ -87,7 +89,7 @@ fn peft_adapters_are_written_back_bit_for_bit() {
 #[test]
 fn a_loaded_adapter_is_trainable_as_an_injected_one() {
     let names = |model: &Net| -> Vec<String> {
-        trainable(model).unwrap().into_iter().map(|(name, _)| name).collect()
+        trainable_variables(model).unwrap().into_iter().map(|(name, _)| name).collect()
     };
     for kind in KINDS {
         let (mut loaded, mut injected) = (Net::base(), Net::base());
@@ -336,14 +338,14 @@ fn state_is_a_copy_and_goes_back_into_the_same_variables() {
     inject(&mut model, &config, 1).unwrap();
     let state = adapter_state(&model, &config).unwrap();
     let before = snapshot(&model);
-    let variables = trainable(&model).unwrap();
+    let variables = trainable_variables(&model).unwrap();
     for (_, variable) in &variables {
         variable.set(&(variable.as_tensor() + 1.0).unwrap()).unwrap();
     }
     assert_ne!(snapshot(&model), before);
     set_adapter_state(&mut model, &config, &state).unwrap();
     assert_eq!(snapshot(&model), before);
-    for ((name, held), (_, now)) in variables.iter().zip(trainable(&model).unwrap()) {
+    for ((name, held), (_, now)) in variables.iter().zip(trainable_variables(&model).unwrap()) {
         assert_eq!(bits(held.as_tensor()), bits(now.as_tensor()), "{name}: another variable");
         assert_eq!(held.as_tensor().id(), now.as_tensor().id(), "{name}: another variable");
     }
@@ -405,7 +407,8 @@ fn tied_parameters_part_when_one_is_saved() {
         let (mut model, mut other) = (new(1.0), new(2.0));
         inject(&mut model, &config, 0).unwrap();
         let base = |(name, _): &(String, _)| !name.starts_with("q.");
-        let trained: Vec<_> = trainable(&model).unwrap().into_iter().filter(base).collect();
+        let trained: Vec<_> =
+            trainable_variables(&model).unwrap().into_iter().filter(base).collect();
         let mut names: Vec<&str> = trained.iter().map(|(name, _)| name.as_str()).collect();
         names.sort_unstable();
         assert_eq!(names, keys);

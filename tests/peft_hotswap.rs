@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use candle_sam_lora::lora::{
     hotswap_adapter, load_adapter, load_named_adapter, merge, set_adapter, unmerge,
 };
-use candle_sam_lora::nn::{set_trainable, trainable, Mode};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, Mode};
 use lora_support::blocks::{adapter, read, Net, F32_BOUND};
 use lora_support::{bits, relative_error, snapshot};
 
@@ -42,9 +42,9 @@ fn a_swapped_adapter_computes_what_pefts_does() {
 #[test]
 fn variables_of_the_same_shape_stay_and_get_the_new_values() {
     let mut model = loaded("a");
-    let before = trainable(&model).unwrap();
+    let before = trainable_variables(&model).unwrap();
     hotswap_adapter(&mut model, "default", adapter("e")).unwrap();
-    let after = trainable(&model).unwrap();
+    let after = trainable_variables(&model).unwrap();
     assert_eq!(before.len(), after.len());
     for ((name, old), (_, new)) in before.iter().zip(&after) {
         assert_eq!(old.as_tensor().id(), new.as_tensor().id(), "{name} is another variable");
@@ -53,7 +53,7 @@ fn variables_of_the_same_shape_stay_and_get_the_new_values() {
     // What is frozen stays frozen.
     set_trainable(&mut model, |_| false).unwrap();
     hotswap_adapter(&mut model, "default", adapter("wider")).unwrap();
-    assert!(trainable(&model).unwrap().is_empty());
+    assert!(trainable_variables(&model).unwrap().is_empty());
 }
 
 #[test]

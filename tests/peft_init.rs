@@ -8,7 +8,7 @@ use candle_sam_lora::lora::{
     adapter_state, add_adapter, convert_to_lora, inject, load_adapter, save_adapter, write_adapter,
     InitLoraWeights, LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{trainable, Linear, Mode, Node};
+use candle_sam_lora::nn::{trainable_variables, Linear, Mode, Node};
 use candle_sam_lora::{files, module_tree};
 use lora_support::blocks::{below, fixture, input, read, Net, F32_BOUND};
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
@@ -28,7 +28,7 @@ fn tensors(kind: &str, part: &str) -> Tensors {
 }
 
 fn config(kind: &str, part: &str) -> LoraConfig {
-    LoraConfig::read(folder(kind, part).join(CONFIG_FILE)).unwrap()
+    LoraConfig::load(folder(kind, part).join(CONFIG_FILE)).unwrap()
 }
 
 /// Weight and `scaling B A` of the adapted layers.
@@ -211,7 +211,7 @@ fn a_run_and_its_conversion_agree() {
         let mut model = Net::base();
         inject(&mut model, &config, 0).unwrap();
         let initial = adapter_state(&model, &config).unwrap();
-        for (_, variable) in trainable(&model).unwrap() {
+        for (_, variable) in trainable_variables(&model).unwrap() {
             variable.set(&(variable.as_tensor() * 1.25).unwrap()).unwrap();
         }
         let trained = adapter_state(&model, &config).unwrap();

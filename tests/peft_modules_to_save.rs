@@ -7,11 +7,11 @@ mod lora_support;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{
-    eject, inject, load_adapter, load_adapter_tensors, merge_and_unload, named_adapter_state,
-    peft_trainable_parameters, read_adapter, save_adapter, trainable_parameters, write_adapter,
+    count_parameters, count_parameters_as_peft, inject, load_adapter, load_adapter_tensors,
+    merge_and_unload, named_adapter_state, read_adapter, save_adapter, unload, write_adapter,
     BiasTraining, LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{named_parameters, set_trainable, trainable, Mode};
+use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, Mode};
 use candle_sam_lora::sam::checkpoint::{self, Naming};
 use candle_sam_lora::sam::{AttentionKind, SamModel};
 use candle_sam_lora::{files, Error};
@@ -111,8 +111,8 @@ fn features_count_once_they_are_trained() -> Result<()> {
     let count = |names: &[&str]| -> Result<_> {
         let (mut model, config) = (base()?, config().modules_to_save(names.iter().copied()));
         inject(&mut model, &config, 0)?;
-        let report = peft_trainable_parameters(&model, &config)?;
-        assert_eq!(report.trainable, trainable_parameters(&model).trainable);
+        let report = count_parameters_as_peft(&model, &config)?;
+        assert_eq!(report.trainable, count_parameters(&model).trainable);
         Ok((report.trainable, report.all))
     };
     let (trained, all) = count(&["no_mask_embed"])?;
@@ -131,7 +131,7 @@ fn training_moves_the_features_of_prompts_alone() -> Result<()> {
     let (image, prompts) = features(&model);
     assert_eq!(Some(&image), prompts.as_ref());
     assert_eq!(masks(&model)?, masks(&base()?)?);
-    for (name, variable) in trainable(&model)? {
+    for (name, variable) in trainable_variables(&model)? {
         if name.ends_with("positional_embedding") {
             variable.set(&(variable.as_tensor() * 1.5)?)?;
         }
@@ -144,7 +144,7 @@ fn training_moves_the_features_of_prompts_alone() -> Result<()> {
     assert_eq!(snapshot(&again), snapshot(&model));
     assert_eq!(masks(&again)?, masks(&model)?);
     set_trainable(&mut again, |_| false)?;
-    assert_eq!(trainable_parameters(&again).trainable, 0);
+    assert_eq!(count_parameters(&again).trainable, 0);
     assert_eq!(masks(&again)?, masks(&model)?);
     Ok(())
 }
@@ -188,7 +188,7 @@ fn merged_features_travel_in_checkpoints() -> Result<()> {
 fn ejecting_keeps_what_was_trained() -> Result<()> {
     let mut model = adapted("save_both_embeddings", &Device::Cpu)?;
     let before = features(&model);
-    eject(&mut model)?;
+    unload(&mut model)?;
     assert_eq!(features(&model), before);
     Ok(())
 }

@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{trainable, Linear, Mode};
+use candle_sam_lora::nn::{trainable_variables, Linear, Mode};
 use candle_sam_lora::train::{
     best, previous, since_best, AdamW, AdamWConfig, Decay, Evaluated, EventFile, MetricsCsv,
     Schedule, Scores, State, Step, Trainer, TrainerConfig,
@@ -129,7 +129,7 @@ impl Problem {
 }
 
 fn bits(model: &Fit) -> Vec<u32> {
-    let values = trainable(model)
+    let values = trainable_variables(model)
         .expect("parameters")
         .into_iter()
         .flat_map(|(_, var)| var.flatten_all().and_then(|v| v.to_vec1::<f32>()).expect("values"));

@@ -6,7 +6,7 @@ use candle_core::{backprop::GradStore, DType, Device, Result, Tensor, Var};
 use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
 use candle_sam_lora::nn::{
-    is_adapter_tensor, named_parameters, trainable, Mode, ModuleTree, NodeMut,
+    is_adapter_tensor, named_parameters, trainable_variables, Mode, ModuleTree, NodeMut,
 };
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
@@ -39,7 +39,7 @@ fn adapted(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
     inject(&mut sam, &config.modules_to_save(["mask_decoder"]), 0)?;
     let file = folder("modules_to_save").join("adapter_model.safetensors");
     let values = read_tensors(&file, &Device::Cpu)?;
-    for (name, var) in trainable(&sam)? {
+    for (name, var) in trainable_variables(&sam)? {
         if is_adapter_tensor(&name) {
             var.set(&values[&format!("base_model.model.{name}")])?;
         }
@@ -96,7 +96,7 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
         }
         let (embeddings, gradients) = embeddings_and_gradients(&sam, &case, &inputs, dtype)?;
 
-        let parameters = trainable(&sam)?;
+        let parameters = trainable_variables(&sam)?;
         let names: BTreeMap<_, _> = case
             .tensors()
             .keys()
@@ -180,7 +180,7 @@ fn saved_modules_may_be_f32() -> anyhow::Result<()> {
         })?;
         let (_, gradients) = embeddings_and_gradients(&sam, case, &inputs, dtype)?;
         let (mut ours, mut theirs) = (0.0, 0.0);
-        for (name, var) in trainable(&sam)? {
+        for (name, var) in trainable_variables(&sam)? {
             let key = format!("grad/base_model.model.{name}");
             let Some(truth) = case.get(&key) else { continue };
             let gradient = gradients.get(&var).cloned().map_or_else(|| var.zeros_like(), Ok)?;

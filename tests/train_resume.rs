@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{set_trainable, trainable, Adapter, LayerNorm, Linear, Mode};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, Adapter, LayerNorm, Linear, Mode};
 use candle_sam_lora::train::{AdamWConfig, Draws, State, Trainer};
 use serde_json::{json, Map, Value};
 
@@ -55,7 +55,7 @@ impl Model {
 
     fn bits(&self) -> anyhow::Result<Vec<u32>> {
         let mut bits = Vec::new();
-        for (_, var) in trainable(self)? {
+        for (_, var) in trainable_variables(self)? {
             bits.extend(var.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits));
         }
         Ok(bits)

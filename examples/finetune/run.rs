@@ -11,7 +11,7 @@ use super::{model, processor, report};
 use anyhow::bail;
 use candle_core::{DType, Device};
 use candle_sam_lora::lora::{
-    eject, inject, save_adapter, trainable_parameters, LoraConfig, ModuleNames,
+    count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames,
 };
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let before = judge(&sam, options.overlays)?;
     let (mut lora, names) = adapt_encoder(&mut sam, options)?;
     say(format!("adapters on {names} linear layers of the image encoder"));
-    let trainable = trainable_parameters(&sam).to_string();
+    let trainable = count_parameters(&sam).to_string();
     say(&trainable);
 
     let mask_size = 4 * config.vision_config.grid_size();
@@ -159,7 +159,7 @@ fn adapt_encoder(sam: &mut SamModel, options: &Options) -> Result<(LoraConfig, u
     let in_encoder = |name: &String| name.starts_with("vision_encoder.");
     let mut adapted = inject(sam, &config, options.seed)?;
     if !adapted.iter().all(in_encoder) {
-        eject(sam)?;
+        unload(sam)?;
         config.exclude_modules = Some(ModuleNames::Regex(r"(?!vision_encoder\.).*".into()));
         adapted = inject(sam, &config, options.seed)?;
     }

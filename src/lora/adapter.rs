@@ -157,7 +157,7 @@ pub fn read_adapter(dir: impl AsRef<Path>) -> Result<(LoraConfig, BTreeMap<Strin
 
 /// As [`read_adapter`], of the tensors the header alone: what does not fit a model is refused by it.
 pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorFile)> {
-    let config = LoraConfig::read(dir.join(CONFIG_FILE))?;
+    let config = LoraConfig::load(dir.join(CONFIG_FILE))?;
     let mut file = TensorFile::open(dir.join(TENSORS_FILE))?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         let shapes: BTreeMap<_, _> =

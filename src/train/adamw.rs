@@ -85,7 +85,7 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// An optimizer of `parameters`, for example [`trainable`](crate::nn::trainable) of a model.
+    /// An optimizer of `parameters`, for example [`trainable_variables`](crate::nn::trainable_variables) of a model.
     ///
     /// # Errors
     /// When there are none, two have one name, one is no float, or the configuration is impossible.

@@ -197,7 +197,7 @@ impl Part<'_> {
 /// Compares the gradients of `loss` with finite differences, for every variable: twelve losses each or more, computed by
 /// changing the variable in place; it is as before afterwards.
 ///
-/// The variables are those of a module ([`trainable`](crate::nn::trainable)), of a `VarMap` (a clone of its data), or
+/// The variables are those of a module ([`trainable_variables`](crate::nn::trainable_variables)), of a `VarMap` (a clone of its data), or
 /// any with names, the inputs of an operation among them. `loss` returns a scalar, and must be a function of the
 /// variables alone. Check at values where nothing that matters is zero, as a LoRA's B is at first. The precision is
 /// that of the variables and of the loss; in f64 it finds errors of 1e-5 of a gradient, in f32 of 1e-3.

@@ -14,7 +14,7 @@ use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
 use super::{AdamW, AdamWConfig, Draws, Evaluated, Gradients, Schedule, Scores, State};
 use crate::files::TensorFile;
-use crate::nn::{trainable, Mode, ModuleTree, Node};
+use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{bail, Device, Tensor};
 use serde_json::{json, Map, Value};
@@ -114,7 +114,7 @@ impl Trainer {
     ///
     /// # Errors
     /// - nothing is trainable;
-    /// - a parameter is computed from a variable, see [`trainable`];
+    /// - a parameter is computed from a variable, see [`trainable_variables`];
     /// - the configuration is impossible.
     pub fn new(
         model: &dyn ModuleTree,
@@ -124,7 +124,7 @@ impl Trainer {
     ) -> Result<Self> {
         let config = config.into();
         config.validate()?;
-        let optimizer = AdamW::new(trainable(model)?, config.optimizer)?;
+        let optimizer = AdamW::new(trainable_variables(model)?, config.optimizer)?;
         settings.insert("model".into(), frozen_checksum(model).to_string().into());
         settings.extend(config.settings());
         let (losses, evaluations) = (vec![], vec![]);
