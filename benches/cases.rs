@@ -14,6 +14,7 @@ mod support;
 
 use anyhow::{bail, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::Optimizer;
 use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::ops::{self, composed as ops_composed, Activation};
 use candle_sam_lora::sam::{SamVisionAttentionSplit, VisionAttention};

@@ -8,6 +8,7 @@
 mod support;
 
 use candle_core::{DType, Tensor, Var};
+use candle_nn::Optimizer;
 use candle_sam_lora::lora::{add_adapter, forward_mixed_batch, LoraConfig};
 use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{SamVisionEncoder, VisionAttention};

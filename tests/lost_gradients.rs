@@ -5,6 +5,7 @@ mod vit;
 
 use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Module, Shape, Tensor, Var, D};
+use candle_nn::Optimizer;
 use candle_nn::VarMap;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::module_tree;

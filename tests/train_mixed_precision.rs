@@ -3,6 +3,7 @@
 mod common;
 
 use candle_core::{backprop::GradStore, DType, Device, Result, Tensor, Var};
+use candle_nn::Optimizer;
 use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
 use candle_sam_lora::nn::{

@@ -3,6 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::Optimizer;
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamInput, SamModel};

@@ -26,7 +26,7 @@ mod segmentation;
 mod slope;
 mod trainer;
 
-pub use adamw::{AdamW, AdamWConfig};
+pub use adamw::{AdamW, AdamWConfig, Parameter};
 pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 pub use checkpoint::{previous, State};
 pub use data::{sample_indices, Dataset, Sample, Symmetry};

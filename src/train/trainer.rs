@@ -17,6 +17,7 @@ use crate::files::TensorFile;
 use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{bail, Device, Tensor};
+use candle_nn::Optimizer;
 use serde_json::{json, Map, Value};
 use std::path::Path;
 
@@ -208,7 +209,7 @@ impl Trainer {
             gradients = gradients.clipped(grad_norm, max_norm)?;
         }
         let lr = self.config.optimizer.lr * self.config.schedule.factor(step);
-        self.optimizer.set_lr(lr)?;
+        self.optimizer.set_learning_rate(lr);
         self.optimizer.apply(&gradients)?;
         let loss = sum / parts as f32;
         self.losses.push(loss);
