@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{set_trainable, trainable_variables, Adapter, LayerNorm, Linear, Mode};
-use candle_sam_lora::train::{AdamWConfig, Draws, State, Trainer};
+use candle_sam_lora::train::{AdamWConfig, State, StepRng, Trainer};
 use serde_json::{json, Map, Value};
 
 struct Model {
@@ -16,7 +16,7 @@ struct Model {
 module_tree!(Model { lin1, norm, lin2 });
 
 fn random(stream: &str, step: u64, rows: usize, cols: usize) -> Result<Tensor> {
-    let mut draws = Draws::new(1, stream, step);
+    let mut draws = StepRng::new(1, stream, step);
     let values: Vec<f32> = (0..rows * cols).map(|_| draws.uniform() as f32 - 0.5).collect();
     Tensor::from_vec(values, (rows, cols), &Device::Cpu)
 }

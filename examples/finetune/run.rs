@@ -15,7 +15,7 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{evaluate, Batch, Dataset, Evaluated, PromptKind, Scores, Trainer};
+use candle_sam_lora::train::{evaluate, Batch, Dataset, PromptKind, Scores, StepScores, Trainer};
 use candle_sam_lora::{files, Result};
 use serde_json::{json, Map};
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ pub struct Outcome {
     /// The same with it.
     pub after: Scores,
     /// The same on the way.
-    pub evaluations: Vec<Evaluated>,
+    pub evaluations: Vec<StepScores>,
     /// The loss of each step.
     pub losses: Vec<f32>,
 }

@@ -5,7 +5,7 @@
 //! q and k that an operation lost is not hidden by the gradient of v in the same tensor.
 
 use super::slope::{epsilon, values, Loss, Moving, Slope};
-use super::Draws;
+use super::StepRng;
 use crate::nn::ENDS_THE_GRAPH;
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
@@ -152,7 +152,7 @@ impl Part<'_> {
         loss: &mut impl FnMut() -> candle_core::Result<Tensor>,
     ) -> Result<GradientCheck> {
         let moves = |i: usize| self.gradient.is_none_or(|g| (g[i] == 0.0) == self.zero);
-        let moving = Moving::new(self.var, &mut Draws::new(0, self.name, attempt), moves)?;
+        let moving = Moving::new(self.var, &mut StepRng::new(0, self.name, attempt), moves)?;
         let direction = moving.direction()?;
         let Slope { value, uncertainty, constant } =
             Slope::along(&[moving], here, || Loss::of(&loss()?))

@@ -5,14 +5,14 @@
 //!   for each part of its batch:  loss = closure(part, Mode::Train { seed of this part });  g += backward(loss / parts)
 //!   clip g;  learning rate of the schedule;  AdamW
 //! ```
-//! The closure must draw whatever is random from (seed, part), see [`Draws`]; then a run that was saved and continued
+//! The closure must draw whatever is random from (seed, part), see [`StepRng`]; then a run that was saved and continued
 //! has the bits of one that was not. With one part a step, part and step are the same number.
 
-use super::checkpoint::previous;
+use super::checkpoint::previous_state_path;
 use super::checksum::Checksum;
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
-use super::{AdamW, AdamWConfig, Draws, Evaluated, Gradients, Schedule, Scores, State};
+use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, State, StepRng, StepScores};
 use crate::files::TensorFile;
 use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
 use crate::{Error, Result};
@@ -102,7 +102,7 @@ pub struct Trainer {
     seed: u64,
     settings: Map<String, Value>,
     losses: Vec<f32>,
-    evaluations: Vec<Evaluated>,
+    evaluations: Vec<StepScores>,
     /// Whether gradients of zero have been looked at.
     zeros_checked: bool,
 }
@@ -144,13 +144,13 @@ impl Trainer {
     }
 
     /// The evaluations noted so far.
-    pub fn evaluations(&self) -> &[Evaluated] {
+    pub fn evaluations(&self) -> &[StepScores] {
         &self.evaluations
     }
 
     /// Notes an evaluation after the steps made; it becomes part of the state.
     pub fn note(&mut self, scores: Scores) {
-        self.evaluations.push(Evaluated { step: self.steps(), scores });
+        self.evaluations.push(StepScores { step: self.steps(), scores });
     }
 
     /// Makes one step; `loss` gets the number of parts computed before and the mode with this part's dropout masks,
@@ -171,7 +171,7 @@ impl Trainer {
         mut loss: impl FnMut(u64, Mode) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Step> {
         let (step, parts) = (self.steps(), self.config.accumulation);
-        let mode = |part| Mode::Train { seed: Draws::new(self.seed, "dropout", part).bits64() };
+        let mode = |part| Mode::Train { seed: StepRng::new(self.seed, "dropout", part).bits64() };
         let mut loss = |part: u64| checked(loss(part, mode(part))?, step);
         let (mut sum, mut gradients, mut first) = (0f32, None::<Gradients>, None);
         for part in step * parts..(step + 1) * parts {
@@ -240,11 +240,12 @@ impl Trainer {
         let path = path.as_ref();
         match self.read(path) {
             Ok(state) => self.go_on(path, state).map(|()| None),
-            Err(damage) => match self.read(&previous(path)) {
+            Err(damage) => match self.read(&previous_state_path(path)) {
                 Ok(state) => {
-                    self.go_on(&previous(path), state)?;
+                    self.go_on(&previous_state_path(path), state)?;
                     // Or the next state saved would push the damaged one into the place of this one.
-                    std::fs::rename(previous(path), path).map_err(|e| Error::io(path, e))?;
+                    std::fs::rename(previous_state_path(path), path)
+                        .map_err(|e| Error::io(path, e))?;
                     Ok(Some(damage))
                 }
                 Err(_) => Err(damage),
@@ -257,14 +258,14 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`resume`](Self::resume).
-    pub fn go_back(&mut self, path: impl AsRef<Path>) -> Result<()> {
+    pub fn roll_back(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let newest = self.read(path)?;
         if newest.step < self.steps() {
             return self.go_on(path, newest);
         }
-        match self.read(&previous(path)) {
-            Ok(state) => self.go_on(&previous(path), state),
+        match self.read(&previous_state_path(path)) {
+            Ok(state) => self.go_on(&previous_state_path(path), state),
             Err(_) => self.go_on(path, newest),
         }
     }
