@@ -316,7 +316,7 @@ fn check_others(
         let changes_base = layer.adapters.iter().find(|(_, adapter)| adapter.changes_base);
         if layer.adapters.get(name).is_some() {
             problem = Some(format!(
-                "{path} already carries an adapter called {name:?}: unload it, merge it and unload it, or take another name"
+                "{path} already carries an adapter called {name:?}: unload or merge it, or take another name"
             ));
         } else if layer.adapters.unmerged.is_some() {
             problem = Some(format!("the adapters of {path} are merged: unmerge the model first"));
