@@ -4,6 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{seq, Module, Optimizer, VarBuilder, VarMap};
+use candle_sam_lora::lora::{inject, merge, LoraConfig};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{self, Embedding, LayerNorm, Linear, MlpBlock, Mode};
 use candle_sam_lora::ops::Activation;
@@ -45,6 +46,15 @@ impl Head {
             norm: LayerNorm::new(8, 1e-6, dtype, device)?,
             mlp: MlpBlock::zeros(8, 12, Activation::Gelu, dtype, device)?,
         })
+    }
+
+    /// Of variables that `map` makes below `head`.
+    fn in_map(map: &VarMap) -> Result<Self> {
+        let vb = builder(map).pp("head");
+        let (lin1, lin2) = (vb.pp("mlp.lin1"), vb.pp("mlp.lin2"));
+        let (lin1, lin2) = (Linear::load(8, 12, lin1)?, Linear::load(12, 8, lin2)?);
+        let mlp = MlpBlock { lin1, lin2, activation: Activation::Gelu };
+        Ok(Self { norm: LayerNorm::load(8, 1e-6, vb.pp("norm"))?, mlp })
     }
 }
 
@@ -118,6 +128,7 @@ fn the_encoder_is_a_module() -> candle_sam_lora::Result<()> {
 #[test]
 fn a_map_behind_the_builder_keeps_all_variables() -> candle_sam_lora::Result<()> {
     let map = VarMap::new();
+    Head::in_map(&map)?;
     let mut head = Head::zeros()?;
     nn::load(&mut head, &builder(&map).pp("head"))?;
     nn::randomize(&mut head, 7, 0.1)?;
@@ -136,9 +147,7 @@ fn a_map_behind_the_builder_keeps_all_variables() -> candle_sam_lora::Result<()>
 #[test]
 fn a_files_tensors_fill_the_module() -> candle_sam_lora::Result<()> {
     let map = VarMap::new();
-    let mut saved = Head::zeros()?;
-    nn::load(&mut saved, &builder(&map).pp("head"))?;
-    nn::randomize(&mut saved, 8, 0.1)?;
+    let saved = Head::in_map(&map)?;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("head.safetensors");
     map.save(&file)?;
@@ -176,5 +185,56 @@ fn a_mismatch_is_listed_whole_and_changes_nothing() -> Result<()> {
     for ((name, before), (_, after)) in before.iter().zip(nn::named_parameters(&head)) {
         assert_eq!(before.id(), after.id(), "{name}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_map_lists_what_it_lacks_and_gains_nothing() -> Result<()> {
+    let map = VarMap::new();
+    builder(&map).get((12, 9), "mlp.lin1.weight")?;
+    let error = nn::load(&mut Head::zeros()?, &builder(&map)).unwrap_err().to_string();
+    for line in ["5 missing", "missing: norm.weight", "mlp.lin1.weight: shape mismatch", "[12, 9]"]
+    {
+        assert!(error.contains(line), "{error}\nlacks {line:?}");
+    }
+    assert_eq!(map.all_vars().len(), 1);
+    Ok(())
+}
+
+#[test]
+fn the_builders_dtype_is_taken() -> Result<()> {
+    let map = VarMap::new();
+    Head::in_map(&map)?;
+    let tensors = map.data().lock().unwrap().clone().into_iter();
+    let tensors = tensors.map(|(name, variable)| (name, variable.into_inner())).collect();
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu).to_dtype(DType::BF16);
+    let mut head = Head::zeros()?;
+    nn::load(&mut head, &vb.pp("head"))?;
+    for (name, parameter) in nn::named_parameters(&head) {
+        assert_eq!(parameter.dtype(), DType::BF16, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn adapters_stay_and_must_not_be_merged() -> candle_sam_lora::Result<()> {
+    let map = VarMap::new();
+    let mut head = Head::in_map(&map)?;
+    let lora = LoraConfig::new(2).target_modules(["lin1"]);
+    inject(&mut head, &lora, 3)?;
+    let adapters = |head: &Head| {
+        let mut parameters = nn::named_parameters(head);
+        parameters.retain(|(name, _)| nn::is_adapter_tensor(name));
+        parameters
+    };
+    let before = adapters(&head);
+    assert_eq!(before.len(), 2);
+    nn::load(&mut head, &builder(&map).pp("head"))?;
+    for ((name, before), (_, after)) in before.iter().zip(adapters(&head)) {
+        assert_eq!(before.id(), after.id(), "{name}");
+    }
+    merge(&mut head)?;
+    let error = nn::load(&mut head, &builder(&map).pp("head")).unwrap_err().to_string();
+    assert!(error.contains("mlp.lin1") && error.contains("unmerge"), "{error}");
     Ok(())
 }
