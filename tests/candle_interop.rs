@@ -1,4 +1,4 @@
-//! What a candle program meets: its layers become ours, ours are its `Module`s, and weights come from its `VarBuilder`.
+//! A candle program uses this crate: its layers become ours, ours are its `Module`s, its `VarBuilder` gives the weights.
 
 mod common;
 
@@ -48,7 +48,7 @@ impl Head {
         })
     }
 
-    /// Of variables that `map` makes below `head`.
+    /// A head whose parameters are variables that `map` makes below `head`.
     fn in_map(map: &VarMap) -> Result<Self> {
         let vb = builder(map).pp("head");
         let (lin1, lin2) = (vb.pp("mlp.lin1"), vb.pp("mlp.lin2"));

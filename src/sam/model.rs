@@ -93,7 +93,7 @@ impl SamModel {
         Ok(model)
     }
 
-    /// What the model was made from.
+    /// The configuration that the model was made from.
     pub fn config(&self) -> &SamConfig {
         &self.config
     }

@@ -1,7 +1,7 @@
 //! Projections with LoRA: `kernels/projection/fwd.cuh`, `kernels/low_rank/low_rank.cuh`.
 //!
 //! The forward is one launch for S (none without LoRA) and one for the output. S, f32, is what the backward wants kept,
-//! and with an activation the sum before it. The backward is in `projection_bwd`.
+//! and with an activation the sum before it. The backward is in `portable_backward`.
 
 use crate::launch::bindings::{
     device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,

@@ -1,5 +1,5 @@
 //! The gradients of projections with LoRA on Hopper: that of x by `kernels/projection/sm90/bwd_input.cuh` or
-//! `projection/sm90/bwd_ds.cuh`. What they do not cover is the portable kernels', and so are the thin products: dS, if not
+//! `projection/sm90/bwd_ds.cuh`. The portable kernels serve the other problems, and compute the thin products: dS, if not
 //! made with dx, and the gradients of the adapters.
 
 use crate::launch::bindings::{

@@ -1,5 +1,5 @@
 //! Projections with LoRA on Hopper: the tiles of `kernels/projection/sm90/common.cuh`, and the launch of the forward,
-//! `kernels/projection/sm90/fwd.cuh`. What it does not cover is the portable kernels', and so is the thin product S.
+//! `kernels/projection/sm90/fwd.cuh`. The portable kernels serve the other problems, and compute the thin product S.
 //!
 //! A kernel's blocks stay, one on each multiprocessor, and make tile after tile. Which tile a problem gets is a table,
 //! [`CHOICES`].

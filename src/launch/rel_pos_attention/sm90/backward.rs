@@ -1,5 +1,5 @@
 //! The backward of attention on Hopper, for whole grids: `kernels/rel_pos_attention/sm90/bwd_query.cuh`, then
-//! `rel_pos_attention/sm90/bwd_key.cuh`. What they do not cover is the portable kernels'.
+//! `rel_pos_attention/sm90/bwd_key.cuh`. The portable kernels serve the other problems.
 //!
 //! | grid | key tile, and queries of a block, of the query pass | keys of a block of the key pass | why |
 //! |---|---|---|---|

@@ -1,5 +1,5 @@
 //! The forward of attention on Hopper, `kernels/rel_pos_attention/sm90/fwd.cuh`: for whole grids, and windows that
-//! fill one. What it does not cover is the portable kernels'.
+//! fill one. The portable kernels serve the other problems.
 //!
 //! | window | key tile | queries of a block | why |
 //! |---|---|---|---|
