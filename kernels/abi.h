@@ -159,40 +159,16 @@ typedef struct ProjectionFwdSm90Params {
 ABI_SIZE(ProjectionFwdSm90Params, 2816);
 
 /** The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of
- * absent tensors are zero. If dS is made on the way, also of b as LowRankSplitParams has it, with its `unscale`. */
+ * absent tensors are zero. */
 typedef struct ProjectionBwdInputSm90Params {
   EncodedTensorMap g[PROJECTION_PARTS];
   EncodedTensorMap weight[PROJECTION_PARTS];
-  EncodedTensorMap b[PROJECTION_PARTS];
   EncodedTensorMap dx;
   ProjectionParams problem;
   uint64_t tiles;
-  device_ptr unscale;
-  uint64_t reserved[5];
+  uint64_t reserved[6];
 } ProjectionBwdInputSm90Params;
-ABI_SIZE(ProjectionBwdInputSm90Params, 1664);
-
-/** One of up to three matrices b `[out_dim, rank]` of at most LOW_RANK_SPLIT_RANK columns, f32; `out` is
- * `[out_dim, LOW_RANK_SPLIT_COLUMNS]`, 16 bits. */
-typedef struct LowRankSplitPart {
-  device_ptr b;
-  device_ptr out;
-  uint32_t out_dim;
-  uint32_t rank;
-} LowRankSplitPart;
-ABI_SIZE(LowRankSplitPart, 24);
-
-/** `b = unscale (high + middle + low)`, of which `out` has the columns side by side: f32 for products of 16 bits. */
-typedef struct LowRankSplitParams {
-  LowRankSplitPart parts[PROJECTION_PARTS];
-  device_ptr unscale;
-} LowRankSplitParams;
-ABI_SIZE(LowRankSplitParams, 80);
-
-#define LOW_RANK_SPLIT_RANK 16
-#define LOW_RANK_SPLIT_COLUMNS 48
-#define LOW_RANK_SPLIT_THREADS 1024
-#define LOW_RANK_SPLIT_SHARED_BYTES 128
+ABI_SIZE(ProjectionBwdInputSm90Params, 1280);
 
 /** Threads of a block of the projection kernels on Hopper: three warpgroups. */
 #define PROJECTION_SM90_THREADS 384
@@ -200,7 +176,6 @@ ABI_SIZE(LowRankSplitParams, 80);
 #define PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES 196752
 #define PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES 221344
 #define PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES 213136
-#define PROJECTION_SM90_COOPERATIVE_128X192_DS_SHARED_BYTES 204944
 
 /** Shared memory of the projection kernels, by tile. */
 #define PROJECTION_FWD_128X128_SHARED_BYTES 81920

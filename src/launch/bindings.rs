@@ -9,15 +9,10 @@ pub const PROJECTION_PARTS: u32 = 3;
 pub const ACTIVATION_IDENTITY: u32 = 0;
 pub const ACTIVATION_GELU: u32 = 1;
 pub const ACTIVATION_RELU: u32 = 2;
-pub const LOW_RANK_SPLIT_RANK: u32 = 16;
-pub const LOW_RANK_SPLIT_COLUMNS: u32 = 48;
-pub const LOW_RANK_SPLIT_THREADS: u32 = 1024;
-pub const LOW_RANK_SPLIT_SHARED_BYTES: u32 = 128;
 pub const PROJECTION_SM90_THREADS: u32 = 384;
 pub const PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES: u32 = 196752;
 pub const PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES: u32 = 221344;
 pub const PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES: u32 = 213136;
-pub const PROJECTION_SM90_COOPERATIVE_128X192_DS_SHARED_BYTES: u32 = 204944;
 pub const PROJECTION_FWD_128X128_SHARED_BYTES: u32 = 81920;
 pub const PROJECTION_FWD_64X64_SHARED_BYTES: u32 = 40960;
 pub const PROJECTION_BWD_INPUT_128X128_SHARED_BYTES: u32 = 75776;
@@ -403,42 +398,36 @@ impl Default for ProjectionFwdSm90Params {
         }
     }
 }
-#[doc = " The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of\n absent tensors are zero. If dS is made on the way, also of b as LowRankSplitParams has it, with its `unscale`."]
+#[doc = " The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of\n absent tensors are zero."]
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct ProjectionBwdInputSm90Params {
     pub g: [EncodedTensorMap; 3usize],
     pub weight: [EncodedTensorMap; 3usize],
-    pub b: [EncodedTensorMap; 3usize],
     pub dx: EncodedTensorMap,
     pub problem: ProjectionParams,
     pub tiles: u64,
-    pub unscale: device_ptr,
-    pub reserved: [u64; 5usize],
+    pub reserved: [u64; 6usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of ProjectionBwdInputSm90Params"]
-        [::std::mem::size_of::<ProjectionBwdInputSm90Params>() - 1664usize];
+        [::std::mem::size_of::<ProjectionBwdInputSm90Params>() - 1280usize];
     ["Alignment of ProjectionBwdInputSm90Params"]
         [::std::mem::align_of::<ProjectionBwdInputSm90Params>() - 64usize];
     ["Offset of field: ProjectionBwdInputSm90Params::g"]
         [::std::mem::offset_of!(ProjectionBwdInputSm90Params, g) - 0usize];
     ["Offset of field: ProjectionBwdInputSm90Params::weight"]
         [::std::mem::offset_of!(ProjectionBwdInputSm90Params, weight) - 384usize];
-    ["Offset of field: ProjectionBwdInputSm90Params::b"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, b) - 768usize];
     ["Offset of field: ProjectionBwdInputSm90Params::dx"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, dx) - 1152usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, dx) - 768usize];
     ["Offset of field: ProjectionBwdInputSm90Params::problem"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, problem) - 1280usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, problem) - 896usize];
     ["Offset of field: ProjectionBwdInputSm90Params::tiles"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, tiles) - 1608usize];
-    ["Offset of field: ProjectionBwdInputSm90Params::unscale"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, unscale) - 1616usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, tiles) - 1224usize];
     ["Offset of field: ProjectionBwdInputSm90Params::reserved"]
-        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, reserved) - 1624usize];
+        [::std::mem::offset_of!(ProjectionBwdInputSm90Params, reserved) - 1232usize];
 };
 impl Default for ProjectionBwdInputSm90Params {
     fn default() -> Self {
@@ -449,43 +438,6 @@ impl Default for ProjectionBwdInputSm90Params {
         }
     }
 }
-#[doc = " One of up to three matrices b `[out_dim, rank]` of at most LOW_RANK_SPLIT_RANK columns, f32; `out` is\n `[out_dim, LOW_RANK_SPLIT_COLUMNS]`, 16 bits."]
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct LowRankSplitPart {
-    pub b: device_ptr,
-    pub out: device_ptr,
-    pub out_dim: u32,
-    pub rank: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of LowRankSplitPart"][::std::mem::size_of::<LowRankSplitPart>() - 24usize];
-    ["Alignment of LowRankSplitPart"][::std::mem::align_of::<LowRankSplitPart>() - 8usize];
-    ["Offset of field: LowRankSplitPart::b"][::std::mem::offset_of!(LowRankSplitPart, b) - 0usize];
-    ["Offset of field: LowRankSplitPart::out"]
-        [::std::mem::offset_of!(LowRankSplitPart, out) - 8usize];
-    ["Offset of field: LowRankSplitPart::out_dim"]
-        [::std::mem::offset_of!(LowRankSplitPart, out_dim) - 16usize];
-    ["Offset of field: LowRankSplitPart::rank"]
-        [::std::mem::offset_of!(LowRankSplitPart, rank) - 20usize];
-};
-#[doc = " `b = unscale (high + middle + low)`, of which `out` has the columns side by side: f32 for products of 16 bits."]
-#[repr(C)]
-#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
-pub struct LowRankSplitParams {
-    pub parts: [LowRankSplitPart; 3usize],
-    pub unscale: device_ptr,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of LowRankSplitParams"][::std::mem::size_of::<LowRankSplitParams>() - 80usize];
-    ["Alignment of LowRankSplitParams"][::std::mem::align_of::<LowRankSplitParams>() - 8usize];
-    ["Offset of field: LowRankSplitParams::parts"]
-        [::std::mem::offset_of!(LowRankSplitParams, parts) - 0usize];
-    ["Offset of field: LowRankSplitParams::unscale"]
-        [::std::mem::offset_of!(LowRankSplitParams, unscale) - 72usize];
-};
 #[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie\n in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]

@@ -33,16 +33,11 @@ template <class Tile> __device__ __forceinline__ void load_bwd_input(const Proje
                 auto& stage = shared.stages[at.stage];
                 auto& full = shared.full[at.stage];
                 ptx::mbarrier_wait_parity(shared.empty[at.stage], at.parity ^ 1);
-                const bool thin = Tile::kThin != 0 && p.problem.parts[part].rank != 0;
-                ptx::mbarrier_arrive_expect_tx(full, thin ? sizeof(stage) : sizeof(typename Tile::Operands));
+                ptx::mbarrier_arrive_expect_tx(full, sizeof(stage));
                 ptx::cp_async_bulk_tensor(stage.left, p.g[part], full, k, corner.y);
 #pragma unroll 1
                 for (uint32_t c = 0; c < Tile::kCols; c += 64)
                     load_right<Tile, Tile::kDepth>(stage.right + c * 128, p.weight[part], full, corner.x + c, k);
-                if constexpr (Tile::kThin != 0) {
-#pragma unroll 1
-                    for (uint32_t c = 0; thin && c < Tile::kThin; c += 16) ptx::cp_async_bulk_tensor(stage.thin + c * 128, p.b[part], full, c, k);
-                }
                 at.advance();
             }
     }
@@ -67,16 +62,16 @@ __device__ __forceinline__ void load_low_rank_left(uint32_t (&left)[2][4], const
     }
 }
 
-// products += dS of 16 rows, by load_left(left, k), times a of 8 kN columns.
-template <int kN, class LoadLeft>
-__device__ __forceinline__ void multiply_low_rank(float (&products)[kN][4], const ProjectionParams& p, const ProjectionPart& part, uint32_t col,
-                                                  LoadLeft load_left) {
+// products += dS of 16 rows times a of 8 kN columns.
+template <int kN>
+__device__ __forceinline__ void multiply_low_rank(float (&products)[kN][4], const ProjectionParams& p, const ProjectionPart& part, uint32_t row,
+                                                  uint32_t col) {
     const uint32_t cols = ptx::hide(p.in_dim - col);
     const device_ptr a = part.a + 4 * uint64_t(col + threadIdx.x % kWarp / 4);
 #pragma unroll 1
     for (uint32_t k = 0; k < part.rank; k += kLowRankDepth) {
         uint32_t left[2][4], right[kN][4];
-        load_left(left, k);
+        load_low_rank_left(left, p, part, row, k);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             // Rows of a that are not there are multiplied by zeros of dS: any other will do.
@@ -101,9 +96,7 @@ template <int kFirst, int kCount, class Body> __device__ __forceinline__ void at
 
 // Adds the low-rank products of all parts to a warp's accumulators, kN fragments after another. A loop that is not
 // unrolled: its addresses would leave no room for the accumulators, and its code none in the instruction cache.
-// load_left(left, i, row, k) is dS of part i.
-template <class Tile, class LoadLeft>
-__device__ __forceinline__ void add_low_rank(const ProjectionParams& p, typename Tile::Accumulators& acc, uint32_t row, uint32_t col, LoadLeft load_left) {
+template <class Tile> __device__ __forceinline__ void add_low_rank(const ProjectionParams& p, typename Tile::Accumulators& acc, uint32_t row, uint32_t col) {
     constexpr int kN = Tile::kM == 1 ? 4 : 2;
 #pragma unroll 1
     for (int i = 0; i < PROJECTION_PARTS; ++i) {
@@ -117,7 +110,7 @@ __device__ __forceinline__ void add_low_rank(const ProjectionParams& p, typename
 #pragma unroll 1
             for (uint32_t n = 0; n < 4; n += kN) {
                 float products[kN][4] = {};
-                multiply_low_rank(products, p, part, col + first + 8 * n, [&](uint32_t(&left)[2][4], uint32_t k) { load_left(left, i, mine, k); });
+                multiply_low_rank(products, p, part, mine, col + first + 8 * n);
 #pragma unroll
                 for (int e = 0; e < 4 * kN; ++e)
                     if (!(keep >> keep_bit(e / 4, e % 4) & 1)) products[e / 4][e % 4] = 0.0f;
@@ -171,11 +164,8 @@ template <class Tile> __device__ __forceinline__ void multiply_bwd_input(const P
         pass_turn<Tile>(shared, group);
         finish_steps<Tile>(shared, acc, busy);
         const uint32_t row = corner.y + first_row + threadIdx.x / kWarp % 4 * 16;
-        const auto load_left = [&](uint32_t(&left)[2][4], int part, uint32_t mine, uint32_t k) {
-            load_low_rank_left(left, p.problem, p.problem.parts[part], mine, k);
-        };
         ptx::griddepcontrol_wait();
-        add_low_rank<Tile>(p.problem, acc, row, corner.x, load_left);
+        add_low_rank<Tile>(p.problem, acc, row, corner.x);
         store_bwd_input<Tile>(p, shared, acc, row, corner.x);
     }
 }

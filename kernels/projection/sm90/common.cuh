@@ -16,23 +16,17 @@
 #include "common/kernel.cuh"
 #include "common/descriptor.cuh"
 
-// kThin_: how many columns of another, thin right side each stage has, for products with the same left one.
-template <class T_, int kRows_, int kCols_, int kStages_, bool kPingPong_, int kCluster_ = 1, int kThin_ = 0> struct ProjectionTileSm90 {
+template <class T_, int kRows_, int kCols_, int kStages_, bool kPingPong_, int kCluster_ = 1> struct ProjectionTileSm90 {
     using T = T_;
     static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_, kCluster = kCluster_, kDepth = 64, kLowRankDepth = 32;
-    static constexpr int kThin = kThin_;
     static constexpr bool kPingPong = kPingPong_;
     static constexpr int kM = kRows / 64 / (kPingPong ? 1 : 2);  // products of 64 rows of a warpgroup
     static constexpr int kPiece = 64;                            // columns that are stored at once
     static_assert(sizeof(T) == 2 && kM >= 1 && kCols % kPiece == 0);
 
-    struct Operands {
+    struct Stage {
         unsigned char left[kRows * 128], right[kCols * 128];
     };
-    struct ThreeOperands : Operands {
-        unsigned char thin[kThin == 0 ? 1 : kThin * 128];
-    };
-    using Stage = std::conditional_t<kThin == 0, Operands, ThreeOperands>;
     struct Storage {
         Stage stages[kStages];
         unsigned char pieces[8][kM][16 * 128];

@@ -4,7 +4,7 @@
 //! ```text
 //! g = grad act'(sum)        only with an activation
 //! dS                        if anything is adapted
-//! dx                        if wanted; some kernels of Hopper make dS on the way
+//! dx                        if wanted
 //! dA, dB, biases            in partial sums over splits of the rows, laid out as the small tensors; then their sum
 //! ```
 
@@ -13,7 +13,6 @@ use crate::launch::bindings::{
     ProjectionParams, ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES,
     BIAS_GRAD_WARPS, PROJECTION_PARTS,
 };
-use crate::launch::projection::sm90::low_rank_split;
 use crate::launch::projection::{low_rank, Activation, Problem, Shapes, Small, Tile};
 use crate::launch::{dropout, sum_partials, tiles, Launch};
 use candle_core::{bail, DType, Result};
@@ -52,7 +51,6 @@ pub struct BackwardOperands<'a> {
 /// Where things lie in the workspace, in bytes.
 struct Workspace {
     ds: u64,
-    split: u64,
     partials: u64,
     end: u64,
     splits: u64,
@@ -86,10 +84,9 @@ impl Workspace {
         let split_rows = rows.div_ceil(splits).next_multiple_of(WARP);
         let splits = rows.div_ceil(split_rows);
         let ds = align(g);
-        let split = ds + align(shapes.s_bytes() as u64);
-        let partials = split + low_rank_split::bytes(shapes, dtype);
+        let partials = ds + align(shapes.s_bytes() as u64);
         let end = partials + 4 * splits * small_len;
-        Self { ds, split, partials, end, splits, split_rows }
+        Self { ds, partials, end, splits, split_rows }
     }
 }
 
@@ -121,7 +118,7 @@ pub fn backward_with(
     dtype: DType,
     operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
-    backward_by(problem, dtype, operands, false, |shapes, parts, between| {
+    backward_by(problem, dtype, operands, |shapes, parts, between| {
         let widths = [u64::from(shapes.in_dim)];
         let shared_bytes = match tile {
             Tile::Large => bindings::PROJECTION_BWD_INPUT_128X128_SHARED_BYTES,
@@ -129,8 +126,7 @@ pub fn backward_with(
         };
         let params = shapes.bwd_input_params(parts, between.g, between.ds, operands.dx);
         let tiles = (tile, shared_bytes);
-        let dx = shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)?;
-        Ok(vec![dx])
+        shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)
     })
 }
 
@@ -140,11 +136,9 @@ pub(in crate::launch) struct Between {
     pub(in crate::launch) g: device_ptr,
     /// dS
     pub(in crate::launch) ds: device_ptr,
-    /// Room for what [`low_rank_split`] makes.
-    pub(in crate::launch) split: device_ptr,
 }
 
-/// The backward with dx, and dS if `makes_ds`, by these launches.
+/// The backward with dx by this launch.
 ///
 /// # Errors
 /// As [`backward`].
@@ -152,8 +146,7 @@ pub(in crate::launch) fn backward_by(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    makes_ds: bool,
-    bwd_input: impl FnOnce(&Shapes<'_>, [ProjectionPart; 3], Between) -> Result<Vec<Launch>>,
+    bwd_input: impl FnOnce(&Shapes<'_>, [ProjectionPart; 3], Between) -> Result<Launch>,
 ) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
     let want_small = operands.dsmall != 0 && shapes.small_len > 0;
@@ -194,12 +187,9 @@ pub(in crate::launch) fn backward_by(
         })
         .collect();
     let depth = problem.projections.iter().map(|part| part.out_dim as u32).max().unwrap_or(0);
-    if operands.dx == 0 || !makes_ds {
-        launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
-    }
+    launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
     if operands.dx != 0 {
-        let between = Between { g, ds, split: operands.workspace + space.split };
-        launches.extend(bwd_input(&shapes, parts, between)?);
+        launches.push(bwd_input(&shapes, parts, Between { g, ds })?);
     }
 
     if !want_small {

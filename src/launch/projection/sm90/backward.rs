@@ -1,23 +1,15 @@
-//! The gradients of projections with LoRA on Hopper: that of x by `kernels/projection/sm90/bwd_input.cuh` or
-//! `projection/sm90/bwd_ds.cuh`. The portable kernels serve the other problems, and compute the thin products: dS, if not
-//! made with dx, and the gradients of the adapters.
+//! The gradients of projections with LoRA on Hopper: that of x by `kernels/projection/sm90/bwd_input.cuh`. The portable
+//! kernels take what it does not cover, and the thin products: dS and the gradients of the adapters.
 
-use crate::launch::bindings::{
-    device_ptr, ProjectionBwdInputSm90Params, ProjectionPart, LOW_RANK_SPLIT_COLUMNS,
-    LOW_RANK_SPLIT_RANK,
-};
+use crate::launch::bindings::{device_ptr, ProjectionBwdInputSm90Params, ProjectionPart};
 use crate::launch::projection::portable_backward::{backward_by, Between};
 use crate::launch::projection::sm90::forward::{
     bits16, chosen, copies_take, persistent, tile, Hopper, Maps, Tile, BWD_INPUT, DEPTH, PIECE,
 };
-use crate::launch::projection::sm90::low_rank_split;
 use crate::launch::projection::{BackwardOperands, Problem, Shapes};
 use crate::launch::Launch;
 use candle_core::{DType, Result};
 use std::mem::offset_of;
-
-/// In the place of the tile that makes dS, for ranks that it does not take.
-const WITHOUT_DS: &str = "cooperative_128x192";
 
 /// What [`crate::launch::projection::backward`] launches on Hopper; none where there is no kernel of Hopper for dx.
 ///
@@ -55,14 +47,10 @@ pub fn backward_with(
     if !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
-    let tile = match tile(name)? {
-        Tile { makes_ds: true, .. } if !low_rank_split::covers(&shapes) => tile(WITHOUT_DS)?,
-        tile => tile,
-    };
-    let launches =
-        backward_by(problem, dtype, operands, tile.makes_ds, |shapes, parts, between| {
-            bwd_input(tile, shapes, dtype, parts, (between, dx), multiprocessors)
-        })?;
+    let tile = tile(name)?;
+    let launches = backward_by(problem, dtype, operands, |shapes, parts, between| {
+        bwd_input(tile, shapes, dtype, parts, (between, dx), multiprocessors)
+    })?;
     Ok(Some(launches))
 }
 
@@ -72,9 +60,9 @@ fn bwd_input(
     shapes: &Shapes<'_>,
     dtype: DType,
     parts: [ProjectionPart; 3],
-    (Between { g, ds, split }, dx): (Between, device_ptr),
+    (Between { g, ds }, dx): (Between, device_ptr),
     multiprocessors: u32,
-) -> Result<Vec<Launch>> {
+) -> Result<Launch> {
     type Params = ProjectionBwdInputSm90Params;
     let (rows, in_dim) = (shapes.problem.rows as u32, shapes.in_dim);
     let mut maps = Maps::default();
@@ -86,32 +74,18 @@ fn bwd_input(
             bits16(part.weight, (part.out_dim, in_dim, in_dim), (DEPTH / tile.cluster, DEPTH))?;
         maps.push(offset_of!(Params, weight), index, weight);
     }
-    let mut launches = Vec::new();
-    let mut unscale = 0;
-    if tile.makes_ds {
-        let split = low_rank_split::launch(shapes, dtype, &parts, split)?;
-        for (index, _) in shapes.adapted() {
-            let matrix = (parts[index].out_dim, LOW_RANK_SPLIT_COLUMNS, LOW_RANK_SPLIT_COLUMNS);
-            let b = bits16(split.matrices[index], matrix, (DEPTH, LOW_RANK_SPLIT_RANK))?;
-            maps.push(offset_of!(Params, b), index, b);
-        }
-        unscale = split.unscale;
-        launches.extend(split.launch);
-    }
     maps.push(offset_of!(Params, dx), 0, bits16(dx, (rows, in_dim, in_dim), PIECE)?);
     let tiles = tile.count(rows.into(), &[in_dim]);
     let mut params = Params {
         problem: shapes.bwd_input_params(parts, g, ds, dx),
         tiles,
-        unscale,
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
     let launch = persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?;
     // dS's kernel begins when g is there, so this one may begin with g.
-    let begins_early = !tile.makes_ds && shapes.adapted().next().is_some();
-    launches.push(Launch { begins_early, ..launch });
-    Ok(launches)
+    let begins_early = shapes.adapted().next().is_some();
+    Ok(Launch { begins_early, ..launch })
 }
 
 #[cfg(test)]
@@ -145,18 +119,14 @@ mod tests {
         for tile in BACKWARD_TILES {
             let launches = backward(tile, &operands)?.unwrap();
             let [before, dx] = &launches[..] else { panic!("{}", launches.len()) };
-            let (kernel, maps) = match tile.ends_with("_ds") {
-                true => ("low_rank_split_bf16", 2 + 2 + 1 + 1),
-                false => ("low_rank_grad_64x16_bf16", 2 + 2 + 1),
-            };
-            assert_eq!(before.kernel, kernel);
+            assert_eq!(before.kernel, "low_rank_grad_64x16_bf16");
             assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
             // Of the weights' depth, each block of a cluster of two loads half.
             let (cluster, grid, depth) = if tile.ends_with(X2) { (2, 4, 32) } else { (1, 5, 64) };
             assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
             let [g, weight] = [0, 1].map(|map| dx.tensor_maps[map].1.tile.as_slice());
             assert_eq!((g, weight), (&[64, 128][..], &[64, depth][..]));
-            assert_eq!(dx.tensor_maps.len(), maps);
+            assert_eq!(dx.tensor_maps.len(), 2 + 2 + 1);
             let end = |(start, _): &(usize, TensorMap)| start + 128;
             assert!(dx.tensor_maps.iter().map(end).max() <= Some(dx.params.len()));
             for operands in [
@@ -168,21 +138,10 @@ mod tests {
                 assert!(backward(tile, &operands)?.is_none());
             }
         }
-        // dS alone, or of a rank that the kernel does not take, has its own.
-        let kernels = |rank, operands: &BackwardOperands<'_>| {
-            let lora = LoraProblem { rank, ..lora };
-            let parts = [part(Some(lora))];
-            let problem = Problem { projections: &parts, ..problem };
-            let tile = "cooperative_128x192_ds";
-            let launches = backward_with(tile, &problem, DType::F16, operands, 5)?;
-            Result::Ok(launches.unwrap().into_iter().map(|l| l.kernel).take(2).collect::<Vec<_>>())
-        };
-        let operands = BackwardOperands { weights: &[512], ..operands };
-        let names =
-            ["low_rank_grad_64x64_f16", "projection_bwd_input_sm90_cooperative_128x192_f16"];
-        assert_eq!(kernels(17, &operands)?, names);
+        // Without dx, dS has its kernel all the same.
         let alone = BackwardOperands { dx: 0, dsmall: 1 << 20, ..operands };
-        assert_eq!(kernels(16, &alone)?[0], "low_rank_grad_64x16_f16");
+        let launches = backward("cooperative_128x192", &alone)?.unwrap();
+        assert_eq!(launches[0].kernel, "low_rank_grad_64x16_bf16");
         Ok(())
     }
 }

@@ -6,7 +6,6 @@
 
 use crate::launch::bindings::{
     device_ptr, EncodedTensorMap, ProjectionFwdSm90Params,
-    PROJECTION_SM90_COOPERATIVE_128X192_DS_SHARED_BYTES,
     PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
     PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
     PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES, PROJECTION_SM90_THREADS,
@@ -28,8 +27,6 @@ pub struct Tile {
     /// Blocks of a cluster, which make tiles of the same columns, one below the other, and load the weights once.
     pub(in crate::launch) cluster: u32,
     shared_bytes: u32,
-    /// Whether the kernel of dx makes dS too.
-    pub(in crate::launch) makes_ds: bool,
 }
 
 /// How the names of tiles end that a cluster of two blocks makes. There is one of the same name without it, for devices
@@ -51,7 +48,6 @@ const PINGPONG_128X192: Tile = Tile {
     cols: 192,
     cluster: 1,
     shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
-    makes_ds: false,
 };
 const COOPERATIVE_128X192: Tile = Tile {
     name: "cooperative_128x192",
@@ -66,31 +62,24 @@ const COOPERATIVE_128X256: Tile = Tile {
     ..PINGPONG_128X192
 };
 /// All tiles that some kernel has.
-const TILES: [Tile; 6] = [
+const TILES: [Tile; 5] = [
     PINGPONG_128X192,
     Tile { name: "pingpong_128x192_x2", cluster: 2, ..PINGPONG_128X192 },
     COOPERATIVE_128X192,
     COOPERATIVE_128X256,
     Tile { name: "cooperative_128x256_x2", cluster: 2, ..COOPERATIVE_128X256 },
-    Tile {
-        name: "cooperative_128x192_ds",
-        shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_DS_SHARED_BYTES,
-        makes_ds: true,
-        ..COOPERATIVE_128X192
-    },
 ];
 
 /// The tiles of the forward, by name.
 pub const FORWARD_TILES: [&str; 4] =
     ["pingpong_128x192", "pingpong_128x192_x2", "cooperative_128x256", "cooperative_128x256_x2"];
-/// The tiles of the gradient of x. With `_ds` the kernel makes dS too, if no rank is above 16; else it is that without.
-pub const BACKWARD_TILES: [&str; 6] = [
+/// The tiles of the gradient of x, by name.
+pub const BACKWARD_TILES: [&str; 5] = [
     "pingpong_128x192",
     "pingpong_128x192_x2",
     "cooperative_128x192",
     "cooperative_128x256",
     "cooperative_128x256_x2",
-    "cooperative_128x192_ds",
 ];
 
 /// A row of the table: a tile, and the launches that it is for.

@@ -2,4 +2,3 @@
 
 pub mod backward;
 pub mod forward;
-pub(in crate::launch) mod low_rank_split;
