@@ -114,6 +114,7 @@ pub(super) struct Shapes<'a> {
     pub(super) small_len: usize,
     pub(super) in_dim: u32,
     pub(super) total: u32,
+    activation: u32,
     /// Width of S: ranks, each up to a multiple of four, so that rows can be read in vectors.
     pub(super) s_stride: u32,
     s_columns: Vec<u32>,
@@ -142,7 +143,13 @@ impl<'a> Shapes<'a> {
             s_stride += to_u32("rank", part.lora.map_or(0, |lora| lora.rank))?.next_multiple_of(4);
         }
         let (in_dim, total) = (to_u32("in_dim", in_dim)?, to_u32("out_dim", total)?);
-        Ok(Self { problem, layouts, small_len, in_dim, total, s_stride, s_columns })
+        let activation = match problem.activation {
+            Activation::Identity => ACTIVATION_IDENTITY,
+            Activation::Gelu => ACTIVATION_GELU,
+            Activation::Relu => ACTIVATION_RELU,
+            other => bail!("projection: no kernel computes {other:?}"),
+        };
+        Ok(Self { problem, layouts, small_len, in_dim, total, activation, s_stride, s_columns })
     }
 
     pub(super) fn rows(&self) -> u64 {
@@ -220,11 +227,7 @@ impl<'a> Shapes<'a> {
             in_dim: self.in_dim,
             total: self.total,
             s_stride: self.s_stride,
-            activation: match self.problem.activation {
-                Activation::Identity => ACTIVATION_IDENTITY,
-                Activation::Gelu => ACTIVATION_GELU,
-                Activation::Relu => ACTIVATION_RELU,
-            },
+            activation: self.activation,
             ..Default::default()
         }
     }
