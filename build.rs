@@ -1,5 +1,5 @@
-//! Compiles the CUDA kernels: with the `cuda` feature, `kernels/*.cu` for every GPU from compute capability 8.0 on and
-//! `kernels/sm90/*.cu` for Hopper, each to a fat binary that the crate embeds. Without it: nothing at all.
+//! Compiles the CUDA kernels: with the `cuda` feature, `kernels/*/*.cu` for every GPU from compute capability 8.0 on and
+//! `kernels/*/sm90/*.cu` for Hopper, each to a fat binary that the crate embeds. Without it: nothing at all.
 //!
 //! | environment | meaning |
 //! |---|---|
@@ -12,11 +12,14 @@
 
 #[path = "build/advice.rs"]
 mod advice;
+#[path = "build/family.rs"]
+mod family;
 #[path = "build/files.rs"]
 mod files;
 
 use advice::{advice, Release};
-use files::{for_hopper, with_extensions};
+use family::{family, is_for_hopper};
+use files::with_extensions;
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write;
 use std::hash::{Hash, Hasher};
@@ -56,19 +59,24 @@ fn build() -> Result<(), String> {
     if let Some(advice) = advice(nvcc.release, capabilities.contains(&90)) {
         println!("cargo::warning={}: {advice}", nvcc.path.display());
     }
-    let mut images = Vec::new();
-    if let Some(lowest) = capabilities.first() {
-        let mut portable: Vec<String> =
-            capabilities.iter().map(|c| format!("-gencode=arch=compute_{c},code=sm_{c}")).collect();
-        portable.push(format!("-gencode=arch=compute_{lowest},code=compute_{lowest}"));
-        let sources = with_extensions(Path::new("kernels"), &["cu"])?;
-        images.extend(sources.into_iter().map(|source| (source, portable.clone())));
-    }
-    if capabilities.contains(&90) {
-        let hopper = vec!["-gencode=arch=compute_90a,code=sm_90a".to_string()];
-        let sources = for_hopper(Path::new("kernels"), &["cu"])?;
-        images.extend(sources.into_iter().map(|source| (source, hopper.clone())));
-    }
+    let mut portable: Vec<String> =
+        capabilities.iter().map(|c| format!("-gencode=arch=compute_{c},code=sm_{c}")).collect();
+    // PTX for devices that are newer than all of these.
+    portable.extend(
+        capabilities.first().map(|c| format!("-gencode=arch=compute_{c},code=compute_{c}")),
+    );
+    let hopper = match capabilities.contains(&90) {
+        true => vec!["-gencode=arch=compute_90a,code=sm_90a".to_string()],
+        false => Vec::new(),
+    };
+    let images: Vec<_> = with_extensions(Path::new("kernels"), &["cu"])?
+        .into_iter()
+        .map(|source| {
+            let targets = if is_for_hopper(&source) { &hopper } else { &portable };
+            (source, targets.clone())
+        })
+        .filter(|(_, targets)| !targets.is_empty())
+        .collect();
     embed(&nvcc.compile_all(&images)?, &capabilities, &nvcc.name())
 }
 
@@ -203,8 +211,7 @@ impl Nvcc {
         &self,
         images: &[(PathBuf, Vec<String>)],
     ) -> Result<Vec<(String, PathBuf)>, String> {
-        let mut headers = with_extensions(Path::new("kernels"), &["h", "cuh"])?;
-        headers.extend(for_hopper(Path::new("kernels"), &["h", "cuh"])?);
+        let headers = with_extensions(Path::new("kernels"), &["h", "cuh"])?;
         let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize);
         let queue = Mutex::new(images.iter().enumerate());
         let done = Mutex::new(Vec::new());
@@ -235,7 +242,8 @@ impl Nvcc {
             let content = fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
             (file, content).hash(&mut hasher);
         }
-        let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = family(source)
+            .ok_or_else(|| format!("{} lies in no operation's folder", source.display()))?;
         let image = self.cache.join(format!("{name}-{:016x}.fatbin", hasher.finish()));
         if image.exists() {
             return Ok((name, image));

@@ -14,7 +14,8 @@ mod support;
 
 use anyhow::{bail, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_sam_lora::nn::{trainable, Mode};
+use candle_nn::Optimizer;
+use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::ops::{self, composed as ops_composed, Activation};
 use candle_sam_lora::sam::{SamVisionAttentionSplit, VisionAttention};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
@@ -487,7 +488,7 @@ impl Setup<'_> {
         let config = self.vit.config(self.grid);
         let mut encoder = models::encoder(&config, self.adapters, self.dtype, self.device)?;
         encoder.gradient_checkpointing = checkpointed;
-        let mut optimizer = AdamW::new(trainable(&encoder)?, AdamWConfig::default())?;
+        let mut optimizer = AdamW::new(trainable_variables(&encoder)?, AdamWConfig::default())?;
         let mut seed = 0;
         self.run(|| {
             seed += 1;

@@ -8,8 +8,9 @@
 mod support;
 
 use candle_core::{DType, Tensor, Var};
-use candle_sam_lora::lora::{add_adapter, by_adapter, LoraConfig};
-use candle_sam_lora::nn::{trainable, Mode};
+use candle_nn::Optimizer;
+use candle_sam_lora::lora::{add_adapter, forward_mixed_batch, LoraConfig};
+use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{SamVisionEncoder, VisionAttention};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use candle_sam_lora::Result;
@@ -143,7 +144,7 @@ fn mixed_batch(c: &mut Criterion) -> Result<()> {
                 let images = pixels.index_select(&images.to_device(pixels.device())?, 0)?;
                 Ok(vec![encoder.forward(&images, Mode::Eval)?])
             };
-            Ok(by_adapter(&mut encoder, &names, forward).map(drop)?)
+            Ok(forward_mixed_batch(&mut encoder, &names, forward).map(drop)?)
         });
     }
     group.finish();
@@ -163,7 +164,7 @@ fn training_step(c: &mut Criterion) -> Result<()> {
         let measured = Vit { depth: config.num_hidden_layers, ..*vit };
         let pixels = normal(&[1, 3, 16 * grid, 16 * grid], F32, &device)?;
         let encoder = models::encoder(&config, LORA, F32, &device)?;
-        let mut optimizer = AdamW::new(trainable(&encoder)?, AdamWConfig::default())?;
+        let mut optimizer = AdamW::new(trainable_variables(&encoder)?, AdamWConfig::default())?;
         let mode = Mode::Train { seed: 1 };
         let pass = Pass::forward(1, grid, 4).with_backward();
         let global = config.global_attn_indexes.len();

@@ -9,12 +9,13 @@
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{AdamW, Optimizer};
+use candle_nn::Optimizer;
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{set_trainable, trainable, Linear, Mode};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, Linear, Mode};
 use candle_sam_lora::sam::{
     AttentionKind, SamConfig, SamInput, SamModel, SamVisionAttentionSplit, VisionAttention,
 };
+use candle_sam_lora::train::{AdamW, AdamWConfig};
 use std::any::Any;
 
 /// SAM's attention with a gate. An empty name keeps the inner names, `attn.q`, `attn.rel_pos_h` ..., as they were;
@@ -62,8 +63,8 @@ fn main() -> Result<()> {
     println!("an open gate changes the masks by {change:.1e} at most");
     ensure!(change < 1e-5, "an open gate must change nothing");
 
-    set_trainable(&mut model, &mut |name| name.contains(".gate."))?;
-    let variables = trainable(&model)?;
+    set_trainable(&mut model, |name| name.contains(".gate."))?;
+    let variables = trainable_variables(&model)?;
     let loss = |model: &SamModel| -> Result<Tensor> {
         let masks = model.forward(&input, Mode::Train { seed: 0 })?.pred_masks;
         Ok(candle_nn::loss::binary_cross_entropy_with_logit(&masks, &target)?)
@@ -77,7 +78,7 @@ fn main() -> Result<()> {
         println!("gradient norm {norm:.2e}  {name} {:?}", variable.dims());
         ensure!(norm > 0.0, "{name} has a zero gradient");
     }
-    let mut optimizer = AdamW::new_lr(variables.into_iter().map(|(_, v)| v).collect(), 0.05)?;
+    let mut optimizer = AdamW::new(variables, AdamWConfig { lr: 0.05, ..Default::default() })?;
     optimizer.step(&gradients)?;
     let (first, second) = (first.to_scalar::<f32>()?, loss(&model)?.to_scalar::<f32>()?);
     println!("loss {first:.6} -> {second:.6} after one step");

@@ -10,7 +10,7 @@ mod console;
 mod lora_args;
 
 use candle_core::{DType, Device};
-use candle_sam_lora::lora::{inject, trainable_parameters};
+use candle_sam_lora::lora::{count_parameters, inject};
 use candle_sam_lora::nn::ModuleTree;
 use candle_sam_lora::sam::{model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel};
 use candle_sam_lora::Result;
@@ -31,7 +31,7 @@ struct Options {
 fn run(options: &Options) -> anyhow::Result<()> {
     let mut model = model(options)?;
     inject(model.as_mut(), &options.lora.config(), 0)?;
-    console::say(trainable_parameters(model.as_ref()));
+    console::say(count_parameters(model.as_ref()));
     Ok(())
 }
 

@@ -209,7 +209,7 @@ ABI_SIZE(LowRankSplitParams, 80);
 #define PROJECTION_BWD_INPUT_64X64_SHARED_BYTES 38912
 
 /** One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie
- * in memory is the kernel's (low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros. */
+ * in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros. */
 typedef struct LowRankPart {
   device_ptr left;
   device_ptr right;

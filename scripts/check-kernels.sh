@@ -17,10 +17,20 @@ out=target/check-kernels
 rm -rf "$out"
 mkdir -p "$out"
 
-# compile NVCC FOLDER SOURCE TARGET [FLAG..]: FOLDER/SOURCE-TARGET.cubin, .ptx and .log.
+# family SOURCE: the first part of the names of its kernels, as build/family.rs says.
+family() {
+  local folder=${1%/*} suffix=
+  local stem=${1##*/}
+  if [ "${folder##*/}" = sm90 ]; then suffix=_sm90 folder=${folder%/*}; fi
+  stem=${stem%.cu} folder=${folder##*/}
+  if [ "$folder" != "$stem" ]; then stem=${folder}_$stem; fi
+  echo "$stem$suffix"
+}
+
+# compile NVCC FOLDER SOURCE TARGET [FLAG..]: .cubin, .ptx and .log of FOLDER/kernels/FAMILY-TARGET, for a test FOLDER/tests/..
 compile() {
-  local nvcc=$1 source=$3 target=$4 status=0
-  local name=$2/${source%.cu}-$target
+  local nvcc=$1 source=$3 target=$4 status=0 name
+  name=$2/${source%%/*}/$(family "$source")-$target
   mkdir -p "$name"
   "$nvcc" -std=c++20 -O3 -Ikernels -Werror all-warnings -Xptxas -v -arch="$target" --cubin --keep --keep-dir "$name" \
     "${@:5}" -o "$name.cubin" "$source" >"$name.log" 2>&1 || status=$?
@@ -33,7 +43,7 @@ compile() {
   rm -r "$name"
   return "$status"
 }
-export -f compile
+export -f compile family
 
 # The dynamic shared memory is what the launch code asks for.
 CANDLE_SAM_LORA_LAUNCHES=$PWD/$out/launches.tsv cargo test -q --release --test launches
@@ -43,20 +53,20 @@ folders=()
 for nvcc in $compilers; do
   release=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
   printf '\nCUDA %s: %s\n' "$release" "$nvcc"
-  # Files under sm90/ are for sm_90a alone. Those of the tests too: they use every instruction of ptx.cuh.
+  # Files in a folder sm90 are for sm_90a alone. Those of the tests too: they use every instruction of ptx.cuh.
   {
-    for source in kernels/sm90/*.cu tests/kernels/sm90/*.cu; do echo "$source sm_90a"; done
-    for source in kernels/*.cu tests/kernels/*.cu; do printf '%s\n' "$source sm_80" "$source sm_90a"; done
+    for source in kernels/*/sm90/*.cu tests/kernels/sm90/*.cu; do echo "$source sm_90a"; done
+    for source in kernels/*/*.cu tests/kernels/*.cu; do printf '%s\n' "$source sm_80" "$source sm_90a"; done
   } | xargs -P "$(nproc)" -L 1 bash -c 'compile "$@" || exit 255' _ "$nvcc" "$out/$release"
   python3 scripts/kernel_table.py "$out/$release/kernels" "$out/launches.tsv" scripts/kernel-budget.tsv
 
   # The older compilers are known to get this wrong, and it has to be found.
   if [ "$(printf '%s\n' 13.1 "$release" | sort -V | head -1)" != 13.1 ]; then
-    compile "$nvcc" "$out/wrong/$release" kernels/sm90/rel_pos_attention_bwd_key_sm90.cu sm_90a -DKEYS_IN_REGISTERS=true
+    compile "$nvcc" "$out/wrong/$release" kernels/rel_pos_attention/sm90/bwd_key.cu sm_90a -DKEYS_IN_REGISTERS=true
   fi
   mkdir -p "$out/sass/$release"
   folders+=("$out/sass/$release")
-  ln "$out/$release"/kernels/*-sm_80.* "$out/$release"/kernels/sm90/* "$out/sass/$release"
+  ln "$out/$release"/kernels/*-sm_80.* "$out/$release"/kernels/*_sm90-sm_90a.* "$out/sass/$release"
   # That of the newest one reads what all wrote.
   if [ -x "$(dirname "$nvcc")/nvdisasm" ]; then nvdisasm=$(dirname "$nvcc")/nvdisasm; fi
 done

@@ -55,9 +55,10 @@ fn parent(path: &Path) -> &Path {
 /// # Errors
 /// When the folder cannot be written to, the disk is full, or `write` fails; no partial file remains.
 pub fn stage(
-    path: &Path,
+    path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<Staged> {
+    let path = path.as_ref();
     let file = temporary().tempfile_in(parent(path)).map_err(|e| Error::io(path, e))?;
     let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file);
     write(&mut buffered).map_err(|e| Error::io(path, e))?;
@@ -83,19 +84,21 @@ fn temporary() -> tempfile::Builder<'static, 'static> {
 /// # Errors
 /// As [`stage`].
 pub fn write_atomic(
-    path: &Path,
+    path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
     stage(path, write)?.commit()
 }
 
 /// Creates a folder and its parents.
-pub fn create_dir(path: &Path) -> Result<()> {
+pub fn create_dir(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
     std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))
 }
 
 /// Reads a text file of at most 64 MiB.
-pub fn read_text(path: &Path) -> Result<String> {
+pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
     let mut text = String::new();
     File::open(path)
         .and_then(|file| file.take(MAX_TEXT + 1).read_to_string(&mut text))
@@ -241,18 +244,19 @@ impl TensorFile {
 ///
 /// # Errors
 /// When the file cannot be read, is truncated, lies about its sizes, or holds a dtype candle lacks.
-pub fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+pub fn read_tensors(path: impl AsRef<Path>, device: &Device) -> Result<BTreeMap<String, Tensor>> {
     TensorFile::open(path)?.read_all(device)
 }
 
 /// Writes tensors as a safetensors file, atomically, with `{"format": "pt"}` as Python libraries expect it. One
 /// tensor at a time is copied.
-pub fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub fn write_tensors(path: impl AsRef<Path>, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     stage_tensors(path, tensors)?.commit()
 }
 
 /// As [`write_tensors`], up to the last step.
-pub fn stage_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<Staged> {
+pub fn stage_tensors(path: impl AsRef<Path>, tensors: &BTreeMap<String, Tensor>) -> Result<Staged> {
+    let path = path.as_ref();
     use DType::{BF16, F16, F32, F64, I16, I32, I64, U32, U8};
     let invalid = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
     // Wide elements first, so that each tensor is aligned to its elements, as the format recommends.

@@ -55,7 +55,7 @@ fn model(name: &str) -> PathBuf {
 }
 
 fn read(path: impl AsRef<Path>) -> BTreeMap<String, Tensor> {
-    files::read_tensors(path.as_ref(), &Device::Cpu).unwrap()
+    files::read_tensors(path, &Device::Cpu).unwrap()
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {

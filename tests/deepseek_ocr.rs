@@ -83,7 +83,7 @@ fn half_precision_follows_f32() -> Result<()> {
 fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {
     let io = read("deepseek", "io.safetensors")?;
     let mut encoder = encoder(AttentionKind::Split, DType::F32)?;
-    set_trainable(&mut encoder, &mut |_| true)?;
+    set_trainable(&mut encoder, |_| true)?;
     let out = encoder.forward(&pixels(&io, 32)?, Mode::Eval)?;
     let grads = (out * &io["gradients/G"])?.sum_all()?.backward()?;
     let wanted: Tensors = (io.iter())
@@ -175,7 +175,7 @@ fn adapters_train_and_load() -> Result<()> {
     let lora = LoraConfig::new(2).alpha(4.0).target_modules(["q", "v"]);
     inject(&mut model, &lora, 7)?;
     assert_eq!(relative_error(&model.forward(&pixels, Mode::Eval)?, &plain)?, 0.0);
-    let variables = nn::trainable(&model)?;
+    let variables = nn::trainable_variables(&model)?;
     assert_eq!(variables.len(), 3 * 2 * 2, "{variables:?}");
     for _ in 0..2 {
         let loss = model.forward(&pixels, Mode::Train { seed: 1 })?.sqr()?.mean_all()?;

@@ -147,7 +147,7 @@ fn compare(got: &Tensors, name: &str, expected: &Tensor) -> Result<()> {
 
 fn encode_gives_the_tensors_of_pytorch(here: &Path) -> Result<()> {
     let io = read(folder("tiny").join("io.safetensors"))?;
-    write_tensors(&here.join("in"), &inputs(&io, &["encoder/", "points_boxes/"]))?;
+    write_tensors(here.join("in"), &inputs(&io, &["encoder/", "points_boxes/"]))?;
     let model = folder("tiny");
     let command = format!("--input in --output out --model {}", model.display());
     let out = succeed(here, "encode", &command)?;
@@ -175,7 +175,7 @@ fn encode_gives_the_tensors_of_pytorch(here: &Path) -> Result<()> {
 fn encode_with_an_adapter_gives_those_of_peft(here: &Path) -> Result<()> {
     let adapters = folder("").with_file_name("adapters");
     let tensors = read(adapters.join("inputs.safetensors"))?;
-    write_tensors(&here.join("in"), &inputs(&tensors, &[""]))?;
+    write_tensors(here.join("in"), &inputs(&tensors, &[""]))?;
     for kind in ["lora_qv", "dora", "fused_qkv"] {
         let adapter = adapters.join(kind);
         let (model, adapter_shown) = (folder("tiny"), adapter.display());
@@ -194,7 +194,7 @@ fn encode_with_an_adapter_gives_those_of_peft(here: &Path) -> Result<()> {
 fn encode_runs_an_encoder_alone(here: &Path) -> Result<()> {
     let vision = folder("").with_file_name("variants").join("vision");
     let io = read(vision.join("io.safetensors"))?;
-    write_tensors(&here.join("in"), &inputs(&io, &["base/"]))?;
+    write_tensors(here.join("in"), &inputs(&io, &["base/"]))?;
     let command = format!("--input in --output out --model {}", vision.display());
     succeed(here, "encode", &command)?;
     let written = read(here.join("out"))?;
@@ -214,7 +214,7 @@ fn encode_runs_an_encoder_alone(here: &Path) -> Result<()> {
     ensure!(counted.starts_with("trainable params: 128 ||"), "{counted}");
     let mut prompted = inputs(&io, &["base/"]);
     prompted.insert("input_boxes".into(), Tensor::new(&[[[0f32, 0., 4., 4.]]], &Device::Cpu)?);
-    write_tensors(&here.join("in"), &prompted)?;
+    write_tensors(here.join("in"), &prompted)?;
     fail(
         here,
         "encode",
@@ -230,7 +230,7 @@ fn encode_runs_an_encoder_alone(here: &Path) -> Result<()> {
 fn encode_tells_what_is_passed_over(here: &Path) -> Result<()> {
     let adapters = folder("").with_file_name("adapters");
     let tensors = read(adapters.join("inputs.safetensors"))?;
-    write_tensors(&here.join("in"), &inputs(&tensors, &[""]))?;
+    write_tensors(here.join("in"), &inputs(&tensors, &[""]))?;
     let adapter = here.join("adapter");
     std::fs::create_dir(&adapter)?;
     let file = "adapter_model.safetensors";
@@ -260,7 +260,7 @@ fn encode_says_what_is_wrong(here: &Path) -> Result<()> {
     let pixels = &io["encoder/pixel_values"];
     let input = |tensors: &[(&str, &Tensor)]| -> Result<()> {
         let named = tensors.iter().map(|(name, t)| (name.to_string(), (*t).clone()));
-        Ok(write_tensors(&here.join("in"), &named.collect::<Tensors>())?)
+        Ok(write_tensors(here.join("in"), &named.collect::<Tensors>())?)
     };
     let model = folder("tiny");
     let command = format!("--input in --output out --model {}", model.display());

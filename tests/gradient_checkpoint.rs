@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{
-    gradient_checkpoint, set_trainable, trainable, Buffer, LayerNorm, Linear, Mode,
+    gradient_checkpoint, set_trainable, trainable_variables, Buffer, LayerNorm, Linear, Mode,
 };
 use candle_sam_lora::sam::{
     checkpoint, in_windows, AttentionKind, LayerContext, SamInput, SamModel, VisionAttention,
@@ -27,7 +27,7 @@ fn bits(model: &SamModel, input: &SamInput) -> Result<BTreeMap<String, Vec<u32>>
     let loss = model.forward(input, MODE)?.pred_masks.to_dtype(DType::F32)?.sqr()?.mean_all()?;
     let gradients = loss.backward()?;
     let mut all = BTreeMap::from([("loss".to_string(), bits(&loss)?)]);
-    for (name, var) in trainable(model)? {
+    for (name, var) in trainable_variables(model)? {
         if let Some(gradient) = gradients.get(&var) {
             all.insert(name, bits(gradient)?);
         }
@@ -37,7 +37,7 @@ fn bits(model: &SamModel, input: &SamInput) -> Result<BTreeMap<String, Vec<u32>>
 
 fn check(what: &str, mut model: SamModel, at_least: usize) -> Result<()> {
     let inputs = candle_sam_lora::files::read_tensors(
-        &common::fixtures().join("adapters/inputs.safetensors"),
+        common::fixtures().join("adapters/inputs.safetensors"),
         &Device::Cpu,
     )?;
     let input = SamInput {
@@ -72,7 +72,7 @@ fn adapters_of_every_kind_get_the_same_bits() -> Result<()> {
         let attention =
             if kind == "fused_qkv" { AttentionKind::Fused } else { AttentionKind::Split };
         let mut model = common::model("tiny", attention, DType::F32)?;
-        load_adapter(&mut model, &common::fixtures().join("adapters").join(kind))?;
+        load_adapter(&mut model, common::fixtures().join("adapters").join(kind))?;
         check(kind, model, 5)?;
     }
     Ok(())
@@ -82,7 +82,7 @@ fn adapters_of_every_kind_get_the_same_bits() -> Result<()> {
 fn full_fine_tuning_and_half_precision_get_the_same_bits() -> Result<()> {
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let mut model = common::model("tiny", AttentionKind::Split, dtype)?;
-        set_trainable(&mut model, &mut |name| name.starts_with("vision_encoder"))?;
+        set_trainable(&mut model, |name| name.starts_with("vision_encoder"))?;
         check(&format!("all of the encoder, {dtype:?}"), model, 50)?;
     }
     Ok(())
@@ -112,7 +112,7 @@ fn a_users_attention_gets_the_same_bits() -> Result<()> {
     let config = common::config("tiny")?;
     let mut model = SamModel::with_attention(&config, DType::F32, &Device::Cpu, build)?;
     model.randomize(3, 0.1)?;
-    set_trainable(&mut model, &mut |name| name.contains("attn.proj"))?;
+    set_trainable(&mut model, |name| name.contains("attn.proj"))?;
     check("a user's attention", model, 3)
 }
 
@@ -120,7 +120,7 @@ fn a_users_attention_gets_the_same_bits() -> Result<()> {
 fn layers_below_the_first_trainable_one_cost_no_graph() -> Result<()> {
     let mut model = common::model("tiny", AttentionKind::Split, DType::F32)?;
     let last = model.vision_encoder.layers.len() - 1;
-    set_trainable(&mut model, &mut |name| name.contains(&format!("layers.{last}.attn.q")))?;
+    set_trainable(&mut model, |name| name.contains(&format!("layers.{last}.attn.q")))?;
     let mut encoder = model.vision_encoder;
     encoder.gradient_checkpointing = true;
     let io = common::read("tiny", "io.safetensors")?;
@@ -139,7 +139,7 @@ fn views_and_inputs_without_gradient_are_welcome() -> Result<()> {
     for (trained, input) in
         [(true, x.as_tensor().clone()), (true, x.detach()), (false, x.as_tensor().clone())]
     {
-        set_trainable(&mut norm, &mut |_| trained)?;
+        set_trainable(&mut norm, |_| trained)?;
         let run = |checkpointed: bool| -> Result<_> {
             let y = match checkpointed {
                 true => gradient_checkpoint(&norm, &input, tail)?,
@@ -171,7 +171,7 @@ fn what_would_get_no_gradient_is_refused() -> Result<()> {
     assert!(message.contains("its tree of parameters does not show"), "{message}");
 
     let mut norm = LayerNorm::new(3, 1e-6, DType::F32, device)?;
-    set_trainable(&mut norm, &mut |_| true)?;
+    set_trainable(&mut norm, |_| true)?;
     let y = gradient_checkpoint(&norm, &x, |norm, x| x.broadcast_mul(&norm.weight))?;
     let message = y.sum_all()?.backward().map(drop).expect_err("unused").to_string();
     assert!(message.contains("parameter bias got no gradient"), "{message}");

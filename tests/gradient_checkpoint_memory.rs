@@ -23,7 +23,7 @@ fn memory_grows_by_one_tensor_a_layer() -> anyhow::Result<()> {
         (prompt.image_size, prompt.patch_size) = (8 * SIDE, 8);
         let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
         model.randomize(1, 0.05)?;
-        set_trainable(&mut model, &mut |name| name.contains("attn.q.bias"))?;
+        set_trainable(&mut model, |name| name.contains("attn.q.bias"))?;
         let mut encoder = model.vision_encoder;
         encoder.gradient_checkpointing = checkpointed;
         let pixels = Tensor::ones((1, 3, 8 * SIDE, 8 * SIDE), DType::F32, &Device::Cpu)?;

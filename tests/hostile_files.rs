@@ -410,7 +410,7 @@ fn huge_states_are_refused_by_their_headers() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.safetensors");
     let mut model = Small::new();
-    candle_sam_lora::nn::set_trainable(&mut model, &mut |_| true).unwrap();
+    candle_sam_lora::nn::set_trainable(&mut model, |_| true).unwrap();
     let mut trainer = Trainer::new(&model, AdamWConfig::default(), 1, Default::default()).unwrap();
     sparse(&path, &[("parameter.layers.0.attn.q.weight", &[1 << 38])]);
     let error = trainer.resume(&path).unwrap_err().to_string();

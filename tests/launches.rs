@@ -2,19 +2,23 @@
 //! memory of a block, the most of all its launches. `scripts/check-kernels.sh` names a file for them in
 //! `CANDLE_SAM_LORA_LAUNCHES` and puts them beside the registers; a kernel that is not among them fails there.
 
-use candle_core::{DType, Result};
+#[path = "../build/family.rs"]
+mod family;
+#[path = "../build/files.rs"]
+mod files;
+
+use candle_core::{DType, Error, Result};
 use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
     Small, SmallTensor, Tile,
 };
 use candle_sam_lora::launch::rel_pos_attention as attention;
-use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
-use candle_sam_lora::launch::rel_pos_attention_sm90 as attention_sm90;
-use candle_sam_lora::launch::rel_pos_attention_window_sm90 as windows_sm90;
+use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_sm90;
+use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention_sm90;
+use candle_sam_lora::launch::rel_pos_attention::sm90::windows as windows_sm90;
 use candle_sam_lora::launch::{
     dora, dropout, file_of, layer_norm, AttentionProblem, Launch, LayerNormProblem,
 };
-use candle_sam_lora::launch::{projection_bwd_sm90, projection_sm90};
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -126,8 +130,8 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         sum: AT,
     };
     let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
-    for tile in projection_sm90::FORWARD_TILES {
-        let own = projection_sm90::forward_with(tile, &problem, dtype, &operands, 132)?;
+    for tile in projection::sm90::forward::FORWARD_TILES {
+        let own = projection::sm90::forward::forward_with(tile, &problem, dtype, &operands, 132)?;
         launches.extend(own.into_iter().flatten());
     }
     let operands = BackwardOperands {
@@ -142,8 +146,8 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         workspace: AT,
     };
     launches.extend(projection::backward_with(tile, &problem, dtype, &operands)?);
-    for tile in projection_sm90::BACKWARD_TILES {
-        let own = projection_bwd_sm90::backward_with(tile, &problem, dtype, &operands, 132)?;
+    for tile in projection::sm90::forward::BACKWARD_TILES {
+        let own = projection::sm90::backward::backward_with(tile, &problem, dtype, &operands, 132)?;
         launches.extend(own.into_iter().flatten());
     }
     Ok(launches)
@@ -167,9 +171,9 @@ fn frozen_layer(window: usize, rank: Option<usize>, hopper: bool) -> Result<Vec<
             low_rank: AT,
             sum: 0,
         };
-        let device = projection_sm90::Hopper { multiprocessors: 132, clusters: true };
+        let device = projection::sm90::forward::Hopper { multiprocessors: 132, clusters: true };
         match hopper {
-            true => projection_sm90::forward(&problem, DTYPE, &operands, device)
+            true => projection::sm90::forward::forward(&problem, DTYPE, &operands, device)
                 .map(Option::unwrap_or_default),
             false => projection::forward(&problem, DTYPE, &operands),
         }
@@ -212,13 +216,10 @@ fn a_frozen_layer_is_seven_kernels_and_one_more_for_each_adapted_linear() -> Res
 /// As the driver's back end looks for them; `scripts/kernel_table.py` sees that they are there.
 #[test]
 fn every_kernel_has_a_file_of_its_name() -> Result<()> {
-    let mut files = Vec::new();
-    for folder in ["kernels", "kernels/sm90"] {
-        let entries = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder))?;
-        let paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-        let sources = paths.iter().filter(|path| path.extension().is_some_and(|e| e == "cu"));
-        files.extend(sources.filter_map(|path| Some(path.file_stem()?.to_str()?.to_string())));
-    }
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let sources = files::with_extensions(&kernels, &["cu"]).map_err(Error::msg)?;
+    let files: Vec<_> = sources.iter().filter_map(|source| family::family(source)).collect();
+    assert_eq!(files.len(), sources.len());
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for Launch { kernel, .. } in launches(dtype)? {
             let file = file_of(&kernel, files.iter().map(String::as_str));

@@ -10,7 +10,9 @@ use candle_sam_lora::lora::{
     adapter_state, add_adapter, inject, load_adapter, merge, save_adapter, save_pretrained,
     set_adapter_state, BiasTraining, LoraConfig, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{trainable, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER};
+use candle_sam_lora::nn::{
+    trainable_variables, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER,
+};
 use candle_sam_lora::{files, module_tree, Error};
 use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot};
@@ -46,7 +48,7 @@ fn peft_adapters_compute_what_peft_computes() {
     let io = read("io.safetensors");
     for kind in KINDS {
         let mut model = Net::base();
-        load_adapter(&mut model, &fixture(kind)).unwrap();
+        load_adapter(&mut model, fixture(kind)).unwrap();
         let got = model.forward(&io["x"], Mode::Eval).unwrap();
         let error = relative_error(&got, &io[&format!("out/{kind}")]);
         assert!(error < F32_BOUND, "{kind}: {error}");
@@ -59,14 +61,14 @@ fn peft_adapters_compute_what_peft_computes() {
 fn peft_adapters_are_written_back_bit_for_bit() {
     for kind in KINDS {
         let mut model = Net::base();
-        let config = load_adapter(&mut model, &fixture(kind)).unwrap();
+        let config = load_adapter(&mut model, fixture(kind)).unwrap();
         let dir = tempfile::tempdir().unwrap();
         save_adapter(&model, &config, dir.path()).unwrap();
         assert_eq!(entries(dir.path()), [CONFIG_FILE, TENSORS_FILE]);
         let text = |dir: &Path| std::fs::read(dir.join(CONFIG_FILE)).unwrap();
         assert_eq!(text(dir.path()), text(&fixture(kind)), "{kind}");
         let tensors =
-            |dir: &Path| files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu).unwrap();
+            |dir: &Path| files::read_tensors(dir.join(TENSORS_FILE), &Device::Cpu).unwrap();
         let (got, mut expected) = (tensors(dir.path()), tensors(&fixture(kind)));
         if kind == "bias_all_save" {
             // PEFT writes these biases under its wrappers' names too.
@@ -87,11 +89,11 @@ fn peft_adapters_are_written_back_bit_for_bit() {
 #[test]
 fn a_loaded_adapter_is_trainable_as_an_injected_one() {
     let names = |model: &Net| -> Vec<String> {
-        trainable(model).unwrap().into_iter().map(|(name, _)| name).collect()
+        trainable_variables(model).unwrap().into_iter().map(|(name, _)| name).collect()
     };
     for kind in KINDS {
         let (mut loaded, mut injected) = (Net::base(), Net::base());
-        let config = load_adapter(&mut loaded, &fixture(kind)).unwrap();
+        let config = load_adapter(&mut loaded, fixture(kind)).unwrap();
         inject(&mut injected, &config, 0).unwrap();
         assert_eq!(names(&loaded), names(&injected), "{kind}");
         let stream = |model: &Net| model.q.adapters.get(DEFAULT_ADAPTER).unwrap().stream;
@@ -151,15 +153,15 @@ fn an_adapter_for_another_model_is_refused() {
     module_tree!(Narrow { q, v });
     let linear = || Linear::zeros(3, 3, true, DType::F32, &Device::Cpu).unwrap();
     let mut other = Other { query: linear() };
-    let error = load_adapter(&mut other, &fixture("plain")).unwrap_err().to_string();
+    let error = load_adapter(&mut other, fixture("plain")).unwrap_err().to_string();
     assert!(error.contains("does not fit this model") && error.contains("query"), "{error}");
     let mut narrow = Narrow { q: linear(), v: linear() };
-    let error = load_adapter(&mut narrow, &fixture("plain")).unwrap_err().to_string();
+    let error = load_adapter(&mut narrow, fixture("plain")).unwrap_err().to_string();
     assert!(error.contains("q.lora_A.weight: expected [4, 3], found [4, 8]"), "{error}");
     assert!(adapted(&narrow).is_empty());
     let mut twice = Net::base();
-    load_adapter(&mut twice, &fixture("plain")).unwrap();
-    let error = load_adapter(&mut twice, &fixture("dora")).unwrap_err().to_string();
+    load_adapter(&mut twice, fixture("plain")).unwrap();
+    let error = load_adapter(&mut twice, fixture("dora")).unwrap_err().to_string();
     assert!(error.contains("already carries an adapter"), "{error}");
 }
 
@@ -249,7 +251,7 @@ fn an_adapter_of_another_name_has_a_folder_of_its_own() {
     assert_eq!(entries(&dir.path().join("cells")), [CONFIG_FILE, TENSORS_FILE]);
     let card = std::fs::read_to_string(dir.path().join(CARD_FILE)).unwrap();
     assert!(card.contains(r#"base_model: "a: \"strange\" name""#), "{card}");
-    load_adapter(&mut Net::base(), &dir.path().join("cells")).unwrap();
+    load_adapter(&mut Net::base(), dir.path().join("cells")).unwrap();
 }
 
 #[test]
@@ -336,14 +338,14 @@ fn state_is_a_copy_and_goes_back_into_the_same_variables() {
     inject(&mut model, &config, 1).unwrap();
     let state = adapter_state(&model, &config).unwrap();
     let before = snapshot(&model);
-    let variables = trainable(&model).unwrap();
+    let variables = trainable_variables(&model).unwrap();
     for (_, variable) in &variables {
         variable.set(&(variable.as_tensor() + 1.0).unwrap()).unwrap();
     }
     assert_ne!(snapshot(&model), before);
     set_adapter_state(&mut model, &config, &state).unwrap();
     assert_eq!(snapshot(&model), before);
-    for ((name, held), (_, now)) in variables.iter().zip(trainable(&model).unwrap()) {
+    for ((name, held), (_, now)) in variables.iter().zip(trainable_variables(&model).unwrap()) {
         assert_eq!(bits(held.as_tensor()), bits(now.as_tensor()), "{name}: another variable");
         assert_eq!(held.as_tensor().id(), now.as_tensor().id(), "{name}: another variable");
     }
@@ -405,7 +407,8 @@ fn tied_parameters_part_when_one_is_saved() {
         let (mut model, mut other) = (new(1.0), new(2.0));
         inject(&mut model, &config, 0).unwrap();
         let base = |(name, _): &(String, _)| !name.starts_with("q.");
-        let trained: Vec<_> = trainable(&model).unwrap().into_iter().filter(base).collect();
+        let trained: Vec<_> =
+            trainable_variables(&model).unwrap().into_iter().filter(base).collect();
         let mut names: Vec<&str> = trained.iter().map(|(name, _)| name.as_str()).collect();
         names.sort_unstable();
         assert_eq!(names, keys);

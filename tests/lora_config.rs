@@ -13,7 +13,7 @@ fn read_text(text: &[u8]) -> candle_sam_lora::Result<LoraConfig> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(CONFIG_FILE);
     std::fs::write(&path, text).unwrap();
-    LoraConfig::read(&path)
+    LoraConfig::load(&path)
 }
 
 fn read_json(value: &Value) -> candle_sam_lora::Result<LoraConfig> {
@@ -28,22 +28,22 @@ fn minimal() -> Value {
 fn peft_files_come_back_byte_for_byte() {
     for kind in KINDS {
         let path = fixture(kind).join(CONFIG_FILE);
-        let config = LoraConfig::read(&path).unwrap();
+        let config = LoraConfig::load(&path).unwrap();
         assert_eq!(config.to_json().unwrap(), std::fs::read_to_string(&path).unwrap(), "{kind}");
     }
 }
 
 #[test]
 fn fields_have_their_meaning() {
-    let config = LoraConfig::read(&fixture("pattern").join(CONFIG_FILE)).unwrap();
+    let config = LoraConfig::load(fixture("pattern").join(CONFIG_FILE)).unwrap();
     assert_eq!((config.rank, config.alpha, config.dropout), (4, 32.0, 0.1));
     assert_eq!(config.rank_pattern["mlp.lin1"], 3);
     assert_eq!(config.alpha_pattern["lin1"], 7.5);
     assert_eq!(config.other["peft_version"], "0.21.2");
-    let config = LoraConfig::read(&fixture("regex").join(CONFIG_FILE)).unwrap();
+    let config = LoraConfig::load(fixture("regex").join(CONFIG_FILE)).unwrap();
     let regex = ModuleNames::Regex(r"(q|mlp\.lin\d)".to_string());
     assert_eq!(config.target_modules, Some(regex));
-    let config = LoraConfig::read(&fixture("bias_lora_only").join(CONFIG_FILE)).unwrap();
+    let config = LoraConfig::load(fixture("bias_lora_only").join(CONFIG_FILE)).unwrap();
     assert_eq!(config.bias, BiasTraining::LoraOnly);
 }
 
@@ -81,7 +81,7 @@ fn unknown_keys_with_values_are_told() {
     assert!(warnings[0].starts_with("use_superlora is true"), "{warnings:?}");
     assert!(warnings[1].starts_with(r#"scale_mode is {"per":"channel"}"#), "{warnings:?}");
     for kind in KINDS {
-        let config = LoraConfig::read(&fixture(kind).join(CONFIG_FILE)).unwrap();
+        let config = LoraConfig::load(fixture(kind).join(CONFIG_FILE)).unwrap();
         assert!(config.warnings().is_empty(), "{kind}: {:?}", config.warnings());
     }
 }
@@ -218,7 +218,7 @@ fn hostile_text_is_an_error() {
         assert!(read_text(text.as_bytes()).is_err());
     }
     assert!(read_text(&[0xFF, 0xFE, b'{']).is_err());
-    assert!(LoraConfig::read(&fixture("absent").join(CONFIG_FILE)).is_err());
+    assert!(LoraConfig::load(fixture("absent").join(CONFIG_FILE)).is_err());
 }
 
 proptest! {

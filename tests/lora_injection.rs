@@ -4,10 +4,10 @@ mod lora_support;
 
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{
-    eject, inject, peft_trainable_parameters, trainable_parameters, BiasTraining, LoraConfig,
-    ParameterReport, CONFIG_FILE,
+    count_parameters, count_parameters_as_peft, inject, unload, BiasTraining, LoraConfig,
+    ParameterCount, CONFIG_FILE,
 };
-use candle_sam_lora::nn::{trainable, Linear, Mode, DEFAULT_ADAPTER};
+use candle_sam_lora::nn::{trainable_variables, Linear, Mode, DEFAULT_ADAPTER};
 use candle_sam_lora::{module_tree, Error};
 use lora_support::linears::{fixture, read, Net, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot, values};
@@ -17,7 +17,7 @@ fn config() -> LoraConfig {
 }
 
 fn names(model: &Net) -> Vec<String> {
-    trainable(model).unwrap().into_iter().map(|(name, _)| name).collect()
+    trainable_variables(model).unwrap().into_iter().map(|(name, _)| name).collect()
 }
 
 #[test]
@@ -95,13 +95,13 @@ fn what_is_trained_and_counted_is_what_peft_trains_and_counts() {
     let counts: serde_json::Value =
         serde_json::from_str(&metadata.metadata().as_ref().unwrap()["counts"]).unwrap();
     for kind in KINDS {
-        let config = LoraConfig::read(&fixture(kind).join(CONFIG_FILE)).unwrap();
+        let config = LoraConfig::load(fixture(kind).join(CONFIG_FILE)).unwrap();
         let mut model = Net::base();
         inject(&mut model, &config, 0).unwrap();
-        let report = peft_trainable_parameters(&model, &config).unwrap();
+        let report = count_parameters_as_peft(&model, &config).unwrap();
         let expected = (counts[kind][0].as_u64().unwrap(), counts[kind][1].as_u64().unwrap());
         assert_eq!((report.trainable as u64, report.all as u64), expected, "{kind}");
-        assert_eq!(report.trainable, trainable_parameters(&model).trainable, "{kind}");
+        assert_eq!(report.trainable, count_parameters(&model).trainable, "{kind}");
     }
 }
 
@@ -205,7 +205,7 @@ fn a_refusal_names_its_reason_and_changes_nothing() {
 fn ejecting_leaves_the_base() {
     let mut model = Net::base();
     inject(&mut model, &config(), 0).unwrap();
-    eject(&mut model).unwrap();
+    unload(&mut model).unwrap();
     assert_eq!(snapshot(&model), snapshot(&Net::base()));
 }
 
@@ -220,7 +220,7 @@ fn every_trained_tensor_gets_a_gradient_and_no_other() {
         let x = &read("io.safetensors")["x"];
         let y = model.forward(x, Mode::Train { seed: 1 }).unwrap();
         let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
-        for (name, variable) in trainable(&model).unwrap() {
+        for (name, variable) in trainable_variables(&model).unwrap() {
             let gradient = gradients.get(&variable).unwrap_or_else(|| panic!("{name}: none"));
             let largest = values(gradient).iter().fold(0f32, |max, g| max.max(g.abs()));
             // B is zero at the start, and so is the gradient of A.
@@ -255,7 +255,7 @@ fn an_empty_layer_is_refused() {
 
 #[test]
 fn the_report_reads_as_in_peft() {
-    let line = |trainable, all| ParameterReport { trainable, all }.to_string();
+    let line = |trainable, all| ParameterCount { trainable, all }.to_string();
     assert_eq!(
         line(589_824, 94_325_296),
         "trainable params: 589,824 || all params: 94,325,296 || trainable%: 0.6253"

@@ -4,15 +4,15 @@ mod lora_support;
 
 use candle_core::{DType, Tensor};
 use candle_sam_lora::lora::{
-    eject, inject, load_adapter, merge, merge_and_unload, safe_merge, unmerge, LoraConfig,
+    inject, load_adapter, merge, merge_and_unload, safe_merge, unload, unmerge, LoraConfig,
 };
-use candle_sam_lora::nn::{trainable, Mode, DEFAULT_ADAPTER};
+use candle_sam_lora::nn::{trainable_variables, Mode, DEFAULT_ADAPTER};
 use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot, values};
 
 fn loaded(kind: &str) -> Net {
     let mut model = Net::base();
-    load_adapter(&mut model, &fixture(kind)).unwrap();
+    load_adapter(&mut model, fixture(kind)).unwrap();
     model
 }
 
@@ -68,7 +68,7 @@ fn merging_and_unloading_leaves_a_plain_model() {
 fn ejecting_a_merged_model_restores_the_base() {
     let mut model = loaded("dora");
     merge(&mut model).unwrap();
-    eject(&mut model).unwrap();
+    unload(&mut model).unwrap();
     assert_eq!(snapshot(&model), snapshot(&Net::base()));
 }
 
@@ -88,7 +88,7 @@ fn a_lora_bias_needs_a_bias_to_go_to() {
 fn a_broken_adapter_is_refused_by_the_safe_merge_alone() {
     for (broken, at) in [(f64::NAN, "lora_B.weight"), (f64::INFINITY, "lora_B.bias")] {
         let mut model = loaded("lora_bias");
-        for (name, variable) in trainable(&model).unwrap() {
+        for (name, variable) in trainable_variables(&model).unwrap() {
             if name == format!("v.{at}") {
                 variable.set(&(variable.ones_like().unwrap() * broken).unwrap()).unwrap();
             }
@@ -110,7 +110,7 @@ fn a_broken_adapter_is_refused_by_the_safe_merge_alone() {
 fn half_precision_weights_are_rounded_once() {
     for dtype in [DType::F16, DType::BF16] {
         let mut model = Net::base_in(dtype);
-        load_adapter(&mut model, &fixture("dora")).unwrap();
+        load_adapter(&mut model, fixture("dora")).unwrap();
         let adapter = model.q.adapters.get(DEFAULT_ADAPTER).cloned().unwrap();
         let (weight, magnitude) = (values(&model.q.weight), adapter.magnitude.unwrap());
         let (a, b, magnitude) = (values(&adapter.a), values(&adapter.b), values(&magnitude));

@@ -5,10 +5,11 @@ mod vit;
 
 use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Module, Shape, Tensor, Var, D};
+use candle_nn::Optimizer;
 use candle_nn::VarMap;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{set_trainable, trainable, Embedding, LayerNorm, Linear, Mode};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, Embedding, LayerNorm, Linear, Mode};
 use candle_sam_lora::ops::{lora_linear, Activation, Lora, Projection};
 use candle_sam_lora::train::{
     check_gradients, AdamW, AdamWConfig, GradientReport, Trainer, TrainerConfig, Verdict,
@@ -31,9 +32,9 @@ fn models(kept: Kept) -> Result<Vec<(&'static str, VarMap, Vit)>> {
     let map = VarMap::new();
     let views = Vit::new(&map, kept)?;
     let mut own = views.clone();
-    set_trainable(&mut own, &mut |_| false)?;
+    set_trainable(&mut own, |_| false)?;
     let mut adapted = own.clone();
-    set_trainable(&mut own, &mut |_| true)?;
+    set_trainable(&mut own, |_| true)?;
     inject(&mut adapted, &LoraConfig::new(2).target_modules(["q", "k", "v"]), 0)?;
     Ok(vec![("views", map.clone(), views), ("own", map.clone(), own), ("adapted", map, adapted)])
 }
@@ -145,7 +146,7 @@ fn gradients_that_are_rightly_zero_train() -> Result<()> {
     };
     let mut trainer = Trainer::new(&model, AdamWConfig::default(), 0, Default::default())?;
     trainer.step(|_, _| loss())?;
-    let report = check_gradients(trainable(&model)?, loss)?;
+    let report = check_gradients(trainable_variables(&model)?, loss)?;
     assert!(report.checks.iter().all(|check| !check.verdict.is_fault()), "{report}");
     Ok(())
 }
@@ -177,11 +178,11 @@ fn the_check_passes_this_crates_operations() -> Result<()> {
         let before = map_bits(&map)?;
         if what == "adapted" {
             // At B = 0 nothing can be told of A.
-            for (_, var) in trainable(&vit)? {
+            for (_, var) in trainable_variables(&vit)? {
                 vit::fill(&var)?;
             }
         }
-        let report = check_gradients(trainable(&vit)?, || vit.loss(EVAL))?;
+        let report = check_gradients(trainable_variables(&vit)?, || vit.loss(EVAL))?;
         let right = report.checks.iter().filter(|check| check.verdict == Verdict::Right).count();
         // A bias of k moves all scores of a query alike: softmax takes no notice, and there is no slope to see.
         let hidden = |name: &str| name.contains("k.bias");
@@ -216,12 +217,12 @@ fn the_check_passes_this_crates_operations() -> Result<()> {
 fn the_check_finds_what_softmax_last_dim_lost() -> Result<()> {
     for (what, map, vit) in models(Kept { softmax: true, ..Default::default() })? {
         if what == "adapted" {
-            for (_, var) in trainable(&vit)? {
+            for (_, var) in trainable_variables(&vit)? {
                 vit::fill(&var)?;
             }
         }
         let before = map_bits(&map)?;
-        let report = GradientReport::measure(trainable(&vit)?, || vit.loss(EVAL))?;
+        let report = GradientReport::measure(trainable_variables(&vit)?, || vit.loss(EVAL))?;
         let faults: Vec<&str> = report.faults().map(|fault| fault.name.as_str()).collect();
         // Before the last attention all gradients are wrong, in it those of q and k, after it none.
         for check in &report.checks {
@@ -233,7 +234,8 @@ fn the_check_finds_what_softmax_last_dim_lost() -> Result<()> {
         for layer in ["layers.0.attn.q.", "layers.1.attn.q."] {
             assert!(faults.iter().any(|name| name.starts_with(layer)), "{what}: {report}");
         }
-        let error = check_gradients(trainable(&vit)?, || vit.loss(EVAL)).expect_err("lost");
+        let error =
+            check_gradients(trainable_variables(&vit)?, || vit.loss(EVAL)).expect_err("lost");
         assert!(error.to_string().contains("softmax_last_dim"), "{error}");
         assert_eq!(map_bits(&map)?, before, "{what}");
     }

@@ -2,7 +2,7 @@
 //! and the two lines of the guide, which are DoRA's (docs/parameter-counts.md).
 
 use candle_core::{DType, Device};
-use candle_sam_lora::lora::{inject, trainable_parameters, BiasTraining, LoraConfig};
+use candle_sam_lora::lora::{count_parameters, inject, BiasTraining, LoraConfig};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use candle_sam_lora::Result;
 
@@ -10,7 +10,7 @@ fn report(config: &LoraConfig) -> Result<String> {
     let mut model =
         SamModel::new(&SamConfig::vit_b(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
     inject(&mut model, config, 0)?;
-    Ok(trainable_parameters(&model).to_string())
+    Ok(count_parameters(&model).to_string())
 }
 
 fn lora(targets: &str) -> LoraConfig {
@@ -55,7 +55,7 @@ fn every_variant_counts_as_in_peft() -> Result<()> {
             let mut model =
                 SamModel::new(&SamConfig::vit_b(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
             inject(&mut model, &change(lora(targets)), 0)?;
-            let report = trainable_parameters(&model);
+            let report = count_parameters(&model);
             let expected = &counts[variant][targets];
             let expected = ["trainable", "all_without_positional_embedding"]
                 .map(|key| expected[key].as_u64().expect("a count"));

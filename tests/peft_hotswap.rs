@@ -6,13 +6,13 @@ use candle_core::Tensor;
 use candle_sam_lora::lora::{
     hotswap_adapter, load_adapter, load_named_adapter, merge, set_adapter, unmerge,
 };
-use candle_sam_lora::nn::{set_trainable, trainable, Mode};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, Mode};
 use lora_support::blocks::{adapter, read, Net, F32_BOUND};
 use lora_support::{bits, relative_error, snapshot};
 
 fn loaded(name: &str) -> Net {
     let mut model = Net::base();
-    load_adapter(&mut model, &adapter(name)).unwrap();
+    load_adapter(&mut model, adapter(name)).unwrap();
     model
 }
 
@@ -26,7 +26,7 @@ fn a_swapped_adapter_computes_what_pefts_does() {
     let mut model = loaded("a");
     // One after the other: ranks grow, shrink and come back, and layers that one of them lacks do not keep the last.
     for name in ["wider", "fewer", "patterned", "a"] {
-        hotswap_adapter(&mut model, "default", &adapter(name)).unwrap();
+        hotswap_adapter(&mut model, "default", adapter(name)).unwrap();
         let out = forward(&model);
         let error = relative_error(&out, &forward(&loaded(name)));
         assert!(error < F32_BOUND, "{name}: {error}");
@@ -42,26 +42,26 @@ fn a_swapped_adapter_computes_what_pefts_does() {
 #[test]
 fn variables_of_the_same_shape_stay_and_get_the_new_values() {
     let mut model = loaded("a");
-    let before = trainable(&model).unwrap();
-    hotswap_adapter(&mut model, "default", &adapter("e")).unwrap();
-    let after = trainable(&model).unwrap();
+    let before = trainable_variables(&model).unwrap();
+    hotswap_adapter(&mut model, "default", adapter("e")).unwrap();
+    let after = trainable_variables(&model).unwrap();
     assert_eq!(before.len(), after.len());
     for ((name, old), (_, new)) in before.iter().zip(&after) {
         assert_eq!(old.as_tensor().id(), new.as_tensor().id(), "{name} is another variable");
     }
     assert_eq!(bits(&forward(&model)), bits(&forward(&loaded("e"))));
     // What is frozen stays frozen.
-    set_trainable(&mut model, &mut |_| false).unwrap();
-    hotswap_adapter(&mut model, "default", &adapter("wider")).unwrap();
-    assert!(trainable(&model).unwrap().is_empty());
+    set_trainable(&mut model, |_| false).unwrap();
+    hotswap_adapter(&mut model, "default", adapter("wider")).unwrap();
+    assert!(trainable_variables(&model).unwrap().is_empty());
 }
 
 #[test]
 fn only_the_named_adapter_is_swapped() {
     let mut model = loaded("c");
-    load_named_adapter(&mut model, "other", &adapter("a")).unwrap();
+    load_named_adapter(&mut model, "other", adapter("a")).unwrap();
     let before = bits(&forward(&model));
-    hotswap_adapter(&mut model, "other", &adapter("wider")).unwrap();
+    hotswap_adapter(&mut model, "other", adapter("wider")).unwrap();
     assert_eq!(bits(&forward(&model)), before, "the one in use is not it");
     set_adapter(&mut model, &["other"]).unwrap();
     assert_eq!(bits(&forward(&model)), bits(&forward(&loaded("wider"))));

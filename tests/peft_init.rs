@@ -8,7 +8,7 @@ use candle_sam_lora::lora::{
     adapter_state, add_adapter, convert_to_lora, inject, load_adapter, save_adapter, write_adapter,
     InitLoraWeights, LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{trainable, Linear, Mode, Node};
+use candle_sam_lora::nn::{trainable_variables, Linear, Mode, Node};
 use candle_sam_lora::{files, module_tree};
 use lora_support::blocks::{below, fixture, input, read, Net, F32_BOUND};
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
@@ -24,11 +24,11 @@ fn folder(kind: &str, part: &str) -> PathBuf {
 }
 
 fn tensors(kind: &str, part: &str) -> Tensors {
-    files::read_tensors(&folder(kind, part).join(TENSORS_FILE), &Device::Cpu).unwrap()
+    files::read_tensors(folder(kind, part).join(TENSORS_FILE), &Device::Cpu).unwrap()
 }
 
 fn config(kind: &str, part: &str) -> LoraConfig {
-    LoraConfig::read(&folder(kind, part).join(CONFIG_FILE)).unwrap()
+    LoraConfig::load(folder(kind, part).join(CONFIG_FILE)).unwrap()
 }
 
 /// Weight and `scaling B A` of the adapted layers.
@@ -73,7 +73,7 @@ fn adapters_trained_on_the_rest_load_with_pefts_outputs() {
     let fixture = read("init.safetensors");
     for kind in KINDS {
         let mut model = Net::base();
-        let config = load_adapter(&mut model, &folder(kind, "trained")).unwrap();
+        let config = load_adapter(&mut model, folder(kind, "trained")).unwrap();
         let got = model.forward(&input(), Mode::Eval).unwrap();
         let error = relative_error(&got, &fixture[&format!("{kind}/out")]);
         assert!(error < 2.0 * F32_BOUND, "{kind}: {error}");
@@ -211,7 +211,7 @@ fn a_run_and_its_conversion_agree() {
         let mut model = Net::base();
         inject(&mut model, &config, 0).unwrap();
         let initial = adapter_state(&model, &config).unwrap();
-        for (_, variable) in trainable(&model).unwrap() {
+        for (_, variable) in trainable_variables(&model).unwrap() {
             variable.set(&(variable.as_tensor() * 1.25).unwrap()).unwrap();
         }
         let trained = adapter_state(&model, &config).unwrap();

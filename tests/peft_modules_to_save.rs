@@ -7,11 +7,11 @@ mod lora_support;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{
-    eject, inject, load_adapter, load_adapter_tensors, merge_and_unload, named_adapter_state,
-    peft_trainable_parameters, read_adapter, save_adapter, trainable_parameters, write_adapter,
+    count_parameters, count_parameters_as_peft, inject, load_adapter, load_adapter_tensors,
+    merge_and_unload, named_adapter_state, read_adapter, save_adapter, unload, write_adapter,
     BiasTraining, LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{named_parameters, set_trainable, trainable, Mode};
+use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, Mode};
 use candle_sam_lora::sam::checkpoint::{self, Naming};
 use candle_sam_lora::sam::{AttentionKind, SamModel};
 use candle_sam_lora::{files, Error};
@@ -48,12 +48,12 @@ fn features(model: &SamModel) -> (Vec<u32>, Option<Vec<u32>>) {
 fn files_come_back_bit_for_bit() -> Result<()> {
     for kind in KINDS {
         let mut model = base()?;
-        let config = load_adapter(&mut model, &folder(kind))?;
+        let config = load_adapter(&mut model, folder(kind))?;
         let written = tempfile::tempdir()?;
         save_adapter(&model, &config, written.path())?;
         let bytes = |dir: &Path, file: &str| std::fs::read(dir.join(file));
         assert_eq!(bytes(written.path(), CONFIG_FILE)?, bytes(&folder(kind), CONFIG_FILE)?);
-        let tensors = |dir: &Path| files::read_tensors(&dir.join(TENSORS_FILE), &Device::Cpu);
+        let tensors = |dir: &Path| files::read_tensors(dir.join(TENSORS_FILE), &Device::Cpu);
         let (got, mut expected) = (tensors(written.path())?, tensors(&folder(kind))?);
         let all = expected.len();
         expected
@@ -83,7 +83,7 @@ fn the_saved_features_change_and_the_others_stay() -> Result<()> {
         ("save_both_embeddings", true, true),
     ] {
         let model = adapted(kind, &Device::Cpu)?;
-        let saved = files::read_tensors(&folder(kind).join(TENSORS_FILE), &Device::Cpu)?;
+        let saved = files::read_tensors(folder(kind).join(TENSORS_FILE), &Device::Cpu)?;
         let expected = |key: &str, saved_here: bool| {
             assert_eq!(saved.contains_key(key), saved_here, "{kind}: {key}");
             saved.get(key).map_or(before.clone(), bits)
@@ -111,8 +111,8 @@ fn features_count_once_they_are_trained() -> Result<()> {
     let count = |names: &[&str]| -> Result<_> {
         let (mut model, config) = (base()?, config().modules_to_save(names.iter().copied()));
         inject(&mut model, &config, 0)?;
-        let report = peft_trainable_parameters(&model, &config)?;
-        assert_eq!(report.trainable, trainable_parameters(&model).trainable);
+        let report = count_parameters_as_peft(&model, &config)?;
+        assert_eq!(report.trainable, count_parameters(&model).trainable);
         Ok((report.trainable, report.all))
     };
     let (trained, all) = count(&["no_mask_embed"])?;
@@ -131,7 +131,7 @@ fn training_moves_the_features_of_prompts_alone() -> Result<()> {
     let (image, prompts) = features(&model);
     assert_eq!(Some(&image), prompts.as_ref());
     assert_eq!(masks(&model)?, masks(&base()?)?);
-    for (name, variable) in trainable(&model)? {
+    for (name, variable) in trainable_variables(&model)? {
         if name.ends_with("positional_embedding") {
             variable.set(&(variable.as_tensor() * 1.5)?)?;
         }
@@ -143,8 +143,8 @@ fn training_moves_the_features_of_prompts_alone() -> Result<()> {
     load_adapter_tensors(&mut again, "default", &config, state)?;
     assert_eq!(snapshot(&again), snapshot(&model));
     assert_eq!(masks(&again)?, masks(&model)?);
-    set_trainable(&mut again, &mut |_| false)?;
-    assert_eq!(trainable_parameters(&again).trainable, 0);
+    set_trainable(&mut again, |_| false)?;
+    assert_eq!(count_parameters(&again).trainable, 0);
     assert_eq!(masks(&again)?, masks(&model)?);
     Ok(())
 }
@@ -188,7 +188,7 @@ fn merged_features_travel_in_checkpoints() -> Result<()> {
 fn ejecting_keeps_what_was_trained() -> Result<()> {
     let mut model = adapted("save_both_embeddings", &Device::Cpu)?;
     let before = features(&model);
-    eject(&mut model)?;
+    unload(&mut model)?;
     assert_eq!(features(&model), before);
     Ok(())
 }
@@ -198,9 +198,9 @@ fn load_changed(change: impl FnOnce(&mut Tensors)) -> candle_sam_lora::Result<Sa
     let dir = tempfile::tempdir().unwrap();
     let source = folder("save_composite_bias_all");
     std::fs::copy(source.join(CONFIG_FILE), dir.path().join(CONFIG_FILE)).unwrap();
-    let mut tensors = files::read_tensors(&source.join(TENSORS_FILE), &Device::Cpu)?;
+    let mut tensors = files::read_tensors(source.join(TENSORS_FILE), &Device::Cpu)?;
     change(&mut tensors);
-    files::write_tensors(&dir.path().join(TENSORS_FILE), &tensors)?;
+    files::write_tensors(dir.path().join(TENSORS_FILE), &tensors)?;
     let mut model = base().unwrap();
     load_adapter(&mut model, dir.path()).map(|_| model)
 }
@@ -277,7 +277,7 @@ fn modules_that_peft_refuses_or_cannot_load_are_refused() -> Result<()> {
 
 #[test]
 fn an_adapter_with_a_module_in_another_names_its_file() -> Result<()> {
-    let (mut config, tensors) = read_adapter(&folder("save_prompt_encoder"))?;
+    let (mut config, tensors) = read_adapter(folder("save_prompt_encoder"))?;
     config.modules_to_save = Some(vec!["prompt_encoder".into(), "mask_embed".into()]);
     let dir = tempfile::tempdir()?;
     write_adapter(&config, &tensors, dir.path())?;
@@ -289,7 +289,7 @@ fn an_adapter_with_a_module_in_another_names_its_file() -> Result<()> {
 /// PEFT passes over such names, as those it adds itself for some task types.
 #[test]
 fn files_may_name_modules_that_are_not_there() -> Result<()> {
-    let (mut config, tensors) = read_adapter(&folder("save_prompt_encoder"))?;
+    let (mut config, tensors) = read_adapter(folder("save_prompt_encoder"))?;
     let names = config.modules_to_save.as_mut().context("modules to save")?;
     names.extend(["classifier".into(), "positional_embedding".into()]);
     config.task_type = Some("SEQ_CLS".into());

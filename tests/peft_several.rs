@@ -5,11 +5,11 @@ mod lora_support;
 
 use candle_core::{IndexOp, Tensor};
 use candle_sam_lora::lora::{
-    active_adapters, adapter_names, add_adapter, by_adapter, delete_adapter, disable_adapters,
-    enable_adapters, load_named_adapter, merge, safe_merge, save_named_adapter, set_adapter,
-    unmerge, LoraConfig, BASE, CONFIG_FILE, TENSORS_FILE,
+    active_adapters, adapter_names, add_adapter, delete_adapter, disable_adapters, enable_adapters,
+    forward_mixed_batch, load_named_adapter, merge, safe_merge, save_named_adapter, set_adapter,
+    unmerge, LoraConfig, CONFIG_FILE, NO_ADAPTER, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{named_parameters, set_trainable, trainable, Mode};
+use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, Mode};
 use lora_support::blocks::{adapter, below, facts, input, loaded, read, Net, F32_BOUND, NAMES};
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::collections::BTreeSet;
@@ -78,7 +78,7 @@ fn gradients_of_every_active_adapter_equal_peft() {
         let gradients = (out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
         let expected = below(&io, "grad/");
         let mut compared = 0;
-        for (name, variable) in trainable(&model).unwrap() {
+        for (name, variable) in trainable_variables(&model).unwrap() {
             // q.lora_A.<adapter>.weight in the tree, <adapter>/base_model.model.q.lora_A.weight in the fixture.
             let owner = active.iter().find(|own| name.split('.').any(|part| part == **own));
             let owner = owner.unwrap_or_else(|| panic!("{name} is trainable"));
@@ -129,16 +129,16 @@ fn each_image_gets_its_own_adapter() {
         .iter()
         .map(|name| name.as_str().unwrap())
         .collect();
-    let mixed = by_adapter(&mut model, &adapters, run).unwrap();
+    let mixed = forward_mixed_batch(&mut model, &adapters, run).unwrap();
     let error = relative_error(&mixed[0], &read("several.safetensors")["mixed/out"]);
     assert!(error < F32_BOUND, "{error}");
 
     // Kinds that PEFT refuses in a mixed batch are no exception.
-    let adapters = ["conv_dora", BASE, "c", "conv_dora"];
-    let mixed = by_adapter(&mut model, &adapters, run).unwrap();
+    let adapters = ["conv_dora", NO_ADAPTER, "c", "conv_dora"];
+    let mixed = forward_mixed_batch(&mut model, &adapters, run).unwrap();
     assert_eq!((active_adapters(&model), snapshot(&model)), (vec!["c".into()], before));
     for (i, name) in adapters.iter().enumerate() {
-        let active: &[&str] = if *name == BASE { &[] } else { &[name] };
+        let active: &[&str] = if *name == NO_ADAPTER { &[] } else { &[name] };
         set_adapter(&mut model, active).unwrap();
         let alone = model.forward(&x.narrow(0, i, 1).unwrap(), Mode::Eval).unwrap();
         // A product over one image's rows may round otherwise than over two images'.
@@ -156,10 +156,10 @@ fn outputs_of_any_strides_are_put_in_order() {
     let out = |model: &Net, images: &Tensor| {
         Ok(vec![model.forward(&x.index_select(images, 0)?, Mode::Eval)?.permute((0, 3, 1, 2))?])
     };
-    for adapters in [["b"; 4], [BASE; 4], ["b", "a", "b", BASE]] {
-        let mixed = by_adapter(&mut model, &adapters, out).unwrap();
+    for adapters in [["b"; 4], [NO_ADAPTER; 4], ["b", "a", "b", NO_ADAPTER]] {
+        let mixed = forward_mixed_batch(&mut model, &adapters, out).unwrap();
         for (i, name) in adapters.iter().enumerate() {
-            let active: &[&str] = if *name == BASE { &[] } else { &[name] };
+            let active: &[&str] = if *name == NO_ADAPTER { &[] } else { &[name] };
             set_adapter(&mut model, active).unwrap();
             let alone = model.forward(&x.narrow(0, i, 1).unwrap(), Mode::Eval).unwrap();
             let alone = alone.permute((0, 3, 1, 2)).unwrap();
@@ -178,14 +178,14 @@ fn a_mixed_batch_that_cannot_be_is_refused_and_leaves_the_model_as_it_was() {
     };
     let whole = |model: &Net, _: &Tensor| Ok(vec![model.forward(&x, Mode::Eval)?]);
     let message = |result: candle_sam_lora::Result<Vec<Tensor>>| result.unwrap_err().to_string();
-    assert!(message(by_adapter(&mut model, &["a", "x"], good)).contains("\"x\""));
-    assert!(message(by_adapter(&mut model, &[], good)).contains("empty"));
-    assert!(message(by_adapter(&mut model, &["a", "b"], whole)).contains("1 images"));
+    assert!(message(forward_mixed_batch(&mut model, &["a", "x"], good)).contains("\"x\""));
+    assert!(message(forward_mixed_batch(&mut model, &[], good)).contains("empty"));
+    assert!(message(forward_mixed_batch(&mut model, &["a", "b"], whole)).contains("1 images"));
     disable_adapters(&mut model).unwrap();
-    assert!(message(by_adapter(&mut model, &["a"], good)).contains("disabled"));
+    assert!(message(forward_mixed_batch(&mut model, &["a"], good)).contains("disabled"));
     enable_adapters(&mut model).unwrap();
     merge(&mut model).unwrap();
-    assert!(message(by_adapter(&mut model, &["a"], good)).contains("merged"));
+    assert!(message(forward_mixed_batch(&mut model, &["a"], good)).contains("merged"));
     unmerge(&mut model).unwrap();
     assert_eq!(active_adapters(&model), ["a"]);
 }
@@ -212,7 +212,8 @@ fn the_active_are_trained_and_the_others_frozen() {
     let mut model = loaded(&["a", "b"]);
     let owners = |model: &Net| -> BTreeSet<String> {
         let owner = |name: String| ["a", "b"].map(|own| (name.contains(&format!(".{own}.")), own));
-        let names = trainable(model).unwrap().into_iter().flat_map(|(name, _)| owner(name));
+        let names =
+            trainable_variables(model).unwrap().into_iter().flat_map(|(name, _)| owner(name));
         names.filter(|(own, _)| *own).map(|(_, name)| name.to_string()).collect()
     };
     let set = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<BTreeSet<_>>();
@@ -221,17 +222,17 @@ fn the_active_are_trained_and_the_others_frozen() {
     assert_eq!(owners(&model), set(&["b"]));
     set_adapter(&mut model, &["a", "b"]).unwrap();
     assert_eq!(owners(&model), set(&["a", "b"]));
-    let held = trainable(&model).unwrap();
+    let held = trainable_variables(&model).unwrap();
     set_adapter(&mut model, &["b", "a"]).unwrap();
-    for ((name, old), (_, new)) in held.iter().zip(trainable(&model).unwrap()) {
+    for ((name, old), (_, new)) in held.iter().zip(trainable_variables(&model).unwrap()) {
         assert_eq!(old.as_tensor().id(), new.as_tensor().id(), "{name} is another variable");
     }
     // Frozen for inference, an added adapter changes nothing of what computes.
-    set_trainable(&mut model, &mut |_| false).unwrap();
+    set_trainable(&mut model, |_| false).unwrap();
     let out = bits(&model.forward(&input(), Mode::Eval).unwrap());
-    load_named_adapter(&mut model, "c", &adapter("c")).unwrap();
+    load_named_adapter(&mut model, "c", adapter("c")).unwrap();
     assert_eq!(bits(&model.forward(&input(), Mode::Eval).unwrap()), out);
-    assert!(trainable(&model).unwrap().is_empty());
+    assert!(trainable_variables(&model).unwrap().is_empty());
 }
 
 #[test]
@@ -260,7 +261,7 @@ fn each_adapter_is_written_back_bit_for_bit_without_its_name() {
     let mut model = Net::base();
     let configs: Vec<LoraConfig> = NAMES
         .iter()
-        .map(|name| load_named_adapter(&mut model, name, &adapter(name)).unwrap())
+        .map(|name| load_named_adapter(&mut model, name, adapter(name)).unwrap())
         .collect();
     for (name, config) in NAMES.iter().zip(&configs) {
         let dir = tempfile::tempdir().unwrap();
@@ -283,7 +284,7 @@ fn what_does_not_go_together_is_refused_and_changes_nothing() {
         ("x.y", new(), "name"),
         ("../x", new(), "name"),
         ("lora_x", new(), "lora_"),
-        (BASE, new(), "no adapter"),
+        (NO_ADAPTER, new(), "no adapter"),
         ("x", new().modules_to_save(["head"]), "alone"),
         ("x", new().bias(candle_sam_lora::lora::BiasTraining::All), "alone"),
     ];
@@ -298,7 +299,7 @@ fn what_does_not_go_together_is_refused_and_changes_nothing() {
     }
     let mut alone = Net::base();
     add_adapter(&mut alone, "x", &new().modules_to_save(["head"]), 0).unwrap();
-    let error = load_named_adapter(&mut alone, "a", &adapter("a")).unwrap_err().to_string();
+    let error = load_named_adapter(&mut alone, "a", adapter("a")).unwrap_err().to_string();
     assert!(error.contains("alone"), "{error}");
 }
 

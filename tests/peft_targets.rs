@@ -15,7 +15,7 @@ fn config(options: &Value) -> Result<LoraConfig> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(CONFIG_FILE);
     std::fs::write(&path, file.to_string()).unwrap();
-    LoraConfig::read(&path)
+    LoraConfig::load(&path)
 }
 
 #[test]

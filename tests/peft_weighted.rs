@@ -6,7 +6,7 @@ use candle_sam_lora::lora::{
     active_adapters, add_weighted_adapter, load_named_adapter, save_named_adapter, set_adapter,
     Combination, MajoritySign, TaskArithmetic,
 };
-use candle_sam_lora::nn::{trainable, Mode, ModuleTree, Node};
+use candle_sam_lora::nn::{trainable_variables, Mode, ModuleTree, Node};
 use lora_support::blocks::{below, facts, input, loaded, read, Net, F32_BOUND, NAMES};
 use lora_support::{bits, relative_error, snapshot};
 
@@ -78,7 +78,7 @@ fn weighted_adapters_are_pefts() {
         );
         assert!(error < F32_BOUND, "{case}: {error}");
         let deltas = below(&io, &format!("weighted/{case}/delta/"));
-        assert_eq!(trainable(&model).unwrap().len(), 2 * deltas.len());
+        assert_eq!(trainable_variables(&model).unwrap().len(), 2 * deltas.len());
         model.visit("", &mut |path, node| {
             let Node::Layer(layer) = node else { return };
             let Some(sum) = layer.adapters.get("sum") else { return };

@@ -5,7 +5,7 @@ mod common;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, D};
 use candle_sam_lora::lora;
-use candle_sam_lora::nn::{named_parameters, trainable, Linear, Mode};
+use candle_sam_lora::nn::{named_parameters, trainable_variables, Linear, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamVisionAttentionSplit, VisionAttention};
 use common::adapters::{adapted, errors, folder, read, run, KINDS, TIMES_PYTORCH};
 use common::model::{self, Tensors, Worst};
@@ -55,10 +55,10 @@ fn with_active(layer: &Linear, active: &[&str], x: &Tensor) -> candle_core::Resu
 #[test]
 fn two_adapters_at_once_are_one_operation() -> Result<()> {
     let mut model = model::model("tiny", AttentionKind::Split, DType::F32)?;
-    lora::load_named_adapter(&mut model, "plain", &folder("lora_qv"))?;
-    lora::load_named_adapter(&mut model, "stable", &folder("rslora"))?;
+    lora::load_named_adapter(&mut model, "plain", folder("lora_qv"))?;
+    lora::load_named_adapter(&mut model, "stable", folder("rslora"))?;
     lora::set_adapter(&mut model, &["plain", "stable"])?;
-    let variables = trainable(&model)?;
+    let variables = trainable_variables(&model)?;
     let mut worst = <[Worst; 2]>::default();
     for layer in &model.vision_encoder.layers {
         let attn = (layer.attn.as_ref() as &dyn Any)

@@ -8,8 +8,8 @@ mod property;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{
-    fuse_qkv, import_lora, inject, load_adapter, load_adapter_tensors, read_adapter, split_qkv,
-    write_adapter, LoraConfig, CONFIG_FILE,
+    fuse_qkv, inject, load_adapter, load_adapter_tensors, read_adapter, read_samed_adapter,
+    split_qkv, write_adapter, LoraConfig, CONFIG_FILE,
 };
 use candle_sam_lora::nn::{named_parameters, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
@@ -73,9 +73,9 @@ fn expected_gradients(kind: &str) -> Result<Tensors> {
 #[test]
 fn q_k_and_v_become_the_qkv_that_peft_computes_with() -> Result<()> {
     for kind in FUSED {
-        let config = LoraConfig::read(&folder(kind).join(CONFIG_FILE))?;
+        let config = LoraConfig::load(folder(kind).join(CONFIG_FILE))?;
         let (config, tensors) = fuse_qkv(&adapted(kind, &DEVICE)?, "default", &config)?;
-        let (peft, expected) = read_adapter(&fused_folder(kind))?;
+        let (peft, expected) = read_adapter(fused_folder(kind))?;
         assert_eq!(config.target_modules, peft.target_modules, "{kind}");
         assert_eq!((config.rank, config.alpha), (peft.rank, peft.alpha), "{kind}");
         assert_eq!(config.rank_pattern, peft.rank_pattern, "{kind}");
@@ -159,7 +159,7 @@ fn other_layers_and_single_blocks_keep_their_adapters() -> Result<()> {
         r"vision_encoder\.layers\.1\.attn\.(q|proj)|vision_encoder\.layers\.2\.mlp\.lin1",
     );
     inject(&mut split, &config, 3)?;
-    for (_, variable) in candle_sam_lora::nn::trainable(&split)? {
+    for (_, variable) in candle_sam_lora::nn::trainable_variables(&split)? {
         variable.set(&variable.rand_like(-0.4, 0.4)?)?;
     }
     let (config, tensors) = fuse_qkv(&split, "default", &config)?;
@@ -193,7 +193,7 @@ fn what_cannot_be_fused_or_split_is_an_error() -> Result<()> {
     expect(fuse_qkv(&model, "default", &other), "on no q, k or v");
     expect(fuse_qkv(&model, "default", &other.clone().init("pissa")), "convert it");
     expect(fuse_qkv(&model, "default", &other.clone().modules_to_save(["attn.k"])), "saved whole");
-    let (config, mut tensors) = read_adapter(&folder("fused_qkv"))?;
+    let (config, mut tensors) = read_adapter(folder("fused_qkv"))?;
     expect(split_qkv(&model, &other, &BTreeMap::new()), "on no qkv");
     let mut saved = tensors.clone();
     let key = format!("{PREFIX}vision_encoder.layers.1.attn.qkv.weight");
@@ -231,7 +231,7 @@ const ALL: [&str; 3] = ["image_embeddings", "pred_masks", "iou_scores"];
 #[test]
 fn samed_files_compute_what_samed_computes() -> Result<()> {
     let mut model = base(AttentionKind::Split)?;
-    let (config, tensors) = import_lora(&model, &foreign("samed"), None)?;
+    let (config, tensors) = read_samed_adapter(&model, foreign("samed"), None)?;
     assert_eq!(config, LoraConfig::new(3).alpha(3.0).target_modules(["q", "v"]));
     checkpoint::load(&mut model.prompt_encoder, foreign("samed"))?;
     checkpoint::load(&mut model.mask_decoder, foreign("samed"))?;
@@ -249,14 +249,14 @@ fn samed_files_compute_what_samed_computes() -> Result<()> {
     compare("samed", &again, &["image_embeddings"])?;
 
     let mut model = base(AttentionKind::Split)?;
-    let (config, tensors) = import_lora(&model, &foreign("samed_some"), Some(&[0, 2]))?;
+    let (config, tensors) = read_samed_adapter(&model, foreign("samed_some"), Some(&[0, 2]))?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
     compare("samed_some", &model, &["image_embeddings"])?;
 
     let mut model =
         SamModel::new(&model::config("tiny")?, AttentionKind::Split, DType::F32, &DEVICE)?;
     checkpoint::load(&mut model.vision_encoder, foreign("samed_model"))?;
-    let (config, tensors) = import_lora(&model, &foreign("samed_model"), None)?;
+    let (config, tensors) = read_samed_adapter(&model, foreign("samed_model"), None)?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
     let io = read(foreign("io"), &DEVICE)?;
     let want = &io["samed_model/image_embeddings"];
@@ -269,7 +269,7 @@ fn micro_sam_files_hold_model_and_adapter() -> Result<()> {
     let mut model =
         SamModel::new(&model::config("tiny")?, AttentionKind::Split, DType::F32, &DEVICE)?;
     checkpoint::load(&mut model, foreign("micro_sam"))?;
-    let (config, tensors) = import_lora(&model, &foreign("micro_sam"), None)?;
+    let (config, tensors) = read_samed_adapter(&model, foreign("micro_sam"), None)?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
     compare("micro_sam", &model, &ALL)
 }
@@ -288,17 +288,17 @@ fn files_of_other_kinds_are_refused_with_what_they_are() -> Result<()> {
         [&b"PK\x03\x04\0\0\x08\x08\0\0\0\0"[..], b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"]
     {
         std::fs::write(&pickled, start)?;
-        expect(import_lora(&model, &pickled, None), "safetensors.torch.save_file");
+        expect(read_samed_adapter(&model, &pickled, None), "safetensors.torch.save_file");
     }
     expect(
-        import_lora(&model, &model::folder("tiny").join("original.safetensors"), None),
+        read_samed_adapter(&model, model::folder("tiny").join("original.safetensors"), None),
         "no LoRA",
     );
-    expect(import_lora(&model, &foreign("samed_some"), None), "adapts 2 blocks");
-    expect(import_lora(&model, &foreign("samed_some"), Some(&[1])), "adapts 2 blocks");
-    expect(import_lora(&model, &foreign("samed_some"), Some(&[1, 7])), "has not");
+    expect(read_samed_adapter(&model, foreign("samed_some"), None), "adapts 2 blocks");
+    expect(read_samed_adapter(&model, foreign("samed_some"), Some(&[1])), "adapts 2 blocks");
+    expect(read_samed_adapter(&model, foreign("samed_some"), Some(&[1, 7])), "has not");
     let fused = base(AttentionKind::Fused)?;
-    expect(import_lora(&fused, &foreign("samed"), None), "q, k and v apart");
+    expect(read_samed_adapter(&fused, foreign("samed"), None), "q, k and v apart");
 
     let file = scratch.path().join("some.safetensors");
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &DEVICE);
@@ -310,13 +310,13 @@ fn files_of_other_kinds_are_refused_with_what_they_are() -> Result<()> {
         ("image_encoder.blocks.0.attn.qkv.w_a_linear_q.weight", zeros(&[3])?, "a matrix"),
     ] {
         files::write_tensors(&file, &Tensors::from([(name.to_string(), tensor)]))?;
-        expect(import_lora(&model, &file, None), expected);
+        expect(read_samed_adapter(&model, &file, None), expected);
     }
     // Half of a pair.
-    let mut tensors = files::read_tensors(&foreign("samed"), &DEVICE)?;
+    let mut tensors = files::read_tensors(foreign("samed"), &DEVICE)?;
     tensors.remove("w_b_003");
     files::write_tensors(&file, &tensors)?;
-    let (config, tensors) = import_lora(&model, &file, None)?;
+    let (config, tensors) = read_samed_adapter(&model, &file, None)?;
     let mut model = model;
     let error = load_adapter_tensors(&mut model, "default", &config, tensors).expect_err("half");
     assert!(error
@@ -340,7 +340,7 @@ proptest::proptest! {
         let path = scratch.path().join("samed.safetensors");
         std::fs::write(&path, bytes).unwrap();
         let mut model = base(AttentionKind::Split).unwrap();
-        if let Ok((config, tensors)) = import_lora(&model, &path, Some(&[0, 2])) {
+        if let Ok((config, tensors)) = read_samed_adapter(&model, &path, Some(&[0, 2])) {
             let _ = load_adapter_tensors(&mut model, "default", &config, tensors);
         }
     }

@@ -77,7 +77,7 @@ fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {
     let no_matrix = |name: &str| !name.ends_with("weight") || group(name) != "weights";
     for (kind, matrices) in KINDS.into_iter().flat_map(|kind| [(kind, true), (kind, false)]) {
         let mut model = model("tiny", kind, DType::F32)?;
-        set_trainable(&mut model, &mut |name| matrices || no_matrix(name))?;
+        set_trainable(&mut model, |name| matrices || no_matrix(name))?;
         let mut input = input(&io, case, true);
         let pixels = Var::from_tensor(&io["encoder/pixel_values"])?;
         input.pixel_values = Some(pixels.as_tensor().clone());
@@ -298,7 +298,7 @@ fn random_weights_depend_on_the_seed_alone() -> Result<()> {
     let build = |seed| -> Result<SamModel> {
         let config = common::config("tiny")?;
         let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
-        set_trainable(&mut model, &mut |name| name.ends_with("q.weight"))?;
+        set_trainable(&mut model, |name| name.ends_with("q.weight"))?;
         model.randomize(seed, 0.1)?;
         Ok(model)
     };

@@ -25,7 +25,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn read(path: impl AsRef<Path>) -> Result<Tensors> {
-    Ok(read_tensors(path.as_ref(), &Device::Cpu)?)
+    Ok(read_tensors(path, &Device::Cpu)?)
 }
 
 fn load(name: &str, kind: AttentionKind, dtype: DType) -> Result<(SamConfig, SamModel)> {
@@ -78,7 +78,7 @@ fn gradients_equal_transformers() -> Result<()> {
             .filter_map(|(name, t)| Some((name.strip_prefix("all/grad/")?.to_string(), t.clone())))
             .collect();
         let (_, mut model) = load(name, AttentionKind::Split, DType::F32)?;
-        set_trainable(&mut model, &mut |name| matrices || name.ends_with("bias"))?;
+        set_trainable(&mut model, |name| matrices || name.ends_with("bias"))?;
         let out = model.forward(&input(&io), Mode::Eval)?;
         let loss = (out.pred_masks * &io["all/G_pred_masks"])?.sum_all()?
             + (out.iou_scores * &io["all/G_iou_scores"])?.sum_all()?;
@@ -182,7 +182,7 @@ fn adapters_on_an_encoder_alone_equal_peft() -> Result<()> {
         [("adapter_fused", AttentionKind::Fused), ("adapter_split", AttentionKind::Split)]
     {
         let mut model = vision_model(&vision, kind, DType::F32)?;
-        load_adapter(&mut model, &vision.join(name))?;
+        load_adapter(&mut model, vision.join(name))?;
         let embeddings = model.forward(&io["base/pixel_values"], Mode::Eval)?;
         worst.compare(name, &embeddings, &io[&format!("{name}/image_embeddings")])?;
     }
@@ -222,13 +222,13 @@ fn an_encoder_alone_loads_from_every_kind_of_file() -> Result<()> {
         for (what, tensors) in
             [("prefix", &part), ("bare", &bare), ("below", &below), ("whole", &all)]
         {
-            write_tensors(&path.join("model.safetensors"), tensors)?;
+            write_tensors(path.join("model.safetensors"), tensors)?;
             check(what, DType::F32, 0.0)?;
         }
         for (dtype, tolerance) in [(DType::F16, 0.01), (DType::BF16, 0.1), (DType::F64, 0.0)] {
             let cast = |(name, t): (&String, &Tensor)| Ok((name.clone(), t.to_dtype(dtype)?));
             let cast = part.iter().map(cast).collect::<Result<Tensors>>()?;
-            write_tensors(&path.join("model.safetensors"), &cast)?;
+            write_tensors(path.join("model.safetensors"), &cast)?;
             check(&format!("{dtype:?}"), DType::F32, tolerance)?;
         }
         std::fs::remove_file(path.join("model.safetensors"))?;
@@ -236,7 +236,7 @@ fn an_encoder_alone_loads_from_every_kind_of_file() -> Result<()> {
             bare.iter().map(own).partition(|(name, _)| name.as_str() < "layers.1");
         let mut index = serde_json::Map::new();
         for (file, tensors) in [("1.safetensors", first), ("2.safetensors", second)] {
-            write_tensors(&path.join(file), &tensors)?;
+            write_tensors(path.join(file), &tensors)?;
             index.extend(tensors.keys().map(|name| (name.clone(), file.into())));
         }
         let index = serde_json::json!({"metadata": {}, "weight_map": index}).to_string();

@@ -2,35 +2,18 @@
 //!
 //! The kernel is the staged product of `tests/kernels/gemm.cu`. Unharmed, it is right in every mode.
 
+#[path = "kernels/planted.rs"]
+mod planted;
+
 use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources, Timing};
+use planted::copy_with;
 use std::path::{Path, PathBuf};
 
 const KERNEL: &str = "gemm.cu";
+const FILE: &str = "tests/kernels/gemm.cu";
 const SHARED_BYTES: u32 = 20480;
 /// Rows, columns, depth: more than one tile each way, and enough steps to refill a stage.
 const SIZES: [usize; 3] = [70, 66, 136];
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// A folder with copies of all that the kernel is made of, where `planted` stands in place of `original`.
-fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs").join(name);
-    std::fs::create_dir_all(&folder).unwrap();
-    let headers = std::fs::read_dir(root().join("kernels")).unwrap();
-    let headers = headers.map(|entry| entry.unwrap().path());
-    let headers = headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h"));
-    for path in headers.chain([root().join("tests/kernels").join(KERNEL)]) {
-        let mut text = std::fs::read_to_string(&path).unwrap();
-        if path.ends_with(file) {
-            assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
-            text = text.replace(original, planted);
-        }
-        std::fs::write(folder.join(path.file_name().unwrap()), text).unwrap();
-    }
-    folder
-}
 
 /// What the launches came to in each mode: the largest error, infinite where something is NaN, or the report.
 type Outcomes = Vec<(Mode, Result<f64, String>)>;
@@ -150,7 +133,7 @@ fn line_of(folder: &Path, text: &str) -> String {
 
 #[test]
 fn unharmed_it_is_right_in_every_mode() {
-    let folder = copy_with("none", KERNEL, "constexpr int kTile", "constexpr int kTile");
+    let folder = copy_with("gemm_none", FILE, "constexpr int kTile", "constexpr int kTile");
     for (mode, outcome) in run(&folder, SHARED_BYTES) {
         assert_eq!(outcome, Ok(0.0), "{mode:?}");
     }
@@ -158,7 +141,7 @@ fn unharmed_it_is_right_in_every_mode() {
 
 #[test]
 fn a_missing_wait_is_seen_when_copies_land_late() {
-    let folder = copy_with("wait", KERNEL, "ptx::cp_async_wait_group<1>();", "");
+    let folder = copy_with("gemm_wait", FILE, "ptx::cp_async_wait_group<1>();", "");
     for (mode, outcome) in run(&folder, SHARED_BYTES) {
         let error = outcome.unwrap();
         match mode.timing {
@@ -170,7 +153,7 @@ fn a_missing_wait_is_seen_when_copies_land_late() {
 
 #[test]
 fn a_wait_for_one_group_too_few_is_seen_when_copies_land_late() {
-    let folder = copy_with("wait2", KERNEL, "cp_async_wait_group<1>", "cp_async_wait_group<2>");
+    let folder = copy_with("gemm_wait2", FILE, "cp_async_wait_group<1>", "cp_async_wait_group<2>");
     for (mode, outcome) in run(&folder, SHARED_BYTES) {
         let error = outcome.unwrap();
         assert_eq!(error > 0.0, mode.timing == Timing::Late, "{mode:?}: {error}");
@@ -180,7 +163,7 @@ fn a_wait_for_one_group_too_few_is_seen_when_copies_land_late() {
 #[test]
 fn a_missing_barrier_before_a_stage_is_refilled_is_seen_when_copies_land_early() {
     let barrier = "__syncthreads();  // nobody reads this stage any more";
-    let folder = copy_with("refill", KERNEL, barrier, "");
+    let folder = copy_with("gemm_refill", FILE, barrier, "");
     let outcomes = run(&folder, SHARED_BYTES);
     let early = outcomes.iter().filter(|(mode, _)| mode.timing == Timing::Early && mode.seed != 0);
     for (mode, outcome) in early {
@@ -192,7 +175,7 @@ fn a_missing_barrier_before_a_stage_is_refilled_is_seen_when_copies_land_early()
 #[test]
 fn a_missing_barrier_before_a_stage_is_read_is_seen_when_copies_land_late() {
     let barrier = "__syncthreads();  // everybody's copies have landed";
-    let folder = copy_with("arrive", KERNEL, barrier, "");
+    let folder = copy_with("gemm_arrive", FILE, barrier, "");
     let outcomes = run(&folder, SHARED_BYTES);
     let late = outcomes.iter().filter(|(mode, _)| mode.timing == Timing::Late);
     for (mode, outcome) in late {
@@ -203,7 +186,7 @@ fn a_missing_barrier_before_a_stage_is_read_is_seen_when_copies_land_late() {
 
 #[test]
 fn too_little_shared_memory_is_reported_with_its_line() {
-    let folder = copy_with("short", KERNEL, "constexpr int kTile", "constexpr int kTile");
+    let folder = copy_with("gemm_short", FILE, "constexpr int kTile", "constexpr int kTile");
     let outcomes = run(&folder, SHARED_BYTES - 64);
     let line = line_of(&folder, "ptx::cp_async<16>(&tile");
     assert_reported(&outcomes, &["cp.async touches byte", "of 20416 bytes", &line]);
@@ -213,14 +196,14 @@ fn too_little_shared_memory_is_reported_with_its_line() {
 fn a_write_past_shared_memory_is_reported() {
     let load = "load_tile(shared.x[0], x, m0, p.m, 0, p.k);";
     let write = format!("if (threadIdx.x == 7) memset(&shared + 1, 0, 1);\n    {load}");
-    let folder = copy_with("overrun", KERNEL, load, &write);
+    let folder = copy_with("gemm_overrun", FILE, load, &write);
     assert_reported(&run(&folder, SHARED_BYTES), &["wrote byte 20480 of 20480"]);
 }
 
 #[test]
 fn a_collective_that_one_lane_leaves_out_is_reported() {
     let load = "ptx::ldmatrix_x4(a, &shared.x";
-    let folder = copy_with("diverge", KERNEL, load, &format!("if (lane != 3) {load}"));
+    let folder = copy_with("gemm_diverge", FILE, load, &format!("if (lane != 3) {load}"));
     let line = line_of(&folder, load);
     assert_reported(&run(&folder, SHARED_BYTES), &["divergence", "ldmatrix.x4", &line]);
 }
@@ -228,7 +211,8 @@ fn a_collective_that_one_lane_leaves_out_is_reported() {
 #[test]
 fn a_barrier_that_a_warp_does_not_reach_is_reported() {
     let steps = "for (uint32_t step = 0;";
-    let folder = copy_with("leave", KERNEL, steps, &format!("if (warp == 2) return;\n    {steps}"));
+    let folder =
+        copy_with("gemm_leave", FILE, steps, &format!("if (warp == 2) return;\n    {steps}"));
     let line = line_of(&folder, "// everybody's copies have landed");
     let ended = "threads 64-95 have ended";
     assert_reported(&run(&folder, SHARED_BYTES), &["deadlock", ended, "__syncthreads", &line]);
@@ -238,7 +222,8 @@ fn a_barrier_that_a_warp_does_not_reach_is_reported() {
 #[ignore = "ends the process: run by the test that follows"]
 fn a_read_past_a_tensor() {
     let valid = "valid ? from + uint64_t(row0 + row) * k + k0 + col : from, valid);";
-    let folder = copy_with("asan", KERNEL, valid, &valid.replace(", valid)", " + rows * k, true)"));
+    let folder =
+        copy_with("gemm_asan", FILE, valid, &valid.replace(", valid)", " + rows * k, true)"));
     run(&folder, SHARED_BYTES);
 }
 
@@ -254,7 +239,7 @@ fn a_read_past_a_tensor_is_seen_by_address_sanitizer() {
 #[ignore = "ends the process: run by the test that follows"]
 fn a_race_for_a_stage() {
     let barrier = "__syncthreads();  // nobody reads this stage any more";
-    run(&copy_with("tsan", KERNEL, barrier, ""), SHARED_BYTES);
+    run(&copy_with("gemm_tsan", FILE, barrier, ""), SHARED_BYTES);
 }
 
 #[test]

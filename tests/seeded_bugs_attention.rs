@@ -4,6 +4,8 @@
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "kernels/planted.rs"]
+mod planted;
 
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
@@ -11,12 +13,13 @@ use candle_sam_lora::launch::{AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, RelPosAttention};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::{error, gradients, random, values};
-use device::{cache, kernels, launch_all, Device, Memory};
+use device::{cache, launch_all, Device, Memory};
+use planted::copy_with;
 use std::path::{Path, PathBuf};
 
-const FWD: &str = "rel_pos_attention_fwd.cuh";
-const QUERY: &str = "rel_pos_attention_bwd_query.cuh";
-const SHARED: &str = "rel_pos_attention.cuh";
+const FWD: &str = "rel_pos_attention/fwd.cuh";
+const QUERY: &str = "rel_pos_attention/bwd_query.cuh";
+const SHARED: &str = "rel_pos_attention/common.cuh";
 
 /// Two windows, the second hanging over the grid; ten key rows of ten columns are five tiles of two rows.
 const PROBLEM: AttentionProblem = AttentionProblem {
@@ -32,30 +35,19 @@ const PROBLEM: AttentionProblem = AttentionProblem {
     dropout: None,
 };
 
-/// A folder with copies of the headers, where `planted` stands in place of `original`, and one instance a pass.
-fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join("seeded_bugs")
-        .join(format!("attention_{name}"));
-    std::fs::create_dir_all(&folder).unwrap();
-    for path in std::fs::read_dir(kernels()).unwrap().map(|entry| entry.unwrap().path()) {
-        if path.extension().is_some_and(|e| e == "cuh" || e == "h") {
-            let mut text = std::fs::read_to_string(&path).unwrap();
-            if path.ends_with(file) {
-                assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
-                text = text.replace(original, planted);
-            }
-            std::fs::write(folder.join(path.file_name().unwrap()), text).unwrap();
-        }
-    }
-    let instances = "#include \"rel_pos_attention_fwd.cuh\"\n\
-        #include \"rel_pos_attention_bwd_query.cuh\"\n\
-        #include \"rel_pos_attention_bwd_key.cuh\"\n\
-        using Tile = AttentionTile<float, 16, 16, REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS>;\n\
-        KERNEL(rel_pos_attention_fwd_hd16_cols16_f32, RelPosAttentionFwdParams, 128) { rel_pos_attention_fwd<Tile>(p); }\n\
-        KERNEL(rel_pos_attention_bwd_query_hd16_cols16_f32, RelPosAttentionBwdQueryParams, 128) { rel_pos_attention_bwd_query<Tile>(p); }\n\
-        KERNEL(rel_pos_attention_bwd_key_hd16_f32, RelPosAttentionBwdKeyParams, 128) { rel_pos_attention_bwd_key<KeyTile<float, 16, 32>>(p); }\n";
-    std::fs::write(folder.join("attention.cu"), instances).unwrap();
+/// An instance a pass.
+const INSTANCES: &str = "#include \"rel_pos_attention/fwd.cuh\"\n\
+    #include \"rel_pos_attention/bwd_query.cuh\"\n\
+    #include \"rel_pos_attention/bwd_key.cuh\"\n\
+    using Tile = AttentionTile<float, 16, 16, REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS>;\n\
+    KERNEL(rel_pos_attention_fwd_hd16_cols16_f32, RelPosAttentionFwdParams, 128) { rel_pos_attention_fwd<Tile>(p); }\n\
+    KERNEL(rel_pos_attention_bwd_query_hd16_cols16_f32, RelPosAttentionBwdQueryParams, 128) { rel_pos_attention_bwd_query<Tile>(p); }\n\
+    KERNEL(rel_pos_attention_bwd_key_hd16_f32, RelPosAttentionBwdKeyParams, 128) { rel_pos_attention_bwd_key<KeyTile<float, 16, 32>>(p); }\n";
+
+/// A folder of the kernels, where `planted` stands in place of `original`.
+fn kernels_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
+    let folder = copy_with(&format!("attention_{name}"), file, original, planted);
+    std::fs::write(folder.join("attention.cu"), INSTANCES).unwrap();
     folder
 }
 
@@ -142,7 +134,7 @@ fn run(folder: &Path, change: impl Fn(Launch) -> Launch) -> Outcomes {
 }
 
 fn plant(name: &str, file: &str, original: &str, planted: &str) -> Outcomes {
-    run(&copy_with(name, file, original, planted), |launch| launch)
+    run(&kernels_with(name, file, original, planted), |launch| launch)
 }
 
 /// The modes that `which` picks must all show the bug in the result.
@@ -183,7 +175,7 @@ fn a_missing_barrier_before_a_stage_is_refilled_is_seen_when_copies_land_early()
 
 #[test]
 fn too_little_shared_memory_is_reported() {
-    let folder = copy_with("short", FWD, "#pragma once", "#pragma once");
+    let folder = kernels_with("short", FWD, "#pragma once", "#pragma once");
     let short = |launch: Launch| Launch { shared_bytes: launch.shared_bytes - 64, ..launch };
     for (mode, outcome) in run(&folder, short) {
         let report = outcome.expect_err(&format!("not caught in {mode:?}"));

@@ -5,6 +5,8 @@
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "kernels/planted.rs"]
+mod planted;
 
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::{
@@ -15,13 +17,14 @@ use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::{random, values};
-use device::{kernels, Device, Memory};
+use device::{Device, Memory};
+use planted::copy_with;
 use std::path::{Path, PathBuf};
 
 /// The two instances that run.
 const INSTANCES: &str = r#"
-#include "low_rank.cuh"
-#include "projection_fwd.cuh"
+#include "low_rank/low_rank.cuh"
+#include "projection/fwd.cuh"
 using Input = LowRankTile<__nv_bfloat16, 16, 4, 1, false, false>;
 using Small = ProjectionTile<__nv_bfloat16, 64, 64, 2, 2, false>;
 KERNEL(low_rank_input_64x16_bf16, LowRankParams, LOW_RANK_THREADS) { low_rank<Input>(p); }
@@ -36,19 +39,9 @@ const DROPOUT: Dropout = Dropout { p: 0.5, seed: 3, stream: 1 };
 /// bfloat16 keeps 8 bits.
 const ROUNDING: f64 = 1.0 / 128.0;
 
-/// A folder with copies of the headers, in which `planted` stands in place of `original` in `file`.
-fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs_projection").join(name);
-    std::fs::create_dir_all(&folder).unwrap();
-    let headers = std::fs::read_dir(kernels()).unwrap().map(|entry| entry.unwrap().path());
-    for path in headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h")) {
-        let mut text = std::fs::read_to_string(&path).unwrap();
-        if path.ends_with(file) {
-            assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
-            text = text.replace(original, planted);
-        }
-        std::fs::write(folder.join(path.file_name().unwrap()), text).unwrap();
-    }
+/// A folder of the kernels, in which `planted` stands in place of `original` in `file`.
+fn kernels_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
+    let folder = copy_with(&format!("projection_{name}"), file, original, planted);
     std::fs::write(folder.join("instances.cu"), INSTANCES).unwrap();
     folder
 }
@@ -108,7 +101,7 @@ const WAIT: &str = "        ptx::cp_async_wait_group<kStages - 2>();\n";
 
 #[test]
 fn unharmed_it_is_right_in_every_mode() {
-    let folder = copy_with("none", "tile.cuh", "#pragma once", "#pragma once");
+    let folder = kernels_with("none", "common/tile.cuh", "#pragma once", "#pragma once");
     for (mode, outcome) in run(&folder, 0) {
         let error = outcome.unwrap();
         assert!(error <= ROUNDING, "{mode:?}: {error:e}");
@@ -117,21 +110,21 @@ fn unharmed_it_is_right_in_every_mode() {
 
 #[test]
 fn a_missing_wait_is_seen_when_copies_land_late() {
-    for file in ["projection.cuh", "low_rank.cuh"] {
-        let folder = copy_with(&format!("wait_{file}"), file, WAIT, "");
+    for file in ["projection/common.cuh", "low_rank/low_rank.cuh"] {
+        let folder = kernels_with(&format!("wait_{}", file.replace('/', "_")), file, WAIT, "");
         assert_wrong(&folder, |mode| mode.timing == Timing::Late);
     }
 }
 
 #[test]
 fn a_wait_for_one_group_too_few_is_seen_when_copies_land_late() {
-    let folder = copy_with("wait2", "projection.cuh", WAIT, &WAIT.replace("- 2", "- 1"));
+    let folder = kernels_with("wait2", "projection/common.cuh", WAIT, &WAIT.replace("- 2", "- 1"));
     assert_wrong(&folder, |mode| mode.timing == Timing::Late);
 }
 
 #[test]
 fn a_missing_barrier_in_the_loop_is_seen_when_copies_land_late() {
-    let folder = copy_with("barrier", "projection.cuh", LANDED, "");
+    let folder = kernels_with("barrier", "projection/common.cuh", LANDED, "");
     assert_wrong(&folder, |mode| mode.timing == Timing::Late);
 }
 
@@ -139,11 +132,11 @@ fn a_missing_barrier_in_the_loop_is_seen_when_copies_land_late() {
 #[test]
 fn missing_barriers_of_other_kinds_are_seen_in_some_mode() {
     for (name, file, barrier) in [
-        ("arrive", "low_rank.cuh", LANDED),
-        ("mask", "low_rank.cuh", "            __syncthreads();  // the mask is on\n"),
-        ("reuse", "projection.cuh", "    __syncthreads();  // the stages are free\n"),
+        ("arrive", "low_rank/low_rank.cuh", LANDED),
+        ("mask", "low_rank/low_rank.cuh", "            __syncthreads();  // the mask is on\n"),
+        ("reuse", "projection/common.cuh", "    __syncthreads();  // the stages are free\n"),
     ] {
-        let outcomes = run(&copy_with(name, file, barrier, ""), 0);
+        let outcomes = run(&kernels_with(name, file, barrier, ""), 0);
         let wrong = outcomes.into_iter().filter(|(_, error)| *error.as_ref().unwrap() > ROUNDING);
         assert!(wrong.count() > 0, "{name}: seen in no mode");
     }
@@ -151,7 +144,7 @@ fn missing_barriers_of_other_kinds_are_seen_in_some_mode() {
 
 #[test]
 fn too_little_shared_memory_is_reported() {
-    let folder = copy_with("short", "tile.cuh", "#pragma once", "#pragma once");
+    let folder = kernels_with("short", "common/tile.cuh", "#pragma once", "#pragma once");
     for (mode, outcome) in run(&folder, 256) {
         let report = outcome.expect_err(&format!("not caught in {mode:?}")).to_string();
         assert!(report.contains("cp.async touches byte"), "{mode:?}: {report}");
@@ -161,9 +154,9 @@ fn too_little_shared_memory_is_reported() {
 #[test]
 fn a_product_that_one_warp_leaves_out_is_reported() {
     let store = "    accumulators_to_rows<Tile>(shared, acc);";
-    let folder = copy_with(
+    let folder = kernels_with(
         "leave",
-        "projection_fwd.cuh",
+        "projection/fwd.cuh",
         store,
         &format!("    if (threadIdx.x >= 96) return;\n{store}"),
     );

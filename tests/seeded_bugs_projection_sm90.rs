@@ -6,26 +6,29 @@
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "kernels/planted.rs"]
+mod planted;
 
 use candle_core::{DType, Result};
+use candle_sam_lora::launch::projection::sm90::backward::backward_with;
+use candle_sam_lora::launch::projection::sm90::forward::forward_with;
 use candle_sam_lora::launch::projection::{
     low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
     Problem, ProjectionProblem, Small,
 };
-use candle_sam_lora::launch::projection_bwd_sm90::backward_with;
-use candle_sam_lora::launch::projection_sm90::forward_with;
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::random;
-use device::{kernels, launch_all, Device, Memory};
+use device::{launch_all, Device, Memory};
+use planted::copy_with;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// The instances that run.
 const INSTANCES: &str = r#"
-#include "low_rank.cuh"
-#include "low_rank_split.cuh"
-#include "sm90/projection_bwd_ds_sm90.cuh"
-#include "sm90/projection_fwd_sm90.cuh"
+#include "low_rank/low_rank.cuh"
+#include "low_rank/split.cuh"
+#include "projection/sm90/bwd_ds.cuh"
+#include "projection/sm90/fwd.cuh"
 using T = __nv_bfloat16;
 using Input = LowRankTile<T, 16, 4, 1, false, false>;
 using Grad = LowRankTile<T, 16, 4, 1, false, true>;
@@ -57,22 +60,9 @@ const IN_DIM: usize = 136;
 const OUT_DIM: usize = 136;
 const RANK: usize = 16;
 
-/// A folder with copies of the headers, in which `planted` stands in place of `original` in `file`.
-fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
-    let folder =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs_projection_sm90").join(name);
-    std::fs::create_dir_all(folder.join("sm90")).unwrap();
-    for sub in ["", "sm90"] {
-        let headers = std::fs::read_dir(kernels().join(sub)).unwrap().map(|e| e.unwrap().path());
-        for path in headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h")) {
-            let mut text = std::fs::read_to_string(&path).unwrap();
-            if path.ends_with(file) {
-                assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
-                text = text.replace(original, planted);
-            }
-            std::fs::write(folder.join(sub).join(path.file_name().unwrap()), text).unwrap();
-        }
-    }
+/// A folder of the kernels, in which `planted` stands in place of `original` in `file`.
+fn kernels_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
+    let folder = copy_with(&format!("projection_sm90_{name}"), file, original, planted);
     std::fs::write(folder.join("instances.cu"), INSTANCES).unwrap();
     folder
 }
@@ -142,12 +132,12 @@ fn run(folder: &Path, tile: &str) -> Outcomes {
 
 /// In which modes a planted bug changes the bits of each output, or is reported.
 fn seen(name: &str, file: &str, original: &str, planted: &str) -> Vec<(Mode, [bool; 3])> {
-    differences(&run(&copy_with(name, file, original, planted), BLOCKS))
+    differences(&run(&kernels_with(name, file, original, planted), BLOCKS))
 }
 
 fn differences(harmed: &Outcomes) -> Vec<(Mode, [bool; 3])> {
     static RIGHT: OnceLock<Outcomes> = OnceLock::new();
-    let folder = || copy_with("none", "projection.cuh", "#pragma once", "#pragma once");
+    let folder = || kernels_with("none", "projection/common.cuh", "#pragma once", "#pragma once");
     let right = RIGHT.get_or_init(|| run(&folder(), BLOCKS));
     let differ = |right: &Result<Vec<u8>>, harmed: &Result<Vec<u8>>| {
         harmed.as_ref().map_or(true, |harmed| harmed != right.as_ref().unwrap())
@@ -159,7 +149,7 @@ fn differences(harmed: &Outcomes) -> Vec<(Mode, [bool; 3])> {
 #[test]
 fn a_piece_written_over_before_its_store_has_read_it_is_seen_when_copies_are_late() {
     let wait = "    if (threadIdx.x % kWarp == 0) ptx::cp_async_bulk_wait_group_read<0>();\n";
-    for (mode, seen) in seen("pieces", "sm90/projection_sm90.cuh", wait, "") {
+    for (mode, seen) in seen("pieces", "projection/sm90/common.cuh", wait, "") {
         assert!(
             seen == [true; 3] || mode.timing == Timing::Early,
             "not seen in {mode:?}: {seen:?}"
@@ -171,7 +161,7 @@ fn a_piece_written_over_before_its_store_has_read_it_is_seen_when_copies_are_lat
 #[test]
 fn a_warpgroup_that_does_not_wait_for_its_turn_is_seen() {
     let wait = "if constexpr (Tile::kPingPong) ptx::mbarrier_wait_parity(shared.turn[group], (tiles ^ uint32_t(group) ^ 1) % 2);";
-    let seen = seen("turn", "sm90/projection_sm90.cuh", wait, "");
+    let seen = seen("turn", "projection/sm90/common.cuh", wait, "");
     for kernel in [0, 1] {
         assert!(seen.iter().any(|(_, seen)| seen[kernel]), "{kernel}: {seen:?}");
     }
@@ -182,7 +172,7 @@ const WAIT_TO_STORE: &str = "    ptx::griddepcontrol_wait();\n#pragma unroll\n";
 
 #[test]
 fn s_read_without_waiting_for_its_kernel_is_seen_when_dependents_begin_early() {
-    for (mode, seen) in seen("s", "sm90/projection_fwd_sm90.cuh", WAIT_FOR_S, "") {
+    for (mode, seen) in seen("s", "projection/sm90/fwd.cuh", WAIT_FOR_S, "") {
         assert_eq!(seen, [mode.dependents == Timing::Early, false, false], "{mode:?}");
     }
 }
@@ -192,7 +182,7 @@ fn ds_read_before_its_kernel_has_ended_is_seen_when_dependents_begin_early() {
     let wait = "        ptx::griddepcontrol_wait();\n";
     let product = "        add_low_rank<Tile>(p.problem, acc, row, corner.x, load_left);\n";
     let (original, planted) = ([wait, product].concat(), [product, wait].concat());
-    for (mode, seen) in seen("ds", "sm90/projection_bwd_input_sm90.cuh", &original, &planted) {
+    for (mode, seen) in seen("ds", "projection/sm90/bwd_input.cuh", &original, &planted) {
         assert_eq!(seen, [false, mode.dependents == Timing::Early, false], "{mode:?}");
     }
 }
@@ -200,7 +190,7 @@ fn ds_read_before_its_kernel_has_ended_is_seen_when_dependents_begin_early() {
 /// The reports of the forward, planted where it waits to store; of its blocks that is the one without LoRA, as the other
 /// waits for S.
 fn report(name: &str, planted: &str) -> Vec<(Mode, Result<Vec<u8>>)> {
-    let folder = copy_with(name, "sm90/projection_fwd_sm90.cuh", WAIT_TO_STORE, planted);
+    let folder = kernels_with(name, "projection/sm90/fwd.cuh", WAIT_TO_STORE, planted);
     run(&folder, BLOCKS).into_iter().map(|(mode, [forward, ..])| (mode, forward)).collect()
 }
 
@@ -227,7 +217,7 @@ fn what_is_written_before_the_kernel_before_has_ended_is_reported_when_dependent
 
 #[test]
 fn a_warpgroup_that_does_not_pass_the_other_s_stages_is_seen() {
-    let file = "sm90/projection_bwd_input_sm90.cuh";
+    let file = "projection/sm90/bwd_input.cuh";
     let seen = seen("stages", file, "at.advance(turn * depth);", "at.advance(turn / 2 * depth);");
     assert!(seen.iter().all(|(_, seen)| *seen == [false, true, false]), "{seen:?}");
 }
@@ -237,7 +227,7 @@ fn a_warpgroup_that_does_not_pass_the_other_s_stages_is_seen() {
 fn depth_in_another_order_than_the_other_operand_s_is_seen() {
     let right = "right[n][2 * s], right[n][2 * s + 1]);";
     let planted = "right[n][s], right[n][s + 2]);";
-    let seen = seen("depth", "sm90/projection_bwd_input_sm90.cuh", right, planted);
+    let seen = seen("depth", "projection/sm90/bwd_input.cuh", right, planted);
     assert!(seen.iter().all(|(_, seen)| *seen == [false, true, true]), "{seen:?}");
 }
 
@@ -245,13 +235,13 @@ fn depth_in_another_order_than_the_other_operand_s_is_seen() {
 fn a_stage_whose_third_operand_is_not_waited_for_is_seen() {
     let bytes = "thin ? sizeof(stage) : sizeof(typename Tile::Operands)";
     let planted = "sizeof(typename Tile::Operands)";
-    let seen = seen("thin", "sm90/projection_bwd_input_sm90.cuh", bytes, planted);
+    let seen = seen("thin", "projection/sm90/bwd_input.cuh", bytes, planted);
     assert!(seen.iter().all(|(_, seen)| *seen == [false, false, true]), "{seen:?}");
 }
 
 /// What clusters make of a change in the kernels' common part; the last of the three has none.
 fn in_clusters(name: &str, original: &str, planted: &str) -> Outcomes {
-    run(&copy_with(name, "sm90/projection_sm90.cuh", original, planted), CLUSTERS)
+    run(&kernels_with(name, "projection/sm90/common.cuh", original, planted), CLUSTERS)
 }
 
 const LOAD: &str = "(1 << Tile::kCluster) - 1, x, y + first);";

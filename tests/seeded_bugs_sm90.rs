@@ -9,6 +9,8 @@ mod clusters;
 mod common;
 #[path = "kernels/device.rs"]
 mod device;
+#[path = "kernels/planted.rs"]
+mod planted;
 #[path = "seeded_bugs_sm90/windows.rs"]
 mod windows;
 
@@ -16,34 +18,19 @@ use candle_core::DType;
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
 use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources, Timing};
 use common::{random, values};
-use device::{encode, kernels, Memory};
-use std::path::{Path, PathBuf};
+use device::{encode, Memory};
+use planted::copy_with;
 
 const GEMM: &str = "gemm_sm90.cu";
 const INSTRUCTIONS: &str = "instructions_sm90.cu";
 /// Rows, columns, depth: more than one tile each way, and enough steps to refill a stage.
 const SIZES: [usize; 3] = [70, 66, 456];
 
-/// A folder with copies of all headers and of the file, where `planted` stands in place of `original`.
-fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs_sm90").join(name);
-    std::fs::create_dir_all(folder.join("sm90")).unwrap();
-    for sub in ["", "sm90"] {
-        let headers = std::fs::read_dir(kernels().join(sub)).unwrap().map(|e| e.unwrap().path());
-        for path in headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h")) {
-            let copy = folder.join(sub).join(path.file_name().unwrap());
-            std::fs::write(copy, std::fs::read(path).unwrap()).unwrap();
-        }
-    }
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/sm90").join(file);
-    let text = std::fs::read_to_string(source).unwrap();
-    assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
-    std::fs::write(folder.join(file), text.replace(original, planted)).unwrap();
-    folder
-}
-
-fn emulator(folder: &Path, file: &str) -> Emulator {
-    let sources = Sources::files(folder, vec![folder.join(file)]);
+/// The kernels of `file`, one of `tests/kernels/sm90`, where `planted` stands in place of `original`.
+fn emulator(name: &str, file: &str, original: &str, planted: &str) -> Emulator {
+    let source = format!("tests/kernels/sm90/{file}");
+    let folder = copy_with(&format!("sm90_{name}"), &source, original, planted);
+    let sources = Sources::files(&folder, vec![folder.join(file)]);
     Emulator::new(&sources, &device::cache()).unwrap_or_else(|e| panic!("{e}"))
 }
 
@@ -51,7 +38,7 @@ fn emulator(folder: &Path, file: &str) -> Emulator {
 type Outcomes = Vec<(Mode, Result<f64, String>)>;
 
 fn run(name: &str, original: &str, planted: &str) -> Outcomes {
-    let emulator = emulator(&copy_with(name, GEMM, original, planted), GEMM);
+    let emulator = emulator(name, GEMM, original, planted);
     let [m, n, k] = SIZES;
     let (x, w) = (random(1, (m, k)), random(2, (n, k)));
     let [x, w] = [x, w].map(|t| t.to_dtype(DType::BF16).unwrap());
@@ -182,7 +169,7 @@ fn missing_fences_are_reported() {
 
 /// Runs the store of instructions_sm90.cu; the report.
 fn run_store(name: &str, original: &str, planted: &str) -> Vec<(Mode, Result<(), String>)> {
-    let emulator = emulator(&copy_with(name, INSTRUCTIONS, original, planted), INSTRUCTIONS);
+    let emulator = emulator(name, INSTRUCTIONS, original, planted);
     let input = Memory::from_tensor(&random(1, 128).to_dtype(DType::F16).unwrap());
     let output = Memory::for_elements(256, DType::F16);
     let params: Vec<u8> =

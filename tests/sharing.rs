@@ -20,7 +20,7 @@ fn adapted(seed: u64, targets: &[&str]) -> Result<SamModel> {
     let lora = LoraConfig::new(3).alpha(6.0).dropout(0.3).target_modules(targets.iter().copied());
     inject(&mut model, &lora, seed)?;
     // A fresh B is zero, and an adapter with it nothing.
-    for (name, var) in nn::trainable(&model)? {
+    for (name, var) in nn::trainable_variables(&model)? {
         if name.ends_with("lora_B.weight") {
             let (rows, columns) = var.dims2()?;
             let values = (0..rows * columns).map(|i| ((i as f64 + seed as f64).sin() * 0.3) as f32);
@@ -35,7 +35,7 @@ fn results(model: &SamModel, input: &SamInput, seed: u64) -> Result<Vec<Vec<u32>
     let masks = model.forward(input, Mode::Train { seed })?.pred_masks;
     let grads = masks.sqr()?.mean_all()?.backward()?;
     let mut results = vec![bits(&masks)?];
-    for (name, var) in nn::trainable(model)? {
+    for (name, var) in nn::trainable_variables(model)? {
         let grad = grads.get(&var).ok_or_else(|| anyhow::anyhow!("{name} has no gradient"))?;
         results.push(bits(grad)?);
     }

@@ -1,8 +1,8 @@
 //! Folders of images and masks, prompts drawn from them, and what is refused.
 
 use candle_sam_lora::train::{
-    instances, jittered_box, point_on, sample_indices, target, Dataset, Draws, LabelImage,
-    PromptKind, Symmetry,
+    instances, jittered_box, random_point, sample_indices, target, Dataset, FlipRotate, LabelImage,
+    PromptKind, StepRng,
 };
 use image::{GrayImage, ImageBuffer, Luma, RgbImage};
 use std::path::Path;
@@ -97,8 +97,8 @@ fn prompts_lie_inside_and_boxes_around() {
     let all = instances(&labels, 1);
     let mut seen = std::collections::BTreeSet::new();
     for step in 0..400 {
-        let mut draws = Draws::new(1, "prompt", step);
-        let [x, y] = point_on(&labels, &all[0], &mut draws);
+        let mut draws = StepRng::new(1, "prompt", step);
+        let [x, y] = random_point(&labels, &all[0], &mut draws);
         assert_eq!(labels.get_pixel(x as u32, y as u32).0[0], all[0].label, "({x}, {y})");
         seen.insert((x as u32, y as u32));
         let [x0, y0, x1, y1] = jittered_box(&labels, &all[1], 2.0, &mut draws);
@@ -108,7 +108,7 @@ fn prompts_lie_inside_and_boxes_around() {
     let fixed = PromptKind::Point.fixed(&labels, &all[0]);
     assert_eq!((fixed.len(), &fixed), (5, &PromptKind::Point.fixed(&labels, &all[0])));
     assert_eq!(
-        jittered_box(&labels, &all[0], 0.0, &mut Draws::new(1, "b", 0)),
+        jittered_box(&labels, &all[0], 0.0, &mut StepRng::new(1, "b", 0)),
         [1.0, 2.0, 6.0, 6.0]
     );
 }
@@ -149,7 +149,7 @@ fn symmetries_move_image_and_labels_together() -> anyhow::Result<()> {
     let sample = Dataset::open(&images, &masks, 1)?.load(0)?;
     let mut seen = std::collections::BTreeSet::new();
     for step in 0..100 {
-        let turned = Symmetry::draw(&mut Draws::new(2, "symmetry", step)).apply(sample.clone());
+        let turned = FlipRotate::draw(&mut StepRng::new(2, "symmetry", step)).apply(sample.clone());
         assert!(turned
             .image
             .pixels()

@@ -66,7 +66,7 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     // The adapter is one for the shipped model.
     let config = SamConfig::from_file(model::shipped_model().join("config.json"))?;
     let mut sam = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
-    assert_eq!(load_adapter(&mut sam, &output.join("adapter"))?.rank, 16);
+    assert_eq!(load_adapter(&mut sam, output.join("adapter"))?.rank, 16);
     Ok(())
 }
 
@@ -202,7 +202,7 @@ fn a_loss_that_is_no_number_keeps_the_last_good_adapter() -> anyhow::Result<()> 
     assert!(message.contains("the adapter as it was after step 0, in adapter/"), "{message}");
     assert!(!output.join("metrics.json").exists());
     let adapter = candle_sam_lora::files::read_tensors(
-        &output.join("adapter/adapter_model.safetensors"),
+        output.join("adapter/adapter_model.safetensors"),
         &Device::Cpu,
     )?;
     for (name, tensor) in adapter {

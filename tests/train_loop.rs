@@ -5,10 +5,10 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{trainable, Linear, Mode};
+use candle_sam_lora::nn::{trainable_variables, Linear, Mode};
 use candle_sam_lora::train::{
-    best, previous, since_best, AdamW, AdamWConfig, Decay, Evaluated, EventFile, MetricsCsv,
-    Schedule, Scores, State, Step, Trainer, TrainerConfig,
+    best_evaluation, evaluations_since_best, previous_state_path, AdamW, AdamWConfig, Decay,
+    EventFile, MetricsCsv, Schedule, Scores, State, Step, StepScores, Trainer, TrainerConfig,
 };
 use common::Case;
 use std::path::Path;
@@ -129,7 +129,7 @@ impl Problem {
 }
 
 fn bits(model: &Fit) -> Vec<u32> {
-    let values = trainable(model)
+    let values = trainable_variables(model)
         .expect("parameters")
         .into_iter()
         .flat_map(|(_, var)| var.flatten_all().and_then(|v| v.to_vec1::<f32>()).expect("values"));
@@ -246,7 +246,7 @@ fn a_damaged_state_gives_way_to_the_one_before() -> anyhow::Result<()> {
         trainer.save(&path)?;
         after.push(bits(&model));
     }
-    let (newest, before) = (std::fs::read(&path)?, std::fs::read(previous(&path))?);
+    let (newest, before) = (std::fs::read(&path)?, std::fs::read(previous_state_path(&path))?);
     let spoilt: [(&str, Option<Vec<u8>>); 3] = [
         ("cut", Some(newest[..newest.len() - 5].to_vec())),
         (
@@ -266,16 +266,16 @@ fn a_damaged_state_gives_way_to_the_one_before() -> anyhow::Result<()> {
             Some(bytes) => std::fs::write(&path, bytes)?,
             None => std::fs::remove_file(&path)?,
         }
-        std::fs::write(previous(&path), &before)?;
+        std::fs::write(previous_state_path(&path), &before)?;
         let (model, mut resumed) = problem.start(problem.config)?;
         let damage = resumed.resume(&path)?.expect(what).to_string();
         assert!(damage.contains("state.safetensors"), "{damage}");
         assert_eq!((resumed.steps(), bits(&model)), (1, after[0].clone()), "{what}");
         // The next state saved must not push a damaged one into the place of the good one.
-        assert!(std::fs::read(&path)? == before && !previous(&path).exists(), "{what}");
+        assert!(std::fs::read(&path)? == before && !previous_state_path(&path).exists(), "{what}");
     }
     std::fs::write(&path, b"nothing")?;
-    std::fs::write(previous(&path), b"nothing")?;
+    std::fs::write(previous_state_path(&path), b"nothing")?;
     let (_, mut none) = problem.start(problem.config)?;
     assert!(none.resume(&path).is_err());
     Ok(())
@@ -306,7 +306,7 @@ fn after_a_loss_that_is_no_number_the_last_good_state_is_found() -> anyhow::Resu
             let expected = format!("step {}: the loss is", fails_after + 1);
             assert!(message.contains(&expected), "{message}");
             assert_eq!((trainer.steps(), bits(&model)), (fails_after, before));
-            trainer.go_back(&path)?;
+            trainer.roll_back(&path)?;
             assert_eq!((trainer.steps(), bits(&model)), (good, at_good));
             assert_eq!(trainer.losses().len(), good as usize);
             // The files are as they were.
@@ -316,13 +316,13 @@ fn after_a_loss_that_is_no_number_the_last_good_state_is_found() -> anyhow::Resu
     Ok(())
 }
 
-fn evaluated(step: u64, iou: f64) -> Evaluated {
-    Evaluated { step, scores: Scores { iou, ..Default::default() } }
+fn evaluated(step: u64, iou: f64) -> StepScores {
+    StepScores { step, scores: Scores { iou, ..Default::default() } }
 }
 
 #[test]
 fn the_best_evaluation_is_the_first_of_the_highest() {
-    assert_eq!((best(&[]), since_best(&[])), (None, 0));
+    assert_eq!((best_evaluation(&[]), evaluations_since_best(&[])), (None, 0));
     let run: Vec<_> = [0.5, 0.7, 0.6, 0.7, 0.1]
         .iter()
         .zip(1..)
@@ -330,7 +330,10 @@ fn the_best_evaluation_is_the_first_of_the_highest() {
         .collect();
     for (count, (step, since)) in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)].into_iter().enumerate() {
         let run = &run[..=count];
-        assert_eq!((best(run).map(|best| best.step), since_best(run)), (Some(step), since));
+        assert_eq!(
+            (best_evaluation(run).map(|best| best.step), evaluations_since_best(run)),
+            (Some(step), since)
+        );
     }
 }
 

@@ -1,6 +1,7 @@
 //! Losses and the optimizer against PyTorch's numbers (torch 2.15, float64), and what they refuse.
 
 use candle_core::{Device, Result, Tensor, Var};
+use candle_nn::Optimizer;
 use candle_sam_lora::train::{bce_with_logits, dice_loss, iou, mask_loss, AdamW, AdamWConfig};
 
 fn close(found: &[f32], expected: &[f64], tolerance: f64) {
@@ -138,7 +139,7 @@ fn adamw_refuses_impossible_configurations() -> Result<()> {
     ] {
         assert!(AdamW::new(vec![parameter("p")?], config).is_err(), "{config:?}");
     }
-    assert!(AdamW::new(vec![], CONFIG).is_err());
+    assert!(AdamW::new(Vec::<Var>::new(), CONFIG).is_err());
     assert!(AdamW::new(vec![parameter("p")?, parameter("p")?], CONFIG).is_err());
     Ok(())
 }
@@ -155,9 +156,29 @@ fn adamw_refuses_the_state_of_other_parameters() -> anyhow::Result<()> {
     assert!(message.contains("missing: exp_avg_sq.b"), "{message}");
     assert!(message.contains("surplus: exp_avg_sq.a"), "{message}");
     let narrow = Var::from_tensor(&a.1.narrow(1, 0, 2)?.contiguous()?)?;
-    let mut other = AdamW::new(vec![("a".into(), narrow)], CONFIG)?;
+    let mut other = AdamW::new(vec![("a".to_string(), narrow)], CONFIG)?;
     let message = other.load_state(1, &state).expect_err("other shapes").to_string();
     assert!(message.contains("parameter.a: expected [2, 2], found [2, 3]"), "{message}");
     assert_eq!(other.steps(), 0);
+    Ok(())
+}
+
+#[test]
+fn variables_without_names_train_by_candles_trait() -> Result<()> {
+    fn train<O: Optimizer<Config = AdamWConfig>>(var: &Var) -> Result<O> {
+        let mut optimizer = O::new(vec![var.clone()], CONFIG)?;
+        optimizer.backward_step(&var.as_tensor().sqr()?.sum_all()?)?;
+        Ok(optimizer)
+    }
+    let values = Tensor::new(&[1f32, -2.0], &Device::Cpu)?;
+    let (var, named) = (Var::from_tensor(&values)?, Var::from_tensor(&values)?);
+    let mut optimizer: AdamW = train(&var)?;
+    let mut reference = AdamW::new(vec![("p".to_string(), named.clone())], CONFIG)?;
+    reference.backward_step(&named.as_tensor().sqr()?.sum_all()?)?;
+    assert_eq!(var.to_vec1::<f32>()?, named.to_vec1::<f32>()?);
+    assert!(optimizer.state()?.contains_key("exp_avg.0"));
+    optimizer.set_learning_rate(f64::NAN);
+    let error = optimizer.backward_step(&var.as_tensor().sqr()?.sum_all()?);
+    assert!(error.expect_err("no such rate").to_string().contains("lr must be finite"));
     Ok(())
 }

@@ -3,10 +3,11 @@
 mod common;
 
 use candle_core::{backprop::GradStore, DType, Device, Result, Tensor, Var};
+use candle_nn::Optimizer;
 use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
 use candle_sam_lora::nn::{
-    is_adapter_tensor, named_parameters, trainable, Mode, ModuleTree, NodeMut,
+    is_adapter_tensor, named_parameters, trainable_variables, Mode, ModuleTree, NodeMut,
 };
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
@@ -31,7 +32,7 @@ fn adapted(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
         SamModel::new(&model::config("tiny")?, AttentionKind::Split, dtype, &Device::Cpu)?;
     checkpoint::load(&mut sam, model::folder("tiny"))?;
     if kind != "save_decoder" {
-        load_adapter(&mut sam, &folder(kind))?;
+        load_adapter(&mut sam, folder(kind))?;
         return Ok(sam);
     }
     // The adapter of another kind, and a decoder that is trained from where the base has it.
@@ -39,7 +40,7 @@ fn adapted(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
     inject(&mut sam, &config.modules_to_save(["mask_decoder"]), 0)?;
     let file = folder("modules_to_save").join("adapter_model.safetensors");
     let values = read_tensors(&file, &Device::Cpu)?;
-    for (name, var) in trainable(&sam)? {
+    for (name, var) in trainable_variables(&sam)? {
         if is_adapter_tensor(&name) {
             var.set(&values[&format!("base_model.model.{name}")])?;
         }
@@ -84,7 +85,7 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
     let cases = common::cases("train/mixed_precision.safetensors");
     assert_eq!(cases.len(), 20);
     let inputs =
-        read_tensors(&common::fixtures().join("adapters/inputs.safetensors"), &Device::Cpu)?;
+        read_tensors(common::fixtures().join("adapters/inputs.safetensors"), &Device::Cpu)?;
     let mut failures = Vec::new();
     for case in cases {
         let (kind, dtype) = case.name.split_once('-').expect("a kind and a dtype");
@@ -96,7 +97,7 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
         }
         let (embeddings, gradients) = embeddings_and_gradients(&sam, &case, &inputs, dtype)?;
 
-        let parameters = trainable(&sam)?;
+        let parameters = trainable_variables(&sam)?;
         let names: BTreeMap<_, _> = case
             .tensors()
             .keys()
@@ -180,7 +181,7 @@ fn saved_modules_may_be_f32() -> anyhow::Result<()> {
         })?;
         let (_, gradients) = embeddings_and_gradients(&sam, case, &inputs, dtype)?;
         let (mut ours, mut theirs) = (0.0, 0.0);
-        for (name, var) in trainable(&sam)? {
+        for (name, var) in trainable_variables(&sam)? {
             let key = format!("grad/base_model.model.{name}");
             let Some(truth) = case.get(&key) else { continue };
             let gradient = gradients.get(&var).cloned().map_or_else(|| var.zeros_like(), Ok)?;

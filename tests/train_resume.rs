@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{set_trainable, trainable, Adapter, LayerNorm, Linear, Mode};
-use candle_sam_lora::train::{AdamWConfig, Draws, State, Trainer};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, Adapter, LayerNorm, Linear, Mode};
+use candle_sam_lora::train::{AdamWConfig, State, StepRng, Trainer};
 use serde_json::{json, Map, Value};
 
 struct Model {
@@ -16,7 +16,7 @@ struct Model {
 module_tree!(Model { lin1, norm, lin2 });
 
 fn random(stream: &str, step: u64, rows: usize, cols: usize) -> Result<Tensor> {
-    let mut draws = Draws::new(1, stream, step);
+    let mut draws = StepRng::new(1, stream, step);
     let values: Vec<f32> = (0..rows * cols).map(|_| draws.uniform() as f32 - 0.5).collect();
     Tensor::from_vec(values, (rows, cols), &Device::Cpu)
 }
@@ -43,7 +43,7 @@ impl Model {
             };
             linear.set_adapter(name, adapter);
         }
-        set_trainable(&mut model, &mut |name| name.contains("lora") || name == "norm.weight")?;
+        set_trainable(&mut model, |name| name.contains("lora") || name == "norm.weight")?;
         Ok(model)
     }
 
@@ -55,7 +55,7 @@ impl Model {
 
     fn bits(&self) -> anyhow::Result<Vec<u32>> {
         let mut bits = Vec::new();
-        for (_, var) in trainable(self)? {
+        for (_, var) in trainable_variables(self)? {
             bits.extend(var.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits));
         }
         Ok(bits)
@@ -124,7 +124,7 @@ fn another_runs_state_is_refused_and_named() -> anyhow::Result<()> {
     let message = refused(&mut trainer(&model, 7, 4)?);
     assert!(message.contains("seed 5, not 7"), "{message}");
     let mut other = Model::new()?;
-    set_trainable(&mut other, &mut |name| name.contains("lin1.lora"))?;
+    set_trainable(&mut other, |name| name.contains("lin1.lora"))?;
     let message = refused(&mut trainer(&other, 5, 4)?);
     assert!(message.contains("model: was"), "{message}");
     Ok(())

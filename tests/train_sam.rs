@@ -3,8 +3,9 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::Optimizer;
 use candle_sam_lora::lora::load_adapter;
-use candle_sam_lora::nn::{trainable, Mode};
+use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamInput, SamModel};
 use candle_sam_lora::train::{mask_loss, AdamW, AdamWConfig};
 
@@ -15,8 +16,8 @@ fn five_steps_are_pytorchs() -> anyhow::Result<()> {
     let config = SamConfig::from_file(folder.join("config.json"))?;
     let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
     checkpoint::load(&mut model, &folder)?;
-    load_adapter(&mut model, &common::fixtures().join("adapters/lora_qv"))?;
-    let parameters = trainable(&model)?;
+    load_adapter(&mut model, common::fixtures().join("adapters/lora_qv"))?;
+    let parameters = trainable_variables(&model)?;
     let hyperparameters = AdamWConfig {
         lr: case.number("lr"),
         eps: case.number("eps"),

@@ -8,12 +8,12 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarMap;
 use candle_sam_lora::lora::{
-    adapter_state, add_adapter, inject, load_adapter, merge, merge_and_unload, save_adapter,
-    set_adapter, set_adapter_state, trainable_parameters, unmerge, LoraConfig,
+    adapter_state, add_adapter, count_parameters, inject, load_adapter, merge, merge_and_unload,
+    save_adapter, set_adapter, set_adapter_state, unmerge, LoraConfig,
 };
 use candle_sam_lora::nn::{
-    gradient_checkpoint, named_parameters, randomize, set_trainable, trainable, Buffer, Linear,
-    Mode, ModuleTree, Node,
+    gradient_checkpoint, named_parameters, randomize, set_trainable, trainable_variables, Buffer,
+    Linear, Mode, ModuleTree, Node,
 };
 use candle_sam_lora::sam::checkpoint::{self, Naming};
 use candle_sam_lora::train::{AdamWConfig, Trainer};
@@ -35,8 +35,8 @@ fn lora() -> LoraConfig {
 /// The same model with q, k and v as variables of their own.
 fn separate(vit: &Vit) -> Result<Vit> {
     let mut own = vit.clone();
-    set_trainable(&mut own, &mut |_| false)?;
-    set_trainable(&mut own, &mut |_| true)?;
+    set_trainable(&mut own, |_| false)?;
+    set_trainable(&mut own, |_| true)?;
     Ok(own)
 }
 
@@ -58,11 +58,11 @@ fn training_views_trains_the_variable_behind_them() -> Result<()> {
     let vit = Vit::new(&map, Kept::default())?;
     let own = separate(&vit)?;
     let before = map_bits(&map)?;
-    let names: Vec<String> = trainable(&vit)?.into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
     assert!(names
         .contains(&"layers.0.attn.q.weight+layers.0.attn.k.weight+layers.0.attn.v.weight".into()));
     assert_eq!(names.len(), map.all_vars().len());
-    assert_eq!(trainable_parameters(&vit).trainable, trainable_parameters(&vit).all);
+    assert_eq!(count_parameters(&vit).trainable, count_parameters(&vit).all);
 
     let mut trainer = Trainer::new(&vit, config(), 0, Default::default())?;
     let mut reference = Trainer::new(&own, config(), 0, Default::default())?;
@@ -88,13 +88,13 @@ fn freezing_stops_every_gradient_of_views() -> Result<()> {
     let mut injected = vit.clone();
     inject(&mut injected, &lora(), 0)?;
     assert_eq!(reached(&map, &injected.loss(MODE)?)?, [] as [&str; 0]);
-    assert_eq!(trainable(&injected)?.len(), 8);
+    assert_eq!(trainable_variables(&injected)?.len(), 8);
     for (name, tensor) in named_parameters(&injected) {
         assert_eq!(tensor.track_op(), name.contains("lora_"), "{name}");
     }
-    set_trainable(&mut vit, &mut |_| false)?;
+    set_trainable(&mut vit, |_| false)?;
     assert!(!vit.loss(MODE)?.track_op());
-    assert!(trainable(&vit)?.is_empty());
+    assert!(trainable_variables(&vit)?.is_empty());
     assert_eq!(map_bits(&map)?, before);
     Ok(())
 }
@@ -104,10 +104,8 @@ fn views_of_one_variable_part_when_some_are_frozen() -> Result<()> {
     let map = VarMap::new();
     let mut vit = Vit::new(&map, Kept::default())?;
     let before = map_bits(&map)?;
-    set_trainable(&mut vit, &mut |name| {
-        name.ends_with("attn.q.weight") || name.starts_with("head")
-    })?;
-    let names: Vec<String> = trainable(&vit)?.into_iter().map(|(name, _)| name).collect();
+    set_trainable(&mut vit, |name| name.ends_with("attn.q.weight") || name.starts_with("head"))?;
+    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
     assert_eq!(
         names,
         ["layers.0.attn.q.weight", "layers.1.attn.q.weight", "head.weight", "head.bias"]
@@ -139,7 +137,8 @@ fn a_variable_under_two_names_is_trained_once() -> Result<()> {
     module_tree!(Tied { a, b });
     let var = Var::ones(3, DType::F32, &Device::Cpu)?;
     let tied = Tied { a: var.as_tensor().clone(), b: var.as_tensor().clone() };
-    let names: Vec<String> = trainable(&tied)?.into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> =
+        trainable_variables(&tied)?.into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["a+b"]);
     let sgd_like = AdamWConfig { weight_decay: 0.0, lr: 0.5, ..Default::default() };
     let mut trainer = Trainer::new(&tied, sgd_like, 0, Default::default())?;
@@ -169,7 +168,7 @@ fn what_is_computed_from_a_variable_is_refused_by_name() -> Result<()> {
     let (var, mut model) = computed()?;
     checkpoint::save(&model, &file, Naming::HuggingFace, None)?;
     let errors = [
-        trainable(&model).map(drop),
+        trainable_variables(&model).map(drop),
         Trainer::new(&model, config(), 0, Default::default()).map(drop),
         randomize(&mut model, 0, 0.1),
         checkpoint::load(&mut model, &file),
@@ -186,10 +185,10 @@ fn what_is_computed_from_a_variable_is_refused_by_name() -> Result<()> {
         .to_string();
     assert!(message.contains("weight is computed from a variable"), "{message}");
 
-    set_trainable(&mut model, &mut |_| true)?;
-    assert_eq!(trainable(&model)?.len(), 1);
+    set_trainable(&mut model, |_| true)?;
+    assert_eq!(trainable_variables(&model)?.len(), 1);
     let (_, mut model) = computed()?;
-    set_trainable(&mut model, &mut |_| false)?;
+    set_trainable(&mut model, |_| false)?;
     assert!(!model.linear.weight.track_op());
     let (_, mut model) = computed()?;
     inject(&mut model, &LoraConfig::new(1).target_modules(["linear"]), 0)?;
@@ -204,12 +203,12 @@ fn randomize_keeps_the_variables_of_a_map() -> Result<()> {
     let mut vit = Vit::new(&map, Kept::default())?;
     let before = map_bits(&map)?;
     let mut plain = vit.clone();
-    set_trainable(&mut plain, &mut |_| false)?;
+    set_trainable(&mut plain, |_| false)?;
     for (_, tensor) in named_parameters(&plain) {
         assert!(!tensor.track_op());
     }
     randomize(&mut vit, 5, 0.1)?;
-    assert_eq!(trainable(&vit)?.len(), map.all_vars().len());
+    assert_eq!(trainable_variables(&vit)?.len(), map.all_vars().len());
     assert_eq!(reached(&map, &vit.loss(MODE)?)?.len(), map.all_vars().len());
     let after = map_bits(&map)?;
     assert!(before.iter().all(|(name, before)| after[name] != *before));
@@ -245,7 +244,7 @@ fn checkpoints_load_into_the_variables_behind_views() -> Result<()> {
     let mut vit = Vit::new(&map, Kept::default())?;
     checkpoint::load(&mut vit, &file)?;
     assert_eq!(map_bits(&map)?, map_bits(&saved)?);
-    assert_eq!(trainable(&vit)?.len(), map.all_vars().len());
+    assert_eq!(trainable_variables(&vit)?.len(), map.all_vars().len());
     // And back: q, k and v are written as the map's qkv.
     let back = folder.path().join("back.safetensors");
     checkpoint::save(&vit, &back, Naming::HuggingFace, None)?;
@@ -275,7 +274,7 @@ fn views_of_any_strides_take_values_in_place() -> Result<()> {
         let (var, view) = view;
         var.set(&var.zeros_like()?)?;
         let mut model = Views { views: vec![view.clone()] };
-        assert_eq!(trainable(&model)?[0].1.id(), var.id(), "{what}");
+        assert_eq!(trainable_variables(&model)?[0].1.id(), var.id(), "{what}");
         randomize(&mut model, 1, 1.0)?;
         let mut expected = Views { views: vec![view.zeros_like()?.contiguous()?] };
         randomize(&mut expected, 1, 1.0)?;
@@ -295,7 +294,7 @@ fn merging_leaves_the_map_alone() -> Result<()> {
     let mut vit = Vit::new(&map, Kept::default())?;
     let (base, before) = (map_bits(&map)?, bits(&vit.forward(&vit::input()?, Mode::Eval)?)?);
     inject(&mut vit, &lora(), 0)?;
-    for (_, var) in trainable(&vit)? {
+    for (_, var) in trainable_variables(&vit)? {
         vit::fill(&var)?;
     }
     let adapted = vit.forward(&vit::input()?, Mode::Eval)?;
@@ -321,7 +320,7 @@ fn gradient_checkpointing_of_views_gives_the_same_bits() -> Result<()> {
     let plain = vit.layers[0].forward(&x, MODE)?.sqr()?.sum_all()?.backward()?;
     let y = gradient_checkpoint(&vit.layers[0], &x, |layer, x| layer.forward(x, MODE))?;
     let checkpointed = y.sqr()?.sum_all()?.backward()?;
-    let variables = trainable(&vit.layers[0])?;
+    let variables = trainable_variables(&vit.layers[0])?;
     assert_eq!(variables.len(), 10);
     for (name, var) in variables {
         let (a, b) = (plain.get(&var), checkpointed.get(&var));
@@ -365,10 +364,10 @@ fn adapters_that_are_views_switch_and_load() -> Result<()> {
     add_adapter(&mut vit, "second", &lora(), 1)?;
     set_adapter(&mut vit, &["second"])?;
     assert_eq!(reached_by(&var, &vit.loss(MODE)?)?, 0);
-    let names: Vec<String> = trainable(&vit)?.into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
     assert!(names.iter().all(|name| name.contains(".second.")), "{names:?}");
     set_adapter(&mut vit, &["default"])?;
-    assert_eq!(trainable(&vit)?.len(), 8);
+    assert_eq!(trainable_variables(&vit)?.len(), 8);
     Ok(())
 }
 
@@ -414,7 +413,7 @@ fn views_trained_beside_adapters_become_variables_of_their_own() -> Result<()> {
     let before = map_bits(&map)?;
     let config = LoraConfig::new(2).target_modules(["q", "v"]).modules_to_save(["layers.1.attn.k"]);
     inject(&mut vit, &config, 0)?;
-    let names: Vec<String> = trainable(&vit)?.into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
     assert!(names.contains(&"layers.1.attn.k.weight".to_string()), "{names:?}");
     let mut trainer = Trainer::new(&vit, self::config(), 0, Default::default())?;
     trainer.step(|_, mode| vit.loss(mode))?;
@@ -462,6 +461,6 @@ fn a_tree_counts_views_as_trainable() -> Result<()> {
     });
     assert_eq!((views, variables), (12, 20));
     let elements: usize = map.all_vars().iter().map(|var| var.elem_count()).sum();
-    assert_eq!(trainable_parameters(&vit).trainable, elements);
+    assert_eq!(count_parameters(&vit).trainable, elements);
     Ok(())
 }

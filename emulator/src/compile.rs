@@ -1,6 +1,6 @@
 //! From kernel sources to a shared library, object by object, each cached by the hash of all that goes into it.
 
-use crate::files::{for_hopper, with_extensions};
+use crate::files::with_extensions;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -11,8 +11,7 @@ use std::sync::Mutex;
 /// What to compile.
 #[derive(Clone, Debug)]
 pub struct Sources {
-    /// The folder with the headers; of its `.cu` files and those in its folder `sm90` every one is compiled, unless
-    /// `files` names others.
+    /// The folder with the headers. All `.cu` files below it are compiled, unless `files` names others.
     pub kernels: PathBuf,
     /// Compile these `.cu` files instead, against the headers of that folder.
     pub files: Option<Vec<PathBuf>>,
@@ -38,10 +37,9 @@ impl Sources {
         let runtime = with_extensions(&here.join("runtime"), &["cpp"])?;
         let kernels = match &self.files {
             Some(files) => files.clone(),
-            None => kernel_files(&self.kernels, &["cu"])?,
+            None => with_extensions(&self.kernels, &["cu"])?,
         };
         let mut headers = with_extensions(&here.join("include"), &["h"])?;
-        headers.extend(with_extensions(&here.join("include/emulator"), &["h"])?);
         headers.extend(with_extensions(&here.join("runtime"), &["h"])?);
         let compiler = Compiler::new(self)?;
 
@@ -72,13 +70,6 @@ impl Sources {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// Those of a folder of kernels and of its folder `sm90`, if there is one.
-fn kernel_files(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, String> {
-    let mut files = with_extensions(folder, extensions)?;
-    files.extend(for_hopper(folder, extensions)?);
-    Ok(files)
 }
 
 struct Compiler {
@@ -164,7 +155,7 @@ impl Compiler {
         (&self.version, &flags, source).hash(&mut hasher);
         let mut files = headers.to_vec();
         if !is_runtime {
-            files.extend(kernel_files(&self.kernels, &["cuh", "h"])?);
+            files.extend(with_extensions(&self.kernels, &["cuh", "h"])?);
         }
         files.push(source.to_path_buf());
         for file in &files {

@@ -3,7 +3,7 @@
 use super::draw;
 use super::options::Options;
 use super::run::Outcome;
-use candle_sam_lora::train::{best, Evaluation, Prompt, Sample, Scores};
+use candle_sam_lora::train::{best_evaluation, Evaluation, Prompt, Sample, Scores};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
 
@@ -51,7 +51,7 @@ pub fn metrics(
         "mean_iou_after": outcome.after.iou,
         "before": outcome.before,
         "after": outcome.after,
-        "best": best(&outcome.evaluations),
+        "best": best_evaluation(&outcome.evaluations),
         "evaluations": outcome.evaluations,
         "held_out": images.collect::<Vec<Value>>(),
         "losses": outcome.losses,

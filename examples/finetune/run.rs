@@ -11,11 +11,11 @@ use super::{model, processor, report};
 use anyhow::bail;
 use candle_core::{DType, Device};
 use candle_sam_lora::lora::{
-    eject, inject, save_adapter, trainable_parameters, LoraConfig, ModuleNames,
+    count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames,
 };
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{evaluate, Batch, Dataset, Evaluated, PromptKind, Scores, Trainer};
+use candle_sam_lora::train::{evaluate, Batch, Dataset, PromptKind, Scores, StepScores, Trainer};
 use candle_sam_lora::{files, Result};
 use serde_json::{json, Map};
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ pub struct Outcome {
     /// The same with it.
     pub after: Scores,
     /// The same on the way.
-    pub evaluations: Vec<Evaluated>,
+    pub evaluations: Vec<StepScores>,
     /// The loss of each step.
     pub losses: Vec<f32>,
 }
@@ -49,7 +49,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         DTypeArg::Bf16 => DType::BF16,
     };
     let (config, mut sam) = model::load_model(&folder, options.lora.attention(), dtype, &device)?;
-    set_trainable(&mut sam, &mut |_| false)?;
+    set_trainable(&mut sam, |_| false)?;
     let processor = processor::from_folder(&folder, &config)?;
     let (train, held_out) = datasets(options)?;
 
@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let before = judge(&sam, options.overlays)?;
     let (mut lora, names) = adapt_encoder(&mut sam, options)?;
     say(format!("adapters on {names} linear layers of the image encoder"));
-    let trainable = trainable_parameters(&sam).to_string();
+    let trainable = count_parameters(&sam).to_string();
     say(&trainable);
 
     let mask_size = 4 * config.vision_config.grid_size();
@@ -88,14 +88,14 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     // A frozen clone has the same tensors, but its evaluation builds no graph.
     let evaluate = || {
         let mut sam = sam.clone();
-        set_trainable(&mut sam, &mut |_| false)?;
+        set_trainable(&mut sam, |_| false)?;
         Ok(report::mean(&judge(&sam, 0)?))
     };
     let eval_steps = options.eval_steps(train.len());
     Run { options, sam: &sam, lora: &lora, eval_steps }.steps(&mut trainer, loss, evaluate)?;
 
-    save_adapter(&sam, &lora, &options.output.join(ADAPTER))?;
-    set_trainable(&mut sam, &mut |_| false)?;
+    save_adapter(&sam, &lora, options.output.join(ADAPTER))?;
+    set_trainable(&mut sam, |_| false)?;
     let after = judge(&sam, options.overlays)?;
     write_pictures(options, trainer.losses(), &before, &after)?;
     let outcome = Outcome {
@@ -105,7 +105,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         losses: trainer.losses().to_vec(),
     };
     let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
-    files::write_atomic(&options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
+    files::write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
     let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
     say(format!(
         "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
@@ -128,7 +128,7 @@ fn datasets(options: &Options) -> anyhow::Result<(Dataset, Dataset)> {
         let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
         let part = |part: &str| {
             let folder = |kind: &str| nuclei.join(part).join(kind);
-            Dataset::open(&folder("images"), &folder("masks"), options.min_area)
+            Dataset::open(folder("images"), folder("masks"), options.min_area)
         };
         return Ok((part("train")?, part("heldout")?));
     };
@@ -159,7 +159,7 @@ fn adapt_encoder(sam: &mut SamModel, options: &Options) -> Result<(LoraConfig, u
     let in_encoder = |name: &String| name.starts_with("vision_encoder.");
     let mut adapted = inject(sam, &config, options.seed)?;
     if !adapted.iter().all(in_encoder) {
-        eject(sam)?;
+        unload(sam)?;
         config.exclude_modules = Some(ModuleNames::Regex(r"(?!vision_encoder\.).*".into()));
         adapted = inject(sam, &config, options.seed)?;
     }

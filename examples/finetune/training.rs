@@ -8,7 +8,9 @@ use candle_core::Tensor;
 use candle_sam_lora::lora::{save_adapter, LoraConfig};
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::SamModel;
-use candle_sam_lora::train::{best, since_best, EventFile, MetricsCsv, Scores, Step, Trainer};
+use candle_sam_lora::train::{
+    best_evaluation, evaluations_since_best, EventFile, MetricsCsv, Scores, Step, Trainer,
+};
 use candle_sam_lora::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -55,8 +57,9 @@ impl Run<'_> {
             let scores = due.then(&evaluate).transpose()?;
             if let Some(scores) = scores {
                 trainer.note(scores);
-                if best(trainer.evaluations()).is_some_and(|best| best.step == made.step) {
-                    save_adapter(self.sam, self.lora, &options.output.join(BEST))?;
+                if best_evaluation(trainer.evaluations()).is_some_and(|best| best.step == made.step)
+                {
+                    save_adapter(self.sam, self.lora, options.output.join(BEST))?;
                 }
             }
             log.note(&made, scores.as_ref())?;
@@ -76,7 +79,7 @@ impl Run<'_> {
             }
         }
         bar.finish();
-        if let Some(best) = best(trainer.evaluations()) {
+        if let Some(best) = best_evaluation(trainer.evaluations()) {
             if self.impatient(trainer) {
                 say(format!(
                     "stopped after step {}: no better than step {}",
@@ -93,7 +96,7 @@ impl Run<'_> {
     fn impatient(&self, trainer: &Trainer) -> bool {
         self.options.patience.is_some_and(|patience| {
             !trainer.evaluations().is_empty()
-                && since_best(trainer.evaluations()) >= patience.max(1)
+                && evaluations_since_best(trainer.evaluations()) >= patience.max(1)
         })
     }
 
@@ -104,13 +107,13 @@ impl Run<'_> {
         error: candle_core::Error,
     ) -> anyhow::Result<anyhow::Error> {
         let output = &self.options.output;
-        trainer.go_back(&output.join(STATE))?;
-        save_adapter(self.sam, self.lora, &output.join(ADAPTER))?;
+        trainer.roll_back(output.join(STATE))?;
+        save_adapter(self.sam, self.lora, output.join(ADAPTER))?;
         Ok(anyhow!(
             "{error}\nkept in {}: the adapter as it was after step {}, in {ADAPTER}/{}",
             output.display(),
             trainer.steps(),
-            match best(trainer.evaluations()) {
+            match best_evaluation(trainer.evaluations()) {
                 Some(best) => format!("; the best one, of step {}, in {BEST}/", best.step),
                 None => String::new(),
             }
@@ -126,9 +129,9 @@ struct Log {
 
 impl Log {
     fn open(options: &Options, steps: u64) -> Result<Self> {
-        let events = || EventFile::create(&options.output.join(TENSORBOARD), steps);
+        let events = || EventFile::create(options.output.join(TENSORBOARD), steps);
         Ok(Self {
-            table: MetricsCsv::open(&options.output.join(TABLE), steps)?,
+            table: MetricsCsv::open(options.output.join(TABLE), steps)?,
             events: options.tensorboard.then(events).transpose()?,
         })
     }

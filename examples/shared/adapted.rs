@@ -33,5 +33,5 @@ pub fn kind_of(adapter: &Path) -> Result<AttentionKind> {
 /// Puts an adapter into a model and freezes it all.
 pub fn adapt(model: &mut dyn ModuleTree, adapter: &Path) -> Result<()> {
     load_adapter(model, adapter)?;
-    set_trainable(model, &mut |_| false)
+    set_trainable(model, |_| false)
 }

@@ -26,7 +26,7 @@ pub fn fill(image: &mut RgbImage, mask: &[bool], colour: [u8; 3]) {
     }
 }
 
-/// Draws the pixels of a mask that have a 4-neighbour outside it.
+/// StepRng the pixels of a mask that have a 4-neighbour outside it.
 pub fn outline(image: &mut RgbImage, mask: &[bool], colour: [u8; 3]) {
     let (width, height) = (image.width() as usize, image.height() as usize);
     let inside = |x: usize, y: usize| mask.get(y * width + x).copied().unwrap_or(false);
@@ -47,7 +47,7 @@ pub fn outline(image: &mut RgbImage, mask: &[bool], colour: [u8; 3]) {
     }
 }
 
-/// Draws a cross at a point, or as much of it as the image has.
+/// StepRng a cross at a point, or as much of it as the image has.
 pub fn cross(image: &mut RgbImage, [x, y]: [f32; 2], colour: [u8; 3]) {
     let arm = (image.width().min(image.height()) / 100).max(2) as i64;
     for step in -arm..=arm {
@@ -56,7 +56,7 @@ pub fn cross(image: &mut RgbImage, [x, y]: [f32; 2], colour: [u8; 3]) {
     }
 }
 
-/// Draws the sides of a box, or as much of them as the image has.
+/// StepRng the sides of a box, or as much of them as the image has.
 pub fn rectangle(image: &mut RgbImage, sides: [f32; 4], colour: [u8; 3]) {
     let [x0, y0, x1, y1] = sides.map(|side| side as i64);
     for x in x0..=x1 {

@@ -16,9 +16,9 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     }
     file("preprocessor_config.json", bytes);
     let _ = SamProcessor::from_folder(folder(), 1024);
-    if let Ok(config) = LoraConfig::read(&file("adapter_config.json", bytes)) {
+    if let Ok(config) = LoraConfig::load(&file("adapter_config.json", bytes)) {
         let again = file("again.json", config.to_json().unwrap().as_bytes());
-        let again = LoraConfig::read(&again).unwrap();
+        let again = LoraConfig::load(&again).unwrap();
         assert_eq!(again.rank_pattern, config.rank_pattern);
         assert_eq!(again.target_modules, config.target_modules);
         // Ranks up to the limit are real allocations, which are not the point here.

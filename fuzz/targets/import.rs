@@ -3,7 +3,7 @@
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, Tensor};
-use candle_sam_lora::lora::{import_lora, load_adapter, load_adapter_tensors, write_adapter};
+use candle_sam_lora::lora::{read_samed_adapter, load_adapter, load_adapter_tensors, write_adapter};
 use candle_sam_lora::{files, module_tree, nn};
 use candle_sam_lora_fuzz::{bits, file, folder};
 use std::collections::BTreeMap;
@@ -137,7 +137,7 @@ libfuzzer_sys::fuzz_target!(|input: Input| {
     let blocks =
         input.blocks.map(|blocks| blocks.iter().map(|b| *b as usize % 4).collect::<Vec<_>>());
     let any = file("any.safetensors", input.bytes);
-    let _ = import_lora(&Model::new(), &any, blocks.as_deref());
+    let _ = read_samed_adapter(&Model::new(), &any, blocks.as_deref());
 
     let numbers = input.layers.iter().enumerate();
     let layers = numbers.flat_map(|(n, layer)| matrices(layer, input.counted.then_some(n)));
@@ -151,7 +151,7 @@ libfuzzer_sys::fuzz_target!(|input: Input| {
     files::write_tensors(&path, &tensors).unwrap();
     let mut model = Model::new();
     let before = bits(&model);
-    let Ok((config, imported)) = import_lora(&model, &path, blocks.as_deref()) else { return };
+    let Ok((config, imported)) = read_samed_adapter(&model, &path, blocks.as_deref()) else { return };
     // A matrix without its other half, or of another layer's shape, is found here.
     if load_adapter_tensors(&mut model, "default", &config, imported.clone()).is_err() {
         assert_eq!(bits(&model), before);

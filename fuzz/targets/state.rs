@@ -42,7 +42,7 @@ impl Name<'_> {
 
 fn resume(path: &Path) {
     let mut model = Small::new();
-    set_trainable(&mut model, &mut |_| true).unwrap();
+    set_trainable(&mut model, |_| true).unwrap();
     let before = bits(&model);
     let mut trainer = Trainer::new(&model, AdamWConfig::default(), 1, Default::default()).unwrap();
     if trainer.resume(path).is_err() {
@@ -55,7 +55,7 @@ libfuzzer_sys::fuzz_target!(|input: Input| {
     let path = file("state.safetensors", input.bytes);
     assert!(State::load(&path, &Device::Cpu).is_err() || input.bytes.len() > 100);
     let mut model = Small::new();
-    set_trainable(&mut model, &mut |_| true).unwrap();
+    set_trainable(&mut model, |_| true).unwrap();
     let path = folder().join("state");
     Trainer::new(&model, AdamWConfig::default(), 1, Default::default())
         .unwrap()

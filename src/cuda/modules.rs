@@ -16,7 +16,7 @@ pub(super) fn cover((major, minor): (i32, i32)) -> bool {
     CAPABILITIES.first().is_some_and(|&lowest| i64::from(lowest) <= i64::from(10 * major + minor))
 }
 
-/// Whether there is code for Hopper (`kernels/sm90`), which runs on this compute capability alone.
+/// Whether there is code for Hopper (`kernels/*/sm90`), which runs on this compute capability alone.
 pub(super) fn cover_hopper(capability: (i32, i32)) -> bool {
     capability == (9, 0) && CAPABILITIES.contains(&90)
 }

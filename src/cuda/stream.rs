@@ -3,7 +3,7 @@
 use super::context::{self, properties, Properties};
 use super::kernels::{kernels, Kernels};
 use super::modules;
-use crate::launch::projection_sm90::Hopper;
+use crate::launch::projection::sm90::forward::Hopper;
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuLaunchKernelEx, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,

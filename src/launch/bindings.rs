@@ -486,7 +486,7 @@ const _: () = {
     ["Offset of field: LowRankSplitParams::unscale"]
         [::std::mem::offset_of!(LowRankSplitParams, unscale) - 72usize];
 };
-#[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie\n in memory is the kernel's (low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
+#[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie\n in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LowRankPart {

@@ -1,4 +1,4 @@
-//! DoRA's row norms: `kernels/dora_norm.cuh`.
+//! DoRA's row norms: `kernels/dora/norm.cuh`.
 
 use super::bindings::{
     device_ptr, DoraNormParams, DORA_NORM_RANK, DORA_NORM_ROWS, DORA_NORM_SHARED_BYTES,

@@ -1,4 +1,4 @@
-//! Dropout masks on the device: `kernels/philox.cuh`, and dropout on its own, `kernels/dropout.cu`.
+//! Dropout masks on the device: `kernels/common/philox.cuh`, and dropout on its own, `kernels/dropout/dropout.cu`.
 
 use super::bindings::{device_ptr, DropoutMask, DropoutParams, DROPOUT_THREADS};
 use super::{narrow, Launch};

@@ -1,12 +1,12 @@
 //! Hopper's kernels in families, and whose kernels an operation launches.
 
+use super::projection::sm90::forward::Hopper;
 use super::projection::{self, Problem};
-use super::projection_sm90::{self, Hopper};
+use super::rel_pos_attention::sm90::backward as attention_bwd_sm90;
+use super::rel_pos_attention::sm90::forward as attention_sm90;
+use super::rel_pos_attention::sm90::windows as windows_sm90;
 use super::rel_pos_attention::{self as attention, Inputs};
-use super::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
-use super::rel_pos_attention_sm90 as attention_sm90;
-use super::rel_pos_attention_window_sm90 as windows_sm90;
-use super::{device_ptr, projection_bwd_sm90, tiles, AttentionProblem, Launch};
+use super::{device_ptr, tiles, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 use std::fmt;
 
@@ -54,7 +54,7 @@ impl Family {
 
     /// The family with kernels for projections.
     pub fn of_projections(problem: &Problem<'_>, dtype: DType, device: Hopper) -> Option<Self> {
-        let covered = projection_sm90::covers(problem, dtype, device.clusters);
+        let covered = projection::sm90::forward::covers(problem, dtype, device.clusters);
         covered.unwrap_or(false).then_some(Self::Projection)
     }
 }
@@ -160,7 +160,7 @@ impl Implementation {
         operands: &projection::ForwardOperands<'_>,
     ) -> Result<Vec<Launch>> {
         let native = match self.hopper() {
-            Some(device) => projection_sm90::forward(problem, dtype, operands, device)?,
+            Some(device) => projection::sm90::forward::forward(problem, dtype, operands, device)?,
             None => None,
         };
         native.map_or_else(|| projection::forward(problem, dtype, operands), Ok)
@@ -177,7 +177,7 @@ impl Implementation {
         operands: &projection::BackwardOperands<'_>,
     ) -> Result<Vec<Launch>> {
         let native = match self.hopper() {
-            Some(device) => projection_bwd_sm90::backward(problem, dtype, operands, device)?,
+            Some(device) => projection::sm90::backward::backward(problem, dtype, operands, device)?,
             None => None,
         };
         native.map_or_else(|| projection::backward(problem, dtype, operands), Ok)
@@ -187,7 +187,7 @@ impl Implementation {
 #[cfg(test)]
 mod tests {
     use super::super::projection::{Activation, ProjectionProblem, Small};
-    use super::super::rel_pos_attention::tests::GLOBAL;
+    use super::super::rel_pos_attention::portable::tests::GLOBAL;
     use super::*;
 
     const HOPPER: Hopper = Hopper { multiprocessors: 132, clusters: true };

@@ -1,4 +1,4 @@
-//! LayerNorm: `kernels/layer_norm_fwd.cuh`, `kernels/layer_norm_bwd.cuh`.
+//! LayerNorm: `kernels/layer_norm/fwd.cuh`, `kernels/layer_norm/bwd.cuh`.
 
 use super::bindings::{
     device_ptr, LayerNormBwdParams, LayerNormBwdWeightParams, LayerNormFwdParams,

@@ -1,4 +1,4 @@
-//! The last step of a sum over rows: `kernels/sum_partials.cu`.
+//! The last step of a sum over rows: `kernels/sum_partials/sum_partials.cu`.
 
 use super::bindings::{device_ptr, SumPartialsParams, SUM_PARTIALS_THREADS};
 use super::Launch;

@@ -10,7 +10,7 @@
 //! grids of 40 and 80, of 16 for windows of 14.
 
 use super::measured::MEASURED;
-use super::projection_sm90;
+use super::projection;
 use candle_core::DType;
 use std::cell::{Cell, RefCell};
 
@@ -88,9 +88,9 @@ pub fn candidates(family: &str, bytes: usize, shape: [usize; 2]) -> Vec<&'static
     } else if ATTENTION.contains(&family) {
         attention_columns(bytes, shape[0]).map(|(_, name)| name).collect()
     } else if family == PROJECTION[2] {
-        projection_sm90::FORWARD_TILES.to_vec()
+        projection::sm90::forward::FORWARD_TILES.to_vec()
     } else if family == PROJECTION[3] {
-        projection_sm90::BACKWARD_TILES.to_vec()
+        projection::sm90::forward::BACKWARD_TILES.to_vec()
     } else if PROJECTION.contains(&family) {
         SQUARES.to_vec()
     } else {
@@ -159,8 +159,13 @@ pub(super) fn attention(family: &str, dtype: DType, head_dim: usize, width: usiz
 
 #[cfg(test)]
 mod tests {
-    use super::super::{projection, projection_bwd_sm90, projection_sm90, rel_pos_attention};
-    use super::super::{rel_pos_attention_bwd_sm90, rel_pos_attention_sm90};
+    use super::super::projection::sm90::{
+        backward as projection_bwd_sm90, forward as projection_sm90,
+    };
+    use super::super::rel_pos_attention::sm90::{
+        backward as rel_pos_attention_bwd_sm90, forward as rel_pos_attention_sm90,
+    };
+    use super::super::{projection, rel_pos_attention};
     use super::super::{AttentionProblem, Launch};
     use super::*;
     use candle_core::Result;

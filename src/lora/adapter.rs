@@ -27,7 +27,11 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// When the model carries no adapter or a merged one, or the folder cannot be written: an adapter that was there
 /// before is then still there, unless the very last step failed, the exchange of complete files; then the folder has
 /// no configuration and does not load.
-pub fn save_adapter(model: &dyn ModuleTree, config: &LoraConfig, dir: &Path) -> Result<()> {
+pub fn save_adapter(
+    model: &dyn ModuleTree,
+    config: &LoraConfig,
+    dir: impl AsRef<Path>,
+) -> Result<()> {
     save_named_adapter(model, DEFAULT_ADAPTER, config, dir)
 }
 
@@ -40,7 +44,7 @@ pub fn save_named_adapter(
     model: &dyn ModuleTree,
     name: &str,
     config: &LoraConfig,
-    dir: &Path,
+    dir: impl AsRef<Path>,
 ) -> Result<()> {
     write_adapter(config, &named_adapter_state(model, name, config)?, dir)
 }
@@ -52,13 +56,14 @@ pub fn save_named_adapter(
 pub fn write_adapter(
     config: &LoraConfig,
     tensors: &BTreeMap<String, Tensor>,
-    dir: &Path,
+    dir: impl AsRef<Path>,
 ) -> Result<()> {
+    let dir = dir.as_ref();
     let json = config.to_json()?;
     files::create_dir(dir)?;
     let config_path = dir.join(CONFIG_FILE);
     config.refused_task_type().iter().for_each(|line| warn(&config_path.display(), line));
-    let staged_tensors = files::stage_tensors(&dir.join(TENSORS_FILE), tensors)?;
+    let staged_tensors = files::stage_tensors(dir.join(TENSORS_FILE), tensors)?;
     let staged_config = files::stage(&config_path, |file| file.write_all(json.as_bytes()))?;
     match std::fs::read(&config_path) {
         Ok(old) if old == json.as_bytes() => return staged_tensors.commit(),
@@ -77,7 +82,7 @@ pub fn write_adapter(
 /// # Errors
 /// When a file cannot be read or is not what it should be, the configuration is not supported or does not fit this
 /// model, and [`Error::Mismatch`] with every missing, surplus and mis-shaped tensor. The model is unchanged then.
-pub fn load_adapter(model: &mut dyn ModuleTree, dir: &Path) -> Result<LoraConfig> {
+pub fn load_adapter(model: &mut dyn ModuleTree, dir: impl AsRef<Path>) -> Result<LoraConfig> {
     load_named_adapter(model, DEFAULT_ADAPTER, dir)
 }
 
@@ -91,8 +96,9 @@ pub fn load_adapter(model: &mut dyn ModuleTree, dir: &Path) -> Result<LoraConfig
 pub fn load_named_adapter(
     model: &mut dyn ModuleTree,
     name: &str,
-    dir: &Path,
+    dir: impl AsRef<Path>,
 ) -> Result<LoraConfig> {
+    let dir = dir.as_ref();
     let (config, file) = open_adapter(dir)?;
     let plan = Plan::new(model, name, &config)
         .map_err(|e| Error::file(dir.join(CONFIG_FILE), format!("does not fit this model: {e}")))?;
@@ -143,14 +149,15 @@ fn fill(
 ///
 /// # Errors
 /// When a file cannot be read or is not what it should be.
-pub fn read_adapter(dir: &Path) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
+pub fn read_adapter(dir: impl AsRef<Path>) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
+    let dir = dir.as_ref();
     let (config, file) = open_adapter(dir)?;
     Ok((config, file.read_all(&Device::Cpu)?))
 }
 
 /// As [`read_adapter`], of the tensors the header alone: what does not fit a model is refused by it.
 pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorFile)> {
-    let config = LoraConfig::read(&dir.join(CONFIG_FILE))?;
+    let config = LoraConfig::load(dir.join(CONFIG_FILE))?;
     let mut file = TensorFile::open(dir.join(TENSORS_FILE))?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         let shapes: BTreeMap<_, _> =

@@ -61,19 +61,19 @@ impl ModuleNames {
 /// One value, or a list of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum OneOrMany<T> {
+pub enum ValueOrList<T> {
     /// Written without brackets.
-    One(T),
+    Value(T),
     /// A list.
-    Many(Vec<T>),
+    List(Vec<T>),
 }
 
-impl<T> OneOrMany<T> {
+impl<T> ValueOrList<T> {
     /// The values; one is a list of one.
     pub fn as_slice(&self) -> &[T] {
         match self {
-            Self::One(value) => std::slice::from_ref(value),
-            Self::Many(values) => values,
+            Self::Value(value) => std::slice::from_ref(value),
+            Self::List(values) => values,
         }
     }
 }
@@ -124,10 +124,10 @@ pub struct LoraConfig {
     /// Of the layers that a name in a list of `target_modules` matches by its end, only those in blocks with these
     /// indices. The index is the first number in the path after `layers_pattern`, or after any component.
     #[serde(default)]
-    pub layers_to_transform: Option<OneOrMany<i64>>,
+    pub layers_to_transform: Option<ValueOrList<i64>>,
     /// What stands before a block's index, as `layers`: regular expressions of dotted components.
     #[serde(default)]
-    pub layers_pattern: Option<OneOrMany<String>>,
+    pub layers_pattern: Option<ValueOrList<String>>,
     /// Rank stabilisation.
     #[serde(default)]
     pub use_rslora: bool,
@@ -265,13 +265,13 @@ impl LoraConfig {
     /// Adapts only the blocks with these indices.
     pub fn layers_to_transform(self, indices: impl IntoIterator<Item = i64>) -> Self {
         let indices = indices.into_iter().collect();
-        Self { layers_to_transform: Some(OneOrMany::Many(indices)), ..self }
+        Self { layers_to_transform: Some(ValueOrList::List(indices)), ..self }
     }
 
     /// Names what stands before the index of a block.
     pub fn layers_pattern<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
         let names = names.into_iter().map(Into::into).collect();
-        Self { layers_pattern: Some(OneOrMany::Many(names)), ..self }
+        Self { layers_pattern: Some(ValueOrList::List(names)), ..self }
     }
 
     /// Trains and saves these modules whole.
@@ -367,9 +367,9 @@ impl LoraConfig {
                 return refuse(format!("{name} cannot be used when target_modules is a string"));
             }
         }
-        let pattern = self.layers_pattern.as_ref().map_or(&[][..], OneOrMany::as_slice);
+        let pattern = self.layers_pattern.as_ref().map_or(&[][..], ValueOrList::as_slice);
         let has_pattern = match &self.layers_pattern {
-            Some(OneOrMany::One(name)) => !name.is_empty(),
+            Some(ValueOrList::Value(name)) => !name.is_empty(),
             _ => !pattern.is_empty(),
         };
         if has_pattern && self.layers_to_transform.is_none() {
@@ -409,7 +409,8 @@ impl LoraConfig {
     ///
     /// # Errors
     /// When the file cannot be read, is no JSON of this kind, or does not pass [`validate`](Self::validate).
-    pub fn read(path: &Path) -> Result<Self> {
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
         let text = files::read_text(path)?;
         let config: Self = serde_json::from_str(&text)
             .map_err(|e| Error::file(path, format!("not a LoRA configuration: {e}")))?;

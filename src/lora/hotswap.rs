@@ -30,7 +30,12 @@ use std::path::Path;
 /// When there is no such adapter, it is merged, one of the two has DoRA or a LoRA bias and the other has not, either
 /// changes the base, the folder's adapter is on a layer that the loaded one is not on, or the folder is damaged. The
 /// model is unchanged then.
-pub fn hotswap_adapter(model: &mut dyn ModuleTree, name: &str, dir: &Path) -> Result<LoraConfig> {
+pub fn hotswap_adapter(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    dir: impl AsRef<Path>,
+) -> Result<LoraConfig> {
+    let dir = dir.as_ref();
     check_known(model, &[name])?;
     refuse_merged(model)?;
     let (config, file) = open_adapter(dir)?;

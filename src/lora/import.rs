@@ -112,11 +112,12 @@ fn model_blocks(model: &dyn ModuleTree) -> Result<BTreeMap<usize, String>> {
 /// # Errors
 /// When the file cannot be read or holds no such adapter, or tensors of another kind; when `blocks` or the model do not
 /// fit it; a file of pickles says how it is converted.
-pub fn import_lora(
+pub fn read_samed_adapter(
     model: &dyn ModuleTree,
-    path: &Path,
+    path: impl AsRef<Path>,
     blocks: Option<&[usize]>,
 ) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
+    let path = path.as_ref();
     let file = TensorFile::open(path)?;
     let wrong = |message: String| Error::file(path, message);
     let in_model = model_blocks(model)?;

@@ -10,7 +10,7 @@ use super::base::{
 };
 use super::init::{adapter_shapes, initial, magnitude, uniform, Layer};
 use super::state::{ancestors, base_key, split_last, Slot, PREFIX};
-use super::switch::BASE;
+use super::switch::NO_ADAPTER;
 use super::target::Matcher;
 use super::{unmerge, InitLoraWeights, LoraConfig};
 use crate::nn::{
@@ -292,8 +292,10 @@ pub(super) fn check_name(name: &str) -> Result<()> {
             "an adapter's name must be of letters, digits, '_', '-' and spaces, without \"lora_\", got {name:?}"
         )));
     }
-    if name == BASE {
-        return Err(Error::config(format!("{BASE:?} means no adapter and is no adapter's name")));
+    if name == NO_ADAPTER {
+        return Err(Error::config(format!(
+            "{NO_ADAPTER:?} means no adapter and is no adapter's name"
+        )));
     }
     Ok(())
 }
@@ -314,7 +316,7 @@ fn check_others(
         let changes_base = layer.adapters.iter().find(|(_, adapter)| adapter.changes_base);
         if layer.adapters.get(name).is_some() {
             problem = Some(format!(
-                "{path} already carries an adapter called {name:?}: eject it, merge and unload it, or take another name"
+                "{path} already carries an adapter called {name:?}: unload or merge it, or take another name"
             ));
         } else if layer.adapters.unmerged.is_some() {
             problem = Some(format!("the adapters of {path} are merged: unmerge the model first"));
@@ -420,7 +422,7 @@ pub fn add_adapter(
 ///
 /// # Errors
 /// None of its own.
-pub fn eject(model: &mut dyn ModuleTree) -> Result<()> {
+pub fn unload(model: &mut dyn ModuleTree) -> Result<()> {
     unmerge(model)?;
     model.visit_mut("", &mut |_, node| {
         if let NodeMut::Layer(layer) = node {

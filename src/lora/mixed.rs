@@ -8,20 +8,20 @@
 //! where PEFT's `adapter_names`, which mixes inside each layer, refuses. A SAM image is thousands of tokens, so that a
 //! run for each adapter costs little more than one for all; docs/peft.md has the figures.
 
-use super::switch::{activate, active_adapters, check_known, BASE};
+use super::switch::{activate, active_adapters, check_known, NO_ADAPTER};
 use crate::nn::{ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 
 /// Calls `forward` once for each adapter named, with that adapter active and the indices (u32, `[n]`) of its images,
 /// and puts the outputs, each `[n, ..]`, together in the order of the batch. `adapters` has one name for each image;
-/// [`BASE`] is none. The adapters active before are active again afterwards, whatever happens.
+/// [`NO_ADAPTER`] is none. The adapters active before are active again afterwards, whatever happens.
 ///
 /// ```no_run
 /// # use candle_core::Tensor;
-/// # use candle_sam_lora::{lora::{by_adapter, BASE}, nn::Mode, sam::SamVisionEncoder};
+/// # use candle_sam_lora::{lora::{forward_mixed_batch, NO_ADAPTER}, nn::Mode, sam::SamVisionEncoder};
 /// # fn f(encoder: &mut SamVisionEncoder, images: &Tensor) -> candle_sam_lora::Result<()> {
-/// let embeddings = by_adapter(encoder, &["cells", BASE, "nuclei"], |encoder, indices| {
+/// let embeddings = forward_mixed_batch(encoder, &["cells", NO_ADAPTER, "nuclei"], |encoder, indices| {
 ///     let x = images.index_select(&indices.to_device(images.device())?, 0)?;
 ///     Ok(vec![encoder.forward(&x, Mode::Eval)?])
 /// })?;
@@ -32,7 +32,7 @@ use candle_core::{Device, Tensor};
 /// # Errors
 /// When no image is named, on a name that no adapter has, when adapters are merged or disabled, and when `forward`
 /// fails or its outputs are not as many or as large as asked for.
-pub fn by_adapter<M: ModuleTree>(
+pub fn forward_mixed_batch<M: ModuleTree>(
     model: &mut M,
     adapters: &[&str],
     mut forward: impl FnMut(&M, &Tensor) -> Result<Vec<Tensor>>,
@@ -43,7 +43,7 @@ pub fn by_adapter<M: ModuleTree>(
             distinct.push(name);
         }
     }
-    let named: Vec<&str> = distinct.iter().copied().filter(|name| *name != BASE).collect();
+    let named: Vec<&str> = distinct.iter().copied().filter(|name| *name != NO_ADAPTER).collect();
     check_known(model, &named)?;
     check_usable(model)?;
     let before = active_adapters(model);
@@ -52,7 +52,7 @@ pub fn by_adapter<M: ModuleTree>(
         .map(|name| {
             let images: Vec<u32> =
                 (0..).zip(adapters).filter(|(_, own)| *own == name).map(|(i, _)| i).collect();
-            let active = if *name == BASE { vec![] } else { vec![name.to_string()] };
+            let active = if *name == NO_ADAPTER { vec![] } else { vec![name.to_string()] };
             activate(model, &active)?;
             let count = images.len();
             let indices = Tensor::new(images.as_slice(), &Device::Cpu)?;
@@ -80,7 +80,7 @@ fn check_outputs(adapter: &str, count: usize, outputs: Vec<Tensor>) -> Result<Ve
     for output in &outputs {
         if output.dims().first() != Some(&count) {
             return Err(Error::config(format!(
-                "by_adapter: {adapter:?} has {count} images, but an output of shape {:?}",
+                "forward_mixed_batch: {adapter:?} has {count} images, but an output of shape {:?}",
                 output.dims()
             )));
         }
@@ -91,13 +91,13 @@ fn check_outputs(adapter: &str, count: usize, outputs: Vec<Tensor>) -> Result<Ve
 /// The outputs of all runs, rows in the order of the batch.
 fn in_order(batch: usize, runs: Vec<(Vec<u32>, Vec<Tensor>)>) -> Result<Vec<Tensor>> {
     let Some((_, first)) = runs.first() else {
-        return Err(Error::config("by_adapter: the batch is empty"));
+        return Err(Error::config("forward_mixed_batch: the batch is empty"));
     };
     if runs.len() == 1 {
         return Ok(first.clone()); // Of all images, in their order.
     }
     if runs.iter().any(|(_, outputs)| outputs.len() != first.len()) {
-        return Err(Error::config("by_adapter: each call must give as many outputs"));
+        return Err(Error::config("forward_mixed_batch: each call must give as many outputs"));
     }
     let mut row = vec![0u32; batch];
     let images = runs.iter().flat_map(|(images, _)| images);

@@ -3,7 +3,7 @@
 //!
 //! ```
 //! use candle_core::{DType, Device};
-//! use candle_sam_lora::lora::{inject, trainable_parameters, LoraConfig};
+//! use candle_sam_lora::lora::{inject, count_parameters, LoraConfig};
 //! use candle_sam_lora::{module_tree, nn::Linear};
 //!
 //! struct Attention {
@@ -17,7 +17,7 @@
 //! let mut model = Attention { q: linear()?, v: linear()? };
 //! let config = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
 //! inject(&mut model, &config, 0)?;
-//! assert_eq!(trainable_parameters(&model).trainable, 2 * 16 * (768 + 768));
+//! assert_eq!(count_parameters(&model).trainable, 2 * 16 * (768 + 768));
 //! # Ok(())
 //! # }
 //! ```
@@ -48,20 +48,20 @@ pub use adapter::{
     load_adapter, load_adapter_tensors, load_named_adapter, read_adapter, save_adapter,
     save_named_adapter, write_adapter, CONFIG_FILE, TENSORS_FILE,
 };
-pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, OneOrMany};
+pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, ValueOrList};
 pub use convert::convert_to_lora;
 pub use hotswap::hotswap_adapter;
-pub use import::import_lora;
-pub use inject::{add_adapter, eject, inject};
+pub use import::read_samed_adapter;
+pub use inject::{add_adapter, inject, unload};
 pub use merge::{merge, merge_and_unload, safe_merge, unmerge};
-pub use mixed::by_adapter;
+pub use mixed::forward_mixed_batch;
 pub use model_card::{model_card, save_pretrained, CARD_FILE};
 pub use qkv::{fuse_qkv, split_qkv};
-pub use report::{peft_trainable_parameters, trainable_parameters, ParameterReport};
+pub use report::{count_parameters, count_parameters_as_peft, ParameterCount};
 pub use state::{adapter_state, named_adapter_state, set_adapter_state};
 pub use switch::{
     active_adapters, adapter_names, delete_adapter, disable_adapters, enable_adapters, set_adapter,
-    BASE,
+    NO_ADAPTER,
 };
 pub use task_arithmetic::{MajoritySign, Prune, TaskArithmetic};
 pub use weighted::{add_weighted_adapter, Combination};

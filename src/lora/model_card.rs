@@ -30,8 +30,9 @@ pub fn save_pretrained(
     model: &dyn ModuleTree,
     name: &str,
     config: &LoraConfig,
-    dir: &Path,
+    dir: impl AsRef<Path>,
 ) -> Result<()> {
+    let dir = dir.as_ref();
     let path = dir.join(CARD_FILE);
     let old = match path.try_exists().map_err(|e| Error::io(&path, e))? {
         true => Some(files::read_text(&path)?),
@@ -39,7 +40,7 @@ pub fn save_pretrained(
     };
     match name {
         DEFAULT_ADAPTER => save_named_adapter(model, name, config, dir)?,
-        _ => save_named_adapter(model, name, config, &dir.join(name))?,
+        _ => save_named_adapter(model, name, config, dir.join(name))?,
     }
     let card = model_card(config, old.as_deref());
     files::write_atomic(&path, |file| file.write_all(card.as_bytes()))

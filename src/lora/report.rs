@@ -10,14 +10,14 @@ use std::fmt;
 
 /// Numbers of parameters; buffers and fixed parameters are not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ParameterReport {
+pub struct ParameterCount {
     /// Elements of the trainable parameters.
     pub trainable: usize,
     /// Elements of all parameters, adapters included.
     pub all: usize,
 }
 
-impl fmt::Display for ParameterReport {
+impl fmt::Display for ParameterCount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let percent = 100.0 * self.trainable as f64 / self.all.max(1) as f64;
         let (trainable, all) = (thousands(self.trainable), thousands(self.all));
@@ -38,8 +38,8 @@ fn thousands(number: usize) -> String {
 }
 
 /// Counts the parameters of `model` as they are.
-pub fn trainable_parameters(model: &dyn ModuleTree) -> ParameterReport {
-    let mut report = ParameterReport { trainable: 0, all: 0 };
+pub fn count_parameters(model: &dyn ModuleTree) -> ParameterCount {
+    let mut report = ParameterCount { trainable: 0, all: 0 };
     for (_, tensor) in named_parameters(model) {
         report.all += tensor.elem_count();
         if tensor.track_op() {
@@ -50,16 +50,16 @@ pub fn trainable_parameters(model: &dyn ModuleTree) -> ParameterReport {
 }
 
 /// Counts as PEFT does: it trains a copy of every module in `modules_to_save` and counts the frozen original too.
-/// Without such modules this is [`trainable_parameters`].
+/// Without such modules this is [`count_parameters`].
 ///
 /// # Errors
 /// On a regular expression that does not compile.
-pub fn peft_trainable_parameters(
+pub fn count_parameters_as_peft(
     model: &dyn ModuleTree,
     config: &LoraConfig,
-) -> Result<ParameterReport> {
+) -> Result<ParameterCount> {
     let matcher = Matcher::new(config)?;
-    let mut report = trainable_parameters(model);
+    let mut report = count_parameters(model);
     let mut fixed = String::new();
     model.visit("", &mut |name, node| match node {
         // Its frozen original is not counted, as in a model without adapters.

@@ -11,8 +11,8 @@ use crate::{Error, Result};
 use candle_core::{Tensor, Var};
 use std::collections::BTreeSet;
 
-/// The name that stands for no adapter, in [`by_adapter`](super::by_adapter).
-pub const BASE: &str = "__base__";
+/// The name that stands for no adapter, in [`forward_mixed_batch`](super::forward_mixed_batch).
+pub const NO_ADAPTER: &str = "__base__";
 
 /// The names of the model's adapters, sorted.
 pub fn adapter_names(model: &dyn ModuleTree) -> Vec<String> {

@@ -11,7 +11,7 @@
 //! Source: PEFT 0.21, `check_target_module_exists` in `tuners/tuners_utils.py`; `_set_trainable` and
 //! `get_pattern_key` in `utils/other.py`.
 
-use super::{LoraConfig, ModuleNames, OneOrMany};
+use super::{LoraConfig, ModuleNames, ValueOrList};
 use crate::{Error, Result};
 use fancy_regex::Regex;
 
@@ -67,12 +67,12 @@ impl<'a> Layers<'a> {
     fn new(config: &'a LoraConfig) -> Result<Option<Self>> {
         let indices = match &config.layers_to_transform {
             None => return Ok(None),
-            Some(OneOrMany::Many(indices)) if indices.is_empty() => return Ok(None),
+            Some(ValueOrList::List(indices)) if indices.is_empty() => return Ok(None),
             Some(indices) => indices.as_slice(),
         };
         let patterns = match &config.layers_pattern {
             None => &[][..],
-            Some(OneOrMany::One(name)) if name.is_empty() => &[],
+            Some(ValueOrList::Value(name)) if name.is_empty() => &[],
             Some(names) => names.as_slice(),
         };
         let patterns = if patterns.is_empty() {

@@ -9,7 +9,7 @@
 //!
 //! Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; `torch.utils.checkpoint`.
 
-use super::{trainable, ModuleTree, ENDS_THE_GRAPH};
+use super::{trainable_variables, ModuleTree, ENDS_THE_GRAPH};
 use crate::ops;
 use candle_core::{bail, Device, Result, Tensor, Var};
 
@@ -23,7 +23,7 @@ const OP: &str = "gradient-checkpoint";
 /// # Errors
 /// - `f` fails;
 /// - `f` depends on a variable that is not in the module's tree, which would get no gradient;
-/// - a parameter is computed from a variable, see [`trainable`].
+/// - a parameter is computed from a variable, see [`trainable_variables`].
 ///
 /// The backward fails when no gradient reaches a trainable parameter.
 pub fn gradient_checkpoint<M>(
@@ -34,7 +34,7 @@ pub fn gradient_checkpoint<M>(
 where
     M: ModuleTree + Clone + Send + Sync + 'static,
 {
-    let parameters = trainable(module)?;
+    let parameters = trainable_variables(module)?;
     let supported = matches!(x.device(), Device::Cpu | Device::Cuda(_));
     if !supported || (parameters.is_empty() && !x.track_op()) {
         return f(module, x);

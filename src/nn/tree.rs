@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashSet};
 /// What a walk meets.
 #[derive(Debug)]
 pub enum Node<'a> {
-    /// A parameter; trainable if [`Tensor::track_op`], see [`trainable`].
+    /// A parameter; trainable if [`Tensor::track_op`], see [`trainable_variables`].
     Parameter(&'a Tensor),
     /// A tensor that is saved with the model but never trained nor counted.
     Buffer(&'a Tensor),
@@ -267,7 +267,7 @@ pub fn named_parameters(module: &dyn ModuleTree) -> Vec<(String, Tensor)> {
 ///
 /// # Errors
 /// When a parameter is computed from a variable, as by a cast: a step would not change it.
-pub fn trainable(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>> {
+pub fn trainable_variables(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>> {
     let mut variables: Vec<(String, Var)> = Vec::new();
     for (name, tensor) in named_parameters(module) {
         let Some(variable) = Training::variable(&name, &tensor)? else { continue };
@@ -289,7 +289,7 @@ pub fn trainable(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>> {
 /// When a tensor cannot be allocated.
 pub fn set_trainable(
     module: &mut dyn ModuleTree,
-    wanted: &mut dyn FnMut(&str) -> bool,
+    mut wanted: impl FnMut(&str) -> bool,
 ) -> Result<()> {
     let mut choices = BTreeMap::new();
     let mut frozen = HashSet::new();

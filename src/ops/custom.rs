@@ -1,7 +1,7 @@
 //! Where the fused operations run, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
 
 use crate::launch::family::{Family, Implementation};
-use crate::launch::projection_sm90::Hopper;
+use crate::launch::projection::sm90::forward::Hopper;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;

@@ -17,6 +17,7 @@
 use super::Gradients;
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{backprop::GradStore, bail, DType, Tensor, Var};
+use candle_nn::Optimizer;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -76,7 +77,29 @@ struct Slot {
     exp_avg_sq: Tensor,
 }
 
+/// A variable to optimize, and the name that its moments are saved under.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    /// Without a name, the variable's position stands for it.
+    name: Option<String>,
+    var: Var,
+}
+
+impl From<Var> for Parameter {
+    fn from(var: Var) -> Self {
+        Self { name: None, var }
+    }
+}
+
+impl From<(String, Var)> for Parameter {
+    fn from((name, var): (String, Var)) -> Self {
+        Self { name: Some(name), var }
+    }
+}
+
 /// The optimizer. It updates its variables in place, always in the order they were given.
+///
+/// It is a [`candle_nn::Optimizer`], so a candle program can take it in the place of candle's own.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -85,18 +108,24 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// An optimizer of `parameters`, for example [`trainable`](crate::nn::trainable) of a model.
+    /// An optimizer of `parameters`: [`trainable_variables`](crate::nn::trainable_variables) of a model with their
+    /// names, or variables alone, as `VarMap::all_vars` gives them.
     ///
     /// # Errors
-    /// When there are none, two have one name, one is no float, or the configuration is impossible.
-    pub fn new(parameters: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {
+    /// - there are no parameters;
+    /// - two parameters share a name;
+    /// - a parameter is not a float tensor;
+    /// - the configuration is invalid.
+    pub fn new<P: Into<Parameter>>(parameters: Vec<P>, config: AdamWConfig) -> Result<Self> {
         config.validate()?;
         if parameters.is_empty() {
             return Err(Error::config("adamw: the model has no trainable parameter"));
         }
         let mut names = BTreeSet::new();
         let mut slots = Vec::with_capacity(parameters.len());
-        for (name, var) in parameters {
+        for (position, parameter) in parameters.into_iter().enumerate() {
+            let Parameter { name, var } = parameter.into();
+            let name = name.unwrap_or_else(|| position.to_string());
             if !names.insert(name.clone()) {
                 return Err(Error::config(format!("adamw: two parameters are named {name}")));
             }
@@ -123,26 +152,6 @@ impl AdamW {
         &self.config
     }
 
-    /// Changes the learning rate of the steps to come, for a schedule.
-    ///
-    /// # Errors
-    /// When it is negative or not finite.
-    pub fn set_lr(&mut self, lr: f64) -> Result<()> {
-        let config = AdamWConfig { lr, ..self.config };
-        config.validate()?;
-        self.config = config;
-        Ok(())
-    }
-
-    /// Makes one step with the gradients of a backward pass.
-    ///
-    /// # Errors
-    /// When parameters have no gradient, or a gradient is not finite; nothing was changed then.
-    pub fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
-        let gradients = self.gradients(grads)?;
-        self.apply(&gradients)
-    }
-
     /// The gradients of a backward pass for the parameters, in their order.
     ///
     /// # Errors
@@ -161,8 +170,10 @@ impl AdamW {
     /// Makes one step with gradients of [`gradients`](Self::gradients).
     ///
     /// # Errors
-    /// When a gradient does not fit its parameter.
+    /// - a gradient does not fit its parameter;
+    /// - the learning rate was set to a negative number, or to one that is not finite.
     pub fn apply(&mut self, gradients: &Gradients) -> candle_core::Result<()> {
+        self.config.validate()?;
         let step = self.steps + 1;
         if gradients.tensors().len() != self.slots.len() {
             bail!(
@@ -233,6 +244,33 @@ impl AdamW {
         }
         self.steps = steps;
         Ok(())
+    }
+}
+
+impl Optimizer for AdamW {
+    type Config = AdamWConfig;
+
+    fn new(vars: Vec<Var>, config: AdamWConfig) -> candle_core::Result<Self> {
+        Ok(Self::new(vars, config)?)
+    }
+
+    /// Makes one step with the gradients of a backward pass.
+    ///
+    /// # Errors
+    /// - a parameter has no gradient, or one that is not finite; nothing was changed then;
+    /// - as [`apply`](AdamW::apply).
+    fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
+        let gradients = self.gradients(grads)?;
+        self.apply(&gradients)
+    }
+
+    fn learning_rate(&self) -> f64 {
+        self.config.lr
+    }
+
+    /// Changes the learning rate of the steps to come. The next step checks it.
+    fn set_learning_rate(&mut self, lr: f64) {
+        self.config.lr = lr;
     }
 }
 

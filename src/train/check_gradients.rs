@@ -5,7 +5,7 @@
 //! q and k that an operation lost is not hidden by the gradient of v in the same tensor.
 
 use super::slope::{epsilon, values, Loss, Moving, Slope};
-use super::Draws;
+use super::StepRng;
 use crate::nn::ENDS_THE_GRAPH;
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
@@ -152,7 +152,7 @@ impl Part<'_> {
         loss: &mut impl FnMut() -> candle_core::Result<Tensor>,
     ) -> Result<GradientCheck> {
         let moves = |i: usize| self.gradient.is_none_or(|g| (g[i] == 0.0) == self.zero);
-        let moving = Moving::new(self.var, &mut Draws::new(0, self.name, attempt), moves)?;
+        let moving = Moving::new(self.var, &mut StepRng::new(0, self.name, attempt), moves)?;
         let direction = moving.direction()?;
         let Slope { value, uncertainty, constant } =
             Slope::along(&[moving], here, || Loss::of(&loss()?))
@@ -197,7 +197,7 @@ impl Part<'_> {
 /// Compares the gradients of `loss` with finite differences, for every variable: twelve losses each or more, computed by
 /// changing the variable in place; it is as before afterwards.
 ///
-/// The variables are those of a module ([`trainable`](crate::nn::trainable)), of a `VarMap` (a clone of its data), or
+/// The variables are those of a module ([`trainable_variables`](crate::nn::trainable_variables)), of a `VarMap` (a clone of its data), or
 /// any with names, the inputs of an operation among them. `loss` returns a scalar, and must be a function of the
 /// variables alone. Check at values where nothing that matters is zero, as a LoRA's B is at first. The precision is
 /// that of the variables and of the loss; in f64 it finds errors of 1e-5 of a gradient, in f32 of 1e-3.

@@ -11,7 +11,7 @@
 //! not change between a run and its continuation: hyperparameters, the model's and the data's listing.
 
 use super::checksum::Checksum;
-use super::{Evaluated, Scores};
+use super::{Scores, StepScores};
 use crate::files::{self, TensorFile};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -37,7 +37,7 @@ pub struct State {
     /// The loss of each step.
     pub losses: Vec<f32>,
     /// What evaluations found on the way.
-    pub evaluations: Vec<Evaluated>,
+    pub evaluations: Vec<StepScores>,
     /// Parameters and optimizer state, by name.
     pub tensors: BTreeMap<String, Tensor>,
 }
@@ -50,11 +50,12 @@ struct Header {
 }
 
 impl State {
-    /// Writes the state, atomically; the one that was there becomes the [`previous`] one.
+    /// Writes the state, atomically; the one that was there becomes the [`previous_state_path`] one.
     ///
     /// # Errors
     /// When the file cannot be written; the old one remains then.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
         let failed =
             |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be serialized: {e}"));
         let mut tensors = self.tensors.clone();
@@ -72,7 +73,7 @@ impl State {
         let bytes = safetensors::serialize(&tensors, Some(metadata)).map_err(|e| failed(&e))?;
         let staged = files::stage(path, |file| file.write_all(&bytes))?;
         if path.is_file() {
-            std::fs::rename(path, previous(path)).map_err(|e| Error::io(path, e))?;
+            std::fs::rename(path, previous_state_path(path)).map_err(|e| Error::io(path, e))?;
         }
         staged.commit()
     }
@@ -81,7 +82,8 @@ impl State {
     ///
     /// # Errors
     /// When the file cannot be read, is truncated or damaged, or is no training state.
-    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
         Self::read(&TensorFile::open(path)?, device)
     }
 
@@ -134,23 +136,24 @@ impl State {
 }
 
 /// Where the state before that at `path` is kept.
-pub fn previous(path: &Path) -> PathBuf {
+pub fn previous_state_path(path: impl AsRef<Path>) -> PathBuf {
+    let path = path.as_ref();
     let ending = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
     path.with_extension(format!("previous{ending}"))
 }
 
-fn evaluations_tensor(evaluations: &[Evaluated]) -> candle_core::Result<Tensor> {
-    let rows = evaluations.iter().flat_map(|Evaluated { step, scores }| {
+fn evaluations_tensor(evaluations: &[StepScores]) -> candle_core::Result<Tensor> {
+    let rows = evaluations.iter().flat_map(|StepScores { step, scores }| {
         [*step as f64, scores.iou, scores.dice, scores.boundary_f1]
     });
     Tensor::from_vec(rows.collect::<Vec<f64>>(), (evaluations.len(), 4), &Device::Cpu)
 }
 
-fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<Evaluated>> {
+fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<StepScores>> {
     let rows = rows.to_dtype(DType::F64)?.to_vec2::<f64>()?;
     let evaluated = |row: Vec<f64>| match row[..] {
         [step, iou, dice, boundary_f1] => {
-            Ok(Evaluated { step: step as u64, scores: Scores { iou, dice, boundary_f1 } })
+            Ok(StepScores { step: step as u64, scores: Scores { iou, dice, boundary_f1 } })
         }
         _ => candle_core::bail!("an evaluation has {} numbers, not 4", row.len()),
     };

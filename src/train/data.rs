@@ -5,7 +5,7 @@ use super::checksum::Checksum;
 use super::coco::{self, CocoImage};
 use super::labels::{layered, layers_of, read_labels, Instance, LabelImage};
 use super::rle;
-use super::Draws;
+use super::StepRng;
 use crate::sam::{convert_to_rgb, is_transparent, read_image};
 use crate::{Error, Result};
 use image::{imageops, RgbImage};
@@ -66,7 +66,12 @@ impl Dataset {
     /// # Errors
     /// When a folder is unreadable or has no image, an image has no mask or a mask no image, two files share a
     /// stem, a file is unreadable, sizes differ, or a mask has no instance large enough; the file is named.
-    pub fn open(images: &Path, masks: &Path, min_area: usize) -> Result<Self> {
+    pub fn open(
+        images: impl AsRef<Path>,
+        masks: impl AsRef<Path>,
+        min_area: usize,
+    ) -> Result<Self> {
+        let (images, masks) = (images.as_ref(), masks.as_ref());
         let (image_files, mut mask_files) = (by_stem(images)?, by_stem(masks)?);
         let mut pairs = Vec::new();
         for (name, image) in image_files {
@@ -95,7 +100,12 @@ impl Dataset {
     /// # Errors
     /// When the annotations are unreadable or damaged, an image is missing, unreadable or of another size, two images
     /// have one name, or no image has an instance large enough; file and annotation are named.
-    pub fn open_coco(images: &Path, annotations: &Path, min_area: usize) -> Result<Self> {
+    pub fn open_coco(
+        images: impl AsRef<Path>,
+        annotations: impl AsRef<Path>,
+        min_area: usize,
+    ) -> Result<Self> {
+        let (images, annotations) = (images.as_ref(), annotations.as_ref());
         let mut dataset = Self { pairs: vec![], min_area };
         let mut names = BTreeMap::new();
         for coco in coco::read(annotations)? {
@@ -178,7 +188,7 @@ impl Dataset {
             return Err(Error::config(message));
         }
         let count = ((self.len() as f64 * fraction).round() as usize).clamp(1, self.len() - 1);
-        let mut held_out = Draws::new(seed, "split", 0).permutation(self.len());
+        let mut held_out = StepRng::new(seed, "split", 0).permutation(self.len());
         held_out.truncate(count);
         let part = |wanted: bool| Self {
             pairs: (self.pairs.iter().enumerate())
@@ -291,21 +301,21 @@ pub fn sample_indices(len: usize, batch: usize, seed: u64, step: u64) -> Vec<usi
     (first..first + batch as u64)
         .map(|place| {
             let (epoch, place) = (place / len as u64, (place % len as u64) as usize);
-            Draws::new(seed, "order", epoch).permutation(len)[place]
+            StepRng::new(seed, "order", epoch).permutation(len)[place]
         })
         .collect()
 }
 
 /// One of the eight ways to turn and mirror a square: the augmentation that changes no pixel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Symmetry {
+pub struct FlipRotate {
     quarter_turns: u8,
     mirrored: bool,
 }
 
-impl Symmetry {
+impl FlipRotate {
     /// One of the eight, at random.
-    pub fn draw(draws: &mut Draws) -> Self {
+    pub fn draw(draws: &mut StepRng) -> Self {
         Self { quarter_turns: draws.below(4) as u8, mirrored: draws.below(2) == 1 }
     }
 

@@ -29,7 +29,8 @@ impl EventFile {
     ///
     /// # Errors
     /// When the folder cannot be written to.
-    pub fn create(folder: &Path, steps: u64) -> Result<Self> {
+    pub fn create(folder: impl AsRef<Path>, steps: u64) -> Result<Self> {
+        let folder = folder.as_ref();
         files::create_dir(folder)?;
         let seconds = now().as_secs();
         // Files are read in the order of their names.

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 /// One evaluation of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Evaluated {
+pub struct StepScores {
     /// Steps made before it.
     pub step: u64,
     /// The means over the held-out objects.
@@ -14,15 +14,15 @@ pub struct Evaluated {
 }
 
 /// The first of those with the highest IoU.
-pub fn best(evaluations: &[Evaluated]) -> Option<&Evaluated> {
+pub fn best_evaluation(evaluations: &[StepScores]) -> Option<&StepScores> {
     evaluations.iter().reduce(|best, next| match next.scores.iou > best.scores.iou {
         true => next,
         false => best,
     })
 }
 
-/// How many evaluations came after the best one: early stopping is when they are as many as one has patience for.
-pub fn since_best(evaluations: &[Evaluated]) -> usize {
-    let best = best(evaluations).map(|best| best.step);
+/// Evaluations since the best one. Stop early when this reaches the patience.
+pub fn evaluations_since_best(evaluations: &[StepScores]) -> usize {
+    let best = best_evaluation(evaluations).map(|best| best.step);
     evaluations.iter().rev().take_while(|evaluated| Some(evaluated.step) != best).count()
 }

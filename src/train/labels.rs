@@ -29,7 +29,8 @@ pub struct Instance {
 ///
 /// # Errors
 /// When the file is no image, is a JPEG (whose compression invents labels), holds floats, or is all background.
-pub fn read_labels(path: &Path) -> Result<LabelImage> {
+pub fn read_labels(path: impl AsRef<Path>) -> Result<LabelImage> {
+    let path = path.as_ref();
     let format = ImageReader::open(path)
         .and_then(ImageReader::with_guessed_format)
         .map_err(|e| Error::io(path, e))?

@@ -2,7 +2,7 @@
 
 use super::gradients::causes;
 use super::slope::{is_constant, values, Loss, Moving, Slope};
-use super::{Draws, Gradients};
+use super::{Gradients, StepRng};
 use crate::nn::ENDS_THE_GRAPH;
 use candle_core::{bail, DType, Error, Result, Tensor, Var};
 
@@ -82,7 +82,7 @@ fn moving(suspects: &[Suspect<'_>]) -> Result<Vec<Moving>> {
     let moving = suspects.iter().map(|(name, var, gradient)| {
         let gradient = gradient.map(values).transpose()?;
         let moves = |i: usize| gradient.as_ref().is_none_or(|g| g[i] == 0.0);
-        Moving::new(var, &mut Draws::new(0, name, 0), moves)
+        Moving::new(var, &mut StepRng::new(0, name, 0), moves)
     });
     moving.collect()
 }

@@ -24,7 +24,8 @@ impl MetricsCsv {
     ///
     /// # Errors
     /// When a file is there that is no such table, or it cannot be written.
-    pub fn open(path: &Path, steps: u64) -> Result<Self> {
+    pub fn open(path: impl AsRef<Path>, steps: u64) -> Result<Self> {
+        let path = path.as_ref();
         let mut text = format!("{HEADER}\n");
         if steps > 0 && path.exists() {
             let old = files::read_text(path)?;

@@ -1,6 +1,6 @@
 //! The prompt a user might give for an instance: a point anywhere on it, or a box around it.
 
-use super::{Draws, Instance, LabelImage};
+use super::{Instance, LabelImage, StepRng};
 use serde::Serialize;
 
 /// Points that an evaluation tries on each instance; one alone says more of the point than of the model.
@@ -30,9 +30,9 @@ pub enum Prompt {
 
 impl PromptKind {
     /// A random prompt, for training.
-    pub fn draw(self, labels: &LabelImage, instance: &Instance, draws: &mut Draws) -> Prompt {
+    pub fn draw(self, labels: &LabelImage, instance: &Instance, draws: &mut StepRng) -> Prompt {
         match self {
-            Self::Point => Prompt::Point(point_on(labels, instance, draws)),
+            Self::Point => Prompt::Point(random_point(labels, instance, draws)),
             Self::Box { jitter } => Prompt::Box(jittered_box(labels, instance, jitter, draws)),
         }
     }
@@ -41,8 +41,8 @@ impl PromptKind {
     pub fn fixed(self, labels: &LabelImage, instance: &Instance) -> Vec<Prompt> {
         match self {
             Self::Point => {
-                let mut draws = Draws::new(0, "evaluation", u64::from(instance.label));
-                let point = |_| Prompt::Point(point_on(labels, instance, &mut draws));
+                let mut draws = StepRng::new(0, "evaluation", u64::from(instance.label));
+                let point = |_| Prompt::Point(random_point(labels, instance, &mut draws));
                 (0..EVALUATION_POINTS).map(point).collect()
             }
             Self::Box { .. } => vec![Prompt::Box(instance.bounds.map(|side| side as f32))],
@@ -51,7 +51,7 @@ impl PromptKind {
 }
 
 /// A random pixel `[x, y]` of the instance.
-pub fn point_on(labels: &LabelImage, instance: &Instance, draws: &mut Draws) -> [f32; 2] {
+pub fn random_point(labels: &LabelImage, instance: &Instance, draws: &mut StepRng) -> [f32; 2] {
     let [x0, y0, x1, y1] = instance.bounds;
     let pixels = (y0..=y1).flat_map(|y| (x0..=x1).map(move |x| (x, y)));
     let mut inside = pixels.filter(|&(x, y)| labels.get_pixel(x, y).0[0] == instance.label);
@@ -65,7 +65,7 @@ pub fn jittered_box(
     labels: &LabelImage,
     instance: &Instance,
     jitter: f64,
-    draws: &mut Draws,
+    draws: &mut StepRng,
 ) -> [f32; 4] {
     let [x0, y0, x1, y1] = instance.bounds.map(f64::from);
     let (right, bottom) = (f64::from(labels.width()) - 1.0, f64::from(labels.height()) - 1.0);

@@ -7,7 +7,7 @@ use crate::philox::{philox4x32, stream_of};
 
 /// The draws of one step of one stream.
 #[derive(Clone, Debug)]
-pub struct Draws {
+pub struct StepRng {
     key: [u32; 2],
     step: u64,
     stream: u32,
@@ -15,7 +15,7 @@ pub struct Draws {
     words: [u32; 4],
 }
 
-impl Draws {
+impl StepRng {
     /// The draws of `step`; streams of different names are independent.
     pub fn new(seed: u64, stream: &str, step: u64) -> Self {
         let key = [seed as u32, (seed >> 32) as u32];
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn draws_depend_on_seed_stream_and_step_alone() {
-        let draw = |seed, stream, step| Draws::new(seed, stream, step).bits64();
+        let draw = |seed, stream, step| StepRng::new(seed, stream, step).bits64();
         assert_eq!(draw(1, "a", 5), draw(1, "a", 5));
         let all = [draw(1, "a", 5), draw(2, "a", 5), draw(1, "b", 5), draw(1, "a", 6)];
         assert!((1..4).all(|i| !all[..i].contains(&all[i])), "{all:?}");
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn below_is_uniform() {
-        let mut draws = Draws::new(3, "below", 0);
+        let mut draws = StepRng::new(3, "below", 0);
         let mut counts = [0f64; 7];
         (0..70_000).for_each(|_| counts[draws.below(7)] += 1.0);
         // 22.46 is the 0.999 quantile of chi-square with 6 degrees of freedom.
@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn a_permutation_has_everything_once() {
-        let mut order = Draws::new(9, "permutation", 2).permutation(50);
+        let mut order = StepRng::new(9, "permutation", 2).permutation(50);
         assert_ne!(order, (0..50).collect::<Vec<_>>());
         order.sort_unstable();
         assert_eq!(order, (0..50).collect::<Vec<_>>());

@@ -8,7 +8,8 @@
 //! shows the image, not where it shows the padding; its targets are the masks at that resolution.
 
 use super::{
-    mask_loss, sample_indices, target, Dataset, Draws, Prompt, PromptKind, Sample, Scores, Symmetry,
+    mask_loss, sample_indices, target, Dataset, FlipRotate, Prompt, PromptKind, Sample, Scores,
+    StepRng,
 };
 use crate::nn::Mode;
 use crate::sam::{Frame, SamInput, SamModel, SamProcessor};
@@ -62,7 +63,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Draws the batch of `step`, a function of seed and step. `mask_size` is the side of the model's
+    /// StepRng the batch of `step`, a function of seed and step. `mask_size` is the side of the model's
     /// low-resolution masks. An image with fewer instances than prompts has some of them prompted again.
     ///
     /// # Errors
@@ -77,12 +78,12 @@ impl Batch {
         device: &Device,
     ) -> Result<Self> {
         config.validate()?;
-        let mut draws = Draws::new(seed, "batch", step);
+        let mut draws = StepRng::new(seed, "batch", step);
         let (mut pixels, mut prompts, mut targets) = (vec![], vec![], vec![]);
         for index in sample_indices(dataset.len(), config.images, seed, step) {
             let mut sample = dataset.load(index)?;
             if config.augment {
-                sample = Symmetry::draw(&mut draws).apply(sample);
+                sample = FlipRotate::draw(&mut draws).apply(sample);
             }
             let image = DynamicImage::ImageRgb8(sample.image.clone());
             let (pixel_values, frame) = processor.preprocess(&image, device)?;
@@ -142,7 +143,7 @@ fn draw_prompts(
     sample: &Sample,
     window: &MaskWindow,
     config: &BatchConfig,
-    draws: &mut Draws,
+    draws: &mut StepRng,
     device: &Device,
 ) -> Result<(Vec<Prompt>, Tensor)> {
     let MaskWindow { rows, cols, pitch } = *window;

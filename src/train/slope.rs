@@ -14,7 +14,7 @@
 //! Source: the weights are those of Savitzky and Golay, "Smoothing and differentiation of data by simplified least
 //! squares procedures", 1964.
 
-use super::Draws;
+use super::StepRng;
 use candle_core::{bail, DType, Device, Result, Tensor, Var};
 
 /// Largest step to either side.
@@ -66,7 +66,11 @@ pub(super) struct Moving {
 
 impl Moving {
     /// Along a random direction, in the elements that `moves` picks by their index.
-    pub(super) fn new(var: &Var, draws: &mut Draws, moves: impl Fn(usize) -> bool) -> Result<Self> {
+    pub(super) fn new(
+        var: &Var,
+        draws: &mut StepRng,
+        moves: impl Fn(usize) -> bool,
+    ) -> Result<Self> {
         let start = var.as_detached_tensor().copy()?;
         let squares: f64 = values(&start)?.into_iter().map(|value| value * value).sum();
         let size = match (squares / start.elem_count().max(1) as f64).sqrt() {
@@ -255,7 +259,7 @@ mod tests {
 
     fn slope(f: impl Fn(&Tensor) -> Result<Tensor>, x: &[f64]) -> Result<(Slope, Vec<f64>)> {
         let var = Var::new(x, &Device::Cpu)?;
-        let moving = Moving::new(&var, &mut Draws::new(1, "x", 0), |_| true)?;
+        let moving = Moving::new(&var, &mut StepRng::new(1, "x", 0), |_| true)?;
         let direction = moving.direction()?;
         let loss = || Loss::of(&f(var.as_tensor())?.sum_all()?);
         let found = Slope::along(&[moving], loss()?, loss)?;

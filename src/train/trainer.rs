@@ -5,18 +5,19 @@
 //!   for each part of its batch:  loss = closure(part, Mode::Train { seed of this part });  g += backward(loss / parts)
 //!   clip g;  learning rate of the schedule;  AdamW
 //! ```
-//! The closure must draw whatever is random from (seed, part), see [`Draws`]; then a run that was saved and continued
+//! The closure must draw whatever is random from (seed, part), see [`StepRng`]; then a run that was saved and continued
 //! has the bits of one that was not. With one part a step, part and step are the same number.
 
-use super::checkpoint::previous;
+use super::checkpoint::previous_state_path;
 use super::checksum::Checksum;
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
-use super::{AdamW, AdamWConfig, Draws, Evaluated, Gradients, Schedule, Scores, State};
+use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, State, StepRng, StepScores};
 use crate::files::TensorFile;
-use crate::nn::{trainable, Mode, ModuleTree, Node};
+use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{bail, Device, Tensor};
+use candle_nn::Optimizer;
 use serde_json::{json, Map, Value};
 use std::path::Path;
 
@@ -101,7 +102,7 @@ pub struct Trainer {
     seed: u64,
     settings: Map<String, Value>,
     losses: Vec<f32>,
-    evaluations: Vec<Evaluated>,
+    evaluations: Vec<StepScores>,
     /// Whether gradients of zero have been looked at.
     zeros_checked: bool,
 }
@@ -114,7 +115,7 @@ impl Trainer {
     ///
     /// # Errors
     /// - nothing is trainable;
-    /// - a parameter is computed from a variable, see [`trainable`];
+    /// - a parameter is computed from a variable, see [`trainable_variables`];
     /// - the configuration is impossible.
     pub fn new(
         model: &dyn ModuleTree,
@@ -124,7 +125,7 @@ impl Trainer {
     ) -> Result<Self> {
         let config = config.into();
         config.validate()?;
-        let optimizer = AdamW::new(trainable(model)?, config.optimizer)?;
+        let optimizer = AdamW::new(trainable_variables(model)?, config.optimizer)?;
         settings.insert("model".into(), frozen_checksum(model).to_string().into());
         settings.extend(config.settings());
         let (losses, evaluations) = (vec![], vec![]);
@@ -143,13 +144,13 @@ impl Trainer {
     }
 
     /// The evaluations noted so far.
-    pub fn evaluations(&self) -> &[Evaluated] {
+    pub fn evaluations(&self) -> &[StepScores] {
         &self.evaluations
     }
 
     /// Notes an evaluation after the steps made; it becomes part of the state.
     pub fn note(&mut self, scores: Scores) {
-        self.evaluations.push(Evaluated { step: self.steps(), scores });
+        self.evaluations.push(StepScores { step: self.steps(), scores });
     }
 
     /// Makes one step; `loss` gets the number of parts computed before and the mode with this part's dropout masks,
@@ -170,7 +171,7 @@ impl Trainer {
         mut loss: impl FnMut(u64, Mode) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Step> {
         let (step, parts) = (self.steps(), self.config.accumulation);
-        let mode = |part| Mode::Train { seed: Draws::new(self.seed, "dropout", part).bits64() };
+        let mode = |part| Mode::Train { seed: StepRng::new(self.seed, "dropout", part).bits64() };
         let mut loss = |part: u64| checked(loss(part, mode(part))?, step);
         let (mut sum, mut gradients, mut first) = (0f32, None::<Gradients>, None);
         for part in step * parts..(step + 1) * parts {
@@ -208,7 +209,7 @@ impl Trainer {
             gradients = gradients.clipped(grad_norm, max_norm)?;
         }
         let lr = self.config.optimizer.lr * self.config.schedule.factor(step);
-        self.optimizer.set_lr(lr)?;
+        self.optimizer.set_learning_rate(lr);
         self.optimizer.apply(&gradients)?;
         let loss = sum / parts as f32;
         self.losses.push(loss);
@@ -216,7 +217,8 @@ impl Trainer {
     }
 
     /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
         State {
             step: self.steps(),
             seed: self.seed,
@@ -234,14 +236,16 @@ impl Trainer {
     /// # Errors
     /// When both are damaged, or the state was written with another seed, other settings or another model; nothing was
     /// changed then.
-    pub fn resume(&mut self, path: &Path) -> Result<Option<Error>> {
+    pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<Option<Error>> {
+        let path = path.as_ref();
         match self.read(path) {
             Ok(state) => self.go_on(path, state).map(|()| None),
-            Err(damage) => match self.read(&previous(path)) {
+            Err(damage) => match self.read(&previous_state_path(path)) {
                 Ok(state) => {
-                    self.go_on(&previous(path), state)?;
+                    self.go_on(&previous_state_path(path), state)?;
                     // Or the next state saved would push the damaged one into the place of this one.
-                    std::fs::rename(previous(path), path).map_err(|e| Error::io(path, e))?;
+                    std::fs::rename(previous_state_path(path), path)
+                        .map_err(|e| Error::io(path, e))?;
                     Ok(Some(damage))
                 }
                 Err(_) => Err(damage),
@@ -254,13 +258,14 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`resume`](Self::resume).
-    pub fn go_back(&mut self, path: &Path) -> Result<()> {
+    pub fn roll_back(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
         let newest = self.read(path)?;
         if newest.step < self.steps() {
             return self.go_on(path, newest);
         }
-        match self.read(&previous(path)) {
-            Ok(state) => self.go_on(&previous(path), state),
+        match self.read(&previous_state_path(path)) {
+            Ok(state) => self.go_on(&previous_state_path(path), state),
             Err(_) => self.go_on(path, newest),
         }
     }

@@ -48,7 +48,7 @@ pub fn adapted(kind: &str, device: &Device) -> Result<SamModel> {
     let attention = if kind == "fused_qkv" { AttentionKind::Fused } else { AttentionKind::Split };
     let mut adapted = SamModel::new(&model::config("tiny")?, attention, DType::F32, device)?;
     checkpoint::load(&mut adapted, model::folder("tiny"))?;
-    lora::load_adapter(&mut adapted, &folder(kind))?;
+    lora::load_adapter(&mut adapted, folder(kind))?;
     Ok(adapted)
 }
 

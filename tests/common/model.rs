@@ -28,7 +28,7 @@ pub fn config(name: &str) -> Result<SamConfig> {
 }
 
 pub fn read(name: &str, file: &str) -> Result<Tensors> {
-    Ok(files::read_tensors(&folder(name).join(file), &Device::Cpu)?)
+    Ok(files::read_tensors(folder(name).join(file), &Device::Cpu)?)
 }
 
 /// The scalars of one case of a model's `io.safetensors`.

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{inject, load_adapter, save_adapter, LoraConfig};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{randomize, Linear, Mode};
-use candle_sam_lora::train::{AdamWConfig, Draws, Trainer};
+use candle_sam_lora::train::{AdamWConfig, StepRng, Trainer};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -58,14 +58,14 @@ fn train(folder: &Path, steps: u64, rows: usize) -> anyhow::Result<()> {
     while trainer.steps() < steps {
         trainer.step(|step, mode| loss(&model, step, rows, mode))?;
         trainer.save(&state)?;
-        save_adapter(&model, &lora(), &folder.join(ADAPTER))?;
+        save_adapter(&model, &lora(), folder.join(ADAPTER))?;
     }
     // A run that was stopped between its last two files lacks the second.
-    Ok(save_adapter(&model, &lora(), &folder.join(ADAPTER))?)
+    Ok(save_adapter(&model, &lora(), folder.join(ADAPTER))?)
 }
 
 fn loss(model: &Model, step: u64, rows: usize, mode: Mode) -> candle_core::Result<Tensor> {
-    let mut draws = Draws::new(1, "x", step);
+    let mut draws = StepRng::new(1, "x", step);
     let x = (0..rows * 6).map(|_| draws.uniform() as f32 - 0.5).collect::<Vec<_>>();
     let x = Tensor::from_vec(x, (rows, 6), &Device::Cpu)?;
     model.lin2.forward(&model.lin1.forward(&x, mode)?, mode)?.sqr()?.mean_all()

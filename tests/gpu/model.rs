@@ -93,7 +93,7 @@ fn adapter(
 /// Every parameter's gradient of the masks' sum of squares.
 fn gradients(device: &Device) -> anyhow::Result<()> {
     let run = |mut model: SamModel, device: &Device| -> anyhow::Result<Vec<(String, Tensor)>> {
-        set_trainable(&mut model, &mut |_| true)?;
+        set_trainable(&mut model, |_| true)?;
         let out = model.forward(&input("tiny", "points_boxes", device)?, Mode::Eval)?;
         let gradients = out.pred_masks.sqr()?.mean_all()?.backward()?;
         let mut found = Vec::new();

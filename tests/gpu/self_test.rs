@@ -9,7 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use candle_sam_lora::cuda::{self, Choice, Family, Kernels};
-use candle_sam_lora::launch::projection_sm90::tiles_in_use;
+use candle_sam_lora::launch::projection::sm90::forward::tiles_in_use;
 use candle_sam_lora::launch::tiles::PROJECTION;
 use candle_sam_lora::ops::{self, Activation, Projection, RelPosAttention};
 use libtest_mimic::Trial;

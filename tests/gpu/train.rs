@@ -30,7 +30,7 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     let config = SamConfig::from_file(folder.join("config.json"))?;
     let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, device)?;
     checkpoint::load(&mut model, &folder)?;
-    set_trainable(&mut model, &mut |_| false)?;
+    set_trainable(&mut model, |_| false)?;
     let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
     inject(&mut model, &lora, SEED)?;
     let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;

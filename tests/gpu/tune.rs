@@ -17,9 +17,7 @@ use candle_sam_lora::cuda::{available_kernels, set_kernels, Kernels};
 use candle_sam_lora::launch::measured::MEASURED;
 use candle_sam_lora::launch::rel_pos_attention::{BackwardOperands, Inputs};
 use candle_sam_lora::launch::tiles::{self, ATTENTION, PROJECTION};
-use candle_sam_lora::launch::{
-    rel_pos_attention_bwd_sm90, rel_pos_attention_sm90, AttentionProblem,
-};
+use candle_sam_lora::launch::{rel_pos_attention, AttentionProblem};
 use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use clap::Parser;
 use serde_json::json;
@@ -388,8 +386,9 @@ fn covered(problem: &Problem<Work>) -> Result<bool> {
         let [out, lse, dout, dqkv, dtables, workspace] = [at; 6];
         let dpad = 0;
         let operands = BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
-        let own = rel_pos_attention_bwd_sm90::backward(&problem, DType::BF16, &inputs, &operands)?;
+        let own =
+            rel_pos_attention::sm90::backward::backward(&problem, DType::BF16, &inputs, &operands)?;
         return Ok(own.is_some());
     }
-    Ok(rel_pos_attention_sm90::forward(&problem, DType::BF16, &inputs, at, at)?.is_some())
+    Ok(rel_pos_attention::sm90::forward::forward(&problem, DType::BF16, &inputs, at, at)?.is_some())
 }

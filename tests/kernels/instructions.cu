@@ -1,5 +1,5 @@
 // For the tests of the emulator alone: conversions and single instructions, by one warp.
-#include "reduce.cuh"
+#include "common/reduce.cuh"
 
 struct InstructionParams {
     device_ptr in, out;

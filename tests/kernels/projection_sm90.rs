@@ -4,9 +4,11 @@
 use crate::common::Worst;
 use crate::projection::{check_backward, check_forward, Case, Data, CASES, PLAIN};
 use candle_core::{DType, Result};
+use candle_sam_lora::launch::projection::sm90::backward as hopper_bwd;
+use candle_sam_lora::launch::projection::sm90::forward::{
+    self as hopper, BACKWARD_TILES, FORWARD_TILES, X2,
+};
 use candle_sam_lora::launch::projection::{Activation, BackwardOperands, ForwardOperands};
-use candle_sam_lora::launch::projection_bwd_sm90 as hopper_bwd;
-use candle_sam_lora::launch::projection_sm90::{self as hopper, BACKWARD_TILES, FORWARD_TILES, X2};
 use candle_sam_lora_emulator::Mode;
 
 const TRAINED: Case = Case { p: 0.1, bias: true, lora_bias: true, ..PLAIN };

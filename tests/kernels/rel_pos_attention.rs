@@ -5,9 +5,9 @@ use crate::device::{
     bound, cache, emulator, in_every_mode, in_modes, kernels, launch_all, Device, Memory, DTYPES,
 };
 use candle_core::{DType, Result, Tensor};
+use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_sm90;
+use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention_window_sm90;
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
-use candle_sam_lora::launch::rel_pos_attention_bwd_sm90 as attention_bwd_sm90;
-use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention_window_sm90;
 use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
@@ -292,7 +292,7 @@ pub enum Kernels {
 fn keys_in_shared_memory() -> &'static Emulator {
     static EMULATOR: OnceLock<Emulator> = OnceLock::new();
     EMULATOR.get_or_init(|| {
-        let file = kernels().join("sm90/rel_pos_attention_bwd_key_sm90.cu");
+        let file = kernels().join("rel_pos_attention/sm90/bwd_key.cu");
         let defines = vec!["KEYS_IN_REGISTERS=false".to_string()];
         let sources = Sources { defines, ..Sources::files(kernels(), vec![file]) };
         Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))

@@ -5,7 +5,7 @@ use crate::device::{emulator, launch_all, Device, Memory};
 use crate::rel_pos_attention::{assert_all_ran, check_outputs, Case, Shapes, DROPOUT, GLOBAL};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
-use candle_sam_lora::launch::rel_pos_attention_sm90 as attention;
+use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention;
 use candle_sam_lora::launch::tiles;
 use candle_sam_lora_emulator::Mode;
 use std::collections::BTreeSet;

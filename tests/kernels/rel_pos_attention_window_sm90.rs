@@ -8,7 +8,7 @@ use crate::rel_pos_attention::{
 };
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
-use candle_sam_lora::launch::rel_pos_attention_window_sm90 as attention;
+use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 

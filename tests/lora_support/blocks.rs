@@ -61,7 +61,7 @@ pub fn read(name: &str) -> Tensors {
 pub fn loaded(names: &[&str]) -> Net {
     let mut model = Net::base();
     for name in names {
-        load_named_adapter(&mut model, name, &adapter(name)).unwrap();
+        load_named_adapter(&mut model, name, adapter(name)).unwrap();
     }
     model
 }

@@ -1,14 +1,16 @@
 //! Bugs planted in copies of the attention's backward, each in one of its passes; the other one is as it should be.
 
 use super::common::{error, gradients, random, values};
-use super::device::{cache, emulator, kernels, launch_all, Device, Memory};
+use super::device::{cache, emulator, launch_all, Device, Memory};
+use super::planted::copy_with;
 use super::Outcomes;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention::{self as portable, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{rel_pos_attention_bwd_sm90 as attention, AttentionProblem, Launch};
+use candle_sam_lora::launch::{
+    rel_pos_attention::sm90::backward as attention, AttentionProblem, Launch,
+};
 use candle_sam_lora::ops::{self, RelPosAttention};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
-use std::path::{Path, PathBuf};
 
 /// Five steps of queries, for four stages; the last of three blocks of queries has two rows too many, and in each of them
 /// eight rows of the panel are no query's.
@@ -35,41 +37,22 @@ struct Pass {
 
 const QUERY: Pass = Pass {
     index: 0,
-    file: "rel_pos_attention_bwd_query_sm90.cuh",
+    file: "rel_pos_attention/sm90/bwd_query.cuh",
     instance: "KERNEL(rel_pos_attention_bwd_query_sm90_hd64_cols40_f16, RelPosAttentionBwdQuerySm90Params, 384, 1) {\n\
         rel_pos_attention_bwd_query_sm90<StreamTile<__half, 64, 40, 2, 1, REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS>>(p);\n}\n",
 };
 const KEY: Pass = Pass {
     index: 1,
-    file: "rel_pos_attention_bwd_key_sm90.cuh",
+    file: "rel_pos_attention/sm90/bwd_key.cuh",
     instance: "KERNEL(rel_pos_attention_bwd_key_sm90_hd64_cols40_f16, RelPosAttentionBwdKeySm90Params, 384, 1) {\n\
         rel_pos_attention_bwd_key_sm90<KeyBlock<__half, 64, 40, true>>(p);\n}\n",
 };
 
-/// A folder with copies of all headers, where `planted` stands in place of `original` in the pass's.
-fn copy_with(name: &str, pass: &Pass, original: &str, planted: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs_sm90");
-    let folder = root.join(format!("attention_bwd_{name}"));
-    std::fs::create_dir_all(folder.join("sm90")).unwrap();
-    for sub in ["", "sm90"] {
-        let headers = std::fs::read_dir(kernels().join(sub)).unwrap().map(|e| e.unwrap().path());
-        for path in headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h")) {
-            let mut text = std::fs::read_to_string(&path).unwrap();
-            if path.ends_with(pass.file) {
-                assert_eq!(text.matches(original).count(), 1, "{} has changed", pass.file);
-                text = text.replace(original, planted);
-            }
-            std::fs::write(folder.join(sub).join(path.file_name().unwrap()), text).unwrap();
-        }
-    }
-    let text = format!("#include \"sm90/{}\"\n{}", pass.file, pass.instance);
-    std::fs::write(folder.join("pass.cu"), text).unwrap();
-    folder
-}
-
 /// The gradients' largest error in each mode, infinite where something is NaN, or the report.
 fn run(name: &str, pass: &Pass, original: &str, planted: &str) -> Outcomes {
-    let folder = copy_with(name, pass, original, planted);
+    let folder = copy_with(&format!("attention_bwd_{name}"), pass.file, original, planted);
+    let text = format!("#include \"{}\"\n{}", pass.file, pass.instance);
+    std::fs::write(folder.join("pass.cu"), text).unwrap();
     let sources = Sources::files(&folder, vec![folder.join("pass.cu")]);
     let with_bug = Emulator::new(&sources, &cache()).unwrap();
 

@@ -2,7 +2,7 @@
 
 use crate::common::{error, random, values};
 use crate::device::{encode, Memory};
-use crate::{assert_reported, assert_seen, copy_with, emulator, Outcomes, TOLERANCE};
+use crate::{assert_reported, assert_seen, emulator, Outcomes, TOLERANCE};
 use candle_core::DType;
 use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
 use candle_sam_lora_emulator::{Launch, Mode, Timing};
@@ -21,7 +21,7 @@ fn run(name: &str, original: &str, planted: &str) -> Outcomes {
 }
 
 fn run_clusters(name: &str, original: &str, planted: &str, cluster: u32) -> Outcomes {
-    let emulator = emulator(&copy_with(name, CLUSTER, original, planted), CLUSTER);
+    let emulator = emulator(name, CLUSTER, original, planted);
     let input = random(1, (STEPS, 16 * 32));
     let expected = values(&input.sum(0).unwrap().repeat(2).unwrap());
     let input = Memory::from_tensor(&input);

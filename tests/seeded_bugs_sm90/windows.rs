@@ -2,19 +2,19 @@
 //! (`tests/kernels/rel_pos_attention_window_sm90.rs`).
 
 use crate::common::{error, gradients, random, values};
-use crate::device::{cache, kernels, launch_all, Device, Memory};
+use crate::device::{cache, launch_all, Device, Memory};
+use crate::planted::copy_with;
 use candle_core::{DType, Result, Tensor};
+use candle_sam_lora::launch::rel_pos_attention::sm90::windows;
 use candle_sam_lora::launch::rel_pos_attention::{lse_elements, BackwardOperands, Inputs};
-use candle_sam_lora::launch::rel_pos_attention_window_sm90 as windows;
 use candle_sam_lora::launch::{AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, RelPosAttention};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
-use std::path::Path;
 
-const FWD: &str = "rel_pos_attention_window_fwd_sm90.cuh";
-const BWD: &str = "rel_pos_attention_window_bwd_sm90.cuh";
-const INSTANCES: &str = "#include \"rel_pos_attention_window_fwd_sm90.cuh\"\n\
-    #include \"rel_pos_attention_window_bwd_sm90.cuh\"\n\
+const FWD: &str = "rel_pos_attention/sm90/window_fwd.cuh";
+const BWD: &str = "rel_pos_attention/sm90/window_bwd.cuh";
+const INSTANCES: &str = "#include \"rel_pos_attention/sm90/window_fwd.cuh\"\n\
+    #include \"rel_pos_attention/sm90/window_bwd.cuh\"\n\
     using Tile = WindowTile<__half, 64>;\n\
     KERNEL(rel_pos_attention_window_fwd_sm90_hd64_f16, RelPosAttentionWindowFwdParams, 448) { rel_pos_attention_window_fwd_sm90<Tile>(p); }\n\
     KERNEL(rel_pos_attention_window_bwd_sm90_hd64_f16, RelPosAttentionWindowBwdParams, 448) { rel_pos_attention_window_bwd_sm90<Tile>(p); }\n";
@@ -88,20 +88,8 @@ fn run(device: &Device) -> Result<f64> {
 
 /// The kernels with `planted` in place of `original`.
 fn with_bug(name: &str, file: &str, original: &str, planted: &str) -> Emulator {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("seeded_bugs_sm90").join(name);
-    std::fs::create_dir_all(folder.join("sm90")).unwrap();
-    for sub in ["", "sm90"] {
-        let headers = std::fs::read_dir(kernels().join(sub)).unwrap().map(|e| e.unwrap().path());
-        for path in headers.filter(|p| p.extension().is_some_and(|e| e == "cuh" || e == "h")) {
-            let mut text = std::fs::read_to_string(&path).unwrap();
-            if path.ends_with(file) {
-                assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
-                text = text.replace(original, planted);
-            }
-            std::fs::write(folder.join(sub).join(path.file_name().unwrap()), text).unwrap();
-        }
-    }
-    let instances = folder.join("sm90/windows.cu");
+    let folder = copy_with(name, file, original, planted);
+    let instances = folder.join("windows.cu");
     std::fs::write(&instances, INSTANCES).unwrap();
     let sources = Sources::files(folder, vec![instances]);
     Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))

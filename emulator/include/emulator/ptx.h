@@ -1,4 +1,4 @@
-// The instructions of kernels/ptx.cuh on the CPU, straight from the PTX ISA's definitions of their fragments.
+// The instructions of kernels/common/ptx.cuh on the CPU, straight from the PTX ISA's definitions of their fragments.
 #pragma once
 #include <bit>
 #include <cmath>

@@ -1,4 +1,4 @@
-// The instructions of kernels/ptx_sm90.cuh on the CPU.
+// The instructions of kernels/common/ptx_sm90.cuh on the CPU.
 #pragma once
 #include "async.h"
 #include "ptx.h"

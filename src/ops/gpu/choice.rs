@@ -4,7 +4,7 @@
 use super::self_test;
 use crate::driver::{self, Kernels};
 use crate::launch::family::{Family, Implementation};
-use crate::launch::projection_sm90::Hopper;
+use crate::launch::projection::sm90::forward::Hopper;
 use crate::launch::self_test::Choice;
 use candle_core::{CudaDevice, DType, Result};
 

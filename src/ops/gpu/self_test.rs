@@ -10,7 +10,7 @@ mod problems;
 
 use crate::driver;
 use crate::launch::family::{Family, Implementation};
-use crate::launch::projection_sm90::Hopper;
+use crate::launch::projection::sm90::forward::Hopper;
 use crate::launch::self_test::{
     bound, error, refusal, Choice, Comparison, SelfTestReport, SelfTestRow,
 };

@@ -93,5 +93,5 @@ pub fn save_pretrained(
     let json = config.to_json()?;
     files::create_dir(folder)?;
     save(model, folder.join("model.safetensors"), Naming::HuggingFace, None)?;
-    files::write_atomic(&folder.join("config.json"), |file| file.write_all(json.as_bytes()))
+    files::write_atomic(folder.join("config.json"), |file| file.write_all(json.as_bytes()))
 }

@@ -1,6 +1,6 @@
 // For the tests of the emulator alone: Hopper's instructions by one warpgroup, each against its definition.
-#include "common.cuh"
-#include "sm90/descriptor.cuh"
+#include "common/kernel.cuh"
+#include "common/descriptor.cuh"
 
 struct ProductParams {
     EncodedTensorMap a, b;

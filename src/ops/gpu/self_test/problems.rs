@@ -2,7 +2,7 @@
 //! has slots, windows that hang over the grid, more depth than a ring of stages, several tiles for each persistent block.
 
 use crate::launch::family::{Family, Implementation};
-use crate::launch::projection_sm90::tiles_in_use;
+use crate::launch::projection::sm90::forward::tiles_in_use;
 use crate::launch::tiles::{self, ATTENTION, PROJECTION};
 use crate::ops::{
     composed, projection, rel_pos_attention, Activation, Lora, Projection, RelPosAttention,
@@ -322,7 +322,8 @@ mod tests {
 
     #[test]
     fn every_tile_in_use_is_a_case() {
-        let hopper = crate::launch::projection_sm90::Hopper { multiprocessors: 2, clusters: true };
+        let hopper =
+            crate::launch::projection::sm90::forward::Hopper { multiprocessors: 2, clusters: true };
         let mut tried = Vec::new();
         for family in Family::ALL {
             for problem in of(family, true) {

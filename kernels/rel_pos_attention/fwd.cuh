@@ -1,0 +1,145 @@
+// Attention with decomposed relative positions over grids, global or in windows (see rel_pos_attention/common.cuh):
+//
+//   S[n, m] = softmax_scale q_n . k_m + rel_h[n, y_m] + rel_w[n, x_m]          O = dropout(softmax(S)) V
+//   rel_h[n, y] = q_n . Rh[y_n - y + side_h - 1]      rel_w[n, x] = q_n . Rw[x_n - x + side_w - 1]     (unscaled q)
+//
+// qkv [batch, h, w, 3, heads, head_dim] -> out [batch, h, w, heads, head_dim], and lse f32 [windows, heads, tokens], of f32
+// [windows, heads, tokens, 2]: max in base 2, and sum.
+// A block holds 16 kWarps queries of a unit; the biases are computed first, then key tiles stream by, two in flight,
+// under an online softmax in base 2: p = exp2((q k scale log2(e) + rel_w) + (rel_h - max)). Scores are scaled in f32.
+// f32 operands are multiplied as 3xTF32 (fragment.cuh), which keeps f32's accuracy.
+#pragma once
+#include "rel_pos_attention/common.cuh"
+
+template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(const RelPosAttentionFwdParams& p) {
+    using T = typename Tile::T;
+    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kStride = Tile::kStride;
+    auto& shared = ptx::shared_storage<typename Tile::Storage>();
+    const RelPosAttentionShape& s = p.shape;
+    const uint32_t blocks = ceil_div(s.side_h * s.side_w, uint32_t(Tile::kQueries));
+    const AttentionUnit unit(s, blockIdx.x / blocks);
+    const uint32_t first = blockIdx.x % blocks * Tile::kQueries, queries = unit.queries();
+    if (first >= queries) return;
+
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const uint32_t channels = s.num_heads * s.head_dim, head_column = unit.head * s.head_dim;
+    const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad);
+    const Tables<T> tables(p.tables);
+    const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.tables[0], p.tables[1]);
+
+    FragmentA<T> q[kDim / 16];
+    load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);
+    const Biases<Tile> bias(s, reinterpret_cast<float*>(&shared + 1));
+    project_tables<Tile>(bias, shared, s, unit, first, q, qkv + head_column, 3 * channels, tables, wide);
+
+    const KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, wide);
+    tiles.copy(0);
+
+    // A warp without queries helps with the copies alone.
+    const uint32_t warp_first = first + 16 * warp;
+    const bool active = warp_first < queries;
+    const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
+    const float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
+    const float scale = s.softmax_scale * kLog2e;
+    float fragment_w[kCols / 8][4] = {}, out[kDim / 8][4] = {};
+    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
+
+    for (uint32_t tile = 0; tile < tiles.count; ++tile) {
+        const T(*keys)[kStride] = tiles.advance(tile);
+        if (active) {
+            const T(*values)[kStride] = keys + kKeys;
+            const auto [y, x] = tiles.first_key(tile);
+            if (y == 0) {
+#pragma unroll
+                for (int j = 0; j < kCols / 8; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) fragment_w[j][i] = rel_w[8 * (i / 2) * bias.stride_w + x + 8 * j + 2 * t + i % 2];
+            }
+            float scores[kKeys / 8][4] = {};
+#pragma unroll
+            for (int k = 0; k < kDim / 16; ++k)
+#pragma unroll
+                for (int n = 0; n < kKeys / 16; ++n) {
+                    FragmentB<T> b[2];
+                    load_b(b, &keys[16 * n][16 * k], kStride);
+                    mma(scores[2 * n], q[k], b[0]);
+                    mma(scores[2 * n + 1], q[k], b[1]);
+                }
+
+            // Rows g and g + 8 of the warp's queries.
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float bias_h[kRows], new_max = row_max[half];
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) {
+                    bias_h[r] = rel_h[8 * half * bias.stride_h + y + r];
+                    float row = -INFINITY;
+#pragma unroll
+                    for (int j = 0; j < kCols / 8; ++j)
+#pragma unroll
+                        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                            float& score = scores[r * (kCols / 8) + j][i];
+                            score = fmaf(score, scale, fragment_w[j][i]);
+                            if constexpr (kExactWeights<T>) score += bias_h[r];
+                            row = fmaxf(row, score);
+                        }
+                    new_max = fmaxf(new_max, kExactWeights<T> ? row : row + bias_h[r]);
+                }
+                new_max = quad_max(new_max);
+                const float reference = finite_maximum(new_max), rescale = ptx::ex2_approx(row_max[half] - reference);
+                row_max[half] = new_max;
+                row_sum[half] *= rescale;
+#pragma unroll
+                for (int n = 0; n < kDim / 8; ++n) {
+                    out[n][2 * half] *= rescale;
+                    out[n][2 * half + 1] *= rescale;
+                }
+#pragma unroll
+                for (int r = 0; r < kRows; ++r)
+#pragma unroll
+                    for (int j = 0; j < kCols / 8; ++j)
+#pragma unroll
+                        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                            float& score = scores[r * (kCols / 8) + j][i];
+                            score = ptx::ex2_approx(kExactWeights<T> ? score - reference : score + (bias_h[r] - reference));
+                            row_sum[half] += score;
+                        }
+                if (s.dropout.threshold != 0) {
+                    const uint32_t kept = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8 * half)), y, x);
+#pragma unroll
+                    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) scores[n][2 * half + i] *= dropout_factor(s.dropout, kept, 2 * n + i);
+                }
+            }
+
+#pragma unroll
+            for (int k = 0; k < kKeys / 16; ++k) {
+                FragmentA<T> weights;
+                make_a(weights, scores[2 * k], scores[2 * k + 1]);
+#pragma unroll
+                for (int n = 0; n < kDim / 16; ++n) {
+                    FragmentB<T> b[2];
+                    load_b_trans(b, &values[16 * k][16 * n], kStride);
+                    mma(out[2 * n], weights, b[0]);
+                    mma(out[2 * n + 1], weights, b[1]);
+                }
+            }
+        }
+        __syncthreads();  // nobody reads this stage any more
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint32_t n = warp_first + g + 8 * half;
+        const float sum = quad_sum(row_sum[half]), inverse = 1.0f / sum;
+        if (n >= queries) continue;
+        T* to = global<T>(p.out) + unit.token(unit.query(n)) * channels + head_column;
+#pragma unroll
+        for (int c = 0; c < kDim / 8; ++c)
+            store_pair(to, 8 * c + 2 * t, s.head_dim, out[c][2 * half] * inverse, out[c][2 * half + 1] * inverse);
+        if (t != 0) continue;
+        if constexpr (kExactWeights<T>) store(global<float>(p.lse) + 2 * (unit.first_row() + n), {row_max[half], sum});
+        else global<float>(p.lse)[unit.first_row() + n] = row_max[half] * kLn2 + logf(sum);
+    }
+}

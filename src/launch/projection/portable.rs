@@ -1,0 +1,544 @@
+//! Projections with LoRA: `kernels/projection/fwd.cuh`, `kernels/low_rank/low_rank.cuh`.
+//!
+//! The forward is one launch for S (none without LoRA) and one for the output. S, f32, is what the backward wants kept,
+//! and with an activation the sum before it. The backward is in `projection_bwd`.
+
+use crate::launch::bindings::{
+    device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,
+    ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
+};
+use crate::launch::{bindings, dropout, tiles, Launch};
+use crate::problem::small_layout;
+use candle_core::{bail, DType, Result};
+use std::ops::Range;
+
+pub use crate::problem::{Activation, LoraProblem, ProjectionProblem, SmallLayout};
+
+/// Up to three projections of one input `[rows, in_dim]` into packed columns, all operands contiguous.
+#[derive(Clone, Copy, Debug)]
+pub struct Problem<'a> {
+    /// Rows of the input: all dimensions but the last.
+    pub rows: usize,
+    /// Width of the input.
+    pub in_dim: usize,
+    /// One to three.
+    pub projections: &'a [ProjectionProblem],
+    /// What is applied to the sums.
+    pub activation: Activation,
+}
+
+/// The output tile of a block of the projection kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tile {
+    /// 128 x 128, eight warps: each operand element is used 128 times, what tensor cores need to be busy.
+    Large,
+    /// 64 x 64, four warps: four times as many blocks, where large ones would leave multiprocessors idle, and less
+    /// waste on narrow outputs.
+    Small,
+}
+
+/// Both, for tests and tuning.
+pub const TILES: [Tile; 2] = [Tile::Large, Tile::Small];
+
+/// Fewer blocks than this leave multiprocessors of an A100 (108) or H100 (132) idle.
+const ENOUGH_BLOCKS: u64 = 128;
+
+impl Tile {
+    /// Rows and columns.
+    fn side(self) -> u64 {
+        match self {
+            Self::Large => 128,
+            Self::Small => 64,
+        }
+    }
+
+    fn threads(self) -> u32 {
+        match self {
+            Self::Large => 256,
+            Self::Small => 128,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Large => "128x128",
+            Self::Small => "64x64",
+        }
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        TILES.into_iter().find(|tile| tile.name() == name)
+    }
+
+    /// The tile that the kernels of a family give a problem, whose output has these widths.
+    pub(in crate::launch) fn of(
+        family: &str,
+        problem: &Problem<'_>,
+        dtype: DType,
+        widths: &[u64],
+    ) -> Self {
+        let total = problem.projections.iter().map(|part| part.out_dim).sum();
+        let known = tiles::known(family, dtype, [problem.in_dim, total], problem.rows);
+        let rule = || Self::choose(problem.rows as u64, widths);
+        known.and_then(Self::named).unwrap_or_else(rule)
+    }
+
+    /// The rule: the tile for an output of `rows` rows in these widths.
+    pub(in crate::launch) fn choose(rows: u64, widths: &[u64]) -> Self {
+        let large = Self::Large.side();
+        let columns: u64 = widths.iter().map(|width| width.div_ceil(large)).sum();
+        // A width that fills at most half of the last tile wastes more than the small tile costs.
+        let narrow = widths.iter().all(|width| *width <= large / 2);
+        if narrow || rows.div_ceil(large) * columns < ENOUGH_BLOCKS {
+            Self::Small
+        } else {
+            Self::Large
+        }
+    }
+}
+
+/// Columns of the thin products' tiles: most adapters have rank 16 or less, and a wider tile would multiply zeros; above,
+/// 64 reads the other operand fewer times.
+fn low_rank_columns(rank: u32) -> u32 {
+    if rank <= 16 {
+        16
+    } else {
+        64
+    }
+}
+
+/// Rows of the thin products' tiles.
+const LOW_RANK_ROWS: u64 = 64;
+
+/// The shapes in the units of the kernels, checked.
+pub(in crate::launch) struct Shapes<'a> {
+    pub(in crate::launch) problem: &'a Problem<'a>,
+    pub(in crate::launch) layouts: Vec<SmallLayout>,
+    /// Length of the small tensors.
+    pub(in crate::launch) small_len: usize,
+    pub(in crate::launch) in_dim: u32,
+    pub(in crate::launch) total: u32,
+    activation: u32,
+    /// Width of S: ranks, each up to a multiple of four, so that rows can be read in vectors.
+    pub(in crate::launch) s_stride: u32,
+    s_columns: Vec<u32>,
+}
+
+fn to_u32(what: &str, value: usize) -> Result<u32> {
+    u32::try_from(value)
+        .or_else(|_| bail!("projection: {what} of {value} is more than a kernel takes"))
+}
+
+impl<'a> Shapes<'a> {
+    pub(in crate::launch) fn new(problem: &'a Problem<'a>) -> Result<Self> {
+        let Problem { rows, in_dim, projections: parts, .. } = *problem;
+        let total: usize = parts.iter().map(|part| part.out_dim).sum();
+        let empty = rows == 0 || in_dim == 0 || parts.iter().any(|part| part.out_dim == 0);
+        if empty || parts.is_empty() || parts.len() > PROJECTION_PARTS as usize {
+            let count = parts.len();
+            bail!("projection: kernels want 1 to 3 projections that are not empty, got {count} of [{rows}, {in_dim}] -> {total}")
+        }
+        to_u32("rows", rows)?;
+        let (layouts, small_len) = small_layout(in_dim, parts);
+        let mut s_stride = 0;
+        let mut s_columns = Vec::new();
+        for part in parts {
+            s_columns.push(s_stride);
+            s_stride += to_u32("rank", part.lora.map_or(0, |lora| lora.rank))?.next_multiple_of(4);
+        }
+        let (in_dim, total) = (to_u32("in_dim", in_dim)?, to_u32("out_dim", total)?);
+        let activation = match problem.activation {
+            Activation::Identity => ACTIVATION_IDENTITY,
+            Activation::Gelu => ACTIVATION_GELU,
+            Activation::Relu => ACTIVATION_RELU,
+            other => bail!("projection: no kernel computes {other:?}"),
+        };
+        Ok(Self { problem, layouts, small_len, in_dim, total, activation, s_stride, s_columns })
+    }
+
+    pub(in crate::launch) fn rows(&self) -> u64 {
+        self.problem.rows as u64
+    }
+
+    /// Bytes of S, or dS.
+    pub(in crate::launch) fn s_bytes(&self) -> usize {
+        4 * low_rank_len(self.problem)
+    }
+
+    /// The projections that have LoRA, by their places.
+    pub(in crate::launch) fn adapted(&self) -> impl Iterator<Item = (usize, LoraProblem)> + '_ {
+        let parts = self.problem.projections.iter().enumerate();
+        parts.filter_map(|(index, part)| Some((index, part.lora?)))
+    }
+
+    /// First column in packed tensors.
+    pub(in crate::launch) fn column(&self, index: usize) -> u32 {
+        self.problem.projections[..index].iter().map(|part| part.out_dim as u32).sum()
+    }
+
+    pub(in crate::launch) fn parts(
+        &self,
+        weights: &[device_ptr],
+        small: Small<'_>,
+    ) -> Result<[ProjectionPart; 3]> {
+        let problems = self.problem.projections;
+        if weights.len() != problems.len() {
+            bail!("projection: {} weights for {} projections", weights.len(), problems.len())
+        }
+        let mut separate = match small {
+            Small::Flat(_) => &[],
+            Small::Separate(tensors) => tensors,
+        }
+        .iter();
+        // Those that are there, in the order of the layout.
+        let mut next = |range: &Range<usize>| match (small, separate.next()) {
+            (Small::Flat(first), _) => Ok((first + 4 * range.start as u64, 0)),
+            (Small::Separate(_), Some(tensor)) => Ok((tensor.at, u32::from(tensor.typed))),
+            (Small::Separate(_), None) => bail!("projection: too few small tensors"),
+        };
+        let mut parts = [ProjectionPart::default(); 3];
+        for (index, (part, problem)) in parts.iter_mut().zip(problems).enumerate() {
+            let layout = &self.layouts[index];
+            *part = ProjectionPart {
+                weight: weights[index],
+                out_dim: problem.out_dim as u32,
+                column: self.column(index),
+                s_column: self.s_columns[index],
+                mask: dropout::mask(None),
+                ..Default::default()
+            };
+            if let Some(range) = &layout.bias {
+                (part.bias, part.bias_typed) = next(range)?;
+            }
+            if let Some(lora) = problem.lora {
+                (part.a, _) = next(&layout.a)?;
+                (part.b, _) = next(&layout.b)?;
+                part.rank = lora.rank as u32;
+                part.scaling = lora.scaling;
+                part.mask = dropout::mask(lora.dropout);
+            }
+            if let Some(range) = &layout.lora_bias {
+                (part.lora_bias, part.lora_bias_typed) = next(range)?;
+            }
+        }
+        Ok(parts)
+    }
+
+    /// What both directions' params have in common.
+    pub(in crate::launch) fn params(&self) -> ProjectionParams {
+        ProjectionParams {
+            rows: self.problem.rows as u32,
+            in_dim: self.in_dim,
+            total: self.total,
+            s_stride: self.s_stride,
+            activation: self.activation,
+            ..Default::default()
+        }
+    }
+
+    /// Those of the forward.
+    pub(in crate::launch) fn forward_params(
+        &self,
+        parts: [ProjectionPart; 3],
+        operands: &ForwardOperands<'_>,
+    ) -> ProjectionParams {
+        ProjectionParams {
+            left: operands.x,
+            low_rank: operands.low_rank,
+            residual: operands.residual,
+            sum: operands.sum,
+            out: operands.out,
+            parts,
+            ..self.params()
+        }
+    }
+
+    /// A launch of a projection kernel whose output has these widths.
+    pub(in crate::launch) fn launch_tiles(
+        &self,
+        family: &str,
+        dtype: DType,
+        (tile, shared_bytes): (Tile, u32),
+        widths: &[u64],
+        params: ProjectionParams,
+    ) -> Result<Launch> {
+        let column_tiles: u64 = widths.iter().map(|width| width.div_ceil(tile.side())).sum();
+        let grid = [column_tiles * self.rows().div_ceil(tile.side()), 1, 1];
+        let params = ProjectionParams { column_tiles: column_tiles as u32, ..params };
+        let family = format!("{family}_{}", tile.name());
+        let launch = Launch::new(&family, dtype, grid, tile.threads(), &params)?;
+        Ok(Launch { shared_bytes, ..launch })
+    }
+}
+
+/// One of the thin products: `input`, `grad` or `weight`. None if there is nothing to do.
+pub(in crate::launch) fn low_rank(
+    product: &str,
+    dtype: DType,
+    parts: &[LowRankPart],
+    (splits, split_depth, split_stride): (u64, u32, u64),
+) -> Result<Option<Launch>> {
+    let Some(rank) = parts.iter().map(|part| part.size_j).max() else { return Ok(None) };
+    let columns = low_rank_columns(rank);
+    let blocks = |size: fn(&LowRankPart) -> u32, tile: u64| {
+        parts.iter().map(|part| u64::from(size(part)).div_ceil(tile)).max().unwrap_or(1)
+    };
+    let grid = [
+        blocks(|part| part.size_i, LOW_RANK_ROWS),
+        blocks(|part| part.out_j, columns.into()),
+        parts.len() as u64 * splits,
+    ];
+    let mut params =
+        LowRankParams { split_stride, splits: splits as u32, split_depth, ..Default::default() };
+    params.parts[..parts.len()].copy_from_slice(parts);
+    let family = format!("low_rank_{product}_64x{columns}");
+    let launch = Launch::new(&family, dtype, grid, LOW_RANK_THREADS, &params)?;
+    let shared_bytes = low_rank_shared_bytes(product, columns, dtype.size_in_bytes());
+    Ok(Some(Launch { shared_bytes, ..launch }))
+}
+
+fn low_rank_shared_bytes(product: &str, columns: u32, element: usize) -> u32 {
+    use bindings::*;
+    match (product, columns, element) {
+        ("input", 16, 2) => LOW_RANK_INPUT_64X16_SHARED_BYTES_2,
+        ("input", 16, _) => LOW_RANK_INPUT_64X16_SHARED_BYTES_4,
+        ("input", _, 2) => LOW_RANK_INPUT_64X64_SHARED_BYTES_2,
+        ("input", _, _) => LOW_RANK_INPUT_64X64_SHARED_BYTES_4,
+        ("grad", 16, 2) => LOW_RANK_GRAD_64X16_SHARED_BYTES_2,
+        ("grad", 16, _) => LOW_RANK_GRAD_64X16_SHARED_BYTES_4,
+        ("grad", _, 2) => LOW_RANK_GRAD_64X64_SHARED_BYTES_2,
+        ("grad", _, _) => LOW_RANK_GRAD_64X64_SHARED_BYTES_4,
+        (_, 16, 2) => LOW_RANK_WEIGHT_64X16_SHARED_BYTES_2,
+        (_, 16, _) => LOW_RANK_WEIGHT_64X16_SHARED_BYTES_4,
+        (_, _, 2) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_2,
+        (_, _, _) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_4,
+    }
+}
+
+/// Whether there are kernels for this problem; without, the composed graph computes it.
+pub fn covers(problem: &Problem<'_>, dtype: DType) -> bool {
+    crate::launch::dtype_name("projection", dtype).is_ok() && Shapes::new(problem).is_ok()
+}
+
+/// f32 elements of S, which the forward writes and the backward reads; 0 without LoRA. Its layout is the kernels' own.
+pub fn low_rank_len(problem: &Problem<'_>) -> usize {
+    let ranks = problem.projections.iter().filter_map(|p| p.lora).map(|lora| lora.rank);
+    problem.rows * ranks.map(|rank| rank.next_multiple_of(4)).sum::<usize>()
+}
+
+/// Where the projections' small tensors lie.
+#[derive(Clone, Copy, Debug)]
+pub enum Small<'a> {
+    /// As one tensor in f32, as `problem::small_layout` has them.
+    Flat(device_ptr),
+    /// Each by itself, those that are there in the order of `problem::small_layout`.
+    Separate(&'a [SmallTensor]),
+}
+
+/// A small tensor by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct SmallTensor {
+    /// Its address.
+    pub at: device_ptr,
+    /// Whether its elements are of the problem's dtype, which biases' may be; else they are f32.
+    pub typed: bool,
+}
+
+/// The addresses of the forward's operands; 0 is absent.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardOperands<'a> {
+    /// `[rows, in_dim]`
+    pub x: device_ptr,
+    /// Of each projection, `[out_dim, in_dim]`.
+    pub weights: &'a [device_ptr],
+    /// Biases and adapters.
+    pub small: Small<'a>,
+    /// `[rows, out_dims]`; may be absent.
+    pub residual: device_ptr,
+    /// Output `[rows, out_dims]`.
+    pub out: device_ptr,
+    /// Output, [`low_rank_len`] f32; absent without LoRA.
+    pub low_rank: device_ptr,
+    /// Output `[rows, out_dims]`: what the activation is applied to; absent if it is not kept.
+    pub sum: device_ptr,
+}
+
+/// The forward: S and the output, in this order.
+///
+/// # Errors
+/// On other dtypes than f32, f16 and bf16, and on shapes that no kernel takes.
+pub fn forward(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &ForwardOperands<'_>,
+) -> Result<Vec<Launch>> {
+    let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
+    forward_with(Tile::of(tiles::PROJECTION[0], problem, dtype, &widths), problem, dtype, operands)
+}
+
+/// The launch for S; none without LoRA.
+pub(in crate::launch) fn low_rank_input(
+    shapes: &Shapes<'_>,
+    dtype: DType,
+    parts: &[ProjectionPart; 3],
+    operands: &ForwardOperands<'_>,
+) -> Result<Option<Launch>> {
+    let products: Vec<_> = shapes
+        .adapted()
+        .map(|(index, lora)| LowRankPart {
+            left: operands.x,
+            right: parts[index].a,
+            out: operands.low_rank + 4 * u64::from(parts[index].s_column),
+            size_i: shapes.problem.rows as u32,
+            size_j: lora.rank as u32,
+            out_j: (lora.rank as u32).next_multiple_of(4),
+            depth: shapes.in_dim,
+            left_stride: shapes.in_dim,
+            right_stride: shapes.in_dim,
+            out_stride_i: shapes.s_stride,
+            out_stride_j: 1,
+            scale: lora.scaling,
+            mask: parts[index].mask,
+        })
+        .collect();
+    low_rank("input", dtype, &products, (1, shapes.in_dim, 0))
+}
+
+/// The forward with this tile.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with(
+    tile: Tile,
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &ForwardOperands<'_>,
+) -> Result<Vec<Launch>> {
+    let shapes = Shapes::new(problem)?;
+    let parts = shapes.parts(operands.weights, operands.small)?;
+    let s = low_rank_input(&shapes, dtype, &parts, operands)?;
+    let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
+    let shared_bytes = match tile {
+        Tile::Large => bindings::PROJECTION_FWD_128X128_SHARED_BYTES,
+        Tile::Small => bindings::PROJECTION_FWD_64X64_SHARED_BYTES,
+    };
+    let tiles = (tile, shared_bytes);
+    let params = shapes.forward_params(parts, operands);
+    let out = shapes.launch_tiles("projection_fwd", dtype, tiles, &widths, params)?;
+    Ok(s.into_iter().chain([out]).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{backward, workspace_bytes, BackwardOperands};
+    use super::*;
+
+    fn part(out_dim: usize, rank: usize) -> ProjectionProblem {
+        let lora = LoraProblem { rank, scaling: 1.0, dropout: None, bias: false };
+        ProjectionProblem { out_dim, bias: true, lora: (rank > 0).then_some(lora) }
+    }
+
+    fn problem(rows: usize, in_dim: usize, parts: &[ProjectionProblem]) -> Problem<'_> {
+        Problem { rows, in_dim, projections: parts, activation: Activation::Identity }
+    }
+
+    const OPERANDS: ForwardOperands<'_> = ForwardOperands {
+        x: 256,
+        weights: &[512, 768, 1024],
+        small: Small::Flat(2048),
+        residual: 0,
+        out: 4096,
+        low_rank: 8192,
+        sum: 0,
+    };
+
+    fn names(launches: &[Launch]) -> Vec<&str> {
+        launches.iter().map(|launch| launch.kernel.as_str()).collect()
+    }
+
+    #[test]
+    fn tiles_fill_the_device() {
+        // SAM ViT-B's qkv of one image, its output projection, and of one window's worth of tokens.
+        assert_eq!(Tile::choose(4096, &[768; 3]), Tile::Large);
+        assert_eq!(Tile::choose(4096, &[768]), Tile::Large);
+        assert_eq!(Tile::choose(196, &[768; 3]), Tile::Small);
+        // Narrow outputs, as of the mask decoder, waste less in small tiles.
+        assert_eq!(Tile::choose(65536, &[32]), Tile::Small);
+        assert_eq!(Tile::choose(65536, &[64; 3]), Tile::Small);
+        assert_eq!(Tile::choose(65536, &[128]), Tile::Large);
+    }
+
+    #[test]
+    fn each_part_has_its_own_column_tiles() -> Result<()> {
+        let parts = [part(100, 0), part(130, 0), part(64, 0)];
+        for (tile, tiles, shared) in
+            [(Tile::Large, 1 + 2 + 1, 81920), (Tile::Small, 2 + 3 + 1, 40960)]
+        {
+            let launches = forward_with(tile, &problem(200, 50, &parts), DType::F16, &OPERANDS)?;
+            let rows = 200u32.div_ceil(tile.side() as u32);
+            assert_eq!(launches[0].grid, [rows * tiles, 1, 1]);
+            assert_eq!((launches.len(), launches[0].shared_bytes), (1, shared));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn s_is_computed_first_for_the_adapted_parts_alone() -> Result<()> {
+        let parts = [part(64, 3), part(64, 0), part(64, 17)];
+        let problem = problem(100, 64, &parts);
+        // Ranks are rounded up to 4 and 20.
+        assert_eq!(low_rank_len(&problem), 100 * 24);
+        let launches = forward(&problem, DType::BF16, &OPERANDS)?;
+        assert_eq!(names(&launches), ["low_rank_input_64x64_bf16", "projection_fwd_64x64_bf16"]);
+        assert_eq!(launches[0].grid, [2, 1, 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_backward_makes_what_is_wanted() -> Result<()> {
+        let parts = [part(64, 16), part(64, 0), part(64, 16)];
+        let problem = problem(4096, 64, &parts);
+        let operands = BackwardOperands {
+            x: 256,
+            weights: OPERANDS.weights,
+            small: Small::Flat(2048),
+            low_rank: 4096,
+            sum: 0,
+            dout: 8192,
+            dx: 16384,
+            dsmall: 0,
+            workspace: 32768,
+        };
+        let launches = backward(&problem, DType::F16, &operands)?;
+        assert_eq!(names(&launches), ["low_rank_grad_64x16_f16", "projection_bwd_input_64x64_f16"]);
+        assert_eq!(low_rank_len(&problem), 4096 * 32);
+        let operands = BackwardOperands { dx: 0, dsmall: 16384, ..operands };
+        let launches = backward(&problem, DType::F16, &operands)?;
+        let weight = "low_rank_weight_64x16_f16";
+        let (ds, biases) = ("low_rank_grad_64x16_f16", "projection_bwd_bias_f16");
+        let expected = [ds, weight, weight, biases, "sum_partials_f32"];
+        assert_eq!(names(&launches), expected);
+        // 32 splits of 128 rows, for each of two adapters.
+        assert_eq!(launches[1].grid, [1, 1, 64]);
+        let small = 3 * 64 + 2 * 2 * 16 * 64;
+        let split = 256 + 2 * 64 * 96;
+        assert_eq!(workspace_bytes(&problem, DType::F16), 4 * (4096 * 32 + 32 * small) + split);
+        assert_eq!(workspace_bytes(&problem, DType::F32), 4 * (4096 * 32 + 32 * small));
+        let operands = BackwardOperands { dsmall: 0, ..operands };
+        assert!(backward(&problem, DType::F16, &operands)?.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn what_no_kernel_takes_is_refused() {
+        let parts = [part(64, 0); 4];
+        for problem in [problem(5, 8, &parts), problem(0, 8, &parts[..1]), problem(5, 8, &[])] {
+            assert!(!covers(&problem, DType::F32));
+            let message = forward(&problem, DType::F32, &OPERANDS).unwrap_err().to_string();
+            assert!(message.contains("1 to 3 projections"), "{message}");
+        }
+        let two = problem(5, 8, &parts[..2]);
+        assert!(covers(&two, DType::F32) && !covers(&two, DType::F64));
+        assert!(forward(&two, DType::F32, &OPERANDS).is_err(), "three weights for two");
+    }
+}

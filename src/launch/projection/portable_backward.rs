@@ -1,0 +1,327 @@
+//! The gradients of projections with LoRA: `kernels/projection/bwd_input.cuh`, `kernels/projection/bwd.cuh`,
+//! `kernels/low_rank/low_rank.cuh`.
+//!
+//! ```text
+//! g = grad act'(sum)        only with an activation
+//! dS                        if anything is adapted
+//! dx                        if wanted; some kernels of Hopper make dS on the way
+//! dA, dB, biases            in partial sums over splits of the rows, laid out as the small tensors; then their sum
+//! ```
+
+use crate::launch::bindings::{
+    self, device_ptr, ActivationGradParams, BiasGradParams, BiasGradPart, LowRankPart,
+    ProjectionParams, ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES,
+    BIAS_GRAD_WARPS, PROJECTION_PARTS,
+};
+use crate::launch::projection::sm90::low_rank_split;
+use crate::launch::projection::{low_rank, Activation, Problem, Shapes, Small, Tile};
+use crate::launch::{dropout, sum_partials, tiles, Launch};
+use candle_core::{bail, DType, Result};
+
+const WARP: u64 = 32;
+/// Fewer rows are not worth a split of their own.
+const SPLIT_ROWS: u64 = 128;
+/// More splits would fill no GPU better, and write more partial sums.
+const MOST_SPLITS: u64 = 32;
+/// Elements of partial sums, at most: 64 MB. Large adapters have blocks enough with fewer splits.
+const MOST_PARTIALS: u64 = 1 << 24;
+
+/// The addresses of the backward's operands; 0 is absent.
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardOperands<'a> {
+    /// As in the forward.
+    pub x: device_ptr,
+    /// As in the forward.
+    pub weights: &'a [device_ptr],
+    /// As in the forward.
+    pub small: Small<'a>,
+    /// The forward's output.
+    pub low_rank: device_ptr,
+    /// The forward's output; absent without an activation.
+    pub sum: device_ptr,
+    /// The gradient of `out`.
+    pub dout: device_ptr,
+    /// Output, as `x`; absent if it is not wanted.
+    pub dx: device_ptr,
+    /// Output, as `small`; absent if it is not wanted.
+    pub dsmall: device_ptr,
+    /// [`workspace_bytes`] bytes.
+    pub workspace: device_ptr,
+}
+
+/// Where things lie in the workspace, in bytes.
+struct Workspace {
+    ds: u64,
+    split: u64,
+    partials: u64,
+    end: u64,
+    splits: u64,
+    split_rows: u64,
+}
+
+impl Shapes<'_> {
+    /// The params of dx.
+    pub(in crate::launch) fn bwd_input_params(
+        &self,
+        parts: [ProjectionPart; 3],
+        g: device_ptr,
+        ds: device_ptr,
+        dx: device_ptr,
+    ) -> ProjectionParams {
+        ProjectionParams { left: g, low_rank: ds, out: dx, parts, ..self.params() }
+    }
+}
+
+impl Workspace {
+    fn new(shapes: &Shapes<'_>, dtype: DType) -> Self {
+        let align = |bytes: u64| bytes.next_multiple_of(256);
+        let rows = shapes.rows();
+        let g = match shapes.problem.activation {
+            Activation::Identity => 0,
+            _ => rows * u64::from(shapes.total) * dtype.size_in_bytes() as u64,
+        };
+        let small_len = shapes.small_len as u64;
+        let splits = rows.div_ceil(SPLIT_ROWS).min(MOST_SPLITS);
+        let splits = splits.min((MOST_PARTIALS / small_len.max(1)).max(1));
+        let split_rows = rows.div_ceil(splits).next_multiple_of(WARP);
+        let splits = rows.div_ceil(split_rows);
+        let ds = align(g);
+        let split = ds + align(shapes.s_bytes() as u64);
+        let partials = split + low_rank_split::bytes(shapes, dtype);
+        let end = partials + 4 * splits * small_len;
+        Self { ds, split, partials, end, splits, split_rows }
+    }
+}
+
+/// Scratch memory of the backward; 0 for what no kernel takes.
+pub fn workspace_bytes(problem: &Problem<'_>, dtype: DType) -> usize {
+    Shapes::new(problem).map_or(0, |shapes| Workspace::new(&shapes, dtype).end as usize)
+}
+
+/// The gradients that are wanted, in launches to run in this order.
+///
+/// # Errors
+/// On other dtypes than f32, f16 and bf16, on shapes that no kernel takes, and if the sum before an activation is absent.
+pub fn backward(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+) -> Result<Vec<Launch>> {
+    let tile = Tile::of(tiles::PROJECTION[1], problem, dtype, &[problem.in_dim as u64]);
+    backward_with(tile, problem, dtype, operands)
+}
+
+/// The backward with this tile for dx.
+///
+/// # Errors
+/// As [`backward`].
+pub fn backward_with(
+    tile: Tile,
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+) -> Result<Vec<Launch>> {
+    backward_by(problem, dtype, operands, false, |shapes, parts, between| {
+        let widths = [u64::from(shapes.in_dim)];
+        let shared_bytes = match tile {
+            Tile::Large => bindings::PROJECTION_BWD_INPUT_128X128_SHARED_BYTES,
+            Tile::Small => bindings::PROJECTION_BWD_INPUT_64X64_SHARED_BYTES,
+        };
+        let params = shapes.bwd_input_params(parts, between.g, between.ds, operands.dx);
+        let tiles = (tile, shared_bytes);
+        let dx = shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)?;
+        Ok(vec![dx])
+    })
+}
+
+/// The addresses of what lies between the backward's operands.
+pub(in crate::launch) struct Between {
+    /// The gradient of the sums.
+    pub(in crate::launch) g: device_ptr,
+    /// dS
+    pub(in crate::launch) ds: device_ptr,
+    /// Room for what [`low_rank_split`] makes.
+    pub(in crate::launch) split: device_ptr,
+}
+
+/// The backward with dx, and dS if `makes_ds`, by these launches.
+///
+/// # Errors
+/// As [`backward`].
+pub(in crate::launch) fn backward_by(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+    makes_ds: bool,
+    bwd_input: impl FnOnce(&Shapes<'_>, [ProjectionPart; 3], Between) -> Result<Vec<Launch>>,
+) -> Result<Vec<Launch>> {
+    let shapes = Shapes::new(problem)?;
+    let want_small = operands.dsmall != 0 && shapes.small_len > 0;
+    let space = Workspace::new(&shapes, dtype);
+    let parts = shapes.parts(operands.weights, operands.small)?;
+    let mut launches = Vec::new();
+    if operands.dx == 0 && !want_small {
+        return Ok(launches);
+    }
+
+    let mut g = operands.dout;
+    if problem.activation != Activation::Identity {
+        if operands.sum == 0 {
+            bail!("projection: the backward of an activation wants the sum before it")
+        }
+        g = operands.workspace;
+        launches.push(activation_grad(&shapes, dtype, operands)?);
+    }
+    let ds = operands.workspace + space.ds;
+    let g_of = |column: u32| g + u64::from(column) * dtype.size_in_bytes() as u64;
+    let none = dropout::mask(None);
+    let grads: Vec<_> = shapes
+        .adapted()
+        .map(|(index, lora)| LowRankPart {
+            left: g_of(parts[index].column),
+            right: parts[index].b,
+            out: ds + 4 * u64::from(parts[index].s_column),
+            size_i: problem.rows as u32,
+            size_j: lora.rank as u32,
+            out_j: (lora.rank as u32).next_multiple_of(4),
+            depth: parts[index].out_dim,
+            left_stride: shapes.total,
+            right_stride: lora.rank as u32,
+            out_stride_i: shapes.s_stride,
+            out_stride_j: 1,
+            scale: lora.scaling,
+            mask: none,
+        })
+        .collect();
+    let depth = problem.projections.iter().map(|part| part.out_dim as u32).max().unwrap_or(0);
+    if operands.dx == 0 || !makes_ds {
+        launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
+    }
+    if operands.dx != 0 {
+        let between = Between { g, ds, split: operands.workspace + space.split };
+        launches.extend(bwd_input(&shapes, parts, between)?);
+    }
+
+    if !want_small {
+        return Ok(launches);
+    }
+    let partials = operands.workspace + space.partials;
+    let small_len = shapes.small_len as u64;
+    let partial = |start: usize| partials + 4 * start as u64;
+    let split = (space.splits, space.split_rows as u32, small_len);
+    // dA, transposed: the wide side first.
+    let a_grads: Vec<_> = shapes
+        .adapted()
+        .map(|(index, lora)| LowRankPart {
+            left: operands.x,
+            right: ds + 4 * u64::from(parts[index].s_column),
+            out: partial(shapes.layouts[index].a.start),
+            size_i: shapes.in_dim,
+            size_j: lora.rank as u32,
+            out_j: lora.rank as u32,
+            depth: problem.rows as u32,
+            left_stride: shapes.in_dim,
+            right_stride: shapes.s_stride,
+            out_stride_i: 1,
+            out_stride_j: shapes.in_dim,
+            scale: 1.0,
+            mask: parts[index].mask,
+        })
+        .collect();
+    launches.extend(low_rank("weight", dtype, &a_grads, split)?);
+    // dB: S carries the scaling.
+    let b_grads: Vec<_> = shapes
+        .adapted()
+        .map(|(index, lora)| LowRankPart {
+            left: g_of(parts[index].column),
+            right: operands.low_rank + 4 * u64::from(parts[index].s_column),
+            out: partial(shapes.layouts[index].b.start),
+            size_i: parts[index].out_dim,
+            size_j: lora.rank as u32,
+            out_j: lora.rank as u32,
+            depth: problem.rows as u32,
+            left_stride: shapes.total,
+            right_stride: shapes.s_stride,
+            out_stride_i: lora.rank as u32,
+            out_stride_j: 1,
+            scale: 1.0,
+            mask: none,
+        })
+        .collect();
+    launches.extend(low_rank("weight", dtype, &b_grads, split)?);
+    launches.extend(bias_grad(&shapes, dtype, g, partials, &space)?);
+    launches.push(sum_partials::launch(
+        DType::F32,
+        partials,
+        operands.dsmall,
+        space.splits,
+        small_len,
+    )?);
+    Ok(launches)
+}
+
+/// g, into the beginning of the workspace.
+fn activation_grad(
+    shapes: &Shapes<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+) -> Result<Launch> {
+    let size = shapes.rows() * u64::from(shapes.total);
+    let params = ActivationGradParams {
+        grad: operands.dout,
+        sum: operands.sum,
+        g: operands.workspace,
+        size,
+        activation: shapes.params().activation.into(),
+    };
+    let per_block = u64::from(ACTIVATION_GRAD_THREADS) * 16 / dtype.size_in_bytes() as u64;
+    let grid = [size.div_ceil(per_block), 1, 1];
+    Launch::new("projection_bwd_activation", dtype, grid, ACTIVATION_GRAD_THREADS, &params)
+}
+
+/// The partial sums of the biases' gradients; none where no projection has a bias.
+fn bias_grad(
+    shapes: &Shapes<'_>,
+    dtype: DType,
+    g: device_ptr,
+    partials: device_ptr,
+    space: &Workspace,
+) -> Result<Option<Launch>> {
+    let at = |range: &Option<std::ops::Range<usize>>| {
+        range.as_ref().map_or(0, |range| partials + 4 * range.start as u64)
+    };
+    let mut parts = Vec::new();
+    for (index, (problem, layout)) in
+        shapes.problem.projections.iter().zip(&shapes.layouts).enumerate()
+    {
+        if layout.bias.is_some() || layout.lora_bias.is_some() {
+            parts.push(BiasGradPart {
+                bias: at(&layout.bias),
+                lora_bias: at(&layout.lora_bias),
+                column: shapes.column(index),
+                out_dim: problem.out_dim as u32,
+                scaling: problem.lora.map_or(1.0, |lora| lora.scaling),
+                reserved: 0,
+            });
+        }
+    }
+    let Some(widest) = parts.iter().map(|part| u64::from(part.out_dim)).max() else {
+        return Ok(None);
+    };
+    if parts.len() > PROJECTION_PARTS as usize {
+        bail!("projection_bwd_bias: {} projections", parts.len())
+    }
+    let mut params = BiasGradParams {
+        g,
+        rows: shapes.rows(),
+        split_rows: space.split_rows,
+        split_stride: shapes.small_len as u64,
+        total: shapes.total.into(),
+        ..Default::default()
+    };
+    params.parts[..parts.len()].copy_from_slice(&parts);
+    let grid = [space.splits, widest.div_ceil(WARP), parts.len() as u64];
+    let launch =
+        Launch::new("projection_bwd_bias", dtype, grid, BIAS_GRAD_WARPS * WARP as u32, &params)?;
+    Ok(Some(Launch { shared_bytes: BIAS_GRAD_SHARED_BYTES, ..launch }))
+}

@@ -1,0 +1,5 @@
+//! Projections on Hopper: persistent kernels, and the tiles that they have.
+
+pub mod backward;
+pub mod forward;
+pub(in crate::launch) mod low_rank_split;

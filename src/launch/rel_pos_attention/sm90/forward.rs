@@ -1,0 +1,301 @@
+//! The forward of attention on Hopper, `kernels/rel_pos_attention/sm90/fwd.cuh`: for whole grids, and windows that
+//! fill one. What it does not cover is the portable kernels'.
+//!
+//! | window | key tile | queries of a block | why |
+//! |---|---|---|---|
+//! | as wide as a multiple of 64, or a little less | 2 x 64 | 2 x 64 | one rel_w fragment for all tiles; SAM's grid of 64 |
+//! | of 40 likewise | 4 x 40 | 3 x 40 | grids of 40 and 80, which stripes of 16 or 64 do not fill |
+//! | any other | 8 x 16 | 8 x 16 | grids of 32 and 48 |
+
+use crate::launch::bindings::{
+    device_ptr, PanelMaps, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
+    REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS,
+    REL_POS_ATTENTION_SM90_COLS16_ROWS, REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
+    REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS,
+    REL_POS_ATTENTION_SM90_COLS40_ROWS, REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS,
+    REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS,
+    REL_POS_ATTENTION_SM90_COLS64_ROWS, REL_POS_ATTENTION_SM90_QUERIES,
+    REL_POS_ATTENTION_SM90_TABLE_ROWS, REL_POS_ATTENTION_SM90_THREADS,
+};
+use crate::launch::rel_pos_attention::{shape, Inputs};
+use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
+use crate::launch::{narrow, tiles, AttentionProblem, Launch};
+use candle_core::{DType, Result};
+use std::mem::offset_of;
+
+const FAMILY: &str = tiles::ATTENTION[2];
+/// Shared memory that a block may have on Hopper.
+pub(in crate::launch) const SHARED_BYTES: usize = 227 << 10;
+/// Channels of the first part of a panel; a head of 80 has a second one.
+const WIDE: usize = 64;
+/// What a swizzled tile is aligned to.
+pub(in crate::launch) const ATOM: usize = 1024;
+
+/// A key tile of whole rows of `cols` columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::launch) struct Tile {
+    pub cols: usize,
+    /// Key rows.
+    pub rows: usize,
+    /// Grid rows that one bulk copy brings.
+    box_rows: usize,
+    /// Tiles that are loaded ahead.
+    slots: usize,
+}
+
+/// The tiles that a kernel is compiled for: columns, key rows, rows of a bulk copy, slots for heads of 64 and 80 channels.
+pub(in crate::launch) type Tiles = [(u32, u32, u32, [u32; 2]); 3];
+
+const COMPILED: Tiles = [
+    (
+        64,
+        REL_POS_ATTENTION_SM90_COLS64_ROWS,
+        REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS,
+        [REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS],
+    ),
+    (
+        16,
+        REL_POS_ATTENTION_SM90_COLS16_ROWS,
+        REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
+        [REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS],
+    ),
+    (
+        40,
+        REL_POS_ATTENTION_SM90_COLS40_ROWS,
+        REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
+        [REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS],
+    ),
+];
+
+/// 16 bits, heads of 64 or 80 channels, addresses and sizes as bulk copies want them; and the portable kernels not known
+/// to be faster.
+pub(in crate::launch) fn covers(
+    p: &AttentionProblem,
+    dtype: DType,
+    family: &str,
+    addresses: &[device_ptr],
+) -> bool {
+    let known = tiles::known(family, dtype, [p.head_dim, p.side_w], 0);
+    matches!(dtype, DType::F16 | DType::BF16)
+        && [64, 80].contains(&p.head_dim)
+        && addresses.iter().all(|address| address.is_multiple_of(16))
+        && [p.batch, p.tokens(), 3 * p.channels()].iter().all(|size| *size <= LONGEST)
+        && known != Some(tiles::PORTABLE)
+}
+
+/// The tile of a family for a problem that it covers.
+pub(in crate::launch) fn tile(
+    p: &AttentionProblem,
+    dtype: DType,
+    family: &str,
+    compiled: &Tiles,
+) -> Tile {
+    let cols = tiles::attention(family, dtype, p.head_dim, p.side_w);
+    let found = compiled.iter().find(|tile| tile.0 as usize == cols).unwrap_or(&compiled[0]);
+    let (cols, rows, box_rows, [hd64, hd80]) = *found;
+    let slots = if p.head_dim == WIDE { hd64 } else { hd80 };
+    let [cols, rows, box_rows, slots] = [cols, rows, box_rows, slots].map(|n| n as usize);
+    Tile { cols, rows, box_rows, slots }
+}
+
+/// Bytes of so many rows of a head's channels, as `Panel` of the kernels.
+pub(in crate::launch) fn panel_bytes(p: &AttentionProblem, rows: usize) -> usize {
+    (rows * p.head_dim * 2).next_multiple_of(ATOM)
+}
+
+/// Tensor maps and where they stand in the params.
+pub(in crate::launch) type Maps = Vec<(usize, TensorMap)>;
+
+/// A panel's maps, at their place `at` in the params, of a dense tensor of `dims`, innermost first: of the first channels
+/// of a head and, if it has more, of the others. `tile` is that of the other dimensions.
+pub(in crate::launch) fn panel_maps(
+    head_dim: usize,
+    address: device_ptr,
+    dims: &[usize],
+    tile: &[usize],
+    at: usize,
+) -> Result<Maps> {
+    let element = Element::Bits16;
+    let mut stride = u64::from(element.bytes());
+    let mut strides = Vec::new();
+    for size in &dims[..dims.len() - 1] {
+        stride *= *size as u64;
+        strides.push(stride);
+    }
+    let size = |&size: &usize| narrow("rel-pos-attention", "a dimension", size);
+    let dims = dims.iter().map(size).collect::<Result<Vec<_>>>()?;
+    let map = |channels: usize, swizzle| {
+        let dims = dims.clone();
+        let tile = [channels].iter().chain(tile).map(|&n| n as u32).collect();
+        let map = TensorMap { address, element, dims, strides: strides.clone(), tile, swizzle };
+        map.check().map(|()| map)
+    };
+    let mut maps = vec![(at + offset_of!(PanelMaps, wide), map(WIDE, Swizzle::Bytes128)?)];
+    if head_dim > WIDE {
+        maps.push((at + offset_of!(PanelMaps, tail), map(head_dim - WIDE, Swizzle::Bytes32)?));
+    }
+    Ok(maps)
+}
+
+/// Of a grid's tokens with so many channels, in tiles of so many columns and rows.
+pub(in crate::launch) fn grid_maps(
+    p: &AttentionProblem,
+    address: device_ptr,
+    channels: usize,
+    tile: [usize; 2],
+    at: usize,
+) -> Result<Maps> {
+    let [cols, rows] = tile;
+    panel_maps(p.head_dim, address, &[channels, p.w, p.h, p.batch], &[cols, rows, 1], at)
+}
+
+/// Of both tables, if there are any.
+pub(in crate::launch) fn table_maps(
+    p: &AttentionProblem,
+    tables: [device_ptr; 2],
+    at: usize,
+) -> Result<Maps> {
+    let (h, w) = p.table_rows();
+    let box_rows = [REL_POS_ATTENTION_SM90_TABLE_ROWS as usize];
+    let mut maps = Maps::new();
+    for (index, (table, rows)) in tables.into_iter().zip([h, w]).enumerate() {
+        if table != 0 {
+            let at = at + index * size_of::<PanelMaps>();
+            maps.extend(panel_maps(p.head_dim, table, &[p.head_dim, rows], &box_rows, at)?);
+        }
+    }
+    Ok(maps)
+}
+
+impl Tile {
+    /// As `Storage` of the kernel lays it out, up to the biases.
+    pub fn storage_bytes(&self, p: &AttentionProblem) -> usize {
+        let queries = panel_bytes(p, REL_POS_ATTENTION_SM90_QUERIES as usize);
+        let keys = panel_bytes(p, self.rows * self.cols);
+        (queries + self.slots * keys + (1 + 2 * self.slots) * 8).next_multiple_of(ATOM)
+    }
+
+    /// Floats of a query's rel_h and rel_w, as `Biases` in `kernels/rel_pos_attention/common.cuh` lays them out.
+    pub fn bias_strides(&self, p: &AttentionProblem) -> [usize; 2] {
+        [p.side_h.next_multiple_of(self.rows) | 1, p.side_w.next_multiple_of(self.cols) + 8]
+    }
+
+    fn shared_bytes(&self, p: &AttentionProblem) -> usize {
+        let [h, w] = self.bias_strides(p);
+        self.storage_bytes(p) + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w)
+    }
+
+    /// Of qkv, or the output's gradient, which have `channels` of a token, as grids.
+    pub fn grid_maps(
+        &self,
+        p: &AttentionProblem,
+        address: device_ptr,
+        channels: usize,
+        at: usize,
+    ) -> Result<Maps> {
+        grid_maps(p, address, channels, [self.cols, self.box_rows], at)
+    }
+
+    /// Blocks of a window's head.
+    pub fn blocks(&self, problem: &AttentionProblem) -> usize {
+        let rows = REL_POS_ATTENTION_SM90_QUERIES as usize / self.cols;
+        problem.side_h.div_ceil(rows) * problem.side_w.div_ceil(self.cols)
+    }
+}
+
+/// What [`crate::launch::rel_pos_attention::forward`] launches, for Hopper; none where its kernels do not cover the problem.
+///
+/// # Errors
+/// On shapes that no grid covers.
+pub fn forward(
+    problem: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    out: device_ptr,
+    lse: device_ptr,
+) -> Result<Option<Launch>> {
+    let &Inputs { qkv, tables, pad } = inputs;
+    // A bulk copy makes zeros of tokens outside the grid, so no window may hang over it.
+    let whole =
+        problem.h.is_multiple_of(problem.side_h) && problem.w.is_multiple_of(problem.side_w);
+    let tile = tile(problem, dtype, FAMILY, &COMPILED);
+    let shared_bytes = tile.shared_bytes(problem);
+    if !whole
+        || !covers(problem, dtype, FAMILY, &[qkv, tables[0], tables[1], pad, out])
+        || shared_bytes > SHARED_BYTES
+    {
+        return Ok(None);
+    }
+    let params = RelPosAttentionFwdSm90Params {
+        tables,
+        pad,
+        out,
+        lse,
+        shape: shape(problem),
+        ..bytemuck::Zeroable::zeroed()
+    };
+    let family = format!("{FAMILY}_hd{}_cols{}", problem.head_dim, tile.cols);
+    let units = problem.windows() * problem.num_heads;
+    let grid = [units as u64 * tile.blocks(problem) as u64, 1, 1];
+    let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
+    let at = offset_of!(RelPosAttentionFwdSm90Params, qkv_maps);
+    let mut tensor_maps = tile.grid_maps(problem, qkv, 3 * problem.channels(), at)?;
+    let at = offset_of!(RelPosAttentionFwdSm90Params, table_maps);
+    tensor_maps.extend(table_maps(problem, tables, at)?);
+    Ok(Some(Launch { shared_bytes: shared_bytes as u32, tensor_maps, ..launch }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::rel_pos_attention::portable::tests::GLOBAL;
+
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
+
+    fn launch(problem: AttentionProblem) -> Result<Option<Launch>> {
+        forward(&problem, DType::BF16, &INPUTS, 16, 4)
+    }
+
+    #[test]
+    fn a_grid_streams_through_its_blocks() -> Result<()> {
+        let global = launch(GLOBAL)?.unwrap();
+        assert_eq!(global.kernel, "rel_pos_attention_fwd_sm90_hd64_cols64_bf16");
+        // Two grid rows a block; q, six slots of 128 keys, barriers, and 65 + 72 biases of 128 queries.
+        assert_eq!((global.grid, global.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
+        assert_eq!(global.shared_bytes, (7 << 14) + 1024 + 128 * (65 + 72) * 4);
+        Ok(())
+    }
+
+    #[test]
+    fn tensor_maps_stand_where_the_kernel_reads_them() -> Result<()> {
+        let maps = launch(AttentionProblem { head_dim: 80, ..GLOBAL })?.unwrap().tensor_maps;
+        let found: Vec<_> = maps.iter().map(|(at, map)| (*at, map.tile.clone())).collect();
+        let tokens = |channels| vec![channels, 64, 2, 1];
+        let table = |at| [(at, vec![64, 64]), (at + 128, vec![16, 64])];
+        let expected =
+            [vec![(0, tokens(64)), (128, tokens(16))], table(256).into(), table(512).into()];
+        assert_eq!(found, expected.concat());
+        let tables: Vec<_> = maps[2..].iter().map(|(_, map)| map.address).collect();
+        assert_eq!(tables, INPUTS.tables.map(|at| [at; 2]).concat());
+        assert_eq!(maps[0].1.strides, [5760, 64 * 5760, 4096 * 5760]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_rest_is_the_portable_kernels() -> Result<()> {
+        let covered = |problem| Ok::<_, candle_core::Error>(launch(problem)?.is_some());
+        assert!(covered(AttentionProblem { side_h: 32, side_w: 32, ..GLOBAL })?);
+        // Windows that hang over the grid; other heads; biases that do not fit.
+        assert!(!covered(AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL })?);
+        assert!(!covered(AttentionProblem { head_dim: 32, ..GLOBAL })?);
+        assert!(!covered(AttentionProblem { h: 256, w: 256, side_h: 256, side_w: 256, ..GLOBAL })?);
+        assert!(forward(&GLOBAL, DType::F32, &INPUTS, 16, 4)?.is_none());
+        let unaligned = Inputs { qkv: 72, ..INPUTS };
+        assert!(forward(&GLOBAL, DType::BF16, &unaligned, 16, 4)?.is_none());
+        // More images than a coordinate counts.
+        let images = |batch| AttentionProblem { batch, h: 1, w: 1, side_h: 1, side_w: 1, ..GLOBAL };
+        assert!(covered(AttentionProblem { num_heads: 1, ..images((1 << 31) - 1) })?);
+        assert!(!covered(AttentionProblem { num_heads: 1, ..images(1 << 31) })?);
+        Ok(())
+    }
+}

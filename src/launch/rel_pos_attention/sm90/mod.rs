@@ -1,0 +1,5 @@
+//! Attention on Hopper: whole grids in a forward and two backward passes, windows in one kernel each.
+
+pub mod backward;
+pub mod forward;
+pub mod windows;

@@ -1,0 +1,200 @@
+//! Attention in windows on Hopper, `kernels/rel_pos_attention/sm90/window_{fwd,bwd}.cuh`: windows of up to 14 x 14
+//! tokens, hanging over the grid or not, in f16 and bf16, heads of 64 or 80 channels. What they do not cover is for
+//! [`crate::launch::rel_pos_attention::sm90::forward`] and the portable kernels.
+
+use crate::launch::bindings::{
+    device_ptr, RelPosAttentionWindowBwdParams, RelPosAttentionWindowFwdParams,
+    REL_POS_ATTENTION_WINDOW_SM90_BLOCKS, REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES,
+    REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES,
+    REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES,
+    REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES, REL_POS_ATTENTION_WINDOW_SM90_SIDE,
+    REL_POS_ATTENTION_WINDOW_SM90_THREADS,
+};
+use crate::launch::rel_pos_attention::{shape, table_elements, BackwardOperands, Inputs};
+use crate::launch::{sum_partials, tiles, AttentionProblem, Launch};
+use candle_core::{DType, Result};
+
+/// Whether the kernels cover a problem with operands at these addresses.
+pub(in crate::launch) fn covers(
+    problem: &AttentionProblem,
+    dtype: DType,
+    addresses: &[device_ptr],
+) -> bool {
+    let side = REL_POS_ATTENTION_WINDOW_SM90_SIDE as usize;
+    matches!(dtype, DType::F16 | DType::BF16)
+        && [64, 80].contains(&problem.head_dim)
+        && problem.side_h.max(problem.side_w) <= side
+        && addresses.iter().all(|address| address.is_multiple_of(16))
+}
+
+/// Heads of all windows.
+fn units(problem: &AttentionProblem) -> usize {
+    problem.windows() * problem.num_heads
+}
+
+/// Blocks that take turns at the units: one for each multiprocessor, or fewer.
+fn blocks(problem: &AttentionProblem) -> u64 {
+    (units(problem) as u64).min(tiles::taking_turns(REL_POS_ATTENTION_WINDOW_SM90_BLOCKS))
+}
+
+/// A pass's kernel with the shared memory that it takes for heads of 64 and of 80 channels.
+fn launch<P: bytemuck::NoUninit>(
+    pass: &str,
+    problem: &AttentionProblem,
+    dtype: DType,
+    shared_bytes: [u32; 2],
+    params: &P,
+) -> Result<Launch> {
+    let family = format!("rel_pos_attention_window_{pass}_sm90_hd{}", problem.head_dim);
+    let grid = [blocks(problem), 1, 1];
+    let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_WINDOW_SM90_THREADS, params)?;
+    Ok(Launch { shared_bytes: shared_bytes[usize::from(problem.head_dim > 64)], ..launch })
+}
+
+/// What [`crate::launch::rel_pos_attention::forward`] launches, for windows on Hopper; none where its kernels do not cover the
+/// problem.
+///
+/// # Errors
+/// On shapes that no grid covers.
+pub fn forward(
+    problem: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    out: device_ptr,
+    lse: device_ptr,
+) -> Result<Option<Launch>> {
+    let &Inputs { qkv, tables, pad } = inputs;
+    if !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out]) {
+        return Ok(None);
+    }
+    let (units, shape) = (units(problem) as u64, shape(problem));
+    let params = RelPosAttentionWindowFwdParams { qkv, tables, pad, out, lse, units, shape };
+    let shared_bytes = [
+        REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES,
+        REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES,
+    ];
+    launch("fwd", problem, dtype, shared_bytes, &params).map(Some)
+}
+
+/// Where the blocks' sums for pad begin in the workspace, behind those for the tables, and its size in bytes.
+fn workspace(p: &AttentionProblem, train_tables: bool, train_pad: bool) -> [u64; 2] {
+    let floats = |wanted: bool, size: usize| if wanted { blocks(p) * size as u64 } else { 0 };
+    let pad_partials = 4 * floats(train_tables, table_elements(p)).next_multiple_of(4);
+    [pad_partials, pad_partials + 4 * floats(train_pad, 3 * p.channels())]
+}
+
+/// Scratch memory of [`backward`].
+pub fn workspace_bytes(problem: &AttentionProblem, train_tables: bool, train_pad: bool) -> usize {
+    workspace(problem, train_tables, train_pad)[1] as usize
+}
+
+/// What [`crate::launch::rel_pos_attention::backward`] launches, for windows on Hopper, in one kernel and the sums for the tables
+/// and for pad; none where its kernels do not cover the problem.
+///
+/// # Errors
+/// On shapes that no grid covers.
+pub fn backward(
+    problem: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    operands: &BackwardOperands,
+) -> Result<Option<Vec<Launch>>> {
+    let &Inputs { qkv, tables, pad } = inputs;
+    let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace: at } = operands;
+    if !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out, dout, dqkv]) {
+        return Ok(None);
+    }
+    let [pad_partials, _] = workspace(problem, dtables != 0, dpad != 0);
+    let table_partials = if dtables == 0 { 0 } else { at };
+    let pad_partials = if dpad == 0 { 0 } else { at + pad_partials };
+    let (units, shape) = (units(problem) as u64, shape(problem));
+    let params = RelPosAttentionWindowBwdParams {
+        qkv,
+        tables,
+        pad,
+        out,
+        lse,
+        dout,
+        dqkv,
+        table_partials,
+        pad_partials,
+        units,
+        shape,
+    };
+    let shared_bytes = [
+        REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES,
+        REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES,
+    ];
+    let mut launches = vec![launch("bwd", problem, dtype, shared_bytes, &params)?];
+    let mut sum = |partials: device_ptr, out: device_ptr, size: usize| -> Result<()> {
+        if out != 0 {
+            let parts = blocks(problem);
+            launches.push(sum_partials::launch(dtype, partials, out, parts, size as u64)?);
+        }
+        Ok(())
+    };
+    sum(table_partials, dtables, table_elements(problem))?;
+    sum(pad_partials, dpad, 3 * problem.channels())?;
+    Ok(Some(launches))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SAM's ViT-B.
+    const WINDOWED: AttentionProblem = AttentionProblem {
+        batch: 1,
+        h: 64,
+        w: 64,
+        num_heads: 12,
+        head_dim: 64,
+        side_h: 14,
+        side_w: 14,
+        softmax_scale: 0.125,
+        rel_pos: true,
+        dropout: None,
+    };
+    const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
+
+    #[test]
+    fn blocks_take_turns_at_heads_of_windows() -> Result<()> {
+        let of = |problem| forward(&problem, DType::BF16, &INPUTS, 16, 4);
+        let launch = of(WINDOWED)?.unwrap();
+        assert_eq!(launch.kernel, "rel_pos_attention_window_fwd_sm90_hd64_bf16");
+        assert_eq!((launch.grid, launch.block), ([132, 1, 1], [448, 1, 1]));
+        let small = AttentionProblem { h: 14, w: 14, ..WINDOWED };
+        assert_eq!(of(small)?.unwrap().grid, [12, 1, 1]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_backward_is_one_kernel_and_the_sums_of_what_is_trained() -> Result<()> {
+        let launches = |dtables, dpad| -> Result<Vec<String>> {
+            let [out, lse, dout, dqkv, workspace] = [16, 4, 32, 48, 1024];
+            let operands = BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
+            let launches = backward(&WINDOWED, DType::F16, &INPUTS, &operands)?.unwrap();
+            Ok(launches.into_iter().map(|launch| launch.kernel).collect())
+        };
+        let kernel = "rel_pos_attention_window_bwd_sm90_hd64_f16";
+        assert_eq!(launches(0, 0)?, [kernel]);
+        assert_eq!(launches(512, 768)?, [kernel, "sum_partials_f16", "sum_partials_f16"]);
+        assert_eq!(workspace_bytes(&WINDOWED, false, false), 0);
+        assert_eq!(workspace_bytes(&WINDOWED, true, true), 132 * 4 * (54 * 64 + 3 * 768));
+        Ok(())
+    }
+
+    #[test]
+    fn the_rest_is_other_kernels() -> Result<()> {
+        let covered = |problem, dtype| {
+            Ok::<_, candle_core::Error>(forward(&problem, dtype, &INPUTS, 16, 4)?.is_some())
+        };
+        assert!(covered(WINDOWED, DType::F16)?);
+        assert!(!covered(WINDOWED, DType::F32)?);
+        assert!(!covered(AttentionProblem { side_w: 15, ..WINDOWED }, DType::F16)?);
+        assert!(!covered(AttentionProblem { head_dim: 32, ..WINDOWED }, DType::F16)?);
+        let unaligned = Inputs { pad: 200, ..INPUTS };
+        assert!(forward(&WINDOWED, DType::F16, &unaligned, 16, 4)?.is_none());
+        Ok(())
+    }
+}
