@@ -15,7 +15,7 @@ use anyhow::bail;
 use candle_core::{DType, Tensor};
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::{
-    checkpoint, model_type, AttentionKind, DeepSeekOcrEncoder, SamInput, SamVisionConfig,
+    model_type, AttentionKind, DeepSeekOcrEncoder, SamInput, SamVisionConfig,
     SamVisionEncoderOutput, SamVisionModel,
 };
 use candle_sam_lora::{files, hub};
@@ -108,10 +108,8 @@ fn run(options: &Options) -> anyhow::Result<()> {
                 folder.display()
             )
         }
-        let config = SamVisionConfig::from_file(config)?;
         let kind = adapter.map_or(Ok(AttentionKind::Fused), adapted::kind_of)?;
-        let mut model = SamVisionModel::new(&config, kind, DType::F32, &device)?;
-        checkpoint::load(&mut model, &folder)?;
+        let mut model = SamVisionModel::from_pretrained(&folder, kind, DType::F32, &device)?;
         adapter.map_or(Ok(()), |adapter| adapted::adapt(&mut model, adapter))?;
         let encoder = &model.vision_encoder;
         let encoded = encoder.forward_with_states(&pixel_values, false, Mode::Eval)?;

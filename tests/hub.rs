@@ -152,10 +152,10 @@ fn run_well(here: &Path, hub: &Running, program: &str, arguments: &[&str]) -> Re
 
 fn encode_takes_both_from_the_hub(here: &Path) -> Result<()> {
     let adapters = folder("").with_file_name("adapters");
-    let inputs = read_tensors(&adapters.join("inputs.safetensors"), &Device::Cpu)?;
+    let inputs = read_tensors(adapters.join("inputs.safetensors"), &Device::Cpu)?;
     let is_input = |name: &String| name == "pixel_values" || name.starts_with("input_");
     let inputs: Tensors = inputs.into_iter().filter(|(name, _)| is_input(name)).collect();
-    write_tensors(&here.join("in"), &inputs)?;
+    write_tensors(here.join("in"), &inputs)?;
     let (model, adapter) = (folder("tiny"), adapters.join("lora_qv"));
     let (model, adapter) = (model.to_str().context("UTF-8")?, adapter.to_str().context("UTF-8")?);
     let command = ["--input", "in", "--output"];

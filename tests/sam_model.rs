@@ -363,3 +363,24 @@ fn every_constructor_refuses_what_no_model_can_be() -> Result<()> {
     assert!(narrow.expect_err("no width").to_string().contains("width of net_3 is 0"));
     Ok(())
 }
+
+#[test]
+fn from_pretrained_reads_configuration_and_weights() -> Result<()> {
+    let folder = common::folder("tiny");
+    let load =
+        || SamModel::from_pretrained(&folder, AttentionKind::Split, DType::F32, &Device::Cpu);
+    let model = load()?;
+    let mut by_hand =
+        SamModel::new(model.config(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    candle_sam_lora::sam::checkpoint::load(&mut by_hand, &folder)?;
+    let (found, expected) = (named_parameters(&model), named_parameters(&by_hand));
+    assert_eq!(found.len(), expected.len());
+    for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+        let difference = (found - expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert_eq!(difference, 0.0, "{name}");
+    }
+    let kind = AttentionKind::Split;
+    let error = SamModel::from_pretrained("no/such@model!", kind, DType::F32, &Device::Cpu);
+    assert!(error.unwrap_err().to_string().contains("no/such@model!"));
+    Ok(())
+}

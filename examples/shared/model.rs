@@ -1,7 +1,7 @@
 //! Devices and models from the command line's words.
 
 use candle_core::{DType, Device};
-use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
+use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use candle_sam_lora::{hub, Result};
 use std::path::{Path, PathBuf};
 
@@ -35,8 +35,6 @@ pub fn load_model(
     dtype: DType,
     device: &Device,
 ) -> Result<(SamConfig, SamModel)> {
-    let config = SamConfig::from_file(folder.join("config.json"))?;
-    let mut model = SamModel::new(&config, kind, dtype, device)?;
-    checkpoint::load(&mut model, folder)?;
-    Ok((config, model))
+    let model = SamModel::from_pretrained(folder, kind, dtype, device)?;
+    Ok((model.config().clone(), model))
 }

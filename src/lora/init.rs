@@ -17,11 +17,13 @@
 //! Source: PEFT 0.21, `tuners/lora/layer.py`; Meng, Wang, Zhang, "PiSSA", NeurIPS 2024; Büyükakyüz, "OLoRA",
 //! arXiv 2406.01775.
 
+#[cfg(feature = "decompositions")]
 use super::linalg::{matrix, qr, range_svd, svd, tensor, Svd};
 use super::InitLoraWeights;
 use crate::philox::{philox4x32, stream_of};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, D};
+#[cfg(feature = "decompositions")]
 use nalgebra::DMatrix;
 
 /// A layer to be given an adapter.
@@ -72,9 +74,17 @@ pub(super) fn initial(init: &InitLoraWeights, layer: &Layer<'_>, seed: u64) -> R
         )));
     }
     match (name, pissa_iterations(name)) {
+        #[cfg(feature = "decompositions")]
         ("orthogonal", _) => layer.orthogonal(seed),
+        #[cfg(feature = "decompositions")]
         ("olora", _) => layer.olora(),
+        #[cfg(feature = "decompositions")]
         (_, Some(iterations)) => layer.pissa(iterations),
+        #[cfg(not(feature = "decompositions"))]
+        ("orthogonal" | "olora", _) | (_, Some(_)) => Err(Error::config(format!(
+            "{}: init_lora_weights {name:?} needs the feature `decompositions` of candle-sam-lora",
+            layer.path
+        ))),
         _ => Err(Error::config(format!(
             "init_lora_weights {name:?} needs data or is not known: a new adapter can have true, false, \
              \"gaussian\", \"orthogonal\", \"pissa\", \"pissa_niter_<number>\" or \"olora\""
@@ -119,7 +129,11 @@ impl Layer<'_> {
         let a = Tensor::from_vec(values, a, self.device())?;
         Ok(Initial { a, b: Tensor::zeros(b, DType::F32, self.device())?, weight: None })
     }
+}
 
+/// Initialisations that need a decomposition.
+#[cfg(feature = "decompositions")]
+impl Layer<'_> {
     fn orthogonal(&self, seed: u64) -> Result<Initial> {
         let rank = self.rank;
         if !rank.is_multiple_of(2) {

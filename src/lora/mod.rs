@@ -31,6 +31,7 @@ mod hotswap;
 mod import;
 mod init;
 mod inject;
+#[cfg(feature = "decompositions")]
 mod linalg;
 mod merge;
 mod mixed;

@@ -12,12 +12,14 @@
 
 use super::describe::{describe, layer_paths};
 use super::inject::Plan;
+#[cfg(feature = "decompositions")]
 use super::linalg;
 use super::switch::check_known;
 use super::{LoraConfig, TaskArithmetic};
 use crate::nn::{adapter_tensor_name, Adapter, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
+#[cfg(feature = "decompositions")]
 use nalgebra::DMatrix;
 use std::collections::BTreeMap;
 
@@ -183,6 +185,12 @@ fn cat(parts: &[Part]) -> Result<(Tensor, Tensor)> {
     Ok((a, Tensor::cat(&b.collect::<candle_core::Result<Vec<_>>>()?, 1)?))
 }
 
+#[cfg(not(feature = "decompositions"))]
+fn svd(_: &[Part], _: &TaskArithmetic, _: usize) -> Result<(Tensor, Tensor)> {
+    Err(Error::config("Combination::Svd needs the feature `decompositions` of candle-sam-lora"))
+}
+
+#[cfg(feature = "decompositions")]
 fn svd(parts: &[Part], arithmetic: &TaskArithmetic, rank: usize) -> Result<(Tensor, Tensor)> {
     let deltas = parts
         .iter()

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod adapters;
+mod candle;
 mod conv;
 mod embedding;
 mod fixed;
@@ -17,6 +18,7 @@ mod variables;
 
 pub use adapter::Adapter;
 pub use adapters::{adapter_tensor_name, is_adapter_tensor, Adapters, Unmerged, DEFAULT_ADAPTER};
+pub use candle::load;
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use embedding::Embedding;
 pub use fixed::{Fixed, Tied};

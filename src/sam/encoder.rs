@@ -116,6 +116,13 @@ impl SamVisionNeck {
     }
 }
 
+/// `[B, channels, S, S] -> [B, output_channels, h, w]` in evaluation.
+impl candle_nn::Module for SamVisionEncoder {
+    fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
+        SamVisionEncoder::forward(self, pixel_values, Mode::Eval)
+    }
+}
+
 /// The image encoder.
 #[derive(Clone, Debug)]
 pub struct SamVisionEncoder {

@@ -14,8 +14,10 @@ mod deepseek;
 mod encoder;
 mod mask_decoder;
 mod model;
+#[cfg(feature = "images")]
 mod processor;
 mod prompt_encoder;
+#[cfg(feature = "images")]
 mod read_image;
 mod transformer;
 mod validate;
@@ -34,8 +36,10 @@ pub use encoder::{
 };
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
 pub use model::{SamInput, SamModel, SamOutput};
+#[cfg(feature = "images")]
 pub use processor::{Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
+#[cfg(feature = "images")]
 pub use read_image::{convert_to_rgb, is_transparent, read_image};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
 pub use vision_model::SamVisionModel;

@@ -3,13 +3,13 @@
 //! Source: `SamModel` in `modeling_sam.py`.
 
 use super::{
-    AttentionKind, LayerContext, SamConfig, SamMaskDecoder, SamPositionalEmbedding,
+    checkpoint, AttentionKind, LayerContext, SamConfig, SamMaskDecoder, SamPositionalEmbedding,
     SamPromptEncoder, SamPrompts, SamVisionEncoder, VisionAttention,
 };
-use crate::module_tree;
 use crate::nn::{self, Mode};
-use crate::Result;
+use crate::{hub, module_tree, Result};
 use candle_core::{bail, DType, Device, Tensor};
+use std::path::Path;
 
 /// Segment Anything. The tree's names are those of Hugging Face's checkpoints; with the split attention, those of
 /// checkpoints that hold q, k and v apart. A clone shares its tensors.
@@ -23,7 +23,7 @@ pub struct SamModel {
     pub prompt_encoder: SamPromptEncoder,
     /// Image embedding and tokens to masks.
     pub mask_decoder: SamMaskDecoder,
-    grid_size: usize,
+    config: SamConfig,
 }
 
 module_tree!(SamModel { shared_image_embedding, vision_encoder, prompt_encoder, mask_decoder });
@@ -72,6 +72,32 @@ pub struct SamOutput {
 }
 
 impl SamModel {
+    /// The model in a folder with `config.json` and safetensors weights, or by a name on the Hugging Face hub
+    /// (`facebook/sam-vit-base`, feature `hub`); see [`hub::folder`] and [`checkpoint::load`].
+    ///
+    /// # Errors
+    /// - there is no such folder, and the hub does not give it;
+    /// - the configuration cannot be read or is impossible;
+    /// - the weights do not fit it;
+    /// - the dtype is none of f32, f16 and bf16.
+    pub fn from_pretrained(
+        name: impl AsRef<Path>,
+        kind: AttentionKind,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let folder = hub::folder(name)?;
+        let config = SamConfig::from_file(folder.join("config.json"))?;
+        let mut model = Self::new(&config, kind, dtype, device)?;
+        checkpoint::load(&mut model, folder)?;
+        Ok(model)
+    }
+
+    /// What the model was made from.
+    pub fn config(&self) -> &SamConfig {
+        &self.config
+    }
+
     /// All zero, to be filled from a checkpoint or with [`randomize`](Self::randomize).
     ///
     /// # Errors
@@ -106,7 +132,7 @@ impl SamModel {
             vision_encoder: SamVisionEncoder::with_attention(vision, dtype, device, build)?,
             prompt_encoder: SamPromptEncoder::zeros(config, dtype, device)?,
             mask_decoder: SamMaskDecoder::zeros(&config.mask_decoder_config, dtype, device)?,
-            grid_size: vision.grid_size(),
+            config: config.clone(),
         })
     }
 
@@ -149,7 +175,7 @@ impl SamModel {
         )?;
         let (pred_masks, iou_scores) = self.mask_decoder.forward(
             &image_embeddings,
-            &self.shared_image_embedding.grid(self.grid_size)?,
+            &self.shared_image_embedding.grid(self.config.vision_config.grid_size())?,
             sparse.as_ref(),
             &dense,
             input.multimask_output,
@@ -159,7 +185,8 @@ impl SamModel {
     }
 
     fn check_embeddings(&self, embeddings: &Tensor) -> candle_core::Result<()> {
-        let (channels, side) = (self.mask_decoder.mask_tokens.weight.dim(1)?, self.grid_size);
+        let (channels, side) =
+            (self.mask_decoder.mask_tokens.weight.dim(1)?, self.config.vision_config.grid_size());
         if embeddings.rank() != 4 || embeddings.dims()[1..] != [channels, side, side] {
             bail!(
                 "sam: image_embeddings must have shape [B, {channels}, {side}, {side}], got {:?}",

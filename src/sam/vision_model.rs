@@ -2,10 +2,11 @@
 //!
 //! Source: `SamVisionModel` in `modeling_sam.py`.
 
-use super::{AttentionKind, SamVisionConfig, SamVisionEncoder};
+use super::{checkpoint, AttentionKind, SamVisionConfig, SamVisionEncoder};
 use crate::nn::Mode;
-use crate::{module_tree, Result};
+use crate::{hub, module_tree, Result};
 use candle_core::{DType, Device, Tensor};
+use std::path::Path;
 
 /// An image encoder under the name that it has in a SAM, `vision_encoder`: the tree of Hugging Face's `SamVisionModel`,
 /// of its checkpoints and of adapters trained on it. A clone shares its tensors.
@@ -21,6 +22,24 @@ pub struct SamVisionModel {
 module_tree!(SamVisionModel { vision_encoder });
 
 impl SamVisionModel {
+    /// The image encoder in a folder with `config.json` and safetensors weights, of a `SamVisionModel` or a whole SAM, or by
+    /// a name on the Hugging Face hub (feature `hub`).
+    ///
+    /// # Errors
+    /// As [`SamModel::from_pretrained`](super::SamModel::from_pretrained).
+    pub fn from_pretrained(
+        name: impl AsRef<Path>,
+        kind: AttentionKind,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let folder = hub::folder(name)?;
+        let config = SamVisionConfig::from_file(folder.join("config.json"))?;
+        let mut model = Self::new(&config, kind, dtype, device)?;
+        checkpoint::load(&mut model, folder)?;
+        Ok(model)
+    }
+
     /// All zero.
     ///
     /// # Errors
@@ -42,5 +61,12 @@ impl SamVisionModel {
     /// As [`SamVisionEncoder::forward`].
     pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
         self.vision_encoder.forward(pixel_values, mode)
+    }
+}
+
+/// `[B, channels, S, S] -> [B, output_channels, h, w]` in evaluation.
+impl candle_nn::Module for SamVisionModel {
+    fn forward(&self, pixel_values: &Tensor) -> candle_core::Result<Tensor> {
+        SamVisionModel::forward(self, pixel_values, Mode::Eval)
     }
 }

@@ -94,16 +94,8 @@ impl Vit {
     /// From variables of `map`, each random by its name.
     pub fn new(map: &VarMap, kept: Kept) -> Result<Self> {
         let vb = VarBuilder::from_varmap(map, DType::F32, &Device::Cpu);
-        let linear = |vb: VarBuilder<'_>, out: usize| -> Result<Linear> {
-            Ok(Linear::new(vb.get((out, WIDTH), "weight")?, Some(vb.get(out, "bias")?)))
-        };
-        let norm = |vb: VarBuilder<'_>| -> Result<LayerNorm> {
-            Ok(LayerNorm {
-                weight: vb.get(WIDTH, "weight")?,
-                bias: vb.get(WIDTH, "bias")?,
-                eps: 1e-6,
-            })
-        };
+        let linear = |vb: VarBuilder<'_>, out| Linear::load(WIDTH, out, vb);
+        let norm = |vb: VarBuilder<'_>| LayerNorm::load(WIDTH, 1e-6, vb);
         let embed = linear(vb.pp("embed"), WIDTH)?;
         let mut layers = Vec::new();
         for index in 0..LAYERS {
