@@ -242,7 +242,7 @@ impl Setup<'_> {
         let (vit, rank) = (&self.vit, self.adapters.rank);
         Ok(match case {
             Case::LinearForward => {
-                (self.linear(3, Activation::None)?, forward.linear(vit.dim, 3 * vit.dim))
+                (self.linear(3, Activation::Identity)?, forward.linear(vit.dim, 3 * vit.dim))
             }
             Case::Lin1Forward => {
                 (self.linear(4, Activation::Gelu)?, forward.linear(vit.dim, 4 * vit.dim))

@@ -156,7 +156,7 @@ fn lora_linear(c: &mut Criterion) -> Result<()> {
             let residual = setting.normal(&[GRID * GRID, output])?;
             let (activation, residual) = match name {
                 "gelu" => (Activation::Gelu, None),
-                _ => (Activation::None, Some(&residual)),
+                _ => (Activation::Identity, Some(&residual)),
             };
             let x = setting.input(&[GRID * GRID, input])?;
             setting.compare(

@@ -104,15 +104,47 @@ pub struct LoraProblem {
     pub bias: bool,
 }
 
-/// What is applied to a projection's sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An elementwise function without parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Activation {
-    /// The sum as it is.
+    /// `x`
+    #[default]
     Identity,
     /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
     Gelu,
     /// `max(x, 0)`
     Relu,
+    /// `x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`
+    GeluTanh,
+    /// The exact GELU, between -10 and 10.
+    GeluClipped,
+    /// `x sigmoid(1.702 x)`
+    QuickGelu,
+    /// `x sigmoid(x)`
+    Silu,
+    /// `x tanh(ln(1 + e^x))`
+    Mish,
+    /// `x min(max(x + 3, 0), 6) / 6`
+    Hardswish,
+    /// `x`, or `x / 100` below 0.
+    LeakyRelu,
+    /// `max(x, 0)^2`
+    ReluSquared,
+    /// `min(max(x, 0), 6)`
+    Relu6,
+    /// `1 / (1 + e^-x)`
+    Sigmoid,
+    /// `tanh(x)`
+    Tanh,
+    /// `(1 + erf((x - mu) / (sigma sqrt 2))) / 2`, with `mu = 0.707107` and `sigma = 0.282095`.
+    Laplace,
+}
+
+impl Activation {
+    /// Whether the kernels and the CPU path apply it to a projection's sum; the others follow the projection.
+    pub fn is_fused(self) -> bool {
+        matches!(self, Self::Identity | Self::Gelu | Self::Relu)
+    }
 }
 
 /// One of the projections that share an input.
@@ -124,6 +156,21 @@ pub struct ProjectionProblem {
     pub bias: bool,
     /// The low-rank part.
     pub lora: Option<LoraProblem>,
+}
+
+impl ProjectionProblem {
+    /// The name of the operation of one projection, as errors give it.
+    pub const LINEAR: &'static str = "lora-linear";
+    /// The name of the operation of three.
+    pub const QKV: &'static str = "lora-qkv";
+
+    /// The name of the operation that computes `count` projections of one input.
+    pub fn op(count: usize) -> &'static str {
+        match count {
+            1 => Self::LINEAR,
+            _ => Self::QKV,
+        }
+    }
 }
 
 /// Where the small tensors of one projection lie in the flat vector that holds those of all.

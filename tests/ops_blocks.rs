@@ -112,8 +112,8 @@ fn attention(path: Path, shape: &Shape, inputs: &[Tensor]) -> Result<Tensor> {
     };
     let norm = Norm { weight, bias, eps: EPS };
     let one = |p: &Projection<'_>, x: &Tensor, residual| match path {
-        Path::Composed => composed::lora_linear(x, p, Activation::None, residual),
-        _ => ops::lora_linear(x, p, Activation::None, residual),
+        Path::Composed => composed::lora_linear(x, p, Activation::Identity, residual),
+        _ => ops::lora_linear(x, p, Activation::Identity, residual),
     };
     if let Path::Block = path {
         return match shape.branch {
@@ -160,12 +160,12 @@ fn mlp(path: Path, activation: Activation, lora: bool, inputs: &[Tensor]) -> Res
         Path::Single => {
             let normed = ops::layer_norm(x, weight, bias, EPS)?;
             let hidden = ops::lora_linear(&normed, &lin1, activation, None)?;
-            ops::lora_linear(&hidden, &lin2, Activation::None, Some(x))
+            ops::lora_linear(&hidden, &lin2, Activation::Identity, Some(x))
         }
         Path::Composed => {
             let normed = composed::layer_norm(x, weight, bias, EPS)?;
             let hidden = composed::lora_linear(&normed, &lin1, activation, None)?;
-            composed::lora_linear(&hidden, &lin2, Activation::None, Some(x))
+            composed::lora_linear(&hidden, &lin2, Activation::Identity, Some(x))
         }
     }
 }
@@ -191,7 +191,7 @@ fn blocks() -> Vec<(String, Vec<Tensor>, Block<'static>)> {
         };
         all.push((format!("attention {index}"), inputs, Box::new(run)));
     }
-    for activation in [Activation::Gelu, Activation::Relu, Activation::None] {
+    for activation in [Activation::Gelu, Activation::Relu, Activation::Identity] {
         for lora in [false, true] {
             let mut inputs = mlp_inputs();
             let adapter = inputs.split_off(if lora { 7 } else { 5 });

@@ -78,7 +78,7 @@ fn lora_linear() {
     let (x, weight, bias) = (zeros(&[3, 4]), zeros(&[5, 4]), zeros(&[5]));
     let (a, b) = (zeros(&[2, 4]), zeros(&[5, 2]));
     let base = Projection { weight: &weight, bias: Some(&bias), lora: None };
-    let run = |p: &Projection| ops::lora_linear(&x, p, Activation::None, None);
+    let run = |p: &Projection| ops::lora_linear(&x, p, Activation::Identity, None);
     let narrow = zeros(&[5, 3]);
     fails(run(&Projection { weight: &narrow, ..base }), &[op, "[out, 4]", "[5, 3]"]);
     fails(run(&Projection { weight: &bias, ..base }), &[op, "weight", "[5]"]);
@@ -98,7 +98,7 @@ fn lora_linear() {
         fails(with(Lora { dropout, ..lora }), &[op, "dropout"]);
     }
     let residual = zeros(&[3, 4]);
-    let got = ops::lora_linear(&x, &base, Activation::None, Some(&residual));
+    let got = ops::lora_linear(&x, &base, Activation::Identity, Some(&residual));
     fails(got, &[op, "residual", "[3, 5]", "[3, 4]"]);
 }
 
@@ -173,7 +173,7 @@ fn a_frozen_weight_behind_a_graph_is_not_cut_off() -> Result<()> {
     let scale = candle_core::Var::new(2f32, &Device::Cpu)?;
     let weight = random(1, (5, 4)).broadcast_mul(&scale)?;
     let projection = Projection { weight: &weight, bias: None, lora: None };
-    let y = ops::lora_linear(&random(2, (3, 4)), &projection, Activation::None, None)?;
+    let y = ops::lora_linear(&random(2, (3, 4)), &projection, Activation::Identity, None)?;
     let grads = y.sqr()?.sum_all()?.backward()?;
     let grad = grads.get(&scale).expect("the scale has a gradient").to_scalar::<f32>()?;
     let expected = y.sqr()?.sum_all()?.to_scalar::<f32>()?;
@@ -217,7 +217,7 @@ proptest! {
         let residual = Some(&others[4]);
         let _ = ops::lora_linear(&x, &projection, Activation::Gelu, residual);
         let plain = Projection { weight: &others[0], bias: None, lora: None };
-        if let Ok(y) = ops::lora_linear(&x, &plain, Activation::None, None) {
+        if let Ok(y) = ops::lora_linear(&x, &plain, Activation::Identity, None) {
             prop_assert_eq!(y.dims().last(), others[0].dims().first());
         }
         let _ = ops::lora_qkv(&x, &[plain, projection, plain]);

@@ -24,7 +24,7 @@ fn dropout() -> impl Strategy<Value = Option<Dropout>> {
 
 fn op() -> impl Strategy<Value = Op<'static>> {
     let activation =
-        prop::sample::select(vec![Activation::None, Activation::Gelu, Activation::Relu]);
+        prop::sample::select(vec![Activation::Identity, Activation::Gelu, Activation::Relu]);
     prop_oneof![
         (1usize..40, 8usize..70).prop_map(|(rows, width)| cases::layer_norm(&[rows, width])),
         ((1usize..80, 1usize..50, 1usize..50), 1usize..20, activation, dropout()).prop_map(

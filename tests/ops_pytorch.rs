@@ -132,7 +132,7 @@ fn lora_linear(train_weight: bool) -> Result<()> {
             });
             let weight = inputs.pick(t, "weight").unwrap_or(&frozen);
             let projection = Projection { weight, bias: inputs.pick(t, "bias"), lora };
-            let activation = if gelu { Activation::Gelu } else { Activation::None };
+            let activation = if gelu { Activation::Gelu } else { Activation::Identity };
             ops::lora_linear(&t[0], &projection, activation, inputs.pick(t, "residual"))
         })?;
     }

@@ -122,7 +122,7 @@ fn conv(p: &mut Parameters, kernel: usize, stride: usize, bias: bool) -> Result<
 fn conv_transpose(p: &mut Parameters) -> Result<Forward> {
     let weight = p.trained("module.weight", &[6, 5, 2, 2])?;
     let conv = ConvTranspose2d { weight, bias: p.trained("module.bias", &[5])? };
-    Ok(Box::new(move |x| conv.forward(x, Activation::None)))
+    Ok(Box::new(move |x| conv.forward(x, Activation::Identity)))
 }
 
 fn tables(p: &mut Parameters) -> Result<Forward> {

@@ -27,7 +27,7 @@ fn layer_norm(norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
 /// `SamVisionAttentionSplit::forward`
 pub fn attention(attn: &SamVisionAttentionSplit, x: &Tensor, mode: Mode) -> Result<Tensor> {
     let parts = [&attn.q, &attn.k, &attn.v]
-        .map(|part| linear(part, x, Activation::None, None, mode))
+        .map(|part| linear(part, x, Activation::Identity, None, mode))
         .into_iter()
         .collect::<Result<Vec<_>>>()?;
     let qkv = Tensor::cat(&parts, D::Minus1)?;
@@ -46,7 +46,7 @@ pub fn attention(attn: &SamVisionAttentionSplit, x: &Tensor, mode: Mode) -> Resu
         dropout: mode.dropout(core.dropout, core.stream),
     };
     let (out, _) = composed::rel_pos_attention(&qkv, &config)?;
-    linear(&attn.proj, &out, Activation::None, None, mode)
+    linear(&attn.proj, &out, Activation::Identity, None, mode)
 }
 
 /// `SamVisionLayer::forward`
@@ -58,7 +58,7 @@ pub fn block(layer: &SamVisionLayer, x: &Tensor, mode: Mode) -> Result<Tensor> {
     let mlp = &layer.mlp;
     let hidden =
         linear(&mlp.lin1, &layer_norm(&layer.layer_norm2, &x)?, mlp.activation, None, mode)?;
-    linear(&mlp.lin2, &hidden, Activation::None, Some(&x), mode)
+    linear(&mlp.lin2, &hidden, Activation::Identity, Some(&x), mode)
 }
 
 /// `SamVisionEncoder::forward`; patches and neck, which have no composed form, as they are.

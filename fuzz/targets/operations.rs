@@ -115,7 +115,7 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
     let [rows, in_dim, out_dim, rank] = [rows, in_dim, out_dim, rank].map(|size| 1 + size % 9);
     let (heads, batch) = (1 + heads % 3, 1 + batch % 2);
     let activation =
-        [Activation::None, Activation::Gelu, Activation::Relu][case.activation as usize % 3];
+        [Activation::Identity, Activation::Gelu, Activation::Relu][case.activation as usize % 3];
     let dropout =
         case.dropout.map(|(p, seed, stream)| Dropout { p: p.abs().fract(), seed, stream });
     let scaling = if case.scaling.abs() < 1e3 { case.scaling } else { 1.0 };

@@ -1,36 +1,30 @@
 //! Activations and their derivatives over slices.
 
 use super::simd::{exp2_nonpositive, run, vectors_mut};
-use crate::problem::Activation;
 use pulp::{Simd, WithSimd};
-use std::borrow::Cow;
 
-impl Activation {
-    /// Applies it in place.
-    pub fn apply(self, values: &mut [f32]) {
-        match self {
-            Self::Identity => {}
-            Self::Gelu => gelu(values, false),
-            // A comparison, not a maximum: NaN must stay NaN.
-            Self::Relu => values.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x }),
-        }
-    }
+/// An activation's values, or its derivatives, in place.
+pub type Activation = fn(values: &mut [f32], derivative: bool);
 
-    /// The gradient of the sum from that of the activation.
-    pub fn gradient<'a>(self, sum: &[f32], grad: &'a [f32]) -> Cow<'a, [f32]> {
-        let mut derivative = sum.to_vec();
-        match self {
-            Self::Identity => return Cow::Borrowed(grad),
-            Self::Gelu => gelu(&mut derivative, true),
-            Self::Relu => derivative.iter_mut().for_each(|x| *x = f32::from(*x > 0.0)),
-        }
-        derivative.iter_mut().zip(grad).for_each(|(d, g)| *d *= g);
-        Cow::Owned(derivative)
+/// `max(x, 0)` of every value, or its derivative, in place.
+pub fn relu(values: &mut [f32], derivative: bool) {
+    match derivative {
+        true => values.iter_mut().for_each(|x| *x = f32::from(*x > 0.0)),
+        // A comparison, not a maximum: NaN must stay NaN.
+        false => values.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x }),
     }
 }
 
+/// The gradient of the sum from that of the activation.
+pub fn gradient(activation: Activation, sum: &[f32], grad: &[f32]) -> Vec<f32> {
+    let mut derivative = sum.to_vec();
+    activation(&mut derivative, true);
+    derivative.iter_mut().zip(grad).for_each(|(d, g)| *d *= g);
+    derivative
+}
+
 /// GELU of every value, or its derivative `cdf(x) + x pdf(x)`, in place.
-fn gelu(values: &mut [f32], derivative: bool) {
+pub fn gelu(values: &mut [f32], derivative: bool) {
     let whole = values.len() / super::simd::MAX_LANES * super::simd::MAX_LANES;
     let (head, tail) = values.split_at_mut(whole);
     run(Gelu { values: head, derivative });
@@ -118,8 +112,8 @@ mod tests {
     fn gelu_and_its_derivative_are_accurate() {
         let inputs: Vec<f32> = (-60_003..60_000).map(|i| i as f32 * 1e-4).collect();
         let mut values = inputs.clone();
-        Activation::Gelu.apply(&mut values);
-        let derivative = Activation::Gelu.gradient(&inputs, &vec![1.0; inputs.len()]).into_owned();
+        gelu(&mut values, false);
+        let derivative = gradient(gelu, &inputs, &vec![1.0; inputs.len()]);
         for ((&x, &y), &dy) in inputs.iter().zip(&values).zip(&derivative) {
             let x = f64::from(x);
             let cdf = 0.5 * (1.0 + erf_f64(x / 2f64.sqrt()));
@@ -134,10 +128,10 @@ mod tests {
 
     #[test]
     fn nan_stays_nan() {
-        for activation in [Activation::Gelu, Activation::Relu, Activation::Identity] {
+        for (name, activation) in [("gelu", gelu as Activation), ("relu", relu)] {
             let mut values = vec![f32::NAN; 19];
-            activation.apply(&mut values);
-            assert!(values.iter().all(|x| x.is_nan()), "{activation:?}");
+            activation(&mut values, false);
+            assert!(values.iter().all(|x| x.is_nan()), "{name}");
         }
     }
 }

@@ -113,7 +113,7 @@ impl Conv2d {
                 })
             }
         };
-        ops::lora_linear(&columns, &Projection { lora, ..base }, Activation::None, None)
+        ops::lora_linear(&columns, &Projection { lora, ..base }, Activation::Identity, None)
     }
 
     /// Each output's inputs in a row: `[B, H, W, in] -> [B, H / stride, W / stride, k k in]`
@@ -298,7 +298,7 @@ mod tests {
         let bias = candle_core::Var::from_tensor(&random(&[5], 3.)?)?;
         let conv =
             ConvTranspose2d { weight: weight.as_tensor().clone(), bias: bias.as_tensor().clone() };
-        let ours = conv.forward(&x, Activation::None)?;
+        let ours = conv.forward(&x, Activation::Identity)?;
         let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
         let theirs = nchw.conv_transpose2d(&weight, 0, 0, 2, 1)?.permute((0, 2, 3, 1))?;
         let theirs = theirs.broadcast_add(&bias)?;

@@ -10,9 +10,8 @@
 //! Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; `torch.utils.checkpoint`.
 
 use super::{trainable_variables, ModuleTree, ENDS_THE_GRAPH};
-use candle_core::{bail, CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Storage};
-use candle_core::{Tensor, Var};
-use std::sync::Mutex;
+use crate::ops;
+use candle_core::{bail, Device, Result, Tensor, Var};
 
 const OP: &str = "gradient-checkpoint";
 
@@ -47,99 +46,27 @@ where
     if value.sorted_nodes().into_iter().any(|node| node.is_variable() && !known(node)) {
         bail!("{OP}: the module depends on a variable that its tree of parameters does not show")
     }
-    // Its storage becomes that of the result, as it is.
-    let value = match value.layout().start_offset() {
-        0 => value.detach().contiguous()?,
-        _ => value.detach().force_contiguous()?,
-    };
-    let flat = if parameters.is_empty() {
-        Tensor::zeros(1, DType::F32, x.device())?
-    } else {
-        let flat = parameters.iter().map(|(_, p)| p.flatten_all()?.to_dtype(DType::F32));
-        Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
-    };
+    let value = value.detach();
+    let flat = ops::pack(parameters.iter().map(|(_, p)| p.as_tensor()), x.device())?;
     let module = module.clone();
-    let run = move |x: &Tensor| f(&module, x);
-    x.apply_op2(&flat, Recomputed { run, parameters, value: Mutex::new(Some(value)) })
-}
-
-/// Inputs: x, the flat parameters.
-struct Recomputed<F> {
-    run: F,
-    parameters: Vec<(String, Var)>,
-    /// What the forward gives, once.
-    value: Mutex<Option<Tensor>>,
-}
-
-impl<F> Recomputed<F> {
-    fn take_value(&self) -> Result<Tensor> {
-        match self.value.lock().ok().and_then(|mut value| value.take()) {
-            Some(value) => Ok(value),
-            None => bail!("{OP}: the forward runs once"),
-        }
-    }
-}
-
-impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp2 for Recomputed<F> {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(
-        &self,
-        _x: &CpuStorage,
-        _x_layout: &Layout,
-        _parameters: &CpuStorage,
-        _parameters_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let value = self.take_value()?;
-        let (storage, layout) = value.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.clone(), layout.shape().clone())),
-            _ => bail!("{OP}: the module's output left the CPU"),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _x: &candle_core::CudaStorage,
-        _x_layout: &Layout,
-        _parameters: &candle_core::CudaStorage,
-        _parameters_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        let value = self.take_value()?;
-        let (storage, layout) = value.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
-            _ => bail!("{OP}: the module's output left the GPU"),
-        }
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        _parameters: &Tensor,
-        _res: &Tensor,
-        grad_res: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    ops::with_backward(OP, (x, Some(&flat), None), value, move |[x, ..], grad| {
         let input = match x.track_op() {
             true => Var::from_tensor(&x.detach())?.into_inner(),
             false => x.clone(),
         };
-        let gradients = ((self.run)(&input)? * grad_res.detach())?.sum_all()?.backward()?;
-        let mut flat = Vec::with_capacity(self.parameters.len());
-        for (name, parameter) in &self.parameters {
+        let gradients = (f(&module, &input)? * grad.detach())?.sum_all()?.backward()?;
+        let mut of_parameters = Vec::with_capacity(parameters.len());
+        for (name, parameter) in &parameters {
             match gradients.get(parameter) {
-                Some(gradient) => flat.push(gradient.flatten_all()?.to_dtype(DType::F32)?),
+                Some(gradient) => of_parameters.push(gradient),
                 None => bail!(
                     "{OP}: the trainable parameter {name} got no gradient; freeze it if the module does not depend \
                      on it, else look for an operation without a backward: {ENDS_THE_GRAPH}"
                 ),
             }
         }
-        let flat = if flat.is_empty() { None } else { Some(Tensor::cat(&flat, 0)?) };
-        Ok((gradients.get(&input).cloned(), flat))
-    }
+        let any = !of_parameters.is_empty();
+        let flat = any.then(|| ops::pack(of_parameters, x.device())).transpose()?;
+        Ok((gradients.get(&input).cloned(), flat, None))
+    })
 }

@@ -90,7 +90,7 @@ impl Linear {
 
     /// `[.., in] -> [.., out]`
     pub fn forward(&self, x: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
-        self.forward_fused(x, Activation::None, None, mode)
+        self.forward_fused(x, Activation::Identity, None, mode)
     }
 
     /// `act(x W^T + b + lora) + residual`: `[.., in] -> [.., out]`

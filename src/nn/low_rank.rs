@@ -96,7 +96,7 @@ impl LowRank {
     fn product(&self, x: &Tensor, g: Option<&Tensor>) -> Result<Tensor> {
         let linear = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
             let projection = Projection { weight, bias, lora: None };
-            ops::lora_linear(x, &projection, Activation::None, None)
+            ops::lora_linear(x, &projection, Activation::Identity, None)
         };
         let to_dtype = |tensor: &Tensor| tensor.to_dtype(DType::F32);
         let bias = self.b_bias.as_ref().map(to_dtype).transpose()?;
@@ -118,7 +118,7 @@ pub(super) fn in_turn(
 ) -> Result<Tensor> {
     let x = input(None)?;
     let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
-    let mut y = wide(&ops::lora_linear(&x, base, Activation::None, None)?)?;
+    let mut y = wide(&ops::lora_linear(&x, base, Activation::Identity, None)?)?;
     for part in parts {
         let dropped = wide(&input(part.dropout)?)?;
         let Some(magnitude) = &part.magnitude else {
@@ -130,7 +130,7 @@ pub(super) fn in_turn(
         let unscaled = match (part.dropout, base.bias) {
             (Some(_), _) => {
                 let weight = Projection { weight: &wide(base.weight)?, bias: None, lora: None };
-                ops::lora_linear(&dropped, &weight, Activation::None, None)?
+                ops::lora_linear(&dropped, &weight, Activation::Identity, None)?
             }
             (None, Some(bias)) => ops::broadcast_add(&y, &bias.neg()?)?,
             (None, None) => y.clone(),

@@ -49,6 +49,6 @@ impl MlpBlock {
     /// `[.., C] -> [.., C]`
     pub fn forward(&self, x: &Tensor, residual: &Tensor, mode: Mode) -> Result<Tensor> {
         let hidden = self.lin1.forward_fused(x, self.activation, None, mode)?;
-        self.lin2.forward_fused(&hidden, Activation::None, Some(residual), mode)
+        self.lin2.forward_fused(&hidden, Activation::Identity, Some(residual), mode)
     }
 }

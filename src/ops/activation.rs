@@ -1,12 +1,12 @@
 //! Functions applied to the output of a projection.
 //!
-//! The kernels and the CPU path fuse [`None`](Activation::None), [`Gelu`](Activation::Gelu) and
+//! The kernels and the CPU path fuse [`Identity`](Activation::Identity), [`Gelu`](Activation::Gelu) and
 //! [`Relu`](Activation::Relu). The others follow the projection as a graph of candle's operations, in f32 where the
 //! tensor has 16 bits, and differentiate as that graph does.
 //!
 //! Formulas: `transformers/activations.py`, `ACT2FN`.
 
-use crate::problem;
+use crate::problem::Activation;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::ops::sigmoid;
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, SQRT_2};
@@ -16,47 +16,11 @@ use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, SQRT_2};
 const LAPLACE_MU: f64 = 0.707107;
 const LAPLACE_SIGMA: f64 = 0.282095;
 
-/// An elementwise function without parameters.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Activation {
-    /// `x`
-    #[default]
-    None,
-    /// The exact GELU, `x/2 (1 + erf(x / sqrt 2))`.
-    Gelu,
-    /// `max(x, 0)`
-    Relu,
-    /// `x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`
-    GeluTanh,
-    /// The exact GELU, between -10 and 10.
-    GeluClipped,
-    /// `x sigmoid(1.702 x)`
-    QuickGelu,
-    /// `x sigmoid(x)`
-    Silu,
-    /// `x tanh(ln(1 + e^x))`
-    Mish,
-    /// `x min(max(x + 3, 0), 6) / 6`
-    Hardswish,
-    /// `x`, or `x / 100` below 0.
-    LeakyRelu,
-    /// `max(x, 0)^2`
-    ReluSquared,
-    /// `min(max(x, 0), 6)`
-    Relu6,
-    /// `1 / (1 + e^-x)`
-    Sigmoid,
-    /// `tanh(x)`
-    Tanh,
-    /// `(1 + erf((x - mu) / (sigma sqrt 2))) / 2`, with `mu = 0.707107` and `sigma = 0.282095`.
-    Laplace,
-}
-
 impl Activation {
     /// Applies the activation with candle's operations: in f32 and rounded once, where `x` has 16 bits.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
         match (self, x.dtype()) {
-            (Self::None, _) => Ok(x.clone()),
+            (Self::Identity, _) => Ok(x.clone()),
             (_, DType::F16 | DType::BF16) => {
                 self.apply(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())
             }
@@ -89,16 +53,6 @@ impl Activation {
             (Self::Laplace, _) => {
                 ((x - LAPLACE_MU)? / (LAPLACE_SIGMA * SQRT_2))?.erf()?.affine(0.5, 0.5)
             }
-        }
-    }
-
-    /// The activation as kernels and CPU path have it; none if they do not.
-    pub(super) fn fused(self) -> Option<problem::Activation> {
-        match self {
-            Self::None => Some(problem::Activation::Identity),
-            Self::Gelu => Some(problem::Activation::Gelu),
-            Self::Relu => Some(problem::Activation::Relu),
-            _ => None,
         }
     }
 }

@@ -50,7 +50,7 @@ pub fn lora_linear(
 pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor> {
     let parts = projections
         .iter()
-        .map(|projection| lora_linear(x, projection, Activation::None, None))
+        .map(|projection| lora_linear(x, projection, Activation::Identity, None))
         .collect::<Result<Vec<_>>>()?;
     Tensor::cat(&parts, D::Minus1)
 }

@@ -1,21 +1,29 @@
 //! A value that is computed already, as one node of candle's graph with a backward of its own.
 
 use super::Gradients;
+use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, CudaStorage, CustomOp3, Layout, MetalStorage, Result, Shape};
 use candle_core::{Storage, Tensor};
 use std::sync::Mutex;
 
-/// `value` as a function of `inputs`, one to three; `backward` takes the inputs and the gradient of the value. An input
-/// that is not there reaches `backward` as a placeholder without a gradient.
+/// The inputs of an operation, one to three.
+pub(super) type Inputs<'a> = (&'a Tensor, Option<&'a Tensor>, Option<&'a Tensor>);
+
+/// All three inputs of a custom operation; a missing one is a placeholder without a gradient, never read.
+pub(super) fn three((first, second, third): Inputs<'_>) -> [Tensor; 3] {
+    let or_placeholder = |input: Option<&Tensor>| input.cloned().unwrap_or_else(|| first.detach());
+    [first.clone(), or_placeholder(second), or_placeholder(third)]
+}
+
+/// `value` as a function of `inputs`; `backward` takes the inputs and the gradient of the value. A missing input reaches
+/// `backward` as a placeholder without a gradient.
 pub(crate) fn with_backward(
     name: &'static str,
-    inputs: (&Tensor, Option<&Tensor>, Option<&Tensor>),
+    inputs: Inputs<'_>,
     value: Tensor,
     backward: impl Fn([&Tensor; 3], &Tensor) -> Result<Gradients> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let absent = inputs.0.detach();
-    let (second, third) = (inputs.1.unwrap_or(&absent), inputs.2.unwrap_or(&absent));
-    if ![inputs.0, second, third].into_iter().any(Tensor::track_op) {
+    if !three(inputs).iter().any(Tensor::track_op) {
         return Ok(value);
     }
     let value = match value.layout().start_offset() {
@@ -24,9 +32,41 @@ pub(crate) fn with_backward(
     };
     let value = {
         let (storage, layout) = value.storage_and_layout();
-        Mutex::new(Some((storage.try_clone(layout)?, layout.shape().clone())))
+        (storage.try_clone(layout)?, layout.shape().clone())
     };
-    inputs.0.apply_op3(second, third, Computed { name, value, backward })
+    node(name, inputs, value, move |inputs, _, grad| backward(inputs, grad))
+}
+
+/// As [`with_backward`], of a storage that nobody else holds; `backward` takes the value too.
+pub(super) fn node(
+    name: &'static str,
+    inputs: Inputs<'_>,
+    (storage, shape): (Storage, Shape),
+    backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<Gradients> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let [first, second, third] = three(inputs);
+    if ![&first, &second, &third].into_iter().any(Tensor::track_op) {
+        return Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false));
+    }
+    let value = Mutex::new(Some((storage, shape)));
+    first.apply_op3(&second, &third, Computed { name, value, backward })
+}
+
+/// Calls `f` with the inputs on the GPU.
+#[cfg(feature = "cuda")]
+pub(super) fn with_cuda_storages<R>(
+    name: &'static str,
+    inputs: Inputs<'_>,
+    f: impl FnOnce([(&CudaStorage, &Layout); 3]) -> Result<R>,
+) -> Result<R> {
+    let tensors = three(inputs);
+    let guards = tensors.each_ref().map(Tensor::storage_and_layout);
+    match guards.each_ref().map(|(storage, layout)| (&**storage, *layout)) {
+        [(Storage::Cuda(a), la), (Storage::Cuda(b), lb), (Storage::Cuda(c), lc)] => {
+            f([(a, la), (b, lb), (c, lc)])
+        }
+        _ => bail!("{name}: an input left the GPU"),
+    }
 }
 
 struct Computed<F> {
@@ -47,7 +87,7 @@ impl<F> Computed<F> {
 
 impl<F> CustomOp3 for Computed<F>
 where
-    F: Fn([&Tensor; 3], &Tensor) -> Result<Gradients> + Send + Sync,
+    F: Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<Gradients> + Send + Sync,
 {
     fn name(&self) -> &'static str {
         self.name
@@ -103,9 +143,9 @@ where
         first: &Tensor,
         second: &Tensor,
         third: &Tensor,
-        _res: &Tensor,
-        grad_res: &Tensor,
+        value: &Tensor,
+        grad: &Tensor,
     ) -> Result<Gradients> {
-        (self.backward)([first, second, third], grad_res)
+        (self.backward)([first, second, third], value, grad)
     }
 }

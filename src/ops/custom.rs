@@ -55,6 +55,7 @@ pub(super) fn shared_memory(device: &Device) -> usize {
 }
 
 /// The tensor as its device's code takes it: the CPU any strides, kernels contiguous and aligned ones.
+#[cfg(any(test, feature = "cuda"))]
 pub(super) fn operand(tensor: &Tensor) -> Result<Tensor> {
     match tensor.device() {
         #[cfg(feature = "cuda")]
@@ -116,15 +117,6 @@ fn offsets(layout: &Layout) -> impl Iterator<Item = usize> + '_ {
         }
         current
     })
-}
-
-/// The dtype of a storage that [`to_f32`] accepts.
-pub(super) fn dtype_of(storage: &CpuStorage) -> DType {
-    match storage {
-        CpuStorage::F16(_) => DType::F16,
-        CpuStorage::BF16(_) => DType::BF16,
-        _ => DType::F32,
-    }
 }
 
 /// Rounds f32 values to `dtype`.

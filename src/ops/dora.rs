@@ -58,7 +58,7 @@ pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) 
         // A GPU's kernels would round g W to 16 bits, and g with it.
         let weight = rows_scaled(&g, weight)?;
         let adapted = Projection { weight: &weight, ..adapted };
-        return lora_linear(x, &adapted, Activation::None, None);
+        return lora_linear(x, &adapted, Activation::Identity, None);
     }
     let (out_dim, in_dim) = weight.dims2()?;
     let weight = rows_scaled(&(g - 1.0)?, weight)?;
@@ -66,5 +66,5 @@ pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) 
     let mut dims = x.dims().to_vec();
     dims[x.rank() - 1] = out_dim;
     // As the residual it meets the rest before that is rounded, which would swallow it where g is near one.
-    lora_linear(x, &adapted, Activation::None, Some(&more.reshape(dims)?))
+    lora_linear(x, &adapted, Activation::Identity, Some(&more.reshape(dims)?))
 }

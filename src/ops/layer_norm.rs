@@ -4,13 +4,10 @@
 //! y = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps),   the biased variance
 //! ```
 
-use super::custom::{
-    dtype_of, from_f32, fused_on, operand, tensor_like, to_f32, vec_f32, with_f32,
-};
-use super::{check, composed, Gradients};
-use crate::cpu;
+use super::cpu::{Chain, Layer, Residual};
+use super::{check, composed};
 use crate::problem::LayerNormProblem;
-use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
+use candle_core::{bail, Device, Result, Tensor};
 
 const OP: &str = LayerNormProblem::OP;
 
@@ -21,15 +18,35 @@ const OP: &str = LayerNormProblem::OP;
 /// On empty tensors, shapes that do not fit, mixed dtypes or devices, an `eps` that is not a positive number.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     validate(x, weight, bias, eps)?;
-    if !fused_on(x.device(), || true) {
-        return composed::layer_norm(x, weight, bias, eps);
+    match x.device() {
+        Device::Cpu => {
+            let mut chain = Chain::new(OP, x);
+            chain.push(layer(weight, bias, eps));
+            chain.run(Residual::None)
+        }
+        #[cfg(feature = "cuda")]
+        device if super::custom::fused_on(device, || true) => on_gpu(x, weight, bias, eps),
+        _ => composed::layer_norm(x, weight, bias, eps),
     }
-    let parameter = |tensor: &Tensor| match x.device() {
-        Device::Cpu => operand(tensor),
-        // Kernels take one dtype.
-        _ => operand(&tensor.to_dtype(x.dtype())?),
-    };
-    operand(x)?.apply_op3(&parameter(weight)?, &parameter(bias)?, FusedLayerNorm { eps })
+}
+
+/// The layer as the CPU engine runs it, and its parameters.
+pub(super) fn layer(weight: &Tensor, bias: &Tensor, eps: f64) -> (Layer, Vec<Tensor>) {
+    (Layer::Norm { eps }, vec![weight.clone(), bias.clone()])
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    use super::custom::operand;
+    use super::{computed, gpu::layer_norm as gpu};
+    // Kernels take one dtype.
+    let parameter = |tensor: &Tensor| operand(&tensor.to_dtype(x.dtype())?);
+    let (x, weight, bias) = (operand(x)?, parameter(weight)?, parameter(bias)?);
+    let inputs = (&x, Some(&weight), Some(&bias));
+    let (out, shape) =
+        computed::with_cuda_storages(OP, inputs, |inputs| gpu::forward(eps, inputs))?;
+    let out = (candle_core::Storage::Cuda(out), shape);
+    computed::node(OP, inputs, out, move |inputs, _, grad| gpu::backward(eps, inputs, grad))
 }
 
 /// Checks everything.
@@ -45,67 +62,4 @@ pub(super) fn validate(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> 
         bail!("{OP}: eps must be positive and finite, got {eps}")
     }
     Ok(())
-}
-
-struct FusedLayerNorm {
-    eps: f64,
-}
-
-impl CustomOp3 for FusedLayerNorm {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let rows = to_f32(OP, x, x_layout)?;
-        let weight = to_f32(OP, weight, weight_layout)?;
-        let bias = to_f32(OP, bias, bias_layout)?;
-        let y = cpu::layer_norm::forward(&rows, &weight, &bias, self.eps);
-        Ok((from_f32(OP, y.into_vec(), dtype_of(x))?, x_layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        x_layout: &Layout,
-        weight: &candle_core::CudaStorage,
-        weight_layout: &Layout,
-        bias: &candle_core::CudaStorage,
-        bias_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let inputs = [(x, x_layout), (weight, weight_layout), (bias, bias_layout)];
-        super::gpu::layer_norm::forward(self.eps, inputs)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _res: &Tensor,
-        grad_res: &Tensor,
-    ) -> Result<Gradients> {
-        #[cfg(feature = "cuda")]
-        if x.device().is_cuda() {
-            return super::gpu::layer_norm::backward(self.eps, [x, weight, bias], grad_res);
-        }
-        let weight_values = vec_f32(OP, weight)?;
-        let (dx, dweight, dbias) = with_f32(OP, x, |x| {
-            with_f32(OP, grad_res, |grad| {
-                Ok(cpu::layer_norm::backward(&x, &weight_values, &grad, self.eps))
-            })
-        })?;
-        let wanted =
-            |values, like: &Tensor| like.track_op().then(|| tensor_like(values, like)).transpose();
-        Ok((wanted(dx.into_vec(), x)?, wanted(dweight, weight)?, wanted(dbias, bias)?))
-    }
 }

@@ -23,18 +23,20 @@ mod chain;
 mod check;
 pub mod composed;
 mod computed;
+mod cpu;
 mod custom;
 mod dora;
 mod dropout;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod layer_norm;
+mod params;
 mod product;
 mod projection;
 mod rel_pos_attention;
 mod resize;
 
-pub use activation::Activation;
+pub use crate::problem::Activation;
 pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};
 pub(crate) use computed::with_backward;
@@ -44,6 +46,7 @@ pub use dropout::dropout;
 #[doc(hidden)] // its place is `cuda`
 pub use gpu::self_test_report;
 pub use layer_norm::layer_norm;
+pub(crate) use params::pack;
 pub use product::matmul;
 pub use projection::{lora_linear, lora_qkv, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};

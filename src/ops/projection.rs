@@ -8,17 +8,21 @@
 //! q, k and v stay three tensors under three names, for checkpoints, adapters and users; the operation writes
 //! them side by side into one packed output, so nothing is ever concatenated.
 
-use super::custom::{dtype_of, from_f32, operand, tensor_like, to_f32, vec_f32, with_f32};
-use super::{check, composed, custom, Activation, Gradients};
-use crate::cpu::projection::{self, Saved, Weight, Weights};
+use super::cpu::{Chain, Layer, Residual};
+#[cfg(any(test, feature = "cuda"))]
+use super::params;
+use super::{check, composed, custom, Activation};
+#[cfg(feature = "cuda")]
+use super::{computed, custom::operand};
 use crate::launch::family::{Family, Implementation};
 use crate::launch::projection as kernels;
 use crate::philox::Dropout;
-use crate::problem::{self, LoraProblem, ProjectionProblem};
-use candle_core::{
-    bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor,
-};
-use std::sync::OnceLock;
+use crate::problem::{LoraProblem, ProjectionProblem};
+#[cfg(any(test, feature = "cuda"))]
+use candle_core::DType;
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+use candle_core::{bail, Result, Tensor};
 
 /// The low-rank part of a projection.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +64,7 @@ pub fn lora_linear(
     activation: Activation,
     residual: Option<&Tensor>,
 ) -> Result<Tensor> {
-    const OP: &str = "lora-linear";
+    const OP: &str = ProjectionProblem::LINEAR;
     validate(OP, x, projection)?;
     if let Some(residual) = residual {
         let mut expected = x.dims().to_vec();
@@ -70,12 +74,13 @@ pub fn lora_linear(
         check::shape(OP, "residual", residual, &expected)?;
         check::same_kind(OP, "residual", residual, x)?;
     }
-    let Some(fused) = activation.fused() else {
-        let y = activation.apply(&lora_linear(x, projection, Activation::None, None)?)?;
+    if !activation.is_fused() {
+        let y = activation.apply(&lora_linear(x, projection, Activation::Identity, None)?)?;
         return residual.map_or(Ok(y.clone()), |residual| residual + y);
-    };
-    match implementation(x, &[*projection], fused)? {
-        Some(whose) => apply(OP, x, &[*projection], fused, residual, whose),
+    }
+    let call = Call { x, projections: &[*projection], activation, residual };
+    match call.implementation()? {
+        Some(whose) => call.run(whose),
         None => composed::lora_linear(x, projection, activation, residual),
     }
 }
@@ -87,14 +92,14 @@ pub fn lora_linear(
 /// # Errors
 /// As [`lora_linear`]; besides, the three projections must have equal output widths.
 pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor> {
-    const OP: &str = "lora-qkv";
+    const OP: &str = ProjectionProblem::QKV;
     for projection in projections {
         validate(OP, x, projection)?;
     }
-    equal_widths(OP, projections)?;
-    const ACTIVATION: problem::Activation = problem::Activation::Identity;
-    match implementation(x, projections, ACTIVATION)? {
-        Some(whose) => apply(OP, x, projections, ACTIVATION, None, whose),
+    equal_widths(projections)?;
+    let call = Call { x, projections, activation: Activation::Identity, residual: None };
+    match call.implementation()? {
+        Some(whose) => call.run(whose),
         None => composed::lora_qkv(x, projections),
     }
 }
@@ -107,17 +112,18 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 pub(super) fn by_kernels(
     x: &Tensor,
     projections: &[Projection<'_>],
-    activation: problem::Activation,
+    activation: Activation,
     residual: Option<&Tensor>,
     whose: Implementation,
 ) -> Result<Tensor> {
-    apply("projection", x, projections, activation, residual, whose)
+    Call { x, projections, activation, residual }.run(whose)
 }
 
 /// q, k and v, each validated, fill equal parts of the packed output.
-pub(super) fn equal_widths(op: &'static str, projections: &[Projection<'_>; 3]) -> Result<()> {
+pub(super) fn equal_widths(projections: &[Projection<'_>; 3]) -> Result<()> {
     let [q, k, v] = projections.each_ref().map(|p| p.weight.dims()[0]);
     if q != k || k != v {
+        let op = ProjectionProblem::QKV;
         bail!("{op}: q, k and v must have equal output widths, got {q}, {k} and {v}")
     }
     Ok(())
@@ -163,319 +169,196 @@ pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>
     lora.dropout.map_or(Ok(()), |dropout| dropout.validate(op))
 }
 
-/// The implementation that computes the projections. The fused operation holds its weights captured, where no gradient reaches them;
-/// trainable ones, and devices without kernels, take the composed path.
-fn implementation(
-    x: &Tensor,
+/// The projections as the CPU engine runs them, and their parameters.
+pub(super) fn layer(
     projections: &[Projection<'_>],
-    activation: problem::Activation,
-) -> Result<Option<Implementation>> {
-    if projections.iter().any(|p| p.weight.track_op()) {
-        return Ok(None);
+    activation: Activation,
+) -> (Layer, Vec<Tensor>) {
+    let problems = projections.iter().map(Projection::problem).collect();
+    let weights = projections.iter().map(|p| p.weight.clone()).collect();
+    let layer = Layer::Projections { problems, weights, activation };
+    (layer, projections.iter().flat_map(Projection::parameters).cloned().collect())
+}
+
+impl<'a> Projection<'a> {
+    /// Everything differentiable but the weight, in the order of `small_layout`.
+    fn parameters(&self) -> Vec<&'a Tensor> {
+        let mut parameters = Vec::from_iter(self.bias);
+        if let Some(lora) = self.lora {
+            parameters.extend([lora.a, lora.b]);
+            parameters.extend(lora.b_bias);
+        }
+        parameters
     }
-    let problems: Vec<_> = projections.iter().map(problem).collect();
-    let problem = kernel_problem(x.dims(), &problems, activation);
-    let covered = || kernels::covers(&problem, x.dtype());
-    let family = |hopper| Family::of_projections(&problem, x.dtype(), hopper);
-    custom::implementation(x.device(), x.dtype(), covered, family)
+
+    fn problem(&self) -> ProjectionProblem {
+        ProjectionProblem {
+            out_dim: self.weight.dims()[0],
+            bias: self.bias.is_some(),
+            lora: self.lora.map(|lora| LoraProblem {
+                rank: lora.a.dims()[0],
+                scaling: lora.scaling as f32,
+                dropout: lora.dropout,
+                bias: lora.b_bias.is_some(),
+            }),
+        }
+    }
+}
+
+/// One call of an operation, checked.
+struct Call<'a> {
+    x: &'a Tensor,
+    projections: &'a [Projection<'a>],
+    activation: Activation,
+    residual: Option<&'a Tensor>,
+}
+
+impl Call<'_> {
+    /// The implementation that computes the call. A fused operation gives its weights no gradient, so trainable ones
+    /// take the composed path, as do devices without kernels.
+    fn implementation(&self) -> Result<Option<Implementation>> {
+        let (x, projections) = (self.x, self.projections);
+        if projections.iter().any(|p| p.weight.track_op()) {
+            return Ok(None);
+        }
+        let problems: Vec<_> = projections.iter().map(Projection::problem).collect();
+        let problem = kernel_problem(x.dims(), &problems, self.activation);
+        let covered = || kernels::covers(&problem, x.dtype());
+        let family = |hopper| Family::of_projections(&problem, x.dtype(), hopper);
+        custom::implementation(x.device(), x.dtype(), covered, family)
+    }
+
+    /// Runs the operation; `implementation` is that of a GPU.
+    fn run(&self, implementation: Implementation) -> Result<Tensor> {
+        match self.x.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => self.on_gpu(implementation),
+            _ => {
+                let _ = implementation;
+                let op = ProjectionProblem::op(self.projections.len());
+                let mut chain = Chain::new(op, self.x);
+                chain.push(layer(self.projections, self.activation));
+                chain.run(self.residual.map_or(Residual::None, Residual::Other))
+            }
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self, implementation: Implementation) -> Result<Tensor> {
+        let (op, activation) = (ProjectionProblem::op(self.projections.len()), self.activation);
+        let x = operand(self.x)?;
+        let (layer, parameters) = layer(self.projections, activation);
+        let Layer::Projections { problems, weights, .. } = layer else {
+            bail!("{op}: the layer is no projection")
+        };
+        // Kernels take one dtype.
+        let weights = weights.iter().map(|weight| operand(&weight.to_dtype(x.dtype())?));
+        let weights = weights.collect::<Result<Vec<_>>>()?;
+        let frozen = in_place(&parameters, x.dtype())?;
+        let packed = match frozen {
+            Some(_) => None,
+            None => Some(params::pack(&parameters, x.device())?),
+        };
+        let residual = self.residual.map(operand).transpose()?;
+        let keep = x.track_op() || packed.as_ref().is_some_and(Tensor::track_op);
+        let dims = x.dims().to_vec();
+        let inputs = (&x, packed.as_ref(), residual.as_ref());
+        let has_residual = residual.is_some();
+        let gpu = Gpu { op, dims, problems, weights, frozen, activation, keep, implementation };
+        let (out, shape, saved) = computed::with_cuda_storages(op, inputs, |inputs| {
+            gpu.projections().forward(inputs, has_residual)
+        })?;
+        let out = (candle_core::Storage::Cuda(out), shape);
+        computed::node(op, inputs, out, move |[x, parameters, residual], _, grad| {
+            let wanted = (x.track_op(), parameters.track_op());
+            let dresidual = (has_residual && residual.track_op()).then(|| grad.clone());
+            let (dx, dparameters) =
+                gpu.projections().backward(x, parameters, &saved, grad, wanted)?;
+            Ok((dx, dparameters, dresidual))
+        })
+    }
+}
+
+/// The parameters for kernels that read them in place: biases in `dtype` or f32, adapters in f32.
+#[cfg(any(test, feature = "cuda"))]
+fn in_place(parameters: &[Tensor], dtype: DType) -> Result<Option<Vec<Tensor>>> {
+    params::in_place(parameters, |tensor| match (tensor.rank(), tensor.dtype() == dtype) {
+        (1, true) => dtype,
+        _ => DType::F32,
+    })
 }
 
 /// The problem as the kernels' launch code takes it.
 fn kernel_problem<'a>(
     x_dims: &[usize],
     projections: &'a [ProjectionProblem],
-    activation: problem::Activation,
+    activation: Activation,
 ) -> kernels::Problem<'a> {
     let in_dim = x_dims.last().copied().unwrap_or(1);
     let rows = x_dims.iter().product::<usize>() / in_dim.max(1);
     kernels::Problem { rows, in_dim, projections, activation }
 }
 
-/// Applies the operation. Everything small is captured by it where it lies, for kernels that read it there; what has a
-/// gradient to come is packed into one flat f32 tensor, an input, and so is everything on the CPU.
-fn apply(
-    name: &'static str,
-    x: &Tensor,
-    projections: &[Projection<'_>],
-    activation: problem::Activation,
-    residual: Option<&Tensor>,
-    implementation: Implementation,
-) -> Result<Tensor> {
-    let x = operand(x)?;
-    let separate = match x.device() {
-        Device::Cpu => None,
-        _ => where_they_lie(projections, x.dtype())?,
-    };
-    // In the place of an input that is not there: nobody reads it.
-    let absent = x.detach();
-    let small: Vec<_> = projections.iter().flat_map(small).collect();
-    let small = match separate {
-        Some(_) => absent.clone(),
-        None if small.is_empty() => Tensor::zeros(1, DType::F32, x.device())?,
-        None => {
-            let flat = small.iter().map(|tensor| tensor.flatten_all()?.to_dtype(DType::F32));
-            Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
-        }
-    };
-    let op = FusedProjection {
-        name,
-        problems: projections.iter().map(problem).collect(),
-        weights: projections.iter().map(|p| weight_operand(p.weight, &x)).collect::<Result<_>>()?,
-        separate,
-        activation,
-        residual: residual.is_some(),
-        keep: x.track_op() || small.track_op(),
-        implementation,
-        saved: OnceLock::new(),
-    };
-    let residual = residual.map_or(Ok(absent), operand)?;
-    x.apply_op3(&small, &residual, op)
-}
-
-/// The weight as the device's code takes it: kernels in the dtype of `x`.
-fn weight_operand(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => operand(weight),
-        _ => operand(&weight.to_dtype(x.dtype())?),
-    }
-}
-
-/// The small tensors as kernels for `dtype` read them, in the order of `small_layout`: themselves, but for adapters in 16
-/// bits, which become f32. None if one of them wants a gradient.
-fn where_they_lie(projections: &[Projection<'_>], dtype: DType) -> Result<Option<Vec<Tensor>>> {
-    if projections.iter().flat_map(small).any(Tensor::track_op) {
-        return Ok(None);
-    }
-    let f32 = |tensor: &Tensor| operand(&tensor.to_dtype(DType::F32)?);
-    let bias = |tensor: &Tensor| match tensor.dtype() == dtype {
-        true => operand(tensor),
-        false => f32(tensor),
-    };
-    let mut tensors = Vec::new();
-    for projection in projections {
-        tensors.extend(projection.bias.map(bias).transpose()?);
-        if let Some(lora) = projection.lora {
-            tensors.extend([f32(lora.a)?, f32(lora.b)?]);
-            tensors.extend(lora.b_bias.map(bias).transpose()?);
-        }
-    }
-    Ok(Some(tensors))
-}
-
-/// Everything small and differentiable of a projection, in the order of `small_layout`.
-pub(super) fn small<'a>(p: &Projection<'a>) -> Vec<&'a Tensor> {
-    let mut small = Vec::from_iter(p.bias);
-    if let Some(lora) = p.lora {
-        small.extend([lora.a, lora.b]);
-        small.extend(lora.b_bias);
-    }
-    small
-}
-
-pub(super) fn problem(p: &Projection<'_>) -> ProjectionProblem {
-    ProjectionProblem {
-        out_dim: p.weight.dims()[0],
-        bias: p.bias.is_some(),
-        lora: p.lora.map(|lora| LoraProblem {
-            rank: lora.a.dims()[0],
-            scaling: lora.scaling as f32,
-            dropout: lora.dropout,
-            bias: lora.b_bias.is_some(),
-        }),
-    }
-}
-
-/// Inputs: x, the flat small tensors, the residual; placeholders for those that are absent or separate.
-struct FusedProjection {
-    name: &'static str,
+/// What the backward on a GPU needs besides tensors of candle's graph.
+#[cfg(feature = "cuda")]
+struct Gpu {
+    op: &'static str,
+    /// Of x.
+    dims: Vec<usize>,
     problems: Vec<ProjectionProblem>,
     weights: Vec<Tensor>,
-    /// The small tensors, if they are no input: for kernels.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    separate: Option<Vec<Tensor>>,
-    activation: problem::Activation,
-    residual: bool,
+    /// The parameters, if kernels read them in place.
+    frozen: Option<Vec<Tensor>>,
+    activation: Activation,
     keep: bool,
-    /// The kernels that compute it on a GPU.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     implementation: Implementation,
-    saved: OnceLock<Kept>,
 }
 
-/// What the backward needs of the forward, where it was computed.
-enum Kept {
-    Cpu(Saved),
-    #[cfg(feature = "cuda")]
-    Gpu(super::gpu::projection::Saved),
-}
-
-impl FusedProjection {
-    #[cfg(feature = "cuda")]
-    fn on_gpu(&self, x_dims: &[usize]) -> super::gpu::projection::Projections<'_> {
-        let problem = kernel_problem(x_dims, &self.problems, self.activation);
+#[cfg(feature = "cuda")]
+impl Gpu {
+    fn projections(&self) -> super::gpu::projection::Projections<'_> {
         super::gpu::projection::Projections {
-            op: self.name,
-            problem,
+            op: self.op,
+            problem: kernel_problem(&self.dims, &self.problems, self.activation),
             weights: &self.weights,
-            separate: self.separate.as_deref(),
+            separate: self.frozen.as_deref(),
             keep: self.keep,
             implementation: self.implementation,
         }
-    }
-
-    fn with_weights<R>(&self, f: impl FnOnce(&Weights<'_>) -> Result<R>) -> Result<R> {
-        with_weights(self.name, &self.weights, &self.problems, f)
-    }
-}
-
-fn weight<'a>(
-    op: &'static str,
-    storage: &'a CpuStorage,
-    layout: &Layout,
-    in_dim: usize,
-) -> Result<Weight<'a>> {
-    if let (CpuStorage::BF16(values), Some((start, end))) = (storage, layout.contiguous_offsets()) {
-        if let Some(weight) = Weight::from_bf16(&values[start..end], in_dim) {
-            return Ok(weight);
-        }
-    }
-    Ok(Weight::F32(to_f32(op, storage, layout)?))
-}
-
-/// Calls `f` with the weights as the CPU path takes them.
-pub(super) fn with_weights<R>(
-    op: &'static str,
-    weights: &[Tensor],
-    projections: &[ProjectionProblem],
-    f: impl FnOnce(&Weights<'_>) -> Result<R>,
-) -> Result<R> {
-    let guards: Vec<_> = weights.iter().map(Tensor::storage_and_layout).collect();
-    let in_dim = weights[0].dims()[1];
-    let values = guards
-        .iter()
-        .map(|(storage, layout)| match &**storage {
-            Storage::Cpu(storage) => weight(op, storage, layout, in_dim),
-            _ => bail!("{op}: the weight left the CPU"),
-        })
-        .collect::<Result<Vec<_>>>()?;
-    f(&Weights { in_dim, projections, weights: values })
-}
-
-impl CustomOp3 for FusedProjection {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        small: &CpuStorage,
-        small_layout: &Layout,
-        residual: &CpuStorage,
-        residual_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let rows = to_f32(self.name, x, x_layout)?;
-        let small = to_f32(self.name, small, small_layout)?;
-        let residual = match self.residual {
-            true => Some(to_f32(self.name, residual, residual_layout)?),
-            false => None,
-        };
-        let (out, saved) = self.with_weights(|weights| {
-            let residual = residual.as_deref();
-            Ok(projection::forward(weights, &rows, &small, residual, self.activation, self.keep))
-        })?;
-        let mut dims = x_layout.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = self.problems.iter().map(|p| p.out_dim).sum();
-        }
-        // The operation runs once; a second value could only be equal.
-        let _ = self.saved.set(Kept::Cpu(saved));
-        Ok((from_f32(self.name, out.into_vec(), dtype_of(x))?, Shape::from(dims)))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        x_layout: &Layout,
-        small: &candle_core::CudaStorage,
-        small_layout: &Layout,
-        residual: &candle_core::CudaStorage,
-        residual_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let inputs = [(x, x_layout), (small, small_layout), (residual, residual_layout)];
-        let (out, shape, saved) = self.on_gpu(x_layout.dims()).forward(inputs, self.residual)?;
-        let _ = self.saved.set(Kept::Gpu(saved));
-        Ok((out, shape))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        small: &Tensor,
-        residual: &Tensor,
-        _res: &Tensor,
-        grad_res: &Tensor,
-    ) -> Result<Gradients> {
-        let wanted = (x.track_op(), small.track_op());
-        let dresidual = (self.residual && residual.track_op()).then(|| grad_res.clone());
-        let saved = match self.saved.get() {
-            Some(Kept::Cpu(saved)) => saved,
-            #[cfg(feature = "cuda")]
-            Some(Kept::Gpu(saved)) => {
-                let gpu = self.on_gpu(x.dims());
-                let (dx, dsmall) = gpu.backward(x, small, saved, grad_res, wanted)?;
-                return Ok((dx, dsmall, dresidual));
-            }
-            None => bail!("{}: backward without a forward", self.name),
-        };
-        let small_values = vec_f32(self.name, small)?;
-        let grads = with_f32(self.name, x, |x| {
-            with_f32(self.name, grad_res, |grad| {
-                self.with_weights(|weights| {
-                    let (activation, small) = (self.activation, &small_values);
-                    Ok(projection::backward(weights, &x, small, saved, &grad, activation, wanted))
-                })
-            })
-        })?;
-        let dx = wanted.0.then(|| tensor_like(grads.x.into_vec(), x)).transpose()?;
-        let dsmall = wanted.1.then(|| tensor_like(grads.small, small)).transpose()?;
-        Ok((dx, dsmall, dresidual))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Var;
-
-    fn zeros(shape: &[usize], dtype: DType) -> Result<Tensor> {
-        Tensor::zeros(shape, dtype, &Device::Cpu)
-    }
+    use candle_core::{Device, Var};
 
     #[test]
-    fn kernels_read_frozen_biases_and_adapters_where_they_lie() -> Result<()> {
+    fn kernels_read_frozen_biases_and_adapters_in_place() -> Result<()> {
+        let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu);
         let (weight, bias) = (zeros(&[6, 4], DType::BF16)?, zeros(&[6], DType::BF16)?);
         let (a, b) = (zeros(&[2, 4], DType::F32)?, zeros(&[6, 2], DType::F32)?);
         let lora = Lora { a: &a, b: &b, b_bias: Some(&bias), scaling: 1.0, dropout: None };
         let base = Projection { weight: &weight, bias: Some(&bias), lora: None };
         let adapted = Projection { lora: Some(lora), ..base };
-        let ids = |tensors: Vec<Tensor>| tensors.iter().map(Tensor::id).collect::<Vec<_>>();
+        let read = |projections: &[Projection<'_>]| {
+            in_place(&layer(projections, Activation::Identity).1, DType::BF16)
+        };
 
-        let lie = where_they_lie(&[base, adapted], DType::BF16)?.map(ids);
-        assert_eq!(lie, Some([&bias, &bias, &a, &b, &bias].map(Tensor::id).to_vec()));
+        let frozen = read(&[base, adapted])?.unwrap_or_default();
+        let expected = [&bias, &bias, &a, &b, &bias].map(Tensor::id);
+        assert_eq!(frozen.iter().map(Tensor::id).collect::<Vec<_>>(), expected);
 
-        // What kernels do not read is converted.
+        // A dtype that kernels do not read is converted.
         let a16 = a.to_dtype(DType::BF16)?;
-        let adapted = Projection { lora: Some(Lora { a: &a16, ..lora }), ..base };
-        let lie = where_they_lie(&[adapted], DType::BF16)?.unwrap_or_default();
-        assert_eq!((lie[1].dtype(), lie[2].id()), (DType::F32, b.id()));
+        let frozen = read(&[Projection { lora: Some(Lora { a: &a16, ..lora }), ..base }])?;
+        let frozen = frozen.unwrap_or_default();
+        assert_eq!((frozen[1].dtype(), frozen[2].id()), (DType::F32, b.id()));
 
-        // What is trained is one input, for the gradient.
+        // A trained parameter is packed, for its gradient.
         let trained = Var::from_tensor(&b)?;
         let adapted = Projection { lora: Some(Lora { b: &trained, ..lora }), ..base };
-        assert!(where_they_lie(&[adapted], DType::BF16)?.is_none());
+        assert!(read(&[adapted])?.is_none());
         Ok(())
     }
 }

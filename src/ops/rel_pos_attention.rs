@@ -10,19 +10,19 @@
 //!
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
-use super::custom::{
-    dtype_of, from_f32, implementation, operand, shared_memory, tensor_like, to_f32, vec_f32,
-    with_f32,
-};
-use super::{check, composed, resize_linear, Gradients};
-use crate::cpu::attention;
+use super::cpu::{Chain, Layer, Residual};
+use super::custom::{implementation, shared_memory};
+use super::{check, composed, resize_linear};
+#[cfg(feature = "cuda")]
+use super::{computed, custom::operand, params};
 use crate::launch::family::{Family, Implementation};
 use crate::launch::rel_pos_attention as kernels;
 use crate::philox::Dropout;
 use crate::problem::AttentionProblem;
-use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
-use std::borrow::Cow;
-use std::sync::OnceLock;
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+use candle_core::{bail, Result, Tensor};
+use std::sync::Once;
 
 const OP: &str = AttentionProblem::OP;
 /// Largest side of a window.
@@ -49,22 +49,41 @@ pub struct RelPosAttention<'a> {
 /// Attention over a grid: packed `qkv [B, H, W, 3C] -> [B, H, W, C]`.
 ///
 /// Gradients go to `qkv`, the tables and `pad`. On the CPU, and on a GPU whose kernels cover the shape, nothing of size
-/// N x N is allocated. Elsewhere the graph of [`composed`] runs, which holds the weights.
+/// N x N is allocated. On Metal, on GPUs before 8.0, and for shapes that no kernel covers, such as a head dim above 80,
+/// the graph of [`composed`] runs and holds the N x N weights; a process is warned of that once.
 ///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
     let (problem, tables, pad) = prepare(qkv, config)?;
-    let config = RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
     let covered = || {
         let needed = kernels::shared_bytes(&problem, qkv.dtype());
         needed.is_some_and(|needed| needed <= shared_memory(qkv.device()))
     };
     let family = |_| Family::of_attention(&problem, qkv.dtype());
     match implementation(qkv.device(), qkv.dtype(), covered, family)? {
-        Some(whose) => apply(qkv, problem, &tables, pad, whose),
-        None => Ok(composed::rel_pos_attention(qkv, &config)?.0),
+        Some(whose) => run(qkv, (problem, tables, pad), whose),
+        None => {
+            let config =
+                RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
+            tell_of_weights(qkv, &problem);
+            Ok(composed::rel_pos_attention(qkv, &config)?.0)
+        }
     }
+}
+
+/// Tells once a process that attention holds its weights.
+fn tell_of_weights(qkv: &Tensor, problem: &AttentionProblem) {
+    static TOLD: Once = Once::new();
+    TOLD.call_once(|| {
+        let (dtype, tokens, dim) = (qkv.dtype().as_str(), problem.tokens(), problem.head_dim);
+        let line = format!(
+            "{OP}: no kernel of this GPU computes {tokens} tokens of head dim {dim} in {dtype}; candle's operations do, \
+             which hold all {tokens} x {tokens} weights (told once)"
+        );
+        tracing::warn!("{line}");
+        eprintln!("candle-sam-lora: {line}");
+    });
 }
 
 /// [`rel_pos_attention`] by the kernels of one implementation, for the self-test.
@@ -77,50 +96,66 @@ pub(super) fn by_kernels(
     config: &RelPosAttention<'_>,
     whose: Implementation,
 ) -> Result<Tensor> {
-    let (problem, tables, pad) = prepare(qkv, config)?;
-    apply(qkv, problem, &tables, pad, whose)
+    run(qkv, prepare(qkv, config)?, whose)
 }
 
-/// Applies the operation.
-fn apply(
+/// Runs the operation; `implementation` is that of a GPU.
+fn run(qkv: &Tensor, prepared: Prepared<'_>, implementation: Implementation) -> Result<Tensor> {
+    match qkv.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => on_gpu(qkv, prepared, implementation),
+        _ => {
+            let _ = implementation;
+            let mut chain = Chain::new(OP, qkv);
+            chain.push(layer(prepared));
+            chain.run(Residual::None)
+        }
+    }
+}
+
+/// The layer as the CPU engine runs it, and its parameters.
+pub(super) fn layer((problem, tables, pad): Prepared<'_>) -> (Layer, Vec<Tensor>) {
+    let parameters = tables.into_iter().flatten().chain(pad.cloned()).collect();
+    (Layer::Attention { problem, pad: pad.is_some() }, parameters)
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(
     qkv: &Tensor,
-    problem: AttentionProblem,
-    tables: &Tables,
-    pad: Option<&Tensor>,
+    (problem, tables, pad): Prepared<'_>,
     implementation: Implementation,
 ) -> Result<Tensor> {
+    use super::gpu::rel_pos_attention::Attention;
     let qkv = operand(qkv)?;
-    // In the place of an input that is not there: nobody reads it.
-    let absent = qkv.detach();
-    let separate = match qkv.device() {
-        Device::Cpu => None,
-        _ => where_they_lie(tables)?,
+    let frozen = match &tables {
+        Some(tables) => params::in_place(tables, Tensor::dtype)?,
+        None => None,
     };
-    let tables = match (tables, &separate) {
-        (Some(tables), None) => operand(&Tensor::cat(tables, 0)?)?,
-        _ => absent.clone(),
-    };
-    let saved = OnceLock::new();
-    let op = FusedAttention { problem, separate, pad: pad.is_some(), implementation, saved };
-    qkv.apply_op3(&tables, &pad.map_or(Ok(absent), operand)?, op)
+    let frozen: Option<[Tensor; 2]> = frozen.and_then(|tables| tables.try_into().ok());
+    let input = tables.filter(|_| frozen.is_none());
+    let input = input.map(|tables| operand(&Tensor::cat(&tables, 0)?)).transpose()?;
+    let pad = pad.map(operand).transpose()?;
+    let inputs = (&qkv, input.as_ref(), pad.as_ref());
+    let pad = pad.is_some();
+    let attention = Attention { problem: &problem, tables: frozen.as_ref(), pad, implementation };
+    let (out, shape, lse) =
+        computed::with_cuda_storages(OP, inputs, |inputs| attention.forward(inputs))?;
+    let out = (candle_core::Storage::Cuda(out), shape);
+    computed::node(OP, inputs, out, move |inputs, value, grad| {
+        let tables = frozen.as_ref();
+        let attention = Attention { problem: &problem, tables, pad, implementation };
+        attention.backward(inputs, (value, &lse), grad)
+    })
 }
 
 /// Tables of the lengths that a problem wants.
 type Tables = Option<[Tensor; 2]>;
 
-/// The tables as kernels read them; none if there are none, or one of them wants a gradient.
-fn where_they_lie(tables: &Tables) -> Result<Tables> {
-    match tables {
-        Some([h, w]) if !h.track_op() && !w.track_op() => Ok(Some([operand(h)?, operand(w)?])),
-        _ => Ok(None),
-    }
-}
+/// The problem, its tables, and the pad where padding takes part.
+type Prepared<'a> = (AttentionProblem, Tables, Option<&'a Tensor>);
 
-/// Checks everything; the problem, its tables, and the pad where padding takes part.
-pub(super) fn prepare<'a>(
-    qkv: &Tensor,
-    config: &RelPosAttention<'a>,
-) -> Result<(AttentionProblem, Tables, Option<&'a Tensor>)> {
+/// Checks everything and describes the problem.
+pub(super) fn prepare<'a>(qkv: &Tensor, config: &RelPosAttention<'a>) -> Result<Prepared<'a>> {
     let (h, w) = validate(qkv, config)?;
     let (side_h, side_w) = config.window.map_or((h, w), |window| (window, window));
     let tables = match config.rel_pos {
@@ -145,118 +180,6 @@ pub(super) fn prepare<'a>(
     };
     let padded = h % side_h != 0 || w % side_w != 0;
     Ok((problem, tables, config.pad.filter(|_| padded)))
-}
-
-/// Inputs: qkv, both tables in one tensor, pad; placeholders for what is absent.
-struct FusedAttention {
-    problem: AttentionProblem,
-    /// The tables, if they are no input: frozen ones, for kernels, which read them where they lie.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    separate: Option<[Tensor; 2]>,
-    pad: bool,
-    /// The kernels that compute it on a GPU.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    implementation: Implementation,
-    saved: OnceLock<Saved>,
-}
-
-/// The normalizers of the softmax's rows, on the device that computed them.
-enum Saved {
-    Cpu(Vec<attention::Normalizer>),
-    #[cfg(feature = "cuda")]
-    Gpu(Tensor),
-}
-
-#[cfg(feature = "cuda")]
-impl FusedAttention {
-    fn on_gpu(&self) -> super::gpu::rel_pos_attention::Attention<'_> {
-        let &Self { ref problem, ref separate, pad, implementation, .. } = self;
-        let tables = separate.as_ref();
-        super::gpu::rel_pos_attention::Attention { problem, tables, pad, implementation }
-    }
-}
-
-impl CustomOp3 for FusedAttention {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(
-        &self,
-        qkv: &CpuStorage,
-        qkv_layout: &Layout,
-        tables: &CpuStorage,
-        tables_layout: &Layout,
-        pad: &CpuStorage,
-        pad_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let p = &self.problem;
-        let values = to_f32(OP, qkv, qkv_layout)?;
-        let present = |present, storage, layout| match present {
-            true => to_f32(OP, storage, layout),
-            false => Ok(Cow::Borrowed(&[][..])),
-        };
-        let tables = present(p.rel_pos, tables, tables_layout)?;
-        let pad = present(self.pad, pad, pad_layout)?;
-        let inputs = attention::Inputs { qkv: &values, tables: &tables, pad: &pad };
-        let (out, normalizers) = attention::forward(p, &inputs);
-        // The operation runs once; a second value could only be equal.
-        let _ = self.saved.set(Saved::Cpu(normalizers));
-        let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
-        Ok((from_f32(OP, out.into_vec(), dtype_of(qkv))?, shape))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        qkv: &candle_core::CudaStorage,
-        qkv_layout: &Layout,
-        tables: &candle_core::CudaStorage,
-        tables_layout: &Layout,
-        pad: &candle_core::CudaStorage,
-        pad_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let inputs = [(qkv, qkv_layout), (tables, tables_layout), (pad, pad_layout)];
-        let (out, shape, lse) = self.on_gpu().forward(inputs)?;
-        let _ = self.saved.set(Saved::Gpu(lse));
-        Ok((out, shape))
-    }
-
-    fn bwd(
-        &self,
-        qkv: &Tensor,
-        tables: &Tensor,
-        pad: &Tensor,
-        res: &Tensor,
-        grad_res: &Tensor,
-    ) -> Result<Gradients> {
-        let normalizers = match self.saved.get() {
-            Some(Saved::Cpu(normalizers)) => normalizers,
-            #[cfg(feature = "cuda")]
-            Some(Saved::Gpu(lse)) => {
-                return self.on_gpu().backward([qkv, tables, pad], (res, lse), grad_res);
-            }
-            None => bail!("{OP}: backward without a forward"),
-        };
-        let table_values = if self.problem.rel_pos { vec_f32(OP, tables)? } else { Vec::new() };
-        let pad_values = if self.pad { vec_f32(OP, pad)? } else { Vec::new() };
-        let grads = with_f32(OP, qkv, |qkv| {
-            let inputs = attention::Inputs { qkv: &qkv, tables: &table_values, pad: &pad_values };
-            with_f32(OP, res, |out| {
-                with_f32(OP, grad_res, |grad| {
-                    Ok(attention::backward(&self.problem, &inputs, &out, normalizers, &grad))
-                })
-            })
-        })?;
-        let wanted = |present: bool, values, like: &Tensor| {
-            (present && like.track_op()).then(|| tensor_like(values, like)).transpose()
-        };
-        Ok((
-            wanted(true, grads.qkv.into_vec(), qkv)?,
-            wanted(self.problem.rel_pos, grads.tables, tables)?,
-            wanted(self.pad, grads.pad, pad)?,
-        ))
-    }
 }
 
 /// Checks everything; returns the grid.
@@ -292,23 +215,4 @@ pub(super) fn validate(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(us
         dropout.validate(OP)?;
     }
     Ok((h, w))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use candle_core::{DType, Var};
-
-    #[test]
-    fn kernels_read_frozen_tables_where_they_lie() -> Result<()> {
-        let table = || Tensor::zeros((27, 64), DType::BF16, &Device::Cpu);
-        let (h, w) = (table()?, table()?);
-        let lie = where_they_lie(&Some([h.clone(), w.clone()]))?;
-        assert_eq!(lie.map(|tables| tables.map(|t| t.id())), Some([h.id(), w.id()]));
-
-        // What is trained is one input, for the gradient.
-        let trained = Var::from_tensor(&w)?;
-        assert!(where_they_lie(&Some([h, trained.as_tensor().clone()]))?.is_none());
-        Ok(())
-    }
 }

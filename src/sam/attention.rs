@@ -355,7 +355,7 @@ macro_rules! projections_around_the_core {
                     // Some output is no sum of base and low-rank part, as with DoRA.
                     let normed = norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))?;
                     let (out, residual) = (self.attend(&normed, mode)?, norm.map(|_| x));
-                    return self.proj.forward_fused(&out, Activation::None, residual, mode);
+                    return self.proj.forward_fused(&out, Activation::Identity, residual, mode);
                 };
                 let tables = self.core.rel_pos_h.as_ref().zip(self.core.rel_pos_w.as_ref());
                 let pad = self.pad(x, mode)?;

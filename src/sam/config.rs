@@ -51,7 +51,7 @@ impl From<HiddenAct> for ops::Activation {
             HiddenAct::Hardswish => Self::Hardswish,
             HiddenAct::Laplace => Self::Laplace,
             HiddenAct::LeakyRelu => Self::LeakyRelu,
-            HiddenAct::Linear => Self::None,
+            HiddenAct::Linear => Self::Identity,
             HiddenAct::Mish => Self::Mish,
             HiddenAct::QuickGelu => Self::QuickGelu,
             HiddenAct::Relu => Self::Relu,

@@ -162,8 +162,9 @@ impl SamMaskDecoder {
         let image_positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
         let (tokens, image) = self.transformer.forward(&tokens, &image, &image_positions, mode)?;
 
-        let up =
-            self.upscale_conv1.forward(&image.reshape((groups, h, w, size))?, Activation::None)?;
+        let up = self
+            .upscale_conv1
+            .forward(&image.reshape((groups, h, w, size))?, Activation::Identity)?;
         let up = Activation::Gelu.apply(&self.upscale_layer_norm.forward(&up)?)?;
         let up = self.upscale_conv2.forward(&up, Activation::Gelu)?.flatten(1, 2)?;
 

@@ -81,7 +81,7 @@ impl SamAttention {
         let scores = (ops::matmul(&q, &k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
         let out = ops::matmul(&weights, &v)?.transpose(1, 2)?.flatten_from(2)?;
-        self.out_proj.forward_fused(&out, Activation::None, residual, mode)
+        self.out_proj.forward_fused(&out, Activation::Identity, residual, mode)
     }
 }
 

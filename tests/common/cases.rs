@@ -42,7 +42,7 @@ pub fn layer_norm(dims: &[usize]) -> Op<'static> {
 pub fn activated(activation: Activation, x: f64) -> f64 {
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     match activation {
-        Activation::None => x,
+        Activation::Identity => x,
         Activation::Gelu => reference::gelu(x),
         Activation::Relu => x.max(0.0),
         Activation::GeluTanh => {
@@ -352,7 +352,7 @@ pub fn all() -> Vec<Op<'static>> {
         layer_norm(&[3, 4, 7]),
         layer_norm(&[1, 1]),
         layer_norm(&[130, 9]),
-        lora_linear(3, (5, 7), 2, Activation::None, None),
+        lora_linear(3, (5, 7), 2, Activation::Identity, None),
         lora_linear(3, (8, 6), 3, Activation::Gelu, Some(DROPOUT)),
         lora_linear(2, (4, 5), 1, Activation::Relu, None),
         lora_linear(2, (5, 4), 1, Activation::GeluTanh, Some(DROPOUT)),
@@ -409,7 +409,7 @@ pub fn large() -> Vec<Op<'static>> {
         layer_norm(&[5, 1280]),
         dropout(&[3, 100, 77]),
         lora_linear(65, (768, 129), 16, Activation::Gelu, Some(DROPOUT)),
-        lora_linear(1, (96, 64), 7, Activation::None, None),
+        lora_linear(1, (96, 64), 7, Activation::Identity, None),
         dora_linear(65, (96, 72), 16, Some(DROPOUT)),
         dora_linear(33, (40, 129), 5, None),
         lora_qkv(130, 128, (8, 100)),

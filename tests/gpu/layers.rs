@@ -217,7 +217,7 @@ impl Layer {
             }
             Kind::Lin2 => {
                 let projection = projection(&t[3..5], Some((&t[1..3], None)));
-                linear(&t[0], &projection, Activation::None, Some(&t[5]))
+                linear(&t[0], &projection, Activation::Identity, Some(&t[5]))
             }
             Kind::Dora => {
                 let adapted = projection(&t[3..5], Some((&t[1..3], None)));
@@ -229,7 +229,7 @@ impl Layer {
                 let norm = (&t[3] + delta)?.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?;
                 let norm = norm.to_dtype(t[0].dtype())?.detach();
                 let without_bias = Projection { bias: None, ..adapted };
-                let y = composed::lora_linear(&t[0], &without_bias, Activation::None, None)?;
+                let y = composed::lora_linear(&t[0], &without_bias, Activation::Identity, None)?;
                 y.broadcast_mul(&(&t[5] / norm)?)?.broadcast_add(&t[4])
             }
         }

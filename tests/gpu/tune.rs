@@ -312,8 +312,10 @@ fn run(problem: &Problem<Work>, inputs: &[Tensor], fused: bool) -> Result<Tensor
             let parts = inputs[1..].chunks_exact(4).enumerate().map(projection);
             let parts = parts.collect::<Result<Vec<_>>>()?;
             Ok(match (&parts[..], fused) {
-                ([one], true) => ops::lora_linear(&inputs[0], one, Activation::None, None)?,
-                ([one], false) => composed::lora_linear(&inputs[0], one, Activation::None, None)?,
+                ([one], true) => ops::lora_linear(&inputs[0], one, Activation::Identity, None)?,
+                ([one], false) => {
+                    composed::lora_linear(&inputs[0], one, Activation::Identity, None)?
+                }
                 (&[q, k, v], true) => ops::lora_qkv(&inputs[0], &[q, k, v])?,
                 (&[q, k, v], false) => composed::lora_qkv(&inputs[0], &[q, k, v])?,
                 _ => bail!("one projection or three"),

@@ -175,18 +175,10 @@ impl Data {
         memory.values(self.dtype)[self.case.offset..].to_vec()
     }
 
-    fn activation(&self) -> ops::Activation {
-        match self.case.activation {
-            Activation::Identity => ops::Activation::None,
-            Activation::Gelu => ops::Activation::Gelu,
-            Activation::Relu => ops::Activation::Relu,
-        }
-    }
-
     /// The projections as the composed graph takes them, of these tensors in the order of `small`.
     fn eager(&self, x: &Tensor, small: &[Tensor], residual: Option<&Tensor>) -> Result<Tensor> {
         let mut small = small.iter();
-        let activation = self.activation();
+        let activation = self.case.activation;
         let mut outputs = Vec::new();
         for part in &self.parts {
             let bias = part.bias.as_ref().and_then(|_| small.next());
@@ -259,6 +251,7 @@ impl Data {
             Activation::Identity => x,
             Activation::Gelu => reference::gelu(x),
             Activation::Relu => x.max(0.0),
+            other => panic!("no kernel computes {other:?}"),
         }
     }
 
@@ -361,7 +354,9 @@ fn on_the_cpu(data: &Data) -> Result<Tensor> {
         .collect();
     match <[Projection<'_>; 3]>::try_from(projections) {
         Ok(three) => ops::lora_qkv(&data.x, &three),
-        Err(one) => ops::lora_linear(&data.x, &one[0], data.activation(), data.residual.as_ref()),
+        Err(one) => {
+            ops::lora_linear(&data.x, &one[0], data.case.activation, data.residual.as_ref())
+        }
     }
 }
 

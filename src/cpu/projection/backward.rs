@@ -4,9 +4,10 @@
 //! g = grad * act'(sum)                dS_p = scaling_p g_p B_p
 //! dx = sum_p g_p W_p + drop_p(dS_p A_p)      dA_p = dS_p^T drop_p(x)      dB_p = scaling_p g_p^T S_p
 //! ```
-//! Gradients of the small tensors are summed within a group of consecutive rows, then over the groups, in order.
+//! Gradients of the parameters are summed within a group of consecutive rows, then over the groups, in order.
 
-use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
+use super::{copy_columns, dropped, Projections, Ready, Saved, Weight};
+use crate::cpu::activation::gradient;
 use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, ROWS};
 use crate::cpu::buffer::Buffer;
@@ -14,33 +15,30 @@ use crate::cpu::math::add;
 use crate::cpu::panel::PANEL;
 use crate::cpu::simd::padded;
 use crate::problem::small_layout;
-use crate::problem::Activation;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// Groups of rows, at most, whose gradients of small tensors are summed separately.
+/// Groups of rows, at most, whose gradients of parameters are summed separately.
 const GROUPS: usize = 32;
 
 /// Gradients; each is empty where it was not asked for.
 pub struct Gradients {
     /// Of x, `[rows, in]`.
     pub x: Buffer,
-    /// Of the small tensors, laid out as they are.
-    pub small: Vec<f32>,
+    /// Of the parameters, laid out as they are.
+    pub parameters: Vec<f32>,
 }
 
-/// The gradients of x and of the small tensors, where wanted, for the gradient `grad` of the output. x is read for the
-/// small tensors alone, and may be empty without.
+/// The gradients of x and of the parameters, where wanted, for the gradient `grad` of the output. x is read for the
+/// parameters alone, and may be empty without.
 pub fn backward(
-    weights: &Weights<'_>,
+    layer: &Projections<'_>,
     x: &[f32],
-    small: &[f32],
     saved: &Saved,
     grad: &[f32],
-    activation: Activation,
-    (want_x, want_small): (bool, bool),
+    (want_x, want_parameters): (bool, bool),
 ) -> Gradients {
-    let (in_dim, total) = (weights.in_dim, weights.total());
+    let (in_dim, total) = (layer.in_dim, layer.total());
     let rows = grad.len() / total;
     let pack: fn(&Weight<'_>, usize, usize) -> Packed = if want_x {
         |weight, n, k| match weight {
@@ -50,7 +48,7 @@ pub fn backward(
     } else {
         |_, _, _| Packed::empty()
     };
-    let parts = weights.ready(small, pack);
+    let parts = layer.ready(pack);
     // B and A where there is LoRA, for dS = scaling g B and dx += dS A.
     let low_rank: Vec<_> = parts
         .iter()
@@ -72,14 +70,16 @@ pub fn backward(
                 let first = group * group_rows + block * ROWS;
                 let count = dx.len() / in_dim;
                 let at = first * total..(first + count) * total;
-                let g = match saved.sum.get(at.clone()) {
-                    Some(sum) => activation.gradient(sum, &grad[at]),
-                    None => Cow::Borrowed(&grad[at]),
+                let g = match (layer.activation, saved.sum.get(at.clone())) {
+                    (Some(activation), Some(sum)) => {
+                        Cow::Owned(gradient(activation, sum, &grad[at]))
+                    }
+                    _ => Cow::Borrowed(&grad[at]),
                 };
                 let rows = BlockRows {
                     first,
                     count,
-                    x: if want_small { &x[first * in_dim..][..count * in_dim] } else { &[] },
+                    x: if want_parameters { &x[first * in_dim..][..count * in_dim] } else { &[] },
                     g: &g,
                     total,
                 };
@@ -88,7 +88,7 @@ pub fn backward(
                     .zip(&low_rank)
                     .map(|(part, lr)| rows.ds(part, lr.as_ref()))
                     .collect();
-                if want_small {
+                if want_parameters {
                     for (index, (part, sums)) in parts.iter().zip(&mut sums).enumerate() {
                         let s = saved.s.get(index).map_or(&[][..], Vec::as_slice);
                         sums.add(part, &rows, &ds[index], s, in_dim);
@@ -101,23 +101,23 @@ pub fn backward(
             sums
         })
         .collect();
-    let mut dsmall =
-        vec![0f32; if want_small { small_layout(in_dim, weights.projections).1 } else { 0 }];
-    if want_small {
+    let mut dparameters =
+        vec![0f32; if want_parameters { small_layout(in_dim, layer.projections).1 } else { 0 }];
+    if want_parameters {
         for group in &partial {
             for (part, sums) in parts.iter().zip(group) {
-                sums.write(part, in_dim, &mut dsmall);
+                sums.write(part, in_dim, &mut dparameters);
             }
         }
     }
-    Gradients { x: if want_x { dx } else { Buffer::default() }, small: dsmall }
+    Gradients { x: if want_x { dx } else { Buffer::default() }, parameters: dparameters }
 }
 
 /// A block of rows in the backward.
 struct BlockRows<'a> {
     first: usize,
     count: usize,
-    /// `[count, in]`, or empty where the small tensors' gradients are not wanted.
+    /// `[count, in]`, or empty where the parameters' gradients are not wanted.
     x: &'a [f32],
     /// Gradient of the sum before the activation, `[count, total]`.
     g: &'a [f32],
@@ -179,7 +179,7 @@ impl BlockRows<'_> {
     }
 }
 
-/// Sums of one projection's small gradients over a group of rows, in padded rows.
+/// Sums of one projection's gradients over a group of rows, in padded rows.
 struct PartGradients {
     /// `[rank, padded in]`
     a: Vec<f32>,
@@ -224,11 +224,11 @@ impl PartGradients {
         add_transposed_product(&mut self.b, lora.scaling, shape, g, s);
     }
 
-    fn write(&self, part: &Ready<'_>, in_dim: usize, dsmall: &mut [f32]) {
+    fn write(&self, part: &Ready<'_>, in_dim: usize, dparameters: &mut [f32]) {
         let scaling = part.lora.map_or(1.0, |lora| lora.scaling);
         for (range, scale) in [(&part.layout.bias, 1.0), (&part.layout.lora_bias, scaling)] {
             let Some(range) = range else { continue };
-            for (sum, part) in dsmall[range.clone()].iter_mut().zip(&self.bias) {
+            for (sum, part) in dparameters[range.clone()].iter_mut().zip(&self.bias) {
                 *sum += scale * part;
             }
         }
@@ -236,7 +236,7 @@ impl PartGradients {
         for (range, rows, width) in
             [(&part.layout.a, &self.a, in_dim), (&part.layout.b, &self.b, lora.rank)]
         {
-            let sums = dsmall[range.clone()].chunks_exact_mut(width);
+            let sums = dparameters[range.clone()].chunks_exact_mut(width);
             for (sum, row) in sums.zip(rows.chunks_exact(padded(width))) {
                 add(sum, row);
             }

@@ -6,29 +6,26 @@
 //!
 //! Kept for the backward: S, and with an activation the sum before it.
 
-use super::{copy_columns, dropped, Ready, Saved, Weight, Weights};
+use super::{copy_columns, dropped, Projections, Ready, Saved, Weight};
 use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, Packed, Term, ROWS};
 use crate::cpu::buffer::Buffer;
 use crate::cpu::math::add;
 use crate::cpu::panel::PANEL;
 use crate::cpu::simd::padded;
-use crate::problem::Activation;
 use crate::problem::LoraProblem;
 use rayon::prelude::*;
 
 /// `out [rows, sum of out_dim]` for `x [rows, in]`; what the backward needs is kept only if `keep`.
 pub fn forward(
-    weights: &Weights<'_>,
+    layer: &Projections<'_>,
     x: &[f32],
-    small: &[f32],
     residual: Option<&[f32]>,
-    activation: Activation,
     keep: bool,
 ) -> (Buffer, Saved) {
-    let (in_dim, total) = (weights.in_dim, weights.total());
+    let (in_dim, total) = (layer.in_dim, layer.total());
     let rows = x.len() / in_dim;
-    let parts = weights.ready(small, |weight, n, k| match weight {
+    let parts = layer.ready(|weight, n, k| match weight {
         Weight::F32(weight) => Packed::from_transposed(weight, n, k),
         Weight::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
     });
@@ -43,7 +40,7 @@ pub fn forward(
             Some((a, Packed::from_transposed(part.b(), part.out_dim(), rank)))
         })
         .collect();
-    let keep_sum = keep && activation != Activation::Identity;
+    let keep_sum = keep && layer.activation.is_some();
     let mut out = Buffer::any(rows * total);
     let mut sum = Buffer::any(if keep_sum { out.len() } else { 0 });
     let sums: Vec<Option<&mut [f32]>> = match keep_sum {
@@ -92,7 +89,9 @@ pub fn forward(
                             sum[place(row)].copy_from_slice(&acc[..constant.len()]);
                         }
                     }
-                    activation.apply(&mut acc);
+                    if let Some(activation) = layer.activation {
+                        activation(&mut acc, false);
+                    }
                     for (row, acc) in acc.chunks_exact(PANEL).enumerate() {
                         out[place(row)].copy_from_slice(&acc[..constant.len()]);
                     }

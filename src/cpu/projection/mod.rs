@@ -12,6 +12,7 @@ mod forward;
 pub use backward::backward;
 pub use forward::forward;
 
+use super::activation::Activation;
 use super::bf16;
 use super::blocked::Packed;
 use super::buffer::Buffer;
@@ -22,14 +23,18 @@ use half::slice::HalfFloatSliceExt;
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// The shapes, and the weights `[out, in]` of each projection.
-pub struct Weights<'a> {
+/// Projections of one input: shapes, weights, parameters.
+pub struct Projections<'a> {
     /// Width of the input.
     pub in_dim: usize,
     /// One per projection.
     pub projections: &'a [ProjectionProblem],
     /// One per projection.
     pub weights: Vec<Weight<'a>>,
+    /// Biases and adapters, see [`small_layout`].
+    pub parameters: &'a [f32],
+    /// None is the identity.
+    pub activation: Option<Activation>,
 }
 
 /// A weight `[out, in]`.
@@ -64,18 +69,18 @@ struct Ready<'a> {
     lora: Option<LoraProblem>,
     /// Its columns of the packed output.
     columns: Range<usize>,
-    small: &'a [f32],
+    parameters: &'a [f32],
     /// The weight as the product at hand wants it.
     weight: Packed,
 }
 
 impl Ready<'_> {
     fn a(&self) -> &[f32] {
-        &self.small[self.layout.a.clone()]
+        &self.parameters[self.layout.a.clone()]
     }
 
     fn b(&self) -> &[f32] {
-        &self.small[self.layout.b.clone()]
+        &self.parameters[self.layout.b.clone()]
     }
 
     fn out_dim(&self) -> usize {
@@ -86,10 +91,10 @@ impl Ready<'_> {
     fn constant(&self) -> Vec<f32> {
         let mut constant = vec![0f32; self.out_dim()];
         if let Some(bias) = &self.layout.bias {
-            add(&mut constant, &self.small[bias.clone()]);
+            add(&mut constant, &self.parameters[bias.clone()]);
         }
         if let (Some(lora), Some(bias)) = (self.lora, &self.layout.lora_bias) {
-            for (constant, bias) in constant.iter_mut().zip(&self.small[bias.clone()]) {
+            for (constant, bias) in constant.iter_mut().zip(&self.parameters[bias.clone()]) {
                 *constant += lora.scaling * bias;
             }
         }
@@ -97,16 +102,12 @@ impl Ready<'_> {
     }
 }
 
-impl Weights<'_> {
+impl<'a> Projections<'a> {
     fn total(&self) -> usize {
         self.projections.iter().map(|p| p.out_dim).sum()
     }
 
-    fn ready<'a>(
-        &self,
-        small: &'a [f32],
-        pack: fn(&Weight<'_>, usize, usize) -> Packed,
-    ) -> Vec<Ready<'a>> {
+    fn ready(&self, pack: fn(&Weight<'_>, usize, usize) -> Packed) -> Vec<Ready<'a>> {
         let (layouts, _) = small_layout(self.in_dim, self.projections);
         let mut end = 0;
         let parts = self.projections.iter().zip(layouts).zip(&self.weights);
@@ -115,7 +116,7 @@ impl Weights<'_> {
                 let columns = end..end + p.out_dim;
                 end = columns.end;
                 let weight = pack(weight, p.out_dim, self.in_dim);
-                Ready { layout, lora: p.lora, columns, small, weight }
+                Ready { layout, lora: p.lora, columns, parameters: self.parameters, weight }
             })
             .collect()
     }

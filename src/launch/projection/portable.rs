@@ -118,6 +118,7 @@ pub(in crate::launch) struct Shapes<'a> {
     pub(in crate::launch) small_len: usize,
     pub(in crate::launch) in_dim: u32,
     pub(in crate::launch) total: u32,
+    activation: u32,
     /// Width of S: ranks, each up to a multiple of four, so that rows can be read in vectors.
     pub(in crate::launch) s_stride: u32,
     s_columns: Vec<u32>,
@@ -146,7 +147,13 @@ impl<'a> Shapes<'a> {
             s_stride += to_u32("rank", part.lora.map_or(0, |lora| lora.rank))?.next_multiple_of(4);
         }
         let (in_dim, total) = (to_u32("in_dim", in_dim)?, to_u32("out_dim", total)?);
-        Ok(Self { problem, layouts, small_len, in_dim, total, s_stride, s_columns })
+        let activation = match problem.activation {
+            Activation::Identity => ACTIVATION_IDENTITY,
+            Activation::Gelu => ACTIVATION_GELU,
+            Activation::Relu => ACTIVATION_RELU,
+            other => bail!("projection: no kernel computes {other:?}"),
+        };
+        Ok(Self { problem, layouts, small_len, in_dim, total, activation, s_stride, s_columns })
     }
 
     pub(in crate::launch) fn rows(&self) -> u64 {
@@ -224,11 +231,7 @@ impl<'a> Shapes<'a> {
             in_dim: self.in_dim,
             total: self.total,
             s_stride: self.s_stride,
-            activation: match self.problem.activation {
-                Activation::Identity => ACTIVATION_IDENTITY,
-                Activation::Gelu => ACTIVATION_GELU,
-                Activation::Relu => ACTIVATION_RELU,
-            },
+            activation: self.activation,
             ..Default::default()
         }
     }

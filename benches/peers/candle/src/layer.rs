@@ -27,7 +27,7 @@ impl Linear {
             dropout,
         });
         let projection = Projection { weight: &self.weight, bias: Some(&self.bias), lora };
-        composed::lora_linear(x, &projection, Activation::None, None)
+        composed::lora_linear(x, &projection, Activation::Identity, None)
     }
 }
 

@@ -8,7 +8,6 @@ use crate::ops::{
     composed, projection, rel_pos_attention, Activation, Lora, Projection, RelPosAttention,
 };
 use crate::philox::{philox4x32, Dropout};
-use crate::problem::Activation as Fused;
 use candle_core::{bail, DType, Device, Result, Tensor, Var};
 
 /// Blocks of the kernels whose blocks take turns at their work.
@@ -268,7 +267,7 @@ impl Problem {
                 match by {
                     By::Composed => composed::lora_qkv(&t[0], &parts),
                     By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &parts, Fused::Identity, None, whose)
+                        projection::by_kernels(&t[0], &parts, Activation::Identity, None, whose)
                     }
                 }
             }
@@ -279,7 +278,7 @@ impl Problem {
                 match by {
                     By::Composed => composed::lora_linear(&t[0], &part, Activation::Gelu, residual),
                     By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &[part], Fused::Gelu, residual, whose)
+                        projection::by_kernels(&t[0], &[part], Activation::Gelu, residual, whose)
                     }
                 }
             }
