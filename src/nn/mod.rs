@@ -2,6 +2,7 @@
 
 mod adapter;
 mod adapters;
+pub mod checkpoint;
 mod conv;
 mod embedding;
 mod fixed;
