@@ -5,7 +5,7 @@ use candle_sam_lora::nn::{
     self, Adapter, Linear, ModuleTree, Node, NodeMut, Unmerged, DEFAULT_ADAPTER,
 };
 use candle_sam_lora::sam::checkpoint::{
-    load, save, save_pretrained, to_hugging_face, to_original, Naming,
+    load, save, save_pretrained, to_hugging_face, to_original, Naming, DEEPSEEK_OCR,
 };
 use candle_sam_lora::sam::SamConfig;
 use candle_sam_lora::{files, Error, Result};
@@ -292,7 +292,7 @@ fn prefixes_and_foreign_tensors_are_passed_over() {
     deepseek.insert("model.layers.0.weight".into(), extra);
     write(&path, &deepseek);
     let mut flat = Flat::zeros_like(&encoder, DType::F32);
-    load(&mut flat, &path).unwrap();
+    nn::checkpoint::load(&mut flat, &path, &DEEPSEEK_OCR).unwrap();
     assert_same(&flat.0, &encoder);
 }
 

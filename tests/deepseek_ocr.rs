@@ -129,7 +129,7 @@ fn bicubic_resizing_equals_pytorch() -> Result<()> {
 fn checkpoints_are_those_of_deepseek_ocr_and_of_nobody_else() -> Result<()> {
     // SAM alone comes out of the same file.
     let mut sam = SamVisionEncoder::new(&config(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
-    checkpoint::load(&mut sam, folder("deepseek"))?;
+    nn::checkpoint::load(&mut sam, folder("deepseek"), &checkpoint::DEEPSEEK_OCR)?;
     // What was written is read again, without the rest of DeepSeek-OCR.
     let original = encoder(AttentionKind::Split, DType::F32)?;
     let scratch = tempfile::tempdir()?;

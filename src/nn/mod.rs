@@ -3,6 +3,7 @@
 mod adapter;
 mod adapters;
 mod candle;
+pub mod checkpoint;
 mod conv;
 mod embedding;
 mod fixed;

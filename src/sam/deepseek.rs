@@ -13,7 +13,7 @@
 use super::checkpoint;
 use super::{AttentionKind, LayerContext, SamVisionConfig, SamVisionEncoder, VisionAttention};
 use crate::module_tree;
-use crate::nn::{Conv2d, Mode};
+use crate::nn::{self, Conv2d, Mode};
 use crate::ops::{broadcast_add, resize_bicubic};
 use crate::{Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
@@ -90,7 +90,7 @@ impl DeepSeekOcrEncoder {
         /// Far above any real width, far below an allocation that hurts.
         const WIDEST: usize = 1 << 13;
         let path = path.as_ref();
-        let width = |name: &str| match checkpoint::shape_of(path, name)?[..] {
+        let width = |name: &str| match nn::checkpoint::shape_of(path, name)?[..] {
             [width @ 1..=WIDEST, _, 3, 3] => Ok(width),
             ref other => Err(Error::file(
                 path,
@@ -99,7 +99,7 @@ impl DeepSeekOcrEncoder {
         };
         let widths = [width("net_2.weight")?, width("net_3.weight")?];
         let mut encoder = Self::new(&SamVisionConfig::default(), widths, kind, dtype, device)?;
-        checkpoint::load(&mut encoder, path)?;
+        nn::checkpoint::load(&mut encoder, path, &checkpoint::DEEPSEEK_OCR)?;
         Ok(encoder)
     }
 

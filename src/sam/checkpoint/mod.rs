@@ -1,45 +1,77 @@
-//! Checkpoints in safetensors: read in either naming, whole or sharded, with q, k and v fused or split; written in
-//! either naming with q, k and v fused, as other tools expect them.
+//! Checkpoints of SAM in safetensors: read in Hugging Face's or the original naming, whole or sharded, with q, k and v
+//! fused or split; written in either naming with q, k and v fused, as other tools expect them.
+//!
+//! [`nn::checkpoint`](crate::nn::checkpoint) does the work; the tables [`SAM`] and [`DEEPSEEK_OCR`] hold the names.
 
-mod load;
 mod names;
-mod save;
-mod source;
 
-pub use load::load;
-pub(super) use load::shape_of;
-pub use names::{to_hugging_face, to_original, Naming};
-pub use save::{save, save_pretrained};
+pub use names::{DEEPSEEK_OCR, SAM};
 
-/// The three projections in the order of their rows in the fused `qkv`.
-const SPLIT: [&str; 3] = ["q", "k", "v"];
+use super::SamConfig;
+use crate::nn::{self, checkpoint::Names, ModuleTree};
+use crate::{files, Result};
+use candle_core::DType;
+use std::path::Path;
 
-/// The names of q, k and v for a fused name: `a.attn.qkv.weight` gives `a.attn.q.weight` and so on.
-fn split_names(fused: &str) -> Option<[String; 3]> {
-    let (path, leaf) = fused.rsplit_once('.')?;
-    let path = path.strip_suffix(".attn.qkv")?;
-    Some(SPLIT.map(|part| format!("{path}.attn.{part}.{leaf}")))
+/// The naming of tensors in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Naming {
+    /// `vision_encoder.layers.0.attn.qkv.weight`, as Hugging Face's `SamModel`.
+    HuggingFace,
+    /// `image_encoder.blocks.0.attn.qkv.weight`, as the original segment-anything.
+    Original,
 }
 
-/// The fused name for that of q, k or v, and which third of the fused tensor it is.
-fn fused_name(split: &str) -> Option<(String, usize)> {
-    let (path, leaf) = split.rsplit_once('.')?;
-    let (path, part) = path.rsplit_once(".attn.")?;
-    let third = SPLIT.iter().position(|name| *name == part)?;
-    Some((format!("{path}.attn.qkv.{leaf}"), third))
+/// Fills a SAM, or a part of one, from a checkpoint; see [`nn::checkpoint::load`].
+///
+/// Reads Hugging Face's and the original naming, also below a prefix such as `model.`, and `qkv` fused or split. An image
+/// encoder, prompt encoder or mask decoder alone, bare or in a [`SamVisionModel`](crate::sam::SamVisionModel), takes its
+/// part of a whole SAM. From SAMed's and micro-sam's files it takes all but the adapters.
+///
+/// # Errors
+/// As [`nn::checkpoint::load`].
+pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
+    nn::checkpoint::load(model, path, &SAM)
 }
 
-/// The name of the model's root: none for a whole SAM, else that of the part whose first tensors it has.
-fn root(model: &dyn crate::nn::ModuleTree) -> &'static str {
-    const PARTS: [(&str, &str); 3] = [
-        ("patch_embed.", "vision_encoder"),
-        ("not_a_point_embed.", "prompt_encoder"),
-        ("iou_token.", "mask_decoder"),
-    ];
-    let mut root = "";
-    model.visit("", &mut |name, _| {
-        let part = PARTS.iter().find(|(first, _)| name.starts_with(first));
-        root = part.map_or(root, |(_, part)| part);
-    });
-    root
+/// Writes a SAM, or a part of one, to one safetensors file, q, k and v fused into `qkv`; see [`nn::checkpoint::save`].
+///
+/// # Errors
+/// - the file cannot be written;
+/// - the prompts have position features of their own, and the original naming has one name for theirs and the image's.
+pub fn save(
+    model: &dyn ModuleTree,
+    path: impl AsRef<Path>,
+    naming: Naming,
+    dtype: Option<DType>,
+) -> Result<()> {
+    let names = Names { save_renamed: naming == Naming::Original, ..SAM };
+    nn::checkpoint::save(model, path, &names, dtype)
+}
+
+/// Writes `model.safetensors` and `config.json` into a folder, as Hugging Face's `save_pretrained` does; the folder
+/// is made where there is none.
+///
+/// # Errors
+/// - a file or the folder cannot be written.
+pub fn save_pretrained(
+    model: &dyn ModuleTree,
+    config: &SamConfig,
+    folder: impl AsRef<Path>,
+) -> Result<()> {
+    let folder = folder.as_ref();
+    let json = config.to_json()?;
+    files::create_dir(folder)?;
+    save(model, folder.join("model.safetensors"), Naming::HuggingFace, None)?;
+    files::write_atomic(folder.join("config.json"), |file| file.write_all(json.as_bytes()))
+}
+
+/// Original names as Hugging Face names, in the same order; see [`Names::to_tree`].
+pub fn to_hugging_face(names: &[&str]) -> Vec<String> {
+    SAM.to_tree(names)
+}
+
+/// Hugging Face names as original names, in the same order; see [`Names::to_file`].
+pub fn to_original(names: &[&str]) -> Vec<String> {
+    SAM.to_file(names)
 }

@@ -124,3 +124,16 @@ fn shards(index_path: &Path) -> Result<Vec<PathBuf>> {
     }
     Ok(paths)
 }
+
+/// The shape of the tensor with this name, or this name below a prefix, by a checkpoint's headers alone.
+pub(crate) fn shape_of(path: &Path, name: &str) -> Result<Vec<usize>> {
+    let source = Source::open(path)?;
+    let below = format!(".{name}");
+    let found: Vec<&str> =
+        source.names().into_iter().filter(|n| *n == name || n.ends_with(&below)).collect();
+    match found[..] {
+        [found] => Ok(source.info(found)?.shape.clone()),
+        [] => Err(Error::file(path, format!("has no tensor {name}"))),
+        _ => Err(Error::file(path, format!("has several tensors {name}: {}", found.join(", ")))),
+    }
+}

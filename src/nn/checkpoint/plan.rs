@@ -1,0 +1,189 @@
+//! Which tensor of a file gives each tensor of a model, by headers alone.
+
+use super::names::Names;
+use super::source::Source;
+use crate::nn::{check_settable, is_adapter_tensor, ModuleTree, Node};
+use crate::{Error, Result, TensorMismatch};
+use candle_core::{DType, Device};
+use safetensors::Dtype;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A tensor the model wants.
+#[derive(Clone)]
+pub(super) struct Target {
+    pub shape: Vec<usize>,
+    pub dtype: DType,
+    pub device: Device,
+}
+
+/// Where the value of one tensor of the model comes from, by names of the file.
+pub(super) enum Origin {
+    /// A tensor of the file.
+    Whole(String),
+    /// A block of rows of a fused tensor, by its index.
+    Part(String, usize),
+    /// Tensors to be fused.
+    Fused(Vec<String>),
+}
+
+/// The tensors of the model, adapters left out.
+pub(super) fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target>> {
+    let mut targets = BTreeMap::new();
+    let (mut merged, mut settable) = (None, Ok(()));
+    model.visit(root, &mut |name, node| match node {
+        Node::Parameter(tensor) | Node::Buffer(tensor) if !is_adapter_tensor(name) => {
+            let (shape, dtype) = (tensor.dims().to_vec(), tensor.dtype());
+            let target = Target { shape, dtype, device: tensor.device().clone() };
+            targets.insert(name.to_string(), target);
+            if settable.is_ok() {
+                settable = check_settable(name, tensor);
+            }
+        }
+        Node::Layer(layer) if layer.adapters.unmerged.is_some() => merged = Some(name.to_string()),
+        _ => {}
+    });
+    match merged {
+        Some(name) => Err(Error::config(format!(
+            "{name} has a merged adapter; unmerge it before loading other weights"
+        ))),
+        None => settable.map(|()| targets),
+    }
+}
+
+/// A file's tensors that belong to a model, by their names in its tree.
+pub(super) struct Available {
+    /// Name in the tree and name in the file, without that of a tied parameter.
+    pub tensors: BTreeMap<String, String>,
+    /// The file's name of the shared tensor, see [`Names::tied`].
+    pub shared: Option<String>,
+    /// The file's name of the tied parameter; none where the file holds the shared tensor alone.
+    pub own: Option<String>,
+}
+
+/// Brings a file's names to the tree's. Of a model that is a `part`, only this part's tensors are available.
+pub(super) fn available(
+    source: &Source,
+    names: &Names,
+    part: Option<&str>,
+    targets: &BTreeMap<String, Target>,
+) -> Result<Available> {
+    let all = source.names();
+    let (prefix, file_part) = names.prefix(&all);
+    let (in_file, inside): (Vec<&str>, Vec<String>) = all
+        .iter()
+        .filter_map(|name| {
+            let inside = names.unwrapped(name.strip_prefix(prefix)?);
+            Some((*name, format!("{file_part}{inside}")))
+        })
+        .unzip();
+    let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
+    let (shared_name, own_name) = names.tied.unzip();
+    let mut tensors: BTreeMap<String, String> = BTreeMap::new();
+    let (mut shared, mut own) = (None, None);
+    for (name, in_file) in names.to_tree(&inside).into_iter().zip(in_file) {
+        match Some(name.as_str()) {
+            known if known == shared_name => shared = Some(in_file.to_string()),
+            known if known == own_name => own = Some(in_file.to_string()),
+            _ => {}
+        }
+        let foreign = names.is_ignored(&name) && !targets.contains_key(&name);
+        if foreign || part.is_some_and(|part| name.split('.').next() != Some(part)) {
+            continue;
+        }
+        if let Some(twin) = tensors.insert(name.clone(), in_file.to_string()) {
+            let message = format!("{twin} and {in_file} are both {name}");
+            return Err(Error::file(&source.path, message));
+        }
+    }
+    if let Some((shared_name, own_name)) = names.tied {
+        tensors.remove(own_name);
+        if shared.is_none() {
+            shared = own.take();
+            let value = shared.clone().filter(|_| part.is_none());
+            tensors.extend(value.map(|value| (shared_name.to_string(), value)));
+        }
+        if targets.contains_key(own_name) {
+            let value = own.as_ref().or(shared.as_ref());
+            tensors.extend(value.map(|value| (own_name.to_string(), value.clone())));
+        }
+    }
+    Ok(Available { tensors, shared, own })
+}
+
+/// Matches what the model wants with what the file has, by headers alone.
+pub(super) fn plan(
+    source: &Source,
+    names: &Names,
+    targets: &BTreeMap<String, Target>,
+    available: &BTreeMap<String, String>,
+) -> Result<BTreeMap<String, Origin>> {
+    let mut plan = BTreeMap::new();
+    let mut used = BTreeSet::new();
+    let mut misshaped = BTreeSet::new();
+    let mut missing = Vec::new();
+    let mut check = |name: &str, in_file: &str, expected: Vec<usize>| -> Result<()> {
+        let found = &source.info(in_file)?.shape;
+        used.insert(name.to_string());
+        let size = |shape: &[usize]| shape.iter().product::<usize>();
+        if *found != expected && !(names.reshaped.contains(&name) && size(found) == size(&expected))
+        {
+            misshaped.insert((name.to_string(), expected, found.clone()));
+        }
+        Ok(())
+    };
+    for (name, target) in targets {
+        let fused = names.fused_name(name).and_then(|(fused, index, count)| {
+            available.get(&fused).map(|in_file| (fused, in_file, index, count))
+        });
+        let split =
+            names.split_names(name).filter(|parts| parts.iter().any(|n| available.contains_key(n)));
+        let rows = target.shape.first().copied().unwrap_or(0);
+        let with_rows = |rows: usize| {
+            let rest = target.shape.iter().skip(1).copied();
+            std::iter::once(rows).chain(rest).collect::<Vec<_>>()
+        };
+        if let Some(in_file) = available.get(name) {
+            check(name, in_file, target.shape.clone())?;
+            plan.insert(name.clone(), Origin::Whole(in_file.clone()));
+        } else if let Some((fused, in_file, index, count)) = fused {
+            check(&fused, in_file, with_rows(count * rows))?;
+            plan.insert(name.clone(), Origin::Part(in_file.clone(), index));
+        } else if let Some(parts) = split {
+            let mut origins = Vec::new();
+            let part_rows = rows / parts.len();
+            for part in parts {
+                match available.get(&part) {
+                    Some(in_file) => {
+                        check(&part, in_file, with_rows(part_rows))?;
+                        origins.push(in_file.clone());
+                    }
+                    None => missing.push(part),
+                }
+            }
+            plan.insert(name.clone(), Origin::Fused(origins));
+        } else {
+            missing.push(name.clone());
+        }
+    }
+    let surplus = available.iter().filter(|(name, _)| !used.contains(*name));
+    let mismatch = TensorMismatch {
+        source: source.path.display().to_string(),
+        missing,
+        surplus: surplus.map(|(_, in_file)| in_file.clone()).collect(),
+        misshaped: misshaped.into_iter().collect(),
+    };
+    if !mismatch.is_empty() {
+        return Err(Error::Mismatch(mismatch));
+    }
+    let wrong = available.values().filter_map(|in_file| match source.info(in_file).ok()?.dtype {
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => None,
+        dtype => Some(format!("{in_file} ({dtype:?})")),
+    });
+    match wrong.collect::<Vec<_>>() {
+        wrong if wrong.is_empty() => Ok(plan),
+        wrong => Err(Error::file(
+            &source.path,
+            format!("expected f32, f16, bf16 or f64, found {}", wrong.join(", ")),
+        )),
+    }
+}
