@@ -172,16 +172,6 @@ ABI_SIZE(ProjectionBwdInputSm90Params, 1280);
 
 /** Threads of a block of the projection kernels on Hopper: three warpgroups. */
 #define PROJECTION_SM90_THREADS 384
-/** Their shared memory, by tile: two warpgroups take tiles in turn (ping-pong), or share each one's rows (cooperative). */
-#define PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES 196752
-#define PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES 221344
-#define PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES 213136
-
-/** Shared memory of the projection kernels, by tile. */
-#define PROJECTION_FWD_128X128_SHARED_BYTES 81920
-#define PROJECTION_FWD_64X64_SHARED_BYTES 40960
-#define PROJECTION_BWD_INPUT_128X128_SHARED_BYTES 75776
-#define PROJECTION_BWD_INPUT_64X64_SHARED_BYTES 38912
 
 /** One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie
  * in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros. */
@@ -213,20 +203,6 @@ typedef struct LowRankParams {
 ABI_SIZE(LowRankParams, 256);
 
 #define LOW_RANK_THREADS 128
-
-/** Shared memory of the thin products, by kernel, tile and size of an element of `left`. */
-#define LOW_RANK_INPUT_64X16_SHARED_BYTES_2 22272
-#define LOW_RANK_INPUT_64X16_SHARED_BYTES_4 34560
-#define LOW_RANK_INPUT_64X64_SHARED_BYTES_2 43008
-#define LOW_RANK_INPUT_64X64_SHARED_BYTES_4 55296
-#define LOW_RANK_GRAD_64X16_SHARED_BYTES_2 24576
-#define LOW_RANK_GRAD_64X16_SHARED_BYTES_4 36864
-#define LOW_RANK_GRAD_64X64_SHARED_BYTES_2 43008
-#define LOW_RANK_GRAD_64X64_SHARED_BYTES_4 55296
-#define LOW_RANK_WEIGHT_64X16_SHARED_BYTES_2 23040
-#define LOW_RANK_WEIGHT_64X16_SHARED_BYTES_4 36864
-#define LOW_RANK_WEIGHT_64X64_SHARED_BYTES_2 41472
-#define LOW_RANK_WEIGHT_64X64_SHARED_BYTES_4 55296
 
 #define ACTIVATION_GRAD_THREADS 256
 
@@ -285,19 +261,6 @@ typedef struct DoraNormParams {
   float scaling;
 } DoraNormParams;
 ABI_SIZE(DoraNormParams, 48);
-/** Padding of a row of head_dim elements in the attention's shared memory, in elements: no bank conflicts. */
-#define REL_POS_ATTENTION_ROW_PAD 8
-/** Key tiles of the attention, whole key rows (or whole stretches of them, of that many columns), and the warps of a
- * block, each with 16 queries. COLS columns by ROWS key rows. */
-#define REL_POS_ATTENTION_COLS16_ROWS 4
-#define REL_POS_ATTENTION_COLS16_WARPS 7
-#define REL_POS_ATTENTION_COLS40_ROWS 2
-#define REL_POS_ATTENTION_COLS40_WARPS 4
-#define REL_POS_ATTENTION_COLS64_ROWS 1
-#define REL_POS_ATTENTION_COLS64_WARPS 4
-/** The tile of f32: 16 columns. */
-#define REL_POS_ATTENTION_F32_ROWS 2
-#define REL_POS_ATTENTION_F32_WARPS 4
 
 /** Attention over grids of `h x w` tokens in windows of `side_h x side_w`, `window_rows x window_cols` of them; of no
  * dropout the threshold is 0. */
@@ -329,20 +292,7 @@ typedef struct RelPosAttentionFwdParams {
 } RelPosAttentionFwdParams;
 ABI_SIZE(RelPosAttentionFwdParams, 104);
 
-/** The forward on sm_90a. Its key tiles, COLS columns by ROWS key rows; the rows that one bulk copy brings; and the tiles
- * in flight, for head_dim 64 and 80. */
-#define REL_POS_ATTENTION_SM90_COLS64_ROWS 2
-#define REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS 2
-#define REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS 6
-#define REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS 5
-#define REL_POS_ATTENTION_SM90_COLS40_ROWS 4
-#define REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS 1
-#define REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS 5
-#define REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS 4
-#define REL_POS_ATTENTION_SM90_COLS16_ROWS 8
-#define REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS 8
-#define REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS 6
-#define REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS 5
+/** The kernels for whole grids on sm_90a: queries and threads of a block. */
 #define REL_POS_ATTENTION_SM90_QUERIES 128
 #define REL_POS_ATTENTION_SM90_THREADS 384
 /** Rows of both tables that a bulk copy brings. */
@@ -374,10 +324,6 @@ ABI_SIZE(RelPosAttentionFwdSm90Params, 896);
 #define REL_POS_ATTENTION_WINDOW_SM90_SIDE 14
 #define REL_POS_ATTENTION_WINDOW_SM90_THREADS 448
 #define REL_POS_ATTENTION_WINDOW_SM90_BLOCKS 132
-#define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES 191264
-#define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES 231328
-#define REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES 210048
-#define REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES 231104
 
 /** As RelPosAttentionFwdParams; the blocks take turns at `units`, windows x heads. */
 typedef struct RelPosAttentionWindowFwdParams {
@@ -411,8 +357,6 @@ ABI_SIZE(RelPosAttentionWindowBwdParams, 144);
 /** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
 #define REL_POS_ATTENTION_KEY_SIDE 8
 #define REL_POS_ATTENTION_KEY_WARPS 4
-#define REL_POS_ATTENTION_KEY_QUERIES 64
-#define REL_POS_ATTENTION_KEY_QUERIES_F32 32
 /** Blocks of the backward's query pass if the tables are trained: each sums the gradients of what it computes. */
 #define REL_POS_ATTENTION_TABLE_PARTS 264
 
@@ -450,23 +394,10 @@ typedef struct RelPosAttentionBwdKeyParams {
 } RelPosAttentionBwdKeyParams;
 ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 
-/** The backward on sm_90a, for whole grids. The key pass: keys of a block, queries of a step, steps in flight. */
+/** The backward on sm_90a, for whole grids. The key pass: keys of a block, queries of a step. */
 #define REL_POS_ATTENTION_SM90_BWD_KEYS 128
 #define REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES 64
-#define REL_POS_ATTENTION_SM90_BWD_KEY_STAGES 4
-/** The query pass: key tiles, boxes and slots as of the forward, and blocks if the tables are trained. */
-#define REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS 1
-#define REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS 1
-#define REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS 8
-#define REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS 8
-#define REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS 2
-#define REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS 1
-#define REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS 5
-#define REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS 4
-#define REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS 4
-#define REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS 4
-#define REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS 8
-#define REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS 8
+/** The query pass: blocks if the tables are trained. */
 #define REL_POS_ATTENTION_SM90_TABLE_PARTS 132
 
 /** As RelPosAttentionBwdQueryParams, with maps of qkv and dout as grids and of the tables as they lie. */

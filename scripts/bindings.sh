@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Regenerates src/launch/bindings.rs from kernels/abi.h; with --check only says whether it has drifted.
+# Regenerates what Rust knows of the kernels: src/launch/bindings.rs from kernels/abi.h, and src/launch/tile_table.rs from
+# kernels/tiles.h. With --check only says whether one has drifted.
 # libclang is taken from LIBCLANG_PATH, or else from PyPI into target/libclang-venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,12 +16,16 @@ if [ -z "${LIBCLANG_PATH:-}" ]; then
   export LIBCLANG_PATH
 fi
 
-new=$(mktemp)
-trap 'rm -f "$new"' EXIT
-cargo run -q --release -p candle-sam-lora-emulator --features bindings --bin bindings -- kernels/abi.h >"$new"
-rustfmt --edition 2021 --config-path rustfmt.toml "$new"
-if [ "${1:-}" = --check ]; then
-  diff -u src/launch/bindings.rs "$new" || { echo "error: run scripts/bindings.sh: kernels/abi.h has changed" >&2; exit 1; }
-else
-  cp "$new" src/launch/bindings.rs
-fi
+new=$(mktemp -d)
+trap 'rm -rf "$new"' EXIT
+emulator() { cargo run -q --release -p candle-sam-lora-emulator "$@"; }
+emulator --features bindings --bin bindings -- kernels/abi.h >"$new/bindings.rs"
+rustfmt --edition 2021 --config-path rustfmt.toml "$new/bindings.rs"
+TMPDIR=$PWD/target emulator --features bindings --bin tiles -- kernels >"$new/tile_table.rs"
+for file in bindings tile_table; do
+  if [ "${1:-}" = --check ]; then
+    diff -u src/launch/$file.rs "$new/$file.rs" || { echo "error: run scripts/bindings.sh: the kernels have changed" >&2; exit 1; }
+  else
+    cp "$new/$file.rs" src/launch/$file.rs
+  fi
+done

@@ -3,7 +3,7 @@
 //! training. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
 //!
 //! For scripts/gpu/, where one binary has to do, it is also the benchmark and the example of these names, and what
-//! compares and measures at SAM's sizes: called as `cases`, `finetune`, `smoke`, `headline` or `tune`, that is what it is.
+//! compares and measures at SAM's sizes: called as `cases`, `finetune`, `smoke` or `headline`, that is what it is.
 //!
 //! | environment | meaning |
 //! |---|---|
@@ -41,8 +41,6 @@ mod self_test;
 mod smoke;
 #[path = "gpu/train.rs"]
 mod train;
-#[path = "gpu/tune.rs"]
-mod tune;
 #[path = "gpu/watchdog.rs"]
 mod watchdog;
 
@@ -176,7 +174,6 @@ fn main() -> ExitCode {
         Some("finetune") => finetune::main(),
         Some("headline") => headline::main(),
         Some("smoke") => smoke::main(),
-        Some("tune") => tune::main(),
         _ => tests(),
     }
 }

@@ -30,3 +30,5 @@ mod rel_pos_attention_limits;
 mod rel_pos_attention_sm90;
 #[path = "kernels/rel_pos_attention_window_sm90.rs"]
 mod rel_pos_attention_window_sm90;
+#[path = "kernels/tiles.rs"]
+mod tiles;

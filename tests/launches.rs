@@ -8,9 +8,11 @@ mod family;
 mod files;
 
 use candle_core::{DType, Error, Result};
+use candle_sam_lora::launch::projection::sm90::tiles::Pass;
+use candle_sam_lora::launch::projection::tiles::{Tile, TILES};
 use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
-    Small, SmallTensor, Tile,
+    Small, SmallTensor,
 };
 use candle_sam_lora::launch::rel_pos_attention as attention;
 use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_sm90;
@@ -48,7 +50,7 @@ fn launches(dtype: DType) -> Result<Vec<Launch>> {
         launches.extend(attention_of(grid, side, head_dim, dtype)?);
     }
     for rank in [16, 64] {
-        for tile in [Tile::Large, Tile::Small] {
+        for tile in TILES {
             launches.extend(projection_of(rank, tile, dtype)?);
         }
     }
@@ -110,7 +112,7 @@ fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Resu
 }
 
 /// An MLP's first layer with LoRA, of ViT-B.
-fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
+fn projection_of(rank: usize, tile: &Tile, dtype: DType) -> Result<Vec<Launch>> {
     let lora = LoraProblem { rank, scaling: 1.0, dropout: Some(DROPOUT), bias: true };
     let projections = [ProjectionProblem { out_dim: 3072, bias: true, lora: Some(lora) }];
     let problem = Problem {
@@ -130,7 +132,7 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         sum: AT,
     };
     let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
-    for tile in projection::sm90::forward::FORWARD_TILES {
+    for tile in Pass::Forward.tiles() {
         let own = projection::sm90::forward::forward_with(tile, &problem, dtype, &operands, 132)?;
         launches.extend(own.into_iter().flatten());
     }
@@ -146,7 +148,7 @@ fn projection_of(rank: usize, tile: Tile, dtype: DType) -> Result<Vec<Launch>> {
         workspace: AT,
     };
     launches.extend(projection::backward_with(tile, &problem, dtype, &operands)?);
-    for tile in projection::sm90::forward::BACKWARD_TILES {
+    for tile in Pass::BackwardInput.tiles() {
         let own = projection::sm90::backward::backward_with(tile, &problem, dtype, &operands, 132)?;
         launches.extend(own.into_iter().flatten());
     }
@@ -171,7 +173,7 @@ fn frozen_layer(window: usize, rank: Option<usize>, hopper: bool) -> Result<Vec<
             low_rank: AT,
             sum: 0,
         };
-        let device = projection::sm90::forward::Hopper { multiprocessors: 132, clusters: true };
+        let device = projection::sm90::forward::Hopper::new(132, true);
         match hopper {
             true => projection::sm90::forward::forward(&problem, DTYPE, &operands, device)
                 .map(Option::unwrap_or_default),

@@ -39,7 +39,7 @@ const PROBLEM: AttentionProblem = AttentionProblem {
 const INSTANCES: &str = "#include \"rel_pos_attention/fwd.cuh\"\n\
     #include \"rel_pos_attention/bwd_query.cuh\"\n\
     #include \"rel_pos_attention/bwd_key.cuh\"\n\
-    using Tile = AttentionTile<float, 16, 16, REL_POS_ATTENTION_F32_ROWS, REL_POS_ATTENTION_F32_WARPS>;\n\
+    using Tile = AttentionTile<float, 16, 16, 2, 4>;\n\
     KERNEL(rel_pos_attention_fwd_hd16_cols16_f32, RelPosAttentionFwdParams, 128) { rel_pos_attention_fwd<Tile>(p); }\n\
     KERNEL(rel_pos_attention_bwd_query_hd16_cols16_f32, RelPosAttentionBwdQueryParams, 128) { rel_pos_attention_bwd_query<Tile>(p); }\n\
     KERNEL(rel_pos_attention_bwd_key_hd16_f32, RelPosAttentionBwdKeyParams, 128) { rel_pos_attention_bwd_key<KeyTile<float, 16, 32>>(p); }\n";

@@ -12,6 +12,7 @@ mod planted;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::sm90::backward::backward_with;
 use candle_sam_lora::launch::projection::sm90::forward::forward_with;
+use candle_sam_lora::launch::projection::sm90::tiles::{Pass, Tile};
 use candle_sam_lora::launch::projection::{
     low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
     Problem, ProjectionProblem, Small,
@@ -66,6 +67,10 @@ fn kernels_with(name: &str, file: &str, original: &str, planted: &str) -> PathBu
     folder
 }
 
+fn named(pass: Pass, name: &str) -> &'static Tile {
+    pass.tiles().iter().find(|tile| tile.name == name).unwrap()
+}
+
 /// The outputs of both kernels in each mode, or the reports.
 type Outcomes = Vec<(Mode, [Result<Vec<u8>>; 3])>;
 
@@ -100,6 +105,7 @@ fn run(folder: &Path, tile: &str) -> Outcomes {
             low_rank: s.address(),
             sum: 0,
         };
+        let tile = named(Pass::Forward, tile);
         let launches = forward_with(tile, &problem, DType::BF16, &operands, 2)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(y.bytes().to_vec())
@@ -119,6 +125,7 @@ fn run(folder: &Path, tile: &str) -> Outcomes {
             dsmall: 0,
             workspace: workspace.address(),
         };
+        let tile = named(Pass::BackwardInput, tile);
         let launches = backward_with(tile, &problem, DType::BF16, &operands, 1)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(dx.bytes().to_vec())

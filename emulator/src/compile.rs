@@ -200,3 +200,23 @@ impl Compiler {
         Ok(path.to_path_buf())
     }
 }
+
+/// What a C++ program says that is compiled against the emulator's headers and those of a folder of kernels.
+pub(crate) fn output_of(program: &Path, kernels: &Path, cache: &Path) -> Result<String, String> {
+    std::fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
+    let compiler = Compiler::new(&Sources::all(kernels))?;
+    let thread = std::thread::current().id();
+    let binary = cache.join(format!("program-{}-{thread:?}", std::process::id()));
+    let mut arguments = compiler.flags.clone();
+    arguments.extend([format!("-I{}", kernels.display()), program.display().to_string()]);
+    arguments.extend(["-o".to_string(), binary.display().to_string()]);
+    compiler.run(&arguments)?;
+    let output = Command::new(&binary).output();
+    // What a temporary file leaves behind is no reason to fail.
+    let _ = std::fs::remove_file(&binary);
+    let output = output.map_err(|e| format!("{}: {e}", binary.display()))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(format!("{}: {}", program.display(), output.status)),
+    }
+}

@@ -25,6 +25,15 @@ pub use tensor_map::TensorMap;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::path::Path;
 
+/// The text of `src/launch/tile_table.rs`: the tiles of a folder of kernels, with the shared memory that their blocks take.
+///
+/// # Errors
+/// What the compiler said.
+pub fn tile_table(kernels: &Path, cache: &Path) -> Result<String, String> {
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/tiles.cpp");
+    compile::output_of(&program, kernels, cache)
+}
+
 /// When asynchronous copies land, products are formed and dependent launches begin, of the moments the rules allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timing {

@@ -1,14 +1,9 @@
-// The instances of projection/bwd_input.cuh.
+// The instances of projection/bwd_input.cuh: rows and columns of a tile, dtype.
 #include "projection/bwd_input.cuh"
+#include "tiles.h"
 
-template <class T> using Large = ProjectionTile<T, 128, 128, 2, 4, true>;
-template <class T> using Small = ProjectionTile<T, 64, 64, 2, 2, true>;
-static_assert(sizeof(Large<__half>::Storage) == PROJECTION_BWD_INPUT_128X128_SHARED_BYTES && sizeof(Large<float>::Storage) == PROJECTION_BWD_INPUT_128X128_SHARED_BYTES);
-static_assert(sizeof(Small<__half>::Storage) == PROJECTION_BWD_INPUT_64X64_SHARED_BYTES && sizeof(Small<float>::Storage) == PROJECTION_BWD_INPUT_64X64_SHARED_BYTES);
-
-KERNEL(projection_bwd_input_128x128_f32, ProjectionParams, 256) { projection_bwd_input<Large<float>>(p); }
-KERNEL(projection_bwd_input_128x128_f16, ProjectionParams, 256) { projection_bwd_input<Large<__half>>(p); }
-KERNEL(projection_bwd_input_128x128_bf16, ProjectionParams, 256) { projection_bwd_input<Large<__nv_bfloat16>>(p); }
-KERNEL(projection_bwd_input_64x64_f32, ProjectionParams, 128) { projection_bwd_input<Small<float>>(p); }
-KERNEL(projection_bwd_input_64x64_f16, ProjectionParams, 128) { projection_bwd_input<Small<__half>>(p); }
-KERNEL(projection_bwd_input_64x64_bf16, ProjectionParams, 128) { projection_bwd_input<Small<__nv_bfloat16>>(p); }
+#define INSTANCE(suffix, T, rows, cols, warps_m, warps_n)                                               \
+    KERNEL(projection_bwd_input_##rows##x##cols##_##suffix, ProjectionParams, 32 * warps_m * warps_n) { \
+        projection_bwd_input<ProjectionTile<T, rows, cols, warps_m, warps_n, true>>(p);                 \
+    }
+PROJECTION_TILES(INSTANCE)

@@ -15,7 +15,7 @@ template <class Element, int Dim, int Queries> struct KeyTile {
     using T = Element;
     static constexpr int kDim = Dim, kQueries = Queries, kSide = REL_POS_ATTENTION_KEY_SIDE, kWarps = REL_POS_ATTENTION_KEY_WARPS;
     static constexpr int kKeys = kSide * kSide, kThreads = kWarp * kWarps, kCols = kSide;
-    static constexpr int kStride = kDim + REL_POS_ATTENTION_ROW_PAD;
+    static constexpr int kStride = kDim + kRowPad;
     static_assert(kSide == 8 && 16 * kWarps == kKeys, "the 8 rows of an accumulator are one key row, a warp has two");
     // 16-byte aligned rows of 8 biases; 12 floats keep the lanes' reads in different banks.
     static constexpr int kBiasStride = 12;

@@ -174,6 +174,9 @@ __device__ __forceinline__ void add_table_gradients(
 template <class Tile> struct QueryStorage : Tile::Storage {
     typename Tile::T q[Tile::kQueries][Tile::kStride], dout[Tile::kQueries][Tile::kStride];
 };
+template <class Tile> constexpr bool kQueriesInRegisters = sizeof(typename Tile::T) == 2;
+template <class Tile>
+using QueryPassShared = std::conditional_t<kQueriesInRegisters<Tile>, typename Tile::Storage, QueryStorage<Tile>>;
 
 // The normalizers of a lane's two queries. In 16 bits lse has been taken off rel_h.
 template <class T> struct RowStatistics {
@@ -196,8 +199,7 @@ template <> struct RowStatistics<float> {
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_query(const RelPosAttentionBwdQueryParams& p) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kStride = Tile::kStride;
-    constexpr bool kQueriesInRegisters = sizeof(T) == 2;
-    auto& shared = ptx::shared_storage<std::conditional_t<kQueriesInRegisters, typename Tile::Storage, QueryStorage<Tile>>>();
+    auto& shared = ptx::shared_storage<QueryPassShared<Tile>>();
     const RelPosAttentionShape& s = p.shape;
     const uint32_t blocks = ceil_div(s.side_h * s.side_w, uint32_t(Tile::kQueries));
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -247,7 +249,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
         project_tables<Tile>(bias, shared, s, unit, first, q, qkv + head_column, 3 * channels, tables, wide);
         write_biases<Tile>(bias, s, unit, first, global<const float>(p.lse), global<float>(p.bias));
 
-        if constexpr (!kQueriesInRegisters) {
+        if constexpr (!kQueriesInRegisters<Tile>) {
             copy_queries<Tile>(shared.q, unit, first, wide, qkv + head_column, 3 * channels);
             copy_queries<Tile>(shared.dout, unit, first, wide, global<const T>(p.dout) + head_column, channels);
         }
@@ -284,7 +286,7 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                     float scores[2][4] = {}, dweights[2][4] = {};
 #pragma unroll
                     for (int k = 0; k < kDim / 16; ++k) {
-                        if constexpr (!kQueriesInRegisters) {
+                        if constexpr (!kQueriesInRegisters<Tile>) {
                             load_a(q[k], &shared.q[16 * warp][16 * k], kStride);
                             load_a(dout[k], &shared.dout[16 * warp][16 * k], kStride);
                         }

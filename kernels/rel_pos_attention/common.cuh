@@ -12,6 +12,9 @@
 #include "common/fragment.cuh"
 #include "common/philox.cuh"
 
+// Padding of a row of channels in shared memory, in elements: no bank conflicts.
+constexpr int kRowPad = 8;
+
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // kDim channels (head_dim rounded up, the rest zero), key tiles of kRows x kCols, 16 queries a warp.
@@ -26,7 +29,7 @@ template <class Element, int Dim, int Cols, int Rows, int Warps> struct Attentio
     using T = Element;
     static constexpr int kDim = Dim, kCols = Cols, kRows = Rows, kWarps = Warps;
     static constexpr int kKeys = kCols * kRows, kQueries = 16 * kWarps, kThreads = kWarp * kWarps;
-    static constexpr int kStride = kDim + REL_POS_ATTENTION_ROW_PAD;
+    static constexpr int kStride = kDim + kRowPad;
     static_assert(kCols % 8 == 0, "an accumulator's 8 columns must belong to one key row: rel_h is read once for them");
     static_assert(kKeys == kRows * kCols && kKeys % 16 == 0, "a tile holds whole key rows, and is a whole depth of products");
     static_assert(kDim % 16 == 0);

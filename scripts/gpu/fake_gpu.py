@@ -115,12 +115,6 @@ def tests():
     say(type="suite", event="ok", passed=passed, failed=0)
 
 
-def tune():
-    misbehave()
-    pathlib.Path(arguments("--table")[0]).write_text("//! no tiles\n")
-    print("1 of 1 problems have a tile")
-
-
 def nvidia_smi():
     while "-lms" in sys.argv:
         print("1980, 400.0", flush=True)
@@ -139,7 +133,7 @@ def sanitizer():
     sys.exit(status)
 
 
-PROGRAMS = {"smoke": smoke, "headline": headline, "gpu": tests, "tune": tune}
+PROGRAMS = {"smoke": smoke, "headline": headline, "gpu": tests}
 PROGRAMS |= {"nvidia-smi": nvidia_smi, "ncu": ncu, "compute-sanitizer": sanitizer, "cases": lambda: None}
 
 if __name__ == "__main__":

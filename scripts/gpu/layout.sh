@@ -8,7 +8,7 @@ binary=$(realpath "$1") folder=$2 with=$3
 cd "$(dirname "$0")/../.."
 mkdir -p "$folder"
 cp "$binary" "$folder/gpu"
-for program in cases finetune headline smoke tune; do ln -sf gpu "$folder/$program"; done
+for program in cases finetune headline smoke; do ln -sf gpu "$folder/$program"; done
 git describe --always --dirty >"$folder/VERSION"
 cat >"$folder/BUILD" <<END
 Built with $with; $(rustc --version); needs glibc $(objdump -T "$binary" |

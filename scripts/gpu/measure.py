@@ -117,7 +117,7 @@ def whole(row):
 
 
 def headline(kit, until):
-    """Our layers by CUDA events, in one process."""
+    """Our layers by CUDA events, with every tile, in one process."""
     command = [kit.program("headline"), *kit.sizes]
     listed = kit.run([*command, "--list", *words("--without", kit.wrong)], until)
     expected = [line for line in listed.out.splitlines() if line]
@@ -169,21 +169,6 @@ def profile(kit, until):
             failures[kernel] = done.reason()
     reason = f"{len(profiled)} of {len(PROFILED)} kernels"
     kit.results.note("profile", "passed" if profiled else "failed", reason=reason, failures=failures)
-
-
-def tune(kit, until):
-    """The fastest tiles, as the table that src/launch/measured.rs is; in the short plan the projections'."""
-    seconds = until - time.monotonic()
-    about = f"{kit.results.all['device'] or 'a GPU'}, version {kit.results.all['version']}, {kit.results.all['date']}"
-    command = [kit.program("tune"), "--seconds", f"{max(1, seconds - 10):.0f}", "--about", about]
-    command += ["--table", kit.results.folder / "measured.rs", "--json", kit.results.folder / "tiles.json"]
-    command += words("--without", kit.wrong)
-    if kit.plan == "short":
-        command += ["--only", "projection"]
-    done = kit.run(command, until, limit=seconds)
-    good = done.status == 0
-    reason = (done.out.strip().splitlines() or [""])[-1] if good else done.reason()
-    kit.results.note("tune", "passed" if good else "failed", reason=reason)
 
 
 def bench(kit, until):

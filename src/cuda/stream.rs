@@ -26,7 +26,7 @@ pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
 /// Device properties that Hopper launches depend on; none unless the device has capability 9.0 and kernels for it.
 pub(crate) fn hopper(device: &CudaDevice) -> Option<Hopper> {
     let Properties { capability, multiprocessors, clusters, .. } = properties(device)?;
-    modules::cover_hopper(capability).then_some(Hopper { multiprocessors, clusters })
+    modules::cover_hopper(capability).then_some(Hopper::new(multiprocessors, clusters))
 }
 
 /// Whether the device's stream is being captured; also if the driver does not say.

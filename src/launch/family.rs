@@ -4,9 +4,10 @@ use super::projection::sm90::forward::Hopper;
 use super::projection::{self, Problem};
 use super::rel_pos_attention::sm90::backward as attention_bwd_sm90;
 use super::rel_pos_attention::sm90::forward as attention_sm90;
+use super::rel_pos_attention::sm90::tiles::{self as attention_tiles, Tiles};
 use super::rel_pos_attention::sm90::windows as windows_sm90;
 use super::rel_pos_attention::{self as attention, Inputs};
-use super::{device_ptr, tiles, AttentionProblem, Launch};
+use super::{device_ptr, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 use std::fmt;
 
@@ -42,19 +43,20 @@ impl Family {
     /// The family with kernels for an attention problem.
     pub fn of_attention(problem: &AttentionProblem, dtype: DType) -> Option<Self> {
         let head_dim = problem.head_dim;
-        if windows_sm90::covers(problem, dtype, &[]) {
+        if windows_sm90::pick(problem, dtype, &[]).is_some() {
             return Some(Self::WindowAttention { head_dim });
         }
         let whole =
             problem.h.is_multiple_of(problem.side_h) && problem.w.is_multiple_of(problem.side_w);
-        let covers = |family: &&str| attention_sm90::covers(problem, dtype, family, &[]);
-        let covered = whole && tiles::ATTENTION[2..].iter().any(covers);
+        let covered = whole
+            && attention_sm90::covers(problem, dtype, &[])
+            && attention_tiles::pick(problem, None).is_some();
         covered.then_some(Self::GlobalAttention { head_dim })
     }
 
     /// The family with kernels for projections.
     pub fn of_projections(problem: &Problem<'_>, dtype: DType, device: Hopper) -> Option<Self> {
-        let covered = projection::sm90::forward::covers(problem, dtype, device.clusters);
+        let covered = projection::sm90::forward::covers(problem, dtype, device);
         covered.unwrap_or(false).then_some(Self::Projection)
     }
 }
@@ -86,6 +88,11 @@ impl Implementation {
         }
     }
 
+    /// Those of Hopper's attention over whole grids.
+    fn attention_tiles(self, problem: &AttentionProblem) -> Option<Tiles> {
+        attention_tiles::pick(problem, self.hopper()?.forced.attention_cols)
+    }
+
     /// The attention's forward.
     ///
     /// # Errors
@@ -102,7 +109,12 @@ impl Implementation {
             Some(Family::WindowAttention { .. }) => {
                 windows_sm90::forward(problem, dtype, inputs, out, lse)?
             }
-            Some(_) => attention_sm90::forward(problem, dtype, inputs, out, lse)?,
+            Some(_) => match self.attention_tiles(problem) {
+                Some(Tiles { forward: tile, .. }) => {
+                    attention_sm90::forward_with(tile, problem, dtype, inputs, [out, lse])?
+                }
+                None => None,
+            },
             None => None,
         };
         let portable = || attention::forward(problem, dtype, inputs, out, lse);
@@ -124,7 +136,12 @@ impl Implementation {
             Some(Family::WindowAttention { .. }) => {
                 windows_sm90::backward(problem, dtype, inputs, operands)?
             }
-            Some(_) => attention_bwd_sm90::backward(problem, dtype, inputs, operands)?,
+            Some(_) => match self.attention_tiles(problem) {
+                Some(tiles) => {
+                    attention_bwd_sm90::backward_with(tiles, problem, dtype, inputs, operands)?
+                }
+                None => None,
+            },
             None => None,
         };
         native.map_or_else(|| attention::backward(problem, dtype, inputs, operands), Ok)
@@ -190,7 +207,6 @@ mod tests {
     use super::super::rel_pos_attention::portable::tests::GLOBAL;
     use super::*;
 
-    const HOPPER: Hopper = Hopper { multiprocessors: 132, clusters: true };
     const WINDOWED: AttentionProblem = AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL };
     const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
 
@@ -235,7 +251,7 @@ mod tests {
                     implementation.attention_backward(&problem, DType::F16, &INPUTS, &operands)?;
                 Ok([names(forward), names(backward)])
             };
-            let [forward, backward] = run(Implementation::Native(HOPPER))?;
+            let [forward, backward] = run(Implementation::Native(Hopper::new(132, true)))?;
             assert_eq!(forward, [family.replace("{}", "fwd")]);
             assert!(backward.iter().all(|name| name.ends_with("_sm90")), "{backward:?}");
             let [forward, backward] = run(Implementation::Portable)?;
@@ -250,7 +266,9 @@ mod tests {
         let parts = [ProjectionProblem { out_dim: 768, bias: true, lora: None }];
         let activation = Activation::Identity;
         let large = Problem { rows: 4096, in_dim: 768, projections: &parts, activation };
-        let of = |problem: &Problem<'_>, dtype| Family::of_projections(problem, dtype, HOPPER);
+        let of = |problem: &Problem<'_>, dtype| {
+            Family::of_projections(problem, dtype, Hopper::new(132, true))
+        };
         assert_eq!(of(&large, DType::BF16), Some(Family::Projection));
         assert_eq!(of(&large, DType::F32), None);
         assert_eq!(of(&Problem { rows: 196, ..large }, DType::BF16), None);
@@ -269,7 +287,7 @@ mod tests {
             let launches = implementation.projection_forward(&large, DType::BF16, &operands)?;
             Ok(launches[0].kernel.clone())
         };
-        let native = kernel(Implementation::Native(HOPPER))?;
+        let native = kernel(Implementation::Native(Hopper::new(132, true)))?;
         assert_eq!(native, "projection_fwd_sm90_pingpong_128x192_x2_bf16");
         assert!(!kernel(Implementation::Portable)?.contains("sm90"));
         Ok(())

@@ -11,12 +11,12 @@ pub mod dora;
 pub mod dropout;
 pub mod family;
 pub mod layer_norm;
-pub mod measured;
 pub mod projection;
 pub mod rel_pos_attention;
 pub mod self_test;
 mod sum_partials;
 pub mod tensor_map;
+mod tile_table;
 pub mod tiles;
 
 pub use crate::problem::{AttentionProblem, LayerNormProblem};

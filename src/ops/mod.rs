@@ -52,6 +52,27 @@ pub use projection::{lora_linear, lora_qkv, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
 pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};
 
+/// The operations by a device's own kernels with tiles of one's choice, for measurements.
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod native {
+    pub use super::projection::by_kernels as projections;
+    pub use super::rel_pos_attention::by_kernels as rel_pos_attention;
+    use crate::launch::family::Implementation;
+    use crate::launch::projection::sm90::forward::Hopper;
+    use crate::launch::tiles::Forced;
+    use candle_core::{Device, Result};
+
+    /// The kernels of this device's own architecture with these tiles; none if it has none.
+    ///
+    /// # Errors
+    /// If the device is no GPU.
+    pub fn kernels(device: &Device, forced: Forced) -> Result<Option<Implementation>> {
+        let hopper = crate::driver::hopper(device.as_cuda_device()?);
+        Ok(hopper.map(|hopper| Implementation::Native(Hopper { forced, ..hopper })))
+    }
+}
+
 /// The gradients of a custom operation's three inputs.
 type Gradients =
     (Option<candle_core::Tensor>, Option<candle_core::Tensor>, Option<candle_core::Tensor>);

@@ -104,12 +104,12 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     }
 }
 
-/// Projections by the kernels of one implementation, for the self-test: shapes are not checked.
+/// Projections by the kernels of one implementation, for the self-test and measurements: shapes are not checked.
 ///
 /// # Errors
 /// On problems that no kernel covers.
 #[cfg(feature = "cuda")]
-pub(super) fn by_kernels(
+pub fn by_kernels(
     x: &Tensor,
     projections: &[Projection<'_>],
     activation: Activation,

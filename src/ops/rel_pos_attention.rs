@@ -86,12 +86,12 @@ fn tell_of_weights(qkv: &Tensor, problem: &AttentionProblem) {
     });
 }
 
-/// [`rel_pos_attention`] by the kernels of one implementation, for the self-test.
+/// [`rel_pos_attention`] by the kernels of one implementation, for the self-test and measurements.
 ///
 /// # Errors
 /// As [`rel_pos_attention`], and on problems that no kernel covers.
 #[cfg(feature = "cuda")]
-pub(super) fn by_kernels(
+pub fn by_kernels(
     qkv: &Tensor,
     config: &RelPosAttention<'_>,
     whose: Implementation,

@@ -14,7 +14,10 @@ use crate::{gpu, implementations, watchdog};
 use anyhow::{anyhow, bail, ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::cuda::{self, Kernels};
-use candle_sam_lora::launch::tiles;
+use candle_sam_lora::launch::projection::sm90::tiles::Pass as Kernel;
+use candle_sam_lora::launch::rel_pos_attention::sm90::tiles::widths;
+use candle_sam_lora::launch::tiles::Forced;
+use candle_sam_lora::ops::native;
 use clap::Parser;
 use serde_json::json;
 use std::process::ExitCode;
@@ -59,12 +62,22 @@ enum Pass {
     Backward,
 }
 
-/// A layer, and the family of the tiles that its pass can be given.
+/// The tiles that a pass of a layer is measured with, besides the rule's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Tiles {
+    None,
+    /// Those of the attention over whole grids, for heads of so many channels.
+    Attention(usize),
+    /// Those of the projections.
+    Projection,
+}
+
+/// A layer, a pass of it, and its tiles.
 struct Problem {
     family: Family,
     size: Size,
     pass: Pass,
-    tiles: &'static str,
+    tiles: Tiles,
 }
 
 impl Problem {
@@ -73,6 +86,26 @@ impl Problem {
         let pass = if self.pass == Pass::Forward { "forward" } else { "backward" };
         let tables = if tables { "" } else { " without tables" };
         format!("{} {pass} batch {batch} grid {grid}{tables}", self.family.name)
+    }
+
+    /// Names of tiles, and how to force each.
+    fn tiles(&self) -> Vec<(String, Forced)> {
+        match (self.tiles, self.pass) {
+            (Tiles::None, _) => Vec::new(),
+            (Tiles::Attention(head_dim), _) => {
+                let forced = |cols| Forced { attention_cols: Some(cols), ..Forced::NONE };
+                widths(head_dim).map(|cols| (format!("cols{cols}"), forced(cols))).collect()
+            }
+            (Tiles::Projection, Pass::Forward) => {
+                let forced = |tile| Forced { projection_forward: Some(tile), ..Forced::NONE };
+                Kernel::Forward.tiles().iter().map(|t| (t.name.to_string(), forced(t))).collect()
+            }
+            (Tiles::Projection, Pass::Backward) => {
+                let forced = |tile| Forced { projection_backward: Some(tile), ..Forced::NONE };
+                let tiles = Kernel::BackwardInput.tiles().iter();
+                tiles.map(|t| (t.name.to_string(), forced(t))).collect()
+            }
+        }
     }
 }
 
@@ -89,23 +122,26 @@ fn problems(small: bool) -> Result<Vec<Problem>> {
         Ok(())
     };
     for pass in BOTH {
-        push("attention_global_64", size(1, 64), pass, "")?;
+        push("attention_global_64", size(1, 64), pass, Tiles::Attention(64))?;
     }
     for pass in BOTH {
-        push("attention_windows_64", size(8, 64), pass, "")?;
+        push("attention_windows_64", size(8, 64), pass, Tiles::None)?;
     }
     for name in ["qkv_lora", "lin1_gelu", "lin2"] {
-        push(name, size(4, 64), Pass::Forward, "projection_fwd_sm90")?;
-        push(name, size(4, 64), Pass::Backward, "projection_bwd_input_sm90")?;
-    }
-    for name in ["attention_global_80", "attention_windows_80"] {
         for pass in BOTH {
-            push(name, size(1, 64), pass, "")?;
+            push(name, size(4, 64), pass, Tiles::Projection)?;
+        }
+    }
+    for (name, tiles) in
+        [("attention_global_80", Tiles::Attention(80)), ("attention_windows_80", Tiles::None)]
+    {
+        for pass in BOTH {
+            push(name, size(1, 64), pass, tiles)?;
         }
     }
     for pass in BOTH {
         for (grid, tables) in [(32, true), (96, true), (32, false), (64, false), (96, false)] {
-            push("attention_global_64", Size { tables, ..size(1, grid) }, pass, "")?;
+            push("attention_global_64", Size { tables, ..size(1, grid) }, pass, Tiles::None)?;
         }
     }
     Ok(problems)
@@ -137,21 +173,20 @@ fn headline(args: &Args) -> Result<()> {
         for &kernels in implementations(device) {
             let mut choices = vec![None];
             if kernels == Kernels::Native && implementations(device).len() > 1 {
-                let shape = work.as_ref().map_or([0; 2], |work| work.shape());
-                let names = tiles::candidates(problem.tiles, dtype.size_in_bytes(), shape);
-                choices.extend(names.into_iter().filter(|&name| name != tiles::PORTABLE).map(Some));
+                choices.extend(problem.tiles().into_iter().map(Some));
             }
-            for tile in choices {
+            for choice in choices {
+                let tile = choice.as_ref().map(|(name, _)| name);
                 watchdog::progress(format!("{} ({kernels:?} kernels, {tile:?})", problem.name()));
+                let forced = choice.as_ref().map(|(_, forced)| native::kernels(device, *forced));
+                let by = forced.transpose()?.flatten().map_or(By::Kernels, By::These);
                 cuda::set_kernels(kernels);
-                tiles::force(tile.map(|tile| (problem.tiles, tile)));
                 let from = now()?;
                 let times = match &work {
-                    Ok(work) => work.time(clock, device),
+                    Ok(work) => work.time(by, clock, device),
                     Err(error) => Err(anyhow!("its tensors: {error:#}")),
                 };
                 let until = now()?;
-                tiles::force(None);
                 cuda::set_kernels(Kernels::default());
                 if let Err(error) = device.synchronize() {
                     eprintln!("{}: the GPU does not answer any more: {error}", problem.name());
@@ -208,30 +243,24 @@ impl Work {
             Ok(copy)
         };
         let copies = (0..(CACHE / bytes + 1).min(most)).map(copy).collect::<Result<_>>()?;
-        let trained = if problem.tiles.is_empty() { 1 } else { layer.trainable };
+        let trained = if problem.tiles == Tiles::Projection { layer.trainable } else { 1 };
         let [forward, backward] = layer.flops();
         let flops = if problem.pass == Pass::Forward { forward } else { backward };
         Ok(Self { layer, copies, pass: problem.pass, trained, flops })
     }
 
-    /// Channels in and out.
-    fn shape(&self) -> [usize; 2] {
-        [self.layer.inputs[0].dims(), self.layer.grad.dims()]
-            .map(|dims| dims.last().copied().unwrap_or(0))
-    }
-
     /// Times of a run, and its floating-point operations.
-    fn time(&self, clock: Clock, device: &Device) -> Result<(Times, f64)> {
+    fn time(&self, by: By, clock: Clock, device: &Device) -> Result<(Times, f64)> {
         let mut turn = (0..self.copies.len()).cycle();
         let mut next = move || turn.next().unwrap_or(0);
         if self.pass == Pass::Forward {
             let times = clock.time(device, || {
                 let layer = &self.copies[next()];
-                Ok(layer.run(&layer.inputs, By::Kernels)?)
+                Ok(layer.run(&layer.inputs, by)?)
             })?;
             return Ok((times, self.flops));
         }
-        let losses = self.copies.iter().map(|layer| layer.loss(self.trained, By::Kernels));
+        let losses = self.copies.iter().map(|layer| layer.loss(self.trained, by));
         let losses = losses.collect::<candle_core::Result<Vec<_>>>()?;
         let whole = clock.time(device, || Ok(losses[next()].2.backward()?))?;
         // The loss's own backward, which is not the layer's: a product with a tensor as large as the output.

@@ -2,6 +2,7 @@
 //! them in time.
 
 use candle_core::{bail, DType, Device, Result, Tensor, Var, D};
+use candle_sam_lora::launch::family::Implementation;
 use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 
@@ -88,6 +89,8 @@ pub fn family(name: &str) -> Result<Family> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum By {
     Kernels,
+    /// The kernels of one implementation.
+    These(Implementation),
     ComposedGraph,
 }
 
@@ -175,8 +178,14 @@ impl Layer {
 
     /// The output for these tensors in the place of the inputs.
     pub fn run(&self, t: &[Tensor], by: By) -> Result<Tensor> {
-        let fused = by == By::Kernels;
-        let linear = if fused { ops::lora_linear } else { composed::lora_linear };
+        let fused = by != By::ComposedGraph;
+        let linear = |x, projection: &Projection, activation, residual| match by {
+            By::Kernels => ops::lora_linear(x, projection, activation, residual),
+            By::These(kernels) => {
+                ops::native::projections(x, &[*projection], activation, residual, kernels)
+            }
+            By::ComposedGraph => composed::lora_linear(x, projection, activation, residual),
+        };
         match self.family.kind {
             Kind::LayerNorm => {
                 let norm = if fused { ops::layer_norm } else { composed::layer_norm };
@@ -198,18 +207,25 @@ impl Layer {
                     pad: t.get(1 + tables),
                     dropout: None,
                 };
-                match fused {
-                    true => ops::rel_pos_attention(&t[0], &config),
-                    false => Ok(composed::rel_pos_attention(&t[0], &config)?.0),
+                match by {
+                    By::Kernels => ops::rel_pos_attention(&t[0], &config),
+                    By::These(kernels) => ops::native::rel_pos_attention(&t[0], &config, kernels),
+                    By::ComposedGraph => Ok(composed::rel_pos_attention(&t[0], &config)?.0),
                 }
             }
             Kind::Qkv => {
-                let run = if fused { ops::lora_qkv } else { composed::lora_qkv };
                 let q = projection(&t[5..7], Some((&t[1..3], Some(DROPOUT))));
                 let k = projection(&t[7..9], None);
                 let dropout = Dropout { stream: 6, ..DROPOUT };
                 let v = projection(&t[9..11], Some((&t[3..5], Some(dropout))));
-                run(&t[0], &[q, k, v])
+                let (x, parts) = (&t[0], [q, k, v]);
+                match by {
+                    By::Kernels => ops::lora_qkv(x, &parts),
+                    By::These(kernels) => {
+                        ops::native::projections(x, &parts, Activation::Identity, None, kernels)
+                    }
+                    By::ComposedGraph => composed::lora_qkv(x, &parts),
+                }
             }
             Kind::Lin1 => {
                 let projection = projection(&t[3..5], Some((&t[1..3], Some(DROPOUT))));

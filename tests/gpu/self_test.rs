@@ -9,8 +9,9 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use candle_sam_lora::cuda::{self, Choice, Family, Kernels};
-use candle_sam_lora::launch::projection::sm90::forward::tiles_in_use;
-use candle_sam_lora::launch::tiles::PROJECTION;
+use candle_sam_lora::launch::projection::sm90::forward::Hopper;
+use candle_sam_lora::launch::projection::sm90::tiles::{Pass, Tile};
+use candle_sam_lora::launch::rel_pos_attention::sm90::tiles::widths;
 use candle_sam_lora::ops::{self, Activation, Projection, RelPosAttention};
 use libtest_mimic::Trial;
 use std::process::Command;
@@ -90,7 +91,7 @@ fn native_kernels() -> Vec<String> {
     let mut names = Vec::new();
     for head_dim in [64, 80] {
         for pass in ["fwd", "bwd_query", "bwd_key"] {
-            for cols in [64, 40, 16] {
+            for cols in widths(head_dim) {
                 names.push(format!("rel_pos_attention_{pass}_sm90_hd{head_dim}_cols{cols}"));
             }
         }
@@ -98,8 +99,9 @@ fn native_kernels() -> Vec<String> {
             names.push(format!("rel_pos_attention_window_{pass}_sm90_hd{head_dim}"));
         }
     }
-    for family in &PROJECTION[2..] {
-        names.extend(tiles_in_use(family, true).iter().map(|tile| format!("{family}_{tile}")));
+    for pass in Pass::ALL {
+        let name = |tile: &Tile| format!("{}_{}", pass.kernel(), tile.name);
+        names.extend(pass.tiles_in_use(Hopper::new(132, true)).map(name));
     }
     let typed = |dtype: &DType| {
         names.iter().map(|name| format!("{name}_{}", dtype.as_str())).collect::<Vec<_>>()

@@ -5,9 +5,8 @@ use crate::common::Worst;
 use crate::projection::{check_backward, check_forward, Case, Data, CASES, PLAIN};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::sm90::backward as hopper_bwd;
-use candle_sam_lora::launch::projection::sm90::forward::{
-    self as hopper, BACKWARD_TILES, FORWARD_TILES, X2,
-};
+use candle_sam_lora::launch::projection::sm90::forward as hopper;
+use candle_sam_lora::launch::projection::sm90::tiles::{Pass, Tile};
 use candle_sam_lora::launch::projection::{Activation, BackwardOperands, ForwardOperands};
 use candle_sam_lora_emulator::Mode;
 
@@ -38,7 +37,7 @@ const RANGES: [Case; 2] =
 /// A case as it is run.
 struct Run {
     data: Data,
-    tile: &'static str,
+    tile: &'static Tile,
     multiprocessors: u32,
     modes: Vec<Mode>,
 }
@@ -48,7 +47,7 @@ struct Run {
 /// `rank`.
 fn cases(
     dtype: DType,
-    tiles: &[&'static str],
+    tiles: &'static [Tile],
     rank: usize,
     every_tile: &[Case],
 ) -> Result<Vec<Run>> {
@@ -62,13 +61,13 @@ fn cases(
         if !widths || !multiple(case.ranks, rank) {
             continue;
         }
-        let tile = tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
+        let tile = &tiles[(index + usize::from(dtype == DType::F16)) % tiles.len()];
         let modes = if dtype == DType::F16 { few() } else { all() };
         let (data, multiprocessors) = (Data::new(case, dtype)?, 1 + index as u32 / 2 % 2);
         cases.push(Run { data, tile, multiprocessors, modes });
     }
     for tile in tiles.iter().filter(|_| dtype == DType::BF16) {
-        if tile.ends_with(X2) {
+        if tile.cluster > 1 {
             let data = Data::new(IN_CLUSTERS, dtype)?;
             cases.push(Run { data, tile, multiprocessors: 4, modes: all() });
             continue;
@@ -85,7 +84,9 @@ fn cases(
 fn forward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        for Run { data, tile, multiprocessors, modes } in cases(dtype, &FORWARD_TILES, 4, &[])? {
+        for Run { data, tile, multiprocessors, modes } in
+            cases(dtype, Pass::Forward.tiles(), 4, &[])?
+        {
             let problem = data.projections();
             let plan = |operands: &ForwardOperands<'_>| {
                 let launches =
@@ -103,9 +104,11 @@ fn forward() -> Result<()> {
 fn backward() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in [DType::F16, DType::BF16] {
-        let mut cases = cases(dtype, &BACKWARD_TILES, 1, &LOW_RANKS)?;
+        let mut cases = cases(dtype, Pass::BackwardInput.tiles(), 1, &LOW_RANKS)?;
         for case in RANGES.into_iter().filter(|_| dtype == DType::F16) {
-            let (data, tile) = (Data::new(case, dtype)?, "cooperative_128x192");
+            let narrow = |tile: &&Tile| tile.name == "cooperative_128x192";
+            let tile = Pass::BackwardInput.tiles().iter().find(narrow).expect("a tile");
+            let data = Data::new(case, dtype)?;
             cases.push(Run { data, tile, multiprocessors: 1, modes: Mode::all().collect() });
         }
         for Run { data, tile, multiprocessors, modes } in cases {

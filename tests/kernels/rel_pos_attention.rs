@@ -6,9 +6,11 @@ use crate::device::{
 };
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_sm90;
+use candle_sam_lora::launch::rel_pos_attention::sm90::tiles as tiles_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention_window_sm90;
+use candle_sam_lora::launch::rel_pos_attention::tiles::{self, Tile};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
+use candle_sam_lora::launch::{AttentionProblem, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -96,6 +98,8 @@ pub struct Case {
     pub shapes: Shapes,
     pub problem: AttentionProblem,
     pub dtype: DType,
+    /// Columns of the tiles that are forced.
+    pub cols: Option<usize>,
     pub qkv: Tensor,
     /// rel_pos_h and rel_pos_w.
     pub tables: [Tensor; 2],
@@ -123,6 +127,7 @@ impl Case {
                 dropout,
             },
             dtype,
+            cols: None,
             qkv: tensor(1, &[batch, h, w, 3 * heads * dim])?,
             tables: [
                 (tensor(2, &[2 * side_h - 1, dim])? * 0.3)?,
@@ -134,6 +139,16 @@ impl Case {
                 Tensor::zeros(3 * heads * dim, dtype, &candle_core::Device::Cpu)?
             },
         })
+    }
+
+    /// The portable kernels' tile.
+    pub fn tile(&self) -> &'static Tile {
+        tiles::pick(&self.problem, self.dtype, self.cols).expect("a tile")
+    }
+
+    /// The tiles of Hopper's kernels.
+    pub fn tiles_sm90(&self) -> tiles_sm90::Tiles {
+        tiles_sm90::pick(&self.problem, self.cols).expect("tiles")
     }
 
     /// As the operations take it, for these tensors.
@@ -228,8 +243,8 @@ pub fn check_outputs(case: &Case, outputs: &[Memory], worst: &mut Worst) -> Resu
 pub fn forward_on(device: &Device, case: &Case, on_device: &OnDevice) -> Result<Vec<Memory>> {
     let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
     let lse = Memory::for_elements(attention::lse_elements(&case.problem, case.dtype), DType::F32);
-    let (to, lse_to) = (out.address(), lse.address());
-    let launch = attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;
+    let (inputs, outputs) = (on_device.inputs(), [out.address(), lse.address()]);
+    let launch = attention::forward_with(case.tile(), &case.problem, case.dtype, &inputs, outputs)?;
     launch_all(device, &[launch])?;
     Ok(vec![out, lse])
 }
@@ -255,7 +270,8 @@ fn check_forward(case: &Case, worst: &mut Worst, launched: &mut BTreeSet<String>
     let dtype = case.dtype;
     let outputs = run_forward(case, &case.memory()?);
     let inputs = Inputs { qkv: 16, tables: [0; 2], pad: 0 };
-    launched.insert(attention::forward(&case.problem, dtype, &inputs, 16, 16)?.kernel);
+    let launch = attention::forward_with(case.tile(), &case.problem, dtype, &inputs, [16; 2])?;
+    launched.insert(launch.kernel);
     let expected = case.reference();
     let eager = composed::rel_pos_attention(&case.qkv, &case.config(&case.tables, &case.pad))?;
     let eager = error(&values(&eager.0), &expected);
@@ -308,9 +324,10 @@ impl Kernels {
     ) -> Result<Vec<Launch>> {
         let (p, dtype) = (&case.problem, case.dtype);
         match self {
-            Self::Portable => attention::backward(p, dtype, inputs, operands),
+            Self::Portable => attention::backward_with(case.tile(), p, dtype, inputs, operands),
             Self::Hopper | Self::HopperKeysInSharedMemory => {
-                Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
+                let tiles = case.tiles_sm90();
+                Ok(attention_bwd_sm90::backward_with(tiles, p, dtype, inputs, operands)?
                     .unwrap_or_else(|| panic!("{}: not covered", case.name)))
             }
             Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
@@ -322,6 +339,9 @@ impl Kernels {
         let p = &case.problem;
         match self {
             Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),
+            Self::Portable => {
+                Ok(attention::workspace_bytes_with(case.tile(), p, case.dtype, [tables, pad]))
+            }
             _ => attention::workspace_bytes(p, case.dtype, tables, pad),
         }
     }
@@ -465,22 +485,16 @@ fn any_tile_serves_any_problem() -> Result<()> {
     let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
     for shapes in [Shapes { grid: (3, 20), ..GLOBAL }, Shapes { dim: 80, ..WINDOWED }] {
         let case = Case::new(shapes, DType::BF16)?;
-        let shape = [case.problem.head_dim, case.problem.side_w];
-        for family in &tiles::ATTENTION[..2] {
-            for tile in tiles::candidates(family, 2, shape) {
-                tiles::force(Some((family, tile)));
-                if family.ends_with("fwd") {
-                    check_forward(&case, &mut worst, &mut launched)?;
-                } else {
-                    let kernels = Kernels::Portable;
-                    check_backward(kernels, &case, false, &mut worst, &mut launched)?;
-                }
-                let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
+        for tile in tiles::candidates(&case.problem, case.dtype) {
+            let case = Case { cols: Some(tile.cols), ..Case::new(shapes, DType::BF16)? };
+            check_forward(&case, &mut worst, &mut launched)?;
+            check_backward(Kernels::Portable, &case, false, &mut worst, &mut launched)?;
+            for pass in ["fwd", "bwd_query"] {
+                let kernel = tile.instance(&format!("rel_pos_attention_{pass}")) + "_bf16";
                 assert!(launched.contains(&kernel), "{kernel} was not run");
             }
         }
     }
-    tiles::force(None);
     worst.check("rel_pos_attention, any tile", 1.0 / 32.0);
     Ok(())
 }
@@ -530,8 +544,7 @@ fn rel_h_is_that_of_the_key_row_whatever_the_tile() -> Result<()> {
     for dtype in DTYPES {
         for grid in [(16, 16), (6, 40), (4, 64)] {
             let case = Case::new(Shapes { grid, ..GLOBAL }, dtype)?;
-            let tile =
-                attention::tile("rel_pos_attention_fwd", &case.problem, dtype).expect("a tile");
+            let tile = case.tile();
             tiles.insert((tile.cols, tile.rows));
             let expected = case.reference();
             assert!(error(&with_key_rows(&case, |row| row), &expected) < 1e-12);

@@ -5,7 +5,7 @@ use crate::rel_pos_attention::{
     assert_all_ran, check_backward, Case, Kernels, Shapes, DROPOUT, GLOBAL,
 };
 use candle_core::{DType, Result};
-use candle_sam_lora::launch::tiles;
+use candle_sam_lora::launch::rel_pos_attention::sm90::tiles::widths;
 use std::collections::BTreeSet;
 
 /// The smallest case of each kernel, and what only some have to do; with whether to freeze the tables too.
@@ -63,22 +63,19 @@ fn backward_with_keys_in_shared_memory() -> Result<()> {
     assert_all_ran("bwd_key", true, &launched)
 }
 
-/// As of the portable kernels; the passes have their tiles each for itself.
+/// As of the portable kernels.
 #[test]
 fn any_tile_serves_any_problem() -> Result<()> {
     let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
-    let case = Case::new(Shapes { grid: (3, 20), ..GLOBAL }, DType::BF16)?;
-    let shape = [case.problem.head_dim, case.problem.side_w];
-    for family in &tiles::ATTENTION[3..] {
-        let own = |tile: &&str| *tile != tiles::PORTABLE;
-        for tile in tiles::candidates(family, 2, shape).into_iter().filter(own) {
-            tiles::force(Some((family, tile)));
-            check_backward(Kernels::Hopper, &case, false, &mut worst, &mut launched)?;
-            let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
+    for cols in widths(GLOBAL.dim) {
+        let shapes = Shapes { grid: (3, 20), ..GLOBAL };
+        let case = Case { cols: Some(cols), ..Case::new(shapes, DType::BF16)? };
+        check_backward(Kernels::Hopper, &case, false, &mut worst, &mut launched)?;
+        for pass in ["query", "key"] {
+            let kernel = format!("rel_pos_attention_bwd_{pass}_sm90_hd64_cols{cols}_bf16");
             assert!(launched.contains(&kernel), "{kernel} was not run");
         }
     }
-    tiles::force(None);
     worst.check("rel_pos_attention backward on Hopper, any tile", 1.0 / 16.0);
     Ok(())
 }

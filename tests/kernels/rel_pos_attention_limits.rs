@@ -39,6 +39,7 @@ fn case(
             dropout: None,
         },
         dtype,
+        cols: None,
         qkv: inputs.qkv.to_dtype(dtype)?,
         tables: [inputs.tables[0].to_dtype(dtype)?, inputs.tables[1].to_dtype(dtype)?],
         pad: inputs.pad.clone().map_or_else(no_pad, Ok)?.to_dtype(dtype)?,

@@ -6,7 +6,7 @@ use crate::rel_pos_attention::{assert_all_ran, check_outputs, Case, Shapes, DROP
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention;
-use candle_sam_lora::launch::tiles;
+use candle_sam_lora::launch::rel_pos_attention::sm90::tiles::widths;
 use candle_sam_lora_emulator::Mode;
 use std::collections::BTreeSet;
 
@@ -51,9 +51,9 @@ fn run(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memory>> {
         let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
         let lse =
             Memory::for_elements(portable::lse_elements(&case.problem, case.dtype), DType::F32);
-        let (to, lse_to) = (out.address(), lse.address());
-        let launch =
-            attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;
+        let (tile, outputs) = (case.tiles_sm90().forward, [out.address(), lse.address()]);
+        let inputs = on_device.inputs();
+        let launch = attention::forward_with(tile, &case.problem, case.dtype, &inputs, outputs)?;
         let launch = launch.unwrap_or_else(|| panic!("{}: not covered", case.name));
         launch_all(&device, std::slice::from_ref(&launch))
             .map_err(|e| e.context(format!("{} {mode:?}", case.name)))?;
@@ -92,20 +92,15 @@ fn forward() -> Result<()> {
 #[test]
 fn any_tile_serves_any_problem() -> Result<()> {
     let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
-    let family = tiles::ATTENTION[2];
     for shapes in [Shapes { grid: (3, 20), ..GLOBAL }, Shapes { grid: (2, 64), dim: 80, ..GLOBAL }]
     {
-        let case = Case::new(shapes, DType::BF16)?;
-        let shape = [case.problem.head_dim, case.problem.side_w];
-        let own = |tile: &&str| *tile != tiles::PORTABLE;
-        for tile in tiles::candidates(family, 2, shape).into_iter().filter(own) {
-            tiles::force(Some((family, tile)));
+        for cols in widths(shapes.dim) {
+            let case = Case { cols: Some(cols), ..Case::new(shapes, DType::BF16)? };
             check(&case, &mut worst, &mut launched)?;
-            let kernel = format!("{family}_hd{}_{tile}_bf16", shape[0]);
+            let kernel = format!("rel_pos_attention_fwd_sm90_hd{}_cols{cols}_bf16", shapes.dim);
             assert!(launched.contains(&kernel), "{kernel} was not run");
         }
     }
-    tiles::force(None);
     worst.check("rel_pos_attention on Hopper, any tile", 1.0 / 64.0);
     Ok(())
 }

@@ -39,7 +39,7 @@ const QUERY: Pass = Pass {
     index: 0,
     file: "rel_pos_attention/sm90/bwd_query.cuh",
     instance: "KERNEL(rel_pos_attention_bwd_query_sm90_hd64_cols40_f16, RelPosAttentionBwdQuerySm90Params, 384, 1) {\n\
-        rel_pos_attention_bwd_query_sm90<StreamTile<__half, 64, 40, 2, 1, REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS>>(p);\n}\n",
+        rel_pos_attention_bwd_query_sm90<StreamTile<__half, 64, 40, 2, 1, 5>>(p);\n}\n",
 };
 const KEY: Pass = Pass {
     index: 1,

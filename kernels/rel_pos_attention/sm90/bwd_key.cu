@@ -5,6 +5,7 @@
 // never restores them: the weights' gradients are then those of other keys. So there keys and values stay in shared memory.
 // scripts/check-sass.py reads the machine code of both compilers for it.
 #include "rel_pos_attention/sm90/bwd_key.cuh"
+#include "tiles.h"
 
 #if !defined(KEYS_IN_REGISTERS)
 #if defined(__CUDACC__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1301
@@ -14,17 +15,9 @@
 #endif
 #endif
 
-#define INSTANCE(dim, cols, suffix, T)                                                                      \
+#define INSTANCE(suffix, T, dim, cols)                                                                      \
     KERNEL(rel_pos_attention_bwd_key_sm90_hd##dim##_cols##cols##_##suffix, RelPosAttentionBwdKeySm90Params, \
            REL_POS_ATTENTION_SM90_THREADS, 1) {                                                             \
         rel_pos_attention_bwd_key_sm90<KeyBlock<T, dim, cols, KEYS_IN_REGISTERS>>(p);                       \
     }
-#define INSTANCES(suffix, T)    \
-    INSTANCE(64, 64, suffix, T) \
-    INSTANCE(64, 40, suffix, T) \
-    INSTANCE(64, 16, suffix, T) \
-    INSTANCE(80, 64, suffix, T) \
-    INSTANCE(80, 40, suffix, T) \
-    INSTANCE(80, 16, suffix, T)
-INSTANCES(f16, __half)
-INSTANCES(bf16, __nv_bfloat16)
+REL_POS_ATTENTION_BWD_KEY_SM90_TILES(INSTANCE)

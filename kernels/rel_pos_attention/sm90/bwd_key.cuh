@@ -18,7 +18,7 @@
 
 template <class Element, int Dim, int Cols, bool InRegisters> struct KeyBlock {
     using T = Element;
-    static constexpr int kDim = Dim, kCols = Cols, kStages = REL_POS_ATTENTION_SM90_BWD_KEY_STAGES, kGroups = 2;
+    static constexpr int kDim = Dim, kCols = Cols, kStages = 4, kGroups = 2;
     static constexpr int kKeys = kGroups * kGroupRows, kRows = kKeys / Cols, kBoxRows = kRows, kThreads = kGroup * (kGroups + 1);
     static constexpr int kQueries = REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES;
     static_assert(kKeys == REL_POS_ATTENTION_SM90_BWD_KEYS && kThreads == REL_POS_ATTENTION_SM90_THREADS);

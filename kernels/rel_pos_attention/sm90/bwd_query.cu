@@ -1,20 +1,11 @@
 // The instances of rel_pos_attention/sm90/bwd_query.cuh: head_dim, the columns of a key tile, dtype. One block a
 // multiprocessor.
 #include "rel_pos_attention/sm90/bwd_query.cuh"
+#include "tiles.h"
 
-#define INSTANCE(dim, cols, suffix, T)                                                                                       \
-    KERNEL(rel_pos_attention_bwd_query_sm90_hd##dim##_cols##cols##_##suffix, RelPosAttentionBwdQuerySm90Params,              \
-           REL_POS_ATTENTION_SM90_THREADS, 1) {                                                                              \
-        rel_pos_attention_bwd_query_sm90<StreamTile<                                                                         \
-            T, dim, cols, REL_POS_ATTENTION_SM90_BWD_COLS##cols##_ROWS, REL_POS_ATTENTION_SM90_BWD_COLS##cols##_BOX_ROWS,    \
-            REL_POS_ATTENTION_SM90_BWD_COLS##cols##_HD##dim##_SLOTS>>(p);                                                    \
+#define INSTANCE(suffix, T, dim, cols, rows, box_rows, slots)                                                   \
+    KERNEL(rel_pos_attention_bwd_query_sm90_hd##dim##_cols##cols##_##suffix, RelPosAttentionBwdQuerySm90Params, \
+           REL_POS_ATTENTION_SM90_THREADS, 1) {                                                                 \
+        rel_pos_attention_bwd_query_sm90<StreamTile<T, dim, cols, rows, box_rows, slots>>(p);                   \
     }
-#define INSTANCES(suffix, T)    \
-    INSTANCE(64, 64, suffix, T) \
-    INSTANCE(64, 40, suffix, T) \
-    INSTANCE(64, 16, suffix, T) \
-    INSTANCE(80, 64, suffix, T) \
-    INSTANCE(80, 40, suffix, T) \
-    INSTANCE(80, 16, suffix, T)
-INSTANCES(f16, __half)
-INSTANCES(bf16, __nv_bfloat16)
+REL_POS_ATTENTION_BWD_QUERY_SM90_TILES(INSTANCE)

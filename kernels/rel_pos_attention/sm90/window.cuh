@@ -14,7 +14,7 @@
 template <class Element, int Dim> struct WindowTile {
     using T = Element;
     static constexpr int kDim = Dim, kSide = REL_POS_ATTENTION_WINDOW_SM90_SIDE, kWarps = kSide, kThreads = kWarp * kWarps;
-    static constexpr int kStride = kDim + REL_POS_ATTENTION_ROW_PAD, kPieces = kDim / kVec<T>;
+    static constexpr int kStride = kDim + kRowPad, kPieces = kDim / kVec<T>;
     // Sixteen from the last row on, with a row of zeros; both tables, of the second 32 rows, and whole depths.
     static constexpr int kTokens = (kSide - 1) * kSide + 16, kTableRows = 64;
     static_assert(kTokens > kSide * kSide && kTableRows >= 2 * kSide - 1 + 32);

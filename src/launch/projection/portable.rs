@@ -7,7 +7,8 @@ use crate::launch::bindings::{
     device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,
     ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
 };
-use crate::launch::{bindings, dropout, tiles, Launch};
+use crate::launch::projection::tiles::{self, LowRankTile, Product, Tile};
+use crate::launch::{dropout, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 use std::ops::Range;
@@ -26,89 +27,6 @@ pub struct Problem<'a> {
     /// What is applied to the sums.
     pub activation: Activation,
 }
-
-/// The output tile of a block of the projection kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tile {
-    /// 128 x 128, eight warps: each operand element is used 128 times, what tensor cores need to be busy.
-    Large,
-    /// 64 x 64, four warps: four times as many blocks, where large ones would leave multiprocessors idle, and less
-    /// waste on narrow outputs.
-    Small,
-}
-
-/// Both, for tests and tuning.
-pub const TILES: [Tile; 2] = [Tile::Large, Tile::Small];
-
-/// Fewer blocks than this leave multiprocessors of an A100 (108) or H100 (132) idle.
-const ENOUGH_BLOCKS: u64 = 128;
-
-impl Tile {
-    /// Rows and columns.
-    fn side(self) -> u64 {
-        match self {
-            Self::Large => 128,
-            Self::Small => 64,
-        }
-    }
-
-    fn threads(self) -> u32 {
-        match self {
-            Self::Large => 256,
-            Self::Small => 128,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Large => "128x128",
-            Self::Small => "64x64",
-        }
-    }
-
-    fn named(name: &str) -> Option<Self> {
-        TILES.into_iter().find(|tile| tile.name() == name)
-    }
-
-    /// The tile that the kernels of a family give a problem, whose output has these widths.
-    pub(in crate::launch) fn of(
-        family: &str,
-        problem: &Problem<'_>,
-        dtype: DType,
-        widths: &[u64],
-    ) -> Self {
-        let total = problem.projections.iter().map(|part| part.out_dim).sum();
-        let known = tiles::known(family, dtype, [problem.in_dim, total], problem.rows);
-        let rule = || Self::choose(problem.rows as u64, widths);
-        known.and_then(Self::named).unwrap_or_else(rule)
-    }
-
-    /// The rule: the tile for an output of `rows` rows in these widths.
-    pub(in crate::launch) fn choose(rows: u64, widths: &[u64]) -> Self {
-        let large = Self::Large.side();
-        let columns: u64 = widths.iter().map(|width| width.div_ceil(large)).sum();
-        // A width that fills at most half of the last tile wastes more than the small tile costs.
-        let narrow = widths.iter().all(|width| *width <= large / 2);
-        if narrow || rows.div_ceil(large) * columns < ENOUGH_BLOCKS {
-            Self::Small
-        } else {
-            Self::Large
-        }
-    }
-}
-
-/// Columns of the thin products' tiles: most adapters have rank 16 or less, and a wider tile would multiply zeros; above,
-/// 64 reads the other operand fewer times.
-fn low_rank_columns(rank: u32) -> u32 {
-    if rank <= 16 {
-        16
-    } else {
-        64
-    }
-}
-
-/// Rows of the thin products' tiles.
-const LOW_RANK_ROWS: u64 = 64;
 
 /// The shapes in the units of the kernels, checked.
 pub(in crate::launch) struct Shapes<'a> {
@@ -258,61 +176,41 @@ impl<'a> Shapes<'a> {
         &self,
         family: &str,
         dtype: DType,
-        (tile, shared_bytes): (Tile, u32),
+        (tile, shared_bytes): (&Tile, u32),
         widths: &[u64],
         params: ProjectionParams,
     ) -> Result<Launch> {
-        let column_tiles: u64 = widths.iter().map(|width| width.div_ceil(tile.side())).sum();
-        let grid = [column_tiles * self.rows().div_ceil(tile.side()), 1, 1];
+        let column_tiles = tile.columns(widths);
+        let grid = [column_tiles * tile.row_blocks(self.rows()), 1, 1];
         let params = ProjectionParams { column_tiles: column_tiles as u32, ..params };
-        let family = format!("{family}_{}", tile.name());
-        let launch = Launch::new(&family, dtype, grid, tile.threads(), &params)?;
+        let launch = Launch::new(&format!("{family}_{tile}"), dtype, grid, tile.threads, &params)?;
         Ok(Launch { shared_bytes, ..launch })
     }
 }
 
-/// One of the thin products: `input`, `grad` or `weight`. None if there is nothing to do.
+/// One of the thin products. None if there is nothing to do.
 pub(in crate::launch) fn low_rank(
-    product: &str,
+    product: Product,
     dtype: DType,
     parts: &[LowRankPart],
     (splits, split_depth, split_stride): (u64, u32, u64),
 ) -> Result<Option<Launch>> {
     let Some(rank) = parts.iter().map(|part| part.size_j).max() else { return Ok(None) };
-    let columns = low_rank_columns(rank);
+    let tile = LowRankTile::pick(product, dtype, rank)?;
     let blocks = |size: fn(&LowRankPart) -> u32, tile: u64| {
         parts.iter().map(|part| u64::from(size(part)).div_ceil(tile)).max().unwrap_or(1)
     };
     let grid = [
-        blocks(|part| part.size_i, LOW_RANK_ROWS),
-        blocks(|part| part.out_j, columns.into()),
+        blocks(|part| part.size_i, LowRankTile::ROWS),
+        blocks(|part| part.out_j, tile.cols.into()),
         parts.len() as u64 * splits,
     ];
     let mut params =
         LowRankParams { split_stride, splits: splits as u32, split_depth, ..Default::default() };
     params.parts[..parts.len()].copy_from_slice(parts);
-    let family = format!("low_rank_{product}_64x{columns}");
+    let family = format!("low_rank_{product}_{}x{}", LowRankTile::ROWS, tile.cols);
     let launch = Launch::new(&family, dtype, grid, LOW_RANK_THREADS, &params)?;
-    let shared_bytes = low_rank_shared_bytes(product, columns, dtype.size_in_bytes());
-    Ok(Some(Launch { shared_bytes, ..launch }))
-}
-
-fn low_rank_shared_bytes(product: &str, columns: u32, element: usize) -> u32 {
-    use bindings::*;
-    match (product, columns, element) {
-        ("input", 16, 2) => LOW_RANK_INPUT_64X16_SHARED_BYTES_2,
-        ("input", 16, _) => LOW_RANK_INPUT_64X16_SHARED_BYTES_4,
-        ("input", _, 2) => LOW_RANK_INPUT_64X64_SHARED_BYTES_2,
-        ("input", _, _) => LOW_RANK_INPUT_64X64_SHARED_BYTES_4,
-        ("grad", 16, 2) => LOW_RANK_GRAD_64X16_SHARED_BYTES_2,
-        ("grad", 16, _) => LOW_RANK_GRAD_64X16_SHARED_BYTES_4,
-        ("grad", _, 2) => LOW_RANK_GRAD_64X64_SHARED_BYTES_2,
-        ("grad", _, _) => LOW_RANK_GRAD_64X64_SHARED_BYTES_4,
-        (_, 16, 2) => LOW_RANK_WEIGHT_64X16_SHARED_BYTES_2,
-        (_, 16, _) => LOW_RANK_WEIGHT_64X16_SHARED_BYTES_4,
-        (_, _, 2) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_2,
-        (_, _, _) => LOW_RANK_WEIGHT_64X64_SHARED_BYTES_4,
-    }
+    Ok(Some(Launch { shared_bytes: tile.bytes, ..launch }))
 }
 
 /// Whether there are kernels for this problem; without, the composed graph computes it.
@@ -373,7 +271,7 @@ pub fn forward(
     operands: &ForwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
-    forward_with(Tile::of(tiles::PROJECTION[0], problem, dtype, &widths), problem, dtype, operands)
+    forward_with(tiles::pick(problem.rows as u64, &widths), problem, dtype, operands)
 }
 
 /// The launch for S; none without LoRA.
@@ -401,7 +299,7 @@ pub(in crate::launch) fn low_rank_input(
             mask: parts[index].mask,
         })
         .collect();
-    low_rank("input", dtype, &products, (1, shapes.in_dim, 0))
+    low_rank(Product::Input, dtype, &products, (1, shapes.in_dim, 0))
 }
 
 /// The forward with this tile.
@@ -409,7 +307,7 @@ pub(in crate::launch) fn low_rank_input(
 /// # Errors
 /// As [`forward`].
 pub fn forward_with(
-    tile: Tile,
+    tile: &Tile,
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
@@ -418,11 +316,7 @@ pub fn forward_with(
     let parts = shapes.parts(operands.weights, operands.small)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
-    let shared_bytes = match tile {
-        Tile::Large => bindings::PROJECTION_FWD_128X128_SHARED_BYTES,
-        Tile::Small => bindings::PROJECTION_FWD_64X64_SHARED_BYTES,
-    };
-    let tiles = (tile, shared_bytes);
+    let tiles = (tile, tile.forward_bytes);
     let params = shapes.forward_params(parts, operands);
     let out = shapes.launch_tiles("projection_fwd", dtype, tiles, &widths, params)?;
     Ok(s.into_iter().chain([out]).collect())
@@ -457,25 +351,12 @@ mod tests {
     }
 
     #[test]
-    fn tiles_fill_the_device() {
-        // SAM ViT-B's qkv of one image, its output projection, and of one window's worth of tokens.
-        assert_eq!(Tile::choose(4096, &[768; 3]), Tile::Large);
-        assert_eq!(Tile::choose(4096, &[768]), Tile::Large);
-        assert_eq!(Tile::choose(196, &[768; 3]), Tile::Small);
-        // Narrow outputs, as of the mask decoder, waste less in small tiles.
-        assert_eq!(Tile::choose(65536, &[32]), Tile::Small);
-        assert_eq!(Tile::choose(65536, &[64; 3]), Tile::Small);
-        assert_eq!(Tile::choose(65536, &[128]), Tile::Large);
-    }
-
-    #[test]
     fn each_part_has_its_own_column_tiles() -> Result<()> {
         let parts = [part(100, 0), part(130, 0), part(64, 0)];
-        for (tile, tiles, shared) in
-            [(Tile::Large, 1 + 2 + 1, 81920), (Tile::Small, 2 + 3 + 1, 40960)]
-        {
+        let expected = [(1 + 2 + 1, 81920), (2 + 3 + 1, 40960)];
+        for (tile, (tiles, shared)) in tiles::TILES.iter().zip(expected) {
             let launches = forward_with(tile, &problem(200, 50, &parts), DType::F16, &OPERANDS)?;
-            let rows = 200u32.div_ceil(tile.side() as u32);
+            let rows = 200u32.div_ceil(tile.rows);
             assert_eq!(launches[0].grid, [rows * tiles, 1, 1]);
             assert_eq!((launches.len(), launches[0].shared_bytes), (1, shared));
         }

@@ -9,12 +9,13 @@
 //! ```
 
 use crate::launch::bindings::{
-    self, device_ptr, ActivationGradParams, BiasGradParams, BiasGradPart, LowRankPart,
-    ProjectionParams, ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES,
-    BIAS_GRAD_WARPS, PROJECTION_PARTS,
+    device_ptr, ActivationGradParams, BiasGradParams, BiasGradPart, LowRankPart, ProjectionParams,
+    ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES, BIAS_GRAD_WARPS,
+    PROJECTION_PARTS,
 };
-use crate::launch::projection::{low_rank, Activation, Problem, Shapes, Small, Tile};
-use crate::launch::{dropout, sum_partials, tiles, Launch};
+use crate::launch::projection::tiles::{self, Product, Tile};
+use crate::launch::projection::{low_rank, Activation, Problem, Shapes, Small};
+use crate::launch::{dropout, sum_partials, Launch};
 use candle_core::{bail, DType, Result};
 
 const WARP: u64 = 32;
@@ -104,7 +105,7 @@ pub fn backward(
     dtype: DType,
     operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
-    let tile = Tile::of(tiles::PROJECTION[1], problem, dtype, &[problem.in_dim as u64]);
+    let tile = tiles::pick(problem.rows as u64, &[problem.in_dim as u64]);
     backward_with(tile, problem, dtype, operands)
 }
 
@@ -113,19 +114,15 @@ pub fn backward(
 /// # Errors
 /// As [`backward`].
 pub fn backward_with(
-    tile: Tile,
+    tile: &Tile,
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
     backward_by(problem, dtype, operands, |shapes, parts, between| {
         let widths = [u64::from(shapes.in_dim)];
-        let shared_bytes = match tile {
-            Tile::Large => bindings::PROJECTION_BWD_INPUT_128X128_SHARED_BYTES,
-            Tile::Small => bindings::PROJECTION_BWD_INPUT_64X64_SHARED_BYTES,
-        };
         let params = shapes.bwd_input_params(parts, between.g, between.ds, operands.dx);
-        let tiles = (tile, shared_bytes);
+        let tiles = (tile, tile.backward_bytes);
         shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)
     })
 }
@@ -187,7 +184,7 @@ pub(in crate::launch) fn backward_by(
         })
         .collect();
     let depth = problem.projections.iter().map(|part| part.out_dim as u32).max().unwrap_or(0);
-    launches.extend(low_rank("grad", dtype, &grads, (1, depth, 0))?);
+    launches.extend(low_rank(Product::Grad, dtype, &grads, (1, depth, 0))?);
     if operands.dx != 0 {
         launches.push(bwd_input(&shapes, parts, Between { g, ds })?);
     }
@@ -218,7 +215,7 @@ pub(in crate::launch) fn backward_by(
             mask: parts[index].mask,
         })
         .collect();
-    launches.extend(low_rank("weight", dtype, &a_grads, split)?);
+    launches.extend(low_rank(Product::Weight, dtype, &a_grads, split)?);
     // dB: S carries the scaling.
     let b_grads: Vec<_> = shapes
         .adapted()
@@ -238,7 +235,7 @@ pub(in crate::launch) fn backward_by(
             mask: none,
         })
         .collect();
-    launches.extend(low_rank("weight", dtype, &b_grads, split)?);
+    launches.extend(low_rank(Product::Weight, dtype, &b_grads, split)?);
     launches.extend(bias_grad(&shapes, dtype, g, partials, &space)?);
     launches.push(sum_partials::launch(
         DType::F32,

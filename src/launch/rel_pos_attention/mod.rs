@@ -2,5 +2,6 @@
 
 pub(in crate::launch) mod portable;
 pub mod sm90;
+pub mod tiles;
 
 pub use portable::*;

@@ -92,7 +92,7 @@ fn test(
     all: bool,
 ) -> Result<Vec<SelfTestRow>> {
     let what = || format!("self-test of {family} in {}", dtype.as_str());
-    let problems = problems::of(family, hopper.is_some_and(|hopper| hopper.clusters));
+    let problems = problems::of(family);
     let expected = problems.iter().map(|problem| Expected::new(problem, dtype, device));
     let expected: Vec<_> = expected.collect::<Result<_>>().map_err(|e| e.context(what()))?;
     let mut rows = Vec::new();
@@ -143,8 +143,7 @@ impl<'a> Expected<'a> {
     fn compare(&self, implementation: Implementation) -> Result<Vec<Comparison>> {
         let mut comparisons = Vec::new();
         for case in self.problem.cases(implementation) {
-            let by = || self.problem.results(&self.inputs, By::Kernels(implementation));
-            let got = case.run(by)?;
+            let got = case.results(self.problem, &self.inputs)?;
             for (index, name) in self.problem.result_names().iter().enumerate() {
                 let (got, truth) = (&got[index], &self.truth[index]);
                 let result = format!("{}{} {name}", self.problem.name(), case.suffix());

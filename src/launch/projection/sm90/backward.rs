@@ -4,8 +4,9 @@
 use crate::launch::bindings::{device_ptr, ProjectionBwdInputSm90Params, ProjectionPart};
 use crate::launch::projection::portable_backward::{backward_by, Between};
 use crate::launch::projection::sm90::forward::{
-    bits16, chosen, copies_take, persistent, tile, Hopper, Maps, Tile, BWD_INPUT, DEPTH, PIECE,
+    bits16, copies_take, persistent, Hopper, Maps, DEPTH, PIECE,
 };
+use crate::launch::projection::sm90::tiles::{pick, Pass, Tile};
 use crate::launch::projection::{BackwardOperands, Problem, Shapes};
 use crate::launch::Launch;
 use candle_core::{DType, Result};
@@ -21,19 +22,22 @@ pub fn backward(
     operands: &BackwardOperands<'_>,
     device: Hopper,
 ) -> Result<Option<Vec<Launch>>> {
-    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32], device.clusters)? {
+    let rule = || {
+        let widths = [problem.in_dim as u32];
+        pick(Pass::BackwardInput, problem.rows as u64, &widths, device)
+    };
+    match device.forced.projection_backward.or_else(rule) {
         Some(tile) => backward_with(tile, problem, dtype, operands, device.multiprocessors),
         None => Ok(None),
     }
 }
 
-/// The backward with the tile of this name for dx on so many multiprocessors; none if the kernel does not cover the
-/// problem.
+/// The backward with this tile for dx on so many multiprocessors; none if the kernel does not cover the problem.
 ///
 /// # Errors
-/// As [`backward`], and if there is no such tile.
+/// As [`backward`].
 pub fn backward_with(
-    name: &str,
+    tile: &Tile,
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
@@ -47,7 +51,6 @@ pub fn backward_with(
     if !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
-    let tile = tile(name)?;
     let launches = backward_by(problem, dtype, operands, |shapes, parts, between| {
         bwd_input(tile, shapes, dtype, parts, (between, dx), multiprocessors)
     })?;
@@ -82,7 +85,8 @@ fn bwd_input(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
-    let launch = persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    let launch =
+        persistent(Pass::BackwardInput, tile, dtype, (tiles, multiprocessors), &params, maps)?;
     // dS's kernel begins when g is there, so this one may begin with g.
     let begins_early = shapes.adapted().next().is_some();
     Ok(Launch { begins_early, ..launch })
@@ -91,7 +95,6 @@ fn bwd_input(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::projection::sm90::forward::{BACKWARD_TILES, X2};
     use crate::launch::projection::{Activation, LoraProblem, ProjectionProblem, Small};
     use crate::launch::tensor_map::TensorMap;
 
@@ -116,13 +119,13 @@ mod tests {
         let backward = |tile, operands: &BackwardOperands<'_>| {
             backward_with(tile, &problem, DType::BF16, operands, 5)
         };
-        for tile in BACKWARD_TILES {
+        for tile in Pass::BackwardInput.tiles() {
             let launches = backward(tile, &operands)?.unwrap();
             let [before, dx] = &launches[..] else { panic!("{}", launches.len()) };
             assert_eq!(before.kernel, "low_rank_grad_64x16_bf16");
-            assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{tile}_bf16"));
+            assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{}_bf16", tile.name));
             // Of the weights' depth, each block of a cluster of two loads half.
-            let (cluster, grid, depth) = if tile.ends_with(X2) { (2, 4, 32) } else { (1, 5, 64) };
+            let (cluster, grid, depth) = if tile.cluster == 2 { (2, 4, 32) } else { (1, 5, 64) };
             assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
             let [g, weight] = [0, 1].map(|map| dx.tensor_maps[map].1.tile.as_slice());
             assert_eq!((g, weight), (&[64, 128][..], &[64, depth][..]));
@@ -140,7 +143,7 @@ mod tests {
         }
         // Without dx, dS has its kernel all the same.
         let alone = BackwardOperands { dx: 0, dsmall: 1 << 20, ..operands };
-        let launches = backward("cooperative_128x192", &alone)?.unwrap();
+        let launches = backward(&Pass::BackwardInput.tiles()[0], &alone)?.unwrap();
         assert_eq!(launches[0].kernel, "low_rank_grad_64x16_bf16");
         Ok(())
     }

@@ -1,37 +1,18 @@
 //! Projections with LoRA on Hopper: the tiles of `kernels/projection/sm90/common.cuh`, and the launch of the forward,
 //! `kernels/projection/sm90/fwd.cuh`. The portable kernels serve the other problems, and compute the thin product S.
 //!
-//! A kernel's blocks stay, one on each multiprocessor, and make tile after tile. Which tile a problem gets is a table,
-//! [`CHOICES`].
+//! A kernel's blocks stay, one on each multiprocessor, and make tile after tile.
 
 use crate::launch::bindings::{
-    device_ptr, EncodedTensorMap, ProjectionFwdSm90Params,
-    PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
-    PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
-    PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES, PROJECTION_SM90_THREADS,
+    device_ptr, EncodedTensorMap, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS,
 };
+use crate::launch::projection::sm90::tiles::{pick, Pass, Tile};
 use crate::launch::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
 use crate::launch::tensor_map::{Element, TensorMap, LONGEST};
-use crate::launch::{tiles, Launch};
-use candle_core::{bail, DType, Result};
+use crate::launch::tiles::Forced;
+use crate::launch::Launch;
+use candle_core::{DType, Result};
 use std::mem::{offset_of, size_of};
-
-/// A tile of the output that a block makes at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tile {
-    /// As the kernels' names have it. `pingpong`: two warpgroups take tiles in turn, so that one's epilogue runs beside
-    /// the other's products; `cooperative`: they share each one's rows. [`X2`]: two blocks are a cluster.
-    pub name: &'static str,
-    pub(in crate::launch) rows: u32,
-    cols: u32,
-    /// Blocks of a cluster, which make tiles of the same columns, one below the other, and load the weights once.
-    pub(in crate::launch) cluster: u32,
-    shared_bytes: u32,
-}
-
-/// How the names of tiles end that a cluster of two blocks makes. There is one of the same name without it, for devices
-/// without clusters.
-pub const X2: &str = "_x2";
 
 /// What the launches hang on, of a device that runs the kernels for Hopper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,156 +21,22 @@ pub struct Hopper {
     pub multiprocessors: u32,
     /// Whether it launches clusters of two blocks.
     pub clusters: bool,
+    /// Tiles in the place of those that the rules pick.
+    pub forced: Forced,
 }
 
-const PINGPONG_128X192: Tile = Tile {
-    name: "pingpong_128x192",
-    rows: 128,
-    cols: 192,
-    cluster: 1,
-    shared_bytes: PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES,
-};
-const COOPERATIVE_128X192: Tile = Tile {
-    name: "cooperative_128x192",
-    shared_bytes: PROJECTION_SM90_COOPERATIVE_128X192_SHARED_BYTES,
-    ..PINGPONG_128X192
-};
-const COOPERATIVE_128X256: Tile = Tile {
-    name: "cooperative_128x256",
-    rows: 128,
-    cols: 256,
-    shared_bytes: PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
-    ..PINGPONG_128X192
-};
-/// All tiles that some kernel has.
-const TILES: [Tile; 5] = [
-    PINGPONG_128X192,
-    Tile { name: "pingpong_128x192_x2", cluster: 2, ..PINGPONG_128X192 },
-    COOPERATIVE_128X192,
-    COOPERATIVE_128X256,
-    Tile { name: "cooperative_128x256_x2", cluster: 2, ..COOPERATIVE_128X256 },
-];
-
-/// The tiles of the forward, by name.
-pub const FORWARD_TILES: [&str; 4] =
-    ["pingpong_128x192", "pingpong_128x192_x2", "cooperative_128x256", "cooperative_128x256_x2"];
-/// The tiles of the gradient of x, by name.
-pub const BACKWARD_TILES: [&str; 5] = [
-    "pingpong_128x192",
-    "pingpong_128x192_x2",
-    "cooperative_128x192",
-    "cooperative_128x256",
-    "cooperative_128x256_x2",
-];
-
-/// A row of the table: a tile, and the launches that it is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
-    /// The kernels: `projection_fwd_sm90` or `projection_bwd_input_sm90`.
-    pub family: &'static str,
-    /// All outputs, or x, are as wide as multiples of this.
-    pub width: u32,
-    /// There are at least so many tiles, those of a cluster's blocks counted each.
-    pub tiles: u64,
-    /// The tile's name.
-    pub tile: &'static str,
+impl Hopper {
+    /// A device whose problems get the tiles that the rules pick.
+    pub fn new(multiprocessors: u32, clusters: bool) -> Self {
+        Self { multiprocessors, clusters, forced: Forced::default() }
+    }
 }
 
-/// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
-/// multiprocessors from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
-/// `128 (rows + cols / cluster)` bytes from the L2 cache.
-pub const CHOICES: [Choice; 6] = [
-    // Widths of ViT-B. 37 bytes a cycle, without a cluster 53, and an epilogue that costs nothing.
-    Choice { family: FORWARD, width: 192, tiles: 66, tile: "pingpong_128x192_x2" },
-    // Of ViT-L and ViT-H, which tiles of 192 do not fill. 32 bytes a cycle, without a cluster 48.
-    Choice { family: FORWARD, width: 256, tiles: 66, tile: "cooperative_128x256_x2" },
-    // With fewer tiles than for every other multiprocessor, smaller portable ones are faster.
-    Choice { family: FORWARD, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
-    // qkv of ViT-B: products of 28 thousand cycles a tile. Two masks and low-rank products take 10 to 14 thousand if all
-    // warps make them before the next tile, 24 thousand by one warpgroup, beside the other's products.
-    Choice { family: BWD_INPUT, width: 192, tiles: 66, tile: "pingpong_128x192_x2" },
-    // Of ViT-L: with LoRA 245 to 262 cycles a column against 216 in a ping-pong's tiles, of which it fills 5.3 of 6;
-    // without 204, and most linears have none.
-    Choice { family: BWD_INPUT, width: 256, tiles: 66, tile: "cooperative_128x256_x2" },
-    Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
-];
-
-const FORWARD: &str = tiles::PROJECTION[2];
-pub(in crate::launch) const BWD_INPUT: &str = tiles::PROJECTION[3];
 /// Columns that a warp stores at once, of 16 rows.
 pub(in crate::launch) const PIECE: (u32, u32) = (16, 64);
 /// Elements of a row of a stage: 128 bytes.
 pub(in crate::launch) const DEPTH: u32 = 64;
 const LOW_RANK_DEPTH: u32 = 32;
-
-impl Tile {
-    pub(in crate::launch) fn columns(&self, widths: &[u32]) -> u64 {
-        widths.iter().map(|width| u64::from(width.div_ceil(self.cols))).sum()
-    }
-
-    /// Tiles of an output of so many rows in these widths, those that a cluster makes together counted once. The last
-    /// ones may lie partly, those of a cluster's later blocks entirely below it.
-    pub(in crate::launch) fn count(&self, rows: u64, widths: &[u32]) -> u64 {
-        rows.div_ceil((self.cluster * self.rows).into()) * self.columns(widths)
-    }
-}
-
-/// The tile of this name.
-///
-/// # Errors
-/// If there is none.
-pub(in crate::launch) fn tile(name: &str) -> Result<&'static Tile> {
-    match TILES.iter().find(|tile| tile.name == name) {
-        Some(tile) => Ok(tile),
-        None => bail!("projection: no tile {name:?}; there are {:?}", TILES.map(|tile| tile.name)),
-    }
-}
-
-/// The name of the tile for an output of `rows` rows in these widths.
-fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static str>> {
-    for choice in CHOICES.iter().filter(|choice| choice.family == family) {
-        let fits = widths.iter().all(|width| width.is_multiple_of(choice.width));
-        let tile = tile(choice.tile)?;
-        if fits && tile.count(rows, widths) * u64::from(tile.cluster) >= choice.tiles {
-            return Ok(Some(choice.tile));
-        }
-    }
-    Ok(None)
-}
-
-/// The tiles that a family's problems get on a device with or without clusters.
-pub fn tiles_in_use(family: &str, clusters: bool) -> Vec<&'static str> {
-    let named = CHOICES.iter().filter(|choice| choice.family == family).map(|choice| choice.tile);
-    let mut names = Vec::new();
-    for name in named.chain(tiles::measured(family)) {
-        let name = if clusters { name } else { name.strip_suffix(X2).unwrap_or(name) };
-        if name != tiles::PORTABLE && !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    names
-}
-
-/// The tile that was measured to be the fastest, or that the table names, for an output in these widths; none for the
-/// portable kernels.
-pub(in crate::launch) fn chosen(
-    family: &str,
-    problem: &Problem<'_>,
-    dtype: DType,
-    widths: &[u32],
-    clusters: bool,
-) -> Result<Option<&'static str>> {
-    let total = problem.projections.iter().map(|part| part.out_dim).sum();
-    let name = match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
-        Some(tiles::PORTABLE) => None,
-        None => choose(family, problem.rows as u64, widths)?,
-        known => known,
-    };
-    Ok(match name {
-        Some(name) if !clusters => Some(name.strip_suffix(X2).unwrap_or(name)),
-        name => name,
-    })
-}
 
 /// Whether the forward or the gradient of x is the kernels' for Hopper, for operands that bulk copies take.
 ///
@@ -198,13 +45,13 @@ pub(in crate::launch) fn chosen(
 pub(in crate::launch) fn covers(
     problem: &Problem<'_>,
     dtype: DType,
-    clusters: bool,
+    device: Hopper,
 ) -> Result<bool> {
     let shapes = Shapes::new(problem)?;
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
+    let has_tile = |pass, widths: &[u32]| pick(pass, shapes.rows(), widths, device).is_some();
     Ok(copies_take(&shapes, dtype, &[])
-        && (chosen(FORWARD, problem, dtype, &widths, clusters)?.is_some()
-            || chosen(BWD_INPUT, problem, dtype, &[shapes.in_dim], clusters)?.is_some()))
+        && (has_tile(Pass::Forward, &widths) || has_tile(Pass::BackwardInput, &[shapes.in_dim])))
 }
 
 /// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, and no more
@@ -236,18 +83,19 @@ pub fn forward(
     device: Hopper,
 ) -> Result<Option<Vec<Launch>>> {
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    match chosen(FORWARD, problem, dtype, &widths, device.clusters)? {
+    let rule = || pick(Pass::Forward, problem.rows as u64, &widths, device);
+    match device.forced.projection_forward.or_else(rule) {
         Some(tile) => forward_with(tile, problem, dtype, operands, device.multiprocessors),
         None => Ok(None),
     }
 }
 
-/// The forward with the tile of this name on so many multiprocessors; none if the kernels do not cover the problem.
+/// The forward with this tile on so many multiprocessors; none if the kernels do not cover the problem.
 ///
 /// # Errors
-/// As [`forward`], and if there is no such tile.
+/// As [`forward`].
 pub fn forward_with(
-    name: &str,
+    tile: &Tile,
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
@@ -263,7 +111,6 @@ pub fn forward_with(
     if !ranks || !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
-    let tile = tile(name)?;
     let (rows, in_dim, total) = (problem.rows as u32, shapes.in_dim, shapes.total);
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
 
@@ -300,7 +147,7 @@ pub fn forward_with(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&widths) as u32;
-    let out = persistent(FORWARD, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    let out = persistent(Pass::Forward, tile, dtype, (tiles, multiprocessors), &params, maps)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     // S's kernel begins when x is there, so this one may begin with x.
     let out = Launch { begins_early: s.is_some(), ..out };
@@ -333,7 +180,7 @@ fn tf32(at: device_ptr, matrix: (u32, u32, u32), tile: (u32, u32)) -> Result<Ten
 
 /// A launch with a block on each multiprocessor that there is work for, at least a cluster.
 pub(in crate::launch) fn persistent<P: bytemuck::NoUninit>(
-    family: &str,
+    pass: Pass,
     tile: &Tile,
     dtype: DType,
     (tiles, multiprocessors): (u64, u32),
@@ -342,9 +189,9 @@ pub(in crate::launch) fn persistent<P: bytemuck::NoUninit>(
 ) -> Result<Launch> {
     let clusters = (multiprocessors / tile.cluster).max(1);
     let grid = [tiles.min(clusters.into()) * u64::from(tile.cluster), 1, 1];
-    let family = format!("{family}_{}", tile.name);
+    let family = format!("{}_{}", pass.kernel(), tile.name);
     let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
-    let &Tile { cluster, shared_bytes, .. } = tile;
+    let &Tile { cluster, bytes: shared_bytes, .. } = tile;
     Ok(Launch { shared_bytes, cluster, tensor_maps: maps.0, ..launch })
 }
 
@@ -352,58 +199,6 @@ pub(in crate::launch) fn persistent<P: bytemuck::NoUninit>(
 mod tests {
     use super::*;
     use crate::launch::projection::{Activation, LoraProblem, ProjectionProblem, Small};
-
-    #[test]
-    fn the_table_names_tiles_that_exist_and_serves_sams_linears() -> Result<()> {
-        for choice in CHOICES {
-            tile(choice.tile)?;
-        }
-        let name =
-            |rows, widths: &[u32]| choose(FORWARD, rows, widths).map(Option::unwrap_or_default);
-        // One image through ViT-B, L and H: qkv, proj, lin1.
-        for (width, expected) in [
-            (768, "pingpong_128x192_x2"),
-            (1024, "cooperative_128x256_x2"),
-            (1280, "cooperative_128x256_x2"),
-        ] {
-            assert_eq!(name(4096, &[width; 3])?, expected);
-            assert_eq!(name(4096, &[width])?, expected);
-        }
-        // Both widths fit lin1 of ViT-B.
-        assert_eq!(name(4096, &[3072])?, "pingpong_128x192_x2");
-        assert_eq!(name(4096, &[1000])?, "pingpong_128x192_x2");
-        assert_eq!(name(196, &[768; 3])?, "");
-        // x of the same: of lin2 it is as wide as the output of lin1.
-        for (width, expected) in [
-            (768, "pingpong_128x192_x2"),
-            (3072, "pingpong_128x192_x2"),
-            (1024, "cooperative_128x256_x2"),
-            (1280, "cooperative_128x256_x2"),
-        ] {
-            assert_eq!(choose(BWD_INPUT, 4096, &[width])?, Some(expected));
-        }
-        assert_eq!(choose(BWD_INPUT, 196, &[768])?, None);
-        Ok(())
-    }
-
-    #[test]
-    fn without_clusters_the_same_tile_serves() -> Result<()> {
-        let named = |tiles: &[&str], name| tiles.contains(&name);
-        for tile in TILES.iter().filter(|tile| tile.cluster > 1) {
-            let without = super::tile(tile.name.strip_suffix(X2).unwrap())?;
-            assert_eq!(without, &Tile { name: without.name, cluster: 1, ..*tile });
-            for tiles in [&FORWARD_TILES[..], &BACKWARD_TILES] {
-                assert!(!named(tiles, tile.name) || named(tiles, without.name), "{}", tile.name);
-            }
-        }
-        let projections = [ProjectionProblem { out_dim: 768, bias: true, lora: None }];
-        let activation = Activation::Identity;
-        let problem = Problem { rows: 4096, in_dim: 768, projections: &projections, activation };
-        let name = |clusters| chosen(FORWARD, &problem, DType::BF16, &[768], clusters);
-        assert_eq!(name(true)?, Some("pingpong_128x192_x2"));
-        assert_eq!(name(false)?, Some("pingpong_128x192"));
-        Ok(())
-    }
 
     #[test]
     fn a_launch_carries_the_maps_of_what_is_there() -> Result<()> {
@@ -422,7 +217,7 @@ mod tests {
             sum: 0,
         };
         let forward = |problem: &Problem<'_>, dtype, operands: &ForwardOperands<'_>| {
-            forward_with(FORWARD_TILES[0], problem, dtype, operands, 5)
+            forward_with(&Pass::Forward.tiles()[0], problem, dtype, operands, 5)
         };
         let launches = forward(&problem, DType::F16, &operands)?.unwrap();
         let [s, out] = &launches[..] else { panic!("{}", launches.len()) };
@@ -438,7 +233,8 @@ mod tests {
         assert_eq!((k.address, k.dims.as_slice()), (768, &[64, 192][..]));
 
         // A cluster of two loads the weights, and b, in halves, and is there as a whole.
-        let launches = forward_with("pingpong_128x192_x2", &problem, DType::F16, &operands, 5)?;
+        let tile = &Pass::Forward.tiles()[1];
+        let launches = forward_with(tile, &problem, DType::F16, &operands, 5)?;
         let in_clusters = &launches.unwrap()[1];
         assert_eq!(in_clusters.kernel, "projection_fwd_sm90_pingpong_128x192_x2_f16");
         assert_eq!((out.cluster, in_clusters.cluster, in_clusters.grid), (1, 2, [4, 1, 1]));

@@ -1,67 +1,26 @@
 //! The backward of attention on Hopper, for whole grids: `kernels/rel_pos_attention/sm90/bwd_query.cuh`, then
 //! `rel_pos_attention/sm90/bwd_key.cuh`. The portable kernels serve the other problems.
-//!
-//! | grid | key tile, and queries of a block, of the query pass | keys of a block of the key pass | why |
-//! |---|---|---|---|
-//! | as wide as a multiple of 64, or a little less | 1 x 64, 2 x 64 | 2 x 64 | rel_h is one number for 64 keys, or for a warp's |
-//! | of 40 likewise | 2 x 40, 3 x 40 | 3 x 40 | a grid of 40, of which rows of 16 leave more empty |
-//! | any other | 4 x 16, 8 x 16 | 8 x 16 | grids of 32, 48 and 80 |
 
 use crate::launch::bindings::{
     device_ptr, RelPosAttentionBwdKeySm90Params, RelPosAttentionBwdQuerySm90Params,
-    REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS, REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS,
-    REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS, REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS,
-    REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS, REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS,
-    REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS, REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS,
-    REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS, REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS,
-    REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS, REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS,
     REL_POS_ATTENTION_SM90_BWD_KEYS, REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES,
-    REL_POS_ATTENTION_SM90_BWD_KEY_STAGES, REL_POS_ATTENTION_SM90_QUERIES,
-    REL_POS_ATTENTION_SM90_TABLE_PARTS, REL_POS_ATTENTION_SM90_THREADS,
+    REL_POS_ATTENTION_SM90_QUERIES, REL_POS_ATTENTION_SM90_TABLE_PARTS,
+    REL_POS_ATTENTION_SM90_THREADS,
 };
 use crate::launch::rel_pos_attention::sm90::forward::{
-    covers, grid_maps, panel_bytes, panel_maps, table_maps, tile, Maps, Tile, Tiles, ATOM,
-    SHARED_BYTES,
+    covers, grid_maps, panel_maps, table_maps, Maps, SHARED_BYTES,
 };
+use crate::launch::rel_pos_attention::sm90::tiles::{self, KeyBlock, StreamTile, Tiles};
 use crate::launch::rel_pos_attention::{self as portable, BackwardOperands, BetweenPasses, Inputs};
 use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
-use crate::launch::{narrow, tiles, AttentionProblem, Launch};
+use crate::launch::tiles::taking_turns;
+use crate::launch::{narrow, AttentionProblem, Launch};
 use bytemuck::Zeroable;
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
-const BY_QUERY: &str = tiles::ATTENTION[3];
-const BY_KEY: &str = tiles::ATTENTION[4];
-/// Of the query pass; the key pass has only columns to choose, the same ones.
-const COMPILED: Tiles = [
-    (
-        64,
-        REL_POS_ATTENTION_SM90_BWD_COLS64_ROWS,
-        REL_POS_ATTENTION_SM90_BWD_COLS64_BOX_ROWS,
-        [
-            REL_POS_ATTENTION_SM90_BWD_COLS64_HD64_SLOTS,
-            REL_POS_ATTENTION_SM90_BWD_COLS64_HD80_SLOTS,
-        ],
-    ),
-    (
-        16,
-        REL_POS_ATTENTION_SM90_BWD_COLS16_ROWS,
-        REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS,
-        [
-            REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS,
-            REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS,
-        ],
-    ),
-    (
-        40,
-        REL_POS_ATTENTION_SM90_BWD_COLS40_ROWS,
-        REL_POS_ATTENTION_SM90_BWD_COLS40_BOX_ROWS,
-        [
-            REL_POS_ATTENTION_SM90_BWD_COLS40_HD64_SLOTS,
-            REL_POS_ATTENTION_SM90_BWD_COLS40_HD80_SLOTS,
-        ],
-    ),
-];
+const BY_QUERY: &str = "rel_pos_attention_bwd_query_sm90";
+const BY_KEY: &str = "rel_pos_attention_bwd_key_sm90";
 
 /// What [`portable::backward`] launches, for Hopper, with the same workspace; none where its kernels do not cover the
 /// problem.
@@ -74,30 +33,44 @@ pub fn backward(
     inputs: &Inputs,
     operands: &BackwardOperands,
 ) -> Result<Option<Vec<Launch>>> {
+    match tiles::pick(problem, None) {
+        Some(tiles) => backward_with(tiles, problem, dtype, inputs, operands),
+        None => Ok(None),
+    }
+}
+
+/// The backward with these tiles; none if the kernels do not cover the problem.
+///
+/// # Errors
+/// As [`backward`].
+pub fn backward_with(
+    tiles: Tiles,
+    problem: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    operands: &BackwardOperands,
+) -> Result<Option<Vec<Launch>>> {
     let p = problem;
     let &BackwardOperands { out, dout, dqkv, dtables, dpad, workspace, .. } = operands;
     let whole = p.side_h == p.h && p.side_w == p.w && dpad == 0;
-    let tile = tile(p, dtype, BY_QUERY, &COMPILED);
     let [rel_pos_h, rel_pos_w] = inputs.tables;
     let addresses = [inputs.qkv, rel_pos_h, rel_pos_w, out, dout, dqkv, workspace];
-    let covered = |family| covers(p, dtype, family, &addresses);
-    let fits = query_shared_bytes(p, &tile) <= SHARED_BYTES;
+    let tile = tiles.query;
+    let fits = query_shared_bytes(p, tile) <= SHARED_BYTES;
     // The key pass copies rows of all heads and windows.
     let counted = portable::rows(p) <= LONGEST;
-    if !whole || !fits || !counted || !covered(BY_QUERY) || !covered(BY_KEY) {
+    if !whole || !fits || !counted || !covers(p, dtype, &addresses) {
         return Ok(None);
     }
     let between = BetweenPasses::new(p, dtype, operands)?;
     let items = (p.windows() * p.num_heads * tile.blocks(p)) as u64;
     let blocks = match dtables {
         0 => items,
-        _ => items
-            .min(between.table_parts)
-            .min(tiles::taking_turns(REL_POS_ATTENTION_SM90_TABLE_PARTS)),
+        _ => items.min(between.table_parts).min(taking_turns(REL_POS_ATTENTION_SM90_TABLE_PARTS)),
     };
     let mut launches = vec![
-        query_pass(p, dtype, inputs, operands, &between, &tile, [items, blocks])?,
-        key_pass(p, dtype, inputs.qkv, operands, &between)?,
+        query_pass(p, dtype, inputs, operands, &between, tile, [items, blocks])?,
+        key_pass(p, dtype, inputs.qkv, (operands, &between), tiles.key)?,
     ];
     if dtables != 0 {
         launches.push(between.sum_tables(p, dtype, blocks, dtables)?);
@@ -105,13 +78,11 @@ pub fn backward(
     Ok(Some(launches))
 }
 
-/// As the kernel lays it out: the forward's storage, the output's gradient, a barrier, and behind them the biases, with
-/// the gradients of rel_h if there are several stripes.
-fn query_shared_bytes(p: &AttentionProblem, tile: &Tile) -> usize {
-    let queries = REL_POS_ATTENTION_SM90_QUERIES as usize;
+/// With the biases, and the gradients of rel_h if there are several stripes.
+fn query_shared_bytes(p: &AttentionProblem, tile: &StreamTile) -> usize {
     let [h, w] = tile.bias_strides(p);
     let gradients = if p.side_w <= tile.cols { 0 } else { h };
-    tile.storage_bytes(p) + panel_bytes(p, queries) + ATOM + 4 * queries * (h + w + gradients)
+    tile.bytes + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w + gradients)
 }
 
 fn query_pass(
@@ -120,7 +91,7 @@ fn query_pass(
     inputs: &Inputs,
     operands: &BackwardOperands,
     between: &BetweenPasses,
-    tile: &Tile,
+    tile: &StreamTile,
     [items, blocks]: [u64; 2],
 ) -> Result<Launch> {
     type Params = RelPosAttentionBwdQuerySm90Params;
@@ -155,18 +126,13 @@ fn key_pass(
     p: &AttentionProblem,
     dtype: DType,
     qkv: device_ptr,
-    operands: &BackwardOperands,
-    between: &BetweenPasses,
+    (operands, between): (&BackwardOperands, &BetweenPasses),
+    block: &KeyBlock,
 ) -> Result<Launch> {
     type Params = RelPosAttentionBwdKeySm90Params;
-    let [keys, queries, stages] = [
-        REL_POS_ATTENTION_SM90_BWD_KEYS,
-        REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES,
-        REL_POS_ATTENTION_SM90_BWD_KEY_STAGES,
-    ]
-    .map(|n| n as usize);
-    let cols = tiles::attention(BY_KEY, dtype, p.head_dim, p.side_w);
-    let rows = keys / cols;
+    let queries = REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES as usize;
+    let &KeyBlock { cols, bytes, .. } = block;
+    let rows = REL_POS_ATTENTION_SM90_BWD_KEYS as usize / cols;
     // As the kernel's stages lay the biases of a query out.
     let (stride_w, stride_h) = (cols + 4, rows.next_multiple_of(4));
 
@@ -179,17 +145,13 @@ fn key_pass(
     maps.extend(list(operands.dout, channels, offset_of!(Params, dout_maps))?);
     maps.extend(bias_maps(p, between, queries, [stride_w, stride_h])?);
 
-    let stage = 2 * panel_bytes(p, queries)
-        + (4 * queries * (stride_w + stride_h + 1)).next_multiple_of(ATOM);
-    let storage = stages * stage + 2 * panel_bytes(p, keys) + (1 + 2 * stages) * 8;
     let shape = portable::shape(p);
     let params = Params { dqkv: operands.dqkv, shape, ..Params::zeroed() };
     let family = format!("{BY_KEY}_hd{}_cols{cols}", p.head_dim);
     let units = p.windows() * p.num_heads;
     let grid = [(units * p.side_h.div_ceil(rows) * p.side_w.div_ceil(cols)) as u64, 1, 1];
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
-    let shared_bytes = storage.next_multiple_of(ATOM) as u32;
-    Ok(Launch { shared_bytes, tensor_maps: maps, ..launch })
+    Ok(Launch { shared_bytes: bytes as u32, tensor_maps: maps, ..launch })
 }
 
 /// Of what the query pass leaves, for so many queries: so many columns of rel_w and of rel_h, and delta.

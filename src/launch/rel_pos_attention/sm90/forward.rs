@@ -1,106 +1,32 @@
 //! The forward of attention on Hopper, `kernels/rel_pos_attention/sm90/fwd.cuh`: for whole grids, and windows that
 //! fill one. The portable kernels serve the other problems.
-//!
-//! | window | key tile | queries of a block | why |
-//! |---|---|---|---|
-//! | as wide as a multiple of 64, or a little less | 2 x 64 | 2 x 64 | one rel_w fragment for all tiles; SAM's grid of 64 |
-//! | of 40 likewise | 4 x 40 | 3 x 40 | grids of 40 and 80, which stripes of 16 or 64 do not fill |
-//! | any other | 8 x 16 | 8 x 16 | grids of 32 and 48 |
 
 use crate::launch::bindings::{
-    device_ptr, PanelMaps, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
-    REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS,
-    REL_POS_ATTENTION_SM90_COLS16_ROWS, REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
-    REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS,
-    REL_POS_ATTENTION_SM90_COLS40_ROWS, REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS,
-    REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS,
-    REL_POS_ATTENTION_SM90_COLS64_ROWS, REL_POS_ATTENTION_SM90_QUERIES,
+    device_ptr, PanelMaps, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_QUERIES,
     REL_POS_ATTENTION_SM90_TABLE_ROWS, REL_POS_ATTENTION_SM90_THREADS,
 };
+use crate::launch::rel_pos_attention::sm90::tiles::{self, StreamTile};
 use crate::launch::rel_pos_attention::{shape, Inputs};
 use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
-use crate::launch::{narrow, tiles, AttentionProblem, Launch};
+use crate::launch::{narrow, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
-const FAMILY: &str = tiles::ATTENTION[2];
+const FAMILY: &str = "rel_pos_attention_fwd_sm90";
 /// Shared memory that a block may have on Hopper.
 pub(in crate::launch) const SHARED_BYTES: usize = 227 << 10;
 /// Channels of the first part of a panel; a head of 80 has a second one.
 const WIDE: usize = 64;
-/// What a swizzled tile is aligned to.
-pub(in crate::launch) const ATOM: usize = 1024;
 
-/// A key tile of whole rows of `cols` columns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::launch) struct Tile {
-    pub cols: usize,
-    /// Key rows.
-    pub rows: usize,
-    /// Grid rows that one bulk copy brings.
-    box_rows: usize,
-    /// Tiles that are loaded ahead.
-    slots: usize,
-}
-
-/// The tiles that a kernel is compiled for: columns, key rows, rows of a bulk copy, slots for heads of 64 and 80 channels.
-pub(in crate::launch) type Tiles = [(u32, u32, u32, [u32; 2]); 3];
-
-const COMPILED: Tiles = [
-    (
-        64,
-        REL_POS_ATTENTION_SM90_COLS64_ROWS,
-        REL_POS_ATTENTION_SM90_COLS64_BOX_ROWS,
-        [REL_POS_ATTENTION_SM90_COLS64_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS64_HD80_SLOTS],
-    ),
-    (
-        16,
-        REL_POS_ATTENTION_SM90_COLS16_ROWS,
-        REL_POS_ATTENTION_SM90_COLS16_BOX_ROWS,
-        [REL_POS_ATTENTION_SM90_COLS16_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS16_HD80_SLOTS],
-    ),
-    (
-        40,
-        REL_POS_ATTENTION_SM90_COLS40_ROWS,
-        REL_POS_ATTENTION_SM90_COLS40_BOX_ROWS,
-        [REL_POS_ATTENTION_SM90_COLS40_HD64_SLOTS, REL_POS_ATTENTION_SM90_COLS40_HD80_SLOTS],
-    ),
-];
-
-/// 16 bits, heads of 64 or 80 channels, addresses and sizes as bulk copies want them; and the portable kernels not known
-/// to be faster.
+/// 16 bits, and addresses and sizes as bulk copies want them.
 pub(in crate::launch) fn covers(
     p: &AttentionProblem,
     dtype: DType,
-    family: &str,
     addresses: &[device_ptr],
 ) -> bool {
-    let known = tiles::known(family, dtype, [p.head_dim, p.side_w], 0);
     matches!(dtype, DType::F16 | DType::BF16)
-        && [64, 80].contains(&p.head_dim)
         && addresses.iter().all(|address| address.is_multiple_of(16))
         && [p.batch, p.tokens(), 3 * p.channels()].iter().all(|size| *size <= LONGEST)
-        && known != Some(tiles::PORTABLE)
-}
-
-/// The tile of a family for a problem that it covers.
-pub(in crate::launch) fn tile(
-    p: &AttentionProblem,
-    dtype: DType,
-    family: &str,
-    compiled: &Tiles,
-) -> Tile {
-    let cols = tiles::attention(family, dtype, p.head_dim, p.side_w);
-    let found = compiled.iter().find(|tile| tile.0 as usize == cols).unwrap_or(&compiled[0]);
-    let (cols, rows, box_rows, [hd64, hd80]) = *found;
-    let slots = if p.head_dim == WIDE { hd64 } else { hd80 };
-    let [cols, rows, box_rows, slots] = [cols, rows, box_rows, slots].map(|n| n as usize);
-    Tile { cols, rows, box_rows, slots }
-}
-
-/// Bytes of so many rows of a head's channels, as `Panel` of the kernels.
-pub(in crate::launch) fn panel_bytes(p: &AttentionProblem, rows: usize) -> usize {
-    (rows * p.head_dim * 2).next_multiple_of(ATOM)
 }
 
 /// Tensor maps and where they stand in the params.
@@ -167,26 +93,14 @@ pub(in crate::launch) fn table_maps(
     Ok(maps)
 }
 
-impl Tile {
-    /// As `Storage` of the kernel lays it out, up to the biases.
-    pub fn storage_bytes(&self, p: &AttentionProblem) -> usize {
-        let queries = panel_bytes(p, REL_POS_ATTENTION_SM90_QUERIES as usize);
-        let keys = panel_bytes(p, self.rows * self.cols);
-        (queries + self.slots * keys + (1 + 2 * self.slots) * 8).next_multiple_of(ATOM)
-    }
-
-    /// Floats of a query's rel_h and rel_w, as `Biases` in `kernels/rel_pos_attention/common.cuh` lays them out.
-    pub fn bias_strides(&self, p: &AttentionProblem) -> [usize; 2] {
-        [p.side_h.next_multiple_of(self.rows) | 1, p.side_w.next_multiple_of(self.cols) + 8]
-    }
-
+impl StreamTile {
     fn shared_bytes(&self, p: &AttentionProblem) -> usize {
         let [h, w] = self.bias_strides(p);
-        self.storage_bytes(p) + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w)
+        self.bytes + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w)
     }
 
     /// Of qkv, or the output's gradient, which have `channels` of a token, as grids.
-    pub fn grid_maps(
+    pub(in crate::launch) fn grid_maps(
         &self,
         p: &AttentionProblem,
         address: device_ptr,
@@ -214,14 +128,30 @@ pub fn forward(
     out: device_ptr,
     lse: device_ptr,
 ) -> Result<Option<Launch>> {
+    match tiles::pick(problem, None) {
+        Some(tiles) => forward_with(tiles.forward, problem, dtype, inputs, [out, lse]),
+        None => Ok(None),
+    }
+}
+
+/// The forward with this tile, to `out` and `lse`; none if the kernels do not cover the problem.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with(
+    tile: &StreamTile,
+    problem: &AttentionProblem,
+    dtype: DType,
+    inputs: &Inputs,
+    [out, lse]: [device_ptr; 2],
+) -> Result<Option<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
     // A bulk copy makes zeros of tokens outside the grid, so no window may hang over it.
     let whole =
         problem.h.is_multiple_of(problem.side_h) && problem.w.is_multiple_of(problem.side_w);
-    let tile = tile(problem, dtype, FAMILY, &COMPILED);
     let shared_bytes = tile.shared_bytes(problem);
     if !whole
-        || !covers(problem, dtype, FAMILY, &[qkv, tables[0], tables[1], pad, out])
+        || !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out])
         || shared_bytes > SHARED_BYTES
     {
         return Ok(None);

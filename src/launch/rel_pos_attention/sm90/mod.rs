@@ -2,4 +2,5 @@
 
 pub mod backward;
 pub mod forward;
+pub mod tiles;
 pub mod windows;

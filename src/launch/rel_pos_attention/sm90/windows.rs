@@ -4,27 +4,25 @@
 
 use crate::launch::bindings::{
     device_ptr, RelPosAttentionWindowBwdParams, RelPosAttentionWindowFwdParams,
-    REL_POS_ATTENTION_WINDOW_SM90_BLOCKS, REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES,
-    REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES,
-    REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES,
-    REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES, REL_POS_ATTENTION_WINDOW_SM90_SIDE,
+    REL_POS_ATTENTION_WINDOW_SM90_BLOCKS, REL_POS_ATTENTION_WINDOW_SM90_SIDE,
     REL_POS_ATTENTION_WINDOW_SM90_THREADS,
 };
+use crate::launch::rel_pos_attention::sm90::tiles::{self as window_tiles, WindowTile};
 use crate::launch::rel_pos_attention::{shape, table_elements, BackwardOperands, Inputs};
 use crate::launch::{sum_partials, tiles, AttentionProblem, Launch};
 use candle_core::{DType, Result};
 
-/// Whether the kernels cover a problem with operands at these addresses.
-pub(in crate::launch) fn covers(
+/// The tile of a problem with operands at these addresses, if the kernels cover it.
+pub(in crate::launch) fn pick(
     problem: &AttentionProblem,
     dtype: DType,
     addresses: &[device_ptr],
-) -> bool {
+) -> Option<&'static WindowTile> {
     let side = REL_POS_ATTENTION_WINDOW_SM90_SIDE as usize;
-    matches!(dtype, DType::F16 | DType::BF16)
-        && [64, 80].contains(&problem.head_dim)
+    let covered = matches!(dtype, DType::F16 | DType::BF16)
         && problem.side_h.max(problem.side_w) <= side
-        && addresses.iter().all(|address| address.is_multiple_of(16))
+        && addresses.iter().all(|address| address.is_multiple_of(16));
+    window_tiles::window(problem.head_dim).filter(|_| covered)
 }
 
 /// Heads of all windows.
@@ -37,18 +35,18 @@ fn blocks(problem: &AttentionProblem) -> u64 {
     (units(problem) as u64).min(tiles::taking_turns(REL_POS_ATTENTION_WINDOW_SM90_BLOCKS))
 }
 
-/// A pass's kernel with the shared memory that it takes for heads of 64 and of 80 channels.
+/// A pass's kernel with the shared memory that a block of it takes.
 fn launch<P: bytemuck::NoUninit>(
     pass: &str,
     problem: &AttentionProblem,
     dtype: DType,
-    shared_bytes: [u32; 2],
+    shared_bytes: usize,
     params: &P,
 ) -> Result<Launch> {
     let family = format!("rel_pos_attention_window_{pass}_sm90_hd{}", problem.head_dim);
     let grid = [blocks(problem), 1, 1];
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_WINDOW_SM90_THREADS, params)?;
-    Ok(Launch { shared_bytes: shared_bytes[usize::from(problem.head_dim > 64)], ..launch })
+    Ok(Launch { shared_bytes: shared_bytes as u32, ..launch })
 }
 
 /// What [`crate::launch::rel_pos_attention::forward`] launches, for windows on Hopper; none where its kernels do not cover the
@@ -64,16 +62,12 @@ pub fn forward(
     lse: device_ptr,
 ) -> Result<Option<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
-    if !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out]) {
+    let Some(tile) = pick(problem, dtype, &[qkv, tables[0], tables[1], pad, out]) else {
         return Ok(None);
-    }
+    };
     let (units, shape) = (units(problem) as u64, shape(problem));
     let params = RelPosAttentionWindowFwdParams { qkv, tables, pad, out, lse, units, shape };
-    let shared_bytes = [
-        REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES,
-        REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES,
-    ];
-    launch("fwd", problem, dtype, shared_bytes, &params).map(Some)
+    launch("fwd", problem, dtype, tile.forward_bytes, &params).map(Some)
 }
 
 /// Where the blocks' sums for pad begin in the workspace, behind those for the tables, and its size in bytes.
@@ -101,9 +95,8 @@ pub fn backward(
 ) -> Result<Option<Vec<Launch>>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace: at } = operands;
-    if !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out, dout, dqkv]) {
-        return Ok(None);
-    }
+    let addresses = [qkv, tables[0], tables[1], pad, out, dout, dqkv];
+    let Some(tile) = pick(problem, dtype, &addresses) else { return Ok(None) };
     let [pad_partials, _] = workspace(problem, dtables != 0, dpad != 0);
     let table_partials = if dtables == 0 { 0 } else { at };
     let pad_partials = if dpad == 0 { 0 } else { at + pad_partials };
@@ -121,11 +114,7 @@ pub fn backward(
         units,
         shape,
     };
-    let shared_bytes = [
-        REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES,
-        REL_POS_ATTENTION_WINDOW_SM90_BWD_HD80_SHARED_BYTES,
-    ];
-    let mut launches = vec![launch("bwd", problem, dtype, shared_bytes, &params)?];
+    let mut launches = vec![launch("bwd", problem, dtype, tile.backward_bytes, &params)?];
     let mut sum = |partials: device_ptr, out: device_ptr, size: usize| -> Result<()> {
         if out != 0 {
             let parts = blocks(problem);

@@ -2,8 +2,10 @@
 //! has slots, windows that hang over the grid, more depth than a ring of stages, several tiles for each persistent block.
 
 use crate::launch::family::{Family, Implementation};
-use crate::launch::projection::sm90::forward::tiles_in_use;
-use crate::launch::tiles::{self, ATTENTION, PROJECTION};
+use crate::launch::projection::sm90::forward::Hopper;
+use crate::launch::projection::sm90::tiles::Pass;
+use crate::launch::rel_pos_attention::sm90::tiles::widths;
+use crate::launch::tiles::{with_most_blocks, Forced};
 use crate::ops::{
     composed, projection, rel_pos_attention, Activation, Lora, Projection, RelPosAttention,
 };
@@ -25,41 +27,32 @@ pub enum Problem {
         window: Option<usize>,
         heads: usize,
         head_dim: usize,
-        /// The tile to take; none where there is one only.
-        tile: Option<&'static str>,
+        /// Columns of the tile to take; none where there is one tile only.
+        cols: Option<usize>,
     },
     /// q, k and v; q and v have LoRA.
-    Qkv { out_dim: usize, tiles: [Vec<&'static str>; 2] },
+    Qkv { out_dim: usize },
     /// With LoRA, GELU and a residual.
-    Gelu { out_dim: usize, tiles: [Vec<&'static str>; 2] },
+    Gelu { out_dim: usize },
 }
 
-/// The problems that try every kernel of a family which this device's problems may get.
-pub fn of(family: Family, clusters: bool) -> Vec<Problem> {
-    let global = |grid, heads, head_dim, tile| Problem::Attention {
-        grid,
-        window: None,
-        heads,
-        head_dim,
-        tile: Some(tile),
-    };
+/// The problems that try every kernel of a family.
+pub fn of(family: Family) -> Vec<Problem> {
     match family {
-        Family::GlobalAttention { head_dim } => vec![
-            global((5, 64), 2, head_dim, "cols64"),
-            global((8, 40), 1, head_dim, "cols40"),
-            global((21, 15), 1, head_dim, "cols16"),
-        ],
+        Family::GlobalAttention { head_dim } => {
+            let of_width = |cols: usize| {
+                // Five steps of queries; in the narrow tile, of which there are many, stripes that are not full.
+                let grid = if cols == 16 { (21, 15) } else { (320 / cols, cols) };
+                let heads = if cols == 64 { 2 } else { 1 };
+                Problem::Attention { grid, window: None, heads, head_dim, cols: Some(cols) }
+            };
+            widths(head_dim).map(of_width).collect()
+        }
         Family::WindowAttention { head_dim } => {
             let (grid, window) = ((16, 20), Some(14));
-            vec![Problem::Attention { grid, window, heads: 2, head_dim, tile: None }]
+            vec![Problem::Attention { grid, window, heads: 2, head_dim, cols: None }]
         }
-        Family::Projection => {
-            let tiles = || [PROJECTION[2], PROJECTION[3]].map(|of| tiles_in_use(of, clusters));
-            vec![
-                Problem::Qkv { out_dim: 200, tiles: tiles() },
-                Problem::Gelu { out_dim: 264, tiles: tiles() },
-            ]
-        }
+        Family::Projection => vec![Problem::Qkv { out_dim: 200 }, Problem::Gelu { out_dim: 264 }],
     }
 }
 
@@ -96,18 +89,25 @@ impl Inputs {
     }
 }
 
-/// Tiles that a problem's kernels are made to take: families and names.
-pub struct Case(Vec<(&'static str, &'static str)>);
+/// An implementation with the tiles that a problem's kernels are made to take.
+#[derive(Clone, Copy)]
+pub struct Case(Implementation);
 
 impl Case {
-    pub fn run<R>(&self, f: impl FnOnce() -> R) -> R {
-        tiles::forced(&self.0, BLOCKS, f)
+    pub fn results(self, problem: &Problem, inputs: &Inputs) -> Result<Vec<Vec<f32>>> {
+        with_most_blocks(BLOCKS, || problem.results(inputs, By::Kernels(self.0)))
+    }
+
+    fn forced(self) -> Forced {
+        match self.0 {
+            Implementation::Native(device) => device.forced,
+            Implementation::Portable => Forced::NONE,
+        }
     }
 
     /// The tile of a projection's forward, for the name of a result.
-    pub fn suffix(&self) -> String {
-        let of_projection = |(family, _): &&(_, _)| *family == PROJECTION[2];
-        self.0.iter().find(of_projection).map_or(String::new(), |(_, tile)| format!(" {tile}"))
+    pub fn suffix(self) -> String {
+        self.forced().projection_forward.map_or(String::new(), |tile| format!(" {}", tile.name))
     }
 }
 
@@ -132,24 +132,25 @@ impl Problem {
         }
     }
 
-    /// The tiles to try the kernels with.
+    /// What to try: with the native kernels every tile that this device's problems may get.
     pub fn cases(&self, implementation: Implementation) -> Vec<Case> {
-        match (self, implementation) {
-            (Self::Attention { tile: Some(tile), .. }, Implementation::Native(_)) => {
-                vec![Case(ATTENTION[2..].iter().map(|&family| (family, *tile)).collect())]
+        let Implementation::Native(device) = implementation else {
+            return vec![Case(implementation)];
+        };
+        let case = |forced| Case(Implementation::Native(Hopper { forced, ..device }));
+        match self {
+            Self::Attention { cols, .. } => {
+                vec![case(Forced { attention_cols: *cols, ..Forced::NONE })]
             }
-            (Self::Qkv { tiles, .. } | Self::Gelu { tiles, .. }, Implementation::Native(_)) => {
-                let [forward, backward] = tiles;
-                let count = forward.len().max(backward.len());
-                let named = |family, names: &[&'static str], i: usize| {
-                    (family, names[i.min(names.len() - 1)])
-                };
-                let case = |i| {
-                    Case(vec![named(PROJECTION[2], forward, i), named(PROJECTION[3], backward, i)])
-                };
-                (0..count).map(case).collect()
+            Self::Qkv { .. } | Self::Gelu { .. } => {
+                let [forward, backward] = Pass::ALL.map(|pass| pass.tiles_in_use(device));
+                let both = forward.zip(backward).map(|(forward, backward)| Forced {
+                    projection_forward: Some(forward),
+                    projection_backward: Some(backward),
+                    ..Forced::NONE
+                });
+                both.map(case).collect()
             }
-            _ => vec![Case(vec![])],
         }
     }
 
@@ -301,7 +302,7 @@ mod tests {
     #[test]
     fn the_truth_is_the_composed_graphs_in_f32() -> Result<()> {
         for family in Family::ALL {
-            for problem in of(family, true) {
+            for problem in of(family) {
                 let inputs = problem.inputs()?;
                 let start = Instant::now();
                 let truth = problem.results(&inputs, By::Kernels(Implementation::Portable))?;
@@ -322,23 +323,29 @@ mod tests {
 
     #[test]
     fn every_tile_in_use_is_a_case() {
-        let hopper =
-            crate::launch::projection::sm90::forward::Hopper { multiprocessors: 2, clusters: true };
+        let hopper = Hopper::new(2, true);
         let mut tried = Vec::new();
         for family in Family::ALL {
-            for problem in of(family, true) {
+            for problem in of(family) {
                 let cases = problem.cases(Implementation::Native(hopper));
-                tried.extend(cases.into_iter().flat_map(|case| case.0));
+                tried.extend(cases.into_iter().map(|case| (family, case.forced())));
                 assert_eq!(problem.cases(Implementation::Portable).len(), 1);
             }
         }
-        for family in &PROJECTION[2..] {
-            for tile in tiles_in_use(family, true) {
-                assert!(tried.contains(&(*family, tile)), "{family} {tile}");
+        for pass in Pass::ALL {
+            for tile in pass.tiles_in_use(hopper) {
+                let is_tried = |(_, forced): &(_, Forced)| match pass {
+                    Pass::Forward => forced.projection_forward == Some(tile),
+                    Pass::BackwardInput => forced.projection_backward == Some(tile),
+                };
+                assert!(tried.iter().any(is_tried), "{pass:?} {tile:?}");
             }
         }
-        for tile in ["cols64", "cols40", "cols16"] {
-            assert!(ATTENTION[2..].iter().all(|family| tried.contains(&(*family, tile))), "{tile}");
+        for head_dim in [64, 80] {
+            for cols in widths(head_dim) {
+                let forced = Forced { attention_cols: Some(cols), ..Forced::NONE };
+                assert!(tried.contains(&(Family::GlobalAttention { head_dim }, forced)), "{cols}");
+            }
         }
     }
 }

@@ -1,0 +1,146 @@
+//! The tiles of the projections' kernels for every GPU and of their thin products (`kernels/tiles.h`), and which ones a
+//! problem gets.
+
+use crate::launch::tile_table::{LOW_RANK, PROJECTION};
+use candle_core::{bail, DType, Result};
+use std::fmt;
+
+/// The output tile of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub cols: u32,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Shared memory of a block of the forward.
+    pub forward_bytes: u32,
+    /// That of the gradient of x.
+    pub backward_bytes: u32,
+}
+
+impl fmt::Display for Tile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.rows, self.cols)
+    }
+}
+
+/// All tiles, the largest first; for tests.
+pub const TILES: &[Tile] = PROJECTION;
+
+/// Fewer blocks than this leave multiprocessors of an A100 (108) or H100 (132) idle.
+const ENOUGH_BLOCKS: u64 = 128;
+
+impl Tile {
+    /// Blocks beside each other for an output in these widths.
+    pub(in crate::launch) fn columns(&self, widths: &[u64]) -> u64 {
+        widths.iter().map(|width| width.div_ceil(self.cols.into())).sum()
+    }
+
+    /// Blocks below each other.
+    pub(in crate::launch) fn row_blocks(&self, rows: u64) -> u64 {
+        rows.div_ceil(self.rows.into())
+    }
+}
+
+/// The tile for an output of `rows` rows in these widths: the first that makes enough blocks and is not too wide, else the
+/// last.
+pub fn pick(rows: u64, widths: &[u64]) -> &'static Tile {
+    let serves = |tile: &&Tile| {
+        // A width that fills at most half of the last tile wastes more than a smaller tile costs.
+        let narrow = widths.iter().all(|width| 2 * width <= tile.cols.into());
+        !narrow && tile.row_blocks(rows) * tile.columns(widths) >= ENOUGH_BLOCKS
+    };
+    PROJECTION.iter().find(serves).unwrap_or(&PROJECTION[PROJECTION.len() - 1])
+}
+
+/// A product with a thin f32 side (`kernels/low_rank/low_rank.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Product {
+    /// S, of x and A.
+    Input,
+    /// dS, of the gradient and B.
+    Grad,
+    /// The gradients of A and B.
+    Weight,
+}
+
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Input => "input",
+            Self::Grad => "grad",
+            Self::Weight => "weight",
+        })
+    }
+}
+
+/// The output tile of a block of a thin product: 64 rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LowRankTile {
+    /// The product that it belongs to.
+    pub product: Product,
+    /// Columns.
+    pub cols: u32,
+    /// Bytes of an element of the left side.
+    pub element_bytes: usize,
+    /// Shared memory of a block.
+    pub bytes: u32,
+}
+
+impl LowRankTile {
+    /// Rows.
+    pub const ROWS: u64 = 64;
+
+    /// The narrowest tile that takes a rank at once; the widest, where none does.
+    ///
+    /// # Errors
+    /// On dtypes that no kernel takes.
+    pub(in crate::launch) fn pick(
+        product: Product,
+        dtype: DType,
+        rank: u32,
+    ) -> Result<&'static Self> {
+        let bytes = dtype.size_in_bytes();
+        let of_product = |tile: &&Self| (tile.product, tile.element_bytes) == (product, bytes);
+        let tiles = || LOW_RANK.iter().filter(of_product);
+        let fitting = tiles().filter(|tile| tile.cols >= rank).min_by_key(|tile| tile.cols);
+        match fitting.or_else(|| tiles().max_by_key(|tile| tile.cols)) {
+            Some(tile) => Ok(tile),
+            None => bail!("low_rank_{product}: no kernel takes {dtype:?}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_fill_the_device() {
+        let [large, small] = TILES else { panic!("{TILES:?}") };
+        // SAM ViT-B's qkv of one image, its output projection, and of one window's worth of tokens.
+        assert_eq!(pick(4096, &[768; 3]), large);
+        assert_eq!(pick(4096, &[768]), large);
+        assert_eq!(pick(196, &[768; 3]), small);
+        // Narrow outputs, as of the mask decoder, waste less in small tiles.
+        assert_eq!(pick(65536, &[32]), small);
+        assert_eq!(pick(65536, &[64; 3]), small);
+        assert_eq!(pick(65536, &[128]), large);
+    }
+
+    #[test]
+    fn a_rank_gets_the_narrowest_tile_that_takes_it_at_once() -> Result<()> {
+        for product in [Product::Input, Product::Grad, Product::Weight] {
+            for (rank, cols) in [(1, 16), (16, 16), (17, 64), (64, 64), (200, 64)] {
+                for dtype in [DType::F16, DType::BF16, DType::F32] {
+                    let tile = LowRankTile::pick(product, dtype, rank)?;
+                    assert_eq!((tile.cols, tile.element_bytes), (cols, dtype.size_in_bytes()));
+                }
+            }
+        }
+        assert!(LowRankTile::pick(Product::Input, DType::F64, 16).is_err());
+        Ok(())
+    }
+}

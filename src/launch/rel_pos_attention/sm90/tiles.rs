@@ -1,0 +1,112 @@
+//! The tiles of the attention's kernels for Hopper (`kernels/tiles.h`), and which ones a problem gets.
+
+use crate::launch::rel_pos_attention::tiles::{bias_strides, by_width};
+use crate::launch::tile_table::{
+    ATTENTION_BWD_KEY_SM90, ATTENTION_BWD_QUERY_SM90, ATTENTION_FWD_SM90, ATTENTION_WINDOW_SM90,
+};
+use crate::launch::AttentionProblem;
+
+/// A key tile of whole rows of `cols` columns, for a block of queries that it streams past: the forward, and the backward's
+/// query pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamTile {
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Key rows.
+    pub rows: usize,
+    /// Grid rows that one bulk copy brings.
+    pub box_rows: usize,
+    /// Shared memory of a block, without the biases.
+    pub bytes: usize,
+}
+
+/// The keys that a block of the backward's key pass has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyBlock {
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Shared memory of a block.
+    pub bytes: usize,
+}
+
+/// A window that lies whole in a block's shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowTile {
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Shared memory of a block of the forward.
+    pub forward_bytes: usize,
+    /// That of the backward.
+    pub backward_bytes: usize,
+}
+
+/// The tiles of the forward and of the backward's two passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// The forward's.
+    pub forward: &'static StreamTile,
+    /// The query pass's.
+    pub query: &'static StreamTile,
+    /// The key pass's.
+    pub key: &'static KeyBlock,
+}
+
+impl StreamTile {
+    /// Floats of a query's rel_h and rel_w.
+    pub fn bias_strides(&self, problem: &AttentionProblem) -> [usize; 2] {
+        bias_strides(problem, self.rows, self.cols)
+    }
+}
+
+/// Columns of the key tiles for heads of so many channels; for self-tests and measurements.
+pub fn widths(head_dim: usize) -> impl Iterator<Item = usize> {
+    let of_head = ATTENTION_FWD_SM90.iter().filter(move |tile| tile.head_dim == head_dim);
+    of_head.map(|tile| tile.cols)
+}
+
+/// The tiles of a problem, none for other heads. They are those of `cols` columns, if any are given and there are such; else
+/// those whose stripes leave least of the window's width empty.
+pub fn pick(problem: &AttentionProblem, cols: Option<usize>) -> Option<Tiles> {
+    let (head_dim, width) = (problem.head_dim, problem.side_w);
+    let stream = |tiles: &'static [StreamTile]| {
+        let of_head = tiles.iter().filter(move |tile| tile.head_dim == head_dim);
+        by_width(of_head, width, cols, |tile| tile.cols)
+    };
+    let of_head = ATTENTION_BWD_KEY_SM90.iter().filter(move |block| block.head_dim == head_dim);
+    Some(Tiles {
+        forward: stream(ATTENTION_FWD_SM90)?,
+        query: stream(ATTENTION_BWD_QUERY_SM90)?,
+        key: by_width(of_head, width, cols, |block| block.cols)?,
+    })
+}
+
+/// The tile of windows with heads of so many channels.
+pub fn window(head_dim: usize) -> Option<&'static WindowTile> {
+    ATTENTION_WINDOW_SM90.iter().find(|tile| tile.head_dim == head_dim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::portable::tests::GLOBAL;
+    use super::*;
+
+    #[test]
+    fn all_passes_have_the_width_that_leaves_least_empty_or_is_forced() {
+        let cols = |side_w, forced| {
+            let problem = AttentionProblem { side_w, ..GLOBAL };
+            let Tiles { forward, query, key } = pick(&problem, forced).unwrap();
+            assert_eq!([query.cols, key.cols], [forward.cols; 2]);
+            forward.cols
+        };
+        let found = [64, 40, 48, 80, 14, 63].map(|width| cols(width, None));
+        assert_eq!(found, [64, 40, 16, 16, 16, 64]);
+        for width in widths(64) {
+            assert_eq!(cols(64, Some(width)), width);
+        }
+        assert_eq!(pick(&AttentionProblem { head_dim: 32, ..GLOBAL }, None), None);
+    }
+}
