@@ -18,14 +18,15 @@
 /** An address in device memory. */
 typedef uint64_t device_ptr;
 
-/** How a tensor lies in memory and which tile of it is copied at once, encoded by the driver (src/launch/tensor_map.rs). */
+/** How a tensor lies in memory and which tile of it is copied at once, encoded by the driver
+ * (src/launch/tensor_map.rs). */
 typedef struct EncodedTensorMap {
   uint64_t opaque[16];
 } __attribute__((aligned(64))) EncodedTensorMap;
 ABI_SIZE(EncodedTensorMap, 128);
 
-/** Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at least
- * `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. */
+/** Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at
+ * least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. */
 typedef struct DropoutMask {
   uint32_t seed_low;
   uint32_t seed_high;
@@ -77,7 +78,8 @@ typedef struct LayerNormBwdParams {
 } LayerNormBwdParams;
 ABI_SIZE(LayerNormBwdParams, 56);
 
-/** The column pass: a block of 32 x LAYER_NORM_COLUMN_WARPS threads sums 32 columns over LAYER_NORM_COLUMN_ROWS rows. */
+/** The column pass: a block of 32 x LAYER_NORM_COLUMN_WARPS threads sums 32 columns over LAYER_NORM_COLUMN_ROWS
+ * rows. */
 #define LAYER_NORM_COLUMN_WARPS 8
 #define LAYER_NORM_COLUMN_ROWS 256
 #define LAYER_NORM_COLUMN_SHARED_BYTES 2048
@@ -96,10 +98,10 @@ ABI_SIZE(LayerNormBwdWeightParams, 48);
 /** Most projections that share an input: q, k and v. */
 #define PROJECTION_PARTS 3
 
-/** One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are
- * f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`; the biases are of the kernel's
- * dtype if `bias_typed`, `lora_bias_typed`. Its columns of packed tensors start at `column`, those of S at `s_column`.
- * Without LoRA the rank is 0. */
+/** One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors
+ * are f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`; the biases are of the
+ * kernel's dtype if `bias_typed`, `lora_bias_typed`. Its columns of packed tensors start at `column`, those of S at
+ * `s_column`. Without LoRA the rank is 0. */
 typedef struct ProjectionPart {
   device_ptr weight;
   device_ptr bias;
@@ -122,10 +124,10 @@ ABI_SIZE(ProjectionPart, 88);
 #define ACTIVATION_GELU 1
 #define ACTIVATION_RELU 2
 
-/** `out = act(cat_p (left W_p^T + low_rank_p b_p^T + constants)) + residual` in the forward (left is x `[rows, in_dim]`,
- * low_rank is S, out is `[rows, total]`); `out = sum_p (left_p W_p + mask_p(low_rank_p a_p))` in the backward (left is
- * the gradient `[rows, total]`, low_rank is dS, out is `[rows, in_dim]`). S and dS are `[rows, s_stride]`, f32, and carry
- * `scaling`. `sum`, if wanted, is what `act` is applied to. */
+/** `out = act(cat_p (left W_p^T + low_rank_p b_p^T + constants)) + residual` in the forward (left is x `[rows,
+ * in_dim]`, low_rank is S, out is `[rows, total]`); `out = sum_p (left_p W_p + mask_p(low_rank_p a_p))` in the backward
+ * (left is the gradient `[rows, total]`, low_rank is dS, out is `[rows, in_dim]`). S and dS are `[rows, s_stride]`,
+ * f32, and carry `scaling`. `sum`, if wanted, is what `act` is applied to. */
 typedef struct ProjectionParams {
   device_ptr left;
   device_ptr low_rank;
@@ -158,8 +160,8 @@ typedef struct ProjectionFwdSm90Params {
 } ProjectionFwdSm90Params;
 ABI_SIZE(ProjectionFwdSm90Params, 2816);
 
-/** The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of
- * absent tensors are zero. */
+/** The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those
+ * of absent tensors are zero. */
 typedef struct ProjectionBwdInputSm90Params {
   EncodedTensorMap g[PROJECTION_PARTS];
   EncodedTensorMap weight[PROJECTION_PARTS];
@@ -173,8 +175,8 @@ ABI_SIZE(ProjectionBwdInputSm90Params, 1280);
 /** Threads of a block of the projection kernels on Hopper: three warpgroups. */
 #define PROJECTION_SM90_THREADS 384
 
-/** One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie
- * in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros. */
+/** One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j
+ * lie in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros. */
 typedef struct LowRankPart {
   device_ptr left;
   device_ptr right;
@@ -280,8 +282,8 @@ ABI_SIZE(RelPosAttentionShape, 56);
 
 /** `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,
  * head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32
- * `[windows, heads, tokens]`, tokens on the grid first. With f32 operands it is `[windows, heads, tokens, 2]`, the maximum in
- * base 2 and the sum. */
+ * `[windows, heads, tokens]`, tokens on the grid first. With f32 operands it is `[windows, heads, tokens, 2]`, the
+ * maximum in base 2 and the sum. */
 typedef struct RelPosAttentionFwdParams {
   device_ptr qkv;
   device_ptr tables[2];
@@ -319,8 +321,8 @@ typedef struct RelPosAttentionFwdSm90Params {
 } RelPosAttentionFwdSm90Params;
 ABI_SIZE(RelPosAttentionFwdSm90Params, 896);
 
-/** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for each
- * multiprocessor of an H100 or H200. */
+/** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for
+ * each multiprocessor of an H100 or H200. */
 #define REL_POS_ATTENTION_WINDOW_SM90_SIDE 14
 #define REL_POS_ATTENTION_WINDOW_SM90_THREADS 448
 #define REL_POS_ATTENTION_WINDOW_SM90_BLOCKS 132
@@ -337,8 +339,8 @@ typedef struct RelPosAttentionWindowFwdParams {
 } RelPosAttentionWindowFwdParams;
 ABI_SIZE(RelPosAttentionWindowFwdParams, 112);
 
-/** The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of
- * the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted. */
+/** The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows
+ * of the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted. */
 typedef struct RelPosAttentionWindowBwdParams {
   device_ptr qkv;
   device_ptr tables[2];
@@ -419,8 +421,8 @@ typedef struct RelPosAttentionBwdQuerySm90Params {
 } RelPosAttentionBwdQuerySm90Params;
 ABI_SIZE(RelPosAttentionBwdQuerySm90Params, 1216);
 
-/** Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what the
- * query pass left: of its `bias` a key tile's columns and its rows, and `delta`. */
+/** Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what
+ * the query pass left: of its `bias` a key tile's columns and its rows, and `delta`. */
 typedef struct RelPosAttentionBwdKeySm90Params {
   PanelMaps key_maps;
   PanelMaps query_maps;

@@ -1,8 +1,9 @@
-/* The tiles that the kernels are compiled for. Each table is a macro of rows: TABLE(X) expands to X(..) for every instance.
+/* The tiles that the kernels are compiled for. Each table is a macro of rows: TABLE(X) expands to X(..) for every
+ * instance.
  *
- * The files kernels/<op>/<pass>.cu expand them to kernels. emulator/src/tiles.cpp expands them to src/launch/tile_table.rs,
- * with the shared memory that a block of each takes: run scripts/bindings.sh after a change. So a tile is one row here, and
- * which problems get it is said by `pick` of its module in src/launch.
+ * The files kernels/<op>/<pass>.cu expand them to kernels. emulator/src/tiles.cpp expands them to
+ * src/launch/tile_table.rs, with the shared memory that a block takes: run scripts/bindings.sh after a change. So a
+ * tile is one row here. `pick` of its module in src/launch says which problems get it.
  */
 #ifndef CANDLE_SAM_LORA_TILES_H
 #define CANDLE_SAM_LORA_TILES_H
@@ -17,8 +18,8 @@
 #define HEADS_TO_32(X, elements, ...) elements(X, 16, __VA_ARGS__) elements(X, 32, __VA_ARGS__)
 #define LARGE_HEADS(X, elements, ...) elements(X, 64, __VA_ARGS__) elements(X, 80, __VA_ARGS__)
 
-/* Attention, forward and query pass: X(element, type, head_dim, columns and key rows of a key tile, warps of 16 queries).
- * Of two widths that leave equally little of a window's width empty, the first one is taken.
+/* Attention, forward and query pass: X(element, type, head_dim, columns and key rows of a key tile, warps of 16
+ * queries). Of two widths that leave equally little of a window's width empty, the first is taken.
  *
  *   64   rel_h is one number for 64 keys; a block's 64 queries are one row of SAM's grid of 64 x 64
  *   16   a window's row of 14 is 16, its 196 queries are two blocks of 112; in f32, of twice the bytes, half the keys
@@ -35,9 +36,9 @@
     HEADS(X, HALF, 64)                     \
     HEADS(X, FLOAT, 32)
 
-/* Attention on Hopper, a row a width; of equals the first one is taken. W(X, columns of a key tile; then of the forward and
- * of the query pass: key rows, rows that a bulk copy brings, tiles in flight for heads of 64 and of 80 channels). The key
- * pass has the same widths.
+/* Attention on Hopper, a row a width; of equals the first one is taken. W(X, columns of a key tile; then of the forward
+ * and of the query pass: key rows, rows that a bulk copy brings, tiles in flight for heads of 64 and of 80 channels).
+ * The key pass has the same widths.
  *
  *   64   rel_w is one fragment for all tiles of the forward; SAM's grid of 64 x 64
  *   16   grids of 32 and 48
@@ -48,8 +49,8 @@
     W(X, 16, 8, 8, 6, 5, 4, 4, 8, 8)        \
     W(X, 40, 4, 1, 5, 4, 2, 1, 5, 4)
 
-/* X(element, type, head_dim, columns, key rows, rows of a bulk copy, tiles in flight), and X(element, type, head_dim, columns)
- * for the key pass. */
+/* X(element, type, head_dim, columns, key rows, rows of a bulk copy, tiles in flight), and for the key pass X(element,
+ * type, head_dim, columns). */
 #define REL_POS_ATTENTION_FWD_SM90_TILES(X) REL_POS_ATTENTION_SM90_WIDTHS(FWD_SM90_TILES, X)
 #define REL_POS_ATTENTION_BWD_QUERY_SM90_TILES(X) REL_POS_ATTENTION_SM90_WIDTHS(BWD_QUERY_SM90_TILES, X)
 #define REL_POS_ATTENTION_BWD_KEY_SM90_TILES(X) REL_POS_ATTENTION_SM90_WIDTHS(BWD_KEY_SM90_TILES, X)
@@ -65,15 +66,16 @@
 /* Projections: X(element, type, rows and columns of a block's output, warps that share its rows and its columns).
  *
  *   128 x 128   each operand element is used 128 times, which tensor cores need to be busy
- *    64 x 64    four times as many blocks where large ones would leave multiprocessors idle; less waste on narrow outputs
+ *    64 x 64    four times as many blocks where large ones would leave multiprocessors idle; less waste on
+ *               narrow outputs
  */
 #define PROJECTION_TILES(X)      \
     ANY_FLOAT(X, 128, 128, 2, 4) \
     ANY_FLOAT(X, 64, 64, 2, 2)
 
-/* Projections on Hopper: X(element, type, name, whether two warpgroups take tiles in turn (ping-pong) or share each one's
- * rows (cooperative), rows, columns, stages in flight, blocks of a cluster). Each tile of a cluster of two, `_x2`, exists
- * without the cluster too, for devices that launch none. */
+/* Projections on Hopper: X(element, type, name, whether two warpgroups take tiles in turn (ping-pong) or share each
+ * one's rows (cooperative), rows, columns, stages in flight, blocks of a cluster). Each tile of a cluster of two,
+ * `_x2`, exists without the cluster too, for devices that launch none. */
 #define PROJECTION_FWD_SM90_TILES(X)                    \
     HALF(X, pingpong_128x192, true, 128, 192, 4, 1)     \
     HALF(X, pingpong_128x192_x2, true, 128, 192, 4, 2)  \
@@ -83,9 +85,9 @@
     PROJECTION_FWD_SM90_TILES(X)           \
     HALF(X, cooperative_128x192, false, 128, 192, 5, 1)
 
-/* Products with a thin f32 side: X(element, type, product, columns, warps that share its rows and its columns, whether the left
- * side lies in columns and the right one in rows). Most adapters have a rank of 16 or less, and a wider tile would multiply
- * zeros; above, 64 columns read the other side fewer times. */
+/* Products with a thin f32 side: X(element, type, product, columns, warps that share its rows and its columns, whether
+ * the left side lies in columns and the right one in rows). Most adapters have a rank of 16 or less, and a wider tile
+ * would multiply zeros; above, 64 columns read the other side fewer times. */
 #define LOW_RANK_TILES(X)                       \
     ANY_FLOAT(X, input, 16, 4, 1, false, false) \
     ANY_FLOAT(X, input, 64, 2, 2, false, false) \

@@ -1,8 +1,8 @@
 // Dropout of accumulators: which of those that a lane holds are kept.
 //
 // Four fragments side by side are 16 rows of 32 columns; element i of fragment n is in row lane / 4 + 8 (i / 2), column
-// 8 n + 2 (lane % 4) + i % 2, after mma.m16n8 and wgmma alike. A fragment's row is one group of eight columns, whose random
-// words the four lanes of the row share: lane c draws those of fragment c, and hands word d to lane d.
+// 8 n + 2 (lane % 4) + i % 2, after mma.m16n8 and wgmma alike. A fragment's row is one group of eight columns, whose
+// random words the four lanes of the row share: lane c draws those of fragment c, and hands word d to lane d.
 #pragma once
 #include "common/philox.cuh"
 
@@ -20,7 +20,8 @@ __device__ __forceinline__ uint32_t keep_bits(const DropoutMask& mask, uint32_t 
             const int other = c ^ d;
             const uint32_t mine = other < 2 ? (other == 0 ? words.x : words.y) : (other == 2 ? words.z : words.w);
             const uint32_t word = ptx::shfl_xor(mine, d);  // word c of fragment `other`
-            const uint32_t bits = uint32_t((word & 0xFFFFu) >= mask.threshold) | uint32_t((word >> 16) >= mask.threshold) << 1;
+            const uint32_t bits =
+                uint32_t((word & 0xFFFFu) >= mask.threshold) | uint32_t((word >> 16) >= mask.threshold) << 1;
             keep |= bits << keep_bit(other, 2 * half);
         }
     }

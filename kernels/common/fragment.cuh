@@ -1,14 +1,14 @@
 // Operands of a 16 x 8 x 16 product on tensor cores, read from shared memory: D [16, 8] += A [16, 16] B [16, 8].
 //
-// f16 and bf16 are one mma.m16n8k16. f32 is 3xTF32: x = high + low, both tf32, and a b = low high + high low + high high,
-// which leaves out terms of 2^-22; six mma.m16n8k8. The accumulators lie in the same place for all: lane l, with
+// f16 and bf16 are one mma.m16n8k16. f32 is 3xTF32: x = high + low, both tf32, and a b = low high + high low + high
+// high, which leaves out terms of 2^-22; six mma.m16n8k8. The accumulators lie in the same place for all: lane l, with
 // g = l / 4 and t = l % 4, holds D[g][2t], D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1].
 //
-// low is cut off, not rounded: then high + low is split into the same two again, and a sum of one product, 1 v, is worth
-// in the next product what v is. An infinity has no low part: its f32 products are NaN.
+// low is cut off, not rounded: then high + low is split into the same two again, and a sum of one product, 1 v, is
+// worth in the next product what v is. An infinity has no low part: its f32 products are NaN.
 //
-// f32 operands take the depth in the order 0 2 4 6 1 3 5 7 within each eight, both alike, so a sum does not notice; then
-// what a lane needs of a row are two neighbours, and accumulators are A operands without moving between lanes.
+// f32 operands take the depth in the order 0 2 4 6 1 3 5 7 within each eight, both alike, so a sum does not notice;
+// then what a lane needs of a row are two neighbours, and accumulators are A operands without moving between lanes.
 #pragma once
 #include "common/kernel.cuh"
 
@@ -84,7 +84,8 @@ __device__ __forceinline__ void load_b_trans(FragmentB<float> (&b)[2], const flo
 }
 
 // A from the accumulators of its left and right half.
-template <class T> __device__ __forceinline__ void make_a(FragmentA<T>& a, const float (&left)[4], const float (&right)[4]) {
+template <class T>
+__device__ __forceinline__ void make_a(FragmentA<T>& a, const float (&left)[4], const float (&right)[4]) {
     a.at[0] = pack<T>(left[0], left[1]);
     a.at[1] = pack<T>(left[2], left[3]);
     a.at[2] = pack<T>(right[0], right[1]);
@@ -139,7 +140,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const FragmentA<float>& a, co
 }
 
 // D^T += B^T A^T, for operands in exchanged roles: with the bits that mma gives D.
-template <class T> __device__ __forceinline__ void mma_transposed(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
+template <class T>
+__device__ __forceinline__ void mma_transposed(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
     if constexpr (sizeof(T) == 4) mma<true>(d, a, b);
     else mma(d, a, b);
 }
@@ -149,7 +151,8 @@ __device__ __forceinline__ void take_diagonal(float (&diagonal)[2], const float 
     const int g = lane_id() / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-        diagonal[half] = ptx::shfl_idx(g % 2 == 0 ? products[half][2 * half] : products[half][2 * half + 1], 4 * g + g / 2);
+        diagonal[half] =
+            ptx::shfl_idx(g % 2 == 0 ? products[half][2 * half] : products[half][2 * half + 1], 4 * g + g / 2);
 }
 
 // The sum and the maximum over the four lanes that hold a row of accumulators.

@@ -15,7 +15,8 @@ __device__ __forceinline__ uint4 philox4x32(uint4 counter, uint2 key) {
 
 // The random words of the columns 8 * group .. 8 * group + 7 of a row.
 __device__ __forceinline__ uint4 dropout_words(const DropoutMask& mask, uint64_t row, uint32_t group) {
-    return philox4x32(make_uint4(group, uint32_t(row), uint32_t(row >> 32), mask.stream), make_uint2(mask.seed_low, mask.seed_high));
+    return philox4x32(make_uint4(group, uint32_t(row), uint32_t(row >> 32), mask.stream),
+                      make_uint2(mask.seed_low, mask.seed_high));
 }
 
 // The factor of column 8 * group + lane: the scale, or 0 if it is dropped.

@@ -33,9 +33,11 @@ PTX void* cvta_global(uint64_t address) { return __cvta_global_to_generic(addres
 
 template <bool Trans = false> PTX void ldmatrix_x1(uint32_t& r, const void* row) {
     if constexpr (Trans)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(cvta_shared(row)) : "memory");
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                     : "=r"(r) : "r"(cvta_shared(row)) : "memory");
     else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(cvta_shared(row)) : "memory");
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                     : "=r"(r) : "r"(cvta_shared(row)) : "memory");
 }
 
 template <bool Trans = false> PTX void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
@@ -56,23 +58,26 @@ template <bool Trans = false> PTX void ldmatrix_x4(uint32_t (&r)[4], const void*
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(cvta_shared(row)) : "memory");
 }
 
-// --- mma.sync: d += a b, f32 accumulators; a is row-major, b column-major ---------------------------------------------
+// --- mma.sync: d += a b, f32 accumulators; a is row-major, b column-major --------------------------------------------
 
 PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // The operands are f32 bits of which tf32 (10 bits of mantissa) is used; round with cvt_rna_tf32 first.
 PTX void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -83,15 +88,17 @@ PTX uint32_t cvt_rna_tf32(float x) {
     return r;
 }
 
-// --- cp.async: global to shared, Bytes 4, 8 or 16, both aligned to it; zeros if not `valid` (the source is not read) --
+// --- cp.async: global to shared, Bytes 4, 8 or 16, both aligned to it; zeros if not `valid` (the source is not read) -
 
 template <int Bytes> PTX void cp_async(void* dst, const void* src, bool valid = true) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
     const int source_bytes = valid ? Bytes : 0;
     if constexpr (Bytes == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(cvta_shared(dst)), "l"(src), "r"(source_bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     ::"r"(cvta_shared(dst)), "l"(src), "r"(source_bytes) : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(cvta_shared(dst)), "l"(src), "n"(Bytes), "r"(source_bytes) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     ::"r"(cvta_shared(dst)), "l"(src), "n"(Bytes), "r"(source_bytes) : "memory");
 }
 
 PTX void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -102,7 +109,7 @@ template <int N> PTX void cp_async_wait_group() { asm volatile("cp.async.wait_gr
 // Asks for what lies at this address, so that it is in the L2 cache later.
 PTX void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// --- barriers, shuffles, arithmetic -----------------------------------------------------------------------------------
+// --- barriers, shuffles, arithmetic ----------------------------------------------------------------------------------
 
 // The barrier `id` (1..15) among `threads` threads, a multiple of 32.
 PTX void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -111,7 +118,7 @@ template <class T> PTX T shfl_xor(T value, int lane_mask) { return __shfl_xor_sy
 template <class T> PTX T shfl_idx(T value, int lane) { return __shfl_sync(~0u, value, lane); }
 template <class T> PTX T shfl_down(T value, int delta) { return __shfl_down_sync(~0u, value, delta); }
 
-// --- programmatic dependent launch, docs/kernels.md; before Hopper nothing: there kernels follow one another --------------
+// --- programmatic dependent launch, docs/kernels.md; before Hopper nothing: there kernels follow one another ---------
 
 // Lets the next kernel begin, if it may, once all blocks have come here or ended.
 PTX void griddepcontrol_launch_dependents() {
@@ -126,7 +133,7 @@ PTX void griddepcontrol_wait() {
 #endif
 }
 
-// --- the rest ----------------------------------------------------------------------------------------------------------
+// --- the rest --------------------------------------------------------------------------------------------------------
 
 // No instruction: the same value, of which the compiler knows nothing.
 PTX uint32_t hide(uint32_t x) {

@@ -8,8 +8,8 @@
 #pragma once
 #include "common/kernel.cuh"
 
-// Fills tile[r][c], rows kStride apart, from `from [.., stride]`; rows and cols say how much of it there is (at least one
-// column), the rest is zero. In 16-byte copies where memory is aligned for them, else element by element.
+// Fills tile[r][c], rows kStride apart, from `from [.., stride]`; rows and cols say how much of it there is (at least
+// one column), the rest is zero. In 16-byte copies where memory is aligned for them, else element by element.
 template <int kRows, int kCols, int kStride, int kThreads, class E>
 __device__ __forceinline__ void stage_tile(E* tile, const E* from, uint32_t stride, uint32_t rows, uint32_t cols) {
     constexpr int kChunks = kCols / kVec<E>, kSteps = ceil_div(kRows * kChunks, kThreads);
@@ -37,8 +37,8 @@ __device__ __forceinline__ void stage_tile(E* tile, const E* from, uint32_t stri
     }
 }
 
-// acc += left right over 32 of depth. `left` [m][32] is at the warp's first row, `right` at its first column: [n][32], or
-// [32][n] if kRightRows.
+// acc += left right over 32 of depth. `left` [m][32] is at the warp's first row, `right` at its first column: [n][32],
+// or [32][n] if kRightRows.
 template <bool kRightRows, int kLeftStride, int kRightStride, int kM, int kN, class T>
 __device__ __forceinline__ void product_16bit(float (&acc)[kM][kN][4], const T* left, const T* right) {
     static_assert(kN % 2 == 0);
@@ -47,7 +47,8 @@ __device__ __forceinline__ void product_16bit(float (&acc)[kM][kN][4], const T* 
     for (int k = 0; k < 32; k += 16) {
         uint32_t a[kM][4];
 #pragma unroll
-        for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(a[m], left + (m * 16 + lane % 16) * kLeftStride + k + lane / 16 * 8);
+        for (int m = 0; m < kM; ++m)
+            ptx::ldmatrix_x4(a[m], left + (m * 16 + lane % 16) * kLeftStride + k + lane / 16 * 8);
 #pragma unroll
         for (int n = 0; n < kN; n += 2) {
             uint32_t b[4];
@@ -73,8 +74,8 @@ __device__ __forceinline__ Tf32 split_tf32(float x) {
     return {high, ptx::cvt_rna_tf32(x - __uint_as_float(high))};
 }
 
-// acc += what `body` adds to zeros. Tensor cores cut their sums off where f32 would be rounded: in one long chain of them the
-// accuracy would be lost that splitting the operands has kept.
+// acc += what `body` adds to zeros. Tensor cores cut their sums off where f32 would be rounded: in one long chain of
+// them the accuracy would be lost that splitting the operands has kept.
 template <class Body> __device__ __forceinline__ void add_rounded(float (&acc)[4], Body body) {
     float sum[4] = {};
     body(sum);

@@ -7,39 +7,45 @@ namespace ptx {
 template <int N> struct Wgmma;
 
 // Operands follow the N / 2 accumulators: i0 is the number of the first one.
-#define WGMMA_SHARED(N, shape, type, transposed, i0, i1, i2)                                                                     \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i2 ", 0; wgmma.mma_async.sync.aligned.m64n" #N shape ".f32." type "." type  \
+#define WGMMA_SHARED(N, shape, type, transposed, i0, i1, i2)                        \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i2 ", 0; "                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N shape ".f32." type "." type \
                  " {" WGMMA_LIST_##N "}, %" #i0 ", %" #i1 ", p, 1, 1" transposed ";}"
-#define WGMMA_REGISTERS(N, shape, type, transposed, i0, i1, i2, i3, i4, i5)                                                      \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N shape ".f32." type "." type  \
+#define WGMMA_REGISTERS(N, shape, type, transposed, i0, i1, i2, i3, i4, i5)         \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; "                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N shape ".f32." type "." type \
                  " {" WGMMA_LIST_##N "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1" transposed ";}"
 
-#define WGMMA(N, i0, i1, i2, i3, i4, i5, i6)                                                                                     \
-    template <> struct Wgmma<N> {                                                                                                \
-        using D = float[N / 2];                                                                                                  \
-        template <int kTransA, int kTransB> static PTX void mma(D& d, uint64_t a, uint64_t b, int scale_d, __nv_bfloat16) {      \
-            WGMMA_SHARED(N, "k16", "bf16", ", %" #i3 ", %" #i4, i0, i1, i2)                                                      \
-            : WGMMA_OUT_##N : "l"(a), "l"(b), "r"(scale_d), "n"(kTransA), "n"(kTransB));                                         \
-        }                                                                                                                        \
-        template <int kTransA, int kTransB> static PTX void mma(D& d, uint64_t a, uint64_t b, int scale_d, __half) {             \
-            WGMMA_SHARED(N, "k16", "f16", ", %" #i3 ", %" #i4, i0, i1, i2)                                                       \
-            : WGMMA_OUT_##N : "l"(a), "l"(b), "r"(scale_d), "n"(kTransA), "n"(kTransB));                                         \
-        }                                                                                                                        \
-        template <int kTransB> static PTX void mma(D& d, const uint32_t (&a)[4], uint64_t b, int scale_d, __nv_bfloat16) {       \
-            WGMMA_REGISTERS(N, "k16", "bf16", ", %" #i6, i0, i1, i2, i3, i4, i5)                                                 \
-            : WGMMA_OUT_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(kTransB));                   \
-        }                                                                                                                        \
-        template <int kTransB> static PTX void mma(D& d, const uint32_t (&a)[4], uint64_t b, int scale_d, __half) {              \
-            WGMMA_REGISTERS(N, "k16", "f16", ", %" #i6, i0, i1, i2, i3, i4, i5)                                                  \
-            : WGMMA_OUT_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(kTransB));                   \
-        }                                                                                                                        \
-        static PTX void mma_tf32(D& d, uint64_t a, uint64_t b, int scale_d) {                                                    \
-            WGMMA_SHARED(N, "k8", "tf32", "", i0, i1, i2) : WGMMA_OUT_##N : "l"(a), "l"(b), "r"(scale_d));                       \
-        }                                                                                                                        \
-        static PTX void mma_tf32(D& d, const uint32_t (&a)[4], uint64_t b, int scale_d) {                                        \
-            WGMMA_REGISTERS(N, "k8", "tf32", "", i0, i1, i2, i3, i4, i5)                                                         \
-            : WGMMA_OUT_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));                                 \
-        }                                                                                                                        \
+#define WGMMA(N, i0, i1, i2, i3, i4, i5, i6)                                                                   \
+    template <> struct Wgmma<N> {                                                                              \
+        using D = float[N / 2];                                                                                \
+        template <int kTransA, int kTransB>                                                                    \
+        static PTX void mma(D& d, uint64_t a, uint64_t b, int scale_d, __nv_bfloat16) {                        \
+            WGMMA_SHARED(N, "k16", "bf16", ", %" #i3 ", %" #i4, i0, i1, i2)                                    \
+            : WGMMA_OUT_##N : "l"(a), "l"(b), "r"(scale_d), "n"(kTransA), "n"(kTransB));                       \
+        }                                                                                                      \
+        template <int kTransA, int kTransB>                                                                    \
+        static PTX void mma(D& d, uint64_t a, uint64_t b, int scale_d, __half) {                               \
+            WGMMA_SHARED(N, "k16", "f16", ", %" #i3 ", %" #i4, i0, i1, i2)                                     \
+            : WGMMA_OUT_##N : "l"(a), "l"(b), "r"(scale_d), "n"(kTransA), "n"(kTransB));                       \
+        }                                                                                                      \
+        template <int kTransB>                                                                                 \
+        static PTX void mma(D& d, const uint32_t (&a)[4], uint64_t b, int scale_d, __nv_bfloat16) {            \
+            WGMMA_REGISTERS(N, "k16", "bf16", ", %" #i6, i0, i1, i2, i3, i4, i5)                               \
+            : WGMMA_OUT_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(kTransB)); \
+        }                                                                                                      \
+        template <int kTransB>                                                                                 \
+        static PTX void mma(D& d, const uint32_t (&a)[4], uint64_t b, int scale_d, __half) {                   \
+            WGMMA_REGISTERS(N, "k16", "f16", ", %" #i6, i0, i1, i2, i3, i4, i5)                                \
+            : WGMMA_OUT_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(kTransB)); \
+        }                                                                                                      \
+        static PTX void mma_tf32(D& d, uint64_t a, uint64_t b, int scale_d) {                                  \
+            WGMMA_SHARED(N, "k8", "tf32", "", i0, i1, i2) : WGMMA_OUT_##N : "l"(a), "l"(b), "r"(scale_d));     \
+        }                                                                                                      \
+        static PTX void mma_tf32(D& d, const uint32_t (&a)[4], uint64_t b, int scale_d) {                      \
+            WGMMA_REGISTERS(N, "k8", "tf32", "", i0, i1, i2, i3, i4, i5)                                       \
+            : WGMMA_OUT_##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));               \
+        }                                                                                                      \
     };
 
 // clang-format off

@@ -1,7 +1,7 @@
 // DoRA's norm: norm [out_dim] = || W + scaling b a || of each row of the weight [out_dim, in_dim], in f32.
 //
-// A block takes DORA_NORM_ROWS rows, a thread every 128th column of them: an element of a is read once for all rows, those
-// of b come from shared memory, and W is read once.
+// A block takes DORA_NORM_ROWS rows, a thread every 128th column of them: an element of a is read once for all rows,
+// those of b come from shared memory, and W is read once.
 #pragma once
 #include "common/reduce.cuh"
 
@@ -15,7 +15,8 @@ template <class T> __device__ __forceinline__ void dora_norm(const DoraNormParam
     const uint32_t row0 = blockIdx.x * DORA_NORM_ROWS;
     for (uint32_t i = threadIdx.x; i < p.rank * DORA_NORM_ROWS; i += DORA_NORM_THREADS) {
         const uint32_t rank = i / DORA_NORM_ROWS, row = i % DORA_NORM_ROWS;
-        shared.b[rank][row] = row0 + row < p.out_dim ? p.scaling * global<const float>(p.b)[uint64_t(row0 + row) * p.rank + rank] : 0.0f;
+        shared.b[rank][row] =
+            row0 + row < p.out_dim ? p.scaling * global<const float>(p.b)[uint64_t(row0 + row) * p.rank + rank] : 0.0f;
     }
     __syncthreads();
     float sums[DORA_NORM_ROWS] = {};

@@ -1,4 +1,5 @@
-// y = x * mask, for `x [rows, cols]`: dropout on its own, and its gradient. One thread an aligned group of eight columns.
+// y = x * mask, for `x [rows, cols]`: dropout on its own, and its gradient. One thread an aligned group of eight
+// columns.
 #include "common/philox.cuh"
 
 template <class T> __device__ void dropout(const DropoutParams& p) {

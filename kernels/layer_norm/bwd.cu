@@ -9,4 +9,6 @@ constexpr int kColumnThreads = LAYER_NORM_COLUMN_WARPS * kWarp;
 static_assert(sizeof(LayerNormColumnStorage) == LAYER_NORM_COLUMN_SHARED_BYTES);
 KERNEL(layer_norm_bwd_weight_f32, LayerNormBwdWeightParams, kColumnThreads) { layer_norm_bwd_weight<float>(p); }
 KERNEL(layer_norm_bwd_weight_f16, LayerNormBwdWeightParams, kColumnThreads) { layer_norm_bwd_weight<__half>(p); }
-KERNEL(layer_norm_bwd_weight_bf16, LayerNormBwdWeightParams, kColumnThreads) { layer_norm_bwd_weight<__nv_bfloat16>(p); }
+KERNEL(layer_norm_bwd_weight_bf16, LayerNormBwdWeightParams, kColumnThreads) {
+    layer_norm_bwd_weight<__nv_bfloat16>(p);
+}

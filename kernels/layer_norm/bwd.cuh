@@ -4,11 +4,13 @@
 //   dweight = sum over rows of dy xhat,   dbias = sum over rows of dy
 //
 // Two kernels, since weight and bias are mostly frozen: `bwd` goes along rows (dx, and the statistics if asked for),
-// `bwd_weight` down the columns of one block of rows into partial sums, which sum_partials/sum_partials.cu adds in order.
+// `bwd_weight` down the columns of one block of rows into partial sums, which sum_partials/sum_partials.cu adds in
+// order.
 #pragma once
 #include "layer_norm/common.cuh"
 
-template <class T, int N> __device__ __forceinline__ void layer_norm_bwd_row(const LayerNormBwdParams& p, uint64_t row) {
+template <class T, int N>
+__device__ __forceinline__ void layer_norm_bwd_row(const LayerNormBwdParams& p, uint64_t row) {
     const T *x = global<const T>(p.x) + row * p.size, *dy = global<const T>(p.dy) + row * p.size;
     const T* weight = global<const T>(p.weight);
     T* dx = global<T>(p.dx) + row * p.size;

@@ -18,7 +18,8 @@ template <int N, class T, class Body> __device__ __forceinline__ void for_row(co
 
 // Two passes, so that a large common offset does not cancel: around a first mean the differences are exact, and their
 // own mean corrects it. The row is read from L1 the second time; holding it in registers would bound its length.
-template <int N, class T> __device__ __forceinline__ RowStatistics row_statistics(const T* x, uint32_t size, float eps) {
+template <int N, class T>
+__device__ __forceinline__ RowStatistics row_statistics(const T* x, uint32_t size, float eps) {
     float sum = 0.0f;
     for_row<N>(x, size, [&](uint32_t, const float(&v)[N]) {
 #pragma unroll
@@ -39,7 +40,9 @@ template <int N, class T> __device__ __forceinline__ RowStatistics row_statistic
     return {mean, correction, 1.0f / sqrtf(var + eps)};
 }
 
-__device__ __forceinline__ float normalise(float x, const RowStatistics& s) { return ((x - s.mean) - s.mean_low) * s.rstd; }
+__device__ __forceinline__ float normalise(float x, const RowStatistics& s) {
+    return ((x - s.mean) - s.mean_low) * s.rstd;
+}
 
 // The row of this warp; the whole warp is out if there is none.
 __device__ __forceinline__ uint64_t row_of_warp() {

@@ -2,7 +2,8 @@
 #pragma once
 #include "layer_norm/common.cuh"
 
-template <class T, int N> __device__ __forceinline__ void layer_norm_fwd_row(const LayerNormFwdParams& p, uint64_t row) {
+template <class T, int N>
+__device__ __forceinline__ void layer_norm_fwd_row(const LayerNormFwdParams& p, uint64_t row) {
     const T* x = global<const T>(p.x) + row * p.size;
     T* y = global<T>(p.y) + row * p.size;
     const T *weight = global<const T>(p.weight), *bias = global<const T>(p.bias);

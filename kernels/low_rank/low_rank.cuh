@@ -5,10 +5,10 @@
 //   weight   da_p [rank, in_dim] = dS_p^T drop_p(x)                   left x [k, i],   right dS [k, j]
 //            db_p [out_dim, rank] = g_p^T S_p                         left g [k, i],   right S [k, j]
 //
-// The thin side is f32 and so is the result: as TF32 split in two (tile.cuh), a 16-bit left side being exact in TF32, so
-// no range is lost either. Dropout is regenerated in shared memory, once for each element of a tile: its factor 1 / (1 - p)
-// is part of the scale. The sums of `weight` go along the rows in splits, each a partial result that sum_partials/sum_partials.cu adds
-// in order.
+// The thin side is f32 and so is the result: as TF32 split in two (tile.cuh), a 16-bit left side being exact in TF32,
+// so no range is lost either. Dropout is regenerated in shared memory, once for each element of a tile: its factor 1 /
+// (1 - p) is part of the scale. The sums of `weight` go along the rows in splits, each a partial result that
+// sum_partials/sum_partials.cu adds in order.
 #pragma once
 #include "common/philox.cuh"
 #include "common/tile.cuh"
@@ -35,14 +35,17 @@ template <class T_, int kCols_, int kWarpsM_, int kWarpsN_, bool kLeftColumns_, 
 };
 
 // Zeros the dropped elements of a tile whose corner is element (row0, col0) of the tensor; one thread a group of eight.
-template <class Tile> __device__ __forceinline__ void drop_tile(typename Tile::Stage& stage, const DropoutMask& mask, uint64_t row0, uint32_t col0) {
+template <class Tile>
+__device__ __forceinline__ void drop_tile(typename Tile::Stage& stage, const DropoutMask& mask, uint64_t row0,
+                                          uint32_t col0) {
     constexpr int kGroups = Tile::kLeftTileCols / 8;
     for (int i = threadIdx.x; i < Tile::kLeftTileRows * kGroups; i += LOW_RANK_THREADS) {
         const int row = i / kGroups, group = i % kGroups;
         const uint4 words = dropout_words(mask, row0 + row, col0 / 8 + group);
 #pragma unroll
         for (int lane = 0; lane < 8; ++lane)
-            if (dropout_factor(mask, words, lane) == 0.0f) stage.left[row][group * 8 + lane] = from_float<typename Tile::T>(0.0f);
+            if (dropout_factor(mask, words, lane) == 0.0f)
+                stage.left[row][group * 8 + lane] = from_float<typename Tile::T>(0.0f);
     }
 }
 
@@ -101,7 +104,9 @@ template <class Tile> __device__ __forceinline__ void low_rank(const LowRankPara
             __syncthreads();  // the mask is on
         }
         product_tf32<Tile::kDepth, sizeof(T) == 4, true, Tile::kM, Tile::kN>(
-            [&](int i, int k) { return to_float(Tile::kLeftColumns ? stage.left[k][warp_i + i] : stage.left[warp_i + i][k]); },
+            [&](int i, int k) {
+                return to_float(Tile::kLeftColumns ? stage.left[k][warp_i + i] : stage.left[warp_i + i][k]);
+            },
             [&](int k, int j) { return Tile::kRightRows ? stage.right[k][warp_j + j] : stage.right[warp_j + j][k]; },
             [&](int m, int n, auto body) { add_rounded(acc[m][n], body); });
     }
@@ -115,7 +120,9 @@ template <class Tile> __device__ __forceinline__ void low_rank(const LowRankPara
         for (int n = 0; n < Tile::kN; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const uint32_t i = i0 + warp_i + m * 16 + lane / 4 + 8 * (e / 2), j = j0 + warp_j + n * 8 + 2 * (lane % 4) + e % 2;
-                if (i < p.size_i && j < p.out_j) out[uint64_t(i) * p.out_stride_i + uint64_t(j) * p.out_stride_j] = scale * acc[m][n][e];
+                const uint32_t i = i0 + warp_i + m * 16 + lane / 4 + 8 * (e / 2),
+                               j = j0 + warp_j + n * 8 + 2 * (lane % 4) + e % 2;
+                if (i < p.size_i && j < p.out_j)
+                    out[uint64_t(i) * p.out_stride_i + uint64_t(j) * p.out_stride_j] = scale * acc[m][n][e];
             }
 }

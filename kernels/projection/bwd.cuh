@@ -3,7 +3,8 @@
 //   activation_grad   g = grad act'(sum), elementwise, rounded to the tensors' dtype
 //   bias_grad         dbias_p = sum over rows of g_p,   dlora_bias_p = scaling_p dbias_p
 //
-// The sums go down the columns of one block of rows into partial sums, which sum_partials/sum_partials.cu adds in order.
+// The sums go down the columns of one block of rows into partial sums, which sum_partials/sum_partials.cu adds in
+// order.
 #pragma once
 #include "common/kernel.cuh"
 
@@ -13,7 +14,8 @@ __device__ __forceinline__ float activation_derivative(float x, uint64_t activat
     return fmaf(x, 0.39894228f * expf(-0.5f * x * x), 0.5f * (1.0f + erff(x * 0.70710678f)));
 }
 
-template <class T, int N> __device__ __forceinline__ void activation_grad_at(const ActivationGradParams& p, uint64_t at) {
+template <class T, int N>
+__device__ __forceinline__ void activation_grad_at(const ActivationGradParams& p, uint64_t at) {
     if (at >= p.size) return;
     float grad[N], sum[N];
     load(grad, global<const T>(p.grad) + at);
@@ -45,7 +47,8 @@ template <class T> __device__ __forceinline__ void bias_grad(const BiasGradParam
     const uint64_t end = begin + p.split_rows < p.rows ? begin + p.split_rows : p.rows;
     float sum = 0.0f;
     if (column < part.out_dim)
-        for (uint64_t row = begin + warp; row < end; row += BIAS_GRAD_WARPS) sum += to_float(global<const T>(p.g)[row * p.total + part.column + column]);
+        for (uint64_t row = begin + warp; row < end; row += BIAS_GRAD_WARPS)
+            sum += to_float(global<const T>(p.g)[row * p.total + part.column + column]);
     shared.sums[warp][lane] = sum;
     __syncthreads();
     if (warp == 0 && column < part.out_dim) {

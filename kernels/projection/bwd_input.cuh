@@ -2,9 +2,10 @@
 //
 //   dx [rows, in_dim] = sum over p of g_p W_p + drop_p(dS_p a_p),
 //
-// g [rows, total] being the gradient of the sums and dS_p = scaling_p g_p b_p from low_rank.cu. A block makes one tile; the
-// low-rank products are further blocks of depth in its loop (projection/common.cuh). Dropout multiplies such a block's fragments on
-// their way into the accumulators: the mask is linear, so its bits, made once for a projection, serve all its depth.
+// g [rows, total] being the gradient of the sums and dS_p = scaling_p g_p b_p from low_rank.cu. A block makes one tile;
+// the low-rank products are further blocks of depth in its loop (projection/common.cuh). Dropout multiplies such a
+// block's fragments on their way into the accumulators: the mask is linear, so its bits, made once for a projection,
+// serve all its depth.
 #pragma once
 #include "common/dropout_fragment.cuh"
 #include "projection/common.cuh"
@@ -19,7 +20,8 @@ template <class Tile> struct BackwardSteps {
     __device__ __forceinline__ uint32_t count() const {
         uint32_t sum = 0;
 #pragma unroll
-        for (int i = 0; i < PROJECTION_PARTS; ++i) sum += ceil_div(p.parts[i].out_dim, kDepth) + ceil_div(p.parts[i].rank, kLowRankDepth);
+        for (int i = 0; i < PROJECTION_PARTS; ++i)
+            sum += ceil_div(p.parts[i].out_dim, kDepth) + ceil_div(p.parts[i].rank, kLowRankDepth);
         return sum;
     }
     __device__ __forceinline__ Step at(uint32_t index) const {
@@ -28,15 +30,18 @@ template <class Tile> struct BackwardSteps {
 #pragma unroll
         for (uint32_t i = 0; i < 2 * PROJECTION_PARTS; ++i) {
             const ProjectionPart& part = p.parts[i % PROJECTION_PARTS];
-            const uint32_t steps = i < PROJECTION_PARTS ? ceil_div(part.out_dim, kDepth) : ceil_div(part.rank, kLowRankDepth);
+            const uint32_t steps =
+                i < PROJECTION_PARTS ? ceil_div(part.out_dim, kDepth) : ceil_div(part.rank, kLowRankDepth);
             if (steps != 0 && index >= end) product = i, first = end;
             end += steps;
         }
         const ProjectionPart& part = p.parts[product % PROJECTION_PARTS];
         if (product < PROJECTION_PARTS)
-            return {global<const T>(p.left) + uint64_t(row0) * p.total + part.column, global<const T>(part.weight) + col0, p.total, p.in_dim,
+            return {global<const T>(p.left) + uint64_t(row0) * p.total + part.column,
+                    global<const T>(part.weight) + col0, p.total, p.in_dim,
                     part.out_dim, (index - first) * kDepth, product, false};
-        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column, global<const float>(part.a) + col0, p.s_stride, p.in_dim,
+        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column,
+                global<const float>(part.a) + col0, p.s_stride, p.in_dim,
                 part.rank, (index - first) * kLowRankDepth, product - PROJECTION_PARTS, true};
     }
 };
@@ -49,7 +54,8 @@ template <class Tile> __device__ __forceinline__ void projection_bwd_input(const
 
     typename Tile::Accumulators acc = {};
     uint32_t keep[Tile::kM / 2];
-    sum_steps<Tile>(shared, acc, BackwardSteps<Tile>{p, row0, col0}, rows, cols, [&](const auto& stage, const Step& step) {
+    sum_steps<Tile>(shared, acc, BackwardSteps<Tile>{p, row0, col0}, rows, cols,
+                    [&](const auto& stage, const Step& step) {
         const DropoutMask& mask = p.parts[step.part].mask;
         if (mask.threshold == 0) {
             product_f32<Tile>(stage, [&](int m, int n, auto body) { add_product<Tile>(acc[m][n], body); });
@@ -68,7 +74,8 @@ template <class Tile> __device__ __forceinline__ void projection_bwd_input(const
             body(product);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (keep[m / 2] >> (16 * (m % 2) + keep_bit(n, i)) & 1) acc[m][n][i] = fmaf(mask.scale, product[i], acc[m][n][i]);
+                if (keep[m / 2] >> (16 * (m % 2) + keep_bit(n, i)) & 1)
+                    acc[m][n][i] = fmaf(mask.scale, product[i], acc[m][n][i]);
         });
     });
     accumulators_to_rows<Tile>(shared, acc);
@@ -78,5 +85,7 @@ template <class Tile> __device__ __forceinline__ void projection_bwd_input(const
             store(out + uint64_t(row) * p.in_dim + col, v);
         });
     else
-        for_tile<Tile, 1>(shared, rows, cols, [&](uint32_t row, uint32_t col, float(&v)[1]) { store(out + uint64_t(row) * p.in_dim + col, v); });
+        for_tile<Tile, 1>(shared, rows, cols, [&](uint32_t row, uint32_t col, float(&v)[1]) {
+            store(out + uint64_t(row) * p.in_dim + col, v);
+        });
 }

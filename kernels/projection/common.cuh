@@ -4,8 +4,8 @@
 //
 // first those of the weights, in the tensors' dtype, then the low-rank ones, f32: blocks of depth of one and the same
 // loop. Each stage of shared memory holds 64 bytes of depth (32 elements of 16 bits, 16 f32), filled by cp.async while
-// earlier stages are multiplied. f32 tensors are multiplied as 3xTF32, the low-rank part beside 16-bit ones as plain TF32
-// (see tile.cuh).
+// earlier stages are multiplied. f32 tensors are multiplied as 3xTF32, the low-rank part beside 16-bit ones as plain
+// TF32 (see tile.cuh).
 #pragma once
 #include "common/tile.cuh"
 
@@ -56,18 +56,23 @@ __device__ __forceinline__ void stage_step(typename Tile::Stage& stage, const St
     const uint32_t k = s.k, depth = s.depth - k;
     const E *left = static_cast<const E*>(s.left) + k, *right = static_cast<const E*>(s.right);
     E *left_tile = reinterpret_cast<E*>(stage.left), *right_tile = reinterpret_cast<E*>(stage.right);
-    stage_tile<Tile::kRows, kDepth, Tile::template kLeftStride<E>, Tile::kThreads>(left_tile, left, s.left_stride, rows, depth);
+    stage_tile<Tile::kRows, kDepth, Tile::template kLeftStride<E>, Tile::kThreads>(left_tile, left, s.left_stride, rows,
+                                                                                   depth);
     if constexpr (Tile::kRightRows)
-        stage_tile<kDepth, Tile::kCols, kRightStride, Tile::kThreads>(right_tile, right + uint64_t(k) * s.right_stride, s.right_stride, depth, cols);
+        stage_tile<kDepth, Tile::kCols, kRightStride, Tile::kThreads>(right_tile, right + uint64_t(k) * s.right_stride,
+                                                                      s.right_stride, depth, cols);
     else
-        stage_tile<Tile::kCols, kDepth, kRightStride, Tile::kThreads>(right_tile, right + k, s.right_stride, cols, depth);
+        stage_tile<Tile::kCols, kDepth, kRightStride, Tile::kThreads>(right_tile, right + k, s.right_stride, cols,
+                                                                      depth);
 }
 
 // One stage of f32 operands.
-template <class Tile, class Add> __device__ __forceinline__ void product_f32(const typename Tile::Stage& stage, Add add) {
+template <class Tile, class Add>
+__device__ __forceinline__ void product_f32(const typename Tile::Stage& stage, Add add) {
     constexpr int kLeftStride = Tile::template kLeftStride<float>, kRightStride = Tile::template kRightStride<float>;
     const float* left = reinterpret_cast<const float*>(stage.left) + Tile::warp_row() * kLeftStride;
-    const float* right = reinterpret_cast<const float*>(stage.right) + Tile::warp_col() * (Tile::kRightRows ? 1 : kRightStride);
+    const float* right =
+        reinterpret_cast<const float*>(stage.right) + Tile::warp_col() * (Tile::kRightRows ? 1 : kRightStride);
     product_tf32<Tile::template kDepth<float>, Tile::kSplit, Tile::kSplit, Tile::kM, Tile::kN>(
         [&](int i, int k) { return left[i * kLeftStride + k]; },
         [&](int k, int j) { return right[Tile::kRightRows ? k * kRightStride + j : j * kRightStride + k]; }, add);
@@ -82,8 +87,8 @@ template <class Tile, class Body> __device__ __forceinline__ void add_product(fl
 // Runs the loop; rows and cols are what the matrices have left from the tile's corner. `steps.at(i)` is step i of
 // `steps.count()`; `low_rank(stage, step)` multiplies a stage of a low-rank one.
 template <class Tile, class Steps, class LowRank>
-__device__ __forceinline__ void sum_steps(typename Tile::Storage& shared, typename Tile::Accumulators& acc, const Steps& steps, uint32_t rows,
-                                          uint32_t cols, LowRank low_rank) {
+__device__ __forceinline__ void sum_steps(typename Tile::Storage& shared, typename Tile::Accumulators& acc,
+                                          const Steps& steps, uint32_t rows, uint32_t cols, LowRank low_rank) {
     using T = typename Tile::T;
     constexpr uint32_t kStages = Tile::kStages;
     const uint32_t count = steps.count();
@@ -122,7 +127,8 @@ __device__ __forceinline__ void sum_steps(typename Tile::Storage& shared, typena
 
 // Lays the accumulators out as rows in shared memory, from where they are written in whole vectors.
 template <class Tile>
-__device__ __forceinline__ void accumulators_to_rows(typename Tile::Storage& shared, const typename Tile::Accumulators& acc) {
+__device__ __forceinline__ void accumulators_to_rows(typename Tile::Storage& shared,
+                                                     const typename Tile::Accumulators& acc) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int m = 0; m < Tile::kM; ++m)
@@ -130,14 +136,16 @@ __device__ __forceinline__ void accumulators_to_rows(typename Tile::Storage& sha
         for (int n = 0; n < Tile::kN; ++n)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                store(&shared.out[Tile::warp_row() + m * 16 + lane / 4 + 8 * half][Tile::warp_col() + n * 8 + 2 * (lane % 4)],
+                store(&shared.out[Tile::warp_row() + m * 16 + lane / 4 + 8 * half]
+                                 [Tile::warp_col() + n * 8 + 2 * (lane % 4)],
                       {acc[m][n][2 * half], acc[m][n][2 * half + 1]});
     __syncthreads();
 }
 
 // Calls body(row, col, values) for the tile's vectors of N elements that lie within rows and cols.
 template <class Tile, int N, class Body>
-__device__ __forceinline__ void for_tile(const typename Tile::Storage& shared, uint32_t rows, uint32_t cols, Body body) {
+__device__ __forceinline__ void for_tile(const typename Tile::Storage& shared, uint32_t rows, uint32_t cols,
+                                         Body body) {
     constexpr int kVectors = Tile::kCols / N;
     for (int i = threadIdx.x; i < Tile::kRows * kVectors; i += Tile::kThreads) {
         const uint32_t row = i / kVectors, col = i % kVectors * N;

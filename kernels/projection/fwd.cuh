@@ -3,7 +3,8 @@
 //   out [rows, columns of p] = act(x W_p^T + bias_p + S_p b_p^T + scaling_p lora_bias_p) + residual,
 //
 // where S_p = scaling_p drop_p(x) a_p^T comes from low_rank.cu. A block makes one tile of one projection; the low-rank
-// product is a further block of depth in its loop (projection/common.cuh). The sum is f32 until the one rounding of the output.
+// product is a further block of depth in its loop (projection/common.cuh). The sum is f32 until the one rounding of the
+// output.
 #pragma once
 #include "projection/common.cuh"
 
@@ -26,13 +27,17 @@ template <class Tile> struct ForwardSteps {
     uint32_t row0, col0;
     static constexpr uint32_t kDepth = Tile::template kDepth<T>, kLowRankDepth = Tile::template kDepth<float>;
 
-    __device__ __forceinline__ uint32_t count() const { return ceil_div(p.in_dim, kDepth) + ceil_div(part.rank, kLowRankDepth); }
+    __device__ __forceinline__ uint32_t count() const {
+        return ceil_div(p.in_dim, kDepth) + ceil_div(part.rank, kLowRankDepth);
+    }
     __device__ __forceinline__ Step at(uint32_t index) const {
         const uint32_t base = ceil_div(p.in_dim, kDepth);
         if (index < base)
-            return {global<const T>(p.left) + uint64_t(row0) * p.in_dim, global<const T>(part.weight) + uint64_t(col0) * p.in_dim, p.in_dim, p.in_dim,
+            return {global<const T>(p.left) + uint64_t(row0) * p.in_dim,
+                    global<const T>(part.weight) + uint64_t(col0) * p.in_dim, p.in_dim, p.in_dim,
                     p.in_dim, index * kDepth, 0, false};
-        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column, global<const float>(part.b) + uint64_t(col0) * part.rank,
+        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column,
+                global<const float>(part.b) + uint64_t(col0) * part.rank,
                 p.s_stride, part.rank, part.rank, (index - base) * kLowRankDepth, 0, true};
     }
 };
@@ -44,12 +49,14 @@ template <class T> __device__ __forceinline__ float bias_at(device_ptr bias, boo
 
 // N values of the tile's row, from the accumulator to memory.
 template <class T, int N>
-__device__ __forceinline__ void finish_forward(const ProjectionParams& p, const ProjectionPart& part, uint32_t row, uint32_t col, float (&v)[N]) {
+__device__ __forceinline__ void finish_forward(const ProjectionParams& p, const ProjectionPart& part, uint32_t row,
+                                               uint32_t col, float (&v)[N]) {
     const uint64_t at = uint64_t(row) * p.total + part.column + col;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         if (part.bias != 0) v[i] += bias_at<T>(part.bias, part.bias_typed, col + i);
-        if (part.lora_bias != 0) v[i] = fmaf(part.scaling, bias_at<T>(part.lora_bias, part.lora_bias_typed, col + i), v[i]);
+        if (part.lora_bias != 0)
+            v[i] = fmaf(part.scaling, bias_at<T>(part.lora_bias, part.lora_bias_typed, col + i), v[i]);
     }
     if (p.sum != 0) store(global<T>(p.sum) + at, v);
     activate(v, p.activation);
@@ -79,9 +86,10 @@ template <class Tile> __device__ __forceinline__ void projection_fwd(const Proje
     const uint32_t col0 = (column_tile - first) * Tile::kCols, cols = part.out_dim - col0;
 
     typename Tile::Accumulators acc = {};
-    sum_steps<Tile>(shared, acc, ForwardSteps<Tile>{p, part, row0, col0}, rows, cols, [&](const auto& stage, const auto&) {
-        product_f32<Tile>(stage, [&](int m, int n, auto body) { add_product<Tile>(acc[m][n], body); });
-    });
+    sum_steps<Tile>(shared, acc, ForwardSteps<Tile>{p, part, row0, col0}, rows, cols,
+                    [&](const auto& stage, const auto&) {
+                        product_f32<Tile>(stage, [&](int m, int n, auto body) { add_product<Tile>(acc[m][n], body); });
+                    });
     accumulators_to_rows<Tile>(shared, acc);
     if (vectorisable<T>(p.total | part.column | part.out_dim, p.out, p.sum, p.residual))
         for_tile<Tile, kVec<T>>(shared, rows, cols, [&](uint32_t row, uint32_t col, float(&v)[kVec<T>]) {

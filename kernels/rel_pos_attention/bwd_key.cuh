@@ -4,16 +4,17 @@
 //
 // A block holds a key tile of 8 key rows by 8 columns of a unit, each warp two key rows, and goes through the unit's
 // queries. It computes S^T, keys as rows, so that P^T and dS^T are operands as they stand; rel_w is then one number for
-// both of a lane's keys, since they share their column, and rel_h one for each. The biases are the query pass's: in 16 bits
-// with lse taken off, P = exp2(q k scale log2(e) + rel_w + rel_h); in f32 as they are, and with the query's delta come max
-// and 1 / sum. S and dP have the query pass's bits. Queries that do not exist are rows of zeros, q and dO alike, and add
-// nothing; keys that do not exist have a bias of minus infinity.
+// both of a lane's keys, since they share their column, and rel_h one for each. The biases are the query pass's: in 16
+// bits with lse taken off, P = exp2(q k scale log2(e) + rel_w + rel_h); in f32 as they are, and with the query's delta
+// come max and 1 / sum. S and dP have the query pass's bits. Queries that do not exist are rows of zeros, q and dO
+// alike, and add nothing; keys that do not exist have a bias of minus infinity.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 
 template <class Element, int Dim, int Queries> struct KeyTile {
     using T = Element;
-    static constexpr int kDim = Dim, kQueries = Queries, kSide = REL_POS_ATTENTION_KEY_SIDE, kWarps = REL_POS_ATTENTION_KEY_WARPS;
+    static constexpr int kDim = Dim, kQueries = Queries, kSide = REL_POS_ATTENTION_KEY_SIDE,
+                         kWarps = REL_POS_ATTENTION_KEY_WARPS;
     static constexpr int kKeys = kSide * kSide, kThreads = kWarp * kWarps, kCols = kSide;
     static constexpr int kStride = kDim + kRowPad;
     static_assert(kSide == 8 && 16 * kWarps == kKeys, "the 8 rows of an accumulator are one key row, a warp has two");
@@ -42,11 +43,13 @@ template <class Element, int Dim, int Queries> struct KeyTile {
 
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(const RelPosAttentionBwdKeyParams& p) {
     using T = typename Tile::T;
-    constexpr int kDim = Tile::kDim, kQueries = Tile::kQueries, kKeys = Tile::kKeys, kSide = Tile::kSide, kStride = Tile::kStride;
+    constexpr int kDim = Tile::kDim, kQueries = Tile::kQueries, kKeys = Tile::kKeys, kSide = Tile::kSide,
+                  kStride = Tile::kStride;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
     const RelPosAttentionShape& s = p.shape;
     const uint32_t channels = s.num_heads * s.head_dim;
-    const uint32_t tile_cols = ceil_div(s.side_w, uint32_t(kSide)), tiles = tile_cols * ceil_div(s.side_h, uint32_t(kSide));
+    const uint32_t tile_cols = ceil_div(s.side_w, uint32_t(kSide)),
+                   tiles = tile_cols * ceil_div(s.side_h, uint32_t(kSide));
     const AttentionUnit unit(s, blockIdx.x / tiles);
     const uint32_t tile = blockIdx.x % tiles, y = tile / tile_cols * kSide, x = tile % tile_cols * kSide;
     // Keys outside the grid have no gradients but their sum.
@@ -54,7 +57,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
 
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const uint32_t head_column = unit.head * s.head_dim, queries = unit.queries();
-    const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad), *dout = global<const T>(p.dout);
+    const T *qkv = global<const T>(p.qkv), *pad = p.pad == 0 ? nullptr : global<const T>(p.pad),
+            *dout = global<const T>(p.dout);
     const bool wide = vectorisable<T>(s.head_dim, p.qkv, p.pad, p.dout);
 
     T(*keys)[kStride];
@@ -96,7 +100,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
         }
         for (uint32_t i = threadIdx.x; i < kQueries; i += Tile::kThreads) {
             const bool valid = first + i < queries;
-            ptx::cp_async<4 * kStatistics>(to.statistics[i], valid ? statistics + uint64_t(first + i) * kStatistics : statistics, valid);
+            ptx::cp_async<4 * kStatistics>(to.statistics[i],
+                                           valid ? statistics + uint64_t(first + i) * kStatistics : statistics, valid);
         }
     };
     copy_block(0, 0);
@@ -133,7 +138,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
 #pragma unroll 1
                     for (int i = 0; i < 8; ++i) {
                         const uint64_t row = unit.dropout_row(unit.query(first + block + 8 * (i / 4) + 2 * t + i % 2));
-                        kept |= uint32_t(dropout_keeps(s.dropout, row, (y + 2 * warp + i / 2 % 2) * s.side_w + x + g)) << i;
+                        kept |= uint32_t(dropout_keeps(s.dropout, row, (y + 2 * warp + i / 2 % 2) * s.side_w + x + g))
+                                << i;
                     }
                 }
 #pragma unroll
@@ -177,7 +183,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
         T* to = global<T>(p.dqkv) + unit.token(key) * 3 * channels + channels + head_column;
 #pragma unroll
         for (int c = 0; c < kDim / 8; ++c) {
-            store_pair(to, 8 * c + 2 * t, s.head_dim, dk[c][2 * half] * s.softmax_scale, dk[c][2 * half + 1] * s.softmax_scale);
+            store_pair(to, 8 * c + 2 * t, s.head_dim, dk[c][2 * half] * s.softmax_scale,
+                       dk[c][2 * half + 1] * s.softmax_scale);
             store_pair(to + channels, 8 * c + 2 * t, s.head_dim, dv[c][2 * half], dv[c][2 * half + 1]);
         }
     }

@@ -1,22 +1,23 @@
 // The backward of rel_pos_attention, first pass, by queries: dq, and the gradients of the tables.
 //
-//   P = exp(S - lse)   dP = dropout(dO V^T)   dS = P (dP - delta)   delta_n = dO_n . O_n      (f32: P = exp(S - max) / sum)
+//   P = exp(S - lse)   dP = dropout(dO V^T)   dS = P (dP - delta)   delta_n = dO_n . O_n
+//   (f32: P = exp(S - max) / sum)
 //   drel_h[n, y] = sum_x dS[n, (y, x)]        drel_w[n, x] = sum_y dS[n, (y, x)]
 //   dq_n = softmax_scale sum_m dS[n, m] k_m + sum_y drel_h[n, y] Rh[y_n - y + side_h - 1] + the same for w
 //   dRh[r] = sum_n drel_h[n, y_n - r + side_h - 1] q_n, the same for w
 //
 // Tiles as in the forward; drel_w stays in registers for a stripe, as rel_w does, drel_h is a row sum. A block takes
 // every gridDim.x-th block of queries and adds the tables' gradients up in its own part of `table_partials`, which
-// sum_partials/sum_partials.cu sums in order: no atomics, the same bits every time. For the second pass it leaves delta and the
-// biases (rel_h minus lse, and rel_w, in base 2; in f32 rel_h as it is, and with delta max and 1 / sum).
+// sum_partials/sum_partials.cu sums in order: no atomics, the same bits every time. For the second pass it leaves delta
+// and the biases (rel_h minus lse, and rel_w, in base 2; in f32 rel_h as it is, and with delta max and 1 / sum).
 //
-// Where one weight is 1 and the others are 0, O is that key's value, and delta, the same product of tensor cores as dP, has
-// the bits of the key's dP: dS is exactly 0. In f32, where one weight is above 1/2, its dS may be small beside the roundings
-// of dP and delta. A row's dS add up to zero, so what they do add up to is taken off that weight's.
+// Where one weight is 1 and the others are 0, O is that key's value, and delta, the same product of tensor cores as dP,
+// has the bits of the key's dP: dS is exactly 0. In f32, where one weight is above 1/2, its dS may be small beside the
+// roundings of dP and delta. A row's dS add up to zero, so what they do add up to is taken off that weight's.
 //
-// Products with rows of the tables are over rows that not every query of a block reads, with gradients of zero for those it
-// does not. Zero times what is not finite (a table's mask of minus infinity) is NaN: a sum that is not finite is computed anew
-// from the rows that belong to it.
+// Products with rows of the tables are over rows that not every query of a block reads, with gradients of zero for
+// those it does not. Zero times what is not finite (a table's mask of minus infinity) is NaN: a sum that is not finite
+// is computed anew from the rows that belong to it.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 
@@ -32,15 +33,17 @@ template <class Tile> struct BiasGradients {
     // The gradient of number i of the list for a query of the block.
     __device__ __forceinline__ float at(const TableRows& list, uint32_t row, Token query, uint32_t i) const {
         float gradient = 0.0f;
-        list.key_of(i, query, [&](bool is_h, uint32_t k) { gradient = is_h ? dh[row * bias.stride_h + k] : bias.w[row * bias.stride_w + k]; });
+        list.key_of(i, query, [&](bool is_h, uint32_t k) {
+            gradient = is_h ? dh[row * bias.stride_h + k] : bias.w[row * bias.stride_w + k];
+        });
         return gradient;
     }
 };
 
 // For the key pass: the biases of this warp's queries that exist, lse taken off rel_h here and there.
 template <class Tile>
-__device__ __forceinline__ void write_biases(
-    const Biases<Tile>& bias, const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first, const float* lse, float* to) {
+__device__ __forceinline__ void write_biases(const Biases<Tile>& bias, const RelPosAttentionShape& s,
+                                             const AttentionUnit& unit, uint32_t first, const float* lse, float* to) {
     const uint32_t pad_h = ceil_div(s.side_h, 8u) * 8, pad_w = ceil_div(s.side_w, 8u) * 8, pitch = pad_h + pad_w;
     const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     for (uint32_t row = 16 * warp; row < 16 * warp + 16 && first + row < unit.queries(); ++row) {
@@ -57,15 +60,17 @@ __device__ __forceinline__ void write_biases(
     __syncwarp();
 }
 
-// Hidden where tiles are wide: the compiler would work out before the loops over keys what is wanted behind them, and spill.
+// Hidden where tiles are wide: the compiler would work out before the loops over keys what is wanted behind them, and
+// spill.
 template <class Tile> __device__ __forceinline__ uint32_t thread_of_block() {
     return Tile::kKeys > 64 ? ptx::hide(threadIdx.x) : threadIdx.x;
 }
 
-// Computes this lane's sums of one half anew that are not finite: add(i, column, sum) for i below `count`. Rolled, since
-// hardly ever taken.
+// Computes this lane's sums of one half anew that are not finite: add(i, column, sum) for i below `count`. Rolled,
+// since hardly ever taken.
 template <class Tile, class Add>
-__device__ __forceinline__ void mend_sums(float (&sums)[Tile::kDim / 8][4], int half, uint32_t head_dim, uint32_t count, Add add) {
+__device__ __forceinline__ void mend_sums(float (&sums)[Tile::kDim / 8][4], int half, uint32_t head_dim, uint32_t count,
+                                          Add add) {
 #pragma unroll
     for (int n = 0; n < Tile::kDim / 8; ++n)
 #pragma unroll
@@ -81,9 +86,10 @@ __device__ __forceinline__ void mend_sums(float (&sums)[Tile::kDim / 8][4], int 
 
 // dq += drel R, for all rows of the list; with dq scaled already. Every thread of the block must come.
 template <class Tile, class T>
-__device__ __forceinline__ void add_table_terms(
-    float (&dq)[Tile::kDim / 8][4], const BiasGradients<Tile>& gradients, typename Tile::Storage& shared, const RelPosAttentionShape& s,
-    const AttentionUnit& unit, uint32_t first, const Tables<T>& tables, bool wide) {
+__device__ __forceinline__ void add_table_terms(float (&dq)[Tile::kDim / 8][4], const BiasGradients<Tile>& gradients,
+                                                typename Tile::Storage& shared, const RelPosAttentionShape& s,
+                                                const AttentionUnit& unit, uint32_t first, const Tables<T>& tables,
+                                                bool wide) {
     const int warp = thread_of_block<Tile>() / kWarp, g = thread_of_block<Tile>() % kWarp / 4;
     const TableRows list(s, unit, first, Tile::kQueries);
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
@@ -97,7 +103,9 @@ __device__ __forceinline__ void add_table_terms(
         wait_for_copies();
         for (int block = 0; block < count; block += 16) {
             FragmentA<T> a;
-            gather_a(a, [&](int row, int i) { return gradients.at(list, 16 * warp + row, query[row / 8], begin + block + i); });
+            gather_a(a, [&](int row, int i) {
+                return gradients.at(list, 16 * warp + row, query[row / 8], begin + block + i);
+            });
 #pragma unroll
             for (int n = 0; n < Tile::kDim / 16; ++n) {
                 FragmentB<T> b[2];
@@ -139,7 +147,8 @@ __device__ __forceinline__ void add_table_gradients(
             FragmentA<T> a;
             gather_a(a, [&](int i, int column) {
                 const uint32_t row = 16 * k + column;
-                return first + row < unit.queries() ? gradients.at(list, row, unit.query(first + row), block + i) : 0.0f;
+                return first + row < unit.queries() ? gradients.at(list, row, unit.query(first + row), block + i)
+                                                    : 0.0f;
             });
 #pragma unroll
             for (int n = 0; n < Tile::kDim / 16; ++n) {
@@ -153,12 +162,14 @@ __device__ __forceinline__ void add_table_gradients(
         for (int half = 0; half < 2; ++half) {
             const uint32_t i = block + g + 8 * half;
             if (i >= list.count) continue;
-            mend_sums<Tile>(sum, half, s.head_dim, min(unit.queries() - first, uint32_t(Tile::kQueries)), [&](uint32_t row, uint32_t column, float& sum) {
-                const Token query = unit.query(first + row);
-                list.key_of(i, query, [&](bool, uint32_t) {
-                    sum = fmaf(gradients.at(list, row, query, i), to_float(shared.rows[row][column]), sum);
-                });
-            });
+            mend_sums<Tile>(sum, half, s.head_dim, min(unit.queries() - first, uint32_t(Tile::kQueries)),
+                            [&](uint32_t row, uint32_t column, float& sum) {
+                                const Token query = unit.query(first + row);
+                                list.key_of(i, query, [&](bool, uint32_t) {
+                                    sum = fmaf(gradients.at(list, row, query, i), to_float(shared.rows[row][column]),
+                                               sum);
+                                });
+                            });
             float* to = partial + uint64_t(list.row(i)) * s.head_dim;
 #pragma unroll
             for (int n = 0; n < Tile::kDim / 8; ++n)
@@ -190,15 +201,19 @@ template <> struct RowStatistics<float> {
         max[half] = from[2 * row];
         inverse_sum[half] = 1.0f / from[2 * row + 1];
     }
-    __device__ __forceinline__ float weight(int half, float score) const { return ptx::ex2_approx(score - max[half]) * inverse_sum[half]; }
+    __device__ __forceinline__ float weight(int half, float score) const {
+        return ptx::ex2_approx(score - max[half]) * inverse_sum[half];
+    }
     __device__ __forceinline__ void store(int half, float delta, float* to, uint64_t row) const {
         ::store(to + 4 * row, {delta, max[half], inverse_sum[half], 0.0f});
     }
 };
 
-template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_query(const RelPosAttentionBwdQueryParams& p) {
+template <class Tile>
+__device__ __forceinline__ void rel_pos_attention_bwd_query(const RelPosAttentionBwdQueryParams& p) {
     using T = typename Tile::T;
-    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kStride = Tile::kStride;
+    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys,
+                  kStride = Tile::kStride;
     auto& shared = ptx::shared_storage<QueryPassShared<Tile>>();
     const RelPosAttentionShape& s = p.shape;
     const uint32_t blocks = ceil_div(s.side_h * s.side_w, uint32_t(Tile::kQueries));
@@ -225,7 +240,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
 
         FragmentA<T> q[kDim / 16], dout[kDim / 16];
         static_assert(Tile::kStagedRows >= 2 * Tile::kQueries);
-        copy_queries<Tile>(shared.rows + Tile::kQueries, unit, first, wide, global<const T>(p.out) + head_column, channels);
+        copy_queries<Tile>(shared.rows + Tile::kQueries, unit, first, wide, global<const T>(p.out) + head_column,
+                           channels);
         load_queries<Tile>(dout, shared, unit, first, wide, global<const T>(p.dout) + head_column, channels);
         float delta[2], products[2][4] = {};
 #pragma unroll
@@ -308,11 +324,14 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
 #pragma unroll
                             for (int c = 0; c < 2; ++c) {
                                 const int i = 2 * half + c;
-                                const float weight = statistics.weight(half, fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
+                                const float weight =
+                                    statistics.weight(half, fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
                                 if constexpr (kExactWeights<T>)
-                                    if (weight > 0.5f) largest[half] = int((y + r) * s.side_w + x + 8 * column + 2 * t + c);
+                                    if (weight > 0.5f)
+                                        largest[half] = int((y + r) * s.side_w + x + 8 * column + 2 * t + c);
                                 float dweight = dweights[j][i];
-                                if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
+                                if (s.dropout.threshold != 0)
+                                    dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
                                 scores[j][i] = weight * (dweight - delta[half]);
                                 fragment_dw[column][i] += scores[j][i];
                                 row_sum[half] += scores[j][i];
@@ -344,7 +363,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
                     for (int column = 0; column < kCols / 8; ++column)
 #pragma unroll
                         for (int half = 0; half < 2; ++half)
-                            *rel_w_at(column, half) = {fragment_dw[column][2 * half], fragment_dw[column][2 * half + 1]};
+                            *rel_w_at(column, half) = {fragment_dw[column][2 * half],
+                                                       fragment_dw[column][2 * half + 1]};
                 }
             }
             __syncthreads();  // nobody reads this stage any more; after the last, all see drel
@@ -368,11 +388,13 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
 #pragma unroll
                         for (int c = 0; c < 2; ++c) {
                             const uint32_t column = 8 * n + 2 * t + c;
-                            if (from != nullptr && column < s.head_dim) dq[n][2 * half + c] -= excess * from[channels + head_column + column];
+                            if (from != nullptr && column < s.head_dim)
+                                dq[n][2 * half + c] -= excess * from[channels + head_column + column];
                         }
                 }
                 const uint32_t n = warp_first + g + 8 * half;
-                if (t == 0 && n < queries) statistics.store(half, delta[half], global<float>(p.delta), unit.first_row() + n);
+                if (t == 0 && n < queries)
+                    statistics.store(half, delta[half], global<float>(p.delta), unit.first_row() + n);
             }
             __syncthreads();  // all see drel
         }
@@ -388,9 +410,11 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
             if (n >= queries) continue;
             T* to = global<T>(p.dqkv) + unit.token(unit.query(n)) * 3 * channels + head_column;
 #pragma unroll
-            for (int c = 0; c < kDim / 8; ++c) store_pair(to, 8 * c + 2 * t, s.head_dim, dq[c][2 * half], dq[c][2 * half + 1]);
+            for (int c = 0; c < kDim / 8; ++c)
+                store_pair(to, 8 * c + 2 * t, s.head_dim, dq[c][2 * half], dq[c][2 * half + 1]);
         }
         if (p.table_partials != 0)
-            add_table_gradients<Tile>(partial(), gradients, shared, s, unit, first, qkv + head_column, 3 * channels, wide);
+            add_table_gradients<Tile>(partial(), gradients, shared, s, unit, first, qkv + head_column, 3 * channels,
+                                      wide);
     }
 }

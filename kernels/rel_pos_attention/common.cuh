@@ -1,8 +1,8 @@
 // What the passes of rel_pos_attention share: tiles, addressing, and the biases of a block of queries.
 //
-// A *unit* is one head of one window. Partition and padding are addressing: a window's tokens are looked up on the grid,
-// those outside are the `pad` vector as keys and values, and do not exist as queries. So the queries of a unit are the
-// tokens of a rectangle, numbered row by row; key (y, x) is token y side_w + x of the window.
+// A *unit* is one head of one window. Partition and padding are addressing: a window's tokens are looked up on the
+// grid, those outside are the `pad` vector as keys and values, and do not exist as queries. So the queries of a unit
+// are the tokens of a rectangle, numbered row by row; key (y, x) is token y side_w + x of the window.
 //
 // Key tiles are row-aligned: kRows key rows by kCols columns, the columns of a stripe of the window that is kCols wide
 // (usually the whole row). All tiles of a stripe have the same columns, so rel_w is one register fragment for all of
@@ -18,9 +18,10 @@ constexpr int kRowPad = 8;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // kDim channels (head_dim rounded up, the rest zero), key tiles of kRows x kCols, 16 queries a warp.
-// f32 keeps what normalizes a row of the softmax apart, P = exp2(S - max) / sum, where 16 bits have lse = max + log(sum):
-// at a score of 1e3 lse has lost what is below 1e-4, and so have all of the row's weights, more than f32 may lose. It also
-// adds rel_h to the score before the maximum is taken off, so that the largest one's weight is exactly 1 / sum.
+// f32 keeps what normalizes a row of the softmax apart, P = exp2(S - max) / sum, where 16 bits have lse = max +
+// log(sum): at a score of 1e3 lse has lost what is below 1e-4, and so have all of the row's weights, more than f32 may
+// lose. It also adds rel_h to the score before the maximum is taken off, so that the largest one's weight is exactly 1
+// / sum.
 template <class T> constexpr bool kExactWeights = sizeof(T) == 4;
 // Numbers of a query that the backward's passes share: delta; in f32 delta, max, 1 / sum and one that is not used.
 template <class T> constexpr int kRowStatistics = kExactWeights<T> ? 4 : 1;
@@ -31,7 +32,8 @@ template <class Element, int Dim, int Cols, int Rows, int Warps> struct Attentio
     static constexpr int kKeys = kCols * kRows, kQueries = 16 * kWarps, kThreads = kWarp * kWarps;
     static constexpr int kStride = kDim + kRowPad;
     static_assert(kCols % 8 == 0, "an accumulator's 8 columns must belong to one key row: rel_h is read once for them");
-    static_assert(kKeys == kRows * kCols && kKeys % 16 == 0, "a tile holds whole key rows, and is a whole depth of products");
+    static_assert(kKeys == kRows * kCols && kKeys % 16 == 0,
+                  "a tile holds whole key rows, and is a whole depth of products");
     static_assert(kDim % 16 == 0);
     // Two stages of keys and values; before and after, as many rows of whatever is staged.
     static constexpr int kStagedRows = 4 * kKeys;
@@ -53,8 +55,10 @@ struct AttentionUnit {
     uint32_t index, head, image, valid_h, valid_w;
     Token origin;  // of the window, on the grid
 
-    __device__ __forceinline__ AttentionUnit(const RelPosAttentionShape& s, uint32_t unit) : s(s), index(unit), head(unit % s.num_heads) {
-        const uint32_t window = unit / s.num_heads, windows = s.window_rows * s.window_cols, in_image = window % windows;
+    __device__ __forceinline__ AttentionUnit(const RelPosAttentionShape& s, uint32_t unit)
+        : s(s), index(unit), head(unit % s.num_heads) {
+        const uint32_t window = unit / s.num_heads, windows = s.window_rows * s.window_cols,
+                       in_image = window % windows;
         image = window / windows;
         origin = {in_image / s.window_cols * s.side_h, in_image % s.window_cols * s.side_w};
         valid_h = min(s.side_h, s.h - origin.y);
@@ -63,7 +67,9 @@ struct AttentionUnit {
     }
     // Where the unit's queries start in what is [windows, heads, tokens].
     __device__ __forceinline__ uint64_t first_row() const { return uint64_t(index) * (s.side_h * s.side_w); }
-    __device__ __forceinline__ uint64_t dropout_row(Token query) const { return first_row() + query.y * s.side_w + query.x; }
+    __device__ __forceinline__ uint64_t dropout_row(Token query) const {
+        return first_row() + query.y * s.side_w + query.x;
+    }
     __device__ __forceinline__ uint32_t queries() const { return valid_h * valid_w; }
     __device__ __forceinline__ Token query(uint32_t n) const { return {n / valid_w, n % valid_w}; }
     __device__ __forceinline__ bool on_grid(Token t) const { return t.y < valid_h && t.x < valid_w; }
@@ -74,7 +80,8 @@ struct AttentionUnit {
 // Copies `count` rows of head_dim elements to shared memory, asynchronously, with zeros up to kDim. source(i) is where
 // row i lies, null for a row of zeros; `any` is an address that may be named when nothing is read.
 template <class Tile, int Bytes, class T, class Source>
-__device__ __forceinline__ void copy_rows_by(T (*rows)[Tile::kStride], int count, uint32_t head_dim, const T* any, Source source) {
+__device__ __forceinline__ void copy_rows_by(T (*rows)[Tile::kStride], int count, uint32_t head_dim, const T* any,
+                                             Source source) {
     constexpr int kElements = Bytes / sizeof(T), kPieces = Tile::kDim / kElements;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count * kPieces; i += Tile::kThreads) {
@@ -87,7 +94,8 @@ __device__ __forceinline__ void copy_rows_by(T (*rows)[Tile::kStride], int count
 
 // `wide` says that all rows are made of aligned 16-byte vectors; if not, 4 bytes at a time.
 template <class Tile, class T, class Source>
-__device__ __forceinline__ void copy_rows(bool wide, T (*rows)[Tile::kStride], int count, uint32_t head_dim, const T* any, Source source) {
+__device__ __forceinline__ void copy_rows(bool wide, T (*rows)[Tile::kStride], int count, uint32_t head_dim,
+                                          const T* any, Source source) {
     if (wide) copy_rows_by<Tile, 16>(rows, count, head_dim, any, source);
     else copy_rows_by<Tile, 4>(rows, count, head_dim, any, source);
 }
@@ -110,9 +118,9 @@ __device__ __forceinline__ void copy_queries(
 
 // Stages them and takes this warp's sixteen as operands.
 template <class Tile, class T>
-__device__ __forceinline__ void load_queries(
-    FragmentA<T> (&a)[Tile::kDim / 16], typename Tile::Storage& shared, const AttentionUnit& unit, uint32_t first, bool wide,
-    const T* array, uint64_t stride) {
+__device__ __forceinline__ void load_queries(FragmentA<T> (&a)[Tile::kDim / 16], typename Tile::Storage& shared,
+                                             const AttentionUnit& unit, uint32_t first, bool wide, const T* array,
+                                             uint64_t stride) {
     copy_queries<Tile>(shared.rows, unit, first, wide, array, stride);
     wait_for_copies();
     const int warp = threadIdx.x / kWarp;
@@ -128,9 +136,9 @@ __device__ __forceinline__ bool dropout_keeps(const DropoutMask& mask, uint64_t 
 
 // Starts copying the rows of a key tile, whose first key is (y, x), of part 1 (keys) or 2 (values) of qkv.
 template <class Tile, class T>
-__device__ __forceinline__ void copy_keys(
-    T (*rows)[Tile::kStride], const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t y, uint32_t x, bool wide,
-    const T* qkv, const T* pad, int part) {
+__device__ __forceinline__ void copy_keys(T (*rows)[Tile::kStride], const RelPosAttentionShape& s,
+                                          const AttentionUnit& unit, uint32_t y, uint32_t x, bool wide, const T* qkv,
+                                          const T* pad, int part) {
     const uint32_t channels = s.num_heads * s.head_dim, column = part * channels + unit.head * s.head_dim;
     copy_rows<Tile>(wide, rows, Tile::kKeys, s.head_dim, qkv, [&](int row) -> const T* {
         const Token key{y + row / Tile::kCols, x + row % Tile::kCols};
@@ -150,8 +158,8 @@ template <class Tile> struct KeyTiles {
     bool wide;
     uint32_t of_stripe, count;
 
-    __device__ __forceinline__ KeyTiles(
-        const RelPosAttentionShape& s, const AttentionUnit& unit, typename Tile::Storage& shared, const T* qkv, const T* pad, bool wide)
+    __device__ __forceinline__ KeyTiles(const RelPosAttentionShape& s, const AttentionUnit& unit,
+                                        typename Tile::Storage& shared, const T* qkv, const T* pad, bool wide)
         : s(s), unit(unit), shared(shared), qkv(qkv), pad(pad), wide(wide) {
         of_stripe = ceil_div(s.side_h, uint32_t(Tile::kRows));
         count = of_stripe * ceil_div(s.side_w, uint32_t(Tile::kCols));
@@ -169,8 +177,8 @@ template <class Tile> struct KeyTiles {
         }
         ptx::cp_async_commit_group();
     }
-    // Starts the next tile, and gives this one: its keys, and behind them its values. Before the next call, all must have
-    // done with them.
+    // Starts the next tile, and gives this one: its keys, and behind them its values. Before the next call, all must
+    // have done with them.
     __device__ __forceinline__ const T (*advance(uint32_t tile) const)[Tile::kStride] {
         copy(tile + 1);
         ptx::cp_async_wait_group<1>();
@@ -194,12 +202,13 @@ template <class Tile> struct Biases {
     }
 };
 
-// The rows of both tables that the queries `first ..` of a unit need, as one list: rel_pos_h's from the row of the first
-// query's distance to the last key row, then all of rel_pos_w.
+// The rows of both tables that the queries `first ..` of a unit need, as one list: rel_pos_h's from the row of the
+// first query's distance to the last key row, then all of rel_pos_w.
 struct TableRows {
     uint32_t first_h, count_h, count, side_h, side_w;
 
-    __device__ __forceinline__ TableRows(const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first, uint32_t queries) {
+    __device__ __forceinline__ TableRows(const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first,
+                                         uint32_t queries) {
         const uint32_t last = min(first + queries, unit.queries()) - 1;
         first_h = unit.query(first).y;
         count_h = unit.query(last).y - first_h + s.side_h;
@@ -208,7 +217,9 @@ struct TableRows {
         side_w = s.side_w;
     }
     // Which row of the two tables, one after the other, is number i.
-    __device__ __forceinline__ uint32_t row(uint32_t i) const { return i < count_h ? first_h + i : 2 * side_h - 1 + i - count_h; }
+    __device__ __forceinline__ uint32_t row(uint32_t i) const {
+        return i < count_h ? first_h + i : 2 * side_h - 1 + i - count_h;
+    }
     // Calls found(is_h, k) if number i of the list is the distance of the query from key row or column k.
     template <class Found> __device__ __forceinline__ void key_of(uint32_t i, Token query, Found found) const {
         const bool is_h = i < count_h;
@@ -221,7 +232,8 @@ struct TableRows {
 template <class T> struct Tables {
     const T *h, *w;
     __device__ __forceinline__ explicit Tables(const device_ptr (&tables)[2])
-        : h(tables[0] == 0 ? nullptr : global<const T>(tables[0])), w(tables[1] == 0 ? nullptr : global<const T>(tables[1])) {}
+        : h(tables[0] == 0 ? nullptr : global<const T>(tables[0])),
+          w(tables[1] == 0 ? nullptr : global<const T>(tables[1])) {}
     __device__ __forceinline__ const T* row(const RelPosAttentionShape& s, uint32_t row) const {
         const uint32_t rows_h = 2 * s.side_h - 1;
         return row < rows_h ? h + uint64_t(row) * s.head_dim : w + uint64_t(row - rows_h) * s.head_dim;
@@ -233,13 +245,14 @@ __device__ __forceinline__ float finite_maximum(float max) { return max == -INFI
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
-// Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is. Of
-// f32, what is not finite is computed anew, since an infinity in a table (a mask) is no operand of 3xTF32; `queries` are
-// q's rows [.., stride] in memory. Uses the staging memory; every thread of the block must come.
+// Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is.
+// Of f32, what is not finite is computed anew, since an infinity in a table (a mask) is no operand of 3xTF32; `queries`
+// are q's rows [.., stride] in memory. Uses the staging memory; every thread of the block must come.
 template <class Tile, class T>
-__device__ __forceinline__ void project_tables(
-    const Biases<Tile>& bias, typename Tile::Storage& shared, const RelPosAttentionShape& s, const AttentionUnit& unit,
-    uint32_t first, const FragmentA<T> (&q)[Tile::kDim / 16], const T* queries, uint64_t stride, const Tables<T>& tables, bool wide) {
+__device__ __forceinline__ void project_tables(const Biases<Tile>& bias, typename Tile::Storage& shared,
+                                               const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first,
+                                               const FragmentA<T> (&q)[Tile::kDim / 16], const T* queries,
+                                               uint64_t stride, const Tables<T>& tables, bool wide) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     float *h = bias.h + 16 * warp * bias.stride_h, *w = bias.w + 16 * warp * bias.stride_w;
     for (uint32_t i = lane; i < 16 * bias.stride_h; i += kWarp) h[i] = i % bias.stride_h < s.side_h ? 0.0f : -INFINITY;
@@ -251,7 +264,8 @@ __device__ __forceinline__ void project_tables(
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
     for (uint32_t begin = 0; begin < list.count; begin += Tile::kStagedRows) {
         const int count = int(min(list.count - begin, uint32_t(Tile::kStagedRows)));
-        copy_rows<Tile>(wide, shared.rows, count, s.head_dim, tables.h, [&](int row) { return tables.row(s, list.row(begin + row)); });
+        copy_rows<Tile>(wide, shared.rows, count, s.head_dim, tables.h,
+                        [&](int row) { return tables.row(s, list.row(begin + row)); });
         wait_for_copies();
         for (int block = 0; block < count; block += 16) {
             float products[2][4] = {};
@@ -271,7 +285,8 @@ __device__ __forceinline__ void project_tables(
                         if (!is_finite(product) && first + 16 * warp + row < unit.queries()) {
                             const T* of_query = queries + unit.token(query[half]) * stride;
                             product = 0.0f;
-                            for (uint32_t c = 0; c < s.head_dim; ++c) product = fmaf(of_query[c], shared.rows[column][c], product);
+                            for (uint32_t c = 0; c < s.head_dim; ++c)
+                                product = fmaf(of_query[c], shared.rows[column][c], product);
                         }
                     (is_h ? h[row * bias.stride_h + k] : w[row * bias.stride_w + k]) = product * kLog2e;
                 });
@@ -288,7 +303,8 @@ template <class Tile> using KeptKeys = std::conditional_t<(Tile::kKeys > 128), u
 // Which of a lane's two columns of each accumulator of a row of a key tile dropout keeps, from bit 0 on. Columns are
 // numbered as keys of the window, whatever the tile. Rolled, since rarely taken.
 template <class Tile>
-__device__ __forceinline__ KeptKeys<Tile> kept_keys(const RelPosAttentionShape& s, uint64_t row, uint32_t y, uint32_t x) {
+__device__ __forceinline__ KeptKeys<Tile> kept_keys(const RelPosAttentionShape& s, uint64_t row, uint32_t y,
+                                                    uint32_t x) {
     static_assert(Tile::kKeys / 8 * 2 <= 8 * sizeof(KeptKeys<Tile>));
     KeptKeys<Tile> kept = 0;
 #pragma unroll 1
@@ -304,7 +320,8 @@ template <class Kept> __device__ __forceinline__ float dropout_factor(const Drop
 }
 
 // Writes channels column and column + 1 of a row, as far as they exist.
-template <class T> __device__ __forceinline__ void store_pair(T* row, uint32_t column, uint32_t head_dim, float first, float second) {
+template <class T>
+__device__ __forceinline__ void store_pair(T* row, uint32_t column, uint32_t head_dim, float first, float second) {
     if constexpr (sizeof(T) == 2) {
         // The host sees to it that head_dim is even, and rows aligned to pairs.
         if (column < head_dim) store(row + column, {first, second});

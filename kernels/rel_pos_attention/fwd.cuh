@@ -3,8 +3,8 @@
 //   S[n, m] = softmax_scale q_n . k_m + rel_h[n, y_m] + rel_w[n, x_m]          O = dropout(softmax(S)) V
 //   rel_h[n, y] = q_n . Rh[y_n - y + side_h - 1]      rel_w[n, x] = q_n . Rw[x_n - x + side_w - 1]     (unscaled q)
 //
-// qkv [batch, h, w, 3, heads, head_dim] -> out [batch, h, w, heads, head_dim], and lse f32 [windows, heads, tokens], of f32
-// [windows, heads, tokens, 2]: max in base 2, and sum.
+// qkv [batch, h, w, 3, heads, head_dim] -> out [batch, h, w, heads, head_dim], and lse f32 [windows, heads, tokens], of
+// f32 [windows, heads, tokens, 2]: max in base 2, and sum.
 // A block holds 16 kWarps queries of a unit; the biases are computed first, then key tiles stream by, two in flight,
 // under an online softmax in base 2: p = exp2((q k scale log2(e) + rel_w) + (rel_h - max)). Scores are scaled in f32.
 // f32 operands are multiplied as 3xTF32 (fragment.cuh), which keeps f32's accuracy.
@@ -13,7 +13,8 @@
 
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(const RelPosAttentionFwdParams& p) {
     using T = typename Tile::T;
-    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kStride = Tile::kStride;
+    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys,
+                  kStride = Tile::kStride;
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
     const RelPosAttentionShape& s = p.shape;
     const uint32_t blocks = ceil_div(s.side_h * s.side_w, uint32_t(Tile::kQueries));
@@ -53,7 +54,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
 #pragma unroll
                 for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) fragment_w[j][i] = rel_w[8 * (i / 2) * bias.stride_w + x + 8 * j + 2 * t + i % 2];
+                    for (int i = 0; i < 4; ++i)
+                        fragment_w[j][i] = rel_w[8 * (i / 2) * bias.stride_w + x + 8 * j + 2 * t + i % 2];
             }
             float scores[kKeys / 8][4] = {};
 #pragma unroll
@@ -101,15 +103,18 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
 #pragma unroll
                         for (int i = 2 * half; i < 2 * half + 2; ++i) {
                             float& score = scores[r * (kCols / 8) + j][i];
-                            score = ptx::ex2_approx(kExactWeights<T> ? score - reference : score + (bias_h[r] - reference));
+                            score =
+                                ptx::ex2_approx(kExactWeights<T> ? score - reference : score + (bias_h[r] - reference));
                             row_sum[half] += score;
                         }
                 if (s.dropout.threshold != 0) {
-                    const uint32_t kept = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8 * half)), y, x);
+                    const uint32_t kept =
+                        kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8 * half)), y, x);
 #pragma unroll
                     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-                        for (int i = 0; i < 2; ++i) scores[n][2 * half + i] *= dropout_factor(s.dropout, kept, 2 * n + i);
+                        for (int i = 0; i < 2; ++i)
+                            scores[n][2 * half + i] *= dropout_factor(s.dropout, kept, 2 * n + i);
                 }
             }
 

@@ -2,13 +2,13 @@
 //
 //   dx [rows, in_dim] = sum over p of g_p W_p + drop_p(dS_p a_p),
 //
-// dS [rows, ranks], f32, from low_rank.cu. The weights' rows are the depth here, so the copies take them as they lie, in
-// columns of 64, and wgmma transposes. It does not transpose f32: dS_p a_p is multiplied by mma (tf32), whose fragments go
-// through the dropout mask into the accumulators of wgmma, which lie alike.
+// dS [rows, ranks], f32, from low_rank.cu. The weights' rows are the depth here, so the copies take them as they lie,
+// in columns of 64, and wgmma transposes. It does not transpose f32: dS_p a_p is multiplied by mma (tf32), whose
+// fragments go through the dropout mask into the accumulators of wgmma, which lie alike.
 //
-// dS and a do not pass through the ring of stages: each warp reads its rows of dS and the tile's columns of a from global
-// memory, when the tile's other products are done. All warps want the same few KB of a (12 for rank 16 and 192 columns),
-// which the L1 cache has. So the ring is the next tile's by then, and the warpgroups can take tiles in turn.
+// dS and a do not pass through the ring of stages: each warp reads its rows of dS and the tile's columns of a from
+// global memory, when the tile's other products are done. All warps want the same few KB of a (12 for rank 16 and 192
+// columns), which the L1 cache has. So the ring is the next tile's by then, and the warpgroups can take tiles in turn.
 //
 // It may begin before low_rank.cu has ended: g and W are there by then; dS, and leave to write, are waited for.
 #pragma once
@@ -21,7 +21,8 @@ template <class Tile> __device__ __forceinline__ uint2 tile_corner(const Project
 }
 
 // One thread: fills stage after stage with the depth of q, k and v; parts that are not there have none.
-template <class Tile> __device__ __forceinline__ void load_bwd_input(const ProjectionBwdInputSm90Params& p, typename Tile::Storage& shared) {
+template <class Tile>
+__device__ __forceinline__ void load_bwd_input(const ProjectionBwdInputSm90Params& p, typename Tile::Storage& shared) {
     RingPosition<Tile::kStages> at;
 #pragma unroll 1
     for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>()) {
@@ -44,19 +45,21 @@ template <class Tile> __device__ __forceinline__ void load_bwd_input(const Proje
     wait_for_last_stages<Tile>(shared, at);
 }
 
-// A low-rank product takes sixteen of depth at once, two steps of mma: those of step s are 4 t + 2 s and the next of lane t
-// of four, so that a lane's share of a row of dS is one vector. Depth from the rank on is zero.
+// A low-rank product takes sixteen of depth at once, two steps of mma: those of step s are 4 t + 2 s and the next of
+// lane t of four, so that a lane's share of a row of dS is one vector. Depth from the rank on is zero.
 constexpr uint32_t kLowRankDepth = 16;
 
 // dS of rows `row` + lane / 4 and eight further. The only place that reads what the kernel before this one has written.
-__device__ __forceinline__ void load_low_rank_left(uint32_t (&left)[2][4], const ProjectionParams& p, const ProjectionPart& part, uint32_t row, uint32_t k) {
+__device__ __forceinline__ void load_low_rank_left(uint32_t (&left)[2][4], const ProjectionParams& p,
+                                                   const ProjectionPart& part, uint32_t row, uint32_t k) {
     const uint32_t mine = row + threadIdx.x % kWarp / 4, depth = k + threadIdx.x % 4 * 4;
     const device_ptr ds = p.low_rank + 4 * uint64_t(part.s_column + depth);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float values[4] = {};
         // dS has zeros up to a multiple of four columns.
-        if (mine + 8 * half < p.rows && depth < part.rank) load(values, global<const float>(ds + uint64_t(mine + 8 * half) * (4 * p.s_stride)));
+        if (mine + 8 * half < p.rows && depth < part.rank)
+            load(values, global<const float>(ds + uint64_t(mine + 8 * half) * (4 * p.s_stride)));
 #pragma unroll
         for (int i = 0; i < 4; ++i) left[i / 2][half + i % 2 * 2] = ptx::cvt_rn_tf32(values[i]);
     }
@@ -64,8 +67,8 @@ __device__ __forceinline__ void load_low_rank_left(uint32_t (&left)[2][4], const
 
 // products += dS of 16 rows times a of 8 kN columns.
 template <int kN>
-__device__ __forceinline__ void multiply_low_rank(float (&products)[kN][4], const ProjectionParams& p, const ProjectionPart& part, uint32_t row,
-                                                  uint32_t col) {
+__device__ __forceinline__ void multiply_low_rank(float (&products)[kN][4], const ProjectionParams& p,
+                                                  const ProjectionPart& part, uint32_t row, uint32_t col) {
     const uint32_t cols = ptx::hide(p.in_dim - col);
     const device_ptr a = part.a + 4 * uint64_t(col + threadIdx.x % kWarp / 4);
 #pragma unroll 1
@@ -83,11 +86,13 @@ __device__ __forceinline__ void multiply_low_rank(float (&products)[kN][4], cons
 #pragma unroll
         for (int s = 0; s < 2; ++s)
 #pragma unroll
-            for (int n = 0; n < kN; ++n) ptx::mma_m16n8k8_tf32(products[n], left[s], right[n][2 * s], right[n][2 * s + 1]);
+            for (int n = 0; n < kN; ++n)
+                ptx::mma_m16n8k8_tf32(products[n], left[s], right[n][2 * s], right[n][2 * s + 1]);
     }
 }
 
-// Calls body(i) of the one i from kFirst to kFirst + kCount - 1 that is `index`, as a constant: registers have no index.
+// Calls body(i) of the one i from kFirst to kFirst + kCount - 1 that is `index`, as a constant: registers have no
+// index.
 template <int kFirst, int kCount, class Body> __device__ __forceinline__ void at_index(uint32_t index, Body body) {
     if constexpr (kCount == 1) body(std::integral_constant<int, kFirst>{});
     else if (ptx::hide(index) < kFirst + kCount / 2) at_index<kFirst, kCount / 2>(index, body);
@@ -96,7 +101,9 @@ template <int kFirst, int kCount, class Body> __device__ __forceinline__ void at
 
 // Adds the low-rank products of all parts to a warp's accumulators, kN fragments after another. A loop that is not
 // unrolled: its addresses would leave no room for the accumulators, and its code none in the instruction cache.
-template <class Tile> __device__ __forceinline__ void add_low_rank(const ProjectionParams& p, typename Tile::Accumulators& acc, uint32_t row, uint32_t col) {
+template <class Tile>
+__device__ __forceinline__ void add_low_rank(const ProjectionParams& p, typename Tile::Accumulators& acc, uint32_t row,
+                                             uint32_t col) {
     constexpr int kN = Tile::kM == 1 ? 4 : 2;
 #pragma unroll 1
     for (int i = 0; i < PROJECTION_PARTS; ++i) {
@@ -116,7 +123,8 @@ template <class Tile> __device__ __forceinline__ void add_low_rank(const Project
                     if (!(keep >> keep_bit(e / 4, e % 4) & 1)) products[e / 4][e % 4] = 0.0f;
                 keep >>= keep_bit(kN, 0);
                 at_index<0, Tile::kM * Tile::kCols / 8 / kN>((4 * at + n) / kN, [&](auto group) {
-                    constexpr int kGroup = decltype(group)::value, kAt = kGroup / (4 / kN), kFirst = kAt / Tile::kM * 16 + kGroup % (4 / kN) * 4 * kN;
+                    constexpr int kGroup = decltype(group)::value, kAt = kGroup / (4 / kN),
+                                  kFirst = kAt / Tile::kM * 16 + kGroup % (4 / kN) * 4 * kN;
 #pragma unroll
                     for (int e = 0; e < 4 * kN; ++e) {
                         float& sum = acc[kAt % Tile::kM][kFirst + e];
@@ -130,8 +138,8 @@ template <class Tile> __device__ __forceinline__ void add_low_rank(const Project
 
 // A warp's rows of a tile, from the accumulators to memory: 64 columns at a time. row: of the first product.
 template <class Tile>
-__device__ __forceinline__ void store_bwd_input(const ProjectionBwdInputSm90Params& p, typename Tile::Storage& shared, typename Tile::Accumulators& acc,
-                                                uint32_t row, uint32_t col) {
+__device__ __forceinline__ void store_bwd_input(const ProjectionBwdInputSm90Params& p, typename Tile::Storage& shared,
+                                                typename Tile::Accumulators& acc, uint32_t row, uint32_t col) {
     auto& pieces = shared.pieces[threadIdx.x / kWarp];
 #pragma unroll
     for (int c = 0; c < Tile::kCols; c += Tile::kPiece) {
@@ -145,13 +153,17 @@ __device__ __forceinline__ void store_bwd_input(const ProjectionBwdInputSm90Para
     }
 }
 
-template <class Tile> __device__ __forceinline__ void multiply_bwd_input(const ProjectionBwdInputSm90Params& p, typename Tile::Storage& shared, int group) {
+template <class Tile>
+__device__ __forceinline__ void multiply_bwd_input(const ProjectionBwdInputSm90Params& p,
+                                                   typename Tile::Storage& shared, int group) {
     const int first_row = Tile::kPingPong ? 0 : group * Tile::kM * 64;
     uint32_t depth = 0;  // in steps
 #pragma unroll
-    for (int part = 0; part < PROJECTION_PARTS; ++part) depth += ceil_div(p.problem.parts[part].out_dim, uint32_t(Tile::kDepth));
+    for (int part = 0; part < PROJECTION_PARTS; ++part)
+        depth += ceil_div(p.problem.parts[part].out_dim, uint32_t(Tile::kDepth));
 #pragma unroll 1
-    for (uint32_t turn = Tile::kPingPong ? group : 0; first_tile<Tile>() + turn * clusters<Tile>() < p.tiles; turn += Tile::kPingPong ? 2 : 1) {
+    for (uint32_t turn = Tile::kPingPong ? group : 0; first_tile<Tile>() + turn * clusters<Tile>() < p.tiles;
+         turn += Tile::kPingPong ? 2 : 1) {
         const uint32_t tile = first_tile<Tile>() + turn * clusters<Tile>();
         RingPosition<Tile::kStages> at;
         at.advance(turn * depth);
@@ -160,7 +172,8 @@ template <class Tile> __device__ __forceinline__ void multiply_bwd_input(const P
         bool add = false;
         uint32_t busy = 0;
         wait_for_turn<Tile>(shared, group, turn / 2);
-        run_steps<Tile>(shared, at, acc, 0, depth, busy, [&](const auto& stage, uint32_t) { multiply_stage<Tile, true>(acc, stage, first_row, add); });
+        run_steps<Tile>(shared, at, acc, 0, depth, busy,
+                        [&](const auto& stage, uint32_t) { multiply_stage<Tile, true>(acc, stage, first_row, add); });
         pass_turn<Tile>(shared, group);
         finish_steps<Tile>(shared, acc, busy);
         const uint32_t row = corner.y + first_row + threadIdx.x / kWarp % 4 * 16;
@@ -172,5 +185,7 @@ template <class Tile> __device__ __forceinline__ void multiply_bwd_input(const P
 
 template <class Tile> __device__ __forceinline__ void projection_bwd_input_sm90(const ProjectionBwdInputSm90Params& p) {
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
-    run_warpgroups<Tile>(shared, [&] { load_bwd_input<Tile>(p, shared); }, [&](int group) { multiply_bwd_input<Tile>(p, shared, group); });
+    run_warpgroups<Tile>(
+        shared, [&] { load_bwd_input<Tile>(p, shared); },
+        [&](int group) { multiply_bwd_input<Tile>(p, shared, group); });
 }

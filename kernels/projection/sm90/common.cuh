@@ -3,22 +3,27 @@
 //
 //   acc [kRows, kCols] = sum over steps of left [kRows, 128 bytes of depth] right [128 bytes of depth, kCols].
 //
-// Three warpgroups: one thread of the first copies the operands of step after step into a ring of stages (bulk copies, which
-// count their bytes on `full`), the other two multiply them (wgmma) and give the stages back (`empty`). They share each
-// tile's rows (cooperative), or take the tiles in turn (ping-pong), so that one's epilogue runs beside the other's products.
+// Three warpgroups: one thread of the first copies the operands of step after step into a ring of stages (bulk copies,
+// which count their bytes on `full`), the other two multiply them (wgmma) and give the stages back (`empty`). They
+// share each tile's rows (cooperative), or take the tiles in turn (ping-pong), so that one's epilogue runs beside the
+// other's products.
 //
-// Blocks may form clusters, which make tiles of the same columns, one below the other. Each then loads its part of `right`
-// for all of them (multicast), so that it comes from the L2 cache once; a stage is given back to all that load into it.
-// Tiles that lie below the last row are made like the others: copies fill them with zeros, and stores leave them out.
+// Blocks may form clusters, which make tiles of the same columns, one below the other. Each then loads its part of
+// `right` for all of them (multicast), so that it comes from the L2 cache once; a stage is given back to all that load
+// into it. Tiles that lie below the last row are made like the others: copies fill them with zeros, and stores leave
+// them out.
 //
-// Results leave through shared memory in pieces of 16 x 64 elements a warp, which bulk stores cut off at the tensor's edges.
+// Results leave through shared memory in pieces of 16 x 64 elements a warp, which bulk stores cut off at the tensor's
+// edges.
 #pragma once
 #include "common/kernel.cuh"
 #include "common/descriptor.cuh"
 
-template <class T_, int kRows_, int kCols_, int kStages_, bool kPingPong_, int kCluster_ = 1> struct ProjectionTileSm90 {
+template <class T_, int kRows_, int kCols_, int kStages_, bool kPingPong_, int kCluster_ = 1>
+struct ProjectionTileSm90 {
     using T = T_;
-    static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_, kCluster = kCluster_, kDepth = 64, kLowRankDepth = 32;
+    static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_, kCluster = kCluster_, kDepth = 64,
+                         kLowRankDepth = 32;
     static constexpr bool kPingPong = kPingPong_;
     static constexpr int kM = kRows / 64 / (kPingPong ? 1 : 2);  // products of 64 rows of a warpgroup
     static constexpr int kPiece = 64;                            // columns that are stored at once
@@ -55,7 +60,8 @@ template <class Tile> __device__ __forceinline__ uint32_t block_row(uint32_t row
 
 // kRows rows of 128 bytes of `right`, of which each block of the cluster loads its part for all.
 template <class Tile, int kRows>
-__device__ __forceinline__ void load_right(unsigned char* to, const EncodedTensorMap& map, ptx::mbarrier& full, uint32_t x, uint32_t y) {
+__device__ __forceinline__ void load_right(unsigned char* to, const EncodedTensorMap& map, ptx::mbarrier& full,
+                                           uint32_t x, uint32_t y) {
     if constexpr (Tile::kCluster == 1) {
         ptx::cp_async_bulk_tensor(to, map, full, x, y);
     } else {
@@ -70,7 +76,8 @@ template <class Tile> __device__ __forceinline__ void initialise_barriers(typena
 #pragma unroll 1
         for (int i = 0; i < Tile::kStages; ++i) {
             ptx::mbarrier_init(shared.full[i], 1);
-            ptx::mbarrier_init(shared.empty[i], (Tile::kPingPong ? 4 : 8) * Tile::kCluster);  // the warps that read a stage
+            ptx::mbarrier_init(shared.empty[i],
+                               (Tile::kPingPong ? 4 : 8) * Tile::kCluster);  // the warps that read a stage
         }
 #pragma unroll 1
         for (int i = 0; i < 8; ++i) ptx::mbarrier_init(shared.loaded[i], 1);
@@ -86,12 +93,14 @@ template <class Tile> __device__ __forceinline__ void initialise_barriers(typena
     }
 }
 
-// By the loading thread, behind its last step: until all stages have been given back, by the other blocks too. Nobody may
-// arrive at the barriers of a block that has ended.
-template <class Tile> __device__ __forceinline__ void wait_for_last_stages(typename Tile::Storage& shared, RingPosition<Tile::kStages> at) {
+// By the loading thread, behind its last step: until all stages have been given back, by the other blocks too. Nobody
+// may arrive at the barriers of a block that has ended.
+template <class Tile>
+__device__ __forceinline__ void wait_for_last_stages(typename Tile::Storage& shared, RingPosition<Tile::kStages> at) {
     if constexpr (Tile::kCluster > 1) {
 #pragma unroll 1
-        for (int i = 0; i < Tile::kStages; ++i, at.advance()) ptx::mbarrier_wait_parity(shared.empty[at.stage], at.parity ^ 1);
+        for (int i = 0; i < Tile::kStages; ++i, at.advance())
+            ptx::mbarrier_wait_parity(shared.empty[at.stage], at.parity ^ 1);
     }
 }
 
@@ -112,9 +121,10 @@ __device__ __forceinline__ void run_warpgroups(typename Tile::Storage& shared, P
 }
 
 // The ping-pong: before its products, each warpgroup waits until the other has seen all operands of the tile before.
-// Without that it would be more than a phase ahead of a stage's barrier, whose parity cannot tell. `tiles`: how many this
-// warpgroup has made.
-template <class Tile> __device__ __forceinline__ void wait_for_turn(typename Tile::Storage& shared, int group, uint32_t tiles) {
+// Without that it would be more than a phase ahead of a stage's barrier, whose parity cannot tell. `tiles`: how many
+// this warpgroup has made.
+template <class Tile>
+__device__ __forceinline__ void wait_for_turn(typename Tile::Storage& shared, int group, uint32_t tiles) {
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait_parity(shared.turn[group], (tiles ^ uint32_t(group) ^ 1) % 2);
 }
 
@@ -136,24 +146,28 @@ template <class Tile> __device__ __forceinline__ void give_back(ptx::mbarrier& e
 // Starts one step's products by a warpgroup whose rows of `left` begin at first_row.
 //   kRightRows: `right` lies as columns of 64 n in tiles [64 of depth][64], else as rows [n][128 bytes].
 template <class Tile, bool kRightRows>
-__device__ __forceinline__ void multiply_stage(typename Tile::Accumulators& acc, const typename Tile::Stage& stage, int first_row, bool& add) {
+__device__ __forceinline__ void multiply_stage(typename Tile::Accumulators& acc, const typename Tile::Stage& stage,
+                                               int first_row, bool& add) {
     const uint64_t left = descriptor_k_inner<128>(stage.left + first_row * 128);
-    const uint64_t right = kRightRows ? descriptor_mn_inner<128>(stage.right, 64 * 128) : descriptor_k_inner<128>(stage.right);
+    const uint64_t right =
+        kRightRows ? descriptor_mn_inner<128>(stage.right, 64 * 128) : descriptor_k_inner<128>(stage.right);
 #pragma unroll
     for (int k = 0; k < Tile::kDepth / 16; ++k) {
 #pragma unroll
         for (int m = 0; m < Tile::kM; ++m)
             ptx::wgmma_m64k16<Tile::kCols, 0, kRightRows>(acc[m], left + descriptor_step(m * 64 * 128 + 32 * k),
-                                                         right + descriptor_step(kRightRows ? 16 * 128 * k : 32 * k), add, typename Tile::T{});
+                                                          right + descriptor_step(kRightRows ? 16 * 128 * k : 32 * k),
+                                                          add, typename Tile::T{});
         add = true;
     }
 }
 
-// Runs `count` steps of a tile: body(stage, step) starts the products of one. Those of a step are waited for in the next
-// one, so the tensor cores always have work; `busy` is the stage whose products are still in flight.
+// Runs `count` steps of a tile: body(stage, step) starts the products of one. Those of a step are waited for in the
+// next one, so the tensor cores always have work; `busy` is the stage whose products are still in flight.
 template <class Tile, class Body>
-__device__ __forceinline__ void run_steps(typename Tile::Storage& shared, RingPosition<Tile::kStages>& at, typename Tile::Accumulators& acc,
-                                          uint32_t first, uint32_t end, uint32_t& busy, Body body) {
+__device__ __forceinline__ void run_steps(typename Tile::Storage& shared, RingPosition<Tile::kStages>& at,
+                                          typename Tile::Accumulators& acc, uint32_t first, uint32_t end,
+                                          uint32_t& busy, Body body) {
 #pragma unroll 1
     for (uint32_t step = first; step < end; ++step) {
         ptx::mbarrier_wait_parity(shared.full[at.stage], at.parity);
@@ -168,22 +182,24 @@ __device__ __forceinline__ void run_steps(typename Tile::Storage& shared, RingPo
         at.advance();
     }
 }
-template <class Tile> __device__ __forceinline__ void finish_steps(typename Tile::Storage& shared, typename Tile::Accumulators& acc, uint32_t busy) {
+template <class Tile>
+__device__ __forceinline__ void finish_steps(typename Tile::Storage& shared, typename Tile::Accumulators& acc,
+                                             uint32_t busy) {
     ptx::wgmma_wait_group<0>();
 #pragma unroll
     for (int m = 0; m < Tile::kM; ++m) ptx::wgmma_pin(acc[m]);
     give_back<Tile>(shared.empty[busy]);
 }
 
-// A warp's piece of 16 x 64 in shared memory, rows of 128 bytes swizzled as bulk copies want them. Lane l gives the rows
-// of matrix l / 8 of the four that hold columns 16 pair .. 16 pair + 15.
+// A warp's piece of 16 x 64 in shared memory, rows of 128 bytes swizzled as bulk copies want them. Lane l gives the
+// rows of matrix l / 8 of the four that hold columns 16 pair .. 16 pair + 15.
 __device__ __forceinline__ unsigned char* piece_row(unsigned char* piece, int pair) {
     const int lane = threadIdx.x % kWarp, row = lane % 16, chunk = 2 * pair + lane / 16;
     return piece + row * 128 + ((chunk ^ row % 8) << 4);
 }
 
-// Writes columns `first` .. first + 63 of a warp's accumulators into its piece: value(values, at) changes eight of them, at
-// their place in the piece, on the way.
+// Writes columns `first` .. first + 63 of a warp's accumulators into its piece: value(values, at) changes eight of
+// them, at their place in the piece, on the way.
 template <class T, int kSize, class Value>
 __device__ __forceinline__ void write_piece(unsigned char* piece, const float (&acc)[kSize], int first, Value value) {
 #pragma unroll
@@ -193,7 +209,8 @@ __device__ __forceinline__ void write_piece(unsigned char* piece, const float (&
         for (int i = 0; i < 8; ++i) values[i] = acc[first / 2 + 8 * pair + i];
         unsigned char* at = piece_row(piece, pair);
         value(values, at);
-        const uint32_t r[4] = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3]), pack<T>(values[4], values[5]), pack<T>(values[6], values[7])};
+        const uint32_t r[4] = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3]),
+                               pack<T>(values[4], values[5]), pack<T>(values[6], values[7])};
         ptx::stmatrix_x4(at, r);
     }
 }
@@ -205,7 +222,8 @@ __device__ __forceinline__ void wait_for_stores() {
 }
 
 // Stores a piece that the whole warp has written.
-__device__ __forceinline__ void store_piece(const EncodedTensorMap& map, const unsigned char* piece, uint32_t column, uint32_t row) {
+__device__ __forceinline__ void store_piece(const EncodedTensorMap& map, const unsigned char* piece, uint32_t column,
+                                            uint32_t row) {
     ptx::fence_proxy_async();
     __syncwarp();
     if (threadIdx.x % kWarp == 0) {

@@ -16,7 +16,8 @@ struct ForwardWork {
     uint32_t base, steps;     // steps over x, and with those over the rank
 };
 
-template <class Tile> __device__ __forceinline__ ForwardWork forward_work(const ProjectionFwdSm90Params& p, uint32_t tile) {
+template <class Tile>
+__device__ __forceinline__ ForwardWork forward_work(const ProjectionFwdSm90Params& p, uint32_t tile) {
     const uint32_t column_tiles = p.problem.column_tiles, column_tile = tile % column_tiles;
     uint32_t part = 0, first = 0, end = 0;
 #pragma unroll
@@ -31,7 +32,8 @@ template <class Tile> __device__ __forceinline__ ForwardWork forward_work(const 
 }
 
 // One thread: fills stage after stage.
-template <class Tile> __device__ __forceinline__ void load_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared) {
+template <class Tile>
+__device__ __forceinline__ void load_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared) {
     RingPosition<Tile::kStages> at;
 #pragma unroll 1
     for (uint32_t tile = first_tile<Tile>(); tile < p.tiles; tile += clusters<Tile>()) {
@@ -46,7 +48,8 @@ template <class Tile> __device__ __forceinline__ void load_forward(const Project
             if (step == work.base) ptx::griddepcontrol_wait();
             const uint32_t k = low_rank ? (step - work.base) * Tile::kLowRankDepth : step * Tile::kDepth;
             ptx::cp_async_bulk_tensor(stage.left, low_rank ? p.low_rank[work.part] : p.x, full, k, work.row);
-            load_right<Tile, Tile::kCols>(stage.right, low_rank ? p.b[work.part] : p.weight[work.part], full, k, work.col);
+            load_right<Tile, Tile::kCols>(stage.right, low_rank ? p.b[work.part] : p.weight[work.part], full, k,
+                                          work.col);
             at.advance();
         }
     }
@@ -55,20 +58,24 @@ template <class Tile> __device__ __forceinline__ void load_forward(const Project
 
 // One step of f32 operands, both [..][32]; `depth` of the 32 are not zero.
 template <class Tile>
-__device__ __forceinline__ void multiply_low_rank(typename Tile::Accumulators& acc, const typename Tile::Stage& stage, int first_row, uint32_t depth) {
-    const uint64_t left = descriptor_k_inner<128>(stage.left + first_row * 128), right = descriptor_k_inner<128>(stage.right);
+__device__ __forceinline__ void multiply_low_rank(typename Tile::Accumulators& acc, const typename Tile::Stage& stage,
+                                                  int first_row, uint32_t depth) {
+    const uint64_t left = descriptor_k_inner<128>(stage.left + first_row * 128),
+                   right = descriptor_k_inner<128>(stage.right);
 #pragma unroll
     for (int k = 0; k < Tile::kLowRankDepth / 8; ++k)
         if (uint32_t(8 * k) < depth) {
 #pragma unroll
             for (int m = 0; m < Tile::kM; ++m)
-                ptx::wgmma_m64k8_tf32<Tile::kCols>(acc[m], left + descriptor_step(m * 64 * 128 + 32 * k), right + descriptor_step(32 * k), true);
+                ptx::wgmma_m64k8_tf32<Tile::kCols>(acc[m], left + descriptor_step(m * 64 * 128 + 32 * k),
+                                                   right + descriptor_step(32 * k), true);
         }
 }
 
 // Adds what is constant over the rows to 64 columns of the accumulators, from column `col` of the projection on.
 template <class Tile>
-__device__ __forceinline__ void add_constants(typename Tile::Accumulators& acc, const ProjectionPart& part, int first, uint32_t col) {
+__device__ __forceinline__ void add_constants(typename Tile::Accumulators& acc, const ProjectionPart& part, int first,
+                                              uint32_t col) {
     using T = typename Tile::T;
     const uint32_t mine = col + 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -86,10 +93,12 @@ __device__ __forceinline__ void add_constants(typename Tile::Accumulators& acc, 
     }
 }
 
-// A warp's rows of a tile, from the accumulators to memory: 64 columns at a time. `loads`: how many residuals it has had.
+// A warp's rows of a tile, from the accumulators to memory: 64 columns at a time. `loads`: how many residuals it has
+// had.
 template <class Tile>
-__device__ __forceinline__ void store_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared, const ForwardWork& work,
-                                              typename Tile::Accumulators& acc, int first_row, uint32_t& loads) {
+__device__ __forceinline__ void store_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared,
+                                              const ForwardWork& work, typename Tile::Accumulators& acc, int first_row,
+                                              uint32_t& loads) {
     using T = typename Tile::T;
     const int warp = threadIdx.x / kWarp;
     const ProjectionPart& part = p.problem.parts[work.part];
@@ -138,7 +147,9 @@ __device__ __forceinline__ void store_forward(const ProjectionFwdSm90Params& p, 
     }
 }
 
-template <class Tile> __device__ __forceinline__ void multiply_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared, int group) {
+template <class Tile>
+__device__ __forceinline__ void multiply_forward(const ProjectionFwdSm90Params& p, typename Tile::Storage& shared,
+                                                 int group) {
     const int first_row = Tile::kPingPong ? 0 : group * Tile::kM * 64;
     RingPosition<Tile::kStages> at;
     uint32_t loads = 0, turn = 0;
@@ -167,5 +178,6 @@ template <class Tile> __device__ __forceinline__ void multiply_forward(const Pro
 
 template <class Tile> __device__ __forceinline__ void projection_fwd_sm90(const ProjectionFwdSm90Params& p) {
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
-    run_warpgroups<Tile>(shared, [&] { load_forward<Tile>(p, shared); }, [&](int group) { multiply_forward<Tile>(p, shared, group); });
+    run_warpgroups<Tile>(
+        shared, [&] { load_forward<Tile>(p, shared); }, [&](int group) { multiply_forward<Tile>(p, shared, group); });
 }

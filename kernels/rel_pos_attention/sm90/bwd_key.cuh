@@ -4,9 +4,9 @@
 //
 // A block holds 128 keys of a unit, 64 for each of two warpgroups: whole stretches of kCols of grid rows. They stay in
 // shared memory and, if InRegisters, as far as there is room, in registers. A third warpgroup's first thread loads the
-// unit's queries, 64 at a time, with what the query pass left for them: the biases, lse taken off, and delta. Products are
-// transposed, keys as rows: S^T = k q^T and dP^T = v dO^T, from which P^T and dS^T are left operands as they stand. Those
-// with dO and q run on while the next ones with k and v start.
+// unit's queries, 64 at a time, with what the query pass left for them: the biases, lse taken off, and delta. Products
+// are transposed, keys as rows: S^T = k q^T and dP^T = v dO^T, from which P^T and dS^T are left operands as they stand.
+// Those with dO and q run on while the next ones with k and v start.
 //
 // Registers save a sixth of a step's traffic of shared memory. But some compilers overwrite them within the loop: the
 // instances say which.
@@ -19,10 +19,12 @@
 template <class Element, int Dim, int Cols, bool InRegisters> struct KeyBlock {
     using T = Element;
     static constexpr int kDim = Dim, kCols = Cols, kStages = 4, kGroups = 2;
-    static constexpr int kKeys = kGroups * kGroupRows, kRows = kKeys / Cols, kBoxRows = kRows, kThreads = kGroup * (kGroups + 1);
+    static constexpr int kKeys = kGroups * kGroupRows, kRows = kKeys / Cols, kBoxRows = kRows,
+                         kThreads = kGroup * (kGroups + 1);
     static constexpr int kQueries = REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES;
     static_assert(kKeys == REL_POS_ATTENTION_SM90_BWD_KEYS && kThreads == REL_POS_ATTENTION_SM90_THREADS);
-    static_assert(Cols % 8 == 0, "the eight rows of an accumulator must belong to one key row: rel_h is read once for them");
+    static_assert(Cols % 8 == 0,
+                  "the eight rows of an accumulator must belong to one key row: rel_h is read once for them");
     static constexpr bool kKeysInRegisters = InRegisters;
     // With longer rows there are not registers enough for both.
     static constexpr bool kValuesInRegisters = InRegisters && Dim == kWide;
@@ -59,7 +61,8 @@ template <class Block> struct KeyBlockWork {
 };
 
 template <class Block>
-__device__ __forceinline__ void load_queries_for_keys(const RelPosAttentionBwdKeySm90Params& p, typename Block::Storage& shared) {
+__device__ __forceinline__ void load_queries_for_keys(const RelPosAttentionBwdKeySm90Params& p,
+                                                      typename Block::Storage& shared) {
     const KeyBlockWork<Block> work(p.shape);
     const AttentionUnit& unit = work.unit;
     const uint32_t channels = p.shape.num_heads * Block::kDim, head_column = unit.head * Block::kDim;
@@ -67,8 +70,8 @@ __device__ __forceinline__ void load_queries_for_keys(const RelPosAttentionBwdKe
 
     ptx::mbarrier_arrive_expect_tx(shared.keys_full, 2 * Block::kRows * Block::kCols * Block::kDim * 2);
     const auto load_keys = [&](unsigned char* panel, uint32_t part) {
-        load_tokens<Block, Block::kKeys>(
-            panel, Block::kRows, p.key_maps, shared.keys_full, part * channels + head_column, work.first.x, work.first.y, unit.image);
+        load_tokens<Block, Block::kKeys>(panel, Block::kRows, p.key_maps, shared.keys_full,
+                                         part * channels + head_column, work.first.x, work.first.y, unit.image);
     };
     load_keys(shared.keys, 1);
     load_keys(shared.values, 2);
@@ -87,18 +90,21 @@ __device__ __forceinline__ void load_queries_for_keys(const RelPosAttentionBwdKe
 }
 
 template <class Block>
-__device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBwdKeySm90Params& p, typename Block::Storage& shared) {
+__device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBwdKeySm90Params& p,
+                                                         typename Block::Storage& shared) {
     using T = typename Block::T;
     constexpr int kDim = Block::kDim, kKeys = Block::kKeys, kQueries = Block::kQueries, kCols = Block::kCols;
     const RelPosAttentionShape& s = p.shape;
     const KeyBlockWork<Block> work(s);
     const AttentionUnit& unit = work.unit;
-    const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp,
+                   lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     // This lane's two keys in the block's rows and columns. Of columns that 16 divides, a warp's keys are in one row.
     const uint32_t first = 16 * warp, second = first + 8;
     const uint32_t row[2] = {first / kCols, kCols % 16 == 0 ? first / kCols : second / kCols};
     const uint32_t column[2] = {first % kCols + g, second % kCols + g};
-    const Token key[2] = {{work.first.y + row[0], work.first.x + column[0]}, {work.first.y + row[1], work.first.x + column[1]}};
+    const Token key[2] = {{work.first.y + row[0], work.first.x + column[0]},
+                          {work.first.y + row[1], work.first.x + column[1]}};
     const float scale = s.softmax_scale * kLog2e;
 
     [[maybe_unused]] uint32_t keys[kDim / 16][4], values[kDim / 16][4];
@@ -128,7 +134,8 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
 #pragma unroll
         for (int n = 0; n < kQueries / 2; ++n) {
             const uint32_t query = query_of(n), half = n / 2 % 2;
-            scores[n] = ptx::ex2_approx(fmaf(scores[n], scale, stage.rel_w[query][column[half]] + stage.rel_h[query][row[half]]));
+            scores[n] = ptx::ex2_approx(
+                fmaf(scores[n], scale, stage.rel_w[query][column[half]] + stage.rel_h[query][row[half]]));
         }
         const uint32_t begin = step * kQueries;
         if (begin + kQueries > work.queries) {
@@ -142,7 +149,9 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
 #pragma unroll 1
             for (uint32_t n = 0; n < kQueries / 2; ++n) {
                 const Token at = n / 2 % 2 == 0 ? key[0] : key[1];
-                kept |= uint32_t(dropout_keeps(s.dropout, unit.first_row() + begin + query_of(n), at.y * s.side_w + at.x)) << n;
+                kept |=
+                    uint32_t(dropout_keeps(s.dropout, unit.first_row() + begin + query_of(n), at.y * s.side_w + at.x))
+                    << n;
             }
         }
         const auto factor = [&](int n) { return s.dropout.threshold != 0 ? dropout_factor(s.dropout, kept, n) : 1.0f; };
@@ -158,7 +167,8 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
         ptx::wgmma_wait_group<1>();  // the weights' gradients
         ptx::wgmma_pin(dweights);
 #pragma unroll
-        for (int n = 0; n < kQueries / 2; ++n) dweights[n] = scores[n] * (dweights[n] * factor(n) - stage.delta[query_of(n)]);
+        for (int n = 0; n < kQueries / 2; ++n)
+            dweights[n] = scores[n] * (dweights[n] * factor(n) - stage.delta[query_of(n)]);
         pack_weights<T, kQueries>(dscores, dweights);
         ptx::wgmma_fence();
         add_weighted<T, kDim, kQueries>(dk, dscores, stage.queries);
@@ -180,7 +190,8 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
     store_rows<T, kDim>(dv, ones, dvalues);
 }
 
-template <class Block> __device__ __forceinline__ void rel_pos_attention_bwd_key_sm90(const RelPosAttentionBwdKeySm90Params& p) {
+template <class Block>
+__device__ __forceinline__ void rel_pos_attention_bwd_key_sm90(const RelPosAttentionBwdKeySm90Params& p) {
     auto& shared = ptx::shared_storage<typename Block::Storage>();
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(shared.keys_full, 1);

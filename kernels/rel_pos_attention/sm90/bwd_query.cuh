@@ -1,10 +1,11 @@
 // The first pass of rel_pos_attention's backward (see rel_pos_attention/bwd_query.cuh for the formulas) on sm_90a, for
 // whole grids: dq, the gradients of the tables, and what the second pass wants, delta and the biases.
 //
-// A block of queries and its ring of slots are as in rel_pos_attention/sm90/stream.cuh, with the output's gradient beside
-// the queries. Through the ring come rows of the tables, K_0 V_0 K_1 V_1 ..., and once more rows of the tables. S = q K^T and
-// dP = dO V^T are started together; dq += dS K runs on while the next two start. rel_w and drel_w stay in registers for a
-// stripe; drel_h is a row sum. Both end where the biases were, from where they are gathered as left operands:
+// A block of queries and its ring of slots are as in rel_pos_attention/sm90/stream.cuh, with the output's gradient
+// beside the queries. Through the ring come rows of the tables, K_0 V_0 K_1 V_1 ..., and once more rows of the tables.
+// S = q K^T and dP = dO V^T are started together; dq += dS K runs on while the next two start. rel_w and drel_w stay in
+// registers for a stripe; drel_h is a row sum. Both end where the biases were, from where they are gathered as left
+// operands:
 //
 //   dq += drel R       for each box of rows, by each warpgroup for its queries
 //   dR += drel^T q     for each box of rows, by one of the warpgroups, for all queries of the block
@@ -21,7 +22,8 @@ template <class Tile> struct QueryPassStorage : Tile::Storage {
 };
 
 template <class Tile>
-__device__ __forceinline__ void load_query_pass(const RelPosAttentionBwdQuerySm90Params& p, QueryPassStorage<Tile>& shared) {
+__device__ __forceinline__ void load_query_pass(const RelPosAttentionBwdQuerySm90Params& p,
+                                                QueryPassStorage<Tile>& shared) {
     StreamLoader<Tile> ring{shared};
     uint32_t count = 0;
     for (uint32_t item = blockIdx.x; item < p.items; item += gridDim.x, ++count) {
@@ -41,8 +43,9 @@ __device__ __forceinline__ void load_query_pass(const RelPosAttentionBwdQuerySm9
 
 // delta = dO . O and lse in base 2 of a lane's two queries; delta is left for the key pass.
 template <class Tile>
-__device__ __forceinline__ void row_statistics(
-    float (&delta)[2], float (&lse)[2], const RelPosAttentionBwdQuerySm90Params& p, const StreamWork<Tile>& work, uint32_t first) {
+__device__ __forceinline__ void row_statistics(float (&delta)[2], float (&lse)[2],
+                                               const RelPosAttentionBwdQuerySm90Params& p, const StreamWork<Tile>& work,
+                                               uint32_t first) {
     using T = typename Tile::T;
     const AttentionUnit& unit = work.unit;
     const uint32_t g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
@@ -74,7 +77,8 @@ __device__ __forceinline__ void row_statistics(
 
 // For the key pass: the biases of this warp's queries that exist, lse taken off rel_h here and there.
 template <class Tile>
-__device__ __forceinline__ void write_biases(const Biases<Tile>& bias, const StreamWork<Tile>& work, uint32_t first, const float (&lse)[2], float* to) {
+__device__ __forceinline__ void write_biases(const Biases<Tile>& bias, const StreamWork<Tile>& work, uint32_t first,
+                                             const float (&lse)[2], float* to) {
     const RelPosAttentionShape& s = work.unit.s;
     const uint32_t pad_h = ceil_div(s.side_h, 8u) * 8, pad_w = ceil_div(s.side_w, 8u) * 8, pitch = pad_h + pad_w;
     const uint32_t lane = threadIdx.x % kWarp;
@@ -90,13 +94,15 @@ __device__ __forceinline__ void write_biases(const Biases<Tile>& bias, const Str
             if (y < s.side_h) bias.h[row * bias.stride_h + y] = value;
             of_query[y] = value;
         }
-        for (uint32_t x = lane; x < pad_w; x += kWarp) of_query[pad_h + x] = x < s.side_w ? bias.w[row * bias.stride_w + x] : -INFINITY;
+        for (uint32_t x = lane; x < pad_w; x += kWarp)
+            of_query[pad_h + x] = x < s.side_w ? bias.w[row * bias.stride_w + x] : -INFINITY;
     }
     __syncwarp();
 }
 
 // Left operands [64, 16 Steps] from a function of a lane's half and the first of two columns.
-template <class T, int Steps, class Pair> __device__ __forceinline__ void gather_left(uint32_t (&left)[Steps][4], Pair pair) {
+template <class T, int Steps, class Pair>
+__device__ __forceinline__ void gather_left(uint32_t (&left)[Steps][4], Pair pair) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int k = 0; k < Steps; ++k)
@@ -107,8 +113,9 @@ template <class T, int Steps, class Pair> __device__ __forceinline__ void gather
         }
 }
 
-// Computes this lane's terms anew that are not finite, as the sum of term(half, column, i) for i below `count`. Zero times
-// what is not finite (a table's mask of minus infinity) is NaN, which no query may get from a row that it does not read.
+// Computes this lane's terms anew that are not finite, as the sum of term(half, column, i) for i below `count`. Zero
+// times what is not finite (a table's mask of minus infinity) is NaN, which no query may get from a row that it does
+// not read.
 template <int Dim, class Term>
 __device__ __forceinline__ void mend_terms(ChannelSums<Dim>& terms, uint32_t count, Term term) {
     float zero = 0.0f;
@@ -132,11 +139,14 @@ __device__ __forceinline__ void mend_terms(ChannelSums<Dim>& terms, uint32_t cou
 }
 
 template <class Tile>
-__device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuerySm90Params& p, QueryPassStorage<Tile>& shared) {
+__device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuerySm90Params& p,
+                                                   QueryPassStorage<Tile>& shared) {
     using T = typename Tile::T;
-    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys, kQueries = Tile::kQueries;
+    constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys,
+                  kQueries = Tile::kQueries;
     const RelPosAttentionShape& s = p.shape;
-    const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp,
+                   g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     const uint32_t first = 16 * warp, own_row = first + g;
     const uint64_t channels = s.num_heads * kDim;
     const float scale = s.softmax_scale * kLog2e;
@@ -223,7 +233,8 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
                         for (int c = 0; c < 2; ++c) {
                             const int column = r * (kCols / 8) + j, n = 4 * column + 2 * half + c;
                             float dweight = dweights[n];
-                            if (s.dropout.threshold != 0) dweight *= dropout_factor(s.dropout, kept[half], 2 * column + c);
+                            if (s.dropout.threshold != 0)
+                                dweight *= dropout_factor(s.dropout, kept[half], 2 * column + c);
                             scores[n] *= dweight - delta[half];
                             fragment_dw[4 * j + 2 * half + c] += scores[n];
                             sum += scores[n];
@@ -264,7 +275,9 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
             const unsigned char* rows = ring.wait();
             const int row_of_zero[2] = {work.row_of_zero(chunk, query[0]), work.row_of_zero(chunk, query[1])};
             uint32_t left[kTableRows / 16][4];
-            gather_left<T>(left, [&](int half, int i) { return gradient(chunk < work.chunks_h, own_row + 8 * half, row_of_zero[half], i); });
+            gather_left<T>(left, [&](int half, int i) {
+                return gradient(chunk < work.chunks_h, own_row + 8 * half, row_of_zero[half], i);
+            });
             ChannelSums<kDim> terms;
             ptx::wgmma_fence();
             add_weighted<T, kDim, kTableRows>(terms, left, rows);
@@ -288,19 +301,23 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
         const float ones[2] = {1.0f, 1.0f};
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (work.exists(own_row + 8 * half)) to[half] = global<T>(p.dqkv) + unit.token(query[half]) * 3 * channels + unit.head * kDim;
+            if (work.exists(own_row + 8 * half))
+                to[half] = global<T>(p.dqkv) + unit.token(query[half]) * 3 * channels + unit.head * kDim;
         store_rows<T, kDim>(dq, ones, to);
 
         if (p.table_partials != 0) {
             ptx::bar_sync(1, 2 * kGroup);  // all queries' drel are there, and the partial sums so far
             for (uint32_t chunk = group; chunk < work.chunks; chunk += 2) {
                 const bool is_h = chunk < work.chunks_h;
-                const uint32_t in_box = own_row % kGroupRows;  // the rows of the box that are this lane's, this and the eighth after it
+                const uint32_t in_box =
+                    own_row % kGroupRows;  // the rows of the box that are this lane's, this and the eighth after it
                 uint32_t left[kQueries / 16][4];
                 // Hidden, so that the places of all rows are not worked out before the loop over keys.
                 gather_left<T>(left, [&](int half, uint32_t i) {
                     const uint32_t row = ptx::hide(i);
-                    return work.exists(row) ? gradient(is_h, row, work.row_of_zero(chunk, work.query(row)), in_box + 8 * half) : 0.0f;
+                    return work.exists(row)
+                               ? gradient(is_h, row, work.row_of_zero(chunk, work.query(row)), in_box + 8 * half)
+                               : 0.0f;
                 });
                 ChannelSums<kDim> sums;
                 ptx::wgmma_fence();
@@ -325,7 +342,8 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
     }
 }
 
-template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_query_sm90(const RelPosAttentionBwdQuerySm90Params& p) {
+template <class Tile>
+__device__ __forceinline__ void rel_pos_attention_bwd_query_sm90(const RelPosAttentionBwdQuerySm90Params& p) {
     auto& shared = ptx::shared_storage<QueryPassStorage<Tile>>();
     if (threadIdx.x == 0) {
         Tile::init_barriers(shared);
@@ -337,7 +355,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_quer
     if constexpr (kLoaded < Tile::kQueries) {
         using Rows = Panel<Tile::kQueries, Tile::kDim>;
         for (uint32_t i = threadIdx.x; i < (Tile::kQueries - kLoaded) * (Tile::kDim / 8); i += Tile::kThreads)
-            *reinterpret_cast<Vec<uint32_t, 4>*>(shared.queries + Rows::offset(kLoaded + i / (Tile::kDim / 8), i % (Tile::kDim / 8))) = {};
+            *reinterpret_cast<Vec<uint32_t, 4>*>(
+                shared.queries + Rows::offset(kLoaded + i / (Tile::kDim / 8), i % (Tile::kDim / 8))) = {};
         ptx::fence_proxy_async();
     }
     __syncthreads();

@@ -4,8 +4,8 @@
 // all of them, for head_dim 80, the other 16 in rows of 32 bytes, 32B-swizzled. As either side of a product over
 // channels (q k^T) its k is innermost; as the right side of one over its rows (P v) its n is.
 //
-// wgmma's accumulators lie as those of mma.m16n8k16: warp w of a warpgroup has rows 16 w .., and element 4 j + i of a lane
-// is in row g + 8 (i / 2), column 8 j + 2 t + i % 2, for g = lane / 4 and t = lane % 4.
+// wgmma's accumulators lie as those of mma.m16n8k16: warp w of a warpgroup has rows 16 w .., and element 4 j + i of a
+// lane is in row g + 8 (i / 2), column 8 j + 2 t + i % 2, for g = lane / 4 and t = lane % 4.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 #include "common/descriptor.cuh"
@@ -55,36 +55,45 @@ template <int Dim> struct ChannelSums {
 
 // products [64, N] = rows `row` .. of one panel times those of the other, transposed. In flight until it is waited for.
 template <class T, int Dim, int N, int RowsA, int RowsB>
-__device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const unsigned char* a, int row, const unsigned char* b) {
+__device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const unsigned char* a, int row,
+                                              const unsigned char* b) {
 #pragma unroll
     for (int k = 0; k < Dim / 16; ++k)
-        ptx::wgmma_m64k16<N>(products, Panel<RowsA, Dim>::k_inner(a, row, k), Panel<RowsB, Dim>::k_inner(b, 0, k), k > 0, T{});
+        ptx::wgmma_m64k16<N>(products, Panel<RowsA, Dim>::k_inner(a, row, k), Panel<RowsB, Dim>::k_inner(b, 0, k),
+                             k > 0, T{});
     ptx::wgmma_commit_group();
 }
 
 // A warp's 16 rows of a panel, from `row` on, as left operands of products over channels.
-template <int Rows, int Dim> __device__ __forceinline__ void load_left(uint32_t (&left)[Dim / 16][4], const unsigned char* panel, uint32_t row) {
+template <int Rows, int Dim>
+__device__ __forceinline__ void load_left(uint32_t (&left)[Dim / 16][4], const unsigned char* panel, uint32_t row) {
     const uint32_t lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int k = 0; k < Dim / 16; ++k) ptx::ldmatrix_x4(left[k], panel + Panel<Rows, Dim>::offset(row + lane % 16, 2 * k + lane / 16));
+    for (int k = 0; k < Dim / 16; ++k)
+        ptx::ldmatrix_x4(left[k], panel + Panel<Rows, Dim>::offset(row + lane % 16, 2 * k + lane / 16));
 }
 
 // The same products with rows in registers.
 template <class T, int Dim, int N>
-__device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const uint32_t (&left)[Dim / 16][4], const unsigned char* b) {
+__device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const uint32_t (&left)[Dim / 16][4],
+                                              const unsigned char* b) {
 #pragma unroll
-    for (int k = 0; k < Dim / 16; ++k) ptx::wgmma_m64k16<N>(products, left[k], Panel<N, Dim>::k_inner(b, 0, k), k > 0, T{});
+    for (int k = 0; k < Dim / 16; ++k)
+        ptx::wgmma_m64k16<N>(products, left[k], Panel<N, Dim>::k_inner(b, 0, k), k > 0, T{});
     ptx::wgmma_commit_group();
 }
 
 // sums += weights [64, Rows] times the panel. In flight until it is waited for.
 template <class T, int Dim, int Rows>
-__device__ __forceinline__ void add_weighted(ChannelSums<Dim>& sums, const uint32_t (&weights)[Rows / 16][4], const unsigned char* panel) {
+__device__ __forceinline__ void add_weighted(ChannelSums<Dim>& sums, const uint32_t (&weights)[Rows / 16][4],
+                                             const unsigned char* panel) {
 #pragma unroll
     for (int k = 0; k < Rows / 16; ++k) {
-        ptx::wgmma_m64k16<kWide, 1>(sums.wide, weights[k], Panel<Rows, Dim>::channels_inner(panel, k, false), true, T{});
+        ptx::wgmma_m64k16<kWide, 1>(sums.wide, weights[k], Panel<Rows, Dim>::channels_inner(panel, k, false), true,
+                                    T{});
         if constexpr (Panel<Rows, Dim>::kTail)
-            ptx::wgmma_m64k16<Dim - kWide, 1>(sums.tail, weights[k], Panel<Rows, Dim>::channels_inner(panel, k, true), true, T{});
+            ptx::wgmma_m64k16<Dim - kWide, 1>(sums.tail, weights[k], Panel<Rows, Dim>::channels_inner(panel, k, true),
+                                              true, T{});
     }
     ptx::wgmma_commit_group();
 }
@@ -92,29 +101,31 @@ __device__ __forceinline__ void add_weighted(ChannelSums<Dim>& sums, const uint3
 // Starts loading `rows` grid rows of Tile::kCols tokens from (y, x) on, of the head that starts at `channel`; zeros
 // outside the grid. The barrier is to expect rows * kCols * kDim * 2 bytes.
 template <class Tile, int PanelRows>
-__device__ __forceinline__ void load_tokens(
-    unsigned char* panel, uint32_t rows, const PanelMaps& maps, ptx::mbarrier& barrier, uint32_t channel, uint32_t x, uint32_t y,
-    uint32_t image) {
+__device__ __forceinline__ void load_tokens(unsigned char* panel, uint32_t rows, const PanelMaps& maps,
+                                            ptx::mbarrier& barrier, uint32_t channel, uint32_t x, uint32_t y,
+                                            uint32_t image) {
 #pragma unroll 1
     for (uint32_t r = 0; r < rows; r += Tile::kBoxRows) {
         ptx::cp_async_bulk_tensor(panel + r * Tile::kCols * kWideRow, maps.wide, barrier, channel, x, y + r, image);
         if constexpr (Tile::kDim > kWide)
-            ptx::cp_async_bulk_tensor(
-                panel + PanelRows * kWideRow + r * Tile::kCols * kTailRow, maps.tail, barrier, channel + kWide, x, y + r, image);
+            ptx::cp_async_bulk_tensor(panel + PanelRows * kWideRow + r * Tile::kCols * kTailRow, maps.tail, barrier,
+                                      channel + kWide, x, y + r, image);
     }
 }
 
 // The same of one box of rows of a list, or of a list for each image, from `row` on; zeros behind its end.
 template <int PanelRows, int Dim, class... C>
-__device__ __forceinline__ void load_rows(unsigned char* panel, const PanelMaps& maps, ptx::mbarrier& barrier, uint32_t channel, C... row) {
+__device__ __forceinline__ void load_rows(unsigned char* panel, const PanelMaps& maps, ptx::mbarrier& barrier,
+                                          uint32_t channel, C... row) {
     ptx::cp_async_bulk_tensor(panel, maps.wide, barrier, channel, row...);
-    if constexpr (Dim > kWide) ptx::cp_async_bulk_tensor(panel + PanelRows * kWideRow, maps.tail, barrier, channel + kWide, row...);
+    if constexpr (Dim > kWide)
+        ptx::cp_async_bulk_tensor(panel + PanelRows * kWideRow, maps.tail, barrier, channel + kWide, row...);
 }
 
-// Puts the products of a lane's two queries with rows of a table where their keys are, in base 2; of a query's key 0 the
-// product is number row_of_zero, of the next key the one before. Others are left out: `side` is 0 for no query.
-__device__ __forceinline__ void scatter_biases(
-    float* bias, uint32_t stride, const int (&row_of_zero)[2], const uint32_t (&side)[2], const float (&products)[kTableRows / 2]) {
+// Puts the products of a lane's two queries with rows of a table where their keys are, in base 2; of a query's key 0
+// the product is number row_of_zero, of the next key the one before. Others are left out: `side` is 0 for no query.
+__device__ __forceinline__ void scatter_biases(float* bias, uint32_t stride, const int (&row_of_zero)[2],
+                                               const uint32_t (&side)[2], const float (&products)[kTableRows / 2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int first = row_of_zero[half] - int(threadIdx.x % 4) * 2;
@@ -123,14 +134,16 @@ __device__ __forceinline__ void scatter_biases(
         for (int n = 0; n < kTableRows / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                if (uint32_t(first - 8 * n - i) < side[half]) of_first[-8 * n - i] = products[4 * n + 2 * half + i] * kLog2e;
+                if (uint32_t(first - 8 * n - i) < side[half])
+                    of_first[-8 * n - i] = products[4 * n + 2 * half + i] * kLog2e;
     }
 }
 
 // Of a warp's 16 rows of biases: minus infinity where there is no key, and zeros elsewhere if there are no tables.
 __device__ __forceinline__ void fill_biases(float* bias, uint32_t stride, uint32_t side, bool tables) {
     const uint32_t lane = threadIdx.x % kWarp;
-    for (uint32_t key = (tables ? side : 0) + lane % 2; key < stride; key += 2) bias[lane / 2 * stride + key] = key < side ? 0.0f : -INFINITY;
+    for (uint32_t key = (tables ? side : 0) + lane % 2; key < stride; key += 2)
+        bias[lane / 2 * stride + key] = key < side ? 0.0f : -INFINITY;
 }
 
 // Writes a lane's two rows of sums, scaled, 16 bytes at a time: four lanes exchange what they have of four stretches of
@@ -147,7 +160,8 @@ __device__ __forceinline__ void store_rows(ChannelSums<Dim>& sums, const float (
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
                 const int column = first + n < Dim / 8 ? first + n : first;
-                words[n] = pack<T>(sums.at(column, 2 * half) * factor[half], sums.at(column, 2 * half + 1) * factor[half]);
+                words[n] =
+                    pack<T>(sums.at(column, 2 * half) * factor[half], sums.at(column, 2 * half + 1) * factor[half]);
             }
             // A 4 x 4 transpose: blocks of two, then within them.
 #pragma unroll
@@ -161,7 +175,8 @@ __device__ __forceinline__ void store_rows(ChannelSums<Dim>& sums, const float (
                         words[n + step] = upper ? words[n + step] : received;
                     }
             if (rows[half] != nullptr && first + t < Dim / 8)
-                *reinterpret_cast<Vec<uint32_t, 4>*>(rows[half] + 8 * (first + t)) = {words[0], words[1], words[2], words[3]};
+                *reinterpret_cast<Vec<uint32_t, 4>*>(rows[half] + 8 * (first + t)) = {words[0], words[1], words[2],
+                                                                                      words[3]};
         }
 }
 
@@ -172,9 +187,9 @@ struct OnlineSoftmax {
 
 // Scores of a tile become weights; returns by what the sums before it are to be multiplied.
 template <class Tile>
-__device__ __forceinline__ void softmax_of_tile(
-    float (&rescale)[2], float (&scores)[Tile::kKeys / 2], OnlineSoftmax& state, const float (&fragment_w)[Tile::kCols / 2], const float* rel_h,
-    uint32_t stride_h, float scale) {
+__device__ __forceinline__ void softmax_of_tile(float (&rescale)[2], float (&scores)[Tile::kKeys / 2],
+                                                OnlineSoftmax& state, const float (&fragment_w)[Tile::kCols / 2],
+                                                const float* rel_h, uint32_t stride_h, float scale) {
     constexpr int kCols = Tile::kCols, kRows = Tile::kRows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -216,8 +231,8 @@ __device__ __forceinline__ void softmax_of_tile(
 
 // Dropout of a tile's weights, whose first key this is.
 template <class Tile>
-__device__ __forceinline__ void drop_weights(
-    float (&weights)[Tile::kKeys / 2], const RelPosAttentionShape& s, const AttentionUnit& unit, const Token (&query)[2], Token key) {
+__device__ __forceinline__ void drop_weights(float (&weights)[Tile::kKeys / 2], const RelPosAttentionShape& s,
+                                             const AttentionUnit& unit, const Token (&query)[2], Token key) {
     if (s.dropout.threshold == 0) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -230,7 +245,8 @@ __device__ __forceinline__ void drop_weights(
 }
 
 // Weights as the left operand of a product.
-template <class T, int Keys> __device__ __forceinline__ void pack_weights(uint32_t (&packed)[Keys / 16][4], const float (&weights)[Keys / 2]) {
+template <class T, int Keys>
+__device__ __forceinline__ void pack_weights(uint32_t (&packed)[Keys / 16][4], const float (&weights)[Keys / 2]) {
 #pragma unroll
     for (int k = 0; k < Keys / 16; ++k)
 #pragma unroll
@@ -239,9 +255,9 @@ template <class T, int Keys> __device__ __forceinline__ void pack_weights(uint32
 
 // The output and lse of a lane's two queries.
 template <class T, int Dim>
-__device__ __forceinline__ void store_queries(
-    const RelPosAttentionFwdSm90Params& p, const AttentionUnit& unit, const Token (&query)[2], const bool (&exists)[2], ChannelSums<Dim>& sums,
-    const OnlineSoftmax& state) {
+__device__ __forceinline__ void store_queries(const RelPosAttentionFwdSm90Params& p, const AttentionUnit& unit,
+                                              const Token (&query)[2], const bool (&exists)[2], ChannelSums<Dim>& sums,
+                                              const OnlineSoftmax& state) {
     float inverse[2];
     T* rows[2];
 #pragma unroll
@@ -252,7 +268,8 @@ __device__ __forceinline__ void store_queries(
         if (!exists[half]) continue;
         rows[half] = global<T>(p.out) + (unit.token(query[half]) * unit.s.num_heads + unit.head) * Dim;
         if (threadIdx.x % 4 == 0)
-            global<float>(p.lse)[unit.first_row() + query[half].y * unit.valid_w + query[half].x] = state.row_max[half] * kLn2 + logf(sum);
+            global<float>(p.lse)[unit.first_row() + query[half].y * unit.valid_w + query[half].x] =
+                state.row_max[half] * kLn2 + logf(sum);
     }
     store_rows<T, Dim>(sums, inverse, rows);
 }

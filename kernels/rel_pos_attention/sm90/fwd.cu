@@ -1,4 +1,5 @@
-// The instances of rel_pos_attention/sm90/fwd.cuh: head_dim, the columns of a key tile, dtype. One block a multiprocessor.
+// The instances of rel_pos_attention/sm90/fwd.cuh: head_dim, the columns of a key tile, dtype. One block a
+// multiprocessor.
 #include "rel_pos_attention/sm90/fwd.cuh"
 #include "tiles.h"
 

@@ -1,19 +1,21 @@
 // The forward of rel_pos_attention (see rel_pos_attention/fwd.cuh) on sm_90a, for windows that the grid is a whole
 // number of: TMA, wgmma, and warpgroups with different tasks.
 //
-// A block of queries and its ring of slots are as in rel_pos_attention/sm90/stream.cuh. Through the ring come rows of the
-// tables, then
+// A block of queries and its ring of slots are as in rel_pos_attention/sm90/stream.cuh. Through the ring come rows of
+// the tables, then
 //
 //   K_0  K_1 V_0  K_2 V_1  ...  V_last
 //
 // since a warpgroup starts the product with the next keys before that with the last values, and computes the softmax of
-// the former while the latter runs. The two warpgroups take turns at starting products, so that the tensor cores work for
-// one while the other computes its softmax. The online softmax is the portable kernel's, in base 2: the tile is row-aligned,
-// its rel_w a register fragment for all of a stripe, rel_h one number per query and key row that joins the maximum.
+// the former while the latter runs. The two warpgroups take turns at starting products, so that the tensor cores work
+// for one while the other computes its softmax. The online softmax is the portable kernel's, in base 2: the tile is
+// row-aligned, its rel_w a register fragment for all of a stripe, rel_h one number per query and key row that joins the
+// maximum.
 #pragma once
 #include "rel_pos_attention/sm90/stream.cuh"
 
-template <class Tile> __device__ __forceinline__ void load_stream(const RelPosAttentionFwdSm90Params& p, typename Tile::Storage& shared) {
+template <class Tile>
+__device__ __forceinline__ void load_stream(const RelPosAttentionFwdSm90Params& p, typename Tile::Storage& shared) {
     const StreamWork<Tile> work(p.shape, blockIdx.x);
     StreamLoader<Tile> ring{shared};
     ptx::mbarrier_arrive_expect_tx(shared.queries_full, Tile::kQueryBytes);
@@ -27,13 +29,15 @@ template <class Tile> __device__ __forceinline__ void load_stream(const RelPosAt
     ring.keys(p.qkv_maps, work, work.tiles - 1, 2);
 }
 
-template <class Tile> __device__ __forceinline__ void consume_stream(const RelPosAttentionFwdSm90Params& p, typename Tile::Storage& shared) {
+template <class Tile>
+__device__ __forceinline__ void consume_stream(const RelPosAttentionFwdSm90Params& p, typename Tile::Storage& shared) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kKeys = Tile::kKeys, kQueries = Tile::kQueries;
     const RelPosAttentionShape& s = p.shape;
     const StreamWork<Tile> work(s, blockIdx.x);
     const AttentionUnit& unit = work.unit;
-    const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp,
+                   lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     StreamReader<Tile> ring{shared};
 
     Token query[2];
@@ -61,7 +65,8 @@ template <class Tile> __device__ __forceinline__ void consume_stream(const RelPo
 #pragma unroll
             for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) fragment_w[4 * j + i] = rel_w[8 * (i / 2) * bias.stride_w + key.x + 8 * j + 2 * t + i % 2];
+                for (int i = 0; i < 4; ++i)
+                    fragment_w[4 * j + i] = rel_w[8 * (i / 2) * bias.stride_w + key.x + 8 * j + 2 * t + i % 2];
         }
         softmax_of_tile<Tile>(rescale, scores, state, fragment_w, rel_h + key.y, bias.stride_h, scale);
         drop_weights<Tile>(scores, s, unit, query, key);
@@ -110,7 +115,8 @@ template <class Tile> __device__ __forceinline__ void consume_stream(const RelPo
     store_queries<T, kDim>(p, unit, query, exists, out, state);
 }
 
-template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd_sm90(const RelPosAttentionFwdSm90Params& p) {
+template <class Tile>
+__device__ __forceinline__ void rel_pos_attention_fwd_sm90(const RelPosAttentionFwdSm90Params& p) {
     auto& shared = ptx::shared_storage<typename Tile::Storage>();
     if (threadIdx.x == 0) {
         Tile::init_barriers(shared);

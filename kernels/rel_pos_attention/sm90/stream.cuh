@@ -1,17 +1,20 @@
 // A block of queries and the keys that stream past it, on sm_90a: what the forward and the backward's query pass share.
 //
-// A block holds 128 queries of a unit, whole stretches of kCols of grid rows, 64 for each of two warpgroups. A third one's
-// first thread loads what they need into a ring of slots, in the order in which it is wanted: rows of the tables, key tiles.
+// A block holds 128 queries of a unit, whole stretches of kCols of grid rows, 64 for each of two warpgroups. A third
+// one's first thread loads what they need into a ring of slots, in the order in which it is wanted: rows of the tables,
+// key tiles.
 //
-// Tables: q R^T for the rows that the block's queries need, 64 at a time, is the same product as q k^T; each is put into
-// shared memory where its key is.
+// Tables: q R^T for the rows that the block's queries need, 64 at a time, is the same product as q k^T; each is put
+// into shared memory where its key is.
 #pragma once
 #include "rel_pos_attention/sm90/common.cuh"
 
 template <class Element, int Dim, int Cols, int Rows, int BoxRows, int Slots> struct StreamTile {
     using T = Element;
-    static constexpr int kDim = Dim, kCols = Cols, kRows = Rows, kKeys = Cols * Rows, kBoxRows = BoxRows, kSlots = Slots, kGroups = 2;
-    static constexpr int kQueries = kGroups * kGroupRows, kQueryRows = kQueries / Cols, kThreads = kGroup * (kGroups + 1);
+    static constexpr int kDim = Dim, kCols = Cols, kRows = Rows, kKeys = Cols * Rows, kBoxRows = BoxRows,
+                         kSlots = Slots, kGroups = 2;
+    static constexpr int kQueries = kGroups * kGroupRows, kQueryRows = kQueries / Cols,
+                         kThreads = kGroup * (kGroups + 1);
     static_assert(kQueries == REL_POS_ATTENTION_SM90_QUERIES && kThreads == REL_POS_ATTENTION_SM90_THREADS);
     static_assert(Cols % 8 == 0, "an accumulator's 8 columns must belong to one key row: rel_h is read once for them");
     static_assert(kKeys % 16 == 0 && kKeys <= 256, "a tile is the width of one wgmma, and a whole depth of products");
@@ -53,7 +56,9 @@ template <class Tile> struct StreamWork {
         return ceil_div(s.side_h, uint32_t(Tile::kQueryRows)) * ceil_div(s.side_w, uint32_t(Tile::kCols));
     }
     // A row of the block's panel of queries.
-    __device__ __forceinline__ Token query(uint32_t row) const { return {first.y + row / Tile::kCols, first.x + row % Tile::kCols}; }
+    __device__ __forceinline__ Token query(uint32_t row) const {
+        return {first.y + row / Tile::kCols, first.x + row % Tile::kCols};
+    }
     __device__ __forceinline__ bool exists(uint32_t row) const {
         return row < Tile::kQueryRows * Tile::kCols && unit.on_grid(query(row));
     }
@@ -97,17 +102,19 @@ template <class Tile> struct StreamLoader {
     __device__ __forceinline__ void tables(const PanelMaps (&maps)[2], const StreamWork<Tile>& work) {
         for (uint32_t chunk = 0; chunk < work.chunks; ++chunk) {
             const uint32_t index = slot(kTableRows * Tile::kDim * 2);
-            load_rows<kTableRows, Tile::kDim>(shared.slots[index], maps[chunk < work.chunks_h ? 0 : 1], shared.full[index], 0, work.distance(chunk));
+            load_rows<kTableRows, Tile::kDim>(shared.slots[index], maps[chunk < work.chunks_h ? 0 : 1],
+                                              shared.full[index], 0, work.distance(chunk));
         }
     }
     // A tile of part 1 (keys) or 2 (values) of qkv.
-    __device__ __forceinline__ void keys(const PanelMaps& maps, const StreamWork<Tile>& work, uint32_t tile, uint32_t part) {
+    __device__ __forceinline__ void keys(const PanelMaps& maps, const StreamWork<Tile>& work, uint32_t tile,
+                                         uint32_t part) {
         const AttentionUnit& unit = work.unit;
         const uint32_t index = slot(Tile::kKeyBytes);
         const Token key = work.key(tile);
-        load_tokens<Tile, Tile::kKeys>(
-            shared.slots[index], Tile::kRows, maps, shared.full[index], (part * unit.s.num_heads + unit.head) * Tile::kDim,
-            unit.origin.x + key.x, unit.origin.y + key.y, unit.image);
+        load_tokens<Tile, Tile::kKeys>(shared.slots[index], Tile::kRows, maps, shared.full[index],
+                                       (part * unit.s.num_heads + unit.head) * Tile::kDim, unit.origin.x + key.x,
+                                       unit.origin.y + key.y, unit.image);
     }
 };
 
@@ -130,7 +137,8 @@ template <class Tile> struct StreamReader {
 
 // Fills the biases of this warp's queries, once they are there.
 template <class Tile>
-__device__ __forceinline__ void project_tables(const Biases<Tile>& bias, StreamReader<Tile>& ring, const StreamWork<Tile>& work, uint32_t group, bool tables) {
+__device__ __forceinline__ void project_tables(const Biases<Tile>& bias, StreamReader<Tile>& ring,
+                                               const StreamWork<Tile>& work, uint32_t group, bool tables) {
     using T = typename Tile::T;
     const RelPosAttentionShape& s = work.unit.s;
     const uint32_t warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
@@ -143,7 +151,8 @@ __device__ __forceinline__ void project_tables(const Biases<Tile>& bias, StreamR
         const unsigned char* rows = ring.wait();
         float products[kTableRows / 2];
         ptx::wgmma_fence();
-        multiply_rows<T, Tile::kDim, kTableRows, Tile::kQueries, kTableRows>(products, ring.shared.queries, group * kGroupRows, rows);
+        multiply_rows<T, Tile::kDim, kTableRows, Tile::kQueries, kTableRows>(products, ring.shared.queries,
+                                                                             group * kGroupRows, rows);
         ptx::wgmma_wait_group<0>();
         ptx::wgmma_pin(products);
         ring.release(ring.next - 1);

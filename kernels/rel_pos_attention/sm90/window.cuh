@@ -1,19 +1,20 @@
-// What the kernels of rel_pos_attention for windows share on Hopper: a unit lies whole in a block's shared memory, and a
-// warp has a row of the window. For windows of up to 14 x 14 tokens, f16 and bf16.
+// What the kernels of rel_pos_attention for windows share on Hopper: a unit lies whole in a block's shared memory, and
+// a warp has a row of the window. For windows of up to 14 x 14 tokens, f16 and bf16.
 //
 // They multiply by mma.sync, not wgmma: a unit of SAM takes 75 KB in and 25 KB out for 13 MFLOP, so memory is the bound
 // as long as the tensor cores do half of their best, and rows of 14 are sixteenths, not 64ths, of a product. What makes
 // them Hopper's is the memory: up to 226 KiB a block.
 //
-// Rows of channels lie as the window's tokens do, y side_w + x, without gaps: sixteen from the first of a row of the window on
-// are a product's, of which those behind its end are its neighbour's. As keys they get a weight of zero, as queries they
-// are left out. Behind the last token are rows of zeros for the last row's sixteen.
+// Rows of channels lie as the window's tokens do, y side_w + x, without gaps: sixteen from the first of a row of the
+// window on are a product's, of which those behind its end are its neighbour's. As keys they get a weight of zero, as
+// queries they are left out. Behind the last token are rows of zeros for the last row's sixteen.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 
 template <class Element, int Dim> struct WindowTile {
     using T = Element;
-    static constexpr int kDim = Dim, kSide = REL_POS_ATTENTION_WINDOW_SM90_SIDE, kWarps = kSide, kThreads = kWarp * kWarps;
+    static constexpr int kDim = Dim, kSide = REL_POS_ATTENTION_WINDOW_SM90_SIDE, kWarps = kSide,
+                         kThreads = kWarp * kWarps;
     static constexpr int kStride = kDim + kRowPad, kPieces = kDim / kVec<T>;
     // Sixteen from the last row on, with a row of zeros; both tables, of the second 32 rows, and whole depths.
     static constexpr int kTokens = (kSide - 1) * kSide + 16, kTableRows = 64;
@@ -25,11 +26,12 @@ template <class Element, int Dim> struct WindowTile {
 // Hidden, since the compiler would keep all that follows from it in registers from one unit to the next.
 __device__ __forceinline__ uint32_t warp_of_block() { return ptx::hide(threadIdx.x / kWarp); }
 
-// Starts copying row y of the window from `array [.., stride]`, by one warp: 16 bytes at a time, tokens outside the grid
-// from `pad`, or as zeros; after the last row, zeros up to its sixteenth.
+// Starts copying row y of the window from `array [.., stride]`, by one warp: 16 bytes at a time, tokens outside the
+// grid from `pad`, or as zeros; after the last row, zeros up to its sixteenth.
 template <class Tile>
-__device__ __forceinline__ void copy_window_row(
-    typename Tile::Row* rows, const AttentionUnit& unit, uint32_t y, const typename Tile::T* array, uint64_t stride, const typename Tile::T* pad) {
+__device__ __forceinline__ void copy_window_row(typename Tile::Row* rows, const AttentionUnit& unit, uint32_t y,
+                                                const typename Tile::T* array, uint64_t stride,
+                                                const typename Tile::T* pad) {
     using T = typename Tile::T;
     const uint32_t width = unit.s.side_w, count = y + 1 == unit.s.side_h ? 16 : width;
     array += unit.token({y, 0}) * stride;
@@ -43,7 +45,8 @@ __device__ __forceinline__ void copy_window_row(
 
 // The same of both tables, by the block; zeros behind their end.
 template <class Tile>
-__device__ __forceinline__ void copy_tables(typename Tile::Row* rows, const RelPosAttentionShape& s, const Tables<typename Tile::T>& tables) {
+__device__ __forceinline__ void copy_tables(typename Tile::Row* rows, const RelPosAttentionShape& s,
+                                            const Tables<typename Tile::T>& tables) {
     using T = typename Tile::T;
     const uint32_t count = 2 * s.side_h - 1 + 2 * s.side_w - 1;
 #pragma unroll 1
@@ -55,13 +58,15 @@ __device__ __forceinline__ void copy_tables(typename Tile::Row* rows, const RelP
 
 // A from sixteen columns of a row of `width` tokens; the last token stands for those behind it.
 template <int kStride, class T>
-__device__ __forceinline__ void load_a_of_row(FragmentA<T>& a, const T (*row)[kStride], uint32_t width, uint32_t column) {
+__device__ __forceinline__ void load_a_of_row(FragmentA<T>& a, const T (*row)[kStride], uint32_t width,
+                                              uint32_t column) {
     const uint32_t lane = threadIdx.x % kWarp;
     ptx::ldmatrix_x4(a.at, &row[min(lane % 16, width - 1)][column + lane / 16 * 8]);
 }
 
 // Two B side by side of which row_of(0 .. 15) are the columns.
-template <class T, class RowOf> __device__ __forceinline__ void load_b_of(FragmentB<T> (&b)[2], uint32_t column, RowOf row_of) {
+template <class T, class RowOf>
+__device__ __forceinline__ void load_b_of(FragmentB<T> (&b)[2], uint32_t column, RowOf row_of) {
     const uint32_t lane = threadIdx.x % kWarp;
     uint32_t r[4];
     ptx::ldmatrix_x4(r, row_of(lane / 16 * 8 + lane % 8) + column + lane / 8 % 2 * 8);
@@ -73,9 +78,10 @@ template <class T, class RowOf> __device__ __forceinline__ void load_b_of(Fragme
 // share their row, those of the table in reverse order are the columns of a product. rel_w [query][key column] is put
 // into memory, each product with a row of the table where its key is. Zeros without tables.
 template <class Tile>
-__device__ __forceinline__ void project_row(
-    float (&rel_h)[2][4], float (*rel_w)[Tile::kSide], const FragmentA<typename Tile::T> (&q)[Tile::kDim / 16], const typename Tile::Row* tables,
-    bool present, const RelPosAttentionShape& s, uint32_t y) {
+__device__ __forceinline__ void project_row(float (&rel_h)[2][4], float (*rel_w)[Tile::kSide],
+                                            const FragmentA<typename Tile::T> (&q)[Tile::kDim / 16],
+                                            const typename Tile::Row* tables, bool present,
+                                            const RelPosAttentionShape& s, uint32_t y) {
     using T = typename Tile::T;
     const uint32_t lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     float products[4][4] = {};
@@ -106,12 +112,12 @@ __device__ __forceinline__ void project_row(
     __syncwarp();
 }
 
-// Writes accumulators of a row of tokens, times a factor of each, to `width` rows of global memory, 16 bytes at a time, by
-// way of `own`, memory of this warp alone.
+// Writes accumulators of a row of tokens, times a factor of each, to `width` rows of global memory, 16 bytes at a time,
+// by way of `own`, memory of this warp alone.
 template <class Tile, int kStride>
-__device__ __forceinline__ void store_window_row(
-    typename Tile::T (*own)[kStride], const float (&sums)[Tile::kDim / 8][4], const float (&factor)[2], uint32_t width, typename Tile::T* to,
-    uint64_t stride) {
+__device__ __forceinline__ void store_window_row(typename Tile::T (*own)[kStride],
+                                                 const float (&sums)[Tile::kDim / 8][4], const float (&factor)[2],
+                                                 uint32_t width, typename Tile::T* to, uint64_t stride) {
     using T = typename Tile::T;
     const uint32_t lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     __syncwarp();
@@ -120,13 +126,15 @@ __device__ __forceinline__ void store_window_row(
         if (g + 8 * half >= width) continue;
 #pragma unroll
         for (int c = 0; c < Tile::kDim / 8; ++c)
-            store(&own[g + 8 * half][8 * c + 2 * t], {sums[c][2 * half] * factor[half], sums[c][2 * half + 1] * factor[half]});
+            store(&own[g + 8 * half][8 * c + 2 * t],
+                  {sums[c][2 * half] * factor[half], sums[c][2 * half + 1] * factor[half]});
     }
     __syncwarp();
 #pragma unroll 1
     for (uint32_t i = lane; i < width * Tile::kPieces; i += kWarp) {
         const uint32_t n = i / Tile::kPieces, column = i % Tile::kPieces * kVec<T>;
-        *reinterpret_cast<Vec<uint32_t, 4>*>(to + n * stride + column) = *reinterpret_cast<const Vec<uint32_t, 4>*>(&own[n][column]);
+        *reinterpret_cast<Vec<uint32_t, 4>*>(to + n * stride + column) =
+            *reinterpret_cast<const Vec<uint32_t, 4>*>(&own[n][column]);
     }
     __syncwarp();
 }

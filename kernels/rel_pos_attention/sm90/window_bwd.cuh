@@ -1,14 +1,15 @@
 // The backward of rel_pos_attention in windows on Hopper (formulas: rel_pos_attention/bwd_query.cuh and _key.cuh): all
 // gradients of a unit at once, on chip.
 //
-// A persistent block takes every gridDim.x-th unit; of the next one's rows the L2 cache is asked meanwhile. Each warp has
-// a row of the window, in four steps with a barrier after each:
+// A persistent block takes every gridDim.x-th unit; of the next one's rows the L2 cache is asked meanwhile. Each warp
+// has a row of the window, in four steps with a barrier after each:
 //
 //   copies   its row of q, k, v and dO; delta = dO . O and the biases of its queries, lse taken off rel_h.
 //   keys     as a row of keys it goes through the rows of queries: S^T and dP^T in sixteenths, P^T is an operand of
-//            dv += P^T dO as it stands. dS is kept, in the dtype, all queries by all keys, where v was; then dk = dS^T q.
-//   queries  as a row of queries: dS [k | one-hot of key rows | of key columns] is dq, drel_h and drel_w at once. Those are
-//            put where the rows of the tables are that they come from, and that times the tables joins dq.
+//            dv += P^T dO as it stands. dS is kept, in the dtype, all queries by all keys, where v was; then
+//            dk = dS^T q.
+//   queries  as a row of queries: dS [k | one-hot of key rows | of key columns] is dq, drel_h and drel_w at once. Those
+//            are put where the rows of the tables are that they come from, and that times the tables joins dq.
 //   tables   sixteenths of what was put there, transposed, times q: the tables' gradients.
 //
 // Five products of queries by keys, where two passes need seven, and q, k, v and dO are read once. The gradients of the
@@ -43,7 +44,8 @@ template <class Tile> using TableGradients = typename Tile::Row*;
 
 // Asks the L2 cache for row y of a unit.
 template <class Tile>
-__device__ __forceinline__ void prefetch_row(const RelPosAttentionWindowBwdParams& p, const AttentionUnit& unit, uint32_t y) {
+__device__ __forceinline__ void prefetch_row(const RelPosAttentionWindowBwdParams& p, const AttentionUnit& unit,
+                                             uint32_t y) {
     using T = typename Tile::T;
     // A line is 128 bytes; the row's end may lie in one more.
     constexpr uint32_t kLine = 128 / sizeof(T), kLines = Tile::kDim / kLine + 1;
@@ -60,8 +62,9 @@ __device__ __forceinline__ void prefetch_row(const RelPosAttentionWindowBwdParam
 
 // Delta and biases of row y's queries on the grid.
 template <class Tile>
-__device__ __forceinline__ void prepare_queries(
-    WindowBackwardStorage<Tile>& shared, const RelPosAttentionWindowBwdParams& p, const AttentionUnit& unit, uint32_t y) {
+__device__ __forceinline__ void prepare_queries(WindowBackwardStorage<Tile>& shared,
+                                                const RelPosAttentionWindowBwdParams& p, const AttentionUnit& unit,
+                                                uint32_t y) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim;
     const RelPosAttentionShape& s = p.shape;
@@ -101,19 +104,23 @@ __device__ __forceinline__ void prepare_queries(
     }
 }
 
-// The eight dS that a lane names of those of a row of queries and this warp's row of keys, sixteen by sixteen: as the left
-// operand of a product over queries lies in memory, transposed. Queries behind the row's end have a place apart, of zeros.
+// The eight dS that a lane names of those of a row of queries and this warp's row of keys, sixteen by sixteen: as the
+// left operand of a product over queries lies in memory, transposed. Queries behind the row's end have a place apart,
+// of zeros.
 template <class Tile>
-__device__ __forceinline__ typename Tile::T* dscores_of_key_row(WindowBackwardStorage<Tile>& shared, const RelPosAttentionShape& s, uint32_t first) {
-    const uint32_t warp = warp_of_block(), lane = threadIdx.x % kWarp, query = lane / 16 * 8 + lane % 8, column = lane / 8 % 2 * 8;
+__device__ __forceinline__ typename Tile::T* dscores_of_key_row(WindowBackwardStorage<Tile>& shared,
+                                                                const RelPosAttentionShape& s, uint32_t first) {
+    const uint32_t warp = warp_of_block(), lane = threadIdx.x % kWarp, query = lane / 16 * 8 + lane % 8,
+                   column = lane / 8 % 2 * 8;
     return query < s.side_w ? &shared.dscores[first + query][16 * warp + column] : &shared.behind[warp][column];
 }
 
 // Adds to dv of this warp's keys what row y's queries give, and leaves dS.
 template <class Tile>
-__device__ __forceinline__ void add_query_row(
-    float (&dv)[Tile::kDim / 8][4], WindowBackwardStorage<Tile>& shared, const AttentionUnit& unit,
-    const FragmentA<typename Tile::T> (&k)[Tile::kDim / 16], const FragmentA<typename Tile::T> (&v)[Tile::kDim / 16], uint32_t y) {
+__device__ __forceinline__ void add_query_row(float (&dv)[Tile::kDim / 8][4], WindowBackwardStorage<Tile>& shared,
+                                              const AttentionUnit& unit,
+                                              const FragmentA<typename Tile::T> (&k)[Tile::kDim / 16],
+                                              const FragmentA<typename Tile::T> (&v)[Tile::kDim / 16], uint32_t y) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kStride = Tile::kStride;
     const RelPosAttentionShape& s = unit.s;
@@ -153,7 +160,8 @@ __device__ __forceinline__ void add_query_row(
                 const uint32_t key = g + 8 * half;
                 const float rel_w = key < s.side_w ? shared.biases[1][row][key] : -INFINITY;
                 const float weight = ptx::ex2_approx(fmaf(score, scale, rel_w) + rel_h);
-                const float factor = s.dropout.threshold != 0 ? dropout_factor(s.dropout, kept, 4 * j + 2 * half + c) : 1.0f;
+                const float factor =
+                    s.dropout.threshold != 0 ? dropout_factor(s.dropout, kept, 4 * j + 2 * half + c) : 1.0f;
                 score = weight * factor;
                 dweight = weight * (dweight * factor - delta);
             }
@@ -173,7 +181,8 @@ __device__ __forceinline__ void add_query_row(
 
 // The sum over the warp's keys outside the grid, times a factor.
 template <class Tile>
-__device__ __forceinline__ void sum_outside(float (&to)[Tile::kDim], const float (&sums)[Tile::kDim / 8][4], float factor, const AttentionUnit& unit) {
+__device__ __forceinline__ void sum_outside(float (&to)[Tile::kDim], const float (&sums)[Tile::kDim / 8][4],
+                                            float factor, const AttentionUnit& unit) {
     const uint32_t warp = warp_of_block(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const auto outside = [&](uint32_t x) { return x < unit.s.side_w && !unit.on_grid({warp, x}); };
 #pragma unroll
@@ -188,7 +197,8 @@ __device__ __forceinline__ void sum_outside(float (&to)[Tile::kDim], const float
 
 // dk of the warp's keys, scaled by nothing yet.
 template <class Tile>
-__device__ __forceinline__ void multiply_dscores(float (&dk)[Tile::kDim / 8][4], WindowBackwardStorage<Tile>& shared, const AttentionUnit& unit) {
+__device__ __forceinline__ void multiply_dscores(float (&dk)[Tile::kDim / 8][4], WindowBackwardStorage<Tile>& shared,
+                                                 const AttentionUnit& unit) {
     using T = typename Tile::T;
 #pragma unroll 1
     for (uint32_t y = 0; y < unit.valid_h; ++y) {
@@ -205,18 +215,18 @@ __device__ __forceinline__ void multiply_dscores(float (&dk)[Tile::kDim / 8][4],
     }
 }
 
-// dk or dv of the warp's keys, part 1 or 2 of qkv: those on the grid, by way of the warp's row of dO, and the sum over the
-// others if it is wanted.
+// dk or dv of the warp's keys, part 1 or 2 of qkv: those on the grid, by way of the warp's row of dO, and the sum over
+// the others if it is wanted.
 template <class Tile>
-__device__ __forceinline__ void finish_keys(
-    const float (&sums)[Tile::kDim / 8][4], WindowBackwardStorage<Tile>& shared, const RelPosAttentionWindowBwdParams& p,
-    const AttentionUnit& unit, uint32_t part, float factor, bool pad_wanted) {
+__device__ __forceinline__ void finish_keys(const float (&sums)[Tile::kDim / 8][4], WindowBackwardStorage<Tile>& shared,
+                                            const RelPosAttentionWindowBwdParams& p, const AttentionUnit& unit,
+                                            uint32_t part, float factor, bool pad_wanted) {
     using T = typename Tile::T;
     const uint32_t warp = warp_of_block(), heads = unit.s.num_heads;
     if (warp < unit.valid_h) {
         T* to = global<T>(p.dqkv) + ((unit.token({warp, 0}) * 3 + part) * heads + unit.head) * Tile::kDim;
-        store_window_row<Tile>(
-            &shared.rows.dout[warp * unit.s.side_w], sums, {factor, factor}, unit.valid_w, to, uint64_t(3) * heads * Tile::kDim);
+        store_window_row<Tile>(&shared.rows.dout[warp * unit.s.side_w], sums, {factor, factor}, unit.valid_w, to,
+                               uint64_t(3) * heads * Tile::kDim);
     }
     if (pad_wanted) sum_outside<Tile>(shared.pad_sums[warp][part - 1], sums, factor, unit);
 }
@@ -228,10 +238,12 @@ __device__ __forceinline__ void finish_queries(
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kStride = Tile::kStride;
     const RelPosAttentionShape& s = p.shape;
-    const uint32_t warp = warp_of_block(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, first = warp * s.side_w;
+    const uint32_t warp = warp_of_block(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4,
+                   first = warp * s.side_w;
     float dq[kDim / 8][4] = {}, drel_h[2][4] = {}, drel_w[2][4] = {};
     // The identity's two halves: column g of depths 2 t and 2 t + 1, if it is one of them.
-    const uint32_t diagonal = pack<T>(2 * t == g ? 1.0f : 0.0f, 2 * t + 1 == g ? 1.0f : 0.0f), ones = pack<T>(1.0f, 1.0f);
+    const uint32_t diagonal = pack<T>(2 * t == g ? 1.0f : 0.0f, 2 * t + 1 == g ? 1.0f : 0.0f),
+                   ones = pack<T>(1.0f, 1.0f);
 #pragma unroll 1
     for (uint32_t y = 0; y < s.side_h; ++y) {
         FragmentA<T> a;
@@ -269,8 +281,8 @@ __device__ __forceinline__ void finish_queries(
             if (key < s.side_w) own[n][2 * s.side_h - 1 + n + s.side_w - 1 - key] = from_float<T>(drel_w[i / 4][i % 4]);
         }
         __syncwarp();
-        // Zero times what is not finite (a table's mask of minus infinity) is NaN: such a term is computed anew, from the rows
-        // that the query reads.
+        // Zero times what is not finite (a table's mask of minus infinity) is NaN: such a term is computed anew, from
+        // the rows that the query reads.
         const auto reads = [&](uint32_t query, uint32_t row) {
             const uint32_t of_h = row - warp, of_w = row - (2 * s.side_h - 1 + query);
             return row < 2 * s.side_h - 1 ? of_h < s.side_h : of_w < s.side_w;
@@ -302,7 +314,8 @@ __device__ __forceinline__ void finish_queries(
                         const float weight = to_float(own[query][row]);
                         const T* table = &shared.tables[row][16 * n + 2 * t];
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) terms[i / 2][2 * half + i % 2] += weight * to_float(table[8 * (i / 2) + i % 2]);
+                        for (int i = 0; i < 4; ++i)
+                            terms[i / 2][2 * half + i % 2] += weight * to_float(table[8 * (i / 2) + i % 2]);
                     }
             }
 #pragma unroll
@@ -312,17 +325,19 @@ __device__ __forceinline__ void finish_queries(
     }
     // Its row of dS has been read by nobody else.
     T* to = global<T>(p.dqkv) + (unit.token({warp, 0}) * 3 * s.num_heads + unit.head) * kDim;
-    store_window_row<Tile>(&shared.dscores[first], dq, {1.0f, 1.0f}, unit.valid_w, to, 3 * uint64_t(s.num_heads) * kDim);
+    store_window_row<Tile>(&shared.dscores[first], dq, {1.0f, 1.0f}, unit.valid_w, to,
+                           3 * uint64_t(s.num_heads) * kDim);
 }
 
 // partial [rows of the tables, kDim] += TableGradients^T q, warp by warp sixteen rows and channels.
 template <class Tile>
-__device__ __forceinline__ void add_table_gradients(
-    float* partial, const WindowBackwardStorage<Tile>& shared, const RelPosAttentionShape& s, const AttentionUnit& unit) {
+__device__ __forceinline__ void add_table_gradients(float* partial, const WindowBackwardStorage<Tile>& shared,
+                                                    const RelPosAttentionShape& s, const AttentionUnit& unit) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim;
     const uint32_t warp = warp_of_block(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const uint32_t count = 2 * s.side_h - 1 + 2 * s.side_w - 1, queries = unit.valid_h * s.side_w, zeros = s.side_h * s.side_w;
+    const uint32_t count = 2 * s.side_h - 1 + 2 * s.side_w - 1, queries = unit.valid_h * s.side_w,
+                   zeros = s.side_h * s.side_w;
     for (uint32_t job = warp; job < Tile::kTableRows / 16 * (kDim / 16); job += Tile::kWarps) {
         const uint32_t row = job % (Tile::kTableRows / 16) * 16, channel = job / (Tile::kTableRows / 16) * 16;
         if (row >= count) continue;
@@ -330,7 +345,8 @@ __device__ __forceinline__ void add_table_gradients(
 #pragma unroll 1
         for (uint32_t first = 0; first < queries; first += 16) {
             FragmentA<T> a;
-            ptx::ldmatrix_x4<true>(a.at, &shared.rows.dout[min(first + lane / 16 * 8 + lane % 8, zeros)][row + lane / 8 % 2 * 8]);
+            ptx::ldmatrix_x4<true>(
+                a.at, &shared.rows.dout[min(first + lane / 16 * 8 + lane % 8, zeros)][row + lane / 8 % 2 * 8]);
             uint32_t b[4];
             ptx::ldmatrix_x4<true>(b, &shared.rows.q[min(first + lane % 16, zeros)][channel + lane / 16 * 8]);
             mma(sums[0], a, FragmentB<T>{{b[0], b[1]}});
@@ -344,7 +360,8 @@ __device__ __forceinline__ void add_table_gradients(
     }
 }
 
-template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_bwd_sm90(const RelPosAttentionWindowBwdParams& p) {
+template <class Tile>
+__device__ __forceinline__ void rel_pos_attention_window_bwd_sm90(const RelPosAttentionWindowBwdParams& p) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim;
     auto& shared = ptx::shared_storage<WindowBackwardStorage<Tile>>();
@@ -353,7 +370,9 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_b
 
     // This block's parts of the sums.
     const uint32_t table_elements = (2 * s.side_h - 1 + 2 * s.side_w - 1) * kDim;
-    const auto table_partial = [&](uint32_t block) { return global<float>(p.table_partials) + uint64_t(block) * table_elements; };
+    const auto table_partial = [&](uint32_t block) {
+        return global<float>(p.table_partials) + uint64_t(block) * table_elements;
+    };
     const auto pad_partial = [&](uint32_t block) { return global<float>(p.pad_partials) + block * 3 * channels; };
     if (p.table_partials != 0)
         for (uint32_t i = threadIdx.x; i < table_elements; i += Tile::kThreads) table_partial(blockIdx.x)[i] = 0.0f;
@@ -365,7 +384,9 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_b
     }
 
     const auto unit_at_work = [&] { return AttentionUnit(s, shared.index); };
-    const auto pad_wanted = [&](const AttentionUnit& unit) { return p.pad_partials != 0 && (unit.valid_h < s.side_h || unit.valid_w < s.side_w); };
+    const auto pad_wanted = [&](const AttentionUnit& unit) {
+        return p.pad_partials != 0 && (unit.valid_h < s.side_h || unit.valid_w < s.side_w);
+    };
 
 #pragma unroll 1
     for (uint32_t index = blockIdx.x; index < p.units; index = shared.index + gridDim.x) {
@@ -374,12 +395,16 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_b
         if (threadIdx.x == 0) shared.index = index;
         if (warp < s.side_h) {
             const AttentionUnit unit(s, index);
-            const T *pad = p.pad == 0 ? nullptr : global<const T>(p.pad), *from = global<const T>(p.qkv) + unit.head * kDim;
+            const T *pad = p.pad == 0 ? nullptr : global<const T>(p.pad),
+                    *from = global<const T>(p.qkv) + unit.head * kDim;
             const T* outside = pad == nullptr ? nullptr : pad + unit.head * kDim;
             copy_window_row<Tile>(shared.rows.q, unit, warp, from, 3 * channels, nullptr);
-            copy_window_row<Tile>(shared.rows.keys, unit, warp, from + channels, 3 * channels, outside == nullptr ? nullptr : outside + channels);
-            copy_window_row<Tile>(shared.values, unit, warp, from + 2 * channels, 3 * channels, outside == nullptr ? nullptr : outside + 2 * channels);
-            copy_window_row<Tile>(shared.rows.dout, unit, warp, global<const T>(p.dout) + unit.head * kDim, channels, nullptr);
+            copy_window_row<Tile>(shared.rows.keys, unit, warp, from + channels, 3 * channels,
+                                  outside == nullptr ? nullptr : outside + channels);
+            copy_window_row<Tile>(shared.values, unit, warp, from + 2 * channels, 3 * channels,
+                                  outside == nullptr ? nullptr : outside + 2 * channels);
+            copy_window_row<Tile>(shared.rows.dout, unit, warp, global<const T>(p.dout) + unit.head * kDim, channels,
+                                  nullptr);
             ptx::cp_async_commit_group();
             ptx::cp_async_wait_group<0>();
             __syncwarp();  // this warp's row is there

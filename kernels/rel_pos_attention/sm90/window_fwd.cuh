@@ -1,9 +1,9 @@
 // The forward of rel_pos_attention (see rel_pos_attention/fwd.cuh) in windows on Hopper: a unit at a time, on chip.
 //
-// One persistent block a multiprocessor takes every gridDim.x-th unit; while its warps work on one, a row of queries each,
-// the next one's q, k and v are copied into the other stage. The tables stay. A warp's scores come two key rows at a
-// time, under an online softmax in base 2; rel_w is a fragment for all key rows, rel_h is in the accumulators of its
-// product and goes round by shuffles.
+// One persistent block a multiprocessor takes every gridDim.x-th unit; while its warps work on one, a row of queries
+// each, the next one's q, k and v are copied into the other stage. The tables stay. A warp's scores come two key rows
+// at a time, under an online softmax in base 2; rel_w is a fragment for all key rows, rel_h is in the accumulators of
+// its product and goes round by shuffles.
 //
 // SAM's ViT-B: 75 KB in, 25 KB out for 300 units an image and layer.
 #pragma once
@@ -114,7 +114,8 @@ __device__ __forceinline__ void attend_key_rows(
     }
 }
 
-template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_fwd_sm90(const RelPosAttentionWindowFwdParams& p) {
+template <class Tile>
+__device__ __forceinline__ void rel_pos_attention_window_fwd_sm90(const RelPosAttentionWindowFwdParams& p) {
     using T = typename Tile::T;
     using Storage = WindowForwardStorage<Tile>;
     constexpr int kDim = Tile::kDim;
@@ -129,8 +130,10 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_f
         if (index < p.units && warp < s.side_h) {
             const AttentionUnit unit(s, index);
             const T *from = qkv + unit.head * kDim, *outside = pad == nullptr ? nullptr : pad + unit.head * kDim;
-            copy_window_row<Tile>(to.keys, unit, warp, from + channels, 3 * channels, outside == nullptr ? nullptr : outside + channels);
-            copy_window_row<Tile>(to.values, unit, warp, from + 2 * channels, 3 * channels, outside == nullptr ? nullptr : outside + 2 * channels);
+            copy_window_row<Tile>(to.keys, unit, warp, from + channels, 3 * channels,
+                                  outside == nullptr ? nullptr : outside + channels);
+            copy_window_row<Tile>(to.values, unit, warp, from + 2 * channels, 3 * channels,
+                                  outside == nullptr ? nullptr : outside + 2 * channels);
             if (warp < unit.valid_h) copy_window_row<Tile>(to.q, unit, warp, from, 3 * channels, nullptr);
         }
         ptx::cp_async_commit_group();
@@ -158,7 +161,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_f
         }
         const uint64_t dropout_row = unit.dropout_row({warp, g});
 #pragma unroll 1
-        for (uint32_t y = 0; y < s.side_h; y += 2) attend_key_rows<Tile>(state, s, dropout_row, own, stage.keys, stage.values, y);
+        for (uint32_t y = 0; y < s.side_h; y += 2)
+            attend_key_rows<Tile>(state, s, dropout_row, own, stage.keys, stage.values, y);
 
         float inverse[2];
 #pragma unroll
@@ -167,7 +171,8 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_window_f
             inverse[half] = 1.0f / sum;
             const uint32_t x = g + 8 * half;
             if (t == 0 && x < unit.valid_w)
-                global<float>(p.lse)[unit.first_row() + warp * unit.valid_w + x] = state.row_max[half] * kLn2 + logf(sum);
+                global<float>(p.lse)[unit.first_row() + warp * unit.valid_w + x] =
+                    state.row_max[half] * kLn2 + logf(sum);
         }
         T* to = global<T>(p.out) + unit.token({warp, 0}) * channels + unit.head * kDim;
         store_window_row<Tile>(own, state.out, inverse, unit.valid_w, to, channels);

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The sources of the kernels have lines of at most 120 columns.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+find kernels -type f -exec awk '
+  length($0) > 120 { printf "error: %s:%d: %d columns, at most 120\n", FILENAME, FNR, length($0) > "/dev/stderr"; long = 1 }
+  END { exit long }' {} +
