@@ -370,10 +370,9 @@ typedef struct RelPosAttentionFwdSm90Params {
 ABI_SIZE(RelPosAttentionFwdSm90Params, 896);
 
 /** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for each
- * multiprocessor of an H100 or H200. */
+ * multiprocessor. */
 #define REL_POS_ATTENTION_WINDOW_SM90_SIDE 14
 #define REL_POS_ATTENTION_WINDOW_SM90_THREADS 448
-#define REL_POS_ATTENTION_WINDOW_SM90_BLOCKS 132
 #define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD64_SHARED_BYTES 191264
 #define REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES 231328
 #define REL_POS_ATTENTION_WINDOW_SM90_BWD_HD64_SHARED_BYTES 210048
@@ -413,8 +412,6 @@ ABI_SIZE(RelPosAttentionWindowBwdParams, 144);
 #define REL_POS_ATTENTION_KEY_WARPS 4
 #define REL_POS_ATTENTION_KEY_QUERIES 64
 #define REL_POS_ATTENTION_KEY_QUERIES_F32 32
-/** Blocks of the backward's query pass if the tables are trained: each sums the gradients of what it computes. */
-#define REL_POS_ATTENTION_TABLE_PARTS 264
 
 /** The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,
  * side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the
@@ -467,7 +464,6 @@ ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 #define REL_POS_ATTENTION_SM90_BWD_COLS16_BOX_ROWS 4
 #define REL_POS_ATTENTION_SM90_BWD_COLS16_HD64_SLOTS 8
 #define REL_POS_ATTENTION_SM90_BWD_COLS16_HD80_SLOTS 8
-#define REL_POS_ATTENTION_SM90_TABLE_PARTS 132
 
 /** As RelPosAttentionBwdQueryParams, with maps of qkv and dout as grids and of the tables as they lie. */
 typedef struct RelPosAttentionBwdQuerySm90Params {

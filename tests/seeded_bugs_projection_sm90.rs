@@ -16,6 +16,7 @@ use candle_sam_lora::launch::projection::{
     low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
     Problem, ProjectionProblem, Small,
 };
+use candle_sam_lora::launch::Gpu;
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::random;
 use device::{launch_all, Device, Memory};
@@ -100,11 +101,13 @@ fn run(folder: &Path, tile: &str) -> Outcomes {
             low_rank: s.address(),
             sum: 0,
         };
-        let launches = forward_with(tile, &problem, DType::BF16, &operands, 2)?;
+        let two = Gpu { multiprocessors: 2, ..Gpu::H100 };
+        let launches = forward_with(tile, &problem, DType::BF16, &operands, &two)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(y.bytes().to_vec())
     };
     let backward = |tile: &str, mode: Mode| {
+        let one = Gpu { multiprocessors: 1, ..Gpu::H100 };
         let problem = problem(&parts[..1]);
         let dx = Memory::for_elements(ROWS * IN_DIM, DType::BF16);
         let workspace = Memory::new(workspace_bytes(&problem, DType::BF16));
@@ -119,7 +122,7 @@ fn run(folder: &Path, tile: &str) -> Outcomes {
             dsmall: 0,
             workspace: workspace.address(),
         };
-        let launches = backward_with(tile, &problem, DType::BF16, &operands, 1)?;
+        let launches = backward_with(tile, &problem, DType::BF16, &operands, &one)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(dx.bytes().to_vec())
     };

@@ -12,7 +12,7 @@
 use super::measured::MEASURED;
 use super::projection;
 use candle_core::DType;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 
 /// A row of the table: the tile of the problems of a family that have this shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,6 @@ type Named = (&'static str, &'static str);
 
 thread_local! {
     static FORCED: RefCell<Vec<Named>> = const { RefCell::new(Vec::new()) };
-    static MOST_BLOCKS: Cell<u64> = const { Cell::new(u64::MAX) };
 }
 
 /// For tuning: makes this thread give all problems of a family this tile, if it is one of [`candidates`].
@@ -61,23 +60,16 @@ pub fn force(family_and_tile: Option<Named>) {
     FORCED.replace(family_and_tile.into_iter().collect());
 }
 
-/// For self-tests: calls `f` while this thread gives all problems of these families these tiles, and kernels whose blocks
-/// take turns at their work at most so many blocks, so that small problems have several turns.
-pub fn forced<R>(tiles: &[Named], most_blocks: u64, f: impl FnOnce() -> R) -> R {
-    struct Restore(Vec<Named>, u64);
+/// For self-tests: calls `f` while this thread gives all problems of these families these tiles.
+pub fn forced<R>(tiles: &[Named], f: impl FnOnce() -> R) -> R {
+    struct Restore(Vec<Named>);
     impl Drop for Restore {
         fn drop(&mut self) {
             FORCED.replace(std::mem::take(&mut self.0));
-            MOST_BLOCKS.set(self.1);
         }
     }
-    let _restore = Restore(FORCED.replace(tiles.to_vec()), MOST_BLOCKS.replace(most_blocks));
+    let _restore = Restore(FORCED.replace(tiles.to_vec()));
     f()
-}
-
-/// The blocks of a kernel whose blocks take turns, of which a device runs so many at once.
-pub(super) fn taking_turns(blocks: u32) -> u64 {
-    u64::from(blocks).min(MOST_BLOCKS.get())
 }
 
 /// The tiles of a family that there are kernels for; for tuning.
@@ -166,7 +158,7 @@ mod tests {
         backward as rel_pos_attention_bwd_sm90, forward as rel_pos_attention_sm90,
     };
     use super::super::{projection, rel_pos_attention};
-    use super::super::{AttentionProblem, Launch};
+    use super::super::{AttentionProblem, Gpu, Launch};
     use super::*;
     use candle_core::Result;
 
@@ -210,7 +202,7 @@ mod tests {
 
     /// The family's kernel that a row's problem launches, if any.
     fn launched(row: &Measured) -> Result<Option<Launch>> {
-        let at = 1 << 20;
+        let (at, gpu) = (1 << 20, &Gpu::H100);
         let dtype = if row.bytes == 4 { DType::F32 } else { DType::BF16 };
         let [inner, outer] = row.shape;
         let launches = if PROJECTION.contains(&row.family) {
@@ -219,14 +211,13 @@ mod tests {
             let (weights, activation) = (&[at][..], Activation::Identity);
             let (rows, in_dim, projections) = (row.rows, inner, &[part][..]);
             let problem = Problem { rows, in_dim, projections, activation };
-            let device = projection_sm90::Hopper { multiprocessors: 132, clusters: true };
             let ([x, out, dout, dx, workspace], small, none) = ([at; 5], Small::Flat(at), 0);
             let (low_rank, sum, residual, dsmall) = (none, none, none, none);
             let forward = ForwardOperands { x, weights, small, residual, out, low_rank, sum };
             match row.family {
-                "projection_fwd" => projection::forward(&problem, dtype, &forward)?,
+                "projection_fwd" => projection::forward(&problem, dtype, &forward, gpu)?,
                 "projection_fwd_sm90" => {
-                    projection_sm90::forward(&problem, dtype, &forward, device)?.unwrap_or_default()
+                    projection_sm90::forward(&problem, dtype, &forward, gpu)?.unwrap_or_default()
                 }
                 of_backward => {
                     let backward = BackwardOperands {
@@ -241,8 +232,10 @@ mod tests {
                         workspace,
                     };
                     match of_backward {
-                        "projection_bwd_input" => projection::backward(&problem, dtype, &backward)?,
-                        _ => projection_bwd_sm90::backward(&problem, dtype, &backward, device)?
+                        "projection_bwd_input" => {
+                            projection::backward(&problem, dtype, &backward, gpu)?
+                        }
+                        _ => projection_bwd_sm90::backward(&problem, dtype, &backward, gpu)?
                             .unwrap_or_default(),
                     }
                 }
@@ -276,9 +269,9 @@ mod tests {
                         BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
                     if family.ends_with("_sm90") {
                         let by_hopper = rel_pos_attention_bwd_sm90::backward;
-                        by_hopper(&problem, dtype, &inputs, &operands)?.unwrap_or_default()
+                        by_hopper(&problem, dtype, &inputs, &operands, gpu)?.unwrap_or_default()
                     } else {
-                        backward(&problem, dtype, &inputs, &operands)?
+                        backward(&problem, dtype, &inputs, &operands, gpu)?
                     }
                 }
             }

@@ -17,7 +17,7 @@ use candle_sam_lora::cuda::{available_kernels, set_kernels, Kernels};
 use candle_sam_lora::launch::measured::MEASURED;
 use candle_sam_lora::launch::rel_pos_attention::{BackwardOperands, Inputs};
 use candle_sam_lora::launch::tiles::{self, ATTENTION, PROJECTION};
-use candle_sam_lora::launch::{rel_pos_attention, AttentionProblem};
+use candle_sam_lora::launch::{rel_pos_attention, AttentionProblem, Gpu};
 use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use clap::Parser;
 use serde_json::json;
@@ -386,8 +386,13 @@ fn covered(problem: &Problem<Work>) -> Result<bool> {
         let [out, lse, dout, dqkv, dtables, workspace] = [at; 6];
         let dpad = 0;
         let operands = BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
-        let own =
-            rel_pos_attention::sm90::backward::backward(&problem, DType::BF16, &inputs, &operands)?;
+        let own = rel_pos_attention::sm90::backward::backward(
+            &problem,
+            DType::BF16,
+            &inputs,
+            &operands,
+            &Gpu::H100,
+        )?;
         return Ok(own.is_some());
     }
     Ok(rel_pos_attention::sm90::forward::forward(&problem, DType::BF16, &inputs, at, at)?.is_some())

@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention_window_sm90;
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
+use candle_sam_lora::launch::{tiles, AttentionProblem, Gpu, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -306,23 +306,25 @@ impl Kernels {
         inputs: &Inputs,
         operands: &BackwardOperands,
     ) -> Result<Vec<Launch>> {
-        let (p, dtype) = (&case.problem, case.dtype);
+        let (p, dtype, gpu) = (&case.problem, case.dtype, &Gpu::H100);
         match self {
-            Self::Portable => attention::backward(p, dtype, inputs, operands),
+            Self::Portable => attention::backward(p, dtype, inputs, operands, gpu),
             Self::Hopper | Self::HopperKeysInSharedMemory => {
-                Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands)?
+                Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands, gpu)?
                     .unwrap_or_else(|| panic!("{}: not covered", case.name)))
             }
-            Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
-                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+            Self::HopperWindows => {
+                Ok(attention_window_sm90::backward(p, dtype, inputs, operands, gpu)?
+                    .unwrap_or_else(|| panic!("{}: not covered", case.name)))
+            }
         }
     }
 
     pub fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
-        let p = &case.problem;
+        let (p, trained, gpu) = (&case.problem, [tables, pad], &Gpu::H100);
         match self {
-            Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),
-            _ => attention::workspace_bytes(p, case.dtype, tables, pad),
+            Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, trained, gpu)),
+            _ => attention::workspace_bytes(p, case.dtype, trained, gpu),
         }
     }
 

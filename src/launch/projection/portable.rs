@@ -7,7 +7,7 @@ use crate::launch::bindings::{
     device_ptr, LowRankParams, LowRankPart, ProjectionParams, ProjectionPart, ACTIVATION_GELU,
     ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
 };
-use crate::launch::{bindings, dropout, tiles, Launch};
+use crate::launch::{bindings, dropout, tiles, Gpu, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 use std::ops::Range;
@@ -39,9 +39,6 @@ pub enum Tile {
 
 /// Both, for tests and tuning.
 pub const TILES: [Tile; 2] = [Tile::Large, Tile::Small];
-
-/// Fewer blocks than this leave multiprocessors of an A100 (108) or H100 (132) idle.
-const ENOUGH_BLOCKS: u64 = 128;
 
 impl Tile {
     /// Rows and columns.
@@ -76,20 +73,21 @@ impl Tile {
         problem: &Problem<'_>,
         dtype: DType,
         widths: &[u64],
+        gpu: &Gpu,
     ) -> Self {
         let total = problem.projections.iter().map(|part| part.out_dim).sum();
         let known = tiles::known(family, dtype, [problem.in_dim, total], problem.rows);
-        let rule = || Self::choose(problem.rows as u64, widths);
+        let rule = || Self::choose(problem.rows as u64, widths, gpu);
         known.and_then(Self::named).unwrap_or_else(rule)
     }
 
-    /// The rule: the tile for an output of `rows` rows in these widths.
-    pub(in crate::launch) fn choose(rows: u64, widths: &[u64]) -> Self {
+    /// The rule: the tile for an output of `rows` rows in these widths. Too few blocks leave multiprocessors idle.
+    pub(in crate::launch) fn choose(rows: u64, widths: &[u64], gpu: &Gpu) -> Self {
         let large = Self::Large.side();
         let columns: u64 = widths.iter().map(|width| width.div_ceil(large)).sum();
         // A width that fills at most half of the last tile wastes more than the small tile costs.
         let narrow = widths.iter().all(|width| *width <= large / 2);
-        if narrow || rows.div_ceil(large) * columns < ENOUGH_BLOCKS {
+        if narrow || rows.div_ceil(large) * columns < gpu.enough_blocks() {
             Self::Small
         } else {
             Self::Large
@@ -371,9 +369,11 @@ pub fn forward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
+    gpu: &Gpu,
 ) -> Result<Vec<Launch>> {
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
-    forward_with(Tile::of(tiles::PROJECTION[0], problem, dtype, &widths), problem, dtype, operands)
+    let tile = Tile::of(tiles::PROJECTION[0], problem, dtype, &widths, gpu);
+    forward_with(tile, problem, dtype, operands)
 }
 
 /// The launch for S; none without LoRA.
@@ -458,14 +458,18 @@ mod tests {
 
     #[test]
     fn tiles_fill_the_device() {
+        let choose = |rows, widths: &[u64]| Tile::choose(rows, widths, &Gpu::H100);
         // SAM ViT-B's qkv of one image, its output projection, and of one window's worth of tokens.
-        assert_eq!(Tile::choose(4096, &[768; 3]), Tile::Large);
-        assert_eq!(Tile::choose(4096, &[768]), Tile::Large);
-        assert_eq!(Tile::choose(196, &[768; 3]), Tile::Small);
+        assert_eq!(choose(4096, &[768; 3]), Tile::Large);
+        assert_eq!(choose(4096, &[768]), Tile::Large);
+        assert_eq!(choose(196, &[768; 3]), Tile::Small);
         // Narrow outputs, as of the mask decoder, waste less in small tiles.
-        assert_eq!(Tile::choose(65536, &[32]), Tile::Small);
-        assert_eq!(Tile::choose(65536, &[64; 3]), Tile::Small);
-        assert_eq!(Tile::choose(65536, &[128]), Tile::Large);
+        assert_eq!(choose(65536, &[32]), Tile::Small);
+        assert_eq!(choose(65536, &[64; 3]), Tile::Small);
+        assert_eq!(choose(65536, &[128]), Tile::Large);
+        // 120 large blocks are too few for 132 multiprocessors, and enough for 108.
+        assert_eq!(choose(15360, &[128]), Tile::Small);
+        assert_eq!(Tile::choose(15360, &[128], &Gpu::A100), Tile::Large);
     }
 
     #[test]
@@ -488,7 +492,7 @@ mod tests {
         let problem = problem(100, 64, &parts);
         // Ranks are rounded up to 4 and 20.
         assert_eq!(low_rank_len(&problem), 100 * 24);
-        let launches = forward(&problem, DType::BF16, &OPERANDS)?;
+        let launches = forward(&problem, DType::BF16, &OPERANDS, &Gpu::H100)?;
         assert_eq!(names(&launches), ["low_rank_input_64x64_bf16", "projection_fwd_64x64_bf16"]);
         assert_eq!(launches[0].grid, [2, 1, 2]);
         Ok(())
@@ -509,11 +513,11 @@ mod tests {
             dsmall: 0,
             workspace: 32768,
         };
-        let launches = backward(&problem, DType::F16, &operands)?;
+        let launches = backward(&problem, DType::F16, &operands, &Gpu::H100)?;
         assert_eq!(names(&launches), ["low_rank_grad_64x16_f16", "projection_bwd_input_64x64_f16"]);
         assert_eq!(low_rank_len(&problem), 4096 * 32);
         let operands = BackwardOperands { dx: 0, dsmall: 16384, ..operands };
-        let launches = backward(&problem, DType::F16, &operands)?;
+        let launches = backward(&problem, DType::F16, &operands, &Gpu::H100)?;
         let weight = "low_rank_weight_64x16_f16";
         let (ds, biases) = ("low_rank_grad_64x16_f16", "projection_bwd_bias_f16");
         let expected = [ds, weight, weight, biases, "sum_partials_f32"];
@@ -525,7 +529,7 @@ mod tests {
             assert_eq!(workspace_bytes(&problem, dtype), 4 * (4096 * 32 + 32 * small));
         }
         let operands = BackwardOperands { dsmall: 0, ..operands };
-        assert!(backward(&problem, DType::F16, &operands)?.is_empty());
+        assert!(backward(&problem, DType::F16, &operands, &Gpu::H100)?.is_empty());
         Ok(())
     }
 
@@ -534,11 +538,13 @@ mod tests {
         let parts = [part(64, 0); 4];
         for problem in [problem(5, 8, &parts), problem(0, 8, &parts[..1]), problem(5, 8, &[])] {
             assert!(!covers(&problem, DType::F32));
-            let message = forward(&problem, DType::F32, &OPERANDS).unwrap_err().to_string();
+            let refused = forward(&problem, DType::F32, &OPERANDS, &Gpu::H100);
+            let message = refused.unwrap_err().to_string();
             assert!(message.contains("1 to 3 projections"), "{message}");
         }
         let two = problem(5, 8, &parts[..2]);
         assert!(covers(&two, DType::F32) && !covers(&two, DType::F64));
-        assert!(forward(&two, DType::F32, &OPERANDS).is_err(), "three weights for two");
+        let refused = forward(&two, DType::F32, &OPERANDS, &Gpu::H100);
+        assert!(refused.is_err(), "three weights for two");
     }
 }

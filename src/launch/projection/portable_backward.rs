@@ -14,7 +14,7 @@ use crate::launch::bindings::{
     BIAS_GRAD_WARPS, PROJECTION_PARTS,
 };
 use crate::launch::projection::{low_rank, Activation, Problem, Shapes, Small, Tile};
-use crate::launch::{dropout, sum_partials, tiles, Launch};
+use crate::launch::{dropout, sum_partials, tiles, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 
 const WARP: u64 = 32;
@@ -103,8 +103,9 @@ pub fn backward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
+    gpu: &Gpu,
 ) -> Result<Vec<Launch>> {
-    let tile = Tile::of(tiles::PROJECTION[1], problem, dtype, &[problem.in_dim as u64]);
+    let tile = Tile::of(tiles::PROJECTION[1], problem, dtype, &[problem.in_dim as u64], gpu);
     backward_with(tile, problem, dtype, operands)
 }
 

@@ -7,9 +7,8 @@ use crate::launch::bindings::{
     REL_POS_ATTENTION_COLS64_ROWS, REL_POS_ATTENTION_COLS64_WARPS, REL_POS_ATTENTION_F32_ROWS,
     REL_POS_ATTENTION_F32_WARPS, REL_POS_ATTENTION_KEY_QUERIES, REL_POS_ATTENTION_KEY_QUERIES_F32,
     REL_POS_ATTENTION_KEY_SIDE, REL_POS_ATTENTION_KEY_WARPS, REL_POS_ATTENTION_ROW_PAD,
-    REL_POS_ATTENTION_TABLE_PARTS,
 };
-use crate::launch::{dropout, sum_partials, tiles, AttentionProblem, Launch};
+use crate::launch::{dropout, sum_partials, tiles, AttentionProblem, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 
 const OP: &str = AttentionProblem::OP;
@@ -249,12 +248,13 @@ impl Workspace {
         dtype: DType,
         tile: &Tile,
         [train_tables, train_pad]: [bool; 2],
+        gpu: &Gpu,
     ) -> Self {
         let rows = rows(p);
         let delta = 4 * rows * bias_pitch(p);
         // Hopper's query pass adds to them two at a time.
         let table_partials = (delta + 4 * rows * statistics(dtype)).next_multiple_of(16);
-        let parts = if train_tables { table_parts(p, tile) as usize } else { 0 };
+        let parts = if train_tables { table_parts(p, tile, gpu) as usize } else { 0 };
         let pad_partials = table_partials + 4 * parts * table_elements(p);
         let parts = if train_pad { pad_parts(p) } else { 0 };
         let bytes = pad_partials + 4 * parts * 3 * p.channels();
@@ -276,8 +276,8 @@ pub(in crate::launch) fn table_elements(p: &AttentionProblem) -> usize {
 }
 
 /// Blocks of the query pass if the tables are trained: few, since each has a copy of the tables' gradients.
-fn table_parts(p: &AttentionProblem, tile: &Tile) -> u64 {
-    query_blocks(p, tile).min(u64::from(REL_POS_ATTENTION_TABLE_PARTS))
+fn table_parts(p: &AttentionProblem, tile: &Tile, gpu: &Gpu) -> u64 {
+    query_blocks(p, tile).min(2 * gpu.persistent_blocks())
 }
 
 /// Key tiles of a window in the key pass.
@@ -289,18 +289,18 @@ fn pad_parts(p: &AttentionProblem) -> usize {
     p.windows() * key_tiles(p)
 }
 
-/// Scratch memory of the backward.
+/// Scratch memory of the backward; `trained` says whether the tables and the pad are.
 ///
 /// # Errors
 /// As [`check`].
 pub fn workspace_bytes(
     problem: &AttentionProblem,
     dtype: DType,
-    train_tables: bool,
-    train_pad: bool,
+    trained: [bool; 2],
+    gpu: &Gpu,
 ) -> Result<usize> {
     let tile = check(BY_QUERY, problem, dtype, &[])?;
-    Ok(Workspace::new(problem, dtype, &tile, [train_tables, train_pad]).bytes as usize)
+    Ok(Workspace::new(problem, dtype, &tile, trained, gpu).bytes as usize)
 }
 
 /// What the passes of the backward hand on: addresses in its scratch memory.
@@ -324,16 +324,17 @@ impl BetweenPasses {
         p: &AttentionProblem,
         dtype: DType,
         operands: &BackwardOperands,
+        gpu: &Gpu,
     ) -> Result<Self> {
         let &BackwardOperands { dtables, dpad, workspace, .. } = operands;
         let tile = check(BY_QUERY, p, dtype, &[])?;
-        let at = Workspace::new(p, dtype, &tile, [dtables != 0, dpad != 0]);
+        let at = Workspace::new(p, dtype, &tile, [dtables != 0, dpad != 0], gpu);
         let present = |output, partials| if output == 0 { 0 } else { workspace + partials };
         Ok(Self {
             bias: workspace,
             delta: workspace + at.delta,
             table_partials: present(dtables, at.table_partials),
-            table_parts: table_parts(p, &tile),
+            table_parts: table_parts(p, &tile, gpu),
             pad_partials: present(dpad, at.pad_partials),
         })
     }
@@ -360,13 +361,14 @@ pub fn backward(
     dtype: DType,
     inputs: &Inputs,
     operands: &BackwardOperands,
+    gpu: &Gpu,
 ) -> Result<Vec<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, .. } = operands;
     let [rel_pos_h, rel_pos_w] = tables;
     let addresses = [qkv, rel_pos_h, rel_pos_w, pad, out, lse, dout, dqkv, dtables, dpad];
     let tile = check(BY_QUERY, problem, dtype, &addresses)?;
-    let between = BetweenPasses::new(problem, dtype, operands)?;
+    let between = BetweenPasses::new(problem, dtype, operands, gpu)?;
     let BetweenPasses { bias, delta, table_partials, table_parts, pad_partials } = between;
     let shape = shape(problem);
 
@@ -494,7 +496,8 @@ pub(in crate::launch) mod tests {
     #[test]
     fn the_backward_sums_only_what_is_trained() -> Result<()> {
         let names = |dtables, dpad| -> Result<Vec<String>> {
-            let launches = backward(&WINDOWED, DType::BF16, &INPUTS, &operands(dtables, dpad))?;
+            let operands = operands(dtables, dpad);
+            let launches = backward(&WINDOWED, DType::BF16, &INPUTS, &operands, &Gpu::H100)?;
             Ok(launches.into_iter().map(|launch| launch.kernel).collect())
         };
         let passes =
@@ -507,7 +510,7 @@ pub(in crate::launch) mod tests {
 
     #[test]
     fn the_workspace_does_not_grow_with_the_square_of_the_tokens() -> Result<()> {
-        let bytes = |problem, train| workspace_bytes(problem, DType::BF16, train, train);
+        let bytes = |problem, train| workspace_bytes(problem, DType::BF16, [train; 2], &Gpu::H100);
         // An image and layer: 128 biases and delta for 12 x 4096 queries.
         assert_eq!(bytes(&GLOBAL, false)? / 4, 12 * 4096 * (128 + 1) * 4);
         let rows = 4 * 25 * 12 * 196;

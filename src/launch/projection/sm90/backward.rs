@@ -4,10 +4,10 @@
 use crate::launch::bindings::{device_ptr, ProjectionBwdInputSm90Params, ProjectionPart};
 use crate::launch::projection::portable_backward::{backward_by, Between};
 use crate::launch::projection::sm90::forward::{
-    bits16, chosen, copies_take, persistent, tile, Hopper, Maps, Tile, BWD_INPUT, DEPTH, PIECE,
+    bits16, chosen, copies_take, persistent, tile, Maps, Tile, BWD_INPUT, DEPTH, PIECE,
 };
 use crate::launch::projection::{BackwardOperands, Problem, Shapes};
-use crate::launch::Launch;
+use crate::launch::{Gpu, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
@@ -19,16 +19,15 @@ pub fn backward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    device: Hopper,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
-    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32], device.clusters)? {
-        Some(tile) => backward_with(tile, problem, dtype, operands, device.multiprocessors),
+    match chosen(BWD_INPUT, problem, dtype, &[problem.in_dim as u32], gpu)? {
+        Some(tile) => backward_with(tile, problem, dtype, operands, gpu),
         None => Ok(None),
     }
 }
 
-/// The backward with the tile of this name for dx on so many multiprocessors; none if the kernel does not cover the
-/// problem.
+/// The backward with the tile of this name for dx; none if the kernel does not cover the problem.
 ///
 /// # Errors
 /// As [`backward`], and if there is no such tile.
@@ -37,7 +36,7 @@ pub fn backward_with(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    multiprocessors: u32,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let BackwardOperands { dout, dx, workspace, .. } = *operands;
     // a is not copied: the kernel reads it element by element.
@@ -49,7 +48,7 @@ pub fn backward_with(
     }
     let tile = tile(name)?;
     let launches = backward_by(problem, dtype, operands, |shapes, parts, between| {
-        bwd_input(tile, shapes, dtype, parts, (between, dx), multiprocessors)
+        bwd_input(tile, shapes, dtype, parts, (between, dx), gpu)
     })?;
     Ok(Some(launches))
 }
@@ -61,7 +60,7 @@ fn bwd_input(
     dtype: DType,
     parts: [ProjectionPart; 3],
     (Between { g, ds }, dx): (Between, device_ptr),
-    multiprocessors: u32,
+    gpu: &Gpu,
 ) -> Result<Launch> {
     type Params = ProjectionBwdInputSm90Params;
     let (rows, in_dim) = (shapes.problem.rows as u32, shapes.in_dim);
@@ -82,9 +81,9 @@ fn bwd_input(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
-    let launch = persistent(BWD_INPUT, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    let launch = persistent(BWD_INPUT, tile, dtype, (tiles, gpu), &params, maps)?;
     // dS's kernel begins when g is there, so this one may begin with g.
-    let begins_early = shapes.adapted().next().is_some();
+    let begins_early = gpu.early_launch && shapes.adapted().next().is_some();
     Ok(Launch { begins_early, ..launch })
 }
 
@@ -113,8 +112,9 @@ mod tests {
             dsmall: 0,
             workspace: 1 << 16,
         };
+        let five = Gpu { multiprocessors: 5, ..Gpu::H100 };
         let backward = |tile, operands: &BackwardOperands<'_>| {
-            backward_with(tile, &problem, DType::BF16, operands, 5)
+            backward_with(tile, &problem, DType::BF16, operands, &five)
         };
         for tile in BACKWARD_TILES {
             let launches = backward(tile, &operands)?.unwrap();

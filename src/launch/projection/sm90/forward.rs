@@ -12,7 +12,7 @@ use crate::launch::bindings::{
 };
 use crate::launch::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
 use crate::launch::tensor_map::{Element, TensorMap, LONGEST};
-use crate::launch::{tiles, Launch};
+use crate::launch::{tiles, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 use std::mem::{offset_of, size_of};
 
@@ -32,15 +32,6 @@ pub struct Tile {
 /// How the names of tiles end that a cluster of two blocks makes. There is one of the same name without it, for devices
 /// without clusters.
 pub const X2: &str = "_x2";
-
-/// What the launches hang on, of a device that runs the kernels for Hopper.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hopper {
-    /// Their number.
-    pub multiprocessors: u32,
-    /// Whether it launches clusters of two blocks.
-    pub clusters: bool,
-}
 
 const PINGPONG_128X192: Tile = Tile {
     name: "pingpong_128x192",
@@ -95,8 +86,8 @@ pub struct Choice {
     pub tile: &'static str,
 }
 
-/// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
-/// multiprocessors from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
+/// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for
+/// [`MULTIPROCESSORS`] from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
 /// `128 (rows + cols / cluster)` bytes from the L2 cache.
 pub const CHOICES: [Choice; 6] = [
     // Widths of ViT-B. 37 bytes a cycle, without a cluster 53, and an epilogue that costs nothing.
@@ -114,6 +105,8 @@ pub const CHOICES: [Choice; 6] = [
     Choice { family: BWD_INPUT, width: 1, tiles: 66, tile: "pingpong_128x192_x2" },
 ];
 
+/// Multiprocessors of the device that [`CHOICES`] counts tiles for; others want tiles in proportion.
+const MULTIPROCESSORS: u64 = 132;
 const FORWARD: &str = tiles::PROJECTION[2];
 pub(in crate::launch) const BWD_INPUT: &str = tiles::PROJECTION[3];
 /// Columns that a warp stores at once, of 16 rows.
@@ -146,11 +139,12 @@ pub(in crate::launch) fn tile(name: &str) -> Result<&'static Tile> {
 }
 
 /// The name of the tile for an output of `rows` rows in these widths.
-fn choose(family: &str, rows: u64, widths: &[u32]) -> Result<Option<&'static str>> {
+fn choose(family: &str, rows: u64, widths: &[u32], gpu: &Gpu) -> Result<Option<&'static str>> {
     for choice in CHOICES.iter().filter(|choice| choice.family == family) {
         let fits = widths.iter().all(|width| width.is_multiple_of(choice.width));
         let tile = tile(choice.tile)?;
-        if fits && tile.count(rows, widths) * u64::from(tile.cluster) >= choice.tiles {
+        let enough = choice.tiles * gpu.persistent_blocks() / MULTIPROCESSORS;
+        if fits && tile.count(rows, widths) * u64::from(tile.cluster) >= enough {
             return Ok(Some(choice.tile));
         }
     }
@@ -177,16 +171,16 @@ pub(in crate::launch) fn chosen(
     problem: &Problem<'_>,
     dtype: DType,
     widths: &[u32],
-    clusters: bool,
+    gpu: &Gpu,
 ) -> Result<Option<&'static str>> {
     let total = problem.projections.iter().map(|part| part.out_dim).sum();
     let name = match tiles::known(family, dtype, [problem.in_dim, total], problem.rows) {
         Some(tiles::PORTABLE) => None,
-        None => choose(family, problem.rows as u64, widths)?,
+        None => choose(family, problem.rows as u64, widths, gpu)?,
         known => known,
     };
     Ok(match name {
-        Some(name) if !clusters => Some(name.strip_suffix(X2).unwrap_or(name)),
+        Some(name) if !gpu.clusters => Some(name.strip_suffix(X2).unwrap_or(name)),
         name => name,
     })
 }
@@ -195,16 +189,12 @@ pub(in crate::launch) fn chosen(
 ///
 /// # Errors
 /// On shapes that no kernel takes.
-pub(in crate::launch) fn covers(
-    problem: &Problem<'_>,
-    dtype: DType,
-    clusters: bool,
-) -> Result<bool> {
+pub(in crate::launch) fn covers(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Result<bool> {
     let shapes = Shapes::new(problem)?;
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
     Ok(copies_take(&shapes, dtype, &[])
-        && (chosen(FORWARD, problem, dtype, &widths, clusters)?.is_some()
-            || chosen(BWD_INPUT, problem, dtype, &[shapes.in_dim], clusters)?.is_some()))
+        && (chosen(FORWARD, problem, dtype, &widths, gpu)?.is_some()
+            || chosen(BWD_INPUT, problem, dtype, &[shapes.in_dim], gpu)?.is_some()))
 }
 
 /// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, and no more
@@ -233,16 +223,16 @@ pub fn forward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
-    device: Hopper,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    match chosen(FORWARD, problem, dtype, &widths, device.clusters)? {
-        Some(tile) => forward_with(tile, problem, dtype, operands, device.multiprocessors),
+    match chosen(FORWARD, problem, dtype, &widths, gpu)? {
+        Some(tile) => forward_with(tile, problem, dtype, operands, gpu),
         None => Ok(None),
     }
 }
 
-/// The forward with the tile of this name on so many multiprocessors; none if the kernels do not cover the problem.
+/// The forward with the tile of this name; none if the kernels do not cover the problem.
 ///
 /// # Errors
 /// As [`forward`], and if there is no such tile.
@@ -251,7 +241,7 @@ pub fn forward_with(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
-    multiprocessors: u32,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let shapes = Shapes::new(problem)?;
     let ForwardOperands { x, residual, out, low_rank, sum, .. } = *operands;
@@ -300,10 +290,10 @@ pub fn forward_with(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&widths) as u32;
-    let out = persistent(FORWARD, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    let out = persistent(FORWARD, tile, dtype, (tiles, gpu), &params, maps)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     // S's kernel begins when x is there, so this one may begin with x.
-    let out = Launch { begins_early: s.is_some(), ..out };
+    let out = Launch { begins_early: gpu.early_launch && s.is_some(), ..out };
     Ok(Some(s.into_iter().chain([out]).collect()))
 }
 
@@ -336,12 +326,13 @@ pub(in crate::launch) fn persistent<P: bytemuck::NoUninit>(
     family: &str,
     tile: &Tile,
     dtype: DType,
-    (tiles, multiprocessors): (u64, u32),
+    (tiles, gpu): (u64, &Gpu),
     params: &P,
     maps: Maps,
 ) -> Result<Launch> {
-    let clusters = (multiprocessors / tile.cluster).max(1);
-    let grid = [tiles.min(clusters.into()) * u64::from(tile.cluster), 1, 1];
+    let cluster = u64::from(tile.cluster);
+    let clusters = (gpu.persistent_blocks() / cluster).max(1);
+    let grid = [tiles.min(clusters) * cluster, 1, 1];
     let family = format!("{family}_{}", tile.name);
     let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
     let &Tile { cluster, shared_bytes, .. } = tile;
@@ -358,8 +349,9 @@ mod tests {
         for choice in CHOICES {
             tile(choice.tile)?;
         }
-        let name =
-            |rows, widths: &[u32]| choose(FORWARD, rows, widths).map(Option::unwrap_or_default);
+        let name = |rows, widths: &[u32]| {
+            choose(FORWARD, rows, widths, &Gpu::H100).map(Option::unwrap_or_default)
+        };
         // One image through ViT-B, L and H: qkv, proj, lin1.
         for (width, expected) in [
             (768, "pingpong_128x192_x2"),
@@ -380,9 +372,12 @@ mod tests {
             (1024, "cooperative_128x256_x2"),
             (1280, "cooperative_128x256_x2"),
         ] {
-            assert_eq!(choose(BWD_INPUT, 4096, &[width])?, Some(expected));
+            assert_eq!(choose(BWD_INPUT, 4096, &[width], &Gpu::H100)?, Some(expected));
         }
-        assert_eq!(choose(BWD_INPUT, 196, &[768])?, None);
+        assert_eq!(choose(BWD_INPUT, 196, &[768], &Gpu::H100)?, None);
+        // Tiles for every other multiprocessor, however many there are.
+        let small = Gpu { multiprocessors: 14, ..Gpu::H100 };
+        assert_eq!(choose(BWD_INPUT, 196, &[768], &small)?, Some("pingpong_128x192_x2"));
         Ok(())
     }
 
@@ -399,7 +394,10 @@ mod tests {
         let projections = [ProjectionProblem { out_dim: 768, bias: true, lora: None }];
         let activation = Activation::Identity;
         let problem = Problem { rows: 4096, in_dim: 768, projections: &projections, activation };
-        let name = |clusters| chosen(FORWARD, &problem, DType::BF16, &[768], clusters);
+        let name = |clusters| {
+            let gpu = Gpu { clusters, ..Gpu::H100 };
+            chosen(FORWARD, &problem, DType::BF16, &[768], &gpu)
+        };
         assert_eq!(name(true)?, Some("pingpong_128x192_x2"));
         assert_eq!(name(false)?, Some("pingpong_128x192"));
         Ok(())
@@ -421,8 +419,9 @@ mod tests {
             low_rank: 8192,
             sum: 0,
         };
+        let five = Gpu { multiprocessors: 5, ..Gpu::H100 };
         let forward = |problem: &Problem<'_>, dtype, operands: &ForwardOperands<'_>| {
-            forward_with(FORWARD_TILES[0], problem, dtype, operands, 5)
+            forward_with(FORWARD_TILES[0], problem, dtype, operands, &five)
         };
         let launches = forward(&problem, DType::F16, &operands)?.unwrap();
         let [s, out] = &launches[..] else { panic!("{}", launches.len()) };
@@ -438,7 +437,7 @@ mod tests {
         assert_eq!((k.address, k.dims.as_slice()), (768, &[64, 192][..]));
 
         // A cluster of two loads the weights, and b, in halves, and is there as a whole.
-        let launches = forward_with("pingpong_128x192_x2", &problem, DType::F16, &operands, 5)?;
+        let launches = forward_with("pingpong_128x192_x2", &problem, DType::F16, &operands, &five)?;
         let in_clusters = &launches.unwrap()[1];
         assert_eq!(in_clusters.kernel, "projection_fwd_sm90_pingpong_128x192_x2_f16");
         assert_eq!((out.cluster, in_clusters.cluster, in_clusters.grid), (1, 2, [4, 1, 1]));

@@ -1,9 +1,11 @@
 //! Small problems that still go through every loop of a kernel more than once: five steps of queries, more keys than a ring
 //! has slots, windows that hang over the grid, more depth than a ring of stages, several tiles for each persistent block.
 
-use crate::launch::family::{Family, Implementation};
+use crate::launch::family::Family;
 use crate::launch::projection::sm90::forward::tiles_in_use;
 use crate::launch::tiles::{self, ATTENTION, PROJECTION};
+use crate::launch::Architecture;
+use crate::ops::custom::Engine;
 use crate::ops::{
     composed, projection, rel_pos_attention, Activation, Lora, Projection, RelPosAttention,
 };
@@ -11,7 +13,7 @@ use crate::philox::{philox4x32, Dropout};
 use candle_core::{bail, DType, Device, Result, Tensor, Var};
 
 /// Blocks of the kernels whose blocks take turns at their work.
-pub const BLOCKS: u64 = 2;
+pub const BLOCKS: u32 = 2;
 
 const ROWS: usize = 200;
 /// Five stages of 64.
@@ -66,9 +68,9 @@ pub fn of(family: Family, clusters: bool) -> Vec<Problem> {
 /// Who computes a problem.
 #[derive(Clone, Copy)]
 pub enum By {
+    /// The composed graph, without its warning.
     Composed,
-    /// On the CPU, which has no kernels, its own path.
-    Kernels(Implementation),
+    Engine(Engine),
 }
 
 /// A problem's tensors on one device, in one dtype.
@@ -101,7 +103,7 @@ pub struct Case(Vec<(&'static str, &'static str)>);
 
 impl Case {
     pub fn run<R>(&self, f: impl FnOnce() -> R) -> R {
-        tiles::forced(&self.0, BLOCKS, f)
+        tiles::forced(&self.0, f)
     }
 
     /// The tile of a projection's forward, for the name of a result.
@@ -132,13 +134,13 @@ impl Problem {
         }
     }
 
-    /// The tiles to try the kernels with.
-    pub fn cases(&self, implementation: Implementation) -> Vec<Case> {
-        match (self, implementation) {
-            (Self::Attention { tile: Some(tile), .. }, Implementation::Native(_)) => {
+    /// The tiles to try an architecture's kernels, or the portable ones, with.
+    pub fn cases(&self, native: Option<Architecture>) -> Vec<Case> {
+        match (self, native) {
+            (Self::Attention { tile: Some(tile), .. }, Some(_)) => {
                 vec![Case(ATTENTION[2..].iter().map(|&family| (family, *tile)).collect())]
             }
-            (Self::Qkv { tiles, .. } | Self::Gelu { tiles, .. }, Implementation::Native(_)) => {
+            (Self::Qkv { tiles, .. } | Self::Gelu { tiles, .. }, Some(_)) => {
                 let [forward, backward] = tiles;
                 let count = forward.len().max(backward.len());
                 let named = |family, names: &[&'static str], i: usize| {
@@ -252,7 +254,7 @@ impl Problem {
                 };
                 match by {
                     By::Composed => Ok(composed::rel_pos_attention(&t[0], &config)?.0),
-                    By::Kernels(whose) => rel_pos_attention::by_kernels(&t[0], &config, whose),
+                    By::Engine(engine) => rel_pos_attention::by(&t[0], &config, engine),
                 }
             }
             Self::Qkv { .. } => {
@@ -266,8 +268,8 @@ impl Problem {
                 ];
                 match by {
                     By::Composed => composed::lora_qkv(&t[0], &parts),
-                    By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &parts, Activation::Identity, None, whose)
+                    By::Engine(engine) => {
+                        projection::by(&t[0], &parts, Activation::Identity, None, engine)
                     }
                 }
             }
@@ -277,8 +279,8 @@ impl Problem {
                 let residual = Some(&frozen[1]);
                 match by {
                     By::Composed => composed::lora_linear(&t[0], &part, Activation::Gelu, residual),
-                    By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &[part], Activation::Gelu, residual, whose)
+                    By::Engine(engine) => {
+                        projection::by(&t[0], &[part], Activation::Gelu, residual, engine)
                     }
                 }
             }
@@ -304,7 +306,7 @@ mod tests {
             for problem in of(family, true) {
                 let inputs = problem.inputs()?;
                 let start = Instant::now();
-                let truth = problem.results(&inputs, By::Kernels(Implementation::Portable))?;
+                let truth = problem.results(&inputs, By::Engine(Engine::Cpu))?;
                 println!("{family} {}: {:?}", problem.name(), start.elapsed());
                 let composed = problem.results(&inputs, By::Composed)?;
                 let names = problem.result_names();
@@ -322,14 +324,12 @@ mod tests {
 
     #[test]
     fn every_tile_in_use_is_a_case() {
-        let hopper =
-            crate::launch::projection::sm90::forward::Hopper { multiprocessors: 2, clusters: true };
         let mut tried = Vec::new();
         for family in Family::ALL {
             for problem in of(family, true) {
-                let cases = problem.cases(Implementation::Native(hopper));
+                let cases = problem.cases(Some(Architecture::Sm90));
                 tried.extend(cases.into_iter().flat_map(|case| case.0));
-                assert_eq!(problem.cases(Implementation::Portable).len(), 1);
+                assert_eq!(problem.cases(None).len(), 1);
             }
         }
         for family in &PROJECTION[2..] {
