@@ -2,7 +2,8 @@
 
 use super::modules::{Loaded, CAPABILITIES};
 use super::tensor_map::EncodedMaps;
-use super::trust::Tested;
+use super::trust::{Key, Tested};
+use crate::launch::self_test::{choice, Choice, SelfTestRow};
 use crate::launch::Gpu;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuDriverGetVersion, CUdevice_attribute_enum as Attribute,
@@ -89,4 +90,24 @@ pub(super) fn of_device(device: &CudaDevice) -> Result<&'static Context> {
 /// for it.
 pub(crate) fn gpu(device: &CudaDevice) -> Option<Gpu> {
     of_device(device).ok().map(|context| context.gpu).filter(|gpu| gpu.portable)
+}
+
+/// The choice for a family on this device; none if the family was never tested there.
+///
+/// # Errors
+/// If the driver does not say what the device is.
+pub(crate) fn tested(device: &CudaDevice, key: Key) -> Result<Option<Choice>> {
+    Ok(of_device(device)?.tested.get(key))
+}
+
+/// Keeps what a test found: what computes the family's problems from now on, and whether that is news.
+///
+/// # Errors
+/// As [`tested`].
+pub(crate) fn keep_test(
+    device: &CudaDevice,
+    key: Key,
+    rows: &[SelfTestRow],
+) -> Result<(Choice, bool)> {
+    Ok(of_device(device)?.tested.keep(key, choice(rows)))
 }

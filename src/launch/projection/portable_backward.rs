@@ -13,7 +13,7 @@ use crate::launch::bindings::{
     ProjectionParams, ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES,
     BIAS_GRAD_WARPS, PROJECTION_PARTS,
 };
-use crate::launch::projection::{low_rank, Activation, Problem, Shapes, Small, Tile};
+use crate::launch::projection::portable::{low_rank, Activation, Problem, Shapes, Small, Tile};
 use crate::launch::{dropout, sum_partials, tiles, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 

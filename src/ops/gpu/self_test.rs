@@ -8,7 +8,7 @@
 
 mod problems;
 
-use crate::driver;
+use crate::driver::{self, Key};
 use crate::launch::family::Family;
 use crate::launch::self_test::{
     bound, error, refusal, Choice, Comparison, SelfTestReport, SelfTestRow,
@@ -19,9 +19,6 @@ use candle_core::{bail, CudaDevice, DType, Device, Error, Result};
 use problems::{By, Problem};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
-
-/// A family and a dtype, which are tested together.
-type Key = (Family, DType);
 
 /// Held by the test that runs: another thread waits for what it finds.
 static RUNNING: Mutex<()> = Mutex::new(());

@@ -2,11 +2,11 @@
 //! kernels take what it does not cover, and the thin products: dS and the gradients of the adapters.
 
 use crate::launch::bindings::{device_ptr, ProjectionBwdInputSm90Params, ProjectionPart};
-use crate::launch::projection::portable_backward::{backward_by, Between};
+use crate::launch::projection::portable::{Problem, Shapes};
+use crate::launch::projection::portable_backward::{backward_by, BackwardOperands, Between};
 use crate::launch::projection::sm90::forward::{
     bits16, chosen, copies_take, persistent, tile, Maps, Tile, BWD_INPUT, DEPTH, PIECE,
 };
-use crate::launch::projection::{BackwardOperands, Problem, Shapes};
 use crate::launch::{Gpu, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;

@@ -10,7 +10,7 @@ use crate::launch::bindings::{
     PROJECTION_SM90_COOPERATIVE_128X256_SHARED_BYTES,
     PROJECTION_SM90_PINGPONG_128X192_SHARED_BYTES, PROJECTION_SM90_THREADS,
 };
-use crate::launch::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
+use crate::launch::projection::portable::{low_rank_input, ForwardOperands, Problem, Shapes};
 use crate::launch::tensor_map::{Element, TensorMap, LONGEST};
 use crate::launch::{tiles, Gpu, Launch};
 use candle_core::{bail, DType, Result};

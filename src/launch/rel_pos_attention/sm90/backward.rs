@@ -19,11 +19,11 @@ use crate::launch::bindings::{
     REL_POS_ATTENTION_SM90_BWD_KEY_STAGES, REL_POS_ATTENTION_SM90_QUERIES,
     REL_POS_ATTENTION_SM90_THREADS,
 };
+use crate::launch::rel_pos_attention::portable::{self, BackwardOperands, BetweenPasses, Inputs};
 use crate::launch::rel_pos_attention::sm90::forward::{
     covers, grid_maps, panel_bytes, panel_maps, table_maps, tile, Maps, Tile, Tiles, ATOM,
     SHARED_BYTES,
 };
-use crate::launch::rel_pos_attention::{self as portable, BackwardOperands, BetweenPasses, Inputs};
 use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
 use crate::launch::{narrow, tiles, AttentionProblem, Gpu, Launch};
 use bytemuck::Zeroable;

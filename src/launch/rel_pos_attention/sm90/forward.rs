@@ -17,7 +17,7 @@ use crate::launch::bindings::{
     REL_POS_ATTENTION_SM90_COLS64_ROWS, REL_POS_ATTENTION_SM90_QUERIES,
     REL_POS_ATTENTION_SM90_TABLE_ROWS, REL_POS_ATTENTION_SM90_THREADS,
 };
-use crate::launch::rel_pos_attention::{shape, Inputs};
+use crate::launch::rel_pos_attention::portable::{shape, Inputs};
 use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
 use crate::launch::{narrow, tiles, AttentionProblem, Launch};
 use candle_core::{DType, Result};

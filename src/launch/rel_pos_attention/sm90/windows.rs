@@ -10,7 +10,7 @@ use crate::launch::bindings::{
     REL_POS_ATTENTION_WINDOW_SM90_FWD_HD80_SHARED_BYTES, REL_POS_ATTENTION_WINDOW_SM90_SIDE,
     REL_POS_ATTENTION_WINDOW_SM90_THREADS,
 };
-use crate::launch::rel_pos_attention::{shape, table_elements, BackwardOperands, Inputs};
+use crate::launch::rel_pos_attention::portable::{shape, table_elements, BackwardOperands, Inputs};
 use crate::launch::{sum_partials, AttentionProblem, Gpu, Launch};
 use candle_core::{DType, Result};
 
