@@ -322,10 +322,9 @@ typedef struct RelPosAttentionFwdSm90Params {
 ABI_SIZE(RelPosAttentionFwdSm90Params, 896);
 
 /** The windows' kernels for Hopper: sides up to SIDE, a warp for each row of the window; persistent blocks, one for
- * each multiprocessor of an H100 or H200. */
+ * each multiprocessor. */
 #define REL_POS_ATTENTION_WINDOW_SM90_SIDE 14
 #define REL_POS_ATTENTION_WINDOW_SM90_THREADS 448
-#define REL_POS_ATTENTION_WINDOW_SM90_BLOCKS 132
 
 /** As RelPosAttentionFwdParams; the blocks take turns at `units`, windows x heads. */
 typedef struct RelPosAttentionWindowFwdParams {
@@ -359,8 +358,6 @@ ABI_SIZE(RelPosAttentionWindowBwdParams, 144);
 /** Key tiles of the backward's key pass: 8 key rows of 8 columns, each warp two rows; queries come in blocks. */
 #define REL_POS_ATTENTION_KEY_SIDE 8
 #define REL_POS_ATTENTION_KEY_WARPS 4
-/** Blocks of the backward's query pass if the tables are trained: each sums the gradients of what it computes. */
-#define REL_POS_ATTENTION_TABLE_PARTS 264
 
 /** The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,
  * side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the
@@ -399,8 +396,6 @@ ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 /** The backward on sm_90a, for whole grids. The key pass: keys of a block, queries of a step. */
 #define REL_POS_ATTENTION_SM90_BWD_KEYS 128
 #define REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES 64
-/** The query pass: blocks if the tables are trained. */
-#define REL_POS_ATTENTION_SM90_TABLE_PARTS 132
 
 /** As RelPosAttentionBwdQueryParams, with maps of qkv and dout as grids and of the tables as they lie. */
 typedef struct RelPosAttentionBwdQuerySm90Params {

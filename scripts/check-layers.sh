@@ -28,4 +28,9 @@ forbid "src/nn" "cuda|driver|launch|lora|sam|train|reference"
 forbid "src/lora" "cuda|driver|launch|sam|train|cpu|reference"
 forbid "src/sam" "cuda|driver|launch|lora|train|cpu|reference"
 forbid "src/train" "cuda|driver|launch|cpu|reference"
+# Whose kernels run is decided in launch: what stands above does not name an architecture. The problems of the self-test do, to
+# force its tiles.
+above=$(grep -rniE 'sm[0-9]{2,3}\b|hopper|blackwell' src/ops src/cuda --include='*.rs' |
+  grep -vE '^[^:]*:[0-9]+: *//|^src/ops/gpu/self_test/problems.rs:' || true)
+[ -z "$above" ] || { echo "error: an architecture above launch: $above" >&2; status=1; }
 exit $status

@@ -19,7 +19,7 @@ use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_
 use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as windows_sm90;
 use candle_sam_lora::launch::{
-    dora, dropout, file_of, layer_norm, AttentionProblem, Launch, LayerNormProblem,
+    dora, dropout, file_of, layer_norm, AttentionProblem, Gpu, Launch, LayerNormProblem,
 };
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
@@ -30,6 +30,8 @@ const AT: u64 = 1 << 20;
 /// What a block may have on an A100, and on Hopper.
 const MOST_SHARED: u32 = 163 << 10;
 const MOST_SHARED_HOPPER: u32 = 227 << 10;
+/// The device of the published models' numbers.
+const GPU: &Gpu = &Gpu::H100;
 const DROPOUT: Dropout = Dropout { p: 0.1, seed: 1, stream: 0 };
 
 /// Every layer's launches, forward and backward, all gradients wanted.
@@ -98,15 +100,15 @@ fn attention_of(grid: usize, side: usize, head_dim: usize, dtype: DType) -> Resu
         dpad: AT,
         workspace: AT,
     };
-    let mut launches = attention::backward(&problem, dtype, &inputs, &operands)?;
+    let mut launches = attention::backward(&problem, dtype, &inputs, &operands, GPU)?;
     launches.push(attention::forward(&problem, dtype, &inputs, AT, AT)?);
-    launches.extend(attention_sm90::forward(&problem, dtype, &inputs, AT, AT)?);
-    launches.extend(windows_sm90::forward(&problem, dtype, &inputs, AT, AT)?);
-    let backward = windows_sm90::backward(&problem, dtype, &inputs, &operands)?;
+    launches.extend(attention_sm90::forward(&problem, dtype, &inputs, [AT; 2], GPU)?);
+    launches.extend(windows_sm90::forward(&problem, dtype, &inputs, [AT; 2], GPU)?);
+    let backward = windows_sm90::backward(&problem, dtype, &inputs, &operands, GPU)?;
     launches.extend(backward.unwrap_or_default());
     let trained = attention::BackwardOperands { dpad: 0, ..operands };
     launches.extend(
-        attention_bwd_sm90::backward(&problem, dtype, &inputs, &trained)?.unwrap_or_default(),
+        attention_bwd_sm90::backward(&problem, dtype, &inputs, &trained, GPU)?.unwrap_or_default(),
     );
     Ok(launches)
 }
@@ -133,7 +135,7 @@ fn projection_of(rank: usize, tile: &Tile, dtype: DType) -> Result<Vec<Launch>> 
     };
     let mut launches = projection::forward_with(tile, &problem, dtype, &operands)?;
     for tile in Pass::Forward.tiles() {
-        let own = projection::sm90::forward::forward_with(tile, &problem, dtype, &operands, 132)?;
+        let own = projection::sm90::forward::forward_with(tile, &problem, dtype, &operands, GPU)?;
         launches.extend(own.into_iter().flatten());
     }
     let operands = BackwardOperands {
@@ -149,14 +151,14 @@ fn projection_of(rank: usize, tile: &Tile, dtype: DType) -> Result<Vec<Launch>> 
     };
     launches.extend(projection::backward_with(tile, &problem, dtype, &operands)?);
     for tile in Pass::BackwardInput.tiles() {
-        let own = projection::sm90::backward::backward_with(tile, &problem, dtype, &operands, 132)?;
+        let own = projection::sm90::backward::backward_with(tile, &problem, dtype, &operands, GPU)?;
         launches.extend(own.into_iter().flatten());
     }
     Ok(launches)
 }
 
 /// What a layer's operations launch for one image if nothing is trained, with or without adapters on all its linears.
-fn frozen_layer(window: usize, rank: Option<usize>, hopper: bool) -> Result<Vec<String>> {
+fn frozen_layer(window: usize, rank: Option<usize>, gpu: Gpu) -> Result<Vec<String>> {
     const DTYPE: DType = DType::BF16;
     let lora = rank.map(|rank| LoraProblem { rank, scaling: 1.0, dropout: None, bias: false });
     let linear = |in_dim, outs: &[usize], activation| -> Result<Vec<Launch>> {
@@ -173,12 +175,8 @@ fn frozen_layer(window: usize, rank: Option<usize>, hopper: bool) -> Result<Vec<
             low_rank: AT,
             sum: 0,
         };
-        let device = projection::sm90::forward::Hopper::new(132, true);
-        match hopper {
-            true => projection::sm90::forward::forward(&problem, DTYPE, &operands, device)
-                .map(Option::unwrap_or_default),
-            false => projection::forward(&problem, DTYPE, &operands),
-        }
+        let plan = projection::plan(problem, DTYPE, &gpu);
+        plan.expect("kernels cover it").forward(&operands)
     };
     let norm = || {
         let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
@@ -186,11 +184,8 @@ fn frozen_layer(window: usize, rank: Option<usize>, hopper: bool) -> Result<Vec<
     };
     let problem = attention_problem(64, window, 64);
     let inputs = attention::Inputs { qkv: AT, tables: [AT; 2], pad: AT };
-    let attend = match (hopper, window) {
-        (true, 64) => attention_sm90::forward(&problem, DTYPE, &inputs, AT, AT)?,
-        (true, _) => windows_sm90::forward(&problem, DTYPE, &inputs, AT, AT)?,
-        (false, _) => Some(attention::forward(&problem, DTYPE, &inputs, AT, AT)?),
-    };
+    let attend = attention::plan(&problem, DTYPE, &gpu).expect("kernels cover it");
+    let attend = attend.forward(&inputs, AT, AT)?;
     let mut launches = vec![norm()?];
     launches.extend(linear(768, &[768; 3], Activation::Identity)?);
     launches.extend(attend);
@@ -204,10 +199,10 @@ fn frozen_layer(window: usize, rank: Option<usize>, hopper: bool) -> Result<Vec<
 /// The tests of the operations show that frozen parameters are read where they lie, so that this is all.
 #[test]
 fn a_frozen_layer_is_seven_kernels_and_one_more_for_each_adapted_linear() -> Result<()> {
-    for (window, hopper) in [(64, true), (64, false), (14, true), (14, false)] {
-        let names = frozen_layer(window, None, hopper)?;
+    for (window, gpu) in [64, 14].into_iter().flat_map(|w| [(w, Gpu::H100), (w, Gpu::A100)]) {
+        let names = frozen_layer(window, None, gpu)?;
         assert_eq!(names.len(), 7, "{names:?}");
-        let names = frozen_layer(window, Some(16), hopper)?;
+        let names = frozen_layer(window, Some(16), gpu)?;
         assert_eq!(names.len(), 11, "{names:?}");
         let thin = names.iter().filter(|name| name.starts_with("low_rank_input_64x16"));
         assert_eq!(thin.count(), 4, "{names:?}");

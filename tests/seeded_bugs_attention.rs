@@ -9,7 +9,7 @@ mod planted;
 
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{AttentionProblem, Launch};
+use candle_sam_lora::launch::{AttentionProblem, Gpu, Launch};
 use candle_sam_lora::ops::{self, RelPosAttention};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::{error, gradients, random, values};
@@ -116,7 +116,7 @@ fn run(folder: &Path, change: impl Fn(Launch) -> Launch) -> Outcomes {
             return Ok(forward);
         }
         let dqkv = Memory::for_elements(case.dqkv.len(), DType::F32);
-        let bytes = attention::workspace_bytes(&PROBLEM, DType::F32, false, false)?;
+        let bytes = attention::workspace_bytes(&PROBLEM, DType::F32, [false; 2], &Gpu::A100)?;
         let workspace = Memory::new(bytes);
         let operands = BackwardOperands {
             out: out.address(),
@@ -127,7 +127,8 @@ fn run(folder: &Path, change: impl Fn(Launch) -> Launch) -> Outcomes {
             dpad: 0,
             workspace: workspace.address(),
         };
-        launch_all(&device, &attention::backward(&PROBLEM, DType::F32, &inputs, &operands)?)?;
+        let launches = attention::backward(&PROBLEM, DType::F32, &inputs, &operands, &Gpu::A100)?;
+        launch_all(&device, &launches)?;
         Ok(forward.max(worst(&dqkv.values(DType::F32), &case.dqkv)))
     };
     Mode::all().map(|mode| (mode, in_mode(mode).map_err(|e| e.to_string()))).collect()

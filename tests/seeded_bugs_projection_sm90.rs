@@ -17,6 +17,7 @@ use candle_sam_lora::launch::projection::{
     low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
     Problem, ProjectionProblem, Small,
 };
+use candle_sam_lora::launch::Gpu;
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::random;
 use device::{launch_all, Device, Memory};
@@ -105,12 +106,14 @@ fn run(folder: &Path, tile: &str) -> Outcomes {
             low_rank: s.address(),
             sum: 0,
         };
+        let two = Gpu { multiprocessors: 2, ..Gpu::H100 };
         let tile = named(Pass::Forward, tile);
-        let launches = forward_with(tile, &problem, DType::BF16, &operands, 2)?;
+        let launches = forward_with(tile, &problem, DType::BF16, &operands, &two)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(y.bytes().to_vec())
     };
     let backward = |tile: &str, mode: Mode| {
+        let one = Gpu { multiprocessors: 1, ..Gpu::H100 };
         let problem = problem(&parts[..1]);
         let dx = Memory::for_elements(ROWS * IN_DIM, DType::BF16);
         let workspace = Memory::new(workspace_bytes(&problem, DType::BF16));
@@ -126,7 +129,7 @@ fn run(folder: &Path, tile: &str) -> Outcomes {
             workspace: workspace.address(),
         };
         let tile = named(Pass::BackwardInput, tile);
-        let launches = backward_with(tile, &problem, DType::BF16, &operands, 1)?;
+        let launches = backward_with(tile, &problem, DType::BF16, &operands, &one)?;
         launch_all(&Device { emulator: &emulator, mode }, &launches.unwrap())?;
         Ok(dx.bytes().to_vec())
     };

@@ -2,7 +2,8 @@
 //!
 //! For comparing the two, and to get along without one that turns out to be wrong.
 
-use super::stream;
+use super::context;
+use crate::launch::Gpu;
 use candle_core::Device;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -19,10 +20,21 @@ pub enum Kernels {
     Portable,
 }
 
+impl Kernels {
+    /// The GPU with these of its kernels.
+    pub(crate) fn on(self, gpu: Gpu) -> Gpu {
+        match self {
+            Self::Native => gpu,
+            Self::NativeInTurn => gpu.in_turn(),
+            Self::Portable => gpu.portable_only(),
+        }
+    }
+}
+
 static CHOICE: AtomicU8 = AtomicU8::new(Kernels::Native as u8);
 
-/// Takes these kernels from now on, in the whole process. A graph goes on with those that it was captured with, a backward
-/// with those of its forward.
+/// Takes these kernels in every forward from now on, in the whole process. A backward goes on with those of its forward, a
+/// graph with those that it was captured with.
 pub fn set_kernels(kernels: Kernels) {
     CHOICE.store(kernels as u8, Ordering::Relaxed);
 }
@@ -37,7 +49,7 @@ pub fn kernels() -> Kernels {
 /// The implementations that differ on this device: two on Hopper, one on any other.
 pub fn available_kernels(device: &Device) -> &'static [Kernels] {
     match device {
-        Device::Cuda(device) if stream::hopper(device).is_some() => {
+        Device::Cuda(device) if context::gpu(device).is_some_and(|gpu| gpu.native.is_some()) => {
             &[Kernels::Native, Kernels::Portable]
         }
         _ => &[Kernels::Native],
@@ -56,5 +68,13 @@ mod tests {
             assert_eq!(kernels(), choice);
         }
         assert_eq!(available_kernels(&Device::Cpu), [Kernels::Native]);
+    }
+
+    #[test]
+    fn a_choice_takes_kernels_away() {
+        let on = |kernels: Kernels| kernels.on(Gpu::H100);
+        assert_eq!(on(Kernels::Native), Gpu::H100);
+        assert_eq!(on(Kernels::NativeInTurn), Gpu { early_launch: false, ..Gpu::H100 });
+        assert_eq!(on(Kernels::Portable), Gpu { native: None, ..Gpu::H100 });
     }
 }

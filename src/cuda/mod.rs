@@ -18,8 +18,9 @@ pub use graphed::Graphed;
 pub use kernels::{available_kernels, kernels, set_kernels, Kernels};
 pub use trust::self_test;
 
+pub(crate) use context::{gpu, keep_test, tested};
 pub(crate) use modules::COMPILER;
 pub(crate) use pool::keep_freed_memory;
 pub(crate) use run::{operand, run, with_tensors, Job};
-pub(crate) use stream::{hopper, is_capturing, shared_memory, supported};
-pub(crate) use trust::{keep_test, self_test_is_on, tested};
+pub(crate) use stream::is_capturing;
+pub(crate) use trust::{self_test_is_on, Key};

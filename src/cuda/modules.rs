@@ -11,16 +11,6 @@ use std::sync::{Arc, PoisonError, RwLock};
 // IMAGES: name and fat binary of every file of kernels; CAPABILITIES: what they were compiled for, sorted; COMPILER: by what.
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// Whether there is code for a device of this compute capability: its own or PTX of an older one.
-pub(super) fn cover((major, minor): (i32, i32)) -> bool {
-    CAPABILITIES.first().is_some_and(|&lowest| i64::from(lowest) <= i64::from(10 * major + minor))
-}
-
-/// Whether there is code for Hopper (`kernels/*/sm90`), which runs on this compute capability alone.
-pub(super) fn cover_hopper(capability: (i32, i32)) -> bool {
-    capability == (9, 0) && CAPABILITIES.contains(&90)
-}
-
 /// The modules and kernels that a context has loaded.
 #[derive(Default)]
 pub(super) struct Loaded {
@@ -113,13 +103,5 @@ mod tests {
             // The magic number of a fat binary.
             assert_eq!(image.get(..4), Some(&0xBA55_ED50u32.to_le_bytes()[..]), "{name}");
         }
-    }
-
-    #[test]
-    fn newer_devices_are_covered_and_older_ones_are_not() {
-        let Some(&lowest) = CAPABILITIES.first() else { return };
-        let lowest = lowest as i32;
-        assert!(cover((lowest / 10, lowest % 10)) && cover((99, 0)));
-        assert!(!cover((7, 5)));
     }
 }

@@ -1,9 +1,6 @@
 //! The CUDA driver as a back end of [`crate::launch`]: memory and launches in the order of one stream.
 
-use super::context::{self, properties, Properties};
-use super::kernels::{kernels, Kernels};
-use super::modules;
-use crate::launch::projection::sm90::forward::Hopper;
+use super::{context, modules};
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuLaunchKernelEx, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue,
@@ -13,44 +10,21 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr
 use candle_core::{CudaDevice, Error, Result};
 use std::sync::Arc;
 
-/// Whether this device can run the kernels: compute capability 8.0 or newer, and compiled for it.
-pub(crate) fn supported(device: &CudaDevice) -> bool {
-    properties(device).is_some_and(|p| p.capability >= (8, 0) && modules::cover(p.capability))
-}
-
-/// Bytes of shared memory that a block may opt into; 0 if the driver does not say.
-pub(crate) fn shared_memory(device: &CudaDevice) -> usize {
-    properties(device).map_or(0, |p| p.shared_memory)
-}
-
-/// Device properties that Hopper launches depend on; none unless the device has capability 9.0 and kernels for it.
-pub(crate) fn hopper(device: &CudaDevice) -> Option<Hopper> {
-    let Properties { capability, multiprocessors, clusters, .. } = properties(device)?;
-    modules::cover_hopper(capability).then_some(Hopper::new(multiprocessors, clusters))
-}
-
 /// Whether the device's stream is being captured; also if the driver does not say.
 pub(crate) fn is_capturing(device: &CudaDevice) -> bool {
     let status = device.cuda_stream().capture_status();
     !status.is_ok_and(|s| s == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// Whether a kernel may begin before the one before it has ended: on Hopper and newer devices; with drivers for CUDA 12.3
-/// and newer, which keep the permission as an edge of a graph where launches are captured.
-fn dependents_begin_early(device: &Properties) -> bool {
-    device.capability >= (9, 0) && device.driver >= 12_030
-}
-
 /// What a launch asks of the driver beside its size.
-fn attributes(launch: &Launch, device: &Properties) -> Vec<CUlaunchAttribute> {
+fn attributes(launch: &Launch) -> Vec<CUlaunchAttribute> {
     let mut attributes = Vec::new();
     let mut add = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {
         let mut value = CUlaunchAttributeValue { pad: [0; 64] };
         set(&mut value);
         attributes.push(CUlaunchAttribute { id, pad: [0; 4], value });
     };
-    let early = launch.begins_early && kernels() != Kernels::NativeInTurn;
-    if early && dependents_begin_early(device) {
+    if launch.begins_early {
         let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         add(id, &|value| value.programmaticStreamSerializationAllowed = 1);
     }
@@ -93,15 +67,14 @@ impl Backend for Stream {
         let context = self.0.context();
         context.bind_to_thread().map_err(|e| failed(Error::wrap(e)))?;
         let known = context::of(context).map_err(failed)?;
-        let device = &known.properties;
         let kernel = modules::kernel(context, &known.kernels, kernel).map_err(failed)?;
-        kernel.permit_shared(*shared_bytes, device.shared_memory).map_err(failed)?;
+        kernel.permit_shared(*shared_bytes, known.gpu.shared_bytes).map_err(failed)?;
         let mut params = params.clone();
         for (start, map) in tensor_maps {
             let encoded = known.maps.get(map).map_err(failed)?;
             params[*start..*start + encoded.len()].copy_from_slice(&encoded);
         }
-        let mut attributes = attributes(launch, device);
+        let mut attributes = attributes(launch);
         let config = CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -124,25 +97,5 @@ impl Backend for Stream {
                 .result()
         }
         .map_err(|e| failed(Error::wrap(e)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kernels_begin_early_where_devices_and_graphs_know_it() {
-        let early = |capability, driver| {
-            dependents_begin_early(&Properties {
-                capability,
-                shared_memory: 0,
-                multiprocessors: 1,
-                clusters: false,
-                driver,
-            })
-        };
-        assert!(early((9, 0), 12_030) && early((10, 0), 13_000));
-        assert!(!early((8, 9), 13_000) && !early((9, 0), 12_020));
     }
 }

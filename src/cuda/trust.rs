@@ -2,10 +2,9 @@
 //!
 //! The test is in `ops`, above this layer: it runs the operations.
 
-use super::context;
 use crate::launch::family::Family;
-use crate::launch::self_test::{choice, Choice, SelfTestRow};
-use candle_core::{CudaDevice, DType, Result};
+use crate::launch::self_test::Choice;
+use candle_core::DType;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -23,7 +22,8 @@ pub(crate) fn self_test_is_on() -> bool {
     ON.load(Ordering::Relaxed)
 }
 
-type Key = (Family, DType);
+/// What is tested and trusted as one.
+pub(crate) type Key = (Family, DType);
 
 /// The choice for each family that was tested in a context.
 #[derive(Default)]
@@ -34,8 +34,13 @@ impl Tested {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// What was found for a key; none if it was never tested.
+    pub fn get(&self, key: Key) -> Option<Choice> {
+        self.with(|tested| tested.get(&key).copied())
+    }
+
     /// Keeps what a test found, and whether that is news. Kernels that were refused once are not taken again.
-    fn keep(&self, key: Key, found: Choice) -> (Choice, bool) {
+    pub fn keep(&self, key: Key, found: Choice) -> (Choice, bool) {
         self.with(|tested| {
             let before = tested.get(&key).copied();
             let choice = before.map_or(found, |before| before.max(found));
@@ -43,26 +48,6 @@ impl Tested {
             (choice, before != Some(choice))
         })
     }
-}
-
-/// The choice for a family on this device; none if the family was never tested there.
-///
-/// # Errors
-/// If the driver does not say what the device is.
-pub(crate) fn tested(device: &CudaDevice, key: Key) -> Result<Option<Choice>> {
-    Ok(context::of_device(device)?.tested.with(|tested| tested.get(&key).copied()))
-}
-
-/// Keeps what a test found: what computes the family's problems from now on, and whether that is news.
-///
-/// # Errors
-/// As [`tested`].
-pub(crate) fn keep_test(
-    device: &CudaDevice,
-    key: Key,
-    rows: &[SelfTestRow],
-) -> Result<(Choice, bool)> {
-    Ok(context::of_device(device)?.tested.keep(key, choice(rows)))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod bindings;
 pub mod dora;
 pub mod dropout;
 pub mod family;
+pub mod gpu;
 pub mod layer_norm;
 pub mod projection;
 pub mod rel_pos_attention;
@@ -21,6 +22,7 @@ pub mod tiles;
 
 pub use crate::problem::{AttentionProblem, LayerNormProblem};
 pub use bindings::device_ptr;
+pub use gpu::{Architecture, Gpu};
 
 use candle_core::{bail, DType, Result};
 use tensor_map::TensorMap;
@@ -44,7 +46,7 @@ pub struct Launch {
     /// Tensor maps and where in `params` they stand once they are encoded.
     pub tensor_maps: Vec<(usize, TensorMap)>,
     /// Whether the kernel may begin before the one launched before it has ended (programmatic dependent launch): it then
-    /// waits for that itself, by the rules in `docs/kernels.md`. A permission, which devices before Hopper do not use.
+    /// waits for that itself, by the rules in `docs/kernels.md`. Only for a [`Gpu`] with early launch.
     pub begins_early: bool,
 }
 

@@ -3,7 +3,7 @@
 //! A [`TensorMap`] is a description; whoever runs the launch encodes it into the params struct, since only the driver
 //! knows how: `cuTensorMapEncodeTiled` on a GPU, the emulator its own way.
 
-use super::device_ptr;
+use super::bindings::device_ptr;
 use candle_core::{bail, Result};
 
 /// The longest dimension: coordinates are signed numbers of 32 bits.

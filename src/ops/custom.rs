@@ -1,57 +1,51 @@
-//! Where the fused operations run, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
+//! What computes an operation, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
 
-use crate::launch::family::{Family, Implementation};
-use crate::launch::projection::sm90::forward::Hopper;
+use crate::launch::family::Family;
+use crate::launch::Gpu;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// Whether a fused operation runs on this device: the CPU, or a GPU of compute capability 8.0 or newer, if the kernels
-/// were compiled for it and cover the problem. Elsewhere the composed graph does.
-pub(super) fn fused_on(device: &Device, covered: impl FnOnce() -> bool) -> bool {
-    match device {
-        Device::Cpu => true,
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::driver::supported(device) && covered(),
-        _ => {
-            let _ = covered;
-            false
-        }
-    }
+/// What computes an operation, forward and backward.
+#[derive(Clone, Copy)]
+pub(super) enum Engine {
+    /// The code for the CPU.
+    Cpu,
+    /// Kernels: those that this GPU may use.
+    #[cfg(feature = "cuda")]
+    Gpu(Gpu),
+    /// The composed graph of candle's operations.
+    Composed,
 }
 
-/// The implementation that computes a problem; none where the composed graph does, as on a GPU where all kernels of the problem's
-/// family were found to be wrong. The CPU has its own path, whatever this says.
+/// The engine for a problem. `covered` says whether kernels of a GPU compute it, and whether a native family does.
 ///
 /// # Errors
 /// If a GPU cannot run the family's self-test.
-pub(super) fn implementation(
+pub(super) fn engine(
     device: &Device,
     dtype: DType,
-    covered: impl FnOnce() -> bool,
-    family: impl FnOnce(Hopper) -> Option<Family>,
-) -> Result<Option<Implementation>> {
-    if !fused_on(device, covered) {
-        return Ok(None);
-    }
+    covered: impl FnOnce(&Gpu) -> Option<Option<Family>>,
+) -> Result<Engine> {
     match device {
+        Device::Cpu => Ok(Engine::Cpu),
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => super::gpu::choice::implementation(device, dtype, family),
+        Device::Cuda(device) => {
+            let gpu = super::gpu::choice::gpu(device, dtype, covered)?;
+            Ok(gpu.map_or(Engine::Composed, Engine::Gpu))
+        }
         _ => {
-            let _ = (dtype, family);
-            Ok(Some(Implementation::Portable))
+            let _ = (dtype, covered);
+            Ok(Engine::Composed)
         }
     }
 }
 
-/// Bytes of shared memory that a kernel's block may take on the device; the CPU sets no such limit.
-pub(super) fn shared_memory(device: &Device) -> usize {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => crate::driver::shared_memory(device),
-        _ => usize::MAX,
-    }
+/// Whether the device is a GPU with kernels.
+#[cfg(feature = "cuda")]
+pub(super) fn has_kernels(device: &Device) -> bool {
+    matches!(device, Device::Cuda(device) if crate::driver::gpu(device).is_some())
 }
 
 /// The tensor as its device's code takes it: the CPU any strides, kernels contiguous and aligned ones.

@@ -19,10 +19,7 @@ use candle_core::{bail, DType, Result, Tensor, D};
 pub fn dora_weight_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
     let to_f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
     #[cfg(feature = "cuda")]
-    if weight.device().is_cuda()
-        && super::custom::fused_on(weight.device(), || {
-            a.dims()[0] <= crate::launch::dora::MOST_RANK
-        })
+    if super::custom::has_kernels(weight.device()) && a.dims()[0] <= crate::launch::dora::MOST_RANK
     {
         return super::gpu::dora::norm(&weight.detach(), &to_f32(a)?, &to_f32(b)?, scaling);
     }

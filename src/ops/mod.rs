@@ -52,24 +52,49 @@ pub use projection::{lora_linear, lora_qkv, Lora, Projection};
 pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
 pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};
 
-/// The operations by a device's own kernels with tiles of one's choice, for measurements.
+/// The operations by the kernels of a GPU with tiles of one's choice, for measurements.
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub mod native {
-    pub use super::projection::by_kernels as projections;
-    pub use super::rel_pos_attention::by_kernels as rel_pos_attention;
-    use crate::launch::family::Implementation;
-    use crate::launch::projection::sm90::forward::Hopper;
+    use super::custom::Engine;
+    use super::{Activation, Projection, RelPosAttention};
     use crate::launch::tiles::Forced;
-    use candle_core::{Device, Result};
+    use crate::launch::Gpu;
+    use candle_core::{Device, Result, Tensor};
 
-    /// The kernels of this device's own architecture with these tiles; none if it has none.
+    /// The GPU with these tiles; none if the build has no kernels for it.
     ///
     /// # Errors
     /// If the device is no GPU.
-    pub fn kernels(device: &Device, forced: Forced) -> Result<Option<Implementation>> {
-        let hopper = crate::driver::hopper(device.as_cuda_device()?);
-        Ok(hopper.map(|hopper| Implementation::Native(Hopper { forced, ..hopper })))
+    pub fn gpu(device: &Device, forced: Forced) -> Result<Option<Gpu>> {
+        let gpu = crate::driver::gpu(device.as_cuda_device()?);
+        Ok(gpu.map(|gpu| Gpu { forced, ..gpu }))
+    }
+
+    /// [`super::rel_pos_attention`] by this GPU's kernels.
+    ///
+    /// # Errors
+    /// As [`super::rel_pos_attention`], and on problems that no kernel covers.
+    pub fn rel_pos_attention(
+        qkv: &Tensor,
+        config: &RelPosAttention<'_>,
+        gpu: Gpu,
+    ) -> Result<Tensor> {
+        super::rel_pos_attention::by(qkv, config, Engine::Gpu(gpu))
+    }
+
+    /// One or three projections by this GPU's kernels; shapes are not checked.
+    ///
+    /// # Errors
+    /// On problems that no kernel covers.
+    pub fn projections(
+        x: &Tensor,
+        projections: &[Projection<'_>],
+        activation: Activation,
+        residual: Option<&Tensor>,
+        gpu: Gpu,
+    ) -> Result<Tensor> {
+        super::projection::by(x, projections, activation, residual, Engine::Gpu(gpu))
     }
 }
 

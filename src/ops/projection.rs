@@ -9,19 +9,19 @@
 //! them side by side into one packed output, so nothing is ever concatenated.
 
 use super::cpu::{Chain, Layer, Residual};
+use super::custom::{engine, Engine};
 #[cfg(any(test, feature = "cuda"))]
 use super::params;
-use super::{check, composed, custom, Activation};
+use super::{check, composed, Activation};
 #[cfg(feature = "cuda")]
 use super::{computed, custom::operand};
-use crate::launch::family::{Family, Implementation};
 use crate::launch::projection as kernels;
+#[cfg(feature = "cuda")]
+use crate::launch::Gpu;
 use crate::philox::Dropout;
 use crate::problem::{LoraProblem, ProjectionProblem};
 #[cfg(any(test, feature = "cuda"))]
 use candle_core::DType;
-#[cfg(feature = "cuda")]
-use candle_core::Device;
 use candle_core::{bail, Result, Tensor};
 
 /// The low-rank part of a projection.
@@ -79,10 +79,7 @@ pub fn lora_linear(
         return residual.map_or(Ok(y.clone()), |residual| residual + y);
     }
     let call = Call { x, projections: &[*projection], activation, residual };
-    match call.implementation()? {
-        Some(whose) => call.run(whose),
-        None => composed::lora_linear(x, projection, activation, residual),
-    }
+    call.run(call.engine()?)
 }
 
 /// The q, k and v projections of attention, packed: `x [.., C] -> [.., 3C]`, q first, then k, then v.
@@ -98,25 +95,22 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
     }
     equal_widths(projections)?;
     let call = Call { x, projections, activation: Activation::Identity, residual: None };
-    match call.implementation()? {
-        Some(whose) => call.run(whose),
-        None => composed::lora_qkv(x, projections),
-    }
+    call.run(call.engine()?)
 }
 
-/// Projections by the kernels of one implementation, for the self-test and measurements: shapes are not checked.
+/// Projections by one engine, for the self-test and measurements: shapes are not checked.
 ///
 /// # Errors
 /// On problems that no kernel covers.
 #[cfg(feature = "cuda")]
-pub fn by_kernels(
+pub(super) fn by(
     x: &Tensor,
     projections: &[Projection<'_>],
     activation: Activation,
     residual: Option<&Tensor>,
-    whose: Implementation,
+    engine: Engine,
 ) -> Result<Tensor> {
-    Call { x, projections, activation, residual }.run(whose)
+    Call { x, projections, activation, residual }.run(engine)
 }
 
 /// q, k and v, each validated, fill equal parts of the packed output.
@@ -214,27 +208,30 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// The implementation that computes the call. A fused operation gives its weights no gradient, so trainable ones
-    /// take the composed path, as do devices without kernels.
-    fn implementation(&self) -> Result<Option<Implementation>> {
+    /// What computes the call. A fused operation gives its weights no gradient, so trainable ones take the composed path,
+    /// as do devices without kernels.
+    fn engine(&self) -> Result<Engine> {
         let (x, projections) = (self.x, self.projections);
         if projections.iter().any(|p| p.weight.track_op()) {
-            return Ok(None);
+            return Ok(Engine::Composed);
         }
         let problems: Vec<_> = projections.iter().map(Projection::problem).collect();
         let problem = kernel_problem(x.dims(), &problems, self.activation);
-        let covered = || kernels::covers(&problem, x.dtype());
-        let family = |hopper| Family::of_projections(&problem, x.dtype(), hopper);
-        custom::implementation(x.device(), x.dtype(), covered, family)
+        engine(x.device(), x.dtype(), |gpu| {
+            kernels::plan(problem, x.dtype(), gpu).map(|plan| plan.family())
+        })
     }
 
-    /// Runs the operation; `implementation` is that of a GPU.
-    fn run(&self, implementation: Implementation) -> Result<Tensor> {
-        match self.x.device() {
+    fn run(&self, engine: Engine) -> Result<Tensor> {
+        match engine {
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => self.on_gpu(implementation),
-            _ => {
-                let _ = implementation;
+            Engine::Gpu(gpu) => self.on_gpu(gpu),
+            Engine::Composed => match *self.projections {
+                [q, k, v] => composed::lora_qkv(self.x, &[q, k, v]),
+                [one] => composed::lora_linear(self.x, &one, self.activation, self.residual),
+                ref other => bail!("projections are one or three, got {}", other.len()),
+            },
+            Engine::Cpu => {
                 let op = ProjectionProblem::op(self.projections.len());
                 let mut chain = Chain::new(op, self.x);
                 chain.push(layer(self.projections, self.activation));
@@ -244,7 +241,7 @@ impl Call<'_> {
     }
 
     #[cfg(feature = "cuda")]
-    fn on_gpu(&self, implementation: Implementation) -> Result<Tensor> {
+    fn on_gpu(&self, gpu: Gpu) -> Result<Tensor> {
         let (op, activation) = (ProjectionProblem::op(self.projections.len()), self.activation);
         let x = operand(self.x)?;
         let (layer, parameters) = layer(self.projections, activation);
@@ -264,16 +261,16 @@ impl Call<'_> {
         let dims = x.dims().to_vec();
         let inputs = (&x, packed.as_ref(), residual.as_ref());
         let has_residual = residual.is_some();
-        let gpu = Gpu { op, dims, problems, weights, frozen, activation, keep, implementation };
+        let call = OnGpu { op, dims, problems, weights, frozen, activation, keep, gpu };
         let (out, shape, saved) = computed::with_cuda_storages(op, inputs, |inputs| {
-            gpu.projections().forward(inputs, has_residual)
+            call.projections().forward(inputs, has_residual)
         })?;
         let out = (candle_core::Storage::Cuda(out), shape);
         computed::node(op, inputs, out, move |[x, parameters, residual], _, grad| {
             let wanted = (x.track_op(), parameters.track_op());
             let dresidual = (has_residual && residual.track_op()).then(|| grad.clone());
             let (dx, dparameters) =
-                gpu.projections().backward(x, parameters, &saved, grad, wanted)?;
+                call.projections().backward(x, parameters, &saved, grad, wanted)?;
             Ok((dx, dparameters, dresidual))
         })
     }
@@ -301,7 +298,7 @@ fn kernel_problem<'a>(
 
 /// What the backward on a GPU needs besides tensors of candle's graph.
 #[cfg(feature = "cuda")]
-struct Gpu {
+struct OnGpu {
     op: &'static str,
     /// Of x.
     dims: Vec<usize>,
@@ -311,11 +308,11 @@ struct Gpu {
     frozen: Option<Vec<Tensor>>,
     activation: Activation,
     keep: bool,
-    implementation: Implementation,
+    gpu: Gpu,
 }
 
 #[cfg(feature = "cuda")]
-impl Gpu {
+impl OnGpu {
     fn projections(&self) -> super::gpu::projection::Projections<'_> {
         super::gpu::projection::Projections {
             op: self.op,
@@ -323,7 +320,7 @@ impl Gpu {
             weights: &self.weights,
             separate: self.frozen.as_deref(),
             keep: self.keep,
-            implementation: self.implementation,
+            gpu: self.gpu,
         }
     }
 }

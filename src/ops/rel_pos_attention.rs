@@ -11,16 +11,15 @@
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
 use super::cpu::{Chain, Layer, Residual};
-use super::custom::{implementation, shared_memory};
+use super::custom::{engine, Engine};
 use super::{check, composed, resize_linear};
 #[cfg(feature = "cuda")]
 use super::{computed, custom::operand, params};
-use crate::launch::family::{Family, Implementation};
 use crate::launch::rel_pos_attention as kernels;
+#[cfg(feature = "cuda")]
+use crate::launch::Gpu;
 use crate::philox::Dropout;
 use crate::problem::AttentionProblem;
-#[cfg(feature = "cuda")]
-use candle_core::Device;
 use candle_core::{bail, Result, Tensor};
 use std::sync::Once;
 
@@ -56,20 +55,11 @@ pub struct RelPosAttention<'a> {
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
     let (problem, tables, pad) = prepare(qkv, config)?;
-    let covered = || {
-        let needed = kernels::shared_bytes(&problem, qkv.dtype());
-        needed.is_some_and(|needed| needed <= shared_memory(qkv.device()))
-    };
-    let family = |_| Family::of_attention(&problem, qkv.dtype());
-    match implementation(qkv.device(), qkv.dtype(), covered, family)? {
-        Some(whose) => run(qkv, (problem, tables, pad), whose),
-        None => {
-            let config =
-                RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
-            tell_of_weights(qkv, &problem);
-            Ok(composed::rel_pos_attention(qkv, &config)?.0)
-        }
-    }
+    let dtype = qkv.dtype();
+    let engine = engine(qkv.device(), dtype, |gpu| {
+        kernels::plan(&problem, dtype, gpu).map(|plan| plan.family())
+    })?;
+    run(qkv, config, (problem, tables, pad), engine)
 }
 
 /// Tells once a process that attention holds its weights.
@@ -86,29 +76,35 @@ fn tell_of_weights(qkv: &Tensor, problem: &AttentionProblem) {
     });
 }
 
-/// [`rel_pos_attention`] by the kernels of one implementation, for the self-test and measurements.
+/// [`rel_pos_attention`] by one engine, for the self-test and measurements.
 ///
 /// # Errors
 /// As [`rel_pos_attention`], and on problems that no kernel covers.
 #[cfg(feature = "cuda")]
-pub fn by_kernels(
-    qkv: &Tensor,
-    config: &RelPosAttention<'_>,
-    whose: Implementation,
-) -> Result<Tensor> {
-    run(qkv, prepare(qkv, config)?, whose)
+pub(super) fn by(qkv: &Tensor, config: &RelPosAttention<'_>, engine: Engine) -> Result<Tensor> {
+    run(qkv, config, prepare(qkv, config)?, engine)
 }
 
-/// Runs the operation; `implementation` is that of a GPU.
-fn run(qkv: &Tensor, prepared: Prepared<'_>, implementation: Implementation) -> Result<Tensor> {
-    match qkv.device() {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => on_gpu(qkv, prepared, implementation),
-        _ => {
-            let _ = implementation;
+fn run(
+    qkv: &Tensor,
+    config: &RelPosAttention<'_>,
+    prepared: Prepared<'_>,
+    engine: Engine,
+) -> Result<Tensor> {
+    match engine {
+        Engine::Cpu => {
             let mut chain = Chain::new(OP, qkv);
             chain.push(layer(prepared));
             chain.run(Residual::None)
+        }
+        #[cfg(feature = "cuda")]
+        Engine::Gpu(gpu) => on_gpu(qkv, prepared, gpu),
+        Engine::Composed => {
+            let (problem, tables, pad) = prepared;
+            let config =
+                RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
+            tell_of_weights(qkv, &problem);
+            Ok(composed::rel_pos_attention(qkv, &config)?.0)
         }
     }
 }
@@ -120,11 +116,7 @@ pub(super) fn layer((problem, tables, pad): Prepared<'_>) -> (Layer, Vec<Tensor>
 }
 
 #[cfg(feature = "cuda")]
-fn on_gpu(
-    qkv: &Tensor,
-    (problem, tables, pad): Prepared<'_>,
-    implementation: Implementation,
-) -> Result<Tensor> {
+fn on_gpu(qkv: &Tensor, (problem, tables, pad): Prepared<'_>, gpu: Gpu) -> Result<Tensor> {
     use super::gpu::rel_pos_attention::Attention;
     let qkv = operand(qkv)?;
     let frozen = match &tables {
@@ -137,13 +129,13 @@ fn on_gpu(
     let pad = pad.map(operand).transpose()?;
     let inputs = (&qkv, input.as_ref(), pad.as_ref());
     let pad = pad.is_some();
-    let attention = Attention { problem: &problem, tables: frozen.as_ref(), pad, implementation };
+    let attention = Attention { problem: &problem, tables: frozen.as_ref(), pad, gpu };
     let (out, shape, lse) =
         computed::with_cuda_storages(OP, inputs, |inputs| attention.forward(inputs))?;
     let out = (candle_core::Storage::Cuda(out), shape);
     computed::node(OP, inputs, out, move |inputs, value, grad| {
         let tables = frozen.as_ref();
-        let attention = Attention { problem: &problem, tables, pad, implementation };
+        let attention = Attention { problem: &problem, tables, pad, gpu };
         attention.backward(inputs, (value, &lse), grad)
     })
 }

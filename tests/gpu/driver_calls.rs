@@ -2,7 +2,8 @@
 
 use crate::common::random;
 use crate::trial;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_sam_lora::cuda::{available_kernels, set_kernels, Kernels};
 use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
 use libloading::os::unix::Library;
 use libtest_mimic::Trial;
@@ -35,7 +36,11 @@ pub fn trials() -> Vec<Trial> {
     let trial = |name: &str, test: fn(&Device) -> Result<()>| {
         trial(format!("driver calls {name}"), test).with_ignored_flag(!emulated)
     };
-    vec![trial("attention", attention), trial("projection", projection)]
+    vec![
+        trial("attention", attention),
+        trial("projection", projection),
+        trial("set_kernels before a backward", set_kernels_before_a_backward),
+    ]
 }
 
 /// Runs an operation twice; the calls and launches of the second run.
@@ -84,5 +89,34 @@ fn projection(device: &Device) -> Result<()> {
     // x, the weight and b are where they were; the output and S may be somewhere else.
     assert!(calls("cuTensorMapEncodeTiled") <= 2, "{}", calls("cuTensorMapEncodeTiled"));
     assert_eq!(calls("cuLaunchKernel"), 2);
+    Ok(())
+}
+
+/// A backward launches its kernels as its forward did: early or in turn.
+fn set_kernels_before_a_backward(device: &Device) -> Result<()> {
+    if available_kernels(device).len() < 2 {
+        return Ok(()); // no kernels that begin early
+    }
+    let tensor =
+        |seed, shape: &[usize]| random(seed, shape).to_dtype(DType::BF16)?.to_device(device);
+    let (x, weight) = (Var::from_tensor(&tensor(1, &[1793, 64])?)?, tensor(2, &[1152, 64])?);
+    let (a, b) = (tensor(3, &[8, 64])?, tensor(4, &[1152, 8])?);
+    let lora = Lora { a: &a, b: &b, b_bias: None, scaling: 1.0, dropout: None };
+    let part = Projection { weight: &weight, bias: None, lora: Some(lora) };
+    let early = || calls("CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC").unwrap_or_default();
+    for (forward, backward, expected) in
+        [(Kernels::Native, Kernels::NativeInTurn, 1), (Kernels::NativeInTurn, Kernels::Native, 0)]
+    {
+        let before = early();
+        set_kernels(forward);
+        let y = ops::lora_linear(&x, &part, Activation::Identity, None)?;
+        let between = early();
+        set_kernels(backward);
+        let done = y.sum_all()?.backward();
+        set_kernels(Kernels::default());
+        done?;
+        let launched = [between - before, early() - between];
+        assert_eq!(launched, [expected; 2], "{forward:?}, then {backward:?}");
+    }
     Ok(())
 }

@@ -15,7 +15,7 @@ use candle_sam_lora::launch::projection::{
     self, ForwardOperands, LoraProblem, ProjectionProblem, Small,
 };
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, Inputs};
-use candle_sam_lora::launch::{layer_norm, AttentionProblem, LayerNormProblem};
+use candle_sam_lora::launch::{layer_norm, AttentionProblem, Gpu, LayerNormProblem};
 use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use device::{in_every_mode, launch_all, Memory, DTYPES};
@@ -225,7 +225,7 @@ fn emulate(
             low_rank: s.address(),
             sum: sum.address(),
         };
-        launch_all(device, &projection::forward(&problem, dtype, &operands)?)?;
+        launch_all(device, &projection::forward(&problem, dtype, &operands, &Gpu::A100)?)?;
         Ok(vec![out])
     });
     Ok(outputs.remove(0))

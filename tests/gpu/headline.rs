@@ -178,7 +178,7 @@ fn headline(args: &Args) -> Result<()> {
             for choice in choices {
                 let tile = choice.as_ref().map(|(name, _)| name);
                 watchdog::progress(format!("{} ({kernels:?} kernels, {tile:?})", problem.name()));
-                let forced = choice.as_ref().map(|(_, forced)| native::kernels(device, *forced));
+                let forced = choice.as_ref().map(|(_, forced)| native::gpu(device, *forced));
                 let by = forced.transpose()?.flatten().map_or(By::Kernels, By::These);
                 cuda::set_kernels(kernels);
                 let from = now()?;

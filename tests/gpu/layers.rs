@@ -2,7 +2,7 @@
 //! them in time.
 
 use candle_core::{bail, DType, Device, Result, Tensor, Var, D};
-use candle_sam_lora::launch::family::Implementation;
+use candle_sam_lora::launch::Gpu;
 use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 
@@ -89,8 +89,8 @@ pub fn family(name: &str) -> Result<Family> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum By {
     Kernels,
-    /// The kernels of one implementation.
-    These(Implementation),
+    /// The kernels of this GPU, with its tiles.
+    These(Gpu),
     ComposedGraph,
 }
 
@@ -181,8 +181,8 @@ impl Layer {
         let fused = by != By::ComposedGraph;
         let linear = |x, projection: &Projection, activation, residual| match by {
             By::Kernels => ops::lora_linear(x, projection, activation, residual),
-            By::These(kernels) => {
-                ops::native::projections(x, &[*projection], activation, residual, kernels)
+            By::These(gpu) => {
+                ops::native::projections(x, &[*projection], activation, residual, gpu)
             }
             By::ComposedGraph => composed::lora_linear(x, projection, activation, residual),
         };
@@ -209,7 +209,7 @@ impl Layer {
                 };
                 match by {
                     By::Kernels => ops::rel_pos_attention(&t[0], &config),
-                    By::These(kernels) => ops::native::rel_pos_attention(&t[0], &config, kernels),
+                    By::These(gpu) => ops::native::rel_pos_attention(&t[0], &config, gpu),
                     By::ComposedGraph => Ok(composed::rel_pos_attention(&t[0], &config)?.0),
                 }
             }
@@ -221,8 +221,8 @@ impl Layer {
                 let (x, parts) = (&t[0], [q, k, v]);
                 match by {
                     By::Kernels => ops::lora_qkv(x, &parts),
-                    By::These(kernels) => {
-                        ops::native::projections(x, &parts, Activation::Identity, None, kernels)
+                    By::These(gpu) => {
+                        ops::native::projections(x, &parts, Activation::Identity, None, gpu)
                     }
                     By::ComposedGraph => composed::lora_qkv(x, &parts),
                 }

@@ -9,7 +9,6 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use candle_sam_lora::cuda::{self, Choice, Family, Kernels};
-use candle_sam_lora::launch::projection::sm90::forward::Hopper;
 use candle_sam_lora::launch::projection::sm90::tiles::{Pass, Tile};
 use candle_sam_lora::launch::rel_pos_attention::sm90::tiles::widths;
 use candle_sam_lora::ops::{self, Activation, Projection, RelPosAttention};
@@ -101,7 +100,7 @@ fn native_kernels() -> Vec<String> {
     }
     for pass in Pass::ALL {
         let name = |tile: &Tile| format!("{}_{}", pass.kernel(), tile.name);
-        names.extend(pass.tiles_in_use(Hopper::new(132, true)).map(name));
+        names.extend(pass.tiles_in_use(true).map(name));
     }
     let typed = |dtype: &DType| {
         names.iter().map(|name| format!("{name}_{}", dtype.as_str())).collect::<Vec<_>>()

@@ -8,6 +8,7 @@ use candle_sam_lora::launch::projection::sm90::backward as hopper_bwd;
 use candle_sam_lora::launch::projection::sm90::forward as hopper;
 use candle_sam_lora::launch::projection::sm90::tiles::{Pass, Tile};
 use candle_sam_lora::launch::projection::{Activation, BackwardOperands, ForwardOperands};
+use candle_sam_lora::launch::Gpu;
 use candle_sam_lora_emulator::Mode;
 
 const TRAINED: Case = Case { p: 0.1, bias: true, lora_bias: true, ..PLAIN };
@@ -88,9 +89,9 @@ fn forward() -> Result<()> {
             cases(dtype, Pass::Forward.tiles(), 4, &[])?
         {
             let problem = data.projections();
+            let gpu = Gpu { multiprocessors, ..Gpu::H100 };
             let plan = |operands: &ForwardOperands<'_>| {
-                let launches =
-                    hopper::forward_with(tile, &problem, dtype, operands, multiprocessors)?;
+                let launches = hopper::forward_with(tile, &problem, dtype, operands, &gpu)?;
                 Ok(launches.unwrap_or_else(|| panic!("{}: not covered", data.name)))
             };
             check_forward(&data, &mut worst, &modes, &[&plan])?;
@@ -113,9 +114,9 @@ fn backward() -> Result<()> {
         }
         for Run { data, tile, multiprocessors, modes } in cases {
             let problem = data.projections();
+            let gpu = Gpu { multiprocessors, ..Gpu::H100 };
             let plan = |operands: &BackwardOperands<'_>| {
-                let launches =
-                    hopper_bwd::backward_with(tile, &problem, dtype, operands, multiprocessors)?;
+                let launches = hopper_bwd::backward_with(tile, &problem, dtype, operands, &gpu)?;
                 Ok(launches.unwrap_or_else(|| panic!("{}: not covered", data.name)))
             };
             check_backward(&data, &mut worst, &modes, &[&plan])?;

@@ -6,11 +6,11 @@ use crate::device::{
 };
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_sm90;
-use candle_sam_lora::launch::rel_pos_attention::sm90::tiles as tiles_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention_window_sm90;
 use candle_sam_lora::launch::rel_pos_attention::tiles::{self, Tile};
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{AttentionProblem, Launch};
+use candle_sam_lora::launch::tiles::Forced;
+use candle_sam_lora::launch::{AttentionProblem, Gpu, Launch};
 use candle_sam_lora::ops::{self, composed, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
@@ -146,9 +146,9 @@ impl Case {
         tiles::pick(&self.problem, self.dtype, self.cols).expect("a tile")
     }
 
-    /// The tiles of Hopper's kernels.
-    pub fn tiles_sm90(&self) -> tiles_sm90::Tiles {
-        tiles_sm90::pick(&self.problem, self.cols).expect("tiles")
+    /// A GPU whose kernels take the tiles that are forced.
+    pub fn gpu(&self) -> Gpu {
+        Gpu { forced: Forced { attention_cols: self.cols, ..Forced::NONE }, ..Gpu::H100 }
     }
 
     /// As the operations take it, for these tensors.
@@ -322,27 +322,25 @@ impl Kernels {
         inputs: &Inputs,
         operands: &BackwardOperands,
     ) -> Result<Vec<Launch>> {
-        let (p, dtype) = (&case.problem, case.dtype);
+        let (p, dtype, gpu) = (&case.problem, case.dtype, &case.gpu());
         match self {
-            Self::Portable => attention::backward_with(case.tile(), p, dtype, inputs, operands),
+            Self::Portable => attention::backward(p, dtype, inputs, operands, gpu),
             Self::Hopper | Self::HopperKeysInSharedMemory => {
-                let tiles = case.tiles_sm90();
-                Ok(attention_bwd_sm90::backward_with(tiles, p, dtype, inputs, operands)?
+                Ok(attention_bwd_sm90::backward(p, dtype, inputs, operands, gpu)?
                     .unwrap_or_else(|| panic!("{}: not covered", case.name)))
             }
-            Self::HopperWindows => Ok(attention_window_sm90::backward(p, dtype, inputs, operands)?
-                .unwrap_or_else(|| panic!("{}: not covered", case.name))),
+            Self::HopperWindows => {
+                Ok(attention_window_sm90::backward(p, dtype, inputs, operands, gpu)?
+                    .unwrap_or_else(|| panic!("{}: not covered", case.name)))
+            }
         }
     }
 
     pub fn workspace_bytes(self, case: &Case, tables: bool, pad: bool) -> Result<usize> {
-        let p = &case.problem;
+        let (p, trained, gpu) = (&case.problem, [tables, pad], &case.gpu());
         match self {
-            Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, tables, pad)),
-            Self::Portable => {
-                Ok(attention::workspace_bytes_with(case.tile(), p, case.dtype, [tables, pad]))
-            }
-            _ => attention::workspace_bytes(p, case.dtype, tables, pad),
+            Self::HopperWindows => Ok(attention_window_sm90::workspace_bytes(p, trained, gpu)),
+            _ => attention::workspace_bytes(p, case.dtype, trained, gpu),
         }
     }
 

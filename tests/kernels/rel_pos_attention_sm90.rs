@@ -51,9 +51,9 @@ fn run(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memory>> {
         let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
         let lse =
             Memory::for_elements(portable::lse_elements(&case.problem, case.dtype), DType::F32);
-        let (tile, outputs) = (case.tiles_sm90().forward, [out.address(), lse.address()]);
+        let outputs = [out.address(), lse.address()];
         let inputs = on_device.inputs();
-        let launch = attention::forward_with(tile, &case.problem, case.dtype, &inputs, outputs)?;
+        let launch = attention::forward(&case.problem, case.dtype, &inputs, outputs, &case.gpu())?;
         let launch = launch.unwrap_or_else(|| panic!("{}: not covered", case.name));
         launch_all(&device, std::slice::from_ref(&launch))
             .map_err(|e| e.context(format!("{} {mode:?}", case.name)))?;

@@ -9,6 +9,7 @@ use crate::rel_pos_attention::{
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention;
+use candle_sam_lora::launch::Gpu;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
@@ -55,9 +56,9 @@ fn run_forward(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memor
         let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
         let lse =
             Memory::for_elements(portable::lse_elements(&case.problem, case.dtype), DType::F32);
-        let (to, lse_to) = (out.address(), lse.address());
+        let to = [out.address(), lse.address()];
         let launch =
-            attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, lse_to)?;
+            attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, &Gpu::H100)?;
         let launch = launch.unwrap_or_else(|| panic!("{}: not covered", case.name));
         launch_all(device, std::slice::from_ref(&launch))?;
         names.borrow_mut().insert(launch.kernel);

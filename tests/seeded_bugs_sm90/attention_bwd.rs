@@ -7,7 +7,7 @@ use super::Outcomes;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention::{self as portable, BackwardOperands, Inputs};
 use candle_sam_lora::launch::{
-    rel_pos_attention::sm90::backward as attention, AttentionProblem, Launch,
+    rel_pos_attention::sm90::backward as attention, AttentionProblem, Gpu, Launch,
 };
 use candle_sam_lora::ops::{self, RelPosAttention};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
@@ -88,7 +88,8 @@ fn run(name: &str, pass: &Pass, original: &str, planted: &str) -> Outcomes {
         let forward = portable::forward(p, DTYPE, &inputs, out.address(), lse.address())?;
         launch_all(&good, &[forward])?;
         let [dqkv, dtables] = expected.each_ref().map(|e| Memory::for_elements(e.len(), DTYPE));
-        let workspace = Memory::new(portable::workspace_bytes(p, DTYPE, true, false)?);
+        let gpu = &Gpu::H100;
+        let workspace = Memory::new(portable::workspace_bytes(p, DTYPE, [true, false], gpu)?);
         let operands = BackwardOperands {
             out: out.address(),
             lse: lse.address(),
@@ -98,7 +99,8 @@ fn run(name: &str, pass: &Pass, original: &str, planted: &str) -> Outcomes {
             dpad: 0,
             workspace: workspace.address(),
         };
-        let launches: Vec<Launch> = attention::backward(p, DTYPE, &inputs, &operands)?.unwrap();
+        let launches = attention::backward(p, DTYPE, &inputs, &operands, gpu)?;
+        let launches: Vec<Launch> = launches.unwrap();
         for (index, launch) in launches.iter().enumerate() {
             let device = if index == pass.index { &bad } else { &good };
             launch_all(device, std::slice::from_ref(launch))?;

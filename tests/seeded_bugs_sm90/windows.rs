@@ -7,7 +7,7 @@ use crate::planted::copy_with;
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows;
 use candle_sam_lora::launch::rel_pos_attention::{lse_elements, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{AttentionProblem, Launch};
+use candle_sam_lora::launch::{AttentionProblem, Gpu, Launch};
 use candle_sam_lora::ops::{self, RelPosAttention};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 
@@ -61,7 +61,7 @@ fn run(device: &Device) -> Result<f64> {
     let [to, dqkv] = [&out, &grads[0]].map(|t| Memory::for_elements(t.elem_count(), dtype));
     let lse = Memory::for_elements(lse_elements(p, dtype), DType::F32);
     let one_block = |launch: Launch| Launch { grid: [1; 3], ..launch };
-    let forward = windows::forward(p, dtype, &inputs, to.address(), lse.address())?;
+    let forward = windows::forward(p, dtype, &inputs, [to.address(), lse.address()], &Gpu::H100)?;
     let operands = BackwardOperands {
         out: to.address(),
         lse: lse.address(),
@@ -71,7 +71,8 @@ fn run(device: &Device) -> Result<f64> {
         dpad: 0,
         workspace: 0,
     };
-    let mut launches = windows::backward(p, dtype, &inputs, &operands)?.expect("covered");
+    let mut launches =
+        windows::backward(p, dtype, &inputs, &operands, &Gpu::H100)?.expect("covered");
     launches.insert(0, forward.expect("covered"));
     launch_all(device, &launches.into_iter().map(one_block).collect::<Vec<_>>())?;
     let error = |got: Memory, expected: &Tensor| {

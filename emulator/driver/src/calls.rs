@@ -1,4 +1,5 @@
-//! How often the driver's functions were called and the crate's kernels launched, by their names: for tests of the host's work.
+//! How often the driver's functions were called, the crate's kernels launched, and launches permitted to begin early, by their
+//! names: for tests of the host's work.
 
 use std::collections::BTreeMap;
 use std::ffi::{c_char, CStr};

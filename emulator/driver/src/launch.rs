@@ -193,7 +193,10 @@ fn launch(
     for attribute in attributes {
         match (attribute.id, attribute.value) {
             (CLUSTER_DIMENSION, [x, 1, 1, ..]) => cluster = x,
-            (PROGRAMMATIC_STREAM_SERIALIZATION, [allowed, ..]) => begins_early = allowed != 0,
+            (PROGRAMMATIC_STREAM_SERIALIZATION, [allowed, ..]) => {
+                calls::count("CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION");
+                begins_early = allowed != 0;
+            }
             (id, _) => return Err((INVALID_VALUE, format!("{name}: attribute {id} of a launch"))),
         }
     }

@@ -8,7 +8,7 @@ use crate::launch::bindings::{
     ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
 };
 use crate::launch::projection::tiles::{self, LowRankTile, Product, Tile};
-use crate::launch::{dropout, Launch};
+use crate::launch::{dropout, Gpu, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 use std::ops::Range;
@@ -269,9 +269,10 @@ pub fn forward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
+    gpu: &Gpu,
 ) -> Result<Vec<Launch>> {
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
-    forward_with(tiles::pick(problem.rows as u64, &widths), problem, dtype, operands)
+    forward_with(tiles::pick(problem.rows as u64, &widths, gpu), problem, dtype, operands)
 }
 
 /// The launch for S; none without LoRA.
@@ -369,7 +370,7 @@ mod tests {
         let problem = problem(100, 64, &parts);
         // Ranks are rounded up to 4 and 20.
         assert_eq!(low_rank_len(&problem), 100 * 24);
-        let launches = forward(&problem, DType::BF16, &OPERANDS)?;
+        let launches = forward(&problem, DType::BF16, &OPERANDS, &Gpu::H100)?;
         assert_eq!(names(&launches), ["low_rank_input_64x64_bf16", "projection_fwd_64x64_bf16"]);
         assert_eq!(launches[0].grid, [2, 1, 2]);
         Ok(())
@@ -390,11 +391,11 @@ mod tests {
             dsmall: 0,
             workspace: 32768,
         };
-        let launches = backward(&problem, DType::F16, &operands)?;
+        let launches = backward(&problem, DType::F16, &operands, &Gpu::H100)?;
         assert_eq!(names(&launches), ["low_rank_grad_64x16_f16", "projection_bwd_input_64x64_f16"]);
         assert_eq!(low_rank_len(&problem), 4096 * 32);
         let operands = BackwardOperands { dx: 0, dsmall: 16384, ..operands };
-        let launches = backward(&problem, DType::F16, &operands)?;
+        let launches = backward(&problem, DType::F16, &operands, &Gpu::H100)?;
         let weight = "low_rank_weight_64x16_f16";
         let (ds, biases) = ("low_rank_grad_64x16_f16", "projection_bwd_bias_f16");
         let expected = [ds, weight, weight, biases, "sum_partials_f32"];
@@ -406,7 +407,7 @@ mod tests {
             assert_eq!(workspace_bytes(&problem, dtype), 4 * (4096 * 32 + 32 * small));
         }
         let operands = BackwardOperands { dsmall: 0, ..operands };
-        assert!(backward(&problem, DType::F16, &operands)?.is_empty());
+        assert!(backward(&problem, DType::F16, &operands, &Gpu::H100)?.is_empty());
         Ok(())
     }
 
@@ -415,11 +416,13 @@ mod tests {
         let parts = [part(64, 0); 4];
         for problem in [problem(5, 8, &parts), problem(0, 8, &parts[..1]), problem(5, 8, &[])] {
             assert!(!covers(&problem, DType::F32));
-            let message = forward(&problem, DType::F32, &OPERANDS).unwrap_err().to_string();
+            let refused = forward(&problem, DType::F32, &OPERANDS, &Gpu::H100);
+            let message = refused.unwrap_err().to_string();
             assert!(message.contains("1 to 3 projections"), "{message}");
         }
         let two = problem(5, 8, &parts[..2]);
         assert!(covers(&two, DType::F32) && !covers(&two, DType::F64));
-        assert!(forward(&two, DType::F32, &OPERANDS).is_err(), "three weights for two");
+        let refused = forward(&two, DType::F32, &OPERANDS, &Gpu::H100);
+        assert!(refused.is_err(), "three weights for two");
     }
 }

@@ -13,9 +13,9 @@ use crate::launch::bindings::{
     ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES, BIAS_GRAD_WARPS,
     PROJECTION_PARTS,
 };
+use crate::launch::projection::portable::{low_rank, Activation, Problem, Shapes, Small};
 use crate::launch::projection::tiles::{self, Product, Tile};
-use crate::launch::projection::{low_rank, Activation, Problem, Shapes, Small};
-use crate::launch::{dropout, sum_partials, Launch};
+use crate::launch::{dropout, sum_partials, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 
 const WARP: u64 = 32;
@@ -104,8 +104,9 @@ pub fn backward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
+    gpu: &Gpu,
 ) -> Result<Vec<Launch>> {
-    let tile = tiles::pick(problem.rows as u64, &[problem.in_dim as u64]);
+    let tile = tiles::pick(problem.rows as u64, &[problem.in_dim as u64], gpu);
     backward_with(tile, problem, dtype, operands)
 }
 

@@ -2,6 +2,7 @@
 //! problem gets.
 
 use crate::launch::tile_table::{LOW_RANK, PROJECTION};
+use crate::launch::Gpu;
 use candle_core::{bail, DType, Result};
 use std::fmt;
 
@@ -29,9 +30,6 @@ impl fmt::Display for Tile {
 /// All tiles, the largest first; for tests.
 pub const TILES: &[Tile] = PROJECTION;
 
-/// Fewer blocks than this leave multiprocessors of an A100 (108) or H100 (132) idle.
-const ENOUGH_BLOCKS: u64 = 128;
-
 impl Tile {
     /// Blocks beside each other for an output in these widths.
     pub(in crate::launch) fn columns(&self, widths: &[u64]) -> u64 {
@@ -44,13 +42,13 @@ impl Tile {
     }
 }
 
-/// The tile for an output of `rows` rows in these widths: the first that makes enough blocks and is not too wide, else the
-/// last.
-pub fn pick(rows: u64, widths: &[u64]) -> &'static Tile {
+/// The tile for an output of `rows` rows in these widths: the first that is not too wide and makes enough blocks, else the
+/// last. Too few blocks leave multiprocessors idle.
+pub fn pick(rows: u64, widths: &[u64], gpu: &Gpu) -> &'static Tile {
     let serves = |tile: &&Tile| {
         // A width that fills at most half of the last tile wastes more than a smaller tile costs.
         let narrow = widths.iter().all(|width| 2 * width <= tile.cols.into());
-        !narrow && tile.row_blocks(rows) * tile.columns(widths) >= ENOUGH_BLOCKS
+        !narrow && tile.row_blocks(rows) * tile.columns(widths) >= gpu.enough_blocks()
     };
     PROJECTION.iter().find(serves).unwrap_or(&PROJECTION[PROJECTION.len() - 1])
 }
@@ -120,14 +118,18 @@ mod tests {
     #[test]
     fn tiles_fill_the_device() {
         let [large, small] = TILES else { panic!("{TILES:?}") };
+        let tile = |rows, widths: &[u64]| pick(rows, widths, &Gpu::H100);
         // SAM ViT-B's qkv of one image, its output projection, and of one window's worth of tokens.
-        assert_eq!(pick(4096, &[768; 3]), large);
-        assert_eq!(pick(4096, &[768]), large);
-        assert_eq!(pick(196, &[768; 3]), small);
+        assert_eq!(tile(4096, &[768; 3]), large);
+        assert_eq!(tile(4096, &[768]), large);
+        assert_eq!(tile(196, &[768; 3]), small);
         // Narrow outputs, as of the mask decoder, waste less in small tiles.
-        assert_eq!(pick(65536, &[32]), small);
-        assert_eq!(pick(65536, &[64; 3]), small);
-        assert_eq!(pick(65536, &[128]), large);
+        assert_eq!(tile(65536, &[32]), small);
+        assert_eq!(tile(65536, &[64; 3]), small);
+        assert_eq!(tile(65536, &[128]), large);
+        // 120 large blocks are too few for 132 multiprocessors, and enough for 108.
+        assert_eq!(tile(15360, &[128]), small);
+        assert_eq!(pick(15360, &[128], &Gpu::A100), large);
     }
 
     #[test]

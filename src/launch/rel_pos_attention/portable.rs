@@ -3,10 +3,10 @@
 use crate::launch::bindings::{
     device_ptr, RelPosAttentionBwdKeyParams, RelPosAttentionBwdQueryParams,
     RelPosAttentionFwdParams, RelPosAttentionShape, REL_POS_ATTENTION_KEY_SIDE,
-    REL_POS_ATTENTION_KEY_WARPS, REL_POS_ATTENTION_TABLE_PARTS,
+    REL_POS_ATTENTION_KEY_WARPS,
 };
 use crate::launch::rel_pos_attention::tiles::{self, KeyTile, Tile};
-use crate::launch::{dropout, sum_partials, AttentionProblem, Launch};
+use crate::launch::{dropout, sum_partials, AttentionProblem, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 
 const OP: &str = AttentionProblem::OP;
@@ -32,16 +32,17 @@ pub(in crate::launch) fn shape(p: &AttentionProblem) -> RelPosAttentionShape {
     }
 }
 
-/// The tile that the problem gets, and whether its kernels take the operands.
+/// The tile that the problem gets, of `cols` columns if those are forced, where its kernels take the operands.
 ///
 /// # Errors
 /// As [`check_tile`], and on other dtypes than f32, f16 and bf16, and heads of more than 80 channels.
 pub fn check(
     problem: &AttentionProblem,
     dtype: DType,
+    cols: Option<usize>,
     addresses: &[device_ptr],
 ) -> Result<&'static Tile> {
-    let Some(tile) = tiles::pick(problem, dtype, None) else {
+    let Some(tile) = tiles::pick(problem, dtype, cols) else {
         bail!(
             "{OP}: kernels are for f32, f16 and bf16 and head_dim up to 80, got {dtype:?} and {}",
             problem.head_dim
@@ -79,7 +80,7 @@ fn check_tile(
 /// Shared memory that the largest of a problem's blocks takes, forward and backward, if the kernels cover it; some
 /// devices have less than the A100's.
 pub fn shared_bytes(problem: &AttentionProblem, dtype: DType) -> Option<usize> {
-    let tile = check(problem, dtype, &[]).ok()?;
+    let tile = check(problem, dtype, None, &[]).ok()?;
     Some(tile.backward_shared_bytes(problem).max(tile.key_tile()?.bytes))
 }
 
@@ -126,7 +127,7 @@ pub fn forward(
     out: device_ptr,
     lse: device_ptr,
 ) -> Result<Launch> {
-    forward_with(check(problem, dtype, &[])?, problem, dtype, inputs, [out, lse])
+    forward_with(check(problem, dtype, None, &[])?, problem, dtype, inputs, [out, lse])
 }
 
 /// The forward with this tile, to `out` and `lse`.
@@ -184,12 +185,13 @@ impl Workspace {
         dtype: DType,
         tile: &Tile,
         [train_tables, train_pad]: [bool; 2],
+        gpu: &Gpu,
     ) -> Self {
         let rows = rows(p);
         let delta = 4 * rows * bias_pitch(p);
         // Hopper's query pass adds to them two at a time.
         let table_partials = (delta + 4 * rows * statistics(dtype)).next_multiple_of(16);
-        let parts = if train_tables { table_parts(p, tile) as usize } else { 0 };
+        let parts = if train_tables { table_parts(p, tile, gpu) as usize } else { 0 };
         let pad_partials = table_partials + 4 * parts * table_elements(p);
         let parts = if train_pad { pad_parts(p) } else { 0 };
         let bytes = pad_partials + 4 * parts * 3 * p.channels();
@@ -211,8 +213,8 @@ pub(in crate::launch) fn table_elements(p: &AttentionProblem) -> usize {
 }
 
 /// Blocks of the query pass if the tables are trained: few, since each has a copy of the tables' gradients.
-fn table_parts(p: &AttentionProblem, tile: &Tile) -> u64 {
-    tile.blocks(p).min(u64::from(REL_POS_ATTENTION_TABLE_PARTS))
+fn table_parts(p: &AttentionProblem, tile: &Tile, gpu: &Gpu) -> u64 {
+    tile.blocks(p).min(2 * gpu.persistent_blocks())
 }
 
 /// Key tiles of a window in the key pass.
@@ -224,28 +226,18 @@ fn pad_parts(p: &AttentionProblem) -> usize {
     p.windows() * key_tiles(p)
 }
 
-/// Scratch memory of the backward.
+/// Scratch memory of the backward; `trained` says whether the tables and the pad are.
 ///
 /// # Errors
 /// As [`check`].
 pub fn workspace_bytes(
     problem: &AttentionProblem,
     dtype: DType,
-    train_tables: bool,
-    train_pad: bool,
-) -> Result<usize> {
-    let tile = check(problem, dtype, &[])?;
-    Ok(workspace_bytes_with(tile, problem, dtype, [train_tables, train_pad]))
-}
-
-/// Scratch memory of the backward with this tile; trained are the tables, the pad.
-pub fn workspace_bytes_with(
-    tile: &Tile,
-    problem: &AttentionProblem,
-    dtype: DType,
     trained: [bool; 2],
-) -> usize {
-    Workspace::new(problem, dtype, tile, trained).bytes as usize
+    gpu: &Gpu,
+) -> Result<usize> {
+    let tile = check(problem, dtype, gpu.forced.attention_cols, &[])?;
+    Ok(Workspace::new(problem, dtype, tile, trained, gpu).bytes as usize)
 }
 
 /// What the passes of the backward hand on: addresses in its scratch memory.
@@ -269,25 +261,17 @@ impl BetweenPasses {
         p: &AttentionProblem,
         dtype: DType,
         operands: &BackwardOperands,
-    ) -> Result<Self> {
-        Self::with(check(p, dtype, &[])?, p, dtype, operands)
-    }
-
-    /// As the query pass with this tile lays them out.
-    fn with(
-        tile: &Tile,
-        p: &AttentionProblem,
-        dtype: DType,
-        operands: &BackwardOperands,
+        gpu: &Gpu,
     ) -> Result<Self> {
         let &BackwardOperands { dtables, dpad, workspace, .. } = operands;
-        let at = Workspace::new(p, dtype, tile, [dtables != 0, dpad != 0]);
+        let tile = check(p, dtype, gpu.forced.attention_cols, &[])?;
+        let at = Workspace::new(p, dtype, tile, [dtables != 0, dpad != 0], gpu);
         let present = |output, partials| if output == 0 { 0 } else { workspace + partials };
         Ok(Self {
             bias: workspace,
             delta: workspace + at.delta,
             table_partials: present(dtables, at.table_partials),
-            table_parts: table_parts(p, tile),
+            table_parts: table_parts(p, tile, gpu),
             pad_partials: present(dpad, at.pad_partials),
         })
     }
@@ -314,30 +298,17 @@ pub fn backward(
     dtype: DType,
     inputs: &Inputs,
     operands: &BackwardOperands,
-) -> Result<Vec<Launch>> {
-    backward_with(check(problem, dtype, &[])?, problem, dtype, inputs, operands)
-}
-
-/// The backward with this tile, in a workspace of [`workspace_bytes_with`] it.
-///
-/// # Errors
-/// As [`backward`].
-pub fn backward_with(
-    tile: &Tile,
-    problem: &AttentionProblem,
-    dtype: DType,
-    inputs: &Inputs,
-    operands: &BackwardOperands,
+    gpu: &Gpu,
 ) -> Result<Vec<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, .. } = operands;
     let [rel_pos_h, rel_pos_w] = tables;
     let addresses = [qkv, rel_pos_h, rel_pos_w, pad, out, lse, dout, dqkv, dtables, dpad];
-    check_tile(tile, problem, dtype, &addresses)?;
+    let tile = check(problem, dtype, gpu.forced.attention_cols, &addresses)?;
     let Some(KeyTile { head_dim: key_head_dim, bytes: key_bytes, .. }) = tile.key_tile() else {
         bail!("{OP}: no key pass stands beside {tile:?}")
     };
-    let between = BetweenPasses::with(tile, problem, dtype, operands)?;
+    let between = BetweenPasses::new(problem, dtype, operands, gpu)?;
     let BetweenPasses { bias, delta, table_partials, table_parts, pad_partials } = between;
     let shape = shape(problem);
 
@@ -383,6 +354,7 @@ pub fn backward_with(
 #[cfg(test)]
 pub(in crate::launch) mod tests {
     use super::*;
+    use crate::launch::tiles::Forced;
 
     /// SAM's ViT-B, for Hopper's launches too.
     pub const GLOBAL: AttentionProblem = AttentionProblem {
@@ -415,8 +387,9 @@ pub(in crate::launch) mod tests {
                 let problem = AttentionProblem { side_h: side, side_w: side, ..grid };
                 for tile in tiles::candidates(&problem, dtype) {
                     let forward = forward_with(tile, &problem, dtype, &INPUTS, [4, 8])?;
-                    let mut launches =
-                        backward_with(tile, &problem, dtype, &INPUTS, &operands(256, 260))?;
+                    let forced = Forced { attention_cols: Some(tile.cols), ..Forced::NONE };
+                    let (gpu, operands) = (Gpu { forced, ..Gpu::A100 }, operands(256, 260));
+                    let mut launches = backward(&problem, dtype, &INPUTS, &operands, &gpu)?;
                     launches.push(forward);
                     let of_tile = format!("_hd{head_dim}_cols{}_", tile.cols);
                     let named = launches.iter().filter(|launch| launch.kernel.contains(&of_tile));
@@ -446,7 +419,8 @@ pub(in crate::launch) mod tests {
     #[test]
     fn the_backward_sums_only_what_is_trained() -> Result<()> {
         let names = |dtables, dpad| -> Result<Vec<String>> {
-            let launches = backward(&WINDOWED, DType::BF16, &INPUTS, &operands(dtables, dpad))?;
+            let operands = operands(dtables, dpad);
+            let launches = backward(&WINDOWED, DType::BF16, &INPUTS, &operands, &Gpu::H100)?;
             Ok(launches.into_iter().map(|launch| launch.kernel).collect())
         };
         let passes =
@@ -459,7 +433,7 @@ pub(in crate::launch) mod tests {
 
     #[test]
     fn the_workspace_does_not_grow_with_the_square_of_the_tokens() -> Result<()> {
-        let bytes = |problem, train| workspace_bytes(problem, DType::BF16, train, train);
+        let bytes = |problem, train| workspace_bytes(problem, DType::BF16, [train; 2], &Gpu::H100);
         // An image and layer: 128 biases and delta for 12 x 4096 queries.
         assert_eq!(bytes(&GLOBAL, false)? / 4, 12 * 4096 * (128 + 1) * 4);
         let rows = 4 * 25 * 12 * 196;
@@ -471,7 +445,7 @@ pub(in crate::launch) mod tests {
     #[test]
     fn what_the_kernels_do_not_cover_is_refused_with_the_reason() {
         let refused = |problem, dtype, address: device_ptr, word: &str| {
-            let message = check(&problem, dtype, &[address]).unwrap_err().to_string();
+            let message = check(&problem, dtype, None, &[address]).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");
         };
         refused(AttentionProblem { head_dim: 81, ..GLOBAL }, DType::F32, 0, "head_dim");

@@ -2,15 +2,14 @@
 
 use super::Input;
 use crate::driver::{self, Job};
-use crate::launch::device_ptr;
-use crate::launch::family::Implementation;
 use crate::launch::projection::{
-    self as kernels, BackwardOperands, ForwardOperands, Problem, Small, SmallTensor,
+    self as kernels, BackwardOperands, ForwardOperands, Plan, Problem, Small, SmallTensor,
 };
+use crate::launch::{device_ptr, Gpu};
 use crate::problem::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{bail, CudaStorage, DType, Error, Result, Shape, Storage, Tensor};
 
 /// Kept for the backward: S, and the sum before an activation.
 pub struct Saved {
@@ -27,8 +26,8 @@ pub struct Projections<'a> {
     pub separate: Option<&'a [Tensor]>,
     /// Whether there may be a backward of x or the small tensors.
     pub keep: bool,
-    /// The kernels that compute it.
-    pub implementation: Implementation,
+    /// The GPU with the kernels that may be used.
+    pub gpu: Gpu,
 }
 
 impl Projections<'_> {
@@ -51,6 +50,11 @@ impl Projections<'_> {
         Ok((weights, separate.map(Iterator::collect)))
     }
 
+    fn plan(&self, dtype: DType) -> Result<Plan<'_>> {
+        let plan = kernels::plan(self.problem, dtype, &self.gpu);
+        plan.ok_or_else(|| Error::msg(format!("{}: no kernel computes this problem", self.op)))
+    }
+
     fn has_lora(&self) -> bool {
         kernels::low_rank_len(&self.problem) > 0
     }
@@ -67,6 +71,7 @@ impl Projections<'_> {
     ) -> Result<(CudaStorage, Shape, Saved)> {
         let [(x, layout), ..] = inputs;
         let dtype = x.dtype();
+        let plan = self.plan(dtype)?;
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = self.problem.projections.iter().map(|p| p.out_dim).sum();
@@ -104,7 +109,7 @@ impl Projections<'_> {
                 low_rank: if self.has_lora() { low_rank } else { 0 },
                 sum: if self.keeps_sum() { sum } else { 0 },
             };
-            self.implementation.projection_forward(&self.problem, dtype, &operands)
+            plan.forward(&operands)
         })?;
         let tensor = |storage, shape| {
             Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
@@ -124,14 +129,14 @@ impl Projections<'_> {
         wanted: (bool, bool),
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dtype = x.dtype();
+        let plan = self.plan(dtype)?;
         let mut inputs = vec![x, small, &saved.low_rank, &saved.sum, grad];
         inputs.extend(self.captured());
         let unwanted = Shape::from(1);
         let dsmall_shape = if wanted.1 { small.shape() } else { &unwanted };
         let outputs = [(dtype, x.shape()), (DType::F32, dsmall_shape)];
-        let workspace_bytes = kernels::workspace_bytes(&self.problem, dtype);
         let [dx, dsmall] =
-            driver::with_tensors(self.op, &inputs, outputs, workspace_bytes, |at| {
+            driver::with_tensors(self.op, &inputs, outputs, plan.workspace_bytes(), |at| {
                 let ([x, small, low_rank, sum, dout], captured) = at.first_inputs()?;
                 let (weights, separate) = self.split(captured)?;
                 let [dx, dsmall] = at.outputs;
@@ -146,7 +151,7 @@ impl Projections<'_> {
                     dsmall: if wanted.1 { dsmall } else { 0 },
                     workspace: at.workspace,
                 };
-                self.implementation.projection_backward(&self.problem, dtype, &operands)
+                plan.backward(&operands)
             })?;
         Ok((wanted.0.then_some(dx), wanted.1.then_some(dsmall)))
     }

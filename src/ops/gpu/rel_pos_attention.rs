@@ -2,24 +2,24 @@
 
 use super::Input;
 use crate::driver::{self, Job};
-use crate::launch::device_ptr;
-use crate::launch::family::Implementation;
-use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs};
+use crate::launch::rel_pos_attention::{self as kernels, BackwardOperands, Inputs, Plan};
+use crate::launch::{device_ptr, Gpu};
 use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{bail, CudaStorage, DType, Error, Result, Shape, Storage, Tensor};
 
 const OP: &str = AttentionProblem::OP;
 
-/// The problem, its tables if they are no input of the operation, whether there is a pad, and whose kernels compute it.
+/// The problem, its tables if they are no input of the operation, whether there is a pad, and the GPU with the kernels that
+/// may be used.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
     pub problem: &'a AttentionProblem,
     pub tables: Option<&'a [Tensor; 2]>,
     pub pad: bool,
-    pub implementation: Implementation,
+    pub gpu: Gpu,
 }
 
 /// The address of an operand, 0 if it is absent.
@@ -32,6 +32,11 @@ fn address(present: bool, address: device_ptr) -> device_ptr {
 }
 
 impl Attention<'_> {
+    fn plan(&self, dtype: DType) -> Result<Plan> {
+        let plan = kernels::plan(self.problem, dtype, &self.gpu);
+        plan.ok_or_else(|| Error::msg(format!("{OP}: no kernel computes {:?}", self.problem)))
+    }
+
     /// The addresses of the inputs: qkv, both tables in one tensor or a placeholder, pad or a placeholder; and of the
     /// tables that are none.
     fn at(
@@ -54,6 +59,7 @@ impl Attention<'_> {
     pub fn forward(&self, inputs: [Input<'_>; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
         let [(qkv, _), ..] = inputs;
         let (problem, dtype) = (self.problem, qkv.dtype());
+        let plan = self.plan(dtype)?;
         let shape = Shape::from((problem.batch, problem.h, problem.w, problem.channels()));
         let lse_shape = Shape::from(kernels::lse_elements(problem, dtype));
         let outputs = [(dtype, shape.clone()), (DType::F32, lse_shape.clone())];
@@ -70,7 +76,7 @@ impl Attention<'_> {
         let [out, lse] = driver::run(&job, |at| {
             let (inputs, separate) = at.first_inputs()?;
             let (inputs, [out, lse]) = (self.at(dtype, inputs, separate), at.outputs);
-            self.implementation.attention_forward(problem, dtype, &inputs, out, lse)
+            plan.forward(&inputs, out, lse)
         })?;
         let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
         Ok((out, shape, lse))
@@ -87,9 +93,8 @@ impl Attention<'_> {
         let (problem, dtype) = (self.problem, qkv.dtype());
         let tables_wanted = problem.rel_pos && tables.track_op();
         let pad_wanted = self.pad && pad.track_op();
-        let implementation = self.implementation;
-        let workspace_bytes =
-            implementation.attention_workspace_bytes(problem, dtype, tables_wanted, pad_wanted)?;
+        let plan = self.plan(dtype)?;
+        let workspace_bytes = plan.workspace_bytes([tables_wanted, pad_wanted])?;
         let mut inputs = vec![qkv, tables, pad, out, lse, grad];
         inputs.extend(self.tables.into_iter().flatten());
         // One element where nothing is wanted: there is no empty memory on the device.
@@ -114,7 +119,7 @@ impl Attention<'_> {
                     dpad: address(pad_wanted, dpad),
                     workspace: at.workspace,
                 };
-                implementation.attention_backward(problem, dtype, &inputs, &operands)
+                plan.backward(&inputs, &operands)
             })?;
         Ok((Some(dqkv), tables_wanted.then_some(dtables), pad_wanted.then_some(dpad)))
     }

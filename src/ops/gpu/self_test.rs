@@ -8,19 +8,17 @@
 
 mod problems;
 
-use crate::driver;
-use crate::launch::family::{Family, Implementation};
-use crate::launch::projection::sm90::forward::Hopper;
+use crate::driver::{self, Key};
+use crate::launch::family::Family;
 use crate::launch::self_test::{
     bound, error, refusal, Choice, Comparison, SelfTestReport, SelfTestRow,
 };
+use crate::launch::Gpu;
+use crate::ops::custom::Engine;
 use candle_core::{bail, CudaDevice, DType, Device, Error, Result};
 use problems::{By, Problem};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
-
-/// A family and a dtype, which are tested together.
-type Key = (Family, DType);
 
 /// Held by the test that runs: another thread waits for what it finds.
 static RUNNING: Mutex<()> = Mutex::new(());
@@ -29,13 +27,13 @@ static RUNNING: Mutex<()> = Mutex::new(());
 ///
 /// # Errors
 /// If the truth or the composed graph cannot be computed, as for want of memory.
-pub fn first_use(device: &CudaDevice, key: Key, hopper: Hopper) -> Result<Choice> {
+pub fn first_use(device: &CudaDevice, key: Key, gpu: Gpu) -> Result<Choice> {
     let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
     match driver::tested(device, key)? {
         Some(choice) => Ok(choice),
         None => {
             let start = Instant::now();
-            let rows = test(device, key, Some(hopper), false)?;
+            let rows = test(device, key, gpu, false)?;
             let (family, dtype) = key;
             tracing::debug!("self-test of {family} in {}: {:?}", dtype.as_str(), start.elapsed());
             settle(device, key, &rows)
@@ -51,22 +49,21 @@ pub fn first_use(device: &CudaDevice, key: Key, hopper: Hopper) -> Result<Choice
 /// - its stream is being captured;
 /// - the truth or the composed graph cannot be computed, as for want of memory.
 pub fn self_test_report(device: &Device) -> Result<SelfTestReport> {
-    let gpu = device.as_cuda_device()?;
-    if !driver::supported(gpu) {
+    let cuda = device.as_cuda_device()?;
+    let Some(gpu) = driver::gpu(cuda) else {
         bail!("self-test: this crate has no kernels for {:?}", device.location())
-    }
-    if driver::is_capturing(gpu) {
+    };
+    if driver::is_capturing(cuda) {
         bail!("self-test: it waits for the GPU, which a stream that is captured cannot")
     }
     let _running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-    let name = gpu.cuda_stream().context().name().map_err(Error::wrap)?;
+    let name = cuda.cuda_stream().context().name().map_err(Error::wrap)?;
     let mut report = SelfTestReport { device: name, compiler: driver::COMPILER, rows: vec![] };
-    let hopper = driver::hopper(gpu);
     for family in Family::ALL {
         for dtype in Family::DTYPES {
-            let rows = test(gpu, (family, dtype), hopper, true)?;
-            if hopper.is_some() {
-                settle(gpu, (family, dtype), &rows)?;
+            let rows = test(cuda, (family, dtype), gpu, true)?;
+            if gpu.native.is_some() {
+                settle(cuda, (family, dtype), &rows)?;
             }
             report.rows.extend(rows);
         }
@@ -88,7 +85,7 @@ fn settle(device: &CudaDevice, key: Key, rows: &[SelfTestRow]) -> Result<Choice>
 fn test(
     device: &CudaDevice,
     (family, dtype): Key,
-    hopper: Option<Hopper>,
+    gpu: Gpu,
     all: bool,
 ) -> Result<Vec<SelfTestRow>> {
     let what = || format!("self-test of {family} in {}", dtype.as_str());
@@ -96,12 +93,12 @@ fn test(
     let expected = problems.iter().map(|problem| Expected::new(problem, dtype, device));
     let expected: Vec<_> = expected.collect::<Result<_>>().map_err(|e| e.context(what()))?;
     let mut rows = Vec::new();
-    let native = hopper.map(|hopper| (Choice::Native, Implementation::Native(few_blocks(hopper))));
-    for (kernels, implementation) in
-        native.into_iter().chain([(Choice::Portable, Implementation::Portable)])
-    {
+    // Persistent blocks make several tiles each, as they do of a large problem on the whole device.
+    let few_blocks = Gpu { multiprocessors: problems::BLOCKS, ..gpu };
+    let native = gpu.native.map(|_| (Choice::Native, few_blocks));
+    for (kernels, gpu) in native.into_iter().chain([(Choice::Portable, gpu.portable_only())]) {
         let mut row = SelfTestRow { family, dtype, kernels, comparisons: vec![], failure: None };
-        let comparisons = expected.iter().map(|expected| expected.compare(implementation));
+        let comparisons = expected.iter().map(|expected| expected.compare(gpu));
         match comparisons.collect::<Result<Vec<_>>>() {
             Ok(comparisons) => row.comparisons = comparisons.concat(),
             Err(failure) => row.failure = Some(failure.to_string()),
@@ -113,11 +110,6 @@ fn test(
         }
     }
     Ok(rows)
-}
-
-/// Persistent blocks make several tiles each, as they do of a large problem on the whole device.
-fn few_blocks(hopper: Hopper) -> Hopper {
-    Hopper { multiprocessors: problems::BLOCKS as u32, ..hopper }
 }
 
 /// A problem on the device, with its true results and their bounds.
@@ -133,17 +125,18 @@ impl<'a> Expected<'a> {
         let host = problem.inputs()?.to_dtype(dtype)?;
         let inputs = host.to_device(&Device::Cuda(device.clone()))?;
         let wide = host.to_dtype(DType::F32)?;
-        let truth = problem.results(&wide, By::Kernels(Implementation::Portable))?;
+        let truth = problem.results(&wide, By::Engine(Engine::Cpu))?;
         let composed = problem.results(&inputs, By::Composed)?;
         let errors = composed.iter().zip(&truth).map(|(got, truth)| error(got, truth));
         let bounds = errors.map(|error| bound(error, dtype)).collect();
         Ok(Self { problem, inputs, truth, bounds })
     }
 
-    fn compare(&self, implementation: Implementation) -> Result<Vec<Comparison>> {
+    fn compare(&self, gpu: Gpu) -> Result<Vec<Comparison>> {
         let mut comparisons = Vec::new();
-        for case in self.problem.cases(implementation) {
-            let got = case.results(self.problem, &self.inputs)?;
+        for case in self.problem.cases(gpu) {
+            let by = By::Engine(Engine::Gpu(case.0));
+            let got = self.problem.results(&self.inputs, by)?;
             for (index, name) in self.problem.result_names().iter().enumerate() {
                 let (got, truth) = (&got[index], &self.truth[index]);
                 let result = format!("{}{} {name}", self.problem.name(), case.suffix());

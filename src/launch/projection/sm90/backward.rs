@@ -2,13 +2,13 @@
 //! kernels take what it does not cover, and the thin products: dS and the gradients of the adapters.
 
 use crate::launch::bindings::{device_ptr, ProjectionBwdInputSm90Params, ProjectionPart};
-use crate::launch::projection::portable_backward::{backward_by, Between};
+use crate::launch::projection::portable::{Problem, Shapes};
+use crate::launch::projection::portable_backward::{backward_by, BackwardOperands, Between};
 use crate::launch::projection::sm90::forward::{
-    bits16, copies_take, persistent, Hopper, Maps, DEPTH, PIECE,
+    bits16, copies_take, persistent, Maps, DEPTH, PIECE,
 };
 use crate::launch::projection::sm90::tiles::{pick, Pass, Tile};
-use crate::launch::projection::{BackwardOperands, Problem, Shapes};
-use crate::launch::Launch;
+use crate::launch::{Gpu, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
@@ -20,19 +20,15 @@ pub fn backward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    device: Hopper,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
-    let rule = || {
-        let widths = [problem.in_dim as u32];
-        pick(Pass::BackwardInput, problem.rows as u64, &widths, device)
-    };
-    match device.forced.projection_backward.or_else(rule) {
-        Some(tile) => backward_with(tile, problem, dtype, operands, device.multiprocessors),
+    match pick(Pass::BackwardInput, problem.rows as u64, &[problem.in_dim as u32], gpu) {
+        Some(tile) => backward_with(tile, problem, dtype, operands, gpu),
         None => Ok(None),
     }
 }
 
-/// The backward with this tile for dx on so many multiprocessors; none if the kernel does not cover the problem.
+/// The backward with this tile for dx; none if the kernel does not cover the problem.
 ///
 /// # Errors
 /// As [`backward`].
@@ -41,7 +37,7 @@ pub fn backward_with(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    multiprocessors: u32,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let BackwardOperands { dout, dx, workspace, .. } = *operands;
     // a is not copied: the kernel reads it element by element.
@@ -52,7 +48,7 @@ pub fn backward_with(
         return Ok(None);
     }
     let launches = backward_by(problem, dtype, operands, |shapes, parts, between| {
-        bwd_input(tile, shapes, dtype, parts, (between, dx), multiprocessors)
+        bwd_input(tile, shapes, dtype, parts, (between, dx), gpu)
     })?;
     Ok(Some(launches))
 }
@@ -64,7 +60,7 @@ fn bwd_input(
     dtype: DType,
     parts: [ProjectionPart; 3],
     (Between { g, ds }, dx): (Between, device_ptr),
-    multiprocessors: u32,
+    gpu: &Gpu,
 ) -> Result<Launch> {
     type Params = ProjectionBwdInputSm90Params;
     let (rows, in_dim) = (shapes.problem.rows as u32, shapes.in_dim);
@@ -85,10 +81,9 @@ fn bwd_input(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
-    let launch =
-        persistent(Pass::BackwardInput, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    let launch = persistent(Pass::BackwardInput, tile, dtype, (tiles, gpu), &params, maps)?;
     // dS's kernel begins when g is there, so this one may begin with g.
-    let begins_early = shapes.adapted().next().is_some();
+    let begins_early = gpu.early_launch && shapes.adapted().next().is_some();
     Ok(Launch { begins_early, ..launch })
 }
 
@@ -116,8 +111,9 @@ mod tests {
             dsmall: 0,
             workspace: 1 << 16,
         };
+        let five = Gpu { multiprocessors: 5, ..Gpu::H100 };
         let backward = |tile, operands: &BackwardOperands<'_>| {
-            backward_with(tile, &problem, DType::BF16, operands, 5)
+            backward_with(tile, &problem, DType::BF16, operands, &five)
         };
         for tile in Pass::BackwardInput.tiles() {
             let launches = backward(tile, &operands)?.unwrap();

@@ -6,31 +6,12 @@
 use crate::launch::bindings::{
     device_ptr, EncodedTensorMap, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS,
 };
+use crate::launch::projection::portable::{low_rank_input, ForwardOperands, Problem, Shapes};
 use crate::launch::projection::sm90::tiles::{pick, Pass, Tile};
-use crate::launch::projection::{low_rank_input, ForwardOperands, Problem, Shapes};
 use crate::launch::tensor_map::{Element, TensorMap, LONGEST};
-use crate::launch::tiles::Forced;
-use crate::launch::Launch;
+use crate::launch::{Gpu, Launch};
 use candle_core::{DType, Result};
 use std::mem::{offset_of, size_of};
-
-/// What the launches hang on, of a device that runs the kernels for Hopper.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hopper {
-    /// Their number.
-    pub multiprocessors: u32,
-    /// Whether it launches clusters of two blocks.
-    pub clusters: bool,
-    /// Tiles in the place of those that the rules pick.
-    pub forced: Forced,
-}
-
-impl Hopper {
-    /// A device whose problems get the tiles that the rules pick.
-    pub fn new(multiprocessors: u32, clusters: bool) -> Self {
-        Self { multiprocessors, clusters, forced: Forced::default() }
-    }
-}
 
 /// Columns that a warp stores at once, of 16 rows.
 pub(in crate::launch) const PIECE: (u32, u32) = (16, 64);
@@ -42,14 +23,10 @@ const LOW_RANK_DEPTH: u32 = 32;
 ///
 /// # Errors
 /// On shapes that no kernel takes.
-pub(in crate::launch) fn covers(
-    problem: &Problem<'_>,
-    dtype: DType,
-    device: Hopper,
-) -> Result<bool> {
+pub(in crate::launch) fn covers(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Result<bool> {
     let shapes = Shapes::new(problem)?;
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    let has_tile = |pass, widths: &[u32]| pick(pass, shapes.rows(), widths, device).is_some();
+    let has_tile = |pass, widths: &[u32]| pick(pass, shapes.rows(), widths, gpu).is_some();
     Ok(copies_take(&shapes, dtype, &[])
         && (has_tile(Pass::Forward, &widths) || has_tile(Pass::BackwardInput, &[shapes.in_dim])))
 }
@@ -80,17 +57,16 @@ pub fn forward(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
-    device: Hopper,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    let rule = || pick(Pass::Forward, problem.rows as u64, &widths, device);
-    match device.forced.projection_forward.or_else(rule) {
-        Some(tile) => forward_with(tile, problem, dtype, operands, device.multiprocessors),
+    match pick(Pass::Forward, problem.rows as u64, &widths, gpu) {
+        Some(tile) => forward_with(tile, problem, dtype, operands, gpu),
         None => Ok(None),
     }
 }
 
-/// The forward with this tile on so many multiprocessors; none if the kernels do not cover the problem.
+/// The forward with this tile; none if the kernels do not cover the problem.
 ///
 /// # Errors
 /// As [`forward`].
@@ -99,7 +75,7 @@ pub fn forward_with(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &ForwardOperands<'_>,
-    multiprocessors: u32,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let shapes = Shapes::new(problem)?;
     let ForwardOperands { x, residual, out, low_rank, sum, .. } = *operands;
@@ -147,10 +123,10 @@ pub fn forward_with(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&widths) as u32;
-    let out = persistent(Pass::Forward, tile, dtype, (tiles, multiprocessors), &params, maps)?;
+    let out = persistent(Pass::Forward, tile, dtype, (tiles, gpu), &params, maps)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     // S's kernel begins when x is there, so this one may begin with x.
-    let out = Launch { begins_early: s.is_some(), ..out };
+    let out = Launch { begins_early: gpu.early_launch && s.is_some(), ..out };
     Ok(Some(s.into_iter().chain([out]).collect()))
 }
 
@@ -183,12 +159,13 @@ pub(in crate::launch) fn persistent<P: bytemuck::NoUninit>(
     pass: Pass,
     tile: &Tile,
     dtype: DType,
-    (tiles, multiprocessors): (u64, u32),
+    (tiles, gpu): (u64, &Gpu),
     params: &P,
     maps: Maps,
 ) -> Result<Launch> {
-    let clusters = (multiprocessors / tile.cluster).max(1);
-    let grid = [tiles.min(clusters.into()) * u64::from(tile.cluster), 1, 1];
+    let cluster = u64::from(tile.cluster);
+    let clusters = (gpu.persistent_blocks() / cluster).max(1);
+    let grid = [tiles.min(clusters) * cluster, 1, 1];
     let family = format!("{}_{}", pass.kernel(), tile.name);
     let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
     let &Tile { cluster, bytes: shared_bytes, .. } = tile;
@@ -216,8 +193,9 @@ mod tests {
             low_rank: 8192,
             sum: 0,
         };
+        let five = Gpu { multiprocessors: 5, ..Gpu::H100 };
         let forward = |problem: &Problem<'_>, dtype, operands: &ForwardOperands<'_>| {
-            forward_with(&Pass::Forward.tiles()[0], problem, dtype, operands, 5)
+            forward_with(&Pass::Forward.tiles()[0], problem, dtype, operands, &five)
         };
         let launches = forward(&problem, DType::F16, &operands)?.unwrap();
         let [s, out] = &launches[..] else { panic!("{}", launches.len()) };
@@ -234,7 +212,7 @@ mod tests {
 
         // A cluster of two loads the weights, and b, in halves, and is there as a whole.
         let tile = &Pass::Forward.tiles()[1];
-        let launches = forward_with(tile, &problem, DType::F16, &operands, 5)?;
+        let launches = forward_with(tile, &problem, DType::F16, &operands, &five)?;
         let in_clusters = &launches.unwrap()[1];
         assert_eq!(in_clusters.kernel, "projection_fwd_sm90_pingpong_128x192_x2_f16");
         assert_eq!((out.cluster, in_clusters.cluster, in_clusters.grid), (1, 2, [4, 1, 1]));

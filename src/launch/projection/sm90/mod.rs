@@ -3,3 +3,17 @@
 pub mod backward;
 pub mod forward;
 pub mod tiles;
+
+use super::native::Native;
+use super::portable::Problem;
+use crate::launch::family::Family;
+use crate::launch::Gpu;
+use candle_core::DType;
+
+pub(super) const NATIVE: Native =
+    Native { family, forward: forward::forward, backward: backward::backward };
+
+fn family(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Option<Family> {
+    let covered = forward::covers(problem, dtype, gpu).unwrap_or(false);
+    covered.then_some(Family::Projection)
+}

@@ -1,7 +1,8 @@
 //! The tiles of the projections' kernels for Hopper (`kernels/tiles.h`), and which one a problem gets.
 
-use crate::launch::projection::sm90::forward::Hopper;
 use crate::launch::tile_table::{PROJECTION_BWD_INPUT_SM90, PROJECTION_FWD_SM90};
+use crate::launch::tiles::Forced;
+use crate::launch::Gpu;
 
 /// How the two warpgroups that multiply share the tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,10 +71,17 @@ impl Pass {
         }
     }
 
-    /// The tiles that problems get on a device.
-    pub fn tiles_in_use(self, device: Hopper) -> impl Iterator<Item = &'static Tile> {
-        let cluster = if device.clusters { 2 } else { 1 };
+    /// The tiles that problems get on a GPU with or without clusters.
+    pub fn tiles_in_use(self, clusters: bool) -> impl Iterator<Item = &'static Tile> {
+        let cluster = if clusters { 2 } else { 1 };
         [PING_PONG, COOPERATIVE].into_iter().filter_map(move |kind| self.find(kind, cluster))
+    }
+
+    fn forced(self, forced: &Forced) -> Option<&'static Tile> {
+        match self {
+            Self::Forward => forced.projection_forward,
+            Self::BackwardInput => forced.projection_backward,
+        }
     }
 
     fn find(self, (schedule, cols): Kind, cluster: u32) -> Option<&'static Tile> {
@@ -97,29 +105,29 @@ const PING_PONG: Kind = (Schedule::PingPong, 192);
 
 /// The tile for an output of `rows` rows in these widths. Reckoned, not measured: none where there would be fewer tiles than for
 /// every other multiprocessor, since smaller portable ones are faster then.
-pub fn pick(pass: Pass, rows: u64, widths: &[u32], device: Hopper) -> Option<&'static Tile> {
+pub fn pick(pass: Pass, rows: u64, widths: &[u32], gpu: &Gpu) -> Option<&'static Tile> {
+    if let Some(tile) = pass.forced(&gpu.forced) {
+        return Some(tile);
+    }
     let filled = |cols| widths.iter().all(|width| width.is_multiple_of(cols));
     let wide = filled(COOPERATIVE.1) && !filled(PING_PONG.1);
     let kinds = [wide.then_some(COOPERATIVE), Some(PING_PONG)];
     let busy = |&kind: &Kind| {
         let tile = pass.find(kind, 2);
-        tile.is_some_and(|tile| 4 * tile.count(rows, widths) >= device.multiprocessors.into())
+        tile.is_some_and(|tile| 4 * tile.count(rows, widths) >= gpu.persistent_blocks())
     };
     let kind = kinds.into_iter().flatten().find(busy)?;
-    pass.find(kind, if device.clusters { 2 } else { 1 })
+    pass.find(kind, if gpu.clusters { 2 } else { 1 })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::tiles::Forced;
-
-    const HOPPER: Hopper = Hopper { multiprocessors: 132, clusters: true, forced: Forced::NONE };
 
     #[test]
     fn the_tiles_serve_sams_linears() {
         let name = |pass, rows, widths: &[u32]| {
-            pick(pass, rows, widths, HOPPER).map_or("", |tile| tile.name)
+            pick(pass, rows, widths, &Gpu::H100).map_or("", |tile| tile.name)
         };
         // One image through ViT-B, L and H: qkv, proj, lin1.
         for (width, expected) in [
@@ -138,19 +146,28 @@ mod tests {
         }
         assert_eq!(name(Pass::Forward, 196, &[768; 3]), "");
         assert_eq!(name(Pass::BackwardInput, 196, &[768]), "");
+        // Tiles for every other multiprocessor, however many there are.
+        let small = Gpu { multiprocessors: 14, ..Gpu::H100 };
+        assert!(pick(Pass::BackwardInput, 196, &[768], &small).is_some());
+        // A forced tile serves any problem.
+        for tile in Pass::Forward.tiles() {
+            let forced = Forced { projection_forward: Some(tile), ..Forced::NONE };
+            let gpu = Gpu { forced, ..Gpu::H100 };
+            assert_eq!(pick(Pass::Forward, 196, &[768], &gpu), Some(tile));
+        }
     }
 
     #[test]
     fn without_clusters_the_same_tile_serves() {
-        let alone = Hopper { clusters: false, ..HOPPER };
+        let alone = Gpu { clusters: false, ..Gpu::H100 };
         for pass in Pass::ALL {
             for tile in pass.tiles().iter().filter(|tile| tile.cluster > 1) {
                 let without = Tile { cluster: 1, name: tile.name.trim_end_matches("_x2"), ..*tile };
                 assert!(pass.tiles().contains(&without), "{tile:?}");
             }
-            assert_eq!(pick(pass, 4096, &[768], alone).unwrap().name, "pingpong_128x192");
-            assert_eq!(pass.tiles_in_use(HOPPER).count(), 2);
-            assert!(pass.tiles_in_use(alone).all(|tile| tile.cluster == 1));
+            assert_eq!(pick(pass, 4096, &[768], &alone).unwrap().name, "pingpong_128x192");
+            assert_eq!(pass.tiles_in_use(true).count(), 2);
+            assert!(pass.tiles_in_use(false).all(|tile| tile.cluster == 1));
         }
     }
 }

@@ -4,17 +4,15 @@
 use crate::launch::bindings::{
     device_ptr, RelPosAttentionBwdKeySm90Params, RelPosAttentionBwdQuerySm90Params,
     REL_POS_ATTENTION_SM90_BWD_KEYS, REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES,
-    REL_POS_ATTENTION_SM90_QUERIES, REL_POS_ATTENTION_SM90_TABLE_PARTS,
-    REL_POS_ATTENTION_SM90_THREADS,
+    REL_POS_ATTENTION_SM90_QUERIES, REL_POS_ATTENTION_SM90_THREADS,
 };
+use crate::launch::rel_pos_attention::portable::{self, BackwardOperands, BetweenPasses, Inputs};
 use crate::launch::rel_pos_attention::sm90::forward::{
     covers, grid_maps, panel_maps, table_maps, Maps, SHARED_BYTES,
 };
-use crate::launch::rel_pos_attention::sm90::tiles::{self, KeyBlock, StreamTile, Tiles};
-use crate::launch::rel_pos_attention::{self as portable, BackwardOperands, BetweenPasses, Inputs};
+use crate::launch::rel_pos_attention::sm90::tiles::{self, KeyBlock, StreamTile};
 use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
-use crate::launch::tiles::taking_turns;
-use crate::launch::{narrow, AttentionProblem, Launch};
+use crate::launch::{narrow, AttentionProblem, Gpu, Launch};
 use bytemuck::Zeroable;
 use candle_core::{DType, Result};
 use std::mem::offset_of;
@@ -32,25 +30,10 @@ pub fn backward(
     dtype: DType,
     inputs: &Inputs,
     operands: &BackwardOperands,
-) -> Result<Option<Vec<Launch>>> {
-    match tiles::pick(problem, None) {
-        Some(tiles) => backward_with(tiles, problem, dtype, inputs, operands),
-        None => Ok(None),
-    }
-}
-
-/// The backward with these tiles; none if the kernels do not cover the problem.
-///
-/// # Errors
-/// As [`backward`].
-pub fn backward_with(
-    tiles: Tiles,
-    problem: &AttentionProblem,
-    dtype: DType,
-    inputs: &Inputs,
-    operands: &BackwardOperands,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let p = problem;
+    let Some(tiles) = tiles::pick(p, gpu.forced.attention_cols) else { return Ok(None) };
     let &BackwardOperands { out, dout, dqkv, dtables, dpad, workspace, .. } = operands;
     let whole = p.side_h == p.h && p.side_w == p.w && dpad == 0;
     let [rel_pos_h, rel_pos_w] = inputs.tables;
@@ -62,11 +45,11 @@ pub fn backward_with(
     if !whole || !fits || !counted || !covers(p, dtype, &addresses) {
         return Ok(None);
     }
-    let between = BetweenPasses::new(p, dtype, operands)?;
+    let between = BetweenPasses::new(p, dtype, operands, gpu)?;
     let items = (p.windows() * p.num_heads * tile.blocks(p)) as u64;
     let blocks = match dtables {
         0 => items,
-        _ => items.min(between.table_parts).min(taking_turns(REL_POS_ATTENTION_SM90_TABLE_PARTS)),
+        _ => items.min(between.table_parts).min(gpu.persistent_blocks()),
     };
     let mut launches = vec![
         query_pass(p, dtype, inputs, operands, &between, tile, [items, blocks])?,
@@ -201,9 +184,13 @@ mod tests {
         workspace: 1 << 20,
     };
 
+    fn run(problem: &AttentionProblem, operands: &BackwardOperands) -> Result<Option<Vec<Launch>>> {
+        backward(problem, DType::BF16, &INPUTS, operands, &Gpu::H100)
+    }
+
     #[test]
     fn a_block_of_queries_goes_through_all_keys() -> Result<()> {
-        let launches = backward(&GLOBAL, DType::BF16, &INPUTS, &OPERANDS)?.unwrap();
+        let launches = run(&GLOBAL, &OPERANDS)?.unwrap();
         let query = &launches[0];
         assert_eq!(query.kernel, "rel_pos_attention_bwd_query_sm90_hd64_cols64_bf16");
         assert_eq!((query.grid, query.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
@@ -212,18 +199,18 @@ mod tests {
         assert_eq!((query.shared_bytes, launches.len()), (bytes, 2));
         // With the tables' gradients, as many blocks as there are partial sums.
         let trained = BackwardOperands { dtables: 256, ..OPERANDS };
-        let launches = backward(&GLOBAL, DType::BF16, &INPUTS, &trained)?.unwrap();
+        let launches = run(&GLOBAL, &trained)?.unwrap();
         assert_eq!((launches[0].grid, launches.len()), ([132, 1, 1], 3));
         let small = AttentionProblem { h: 8, w: 17, side_h: 8, side_w: 17, ..GLOBAL };
-        let parts = backward(&small, DType::BF16, &INPUTS, &trained)?.unwrap()[0].grid[0];
-        let room = BetweenPasses::new(&small, DType::BF16, &trained)?.table_parts;
+        let parts = run(&small, &trained)?.unwrap()[0].grid[0];
+        let room = BetweenPasses::new(&small, DType::BF16, &trained, &Gpu::H100)?.table_parts;
         assert!(u64::from(parts) <= room);
         Ok(())
     }
 
     #[test]
     fn a_block_of_keys_goes_through_all_queries() -> Result<()> {
-        let launches = backward(&GLOBAL, DType::BF16, &INPUTS, &OPERANDS)?.unwrap();
+        let launches = run(&GLOBAL, &OPERANDS)?.unwrap();
         let key = &launches[1];
         assert_eq!(key.kernel, "rel_pos_attention_bwd_key_sm90_hd64_cols64_bf16");
         // Two grid rows of keys a block.
@@ -239,16 +226,15 @@ mod tests {
 
     #[test]
     fn the_rest_is_the_portable_kernels() -> Result<()> {
-        let covered =
-            |problem| backward(&problem, DType::BF16, &INPUTS, &OPERANDS).map(|l| l.is_some());
+        let covered = |problem| run(&problem, &OPERANDS).map(|launches| launches.is_some());
         assert!(covered(AttentionProblem { h: 33, w: 7, side_h: 33, side_w: 7, ..GLOBAL })?);
         // Windows; other heads; biases that do not fit.
         assert!(!covered(AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL })?);
         assert!(!covered(AttentionProblem { head_dim: 32, ..GLOBAL })?);
         assert!(!covered(AttentionProblem { h: 96, w: 96, side_h: 96, side_w: 96, ..GLOBAL })?);
-        assert!(backward(&GLOBAL, DType::F32, &INPUTS, &OPERANDS)?.is_none());
+        assert!(backward(&GLOBAL, DType::F32, &INPUTS, &OPERANDS, &Gpu::H100)?.is_none());
         let unaligned = BackwardOperands { dqkv: 40, ..OPERANDS };
-        assert!(backward(&GLOBAL, DType::BF16, &INPUTS, &unaligned)?.is_none());
+        assert!(run(&GLOBAL, &unaligned)?.is_none());
         Ok(())
     }
 
@@ -264,11 +250,12 @@ mod tests {
             (AttentionProblem { batch: 43690, ..GLOBAL }, true),
             (sam, false),
         ] {
-            let launches = backward(&problem, DType::BF16, &INPUTS, &OPERANDS)?;
+            let launches = run(&problem, &OPERANDS)?;
             assert_eq!(launches.is_some(), hopper, "{problem:?}");
         }
         assert!(portable::rows(&sam) > 1 << 31);
-        assert_eq!(portable::backward(&sam, DType::BF16, &INPUTS, &OPERANDS)?.len(), 2);
+        let launches = portable::backward(&sam, DType::BF16, &INPUTS, &OPERANDS, &Gpu::H100)?;
+        assert_eq!(launches.len(), 2);
         Ok(())
     }
 }

@@ -5,10 +5,10 @@ use crate::launch::bindings::{
     device_ptr, PanelMaps, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_QUERIES,
     REL_POS_ATTENTION_SM90_TABLE_ROWS, REL_POS_ATTENTION_SM90_THREADS,
 };
-use crate::launch::rel_pos_attention::sm90::tiles::{self, StreamTile};
-use crate::launch::rel_pos_attention::{shape, Inputs};
+use crate::launch::rel_pos_attention::portable::{shape, Inputs};
+use crate::launch::rel_pos_attention::sm90::tiles::{self, StreamTile, Tiles};
 use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
-use crate::launch::{narrow, AttentionProblem, Launch};
+use crate::launch::{narrow, AttentionProblem, Gpu, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
@@ -125,26 +125,12 @@ pub fn forward(
     problem: &AttentionProblem,
     dtype: DType,
     inputs: &Inputs,
-    out: device_ptr,
-    lse: device_ptr,
-) -> Result<Option<Launch>> {
-    match tiles::pick(problem, None) {
-        Some(tiles) => forward_with(tiles.forward, problem, dtype, inputs, [out, lse]),
-        None => Ok(None),
-    }
-}
-
-/// The forward with this tile, to `out` and `lse`; none if the kernels do not cover the problem.
-///
-/// # Errors
-/// As [`forward`].
-pub fn forward_with(
-    tile: &StreamTile,
-    problem: &AttentionProblem,
-    dtype: DType,
-    inputs: &Inputs,
     [out, lse]: [device_ptr; 2],
+    gpu: &Gpu,
 ) -> Result<Option<Launch>> {
+    let Some(Tiles { forward: tile, .. }) = tiles::pick(problem, gpu.forced.attention_cols) else {
+        return Ok(None);
+    };
     let &Inputs { qkv, tables, pad } = inputs;
     // A bulk copy makes zeros of tokens outside the grid, so no window may hang over it.
     let whole =
@@ -183,7 +169,7 @@ mod tests {
     const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
 
     fn launch(problem: AttentionProblem) -> Result<Option<Launch>> {
-        forward(&problem, DType::BF16, &INPUTS, 16, 4)
+        forward(&problem, DType::BF16, &INPUTS, [16, 4], &Gpu::H100)
     }
 
     #[test]
@@ -219,9 +205,9 @@ mod tests {
         assert!(!covered(AttentionProblem { side_h: 14, side_w: 14, ..GLOBAL })?);
         assert!(!covered(AttentionProblem { head_dim: 32, ..GLOBAL })?);
         assert!(!covered(AttentionProblem { h: 256, w: 256, side_h: 256, side_w: 256, ..GLOBAL })?);
-        assert!(forward(&GLOBAL, DType::F32, &INPUTS, 16, 4)?.is_none());
+        assert!(forward(&GLOBAL, DType::F32, &INPUTS, [16, 4], &Gpu::H100)?.is_none());
         let unaligned = Inputs { qkv: 72, ..INPUTS };
-        assert!(forward(&GLOBAL, DType::BF16, &unaligned, 16, 4)?.is_none());
+        assert!(forward(&GLOBAL, DType::BF16, &unaligned, [16, 4], &Gpu::H100)?.is_none());
         // More images than a coordinate counts.
         let images = |batch| AttentionProblem { batch, h: 1, w: 1, side_h: 1, side_w: 1, ..GLOBAL };
         assert!(covered(AttentionProblem { num_heads: 1, ..images((1 << 31) - 1) })?);

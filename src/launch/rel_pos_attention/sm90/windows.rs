@@ -4,12 +4,11 @@
 
 use crate::launch::bindings::{
     device_ptr, RelPosAttentionWindowBwdParams, RelPosAttentionWindowFwdParams,
-    REL_POS_ATTENTION_WINDOW_SM90_BLOCKS, REL_POS_ATTENTION_WINDOW_SM90_SIDE,
-    REL_POS_ATTENTION_WINDOW_SM90_THREADS,
+    REL_POS_ATTENTION_WINDOW_SM90_SIDE, REL_POS_ATTENTION_WINDOW_SM90_THREADS,
 };
+use crate::launch::rel_pos_attention::portable::{shape, table_elements, BackwardOperands, Inputs};
 use crate::launch::rel_pos_attention::sm90::tiles::{self as window_tiles, WindowTile};
-use crate::launch::rel_pos_attention::{shape, table_elements, BackwardOperands, Inputs};
-use crate::launch::{sum_partials, tiles, AttentionProblem, Launch};
+use crate::launch::{sum_partials, AttentionProblem, Gpu, Launch};
 use candle_core::{DType, Result};
 
 /// The tile of a problem with operands at these addresses, if the kernels cover it.
@@ -31,20 +30,20 @@ fn units(problem: &AttentionProblem) -> usize {
 }
 
 /// Blocks that take turns at the units: one for each multiprocessor, or fewer.
-fn blocks(problem: &AttentionProblem) -> u64 {
-    (units(problem) as u64).min(tiles::taking_turns(REL_POS_ATTENTION_WINDOW_SM90_BLOCKS))
+fn blocks(problem: &AttentionProblem, gpu: &Gpu) -> u64 {
+    (units(problem) as u64).min(gpu.persistent_blocks())
 }
 
-/// A pass's kernel with the shared memory that a block of it takes.
+/// A pass's kernel in so many blocks, with the shared memory that each takes.
 fn launch<P: bytemuck::NoUninit>(
     pass: &str,
     problem: &AttentionProblem,
     dtype: DType,
-    shared_bytes: usize,
+    (blocks, shared_bytes): (u64, usize),
     params: &P,
 ) -> Result<Launch> {
     let family = format!("rel_pos_attention_window_{pass}_sm90_hd{}", problem.head_dim);
-    let grid = [blocks(problem), 1, 1];
+    let grid = [blocks, 1, 1];
     let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_WINDOW_SM90_THREADS, params)?;
     Ok(Launch { shared_bytes: shared_bytes as u32, ..launch })
 }
@@ -58,8 +57,8 @@ pub fn forward(
     problem: &AttentionProblem,
     dtype: DType,
     inputs: &Inputs,
-    out: device_ptr,
-    lse: device_ptr,
+    [out, lse]: [device_ptr; 2],
+    gpu: &Gpu,
 ) -> Result<Option<Launch>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let Some(tile) = pick(problem, dtype, &[qkv, tables[0], tables[1], pad, out]) else {
@@ -67,19 +66,19 @@ pub fn forward(
     };
     let (units, shape) = (units(problem) as u64, shape(problem));
     let params = RelPosAttentionWindowFwdParams { qkv, tables, pad, out, lse, units, shape };
-    launch("fwd", problem, dtype, tile.forward_bytes, &params).map(Some)
+    launch("fwd", problem, dtype, (blocks(problem, gpu), tile.forward_bytes), &params).map(Some)
 }
 
 /// Where the blocks' sums for pad begin in the workspace, behind those for the tables, and its size in bytes.
-fn workspace(p: &AttentionProblem, train_tables: bool, train_pad: bool) -> [u64; 2] {
-    let floats = |wanted: bool, size: usize| if wanted { blocks(p) * size as u64 } else { 0 };
+fn workspace(p: &AttentionProblem, [train_tables, train_pad]: [bool; 2], gpu: &Gpu) -> [u64; 2] {
+    let floats = |wanted: bool, size: usize| if wanted { blocks(p, gpu) * size as u64 } else { 0 };
     let pad_partials = 4 * floats(train_tables, table_elements(p)).next_multiple_of(4);
     [pad_partials, pad_partials + 4 * floats(train_pad, 3 * p.channels())]
 }
 
-/// Scratch memory of [`backward`].
-pub fn workspace_bytes(problem: &AttentionProblem, train_tables: bool, train_pad: bool) -> usize {
-    workspace(problem, train_tables, train_pad)[1] as usize
+/// Scratch memory of [`backward`]; `trained` says whether the tables and the pad are.
+pub fn workspace_bytes(problem: &AttentionProblem, trained: [bool; 2], gpu: &Gpu) -> usize {
+    workspace(problem, trained, gpu)[1] as usize
 }
 
 /// What [`crate::launch::rel_pos_attention::backward`] launches, for windows on Hopper, in one kernel and the sums for the tables
@@ -92,12 +91,13 @@ pub fn backward(
     dtype: DType,
     inputs: &Inputs,
     operands: &BackwardOperands,
+    gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
     let &Inputs { qkv, tables, pad } = inputs;
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace: at } = operands;
     let addresses = [qkv, tables[0], tables[1], pad, out, dout, dqkv];
     let Some(tile) = pick(problem, dtype, &addresses) else { return Ok(None) };
-    let [pad_partials, _] = workspace(problem, dtables != 0, dpad != 0);
+    let [pad_partials, _] = workspace(problem, [dtables != 0, dpad != 0], gpu);
     let table_partials = if dtables == 0 { 0 } else { at };
     let pad_partials = if dpad == 0 { 0 } else { at + pad_partials };
     let (units, shape) = (units(problem) as u64, shape(problem));
@@ -114,10 +114,10 @@ pub fn backward(
         units,
         shape,
     };
-    let mut launches = vec![launch("bwd", problem, dtype, tile.backward_bytes, &params)?];
+    let parts = blocks(problem, gpu);
+    let mut launches = vec![launch("bwd", problem, dtype, (parts, tile.backward_bytes), &params)?];
     let mut sum = |partials: device_ptr, out: device_ptr, size: usize| -> Result<()> {
         if out != 0 {
-            let parts = blocks(problem);
             launches.push(sum_partials::launch(dtype, partials, out, parts, size as u64)?);
         }
         Ok(())
@@ -148,12 +148,16 @@ mod tests {
 
     #[test]
     fn blocks_take_turns_at_heads_of_windows() -> Result<()> {
-        let of = |problem| forward(&problem, DType::BF16, &INPUTS, 16, 4);
+        let of = |problem| forward(&problem, DType::BF16, &INPUTS, [16, 4], &Gpu::H100);
         let launch = of(WINDOWED)?.unwrap();
         assert_eq!(launch.kernel, "rel_pos_attention_window_fwd_sm90_hd64_bf16");
         assert_eq!((launch.grid, launch.block), ([132, 1, 1], [448, 1, 1]));
         let small = AttentionProblem { h: 14, w: 14, ..WINDOWED };
         assert_eq!(of(small)?.unwrap().grid, [12, 1, 1]);
+        // As many as the device has multiprocessors, not as an H100 has.
+        let gpu = Gpu { multiprocessors: 78, ..Gpu::H100 };
+        let launch = forward(&WINDOWED, DType::BF16, &INPUTS, [16, 4], &gpu)?.unwrap();
+        assert_eq!(launch.grid, [78, 1, 1]);
         Ok(())
     }
 
@@ -162,28 +166,31 @@ mod tests {
         let launches = |dtables, dpad| -> Result<Vec<String>> {
             let [out, lse, dout, dqkv, workspace] = [16, 4, 32, 48, 1024];
             let operands = BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace };
-            let launches = backward(&WINDOWED, DType::F16, &INPUTS, &operands)?.unwrap();
+            let launches =
+                backward(&WINDOWED, DType::F16, &INPUTS, &operands, &Gpu::H100)?.unwrap();
             Ok(launches.into_iter().map(|launch| launch.kernel).collect())
         };
         let kernel = "rel_pos_attention_window_bwd_sm90_hd64_f16";
         assert_eq!(launches(0, 0)?, [kernel]);
         assert_eq!(launches(512, 768)?, [kernel, "sum_partials_f16", "sum_partials_f16"]);
-        assert_eq!(workspace_bytes(&WINDOWED, false, false), 0);
-        assert_eq!(workspace_bytes(&WINDOWED, true, true), 132 * 4 * (54 * 64 + 3 * 768));
+        assert_eq!(workspace_bytes(&WINDOWED, [false; 2], &Gpu::H100), 0);
+        let bytes = workspace_bytes(&WINDOWED, [true; 2], &Gpu::H100);
+        assert_eq!(bytes, 132 * 4 * (54 * 64 + 3 * 768));
         Ok(())
     }
 
     #[test]
     fn the_rest_is_other_kernels() -> Result<()> {
         let covered = |problem, dtype| {
-            Ok::<_, candle_core::Error>(forward(&problem, dtype, &INPUTS, 16, 4)?.is_some())
+            let launch = forward(&problem, dtype, &INPUTS, [16, 4], &Gpu::H100)?;
+            Ok::<_, candle_core::Error>(launch.is_some())
         };
         assert!(covered(WINDOWED, DType::F16)?);
         assert!(!covered(WINDOWED, DType::F32)?);
         assert!(!covered(AttentionProblem { side_w: 15, ..WINDOWED }, DType::F16)?);
         assert!(!covered(AttentionProblem { head_dim: 32, ..WINDOWED }, DType::F16)?);
         let unaligned = Inputs { pad: 200, ..INPUTS };
-        assert!(forward(&WINDOWED, DType::F16, &unaligned, 16, 4)?.is_none());
+        assert!(forward(&WINDOWED, DType::F16, &unaligned, [16, 4], &Gpu::H100)?.is_none());
         Ok(())
     }
 }

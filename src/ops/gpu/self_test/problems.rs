@@ -1,11 +1,12 @@
 //! Small problems that still go through every loop of a kernel more than once: five steps of queries, more keys than a ring
 //! has slots, windows that hang over the grid, more depth than a ring of stages, several tiles for each persistent block.
 
-use crate::launch::family::{Family, Implementation};
-use crate::launch::projection::sm90::forward::Hopper;
+use crate::launch::family::Family;
 use crate::launch::projection::sm90::tiles::Pass;
 use crate::launch::rel_pos_attention::sm90::tiles::widths;
-use crate::launch::tiles::{with_most_blocks, Forced};
+use crate::launch::tiles::Forced;
+use crate::launch::Gpu;
+use crate::ops::custom::Engine;
 use crate::ops::{
     composed, projection, rel_pos_attention, Activation, Lora, Projection, RelPosAttention,
 };
@@ -13,7 +14,7 @@ use crate::philox::{philox4x32, Dropout};
 use candle_core::{bail, DType, Device, Result, Tensor, Var};
 
 /// Blocks of the kernels whose blocks take turns at their work.
-pub const BLOCKS: u64 = 2;
+pub const BLOCKS: u32 = 2;
 
 const ROWS: usize = 200;
 /// Five stages of 64.
@@ -59,9 +60,9 @@ pub fn of(family: Family) -> Vec<Problem> {
 /// Who computes a problem.
 #[derive(Clone, Copy)]
 pub enum By {
+    /// The composed graph, without its warning.
     Composed,
-    /// On the CPU, which has no kernels, its own path.
-    Kernels(Implementation),
+    Engine(Engine),
 }
 
 /// A problem's tensors on one device, in one dtype.
@@ -89,25 +90,15 @@ impl Inputs {
     }
 }
 
-/// An implementation with the tiles that a problem's kernels are made to take.
+/// The GPU with the tiles that a problem's kernels are made to take.
 #[derive(Clone, Copy)]
-pub struct Case(Implementation);
+pub struct Case(pub Gpu);
 
 impl Case {
-    pub fn results(self, problem: &Problem, inputs: &Inputs) -> Result<Vec<Vec<f32>>> {
-        with_most_blocks(BLOCKS, || problem.results(inputs, By::Kernels(self.0)))
-    }
-
-    fn forced(self) -> Forced {
-        match self.0 {
-            Implementation::Native(device) => device.forced,
-            Implementation::Portable => Forced::NONE,
-        }
-    }
-
     /// The tile of a projection's forward, for the name of a result.
     pub fn suffix(self) -> String {
-        self.forced().projection_forward.map_or(String::new(), |tile| format!(" {}", tile.name))
+        let tile = self.0.forced.projection_forward;
+        tile.map_or(String::new(), |tile| format!(" {}", tile.name))
     }
 }
 
@@ -132,18 +123,18 @@ impl Problem {
         }
     }
 
-    /// What to try: with the native kernels every tile that this device's problems may get.
-    pub fn cases(&self, implementation: Implementation) -> Vec<Case> {
-        let Implementation::Native(device) = implementation else {
-            return vec![Case(implementation)];
-        };
-        let case = |forced| Case(Implementation::Native(Hopper { forced, ..device }));
+    /// What to try: with the native kernels every tile that this GPU's problems may get.
+    pub fn cases(&self, gpu: Gpu) -> Vec<Case> {
+        if gpu.native.is_none() {
+            return vec![Case(gpu)];
+        }
+        let case = |forced| Case(Gpu { forced, ..gpu });
         match self {
             Self::Attention { cols, .. } => {
                 vec![case(Forced { attention_cols: *cols, ..Forced::NONE })]
             }
             Self::Qkv { .. } | Self::Gelu { .. } => {
-                let [forward, backward] = Pass::ALL.map(|pass| pass.tiles_in_use(device));
+                let [forward, backward] = Pass::ALL.map(|pass| pass.tiles_in_use(gpu.clusters));
                 let both = forward.zip(backward).map(|(forward, backward)| Forced {
                     projection_forward: Some(forward),
                     projection_backward: Some(backward),
@@ -253,7 +244,7 @@ impl Problem {
                 };
                 match by {
                     By::Composed => Ok(composed::rel_pos_attention(&t[0], &config)?.0),
-                    By::Kernels(whose) => rel_pos_attention::by_kernels(&t[0], &config, whose),
+                    By::Engine(engine) => rel_pos_attention::by(&t[0], &config, engine),
                 }
             }
             Self::Qkv { .. } => {
@@ -267,8 +258,8 @@ impl Problem {
                 ];
                 match by {
                     By::Composed => composed::lora_qkv(&t[0], &parts),
-                    By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &parts, Activation::Identity, None, whose)
+                    By::Engine(engine) => {
+                        projection::by(&t[0], &parts, Activation::Identity, None, engine)
                     }
                 }
             }
@@ -278,8 +269,8 @@ impl Problem {
                 let residual = Some(&frozen[1]);
                 match by {
                     By::Composed => composed::lora_linear(&t[0], &part, Activation::Gelu, residual),
-                    By::Kernels(whose) => {
-                        projection::by_kernels(&t[0], &[part], Activation::Gelu, residual, whose)
+                    By::Engine(engine) => {
+                        projection::by(&t[0], &[part], Activation::Gelu, residual, engine)
                     }
                 }
             }
@@ -305,7 +296,7 @@ mod tests {
             for problem in of(family) {
                 let inputs = problem.inputs()?;
                 let start = Instant::now();
-                let truth = problem.results(&inputs, By::Kernels(Implementation::Portable))?;
+                let truth = problem.results(&inputs, By::Engine(Engine::Cpu))?;
                 println!("{family} {}: {:?}", problem.name(), start.elapsed());
                 let composed = problem.results(&inputs, By::Composed)?;
                 let names = problem.result_names();
@@ -323,17 +314,16 @@ mod tests {
 
     #[test]
     fn every_tile_in_use_is_a_case() {
-        let hopper = Hopper::new(2, true);
         let mut tried = Vec::new();
         for family in Family::ALL {
             for problem in of(family) {
-                let cases = problem.cases(Implementation::Native(hopper));
-                tried.extend(cases.into_iter().map(|case| (family, case.forced())));
-                assert_eq!(problem.cases(Implementation::Portable).len(), 1);
+                let cases = problem.cases(Gpu::H100);
+                tried.extend(cases.into_iter().map(|case| (family, case.0.forced)));
+                assert_eq!(problem.cases(Gpu::A100).len(), 1);
             }
         }
         for pass in Pass::ALL {
-            for tile in pass.tiles_in_use(hopper) {
+            for tile in pass.tiles_in_use(true) {
                 let is_tried = |(_, forced): &(_, Forced)| match pass {
                     Pass::Forward => forced.projection_forward == Some(tile),
                     Pass::BackwardInput => forced.projection_backward == Some(tile),

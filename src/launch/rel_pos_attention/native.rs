@@ -1,0 +1,22 @@
+//! The functions that an architecture with kernels of its own offers.
+
+use super::portable::{BackwardOperands, Inputs};
+use crate::launch::family::Family;
+use crate::launch::{device_ptr, AttentionProblem, Gpu, Launch};
+use candle_core::{DType, Result};
+
+/// None, where launches are optional, leaves operands that the kernels do not take to the portable ones.
+pub(super) struct Native {
+    /// The family that computes a problem; none if the portable kernels do.
+    pub family: fn(&AttentionProblem, DType) -> Option<Family>,
+    /// The launches for `out` and `lse` of the inputs.
+    pub forward: Forward,
+    /// The launches for the gradients.
+    pub backward: Backward,
+    /// Scratch memory of the backward, with gradients of the tables and of the pad or without.
+    pub workspace_bytes: fn(&AttentionProblem, DType, [bool; 2], &Gpu) -> usize,
+}
+
+type Launches = Result<Option<Vec<Launch>>>;
+type Forward = fn(&AttentionProblem, DType, &Inputs, [device_ptr; 2], &Gpu) -> Launches;
+type Backward = fn(&AttentionProblem, DType, &Inputs, &BackwardOperands, &Gpu) -> Launches;
