@@ -86,8 +86,8 @@ pub struct Choice {
     pub tile: &'static str,
 }
 
-/// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for
-/// [`MULTIPROCESSORS`] from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
+/// The first row that fits is taken; where none does, the portable kernels'. Not measured: reckoned for 132
+/// multiprocessors from what a step of 64 of depth costs, `rows cols / 32` cycles of the tensor cores and
 /// `128 (rows + cols / cluster)` bytes from the L2 cache.
 pub const CHOICES: [Choice; 6] = [
     // Widths of ViT-B. 37 bytes a cycle, without a cluster 53, and an epilogue that costs nothing.
