@@ -202,9 +202,8 @@ impl<'a> SamPredictor<'a> {
         let output = self.model.forward(&input, Mode::Eval)?;
         let scores = output.iou_scores.squeeze(0)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let masks = output.pred_masks.squeeze(0)?;
-        let prediction = |(index, iou_scores)| {
-            Ok(Prediction { logits: masks.get(index)?, iou_scores })
-        };
+        let prediction =
+            |(index, iou_scores)| Ok(Prediction { logits: masks.get(index)?, iou_scores });
         scores.into_iter().enumerate().map(prediction).collect()
     }
 }

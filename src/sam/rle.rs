@@ -73,7 +73,8 @@ impl Rle {
                 let (first, last) = (place, place + run - 1);
                 let (x0, x1) = (first / height, last / height);
                 // A run over the end of a column touches the first row and the last.
-                let (y0, y1) = if x0 == x1 { (first % height, last % height) } else { (0, height - 1) };
+                let (y0, y1) =
+                    if x0 == x1 { (first % height, last % height) } else { (0, height - 1) };
                 let [a0, b0, a1, b1] = bounds.unwrap_or([x0, y0, x1, y1]);
                 bounds = Some([a0.min(x0), b0.min(y0), a1.max(x1), b1.max(y1)]);
             }
@@ -179,10 +180,7 @@ const SCALE: f64 = 5.0;
 const MARGIN: f64 = 1000.0;
 
 /// Runs as they are, if they fill the mask.
-pub(crate) fn checked(
-    runs: Runs,
-    (height, width): Size,
-) -> std::result::Result<Runs, String> {
+pub(crate) fn checked(runs: Runs, (height, width): Size) -> std::result::Result<Runs, String> {
     let expected = u64::from(height) * u64::from(width);
     let found: u64 = runs.iter().map(|run| u64::from(*run)).sum();
     match found == expected {
@@ -227,10 +225,7 @@ pub(crate) fn decompressed(text: &str, size: Size) -> std::result::Result<Runs, 
 }
 
 /// The runs of a polygon `[x0, y0, x1, y1, ..]`.
-pub(crate) fn polygon(
-    xy: &[f64],
-    (height, width): Size,
-) -> std::result::Result<Runs, String> {
+pub(crate) fn polygon(xy: &[f64], (height, width): Size) -> std::result::Result<Runs, String> {
     if xy.len() < 6 || !xy.len().is_multiple_of(2) {
         let message = "a polygon needs 6 numbers at least, an even count of them, and has";
         return Err(format!("{message} {}", xy.len()));

@@ -176,13 +176,11 @@ impl MaskGenerator {
             found.extend(of_crop);
         }
         if self.box_nms_thresh.is_none() {
-            found = keep(found, |masks| {
-                by_boxes(masks, self.crop_nms_thresh, |mask| mask.iou_score)
-            });
+            found =
+                keep(found, |masks| by_boxes(masks, self.crop_nms_thresh, |mask| mask.iou_score));
         } else if crops.len() > 1 {
-            let smallness = |mask: &GeneratedMask| {
-                1.0 / (mask.crop.width() as f32 * mask.crop.height() as f32)
-            };
+            let smallness =
+                |mask: &GeneratedMask| 1.0 / (mask.crop.width() as f32 * mask.crop.height() as f32);
             found = keep(found, |masks| by_boxes(masks, self.crop_nms_thresh, smallness));
         }
         if let Some(threshold) = self.mask_nms_thresh {

@@ -27,7 +27,11 @@ pub(super) fn by_boxes(boxes: &[[f32; 4]], scores: &[f32], threshold: f64) -> Ve
         let both = width * height;
         let iou = both / (area(a) + area(b) - both);
         // Two boxes without area.
-        if iou.is_nan() { 0.0 } else { iou }
+        if iou.is_nan() {
+            0.0
+        } else {
+            iou
+        }
     })
 }
 
@@ -41,4 +45,25 @@ pub(super) fn by_masks(masks: &[&Rle], scores: &[f32], threshold: f64) -> Vec<us
             either => (both as f64 / either as f64) as f32,
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two crossing bars have the same box: by boxes one goes, by masks both stay.
+    #[test]
+    fn crossing_objects_are_told_apart_by_their_masks() -> crate::Result<()> {
+        let bar = |inside: fn(usize, usize) -> bool| {
+            let pixels: Vec<bool> = (0..100).map(|i| inside(i / 10, i % 10)).collect();
+            Rle::from_mask(&pixels, (10, 10))
+        };
+        let (a, b) = (bar(|y, x| x.abs_diff(y) < 2)?, bar(|y, x| (9 - x).abs_diff(y) < 2)?);
+        assert_eq!(a.bounds(), b.bounds());
+        let boxes = [[0.0, 0.0, 9.0, 9.0]; 2];
+        assert_eq!(by_boxes(&boxes, &[0.8, 0.9], 0.7), [1]);
+        assert_eq!(by_masks(&[&a, &b], &[0.8, 0.9], 0.7), [1, 0]);
+        assert_eq!(by_masks(&[&a, &a, &b], &[0.8, 0.9, 0.1], 0.7), [1, 2]);
+        Ok(())
+    }
 }
