@@ -51,7 +51,7 @@ pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEnco
 #[cfg(feature = "images")]
 pub use read_image::{convert_to_rgb, is_transparent, read_image};
 pub use rle::Rle;
-pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
+pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;
 
 /// The code of the document, compiled and run.
