@@ -8,7 +8,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora;
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::{
-    AttentionKind, GeneratedMask, MaskGenerator, Prompt, Rle, SamInput, SamModel, SamPredictor,
+    label_image, save_labels, AttentionKind, CocoAnnotations, Crop, GeneratedMask, MaskGenerator,
+    Prompt, Rle, SamInput, SamModel, SamPredictor,
 };
 use common::model::{fixtures, relative_error, Tensors};
 use image::{DynamicImage, RgbImage};
@@ -205,5 +206,85 @@ fn progress_counts_every_point() -> Result<()> {
         .generate_with(&SamPredictor::new(&model), &image, |done, of| seen.push((done, of)))?;
     ensure!(seen.last() == Some(&(32, 32)) && seen.len() == 8, "{seen:?}");
     ensure!(seen.is_sorted());
+    Ok(())
+}
+
+/// A folder for one test's files.
+fn scratch(name: &str) -> Result<std::path::PathBuf> {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+fn disc(size: (u32, u32), centre: (f64, f64), radius: f64) -> Result<GeneratedMask> {
+    let inside: Vec<bool> = (0..size.0)
+        .flat_map(|y| (0..size.1).map(move |x| (y, x)))
+        .map(|(y, x)| (f64::from(y) - centre.0).hypot(f64::from(x) - centre.1) < radius)
+        .collect();
+    let mask = Rle::from_mask(&inside, size)?;
+    Ok(GeneratedMask {
+        bounds: mask.bounds().context("empty")?,
+        mask,
+        iou_score: 0.9,
+        stability_score: 0.8,
+        point: [centre.1 as f32, centre.0 as f32],
+        crop: Crop { left: 0, top: 0, right: size.1, bottom: size.0 },
+    })
+}
+
+/// The smaller of two masks lies above; 16 and 32 bits read back as written.
+#[test]
+fn label_images_hold_every_mask() -> Result<()> {
+    let size = (40, 50);
+    let masks = [disc(size, (20.0, 20.0), 4.0)?, disc(size, (20.0, 22.0), 15.0)?];
+    let labels = label_image(&masks, size);
+    let place = |y: usize, x: usize| labels[y * 50 + x];
+    ensure!(place(20, 20) == 1 && place(20, 30) == 2 && place(0, 49) == 0);
+    let folder = scratch("labels")?;
+    for name in ["labels.png", "labels.tif"] {
+        save_labels(folder.join(name), &labels, size)?;
+    }
+    let read = candle_sam_lora::train::read_labels(folder.join("labels.png"))?;
+    ensure!(read.into_raw() == labels);
+    let mut many = labels.clone();
+    many[7] = 70_000;
+    let error = save_labels(folder.join("many.png"), &many, size).err().context("accepted")?;
+    ensure!(error.to_string().contains("32 bits"), "{error}");
+    save_labels(folder.join("many.tif"), &many, size)?;
+    let file = std::fs::File::open(folder.join("many.tif"))?;
+    let tiff::decoder::DecodingResult::U32(read) =
+        tiff::decoder::Decoder::new(file)?.read_image()?
+    else {
+        anyhow::bail!("not 32 bits")
+    };
+    ensure!(read == many);
+    ensure!(save_labels(folder.join("labels.jpg"), &labels, size).is_err());
+    ensure!(save_labels(folder.join("short.png"), &labels[1..], size).is_err());
+    Ok(())
+}
+
+#[test]
+fn annotations_are_coco() -> Result<()> {
+    let size = (40, 50);
+    let masks = [disc(size, (20.0, 20.0), 4.0)?, disc(size, (30.0, 40.0), 12.0)?];
+    let mut annotations = CocoAnnotations::default();
+    annotations.push("empty.png", (3, 4), &[]);
+    annotations.push("two.png", size, &masks);
+    let path = scratch("coco")?.join("masks.json");
+    annotations.save(&path)?;
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
+    ensure!(
+        json["images"][1]
+            == serde_json::json!(
+                { "id": 2, "file_name": "two.png", "width": 50, "height": 40 }
+            )
+    );
+    let second = &json["annotations"][1];
+    ensure!(second["image_id"] == 2 && second["category_id"] == 1 && second["iscrowd"] == 0);
+    // The disc is cut at the image's right and lower sides.
+    ensure!(second["bbox"] == serde_json::json!([29, 19, 21, 21]), "{}", second["bbox"]);
+    ensure!(second["area"] == masks[1].mask.area());
+    let counts = second["segmentation"]["counts"].as_str().context("no counts")?;
+    ensure!(Rle::from_compressed(counts, size)? == masks[1].mask);
     Ok(())
 }

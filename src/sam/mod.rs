@@ -40,7 +40,7 @@ pub use encoder::{
     SamPatchEmbeddings, SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer, SamVisionNeck,
 };
 #[cfg(feature = "images")]
-pub use generate::{Crop, GeneratedMask, MaskGenerator};
+pub use generate::{label_image, save_labels, CocoAnnotations, Crop, GeneratedMask, MaskGenerator};
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]

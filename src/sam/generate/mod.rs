@@ -11,10 +11,12 @@
 //! Source: `pipeline("mask-generation")` of transformers; `SamAutomaticMaskGenerator` of segment-anything.
 
 mod crops;
+mod output;
 mod regions;
 mod suppress;
 
 pub use crops::Crop;
+pub use output::{label_image, save_labels, CocoAnnotations};
 
 use super::{ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use crate::{Error, Result};
