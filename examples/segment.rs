@@ -11,6 +11,8 @@ mod adapted;
 mod console;
 #[path = "shared/draw.rs"]
 mod draw;
+#[path = "shared/draw_prompts.rs"]
+mod draw_prompts;
 #[path = "shared/model.rs"]
 mod model;
 #[path = "shared/processor.rs"]
@@ -180,12 +182,12 @@ fn run(options: &Options) -> anyhow::Result<()> {
         .ok_or_else(|| anyhow!("the mask is not of the image's size"))?;
     let mut overlay = convert_to_rgb(&image)?;
     draw::fill(&mut overlay, &inside, draw::colour(0));
-    draw::outline(&mut overlay, &inside, draw::WHITE);
+    draw::outline(&mut overlay, &inside, draw_prompts::WHITE);
     for point in &prompts.points {
-        draw::cross(&mut overlay, *point, draw::WHITE);
+        draw_prompts::cross(&mut overlay, *point, draw_prompts::WHITE);
     }
     if let Some(sides) = prompts.sides {
-        draw::rectangle(&mut overlay, sides, draw::WHITE);
+        draw_prompts::rectangle(&mut overlay, sides, draw_prompts::WHITE);
     }
     draw::save_png(&mask_path, &mask.into())?;
     draw::save_png(&overlay_path, &overlay.into())?;

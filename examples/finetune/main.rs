@@ -10,6 +10,8 @@ mod console;
 mod curve;
 #[path = "../shared/draw.rs"]
 mod draw;
+#[path = "../shared/draw_prompts.rs"]
+mod draw_prompts;
 #[path = "../shared/model.rs"]
 mod model;
 mod options;

@@ -1,8 +1,8 @@
 //! Figures and pictures of a run.
 
-use super::draw;
 use super::options::Options;
 use super::run::Outcome;
+use super::{draw, draw_prompts};
 use candle_sam_lora::train::{best_evaluation, Evaluation, Prompt, Sample, Scores};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
@@ -88,11 +88,15 @@ pub fn picture(sample: &Sample, evaluation: &Evaluation) -> anyhow::Result<RgbIm
     for (instance, prompt) in sample.instances.iter().zip(&evaluation.prompts) {
         let truth =
             enlarged(&|x, y| sample.labels(instance).get_pixel(x, y).0[0] == instance.label);
-        draw::outline(&mut image, &truth, draw::WHITE);
+        draw::outline(&mut image, &truth, draw_prompts::WHITE);
         let place = |value: f32| (value + 0.5) * factor as f32;
         match prompt {
-            Prompt::Point(point) => draw::cross(&mut image, point.map(place), draw::WHITE),
-            Prompt::Box(sides) => draw::rectangle(&mut image, sides.map(place), draw::WHITE),
+            Prompt::Point(point) => {
+                draw_prompts::cross(&mut image, point.map(place), draw_prompts::WHITE)
+            }
+            Prompt::Box(sides) => {
+                draw_prompts::rectangle(&mut image, sides.map(place), draw_prompts::WHITE)
+            }
         }
     }
     Ok(image)

@@ -1,12 +1,9 @@
-//! Masks and prompts drawn into photographs.
+//! Masks drawn into photographs.
 
 use candle_sam_lora::{files, Error, Result};
 use image::{ImageFormat, Rgb, RgbImage};
 use std::io::Cursor;
 use std::path::Path;
-
-/// The colour of the truth and of prompts.
-pub const WHITE: [u8; 3] = [255; 3];
 
 /// Colours that differ well from their neighbours in the row: hues a golden section apart.
 pub fn colour(index: usize) -> [u8; 3] {
@@ -26,7 +23,7 @@ pub fn fill(image: &mut RgbImage, mask: &[bool], colour: [u8; 3]) {
     }
 }
 
-/// StepRng the pixels of a mask that have a 4-neighbour outside it.
+/// Colours the pixels of a mask that have a 4-neighbour outside it.
 pub fn outline(image: &mut RgbImage, mask: &[bool], colour: [u8; 3]) {
     let (width, height) = (image.width() as usize, image.height() as usize);
     let inside = |x: usize, y: usize| mask.get(y * width + x).copied().unwrap_or(false);
@@ -43,36 +40,6 @@ pub fn outline(image: &mut RgbImage, mask: &[bool], colour: [u8; 3]) {
             if inside(x, y) && !surrounded {
                 image.put_pixel(x as u32, y as u32, Rgb(colour));
             }
-        }
-    }
-}
-
-/// StepRng a cross at a point, or as much of it as the image has.
-pub fn cross(image: &mut RgbImage, [x, y]: [f32; 2], colour: [u8; 3]) {
-    let arm = (image.width().min(image.height()) / 100).max(2) as i64;
-    for step in -arm..=arm {
-        dot(image, x as i64 + step, y as i64, colour);
-        dot(image, x as i64, y as i64 + step, colour);
-    }
-}
-
-/// StepRng the sides of a box, or as much of them as the image has.
-pub fn rectangle(image: &mut RgbImage, sides: [f32; 4], colour: [u8; 3]) {
-    let [x0, y0, x1, y1] = sides.map(|side| side as i64);
-    for x in x0..=x1 {
-        dot(image, x, y0, colour);
-        dot(image, x, y1, colour);
-    }
-    for y in y0..=y1 {
-        dot(image, x0, y, colour);
-        dot(image, x1, y, colour);
-    }
-}
-
-fn dot(image: &mut RgbImage, x: i64, y: i64, colour: [u8; 3]) {
-    if let (Ok(x), Ok(y)) = (u32::try_from(x), u32::try_from(y)) {
-        if let Some(pixel) = image.get_pixel_mut_checked(x, y) {
-            *pixel = Rgb(colour);
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Activations and their derivatives over slices.
 
+use super::buffer::Buffer;
 use super::simd::{exp2_nonpositive, run, vectors_mut};
 use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
 
 /// An activation's values, or its derivatives, in place.
 pub type Activation = fn(values: &mut [f32], derivative: bool);
@@ -15,12 +17,40 @@ pub fn relu(values: &mut [f32], derivative: bool) {
     }
 }
 
+/// Values that one task handles.
+const CHUNK: usize = 1 << 14;
+
+/// The activation of `x`.
+pub fn applied(activation: Activation, x: &[f32]) -> Buffer {
+    let mut y = Buffer::any(x.len());
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
+        y.copy_from_slice(x);
+        activation(y, false);
+    });
+    y
+}
+
 /// The gradient of the sum from that of the activation.
 pub fn gradient(activation: Activation, sum: &[f32], grad: &[f32]) -> Vec<f32> {
     let mut derivative = sum.to_vec();
-    activation(&mut derivative, true);
-    derivative.iter_mut().zip(grad).for_each(|(d, g)| *d *= g);
+    times_derivative(activation, &mut derivative, grad);
     derivative
+}
+
+/// As [`gradient`], by all threads.
+pub fn gradient_in_parallel(activation: Activation, sum: &[f32], grad: &[f32]) -> Buffer {
+    let mut dx = Buffer::any(sum.len());
+    let chunks = sum.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK));
+    dx.par_chunks_mut(CHUNK).zip(chunks).for_each(|(dx, (sum, grad))| {
+        dx.copy_from_slice(sum);
+        times_derivative(activation, dx, grad);
+    });
+    dx
+}
+
+fn times_derivative(activation: Activation, sum: &mut [f32], grad: &[f32]) {
+    activation(sum, true);
+    sum.iter_mut().zip(grad).for_each(|(d, g)| *d *= g);
 }
 
 /// GELU of every value, or its derivative `cdf(x) + x pdf(x)`, in place.

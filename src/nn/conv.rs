@@ -217,18 +217,29 @@ impl ConvTranspose2d {
 
     /// `act(conv(x))`: `[B, H, W, in] -> [B, H k, W k, out]`
     pub fn forward(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let (in_dim, out_dim, kernel, _) = self.weight.dims4()?;
+        let (_, out_dim, kernel, _) = self.weight.dims4()?;
         let (batch, h, w, _) = x.dims4()?;
+        self.forward_taps(x, activation)?
+            .reshape(vec![batch, h, w, kernel, kernel, out_dim])?
+            .permute(vec![0, 1, 3, 2, 4, 5])?
+            .reshape((batch, h * kernel, w * kernel, out_dim))
+    }
+
+    /// As [`forward`](Self::forward), the k x k outputs of a position one after another: `[.., in] -> [.., k k, out]`.
+    /// What follows and works on single pixels need not have them in place.
+    pub fn forward_taps(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (in_dim, out_dim, kernel, _) = self.weight.dims4()?;
         let taps = kernel * kernel;
         let weight = self.weight.permute((2, 3, 1, 0))?.reshape((taps * out_dim, in_dim))?;
         // In f32, so that the sum over rows is rounded once, with that over the taps.
         let bias = ops::repeat(&self.bias.to_dtype(DType::F32)?, (taps, out_dim))?;
         let projection =
             Projection { weight: &weight, bias: Some(&bias.flatten_all()?), lora: None };
-        ops::lora_linear(x, &projection, activation, None)?
-            .reshape(vec![batch, h, w, kernel, kernel, out_dim])?
-            .permute(vec![0, 1, 3, 2, 4, 5])?
-            .reshape((batch, h * kernel, w * kernel, out_dim))
+        let out = ops::lora_linear(x, &projection, activation, None)?;
+        let mut dims = x.dims().to_vec();
+        dims.pop();
+        dims.extend([taps, out_dim]);
+        out.reshape(dims)
     }
 }
 

@@ -6,8 +6,9 @@
 //!
 //! Formulas: `transformers/activations.py`, `ACT2FN`.
 
+use super::cpu::{function, Chain, Layer, Residual};
 use crate::problem::Activation;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::ops::sigmoid;
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, SQRT_2};
 
@@ -17,8 +18,14 @@ const LAPLACE_MU: f64 = 0.707107;
 const LAPLACE_SIGMA: f64 = 0.282095;
 
 impl Activation {
-    /// Applies the activation with candle's operations: in f32 and rounded once, where `x` has 16 bits.
+    /// Applies the activation: in f32 and rounded once, where `x` has 16 bits. On the CPU GELU and ReLU are one
+    /// operation; the rest is a graph of candle's.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        if let (Device::Cpu, Some(function)) = (x.device(), function(self)) {
+            let mut chain = Chain::new("activation", x);
+            chain.push((Layer::Activation(function), vec![]));
+            return chain.run(Residual::None);
+        }
         match (self, x.dtype()) {
             (Self::Identity, _) => Ok(x.clone()),
             (_, DType::F16 | DType::BF16) => {

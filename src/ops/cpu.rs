@@ -7,7 +7,7 @@ use super::computed::node;
 use super::custom::{from_f32, tensor_like, to_f32, with_f32};
 use super::{params, Activation};
 use crate::cpu::projection::{Projections, Weight};
-use crate::cpu::{self, buffer::Buffer};
+use crate::cpu::{self, activation::Activation as Function, buffer::Buffer};
 use crate::problem::{AttentionProblem, ProjectionProblem};
 use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use std::ops::Range;
@@ -18,6 +18,8 @@ pub(super) enum Layer {
     Norm { eps: f64 },
     /// Parameters: those of each projection in turn, see [`crate::problem::small_layout`].
     Projections { problems: Vec<ProjectionProblem>, weights: Vec<Tensor>, activation: Activation },
+    /// No parameters.
+    Activation(Function),
     /// Parameters: the tables, then the pad if there is one.
     Attention { problem: AttentionProblem, pad: bool },
 }
@@ -232,6 +234,7 @@ impl Stage {
                 let (out, saved) = cpu::projection::forward(layer, x, residual, keep);
                 (out, Saved::Projections(saved))
             })?,
+            Layer::Activation(function) => (cpu::activation::applied(*function, x), Saved::Nothing),
             Layer::Attention { problem, pad } => {
                 let inputs = attention_inputs(problem, *pad, x, parameters);
                 let (out, normalizers) = cpu::attention::forward(problem, &inputs);
@@ -256,6 +259,9 @@ impl Stage {
                 let (weight, _) = parameters.split_at(parameters.len() / 2);
                 let (dx, dweight, dbias) = cpu::layer_norm::backward(x, weight, grad, *eps);
                 (dx, [dweight, dbias].concat())
+            }
+            (Layer::Activation(function), _) => {
+                (cpu::activation::gradient_in_parallel(*function, x, grad), vec![])
             }
             (Layer::Projections { .. }, Saved::Projections(saved)) => {
                 let wanted = (want_x, self.trainable);
@@ -286,11 +292,10 @@ impl Stage {
         let Layer::Projections { problems, weights, activation } = &self.layer else {
             bail!("{}: the layer is no projection", self.op)
         };
-        let activation = match activation {
-            Activation::Identity => None,
-            Activation::Gelu => Some(cpu::activation::gelu as cpu::activation::Activation),
-            Activation::Relu => Some(cpu::activation::relu as _),
-            other => bail!("{}: {other:?} is not fused", self.op),
+        let activation = match (activation, function(*activation)) {
+            (Activation::Identity, _) => None,
+            (other, None) => bail!("{}: {other:?} is not fused", self.op),
+            (_, function) => function,
         };
         let guards: Vec<_> = weights.iter().map(Tensor::storage_and_layout).collect();
         let in_dim = weights[0].dims()[1];
@@ -300,6 +305,15 @@ impl Stage {
         });
         let weights = weights.collect::<Result<_>>()?;
         Ok(f(&Projections { in_dim, projections: problems, weights, parameters, activation }))
+    }
+}
+
+/// The CPU's own code of an activation; none where candle's operations compute it.
+pub(super) fn function(activation: Activation) -> Option<Function> {
+    match activation {
+        Activation::Gelu => Some(cpu::activation::gelu),
+        Activation::Relu => Some(cpu::activation::relu),
+        _ => None,
     }
 }
 

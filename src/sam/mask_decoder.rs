@@ -9,12 +9,18 @@
 //!
 //! Source: `SamMaskDecoder` in `modeling_sam.py`.
 
+use super::transformer::SharedImage;
 use super::validate::require_dtype;
 use super::{SamMaskDecoderConfig, SamTwoWayTransformer};
 use crate::module_tree;
 use crate::nn::{ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
 use crate::ops::{self, Activation};
 use candle_core::{bail, DType, Device, Result, Tensor};
+use std::ops::Range;
+
+/// Prompts of an image that are decoded at one time when nothing is trained: each has images of its own, 4 MB a layer,
+/// which stay in the cache and go back to the allocator's heap.
+const PROMPTS_TOGETHER: usize = 2;
 
 /// Epsilon of the norm between the upscaling convolutions, whatever the configuration says.
 const UPSCALE_EPS: f64 = 1e-6;
@@ -153,31 +159,65 @@ impl SamMaskDecoder {
             None => learned,
         };
         let image = ops::broadcast_add(&image_embeddings.permute((0, 2, 3, 1))?, dense)?;
-        let image = image.reshape((batch, 1, h * w, size))?;
-        let image = match prompts {
-            1 => image,
-            _ => ops::repeat(&image, (batch, prompts, h * w, size))?,
+        let image = image.reshape((batch, h * w, size))?;
+        let positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
+        let images = self.transformer.share(&image, &positions, mode)?;
+        let chosen = if multimask_output { 1..masks } else { 0..1 };
+        let decode = |tokens: &Tensor, images: &SharedImage| {
+            self.decode(tokens, images, (h, w), chosen.clone(), mode)
         };
-        let image = image.reshape((groups, h * w, size))?;
-        let image_positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
-        let (tokens, image) = self.transformer.forward(&tokens, &image, &image_positions, mode)?;
+        let (pred_masks, iou) = match mode {
+            // One call: the rows of dropout are counted over all prompts.
+            Mode::Train { .. } => decode(&tokens, &images)?,
+            Mode::Eval => {
+                let mut parts = vec![];
+                for index in 0..batch {
+                    let image = images.narrow(index, 1)?;
+                    for first in (0..prompts).step_by(PROMPTS_TOGETHER) {
+                        let count = PROMPTS_TOGETHER.min(prompts - first);
+                        parts.push(decode(
+                            &tokens.narrow(0, index * prompts + first, count)?,
+                            &image,
+                        )?);
+                    }
+                }
+                let (masks, iou): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+                (Tensor::cat(&masks, 0)?, Tensor::cat(&iou, 0)?)
+            }
+        };
+        let count = chosen.len();
+        Ok((
+            pred_masks.reshape((batch, prompts, count, 4 * h, 4 * w))?,
+            iou.reshape((batch, prompts, count))?,
+        ))
+    }
 
-        let up = self
-            .upscale_conv1
-            .forward(&image.reshape((groups, h, w, size))?, Activation::Identity)?;
+    /// Tokens `[B P, N, C]` and their images -> the chosen masks `[B P, M, 16 h w]` and their IoU `[B P, M]`.
+    fn decode(
+        &self,
+        tokens: &Tensor,
+        images: &SharedImage,
+        (h, w): (usize, usize),
+        chosen: Range<usize>,
+        mode: Mode,
+    ) -> Result<(Tensor, Tensor)> {
+        let (tokens, image) = self.transformer.forward(tokens, images, mode)?;
+        let groups = image.dim(0)?;
+        // Each pixel for itself: the pixels of a position follow each other until the masks are there.
+        let up = self.upscale_conv1.forward_taps(&image, Activation::Identity)?;
         let up = Activation::Gelu.apply(&self.upscale_layer_norm.forward(&up)?)?;
-        let up = self.upscale_conv2.forward(&up, Activation::Gelu)?.flatten(1, 2)?;
-
-        let (first, count) = if multimask_output { (1, masks - 1) } else { (0, 1) };
+        let up = self.upscale_conv2.forward_taps(&up, Activation::Gelu)?;
+        let up = up.reshape((groups, 16 * h * w, ()))?;
+        let (first, count) = (chosen.start, chosen.len());
         let mlps = self.output_hypernetworks_mlps.iter().enumerate().skip(first).take(count);
         let weights = mlps
             .map(|(i, mlp)| mlp.forward(&tokens.narrow(1, 1 + i, 1)?, mode))
             .collect::<Result<Vec<_>>>()?;
-        let pred_masks = ops::matmul(&Tensor::cat(&weights, 1)?, &up.transpose(1, 2)?)?;
+        let pred_masks = ops::matmul(&Tensor::cat(&weights, 1)?, &up.transpose(1, 2)?)?
+            .reshape(vec![groups * count, h, w, 2, 2, 2, 2])?
+            .permute(vec![0, 1, 3, 5, 2, 4, 6])?
+            .reshape((groups, count, 16 * h * w))?;
         let iou = self.iou_prediction_head.forward(&tokens.narrow(1, 0, 1)?.squeeze(1)?, mode)?;
-        Ok((
-            pred_masks.reshape((batch, prompts, count, 4 * h, 4 * w))?,
-            iou.narrow(1, first, count)?.reshape((batch, prompts, count))?,
-        ))
+        Ok((pred_masks, iou.narrow(1, first, count)?))
     }
 }

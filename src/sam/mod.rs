@@ -12,13 +12,18 @@ pub mod checkpoint;
 mod config;
 mod deepseek;
 mod encoder;
+#[cfg(feature = "images")]
+mod generate;
 mod mask_decoder;
 mod model;
+#[cfg(feature = "images")]
+mod predictor;
 #[cfg(feature = "images")]
 mod processor;
 mod prompt_encoder;
 #[cfg(feature = "images")]
 mod read_image;
+pub(crate) mod rle;
 mod transformer;
 mod validate;
 mod vision_model;
@@ -34,14 +39,19 @@ pub use deepseek::DeepSeekOcrEncoder;
 pub use encoder::{
     SamPatchEmbeddings, SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer, SamVisionNeck,
 };
+#[cfg(feature = "images")]
+pub use generate::{label_image, save_labels, CocoAnnotations, Crop, GeneratedMask, MaskGenerator};
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
 pub use model::{SamInput, SamModel, SamOutput};
+#[cfg(feature = "images")]
+pub use predictor::{ImageEmbedding, Prediction, Prompt, PromptPoint, SamPredictor};
 #[cfg(feature = "images")]
 pub use processor::{Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
 #[cfg(feature = "images")]
 pub use read_image::{convert_to_rgb, is_transparent, read_image};
-pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
+pub use rle::Rle;
+pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;
 
 /// The code of the document, compiled and run.

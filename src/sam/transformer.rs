@@ -68,19 +68,33 @@ impl SamAttention {
         residual: Option<&Tensor>,
         mode: Mode,
     ) -> Result<Tensor> {
-        let heads = |x: Tensor| {
-            let (groups, tokens, channels) = x.dims3()?;
-            x.reshape((groups, tokens, self.num_heads, channels / self.num_heads))?
-                .transpose(1, 2)?
-                .contiguous()
-        };
-        let q = heads(self.q_proj.forward(q, mode)?)?;
-        let k = heads(self.k_proj.forward(k, mode)?)?;
-        let v = heads(self.v_proj.forward(v, mode)?)?;
+        let q = self.heads(&self.q_proj, q, mode)?;
+        let k = self.heads(&self.k_proj, k, mode)?;
+        let v = self.heads(&self.v_proj, v, mode)?;
+        self.attend([&q, &k, &v], residual, mode)
+    }
+
+    /// `[G, N, C]` projected, `[G, heads, N, head_dim]`.
+    fn heads(&self, projection: &Linear, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let (groups, tokens, _) = x.dims3()?;
+        projection
+            .forward(x, mode)?
+            .reshape((groups, tokens, self.num_heads, ()))?
+            .transpose(1, 2)?
+            .contiguous()
+    }
+
+    /// From q, k and v `[G, heads, N or M, head_dim]` on.
+    fn attend(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        residual: Option<&Tensor>,
+        mode: Mode,
+    ) -> Result<Tensor> {
         let softmax_scale = (q.dim(D::Minus1)? as f64).powf(-0.5);
-        let scores = (ops::matmul(&q, &k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
+        let scores = (ops::matmul(q, &k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
-        let out = ops::matmul(&weights, &v)?.transpose(1, 2)?.flatten_from(2)?;
+        let out = ops::matmul(&weights, v)?.transpose(1, 2)?.flatten_from(2)?;
         self.out_proj.forward_fused(&out, Activation::Identity, residual, mode)
     }
 }
@@ -142,13 +156,25 @@ impl SamTwoWayAttentionBlock {
         })
     }
 
-    /// Queries and keys, each with its positions, to new queries and keys.
+    /// What the layer takes from an image that several prompts share.
+    fn share(&self, image: &Tensor, positions: &Tensor, mode: Mode) -> Result<SharedHeads> {
+        let placed = ops::broadcast_add(image, positions)?;
+        let (to_image, to_tokens) =
+            (&self.cross_attn_token_to_image, &self.cross_attn_image_to_token);
+        Ok(SharedHeads {
+            k: to_image.heads(&to_image.k_proj, &placed, mode)?,
+            v: to_image.heads(&to_image.v_proj, image, mode)?,
+            q: to_tokens.heads(&to_tokens.q_proj, &placed, mode)?,
+        })
+    }
+
+    /// Queries with their positions, and keys with what [`share`](Self::share) made of them, to new queries and keys.
     fn forward(
         &self,
         queries: &Tensor,
         keys: &Tensor,
         query_positions: &Tensor,
-        key_positions: &Tensor,
+        image: &SharedHeads,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
         let queries = if self.skip_first_layer_pe {
@@ -159,18 +185,69 @@ impl SamTwoWayAttentionBlock {
         };
         let queries = self.layer_norm1.forward(&queries)?;
 
-        let placed_keys = ops::broadcast_add(keys, key_positions)?;
         let placed = (&queries + query_positions)?;
         let to_image = &self.cross_attn_token_to_image;
-        let queries = to_image.forward([&placed, &placed_keys, keys], Some(&queries), mode)?;
+        let q = to_image.heads(&to_image.q_proj, &placed, mode)?;
+        let queries = to_image.attend([&q, &image.k, &image.v], Some(&queries), mode)?;
         let queries = self.layer_norm2.forward(&queries)?;
 
         let queries = self.layer_norm3.forward(&self.mlp.forward(&queries, &queries, mode)?)?;
 
         let placed = (&queries + query_positions)?;
         let to_tokens = &self.cross_attn_image_to_token;
-        let keys = to_tokens.forward([&placed_keys, &placed, &queries], Some(keys), mode)?;
+        let k = to_tokens.heads(&to_tokens.k_proj, &placed, mode)?;
+        let v = to_tokens.heads(&to_tokens.v_proj, &queries, mode)?;
+        let keys = to_tokens.attend([&image.q, &k, &v], Some(keys), mode)?;
         Ok((queries, self.layer_norm4.forward(&keys)?))
+    }
+}
+
+/// Heads of the image, `[G, heads, h w, head_dim]`: what tokens look at, and what looks at tokens.
+#[derive(Clone, Debug)]
+struct SharedHeads {
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+}
+
+impl SharedHeads {
+    /// For each of `prompts` prompts, `[B, ..] -> [B P, ..]`.
+    fn repeat(&self, prompts: usize) -> Result<Self> {
+        let repeat = |x: &Tensor| repeat_for(x, prompts);
+        Ok(Self { k: repeat(&self.k)?, v: repeat(&self.v)?, q: repeat(&self.q)? })
+    }
+}
+
+/// An image `[B, ..]` for each of its prompts, `[B P, ..]`.
+fn repeat_for(image: &Tensor, prompts: usize) -> Result<Tensor> {
+    if prompts == 1 {
+        return Ok(image.clone());
+    }
+    let dims = image.dims();
+    let wide = ops::repeat(&image.unsqueeze(1)?, [&[dims[0], prompts], &dims[1..]].concat())?;
+    wide.flatten(0, 1)
+}
+
+/// An image that prompts share, as the first layer sees it; made once by [`SamTwoWayTransformer::share`].
+#[derive(Clone, Debug)]
+pub struct SharedImage {
+    image: Tensor,
+    positions: Tensor,
+    first: Option<SharedHeads>,
+}
+
+impl SharedImage {
+    /// The images from `first` on.
+    pub(super) fn narrow(&self, first: usize, count: usize) -> Result<Self> {
+        let narrow = |x: &Tensor| x.narrow(0, first, count);
+        let heads = |SharedHeads { k, v, q }: &SharedHeads| {
+            Ok::<_, candle_core::Error>(SharedHeads { k: narrow(k)?, v: narrow(v)?, q: narrow(q)? })
+        };
+        Ok(Self {
+            image: narrow(&self.image)?,
+            positions: self.positions.clone(),
+            first: self.first.as_ref().map(heads).transpose()?,
+        })
     }
 }
 
@@ -204,20 +281,45 @@ impl SamTwoWayTransformer {
         })
     }
 
-    /// Tokens `[G, N, C]`, image `[G, h w, C]` and its positions `[1, h w, C]` -> new tokens and image.
+    /// What the first layer takes from images `[B, h w, C]` with positions `[1, h w, C]`: the same for all prompts, in evaluation.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn share(&self, image: &Tensor, positions: &Tensor, mode: Mode) -> Result<SharedImage> {
+        // In training every prompt has dropout of its own on the image's projections.
+        let first = self.layers.first().filter(|_| mode == Mode::Eval);
+        Ok(SharedImage {
+            image: image.clone(),
+            positions: positions.clone(),
+            first: first.map(|layer| layer.share(image, positions, mode)).transpose()?,
+        })
+    }
+
+    /// Tokens `[B P, N, C]`, P prompts of each of B images -> new tokens and images `[B P, h w, C]`.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
     pub fn forward(
         &self,
         tokens: &Tensor,
-        image: &Tensor,
-        image_positions: &Tensor,
+        images: &SharedImage,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
-        let (mut queries, mut keys) = (tokens.clone(), image.clone());
-        for layer in &self.layers {
-            (queries, keys) = layer.forward(&queries, &keys, tokens, image_positions, mode)?;
+        let batch = images.image.dim(0)?;
+        let prompts = tokens.dim(0)? / batch.max(1);
+        if prompts * batch != tokens.dim(0)? {
+            bail!("mask_decoder: {} groups of tokens for {batch} images", tokens.dim(0)?)
+        }
+        let (mut queries, mut keys) = (tokens.clone(), repeat_for(&images.image, prompts)?);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let image = match (index, &images.first) {
+                (0, Some(first)) => first.repeat(prompts)?,
+                _ => layer.share(&keys, &images.positions, mode)?,
+            };
+            (queries, keys) = layer.forward(&queries, &keys, tokens, &image, mode)?;
         }
         let placed = (&queries + tokens)?;
-        let placed_keys = ops::broadcast_add(&keys, image_positions)?;
+        let placed_keys = ops::broadcast_add(&keys, &images.positions)?;
         let attention = &self.final_attn_token_to_image;
         let queries = attention.forward([&placed, &placed_keys, &keys], Some(&queries), mode)?;
         Ok((self.layer_norm_final_attn.forward(&queries)?, keys))

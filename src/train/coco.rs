@@ -7,7 +7,7 @@
 //! ```
 //! What is marked as a crowd is no single object and is left out. Categories do not matter here.
 
-use super::rle::{self, Runs, Size};
+use crate::sam::rle::{self, Runs, Size};
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;

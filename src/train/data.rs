@@ -4,8 +4,8 @@
 use super::checksum::Checksum;
 use super::coco::{self, CocoImage};
 use super::labels::{layered, layers_of, read_labels, Instance, LabelImage};
-use super::rle;
 use super::StepRng;
+use crate::sam::rle;
 use crate::sam::{convert_to_rgb, is_transparent, read_image};
 use crate::{Error, Result};
 use image::{imageops, RgbImage};

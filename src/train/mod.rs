@@ -24,7 +24,6 @@ mod metrics_csv;
 mod prompt;
 mod random;
 #[cfg(feature = "images")]
-mod rle;
 mod schedule;
 mod scores;
 #[cfg(feature = "images")]

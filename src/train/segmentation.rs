@@ -63,7 +63,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// StepRng the batch of `step`, a function of seed and step. `mask_size` is the side of the model's
+    /// Draws the batch of `step`, a function of seed and step. `mask_size` is the side of the model's
     /// low-resolution masks. An image with fewer instances than prompts has some of them prompted again.
     ///
     /// # Errors

@@ -8,11 +8,170 @@
 //! ```
 //! Source: `maskApi.c` of pycocotools, whose masks these are, pixel for pixel.
 
+use crate::{Error, Result};
+
+/// A mask as COCO's run lengths.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rle {
+    /// Height and width in pixels.
+    pub size: (u32, u32),
+    /// Lengths of runs down the columns, background first; their sum is height times width.
+    pub counts: Vec<u32>,
+}
+
+impl Rle {
+    /// A mask `[height, width]` of rows.
+    ///
+    /// # Errors
+    /// - the mask has not `height * width` pixels, or more than 2^32.
+    pub fn from_mask(mask: &[bool], size: (u32, u32)) -> Result<Self> {
+        let expected = u64::from(size.0) * u64::from(size.1);
+        if mask.len() as u64 != expected || expected > u64::from(u32::MAX) {
+            let message = format!("a mask of {} pixels, expected {expected}", mask.len());
+            return Err(Error::Config(message));
+        }
+        Ok(Self::within(mask, size, (0, 0), size))
+    }
+
+    /// A mask of rows of the size `part`, whose first pixel is at row and column `at` of an image of `size`.
+    pub(super) fn within(mask: &[bool], part: Size, at: Size, size: Size) -> Self {
+        let mut runs = RunWriter { counts: vec![0], value: false };
+        runs.push(false, at.1 * size.0);
+        for x in 0..part.1 as usize {
+            runs.push(false, at.0);
+            let column = mask.iter().skip(x).step_by(part.1 as usize);
+            column.for_each(|value| runs.push(*value, 1));
+            runs.push(false, size.0 - at.0 - part.0);
+        }
+        runs.push(false, (size.1 - at.1 - part.1) * size.0);
+        Self { size, counts: runs.counts }
+    }
+
+    /// The mask as rows, `[height, width]`.
+    pub fn to_mask(&self) -> Vec<bool> {
+        let mut mask = vec![false; self.size.0 as usize * self.size.1 as usize];
+        paint(&self.counts, &mut mask, self.size);
+        mask
+    }
+
+    /// Height and width in pixels.
+    pub fn size(&self) -> (u32, u32) {
+        self.size
+    }
+
+    /// Pixels of the object.
+    pub fn area(&self) -> u64 {
+        self.counts.iter().skip(1).step_by(2).map(|run| u64::from(*run)).sum()
+    }
+
+    /// `[x0, y0, x1, y1]`, the first and the last column and row of the object; none without a pixel.
+    pub fn bounds(&self) -> Option<[u32; 4]> {
+        let height = self.size.0;
+        let (mut bounds, mut place) = (None, 0u32);
+        for (index, run) in self.counts.iter().enumerate() {
+            if index % 2 == 1 && *run > 0 {
+                let (first, last) = (place, place + run - 1);
+                let (x0, x1) = (first / height, last / height);
+                // A run over the end of a column touches the first row and the last.
+                let (y0, y1) =
+                    if x0 == x1 { (first % height, last % height) } else { (0, height - 1) };
+                let [a0, b0, a1, b1] = bounds.unwrap_or([x0, y0, x1, y1]);
+                bounds = Some([a0.min(x0), b0.min(y0), a1.max(x1), b1.max(y1)]);
+            }
+            place += run;
+        }
+        bounds
+    }
+
+    /// Pixels that both masks have; none if their sizes differ.
+    pub fn intersection(&self, other: &Self) -> u64 {
+        if self.size != other.size {
+            return 0;
+        }
+        let (mut a, mut b) = (ends(&self.counts), ends(&other.counts));
+        let (mut one, mut two) = (a.next(), b.next());
+        let (mut place, mut both) = (0, 0);
+        while let (Some((end, inside)), Some((other_end, other_inside))) = (one, two) {
+            let next = end.min(other_end);
+            if inside && other_inside {
+                both += next - place;
+            }
+            place = next;
+            if end == next {
+                one = a.next();
+            }
+            if other_end == next {
+                two = b.next();
+            }
+        }
+        both
+    }
+
+    /// The counts as COCO's files write them.
+    pub fn compressed(&self) -> String {
+        let mut text = String::new();
+        for (index, run) in self.counts.iter().enumerate() {
+            let before = if index > 2 { self.counts[index - 2] } else { 0 };
+            let mut number = i64::from(*run) - i64::from(before);
+            loop {
+                let group = (number & 31) as u8;
+                number >>= 5;
+                let done = number == if group & 16 != 0 { -1 } else { 0 };
+                text.push(char::from(48 + group + if done { 0 } else { 32 }));
+                if done {
+                    break;
+                }
+            }
+        }
+        text
+    }
+
+    /// From the counts of COCO's files.
+    ///
+    /// # Errors
+    /// - the text is no such counts, or their sum is not the size.
+    pub fn from_compressed(text: &str, size: (u32, u32)) -> Result<Self> {
+        match decompressed(text, size) {
+            Ok(counts) => Ok(Self { size, counts }),
+            Err(message) => Err(Error::Config(format!("run lengths: {message}"))),
+        }
+    }
+}
+
+/// Where each run ends, and whether it is the object's.
+fn ends(counts: &[u32]) -> impl Iterator<Item = (u64, bool)> + '_ {
+    counts.iter().enumerate().scan(0, |end, (index, run)| {
+        *end += u64::from(*run);
+        Some((*end, index % 2 == 1))
+    })
+}
+
+/// Joins runs of the same value.
+struct RunWriter {
+    counts: Vec<u32>,
+    value: bool,
+}
+
+impl RunWriter {
+    fn push(&mut self, value: bool, length: u32) {
+        if length == 0 {
+            return;
+        }
+        if value != self.value {
+            self.counts.push(0);
+            self.value = value;
+        }
+        if let Some(last) = self.counts.last_mut() {
+            *last += length;
+        }
+    }
+}
+
 /// Lengths of runs.
-pub(super) type Runs = Vec<u32>;
+pub(crate) type Runs = Vec<u32>;
 
 /// Height and width.
-pub(super) type Size = (u32, u32);
+pub(crate) type Size = (u32, u32);
 
 /// How much finer than pixels outlines are drawn.
 const SCALE: f64 = 5.0;
@@ -21,7 +180,7 @@ const SCALE: f64 = 5.0;
 const MARGIN: f64 = 1000.0;
 
 /// Runs as they are, if they fill the mask.
-pub(super) fn checked(runs: Runs, (height, width): Size) -> Result<Runs, String> {
+pub(crate) fn checked(runs: Runs, (height, width): Size) -> std::result::Result<Runs, String> {
     let expected = u64::from(height) * u64::from(width);
     let found: u64 = runs.iter().map(|run| u64::from(*run)).sum();
     match found == expected {
@@ -31,7 +190,7 @@ pub(super) fn checked(runs: Runs, (height, width): Size) -> Result<Runs, String>
 }
 
 /// Runs from their compressed form.
-pub(super) fn decompressed(text: &str, size: Size) -> Result<Runs, String> {
+pub(crate) fn decompressed(text: &str, size: Size) -> std::result::Result<Runs, String> {
     let mut runs: Runs = Vec::new();
     let mut characters = text.bytes();
     while let Some(mut character) = characters.next() {
@@ -66,7 +225,7 @@ pub(super) fn decompressed(text: &str, size: Size) -> Result<Runs, String> {
 }
 
 /// The runs of a polygon `[x0, y0, x1, y1, ..]`.
-pub(super) fn polygon(xy: &[f64], (height, width): Size) -> Result<Runs, String> {
+pub(crate) fn polygon(xy: &[f64], (height, width): Size) -> std::result::Result<Runs, String> {
     if xy.len() < 6 || !xy.len().is_multiple_of(2) {
         let message = "a polygon needs 6 numbers at least, an even count of them, and has";
         return Err(format!("{message} {}", xy.len()));
@@ -152,7 +311,7 @@ fn crossing(a: (i64, i64), b: (i64, i64), (height, width): Size) -> Option<u64> 
 }
 
 /// Sets the object's pixels in a mask of rows.
-pub(super) fn paint(runs: &[u32], mask: &mut [bool], (height, width): Size) {
+pub(crate) fn paint(runs: &[u32], mask: &mut [bool], (height, width): Size) {
     let (height, width) = (height as usize, width as usize);
     let mut place = 0;
     for (index, run) in runs.iter().enumerate() {
