@@ -43,8 +43,8 @@ impl Head {
     fn zeros() -> Result<Self> {
         let (dtype, device) = (DType::F32, &Device::Cpu);
         Ok(Self {
-            norm: LayerNorm::new(8, 1e-6, dtype, device)?,
-            mlp: MlpBlock::zeros(8, 12, Activation::Gelu, dtype, device)?,
+            norm: LayerNorm::load(8, 1e-6, VarBuilder::zeros(dtype, device))?,
+            mlp: MlpBlock::load(8, 12, Activation::Gelu, VarBuilder::zeros(dtype, device))?,
         })
     }
 
@@ -116,8 +116,11 @@ fn the_encoder_is_a_module() -> candle_sam_lora::Result<()> {
         global_attn_indexes: vec![1],
         ..SamVisionConfig::default()
     };
-    let mut encoder =
-        SamVisionEncoder::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let mut encoder = SamVisionEncoder::new(
+        &config,
+        AttentionKind::Split,
+        VarBuilder::zeros(DType::F32, &Device::Cpu),
+    )?;
     nn::randomize(&mut encoder, 1, 0.2)?;
     let image = random(4, &[1, 3, 32, 32]);
     let expected = encoder.forward(&image, Mode::Eval)?;

@@ -2,6 +2,7 @@
 //! another run, is refused.
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{set_trainable, trainable_variables, Adapter, LayerNorm, Linear, Mode};
 use candle_sam_lora::train::{AdamWConfig, State, StepRng, Trainer};
@@ -24,9 +25,13 @@ fn random(stream: &str, step: u64, rows: usize, cols: usize) -> Result<Tensor> {
 impl Model {
     fn new() -> anyhow::Result<Self> {
         let mut model = Self {
-            lin1: Linear::zeros(6, 12, true, DType::F32, &Device::Cpu)?,
-            norm: LayerNorm::new(12, 1e-6, DType::F32, &Device::Cpu)?,
-            lin2: Linear::zeros(12, 3, true, DType::F32, &Device::Cpu)?,
+            lin1: Linear::load(6, 12, VarBuilder::zeros(DType::F32, &Device::Cpu))?,
+            norm: LayerNorm::new(
+                Tensor::ones(12, DType::F32, &Device::Cpu)?,
+                Tensor::zeros(12, DType::F32, &Device::Cpu)?,
+                1e-6,
+            ),
+            lin2: Linear::load(12, 3, VarBuilder::zeros(DType::F32, &Device::Cpu))?,
         };
         model.lin1.weight = random("lin1", 0, 12, 6)?;
         model.lin2.weight = random("lin2", 0, 3, 12)?;
@@ -41,7 +46,7 @@ impl Model {
                 stream: 0,
                 changes_base: false,
             };
-            linear.set_adapter(name, adapter);
+            linear.put_adapter(name, adapter);
         }
         set_trainable(&mut model, |name| name.contains("lora") || name == "norm.weight")?;
         Ok(model)

@@ -50,7 +50,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     };
     let (config, mut sam) = model::load_model(&folder, options.lora.attention(), dtype, &device)?;
     set_trainable(&mut sam, |_| false)?;
-    let processor = processor::from_folder(&folder, &config)?;
+    let processor = processor::load(&folder, &config)?;
     let (train, held_out) = datasets(options)?;
 
     say(format!("{} images to train on, {} held out", train.len(), held_out.len()));

@@ -20,6 +20,7 @@ mod variables;
 pub use adapter::Adapter;
 pub use adapters::{adapter_tensor_name, is_adapter_tensor, Adapters, Unmerged, DEFAULT_ADAPTER};
 pub use candle::load;
+pub(crate) use candle::module_in_evaluation;
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use embedding::Embedding;
 pub use fixed::{Fixed, Tied};

@@ -34,7 +34,7 @@ pub use deepseek::DeepSeekOcrEncoder;
 pub use encoder::{
     SamPatchEmbeddings, SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer, SamVisionNeck,
 };
-pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
+pub use mask_decoder::{SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]
 pub use processor::{Frame, SamProcessor};

@@ -1,6 +1,7 @@
 //! The run that is disturbed: a small model trained for some steps, its state and its adapter saved after each.
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, load_adapter, save_adapter, LoraConfig};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{randomize, Linear, Mode};
@@ -24,7 +25,7 @@ struct Model {
 module_tree!(Model { lin1, lin2 });
 
 fn base() -> anyhow::Result<Model> {
-    let linear = |from, to| Linear::zeros(from, to, true, DType::F32, &Device::Cpu);
+    let linear = |from, to| Linear::load(from, to, VarBuilder::zeros(DType::F32, &Device::Cpu));
     let mut model = Model { lin1: linear(6, 8)?, lin2: linear(8, 3)? };
     randomize(&mut model, 3, 0.4)?;
     Ok(model)
