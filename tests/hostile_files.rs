@@ -411,12 +411,13 @@ fn huge_files_are_refused_by_their_headers() {
 #[cfg(target_os = "linux")]
 #[test]
 fn huge_states_are_refused_by_their_headers() {
-    use candle_sam_lora::train::{AdamWConfig, Trainer};
+    use candle_sam_lora::train::{AdamWConfig, Trainer, TrainerConfig};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.safetensors");
     let mut model = Small::new();
     candle_sam_lora::nn::set_trainable(&mut model, |_| true).unwrap();
-    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 1, Default::default()).unwrap();
+    let mut trainer =
+        Trainer::new(&model, TrainerConfig { seed: 1, ..AdamWConfig::default().into() }).unwrap();
     sparse(&path, &[("parameter.layers.0.attn.q.weight", &[1 << 38])]);
     let error = trainer.resume(&path).unwrap_err().to_string();
     // 16 parameters with two moments each.

@@ -5,7 +5,7 @@ use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, load_adapter, save_adapter, LoraConfig};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{randomize, Linear, Mode};
-use candle_sam_lora::train::{AdamWConfig, StepRng, Trainer};
+use candle_sam_lora::train::{AdamWConfig, StepRng, Trainer, TrainerConfig};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -47,7 +47,8 @@ pub fn adapter(folder: &Path) -> anyhow::Result<Option<Vec<u8>>> {
 fn train(folder: &Path, steps: u64, rows: usize) -> anyhow::Result<()> {
     let mut model = base()?;
     inject(&mut model, &lora(), 1)?;
-    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 5, Default::default())?;
+    let mut trainer =
+        Trainer::new(&model, TrainerConfig { seed: 5, ..AdamWConfig::default().into() })?;
     let state = folder.join(STATE);
     // A state, or the one before it.
     if std::fs::read_dir(folder)?

@@ -8,7 +8,9 @@ use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
-use candle_sam_lora::train::{AdamWConfig, Batch, BatchConfig, Dataset, PromptKind, Trainer};
+use candle_sam_lora::train::{
+    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, PromptKind, Trainer, TrainerConfig,
+};
 use libtest_mimic::Trial;
 
 const SEED: u64 = 3;
@@ -37,15 +39,18 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     inject(&mut model, &lora, SEED)?;
     let processor = SamProcessor::load(&folder, config.vision_config.image_size)?;
     let data = Dataset::open(nuclei.join("images"), nuclei.join("masks"), 20)?;
-    let batch = BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true };
-    let mask_size = 4 * config.vision_config.grid_size();
+    let source = BatchSource {
+        dataset: &data,
+        processor: &processor,
+        config: BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true },
+        mask_size: 4 * config.vision_config.grid_size(),
+        seed: SEED,
+        device,
+    };
     let adamw = AdamWConfig { lr: 1e-3, ..Default::default() };
-    let mut trainer = Trainer::new(&model, adamw, SEED, Default::default())?;
+    let mut trainer = Trainer::new(&model, TrainerConfig { seed: SEED, ..adamw.into() })?;
     for _ in 0..STEPS {
-        trainer.step(|step, mode| {
-            Batch::draw(&data, &processor, &batch, mask_size, SEED, step, device)?
-                .loss(&model, mode)
-        })?;
+        trainer.step(|step, mode| Batch::draw(&source, step)?.loss(&model, mode))?;
     }
     Ok(trainer.losses().to_vec())
 }
