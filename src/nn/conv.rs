@@ -65,7 +65,7 @@ impl Conv2d {
         stride: usize,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        candle_nn::conv2d(in_dim, out_dim, kernel, config(kernel, stride), vb)?.try_into()
+        candle_nn::conv2d(in_dim, out_dim, kernel, candle_config(kernel, stride), vb)?.try_into()
     }
 
     /// As [`load`](Self::load), without a bias.
@@ -79,7 +79,8 @@ impl Conv2d {
         stride: usize,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        candle_nn::conv2d_no_bias(in_dim, out_dim, kernel, config(kernel, stride), vb)?.try_into()
+        candle_nn::conv2d_no_bias(in_dim, out_dim, kernel, candle_config(kernel, stride), vb)?
+            .try_into()
     }
 
     /// `[B, H, W, in] -> [B, H / stride, W / stride, out]`, rounded up
@@ -135,7 +136,7 @@ impl Conv2d {
 }
 
 /// Without padding where the windows do not overlap, else padded by half the kernel.
-pub(super) fn config(kernel: usize, stride: usize) -> Conv2dConfig {
+pub(super) fn candle_config(kernel: usize, stride: usize) -> Conv2dConfig {
     let padding = if kernel == stride { 0 } else { kernel / 2 };
     Conv2dConfig { padding, stride, ..Default::default() }
 }

@@ -40,8 +40,10 @@ module_in_evaluation! {
 }
 
 impl DeepSeekOcrEncoder {
-    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives an encoder to be filled. `widths` are those of `net_2`
-    /// and `net_3`. DeepSeek-OCR has SAM ViT-B's encoder, the default configuration, and `[512, 1024]`.
+    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives an encoder to be filled.
+    ///
+    /// `widths` are those of `net_2` and `net_3`. DeepSeek-OCR has SAM ViT-B's encoder, the default configuration, and
+    /// `[512, 1024]`.
     ///
     /// # Errors
     /// - a width is 0;
@@ -81,8 +83,8 @@ impl DeepSeekOcrEncoder {
         })
     }
 
-    /// The encoder in a checkpoint of DeepSeek-OCR, a file, a folder or a name on the Hugging Face hub (feature `hub`), with
-    /// the widths that `net_2` and `net_3` have there; the rest of the checkpoint is left alone.
+    /// The encoder in a checkpoint of DeepSeek-OCR: a file, a folder, or a name on the Hugging Face hub (feature `hub`).
+    /// `net_2` and `net_3` get the widths that they have there; the rest of the checkpoint is left alone.
     ///
     /// # Errors
     /// - there is no such path, and the hub does not give it;
