@@ -93,7 +93,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
             bail!("{}: DeepSeek-OCR's encoder takes no prompts", options.input.display())
         }
         let kind = adapter.map_or(Ok(AttentionKind::Fused), adapted::kind_of)?;
-        let mut encoder = DeepSeekOcrEncoder::from_checkpoint(&folder, kind, DType::F32, &device)?;
+        let mut encoder = DeepSeekOcrEncoder::from_pretrained(&folder, kind, DType::F32, &device)?;
         adapter.map_or(Ok(()), |adapter| adapted::adapt(&mut encoder, adapter))?;
         let embeddings = encoder.forward(&pixel_values, Mode::Eval)?;
         return write(options, &BTreeMap::from([("image_embeddings".into(), embeddings)]));

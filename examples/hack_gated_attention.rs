@@ -9,7 +9,7 @@
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::Optimizer;
+use candle_nn::{Optimizer, VarBuilder};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{set_trainable, trainable_variables, Linear, Mode};
 use candle_sam_lora::sam::{
@@ -31,7 +31,7 @@ module_tree!(GatedAttention { inner => "", gate });
 impl GatedAttention {
     fn around(inner: SamVisionAttentionSplit) -> Result<Self> {
         let (size, weight) = (inner.proj.in_dim(), &inner.proj.weight);
-        let gate = Linear::zeros(size, size, true, weight.dtype(), weight.device())?;
+        let gate = Linear::load(size, size, VarBuilder::zeros(weight.dtype(), weight.device()))?;
         Ok(Self { inner, gate })
     }
 }
@@ -46,7 +46,8 @@ impl VisionAttention for GatedAttention {
 
 fn main() -> Result<()> {
     let config = small_config();
-    let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let mut model =
+        SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
     model.randomize(0, 0.2)?;
     let (input, target) = example(&config)?;
     let before = model.forward(&input, Mode::Eval)?.pred_masks;

@@ -10,6 +10,7 @@ mod console;
 mod lora_args;
 
 use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{count_parameters, inject};
 use candle_sam_lora::nn::ModuleTree;
 use candle_sam_lora::sam::{model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel};
@@ -41,13 +42,17 @@ fn model(options: &Options) -> Result<Box<dyn ModuleTree>> {
     let path = Path::new(&options.config);
     if !path.is_file() {
         let config = SamConfig::by_name(&options.config)?;
-        return Ok(Box::new(SamModel::new(&config, kind, dtype, &device)?));
+        return Ok(Box::new(SamModel::new(&config, kind, VarBuilder::zeros(dtype, &device))?));
     }
     if model_type(path)? == SamVisionConfig::MODEL_TYPE {
-        let config = SamVisionConfig::from_file(path)?;
-        return Ok(Box::new(SamVisionModel::new(&config, kind, dtype, &device)?));
+        let config = SamVisionConfig::load(path)?;
+        return Ok(Box::new(SamVisionModel::new(
+            &config,
+            kind,
+            VarBuilder::zeros(dtype, &device),
+        )?));
     }
-    Ok(Box::new(SamModel::new(&SamConfig::from_file(path)?, kind, dtype, &device)?))
+    Ok(Box::new(SamModel::new(&SamConfig::load(path)?, kind, VarBuilder::zeros(dtype, &device))?))
 }
 
 pub fn main() -> ExitCode {

@@ -162,7 +162,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let folder = model::folder(options.model.as_deref())?;
     let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
     let (config, sam) = adapted::load_adapted(&folder, adapter.as_deref(), &device)?;
-    let processor = processor::from_folder(&folder, &config)?;
+    let processor = processor::load(&folder, &config)?;
     let (pixel_values, frame) = processor.preprocess(&image, &device)?;
     let input = SamInput {
         pixel_values: Some(pixel_values),

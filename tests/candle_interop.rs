@@ -3,14 +3,20 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{seq, Module, Optimizer, VarBuilder, VarMap};
+use candle_nn::{seq, Conv2dConfig, ConvTranspose2dConfig, Module, Optimizer, VarBuilder, VarMap};
 use candle_sam_lora::lora::{inject, merge, LoraConfig};
 use candle_sam_lora::module_tree;
-use candle_sam_lora::nn::{self, Embedding, LayerNorm, Linear, MlpBlock, Mode};
+use candle_sam_lora::nn::{
+    self, Conv2d, ConvTranspose2d, Embedding, Fixed, LayerNorm, Linear, MlpBlock, Mode, ModuleTree,
+    Node,
+};
 use candle_sam_lora::ops::Activation;
-use candle_sam_lora::sam::{AttentionKind, SamVisionConfig, SamVisionEncoder};
+use candle_sam_lora::sam::{
+    AttentionKind, SamModel, SamTwoWayTransformer, SamVisionConfig, SamVisionEncoder,
+};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
-use common::random;
+use common::{model, random};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 fn bits(tensor: &Tensor) -> Result<Vec<u32>> {
     let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -22,7 +28,7 @@ fn builder(map: &VarMap) -> VarBuilder<'static> {
 }
 
 /// Variables of the map that the module's parameters are.
-fn shared(map: &VarMap, module: &dyn nn::ModuleTree) -> usize {
+fn shared(map: &VarMap, module: &dyn ModuleTree) -> usize {
     let variables = map.all_vars();
     let parameters = nn::named_parameters(module);
     let is_shared = |(_, parameter): &&(String, Tensor)| {
@@ -40,22 +46,23 @@ struct Head {
 module_tree!(Head { norm, mlp });
 
 impl Head {
+    fn load(vb: VarBuilder<'_>) -> Result<Self> {
+        let mlp = MlpBlock::load(8, 12, Activation::Gelu, vb.pp("mlp"))?;
+        Ok(Self { norm: LayerNorm::load(8, 1e-6, vb.pp("norm"))?, mlp })
+    }
+
     fn zeros() -> Result<Self> {
-        let (dtype, device) = (DType::F32, &Device::Cpu);
-        Ok(Self {
-            norm: LayerNorm::new(8, 1e-6, dtype, device)?,
-            mlp: MlpBlock::zeros(8, 12, Activation::Gelu, dtype, device)?,
-        })
+        Self::load(VarBuilder::zeros(DType::F32, &Device::Cpu))
     }
 
     /// A head whose parameters are variables that `map` makes below `head`.
     fn in_map(map: &VarMap) -> Result<Self> {
-        let vb = builder(map).pp("head");
-        let (lin1, lin2) = (vb.pp("mlp.lin1"), vb.pp("mlp.lin2"));
-        let (lin1, lin2) = (Linear::load(8, 12, lin1)?, Linear::load(12, 8, lin2)?);
-        let mlp = MlpBlock { lin1, lin2, activation: Activation::Gelu };
-        Ok(Self { norm: LayerNorm::load(8, 1e-6, vb.pp("norm"))?, mlp })
+        Self::load(builder(map).pp("head"))
     }
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+    (a - b)?.abs()?.max_all()?.to_scalar()
 }
 
 #[test]
@@ -65,7 +72,7 @@ fn a_converted_linear_keeps_its_variables_and_values() -> Result<()> {
     let ours = Linear::from(theirs.clone());
     assert_eq!(shared(&map, &ours), 2);
     let x = random(1, &[3, 6]);
-    let difference = (x.apply(&theirs)? - x.apply(&ours)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    let difference = largest_difference(&x.apply(&theirs)?, &x.apply(&ours)?)?;
     assert!(difference < 1e-6, "{difference:e}");
     Ok(())
 }
@@ -75,6 +82,156 @@ fn a_converted_embedding_shares_its_table() -> Result<()> {
     let map = VarMap::new();
     let ours = Embedding::from(candle_nn::embedding(5, 3, builder(&map))?);
     assert_eq!((shared(&map, &ours), ours.weight.dims()), (1, &[5, 3][..]));
+    Ok(())
+}
+
+#[test]
+fn a_converted_convolution_computes_candles() -> Result<()> {
+    // Kernel, stride, padding; products of at most 9 * 3 numbers, so f32 rounding stays below 1e-5.
+    for (kernel, stride, padding) in [(2, 2, 0), (1, 1, 0), (3, 1, 1), (3, 2, 1), (5, 3, 2)] {
+        let map = VarMap::new();
+        let config = Conv2dConfig { padding, stride, ..Default::default() };
+        let theirs = candle_nn::conv2d(3, 4, kernel, config, builder(&map))?;
+        let ours = Conv2d::try_from(theirs.clone())?;
+        assert_eq!(shared(&map, &ours), 2);
+        let x = random(6, &[2, 6, 6, 3]);
+        let expected = theirs.forward(&x.permute((0, 3, 1, 2))?)?.permute((0, 2, 3, 1))?;
+        let difference = largest_difference(&x.apply(&ours)?, &expected)?;
+        assert!(difference < 1e-5, "kernel {kernel}, stride {stride}: {difference:e}");
+    }
+    let map = VarMap::new();
+    let config = ConvTranspose2dConfig { stride: 2, ..Default::default() };
+    let theirs = candle_nn::conv_transpose2d(3, 4, 2, config, builder(&map))?;
+    let ours = ConvTranspose2d::try_from(theirs.clone())?;
+    let x = random(7, &[2, 3, 3, 3]);
+    let expected = theirs.forward(&x.permute((0, 3, 1, 2))?)?.permute((0, 2, 3, 1))?;
+    let difference = largest_difference(&x.apply(&ours)?, &expected)?;
+    assert_eq!(shared(&map, &ours), 2);
+    assert!(difference < 1e-5, "transposed: {difference:e}");
+    Ok(())
+}
+
+#[test]
+fn what_has_no_counterpart_here_is_refused() -> Result<()> {
+    let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+    let conv = |kernel: usize, config: Conv2dConfig| {
+        let conv = candle_nn::conv2d(4, 4, kernel, config, vb.clone())?;
+        Ok::<_, candle_core::Error>(Conv2d::try_from(conv).expect_err("accepted").to_string())
+    };
+    let plain = Conv2dConfig::default();
+    for (kernel, config, word) in [
+        (3, plain, "padding by 1"),
+        (4, Conv2dConfig { stride: 2, padding: 2, ..plain }, "must be odd"),
+        (3, Conv2dConfig { stride: 4, padding: 1, ..plain }, "1..=3"),
+        (3, Conv2dConfig { stride: 3, padding: 1, ..plain }, "padding by 0"),
+        (3, Conv2dConfig { padding: 1, groups: 2, ..plain }, "2 groups"),
+        (3, Conv2dConfig { padding: 1, dilation: 2, ..plain }, "dilation 2"),
+    ] {
+        let message = conv(kernel, config)?;
+        assert!(message.contains(word), "{message}\nlacks {word:?}");
+    }
+    let transposed = |config| candle_nn::conv_transpose2d(4, 4, 2, config, vb.clone());
+    let overlapping = ConvTranspose2d::try_from(transposed(ConvTranspose2dConfig::default())?);
+    assert!(overlapping.expect_err("accepted").to_string().contains("that is the stride"));
+    let weight = Tensor::ones(4, DType::F32, &Device::Cpu)?;
+    for norm in [
+        candle_nn::LayerNorm::rms_norm(weight.clone(), 1e-5),
+        candle_nn::LayerNorm::new_no_bias(weight, 1e-5),
+    ] {
+        let message = LayerNorm::try_from(norm).expect_err("accepted").to_string();
+        assert!(message.contains("no bias"), "{message}");
+    }
+    let centred = candle_nn::LayerNormConfig { remove_mean: false, ..Default::default() };
+    let message = LayerNorm::try_from(candle_nn::layer_norm(4, centred, vb)?);
+    assert!(message.expect_err("accepted").to_string().contains("remove_mean false"));
+    Ok(())
+}
+
+#[test]
+fn a_fixed_view_of_a_variable_is_a_parameter() -> candle_sam_lora::Result<()> {
+    let variable = candle_core::Var::ones((4, 2), DType::F32, &Device::Cpu)?;
+    let kinds = |fixed: Fixed| {
+        let mut parameters = vec![];
+        fixed.visit("g", &mut |_, node| match node {
+            Node::Parameter(_) => parameters.push(true),
+            Node::Buffer(_) => parameters.push(false),
+            _ => {}
+        });
+        parameters
+    };
+    assert_eq!(kinds(Fixed(variable.as_tensor().clone())), [true]);
+    assert_eq!(kinds(Fixed(variable.narrow(0, 0, 2)?)), [true]);
+    assert_eq!(kinds(Fixed(variable.as_detached_tensor())), [false]);
+    Ok(())
+}
+
+/// Every tensor of a tree by its name, buffers included.
+fn tensors(module: &dyn ModuleTree) -> BTreeMap<String, Tensor> {
+    let mut tensors = BTreeMap::new();
+    module.visit("", &mut |name, node| {
+        if let Node::Parameter(tensor) | Node::Buffer(tensor) = node {
+            tensors.insert(name.to_string(), tensor.clone());
+        }
+    });
+    tensors
+}
+
+#[test]
+fn a_model_in_a_map_has_the_names_of_its_tree() -> anyhow::Result<()> {
+    for kind in [AttentionKind::Fused, AttentionKind::Split] {
+        let map = VarMap::new();
+        let sam = SamModel::new(&model::config("tiny")?, kind, builder(&map))?;
+        let in_map: BTreeSet<String> = map.data().lock().unwrap().keys().cloned().collect();
+        assert_eq!(in_map, tensors(&sam).into_keys().collect());
+        // All but the frequencies of positions, which are fixed.
+        assert_eq!(shared(&map, &sam), in_map.len() - 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_hugging_face_file_is_a_builder_for_the_model() -> anyhow::Result<()> {
+    let folder = model::folder("tiny");
+    let file = folder.join("model.safetensors");
+    let mut in_file = candle_core::safetensors::load(file, &Device::Cpu)?;
+    let make = |tensors: HashMap<String, Tensor>| {
+        let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+        SamModel::new(&model::config("tiny")?, AttentionKind::Fused, vb)
+            .map_err(anyhow::Error::from)
+    };
+    let expected = model::model("tiny", AttentionKind::Fused, DType::F32)?;
+    let (expected, made) = (tensors(&expected), tensors(&make(in_file.clone())?));
+    assert!(made.keys().eq(expected.keys()));
+    for (name, tensor) in &made {
+        assert_eq!(bits(tensor)?, bits(&expected[name])?, "{name}");
+    }
+
+    // Frequencies of the prompts alone are not dropped.
+    let own = "prompt_encoder.shared_embedding.positional_embedding";
+    let shared = &made["shared_image_embedding.positional_embedding"];
+    in_file.insert(own.to_string(), shared.clone());
+    assert!(!tensors(&make(in_file.clone())?).contains_key(own));
+    let doubled = (shared * 2.0)?;
+    in_file.insert(own.to_string(), doubled.clone());
+    assert_eq!(bits(&tensors(&make(in_file.clone())?)[own])?, bits(&doubled)?);
+
+    in_file.remove("mask_decoder.iou_token.weight");
+    let error = make(in_file).expect_err("a tensor is missing").to_string();
+    assert!(error.contains("mask_decoder.iou_token.weight"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_decoders_parts_validate() -> anyhow::Result<()> {
+    let mut config = model::config("tiny")?.mask_decoder_config;
+    config.num_attention_heads = 5;
+    let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+    let decoder = candle_sam_lora::sam::SamMaskDecoder::new(&config, vb.clone()).map(drop);
+    let transformer = SamTwoWayTransformer::new(&config, vb).map(drop);
+    for refused in [decoder, transformer] {
+        let message = refused.expect_err("heads that do not divide").to_string();
+        assert!(message.contains("mask_decoder_config.hidden_size is"), "{message}");
+    }
     Ok(())
 }
 
@@ -98,7 +255,7 @@ fn a_loaded_norm_computes_candles_norm() -> Result<()> {
     let theirs = candle_nn::layer_norm(6, 1e-5, builder(&map))?;
     assert_eq!((map.all_vars().len(), shared(&map, &ours)), (2, 2));
     let x = random(3, &[3, 6]);
-    let difference = (x.apply(&theirs)? - x.apply(&ours)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    let difference = largest_difference(&x.apply(&theirs)?, &x.apply(&ours)?)?;
     assert!(difference < 1e-5, "{difference:e}");
     Ok(())
 }
@@ -116,12 +273,26 @@ fn the_encoder_is_a_module() -> candle_sam_lora::Result<()> {
         global_attn_indexes: vec![1],
         ..SamVisionConfig::default()
     };
-    let mut encoder =
-        SamVisionEncoder::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let mut encoder = SamVisionEncoder::new(
+        &config,
+        AttentionKind::Split,
+        VarBuilder::zeros(DType::F32, &Device::Cpu),
+    )?;
     nn::randomize(&mut encoder, 1, 0.2)?;
     let image = random(4, &[1, 3, 32, 32]);
     let expected = encoder.forward(&image, Mode::Eval)?;
     assert_eq!(bits(&Module::forward(&encoder, &image)?)?, bits(&expected)?);
+    // Part by part, as the modules of a candle program.
+    let mut x = image.apply(&encoder.patch_embed)?;
+    if let Some(pos_embed) = &encoder.pos_embed {
+        x = (x + pos_embed)?;
+    }
+    for layer in &encoder.layers {
+        x = x.apply(layer)?;
+    }
+    assert_eq!(bits(&x.apply(&encoder.neck)?.permute((0, 3, 1, 2))?)?, bits(&expected)?);
+    let mlp = &encoder.layers[0].mlp;
+    assert_eq!(bits(&x.apply(mlp)?)?, bits(&mlp.forward(&x, Mode::Eval)?)?);
     Ok(())
 }
 
@@ -166,7 +337,7 @@ fn a_files_tensors_fill_the_module() -> candle_sam_lora::Result<()> {
 
 #[test]
 fn a_mismatch_is_listed_whole_and_changes_nothing() -> Result<()> {
-    let mut tensors = std::collections::HashMap::new();
+    let mut tensors = HashMap::new();
     for (name, shape) in [("norm.weight", vec![8]), ("mlp.lin1.weight", vec![12, 9])] {
         tensors.insert(name.to_string(), Tensor::ones(shape, DType::F32, &Device::Cpu)?);
     }

@@ -1,6 +1,7 @@
 //! Checkpoints: names, both namings, shards, fused and split q/k/v, dtypes, and what is refused.
 
 use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
 use candle_sam_lora::nn::{
     self, Adapter, Linear, ModuleTree, Node, NodeMut, Unmerged, DEFAULT_ADAPTER,
 };
@@ -178,10 +179,10 @@ fn saved_models_equal_what_hugging_face_and_the_original_wrote() {
     save(&flat, &path, Naming::Original, None).unwrap();
     assert_same(&read(&path), &read(model("tiny/original.safetensors")));
 
-    let config = SamConfig::from_file(model("tiny/config.json")).unwrap();
+    let config = SamConfig::load(model("tiny/config.json")).unwrap();
     let pretrained = folder.path().join("a/b");
     save_pretrained(&flat, &config, &pretrained).unwrap();
-    assert_eq!(SamConfig::from_file(pretrained.join("config.json")).unwrap(), config);
+    assert_eq!(SamConfig::load(pretrained.join("config.json")).unwrap(), config);
     let mut again = Flat::zeros_like(&flat.0, DType::F32);
     load(&mut again, &pretrained).unwrap();
     assert_same(&again.0, &flat.0);
@@ -392,7 +393,7 @@ candle_sam_lora::module_tree!(Attention { q => "layers.0.attn.q", k => "layers.0
 fn adapters_are_no_part_of_a_base_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
-    let linear = || Linear::zeros(4, 4, true, DType::F32, &Device::Cpu).unwrap();
+    let linear = || Linear::load(4, 4, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
     let ones = |dims: (usize, usize)| Tensor::ones(dims, DType::F32, &Device::Cpu).unwrap();
     let mut model = Attention { q: linear(), k: linear(), v: linear() };
     model.k.weight = ones((4, 4));
@@ -406,7 +407,7 @@ fn adapters_are_no_part_of_a_base_checkpoint() {
         stream: 0,
         changes_base: false,
     };
-    model.q.set_adapter("q", adapter);
+    model.q.put_adapter("q", adapter);
     save(&model, &path, Naming::HuggingFace, None).unwrap();
     let saved = read(&path);
     assert_eq!(

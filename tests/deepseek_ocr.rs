@@ -5,6 +5,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, load_adapter, save_adapter, LoraConfig};
 use candle_sam_lora::nn::{self, set_trainable, Mode};
 use candle_sam_lora::ops::resize_bicubic;
@@ -33,7 +34,7 @@ fn config() -> SamVisionConfig {
 }
 
 fn zeros(kind: AttentionKind, dtype: DType) -> Result<DeepSeekOcrEncoder> {
-    Ok(DeepSeekOcrEncoder::new(&config(), [20, 28], kind, dtype, &Device::Cpu)?)
+    Ok(DeepSeekOcrEncoder::new(&config(), [20, 28], kind, VarBuilder::zeros(dtype, &Device::Cpu))?)
 }
 
 fn encoder(kind: AttentionKind, dtype: DType) -> Result<DeepSeekOcrEncoder> {
@@ -128,7 +129,11 @@ fn bicubic_resizing_equals_pytorch() -> Result<()> {
 #[test]
 fn checkpoints_are_those_of_deepseek_ocr_and_of_nobody_else() -> Result<()> {
     // SAM alone comes out of the same file.
-    let mut sam = SamVisionEncoder::new(&config(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let mut sam = SamVisionEncoder::new(
+        &config(),
+        AttentionKind::Split,
+        VarBuilder::zeros(DType::F32, &Device::Cpu),
+    )?;
     nn::checkpoint::load(&mut sam, folder("deepseek"), &checkpoint::DEEPSEEK_OCR)?;
     // What was written is read again, without the rest of DeepSeek-OCR.
     let original = encoder(AttentionKind::Split, DType::F32)?;
@@ -151,7 +156,7 @@ fn checkpoints_are_those_of_deepseek_ocr_and_of_nobody_else() -> Result<()> {
         .to_string();
     assert!(error.contains("net_2.weight") && error.contains("net_3.weight"), "{error}");
     let load = |path: &std::path::Path| {
-        let loaded = DeepSeekOcrEncoder::from_checkpoint(
+        let loaded = DeepSeekOcrEncoder::from_pretrained(
             path,
             AttentionKind::Split,
             DType::F32,

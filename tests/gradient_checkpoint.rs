@@ -6,6 +6,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{
@@ -106,11 +107,12 @@ impl VisionAttention for ChannelMix {
 #[test]
 fn a_users_attention_gets_the_same_bits() -> Result<()> {
     let build = |layer: &LayerContext<'_>| -> candle_core::Result<Box<dyn VisionAttention>> {
-        let proj = layer.linear(layer.config.hidden_size, true)?;
+        let proj = layer.linear("proj", layer.config.hidden_size, true)?;
         Ok(Box::new(ChannelMix { window: layer.window(), proj }))
     };
     let config = common::config("tiny")?;
-    let mut model = SamModel::with_attention(&config, DType::F32, &Device::Cpu, build)?;
+    let mut model =
+        SamModel::with_attention(&config, VarBuilder::zeros(DType::F32, &Device::Cpu), build)?;
     model.randomize(3, 0.1)?;
     set_trainable(&mut model, |name| name.contains("attn.proj"))?;
     check("a user's attention", model, 3)
@@ -133,7 +135,11 @@ fn layers_below_the_first_trainable_one_cost_no_graph() -> Result<()> {
 /// One operation for the module, and a view is as good a result as any.
 #[test]
 fn views_and_inputs_without_gradient_are_welcome() -> Result<()> {
-    let mut norm = LayerNorm::new(6, 1e-6, DType::F32, &Device::Cpu)?;
+    let mut norm = LayerNorm::new(
+        Tensor::ones(6, DType::F32, &Device::Cpu)?,
+        Tensor::zeros(6, DType::F32, &Device::Cpu)?,
+        1e-6,
+    );
     let x = Var::from_tensor(&Tensor::arange(0f32, 24., &Device::Cpu)?.reshape((4, 6))?.sin()?)?;
     let tail = |norm: &LayerNorm, x: &Tensor| norm.forward(x)?.narrow(0, 1, 2)?.t();
     for (trained, input) in
@@ -170,7 +176,11 @@ fn what_would_get_no_gradient_is_refused() -> Result<()> {
         gradient_checkpoint(&buffer, &x, closure).map(drop).expect_err("hidden").to_string();
     assert!(message.contains("its tree of parameters does not show"), "{message}");
 
-    let mut norm = LayerNorm::new(3, 1e-6, DType::F32, device)?;
+    let mut norm = LayerNorm::new(
+        Tensor::ones(3, DType::F32, device)?,
+        Tensor::zeros(3, DType::F32, device)?,
+        1e-6,
+    );
     set_trainable(&mut norm, |_| true)?;
     let y = gradient_checkpoint(&norm, &x, |norm, x| x.broadcast_mul(&norm.weight))?;
     let message = y.sum_all()?.backward().map(drop).expect_err("unused").to_string();
@@ -180,8 +190,11 @@ fn what_would_get_no_gradient_is_refused() -> Result<()> {
 
 #[test]
 fn checkpoints_of_weights_load_into_a_checkpointing_encoder() -> Result<()> {
-    let mut model =
-        SamModel::new(&common::config("tiny")?, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let mut model = SamModel::new(
+        &common::config("tiny")?,
+        AttentionKind::Split,
+        VarBuilder::zeros(DType::F32, &Device::Cpu),
+    )?;
     model.vision_encoder.gradient_checkpointing = true;
     checkpoint::load(&mut model, common::folder("tiny"))?;
     let io = common::read("tiny", "io.safetensors")?;

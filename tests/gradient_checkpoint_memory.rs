@@ -4,6 +4,7 @@
 mod counting;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::nn::{set_trainable, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use counting::peak;
@@ -21,7 +22,11 @@ fn memory_grows_by_one_tensor_a_layer() -> anyhow::Result<()> {
         (vision.image_size, vision.patch_size, vision.window_size) = (8 * SIDE, 8, 7);
         let prompt = &mut config.prompt_encoder_config;
         (prompt.image_size, prompt.patch_size) = (8 * SIDE, 8);
-        let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+        let mut model = SamModel::new(
+            &config,
+            AttentionKind::Split,
+            VarBuilder::zeros(DType::F32, &Device::Cpu),
+        )?;
         model.randomize(1, 0.05)?;
         set_trainable(&mut model, |name| name.contains("attn.q.bias"))?;
         let mut encoder = model.vision_encoder;

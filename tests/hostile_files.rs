@@ -5,6 +5,7 @@
 mod property;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::sam::checkpoint::{load, to_hugging_face, to_original};
 use candle_sam_lora::sam::{read_image, SamConfig, SamProcessor};
@@ -22,8 +23,12 @@ candle_sam_lora::module_tree!(Small { attn => "layers.0.attn.q", norm => "neck.l
 
 impl Small {
     fn new() -> Self {
-        let attn = nn::Linear::zeros(4, 2, true, DType::F32, &Device::Cpu).unwrap();
-        Self { attn, norm: nn::LayerNorm::new(3, 1e-6, DType::F32, &Device::Cpu).unwrap() }
+        let attn = nn::Linear::load(4, 2, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
+        Self {
+            attn,
+            norm: nn::LayerNorm::load(3, 1e-6, VarBuilder::zeros(DType::F32, &Device::Cpu))
+                .unwrap(),
+        }
     }
 
     fn values(&self) -> Vec<Vec<f32>> {
@@ -140,7 +145,7 @@ fn a_folder_is_no_file() {
     let folder = tempfile::tempdir().unwrap();
     assert!(files::read_tensors(folder.path(), &Device::Cpu).is_err());
     assert!(files::read_text(folder.path()).is_err());
-    assert!(SamConfig::from_file(folder.path()).is_err());
+    assert!(SamConfig::load(folder.path()).is_err());
     assert!(read_image(folder.path()).is_err());
 }
 
@@ -239,7 +244,7 @@ proptest! {
         changes in prop::collection::btree_map(prop::sample::select(FIELDS.to_vec()), json(), 0..5),
     ) {
         let text = serde_json::json!({part: changes}).to_string();
-        if let Ok(config) = in_file("config.json", text.as_bytes(), |path| SamConfig::from_file(path)) {
+        if let Ok(config) = in_file("config.json", text.as_bytes(), |path| SamConfig::load(path)) {
             let v = &config.vision_config;
             prop_assert_eq!(v.head_dim() * v.num_attention_heads, v.hidden_size);
             prop_assert_eq!(v.grid_size() * v.patch_size, v.image_size);
@@ -257,12 +262,12 @@ proptest! {
         let config = SamConfig::vit_h().to_json().unwrap().into_bytes();
         let bytes = damaged(config, damage);
         in_file("config.json", &bytes, |path| {
-            if let Err(error) = SamConfig::from_file(path) {
+            if let Err(error) = SamConfig::load(path) {
                 assert!(error.to_string().contains("config.json"), "{error}");
             }
         });
         let _ = in_file("preprocessor_config.json", &bytes, |path| {
-            SamProcessor::from_folder(path.parent().unwrap(), 1024)
+            SamProcessor::load(path.parent().unwrap(), 1024)
         });
         in_file("model.safetensors.index.json", &bytes, |path| {
             assert!(load(&mut Small::new(), path.parent().unwrap()).is_err());
@@ -406,12 +411,13 @@ fn huge_files_are_refused_by_their_headers() {
 #[cfg(target_os = "linux")]
 #[test]
 fn huge_states_are_refused_by_their_headers() {
-    use candle_sam_lora::train::{AdamWConfig, Trainer};
+    use candle_sam_lora::train::{AdamWConfig, Trainer, TrainerConfig};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.safetensors");
     let mut model = Small::new();
     candle_sam_lora::nn::set_trainable(&mut model, |_| true).unwrap();
-    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 1, Default::default()).unwrap();
+    let mut trainer =
+        Trainer::new(&model, TrainerConfig { seed: 1, ..AdamWConfig::default().into() }).unwrap();
     sparse(&path, &[("parameter.layers.0.attn.q.weight", &[1 << 38])]);
     let error = trainer.resume(&path).unwrap_err().to_string();
     // 16 parameters with two moments each.

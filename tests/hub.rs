@@ -276,7 +276,7 @@ fn processor_settings_come_with_the_model(here: &Path) -> Result<()> {
     let files = hub.files.clone();
     let got = found(here, &hub.run()?.address, "facebook/sam-tiny", &[])?;
     ensure!(contents(&got)? == files);
-    ensure!(SamProcessor::from_folder(got, 64)?.longest_edge == 60);
+    ensure!(SamProcessor::load(got, 64)?.longest_edge == 60);
     Ok(())
 }
 

@@ -6,6 +6,7 @@ mod lora_support;
 mod property;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{
     adapter_state, add_adapter, inject, load_adapter, merge, save_adapter, save_pretrained,
     set_adapter_state, BiasTraining, LoraConfig, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
@@ -151,7 +152,7 @@ fn an_adapter_for_another_model_is_refused() {
         v: Linear,
     }
     module_tree!(Narrow { q, v });
-    let linear = || Linear::zeros(3, 3, true, DType::F32, &Device::Cpu).unwrap();
+    let linear = || Linear::load(3, 3, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
     let mut other = Other { query: linear() };
     let error = load_adapter(&mut other, fixture("plain")).unwrap_err().to_string();
     assert!(error.contains("does not fit this model") && error.contains("query"), "{error}");
@@ -365,7 +366,7 @@ fn buffers_of_saved_modules_travel_but_are_not_trained() {
     module_tree!(Model { q, head });
     let filled = |value: f64| {
         let tensor = (Tensor::ones(3, DType::F32, &Device::Cpu).unwrap() * value).unwrap();
-        let q = Linear::zeros(4, 4, true, DType::F32, &Device::Cpu).unwrap();
+        let q = Linear::load(4, 4, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
         Model { q, head: Head { weight: tensor.clone(), table: Buffer(tensor) } }
     };
     let config = LoraConfig::new(2).target_modules(["q"]).modules_to_save(["head"]);
@@ -393,7 +394,7 @@ fn tied_parameters_part_when_one_is_saved() {
     }
     module_tree!(Model { q, first => "tail.first", head });
     let new = |value: f64| {
-        let q = Linear::zeros(4, 4, true, DType::F32, &Device::Cpu).unwrap();
+        let q = Linear::load(4, 4, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
         let first = Fixed((Tensor::ones(3, DType::F32, &Device::Cpu).unwrap() * value).unwrap());
         Model { q, first, head: Head { table: Tied::to("tail.first") } }
     };

@@ -3,6 +3,7 @@
 mod lora_support;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{
     count_parameters, count_parameters_as_peft, inject, unload, BiasTraining, LoraConfig,
     ParameterCount, CONFIG_FILE,
@@ -48,7 +49,8 @@ fn a_is_kaiming_uniform_and_a_function_of_the_seed() {
     }
     module_tree!(Wide { q, v });
     let made = |seed| {
-        let linear = || Linear::zeros(400, 10, false, DType::F32, &Device::Cpu).unwrap();
+        let linear =
+            || Linear::load_no_bias(400, 10, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
         let mut model = Wide { q: linear(), v: linear() };
         inject(&mut model, &LoraConfig::new(25).target_modules(["q", "v"]), seed).unwrap();
         (

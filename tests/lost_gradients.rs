@@ -19,7 +19,7 @@ use vit::{bits, map_bits, Kept, Vit};
 const EVAL: Mode = Mode::Eval;
 
 fn first_step(vit: &Vit) -> Result<candle_core::Result<()>> {
-    let mut trainer = Trainer::new(vit, AdamWConfig::default(), 0, Default::default())?;
+    let mut trainer = Trainer::new(vit, AdamWConfig::default())?;
     Ok(trainer.step(|_, mode| vit.loss(mode)).map(drop))
 }
 
@@ -76,7 +76,7 @@ fn models_without_lost_gradients_train() -> Result<()> {
     let mut vit = Vit::new(&VarMap::new(), Kept::default())?;
     inject(&mut vit, &LoraConfig::new(2).dropout(0.3).target_modules(["q", "v", "mlp"]), 0)?;
     let config = TrainerConfig { accumulation: 2, ..AdamWConfig::default().into() };
-    let mut trainer = Trainer::new(&vit, config, 0, Default::default())?;
+    let mut trainer = Trainer::new(&vit, config)?;
     trainer.step(|_, mode| vit.loss(mode))?;
     Ok(())
 }
@@ -85,7 +85,7 @@ fn models_without_lost_gradients_train() -> Result<()> {
 fn a_parameter_the_loss_does_not_use_is_called_so() -> Result<()> {
     let mut vit = Vit::new(&VarMap::new(), Kept::default())?;
     inject(&mut vit, &LoraConfig::new(2).target_modules(["q"]).modules_to_save(["head"]), 0)?;
-    let mut trainer = Trainer::new(&vit, AdamWConfig::default(), 0, Default::default())?;
+    let mut trainer = Trainer::new(&vit, AdamWConfig::default())?;
     let loss = |mode| vit.layers[0].forward(&vit::input()?, mode)?.sqr()?.mean_all();
     let message = message(trainer.step(|_, mode| loss(mode)));
     assert!(message.contains("the loss does not depend on them"), "{message}");
@@ -144,7 +144,7 @@ fn gradients_that_are_rightly_zero_train() -> Result<()> {
         // Cubes are flat at zero too.
         y.sqr()?.mean_all()? + (&model.gate.powf(3.0)?.sum_all()? * 0.5)?
     };
-    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 0, Default::default())?;
+    let mut trainer = Trainer::new(&model, AdamWConfig::default())?;
     trainer.step(|_, _| loss())?;
     let report = check_gradients(trainable_variables(&model)?, loss)?;
     assert!(report.checks.iter().all(|check| !check.verdict.is_fault()), "{report}");
@@ -165,7 +165,7 @@ fn a_loss_that_cannot_be_repeated_trains_and_is_no_check() -> Result<()> {
     }
     module_tree!(One { weight });
     let model = One { weight: weight.as_tensor().clone() };
-    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 0, Default::default())?;
+    let mut trainer = Trainer::new(&model, AdamWConfig::default())?;
     trainer.step(|_, _| loss())?;
     let error = check_gradients([("weight", weight.clone())], loss).expect_err("not repeatable");
     assert!(error.to_string().contains("computed again"), "{error}");

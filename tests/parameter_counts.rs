@@ -2,13 +2,17 @@
 //! and the two lines of the guide, which are DoRA's (docs/parameter-counts.md).
 
 use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{count_parameters, inject, BiasTraining, LoraConfig};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use candle_sam_lora::Result;
 
 fn report(config: &LoraConfig) -> Result<String> {
-    let mut model =
-        SamModel::new(&SamConfig::vit_b(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let mut model = SamModel::new(
+        &SamConfig::vit_b(),
+        AttentionKind::Split,
+        VarBuilder::zeros(DType::F32, &Device::Cpu),
+    )?;
     inject(&mut model, config, 0)?;
     Ok(count_parameters(&model).to_string())
 }
@@ -52,8 +56,11 @@ fn every_variant_counts_as_in_peft() -> Result<()> {
     ];
     for (variant, change) in variants {
         for targets in ["q,v", "q,k,v"] {
-            let mut model =
-                SamModel::new(&SamConfig::vit_b(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
+            let mut model = SamModel::new(
+                &SamConfig::vit_b(),
+                AttentionKind::Split,
+                VarBuilder::zeros(DType::F32, &Device::Cpu),
+            )?;
             inject(&mut model, &change(lora(targets)), 0)?;
             let report = count_parameters(&model);
             let expected = &counts[variant][targets];

@@ -4,6 +4,7 @@
 mod lora_support;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{
     adapter_state, add_adapter, convert_to_lora, inject, load_adapter, save_adapter, write_adapter,
     InitLoraWeights, LoraConfig, CONFIG_FILE, TENSORS_FILE,
@@ -121,7 +122,9 @@ module_tree!(One { q });
 impl One {
     /// Its singular values decay, as those of trained weights.
     fn random() -> Self {
-        let mut one = Self { q: Linear::zeros(48, 40, false, DType::F32, &Device::Cpu).unwrap() };
+        let mut one = Self {
+            q: Linear::load_no_bias(48, 40, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap(),
+        };
         candle_sam_lora::nn::randomize(&mut one, 5, 1.0).unwrap();
         let decay: Vec<f32> = (0..48).map(|column| 0.7f32.powi(column)).collect();
         let decay = Tensor::new(decay, &Device::Cpu).unwrap();

@@ -269,7 +269,7 @@ fn images_are_told_by_their_content_and_bad_ones_refused() {
 #[test]
 fn the_configuration_of_a_folder_is_read_and_checked() {
     let folder = tempfile::tempdir().unwrap();
-    let read = |side: usize| SamProcessor::from_folder(folder.path(), side);
+    let read = |side: usize| SamProcessor::load(folder.path(), side);
     assert_eq!(read(256).unwrap(), SamProcessor::new(256));
     assert_eq!(SamProcessor::config_file(folder.path()).unwrap(), None);
     let config =

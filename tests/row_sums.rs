@@ -4,6 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::VarBuilder;
 use candle_sam_lora::nn::{Adapter, Conv2d, ConvTranspose2d, LayerNorm, Linear, Mode};
 use candle_sam_lora::ops::{self, Activation};
 use candle_sam_lora::philox::{philox4x32, stream_of};
@@ -147,9 +148,9 @@ fn masks(p: &mut Parameters) -> Result<Forward> {
 }
 
 fn prompts(p: &mut Parameters) -> Result<Forward> {
-    let config = SamConfig::from_file(common::fixtures().join("models/tiny/config.json")).unwrap();
-    let mut encoder = SamPromptEncoder::zeros(&config, p.dtype, &Device::Cpu)?;
-    let shared = SamPositionalEmbedding::zeros(12, p.dtype, &Device::Cpu)?;
+    let config = SamConfig::load(common::fixtures().join("models/tiny/config.json")).unwrap();
+    let mut encoder = SamPromptEncoder::new(&config, VarBuilder::zeros(p.dtype, &Device::Cpu))?;
+    let shared = SamPositionalEmbedding::new(12, VarBuilder::zeros(p.dtype, &Device::Cpu))?;
     for (index, embedding) in encoder.point_embed.iter_mut().enumerate() {
         embedding.weight = p.trained(&format!("encoder.point_embed.{index}.weight"), &[1, 24])?;
     }
@@ -173,15 +174,14 @@ fn prompts(p: &mut Parameters) -> Result<Forward> {
 }
 
 fn attention(p: &mut Parameters, composed: bool) -> Result<Forward> {
-    let config = SamConfig::from_file(common::fixtures().join("models/tiny/config.json")).unwrap();
+    let config = SamConfig::load(common::fixtures().join("models/tiny/config.json")).unwrap();
     let mut config = config.vision_config;
     (config.hidden_size, config.window_size) = (16, 8);
     let layer = LayerContext {
         config: &config,
         index: 0,
         name: "attn".to_string(),
-        dtype: p.dtype,
-        device: &Device::Cpu,
+        vb: VarBuilder::zeros(p.dtype, &Device::Cpu),
     };
     let mut attention = SamVisionAttention::new(&layer)?;
     let mut table = |name: &str| p.trained(&format!("attn.{name}"), &[15, 8]);

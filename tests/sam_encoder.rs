@@ -6,6 +6,7 @@ mod common;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{set_trainable, Linear, Mode};
 use candle_sam_lora::sam::{
@@ -146,9 +147,11 @@ fn attention_over_padded_windows_equals_ours() -> Result<()> {
         let mut model = model(name, AttentionKind::Fused, DType::F32)?;
         let config = common::config(name)?;
         // Built in for all layers ...
-        let mut windowed = SamModel::with_attention(&config, DType::F32, &Device::Cpu, |layer| {
-            Ok(Box::new(WindowAttention::new(layer)?))
-        })?;
+        let mut windowed = SamModel::with_attention(
+            &config,
+            VarBuilder::zeros(DType::F32, &Device::Cpu),
+            |layer| Ok(Box::new(WindowAttention::new(layer)?)),
+        )?;
         checkpoint::load(&mut windowed, common::folder(name))?;
         // ... or put in the place of one.
         std::mem::swap(

@@ -5,6 +5,7 @@ mod common;
 
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode, ModuleTree, Node};
 use candle_sam_lora::sam::{
     AttentionKind, DeepSeekOcrEncoder, SamConfig, SamInput, SamMaskDecoder, SamModel,
@@ -173,12 +174,20 @@ fn names_and_shapes_are_those_of_the_checkpoints() -> Result<()> {
     for (kind, file) in
         [(AttentionKind::Fused, "model.safetensors"), (AttentionKind::Split, "split.safetensors")]
     {
-        let model = SamModel::new(&common::config("tiny")?, kind, DType::F32, &Device::Cpu)?;
+        let model = SamModel::new(
+            &common::config("tiny")?,
+            kind,
+            VarBuilder::zeros(DType::F32, &Device::Cpu),
+        )?;
         let theirs = read("tiny", file)?;
         let theirs = theirs.into_iter().map(|(name, t)| (untied(&name), t.dims().to_vec()));
         assert_eq!(tree(&model), theirs.collect());
     }
-    let model = SamModel::new(&SamConfig::vit_b(), AttentionKind::Fused, DType::F32, &Device::Cpu)?;
+    let model = SamModel::new(
+        &SamConfig::vit_b(),
+        AttentionKind::Fused,
+        VarBuilder::zeros(DType::F32, &Device::Cpu),
+    )?;
     let mut published = BTreeMap::new();
     for line in include_str!("data/tensor_names_vit_b.tsv").lines().skip(1) {
         let [_, name, shape] = line.split('\t').collect::<Vec<_>>()[..] else {
@@ -199,7 +208,7 @@ fn parameter_counts_are_those_of_sam() -> Result<()> {
         (SamConfig::vit_h(), 641_090_608),
     ] {
         for kind in KINDS {
-            let model = SamModel::new(&config, kind, DType::F32, &Device::Cpu)?;
+            let model = SamModel::new(&config, kind, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
             let total: usize = named_parameters(&model).iter().map(|(_, t)| t.elem_count()).sum();
             assert_eq!(total, count);
         }
@@ -297,7 +306,11 @@ fn random_weights_depend_on_the_seed_alone() -> Result<()> {
     let io = read("tiny", "io.safetensors")?;
     let build = |seed| -> Result<SamModel> {
         let config = common::config("tiny")?;
-        let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+        let mut model = SamModel::new(
+            &config,
+            AttentionKind::Split,
+            VarBuilder::zeros(DType::F32, &Device::Cpu),
+        )?;
         set_trainable(&mut model, |name| name.ends_with("q.weight"))?;
         model.randomize(seed, 0.1)?;
         Ok(model)
@@ -329,14 +342,19 @@ fn every_constructor_refuses_what_no_model_can_be() -> Result<()> {
         };
         let crates = |result: candle_sam_lora::Result<()>| text(result.map_err(Into::into));
         vec![
-            text(SamVisionEncoder::new(vision, kind, dtype, device).map(drop)),
+            text(SamVisionEncoder::new(vision, kind, VarBuilder::zeros(dtype, device)).map(drop)),
             text(
-                SamVisionEncoder::with_attention(vision, dtype, device, |l| kind.build(l))
+                SamVisionEncoder::with_attention(vision, VarBuilder::zeros(dtype, device), |l| {
+                    kind.build(l)
+                })
+                .map(drop),
+            ),
+            crates(
+                DeepSeekOcrEncoder::new(vision, [4, 8], kind, VarBuilder::zeros(dtype, device))
                     .map(drop),
             ),
-            crates(DeepSeekOcrEncoder::new(vision, [4, 8], kind, dtype, device).map(drop)),
-            crates(SamModel::new(config, kind, dtype, device).map(drop)),
-            text(SamPromptEncoder::zeros(config, dtype, device).map(drop)),
+            crates(SamModel::new(config, kind, VarBuilder::zeros(dtype, device)).map(drop)),
+            text(SamPromptEncoder::new(config, VarBuilder::zeros(dtype, device)).map(drop)),
         ]
     };
     for message in build(&bad, f32s) {
@@ -346,10 +364,13 @@ fn every_constructor_refuses_what_no_model_can_be() -> Result<()> {
         );
     }
     for dtype in [DType::F64, DType::U8, DType::I64] {
-        let decoder = SamMaskDecoder::zeros(&good.mask_decoder_config, dtype, device).map(drop);
+        let decoder =
+            SamMaskDecoder::new(&good.mask_decoder_config, VarBuilder::zeros(dtype, device))
+                .map(drop);
         let transformer =
-            SamTwoWayTransformer::zeros(&good.mask_decoder_config, dtype, device).map(drop);
-        let positions = SamPositionalEmbedding::zeros(8, dtype, device).map(drop);
+            SamTwoWayTransformer::new(&good.mask_decoder_config, VarBuilder::zeros(dtype, device))
+                .map(drop);
+        let positions = SamPositionalEmbedding::new(8, VarBuilder::zeros(dtype, device)).map(drop);
         let others =
             [decoder, transformer, positions].map(|r| r.expect_err("no such dtype").to_string());
         for message in build(&good, dtype).into_iter().chain(others) {
@@ -359,7 +380,9 @@ fn every_constructor_refuses_what_no_model_can_be() -> Result<()> {
             );
         }
     }
-    let narrow = DeepSeekOcrEncoder::new(&good.vision_config, [4, 0], kind, f32s, device).map(drop);
+    let narrow =
+        DeepSeekOcrEncoder::new(&good.vision_config, [4, 0], kind, VarBuilder::zeros(f32s, device))
+            .map(drop);
     assert!(narrow.expect_err("no width").to_string().contains("width of net_3 is 0"));
     Ok(())
 }
@@ -370,8 +393,11 @@ fn from_pretrained_reads_configuration_and_weights() -> Result<()> {
     let load =
         || SamModel::from_pretrained(&folder, AttentionKind::Split, DType::F32, &Device::Cpu);
     let model = load()?;
-    let mut by_hand =
-        SamModel::new(model.config(), AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let mut by_hand = SamModel::new(
+        model.config(),
+        AttentionKind::Split,
+        VarBuilder::zeros(DType::F32, &Device::Cpu),
+    )?;
     candle_sam_lora::sam::checkpoint::load(&mut by_hand, &folder)?;
     let (found, expected) = (named_parameters(&model), named_parameters(&by_hand));
     assert_eq!(found.len(), expected.len());

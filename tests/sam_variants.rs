@@ -6,6 +6,7 @@ mod common;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::files::{read_tensors, write_tensors};
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
@@ -29,8 +30,8 @@ fn read(path: impl AsRef<Path>) -> Result<Tensors> {
 }
 
 fn load(name: &str, kind: AttentionKind, dtype: DType) -> Result<(SamConfig, SamModel)> {
-    let config = SamConfig::from_file(folder(name).join("config.json"))?;
-    let mut model = SamModel::new(&config, kind, dtype, &Device::Cpu)?;
+    let config = SamConfig::load(folder(name).join("config.json"))?;
+    let mut model = SamModel::new(&config, kind, VarBuilder::zeros(dtype, &Device::Cpu))?;
     checkpoint::load(&mut model, folder(name))?;
     Ok((config, model))
 }
@@ -147,8 +148,8 @@ fn saved_models_are_those_transformers_wrote() -> Result<()> {
 }
 
 fn vision_model(path: &Path, kind: AttentionKind, dtype: DType) -> Result<SamVisionModel> {
-    let config = SamVisionConfig::from_file(path.join("config.json"))?;
-    let mut model = SamVisionModel::new(&config, kind, dtype, &Device::Cpu)?;
+    let config = SamVisionConfig::load(path.join("config.json"))?;
+    let mut model = SamVisionModel::new(&config, kind, VarBuilder::zeros(dtype, &Device::Cpu))?;
     checkpoint::load(&mut model, path)?;
     Ok(model)
 }
@@ -256,7 +257,7 @@ fn own((name, tensor): (&String, &Tensor)) -> (String, Tensor) {
 #[test]
 fn a_whole_sam_is_not_made_of_an_encoder_alone() -> Result<()> {
     let config = folder("vision").join("config.json");
-    let message = SamConfig::from_file(&config).map(drop).unwrap_err().to_string();
+    let message = SamConfig::load(&config).map(drop).unwrap_err().to_string();
     for word in
         ["config.json", "sam_vision_model", "without the prompt encoder and the mask decoder"]
     {
@@ -266,7 +267,7 @@ fn a_whole_sam_is_not_made_of_an_encoder_alone() -> Result<()> {
     let (_, mut model) = load("rate_4", AttentionKind::Fused, DType::F32)?;
     let message = checkpoint::load(&mut model, folder("vision")).unwrap_err().to_string();
     ensure!(message.contains("missing: mask_decoder.iou_token.weight"), "{message}");
-    let whole = SamVisionConfig::from_file(folder("rate_4").join("config.json"))?;
+    let whole = SamVisionConfig::load(folder("rate_4").join("config.json"))?;
     ensure!(
         whole == load("rate_4", AttentionKind::Fused, DType::F32)?.0.vision_config,
         "{whole:?}"

@@ -1,8 +1,8 @@
 //! Folders of images and masks, prompts drawn from them, and what is refused.
 
 use candle_sam_lora::train::{
-    instances, jittered_box, random_point, sample_indices, target, Dataset, FlipRotate, LabelImage,
-    PromptKind, StepRng,
+    find_instances, jittered_box, mask_on_grid, random_point, sample_indices, Dataset, FlipRotate,
+    LabelImage, PromptKind, StepRng,
 };
 use image::{GrayImage, ImageBuffer, Luma, RgbImage};
 use std::path::Path;
@@ -94,7 +94,7 @@ fn transparent_images_are_on_white_and_counted() -> anyhow::Result<()> {
 #[test]
 fn prompts_lie_inside_and_boxes_around() {
     let labels = blocks();
-    let all = instances(&labels, 1);
+    let all = find_instances(&labels, 1);
     let mut seen = std::collections::BTreeSet::new();
     for step in 0..400 {
         let mut draws = StepRng::new(1, "prompt", step);
@@ -117,13 +117,13 @@ fn prompts_lie_inside_and_boxes_around() {
 fn targets_are_the_nearest_pixels() {
     let labels = blocks();
     let same: Vec<f32> = labels.pixels().map(|p| f32::from(u8::from(p.0[0] == 7))).collect();
-    assert_eq!(target(&labels, 7, 10, 12, (1.0, 1.0)), same);
+    assert_eq!(mask_on_grid(&labels, 7, 10, 12, (1.0, 1.0)), same);
     // Halved: result pixel (r, c) has its centre on the corner of source pixels, and takes the lower right one.
     let halved: Vec<f32> =
         (0..5 * 6).map(|i| same[(2 * (i / 6) + 1) * 12 + 2 * (i % 6) + 1]).collect();
-    assert_eq!(target(&labels, 7, 5, 6, (2.0, 2.0)), halved);
+    assert_eq!(mask_on_grid(&labels, 7, 5, 6, (2.0, 2.0)), halved);
     let doubled: Vec<f32> = (0..20 * 24).map(|i| same[(i / 24 / 2) * 12 + (i % 24) / 2]).collect();
-    assert_eq!(target(&labels, 7, 20, 24, (0.5, 0.5)), doubled);
+    assert_eq!(mask_on_grid(&labels, 7, 20, 24, (0.5, 0.5)), doubled);
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn symmetries_move_image_and_labels_together() -> anyhow::Result<()> {
             .pixels()
             .zip(turned.layers[0].pixels())
             .all(|(i, l)| u32::from(i.0[0]) == l.0[0]));
-        assert_eq!(turned.instances, instances(&turned.layers[0], 1));
+        assert_eq!(turned.instances, find_instances(&turned.layers[0], 1));
         seen.insert(turned.layers[0].clone().into_raw());
     }
     assert_eq!(seen.len(), 8);

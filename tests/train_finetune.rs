@@ -24,6 +24,7 @@ mod run;
 mod training;
 
 use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use clap::Parser;
@@ -64,8 +65,9 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     assert_eq!(metrics["held_out"].as_array().map(Vec::len), Some(16));
 
     // The adapter is one for the shipped model.
-    let config = SamConfig::from_file(model::shipped_model().join("config.json"))?;
-    let mut sam = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let config = SamConfig::load(model::shipped_model().join("config.json"))?;
+    let mut sam =
+        SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
     assert_eq!(load_adapter(&mut sam, output.join("adapter"))?.rank, 16);
     Ok(())
 }

@@ -8,7 +8,8 @@ use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{trainable_variables, Linear, Mode};
 use candle_sam_lora::train::{
     best_evaluation, evaluations_since_best, previous_state_path, AdamW, AdamWConfig, Decay,
-    EventFile, MetricsCsv, Schedule, Scores, State, Step, StepScores, Trainer, TrainerConfig,
+    EventFile, MetricsCsv, Schedule, Scores, StepMetrics, StepScores, Trainer, TrainerConfig,
+    TrainingState,
 };
 use common::Case;
 use std::path::Path;
@@ -103,6 +104,7 @@ impl Problem {
             schedule: Schedule { warmup_steps: case.integer("warmup"), decay },
             accumulation: case.integer("parts"),
             max_grad_norm: Some(case.number("max_norm")),
+            seed: 1,
         };
         Self { case, config }
     }
@@ -113,7 +115,7 @@ impl Problem {
         };
         let linear = Linear::new(var("weight")?, Some(var("bias")?));
         let model = Fit { linear };
-        let trainer = Trainer::new(&model, config, 1, Default::default())?;
+        let trainer = Trainer::new(&model, config)?;
         Ok((model, trainer))
     }
 
@@ -123,7 +125,7 @@ impl Problem {
         (model.linear.forward(&x, mode)? - y)?.sqr()?.mean_all()
     }
 
-    fn step(&self, model: &Fit, trainer: &mut Trainer) -> Result<Step> {
+    fn step(&self, model: &Fit, trainer: &mut Trainer) -> Result<StepMetrics> {
         trainer.step(|part, mode| self.loss(model, part, mode))
     }
 }
@@ -310,7 +312,7 @@ fn after_a_loss_that_is_no_number_the_last_good_state_is_found() -> anyhow::Resu
             assert_eq!((trainer.steps(), bits(&model)), (good, at_good));
             assert_eq!(trainer.losses().len(), good as usize);
             // The files are as they were.
-            assert_eq!(State::load(&path, &Device::Cpu)?.step, 3);
+            assert_eq!(TrainingState::load(&path, &Device::Cpu)?.step, 3);
         }
     }
     Ok(())
@@ -344,7 +346,8 @@ fn a_continued_table_has_the_bytes_of_an_uninterrupted_one() -> anyhow::Result<(
     let write = |path: &Path, steps: std::ops::Range<u64>| -> anyhow::Result<()> {
         let mut table = MetricsCsv::open(path, steps.start)?;
         for step in steps {
-            let row = Step { step: step + 1, loss: 0.1 + step as f32, lr: 1e-3, grad_norm: 0.5 };
+            let row =
+                StepMetrics { step: step + 1, loss: 0.1 + step as f32, lr: 1e-3, grad_norm: 0.5 };
             let scores = Scores { iou: 0.25, dice: 0.4, boundary_f1: 1.0 };
             table.row(&row, (step % 2 == 1).then_some(&scores))?;
         }

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{backprop::GradStore, DType, Device, Result, Tensor, Var};
-use candle_nn::Optimizer;
+use candle_nn::{Optimizer, VarBuilder};
 use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
 use candle_sam_lora::nn::{
@@ -28,8 +28,11 @@ fn off(got: &Tensor, truth: &Tensor) -> f64 {
 
 /// The fixture model in `dtype` with the adapter of a case.
 fn adapted(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
-    let mut sam =
-        SamModel::new(&model::config("tiny")?, AttentionKind::Split, dtype, &Device::Cpu)?;
+    let mut sam = SamModel::new(
+        &model::config("tiny")?,
+        AttentionKind::Split,
+        VarBuilder::zeros(dtype, &Device::Cpu),
+    )?;
     checkpoint::load(&mut sam, model::folder("tiny"))?;
     if kind != "save_decoder" {
         load_adapter(&mut sam, folder(kind))?;

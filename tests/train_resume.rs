@@ -2,9 +2,10 @@
 //! another run, is refused.
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{set_trainable, trainable_variables, Adapter, LayerNorm, Linear, Mode};
-use candle_sam_lora::train::{AdamWConfig, State, StepRng, Trainer};
+use candle_sam_lora::train::{AdamWConfig, StepRng, Trainer, TrainerConfig, TrainingState};
 use serde_json::{json, Map, Value};
 
 struct Model {
@@ -24,9 +25,13 @@ fn random(stream: &str, step: u64, rows: usize, cols: usize) -> Result<Tensor> {
 impl Model {
     fn new() -> anyhow::Result<Self> {
         let mut model = Self {
-            lin1: Linear::zeros(6, 12, true, DType::F32, &Device::Cpu)?,
-            norm: LayerNorm::new(12, 1e-6, DType::F32, &Device::Cpu)?,
-            lin2: Linear::zeros(12, 3, true, DType::F32, &Device::Cpu)?,
+            lin1: Linear::load(6, 12, VarBuilder::zeros(DType::F32, &Device::Cpu))?,
+            norm: LayerNorm::new(
+                Tensor::ones(12, DType::F32, &Device::Cpu)?,
+                Tensor::zeros(12, DType::F32, &Device::Cpu)?,
+                1e-6,
+            ),
+            lin2: Linear::load(12, 3, VarBuilder::zeros(DType::F32, &Device::Cpu))?,
         };
         model.lin1.weight = random("lin1", 0, 12, 6)?;
         model.lin2.weight = random("lin2", 0, 3, 12)?;
@@ -41,7 +46,7 @@ impl Model {
                 stream: 0,
                 changes_base: false,
             };
-            linear.set_adapter(name, adapter);
+            linear.put_adapter(name, adapter);
         }
         set_trainable(&mut model, |name| name.contains("lora") || name == "norm.weight")?;
         Ok(model)
@@ -68,7 +73,7 @@ fn settings(rank: u32) -> Map<String, Value> {
 
 fn trainer(model: &Model, seed: u64, rank: u32) -> anyhow::Result<Trainer> {
     let config = AdamWConfig { lr: 0.02, ..Default::default() };
-    Ok(Trainer::new(model, config, seed, settings(rank))?)
+    Ok(Trainer::new(model, TrainerConfig { seed, ..config.into() })?.with_settings(settings(rank)))
 }
 
 fn run(trainer: &mut Trainer, model: &Model, steps: u64) -> Result<()> {
@@ -135,7 +140,7 @@ fn a_damaged_state_is_refused_wherever_the_damage_is() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("state.safetensors");
     let tensors = [("parameter.p".to_string(), random("p", 0, 3, 2)?)].into();
-    let state = State {
+    let state = TrainingState {
         step: 2,
         seed: 1,
         settings: settings(4),
@@ -145,16 +150,16 @@ fn a_damaged_state_is_refused_wherever_the_damage_is() -> anyhow::Result<()> {
     };
     state.save(&path)?;
     let good = std::fs::read(&path)?;
-    assert_eq!(State::load(&path, &Device::Cpu)?.losses, [0.5, 0.25]);
+    assert_eq!(TrainingState::load(&path, &Device::Cpu)?.losses, [0.5, 0.25]);
     for length in 0..good.len() {
         std::fs::write(&path, &good[..length])?;
-        assert!(State::load(&path, &Device::Cpu).is_err(), "cut to {length} bytes");
+        assert!(TrainingState::load(&path, &Device::Cpu).is_err(), "cut to {length} bytes");
     }
     for place in 0..good.len() {
         let mut bad = good.clone();
         bad[place] ^= 1;
         std::fs::write(&path, &bad)?;
-        if let Ok(state) = State::load(&path, &Device::Cpu) {
+        if let Ok(state) = TrainingState::load(&path, &Device::Cpu) {
             // Only the padding of the header and its entries' order may differ without a difference in content.
             assert_eq!(
                 state.tensors["parameter.p"].to_vec2::<f32>()?,

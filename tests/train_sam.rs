@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::Optimizer;
+use candle_nn::{Optimizer, VarBuilder};
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamInput, SamModel};
@@ -13,8 +13,9 @@ use candle_sam_lora::train::{mask_loss, AdamW, AdamWConfig};
 fn five_steps_are_pytorchs() -> anyhow::Result<()> {
     let case = &common::cases("train/adamw.safetensors")[0];
     let folder = common::fixtures().join("models/tiny");
-    let config = SamConfig::from_file(folder.join("config.json"))?;
-    let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, &Device::Cpu)?;
+    let config = SamConfig::load(folder.join("config.json"))?;
+    let mut model =
+        SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
     checkpoint::load(&mut model, &folder)?;
     load_adapter(&mut model, common::fixtures().join("adapters/lora_qv"))?;
     let parameters = trainable_variables(&model)?;

@@ -64,8 +64,8 @@ fn training_views_trains_the_variable_behind_them() -> Result<()> {
     assert_eq!(names.len(), map.all_vars().len());
     assert_eq!(count_parameters(&vit).trainable, count_parameters(&vit).all);
 
-    let mut trainer = Trainer::new(&vit, config(), 0, Default::default())?;
-    let mut reference = Trainer::new(&own, config(), 0, Default::default())?;
+    let mut trainer = Trainer::new(&vit, config())?;
+    let mut reference = Trainer::new(&own, config())?;
     for _ in 0..3 {
         trainer.step(|_, mode| vit.loss(mode))?;
         reference.step(|_, mode| own.loss(mode))?;
@@ -112,7 +112,7 @@ fn views_of_one_variable_part_when_some_are_frozen() -> Result<()> {
     );
     let start = parameter_bits(&vit)?;
     // Weight decay would move all rows of a shared variable.
-    let mut trainer = Trainer::new(&vit, config(), 0, Default::default())?;
+    let mut trainer = Trainer::new(&vit, config())?;
     trainer.step(|_, mode| vit.loss(mode))?;
     for (name, now) in parameter_bits(&vit)? {
         let trained = names.contains(&name);
@@ -141,7 +141,7 @@ fn a_variable_under_two_names_is_trained_once() -> Result<()> {
         trainable_variables(&tied)?.into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["a+b"]);
     let sgd_like = AdamWConfig { weight_decay: 0.0, lr: 0.5, ..Default::default() };
-    let mut trainer = Trainer::new(&tied, sgd_like, 0, Default::default())?;
+    let mut trainer = Trainer::new(&tied, sgd_like)?;
     trainer.step(|_, _| (&tied.a + &tied.b)?.sum_all())?;
     // AdamW's first step is as long as its learning rate.
     assert!(var.to_vec1::<f32>()?.iter().all(|v| (v - 0.5).abs() < 1e-6), "{var}");
@@ -169,7 +169,7 @@ fn what_is_computed_from_a_variable_is_refused_by_name() -> Result<()> {
     checkpoint::save(&model, &file, Naming::HuggingFace, None)?;
     let errors = [
         trainable_variables(&model).map(drop),
-        Trainer::new(&model, config(), 0, Default::default()).map(drop),
+        Trainer::new(&model, config()).map(drop),
         randomize(&mut model, 0, 0.1),
         checkpoint::load(&mut model, &file),
     ];
@@ -399,7 +399,7 @@ fn saved_modules_part_from_tied_ones_that_are_frozen() -> Result<()> {
     vit.head.weight = vit.embed.weight.clone();
     let before = bits(&vit.embed.weight)?;
     inject(&mut vit, &lora().modules_to_save(["head"]), 0)?;
-    let mut trainer = Trainer::new(&vit, config(), 0, Default::default())?;
+    let mut trainer = Trainer::new(&vit, config())?;
     trainer.step(|_, mode| vit.loss(mode))?;
     assert_eq!(bits(&vit.embed.weight)?, before);
     assert_ne!(bits(&vit.head.weight)?, before);
@@ -415,7 +415,7 @@ fn views_trained_beside_adapters_become_variables_of_their_own() -> Result<()> {
     inject(&mut vit, &config, 0)?;
     let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
     assert!(names.contains(&"layers.1.attn.k.weight".to_string()), "{names:?}");
-    let mut trainer = Trainer::new(&vit, self::config(), 0, Default::default())?;
+    let mut trainer = Trainer::new(&vit, self::config())?;
     trainer.step(|_, mode| vit.loss(mode))?;
     assert_eq!(map_bits(&map)?, before, "the other rows of {QKV} stay");
     Ok(())
@@ -429,7 +429,7 @@ fn states_of_views_resume_with_the_same_bits() -> Result<()> {
         |steps: u64, save_after: Option<u64>, resume: bool| -> Result<BTreeMap<String, Vec<u32>>> {
             let map = VarMap::new();
             let vit = Vit::new(&map, Kept::default())?;
-            let mut trainer = Trainer::new(&vit, config(), 0, Default::default())?;
+            let mut trainer = Trainer::new(&vit, config())?;
             if resume {
                 trainer.resume(&file)?;
             }

@@ -2,6 +2,7 @@
 #![cfg(not(feature = "decompositions"))]
 
 use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{self, inject, LoraConfig};
 use candle_sam_lora::nn::{named_parameters, Linear};
 use candle_sam_lora::{module_tree, Result};
@@ -17,7 +18,7 @@ fn config() -> LoraConfig {
 }
 
 fn model() -> Result<Model> {
-    Ok(Model { linear: Linear::zeros(4, 4, false, DType::F32, &Device::Cpu)? })
+    Ok(Model { linear: Linear::load_no_bias(4, 4, VarBuilder::zeros(DType::F32, &Device::Cpu))? })
 }
 
 #[test]

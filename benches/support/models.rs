@@ -2,6 +2,7 @@
 
 use super::vit::{Vit, WINDOW};
 use candle_core::{DType, Device, Var};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{randomize, ModuleTree, NodeMut};
 use candle_sam_lora::sam::{
@@ -46,7 +47,7 @@ pub fn attention(
     let config = vit.config(grid);
     let index = if windowed { 0 } else { vit.global[0] };
     let name = format!("vision_encoder.layers.{index}.attn");
-    let layer = LayerContext { config: &config, index, name, dtype, device };
+    let layer = LayerContext { config: &config, index, name, vb: VarBuilder::zeros(dtype, device) };
     let mut attention = SamVisionAttentionSplit::new(&layer)?;
     fill(&mut attention, adapters)?;
     Ok(attention)
@@ -59,7 +60,8 @@ pub fn encoder(
     dtype: DType,
     device: &Device,
 ) -> Result<SamVisionEncoder> {
-    let mut encoder = SamVisionEncoder::new(config, AttentionKind::Split, dtype, device)?;
+    let mut encoder =
+        SamVisionEncoder::new(config, AttentionKind::Split, VarBuilder::zeros(dtype, device))?;
     fill(&mut encoder, adapters)?;
     Ok(encoder)
 }

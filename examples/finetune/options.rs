@@ -195,6 +195,7 @@ impl Options {
             schedule: Schedule { warmup_steps: self.warmup_steps, decay },
             accumulation: self.accumulate,
             max_grad_norm: self.max_grad_norm,
+            seed: self.seed,
         }
     }
 

@@ -3,7 +3,7 @@
 use super::options::Options;
 use super::run::Outcome;
 use super::{draw, draw_prompts};
-use candle_sam_lora::train::{best_evaluation, Evaluation, Prompt, Sample, Scores};
+use candle_sam_lora::train::{best_evaluation, ImageEvaluation, Prompt, Sample, Scores};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
 
@@ -69,7 +69,7 @@ pub fn side_by_side(left: &RgbImage, right: &RgbImage) -> RgbImage {
 }
 
 /// The image with what the model found in colour, the truth's outlines and the prompts in white.
-pub fn picture(sample: &Sample, evaluation: &Evaluation) -> anyhow::Result<RgbImage> {
+pub fn picture(sample: &Sample, evaluation: &ImageEvaluation) -> anyhow::Result<RgbImage> {
     let (width, height) = sample.image.dimensions();
     let factor = (PANEL / width.max(height)).max(1);
     let (width, height) = (width * factor, height * factor);

@@ -15,7 +15,9 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{evaluate, Batch, Dataset, PromptKind, Scores, StepScores, Trainer};
+use candle_sam_lora::train::{
+    evaluate_image, Batch, BatchSource, Dataset, PromptKind, Scores, StepScores, Trainer,
+};
 use candle_sam_lora::{files, Result};
 use serde_json::{json, Map};
 use std::path::{Path, PathBuf};
@@ -50,7 +52,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     };
     let (config, mut sam) = model::load_model(&folder, options.lora.attention(), dtype, &device)?;
     set_trainable(&mut sam, |_| false)?;
-    let processor = processor::from_folder(&folder, &config)?;
+    let processor = processor::load(&folder, &config)?;
     let (train, held_out) = datasets(options)?;
 
     say(format!("{} images to train on, {} held out", train.len(), held_out.len()));
@@ -67,7 +69,6 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let trainable = count_parameters(&sam).to_string();
     say(&trainable);
 
-    let mask_size = 4 * config.vision_config.grid_size();
     sam.vision_encoder.gradient_checkpointing = options.gradient_checkpointing;
     let mut settings = Map::from_iter([
         ("batch".to_string(), json!(batch)),
@@ -80,11 +81,16 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     }
     // After the settings: a run may go on with the same model from a folder.
     lora.base_model_name_or_path = name_on_the_hub(options, &folder);
-    let mut trainer = Trainer::new(&sam, options.trainer(), options.seed, settings)?;
-    let loss = |part, mode| {
-        Batch::draw(&train, &processor, &batch, mask_size, options.seed, part, &device)?
-            .loss(&sam, mode)
+    let mut trainer = Trainer::new(&sam, options.trainer())?.with_settings(settings);
+    let source = BatchSource {
+        dataset: &train,
+        processor: &processor,
+        config: batch,
+        mask_size: 4 * config.vision_config.grid_size(),
+        seed: options.seed,
+        device: &device,
     };
+    let loss = |part, mode| Batch::draw(&source, part)?.loss(&sam, mode);
     // A frozen clone has the same tensors, but its evaluation builds no graph.
     let evaluate = || {
         let mut sam = sam.clone();
@@ -178,7 +184,7 @@ fn judge(
     (0..held_out.len())
         .map(|index| {
             let sample = held_out.load(index)?;
-            let evaluation = evaluate(sam, processor, &sample, kind, device)?;
+            let evaluation = evaluate_image(sam, processor, &sample, kind, device)?;
             let drawn = index < overlays;
             let picture = drawn.then(|| report::picture(&sample, &evaluation)).transpose()?;
             Ok(Verdict { name: sample.name, scores: evaluation.scores, picture })

@@ -9,7 +9,7 @@ use candle_sam_lora::lora::{save_adapter, LoraConfig};
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::SamModel;
 use candle_sam_lora::train::{
-    best_evaluation, evaluations_since_best, EventFile, MetricsCsv, Scores, Step, Trainer,
+    best_evaluation, evaluations_since_best, EventFile, MetricsCsv, Scores, StepMetrics, Trainer,
 };
 use candle_sam_lora::Result;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -136,7 +136,7 @@ impl Log {
         })
     }
 
-    fn note(&mut self, step: &Step, scores: Option<&Scores>) -> Result<()> {
+    fn note(&mut self, step: &StepMetrics, scores: Option<&Scores>) -> Result<()> {
         self.table.row(step, scores)?;
         let Some(events) = &mut self.events else { return Ok(()) };
         let mut values = vec![

@@ -6,8 +6,8 @@ use candle_sam_lora::Result;
 use std::path::Path;
 
 /// The image processor in a model's folder. A folder without one is said so.
-pub fn from_folder(folder: &Path, config: &SamConfig) -> Result<SamProcessor> {
-    let processor = SamProcessor::from_folder(folder, config.vision_config.image_size)?;
+pub fn load(folder: &Path, config: &SamConfig) -> Result<SamProcessor> {
+    let processor = SamProcessor::load(folder, config.vision_config.image_size)?;
     if SamProcessor::config_file(folder)?.is_none() {
         console::say(format!(
             "{}: neither processor_config.json nor preprocessor_config.json is there; images are processed as SAM's are",

@@ -16,8 +16,8 @@ module_tree!(Small { attn => "layers.0.attn.q", norm => "neck.layer_norm1" });
 impl Small {
     /// All zero.
     pub fn new() -> Self {
-        let attn = nn::Linear::zeros(4, 2, true, DType::F32, &Device::Cpu).unwrap();
-        Self { attn, norm: nn::LayerNorm::new(3, 1e-6, DType::F32, &Device::Cpu).unwrap() }
+        let attn = nn::Linear::load(4, 2, candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
+        Self { attn, norm: nn::LayerNorm::load(3, 1e-6, candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap() }
     }
 }
 

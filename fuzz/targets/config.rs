@@ -6,16 +6,16 @@ use candle_sam_lora::sam::{SamConfig, SamProcessor};
 use candle_sam_lora_fuzz::{file, folder, Small};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    if let Ok(config) = SamConfig::from_file(file("config.json", bytes)) {
+    if let Ok(config) = SamConfig::load(file("config.json", bytes)) {
         // What is accepted is written and read back as it was.
         let again = file("again.json", config.to_json().unwrap().as_bytes());
-        let again = SamConfig::from_file(again).unwrap();
+        let again = SamConfig::load(again).unwrap();
         assert_eq!(again.vision_config.mlp_dim(), config.vision_config.mlp_dim());
         assert_eq!(again.prompt_encoder_config, config.prompt_encoder_config);
         assert_eq!(again.mask_decoder_config, config.mask_decoder_config);
     }
     file("preprocessor_config.json", bytes);
-    let _ = SamProcessor::from_folder(folder(), 1024);
+    let _ = SamProcessor::load(folder(), 1024);
     if let Ok(config) = LoraConfig::load(&file("adapter_config.json", bytes)) {
         let again = file("again.json", config.to_json().unwrap().as_bytes());
         let again = LoraConfig::load(&again).unwrap();

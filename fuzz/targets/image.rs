@@ -3,7 +3,7 @@
 
 use candle_core::Device;
 use candle_sam_lora::sam::{read_image, SamProcessor};
-use candle_sam_lora::train::{instances, read_labels};
+use candle_sam_lora::train::{find_instances, read_labels};
 use candle_sam_lora_fuzz::file;
 
 libfuzzer_sys::fuzz_target!(init: caught_panics_are_fine(), |bytes: &[u8]| {
@@ -21,7 +21,7 @@ libfuzzer_sys::fuzz_target!(init: caught_panics_are_fine(), |bytes: &[u8]| {
         let _ = SamProcessor::new(16).preprocess(&image, &Device::Cpu);
     }
     if let Ok(labels) = read_labels(&path) {
-        let found = instances(&labels, 1);
+        let found = find_instances(&labels, 1);
         assert!(!found.is_empty());
         let area: usize = found.iter().map(|instance| instance.area).sum();
         assert!(area <= labels.len());

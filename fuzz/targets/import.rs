@@ -94,7 +94,7 @@ module_tree!(Model { layers });
 impl Model {
     fn new() -> Self {
         let linear =
-            |(input, out)| nn::Linear::zeros(input, out, true, DType::F32, &Device::Cpu).unwrap();
+            |(input, out)| nn::Linear::load(input, out, candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
         let block = || {
             let [q, k, v] = [(4, 4); 3].map(linear);
             Block { q, k, v, lin1: linear((4, 6)), lin2: linear((6, 4)) }

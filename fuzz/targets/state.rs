@@ -4,7 +4,7 @@
 use arbitrary::Arbitrary;
 use candle_core::{Device, Tensor};
 use candle_sam_lora::nn::set_trainable;
-use candle_sam_lora::train::{AdamWConfig, State, Trainer};
+use candle_sam_lora::train::{AdamWConfig, TrainingState, Trainer, TrainerConfig};
 use candle_sam_lora_fuzz::{bits, file, folder, Small};
 use std::path::Path;
 
@@ -44,7 +44,7 @@ fn resume(path: &Path) {
     let mut model = Small::new();
     set_trainable(&mut model, |_| true).unwrap();
     let before = bits(&model);
-    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 1, Default::default()).unwrap();
+    let mut trainer = Trainer::new(&model, TrainerConfig { seed: 1, ..AdamWConfig::default().into() }).unwrap();
     if trainer.resume(path).is_err() {
         assert_eq!(bits(&model), before);
         assert_eq!(trainer.steps(), 0);
@@ -53,15 +53,15 @@ fn resume(path: &Path) {
 
 libfuzzer_sys::fuzz_target!(|input: Input| {
     let path = file("state.safetensors", input.bytes);
-    assert!(State::load(&path, &Device::Cpu).is_err() || input.bytes.len() > 100);
+    assert!(TrainingState::load(&path, &Device::Cpu).is_err() || input.bytes.len() > 100);
     let mut model = Small::new();
     set_trainable(&mut model, |_| true).unwrap();
     let path = folder().join("state");
-    Trainer::new(&model, AdamWConfig::default(), 1, Default::default())
+    Trainer::new(&model, TrainerConfig { seed: 1, ..AdamWConfig::default().into() })
         .unwrap()
         .save(&path)
         .unwrap();
-    let mut state = State::load(&path, &Device::Cpu).unwrap();
+    let mut state = TrainingState::load(&path, &Device::Cpu).unwrap();
     for (name, shape, rank, value) in &input.tensors {
         let shape: Vec<usize> =
             shape.iter().take(*rank as usize % 3).map(|d| *d as usize % 7).collect();

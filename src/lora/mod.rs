@@ -3,6 +3,7 @@
 //!
 //! ```
 //! use candle_core::{DType, Device};
+//! use candle_nn::VarBuilder;
 //! use candle_sam_lora::lora::{inject, count_parameters, LoraConfig};
 //! use candle_sam_lora::{module_tree, nn::Linear};
 //!
@@ -13,7 +14,7 @@
 //! module_tree!(Attention { q, v });
 //!
 //! # fn main() -> candle_sam_lora::Result<()> {
-//! let linear = || Linear::zeros(768, 768, true, DType::F32, &Device::Cpu);
+//! let linear = || Linear::load(768, 768, VarBuilder::zeros(DType::F32, &Device::Cpu));
 //! let mut model = Attention { q: linear()?, v: linear()? };
 //! let config = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
 //! inject(&mut model, &config, 0)?;

@@ -16,7 +16,8 @@ use super::tree::visit_layer;
 use super::{Adapters, LayerMut, Mode, ModuleTree, Node, NodeMut};
 use crate::module_tree;
 use crate::ops::{self, Activation, Projection};
-use candle_core::{bail, DType, Device, Result, Tensor, Var, D};
+use candle_core::{bail, DType, Result, Tensor, Var, D};
+use candle_nn::{Conv2dConfig, ConvTranspose2dConfig, VarBuilder};
 
 /// A convolution over `[B, H, W, in]`, with kernel = stride or with an odd kernel padded by half of it.
 #[derive(Clone, Debug)]
@@ -47,45 +48,39 @@ impl ModuleTree for Conv2d {
 }
 
 impl Conv2d {
-    /// All zero, with kernel = stride.
-    pub fn patches(
-        in_dim: usize,
-        out_dim: usize,
-        kernel: usize,
-        bias: bool,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        let weight = Tensor::zeros((out_dim, in_dim, kernel, kernel), dtype, device)?;
-        let bias = bias.then(|| Tensor::zeros(out_dim, dtype, device)).transpose()?;
-        Ok(Self { weight, bias, stride: kernel, adapters: Adapters::default() })
+    /// A convolution without adapters.
+    pub fn new(weight: Tensor, bias: Option<Tensor>, stride: usize) -> Self {
+        Self { weight, bias, stride, adapters: Adapters::default() }
     }
 
-    /// All zero, with stride 1 and an odd kernel, padded by half of it; no bias.
-    pub fn same(
-        in_dim: usize,
-        out_dim: usize,
-        kernel: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        Self::downsample(in_dim, out_dim, kernel, 1, dtype, device)
-    }
-
-    /// All zero, with this stride and an odd kernel, padded by half of it; no bias.
-    pub fn downsample(
+    /// A convolution with `weight` and `bias` of a `VarBuilder`; a `VarMap` draws them as for `candle_nn::conv2d`.
+    ///
+    /// # Errors
+    /// - a tensor is missing or has another shape;
+    /// - the kernel is neither the stride nor odd, or is smaller than the stride.
+    pub fn load(
         in_dim: usize,
         out_dim: usize,
         kernel: usize,
         stride: usize,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        if kernel.is_multiple_of(2) {
-            bail!("conv2d: padding by half needs an odd kernel, got {kernel}")
-        }
-        let conv = Self::patches(in_dim, out_dim, kernel, false, dtype, device)?;
-        Ok(Self { stride, ..conv })
+        candle_nn::conv2d(in_dim, out_dim, kernel, candle_config(kernel, stride), vb)?.try_into()
+    }
+
+    /// As [`load`](Self::load), without a bias.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_no_bias(
+        in_dim: usize,
+        out_dim: usize,
+        kernel: usize,
+        stride: usize,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        candle_nn::conv2d_no_bias(in_dim, out_dim, kernel, candle_config(kernel, stride), vb)?
+            .try_into()
     }
 
     /// `[B, H, W, in] -> [B, H / stride, W / stride, out]`, rounded up
@@ -138,6 +133,12 @@ impl Conv2d {
             (kernel, stride) => overlapping(x, kernel, stride),
         }
     }
+}
+
+/// Without padding where the windows do not overlap, else padded by half the kernel.
+pub(super) fn candle_config(kernel: usize, stride: usize) -> Conv2dConfig {
+    let padding = if kernel == stride { 0 } else { kernel / 2 };
+    Conv2dConfig { padding, stride, ..Default::default() }
 }
 
 /// `[B, h k, w k, C] -> [B, h, w, k k C]`
@@ -203,16 +204,14 @@ pub struct ConvTranspose2d {
 module_tree!(ConvTranspose2d { weight, bias });
 
 impl ConvTranspose2d {
-    /// All zero.
-    pub fn zeros(
-        in_dim: usize,
-        out_dim: usize,
-        kernel: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        let weight = Tensor::zeros((in_dim, out_dim, kernel, kernel), dtype, device)?;
-        Ok(Self { weight, bias: Tensor::zeros(out_dim, dtype, device)? })
+    /// A convolution with `weight` and `bias` of a `VarBuilder`; a `VarMap` draws them as for
+    /// `candle_nn::conv_transpose2d`.
+    ///
+    /// # Errors
+    /// - a tensor is missing or has another shape.
+    pub fn load(in_dim: usize, out_dim: usize, kernel: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        let config = ConvTranspose2dConfig { stride: kernel, ..Default::default() };
+        candle_nn::conv_transpose2d(in_dim, out_dim, kernel, config, vb)?.try_into()
     }
 
     /// `act(conv(x))`: `[B, H, W, in] -> [B, H k, W k, out]`
@@ -246,6 +245,7 @@ impl ConvTranspose2d {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     fn random(shape: &[usize], seed: f64) -> Result<Tensor> {
         let count = shape.iter().product::<usize>();
@@ -287,12 +287,7 @@ mod tests {
             // Square: the backward of candle's own takes the height for the width.
             let x = candle_core::Var::from_tensor(&random(&[2, h, h, 3], 1.)?)?;
             let weight = candle_core::Var::from_tensor(&random(&[5, 3, kernel, kernel], 2.)?)?;
-            let conv = Conv2d {
-                weight: weight.as_tensor().clone(),
-                bias: None,
-                stride,
-                adapters: Adapters::default(),
-            };
+            let conv = Conv2d::new(weight.as_tensor().clone(), None, stride);
             let ours = conv.forward(&x, Mode::Eval)?;
             let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
             let theirs = nchw.conv2d(&weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?;
@@ -320,7 +315,7 @@ mod tests {
 
     #[test]
     fn shapes_that_do_not_fit_are_refused() -> Result<()> {
-        let conv = Conv2d::patches(3, 5, 2, true, DType::F32, &Device::Cpu)?;
+        let conv = Conv2d::load(3, 5, 2, 2, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
         for shape in [&[1, 4, 5, 3][..], &[1, 4, 4, 2], &[4, 4, 3]] {
             let error = conv.forward(&random(shape, 0.)?, Mode::Eval).map(|_| ());
             let message = error.expect_err("accepted").to_string();

@@ -1,7 +1,8 @@
 //! A few learned vectors under the name a checkpoint gives them.
 
 use crate::module_tree;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
 
 /// A table of learned vectors; the model takes rows of it as they are.
 #[derive(Clone, Debug)]
@@ -13,8 +14,11 @@ pub struct Embedding {
 module_tree!(Embedding { weight });
 
 impl Embedding {
-    /// All zero.
-    pub fn zeros(count: usize, size: usize, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(Self { weight: Tensor::zeros((count, size), dtype, device)? })
+    /// A table with the `weight` of a `VarBuilder`; a `VarMap` draws it as for `candle_nn::embedding`.
+    ///
+    /// # Errors
+    /// - the weight is missing or has another shape.
+    pub fn load(count: usize, size: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        candle_nn::embedding(count, size, vb).map(Self::from)
     }
 }

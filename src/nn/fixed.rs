@@ -8,14 +8,15 @@ use super::{ModuleTree, Node, NodeMut};
 use crate::Result;
 use candle_core::Tensor;
 
-/// A parameter that is neither trained nor counted, unless an adapter saves its module.
+/// A parameter that is neither trained nor counted, unless an adapter saves its module: a constant shows as a buffer, a
+/// variable and a view of one as a parameter.
 #[derive(Clone, Debug)]
 pub struct Fixed(pub Tensor);
 
 impl ModuleTree for Fixed {
     fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
         f(path, Node::Fixed);
-        match self.0.is_variable() {
+        match self.0.track_op() {
             true => f(path, Node::Parameter(&self.0)),
             false => f(path, Node::Buffer(&self.0)),
         }
@@ -26,7 +27,7 @@ impl ModuleTree for Fixed {
         path: &str,
         f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
     ) -> Result<()> {
-        match self.0.is_variable() {
+        match self.0.track_op() {
             true => f(path, NodeMut::Parameter(&mut self.0)),
             false => f(path, NodeMut::Buffer(&mut self.0)),
         }

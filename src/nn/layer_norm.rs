@@ -2,7 +2,8 @@
 
 use crate::ops::Norm;
 use crate::{module_tree, ops};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
 
 /// `(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
 #[derive(Clone, Debug)]
@@ -18,10 +19,17 @@ pub struct LayerNorm {
 module_tree!(LayerNorm { weight, bias });
 
 impl LayerNorm {
-    /// Weight one, bias zero.
-    pub fn new(size: usize, eps: f64, dtype: DType, device: &Device) -> Result<Self> {
-        let weight = Tensor::ones(size, dtype, device)?;
-        Ok(Self { weight, bias: Tensor::zeros(size, dtype, device)?, eps })
+    /// A norm with these parameters, `[C]` each.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self { weight, bias, eps }
+    }
+
+    /// A norm with `weight` and `bias` of a `VarBuilder`; a `VarMap` starts them at one and zero.
+    ///
+    /// # Errors
+    /// - a tensor is missing or has another shape.
+    pub fn load(size: usize, eps: f64, vb: VarBuilder<'_>) -> Result<Self> {
+        candle_nn::layer_norm(size, eps, vb)?.try_into()
     }
 
     /// `[.., C] -> [.., C]`

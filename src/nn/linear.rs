@@ -14,7 +14,8 @@ use super::tree::visit_layer;
 use super::{Adapter, Adapters, LayerMut, Mode, ModuleTree, Node, NodeMut, DEFAULT_ADAPTER};
 use crate::ops::{self, Activation, Projection};
 use crate::{philox, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
+use candle_nn::VarBuilder;
 
 /// `y = x W^T + b`, plus adapters where they were injected.
 #[derive(Clone, Debug)]
@@ -33,17 +34,24 @@ impl Linear {
         Self { weight, bias, adapters: Adapters::default() }
     }
 
-    /// All zero, to be filled from a checkpoint.
-    pub fn zeros(
+    /// A layer with `weight` and `bias` of a `VarBuilder`; a `VarMap` draws them as for `candle_nn::linear`.
+    ///
+    /// # Errors
+    /// - a tensor is missing or has another shape.
+    pub fn load(in_dim: usize, out_dim: usize, vb: VarBuilder<'_>) -> candle_core::Result<Self> {
+        candle_nn::linear(in_dim, out_dim, vb).map(Self::from)
+    }
+
+    /// As [`load`](Self::load), without a bias.
+    ///
+    /// # Errors
+    /// - the weight is missing or has another shape.
+    pub fn load_no_bias(
         in_dim: usize,
         out_dim: usize,
-        bias: bool,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
     ) -> candle_core::Result<Self> {
-        let weight = Tensor::zeros((out_dim, in_dim), dtype, device)?;
-        let bias = bias.then(|| Tensor::zeros(out_dim, dtype, device)).transpose()?;
-        Ok(Self::new(weight, bias))
+        candle_nn::linear_no_bias(in_dim, out_dim, vb).map(Self::from)
     }
 
     /// Width of the input.
@@ -120,9 +128,9 @@ impl Linear {
         residual.map_or(Ok(y.clone()), |residual| residual + &y)
     }
 
-    /// Puts `adapter` on this layer as the one in use, with the dropout stream of the layer's name.
-    pub fn set_adapter(&mut self, name: &str, adapter: Adapter) {
-        let adapter = Adapter { stream: philox::stream_of(name), ..adapter };
+    /// Puts `adapter` on this layer as the only one in use, with the dropout stream of the layer's path in its model.
+    pub fn put_adapter(&mut self, path: &str, adapter: Adapter) {
+        let adapter = Adapter { stream: philox::stream_of(path), ..adapter };
         self.adapters.insert(DEFAULT_ADAPTER, adapter);
         self.adapters.active = vec![DEFAULT_ADAPTER.to_string()];
     }

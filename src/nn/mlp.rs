@@ -3,9 +3,10 @@
 use super::{LayerNorm, Linear, Mode};
 use crate::module_tree;
 use crate::ops::{self, Activation};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
+use candle_nn::VarBuilder;
 
-/// `lin2(act(lin1(x))) + residual`
+/// `lin2(act(lin1(x)))`
 #[derive(Clone, Debug)]
 pub struct MlpBlock {
     /// `[C] -> [mlp_dim]`
@@ -19,19 +20,19 @@ pub struct MlpBlock {
 module_tree!(MlpBlock { lin1, lin2 });
 
 impl MlpBlock {
-    /// All zero.
-    pub fn zeros(
+    /// A perceptron with `lin1` and `lin2` of a `VarBuilder`.
+    ///
+    /// # Errors
+    /// - a tensor is missing or has another shape.
+    pub fn load(
         size: usize,
         mlp_dim: usize,
         activation: Activation,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        Ok(Self {
-            lin1: Linear::zeros(size, mlp_dim, true, dtype, device)?,
-            lin2: Linear::zeros(mlp_dim, size, true, dtype, device)?,
-            activation,
-        })
+        let lin1 = Linear::load(size, mlp_dim, vb.pp("lin1"))?;
+        let lin2 = Linear::load(mlp_dim, size, vb.pp("lin2"))?;
+        Ok(Self { lin1, lin2, activation })
     }
 
     /// `x + mlp(norm(x))`: `[.., C] -> [.., C]`
@@ -42,13 +43,23 @@ impl MlpBlock {
                 ops::mlp_block(x, &norm.parameters(), &lin1, self.activation, &lin2)
             }
             // Some output is no sum of base and low-rank part, as with DoRA.
-            _ => self.forward(&norm.forward(x)?, x, mode),
+            _ => self.forward_onto(&norm.forward(x)?, Some(x), mode),
         }
     }
 
-    /// `[.., C] -> [.., C]`
-    pub fn forward(&self, x: &Tensor, residual: &Tensor, mode: Mode) -> Result<Tensor> {
+    /// `mlp(x)`: `[.., C] -> [.., C]`
+    pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.forward_onto(x, None, mode)
+    }
+
+    /// `residual + mlp(x)`: `[.., C] -> [.., C]`
+    pub fn forward_onto(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        mode: Mode,
+    ) -> Result<Tensor> {
         let hidden = self.lin1.forward_fused(x, self.activation, None, mode)?;
-        self.lin2.forward_fused(&hidden, Activation::Identity, Some(residual), mode)
+        self.lin2.forward_fused(&hidden, Activation::Identity, residual, mode)
     }
 }

@@ -18,7 +18,8 @@ use super::SamVisionConfig;
 use crate::nn::{LayerNorm, Linear, Mode, ModuleTree};
 use crate::ops::{self, composed, Activation, RelPosAttention};
 use crate::{module_tree, philox};
-use candle_core::{bail, DType, Device, Result, Tensor, D};
+use candle_core::{bail, Result, Tensor, D};
+use candle_nn::VarBuilder;
 use dyn_clone::DynClone;
 use std::any::Any;
 use std::fmt::Debug;
@@ -48,8 +49,8 @@ pub trait VisionAttention: ModuleTree + DynClone + Any + Debug + Send + Sync {
 
 dyn_clone::clone_trait_object!(VisionAttention);
 
-/// What an attention is built from: the configuration and the place in the encoder.
-#[derive(Clone, Debug)]
+/// What an attention is built from: the configuration, the place in the encoder, and its tensors.
+#[derive(Clone)]
 pub struct LayerContext<'a> {
     /// The encoder's configuration.
     pub config: &'a SamVisionConfig,
@@ -57,21 +58,26 @@ pub struct LayerContext<'a> {
     pub index: usize,
     /// The attention's dotted name in a [`SamModel`](super::SamModel), from which its dropout masks are derived.
     pub name: String,
-    /// Of the parameters.
-    pub dtype: DType,
-    /// Of the parameters.
-    pub device: &'a Device,
+    /// The attention's tensors, their dtype and device.
+    pub vb: VarBuilder<'a>,
+}
+
+impl Debug for LayerContext<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { config, index, name, vb } = self;
+        f.debug_struct("LayerContext")
+            .field("config", config)
+            .field("index", index)
+            .field("name", name)
+            .field("vb", &vb.prefix())
+            .finish()
+    }
 }
 
 impl<'a> LayerContext<'a> {
-    pub(super) fn new(
-        config: &'a SamVisionConfig,
-        index: usize,
-        dtype: DType,
-        device: &'a Device,
-    ) -> Self {
+    pub(super) fn new(config: &'a SamVisionConfig, index: usize, vb: VarBuilder<'a>) -> Self {
         let name = format!("vision_encoder.layers.{index}.attn");
-        Self { config, index, name, dtype, device }
+        Self { config, index, name, vb }
     }
 
     /// Side of the layer's square windows; none for global attention.
@@ -79,9 +85,10 @@ impl<'a> LayerContext<'a> {
         self.config.window(self.index)
     }
 
-    /// A projection `[C] -> [out_dim]`, all zero.
-    pub fn linear(&self, out_dim: usize, bias: bool) -> Result<Linear> {
-        Linear::zeros(self.config.hidden_size, out_dim, bias, self.dtype, self.device)
+    /// The projection `[C] -> [out_dim]` called `name`.
+    pub fn linear(&self, name: &str, out_dim: usize, bias: bool) -> Result<Linear> {
+        let load = if bias { Linear::load } else { Linear::load_no_bias };
+        load(self.config.hidden_size, out_dim, self.vb.pp(name))
     }
 }
 
@@ -96,7 +103,7 @@ pub enum AttentionKind {
 }
 
 impl AttentionKind {
-    /// The attention of one layer, all zero.
+    /// The attention of one layer.
     pub fn build(self, layer: &LayerContext<'_>) -> Result<Box<dyn VisionAttention>> {
         Ok(match self {
             Self::Fused => Box::new(SamVisionAttention::new(layer)?),
@@ -125,22 +132,23 @@ pub struct RelPosCore {
 module_tree!(RelPosCore { rel_pos_h, rel_pos_w });
 
 impl RelPosCore {
-    /// Tables all zero.
+    /// With the tables of a layer, `rel_pos_h` and `rel_pos_w`.
     ///
     /// # Errors
-    /// When the configuration is impossible, the dtype is none of f32, f16 and bf16, or a tensor cannot be allocated.
+    /// - the configuration is impossible;
+    /// - the dtype is none of f32, f16 and bf16;
+    /// - a table is missing or has another shape.
     pub fn new(layer: &LayerContext<'_>) -> Result<Self> {
         let config = layer.config;
         config.validate()?;
-        require_dtype(layer.dtype)?;
-        let table = || {
+        require_dtype(layer.vb.dtype())?;
+        let table = |name| {
             let dims = (config.rel_pos_len(layer.index), config.head_dim());
-            let table = || Tensor::zeros(dims, layer.dtype, layer.device);
-            config.use_rel_pos.then(table).transpose()
+            config.use_rel_pos.then(|| layer.vb.get(dims, name)).transpose()
         };
         Ok(Self {
-            rel_pos_h: table()?,
-            rel_pos_w: table()?,
+            rel_pos_h: table("rel_pos_h")?,
+            rel_pos_w: table("rel_pos_w")?,
             num_heads: config.num_attention_heads,
             window: layer.window(),
             dropout: config.attention_dropout,
@@ -213,13 +221,16 @@ pub struct SamVisionAttention {
 module_tree!(SamVisionAttention { core => "", qkv, proj });
 
 impl SamVisionAttention {
-    /// All zero.
+    /// With the tensors of a layer.
+    ///
+    /// # Errors
+    /// As [`RelPosCore::new`].
     pub fn new(layer: &LayerContext<'_>) -> Result<Self> {
         let size = layer.config.hidden_size;
         Ok(Self {
             core: RelPosCore::new(layer)?,
-            qkv: layer.linear(3 * size, layer.config.qkv_bias)?,
-            proj: layer.linear(size, true)?,
+            qkv: layer.linear("qkv", 3 * size, layer.config.qkv_bias)?,
+            proj: layer.linear("proj", size, true)?,
         })
     }
 
@@ -260,16 +271,19 @@ pub struct SamVisionAttentionSplit {
 module_tree!(SamVisionAttentionSplit { core => "", q, k, v, proj });
 
 impl SamVisionAttentionSplit {
-    /// All zero.
+    /// With the tensors of a layer.
+    ///
+    /// # Errors
+    /// As [`RelPosCore::new`].
     pub fn new(layer: &LayerContext<'_>) -> Result<Self> {
         let size = layer.config.hidden_size;
-        let projection = || layer.linear(size, layer.config.qkv_bias);
+        let projection = |name| layer.linear(name, size, layer.config.qkv_bias);
         Ok(Self {
             core: RelPosCore::new(layer)?,
-            q: projection()?,
-            k: projection()?,
-            v: projection()?,
-            proj: layer.linear(size, true)?,
+            q: projection("q")?,
+            k: projection("k")?,
+            v: projection("v")?,
+            proj: layer.linear("proj", size, true)?,
         })
     }
 

@@ -152,10 +152,10 @@ impl SamVisionConfig {
     /// - the file cannot be read or is no JSON;
     /// - a value is of the wrong kind;
     /// - the file describes no possible model.
-    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if model_type(path)? != Self::MODEL_TYPE {
-            return Ok(SamConfig::from_file(path)?.vision_config);
+            return Ok(SamConfig::load(path)?.vision_config);
         }
         let config: Self = read(path, "the configuration of an image encoder")?;
         config.validate().map_err(|e| Error::file(path, e.to_string()))?;
@@ -346,7 +346,7 @@ impl SamConfig {
     /// - the file cannot be read or is no JSON;
     /// - a value is of the wrong kind;
     /// - the file describes no possible SAM, or an image encoder alone.
-    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let config: Self = read(path, "a SAM configuration")?;
         config.validate().map_err(|e| Error::file(path, e.to_string()))?;

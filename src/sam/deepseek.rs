@@ -13,10 +13,11 @@
 use super::checkpoint;
 use super::{AttentionKind, LayerContext, SamVisionConfig, SamVisionEncoder, VisionAttention};
 use crate::module_tree;
-use crate::nn::{self, Conv2d, Mode};
+use crate::nn::{self, module_in_evaluation, Conv2d, Mode};
 use crate::ops::{broadcast_add, resize_bicubic};
-use crate::{Error, Result};
+use crate::{hub, Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use std::path::Path;
 
 /// The image encoder of DeepSeek-OCR. Its names are those of a SAM's image encoder, so adapters and
@@ -33,20 +34,27 @@ pub struct DeepSeekOcrEncoder {
 
 module_tree!(DeepSeekOcrEncoder { sam => "", net_2, net_3 });
 
+module_in_evaluation! {
+    /// `[B, channels, S, S] -> [B, 1024, h / 4, h / 4]` in evaluation.
+    DeepSeekOcrEncoder,
+}
+
 impl DeepSeekOcrEncoder {
-    /// All zero; `widths` are those of `net_2` and `net_3`. DeepSeek-OCR has SAM ViT-B's encoder, the default
-    /// configuration, and `[512, 1024]`.
+    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives an encoder to be filled.
+    ///
+    /// `widths` are those of `net_2` and `net_3`. DeepSeek-OCR has SAM ViT-B's encoder, the default configuration, and
+    /// `[512, 1024]`.
     ///
     /// # Errors
-    /// When the configuration is impossible or a tensor cannot be allocated.
+    /// - a width is 0;
+    /// - as [`SamVisionEncoder::new`].
     pub fn new(
         config: &SamVisionConfig,
         widths: [usize; 2],
         kind: AttentionKind,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        Self::with_attention(config, widths, dtype, device, |layer| kind.build(layer))
+        Self::with_attention(config, widths, vb, |layer| kind.build(layer))
     }
 
     /// As `new`, with the attention that `build` makes for each layer.
@@ -56,8 +64,7 @@ impl DeepSeekOcrEncoder {
     pub fn with_attention(
         config: &SamVisionConfig,
         [width_2, width_3]: [usize; 2],
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
         build: impl FnMut(&LayerContext<'_>) -> candle_core::Result<Box<dyn VisionAttention>>,
     ) -> Result<Self> {
         for (name, width) in [("net_2", width_2), ("net_3", width_3)] {
@@ -68,28 +75,30 @@ impl DeepSeekOcrEncoder {
             }
         }
         config.validate()?;
-        let halving = |from, to| Conv2d::downsample(from, to, 3, 2, dtype, device);
+        let halving = |from, to, name| Conv2d::load_no_bias(from, to, 3, 2, vb.pp(name));
         Ok(Self {
-            sam: SamVisionEncoder::with_attention(config, dtype, device, build)?,
-            net_2: halving(config.output_channels, width_2)?,
-            net_3: halving(width_2, width_3)?,
+            sam: SamVisionEncoder::with_attention(config, vb.clone(), build)?,
+            net_2: halving(config.output_channels, width_2, "net_2")?,
+            net_3: halving(width_2, width_3, "net_3")?,
         })
     }
 
-    /// The encoder in a checkpoint of DeepSeek-OCR, with the widths that `net_2` and `net_3` have there; the rest of
-    /// the checkpoint is left alone.
+    /// The encoder in a checkpoint of DeepSeek-OCR: a file, a folder, or a name on the Hugging Face hub (feature `hub`).
+    /// `net_2` and `net_3` get the widths that they have there; the rest of the checkpoint is left alone.
     ///
     /// # Errors
-    /// As [`checkpoint::load`].
-    pub fn from_checkpoint(
-        path: impl AsRef<Path>,
+    /// - there is no such path, and the hub does not give it;
+    /// - as [`checkpoint::load`].
+    pub fn from_pretrained(
+        name: impl AsRef<Path>,
         kind: AttentionKind,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
         /// Far above any real width, far below an allocation that hurts.
         const WIDEST: usize = 1 << 13;
-        let path = path.as_ref();
+        let path = hub::folder(name)?;
+        let path = path.as_path();
         let width = |name: &str| match nn::checkpoint::shape_of(path, name)?[..] {
             [width @ 1..=WIDEST, _, 3, 3] => Ok(width),
             ref other => Err(Error::file(
@@ -98,7 +107,8 @@ impl DeepSeekOcrEncoder {
             )),
         };
         let widths = [width("net_2.weight")?, width("net_3.weight")?];
-        let mut encoder = Self::new(&SamVisionConfig::default(), widths, kind, dtype, device)?;
+        let vb = VarBuilder::zeros(dtype, device);
+        let mut encoder = Self::new(&SamVisionConfig::default(), widths, kind, vb)?;
         nn::checkpoint::load(&mut encoder, path, &checkpoint::DEEPSEEK_OCR)?;
         Ok(encoder)
     }

@@ -10,9 +10,10 @@
 use super::validate::require_dtype;
 use super::{AttentionKind, LayerContext, SamVisionConfig, VisionAttention};
 use crate::module_tree;
-use crate::nn::{gradient_checkpoint, Conv2d, LayerNorm, MlpBlock, Mode};
+use crate::nn::{gradient_checkpoint, module_in_evaluation, Conv2d, LayerNorm, MlpBlock, Mode};
 use crate::ops;
-use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
+use candle_nn::VarBuilder;
 
 /// Epsilon of [`SamVisionNeck`]'s norms, whatever the configuration says of the others.
 const NECK_EPS: f64 = 1e-6;
@@ -61,21 +62,18 @@ pub struct SamVisionLayer {
 module_tree!(SamVisionLayer { layer_norm1, attn, layer_norm2, mlp });
 
 impl SamVisionLayer {
-    fn new(layer: &LayerContext<'_>, attn: Box<dyn VisionAttention>) -> Result<Self> {
-        let config = layer.config;
-        let norm =
-            || LayerNorm::new(config.hidden_size, config.layer_norm_eps, layer.dtype, layer.device);
+    fn new(
+        config: &SamVisionConfig,
+        attn: Box<dyn VisionAttention>,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        let (size, activation) = (config.hidden_size, config.hidden_act.into());
+        let norm = |name| LayerNorm::load(size, config.layer_norm_eps, vb.pp(name));
         Ok(Self {
-            layer_norm1: norm()?,
+            layer_norm1: norm("layer_norm1")?,
             attn,
-            layer_norm2: norm()?,
-            mlp: MlpBlock::zeros(
-                config.hidden_size,
-                config.mlp_dim(),
-                config.hidden_act.into(),
-                layer.dtype,
-                layer.device,
-            )?,
+            layer_norm2: norm("layer_norm2")?,
+            mlp: MlpBlock::load(size, config.mlp_dim(), activation, vb.pp("mlp"))?,
         })
     }
 
@@ -109,6 +107,16 @@ pub struct SamVisionNeck {
 module_tree!(SamVisionNeck { conv1, layer_norm1, conv2, layer_norm2 });
 
 impl SamVisionNeck {
+    fn new(config: &SamVisionConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        let (size, out) = (config.hidden_size, config.output_channels);
+        Ok(Self {
+            conv1: Conv2d::load_no_bias(size, out, 1, 1, vb.pp("conv1"))?,
+            layer_norm1: LayerNorm::load(out, NECK_EPS, vb.pp("layer_norm1"))?,
+            conv2: Conv2d::load_no_bias(out, out, 3, 1, vb.pp("conv2"))?,
+            layer_norm2: LayerNorm::load(out, NECK_EPS, vb.pp("layer_norm2"))?,
+        })
+    }
+
     /// `[B, H, W, C] -> [B, H, W, output_channels]`
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let x = self.layer_norm1.forward(&self.conv1.forward(x, mode)?)?;
@@ -116,11 +124,15 @@ impl SamVisionNeck {
     }
 }
 
-/// `[B, channels, S, S] -> [B, output_channels, h, w]` in evaluation.
-impl candle_nn::Module for SamVisionEncoder {
-    fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
-        SamVisionEncoder::forward(self, pixel_values, Mode::Eval)
-    }
+module_in_evaluation! {
+    /// `[B, channels, S, S] -> [B, h, w, C]` in evaluation.
+    SamPatchEmbeddings,
+    /// `[B, H, W, C] -> [B, H, W, C]` in evaluation.
+    SamVisionLayer,
+    /// `[B, H, W, C] -> [B, H, W, output_channels]` in evaluation.
+    SamVisionNeck,
+    /// `[B, channels, S, S] -> [B, output_channels, h, w]` in evaluation.
+    SamVisionEncoder,
 }
 
 /// The image encoder.
@@ -153,52 +165,42 @@ pub struct SamVisionEncoderOutput {
 }
 
 impl SamVisionEncoder {
-    /// All zero, with the same attention in every layer.
+    /// With the tensors of a `VarBuilder` and the same attention in every layer. `VarBuilder::zeros` gives an encoder to
+    /// be filled.
     ///
     /// # Errors
     /// - the configuration is impossible, see [`SamVisionConfig::validate`];
     /// - the dtype is none of f32, f16 and bf16;
-    /// - a tensor cannot be allocated.
-    pub fn new(
-        config: &SamVisionConfig,
-        kind: AttentionKind,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        Self::with_attention(config, dtype, device, |layer| kind.build(layer))
+    /// - a tensor is missing or has another shape.
+    pub fn new(config: &SamVisionConfig, kind: AttentionKind, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::with_attention(config, vb, |layer| kind.build(layer))
     }
 
-    /// All zero, with the attention that `build` makes for each layer.
+    /// As `new`, with the attention that `build` makes for each layer.
     ///
     /// # Errors
     /// As `new`; besides when `build` fails.
     pub fn with_attention(
         config: &SamVisionConfig,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
         mut build: impl FnMut(&LayerContext<'_>) -> Result<Box<dyn VisionAttention>>,
     ) -> Result<Self> {
         config.validate()?;
-        require_dtype(dtype)?;
-        let (size, out, side) = (config.hidden_size, config.output_channels, config.grid_size());
-        let pos_embed = || Tensor::zeros((1, side, side, size), dtype, device);
-        let patch = config.patch_size;
-        let projection = Conv2d::patches(config.num_channels, size, patch, true, dtype, device)?;
+        require_dtype(vb.dtype())?;
+        let (size, side, patch) = (config.hidden_size, config.grid_size(), config.patch_size);
+        let pos_embed = || vb.get((1, side, side, size), "pos_embed");
+        let projection = vb.pp("patch_embed.projection");
+        let projection = Conv2d::load(config.num_channels, size, patch, patch, projection)?;
         let layers = (0..config.num_hidden_layers).map(|index| {
-            let layer = LayerContext::new(config, index, dtype, device);
-            let attn = build(&layer)?;
-            SamVisionLayer::new(&layer, attn)
+            let vb = vb.pp("layers").pp(index);
+            let attn = build(&LayerContext::new(config, index, vb.pp("attn")))?;
+            SamVisionLayer::new(config, attn, vb)
         });
         Ok(Self {
             pos_embed: config.use_abs_pos.then(pos_embed).transpose()?,
             patch_embed: SamPatchEmbeddings { projection, image_size: config.image_size },
             layers: layers.collect::<Result<_>>()?,
-            neck: SamVisionNeck {
-                conv1: Conv2d::patches(size, out, 1, false, dtype, device)?,
-                layer_norm1: LayerNorm::new(out, NECK_EPS, dtype, device)?,
-                conv2: Conv2d::same(out, out, 3, dtype, device)?,
-                layer_norm2: LayerNorm::new(out, NECK_EPS, dtype, device)?,
-            },
+            neck: SamVisionNeck::new(config, vb.pp("neck"))?,
             gradient_checkpointing: false,
         })
     }

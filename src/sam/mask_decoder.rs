@@ -13,9 +13,10 @@ use super::transformer::SharedImage;
 use super::validate::require_dtype;
 use super::{SamMaskDecoderConfig, SamTwoWayTransformer};
 use crate::module_tree;
-use crate::nn::{ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
+use crate::nn::{module_in_evaluation, ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
 use crate::ops::{self, Activation};
-use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
+use candle_nn::VarBuilder;
 use std::ops::Range;
 
 /// Prompts of an image that are decoded at one time when nothing is trained: each has images of its own, 4 MB a layer,
@@ -38,19 +39,18 @@ pub struct SamFeedForward {
 
 module_tree!(SamFeedForward { proj_in, proj_out, layers });
 
+module_in_evaluation! {
+    /// `[.., input] -> [.., output]` in evaluation.
+    SamFeedForward,
+}
+
 impl SamFeedForward {
-    fn zeros(
-        [input, hidden, output]: [usize; 3],
-        depth: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        let linear = |from, to| Linear::zeros(from, to, true, dtype, device);
-        let between = depth.saturating_sub(2);
+    fn new([input, hidden, output]: [usize; 3], depth: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        let between = |i: usize| Linear::load(hidden, hidden, vb.pp("layers").pp(i));
         Ok(Self {
-            proj_in: linear(input, hidden)?,
-            proj_out: linear(hidden, output)?,
-            layers: (0..between).map(|_| linear(hidden, hidden)).collect::<Result<_>>()?,
+            proj_in: Linear::load(input, hidden, vb.pp("proj_in"))?,
+            proj_out: Linear::load(hidden, output, vb.pp("proj_out"))?,
+            layers: (0..depth.saturating_sub(2)).map(between).collect::<Result<_>>()?,
         })
     }
 
@@ -62,6 +62,19 @@ impl SamFeedForward {
         }
         self.proj_out.forward(&x, mode)
     }
+}
+
+/// What the mask decoder looks at: B images, P prompts for each, of N tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct SamMaskDecoderInput<'a> {
+    /// `[B, C, h, w]`
+    pub image_embeddings: &'a Tensor,
+    /// `[1, h, w, C]`
+    pub image_positions: &'a Tensor,
+    /// Points and boxes, `[B, P, N, C]`; without them P is 1.
+    pub sparse: Option<&'a Tensor>,
+    /// Added to the image: `[B, h, w, C]` or what broadcasts to it.
+    pub dense: &'a Tensor,
 }
 
 /// The mask decoder.
@@ -97,45 +110,50 @@ module_tree!(SamMaskDecoder {
 });
 
 impl SamMaskDecoder {
-    /// All zero.
+    /// With the tensors of a `VarBuilder`.
     ///
     /// # Errors
-    /// When the heads do not divide the channels, or the dtype is none of f32, f16 and bf16.
-    pub fn zeros(config: &SamMaskDecoderConfig, dtype: DType, device: &Device) -> Result<Self> {
-        require_dtype(dtype)?;
+    /// - the configuration is impossible, see [`SamMaskDecoderConfig::validate`];
+    /// - the dtype is none of f32, f16 and bf16;
+    /// - a tensor is missing or has another shape.
+    pub fn new(config: &SamMaskDecoderConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        config.validate()?;
+        require_dtype(vb.dtype())?;
         let (size, masks) = (config.hidden_size, config.num_multimask_outputs + 1);
         let (quarter, eighth) = (size / 4, size / 8);
-        let hypernetwork = |_| SamFeedForward::zeros([size, size, eighth], 3, dtype, device);
+        let hypernetworks = vb.pp("output_hypernetworks_mlps");
+        let hypernetwork =
+            |mask: usize| SamFeedForward::new([size, size, eighth], 3, hypernetworks.pp(mask));
         let head = [size, config.iou_head_hidden_dim, masks];
+        let norm = vb.pp("upscale_layer_norm");
         Ok(Self {
-            iou_token: Embedding::zeros(1, size, dtype, device)?,
-            mask_tokens: Embedding::zeros(masks, size, dtype, device)?,
-            transformer: SamTwoWayTransformer::zeros(config, dtype, device)?,
-            upscale_conv1: ConvTranspose2d::zeros(size, quarter, 2, dtype, device)?,
-            upscale_conv2: ConvTranspose2d::zeros(quarter, eighth, 2, dtype, device)?,
-            upscale_layer_norm: LayerNorm::new(quarter, UPSCALE_EPS, dtype, device)?,
+            iou_token: Embedding::load(1, size, vb.pp("iou_token"))?,
+            mask_tokens: Embedding::load(masks, size, vb.pp("mask_tokens"))?,
+            transformer: SamTwoWayTransformer::new(config, vb.pp("transformer"))?,
+            upscale_conv1: ConvTranspose2d::load(size, quarter, 2, vb.pp("upscale_conv1"))?,
+            upscale_conv2: ConvTranspose2d::load(quarter, eighth, 2, vb.pp("upscale_conv2"))?,
+            upscale_layer_norm: LayerNorm::load(quarter, UPSCALE_EPS, norm)?,
             output_hypernetworks_mlps: (0..masks).map(hypernetwork).collect::<Result<_>>()?,
-            iou_prediction_head: SamFeedForward::zeros(head, config.iou_head_depth, dtype, device)?,
+            iou_prediction_head: SamFeedForward::new(
+                head,
+                config.iou_head_depth,
+                vb.pp("iou_prediction_head"),
+            )?,
         })
     }
 
     /// Masks `[B, P, M, 4h, 4w]` (logits) and IoU scores `[B, P, M]`; M is 1, or `num_multimask_outputs` with
     /// `multimask_output`.
     ///
-    /// `image_embeddings` is `[B, C, h, w]`, `image_positions` `[1, h, w, C]`, `sparse` `[B, P, N, C]` (without it P
-    /// is 1), and `dense` is added to the image as `[B, h, w, C]` or what broadcasts to it.
-    ///
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(
         &self,
-        image_embeddings: &Tensor,
-        image_positions: &Tensor,
-        sparse: Option<&Tensor>,
-        dense: &Tensor,
+        input: &SamMaskDecoderInput<'_>,
         multimask_output: bool,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
+        let SamMaskDecoderInput { image_embeddings, image_positions, sparse, dense } = *input;
         let (batch, size, h, w) = image_embeddings.dims4()?;
         let prompts = sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
         let groups = batch * prompts;

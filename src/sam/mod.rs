@@ -41,7 +41,7 @@ pub use encoder::{
 };
 #[cfg(feature = "images")]
 pub use generate::{label_image, save_labels, CocoAnnotations, Crop, GeneratedMask, MaskGenerator};
-pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
+pub use mask_decoder::{SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]
 pub use predictor::{ImageEmbedding, Prediction, Prompt, PromptPoint, SamPredictor};

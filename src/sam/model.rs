@@ -3,12 +3,13 @@
 //! Source: `SamModel` in `modeling_sam.py`.
 
 use super::{
-    checkpoint, AttentionKind, LayerContext, SamConfig, SamMaskDecoder, SamPositionalEmbedding,
-    SamPromptEncoder, SamPrompts, SamVisionEncoder, VisionAttention,
+    checkpoint, AttentionKind, LayerContext, SamConfig, SamMaskDecoder, SamMaskDecoderInput,
+    SamPositionalEmbedding, SamPromptEncoder, SamPrompts, SamVisionEncoder, VisionAttention,
 };
 use crate::nn::{self, Mode};
 use crate::{hub, module_tree, Result};
 use candle_core::{bail, DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use std::path::Path;
 
 /// Segment Anything. The tree's names are those of Hugging Face's checkpoints; with the split attention, those of
@@ -87,8 +88,8 @@ impl SamModel {
         device: &Device,
     ) -> Result<Self> {
         let folder = hub::folder(name)?;
-        let config = SamConfig::from_file(folder.join("config.json"))?;
-        let mut model = Self::new(&config, kind, dtype, device)?;
+        let config = SamConfig::load(folder.join("config.json"))?;
+        let mut model = Self::new(&config, kind, VarBuilder::zeros(dtype, device))?;
         checkpoint::load(&mut model, folder)?;
         Ok(model)
     }
@@ -98,17 +99,17 @@ impl SamModel {
         &self.config
     }
 
-    /// All zero, to be filled from a checkpoint or with [`randomize`](Self::randomize).
+    /// With the tensors of a `VarBuilder`, under the names of Hugging Face's checkpoints, `qkv` as `kind` has it.
+    ///
+    /// `VarBuilder::zeros` gives a model to be filled from a checkpoint of any naming ([`checkpoint::load`]) or with
+    /// [`randomize`](Self::randomize).
     ///
     /// # Errors
-    /// When the configuration is impossible, the dtype is none of f32, f16 and bf16, or a tensor cannot be allocated.
-    pub fn new(
-        config: &SamConfig,
-        kind: AttentionKind,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        Self::with_attention(config, dtype, device, |layer| kind.build(layer))
+    /// - the configuration is impossible;
+    /// - the dtype is none of f32, f16 and bf16;
+    /// - a tensor is missing or has another shape.
+    pub fn new(config: &SamConfig, kind: AttentionKind, vb: VarBuilder<'_>) -> Result<Self> {
+        Self::with_attention(config, vb, |layer| kind.build(layer))
     }
 
     /// As `new`, with the attention that `build` makes for each layer of the image encoder.
@@ -117,21 +118,28 @@ impl SamModel {
     /// As `new`; besides when `build` fails.
     pub fn with_attention(
         config: &SamConfig,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
         build: impl FnMut(&LayerContext<'_>) -> candle_core::Result<Box<dyn VisionAttention>>,
     ) -> Result<Self> {
         config.validate()?;
-        let vision = &config.vision_config;
+        let (vision, decoder) = (&config.vision_config, &config.mask_decoder_config);
+        let shared = vb.pp("shared_image_embedding");
+        let shared = SamPositionalEmbedding::new(vision.num_pos_feats, shared)?;
+        let encoder = vb.pp("vision_encoder");
+        let mut prompt_encoder = SamPromptEncoder::new(config, vb.pp("prompt_encoder"))?;
+        let own = vb.pp("prompt_encoder.shared_embedding");
+        if own.contains_tensor("positional_embedding") {
+            let own = SamPositionalEmbedding::new(vision.num_pos_feats, own)?.positional_embedding;
+            let differs = own.0.ne(&shared.positional_embedding.0)?.to_dtype(DType::F32)?;
+            if differs.max_all()?.to_scalar::<f32>()? > 0.0 {
+                prompt_encoder.shared_embedding.own = Some(own);
+            }
+        }
         Ok(Self {
-            shared_image_embedding: SamPositionalEmbedding::zeros(
-                vision.num_pos_feats,
-                dtype,
-                device,
-            )?,
-            vision_encoder: SamVisionEncoder::with_attention(vision, dtype, device, build)?,
-            prompt_encoder: SamPromptEncoder::zeros(config, dtype, device)?,
-            mask_decoder: SamMaskDecoder::zeros(&config.mask_decoder_config, dtype, device)?,
+            shared_image_embedding: shared,
+            vision_encoder: SamVisionEncoder::with_attention(vision, encoder, build)?,
+            prompt_encoder,
+            mask_decoder: SamMaskDecoder::new(decoder, vb.pp("mask_decoder"))?,
             config: config.clone(),
         })
     }
@@ -173,14 +181,15 @@ impl SamModel {
             image_embeddings.dim(0)?,
             mode,
         )?;
-        let (pred_masks, iou_scores) = self.mask_decoder.forward(
-            &image_embeddings,
-            &self.shared_image_embedding.grid(self.config.vision_config.grid_size())?,
-            sparse.as_ref(),
-            &dense,
-            input.multimask_output,
-            mode,
-        )?;
+        let side = self.config.vision_config.grid_size();
+        let looked_at = SamMaskDecoderInput {
+            image_embeddings: &image_embeddings,
+            image_positions: &self.shared_image_embedding.grid(side)?,
+            sparse: sparse.as_ref(),
+            dense: &dense,
+        };
+        let (pred_masks, iou_scores) =
+            self.mask_decoder.forward(&looked_at, input.multimask_output, mode)?;
         Ok(SamOutput { iou_scores, pred_masks })
     }
 

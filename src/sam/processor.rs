@@ -133,7 +133,7 @@ impl SamProcessor {
     /// - the file cannot be read;
     /// - it asks for something other than SAM's processing;
     /// - it pads to another size than the model's `image_size`.
-    pub fn from_folder(folder: impl AsRef<Path>, image_size: usize) -> Result<Self> {
+    pub fn load(folder: impl AsRef<Path>, image_size: usize) -> Result<Self> {
         match find_config(folder.as_ref())? {
             Some((path, config)) => Self::from_config(&path, config, image_size),
             None => Ok(Self::new(image_size)),

@@ -14,9 +14,10 @@
 use super::validate::require_dtype;
 use super::{SamConfig, SamPromptEncoderConfig};
 use crate::module_tree;
-use crate::nn::{Conv2d, Embedding, Fixed, LayerNorm, Mode, Tied};
+use crate::nn::{module_in_evaluation, Conv2d, Embedding, Fixed, LayerNorm, Mode, Tied};
 use crate::ops::{self, Activation};
-use candle_core::{bail, DType, Device, Result, Tensor, D};
+use candle_core::{bail, DType, Result, Tensor, D};
+use candle_nn::{Init, VarBuilder};
 
 /// Label of a point that is none: it pads a prompt that has no box.
 const NOT_A_POINT: f64 = -1.0;
@@ -33,14 +34,17 @@ pub struct SamPositionalEmbedding {
 module_tree!(SamPositionalEmbedding { positional_embedding });
 
 impl SamPositionalEmbedding {
-    /// All zero.
+    /// With the frequencies of a `VarBuilder`, held fixed; a `VarMap` draws them from the standard normal distribution.
     ///
     /// # Errors
-    /// When the dtype is none of f32, f16 and bf16, or a tensor cannot be allocated.
-    pub fn zeros(num_pos_feats: usize, dtype: DType, device: &Device) -> Result<Self> {
-        require_dtype(dtype)?;
-        let positional_embedding = Fixed(Tensor::zeros((2, num_pos_feats), dtype, device)?);
-        Ok(Self { positional_embedding })
+    /// - the dtype is none of f32, f16 and bf16;
+    /// - the tensor is missing or has another shape.
+    pub fn new(num_pos_feats: usize, vb: VarBuilder<'_>) -> Result<Self> {
+        require_dtype(vb.dtype())?;
+        let normal = Init::Randn { mean: 0.0, stdev: 1.0 };
+        let frequencies =
+            vb.get_with_hints((2, num_pos_feats), "positional_embedding", normal)?.detach();
+        Ok(Self { positional_embedding: Fixed(frequencies) })
     }
 
     /// Positions in `[0, 1]^2`, as (x, y): `[.., 2] -> [.., 2 num_pos_feats]`, in f32.
@@ -85,16 +89,21 @@ pub struct SamMaskEmbedding {
 
 module_tree!(SamMaskEmbedding { conv1, conv2, conv3, layer_norm1, layer_norm2 });
 
+module_in_evaluation! {
+    /// `[B, 4h, 4w, 1] -> [B, h, w, hidden_size]` in evaluation.
+    SamMaskEmbedding,
+}
+
 impl SamMaskEmbedding {
-    fn zeros(config: &SamPromptEncoderConfig, dtype: DType, device: &Device) -> Result<Self> {
+    fn new(config: &SamPromptEncoderConfig, vb: VarBuilder<'_>) -> Result<Self> {
         let (wide, narrow) = (config.mask_input_channels, config.mask_input_channels / 4);
-        let norm = |size| LayerNorm::new(size, config.layer_norm_eps, dtype, device);
+        let norm = |size, name| LayerNorm::load(size, config.layer_norm_eps, vb.pp(name));
         Ok(Self {
-            conv1: Conv2d::patches(1, narrow, 2, true, dtype, device)?,
-            conv2: Conv2d::patches(narrow, wide, 2, true, dtype, device)?,
-            conv3: Conv2d::patches(wide, config.hidden_size, 1, true, dtype, device)?,
-            layer_norm1: norm(narrow)?,
-            layer_norm2: norm(wide)?,
+            conv1: Conv2d::load(1, narrow, 2, 2, vb.pp("conv1"))?,
+            conv2: Conv2d::load(narrow, wide, 2, 2, vb.pp("conv2"))?,
+            conv3: Conv2d::load(wide, config.hidden_size, 1, 1, vb.pp("conv3"))?,
+            layer_norm1: norm(narrow, "layer_norm1")?,
+            layer_norm2: norm(wide, "layer_norm2")?,
             activation: config.hidden_act.into(),
         })
     }
@@ -147,25 +156,25 @@ module_tree!(SamPromptEncoder {
 });
 
 impl SamPromptEncoder {
-    /// All zero.
+    /// With the tensors of a `VarBuilder`; the prompts share the image's frequencies.
     ///
     /// # Errors
     /// - the configuration is impossible, see [`SamConfig::validate`];
     /// - the dtype is none of f32, f16 and bf16;
-    /// - a tensor cannot be allocated.
-    pub fn zeros(config: &SamConfig, dtype: DType, device: &Device) -> Result<Self> {
+    /// - a tensor is missing or has another shape.
+    pub fn new(config: &SamConfig, vb: VarBuilder<'_>) -> Result<Self> {
         config.validate()?;
-        require_dtype(dtype)?;
+        require_dtype(vb.dtype())?;
         let config = &config.prompt_encoder_config;
-        let embedding = || Embedding::zeros(1, config.hidden_size, dtype, device);
+        let embedding = |vb| Embedding::load(1, config.hidden_size, vb);
+        let points =
+            (0..config.num_point_embeddings).map(|i| embedding(vb.pp("point_embed").pp(i)));
         Ok(Self {
             shared_embedding: Tied::to("shared_image_embedding.positional_embedding"),
-            mask_embed: SamMaskEmbedding::zeros(config, dtype, device)?,
-            no_mask_embed: embedding()?,
-            point_embed: (0..config.num_point_embeddings)
-                .map(|_| embedding())
-                .collect::<Result<_>>()?,
-            not_a_point_embed: embedding()?,
+            mask_embed: SamMaskEmbedding::new(config, vb.pp("mask_embed"))?,
+            no_mask_embed: embedding(vb.pp("no_mask_embed"))?,
+            point_embed: points.collect::<Result<_>>()?,
+            not_a_point_embed: embedding(vb.pp("not_a_point_embed"))?,
             image_size: config.image_size,
             grid_size: config.image_embedding_size(),
         })

@@ -15,7 +15,8 @@ use super::SamMaskDecoderConfig;
 use crate::module_tree;
 use crate::nn::{LayerNorm, Linear, MlpBlock, Mode};
 use crate::ops::{self, Activation};
-use candle_core::{bail, DType, Device, Result, Tensor, D};
+use candle_core::{bail, DType, Result, Tensor, D};
+use candle_nn::VarBuilder;
 
 /// Epsilon of the final norm: torch's default, where all others have the configuration's.
 const FINAL_EPS: f64 = 1e-5;
@@ -40,24 +41,20 @@ pub struct SamAttention {
 module_tree!(SamAttention { q_proj, k_proj, v_proj, out_proj });
 
 impl SamAttention {
-    fn zeros(
+    /// For a configuration that was validated.
+    fn new(
         config: &SamMaskDecoderConfig,
         downsample_rate: usize,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        let (size, heads) = (config.hidden_size, config.num_attention_heads);
-        let inner = size / downsample_rate.max(1);
-        if heads == 0 || !inner.is_multiple_of(heads) {
-            bail!("mask_decoder: {heads} attention heads do not divide {inner} channels")
-        }
-        let down = || Linear::zeros(size, inner, true, dtype, device);
+        let (size, inner) = (config.hidden_size, config.hidden_size / downsample_rate);
+        let down = |name| Linear::load(size, inner, vb.pp(name));
         Ok(Self {
-            q_proj: down()?,
-            k_proj: down()?,
-            v_proj: down()?,
-            out_proj: Linear::zeros(inner, size, true, dtype, device)?,
-            num_heads: heads,
+            q_proj: down("q_proj")?,
+            k_proj: down("k_proj")?,
+            v_proj: down("v_proj")?,
+            out_proj: Linear::load(inner, size, vb.pp("out_proj"))?,
+            num_heads: config.num_attention_heads,
         })
     }
 
@@ -134,24 +131,24 @@ module_tree!(SamTwoWayAttentionBlock {
 });
 
 impl SamTwoWayAttentionBlock {
-    fn zeros(
+    /// For a configuration that was validated.
+    fn new(
         config: &SamMaskDecoderConfig,
         skip_first_layer_pe: bool,
-        dtype: DType,
-        device: &Device,
+        vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        let (size, rate) = (config.hidden_size, CROSS_DOWNSAMPLE_RATE);
-        let norm = || LayerNorm::new(size, config.layer_norm_eps, dtype, device);
-        let activation = config.hidden_act.into();
+        let (size, activation) = (config.hidden_size, config.hidden_act.into());
+        let norm = |name| LayerNorm::load(size, config.layer_norm_eps, vb.pp(name));
+        let cross = |name| SamAttention::new(config, CROSS_DOWNSAMPLE_RATE, vb.pp(name));
         Ok(Self {
-            self_attn: SamAttention::zeros(config, 1, dtype, device)?,
-            layer_norm1: norm()?,
-            cross_attn_token_to_image: SamAttention::zeros(config, rate, dtype, device)?,
-            layer_norm2: norm()?,
-            mlp: MlpBlock::zeros(size, config.mlp_dim, activation, dtype, device)?,
-            layer_norm3: norm()?,
-            layer_norm4: norm()?,
-            cross_attn_image_to_token: SamAttention::zeros(config, rate, dtype, device)?,
+            self_attn: SamAttention::new(config, 1, vb.pp("self_attn"))?,
+            layer_norm1: norm("layer_norm1")?,
+            cross_attn_token_to_image: cross("cross_attn_token_to_image")?,
+            layer_norm2: norm("layer_norm2")?,
+            mlp: MlpBlock::load(size, config.mlp_dim, activation, vb.pp("mlp"))?,
+            layer_norm3: norm("layer_norm3")?,
+            layer_norm4: norm("layer_norm4")?,
+            cross_attn_image_to_token: cross("cross_attn_image_to_token")?,
             skip_first_layer_pe,
         })
     }
@@ -191,7 +188,8 @@ impl SamTwoWayAttentionBlock {
         let queries = to_image.attend([&q, &image.k, &image.v], Some(&queries), mode)?;
         let queries = self.layer_norm2.forward(&queries)?;
 
-        let queries = self.layer_norm3.forward(&self.mlp.forward(&queries, &queries, mode)?)?;
+        let queries =
+            self.layer_norm3.forward(&self.mlp.forward_onto(&queries, Some(&queries), mode)?)?;
 
         let placed = (&queries + query_positions)?;
         let to_tokens = &self.cross_attn_image_to_token;
@@ -265,19 +263,22 @@ pub struct SamTwoWayTransformer {
 module_tree!(SamTwoWayTransformer { layers, final_attn_token_to_image, layer_norm_final_attn });
 
 impl SamTwoWayTransformer {
-    /// All zero.
+    /// With the tensors of a `VarBuilder`.
     ///
     /// # Errors
-    /// When the heads do not divide the channels, or the dtype is none of f32, f16 and bf16.
-    pub fn zeros(config: &SamMaskDecoderConfig, dtype: DType, device: &Device) -> Result<Self> {
-        require_dtype(dtype)?;
-        let rate = config.attention_downsample_rate;
+    /// As [`SamMaskDecoder::new`](super::SamMaskDecoder::new).
+    pub fn new(config: &SamMaskDecoderConfig, vb: VarBuilder<'_>) -> Result<Self> {
+        config.validate()?;
+        require_dtype(vb.dtype())?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|i| SamTwoWayAttentionBlock::new(config, i == 0, vb.pp("layers").pp(i)));
+        let (rate, final_attn) =
+            (config.attention_downsample_rate, vb.pp("final_attn_token_to_image"));
+        let norm = vb.pp("layer_norm_final_attn");
         Ok(Self {
-            layers: (0..config.num_hidden_layers)
-                .map(|i| SamTwoWayAttentionBlock::zeros(config, i == 0, dtype, device))
-                .collect::<Result<_>>()?,
-            final_attn_token_to_image: SamAttention::zeros(config, rate, dtype, device)?,
-            layer_norm_final_attn: LayerNorm::new(config.hidden_size, FINAL_EPS, dtype, device)?,
+            layers: layers.collect::<Result<_>>()?,
+            final_attn_token_to_image: SamAttention::new(config, rate, final_attn)?,
+            layer_norm_final_attn: LayerNorm::load(config.hidden_size, FINAL_EPS, norm)?,
         })
     }
 

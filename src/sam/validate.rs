@@ -2,7 +2,7 @@
 //! by its name in `config.json`, its value and what it should be.
 
 use super::transformer::CROSS_DOWNSAMPLE_RATE;
-use super::{SamConfig, SamVisionConfig};
+use super::{SamConfig, SamMaskDecoderConfig, SamVisionConfig};
 use crate::{Error, Result};
 use candle_core::DType;
 use serde_json::Value;
@@ -89,27 +89,10 @@ impl SamConfig {
             (field!(prompt_encoder_config.hidden_size of p), 1),
             (field!(prompt_encoder_config.mask_input_channels of p), 4),
             (field!(prompt_encoder_config.num_point_embeddings of p), 4),
-            (field!(mask_decoder_config.mlp_dim of d), 1),
-            (field!(mask_decoder_config.hidden_size of d), 8),
-            (field!(mask_decoder_config.num_hidden_layers of d), 0),
-            (field!(mask_decoder_config.num_attention_heads of d), 1),
-            (field!(mask_decoder_config.attention_downsample_rate of d), 1),
-            (field!(mask_decoder_config.num_multimask_outputs of d), 1),
-            (field!(mask_decoder_config.iou_head_depth of d), 0),
-            (field!(mask_decoder_config.iou_head_hidden_dim of d), 1),
         ])?;
         let (name, channels) = field!(prompt_encoder_config.mask_input_channels of p);
         require_multiples([((name, channels), ("the", 4))])?;
-        for rate in [1, CROSS_DOWNSAMPLE_RATE, d.attention_downsample_rate] {
-            let (inner, heads) = (d.hidden_size / rate, d.num_attention_heads);
-            require(inner > 0 && inner.is_multiple_of(heads), || {
-                format!(
-                    "mask_decoder_config.hidden_size is {}, and an attention works on 1/{rate} of it: {inner} \
-                     channels, expected a multiple of num_attention_heads {heads}",
-                    d.hidden_size
-                )
-            })?;
-        }
+        d.validate()?;
         let width = field!(vision_config.output_channels of v);
         let positions = ("2 * vision_config.num_pos_feats", 2 * v.num_pos_feats);
         require_equal([
@@ -119,22 +102,46 @@ impl SamConfig {
             (field!(mask_decoder_config.hidden_size of d), width),
             (field!(prompt_encoder_config.hidden_size of p), positions),
         ])?;
-        require_epsilons([
-            field!(prompt_encoder_config.layer_norm_eps of p),
-            field!(mask_decoder_config.layer_norm_eps of d),
+        require_epsilons([field!(prompt_encoder_config.layer_norm_eps of p)])?;
+        let prompts = product(&[p.hidden_size, p.num_point_embeddings + p.mask_input_channels + 2]);
+        require_parameters(v.parameter_estimate() + prompts + d.parameter_estimate())
+    }
+}
+
+impl SamMaskDecoderConfig {
+    /// Refuses a mask decoder that cannot be, naming the field, its value and what it should be.
+    pub fn validate(&self) -> Result<()> {
+        require_sizes([
+            (field!(mask_decoder_config.mlp_dim of self), 1),
+            (field!(mask_decoder_config.hidden_size of self), 8),
+            (field!(mask_decoder_config.num_hidden_layers of self), 0),
+            (field!(mask_decoder_config.num_attention_heads of self), 1),
+            (field!(mask_decoder_config.attention_downsample_rate of self), 1),
+            (field!(mask_decoder_config.num_multimask_outputs of self), 1),
+            (field!(mask_decoder_config.iou_head_depth of self), 0),
+            (field!(mask_decoder_config.iou_head_hidden_dim of self), 1),
         ])?;
-        require_parameters(v.parameter_estimate() + self.decoder_estimate())
+        for rate in [1, CROSS_DOWNSAMPLE_RATE, self.attention_downsample_rate] {
+            let (inner, heads) = (self.hidden_size / rate, self.num_attention_heads);
+            require(inner > 0 && inner.is_multiple_of(heads), || {
+                format!(
+                    "mask_decoder_config.hidden_size is {}, and an attention works on 1/{rate} of it: {inner} \
+                     channels, expected a multiple of num_attention_heads {heads}",
+                    self.hidden_size
+                )
+            })?;
+        }
+        require_epsilons([field!(mask_decoder_config.layer_norm_eps of self)])?;
+        require_parameters(self.parameter_estimate())
     }
 
-    /// The number of parameters of prompt encoder and mask decoder but for biases, norms and other small ones.
-    fn decoder_estimate(&self) -> u128 {
-        let (p, d) = (&self.prompt_encoder_config, &self.mask_decoder_config);
-        let prompts = product(&[p.hidden_size, p.num_point_embeddings + p.mask_input_channels + 2]);
-        let layer =
-            product(&[12, d.hidden_size, d.hidden_size]) + product(&[2, d.hidden_size, d.mlp_dim]);
-        let heads = product(&[d.num_multimask_outputs + 1, 3, d.hidden_size, d.hidden_size])
-            + product(&[d.iou_head_depth, d.iou_head_hidden_dim, d.iou_head_hidden_dim]);
-        prompts + layer * d.num_hidden_layers as u128 + heads
+    /// The number of parameters but for biases, norms and other small ones.
+    fn parameter_estimate(&self) -> u128 {
+        let (size, hidden) = (self.hidden_size, self.iou_head_hidden_dim);
+        let layer = product(&[12, size, size]) + product(&[2, size, self.mlp_dim]);
+        let heads = product(&[self.num_multimask_outputs + 1, 3, size, size])
+            + product(&[self.iou_head_depth, hidden, hidden]);
+        layer * self.num_hidden_layers as u128 + heads
     }
 }
 

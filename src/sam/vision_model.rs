@@ -3,9 +3,10 @@
 //! Source: `SamVisionModel` in `modeling_sam.py`.
 
 use super::{checkpoint, AttentionKind, SamVisionConfig, SamVisionEncoder};
-use crate::nn::Mode;
+use crate::nn::{module_in_evaluation, Mode};
 use crate::{hub, module_tree, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use std::path::Path;
 
 /// An image encoder under the name that it has in a SAM, `vision_encoder`: the tree of Hugging Face's `SamVisionModel`,
@@ -34,25 +35,20 @@ impl SamVisionModel {
         device: &Device,
     ) -> Result<Self> {
         let folder = hub::folder(name)?;
-        let config = SamVisionConfig::from_file(folder.join("config.json"))?;
-        let mut model = Self::new(&config, kind, dtype, device)?;
+        let config = SamVisionConfig::load(folder.join("config.json"))?;
+        let mut model = Self::new(&config, kind, VarBuilder::zeros(dtype, device))?;
         checkpoint::load(&mut model, folder)?;
         Ok(model)
     }
 
-    /// All zero.
+    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives a model to be filled.
     ///
     /// # Errors
-    /// - the configuration is impossible;
-    /// - a tensor cannot be allocated.
-    pub fn new(
-        config: &SamVisionConfig,
-        kind: AttentionKind,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
+    /// As [`SamVisionEncoder::new`].
+    pub fn new(config: &SamVisionConfig, kind: AttentionKind, vb: VarBuilder<'_>) -> Result<Self> {
         config.validate()?;
-        Ok(Self { vision_encoder: SamVisionEncoder::new(config, kind, dtype, device)? })
+        let vb = vb.pp("vision_encoder");
+        Ok(Self { vision_encoder: SamVisionEncoder::new(config, kind, vb)? })
     }
 
     /// `[B, channels, S, S] -> [B, output_channels, h, w]`
@@ -64,9 +60,7 @@ impl SamVisionModel {
     }
 }
 
-/// `[B, channels, S, S] -> [B, output_channels, h, w]` in evaluation.
-impl candle_nn::Module for SamVisionModel {
-    fn forward(&self, pixel_values: &Tensor) -> candle_core::Result<Tensor> {
-        SamVisionModel::forward(self, pixel_values, Mode::Eval)
-    }
+module_in_evaluation! {
+    /// `[B, channels, S, S] -> [B, output_channels, h, w]` in evaluation.
+    SamVisionModel,
 }

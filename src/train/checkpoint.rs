@@ -27,7 +27,7 @@ const EVALUATIONS: &str = "evaluations";
 
 /// A run after some steps.
 #[derive(Clone, Debug)]
-pub struct State {
+pub struct TrainingState {
     /// Steps made.
     pub step: u64,
     /// Seed of the run.
@@ -49,7 +49,7 @@ struct Header {
     settings: Map<String, Value>,
 }
 
-impl State {
+impl TrainingState {
     /// Writes the state, atomically; the one that was there becomes the [`previous_state_path`] one.
     ///
     /// # Errors

@@ -98,7 +98,7 @@ fn connected_parts(mask: &LabelImage) -> LabelImage {
 }
 
 /// The instances of at least `min_area` pixels, by ascending label.
-pub fn instances(labels: &LabelImage, min_area: usize) -> Vec<Instance> {
+pub fn find_instances(labels: &LabelImage, min_area: usize) -> Vec<Instance> {
     let mut found: BTreeMap<u32, Instance> = BTreeMap::new();
     for (x, y, pixel) in labels.enumerate_pixels() {
         let label = pixel.0[0];
@@ -122,7 +122,9 @@ pub fn instances(labels: &LabelImage, min_area: usize) -> Vec<Instance> {
 pub(super) fn layered(layers: &[LabelImage], min_area: usize) -> Vec<Instance> {
     let mut all: Vec<Instance> = (layers.iter().enumerate())
         .flat_map(|(layer, labels)| {
-            instances(labels, min_area).into_iter().map(move |found| Instance { layer, ..found })
+            find_instances(labels, min_area)
+                .into_iter()
+                .map(move |found| Instance { layer, ..found })
         })
         .collect();
     all.sort_by_key(|instance| instance.label);
@@ -165,7 +167,7 @@ pub(super) fn layers_of(
 
 /// The mask of `label` on a coarser grid of `rows` x `cols`, 0 or 1, row-major: each pixel of the grid shows the
 /// source pixel that holds its centre. `pitch` is how many source pixels a grid pixel is high and wide.
-pub fn target(
+pub fn mask_on_grid(
     labels: &LabelImage,
     label: u32,
     rows: usize,

@@ -4,7 +4,7 @@
 //! Each row is on its way to the disk when its step is over. A continued run drops the rows of steps that it will make
 //! again, so that in the end its file has the bytes of an uninterrupted one.
 
-use super::{Scores, Step};
+use super::{Scores, StepMetrics};
 use crate::{files, Error, Result};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -52,8 +52,8 @@ impl MetricsCsv {
     ///
     /// # Errors
     /// When the file cannot be written to.
-    pub fn row(&mut self, step: &Step, scores: Option<&Scores>) -> Result<()> {
-        let Step { step, loss, lr, grad_norm } = step;
+    pub fn row(&mut self, step: &StepMetrics, scores: Option<&Scores>) -> Result<()> {
+        let StepMetrics { step, loss, lr, grad_norm } = step;
         let scores = scores.map_or(",,".to_string(), |Scores { iou, dice, boundary_f1 }| {
             format!("{iou},{dice},{boundary_f1}")
         });

@@ -33,14 +33,14 @@ mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
 pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
-pub use checkpoint::{previous_state_path, State};
+pub use checkpoint::{previous_state_path, TrainingState};
 #[cfg(feature = "images")]
 pub use data::{sample_indices, Dataset, FlipRotate, Sample};
 pub use event_file::EventFile;
 pub use gradients::Gradients;
 pub use history::{best_evaluation, evaluations_since_best, StepScores};
 #[cfg(feature = "images")]
-pub use labels::{instances, read_labels, target, Instance, LabelImage};
+pub use labels::{find_instances, mask_on_grid, read_labels, Instance, LabelImage};
 pub use loss::{bce_with_logits, dice_loss, mask_loss};
 pub use metrics_csv::MetricsCsv;
 #[cfg(feature = "images")]
@@ -49,5 +49,5 @@ pub use random::StepRng;
 pub use schedule::{Decay, Schedule};
 pub use scores::{iou, Scores};
 #[cfg(feature = "images")]
-pub use segmentation::{evaluate, Batch, BatchConfig, Evaluation};
-pub use trainer::{Step, Trainer, TrainerConfig};
+pub use segmentation::{evaluate_image, Batch, BatchConfig, BatchSource, ImageEvaluation};
+pub use trainer::{StepMetrics, Trainer, TrainerConfig};

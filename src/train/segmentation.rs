@@ -8,8 +8,8 @@
 //! shows the image, not where it shows the padding; its targets are the masks at that resolution.
 
 use super::{
-    mask_loss, sample_indices, target, Dataset, FlipRotate, Prompt, PromptKind, Sample, Scores,
-    StepRng,
+    mask_loss, mask_on_grid, sample_indices, Dataset, FlipRotate, Prompt, PromptKind, Sample,
+    Scores, StepRng,
 };
 use crate::nn::Mode;
 use crate::sam::{Frame, SamInput, SamModel, SamProcessor};
@@ -53,6 +53,23 @@ impl BatchConfig {
     }
 }
 
+/// What the batches of a run are drawn from.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchSource<'a> {
+    /// Images and masks.
+    pub dataset: &'a Dataset,
+    /// The model's.
+    pub processor: &'a SamProcessor,
+    /// The contents of a step.
+    pub config: BatchConfig,
+    /// Side of the model's low-resolution masks.
+    pub mask_size: usize,
+    /// Of the run.
+    pub seed: u64,
+    /// Of the model.
+    pub device: &'a Device,
+}
+
 /// The input and the targets of one step.
 #[derive(Clone, Debug)]
 pub struct Batch {
@@ -63,20 +80,13 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Draws the batch of `step`, a function of seed and step. `mask_size` is the side of the model's
-    /// low-resolution masks. An image with fewer instances than prompts has some of them prompted again.
+    /// Draws the batch of `step`, a function of seed and step. An image with fewer instances than prompts has some of them
+    /// prompted again.
     ///
     /// # Errors
     /// When a file became unreadable, or all instances of an image are too small for a low-resolution mask.
-    pub fn draw(
-        dataset: &Dataset,
-        processor: &SamProcessor,
-        config: &BatchConfig,
-        mask_size: usize,
-        seed: u64,
-        step: u64,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn draw(source: &BatchSource<'_>, step: u64) -> Result<Self> {
+        let BatchSource { dataset, processor, config, mask_size, seed, device } = *source;
         config.validate()?;
         let mut draws = StepRng::new(seed, "batch", step);
         let (mut pixels, mut prompts, mut targets) = (vec![], vec![], vec![]);
@@ -88,7 +98,7 @@ impl Batch {
             let image = DynamicImage::ImageRgb8(sample.image.clone());
             let (pixel_values, frame) = processor.preprocess(&image, device)?;
             let window = MaskWindow::new(&frame, processor.pad_size, mask_size);
-            let (drawn, target) = draw_prompts(&sample, &window, config, &mut draws, device)?;
+            let (drawn, target) = draw_prompts(&sample, &window, &config, &mut draws, device)?;
             pixels.push(pixel_values);
             prompts.push(prompt_tensor(&drawn, &frame, device)?);
             targets.push(target);
@@ -153,7 +163,7 @@ fn draw_prompts(
             break;
         }
         let instance = sample.instances[index];
-        let target = target(sample.labels(&instance), instance.label, rows, cols, pitch);
+        let target = mask_on_grid(sample.labels(&instance), instance.label, rows, cols, pitch);
         if target.iter().any(|inside| *inside > 0.0) {
             chosen.push((instance, target));
         }
@@ -213,7 +223,7 @@ fn prompt_input(kind: PromptKind, prompts: &Tensor) -> candle_core::Result<SamIn
 
 /// How well a model finds the instances of one image, in the order of [`Sample::instances`].
 #[derive(Clone, Debug)]
-pub struct Evaluation {
+pub struct ImageEvaluation {
     /// The first prompt of each.
     pub prompts: Vec<Prompt>,
     /// What the model found for it, `[instances, height, width]` in u8, of the image's size.
@@ -226,13 +236,13 @@ pub struct Evaluation {
 ///
 /// # Errors
 /// When model and processor do not fit each other, or the image is too narrow.
-pub fn evaluate(
+pub fn evaluate_image(
     model: &SamModel,
     processor: &SamProcessor,
     sample: &Sample,
     kind: PromptKind,
     device: &Device,
-) -> Result<Evaluation> {
+) -> Result<ImageEvaluation> {
     let image = DynamicImage::ImageRgb8(sample.image.clone());
     let (pixel_values, frame) = processor.preprocess(&image, device)?;
     let embeddings = model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
@@ -251,5 +261,5 @@ pub fn evaluate(
         masks.push(found.get(0)?);
         prompts.extend(tried.first().copied());
     }
-    Ok(Evaluation { prompts, masks: Tensor::stack(&masks, 0)?, scores })
+    Ok(ImageEvaluation { prompts, masks: Tensor::stack(&masks, 0)?, scores })
 }

@@ -12,7 +12,7 @@ use super::checkpoint::previous_state_path;
 use super::checksum::Checksum;
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
-use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, State, StepRng, StepScores};
+use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, StepRng, StepScores, TrainingState};
 use crate::files::TensorFile;
 use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
 use crate::{Error, Result};
@@ -32,16 +32,24 @@ pub struct TrainerConfig {
     pub accumulation: u64,
     /// Largest norm of all gradients together; longer ones are shortened to it.
     pub max_grad_norm: Option<f64>,
+    /// Whatever is random is drawn from it and from the step.
+    pub seed: u64,
 }
 
-/// At a constant rate, in one part, without clipping.
+/// As [`TrainerConfig::new`], with this optimizer.
 impl From<AdamWConfig> for TrainerConfig {
     fn from(optimizer: AdamWConfig) -> Self {
-        Self { optimizer, schedule: Schedule::default(), accumulation: 1, max_grad_norm: None }
+        let schedule = Schedule::default();
+        Self { optimizer, schedule, accumulation: 1, max_grad_norm: None, seed: 0 }
     }
 }
 
 impl TrainerConfig {
+    /// AdamW at this constant learning rate, a step in one part, without clipping, seed 0.
+    pub fn new(learning_rate: f64) -> Self {
+        AdamWConfig { lr: learning_rate, ..Default::default() }.into()
+    }
+
     fn validate(&self) -> Result<()> {
         self.schedule.validate()?;
         if self.accumulation == 0 {
@@ -56,7 +64,7 @@ impl TrainerConfig {
         }
     }
 
-    /// What must be equal when a run is continued. What is not used is left out.
+    /// What must be equal when a run is continued, besides the seed. What is not used is left out.
     fn settings(&self) -> Map<String, Value> {
         let AdamWConfig { lr, beta1, beta2, eps, weight_decay } = self.optimizer;
         let mut settings = Map::new();
@@ -83,7 +91,7 @@ impl TrainerConfig {
 
 /// What a step tells.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Step {
+pub struct StepMetrics {
     /// Its number, from 1.
     pub step: u64,
     /// The loss before it, the mean over its parts.
@@ -99,7 +107,6 @@ pub struct Step {
 pub struct Trainer {
     optimizer: AdamW,
     config: TrainerConfig,
-    seed: u64,
     settings: Map<String, Value>,
     losses: Vec<f32>,
     evaluations: Vec<StepScores>,
@@ -110,27 +117,26 @@ pub struct Trainer {
 impl Trainer {
     /// A run at step 0 over whatever is trainable in `model`.
     ///
-    /// `settings` describe what must be equal when the run is continued; those of `config` are added to them, and a
-    /// checksum of what is frozen in `model`.
-    ///
     /// # Errors
     /// - nothing is trainable;
     /// - a parameter is computed from a variable, see [`trainable_variables`];
     /// - the configuration is impossible.
-    pub fn new(
-        model: &dyn ModuleTree,
-        config: impl Into<TrainerConfig>,
-        seed: u64,
-        mut settings: Map<String, Value>,
-    ) -> Result<Self> {
+    pub fn new(model: &dyn ModuleTree, config: impl Into<TrainerConfig>) -> Result<Self> {
         let config = config.into();
         config.validate()?;
         let optimizer = AdamW::new(trainable_variables(model)?, config.optimizer)?;
-        settings.insert("model".into(), frozen_checksum(model).to_string().into());
-        settings.extend(config.settings());
+        let model = ("model".to_string(), frozen_checksum(model).to_string().into());
+        let settings = [model].into_iter().chain(config.settings()).collect();
         let (losses, evaluations) = (vec![], vec![]);
-        let zeros_checked = false;
-        Ok(Self { optimizer, config, seed, settings, losses, evaluations, zeros_checked })
+        Ok(Self { optimizer, config, settings, losses, evaluations, zeros_checked: false })
+    }
+
+    /// Names more of what must be equal when the run is continued, as the data; the configuration and a checksum of what is
+    /// frozen in the model are part of it already.
+    pub fn with_settings(mut self, settings: Map<String, Value>) -> Self {
+        let own = std::mem::replace(&mut self.settings, settings);
+        self.settings.extend(own);
+        self
     }
 
     /// Steps made.
@@ -169,9 +175,10 @@ impl Trainer {
     pub fn step(
         &mut self,
         mut loss: impl FnMut(u64, Mode) -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<Step> {
+    ) -> candle_core::Result<StepMetrics> {
         let (step, parts) = (self.steps(), self.config.accumulation);
-        let mode = |part| Mode::Train { seed: StepRng::new(self.seed, "dropout", part).bits64() };
+        let mode =
+            |part| Mode::Train { seed: StepRng::new(self.config.seed, "dropout", part).bits64() };
         let mut loss = |part: u64| checked(loss(part, mode(part))?, step);
         let (mut sum, mut gradients, mut first) = (0f32, None::<Gradients>, None);
         for part in step * parts..(step + 1) * parts {
@@ -213,15 +220,15 @@ impl Trainer {
         self.optimizer.apply(&gradients)?;
         let loss = sum / parts as f32;
         self.losses.push(loss);
-        Ok(Step { step: step + 1, loss, lr, grad_norm })
+        Ok(StepMetrics { step: step + 1, loss, lr, grad_norm })
     }
 
     /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        State {
+        TrainingState {
             step: self.steps(),
-            seed: self.seed,
+            seed: self.config.seed,
             settings: self.settings.clone(),
             losses: self.losses.clone(),
             evaluations: self.evaluations.clone(),
@@ -272,7 +279,7 @@ impl Trainer {
 
     /// The state at `path`, unless its header says that it is no run's of this model: it is read whole before its checksum
     /// can be told.
-    fn read(&self, path: &Path) -> Result<State> {
+    fn read(&self, path: &Path) -> Result<TrainingState> {
         // Losses and evaluations come on top: four bytes and 32 a step at most.
         const HISTORY: u64 = 1 << 30;
         let file = TensorFile::open(path)?;
@@ -281,13 +288,13 @@ impl Trainer {
             let message = format!("{found} bytes of tensors; a state of this model has {own}");
             return Err(Error::file(path, message));
         }
-        State::read(&file, &Device::Cpu)
+        TrainingState::read(&file, &Device::Cpu)
     }
 
-    fn go_on(&mut self, path: &Path, state: State) -> Result<()> {
+    fn go_on(&mut self, path: &Path, state: TrainingState) -> Result<()> {
         state.check_settings(path, &self.settings)?;
-        if state.seed != self.seed {
-            let message = format!("this run has seed {}, not {}", state.seed, self.seed);
+        if state.seed != self.config.seed {
+            let message = format!("this run has seed {}, not {}", state.seed, self.config.seed);
             return Err(Error::file(path, message));
         }
         self.optimizer.load_state(state.step, &state.tensors)?;

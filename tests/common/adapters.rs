@@ -3,6 +3,7 @@
 use super::model::{self, error_relative_to, largest, Tensors, Worst};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora;
 use candle_sam_lora::nn::{named_parameters, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamInput, SamModel};
@@ -46,7 +47,8 @@ pub fn read(path: PathBuf, device: &Device) -> Result<Tensors> {
 /// The fixture model with an adapter.
 pub fn adapted(kind: &str, device: &Device) -> Result<SamModel> {
     let attention = if kind == "fused_qkv" { AttentionKind::Fused } else { AttentionKind::Split };
-    let mut adapted = SamModel::new(&model::config("tiny")?, attention, DType::F32, device)?;
+    let mut adapted =
+        SamModel::new(&model::config("tiny")?, attention, VarBuilder::zeros(DType::F32, device))?;
     checkpoint::load(&mut adapted, model::folder("tiny"))?;
     lora::load_adapter(&mut adapted, folder(kind))?;
     Ok(adapted)

@@ -1,10 +1,11 @@
 //! The run that is disturbed: a small model trained for some steps, its state and its adapter saved after each.
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, load_adapter, save_adapter, LoraConfig};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{randomize, Linear, Mode};
-use candle_sam_lora::train::{AdamWConfig, StepRng, Trainer};
+use candle_sam_lora::train::{AdamWConfig, StepRng, Trainer, TrainerConfig};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -24,7 +25,7 @@ struct Model {
 module_tree!(Model { lin1, lin2 });
 
 fn base() -> anyhow::Result<Model> {
-    let linear = |from, to| Linear::zeros(from, to, true, DType::F32, &Device::Cpu);
+    let linear = |from, to| Linear::load(from, to, VarBuilder::zeros(DType::F32, &Device::Cpu));
     let mut model = Model { lin1: linear(6, 8)?, lin2: linear(8, 3)? };
     randomize(&mut model, 3, 0.4)?;
     Ok(model)
@@ -46,7 +47,8 @@ pub fn adapter(folder: &Path) -> anyhow::Result<Option<Vec<u8>>> {
 fn train(folder: &Path, steps: u64, rows: usize) -> anyhow::Result<()> {
     let mut model = base()?;
     inject(&mut model, &lora(), 1)?;
-    let mut trainer = Trainer::new(&model, AdamWConfig::default(), 5, Default::default())?;
+    let mut trainer =
+        Trainer::new(&model, TrainerConfig { seed: 5, ..AdamWConfig::default().into() })?;
     let state = folder.join(STATE);
     // A state, or the one before it.
     if std::fs::read_dir(folder)?

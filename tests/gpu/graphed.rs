@@ -4,6 +4,7 @@ use crate::common::model::{config, folder};
 use crate::common::{random, values};
 use crate::{trial, with_each};
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
+use candle_nn::VarBuilder;
 use candle_sam_lora::cuda::Graphed;
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
@@ -24,7 +25,7 @@ pub fn trials() -> Vec<Trial> {
 
 fn encoder(kind: AttentionKind, dtype: DType, device: &Device) -> anyhow::Result<()> {
     let config = config("tiny")?;
-    let mut model = SamModel::new(&config, kind, dtype, device)?;
+    let mut model = SamModel::new(&config, kind, VarBuilder::zeros(dtype, device))?;
     checkpoint::load(&mut model, folder("tiny"))?;
     let encoder = &model.vision_encoder;
     let side = config.vision_config.image_size;

@@ -6,6 +6,7 @@ use crate::watchdog::unwatched;
 use crate::{trial, with_each};
 use anyhow::Context;
 use candle_core::{DType, Device, Error, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamInput, SamModel};
 use libtest_mimic::Trial;
@@ -38,7 +39,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn on(device: &Device, name: &str, kind: AttentionKind) -> anyhow::Result<SamModel> {
-    let mut model = SamModel::new(&config(name)?, kind, DType::F32, device)?;
+    let mut model = SamModel::new(&config(name)?, kind, VarBuilder::zeros(DType::F32, device))?;
     checkpoint::load(&mut model, folder(name))?;
     Ok(model)
 }

@@ -4,10 +4,13 @@ use crate::common::fixtures;
 use crate::watchdog::unwatched;
 use crate::{trial, with_each};
 use candle_core::{DType, Device, Error};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
-use candle_sam_lora::train::{AdamWConfig, Batch, BatchConfig, Dataset, PromptKind, Trainer};
+use candle_sam_lora::train::{
+    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, PromptKind, Trainer, TrainerConfig,
+};
 use libtest_mimic::Trial;
 
 const SEED: u64 = 3;
@@ -27,23 +30,27 @@ pub fn trials() -> Vec<Trial> {
 fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     let assets = fixtures().join("../../assets");
     let (folder, nuclei) = (assets.join("tiny-sam"), assets.join("photos/nuclei/train"));
-    let config = SamConfig::from_file(folder.join("config.json"))?;
-    let mut model = SamModel::new(&config, AttentionKind::Split, DType::F32, device)?;
+    let config = SamConfig::load(folder.join("config.json"))?;
+    let mut model =
+        SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, device))?;
     checkpoint::load(&mut model, &folder)?;
     set_trainable(&mut model, |_| false)?;
     let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
     inject(&mut model, &lora, SEED)?;
-    let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;
+    let processor = SamProcessor::load(&folder, config.vision_config.image_size)?;
     let data = Dataset::open(nuclei.join("images"), nuclei.join("masks"), 20)?;
-    let batch = BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true };
-    let mask_size = 4 * config.vision_config.grid_size();
+    let source = BatchSource {
+        dataset: &data,
+        processor: &processor,
+        config: BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true },
+        mask_size: 4 * config.vision_config.grid_size(),
+        seed: SEED,
+        device,
+    };
     let adamw = AdamWConfig { lr: 1e-3, ..Default::default() };
-    let mut trainer = Trainer::new(&model, adamw, SEED, Default::default())?;
+    let mut trainer = Trainer::new(&model, TrainerConfig { seed: SEED, ..adamw.into() })?;
     for _ in 0..STEPS {
-        trainer.step(|step, mode| {
-            Batch::draw(&data, &processor, &batch, mask_size, SEED, step, device)?
-                .loss(&model, mode)
-        })?;
+        trainer.step(|step, mode| Batch::draw(&source, step)?.loss(&model, mode))?;
     }
     Ok(trainer.losses().to_vec())
 }

@@ -2,6 +2,7 @@
 
 use super::{fill, fixtures, read_tensors, Tensors};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::lora::load_named_adapter;
 use candle_sam_lora::nn::{Conv2d, ConvTranspose2d, LayerNorm, Linear, Mode};
 use candle_sam_lora::{module_tree, Result};
@@ -89,19 +90,20 @@ impl Net {
     /// The model the fixtures belong to.
     pub fn base() -> Self {
         let (dtype, device) = (DType::F32, &Device::Cpu);
-        let linear = |i: usize, o: usize| Linear::zeros(i, o, true, dtype, device).unwrap();
+        let linear =
+            |i: usize, o: usize| Linear::load(i, o, VarBuilder::zeros(dtype, device)).unwrap();
         let mut net = Self {
-            patch: Conv2d::patches(3, 8, 2, true, dtype, device).unwrap(),
+            patch: Conv2d::load(3, 8, 2, 2, VarBuilder::zeros(dtype, device)).unwrap(),
             encoder: Encoder {
                 layers: (0..3).map(|_| Block { q: linear(8, 8), v: linear(8, 8) }).collect(),
             },
             neck: Neck {
-                conv1: Conv2d::patches(8, 6, 1, false, dtype, device).unwrap(),
-                conv2: Conv2d::same(6, 6, 3, dtype, device).unwrap(),
-                norm: LayerNorm::new(6, 1e-5, dtype, device).unwrap(),
+                conv1: Conv2d::load_no_bias(8, 6, 1, 1, VarBuilder::zeros(dtype, device)).unwrap(),
+                conv2: Conv2d::load_no_bias(6, 6, 3, 1, VarBuilder::zeros(dtype, device)).unwrap(),
+                norm: LayerNorm::load(6, 1e-5, VarBuilder::zeros(dtype, device)).unwrap(),
             },
             head: linear(6, 4),
-            up: ConvTranspose2d::zeros(4, 2, 2, dtype, device).unwrap(),
+            up: ConvTranspose2d::load(4, 2, 2, VarBuilder::zeros(dtype, device)).unwrap(),
         };
         fill(&mut net, &fixture("base.safetensors"));
         net

@@ -2,6 +2,7 @@
 
 use super::{fill, fixtures, read_tensors, Tensors};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::nn::{LayerNorm, Linear, Mode};
 use candle_sam_lora::{module_tree, Result};
 use std::path::PathBuf;
@@ -52,12 +53,15 @@ pub fn read(name: &str) -> Tensors {
 
 impl Net {
     pub fn zeros(dtype: DType) -> Self {
-        let linear =
-            |i: usize, o: usize, bias| Linear::zeros(i, o, bias, dtype, &Device::Cpu).unwrap();
+        let vb = VarBuilder::zeros(dtype, &Device::Cpu);
+        let linear = |i: usize, o: usize, bias: bool| {
+            let load = if bias { Linear::load } else { Linear::load_no_bias };
+            load(i, o, vb.clone()).unwrap()
+        };
         Self {
             q: linear(8, 8, true),
             v: linear(8, 6, true),
-            norm: LayerNorm::new(6, 1e-5, dtype, &Device::Cpu).unwrap(),
+            norm: LayerNorm::load(6, 1e-5, VarBuilder::zeros(dtype, &Device::Cpu)).unwrap(),
             mlp: Mlp { lin1: linear(6, 10, true), lin2: linear(10, 6, false) },
             head: linear(6, 4, true),
         }

@@ -1,0 +1,65 @@
+//! Putting adapters into a model, and taking them out again.
+//!
+//! The values that a new adapter has are those of `init.rs`. Everything that can fail is made before anything in the
+//! model is changed.
+//!
+//! Source: PEFT 0.21, `inject_adapter` in `tuners/tuners_utils.py`.
+
+mod apply;
+mod checks;
+mod plan;
+
+use super::base::check_modules_to_save;
+use super::{unmerge, LoraConfig};
+use crate::nn::{Adapters, ModuleTree, NodeMut, DEFAULT_ADAPTER};
+use crate::Result;
+pub(super) use plan::Plan;
+
+/// Freezes `model` and gives every targeted linear layer a fresh, trainable adapter in f32; makes trainable what
+/// the configuration names besides (biases, modules to save). Returns the paths of the adapted layers. The same
+/// seed gives the same adapter.
+///
+/// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. What is trained besides keeps its
+/// variable, unless a frozen tensor shares it; then, and for a view, it becomes a variable of its own.
+///
+/// # Errors
+/// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is
+/// no linear layer is targeted, a layer is both targeted and to be saved, no module has a name to be saved (PEFT
+/// passes over that one in silence), a module to be saved is a list or lies in another, or the model already carries an
+/// adapter of the name "default". The model is unchanged then.
+pub fn inject(model: &mut dyn ModuleTree, config: &LoraConfig, seed: u64) -> Result<Vec<String>> {
+    add_adapter(model, DEFAULT_ADAPTER, config, seed)
+}
+
+/// As [`inject`], under a name, beside other adapters. Where there are any, they stay in use and the new one waits,
+/// frozen, for [`set_adapter`](super::set_adapter).
+///
+/// # Errors
+/// As [`inject`]; besides, when the name is no good one, the model's adapters are merged, or one of them or the new
+/// one changes the base (`bias`, `modules_to_save`, `init_lora_weights`), which only the one adapter of a model may.
+pub fn add_adapter(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    config: &LoraConfig,
+    seed: u64,
+) -> Result<Vec<String>> {
+    let plan = Plan::new(model, name, config)?;
+    check_modules_to_save(model, config)?;
+    let values = plan.initial_values(seed)?;
+    plan.apply(model, values)
+}
+
+/// Removes every adapter and, where any was merged, restores the weights from before. Base biases and modules that
+/// were trained along keep their trained values, and weights that an initialisation took a part from stay without it.
+///
+/// # Errors
+/// None of its own.
+pub fn unload(model: &mut dyn ModuleTree) -> Result<()> {
+    unmerge(model)?;
+    model.visit_mut("", &mut |_, node| {
+        if let NodeMut::Layer(layer) = node {
+            *layer.adapters = Adapters::default();
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,73 @@
+//! A module filled from a `VarBuilder`.
+
+use super::adapters::is_adapter_tensor;
+use super::{ModuleTree, Node, NodeMut};
+use crate::{Error, Result, TensorMismatch};
+use candle_nn::VarBuilder;
+use std::collections::HashMap;
+
+/// Puts the tensors of a `VarBuilder` into a module, by name, in the builder's dtype and on its device. A `VarMap` keeps the
+/// dtype of its variables.
+///
+/// The module's parameters become the builder's tensors: with a `VarMap` behind it, the map's variables. The names are
+/// those of [`named_parameters`](super::named_parameters); `vb.pp("..")` puts a prefix before them. Adapters stay as they
+/// are, and must not be merged.
+///
+/// # Errors
+/// - a parameter or buffer of the module is missing, or has another shape: all of them are listed;
+/// - a tensor cannot be read;
+/// - an adapter is merged.
+///
+/// The module and the map are unchanged then.
+pub fn load(module: &mut dyn ModuleTree, vb: &VarBuilder<'_>) -> Result<()> {
+    let source = match vb.prefix() {
+        prefix if prefix.is_empty() => "VarBuilder".to_string(),
+        prefix => format!("VarBuilder at {prefix}"),
+    };
+    let mut mismatch = TensorMismatch { source, ..Default::default() };
+    let (mut values, mut refused, mut merged) = (HashMap::new(), String::new(), None);
+    module.visit("", &mut |name, node| {
+        let wanted = match node {
+            Node::Parameter(wanted) | Node::Buffer(wanted) if !is_adapter_tensor(name) => wanted,
+            Node::Layer(layer) if layer.adapters.unmerged.is_some() => {
+                merged.get_or_insert(name.to_string());
+                return;
+            }
+            _ => return,
+        };
+        // `get` would let a map make it.
+        if !vb.contains_tensor(name) {
+            return mismatch.missing.push(name.to_string());
+        }
+        // A map has no `get_unchecked`, and says in the error of `get` which shape it has.
+        let unchecked = vb.get_unchecked_dtype(name, vb.dtype());
+        match unchecked.or_else(|_| vb.get(wanted.shape(), name)) {
+            Ok(value) if value.shape() == wanted.shape() => {
+                values.insert(name.to_string(), value);
+            }
+            Ok(value) => {
+                let (expected, found) = (wanted.dims().to_vec(), value.dims().to_vec());
+                mismatch.misshaped.push((name.to_string(), expected, found));
+            }
+            Err(error) => refused += &format!("\n  {name}: {error}"),
+        }
+    });
+    if let Some(name) = merged {
+        let message = "has a merged adapter; unmerge it before loading other weights";
+        return Err(Error::config(format!("{name} {message}")));
+    }
+    if !refused.is_empty() {
+        return Err(candle_core::Error::msg(format!("{mismatch}{refused}")).into());
+    }
+    if !mismatch.is_empty() {
+        return Err(Error::Mismatch(mismatch));
+    }
+    module.visit_mut("", &mut |name, node| {
+        if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {
+            if let Some(value) = values.remove(name) {
+                *tensor = value;
+            }
+        }
+        Ok(())
+    })
+}
