@@ -14,14 +14,14 @@
 //! | [`matmul`] | candle's, summed in f32 |
 //!
 //! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output.
-//! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
-//! It is what the fused ones are tested against, and what runs where they do not apply.
+//! Where the fused code does not apply, the same operation runs as a graph of candle's own ones: slower, larger, equally
+//! differentiable. The feature `testing` shows it as `testing::composed`.
 
 mod activation;
 mod broadcast;
 mod chain;
 mod check;
-pub mod composed;
+pub(crate) mod composed;
 mod computed;
 mod cpu;
 mod custom;
@@ -36,6 +36,7 @@ mod projection;
 mod rel_pos_attention;
 mod resize;
 
+pub use crate::philox::{stream_of, Dropout};
 pub use crate::problem::Activation;
 pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};

@@ -2,10 +2,9 @@
 //!
 //! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
 //! `Batch` is such a loss for SAM (feature `images`). Whatever is random is a function of (seed, step), so that a run continued from
-//! its state gives the bits of one that was never interrupted. [`check_gradients`] tests the gradients of anything.
+//! its state gives the bits of one that was never interrupted.
 
 mod adamw;
-mod check_gradients;
 mod checkpoint;
 mod checksum;
 #[cfg(feature = "images")]
@@ -29,11 +28,12 @@ mod schedule;
 mod scores;
 #[cfg(feature = "images")]
 mod segmentation;
-mod slope;
+// The check of gradients in `testing` uses all of it.
+#[cfg_attr(not(feature = "testing"), allow(dead_code))]
+pub(crate) mod slope;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
-pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 pub use checkpoint::{previous_state_path, State};
 #[cfg(feature = "images")]
 pub use data::{sample_indices, Dataset, FlipRotate, Sample};

@@ -2,8 +2,9 @@
 //! them in time.
 
 use candle_core::{bail, DType, Device, Result, Tensor, Var, D};
-use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
+use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
+use candle_sam_lora::testing::composed;
 
 /// Sizes of a problem.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -9,9 +9,9 @@ use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention_window_sm90;
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
 use candle_sam_lora::launch::{tiles, AttentionProblem, Launch};
-use candle_sam_lora::ops::{self, composed, RelPosAttention};
+use candle_sam_lora::ops::{self, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
-use candle_sam_lora::reference;
+use candle_sam_lora::testing::{composed, reference};
 use candle_sam_lora_emulator::{Emulator, Mode, Sources};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
