@@ -25,7 +25,7 @@ mod ops;
 mod vit;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Module, Tensor, Var};
 use clap::{Parser, ValueEnum};
 use clock::Measurement;
 use layer::Attention;

@@ -1,10 +1,54 @@
-//! What `src/ops/composed.rs`, the graph in candle's own operations, takes: the shapes of its arguments without the
-//! crate's own operations behind them.
+//! What `src/ops/composed.rs`, the graph in candle's own operations, takes: the shapes of its arguments, and candle's own
+//! products, sums and dropout in the place of the crate's.
 
 #[path = "../../../../src/ops/composed.rs"]
 pub mod composed;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Shape, Tensor};
+
+/// candle's matrix product.
+pub mod product {
+    use super::Dropout;
+    use candle_core::{DType, Result, Tensor};
+
+    pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        a.matmul(b)
+    }
+
+    /// All is f32 here.
+    pub fn product(a: &Tensor, b: &Tensor, dropout: Option<Dropout>, _: DType) -> Result<Tensor> {
+        dropout.map_or(Ok(a.clone()), |dropout| super::dropout(a, dropout))?.matmul(b)
+    }
+}
+
+/// No check: the layers measured here fit.
+pub mod rel_pos_attention {
+    pub fn validate(
+        qkv: &candle_core::Tensor,
+        _: &super::RelPosAttention<'_>,
+    ) -> candle_core::Result<(usize, usize)> {
+        let (_, h, w, _) = qkv.dims4()?;
+        Ok((h, w))
+    }
+}
+
+pub fn broadcast_add(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    x.broadcast_add(shift)
+}
+
+pub fn repeat(t: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
+    t.broadcast_as(shape)
+}
+
+pub fn scale_shift(x: &Tensor, scale: Option<&Tensor>, shift: Option<&Tensor>) -> Result<Tensor> {
+    let scaled = scale.map_or(Ok(x.clone()), |scale| x.broadcast_mul(scale))?;
+    shift.map_or(Ok(scaled.clone()), |shift| scaled.broadcast_add(shift))
+}
+
+/// The tables have the lengths of their grids.
+pub fn resize_linear(table: &Tensor, _: usize) -> Result<Tensor> {
+    Ok(table.clone())
+}
 
 /// The low-rank part of a projection.
 #[derive(Clone, Copy)]
@@ -25,13 +69,13 @@ pub struct Projection<'a> {
 
 /// None of the layers measured here has another one.
 pub enum Activation {
-    None,
+    Identity,
 }
 
 impl Activation {
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::None => Ok(x.clone()),
+            Self::Identity => Ok(x.clone()),
         }
     }
 }
