@@ -25,6 +25,7 @@
 mod adapter;
 mod base;
 mod config;
+mod config_file;
 mod convert;
 mod describe;
 mod hotswap;
@@ -42,7 +43,6 @@ mod state;
 mod switch;
 mod target;
 mod task_arithmetic;
-mod warnings;
 mod weighted;
 
 pub use adapter::{

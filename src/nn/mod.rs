@@ -22,7 +22,7 @@ pub use adapters::{adapter_tensor_name, is_adapter_tensor, Adapters, Unmerged, D
 pub use candle::load;
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use embedding::Embedding;
-pub use fixed::{Fixed, Tied};
+pub use fixed::Tied;
 pub use gradient_checkpoint::gradient_checkpoint;
 pub use init::randomize;
 pub use layer_norm::LayerNorm;
@@ -31,7 +31,7 @@ pub use low_rank::LowRank;
 pub use mlp::MlpBlock;
 pub use mode::Mode;
 pub use tree::{
-    child, join, named_parameters, set_trainable, trainable_variables, Buffer, Layer, LayerMut,
-    ModuleTree, Node, NodeMut,
+    child, join, named_parameters, set_trainable, trainable_variables, Buffer, Fixed, Layer,
+    LayerMut, ModuleTree, Node, NodeMut,
 };
 pub(crate) use variables::{check_settable, set_values, Training, ENDS_THE_GRAPH};
