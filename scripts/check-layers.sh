@@ -41,7 +41,8 @@ STANDING = {
     "src/cuda/trust.rs": "a context holds what its self-test found",
 }
 ROWS = {name: row for row, names in enumerate(LAYERS.split("\n")) for name in names.split()}
-SRC = Path("src")
+# Where files may not import each other in a circle; the rows are for the first.
+SOURCES = [Path(path) for path in ("src", "emulator/src", "emulator/driver/src")]
 NOT_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|b?r(#*)".*?"\1|b?"(?:\\.|[^"\\])*"|b?\'(?:\\.|[^\'\\])\'', re.S)
 USE = re.compile(r"(?P<pub>pub(?:\([^)]*\))?\s+)?\buse\s+(?P<tree>[^;]+);")
 PATH = re.compile(r"(?<![\w:])\w+(?:::\w+)+")
@@ -79,8 +80,8 @@ def leaves(tree):
 class Module:
     """A file: what it imports by `use`, and its other code."""
 
-    def __init__(self, path):
-        self.path, parts = path, list(path.relative_to(SRC).with_suffix("").parts)
+    def __init__(self, root, path):
+        self.path, parts = path, list(path.relative_to(root).with_suffix("").parts)
         if parts[-1] in ("mod", "lib"):
             parts.pop()
         if parts[:1] == ["cuda"]:
@@ -92,10 +93,6 @@ class Module:
         self.names = {name: path for _, path, name in self.uses}
         self.defined = set(re.findall(r"\b(?:fn|struct|enum|trait|type|const|static)\s+(\w+)", text))
         self.code = USE.sub(" ", text)
-
-
-MODULES = {module.name: module for module in map(Module, sorted(SRC.rglob("*.rs")))}
-MACROS = {macro: module.name for module in MODULES.values() for macro in module.macros}
 
 
 def find(here, path, seen=()):
@@ -173,28 +170,40 @@ def circles(arrows):
     return found
 
 
-ARROWS = {name: imports(module) for name, module in MODULES.items()}
-if len(sys.argv) > 1:
-    here = next(name for name, module in MODULES.items() if module.path == Path(sys.argv[1]))
-    sys.exit("\n".join(f"{MODULES[to].path}: {', '.join(sorted(names))}" for to, names in ARROWS[here].items()))
-faults = [f"src/lib.rs: the module {name[0]} is on no row of layers" for name in MODULES if name and name[0] not in ROWS]
-for name, targets in ARROWS.items():
-    for target, taken in targets.items():
-        if not faults and name and name[:1] != target[:1]:
+def upward(arrows):
+    """The imports that the rows forbid."""
+    for name, targets in arrows.items():
+        for target, taken in targets.items():
+            if not name or name[:1] == target[:1]:
+                continue
             importer, imported = name[0], target[0] if target else "lib"
-            allowed = ROWS.get(imported, len(ROWS)) < ROWS[importer]
-            if not allowed or importer not in IMPORTERS.get(imported, {importer}):
-                faults.append(f"{MODULES[name].path} must not import {imported}: {', '.join(sorted(taken))}")
-for circle in circles(ARROWS):
-    standing = [path for path in STANDING if Path(path) in {MODULES[name].path for name in circle}]
-    if standing:
-        print(f"standing: a circle of {len(circle)} files through {standing[0]}: {STANDING[standing[0]]}")
-        continue
-    faults.append("files that import each other:")
-    for name in circle:
-        for target in (target for target in ARROWS[name] if target in circle):
-            taken = ", ".join(sorted(ARROWS[name][target]))
-            faults.append(f"  {MODULES[name].path} -> {MODULES[target].path}: {taken}")
+            downward = ROWS.get(imported, len(ROWS)) < ROWS.get(importer, -1)
+            if not downward or importer not in IMPORTERS.get(imported, {importer}):
+                yield f"{MODULES[name].path} must not import {imported}: {', '.join(sorted(taken))}"
+
+
+faults = []
+for root in SOURCES:
+    MODULES = {module.name: module for module in (Module(root, path) for path in sorted(root.rglob("*.rs")))}
+    MACROS = {macro: module.name for module in MODULES.values() for macro in module.macros}
+    arrows = {name: imports(module) for name, module in MODULES.items()}
+    for name, targets in arrows.items():
+        if sys.argv[1:] == [str(MODULES[name].path)]:
+            print("\n".join(f"{MODULES[to].path}: {', '.join(sorted(taken))}" for to, taken in targets.items()))
+    if root == SOURCES[0]:
+        faults += upward(arrows)
+        unknown = {name[0] for name in MODULES if name} - set(ROWS)
+        faults += [f"the module {name} is on no row of this script" for name in unknown]
+    for circle in circles(arrows):
+        files = {str(MODULES[name].path) for name in circle}
+        if standing := sorted(files & set(STANDING)):
+            print(f"standing: a circle of {len(circle)} files through {standing[0]}: {STANDING[standing[0]]}")
+            continue
+        faults.append(f"files that import each other: {', '.join(sorted(files))}")
+        for name in circle:
+            for target in (target for target in arrows[name] if target in circle):
+                taken = ", ".join(sorted(arrows[name][target]))
+                faults.append(f"  {MODULES[name].path} -> {MODULES[target].path}: {taken}")
 if faults:
     sys.exit("\n".join(f"error: {fault}" for fault in faults))
 PYTHON

@@ -48,6 +48,16 @@ pub mod philox;
 mod philox;
 
 /// Operations on an NVIDIA GPU: whose kernels compute them, the kernels' self-test, CUDA graphs.
+///
+/// ```no_run
+/// use candle_sam_lora::{cuda, device};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let gpu = device("cuda")?;
+/// println!("{}", cuda::self_test_report(&gpu)?);
+/// # Ok(())
+/// # }
+/// ```
 #[cfg(feature = "cuda")]
 pub mod cuda {
     pub use crate::driver::{available_kernels, kernels, self_test, set_kernels, Graphed, Kernels};
@@ -59,7 +69,7 @@ pub mod cuda {
 pub use cpu::buffer::release as release_buffers;
 pub use device::device;
 pub use error::{Error, Result, TensorMismatch};
-pub use files::{read_tensors, write_atomic, write_tensors};
+pub use files::{read_tensors, write_atomic, write_tensors, TensorFile};
 
 /// The code of the README, compiled and run.
 #[cfg(doctest)]

@@ -5,7 +5,7 @@ use super::curve::loss_curve;
 use super::draw::save_png;
 use super::options::{DTypeArg, Options};
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
-use super::report::Verdict;
+use super::report::{Outcome, Verdict};
 use super::training::Run;
 use super::{model, processor, report};
 use anyhow::bail;
@@ -15,23 +15,10 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{evaluate, Batch, Dataset, PromptKind, Scores, StepScores, Trainer};
+use candle_sam_lora::train::{evaluate, Batch, Dataset, PromptKind, Trainer};
 use candle_sam_lora::{write_atomic, Error, Result};
 use serde_json::{json, Map};
 use std::path::{Path, PathBuf};
-
-/// What came out.
-#[derive(Debug)]
-pub struct Outcome {
-    /// The mean over the held-out objects, without the adapter.
-    pub before: Scores,
-    /// The same with it.
-    pub after: Scores,
-    /// The same on the way.
-    pub evaluations: Vec<StepScores>,
-    /// The loss of each step.
-    pub losses: Vec<f32>,
-}
 
 /// Does what `options` say.
 pub fn run(options: &Options) -> anyhow::Result<Outcome> {

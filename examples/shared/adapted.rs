@@ -2,10 +2,10 @@
 
 use super::model::load_model;
 use candle_core::{DType, Device};
-use candle_sam_lora::lora::{load_adapter, read_adapter};
+use candle_sam_lora::lora::{load_adapter, TENSORS_FILE};
 use candle_sam_lora::nn::{set_trainable, ModuleTree};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
-use candle_sam_lora::Result;
+use candle_sam_lora::{Result, TensorFile};
 use std::path::Path;
 
 /// The model in `folder`, frozen, in f32, with the adapter in the folder `adapter`.
@@ -24,8 +24,8 @@ pub fn load_adapted(
 
 /// The attention whose names the adapter in a folder means.
 pub fn kind_of(adapter: &Path) -> Result<AttentionKind> {
-    let (_, tensors) = read_adapter(adapter)?;
-    let fused = tensors.keys().any(|name| name.contains(".attn.qkv."));
+    let tensors = TensorFile::open(adapter.join(TENSORS_FILE))?;
+    let fused = tensors.tensors().keys().any(|name| name.contains(".attn.qkv."));
     Ok(if fused { AttentionKind::Fused } else { AttentionKind::Split })
 }
 

@@ -10,6 +10,15 @@
 //! | `HF_TOKEN` | for private and gated repositories; by default what `hf auth login` has left in `$HF_HOME/token` |
 //! | `HF_ENDPOINT` | another hub than `https://huggingface.co` |
 //! | `HF_HUB_OFFLINE` | `1`: the cache alone, no network |
+//!
+//! ```
+//! use candle_sam_lora::hub;
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! assert!(hub::folder("assets/tiny-sam")?.join("config.json").exists());
+//! # Ok(())
+//! # }
+//! ```
 
 #[cfg(feature = "hub")]
 mod fetch;

@@ -1,4 +1,35 @@
 //! Layers on top of [`crate::ops`], and the named tree they form.
+//!
+//! A struct of layers becomes a [`ModuleTree`] by naming its fields with [`module_tree!`](crate::module_tree). Adapters,
+//! checkpoints, optimizers and reports work on any such tree.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{VarBuilder, VarMap};
+//! use candle_sam_lora::module_tree;
+//! use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, LayerNorm, Linear};
+//!
+//! struct Head {
+//!     norm: LayerNorm,
+//!     project: Linear,
+//! }
+//! module_tree!(Head { norm, project });
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let map = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
+//! let norm = LayerNorm::load(8, 1e-5, vb.pp("norm"))?;
+//! let mut head = Head { norm, project: Linear::load(8, 3, vb.pp("project"))? };
+//! let names: Vec<String> = named_parameters(&head).into_iter().map(|(name, _)| name).collect();
+//! assert_eq!(names, ["norm.weight", "norm.bias", "project.weight", "project.bias"]);
+//!
+//! set_trainable(&mut head, |name| name.starts_with("project"))?;
+//! assert_eq!(trainable_variables(&head)?.len(), 2);
+//! let x = Tensor::ones((1, 8), DType::F32, &Device::Cpu)?;
+//! assert_eq!(x.apply(&head.norm)?.apply(&head.project)?.dims(), [1, 3]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod adapter;
 mod adapters;

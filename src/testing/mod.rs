@@ -90,9 +90,7 @@ pub use gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 /// # }
 /// ```
 pub mod composed {
-    pub use crate::ops::composed::{
-        layer_norm, lora_linear, lora_qkv, partition, rel_pos_attention, unpartition,
-    };
+    pub use crate::ops::composed::*;
 }
 
 /// The largest difference, relative to the largest magnitude expected.

@@ -3,6 +3,29 @@
 //! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
 //! `Batch` is such a loss for SAM (feature `images`). Whatever is random is a function of (seed, step), so that a run continued from
 //! its state gives the bits of one that was never interrupted.
+//!
+//! The parts serve a loop of your own too:
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{Optimizer, VarBuilder, VarMap};
+//! use candle_sam_lora::nn::{trainable_variables, Linear};
+//! use candle_sam_lora::train::{mask_loss, AdamW, AdamWConfig};
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+//! let model = Linear::load(8, 16, vb)?;
+//! let mut optimizer = AdamW::new(trainable_variables(&model)?, AdamWConfig::default())?;
+//! let x = Tensor::randn(0f32, 1f32, (2, 8), &Device::Cpu)?;
+//! let masks = Tensor::zeros((2, 4, 4), DType::F32, &Device::Cpu)?;
+//! for _ in 0..3 {
+//!     let loss = mask_loss(&x.apply(&model)?.reshape((2, 4, 4))?, &masks)?;
+//!     optimizer.backward_step(&loss)?;
+//! }
+//! assert_eq!(optimizer.steps(), 3);
+//! # Ok(())
+//! # }
+//! ```
 
 mod adamw;
 mod checkpoint;
