@@ -49,7 +49,7 @@ PATH = re.compile(r"(?<![\w:])\w+(?:::\w+)+")
 
 
 def without_tests(text):
-    while test := re.search(r"#\[cfg\(test\)\]\s*mod \w+ \{", text):
+    while test := re.search(r"#\[cfg\(test\)\]\s*(?:pub(?:\([^)]*\))?\s+)?mod \w+ \{", text):
         depth, end = 1, test.end()
         while depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -69,11 +69,13 @@ def leaves(tree):
                 parts.append("")
             else:
                 parts[-1] += c
+        prefix = brace[1].strip()
         for part in filter(str.strip, parts):
-            yield from ((brace[1].strip() + path, name) for path, name in leaves(part))
+            for path, name in leaves(part):
+                module = prefix.removesuffix("::")
+                yield (module, module.split("::")[-1] if name == "self" else name) if path == "self" else (prefix + path, name)
         return
     path, _, name = (word.strip() for word in tree.partition(" as "))
-    path = path.removesuffix("::self")
     yield path, name or path.split("::")[-1]
 
 
@@ -92,6 +94,7 @@ class Module:
         self.uses = [(bool(m["pub"]), *leaf) for m in USE.finditer(text) for leaf in leaves(m["tree"])]
         self.names = {name: path for _, path, name in self.uses}
         self.defined = set(re.findall(r"\b(?:fn|struct|enum|trait|type|const|static)\s+(\w+)", text))
+        self.offered = self.defined | set(self.names)
         self.code = USE.sub(" ", text)
 
 
@@ -127,16 +130,23 @@ def find(here, path, seen=()):
         for _, target, name in module.uses:
             if name == "*":
                 found = find(at, target.removesuffix("::*"), (*seen, step))
-                if found[1] and words[0] in MODULES[found[0]].defined:
-                    return found[0], False
+                if found[1] and words[0] in MODULES[found[0]].offered:
+                    return find(found[0], f"self::{words[0]}", (*seen, step))
         return at, False
     return at, True
 
 
 def imports(module):
     """The files that a file imports, with the names it takes."""
-    found = {}
-    paths = [path for hands_on, path, _ in module.uses if not hands_on]
+    found, words = {}, set(re.findall(r"\w+", module.code))
+    paths = []
+    for path in (path for hands_on, path, _ in module.uses if not hands_on):
+        if path.endswith("::*"):
+            glob, is_module = find(module.name, path.removesuffix("::*"))
+            names = (MODULES[glob].offered & words) - module.offered if is_module else ()
+            paths += [path.removesuffix("*") + name for name in sorted(names)]
+        else:
+            paths.append(path)
     for path in [*paths, *PATH.findall(module.code)]:
         target, is_module = find(module.name, path)
         # A module's name alone takes nothing from it; what follows is in a path of the code.

@@ -1,54 +1,10 @@
-//! What `src/ops/composed.rs`, the graph in candle's own operations, takes: the shapes of its arguments, and candle's own
-//! products, sums and dropout in the place of the crate's.
+//! What `src/ops/composed.rs` takes: the shapes of its arguments, and in the place of the crate's operations candle's own,
+//! whose gradients that are sums over rows are summed in the storage's dtype.
 
 #[path = "../../../../src/ops/composed.rs"]
 pub mod composed;
 
-use candle_core::{Result, Shape, Tensor};
-
-/// candle's matrix product.
-pub mod product {
-    use super::Dropout;
-    use candle_core::{DType, Result, Tensor};
-
-    pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-        a.matmul(b)
-    }
-
-    /// All is f32 here.
-    pub fn product(a: &Tensor, b: &Tensor, dropout: Option<Dropout>, _: DType) -> Result<Tensor> {
-        dropout.map_or(Ok(a.clone()), |dropout| super::dropout(a, dropout))?.matmul(b)
-    }
-}
-
-/// No check: the layers measured here fit.
-pub mod rel_pos_attention {
-    pub fn validate(
-        qkv: &candle_core::Tensor,
-        _: &super::RelPosAttention<'_>,
-    ) -> candle_core::Result<(usize, usize)> {
-        let (_, h, w, _) = qkv.dims4()?;
-        Ok((h, w))
-    }
-}
-
-pub fn broadcast_add(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
-    x.broadcast_add(shift)
-}
-
-pub fn repeat(t: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
-    t.broadcast_as(shape)
-}
-
-pub fn scale_shift(x: &Tensor, scale: Option<&Tensor>, shift: Option<&Tensor>) -> Result<Tensor> {
-    let scaled = scale.map_or(Ok(x.clone()), |scale| x.broadcast_mul(scale))?;
-    shift.map_or(Ok(scaled.clone()), |shift| scaled.broadcast_add(shift))
-}
-
-/// The tables have the lengths of their grids.
-pub fn resize_linear(table: &Tensor, _: usize) -> Result<Tensor> {
-    Ok(table.clone())
-}
+use candle_core::{bail, DType, Result, Shape, Tensor};
 
 /// The low-rank part of a projection.
 #[derive(Clone, Copy)]
@@ -97,4 +53,56 @@ pub struct Dropout(pub f32);
 /// candle's dropout.
 pub fn dropout(x: &Tensor, dropout: Dropout) -> Result<Tensor> {
     candle_nn::ops::dropout(x, dropout.0)
+}
+
+/// candle's products.
+pub mod product {
+    use super::{DType, Dropout, Result, Tensor};
+
+    pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        a.matmul(b)
+    }
+
+    /// `drop(a) b` in `dtype`.
+    pub fn product(
+        a: &Tensor,
+        b: &Tensor,
+        dropout: Option<Dropout>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let dropped = dropout.map(|dropout| super::dropout(a, dropout)).transpose()?;
+        dropped.as_ref().unwrap_or(a).matmul(b)?.to_dtype(dtype)
+    }
+}
+
+pub fn scale_shift(x: &Tensor, scale: Option<&Tensor>, shift: Option<&Tensor>) -> Result<Tensor> {
+    let scaled = scale.map_or_else(|| Ok(x.clone()), |scale| x.broadcast_mul(scale))?;
+    shift.map_or_else(|| Ok(scaled.clone()), |shift| scaled.broadcast_add(shift))
+}
+
+pub fn broadcast_add(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    x.broadcast_add(shift)
+}
+
+pub fn repeat(t: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
+    t.broadcast_as(shape)?.contiguous()
+}
+
+/// The layers measured here have tables of the grid's own length.
+pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
+    match table.dim(0)? == len_out {
+        true => Ok(table.clone()),
+        false => bail!("a table of {} rows does not fit {len_out}", table.dim(0)?),
+    }
+}
+
+/// The arguments' check.
+pub mod rel_pos_attention {
+    use super::{RelPosAttention, Result, Tensor};
+
+    /// The grid; the layers measured here are of shapes that fit.
+    pub fn validate(qkv: &Tensor, _: &RelPosAttention<'_>) -> Result<(usize, usize)> {
+        let (_, h, w, _) = qkv.dims4()?;
+        Ok((h, w))
+    }
 }
