@@ -1,7 +1,7 @@
 //! Checkpoints of SAM in safetensors: read in Hugging Face's or the original naming, whole or sharded, with q, k and v
 //! fused or split; written in either naming with q, k and v fused, as other tools expect them.
 //!
-//! [`nn::checkpoint`](crate::nn::checkpoint) does the work; the tables [`SAM`] and [`DEEPSEEK_OCR`] hold the names.
+//! [`nn::checkpoint`] does the work; the tables [`SAM`] and [`DEEPSEEK_OCR`] hold the names.
 //!
 //! ```
 //! use candle_core::{DType, Device};
