@@ -140,7 +140,13 @@ def imports(module):
     """The files that a file imports, with the names it takes."""
     found, words = {}, set(re.findall(r"\w+", module.code))
     paths = []
-    for path in (path for hands_on, path, _ in module.uses if not hands_on):
+    for path, name in ((path, name) for hands_on, path, name in module.uses if not hands_on):
+        inside, _, last = path.rpartition("::")
+        at, is_module = find(module.name, inside) if inside else (None, False)
+        # Imported for the module of that name alone, if the function is never named.
+        for_module = is_module and at + (last,) in MODULES and not re.search(rf"\b{name}\b(?!\s*::)", module.code)
+        if for_module:
+            continue
         if path.endswith("::*"):
             glob, is_module = find(module.name, path.removesuffix("::*"))
             names = (MODULES[glob].offered & words) - module.offered if is_module else ()
