@@ -16,8 +16,9 @@ use anyhow::{bail, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
 use candle_sam_lora::nn::{trainable_variables, Mode};
-use candle_sam_lora::ops::{self, composed as ops_composed, Activation};
+use candle_sam_lora::ops::{self, Activation};
 use candle_sam_lora::sam::{SamVisionAttentionSplit, VisionAttention};
+use candle_sam_lora::testing::composed as ops_composed;
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
@@ -27,7 +28,7 @@ use support::models::{self, Adapters, FROZEN};
 use support::probe;
 use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
 use support::work::{Pass, Work};
-use support::{candle_sam, composed, normal, Rotating};
+use support::{composed, normal, Rotating};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -81,8 +82,6 @@ enum Implementation {
     Graph,
     /// The same modules written with candle's own operations.
     Composed,
-    /// candle-transformers' encoder.
-    CandleTransformers,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -283,9 +282,6 @@ impl Setup<'_> {
             Implementation::Ours | Implementation::Portable => Ok(true),
             Implementation::Composed => Ok(false),
             Implementation::Graph => bail!("only the encoder is replayed from a graph"),
-            Implementation::CandleTransformers => {
-                bail!("candle-transformers shows its encoder only")
-            }
         }
     }
 
@@ -440,10 +436,6 @@ impl Setup<'_> {
 
     fn encoder_forward(&self) -> Result<Measurement> {
         let pixels = self.pixels()?;
-        if self.implementation == Implementation::CandleTransformers {
-            let encoder = candle_sam::encoder(&self.vit, self.grid, self.dtype, self.device)?;
-            return self.run(|| encoder.forward(&pixels).map(drop).map_err(Into::into));
-        }
         let config = self.vit.config(self.grid);
         let encoder = models::encoder(&config, FROZEN, self.dtype, self.device)?;
         if self.implementation == Implementation::Graph {

@@ -1,5 +1,4 @@
-//! Layers, encoder and training step beside the same modules written with candle's own operations, and
-//! candle-transformers' encoder.
+//! Layers, encoder and training step beside the same modules written with candle's own operations.
 //!
 //! `cargo bench --bench layers`; a filter such as `-- encoder` picks cases. By default encoder and training step see
 //! images of 512 x 512, and the global layer's backward a 32 x 32 grid; BENCH_ALL=1 is 1024 x 1024 and all three
@@ -19,7 +18,7 @@ use support::criterion::{all, bench, group};
 use support::models::{self, Adapters, FROZEN};
 use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
 use support::work::Pass;
-use support::{candle_sam, composed, device, normal, Rotating};
+use support::{composed, device, normal, Rotating};
 
 const LORA: Adapters = Adapters { rank: 16, dropout: 0.1 };
 const F32: DType = DType::F32;
@@ -109,12 +108,6 @@ fn encoder(c: &mut Criterion) -> Result<()> {
             let name = format!("encoder/{}/{grid}/{}/forward", vit.name, dtype.as_str());
             let mut group = group(c, &name, work);
             bench(&mut group, "ours", &device, || ours.forward(&pixels, Mode::Eval).map(drop));
-            if dtype == F32 && candle_sam::AVAILABLE {
-                let theirs = candle_sam::encoder(vit, grid, dtype, &device)?;
-                bench(&mut group, "candle-transformers", &device, || {
-                    theirs.forward(&pixels).map(drop)
-                });
-            }
             group.finish();
         }
     }

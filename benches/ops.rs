@@ -7,8 +7,8 @@
 mod support;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
-use candle_sam_lora::philox::Dropout;
+use candle_sam_lora::ops::{self, Activation, Dropout, Lora, Projection, RelPosAttention};
+use candle_sam_lora::testing::composed;
 use criterion::{criterion_group, criterion_main, Criterion};
 use support::criterion::{all, bench, group};
 use support::vit::{Vit, VIT_B, VIT_H, VIT_L, WINDOW};

@@ -18,7 +18,7 @@ use candle_sam_lora::sam::{
     model_type, AttentionKind, DeepSeekOcrEncoder, SamInput, SamVisionConfig,
     SamVisionEncoderOutput, SamVisionModel,
 };
-use candle_sam_lora::{files, hub};
+use candle_sam_lora::{hub, read_tensors, write_tensors};
 use clap::Parser;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -64,7 +64,7 @@ const PROMPTS: [&str; 4] = ["input_points", "input_labels", "input_boxes", "inpu
 
 fn run(options: &Options) -> anyhow::Result<()> {
     let device = model::device(&options.device)?;
-    let mut tensors = files::read_tensors(&options.input, &device)?;
+    let mut tensors = read_tensors(&options.input, &device)?;
     let mut take =
         |name: &str| tensors.remove(name).map(|tensor| tensor.to_dtype(DType::F32)).transpose();
     let Some(pixel_values) = take("pixel_values")? else {
@@ -138,7 +138,7 @@ fn tensors_of(encoded: SamVisionEncoderOutput) -> BTreeMap<String, Tensor> {
 }
 
 fn write(options: &Options, output: &BTreeMap<String, Tensor>) -> anyhow::Result<()> {
-    files::write_tensors(&options.output, output)?;
+    write_tensors(&options.output, output)?;
     console::say(format!("{}: {} tensors", options.output.display(), output.len()));
     Ok(())
 }

@@ -82,7 +82,7 @@ fn temporary() -> tempfile::Builder<'static, 'static> {
 /// Replaces the file at `path` by what `write` produces, or leaves it as it was.
 ///
 /// # Errors
-/// As [`stage`].
+/// When the folder cannot be written to, the disk is full, or `write` fails; no partial file remains.
 pub fn write_atomic(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,

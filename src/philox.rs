@@ -107,10 +107,10 @@ pub struct Dropout {
 
 impl Dropout {
     /// The operation's name, as errors give it.
-    pub const OP: &'static str = "dropout";
+    pub(crate) const OP: &'static str = "dropout";
 
     /// Checks that `p` is a probability below 1.
-    pub fn validate(&self, op: &'static str) -> Result<()> {
+    pub(crate) fn validate(&self, op: &'static str) -> Result<()> {
         if !(0.0..1.0).contains(&self.p) || self.threshold() >= 65536 {
             bail!("{op}: dropout probability must be in [0, 1), got {}", self.p)
         }
@@ -123,7 +123,7 @@ impl Dropout {
     }
 
     /// Factor of the kept elements: one over the exact probability of keeping one.
-    pub fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         (65536.0 / (65536.0 - f64::from(self.threshold()))) as f32
     }
 
@@ -132,7 +132,7 @@ impl Dropout {
     }
 
     /// Multiplies `values`, the elements `col..col + values.len()` of `row`, by their mask and scale.
-    pub fn apply_row(&self, row: u64, col: usize, values: &mut [f32]) {
+    pub(crate) fn apply_row(&self, row: u64, col: usize, values: &mut [f32]) {
         let before = (col.next_multiple_of(BLOCK) - col).min(values.len());
         let (head, values) = values.split_at_mut(before);
         let (groups, tail) = values.split_at_mut(values.len() / (LANES * BLOCK) * LANES * BLOCK);

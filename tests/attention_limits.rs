@@ -3,7 +3,8 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sam_lora::ops::{self, composed, RelPosAttention};
+use candle_sam_lora::ops::{self, RelPosAttention};
+use candle_sam_lora::testing::composed;
 use common::limits::{self, NotFinite, Rule, Saturated};
 use common::{gradients, values};
 

@@ -11,9 +11,8 @@ use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{set_trainable, trainable_variables, Embedding, LayerNorm, Linear, Mode};
 use candle_sam_lora::ops::{lora_linear, Activation, Lora, Projection};
-use candle_sam_lora::train::{
-    check_gradients, AdamW, AdamWConfig, GradientReport, Trainer, TrainerConfig, Verdict,
-};
+use candle_sam_lora::testing::{check_gradients, GradientReport, Verdict};
+use candle_sam_lora::train::{AdamW, AdamWConfig, Trainer, TrainerConfig};
 use vit::{bits, map_bits, Kept, Vit};
 
 const EVAL: Mode = Mode::Eval;

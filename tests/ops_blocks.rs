@@ -4,8 +4,9 @@
 mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_sam_lora::ops::{self, composed, Activation, Lora, Norm, Projection, RelPosAttention};
+use candle_sam_lora::ops::{self, Activation, Lora, Norm, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
+use candle_sam_lora::testing::composed;
 use common::{gradients, random, tensor_error, Worst};
 
 const HEADS: usize = 2;

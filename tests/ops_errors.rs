@@ -5,8 +5,9 @@ mod common;
 mod property;
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
+use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
+use candle_sam_lora::testing::composed;
 use common::random;
 use proptest::prelude::*;
 

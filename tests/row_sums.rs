@@ -12,6 +12,7 @@ use candle_sam_lora::sam::{
     LayerContext, SamConfig, SamPositionalEmbedding, SamPromptEncoder, SamPrompts,
     SamVisionAttention, VisionAttention,
 };
+use candle_sam_lora::testing::composed;
 
 const TIMES_PYTORCH: f64 = 2.0;
 /// Sums of 16,384 products in f32, in whatever order.
@@ -108,7 +109,7 @@ fn layer_norm(p: &mut Parameters, prefix: &str, composed: bool) -> Result<Forwar
     let bias = p.trained(&format!("{prefix}bias"), &[24])?;
     let norm = LayerNorm { weight, bias, eps: 1e-6 };
     Ok(Box::new(move |x| match composed {
-        true => ops::composed::layer_norm(x, &norm.weight, &norm.bias, norm.eps),
+        true => composed::layer_norm(x, &norm.weight, &norm.bias, norm.eps),
         false => norm.forward(x),
     }))
 }

@@ -14,7 +14,7 @@ use candle_sam_lora::launch::projection::{
     ProjectionProblem, Small, Tile,
 };
 use candle_sam_lora::philox::Dropout;
-use candle_sam_lora::reference;
+use candle_sam_lora::testing::reference;
 use candle_sam_lora_emulator::{Emulator, Mode, Sources, Timing};
 use common::{random, values};
 use device::{Device, Memory};

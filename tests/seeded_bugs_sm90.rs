@@ -42,7 +42,7 @@ fn run(name: &str, original: &str, planted: &str) -> Outcomes {
     let [m, n, k] = SIZES;
     let (x, w) = (random(1, (m, k)), random(2, (n, k)));
     let [x, w] = [x, w].map(|t| t.to_dtype(DType::BF16).unwrap());
-    let expected = candle_sam_lora::reference::linear(&values(&x), &values(&w), k);
+    let expected = candle_sam_lora::testing::reference::linear(&values(&x), &values(&w), k);
     let [x, w] = [x, w].map(|t| Memory::from_tensor(&t));
     let map = |memory: &Memory, rows: usize| {
         let shape = (rows as u32, k as u32, k as u32);

@@ -29,7 +29,8 @@ use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use clap::Parser;
 use options::Options;
-use run::{run, Outcome};
+use report::Outcome;
+use run::run;
 use std::path::Path;
 
 fn finetune(output: &Path, arguments: &[&str]) -> anyhow::Result<Outcome> {

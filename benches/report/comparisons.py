@@ -18,7 +18,8 @@ PUBLISHED, SPED_UP = "candle as published,", "candle with this crate's AVX-512,"
 @dataclass(frozen=True)
 class Config:
     """One implementation under one allocator. `program`: `candle` is cases.rs, and `beside`, where it runs candle's own
-    operations as a peer; `published` is peers/candle, `pytorch` is peers/run.py."""
+    operations as a peer; `published` is peers/candle, `avx512` the same with the feature of that name, `pytorch` is
+    peers/run.py."""
 
     program: str
     implementation: str
@@ -28,7 +29,7 @@ class Config:
     @property
     def name(self):
         options = "".join(f" {key}={value}" for key, value in self.options)
-        program = {"published": PUBLISHED, "beside": SPED_UP}.get(self.program, self.program)
+        program = {"published": PUBLISHED, "beside": SPED_UP, "avx512": SPED_UP}.get(self.program, self.program)
         return f"{program} {self.implementation}{options} ({self.allocator})"
 
 
@@ -58,7 +59,7 @@ def both(program, implementation):
 
 
 EAGER, SDPA = both("pytorch", "eager"), both("pytorch", "sdpa")
-COMPOSED, CANDLE_SAM = both("beside", "composed"), both("beside", "candle-transformers")
+COMPOSED, CANDLE_SAM = both("beside", "composed"), both("avx512", "candle-transformers")
 PUBLISHED_COMPOSED, PUBLISHED_SAM = both("published", "composed"), both("published", "candle-transformers")
 # Not SAM: what SDPA would take if there were no relative positions. Never the peer of a bar.
 BOUND = Config("pytorch", "sdpa_without_bias", KEPT)

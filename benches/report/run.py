@@ -45,7 +45,7 @@ def output(*command):
 
 def build():
     """The path of our case runner."""
-    command = ["cargo", "bench", "--bench", "cases", "--features", "candle-transformers", "--no-run", "--message-format=json"]
+    command = ["cargo", "bench", "--bench", "cases", "--no-run", "--message-format=json"]
     if os.environ.get("CARGO_FEATURES"):
         command += ["--features", os.environ["CARGO_FEATURES"]]
     lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
@@ -54,10 +54,12 @@ def build():
     return paths[-1]
 
 
-def build_published():
-    """The path of the runner of candle as published."""
-    manifest = ROOT / "benches/peers/candle/Cargo.toml"
-    command = ["cargo", "build", "--release", "--manifest-path", str(manifest), "--message-format=json"]
+def build_peer(*features):
+    """The path of the runner of candle without this crate."""
+    folder = ROOT / "benches/peers/candle"
+    command = ["cargo", "build", "--release", "--manifest-path", str(folder / "Cargo.toml"), "--message-format=json"]
+    # The executable of each set of features stays.
+    command += ["--target-dir", str(folder / "target" / "-".join(["published", *features])), "--features", ",".join(features)]
     lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     messages = (json.loads(line) for line in lines if line.startswith("{"))
     return [m["executable"] for m in messages if m.get("executable")][-1]
@@ -82,7 +84,8 @@ class Runner:
     def __init__(self, args, start):
         self.args, self.executable = args, args.executable or build()
         # Its comparisons are on the CPU; a machine that only has our executable does without.
-        self.published = build_published() if args.device == "cpu" and not args.executable else None
+        peers = {"published": (), "avx512": ("avx512",)} if args.device == "cpu" and not args.executable else {}
+        self.peers = {program: build_peer(*features) for program, features in peers.items()}
         self.end = start + args.seconds if args.seconds else float("inf")
 
     def out_of_time(self):
@@ -92,8 +95,8 @@ class Runner:
     def command(self, comparison, config, reps):
         if config.program in ("candle", "beside"):
             command = [self.executable]
-        elif config.program == "published":
-            command = [self.published]
+        elif config.program in self.peers:
+            command = [self.peers[config.program]]
         else:
             command = [sys.executable, str(ROOT / "benches/peers/run.py"), "--device", self.args.device]
         options = {"reps": reps, **comparison.options, **dict(config.options)}
@@ -159,8 +162,8 @@ class Runner:
             return [Config("candle", "ours"), *comparison.peers]
         skipped = comparison.slow if self.args.quick else ()
         peers = [peer for peer in comparison.peers if peer not in skipped]
-        if not self.published:
-            peers = [peer for peer in peers if peer.program != "published"]
+        if not self.peers:
+            peers = [peer for peer in peers if peer.program not in ("published", "avx512")]
         if comparison in comparisons.PROBES:
             peers = [Config("pytorch", "eager")] if comparison.case == "gemm_peak" else []
             return [Config("candle", "ours"), *peers]
@@ -192,7 +195,8 @@ def head(args):
     if args.executable:
         commit = (args.executable.parent / "VERSION").read_text().strip()
     else:
-        lock = (ROOT / "Cargo.lock").read_text().split("[[package]]")
+        locks = (ROOT / folder / "Cargo.lock" for folder in (".", "benches/peers/candle"))
+        lock = [package for path in locks for package in path.read_text().split("[[package]]")]
         locked = lambda name: next(p.split('version = "')[1].split('"')[0] for p in lock if f'name = "{name}"\n' in p)
         crates = ("candle-sam-lora", "candle-core", "candle-transformers", "gemm")
         versions |= {name: locked(name) for name in crates} | {"rustc": output("rustc", "--version")}

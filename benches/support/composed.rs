@@ -2,8 +2,9 @@
 
 use candle_core::{bail, Result, Tensor, D};
 use candle_sam_lora::nn::{LayerNorm, Linear, Mode};
-use candle_sam_lora::ops::{composed, Activation, RelPosAttention};
+use candle_sam_lora::ops::{Activation, RelPosAttention};
 use candle_sam_lora::sam::{SamVisionAttentionSplit, SamVisionEncoder, SamVisionLayer};
+use candle_sam_lora::testing::composed;
 use std::any::Any;
 
 fn linear(

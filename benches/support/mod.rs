@@ -2,7 +2,6 @@
 // Each benchmark is a program of its own and uses a part.
 #![allow(dead_code)]
 
-pub mod candle_sam;
 pub mod clock;
 pub mod composed;
 pub mod criterion;

@@ -2,7 +2,7 @@
 
 use super::options::Options;
 use anyhow::bail;
-use candle_sam_lora::{files, Error, Result};
+use candle_sam_lora::{Error, Result};
 use std::path::Path;
 
 /// The adapter as PEFT has it.
@@ -67,7 +67,8 @@ pub fn check(options: &Options) -> anyhow::Result<()> {
 
 /// Makes the output folder, and marks the run in it as not finished; a new run finds nothing of an old one.
 pub fn begin(options: &Options) -> Result<()> {
-    files::create_dir(&options.output)?;
+    let output = &options.output;
+    std::fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
     if !options.resume {
         for name in LEFTOVERS {
             remove(&options.output.join(name))?;

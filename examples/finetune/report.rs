@@ -1,11 +1,25 @@
 //! Figures and pictures of a run.
 
 use super::options::Options;
-use super::run::Outcome;
 use super::{draw, draw_prompts};
-use candle_sam_lora::train::{best_evaluation, ImageEvaluation, Prompt, Sample, Scores};
+use candle_sam_lora::train::{
+    best_evaluation, ImageEvaluation, Prompt, Sample, Scores, StepScores,
+};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
+
+/// What came out.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The mean over the held-out objects, without the adapter.
+    pub before: Scores,
+    /// The same with it.
+    pub after: Scores,
+    /// The same on the way.
+    pub evaluations: Vec<StepScores>,
+    /// The loss of each step.
+    pub losses: Vec<f32>,
+}
 
 /// Small images are enlarged to about this width.
 const PANEL: u32 = 400;

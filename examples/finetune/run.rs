@@ -5,7 +5,7 @@ use super::curve::loss_curve;
 use super::draw::save_png;
 use super::options::{DTypeArg, Options};
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
-use super::report::Verdict;
+use super::report::{Outcome, Verdict};
 use super::training::Run;
 use super::{model, processor, report};
 use anyhow::bail;
@@ -15,25 +15,10 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{
-    evaluate_image, Batch, BatchSource, Dataset, PromptKind, Scores, StepScores, Trainer,
-};
-use candle_sam_lora::{files, Result};
+use candle_sam_lora::train::{evaluate_image, Batch, BatchSource, Dataset, PromptKind, Trainer};
+use candle_sam_lora::{write_atomic, Error, Result};
 use serde_json::{json, Map};
 use std::path::{Path, PathBuf};
-
-/// What came out.
-#[derive(Debug)]
-pub struct Outcome {
-    /// The mean over the held-out objects, without the adapter.
-    pub before: Scores,
-    /// The same with it.
-    pub after: Scores,
-    /// The same on the way.
-    pub evaluations: Vec<StepScores>,
-    /// The loss of each step.
-    pub losses: Vec<f32>,
-}
 
 /// Does what `options` say.
 pub fn run(options: &Options) -> anyhow::Result<Outcome> {
@@ -111,7 +96,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         losses: trainer.losses().to_vec(),
     };
     let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
-    files::write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
+    write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
     let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
     say(format!(
         "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
@@ -200,7 +185,7 @@ fn write_pictures(
 ) -> anyhow::Result<()> {
     save_png(&options.output.join(LOSS), &loss_curve(losses)?.into())?;
     let folder = options.output.join(OVERLAYS);
-    files::create_dir(&folder)?;
+    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
     for (before, after) in before.iter().zip(after) {
         if let (Some(left), Some(right)) = (&before.picture, &after.picture) {
             let both = report::side_by_side(left, right);

@@ -2,11 +2,10 @@
 
 use super::model::load_model;
 use candle_core::{DType, Device};
-use candle_sam_lora::files::TensorFile;
 use candle_sam_lora::lora::{load_adapter, TENSORS_FILE};
 use candle_sam_lora::nn::{set_trainable, ModuleTree};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
-use candle_sam_lora::Result;
+use candle_sam_lora::{Result, TensorFile};
 use std::path::Path;
 
 /// The model in `folder`, frozen, in f32, with the adapter in the folder `adapter`.

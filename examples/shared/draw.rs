@@ -1,6 +1,6 @@
 //! Masks drawn into photographs.
 
-use candle_sam_lora::{files, Error, Result};
+use candle_sam_lora::{write_atomic, Error, Result};
 use image::{ImageFormat, Rgb, RgbImage};
 use std::io::Cursor;
 use std::path::Path;
@@ -50,5 +50,5 @@ pub fn save_png(path: &Path, image: &image::DynamicImage) -> Result<()> {
     image
         .write_to(&mut bytes, ImageFormat::Png)
         .map_err(|e| Error::file(path, format!("cannot be written as PNG: {e}")))?;
-    files::write_atomic(path, |file| file.write_all(bytes.get_ref()))
+    write_atomic(path, |file| file.write_all(bytes.get_ref()))
 }

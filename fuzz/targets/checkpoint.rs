@@ -3,7 +3,7 @@
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, Tensor};
-use candle_sam_lora::{files, sam::checkpoint};
+use candle_sam_lora::{sam::checkpoint, write_tensors};
 use candle_sam_lora_fuzz::{bits, file, folder, Small};
 use std::collections::BTreeMap;
 
@@ -80,7 +80,7 @@ libfuzzer_sys::fuzz_target!(|input: Input| {
         if tensors.contains_key("__metadata__") {
             return;
         }
-        files::write_tensors(&folder().join(name), &tensors).unwrap();
+        write_tensors(&folder().join(name), &tensors).unwrap();
     }
     let map: BTreeMap<String, String> = (input.index.iter())
         .map(|(name, file)| {

@@ -4,7 +4,7 @@
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{read_samed_adapter, load_adapter, load_adapter_tensors, write_adapter};
-use candle_sam_lora::{files, module_tree, nn};
+use candle_sam_lora::{module_tree, nn, write_tensors};
 use candle_sam_lora_fuzz::{bits, file, folder};
 use std::collections::BTreeMap;
 
@@ -148,7 +148,7 @@ libfuzzer_sys::fuzz_target!(|input: Input| {
         return;
     }
     let path = folder().join("lora.safetensors");
-    files::write_tensors(&path, &tensors).unwrap();
+    write_tensors(&path, &tensors).unwrap();
     let mut model = Model::new();
     let before = bits(&model);
     let Ok((config, imported)) = read_samed_adapter(&model, &path, blocks.as_deref()) else { return };

@@ -4,8 +4,8 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
-use candle_sam_lora::philox::Dropout;
+use candle_sam_lora::ops::{self, Activation, Dropout, Lora, Projection, RelPosAttention};
+use candle_sam_lora::testing::composed;
 
 type Drawn<T> = arbitrary::Result<T>;
 

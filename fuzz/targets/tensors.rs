@@ -2,12 +2,12 @@
 #![no_main]
 
 use candle_core::Device;
-use candle_sam_lora::{files, sam::checkpoint};
+use candle_sam_lora::{read_tensors, sam::checkpoint};
 use candle_sam_lora_fuzz::{bits, file, Small};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let path = file("model.safetensors", bytes);
-    if let Ok(tensors) = files::read_tensors(&path, &Device::Cpu) {
+    if let Ok(tensors) = read_tensors(&path, &Device::Cpu) {
         let size: usize =
             tensors.values().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum();
         // U16 is widened to u32, no other dtype grows.

@@ -1,7 +1,7 @@
 //! From the hub into the cache, by `hf-hub`: one commit at a time, and the revision's name on it last, so that a name in
 //! the cache means a whole commit.
 
-use super::is_plain;
+use super::name::is_plain;
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;

@@ -10,9 +10,19 @@
 //! | `HF_TOKEN` | for private and gated repositories; by default what `hf auth login` has left in `$HF_HOME/token` |
 //! | `HF_ENDPOINT` | another hub than `https://huggingface.co` |
 //! | `HF_HUB_OFFLINE` | `1`: the cache alone, no network |
+//!
+//! ```
+//! use candle_sam_lora::hub;
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! assert!(hub::folder("assets/tiny-sam")?.join("config.json").exists());
+//! # Ok(())
+//! # }
+//! ```
 
 #[cfg(feature = "hub")]
 mod fetch;
+mod name;
 
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -29,7 +39,7 @@ pub fn folder(name: impl AsRef<Path>) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_path_buf());
     }
-    let found = match path.to_str().and_then(parse) {
+    let found = match path.to_str().and_then(name::parse) {
         Some((repository, revision)) => fetch(repository, revision),
         None => Err("a name on the Hugging Face hub is owner/name or owner/name@revision".into()),
     };
@@ -44,70 +54,9 @@ fn fetch(_: &str, _: &str) -> std::result::Result<PathBuf, String> {
     Err("to fetch it from the Hugging Face hub, build with --features hub".into())
 }
 
-/// Repository and revision, of characters that mean nothing else in a path or an address.
-fn parse(name: &str) -> Option<(&str, &str)> {
-    let (repository, revision) = name.split_once('@').unwrap_or((name, "main"));
-    let (owner, model) = repository.split_once('/')?;
-    // The cache writes `owner--name`.
-    let valid = [owner, model].iter().all(|part| is_plain(part) && !part.contains("--"))
-        && revision.split('/').all(is_plain);
-    valid.then_some((repository, revision))
-}
-
-/// Whether this is one plain component of a path, on any system.
-fn is_plain(part: &str) -> bool {
-    let known = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    !part.is_empty()
-        && !part.starts_with(['.', '-'])
-        && !part.ends_with('.')
-        && part.chars().all(known)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{folder, parse};
-
-    #[test]
-    fn names_of_the_hub_are_told_from_paths() {
-        assert_eq!(parse("facebook/sam-vit-base"), Some(("facebook/sam-vit-base", "main")));
-        assert_eq!(parse("a/b_C.1@refs/pr/1"), Some(("a/b_C.1", "refs/pr/1")));
-        for bad in [
-            "",
-            "sam",
-            "/",
-            "/a",
-            "a/",
-            "a/b/c",
-            "/a/b",
-            "./a",
-            "../a",
-            "a/..",
-            "a/../b",
-            "..a/b",
-            "~/a",
-            "-a/b",
-            "a/b@",
-            "a/b@..",
-            "a/b@../c",
-            "a/b@/c",
-            "a/b@c/",
-            "a/b@c//d",
-            "a/b@c@d",
-            "a\\b",
-            "a/b\\c",
-            "C:/a",
-            "a/b?c",
-            "a/b#c",
-            "a/b%2e",
-            "a/b c",
-            "a--b/c",
-            "a/\u{e9}",
-            "https://huggingface.co/a/b",
-            "a/b.",
-        ] {
-            assert_eq!(parse(bad), None, "{bad}");
-        }
-    }
+    use super::folder;
 
     #[test]
     fn what_is_there_wins_and_what_is_not_is_told() -> crate::Result<()> {

@@ -5,9 +5,9 @@
 //! step; where it changes, the old one is removed first and the new one comes last, so that a folder caught
 //! half-way has no configuration and does not load.
 
+use super::config_file::warn;
 use super::inject::Plan;
 use super::state::{check, described, headers, named_adapter_state, Slot};
-use super::warnings::warn;
 use super::{BiasTraining, LoraConfig};
 use crate::files::TensorFile;
 use crate::nn::{ModuleTree, DEFAULT_ADAPTER};

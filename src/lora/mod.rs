@@ -26,6 +26,7 @@
 mod adapter;
 mod base;
 mod config;
+mod config_file;
 mod convert;
 mod describe;
 mod hotswap;
@@ -43,7 +44,6 @@ mod state;
 mod switch;
 mod target;
 mod task_arithmetic;
-mod warnings;
 mod weighted;
 
 pub use adapter::{

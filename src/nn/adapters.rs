@@ -7,8 +7,7 @@
 //! another bear its name, `lora_A.<name>.weight`, as inside PEFT. In files no adapter's name ever appears.
 
 use super::low_rank::LowRank;
-use super::{Adapter, Mode, Node, NodeMut};
-use crate::Result;
+use super::{Adapter, Mode};
 use candle_core::Tensor;
 
 /// The name of an adapter that was given none.
@@ -90,27 +89,6 @@ impl Adapters {
         }
         let parts = self.activated().map(|(_, adapter)| LowRank::new(adapter, mode));
         LowRank::together(parts.collect::<candle_core::Result<_>>()?)
-    }
-
-    pub(super) fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
-        for (name, adapter) in self.iter() {
-            for (leaf, tensor) in adapter.tensors() {
-                f(&adapter_tensor_name(path, name, leaf), Node::Parameter(tensor));
-            }
-        }
-    }
-
-    pub(super) fn visit_mut(
-        &mut self,
-        path: &str,
-        f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
-    ) -> Result<()> {
-        for (name, adapter) in self.iter_mut() {
-            for (leaf, tensor) in adapter.tensors_mut() {
-                f(&adapter_tensor_name(path, name, leaf), NodeMut::Parameter(tensor))?;
-            }
-        }
-        Ok(())
     }
 }
 

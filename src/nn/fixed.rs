@@ -4,14 +4,8 @@
 //! Checkpoints and counts leave no trace of either, but an adapter can: PEFT trains a copy of every parameter of a module
 //! in `modules_to_save`.
 
-use super::{ModuleTree, Node, NodeMut};
+use super::{Fixed, ModuleTree, Node, NodeMut};
 use crate::Result;
-use candle_core::Tensor;
-
-/// A parameter that is neither trained nor counted, unless an adapter saves its module: a constant shows as a buffer, a
-/// variable and a view of one as a parameter.
-#[derive(Clone, Debug)]
-pub struct Fixed(pub Tensor);
 
 impl ModuleTree for Fixed {
     fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {

@@ -1,4 +1,35 @@
 //! Layers on top of [`crate::ops`], and the named tree they form.
+//!
+//! A struct of layers becomes a [`ModuleTree`] by naming its fields with [`module_tree!`](crate::module_tree). Adapters,
+//! checkpoints, optimizers and reports work on any such tree.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{VarBuilder, VarMap};
+//! use candle_sam_lora::module_tree;
+//! use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, LayerNorm, Linear};
+//!
+//! struct Head {
+//!     norm: LayerNorm,
+//!     project: Linear,
+//! }
+//! module_tree!(Head { norm, project });
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let map = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
+//! let norm = LayerNorm::load(8, 1e-5, vb.pp("norm"))?;
+//! let mut head = Head { norm, project: Linear::load(8, 3, vb.pp("project"))? };
+//! let names: Vec<String> = named_parameters(&head).into_iter().map(|(name, _)| name).collect();
+//! assert_eq!(names, ["norm.weight", "norm.bias", "project.weight", "project.bias"]);
+//!
+//! set_trainable(&mut head, |name| name.starts_with("project"))?;
+//! assert_eq!(trainable_variables(&head)?.len(), 2);
+//! let x = Tensor::ones((1, 8), DType::F32, &Device::Cpu)?;
+//! assert_eq!(x.apply(&head.norm)?.apply(&head.project)?.dims(), [1, 3]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod adapter;
 mod adapters;
@@ -23,7 +54,7 @@ pub use adapters::{adapter_tensor_name, is_adapter_tensor, Adapters, Unmerged, D
 pub(crate) use candle::module_in_evaluation;
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use embedding::Embedding;
-pub use fixed::{Fixed, Tied};
+pub use fixed::Tied;
 pub use gradient_checkpoint::gradient_checkpoint;
 pub use init::randomize;
 pub use layer_norm::LayerNorm;
@@ -33,7 +64,7 @@ pub use low_rank::LowRank;
 pub use mlp::MlpBlock;
 pub use mode::Mode;
 pub use tree::{
-    child, join, named_parameters, set_trainable, trainable_variables, Buffer, Layer, LayerMut,
-    ModuleTree, Node, NodeMut,
+    child, join, named_parameters, set_trainable, trainable_variables, Buffer, Fixed, Layer,
+    LayerMut, ModuleTree, Node, NodeMut,
 };
 pub(crate) use variables::{check_settable, set_values, Training, ENDS_THE_GRAPH};

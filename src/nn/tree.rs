@@ -5,7 +5,7 @@
 //! [`module_tree!`](crate::module_tree), under the names its checkpoint uses.
 
 use super::variables::Training;
-use super::{Adapters, Fixed};
+use super::{adapter_tensor_name, Adapters};
 use crate::Result;
 use candle_core::{Tensor, Var};
 use std::collections::{BTreeMap, HashSet};
@@ -26,6 +26,11 @@ pub enum Node<'a> {
     /// A layer that can be adapted, met before its own parameters.
     Layer(Layer<'a>),
 }
+
+/// A parameter that is neither trained nor counted, unless an adapter saves its module: a constant shows as a buffer, a
+/// variable and a view of one as a parameter.
+#[derive(Clone, Debug)]
+pub struct Fixed(pub Tensor);
 
 /// What a mutable walk meets; see [`Node`].
 #[derive(Debug)]
@@ -76,7 +81,11 @@ pub(super) fn visit_layer(
     if let Some(bias) = bias {
         f(&join(path, "bias"), Node::Parameter(bias));
     }
-    adapters.visit(path, f)
+    for (name, adapter) in adapters.iter() {
+        for (leaf, tensor) in adapter.tensors() {
+            f(&adapter_tensor_name(path, name, leaf), Node::Parameter(tensor));
+        }
+    }
 }
 
 impl LayerMut<'_> {
@@ -92,7 +101,12 @@ impl LayerMut<'_> {
         if let Some(bias) = bias {
             f(&join(path, "bias"), NodeMut::Parameter(bias))?;
         }
-        adapters.visit_mut(path, f)
+        for (name, adapter) in adapters.iter_mut() {
+            for (leaf, tensor) in adapter.tensors_mut() {
+                f(&adapter_tensor_name(path, name, leaf), NodeMut::Parameter(tensor))?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -14,14 +14,33 @@
 //! | [`matmul`] | candle's, summed in f32 |
 //!
 //! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output.
-//! [`composed`] holds the same operations written with candle's own ones: slower, larger, equally differentiable.
-//! It is what the fused ones are tested against, and what runs where they do not apply.
+//! Where the fused code does not apply, the same operation runs as a graph of candle's own ones: slower, larger, equally
+//! differentiable. The feature `testing` shows it as `testing::composed`.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use candle_sam_lora::ops::{lora_linear, Activation, Dropout, Lora, Projection};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let normal = |dims: (usize, usize)| Tensor::randn(0f32, 1f32, dims, &Device::Cpu);
+//! let (x, weight) = (normal((4, 8))?, normal((6, 8))?);
+//! let (a, b) = (Var::from_tensor(&normal((2, 8))?)?, Var::from_tensor(&normal((6, 2))?)?);
+//! // Seed, stream and place say whether an element is dropped: equal on every device.
+//! let dropout = Some(Dropout { p: 0.1, seed: 1, stream: 0 });
+//! let lora = Some(Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout });
+//! let projection = Projection { weight: &weight, bias: None, lora };
+//! let y = lora_linear(&x, &projection, Activation::Gelu, None)?;
+//! assert_eq!(y.dims(), [4, 6]);
+//! assert!(y.sum_all()?.backward()?.get(&a).is_some());
+//! # Ok(())
+//! # }
+//! ```
 
 mod activation;
 mod broadcast;
 mod chain;
 mod check;
-pub mod composed;
+pub(crate) mod composed;
 mod computed;
 mod cpu;
 mod custom;
@@ -36,6 +55,7 @@ mod projection;
 mod rel_pos_attention;
 mod resize;
 
+pub use crate::philox::{stream_of, Dropout};
 pub use crate::problem::Activation;
 pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};

@@ -49,7 +49,7 @@ pub struct RelPosAttention<'a> {
 ///
 /// Gradients go to `qkv`, the tables and `pad`. On the CPU, and on a GPU whose kernels cover the shape, nothing of size
 /// N x N is allocated. On Metal, on GPUs before 8.0, and for shapes that no kernel covers, such as a head dim above 80,
-/// the graph of [`composed`] runs and holds the N x N weights; a process is warned of that once.
+/// a graph of candle's operations runs and holds the N x N weights; a process is warned of that once.
 ///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.

@@ -8,6 +8,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::path::Path;
 
+/// The rate of the layers' cross attentions. `attention_downsample_rate` is that of the final attention alone.
+pub(super) const CROSS_DOWNSAMPLE_RATE: usize = 2;
+
 /// The activation between two layers, `hidden_act`: the names in transformers' `ACT2FN` whose function has no
 /// parameters. Names of one function are kept apart, so that a file is written as it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,6 +6,25 @@
 //!
 //! The attention of the image encoder is a trait, [`VisionAttention`]; `docs/hack-your-own.md` shows how to put
 //! one's own into some or all layers.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_sam_lora::nn::Mode;
+//! use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let sam = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Fused, DType::F32, &Device::Cpu)?;
+//! let side = sam.config().vision_config.image_size;
+//! let input = SamInput {
+//!     pixel_values: Some(Tensor::zeros((1, 3, side, side), DType::F32, &Device::Cpu)?),
+//!     input_points: Some(Tensor::new(&[[[[30f32, 30.0]]]], &Device::Cpu)?), // image, object, point, (x, y)
+//!     ..Default::default()
+//! };
+//! let output = sam.forward(&input, Mode::Eval)?;
+//! assert_eq!(output.pred_masks.dims()[..2], [1, 1]); // image, object, mask, row, column
+//! # Ok(())
+//! # }
+//! ```
 
 mod attention;
 pub mod checkpoint;

@@ -10,6 +10,7 @@
 //!
 //! Source: `SamTwoWayTransformer` in `modeling_sam.py`.
 
+use super::config::CROSS_DOWNSAMPLE_RATE;
 use super::validate::require_dtype;
 use super::SamMaskDecoderConfig;
 use crate::module_tree;
@@ -20,8 +21,6 @@ use candle_nn::VarBuilder;
 
 /// Epsilon of the final norm: torch's default, where all others have the configuration's.
 const FINAL_EPS: f64 = 1e-5;
-/// The rate of the layers' cross attentions. `attention_downsample_rate` is that of the final attention alone.
-pub(super) const CROSS_DOWNSAMPLE_RATE: usize = 2;
 
 /// Multi-head attention inside `hidden_size / downsample_rate` channels.
 #[derive(Clone, Debug)]

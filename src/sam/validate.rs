@@ -1,7 +1,7 @@
 //! What no SAM can be: sizes, ratios and parts that contradict each other are refused before anything is allocated, each
 //! by its name in `config.json`, its value and what it should be.
 
-use super::transformer::CROSS_DOWNSAMPLE_RATE;
+use super::config::CROSS_DOWNSAMPLE_RATE;
 use super::{SamConfig, SamMaskDecoderConfig, SamVisionConfig};
 use crate::{Error, Result};
 use candle_core::DType;

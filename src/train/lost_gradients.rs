@@ -70,7 +70,7 @@ pub(super) fn check_zeros<'a>(
     let used = used(&suspects, here, loss)?;
     bail!(
         "the loss depends on parameters whose gradient is exactly zero, in all or some elements: {used}. \
-         {ENDS_THE_GRAPH}; train::check_gradients tells more"
+         {ENDS_THE_GRAPH}; testing::check_gradients tells more"
     )
 }
 

@@ -2,10 +2,32 @@
 //!
 //! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
 //! `Batch` is such a loss for SAM (feature `images`). Whatever is random is a function of (seed, step), so that a run continued from
-//! its state gives the bits of one that was never interrupted. [`check_gradients`] tests the gradients of anything.
+//! its state gives the bits of one that was never interrupted.
+//!
+//! The parts serve a loop of your own too:
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{Optimizer, VarBuilder, VarMap};
+//! use candle_sam_lora::nn::{trainable_variables, Linear};
+//! use candle_sam_lora::train::{mask_loss, AdamW, AdamWConfig};
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+//! let model = Linear::load(8, 16, vb)?;
+//! let mut optimizer = AdamW::new(trainable_variables(&model)?, AdamWConfig::default())?;
+//! let x = Tensor::randn(0f32, 1f32, (2, 8), &Device::Cpu)?;
+//! let masks = Tensor::zeros((2, 4, 4), DType::F32, &Device::Cpu)?;
+//! for _ in 0..3 {
+//!     let loss = mask_loss(&x.apply(&model)?.reshape((2, 4, 4))?, &masks)?;
+//!     optimizer.backward_step(&loss)?;
+//! }
+//! assert_eq!(optimizer.steps(), 3);
+//! # Ok(())
+//! # }
+//! ```
 
 mod adamw;
-mod check_gradients;
 mod checkpoint;
 mod checksum;
 #[cfg(feature = "images")]
@@ -28,11 +50,12 @@ mod schedule;
 mod scores;
 #[cfg(feature = "images")]
 mod segmentation;
-mod slope;
+// The check of gradients in `testing` uses all of it.
+#[cfg_attr(not(feature = "testing"), allow(dead_code))]
+pub(crate) mod slope;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
-pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 pub use checkpoint::{previous_state_path, TrainingState};
 #[cfg(feature = "images")]
 pub use data::{sample_indices, Dataset, FlipRotate, Sample};

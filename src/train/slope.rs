@@ -48,17 +48,17 @@ const POLYNOMIALS: [[f64; POINTS]; 5] = [
 
 /// A derivative along a direction.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Slope {
-    pub(super) value: f64,
+pub(crate) struct Slope {
+    pub(crate) value: f64,
     /// The true derivative is this near; infinite for a loss that cannot be repeated.
-    pub(super) uncertainty: f64,
+    pub(crate) uncertainty: f64,
     /// Whether the loss has the same bits everywhere.
-    pub(super) constant: bool,
+    pub(crate) constant: bool,
 }
 
 /// A variable that moves along a direction, and goes back to its start when it is dropped.
 #[derive(Debug)]
-pub(super) struct Moving {
+pub(crate) struct Moving {
     var: Var,
     start: Tensor,
     direction: Tensor,
@@ -66,7 +66,7 @@ pub(super) struct Moving {
 
 impl Moving {
     /// Along a random direction, in the elements that `moves` picks by their index.
-    pub(super) fn new(
+    pub(crate) fn new(
         var: &Var,
         draws: &mut StepRng,
         moves: impl Fn(usize) -> bool,
@@ -88,7 +88,7 @@ impl Moving {
     }
 
     /// In the order of the variable's elements.
-    pub(super) fn direction(&self) -> Result<Vec<f64>> {
+    pub(crate) fn direction(&self) -> Result<Vec<f64>> {
         values(&self.direction)
     }
 
@@ -111,7 +111,7 @@ impl Slope {
     ///
     /// # Errors
     /// When a loss fails or is not finite.
-    pub(super) fn along(
+    pub(crate) fn along(
         moving: &[Moving],
         here: Loss,
         mut loss: impl FnMut() -> Result<Loss>,
@@ -169,7 +169,7 @@ fn best(found: &[Slope]) -> Slope {
 ///
 /// # Errors
 /// When a loss fails or is not finite.
-pub(super) fn is_constant(
+pub(crate) fn is_constant(
     moving: &[Moving],
     here: Loss,
     mut loss: impl FnMut() -> Result<Loss>,
@@ -217,15 +217,15 @@ fn dot(a: &[f64; POINTS], b: &[f64; POINTS]) -> f64 {
 
 /// A loss in f64, and the precision that it was computed in.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Loss {
-    pub(super) value: f64,
-    pub(super) epsilon: f64,
+pub(crate) struct Loss {
+    pub(crate) value: f64,
+    pub(crate) epsilon: f64,
 }
 
 impl Loss {
     /// # Errors
     /// When it is no scalar, or not finite.
-    pub(super) fn of(loss: &Tensor) -> Result<Self> {
+    pub(crate) fn of(loss: &Tensor) -> Result<Self> {
         if loss.elem_count() != 1 {
             bail!("the loss must be a scalar, has shape {:?}", loss.dims())
         }
@@ -237,14 +237,17 @@ impl Loss {
     }
 }
 
-/// The elements of a tensor in f64.
-pub(super) fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+/// The elements of a tensor, row-major, in f64.
+///
+/// # Errors
+/// When the tensor cannot be copied to the CPU.
+pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     let tensor = tensor.detach().to_device(&Device::Cpu)?;
     tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
 /// The distance of 1 to the next number.
-pub(super) fn epsilon(dtype: DType) -> f64 {
+pub(crate) fn epsilon(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => f64::EPSILON,
         DType::F16 => 2f64.powi(-10),

@@ -2,9 +2,9 @@
 
 use super::{random, values};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
+use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
-use candle_sam_lora::reference;
+use candle_sam_lora::testing::{composed, reference};
 
 pub type OnTensors<'a> = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + 'a>;
 pub type OnValues<'a> = Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + 'a>;

@@ -6,7 +6,8 @@ pub mod cases;
 pub mod limits;
 pub mod model;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
+use candle_sam_lora::testing;
 pub use model::fixtures;
 use std::collections::BTreeMap;
 
@@ -82,17 +83,12 @@ pub fn cases(file: &str) -> Vec<Case> {
 
 /// All elements as f64.
 pub fn values(tensor: &Tensor) -> Vec<f64> {
-    tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap()
+    testing::values(tensor).unwrap()
 }
 
-/// The largest difference, relative to the largest magnitude expected. Where the expected result is zero to rounding
-/// it cancels from terms of order one, and is judged on their scale.
+/// The largest difference, relative to the largest magnitude expected, see [`testing::relative_error`].
 pub fn error(got: &[f64], expected: &[f64]) -> f64 {
-    assert_eq!(got.len(), expected.len(), "lengths differ");
-    assert!(got.iter().all(|x| x.is_finite()), "a result is not finite");
-    let magnitude = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
-    let scale = if magnitude < 1e-6 { 1.0 } else { magnitude };
-    got.iter().zip(expected).fold(0f64, |m, (a, b)| m.max((a - b).abs())) / scale
+    testing::relative_error(got, expected).unwrap()
 }
 
 /// [`error`] of two tensors of one shape.

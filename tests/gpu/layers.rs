@@ -3,8 +3,9 @@
 
 use candle_core::{bail, DType, Device, Result, Tensor, Var, D};
 use candle_sam_lora::launch::Gpu;
-use candle_sam_lora::ops::{self, composed, Activation, Lora, Projection, RelPosAttention};
+use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
+use candle_sam_lora::testing::composed;
 
 /// Sizes of a problem.
 #[derive(Clone, Copy, Debug, PartialEq)]

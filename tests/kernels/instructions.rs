@@ -129,7 +129,7 @@ fn staged_products() -> Result<()> {
         for (m, n, k) in [(64, 64, 32), (70, 129, 104), (1, 1, 8)] {
             let x = random(1, (m, k)).to_dtype(dtype)?;
             let w = random(2, (n, k)).to_dtype(dtype)?;
-            let expected = candle_sam_lora::reference::linear(&values(&x), &values(&w), k);
+            let expected = candle_sam_lora::testing::reference::linear(&values(&x), &values(&w), k);
             let (x, w) = (Memory::from_tensor(&x), Memory::from_tensor(&w));
             for mode in Mode::all() {
                 let y = Memory::for_elements(m * n, DType::F32);

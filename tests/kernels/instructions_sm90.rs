@@ -92,7 +92,8 @@ impl Product {
                 values
             }
         };
-        let expected = candle_sam_lora::reference::linear(&rounded(&a), &rounded(&b), depth);
+        let expected =
+            candle_sam_lora::testing::reference::linear(&rounded(&a), &rounded(&b), depth);
         let map = |tensor: &Tensor, trans: bool| -> Result<(Memory, TensorMap)> {
             let tensor = if trans { tensor.t()?.contiguous()? } else { tensor.clone() };
             let (rows, cols) = tensor.dims2()?;
@@ -230,7 +231,7 @@ fn products_behind_a_pipeline_of_bulk_copies() -> Result<()> {
         for (m, n, k) in [(64, 64, 64), (70, 129, 328), (1, 1, 8)] {
             let x = random(1, (m, k)).to_dtype(dtype)?;
             let w = random(2, (n, k)).to_dtype(dtype)?;
-            let expected = candle_sam_lora::reference::linear(&values(&x), &values(&w), k);
+            let expected = candle_sam_lora::testing::reference::linear(&values(&x), &values(&w), k);
             let (x, w) = (Memory::from_tensor(&x), Memory::from_tensor(&w));
             let y = Memory::for_elements(m * n, DType::F32);
             let map = |memory: &Memory, rows: usize| {

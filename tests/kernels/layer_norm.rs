@@ -5,7 +5,7 @@ use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::layer_norm::{self, BackwardOperands, TrainedOperands};
 use candle_sam_lora::launch::LayerNormProblem;
-use candle_sam_lora::{ops::composed, reference};
+use candle_sam_lora::testing::{composed, reference};
 
 const EPS: f64 = 1e-6;
 

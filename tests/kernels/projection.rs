@@ -10,9 +10,9 @@ use candle_sam_lora::launch::projection::{
     Small, SmallTensor,
 };
 use candle_sam_lora::launch::Launch;
-use candle_sam_lora::ops::{self, composed, Lora, Projection};
+use candle_sam_lora::ops::{self, Lora, Projection};
 use candle_sam_lora::philox::Dropout;
-use candle_sam_lora::reference;
+use candle_sam_lora::testing::{composed, reference};
 use candle_sam_lora_emulator::Mode;
 
 /// Shapes and options; everything else follows.

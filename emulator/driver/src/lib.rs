@@ -25,6 +25,7 @@ mod graph;
 mod launch;
 mod libraries;
 mod memory;
+mod memory_calls;
 
 use std::sync::atomic::{AtomicI32, Ordering};
 

@@ -1,8 +1,6 @@
 //! The device's memory: the host's, exactly as long as asked for, NaN when it is new and when it is given back.
 
-use crate::{
-    calls, graph, told, Outcome, Status, INVALID_VALUE, STREAM_CAPTURE_UNSUPPORTED, SUCCESS,
-};
+use crate::{Outcome, Status, INVALID_VALUE};
 use std::alloc::Layout;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
@@ -40,7 +38,8 @@ fn live<T>(change: impl FnOnce(&mut BTreeMap<u64, usize>) -> T) -> T {
     change(&mut LIVE.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn alloc(bytes: usize) -> Result<u64, (Status, String)> {
+/// New memory, NaN.
+pub fn alloc(bytes: usize) -> Result<u64, (Status, String)> {
     let refused = || (INVALID_VALUE, format!("an allocation of {bytes} bytes"));
     let layout = Layout::from_size_align(bytes, ALIGNMENT).map_err(|_| refused())?;
     if bytes == 0 {
@@ -87,7 +86,7 @@ pub fn holding(address: u64) -> Option<(u64, usize)> {
 }
 
 /// Whether all of it is live memory.
-fn check(address: u64, bytes: usize) -> Outcome {
+pub fn check(address: u64, bytes: usize) -> Outcome {
     let end = live(|live| {
         let (start, length) = live.range(..=address).next_back()?;
         Some(start + *length as u64)
@@ -96,96 +95,4 @@ fn check(address: u64, bytes: usize) -> Outcome {
         Some(end) if address + bytes as u64 <= end => Ok(()),
         _ => Err((INVALID_VALUE, format!("{bytes} bytes at {address:#x} are not the device's"))),
     }
-}
-
-/// Copies within, to or from the device's memory; `ours` are the addresses in it.
-fn copy(stream: Stream, to: u64, from: u64, bytes: usize, ours: &[u64]) -> Outcome {
-    let host = ours.len() == 1;
-    if host && graph::is_capturing(stream) {
-        return Err((STREAM_CAPTURE_UNSUPPORTED, "a copy from or to the host in a graph".into()));
-    }
-    for &address in ours {
-        check(address, bytes)?;
-    }
-    graph::submit(stream, move || {
-        // SAFETY: checked where it is the device's, else the caller's promise; the two may be the same memory.
-        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
-        Ok(())
-    })
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream: Stream) -> Status {
-    calls::count("cuMemAllocAsync");
-    told(alloc(bytes).map(|new| {
-        graph::allocated(stream, new);
-        // SAFETY: the caller's address is one to write to.
-        unsafe { *address = new }
-    }))
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuMemFreeAsync(address: u64, stream: Stream) -> Status {
-    calls::count("cuMemFreeAsync");
-    told(match graph::freed(stream, address) {
-        Some(outcome) => outcome,
-        None => free(address),
-    })
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
-    to: u64,
-    from: *const u8,
-    bytes: usize,
-    stream: Stream,
-) -> Status {
-    calls::count("cuMemcpyHtoDAsync_v2");
-    told(copy(stream, to, from as u64, bytes, &[to]))
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
-    to: *mut u8,
-    from: u64,
-    bytes: usize,
-    stream: Stream,
-) -> Status {
-    calls::count("cuMemcpyDtoHAsync_v2");
-    told(copy(stream, to as u64, from, bytes, &[from]))
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
-    to: u64,
-    from: u64,
-    bytes: usize,
-    stream: Stream,
-) -> Status {
-    calls::count("cuMemcpyDtoDAsync_v2");
-    told(copy(stream, to, from, bytes, &[to, from]))
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: Stream) -> Status {
-    calls::count("cuMemsetD8Async");
-    told(check(to, bytes).and_then(|()| {
-        graph::submit(stream, move || {
-            // SAFETY: checked.
-            unsafe { (to as *mut u8).write_bytes(value, bytes) };
-            Ok(())
-        })
-    }))
-}
-
-#[no_mangle]
-unsafe extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut usize, _device: i32) -> Status {
-    // SAFETY: the caller's address is one to write to.
-    unsafe { *pool = 1 };
-    SUCCESS
-}
-
-#[no_mangle]
-extern "C" fn cuMemPoolSetAttribute(_pool: usize, _attribute: i32, _value: *mut u8) -> Status {
-    SUCCESS
 }

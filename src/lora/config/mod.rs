@@ -13,12 +13,9 @@ mod setters;
 mod validate;
 mod values;
 
-use super::warnings::warn;
-use crate::{files, Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
-use std::path::Path;
 pub(super) use validate::{is_neutral, UNSUPPORTED};
 pub use values::{BiasTraining, InitLoraWeights, ModuleNames, ValueOrList};
 
@@ -166,34 +163,5 @@ impl LoraConfig {
     pub fn scaling(&self, rank: usize, alpha: f64) -> f64 {
         let rank = rank as f64;
         alpha / if self.use_rslora { rank.sqrt() } else { rank }
-    }
-
-    /// Reads and checks an `adapter_config.json`. Writes its [`warnings`](Self::warnings) to standard error.
-    ///
-    /// # Errors
-    /// When the file cannot be read, is no JSON of this kind, or does not pass [`validate`](Self::validate).
-    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let text = files::read_text(path)?;
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|e| Error::file(path, format!("not a LoRA configuration: {e}")))?;
-        config.validate().map_err(|e| Error::file(path, e.to_string()))?;
-        config.warnings().iter().for_each(|line| warn(&path.display(), line));
-        Ok(config)
-    }
-
-    /// The text of `adapter_config.json` as PEFT writes it: two spaces, sorted keys, in inference mode.
-    ///
-    /// # Errors
-    /// As [`validate`](Self::validate).
-    pub fn to_json(&self) -> Result<String> {
-        self.validate()?;
-        let failed = |e: serde_json::Error| Error::config(format!("cannot be written: {e}"));
-        let mut value = serde_json::to_value(self).map_err(failed)?;
-        if let Some(fields) = value.as_object_mut() {
-            fields.insert("inference_mode".to_string(), Value::Bool(true));
-        }
-        value.sort_all_objects();
-        serde_json::to_string_pretty(&value).map_err(failed)
     }
 }

@@ -3,6 +3,23 @@
 //! [`load`] fills a tree from a file, a sharded checkpoint or a folder; [`save`] writes one. A [`Names`] says what is
 //! peculiar to a model: renamed, fused and ignored tensors. A tree whose files use its own names takes
 //! [`Names::PLAIN`].
+//!
+//! ```
+//! use candle_core::{DType, Device};
+//! use candle_nn::VarBuilder;
+//! use candle_sam_lora::nn::{checkpoint, checkpoint::Names, randomize, Linear};
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let linear = || Linear::load(4, 4, VarBuilder::zeros(DType::F32, &Device::Cpu));
+//! let (mut saved, mut loaded) = (linear()?, linear()?);
+//! randomize(&mut saved, 0, 0.02)?;
+//! let path = std::env::temp_dir().join("candle-sam-lora-linear.safetensors");
+//! checkpoint::save(&saved, &path, &Names::PLAIN, None)?;
+//! checkpoint::load(&mut loaded, &path, &Names::PLAIN)?;
+//! assert_eq!(loaded.weight.to_vec2::<f32>()?, saved.weight.to_vec2::<f32>()?);
+//! # Ok(())
+//! # }
+//! ```
 
 mod load;
 mod names;

@@ -2,6 +2,19 @@
 //! fused or split; written in either naming with q, k and v fused, as other tools expect them.
 //!
 //! [`nn::checkpoint`] does the work; the tables [`SAM`] and [`DEEPSEEK_OCR`] hold the names.
+//!
+//! ```
+//! use candle_core::{DType, Device};
+//! use candle_sam_lora::sam::{checkpoint, checkpoint::Naming, AttentionKind, SamModel};
+//!
+//! # fn main() -> candle_sam_lora::Result<()> {
+//! let sam = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Split, DType::F32, &Device::Cpu)?;
+//! // For the original segment-anything: q, k and v fused, in f16.
+//! let path = std::env::temp_dir().join("candle-sam-lora-original.safetensors");
+//! checkpoint::save(&sam, path, Naming::Original, Some(DType::F16))?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod names;
 

@@ -6,11 +6,10 @@
 //! ```
 //! The layers are `src/ops/composed.rs`, the same source as the `composed` of `benches/cases.rs`, with candle's own
 //! dropout; the encoder is candle-transformers'. Unlike there, nothing here switches on a feature of candle's
-//! dependencies: its matrix products are those of a program without this crate.
+//! dependencies: its matrix products are those of a program without this crate. With `--features avx512` they are those of a
+//! program with it.
 
 // Each program uses a part of what they share.
-#[allow(dead_code)]
-#[path = "../../../support/candle_sam.rs"]
 mod candle_sam;
 #[allow(dead_code)]
 #[path = "../../../support/clock.rs"]
@@ -26,7 +25,7 @@ mod ops;
 mod vit;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Module, Tensor, Var};
 use clap::{Parser, ValueEnum};
 use clock::Measurement;
 use layer::Attention;

@@ -1,36 +1,22 @@
 //! candle-transformers' image encoder with random weights, as plain tensors: weights from a `VarMap` would make it
 //! keep the whole graph. Its attention is private, so the encoder alone can be compared, forward only: its gradients
-//! stop at the layer norms. Only with the feature `candle-transformers`, which nobody but a benchmark needs.
+//! stop at the layer norms.
 
-use super::vit::Vit;
+use super::vit::{Vit, WINDOW};
 use candle_core::{DType, Device, Module, Result};
-
-/// Whether the comparison was built in.
-pub const AVAILABLE: bool = cfg!(feature = "candle-transformers");
+use candle_transformers::models::segment_anything::image_encoder::ImageEncoderViT;
 
 /// The encoder for images of `grid` patches a side.
-#[cfg(not(feature = "candle-transformers"))]
-pub fn encoder(_: &Vit, _: usize, _: DType, _: &Device) -> Result<Box<dyn Module>> {
-    candle_core::bail!("this comparison needs --features candle-transformers")
-}
-
-/// The encoder for images of `grid` patches a side.
-#[cfg(feature = "candle-transformers")]
-pub fn encoder(vit: &Vit, grid: usize, dtype: DType, device: &Device) -> Result<Box<dyn Module>> {
-    use super::vit::WINDOW;
-    use candle_transformers::models::segment_anything::image_encoder::ImageEncoderViT;
-
+pub fn encoder(vit: &Vit, grid: usize, dtype: DType, device: &Device) -> Result<impl Module> {
     let backend = Box::new(random::Random);
     let weights = candle_nn::VarBuilder::from_backend(backend, dtype, device.clone());
     let (side, global) = (16 * grid, &vit.global);
     let (dim, depth, heads) = (vit.dim, vit.depth, vit.heads);
-    let encoder = ImageEncoderViT::new(
+    ImageEncoderViT::new(
         side, 16, 3, dim, depth, heads, 256, true, true, true, WINDOW, global, weights,
-    )?;
-    Ok(Box::new(encoder))
+    )
 }
 
-#[cfg(feature = "candle-transformers")]
 mod random {
     use candle_core::{DType, Device, Result, Shape, Tensor};
     use candle_nn::var_builder::SimpleBackend;

@@ -1,7 +1,10 @@
-//! The parts of a configuration that are passed over, and those that PEFT will refuse: told, not silent.
+//! `adapter_config.json`, read and written; the parts of it that are passed over, and those that PEFT will refuse, are told.
 
 use super::config::{is_neutral, UNSUPPORTED};
 use super::LoraConfig;
+use crate::{files, Error, Result};
+use serde_json::Value;
+use std::path::Path;
 
 /// Keys of PEFT's file that change no result by themselves.
 const WITHOUT_EFFECT: [&str; 11] = [
@@ -27,6 +30,35 @@ const TEXT_TASK_TYPES: [&str; 2] = ["SEQ_2_SEQ_LM", "CAUSAL_LM"];
 const SHOWN: usize = 100;
 
 impl LoraConfig {
+    /// Reads and checks an `adapter_config.json`. Writes its [`warnings`](Self::warnings) to standard error.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is no JSON of this kind, or does not pass [`validate`](Self::validate).
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = files::read_text(path)?;
+        let config: Self = serde_json::from_str(&text)
+            .map_err(|e| Error::file(path, format!("not a LoRA configuration: {e}")))?;
+        config.validate().map_err(|e| Error::file(path, e.to_string()))?;
+        config.warnings().iter().for_each(|line| warn(&path.display(), line));
+        Ok(config)
+    }
+
+    /// The text of `adapter_config.json` as PEFT writes it: two spaces, sorted keys, in inference mode.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate).
+    pub fn to_json(&self) -> Result<String> {
+        self.validate()?;
+        let failed = |e: serde_json::Error| Error::config(format!("cannot be written: {e}"));
+        let mut value = serde_json::to_value(self).map_err(failed)?;
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("inference_mode".to_string(), Value::Bool(true));
+        }
+        value.sort_all_objects();
+        serde_json::to_string_pretty(&value).map_err(failed)
+    }
+
     /// One line for each key that has a value and no effect here, by its name and value, as a newer PEFT may write them;
     /// and one for a task type that PEFT refuses.
     pub fn warnings(&self) -> Vec<String> {

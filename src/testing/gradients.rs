@@ -1,12 +1,12 @@
 //! Gradients of anything against finite differences of its loss.
 //!
 //! The gradient of each variable is compared along a random direction with the slope that losses have there, see
-//! `slope.rs`. Elements whose gradient is exactly zero move along a direction of their own, so that the gradient of
+//! `train/slope.rs`. Elements whose gradient is exactly zero move along a direction of their own, so that the gradient of
 //! q and k that an operation lost is not hidden by the gradient of v in the same tensor.
 
-use super::slope::{epsilon, values, Loss, Moving, Slope};
-use super::StepRng;
 use crate::nn::ENDS_THE_GRAPH;
+use crate::train::slope::{epsilon, values, Loss, Moving, Slope};
+use crate::train::StepRng;
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
 use std::collections::BTreeMap;
@@ -205,7 +205,7 @@ impl Part<'_> {
 /// ```
 /// # fn main() -> candle_sam_lora::Result<()> {
 /// use candle_core::{Device, Tensor, Var, D};
-/// use candle_sam_lora::train::check_gradients;
+/// use candle_sam_lora::testing::check_gradients;
 ///
 /// let numbers = |n: f32| Tensor::arange(0f32, n, &Device::Cpu)?.sin()?.reshape(((), 8));
 /// let (x, weight) = (Var::from_tensor(&numbers(32.)?)?, Var::from_tensor(&numbers(64.)?)?);

@@ -1,6 +1,14 @@
 //! The operations as naive loops in f64: what everything else is measured against.
 //!
 //! Nothing here calls a matrix product, a softmax or any other code of candle's or of this crate's fast paths.
+//!
+//! ```
+//! use candle_sam_lora::testing::reference;
+//!
+//! // Two rows of three numbers through a weight of one row.
+//! let y = reference::linear(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[1.0, 0.0, -1.0], 3);
+//! assert_eq!(y, [-2.0, -2.0]);
+//! ```
 
 /// A row-major f64 array.
 pub type Array = Vec<f64>;
