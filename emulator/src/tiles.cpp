@@ -78,10 +78,10 @@ static std::string capitalised(std::string word) {
 int main() {
     printf(
         "// Made from kernels/tiles.h by scripts/bindings.sh; not edited by hand.\n\n"
-        "use super::projection::sm90::tiles::{self as projection_sm90, Schedule};\n"
-        "use super::projection::tiles::{self as projection, LowRankTile, Product};\n"
-        "use super::rel_pos_attention::sm90::tiles as attention_sm90;\n"
-        "use super::rel_pos_attention::tiles as attention;\n");
+        "use super::projection::sm90::tile::{self as projection_sm90, Schedule};\n"
+        "use super::projection::tile::{self as projection, LowRankTile, Product};\n"
+        "use super::rel_pos_attention::sm90::tile as attention_sm90;\n"
+        "use super::rel_pos_attention::tile as attention;\n");
     TABLE(ATTENTION, "attention::Tile", REL_POS_ATTENTION_TILES, ATTENTION)
     TABLE(ATTENTION_KEY, "attention::KeyTile", REL_POS_ATTENTION_BWD_KEY_TILES, ATTENTION_KEY)
     TABLE(ATTENTION_FWD_SM90, "attention_sm90::StreamTile", REL_POS_ATTENTION_FWD_SM90_TILES, ATTENTION_FWD_SM90)

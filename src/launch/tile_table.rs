@@ -1,9 +1,9 @@
 // Made from kernels/tiles.h by scripts/bindings.sh; not edited by hand.
 
-use super::projection::sm90::tiles::{self as projection_sm90, Schedule};
-use super::projection::tiles::{self as projection, LowRankTile, Product};
-use super::rel_pos_attention::sm90::tiles as attention_sm90;
-use super::rel_pos_attention::tiles as attention;
+use super::projection::sm90::tile::{self as projection_sm90, Schedule};
+use super::projection::tile::{self as projection, LowRankTile, Product};
+use super::rel_pos_attention::sm90::tile as attention_sm90;
+use super::rel_pos_attention::tile as attention;
 
 #[rustfmt::skip]
 pub const ATTENTION: &[attention::Tile] = &[

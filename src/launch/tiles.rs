@@ -2,7 +2,7 @@
 //!
 //! The rules are `pick` in the modules `tiles` of the operations, over the table that `kernels/tiles.h` is.
 
-use super::projection::sm90::tiles::Tile as ProjectionTile;
+use super::projection::sm90::tile::Tile as ProjectionTile;
 
 /// Tiles to take where there are kernels of them; a default is the rules' choice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

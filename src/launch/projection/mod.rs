@@ -4,6 +4,7 @@ mod native;
 mod portable;
 mod portable_backward;
 pub mod sm90;
+pub mod tile;
 pub mod tiles;
 
 pub use portable::*;

@@ -3,6 +3,7 @@
 mod native;
 pub(in crate::launch) mod portable;
 pub mod sm90;
+pub mod tile;
 pub mod tiles;
 
 pub use portable::*;

@@ -2,6 +2,7 @@
 
 pub mod backward;
 pub mod forward;
+pub mod tile;
 pub mod tiles;
 
 use super::native::Native;

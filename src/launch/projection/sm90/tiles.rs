@@ -4,31 +4,7 @@ use crate::launch::tile_table::{PROJECTION_BWD_INPUT_SM90, PROJECTION_FWD_SM90};
 use crate::launch::tiles::Forced;
 use crate::launch::Gpu;
 
-/// How the two warpgroups that multiply share the tiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Schedule {
-    /// They take tiles in turn, so that one's epilogue runs beside the other's products.
-    PingPong,
-    /// They share each tile's rows.
-    Cooperative,
-}
-
-/// A tile of the output that a block makes at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Tile {
-    /// As the kernels' names have it.
-    pub name: &'static str,
-    /// How warpgroups share it.
-    pub schedule: Schedule,
-    /// Rows.
-    pub rows: u32,
-    /// Columns.
-    pub cols: u32,
-    /// Blocks of a cluster, which make tiles of the same columns, one below the other, and load the weights once.
-    pub cluster: u32,
-    /// Shared memory of a block.
-    pub bytes: u32,
-}
+pub use super::tile::{Schedule, Tile};
 
 /// The kernels that have tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,18 +13,6 @@ pub enum Pass {
     Forward,
     /// `projection_bwd_input_sm90`, the gradient of x.
     BackwardInput,
-}
-
-impl Tile {
-    pub(in crate::launch) fn columns(&self, widths: &[u32]) -> u64 {
-        widths.iter().map(|width| u64::from(width.div_ceil(self.cols))).sum()
-    }
-
-    /// Tiles of an output of so many rows in these widths, those that a cluster makes together counted once. The last
-    /// ones may lie partly, those of a cluster's later blocks entirely below it.
-    pub(in crate::launch) fn count(&self, rows: u64, widths: &[u32]) -> u64 {
-        rows.div_ceil((self.cluster * self.rows).into()) * self.columns(widths)
-    }
 }
 
 impl Pass {

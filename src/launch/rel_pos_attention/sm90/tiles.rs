@@ -1,48 +1,12 @@
 //! The tiles of the attention's kernels for Hopper (`kernels/tiles.h`), and which ones a problem gets.
 
-use crate::launch::rel_pos_attention::tiles::{bias_strides, by_width};
+use crate::launch::rel_pos_attention::tiles::by_width;
 use crate::launch::tile_table::{
     ATTENTION_BWD_KEY_SM90, ATTENTION_BWD_QUERY_SM90, ATTENTION_FWD_SM90, ATTENTION_WINDOW_SM90,
 };
 use crate::launch::AttentionProblem;
 
-/// A key tile of whole rows of `cols` columns, for a block of queries that it streams past: the forward, and the backward's
-/// query pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StreamTile {
-    /// Channels of a head.
-    pub head_dim: usize,
-    /// Columns.
-    pub cols: usize,
-    /// Key rows.
-    pub rows: usize,
-    /// Grid rows that one bulk copy brings.
-    pub box_rows: usize,
-    /// Shared memory of a block, without the biases.
-    pub bytes: usize,
-}
-
-/// The keys that a block of the backward's key pass has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KeyBlock {
-    /// Channels of a head.
-    pub head_dim: usize,
-    /// Columns.
-    pub cols: usize,
-    /// Shared memory of a block.
-    pub bytes: usize,
-}
-
-/// A window that lies whole in a block's shared memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WindowTile {
-    /// Channels of a head.
-    pub head_dim: usize,
-    /// Shared memory of a block of the forward.
-    pub forward_bytes: usize,
-    /// That of the backward.
-    pub backward_bytes: usize,
-}
+pub use super::tile::{KeyBlock, StreamTile, WindowTile};
 
 /// The tiles of the forward and of the backward's two passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,13 +17,6 @@ pub struct Tiles {
     pub query: &'static StreamTile,
     /// The key pass's.
     pub key: &'static KeyBlock,
-}
-
-impl StreamTile {
-    /// Floats of a query's rel_h and rel_w.
-    pub fn bias_strides(&self, problem: &AttentionProblem) -> [usize; 2] {
-        bias_strides(problem, self.rows, self.cols)
-    }
 }
 
 /// Columns of the key tiles for heads of so many channels; for self-tests and measurements.

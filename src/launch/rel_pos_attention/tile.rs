@@ -1,0 +1,76 @@
+//! A key tile of the attention's kernels for every GPU.
+
+use crate::launch::AttentionProblem;
+
+/// A key tile: `rows` key rows by `cols` columns, whole rows of the window or whole stretches of them, for blocks of
+/// 16 queries a warp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Bytes of an element.
+    pub element_bytes: usize,
+    /// Channels: head_dim rounded up.
+    pub head_dim: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Key rows.
+    pub rows: usize,
+    /// Warps of a block.
+    pub warps: usize,
+    /// Shared memory of a block of the forward, without the biases.
+    pub forward_bytes: usize,
+    /// That of the backward's query pass.
+    pub backward_bytes: usize,
+}
+
+/// Keys and values of a block of the backward's key pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyTile {
+    /// Bytes of an element.
+    pub element_bytes: usize,
+    /// Channels: head_dim rounded up.
+    pub head_dim: usize,
+    /// Shared memory of a block.
+    pub bytes: usize,
+}
+
+impl Tile {
+    /// Queries of a block.
+    pub fn queries(&self) -> usize {
+        16 * self.warps
+    }
+
+    /// Blocks of queries of all heads of all windows.
+    pub fn blocks(&self, problem: &AttentionProblem) -> u64 {
+        let units = problem.windows() * problem.num_heads;
+        units as u64 * problem.tokens().div_ceil(self.queries()) as u64
+    }
+
+    /// The instance of a family of kernels, without the dtype.
+    pub fn instance(&self, family: &str) -> String {
+        format!("{family}_hd{}_cols{}", self.head_dim, self.cols)
+    }
+
+    /// Shared memory of a block of the forward.
+    pub fn forward_shared_bytes(&self, problem: &AttentionProblem) -> usize {
+        let [h, w] = bias_strides(problem, self.rows, self.cols);
+        self.forward_bytes + 4 * self.queries() * (h + w)
+    }
+
+    /// Shared memory of a block of the query pass: with the gradients of rel_h, which need a place of their own if there
+    /// are several stripes.
+    pub fn backward_shared_bytes(&self, problem: &AttentionProblem) -> usize {
+        let [h, w] = bias_strides(problem, self.rows, self.cols);
+        let gradients = if problem.side_w <= self.cols { 0 } else { h };
+        self.backward_bytes + 4 * self.queries() * (h + w + gradients)
+    }
+}
+
+/// Floats of a query's rel_h and rel_w beside key tiles of so many rows and columns, as `Biases` in
+/// `kernels/rel_pos_attention/common.cuh` lays them out.
+pub(in crate::launch) fn bias_strides(
+    problem: &AttentionProblem,
+    rows: usize,
+    cols: usize,
+) -> [usize; 2] {
+    [problem.side_h.next_multiple_of(rows) | 1, problem.side_w.next_multiple_of(cols) + 8]
+}
