@@ -127,8 +127,8 @@ fn assert_reported(outcomes: &Outcomes, words: &[&str]) {
 /// The line on which `text` stands, as reports give it.
 fn line_of(folder: &Path, text: &str) -> String {
     let source = std::fs::read_to_string(folder.join(KERNEL)).unwrap();
-    let line = source.lines().position(|line| line.contains(text)).expect("the text");
-    format!("{KERNEL}:{}", line + 1)
+    let start = planted::places(&source, text)[0].start;
+    format!("{KERNEL}:{}", source[..start].lines().count())
 }
 
 #[test]

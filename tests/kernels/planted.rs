@@ -1,6 +1,7 @@
 //! Copies of the kernels' headers with a bug in one file.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A folder of this name with copies of all headers below `kernels`, where `planted` stands in place of `original` in
@@ -14,9 +15,24 @@ pub fn copy_with(name: &str, file: &str, original: &str, planted: &str) -> PathB
         None => (root.join("kernels").join(file), folder.join(file)),
     };
     let text = fs::read_to_string(&source).unwrap_or_else(|e| panic!("{}: {e}", source.display()));
-    assert_eq!(text.matches(original).count(), 1, "{file} has changed: {original:?}");
-    fs::write(copy, text.replace(original, planted)).unwrap();
+    let found = places(&text, original);
+    let [place] = &found[..] else { panic!("{file} holds {} times: {original:?}", found.len()) };
+    fs::write(copy, [&text[..place.start], planted, &text[place.end..]].concat()).unwrap();
     folder
+}
+
+/// The places of `wanted` in `text`, whatever white space stands in either: line breaks may move.
+pub fn places(text: &str, wanted: &str) -> Vec<Range<usize>> {
+    let solid = |text: &str| -> Vec<(usize, char)> {
+        text.char_indices().filter(|(_, c)| !c.is_whitespace()).collect()
+    };
+    let (text, wanted) = (solid(text), solid(wanted));
+    let is_wanted = |window: &&[(usize, char)]| window.iter().zip(&wanted).all(|(a, b)| a.1 == b.1);
+    let place = |window: &[(usize, char)]| {
+        let (end, last) = window[window.len() - 1];
+        window[0].0..end + last.len_utf8()
+    };
+    text.windows(wanted.len()).filter(is_wanted).map(place).collect()
 }
 
 fn copy_headers(from: &Path, to: &Path) {
