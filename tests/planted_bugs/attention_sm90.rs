@@ -7,6 +7,7 @@ use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention::sm90::{backward, windows};
 use candle_sam_lora::launch::{rel_pos_attention as portable, AttentionProblem, Launch};
 use candle_sam_lora_emulator::{Mode, Timing};
+use std::sync::LazyLock;
 
 const DTYPE: DType = DType::F16;
 
@@ -82,7 +83,8 @@ fn orders() -> Vec<Mode> {
 
 /// The backward, whose launch `pass` alone runs on the device; the other launches run unharmed kernels.
 fn run_pass(device: &Device, pass: usize) -> Result<f64> {
-    let case = Case::new(STREAMED, DTYPE)?;
+    static CASE: LazyLock<Case> = LazyLock::new(|| Case::new(STREAMED, DTYPE));
+    let case = &*CASE;
     let buffers = case.buffers(true)?;
     let (inputs, out, lse) = (buffers.inputs(), buffers.out.address(), buffers.lse.address());
     let unharmed = Device { emulator: emulator(), mode: device.mode };
@@ -98,7 +100,8 @@ fn run_pass(device: &Device, pass: usize) -> Result<f64> {
 
 /// Forward and backward, of one block each.
 fn run_windows(device: &Device) -> Result<f64> {
-    let case = Case::new(WINDOWED, DTYPE)?;
+    static CASE: LazyLock<Case> = LazyLock::new(|| Case::new(WINDOWED, DTYPE));
+    let case = &*CASE;
     let buffers = case.buffers(false)?;
     let (inputs, out, lse) = (buffers.inputs(), buffers.out.address(), buffers.lse.address());
     let forward = windows::forward(&WINDOWED, DTYPE, &inputs, out, lse)?.expect("covered");

@@ -7,6 +7,7 @@ use crate::sanitizer::{ADDRESS, THREAD};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::{Backend, Launch};
 use candle_sam_lora::reference;
+use std::sync::LazyLock;
 
 const FILE: &str = "gemm.cu";
 const SHARED_BYTES: u32 = 20480;
@@ -23,16 +24,23 @@ const GEMM: Subject = Subject {
 };
 const SHORT: Subject = Subject { run: |device| vec![run(device, SHARED_BYTES - 64)], ..GEMM };
 
-fn run(device: &Device, shared_bytes: u32) -> Result<f64> {
+/// x, w and the right product.
+static CASE: LazyLock<([Tensor; 2], Vec<f64>)> = LazyLock::new(|| {
     let [m, n, k] = SIZES;
-    let integers = |rows: usize, seed: usize| {
+    let [x, w] = [(m, 0), (n, 5)].map(|(rows, seed)| {
         let integer = |i: usize| ((i * 7 + i / 13 + seed) % 9) as f32 - 4.0;
         let data: Vec<f32> = (0..rows * k).map(integer).collect();
-        Tensor::from_vec(data, (rows, k), &candle_core::Device::Cpu)?.to_dtype(DType::BF16)
-    };
-    let [x, w] = [integers(m, 0)?, integers(n, 5)?];
+        let tensor = Tensor::from_vec(data, (rows, k), &candle_core::Device::Cpu);
+        tensor.and_then(|tensor| tensor.to_dtype(DType::BF16)).expect("integers")
+    });
     let expected = reference::linear(&values(&x), &values(&w), k);
-    let [x, w] = [x, w].map(|t| Memory::from_tensor(&t));
+    ([x, w], expected)
+});
+
+fn run(device: &Device, shared_bytes: u32) -> Result<f64> {
+    let [m, n, k] = SIZES;
+    let (inputs, expected) = &*CASE;
+    let [x, w] = inputs.each_ref().map(Memory::from_tensor);
     let y = Memory::for_elements(m * n, DType::F32);
     let launch = Launch {
         kernel: "gemm_bf16".to_string(),
@@ -46,7 +54,7 @@ fn run(device: &Device, shared_bytes: u32) -> Result<f64> {
     };
     // SAFETY: the memory lives, and is as long as the sizes say.
     unsafe { device.launch(&launch) }?;
-    Ok(error(&y.values(DType::F32), &expected))
+    Ok(error(&y.values(DType::F32), expected))
 }
 
 const LANDED: &str = "__syncthreads();  // everybody's copies have landed";

@@ -3,11 +3,12 @@
 use crate::common::{random, values};
 use crate::device::{Device, Memory};
 use crate::harness::*;
-use candle_core::{DType, Result};
+use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
 use candle_sam_lora::launch::{Backend, Launch};
 use candle_sam_lora::reference;
 use candle_sam_lora_emulator::{Mode, Timing};
+use std::sync::LazyLock;
 
 const GEMM: &str = "gemm_sm90.cu";
 const INSTRUCTIONS: &str = "instructions_sm90.cu";
@@ -30,12 +31,19 @@ const STORE: Subject = Subject {
     ..PRODUCT
 };
 
+/// x, w and the right product.
+static CASE: LazyLock<([Tensor; 2], Vec<f64>)> = LazyLock::new(|| {
+    let [m, n, k] = SIZES;
+    let [x, w] = [random(1, (m, k)), random(2, (n, k))]
+        .map(|tensor| tensor.to_dtype(DType::BF16).expect("a dtype of candle's"));
+    let expected = reference::linear(&values(&x), &values(&w), k);
+    ([x, w], expected)
+});
+
 fn run(device: &Device) -> Result<f64> {
     let [m, n, k] = SIZES;
-    let [x, w] =
-        [random(1, (m, k)).to_dtype(DType::BF16)?, random(2, (n, k)).to_dtype(DType::BF16)?];
-    let expected = reference::linear(&values(&x), &values(&w), k);
-    let [x, w] = [x, w].map(|t| Memory::from_tensor(&t));
+    let (inputs, expected) = &*CASE;
+    let [x, w] = inputs.each_ref().map(Memory::from_tensor);
     let map = |memory: &Memory, rows: usize| {
         let shape = (rows as u32, k as u32, k as u32);
         TensorMap::matrix(memory.address(), Element::Bits16, shape, (64, 64))
@@ -53,7 +61,7 @@ fn run(device: &Device) -> Result<f64> {
     };
     // SAFETY: the memory lives, and is as long as the sizes say.
     unsafe { device.launch(&launch) }?;
-    Ok(error(&y.values(DType::F32), &expected))
+    Ok(error(&y.values(DType::F32), expected))
 }
 
 fn store(device: &Device) -> Result<f64> {

@@ -3,13 +3,14 @@
 use crate::common::{random, values};
 use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
-use candle_core::{DType, Result};
+use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::projection::{
     forward_with, low_rank_len, Activation, ForwardOperands, LoraProblem, Problem,
     ProjectionProblem, Small, Tile,
 };
 use candle_sam_lora::philox::Dropout;
 use candle_sam_lora::reference;
+use std::sync::LazyLock;
 
 const PROJECTION: Subject = Subject {
     name: "projection",
@@ -38,21 +39,27 @@ const DROPOUT: Dropout = Dropout { p: 0.5, seed: 3, stream: 1 };
 /// bfloat16 keeps 8 bits.
 const ROUNDING: f64 = 1.0 / 128.0;
 
-/// The launches get `fewer_bytes` of shared memory less than they ask for.
-fn run(device: &Device, fewer_bytes: u32) -> Result<f64> {
-    let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: Some(DROPOUT), bias: false };
-    let parts = [ProjectionProblem { out_dim: OUT_DIM, bias: false, lora: Some(lora) }];
-    let activation = Activation::Identity;
-    let problem = Problem { rows: ROWS, in_dim: IN_DIM, projections: &parts, activation };
-    let x = random(1, (ROWS, IN_DIM)).to_dtype(DType::BF16)?;
-    let weight = random(2, (OUT_DIM, IN_DIM)).to_dtype(DType::BF16)?;
+/// x, the weight, A and B in one tensor; and the right output.
+static CASE: LazyLock<([Tensor; 3], Vec<f64>)> = LazyLock::new(|| {
+    let [x, weight] = [random(1, (ROWS, IN_DIM)), random(2, (OUT_DIM, IN_DIM))]
+        .map(|tensor| tensor.to_dtype(DType::BF16).expect("a dtype of candle's"));
     let small = random(3, RANK * (IN_DIM + OUT_DIM));
     let mut a = values(&small);
     let b = a.split_off(RANK * IN_DIM);
     let mask = DROPOUT.mask(ROWS, IN_DIM).into_iter().map(f64::from).collect();
     let lora = reference::Lora { a, b, b_bias: None, scaling: 1.0, mask: Some(mask) };
     let expected = reference::lora_linear(&values(&x), &values(&weight), None, Some(&lora), IN_DIM);
-    let [x, weight, small] = [&x, &weight, &small].map(Memory::from_tensor);
+    ([x, weight, small], expected)
+});
+
+/// The launches get `fewer_bytes` of shared memory less than they ask for.
+fn run(device: &Device, fewer_bytes: u32) -> Result<f64> {
+    let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: Some(DROPOUT), bias: false };
+    let parts = [ProjectionProblem { out_dim: OUT_DIM, bias: false, lora: Some(lora) }];
+    let activation = Activation::Identity;
+    let problem = Problem { rows: ROWS, in_dim: IN_DIM, projections: &parts, activation };
+    let (inputs, expected) = &*CASE;
+    let [x, weight, small] = inputs.each_ref().map(Memory::from_tensor);
     let y = Memory::for_elements(ROWS * OUT_DIM, DType::BF16);
     let s = Memory::for_elements(low_rank_len(&problem), DType::F32);
     let operands = ForwardOperands {
@@ -67,7 +74,7 @@ fn run(device: &Device, fewer_bytes: u32) -> Result<f64> {
     let mut launches = forward_with(Tile::Small, &problem, DType::BF16, &operands)?;
     launches.iter_mut().for_each(|launch| launch.shared_bytes -= fewer_bytes);
     launch_all(device, &launches)?;
-    Ok(error(&y.values(DType::BF16), &expected))
+    Ok(error(&y.values(DType::BF16), expected))
 }
 
 const TILE: &str = "projection/common.cuh";

@@ -5,7 +5,7 @@
 use crate::common::random;
 use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
-use candle_core::{DType, Result};
+use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::projection::sm90::backward::backward_with;
 use candle_sam_lora::launch::projection::sm90::forward::forward_with;
 use candle_sam_lora::launch::projection::{
@@ -83,6 +83,14 @@ fn run(device: &Device, tile: &str) -> Vec<Result<f64>> {
     pairs.map(|(got, right)| got.map(|got| differ(&got, right) as f64)).collect()
 }
 
+/// x, the weight, the output's gradient, and A and B in one tensor.
+static INPUTS: LazyLock<[Tensor; 4]> = LazyLock::new(|| {
+    let [x, weight, dout] = [(1, ROWS, IN_DIM), (2, OUT_DIM, IN_DIM), (4, ROWS, OUT_DIM)]
+        .map(|(seed, rows, cols)| random(seed, (rows, cols)).to_dtype(DType::BF16))
+        .map(|tensor| tensor.expect("a dtype of candle's"));
+    [x, weight, dout, random(3, RANK * (IN_DIM + OUT_DIM))]
+});
+
 /// The output, and the gradient of x twice.
 fn outputs(device: &Device, tile: &str) -> [Result<Vec<u8>>; 3] {
     let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: None, bias: false };
@@ -90,13 +98,9 @@ fn outputs(device: &Device, tile: &str) -> [Result<Vec<u8>>; 3] {
     let parts = [part(Some(lora)), part(None)];
     let activation = Activation::Identity;
     let problem = |projections| Problem { rows: ROWS, in_dim: IN_DIM, projections, activation };
-    let bf16 = |seed, rows, cols| -> Result<Memory> {
-        Ok(Memory::from_tensor(&random(seed, (rows, cols)).to_dtype(DType::BF16)?))
-    };
-    let small = Memory::from_tensor(&random(3, RANK * (IN_DIM + OUT_DIM)));
+    let [x, weight, dout, small] = INPUTS.each_ref().map(Memory::from_tensor);
     let forward = || {
-        let (problem, x, weight) =
-            (problem(&parts), bf16(1, ROWS, IN_DIM)?, bf16(2, OUT_DIM, IN_DIM)?);
+        let problem = problem(&parts);
         let y = Memory::for_elements(2 * ROWS * OUT_DIM, DType::BF16);
         let s = Memory::for_elements(low_rank_len(&problem), DType::F32);
         let operands = ForwardOperands {
@@ -113,12 +117,11 @@ fn outputs(device: &Device, tile: &str) -> [Result<Vec<u8>>; 3] {
         Ok(y.bytes().to_vec())
     };
     let backward = |tile: &str| {
-        let (problem, weight, dout) =
-            (problem(&parts[..1]), bf16(2, OUT_DIM, IN_DIM)?, bf16(4, ROWS, OUT_DIM)?);
+        let problem = problem(&parts[..1]);
         let dx = Memory::for_elements(ROWS * IN_DIM, DType::BF16);
         let workspace = Memory::new(workspace_bytes(&problem, DType::BF16));
         let operands = BackwardOperands {
-            x: 0,
+            x: x.address(),
             weights: &[weight.address()],
             small: Small::Flat(small.address()),
             low_rank: 0,
