@@ -9,6 +9,9 @@ use libtest_mimic::{Failed, Trial};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+/// The error of each output, infinite where the output has NaN; or the report.
+pub type Outcomes = Vec<Result<f64>>;
+
 /// A program that runs kernels.
 #[derive(Clone, Copy)]
 pub struct Subject {
@@ -16,8 +19,7 @@ pub struct Subject {
     pub name: &'static str,
     pub source: Source,
     pub modes: fn() -> Vec<Mode>,
-    /// Runs the kernels; the error of each output, infinite where the output has NaN, or the report.
-    pub run: fn(&Device) -> Vec<Result<f64>>,
+    pub run: fn(&Device) -> Outcomes,
     /// A right output has at most this error.
     pub right_up_to: f64,
     /// A wrong output has a larger error.
@@ -214,7 +216,7 @@ pub fn pair(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
 }
 
-type Checked = std::result::Result<(), Failed>;
+type Tried<T> = std::result::Result<T, Failed>;
 
 impl Subject {
     /// The test of one row.
@@ -222,19 +224,19 @@ impl Subject {
         let name = format!("{}: {}", self.name, bug.name);
         Trial::test(name.clone(), move || match bug.seen {
             [Seen { what: What::Sanitized(sanitizer), .. }] => {
-                sanitizer
-                    .check(&name, bug.file, || Ok(drop(self.outcomes(&self.plant(&name, bug)?)?)))
+                let run = || self.outcomes(&self.plant(&name, bug)?).map(|_| ());
+                sanitizer.check(&name, bug.file, run)
             }
             _ => self.check(&self.plant(&name, bug)?, bug),
         })
     }
 
     /// The emulator of unharmed kernels, from a folder of this name.
-    pub fn unharmed(&self, name: &str) -> std::result::Result<Emulator, Failed> {
+    pub fn unharmed(&self, name: &str) -> Tried<Emulator> {
         self.emulator(&self.plant(name, &UNHARMED)?)
     }
 
-    fn check(&self, folder: &Path, bug: &Bug) -> Checked {
+    fn check(&self, folder: &Path, bug: &Bug) -> Tried<()> {
         let outcomes = self.outcomes(folder)?;
         for seen in bug.seen {
             let line = match seen.what {
@@ -276,7 +278,7 @@ impl Subject {
     }
 
     /// A folder of this name with the headers and the subject's file, where the bug is planted.
-    fn plant(&self, name: &str, bug: &Bug) -> std::result::Result<PathBuf, Failed> {
+    fn plant(&self, name: &str, bug: &Bug) -> Tried<PathBuf> {
         let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("planted_bugs");
         let folder = root.join(name.replace(|c: char| !c.is_ascii_alphanumeric(), "_"));
         copy_headers(&kernels(), &folder)?;
@@ -298,28 +300,25 @@ impl Subject {
         Ok(folder)
     }
 
-    fn emulator(&self, folder: &Path) -> std::result::Result<Emulator, Failed> {
+    fn emulator(&self, folder: &Path) -> Tried<Emulator> {
         let sources = Sources::files(folder, vec![folder.join(self.source.file_name())]);
         Ok(Emulator::new(&sources, &cache())?)
     }
 
     /// The outcome of each output in each mode.
-    fn outcomes(
-        &self,
-        folder: &Path,
-    ) -> std::result::Result<Vec<(Mode, Vec<Result<f64>>)>, Failed> {
+    fn outcomes(&self, folder: &Path) -> Tried<Vec<(Mode, Outcomes)>> {
         let emulator = self.emulator(folder)?;
         let outcome = |mode| (mode, (self.run)(&Device { emulator: &emulator, mode }));
         Ok((self.modes)().into_iter().map(outcome).collect())
     }
 
     /// The line on which `text` begins, as reports give it.
-    fn line_of(&self, folder: &Path, text: &str) -> std::result::Result<String, Failed> {
+    fn line_of(&self, folder: &Path, text: &str) -> Tried<String> {
         let name = self.source.file_name();
         let source = std::fs::read_to_string(folder.join(name))?;
         let place = only_place(&source, text)
             .map_err(|count| format!("{name} holds {count} times: {text}"))?;
-        Ok(format!("{name}:{}", source[..place.start].lines().count()))
+        Ok(format!("{name}:{}", source[..place.start].matches('\n').count() + 1))
     }
 }
 

@@ -70,7 +70,7 @@ const OUT_DIM: usize = 136;
 const RANK: usize = 16;
 
 /// How many bytes of each output differ from the unharmed kernels' output.
-fn run(device: &Device, tile: &str) -> Vec<Result<f64>> {
+fn run(device: &Device, tile: &str) -> Outcomes {
     static RIGHT: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
         let unharmed = BLOCKS.unharmed("projection_sm90: right");
         let emulator = &unharmed.expect("unharmed kernels compile");
