@@ -14,7 +14,8 @@ use candle_sam_lora::lora::{
 use candle_sam_lora::nn::{
     trainable_variables, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER,
 };
-use candle_sam_lora::{files, module_tree, Error};
+use candle_sam_lora::{module_tree, Error};
+use lora_support::folders::{assert_same, changed, copy_of, tensors_of};
 use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot};
 use proptest::prelude::*;
@@ -32,16 +33,6 @@ fn entries(dir: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
-}
-
-fn copy_fixture(kind: &str) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    for file in [CONFIG_FILE, TENSORS_FILE] {
-        // Not with the fixture's permissions, which may forbid the changes to come.
-        std::fs::write(dir.path().join(file), std::fs::read(fixture(kind).join(file)).unwrap())
-            .unwrap();
-    }
-    dir
 }
 
 #[test]
@@ -66,18 +57,14 @@ fn peft_adapters_are_written_back_bit_for_bit() {
         let dir = tempfile::tempdir().unwrap();
         save_adapter(&model, &config, dir.path()).unwrap();
         assert_eq!(entries(dir.path()), [CONFIG_FILE, TENSORS_FILE]);
-        let text = |dir: &Path| std::fs::read(dir.join(CONFIG_FILE)).unwrap();
-        assert_eq!(text(dir.path()), text(&fixture(kind)), "{kind}");
-        let tensors =
-            |dir: &Path| files::read_tensors(dir.join(TENSORS_FILE), &Device::Cpu).unwrap();
-        let (got, mut expected) = (tensors(dir.path()), tensors(&fixture(kind)));
+        assert_same(CONFIG_FILE, dir.path(), &fixture(kind));
+        let (got, mut expected) = (tensors_of(dir.path()), tensors_of(&fixture(kind)));
         if kind == "bias_all_save" {
             // PEFT writes these biases under its wrappers' names too.
             assert!(expected.remove("base_model.model.head.original_module.bias").is_some());
             assert!(expected.remove("base_model.model.head.modules_to_save.bias").is_some());
         } else {
-            let bytes = |dir: &Path| std::fs::read(dir.join(TENSORS_FILE)).unwrap();
-            assert_eq!(bytes(dir.path()), bytes(&fixture(kind)), "{kind}");
+            assert_same(TENSORS_FILE, dir.path(), &fixture(kind));
         }
         assert_eq!(got.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{kind}");
         for (key, tensor) in &got {
@@ -104,14 +91,10 @@ fn a_loaded_adapter_is_trainable_as_an_injected_one() {
 
 #[test]
 fn half_precision_adapter_files_load_in_f32() {
-    let dir = copy_fixture("plain");
-    let path = dir.path().join(TENSORS_FILE);
-    let halves: BTreeMap<_, _> = files::read_tensors(&path, &Device::Cpu)
-        .unwrap()
-        .into_iter()
-        .map(|(key, tensor)| (key, tensor.to_dtype(DType::BF16).unwrap()))
-        .collect();
-    files::write_tensors(&path, &halves).unwrap();
+    let dir = changed(&fixture("plain"), |tensors| {
+        tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
+    });
+    let halves = tensors_of(dir.path());
     let mut model = Net::base();
     load_adapter(&mut model, dir.path()).unwrap();
     let a = &model.q.adapters.get(DEFAULT_ADAPTER).unwrap().a;
@@ -121,16 +104,14 @@ fn half_precision_adapter_files_load_in_f32() {
 
 #[test]
 fn every_difference_is_listed_and_nothing_is_changed() {
-    let dir = copy_fixture("dora");
-    let path = dir.path().join(TENSORS_FILE);
-    let mut tensors = files::read_tensors(&path, &Device::Cpu).unwrap();
     let key = |name: &str| format!("base_model.model.{name}");
-    tensors.remove(&key("q.lora_B.weight")).unwrap();
-    tensors.remove(&key("mlp.lin1.lora_magnitude_vector")).unwrap();
-    let wrong = Tensor::zeros((5, 8), DType::F32, &Device::Cpu).unwrap();
-    tensors.insert(key("q.lora_A.weight"), wrong.clone());
-    tensors.insert(key("v.lora_A.weight"), wrong);
-    files::write_tensors(&path, &tensors).unwrap();
+    let dir = changed(&fixture("dora"), |tensors| {
+        tensors.remove(&key("q.lora_B.weight")).unwrap();
+        tensors.remove(&key("mlp.lin1.lora_magnitude_vector")).unwrap();
+        let wrong = Tensor::zeros((5, 8), DType::F32, &Device::Cpu).unwrap();
+        tensors.insert(key("q.lora_A.weight"), wrong.clone());
+        tensors.insert(key("v.lora_A.weight"), wrong);
+    });
     let mut model = Net::base();
     let error = load_adapter(&mut model, dir.path()).unwrap_err();
     let Error::Mismatch(mismatch) = &error else { panic!("{error}") };
@@ -168,12 +149,10 @@ fn an_adapter_for_another_model_is_refused() {
 
 #[test]
 fn integers_are_no_adapter() {
-    let dir = copy_fixture("plain");
-    let path = dir.path().join(TENSORS_FILE);
-    let mut tensors = files::read_tensors(&path, &Device::Cpu).unwrap();
-    let integers = Tensor::zeros((4, 8), DType::U8, &Device::Cpu).unwrap();
-    tensors.insert("base_model.model.q.lora_A.weight".to_string(), integers);
-    files::write_tensors(&path, &tensors).unwrap();
+    let dir = changed(&fixture("plain"), |tensors| {
+        let integers = Tensor::zeros((4, 8), DType::U8, &Device::Cpu).unwrap();
+        tensors.insert("base_model.model.q.lora_A.weight".to_string(), integers);
+    });
     let error = load_adapter(&mut Net::base(), dir.path()).unwrap_err().to_string();
     assert!(error.contains("q.lora_A.weight: expected floating point, got U8"), "{error}");
 }
@@ -181,7 +160,7 @@ fn integers_are_no_adapter() {
 #[test]
 fn a_folder_that_lacks_a_file_says_which() {
     for file in [CONFIG_FILE, TENSORS_FILE] {
-        let dir = copy_fixture("plain");
+        let dir = copy_of(&fixture("plain"));
         std::fs::remove_file(dir.path().join(file)).unwrap();
         let mut model = Net::base();
         let error = load_adapter(&mut model, dir.path()).unwrap_err();
@@ -193,7 +172,7 @@ fn a_folder_that_lacks_a_file_says_which() {
 
 #[test]
 fn a_pickled_adapter_is_named_with_the_way_out() {
-    let dir = copy_fixture("plain");
+    let dir = copy_of(&fixture("plain"));
     let tensors = dir.path().join(TENSORS_FILE);
     let pickle = dir.path().join("adapter_model.bin");
     std::fs::write(&pickle, b"PK\x03\x04").unwrap();
@@ -209,7 +188,7 @@ fn a_pickled_adapter_is_named_with_the_way_out() {
 
 #[test]
 fn the_model_card_is_pefts_but_for_its_prose() {
-    let cards = std::fs::read_to_string(fixture("../peft/cards.json")).unwrap();
+    let cards = std::fs::read_to_string(fixture("../cards.json")).unwrap();
     let cards: Vec<serde_json::Value> = serde_json::from_str(&cards).unwrap();
     assert_eq!(cards.len(), 8);
     let ours = format!("- candle-sam-lora {}", env!("CARGO_PKG_VERSION"));
@@ -257,7 +236,7 @@ fn an_adapter_of_another_name_has_a_folder_of_its_own() {
 
 #[test]
 fn saving_replaces_another_adapter_whole() {
-    let dir = copy_fixture("dora");
+    let dir = copy_of(&fixture("dora"));
     let mut model = Net::base();
     inject(&mut model, &config(), 3).unwrap();
     save_adapter(&model, &config(), dir.path()).unwrap();
@@ -316,7 +295,7 @@ fn saved_files_have_the_permissions_of_any_other() {
 #[test]
 fn a_folder_without_write_permission_keeps_its_adapter() {
     use std::os::unix::fs::PermissionsExt;
-    let dir = copy_fixture("plain");
+    let dir = copy_of(&fixture("plain"));
     let mut model = Net::base();
     inject(&mut model, &config(), 0).unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o555)).unwrap();
@@ -327,8 +306,7 @@ fn a_folder_without_write_permission_keeps_its_adapter() {
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     assert!(matches!(result, Err(Error::Io { .. })));
     for file in [CONFIG_FILE, TENSORS_FILE] {
-        let bytes = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
-        assert_eq!(bytes(dir.path()), bytes(&fixture("plain")));
+        assert_same(file, dir.path(), &fixture("plain"));
     }
 }
 
@@ -462,7 +440,7 @@ proptest! {
         edits in prop::collection::vec((0..4000usize, any::<u8>()), 0..4),
         cut in prop::option::of(0..4000usize),
     ) {
-        let dir = copy_fixture(KINDS[kind]);
+        let dir = copy_of(&fixture(KINDS[kind]));
         let path = dir.path().join(if in_config { CONFIG_FILE } else { TENSORS_FILE });
         let mut bytes = std::fs::read(&path).unwrap();
         for (position, byte) in edits {

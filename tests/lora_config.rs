@@ -5,19 +5,13 @@ mod lora_support;
 mod property;
 
 use candle_sam_lora::lora::{BiasTraining, LoraConfig, ModuleNames, CONFIG_FILE};
+use lora_support::folders::read_config;
 use lora_support::linears::{fixture, KINDS};
 use proptest::prelude::*;
 use serde_json::{json, Value};
 
-fn read_text(text: &[u8]) -> candle_sam_lora::Result<LoraConfig> {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(CONFIG_FILE);
-    std::fs::write(&path, text).unwrap();
-    LoraConfig::load(&path)
-}
-
 fn read_json(value: &Value) -> candle_sam_lora::Result<LoraConfig> {
-    read_text(value.to_string().as_bytes())
+    read_config(value.to_string().as_bytes())
 }
 
 fn minimal() -> Value {
@@ -105,7 +99,7 @@ fn task_types_that_peft_refuses_are_told() {
         let expected = format!("task_type is {task_type:?}: PEFT");
         let told = |config: &LoraConfig| config.warnings().iter().any(|w| w.starts_with(&expected));
         assert_eq!(told(&config), refused, "{task_type}");
-        let read = read_text(config.to_json().unwrap().as_bytes()).unwrap();
+        let read = read_config(config.to_json().unwrap().as_bytes()).unwrap();
         assert_eq!(told(&read), refused, "{task_type}");
     }
 }
@@ -137,7 +131,7 @@ fn a_built_configuration_reads_back() {
         .lora_bias()
         .rank_of("attn.q", 4)
         .alpha_of("attn.q", 0.5);
-    let mut read = read_text(config.to_json().unwrap().as_bytes()).unwrap();
+    let mut read = read_config(config.to_json().unwrap().as_bytes()).unwrap();
     assert_eq!(read.other.remove("inference_mode"), Some(json!(true)));
     assert_eq!(read, config);
 }
@@ -205,9 +199,11 @@ fn numbers_that_are_none_are_refused() {
     for dropout in [f64::NAN, 1.0, -1e-9] {
         assert!(config().dropout(dropout).validate().is_err());
     }
-    assert!(read_text(br#"{"peft_type":"LORA","target_modules":["q"],"lora_alpha":NaN}"#).is_err());
     assert!(
-        read_text(br#"{"peft_type":"LORA","target_modules":["q"],"lora_alpha":1e999}"#).is_err()
+        read_config(br#"{"peft_type":"LORA","target_modules":["q"],"lora_alpha":NaN}"#).is_err()
+    );
+    assert!(
+        read_config(br#"{"peft_type":"LORA","target_modules":["q"],"lora_alpha":1e999}"#).is_err()
     );
 }
 
@@ -215,9 +211,9 @@ fn numbers_that_are_none_are_refused() {
 fn hostile_text_is_an_error() {
     let deep = "[".repeat(100_000);
     for text in ["", "{", "[]", "null", "\u{0}", "{\"peft_type\":\"LORA\"", deep.as_str()] {
-        assert!(read_text(text.as_bytes()).is_err());
+        assert!(read_config(text.as_bytes()).is_err());
     }
-    assert!(read_text(&[0xFF, 0xFE, b'{']).is_err());
+    assert!(read_config(&[0xFF, 0xFE, b'{']).is_err());
     assert!(LoraConfig::load(fixture("absent").join(CONFIG_FILE)).is_err());
 }
 
@@ -234,8 +230,8 @@ proptest! {
         if cut % 3 == 0 {
             bytes.truncate(cut);
         }
-        if let Ok(config) = read_text(&bytes) {
-            let again = read_text(config.to_json().unwrap().as_bytes()).unwrap();
+        if let Ok(config) = read_config(&bytes) {
+            let again = read_config(config.to_json().unwrap().as_bytes()).unwrap();
             prop_assert_eq!(again.to_json().unwrap(), config.to_json().unwrap());
         }
     }

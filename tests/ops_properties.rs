@@ -9,7 +9,7 @@ mod property;
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::ops::Activation;
 use candle_sam_lora::philox::Dropout;
-use common::cases::{self, disguises, Attention, Op};
+use common::cases::{self, disguises, Attention, LoraLinear, LoraQkv, Op};
 use common::{error, gradients, nudged, random, tensor_error, values, TIMES_ROUNDING};
 use proptest::prelude::*;
 
@@ -28,12 +28,12 @@ fn op() -> impl Strategy<Value = Op<'static>> {
     prop_oneof![
         (1usize..40, 8usize..70).prop_map(|(rows, width)| cases::layer_norm(&[rows, width])),
         ((1usize..80, 1usize..50, 1usize..50), 1usize..20, activation, dropout()).prop_map(
-            |((rows, from, to), rank, activation, dropout)| {
-                cases::lora_linear(rows, (from, to), rank, activation, dropout)
+            |((rows, in_dim, out_dim), rank, activation, dropout)| {
+                LoraLinear { rows, in_dim, out_dim, rank, activation, dropout }.op()
             }
         ),
         (1usize..60, 1usize..30, (1usize..9, 1usize..9))
-            .prop_map(|(rows, width, ranks)| cases::lora_qkv(rows, width, ranks)),
+            .prop_map(|(rows, dim, (rank_q, rank_v))| LoraQkv { rows, dim, rank_q, rank_v }.op()),
         (
             (1usize..3, 1usize..12, 1usize..12, 1usize..4, 1usize..20),
             prop::option::of(1usize..9),

@@ -6,12 +6,13 @@ mod lora_support;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{
-    adapter_state, add_adapter, convert_to_lora, inject, load_adapter, save_adapter, write_adapter,
+    adapter_state, add_adapter, convert_to_lora, inject, load_adapter, save_adapter,
     InitLoraWeights, LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
+use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{trainable_variables, Linear, Mode, Node};
-use candle_sam_lora::{files, module_tree};
 use lora_support::blocks::{below, fixture, input, read, Net, F32_BOUND};
+use lora_support::folders::{assert_same, tensors_of, written};
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::path::PathBuf;
 
@@ -25,7 +26,7 @@ fn folder(kind: &str, part: &str) -> PathBuf {
 }
 
 fn tensors(kind: &str, part: &str) -> Tensors {
-    files::read_tensors(folder(kind, part).join(TENSORS_FILE), &Device::Cpu).unwrap()
+    tensors_of(&folder(kind, part))
 }
 
 fn config(kind: &str, part: &str) -> LoraConfig {
@@ -81,8 +82,7 @@ fn adapters_trained_on_the_rest_load_with_pefts_outputs() {
         let dir = tempfile::tempdir().unwrap();
         save_adapter(&model, &config, dir.path()).unwrap();
         for file in [CONFIG_FILE, TENSORS_FILE] {
-            let bytes = |dir: PathBuf| std::fs::read(dir.join(file)).unwrap();
-            assert!(bytes(dir.path().into()) == bytes(folder(kind, "trained")), "{kind}: {file}");
+            assert_same(file, dir.path(), &folder(kind, "trained"));
         }
     }
 }
@@ -98,10 +98,8 @@ fn conversion_to_plain_lora_is_pefts() {
         for (key, tensor) in &converted {
             assert_eq!(bits(tensor), bits(&expected[key]), "{kind}: {key}");
         }
-        let dir = tempfile::tempdir().unwrap();
-        write_adapter(&config, &converted, dir.path()).unwrap();
-        let text = |dir: PathBuf| std::fs::read_to_string(dir.join(CONFIG_FILE)).unwrap();
-        assert_eq!(text(dir.path().into()), text(folder(kind, "converted")));
+        let dir = written(&config, &converted);
+        assert_same(CONFIG_FILE, dir.path(), &folder(kind, "converted"));
         let mut model = Net::base();
         load_adapter(&mut model, dir.path()).unwrap();
         let got = model.forward(&input(), Mode::Eval).unwrap();
@@ -219,8 +217,7 @@ fn a_run_and_its_conversion_agree() {
         }
         let trained = adapter_state(&model, &config).unwrap();
         let (config, tensors) = convert_to_lora(&config, &initial, &trained).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        write_adapter(&config, &tensors, dir.path()).unwrap();
+        let dir = written(&config, &tensors);
         let mut plain = Net::base();
         load_adapter(&mut plain, dir.path()).unwrap();
         let forward = |model: &Net| model.forward(&input(), Mode::Eval).unwrap();

@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{
     count_parameters, count_parameters_as_peft, inject, load_adapter, load_adapter_tensors,
-    merge_and_unload, named_adapter_state, read_adapter, save_adapter, unload, write_adapter,
-    BiasTraining, LoraConfig, CONFIG_FILE, TENSORS_FILE,
+    merge_and_unload, named_adapter_state, read_adapter, save_adapter, unload, BiasTraining,
+    LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
 use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, Mode};
 use candle_sam_lora::sam::checkpoint::{self, Naming};
@@ -17,8 +17,8 @@ use candle_sam_lora::sam::{AttentionKind, SamModel};
 use candle_sam_lora::{files, Error};
 use common::adapters::{adapted, folder, read, run};
 use common::model::{self, Tensors};
+use lora_support::folders::{assert_same, changed, tensors_of, written};
 use lora_support::{bits, snapshot};
-use std::path::Path;
 
 const KINDS: [&str; 3] = ["save_prompt_encoder", "save_composite_bias_all", "save_both_embeddings"];
 const IMAGE: &str = "base_model.model.shared_image_embedding.positional_embedding";
@@ -51,20 +51,15 @@ fn files_come_back_bit_for_bit() -> Result<()> {
         let config = load_adapter(&mut model, folder(kind))?;
         let written = tempfile::tempdir()?;
         save_adapter(&model, &config, written.path())?;
-        let bytes = |dir: &Path, file: &str| std::fs::read(dir.join(file));
-        assert_eq!(bytes(written.path(), CONFIG_FILE)?, bytes(&folder(kind), CONFIG_FILE)?);
-        let tensors = |dir: &Path| files::read_tensors(dir.join(TENSORS_FILE), &Device::Cpu);
-        let (got, mut expected) = (tensors(written.path())?, tensors(&folder(kind))?);
+        assert_same(CONFIG_FILE, written.path(), &folder(kind));
+        let (got, mut expected) = (tensors_of(written.path()), tensors_of(&folder(kind)));
         let all = expected.len();
         expected
             .retain(|key, _| !key.contains("original_module") && !key.contains("modules_to_save"));
         match kind {
             // Twice the biases of the neck (2), the head (3) and the norm (1).
             "save_composite_bias_all" => assert_eq!(all - expected.len(), 12),
-            _ => assert_eq!(
-                bytes(written.path(), TENSORS_FILE)?,
-                bytes(&folder(kind), TENSORS_FILE)?
-            ),
+            _ => assert_same(TENSORS_FILE, written.path(), &folder(kind)),
         }
         assert_eq!(got.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{kind}");
         for (key, tensor) in &got {
@@ -195,12 +190,7 @@ fn ejecting_keeps_what_was_trained() -> Result<()> {
 
 /// Loads the composite adapter with its tensors changed.
 fn load_changed(change: impl FnOnce(&mut Tensors)) -> candle_sam_lora::Result<SamModel> {
-    let dir = tempfile::tempdir().unwrap();
-    let source = folder("save_composite_bias_all");
-    std::fs::copy(source.join(CONFIG_FILE), dir.path().join(CONFIG_FILE)).unwrap();
-    let mut tensors = files::read_tensors(source.join(TENSORS_FILE), &Device::Cpu)?;
-    change(&mut tensors);
-    files::write_tensors(dir.path().join(TENSORS_FILE), &tensors)?;
+    let dir = changed(&folder("save_composite_bias_all"), change);
     let mut model = base().unwrap();
     load_adapter(&mut model, dir.path()).map(|_| model)
 }
@@ -279,8 +269,7 @@ fn modules_that_peft_refuses_or_cannot_load_are_refused() -> Result<()> {
 fn an_adapter_with_a_module_in_another_names_its_file() -> Result<()> {
     let (mut config, tensors) = read_adapter(folder("save_prompt_encoder"))?;
     config.modules_to_save = Some(vec!["prompt_encoder".into(), "mask_embed".into()]);
-    let dir = tempfile::tempdir()?;
-    write_adapter(&config, &tensors, dir.path())?;
+    let dir = written(&config, &tensors);
     let error = load_adapter(&mut base()?, dir.path()).unwrap_err().to_string();
     assert!(error.contains(CONFIG_FILE) && error.contains("lies in prompt_encoder"), "{error}");
     Ok(())
@@ -293,8 +282,7 @@ fn files_may_name_modules_that_are_not_there() -> Result<()> {
     let names = config.modules_to_save.as_mut().context("modules to save")?;
     names.extend(["classifier".into(), "positional_embedding".into()]);
     config.task_type = Some("SEQ_CLS".into());
-    let dir = tempfile::tempdir()?;
-    write_adapter(&config, &tensors, dir.path())?;
+    let dir = written(&config, &tensors);
     let mut model = base()?;
     load_adapter(&mut model, dir.path())?;
     assert_eq!(snapshot(&model), snapshot(&adapted("save_prompt_encoder", &Device::Cpu)?));

@@ -11,6 +11,7 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, Mode};
 use lora_support::blocks::{adapter, below, facts, input, loaded, read, Net, F32_BOUND, NAMES};
+use lora_support::folders::assert_same;
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::collections::BTreeSet;
 
@@ -267,8 +268,7 @@ fn each_adapter_is_written_back_bit_for_bit_without_its_name() {
         let dir = tempfile::tempdir().unwrap();
         save_named_adapter(&model, name, config, dir.path()).unwrap();
         for file in [CONFIG_FILE, TENSORS_FILE] {
-            let bytes = |dir: &std::path::Path| std::fs::read(dir.join(file)).unwrap();
-            assert!(bytes(dir.path()) == bytes(&adapter(name)), "{name}: {file}");
+            assert_same(file, dir.path(), &adapter(name));
         }
     }
 }

@@ -2,9 +2,10 @@
 
 mod lora_support;
 
-use candle_sam_lora::lora::{inject, LoraConfig, CONFIG_FILE};
+use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::Result;
 use lora_support::blocks::{fixture, Net};
+use lora_support::folders::read_config;
 use lora_support::{adapted, snapshot};
 use serde_json::{json, Value};
 
@@ -12,10 +13,7 @@ fn config(options: &Value) -> Result<LoraConfig> {
     let mut file = options.clone();
     file["peft_type"] = json!("LORA");
     file["r"] = json!(2);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(CONFIG_FILE);
-    std::fs::write(&path, file.to_string()).unwrap();
-    LoraConfig::load(&path)
+    read_config(file.to_string().as_bytes())
 }
 
 #[test]

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, D};
 use candle_sam_lora::lora;
 use candle_sam_lora::nn::{named_parameters, trainable_variables, Linear, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamVisionAttentionSplit, VisionAttention};
-use common::adapters::{adapted, errors, folder, read, run, KINDS, TIMES_PYTORCH};
+use common::adapters::{adapted, errors, folder, read, run, Kind, KINDS, TIMES_PYTORCH};
 use common::model::{self, Tensors, Worst};
 use std::any::Any;
 
@@ -17,7 +17,7 @@ const WEIGHT_TOLERANCE: f64 = 4.8e-7;
 #[test]
 fn adapters_of_every_kind_equal_peft() -> Result<()> {
     let inputs = read(folder("inputs.safetensors"), &Device::Cpu)?;
-    for (kind, output_error, gradient_error) in KINDS {
+    for Kind { name: kind, outputs, gradients } in KINDS {
         let io = read(folder(kind).join("io.safetensors"), &Device::Cpu)?;
         let mut model = adapted(kind, &Device::Cpu)?;
         let [mut worst, worst_gradients] = errors(kind, &model, &inputs)?;
@@ -36,8 +36,8 @@ fn adapters_of_every_kind_equal_peft() -> Result<()> {
                 )?;
             }
         }
-        worst.assert_within(TIMES_PYTORCH * output_error);
-        worst_gradients.assert_within(TIMES_PYTORCH * gradient_error);
+        worst.assert_within(TIMES_PYTORCH * outputs);
+        worst_gradients.assert_within(TIMES_PYTORCH * gradients);
         worst_weights.assert_within(WEIGHT_TOLERANCE);
     }
     Ok(())
@@ -96,8 +96,8 @@ fn two_adapters_at_once_are_one_operation() -> Result<()> {
         }
         assert_eq!(compared, 8, "A and B of q and v of both");
     }
-    let (_, output, gradient) = KINDS[2];
-    worst[0].assert_within(TIMES_PYTORCH * output);
-    worst[1].assert_within(TIMES_PYTORCH * gradient);
+    let Kind { outputs, gradients, .. } = KINDS[2];
+    worst[0].assert_within(TIMES_PYTORCH * outputs);
+    worst[1].assert_within(TIMES_PYTORCH * gradients);
     Ok(())
 }

@@ -15,7 +15,7 @@ use candle_sam_lora::lora::{
 use candle_sam_lora::nn::{named_parameters, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
 use candle_sam_lora::{files, Error};
-use common::adapters::{adapted, folder, read, run, KINDS, TIMES_PYTORCH};
+use common::adapters::{adapted, folder, read, run, Kind, KINDS, TIMES_PYTORCH};
 use common::model::{self, relative_error, Tensors, Worst};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -45,8 +45,9 @@ fn embeddings(model: &SamModel) -> Result<Tensor> {
 
 /// The errors of PyTorch and PEFT in outputs and gradients of a kind.
 fn pytorch(kind: &str) -> Result<(f64, f64)> {
-    let (_, output, gradient) = KINDS.iter().find(|(name, ..)| *name == kind).context("no kind")?;
-    Ok((TIMES_PYTORCH * output, TIMES_PYTORCH * gradient))
+    let Kind { outputs, gradients, .. } =
+        KINDS.iter().find(|of| of.name == kind).context("no kind")?;
+    Ok((TIMES_PYTORCH * outputs, TIMES_PYTORCH * gradients))
 }
 
 /// The gradients of sum(image_embeddings * G), by PEFT's keys.

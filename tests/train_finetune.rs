@@ -8,6 +8,8 @@ mod console;
 mod curve;
 #[path = "../examples/shared/draw.rs"]
 mod draw;
+#[path = "../examples/shared/draw_prompts.rs"]
+mod draw_prompts;
 #[path = "../examples/shared/model.rs"]
 mod model;
 #[path = "../examples/finetune/options.rs"]

@@ -110,6 +110,9 @@ void switched([[maybe_unused]] Context& context) {
 }
 
 void release([[maybe_unused]] Context& context) {
+#if defined(EMULATOR_ASAN)
+    __asan_unpoison_memory_region(context.stack, context.stack_bytes);  // may be unmapped, and become other memory
+#endif
 #if defined(EMULATOR_TSAN)
     if (context.tsan) __tsan_destroy_fiber(context.tsan);
 #endif

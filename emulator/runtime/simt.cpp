@@ -36,16 +36,22 @@ constexpr size_t kStackBytes = 128 << 10;
 #endif
 constexpr size_t kPage = 4096;
 
-// Stacks are kept from launch to launch; each ends, at its low end, in a page that may not be touched.
-static std::mutex stacks_mutex;
-static std::vector<char*> free_stacks;
+// Stacks are kept from launch to launch, until the library is unloaded: the maps of a process are limited. The low end of a
+// stack is a page that may not be touched.
+static struct Stacks {
+    std::mutex mutex;
+    std::vector<char*> free;
+    ~Stacks() {
+        for (char* stack : free) munmap(stack - kPage, kPage + kStackBytes);
+    }
+} stacks;
 
 static char* take_stack() {
     {
-        std::lock_guard lock(stacks_mutex);
-        if (!free_stacks.empty()) {
-            char* stack = free_stacks.back();
-            free_stacks.pop_back();
+        std::lock_guard lock(stacks.mutex);
+        if (!stacks.free.empty()) {
+            char* stack = stacks.free.back();
+            stacks.free.pop_back();
             return stack;
         }
     }
@@ -71,10 +77,10 @@ Block::Block(const Launch& launch, Cluster& cluster, unsigned rank)
 
 Block::~Block() {
     std::free(shared_);
-    std::lock_guard lock(stacks_mutex);
+    std::lock_guard lock(stacks.mutex);
     for (auto& fiber : fibers_) {
         release(fiber.context);
-        free_stacks.push_back(fiber.context.stack);
+        stacks.free.push_back(fiber.context.stack);
     }
 }
 

@@ -5,6 +5,7 @@ pub mod adapters;
 pub mod cases;
 pub mod limits;
 pub mod model;
+pub mod operations;
 
 use candle_core::{Device, Result, Tensor};
 use candle_sam_lora::testing;

@@ -25,11 +25,9 @@ pub fn trials() -> Vec<Trial> {
             }));
         }
     }
-    for (kind, output_error, gradient_error) in adapters::KINDS {
-        trials.push(trial(format!("model adapter {kind}"), move |device| {
-            with_each(device, || {
-                adapter(kind, output_error, gradient_error, device).map_err(Error::wrap)
-            })
+    for kind in adapters::KINDS {
+        trials.push(trial(format!("model adapter {}", kind.name), move |device| {
+            with_each(device, || adapter(kind, device).map_err(Error::wrap))
         }));
     }
     trials.push(trial("model gradients".to_string(), |device| {
@@ -75,19 +73,15 @@ fn values(name: &str, kind: AttentionKind, device: &Device) -> anyhow::Result<()
 }
 
 /// Outputs, training with the CPU's dropout masks and gradients of an adapter against PEFT in f64.
-fn adapter(
-    kind: &str,
-    output_error: f64,
-    gradient_error: f64,
-    device: &Device,
-) -> anyhow::Result<()> {
+fn adapter(kind: adapters::Kind, device: &Device) -> anyhow::Result<()> {
     /// Of the CPU's bounds: sums in yet another order.
     const TIMES_CPU: f64 = 2.0;
     let inputs = adapters::read(adapters::folder("inputs.safetensors"), device)?;
-    let [outputs, gradients] = adapters::errors(kind, &adapters::adapted(kind, device)?, &inputs)?;
+    let model = adapters::adapted(kind.name, device)?;
+    let [outputs, gradients] = adapters::errors(kind.name, &model, &inputs)?;
     let times = TIMES_CPU * adapters::TIMES_PYTORCH;
-    outputs.assert_within(times * output_error);
-    gradients.assert_within(times * gradient_error);
+    outputs.assert_within(times * kind.outputs);
+    gradients.assert_within(times * kind.gradients);
     Ok(())
 }
 

@@ -5,17 +5,23 @@ use crate::device::{in_every_mode, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::dora::{self, DoraNorm};
 
-/// Rows, columns, rank.
-const CASES: [(usize, usize, usize); 6] =
-    [(1, 1, 1), (9, 33, 3), (16, 200, 16), (13, 130, 17), (8, 64, 64), (5, 40, 256)];
+const SMALLEST: DoraNorm = DoraNorm { out_dim: 1, in_dim: 1, rank: 1, scaling: 0.7 };
+const CASES: [DoraNorm; 6] = [
+    SMALLEST,
+    DoraNorm { out_dim: 9, in_dim: 33, rank: 3, ..SMALLEST },
+    DoraNorm { out_dim: 16, in_dim: 200, rank: 16, ..SMALLEST },
+    DoraNorm { out_dim: 13, in_dim: 130, rank: 17, ..SMALLEST },
+    DoraNorm { out_dim: 8, in_dim: 64, rank: 64, ..SMALLEST },
+    DoraNorm { out_dim: 5, in_dim: 40, rank: 256, ..SMALLEST },
+];
 
 #[test]
 fn norm() -> Result<()> {
     let mut worst = Worst::default();
     for dtype in DTYPES {
-        for (out_dim, in_dim, rank) in CASES {
+        for problem in CASES {
+            let DoraNorm { out_dim, in_dim, rank, .. } = problem;
             let name = format!("[{out_dim}, {in_dim}] rank {rank} {dtype:?}");
-            let problem = DoraNorm { out_dim, in_dim, rank, scaling: 0.7 };
             let weight = random(1, (out_dim, in_dim)).to_dtype(dtype)?;
             let (a, b) = (random(2, (rank, in_dim)), random(3, (out_dim, rank)));
             let memories = [&weight, &a, &b].map(Memory::from_tensor);

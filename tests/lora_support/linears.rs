@@ -1,4 +1,4 @@
-//! The small model of `tests/fixtures/lora`: linears alone, one adapter of each kind that PEFT wrote.
+//! The model of `tests/fixtures/gen/peft_linears.py`, with one adapter of each kind that PEFT wrote.
 
 use super::{fill, fixtures, read_tensors, Tensors};
 use candle_core::{DType, Device, Tensor};
@@ -44,7 +44,7 @@ pub struct Net {
 module_tree!(Net { q, v, norm, mlp, head });
 
 pub fn fixture(name: &str) -> PathBuf {
-    fixtures("lora").join(name)
+    fixtures("peft/linears").join(name)
 }
 
 pub fn read(name: &str) -> Tensors {

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod blocks;
+pub mod folders;
 pub mod linears;
 
 use candle_core::{DType, Device, Tensor};

@@ -1,6 +1,6 @@
 // For the tests of the emulator alone: clusters of two blocks, each of which adds up all tiles [16, 32] of its cluster, of
 // which each loads half for both: in [clusters, steps, 16, 32], out [blocks, 16, 32]. The first warp loads, the second adds.
-// tests/seeded_bugs_sm90/clusters.rs plants bugs in it.
+// tests/planted_bugs/cluster_sm90.rs plants bugs in it.
 #include "common/kernel.cuh"
 #include "common/ptx_sm90.cuh"
 

@@ -1,5 +1,5 @@
 // For the tests of the emulator alone: y [m, n] = x [m, k] w [n, k]^T, k a multiple of 8, in 64 x 64 tiles: a producer warp
-// copies operands in bulk, a warpgroup multiplies them. tests/seeded_bugs_sm90.rs plants bugs in it.
+// copies operands in bulk, a warpgroup multiplies them. tests/planted_bugs/gemm_sm90.rs plants bugs in it.
 #include "common/kernel.cuh"
 #include "common/descriptor.cuh"
 
