@@ -4,7 +4,7 @@ mod common;
 #[path = "common/property.rs"]
 mod property;
 
-use candle_sam_lora::train::{Dataset, Sample};
+use candle_sam_lora::train::{Dataset, DatasetOptions, Sample};
 use image::RgbImage;
 use proptest::prelude::*;
 use serde_json::{json, Value};
@@ -41,7 +41,7 @@ fn masks_are_those_of_pycocotools() -> anyhow::Result<()> {
         .into_iter()
         .map(|c| (c.name.clone(), c))
         .collect();
-    let dataset = Dataset::open_coco(folder.path(), &file, 1)?;
+    let dataset = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1))?;
     assert_eq!(dataset.len(), 3, "the image without objects is left out");
     let mut compared = 0;
     for (index, (name, image)) in [("a_one", 1), ("two", 2), ("three", 3)].into_iter().enumerate() {
@@ -76,7 +76,7 @@ fn masks_are_those_of_pycocotools() -> anyhow::Result<()> {
     println!("{compared} masks equal");
     assert!(compared >= 40);
     // Smaller objects are left out, and an image in which none is left.
-    let large = Dataset::open_coco(folder.path(), &file, 4000)?;
+    let large = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(4000))?;
     assert_eq!(large.len(), 1);
     assert!(large.load(0)?.instances.iter().all(|instance| instance.area >= 4000));
     assert_ne!(dataset.fingerprint()?, large.fingerprint()?);
@@ -96,7 +96,7 @@ fn open(text: &str) -> anyhow::Result<candle_sam_lora::Result<Vec<Sample>>> {
     RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
     let file = folder.path().join("instances.json");
     std::fs::write(&file, text)?;
-    let dataset = Dataset::open_coco(folder.path(), &file, 1);
+    let dataset = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1));
     Ok(dataset.and_then(|dataset| (0..dataset.len()).map(|index| dataset.load(index)).collect()))
 }
 

@@ -16,6 +16,8 @@ mod options;
 mod output;
 #[path = "../examples/shared/processor.rs"]
 mod processor;
+#[path = "../examples/finetune/progress.rs"]
+mod progress;
 #[path = "../examples/finetune/report.rs"]
 mod report;
 #[path = "../examples/finetune/run.rs"]

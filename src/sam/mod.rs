@@ -18,7 +18,7 @@ mod model;
 mod processor;
 mod prompt_encoder;
 #[cfg(feature = "images")]
-mod read_image;
+mod image_file;
 mod transformer;
 mod validate;
 mod vision_model;
@@ -38,9 +38,13 @@ pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]
 pub use processor::{Frame, SamProcessor};
+#[cfg(feature = "images")]
+pub(crate) use processor::MaskResizer;
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
 #[cfg(feature = "images")]
-pub use read_image::{convert_to_rgb, is_transparent, read_image};
+pub use image_file::{
+    convert_to_rgb, is_transparent, read_image, Picture, Raster, RasterKind, ReadOptions, SampleType, Samples, ValueRange,
+};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
 pub use vision_model::SamVisionModel;
 

@@ -5,20 +5,30 @@
 //! its state gives the bits of one that was never interrupted. [`check_gradients`] tests the gradients of anything.
 
 mod adamw;
+#[cfg(feature = "images")]
+mod augment;
 mod check_gradients;
 mod checkpoint;
 mod checksum;
 #[cfg(feature = "images")]
 mod coco;
 #[cfg(feature = "images")]
+mod coco_json;
+#[cfg(feature = "images")]
 mod data;
+#[cfg(feature = "images")]
+mod evaluation;
 mod event_file;
+#[cfg(feature = "images")]
+mod folder;
 mod gradients;
 mod history;
 #[cfg(feature = "images")]
 mod labels;
 mod loss;
 mod lost_gradients;
+#[cfg(feature = "images")]
+mod mask;
 mod metrics_csv;
 #[cfg(feature = "images")]
 mod prompt;
@@ -30,19 +40,29 @@ mod scores;
 #[cfg(feature = "images")]
 mod segmentation;
 mod slope;
+#[cfg(feature = "images")]
+mod summary;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
 pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 pub use checkpoint::{previous_state_path, State};
 #[cfg(feature = "images")]
-pub use data::{sample_indices, Dataset, FlipRotate, Sample};
+pub use augment::{sample_indices, FlipRotate};
+#[cfg(feature = "images")]
+pub use data::{Dataset, DatasetOptions, Sample};
+#[cfg(feature = "images")]
+pub use evaluation::{evaluate, Evaluation, Evaluator, FoundMask};
 pub use event_file::EventFile;
 pub use gradients::Gradients;
 pub use history::{best_evaluation, evaluations_since_best, StepScores};
 #[cfg(feature = "images")]
-pub use labels::{instances, read_labels, target, Instance, LabelImage};
+pub use folder::Suffixes;
+#[cfg(feature = "images")]
+pub use labels::{instances, target, Instance, LabelImage, IGNORED};
 pub use loss::{bce_with_logits, dice_loss, mask_loss};
+#[cfg(feature = "images")]
+pub use mask::{interpret, read_mask, Mask, MaskOptions, Meaning};
 pub use metrics_csv::MetricsCsv;
 #[cfg(feature = "images")]
 pub use prompt::{jittered_box, random_point, Prompt, PromptKind};
@@ -50,5 +70,7 @@ pub use random::StepRng;
 pub use schedule::{Decay, Schedule};
 pub use scores::{iou, Scores};
 #[cfg(feature = "images")]
-pub use segmentation::{evaluate, Batch, BatchConfig, Evaluation};
+pub use segmentation::{Batch, BatchConfig};
+#[cfg(feature = "images")]
+pub use summary::Summary;
 pub use trainer::{Step, Trainer, TrainerConfig};

@@ -34,7 +34,7 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
     inject(&mut model, &lora, SEED)?;
     let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;
-    let data = Dataset::open(nuclei.join("images"), nuclei.join("masks"), 20)?;
+    let data = Dataset::open(nuclei.join("images"), nuclei.join("masks"), &DatasetOptions::min_area(20))?;
     let batch = BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true };
     let mask_size = 4 * config.vision_config.grid_size();
     let adamw = AdamWConfig { lr: 1e-3, ..Default::default() };
