@@ -1,8 +1,8 @@
 //! Folders of images and masks, prompts drawn from them, and what is refused.
 
 use candle_sam_lora::train::{
-    instances, jittered_box, random_point, sample_indices, target, Dataset, DatasetOptions, FlipRotate, LabelImage,
-    PromptKind, StepRng,
+    instances, jittered_box, random_point, sample_indices, target, Dataset, DatasetOptions,
+    FlipRotate, LabelImage, PromptKind, StepRng,
 };
 use image::{GrayImage, ImageBuffer, Luma, RgbImage};
 use std::path::Path;
@@ -60,7 +60,10 @@ fn labels_of_16_bits_colours_and_binary_parts_become_instances() -> anyhow::Resu
         );
     }
     // The smaller instance goes when more pixels are asked for.
-    assert_eq!(Dataset::open(&images, &masks, &DatasetOptions::min_area(10))?.load(0)?.instances.len(), 1);
+    assert_eq!(
+        Dataset::open(&images, &masks, &DatasetOptions::min_area(10))?.load(0)?.instances.len(),
+        1
+    );
     let (rest, held_out) = dataset.split(0.3, 1)?;
     assert_eq!((rest.len(), held_out.len()), (2, 1));
     Ok(())
@@ -165,19 +168,16 @@ fn symmetries_move_image_and_labels_together() -> anyhow::Result<()> {
 #[test]
 fn bad_folders_and_files_are_named() -> anyhow::Result<()> {
     type Spoil = fn(&Path, &Path) -> anyhow::Result<()>;
-    let cases: [(&str, &str, Spoil); 9] = [
+    let full =
+        |value: u8| GrayImage::from_fn(4, 4, move |x, _| Luma([if x > 0 { value } else { 0 }]));
+    let cases: [(&str, &str, Spoil); 8] = [
         ("a.png", "has no mask", |_, masks| Ok(std::fs::remove_file(masks.join("a.png"))?)),
         ("c.png", "has no image", |_, masks| Ok(GrayImage::new(4, 4).save(masks.join("c.png"))?)),
-        ("b.png", "the mask is empty", |_, masks| {
-            Ok(GrayImage::new(4, 4).save(masks.join("b.png"))?)
+        ("b.png", "one object, of the value 1, is the whole image", |_, masks| {
+            Ok(GrayImage::from_pixel(4, 4, Luma([1])).save(masks.join("b.png"))?)
         }),
         ("b.png", "the mask is (3, 4) pixels", |_, masks| {
             Ok(GrayImage::from_pixel(3, 4, Luma([1])).save(masks.join("b.png"))?)
-        }),
-        ("b.png", "no instance of 5 pixels", |_, masks| {
-            let mut mask = GrayImage::new(4, 4);
-            mask.put_pixel(1, 1, Luma([1]));
-            Ok(mask.save(masks.join("b.png"))?)
         }),
         ("a.png", "cannot be read as an image", |images, _| {
             let bytes = std::fs::read(images.join("a.png"))?;
@@ -197,13 +197,20 @@ fn bad_folders_and_files_are_named() -> anyhow::Result<()> {
         let (images, masks) = folders(folder.path())?;
         for name in ["a.png", "b.png"] {
             GrayImage::new(4, 4).save(images.join(name))?;
-            GrayImage::from_pixel(4, 4, Luma([1])).save(masks.join(name))?;
+            full(1).save(masks.join(name))?;
         }
         assert_eq!(Dataset::open(&images, &masks, &DatasetOptions::min_area(5))?.len(), 2);
         spoil(&images, &masks)?;
-        let message = Dataset::open(&images, &masks, &DatasetOptions::min_area(5)).expect_err(expected).to_string();
+        let message = Dataset::open(&images, &masks, &DatasetOptions::min_area(5))
+            .expect_err(expected)
+            .to_string();
         assert!(message.contains(file) && message.contains(expected), "{expected}: {message}");
     }
-    assert!(Dataset::open(Path::new("/nowhere"), Path::new("/nowhere"), &DatasetOptions::min_area(1)).is_err());
+    assert!(Dataset::open(
+        Path::new("/nowhere"),
+        Path::new("/nowhere"),
+        &DatasetOptions::min_area(1)
+    )
+    .is_err());
     Ok(())
 }

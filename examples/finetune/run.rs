@@ -194,7 +194,8 @@ fn judge(
         .map(|index| {
             let sample = held_out.load(index)?;
             let (count, images) = (sample.instances.len(), held_out.len());
-            let progress = Progress::new(format!("evaluating image {} of {images}", index + 1), count);
+            let progress =
+                Progress::new(format!("evaluating image {} of {images}", index + 1), count);
             let evaluation = evaluator.evaluate(&sample, |done| progress.at(done))?;
             progress.end();
             let drawn = index < overlays;

@@ -24,29 +24,29 @@ pub fn stand_in(bytes: &[u8]) -> Option<String> {
     }
     KINDS
         .iter()
-        .find(|(place, magic, _)| bytes.get(*place..).is_some_and(|b| b.starts_with(magic)))
-        .map(|(_, _, kind)| format!("it is {kind}, which is not read here"))
+        .find(|(place, magic, _, _)| bytes.get(*place..).is_some_and(|b| b.starts_with(magic)))
+        .map(|(_, _, kind, advice)| format!("it is {kind}, which is not read here; {advice}"))
 }
 
-/// Offset, first bytes, and the name of a format.
-const KINDS: [(usize, &[u8], &str); 17] = [
-    (0, b"\x93NUMPY", "a NumPy array (.npy); write it as PNG or TIFF"),
-    (128, b"DICM", "a DICOM file; write its pixels as TIFF"),
-    (344, b"n+1\0", "a NIfTI volume; write its slices as TIFF"),
-    (0, b"\x89HDF\r\n", "an HDF5 file; write its pixels as TIFF"),
-    (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 image; write it as PNG or TIFF"),
-    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image; write it as PNG or TIFF"),
-    (4, b"ftypavif", "an AVIF image; write it as PNG"),
-    (4, b"ftyphe", "a HEIC image; write it as PNG or JPEG"),
-    (4, b"ftypmif1", "a HEIF image; write it as PNG or JPEG"),
-    (0, b"8BPS", "a Photoshop file; write it as PNG or TIFF"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (0, b"BZh", "a bzip2 archive; unpack it first"),
-    (0, b"\xfd7zXZ\0", "an xz archive; unpack it first"),
-    (0, b"(\xb5/\xfd", "a zstd archive; unpack it first"),
-    (0, b"Rar!", "a RAR archive; unpack it first"),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+/// Offset, first bytes, the name of a format, and what to do with it.
+const KINDS: [(usize, &[u8], &str, &str); 17] = [
+    (0, b"\x93NUMPY", "a NumPy array (.npy)", "write it as PNG or TIFF"),
+    (128, b"DICM", "a DICOM file", "write its pixels as TIFF"),
+    (344, b"n+1\0", "a NIfTI volume", "write its slices as TIFF"),
+    (0, b"\x89HDF\r\n", "an HDF5 file", "write its pixels as TIFF"),
+    (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 image", "write it as PNG or TIFF"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image", "write it as PNG or TIFF"),
+    (4, b"ftypavif", "an AVIF image", "write it as PNG"),
+    (4, b"ftyphe", "a HEIC image", "write it as PNG or JPEG"),
+    (4, b"ftypmif1", "a HEIF image", "write it as PNG or JPEG"),
+    (0, b"8BPS", "a Photoshop file", "write it as PNG or TIFF"),
+    (0, b"%PDF", "a PDF document", "write its pages as PNG"),
+    (0, b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (0, b"BZh", "a bzip2 archive", "unpack it first"),
+    (0, b"\xfd7zXZ\0", "an xz archive", "unpack it first"),
+    (0, b"(\xb5/\xfd", "a zstd archive", "unpack it first"),
+    (0, b"Rar!", "a RAR archive", "unpack it first"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
 ];
 
 #[cfg(test)]

@@ -12,13 +12,13 @@ pub mod checkpoint;
 mod config;
 mod deepseek;
 mod encoder;
+#[cfg(feature = "images")]
+mod image_file;
 mod mask_decoder;
 mod model;
 #[cfg(feature = "images")]
 mod processor;
 mod prompt_encoder;
-#[cfg(feature = "images")]
-mod image_file;
 mod transformer;
 mod validate;
 mod vision_model;
@@ -34,17 +34,18 @@ pub use deepseek::DeepSeekOcrEncoder;
 pub use encoder::{
     SamPatchEmbeddings, SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer, SamVisionNeck,
 };
+#[cfg(feature = "images")]
+pub use image_file::{
+    convert_to_rgb, is_transparent, read_image, Picture, Raster, RasterKind, ReadOptions,
+    SampleType, Samples, ValueRange,
+};
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]
-pub use processor::{Frame, SamProcessor};
-#[cfg(feature = "images")]
 pub(crate) use processor::MaskResizer;
-pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
 #[cfg(feature = "images")]
-pub use image_file::{
-    convert_to_rgb, is_transparent, read_image, Picture, Raster, RasterKind, ReadOptions, SampleType, Samples, ValueRange,
-};
+pub use processor::{Frame, SamProcessor};
+pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer};
 pub use vision_model::SamVisionModel;
 

@@ -79,7 +79,9 @@ impl Segmentation {
         let Self::Polygons(polygons) = self else { return 0 };
         let before = polygons.len();
         polygons.retain(|polygon| {
-            polygon.len() >= 6 && polygon.len().is_multiple_of(2) && polygon.iter().all(|c| !c.0.is_nan())
+            polygon.len() >= 6
+                && polygon.len().is_multiple_of(2)
+                && polygon.iter().all(|c| !c.0.is_nan())
         });
         before - polygons.len()
     }
@@ -123,7 +125,7 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
         let id = entry.id.clone();
         let mut fault =
             |message: &str| read.faults.push(Error::file(path, format!("image {id}: {message}")));
-        let name = entry.file_name().unwrap_or_default();
+        let mut name = entry.file_name().unwrap_or_default();
         let inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
         if name.is_empty() || !Path::new(&name.replace('\\', "/")).components().all(inside) {
             let message = match name.is_empty() {
@@ -131,6 +133,7 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
                 false => format!("file_name {name:?} leads out of the folder"),
             };
             fault(&message);
+            name.clear();
         }
         let size = entry.size(MAX_SIDE).unwrap_or_else(|message| {
             fault(&message);
@@ -143,7 +146,8 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
         read.images.push(CocoImage { file_name, size, annotations, objects: vec![] });
     }
     let total = annotations.len();
-    let (mut crowds, mut without, mut broken) = (Named::default(), Named::default(), Named::default());
+    let (mut crowds, mut without, mut broken) =
+        (Named::default(), Named::default(), Named::default());
     for annotation in annotations {
         let is_crowd = annotation.is_crowd();
         let Annotation { id, image_id, segmentation, .. } = annotation;
@@ -187,6 +191,8 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
         return Err(Error::file(path, format!("no image has an object: {why}")));
     }
     let unlabelled = images - read.images.len();
+    // What has no name was told above.
+    read.images.retain(|image| !image.file_name.is_empty());
     read.left_out = [
         ("left out, annotations marked as crowds", crowds),
         ("left out, annotations without an outline", without),

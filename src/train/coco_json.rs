@@ -163,7 +163,8 @@ pub(super) fn proper(text: &str) -> Cow<'_, str> {
     let mut in_string = false;
     while let Some(character) = rest.chars().next() {
         let words = ["NaN", "-Infinity", "Infinity"];
-        if let Some(after) = words.iter().find_map(|w| rest.strip_prefix(w)).filter(|_| !in_string) {
+        if let Some(after) = words.iter().find_map(|w| rest.strip_prefix(w)).filter(|_| !in_string)
+        {
             proper.push_str("null");
             rest = after;
             continue;
@@ -186,8 +187,12 @@ pub(super) fn other_format(text: &str) -> Option<&'static str> {
             first if has(first, &["segmentation", "predicted_iou"]) => {
                 "the list that SAM's automatic mask generator makes of one image"
             }
-            first if has(first, &["image_id", "score"]) => "COCO's results, found objects without images",
-            first if has(first, &["data", "annotations"]) => "Label Studio's list of tasks; export it as COCO",
+            first if has(first, &["image_id", "score"]) => {
+                "COCO's results, found objects without images"
+            }
+            first if has(first, &["data", "annotations"]) => {
+                "Label Studio's list of tasks; export it as COCO"
+            }
             first if has(first, &["Label"]) || has(first, &["data_row"]) => {
                 "Labelbox's list; export it as COCO"
             }
@@ -222,7 +227,10 @@ mod tests {
         for (text, expected) in [
             ("\u{feff}{}", "{}"),
             (r#"{"a": NaN, "b": [-Infinity, Infinity]}"#, r#"{"a": null, "b": [null, null]}"#),
-            (r#"{"NaN": "Infinity \" NaN", "b\\": NaN}"#, r#"{"NaN": "Infinity \" NaN", "b\\": null}"#),
+            (
+                r#"{"NaN": "Infinity \" NaN", "b\\": NaN}"#,
+                r#"{"NaN": "Infinity \" NaN", "b\\": null}"#,
+            ),
             ("\"\u{e9}NaN\\\u{e9}\" NaN", "\"\u{e9}NaN\\\u{e9}\" null"),
             ("NaN\"\\", "null\"\\"),
         ] {

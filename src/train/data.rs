@@ -239,9 +239,14 @@ impl Dataset {
         let Truth::Coco(coco) = &pair.truth else { return vec![first] };
         let of_annotations = matches!(&first, Error::File { path, .. } if *path != pair.image);
         let size = coco.size.filter(|_| of_annotations);
-        let all: Vec<Error> =
-            size.map(|size| coco.objects(size).filter_map(Result::err).collect()).unwrap_or_default();
-        if all.is_empty() { vec![first] } else { all }
+        let all: Vec<Error> = size
+            .map(|size| coco.objects(size).filter_map(Result::err).collect())
+            .unwrap_or_default();
+        if all.is_empty() {
+            vec![first]
+        } else {
+            all
+        }
     }
 
     /// How many pairs there are, at least one.
@@ -350,8 +355,8 @@ impl Dataset {
         })?;
         let picture = self.options.images.read(&pair.image)?;
         let transparent = is_transparent(&picture.image);
-        let image = convert_to_rgb(&picture.image)
-            .map_err(|e| Error::file(&pair.image, e.to_string()))?;
+        let image =
+            convert_to_rgb(&picture.image).map_err(|e| Error::file(&pair.image, e.to_string()))?;
         let (width, height) = image.dimensions();
         let small = Cell::new(0);
         let (layers, mask) = match &pair.truth {
@@ -368,7 +373,8 @@ impl Dataset {
                     return Err(Error::file(path, message));
                 }
                 if same_content(&pair.image, path) {
-                    let message = format!("is the image itself, {}, and no mask", pair.image.display());
+                    let message =
+                        format!("is the image itself, {}, and no mask", pair.image.display());
                     return Err(Error::file(path, message));
                 }
                 (vec![std::mem::take(&mut mask.labels)], Some(mask))
@@ -432,12 +438,21 @@ fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
     let slashes = name.replace('\\', "/");
     let (written, last) = (folder.join(&slashes), slashes.rsplit('/').next().unwrap_or(name));
     let last = folder.join(last);
-    match (whole.exists(), written.exists(), last.exists()) {
-        (true, _, _) => (whole, false),
-        (_, true, _) => (written, false),
-        (_, _, true) => (last, true),
-        _ => (whole, false),
+    if let Some(path) = [&whole, &written].into_iter().find(|path| path.exists()) {
+        return (path.clone(), false);
     }
+    if last.exists() {
+        return (last, true);
+    }
+    let wanted = last.file_name().map(|name| name.to_string_lossy().to_lowercase());
+    let same_but_case = |entry: &std::fs::DirEntry| {
+        Some(entry.file_name().to_string_lossy().to_lowercase()) == wanted
+    };
+    let found = std::fs::read_dir(folder).ok().and_then(|entries| {
+        let mut found = entries.flatten().filter(same_but_case);
+        found.next().filter(|_| found.next().is_none())
+    });
+    found.map_or((whole, false), |entry| (entry.path(), true))
 }
 
 /// A remark for a truth that has the size the image had before it was turned.
@@ -454,5 +469,6 @@ fn turned(picture: &Picture, size: (u32, u32)) -> String {
 /// Whether two files hold the same bytes.
 fn same_content(a: &Path, b: &Path) -> bool {
     let length = |path: &Path| std::fs::metadata(path).map(|file| file.len()).ok();
-    length(a) == length(b) && std::fs::read(a).ok().is_some_and(|bytes| std::fs::read(b).ok() == Some(bytes))
+    length(a) == length(b)
+        && std::fs::read(a).ok().is_some_and(|bytes| std::fs::read(b).ok() == Some(bytes))
 }

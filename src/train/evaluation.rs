@@ -272,7 +272,8 @@ mod tests {
             for seed in 0..40u32 {
                 let blob = |i: u32| {
                     let (x, y) = ((i % 16) as f32, (i / 16) as f32);
-                    let (cx, cy, r) = ((seed * 7 % 16) as f32, (seed * 5 % 16) as f32, (seed % 6) as f32);
+                    let (cx, cy, r) =
+                        ((seed * 7 % 16) as f32, (seed * 5 % 16) as f32, (seed % 6) as f32);
                     r - (x - cx).hypot(y - cy) + ((i * 31 + seed) % 7) as f32 / 10.0 - 0.5
                 };
                 let low = Tensor::from_vec((0..256).map(blob).collect(), (16, 16), &Device::Cpu)?;
@@ -292,14 +293,17 @@ mod tests {
                 }
                 assert!(pasted == whole, "{height} x {width}, seed {seed}");
                 // Against a truth elsewhere.
-                let truth: Vec<bool> =
-                    (0..height * width).map(|i| i % width > width / 2 && i / width < height / 3).collect();
+                let truth: Vec<bool> = (0..height * width)
+                    .map(|i| i % width > width / 2 && i / width < height / 3)
+                    .collect();
                 let bounds = Window { x0: width / 2 + 1, y0: 0, x1: width, y1: height.div_ceil(3) };
                 let reach = reach(height, width);
-                let window = window.map_or(bounds, |w| w.union(bounds)).widened(reach + 2, (height, width));
+                let window =
+                    window.map_or(bounds, |w| w.union(bounds)).widened(reach + 2, (height, width));
                 let cut = |mask: &[bool]| -> Vec<bool> {
                     let rows = window.y0..window.y1;
-                    rows.flat_map(|y| mask[y * width + window.x0..y * width + window.x1].to_vec()).collect()
+                    rows.flat_map(|y| mask[y * width + window.x0..y * width + window.x1].to_vec())
+                        .collect()
                 };
                 let in_window = Scores::between(&cut(&whole), &cut(&truth), window.width(), reach);
                 assert_eq!(in_window, Scores::between(&whole, &truth, width, reach));

@@ -72,13 +72,16 @@ pub(super) fn pairs(
     for (key, image) in wanted {
         let full = image.file_name().map(|name| nfc(&name.to_string_lossy())).unwrap_or_default();
         let found = [&key, &full].into_iter().find(|name| by_name.contains_key(*name)).cloned();
-        match found.or_else(|| same_but_case(&by_name, &key)).and_then(|name| by_name.remove(&name)) {
+        match found.or_else(|| same_but_case(&by_name, &key)).and_then(|name| by_name.remove(&name))
+        {
             Some(mask) => pairs.push(Named { name: stem(&image), image, mask }),
             None => {
                 let hint = suffix_hint(&by_name, &key, &suffixes.mask);
                 let stem = format!("{key}{}", suffixes.mask);
-                let message =
-                    format!("has no mask: {} has no file of this stem, {stem}{hint}", masks.display());
+                let message = format!(
+                    "has no mask: {} has no file of this stem, {stem}{hint}",
+                    masks.display()
+                );
                 faults.push(Error::file(&image, message));
             }
         }
@@ -168,7 +171,8 @@ fn same_but_case(names: &BTreeMap<String, PathBuf>, name: &str) -> Option<String
 /// Which suffix would find a mask.
 fn suffix_hint(masks: &BTreeMap<String, PathBuf>, image: &str, suffix: &str) -> String {
     let longer = masks.keys().filter_map(|mask| mask.strip_prefix(image));
-    match longer.filter(|rest| rest.starts_with(['_', '-', '.', ' '])).min_by_key(|rest| rest.len()) {
+    match longer.filter(|rest| rest.starts_with(['_', '-', '.', ' '])).min_by_key(|rest| rest.len())
+    {
         Some(rest) => format!("; it has {image}{rest}{suffix}: try --mask-suffix {rest}{suffix}"),
         None => String::new(),
     }
@@ -222,7 +226,8 @@ mod tests {
 
     #[test]
     fn all_faults_are_told_and_the_suffix_is_guessed() {
-        let (pairs, faults) = paired(&["a.png", "b.png", "c.png"], &["a_mask.png", "c.png", "d.png"], "", "");
+        let (pairs, faults) =
+            paired(&["a.png", "b.png", "c.png"], &["a_mask.png", "c.png", "d.png"], "", "");
         assert_eq!(pairs, 1);
         assert_eq!(faults.len(), 4, "{faults:?}");
         assert!(faults[0].contains("try --mask-suffix _mask"), "{}", faults[0]);

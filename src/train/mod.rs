@@ -45,19 +45,19 @@ mod summary;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
-pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
-pub use checkpoint::{previous_state_path, State};
 #[cfg(feature = "images")]
 pub use augment::{sample_indices, FlipRotate};
+pub use check_gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
+pub use checkpoint::{previous_state_path, State};
 #[cfg(feature = "images")]
 pub use data::{Dataset, DatasetOptions, Sample};
 #[cfg(feature = "images")]
 pub use evaluation::{evaluate, Evaluation, Evaluator, FoundMask};
 pub use event_file::EventFile;
-pub use gradients::Gradients;
-pub use history::{best_evaluation, evaluations_since_best, StepScores};
 #[cfg(feature = "images")]
 pub use folder::Suffixes;
+pub use gradients::Gradients;
+pub use history::{best_evaluation, evaluations_since_best, StepScores};
 #[cfg(feature = "images")]
 pub use labels::{instances, target, Instance, LabelImage, IGNORED};
 pub use loss::{bce_with_logits, dice_loss, mask_loss};

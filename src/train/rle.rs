@@ -160,7 +160,8 @@ pub(super) fn pixels(objects: &[Runs], (height, width): Size) -> Vec<usize> {
         for (index, run) in runs.iter().enumerate() {
             let end = place + *run as usize;
             if index % 2 == 1 {
-                let inside = (place..end.min(height * width)).map(|p| p % height * width + p / height);
+                let inside =
+                    (place..end.min(height * width)).map(|p| p % height * width + p / height);
                 places.extend(inside);
             }
             place = end;

@@ -126,7 +126,11 @@ impl Summary {
     pub fn lines(&self) -> Vec<String> {
         let mut lines = vec![self.objects_line()];
         for (value, named) in &self.backgrounds {
-            lines.push(format!("the value {value} is the background in {}: {}", files(named.count, "mask"), named.names()));
+            lines.push(format!(
+                "the value {value} is the background in {}: {}",
+                files(named.count, "mask"),
+                named.names()
+            ));
         }
         for (value, named) in &self.ignored {
             lines.push(format!(
@@ -182,7 +186,8 @@ impl Summary {
             ));
         }
         for (what, named) in &self.notes {
-            let names = if named.first.is_empty() { String::new() } else { format!(": {}", named.names()) };
+            let names =
+                if named.first.is_empty() { String::new() } else { format!(": {}", named.names()) };
             lines.push(format!("{what}: {}{names}", named.count));
         }
         for (name, remark) in &self.remarks {
@@ -202,7 +207,9 @@ impl Summary {
         let meanings: Vec<String> = match self.meanings.len() {
             0 => vec!["outlines".into()],
             1 => self.meanings.keys().map(Meaning::to_string).collect(),
-            _ => self.meanings.iter().map(|(meaning, count)| format!("{count}: {meaning}")).collect(),
+            _ => {
+                self.meanings.iter().map(|(meaning, count)| format!("{count}: {meaning}")).collect()
+            }
         };
         let kind = if self.meanings.is_empty() { "image" } else { "mask" };
         format!(
@@ -238,11 +245,16 @@ mod tests {
             summary.add_objects(areas.into_iter(), 0);
             summary.add_mask("a.png", &mask(Meaning::Binary));
         }
-        let line = "6 objects in 2 masks (binary, parts taken as objects), area 31 / 80 / 210 pixels";
+        let line =
+            "6 objects in 2 masks (binary, parts taken as objects), area 31 / 80 / 210 pixels";
         assert_eq!(summary.lines()[0], line);
-        assert!(summary.lines()[1].contains("255 is ignored") && summary.lines()[1].contains("2 masks"));
+        assert!(
+            summary.lines()[1].contains("255 is ignored") && summary.lines()[1].contains("2 masks")
+        );
         summary.add_mask("b.png", &mask(Meaning::Labels));
-        assert!(summary.lines()[0].contains("2: binary") && summary.lines()[0].contains("1: labels"));
+        assert!(
+            summary.lines()[0].contains("2: binary") && summary.lines()[0].contains("1: labels")
+        );
         (0..9).for_each(|n| summary.add_empty(&format!("{n}.png")));
         let last = "left out, without an object: 9 images: 0.png, 1.png, 2.png, ..";
         assert_eq!(summary.lines().last().map(String::as_str), Some(last));

@@ -7,7 +7,9 @@ use candle_core::{DType, Device, Error};
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
-use candle_sam_lora::train::{AdamWConfig, Batch, BatchConfig, Dataset, PromptKind, Trainer};
+use candle_sam_lora::train::{
+    AdamWConfig, Batch, BatchConfig, Dataset, DatasetOptions, PromptKind, Trainer,
+};
 use libtest_mimic::Trial;
 
 const SEED: u64 = 3;
@@ -34,7 +36,8 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
     inject(&mut model, &lora, SEED)?;
     let processor = SamProcessor::from_folder(&folder, config.vision_config.image_size)?;
-    let data = Dataset::open(nuclei.join("images"), nuclei.join("masks"), &DatasetOptions::min_area(20))?;
+    let data =
+        Dataset::open(nuclei.join("images"), nuclei.join("masks"), &DatasetOptions::min_area(20))?;
     let batch = BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true };
     let mask_size = 4 * config.vision_config.grid_size();
     let adamw = AdamWConfig { lr: 1e-3, ..Default::default() };

@@ -32,7 +32,8 @@ mod tests {
     fn only_the_whole_file_is_complete() {
         for image in [
             image::DynamicImage::new_rgb8(40, 30),
-            image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([(x * y) as u8, x as u8, 99])).into(),
+            image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([(x * y) as u8, x as u8, 99]))
+                .into(),
         ] {
             let mut jpeg = std::io::Cursor::new(Vec::new());
             image.write_to(&mut jpeg, image::ImageFormat::Jpeg).expect("a JPEG");

@@ -73,14 +73,16 @@ impl ReadOptions {
     fn decode(&self, bytes: Vec<u8>) -> std::result::Result<Picture, String> {
         let format = format(&bytes)?;
         let page = self.select(&bytes, format)?;
-        let (mut image, orientation, sample_type, range) = match self.raster(&bytes, format, page)? {
+        let (mut image, orientation, sample_type, range) = match self
+            .raster(&bytes, format, page)?
+        {
             Decoded::Plain(image, orientation) => {
                 let raster = self.may_scale(&image).then(|| Raster::from_decoded(&image)).flatten();
                 let sample_type =
                     raster.as_ref().map_or(SampleType::Unsigned(8), |raster| raster.sample_type);
-                let scaled = raster.map(|r| r.scaled(self.range)).transpose()?.flatten();
                 // Floats of 0 to 1 stay floats, which are laid on white before they are rounded.
-                let is_float = matches!(sample_type, SampleType::Float(_));
+                let is_float = raster.as_ref().is_some_and(Raster::is_finite_float);
+                let scaled = raster.map(|r| r.scaled(self.range)).transpose()?.flatten();
                 let scaled = scaled.filter(|(_, range)| !(is_float && *range == (0.0, 1.0)));
                 let (image, range) = scaled.map_or((image, None), |(image, r)| (image, Some(r)));
                 (image, orientation, sample_type, range)
@@ -100,9 +102,8 @@ impl ReadOptions {
         let stored = (image.width(), image.height());
         image.apply_orientation(orientation);
         // Floats that fill 0 to 1 are not scaled, nor are the samples of 8 bits.
-        let range = range.filter(|range| {
-            !(matches!(sample_type, SampleType::Float(_)) && *range == (0.0, 1.0))
-        });
+        let range = range
+            .filter(|range| !(matches!(sample_type, SampleType::Float(_)) && *range == (0.0, 1.0)));
         let turned = orientation != Orientation::NoTransforms;
         Ok(Picture { image, range, sample_type, stored: turned.then_some(stored) })
     }
@@ -275,7 +276,8 @@ fn indexed_bmp(bytes: &[u8]) -> std::result::Result<Raster, String> {
     decoder.set_indexed_color(indexed);
     if !indexed {
         let image = DynamicImage::from_decoder(decoder).map_err(failed)?;
-        return Raster::from_decoded(&image).ok_or("its pixels are of no kind that a mask has".into());
+        return Raster::from_decoded(&image)
+            .ok_or("its pixels are of no kind that a mask has".into());
     }
     let mut indices = vec![0; decoder.total_bytes() as usize];
     decoder.read_image(&mut indices).map_err(failed)?;
@@ -329,7 +331,8 @@ fn unpacked(rows: &[u8], width: usize, bits: u8) -> Vec<u8> {
     let sample = |row: &[u8], x: usize| {
         let place = x * bits;
         // Samples of 1, 2 and 4 bits lie within a byte; others may lie in two.
-        let pair = u16::from_be_bytes([row[place / 8], row.get(place / 8 + 1).copied().unwrap_or(0)]);
+        let pair =
+            u16::from_be_bytes([row[place / 8], row.get(place / 8 + 1).copied().unwrap_or(0)]);
         ((pair >> (16 - bits - place % 8)) & ((1 << bits) - 1)) as u8
     };
     rows.chunks_exact(length).flat_map(|row| (0..width).map(move |x| sample(row, x))).collect()
@@ -344,6 +347,10 @@ fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
         let other = "its first bytes are those of no PNG, JPEG, TIFF, BMP, WebP, GIF or PNM";
         stand_in(bytes).unwrap_or_else(|| other.to_string())
     };
+    // BigTIFF, for files beyond 4 GiB.
+    if bytes.starts_with(b"II+\0") || bytes.starts_with(b"MM\0+") {
+        return Ok(ImageFormat::Tiff);
+    }
     let format = image::guess_format(bytes).map_err(|_| unknown())?;
     match format.reading_enabled() {
         true => Ok(format),
@@ -355,7 +362,9 @@ fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
 fn plainly(error: &ImageError, format: ImageFormat) -> String {
     let name = format!("{format:?}").to_uppercase();
     match error {
-        ImageError::Limits(_) => format!("it takes more than {MAX_DECODED} bytes (1 GiB) to decode"),
+        ImageError::Limits(_) => {
+            format!("it takes more than {MAX_DECODED} bytes (1 GiB) to decode")
+        }
         ImageError::Unsupported(e) => format!("the {name} is of a kind that is not read: {e}"),
         error => {
             let why = std::error::Error::source(error).map_or(error.to_string(), |e| e.to_string());
@@ -366,10 +375,7 @@ fn plainly(error: &ImageError, format: ImageFormat) -> String {
 
 /// The result of a decoder. Some panic on damaged files, as the one for PNG does on a palette that ends within a colour;
 /// that is no reason to end the process, for a decoder has seen nothing but its file.
-fn guarded<T>(
-    path: &Path,
-    decode: impl FnOnce() -> std::result::Result<T, String>,
-) -> Result<T> {
+fn guarded<T>(path: &Path, decode: impl FnOnce() -> std::result::Result<T, String>) -> Result<T> {
     let failed = |why: &str| Error::file(path, format!("cannot be read as an image: {why}"));
     match catch_unwind(AssertUnwindSafe(decode)) {
         Ok(decoded) => decoded.map_err(|why| failed(&why)),

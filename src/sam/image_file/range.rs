@@ -7,8 +7,9 @@
 //! LO,HI        these
 //! auto         type where the values fill it, else percentile
 //! ```
-//! Values fill an unsigned type of up to 16 bits if the highest bit is set in one of them, as in every type of 8 bits.
-//! Floats in 0 to 1 that exceed 0.5, or in 0 to 255 that exceed 127, fill these ranges. Other types are never filled.
+//! Values fill 16 bits if the highest bit is set in one of them; 8 bits always are. Whole numbers that reach from below
+//! a sixteenth of 8, 10, 12, 14 or 16 bits into their upper half fill these, as those of cameras and scanners do. Floats
+//! in 0 to 1 that exceed 0.5, or in 0 to 255 that exceed 127, fill these ranges. Nothing else is filled.
 
 use super::raster::{Raster, SampleType, Samples};
 use std::str::FromStr;
@@ -88,7 +89,7 @@ pub(super) fn limits(raster: &Raster, range: ValueRange) -> Result<Option<(f64, 
         ValueRange::Percentile => Ok(Some(percentiles(raster))),
         ValueRange::Fixed(low, high) => Ok(Some((low, high))),
         ValueRange::Auto => match filled(raster) {
-            Some((0.0, high)) if plain && high > 1.0 => by_type(),
+            Some((_, top)) if plain && Some(top) == raster.sample_type.top() => by_type(),
             Some(whole) => Ok(Some(whole)),
             None => Ok(Some(percentiles(raster))),
         },
@@ -97,18 +98,19 @@ pub(super) fn limits(raster: &Raster, range: ValueRange) -> Result<Option<(f64, 
 
 /// The range that the values fill by convention.
 fn filled(raster: &Raster) -> Option<(f64, f64)> {
-    let whole = |bits: u8| 2f64.powi(bits.into()) - 1.0;
+    const DEPTHS: [i32; 5] = [8, 10, 12, 14, 16];
+    let (low, high) = extremes(raster);
+    let reaches = |top: f64| low >= 0.0 && high <= top && high > (top / 2.0).floor().max(0.5);
     match raster.sample_type {
-        SampleType::Unsigned(bits) if bits <= 8 => Some((0.0, whole(bits))),
-        SampleType::Unsigned(16) => {
-            (extremes(raster).1 >= 32768.0).then_some((0.0, whole(16)))
-        }
+        SampleType::Unsigned(bits) if bits <= 8 => Some((0.0, 2f64.powi(bits.into()) - 1.0)),
+        SampleType::Unsigned(16) if reaches(65535.0) => Some((0.0, 65535.0)),
         SampleType::Float(_) => {
-            let (low, high) = extremes(raster);
-            let reaches = |top: f64| low >= 0.0 && high <= top && high > (top / 2.0).floor().max(0.5);
             [1.0, 255.0].into_iter().find(|top| reaches(*top)).map(|top| (0.0, top))
         }
-        _ => None,
+        _ => {
+            let tops = DEPTHS.map(|bits| 2f64.powi(bits) - 1.0);
+            tops.into_iter().find(|top| reaches(*top) && low < top / 16.0).map(|top| (0.0, top))
+        }
     }
 }
 
@@ -169,7 +171,11 @@ mod tests {
         for (sample_type, values, expected) in [
             (Unsigned(8), vec![0.0, 20.0], None),
             (Unsigned(16), vec![0.0, 40000.0], None),
-            (Unsigned(16), vec![7.0, 4000.0], Some((7.0, 4000.0))),
+            (Unsigned(16), vec![7.0, 4000.0], Some((0.0, 4095.0))),
+            (Unsigned(16), vec![0.0, 200.0], Some((0.0, 255.0))),
+            (Unsigned(16), vec![100.0, 900.0], Some((100.0, 900.0))),
+            (Unsigned(16), vec![0.0, 1900.0], Some((0.0, 1900.0))),
+            (Signed(32), vec![0.0, 65000.0], Some((0.0, 65535.0))),
             (Unsigned(32), vec![0.0, 4e9], Some((0.0, 4e9))),
             (Signed(16), vec![-1000.0, 3000.0], Some((-1000.0, 3000.0))),
             (Float(32), vec![0.1, 0.9], Some((0.0, 1.0))),
@@ -181,7 +187,11 @@ mod tests {
             (Unsigned(16), vec![3.0, 3.0], Some((3.0, 3.0))),
         ] {
             let raster = grey(sample_type, values.clone());
-            assert_eq!(limits(&raster, ValueRange::Auto), Ok(expected), "{sample_type:?} {values:?}");
+            assert_eq!(
+                limits(&raster, ValueRange::Auto),
+                Ok(expected),
+                "{sample_type:?} {values:?}"
+            );
         }
     }
 

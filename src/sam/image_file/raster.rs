@@ -45,6 +45,16 @@ pub enum SampleType {
     Float(u8),
 }
 
+impl SampleType {
+    /// The largest value of an unsigned type.
+    pub(super) fn top(self) -> Option<f64> {
+        match self {
+            Self::Unsigned(bits) => Some(2f64.powi(bits.into()) - 1.0),
+            _ => None,
+        }
+    }
+}
+
 impl std::fmt::Display for SampleType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -137,6 +147,12 @@ impl Raster {
         self.kind.colours() + usize::from(self.kind.has_alpha())
     }
 
+    /// Whether the samples are floats, all of them finite.
+    pub(super) fn is_finite_float(&self) -> bool {
+        let finite = |samples: &[f64]| samples.iter().all(|sample| sample.is_finite());
+        matches!((&self.samples, self.sample_type), (Samples::Wide(s), SampleType::Float(_)) if finite(s))
+    }
+
     /// The pixels of a decoded image.
     pub(super) fn from_decoded(image: &DynamicImage) -> Option<Self> {
         use RasterKind::{Grey, GreyAlpha, Rgb, Rgba};
@@ -173,7 +189,11 @@ impl Raster {
             let part = if high > low { (value - low) / (high - low) } else { 0.0 };
             // A value that is no number is black.
             let level = (part.clamp(0.0, 1.0) * 255.0).round() as u8;
-            if self.white_is_zero { 255 - level } else { level }
+            if self.white_is_zero {
+                255 - level
+            } else {
+                level
+            }
         };
         let whole = match self.sample_type {
             SampleType::Unsigned(bits) => 2f64.powi(bits.into()) - 1.0,
@@ -183,7 +203,11 @@ impl Raster {
         let opacity = |value: f64| ((value / whole).clamp(0.0, 1.0) * 255.0).round() as u8;
         let values = (0..self.samples.len()).map(|index| {
             let value = self.samples.get(index);
-            if has_alpha && index % channels + 1 == channels { opacity(value) } else { level(value) }
+            if has_alpha && index % channels + 1 == channels {
+                opacity(value)
+            } else {
+                level(value)
+            }
         });
         let values: Vec<u8> = values.collect();
         let (width, height) = (self.width, self.height);

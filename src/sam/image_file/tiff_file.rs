@@ -119,9 +119,9 @@ pub(super) fn pages(bytes: &[u8]) -> Result<Vec<usize>, String> {
         pages.push(0);
     }
     match stack(bytes) {
-        Some(count) if pages.len() == 1 && count > 1 => {
-            Err(format!("it is an ImageJ stack of {count} images in one page; save them one by one"))
-        }
+        Some(count) if pages.len() == 1 && count > 1 => Err(format!(
+            "it is an ImageJ stack of {count} images in one page; save them one by one"
+        )),
         _ => Ok(pages),
     }
 }
@@ -176,8 +176,7 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     } else {
         None
     };
-    let orientation: u16 =
-        decoder.find_tag_unsigned(Tag::Orientation).ok().flatten().unwrap_or(1);
+    let orientation: u16 = decoder.find_tag_unsigned(Tag::Orientation).ok().flatten().unwrap_or(1);
     let mut decoded = DecodingResult::U8(vec![]);
     let layout = decoder.read_image_to_buffer(&mut decoded).map_err(failed)?;
     let pixels = width as usize * height as usize;
@@ -192,7 +191,8 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
         return Err(format!("{page}: {} samples in {pixels} pixels", samples.len()));
     }
     if layout.planes > 1 {
-        samples = picked(&samples, (0..pixels).flat_map(|p| (0..channels).map(move |c| c * pixels + p)));
+        samples =
+            picked(&samples, (0..pixels).flat_map(|p| (0..channels).map(move |c| c * pixels + p)));
     }
     let kind = match (page.photometric, channels) {
         (PALETTE, 1) if wanted.values => RasterKind::Palette,
@@ -299,7 +299,11 @@ fn coloured(indices: &Samples, map: &[u16]) -> Samples {
     let count = map.len() / 3;
     let colour = |index: usize, channel: usize| {
         let value = map.get(channel * count + index).copied().unwrap_or(0);
-        if index < count { (value >> 8) as u8 } else { 0 }
+        if index < count {
+            (value >> 8) as u8
+        } else {
+            0
+        }
     };
     let indices = (0..indices.len()).map(|place| indices.get(place) as usize);
     Samples::U8(indices.flat_map(|index| (0..3).map(move |c| colour(index, c))).collect())
@@ -329,7 +333,9 @@ fn set_photometric(bytes: &mut [u8], place: u64, value: u16) {
     // Count of entries, size of one, and where its value begins.
     let (head, size, inside) = if big { (8, 20, 12) } else { (2, 12, 8) };
     let Ok(start) = usize::try_from(place) else { return };
-    let Some(entries) = start.checked_add(head).and_then(|start| bytes.get_mut(start..)) else { return };
+    let Some(entries) = start.checked_add(head).and_then(|start| bytes.get_mut(start..)) else {
+        return;
+    };
     for entry in entries.chunks_exact_mut(size) {
         match number(&entry[..2]) {
             PHOTOMETRIC => {

@@ -26,9 +26,10 @@ impl MaskOptions {
             let digits = text.strip_prefix('#').filter(|digits| digits.len() == 6)?;
             i64::from_str_radix(digits, 16).ok()
         };
-        text.parse().ok().or_else(colour).ok_or(format!(
-            "expected a whole number or a colour as #rrggbb, got {text:?}"
-        ))
+        text.parse()
+            .ok()
+            .or_else(colour)
+            .ok_or(format!("expected a whole number or a colour as #rrggbb, got {text:?}"))
     }
 }
 

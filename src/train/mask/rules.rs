@@ -5,8 +5,8 @@ use super::soft;
 use super::values::{Source, Values};
 use super::MaskOptions;
 use crate::train::labels::{LabelImage, IGNORED};
-use image::metadata::Orientation;
 use image::imageops;
+use image::metadata::Orientation;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// 255 is ignored beside labels up to here.
@@ -163,7 +163,11 @@ pub(super) fn mask(
         .filter(|part| part.borders() == 4 || part.area * 10 > total * 9)
         .map(|part| {
             let share = percent(part.area, total);
-            format!("an object of the value {} touches {} borders of the image and covers {share}", part.value, part.borders())
+            format!(
+                "an object of the value {} touches {} borders of the image and covers {share}",
+                part.value,
+                part.borders()
+            )
         })
         .take(3)
         .collect();
@@ -171,7 +175,9 @@ pub(super) fn mask(
         remarks.push(format!("{} pixels are no number and taken for background", found.no_number));
     }
     let mut large: BTreeMap<i64, usize> = BTreeMap::new();
-    objects().filter(|p| p.area >= NOTED_AREA).for_each(|p| *large.entry(p.value).or_default() += 1);
+    objects()
+        .filter(|p| p.area >= NOTED_AREA)
+        .for_each(|p| *large.entry(p.value).or_default() += 1);
     let scattered = large.values().filter(|count| **count > 1).count();
     meaning = match (meaning, counts.len()) {
         (_, 0) => Meaning::Empty,
@@ -196,7 +202,11 @@ pub(super) fn mask(
             let next = new_numbers.len() as u32 + 1;
             return *new_numbers.entry(numbers[place]).or_insert(next);
         }
-        if keeps { value as u32 } else { ranks.get(&value).copied().unwrap_or(0) }
+        if keeps {
+            value as u32
+        } else {
+            ranks.get(&value).copied().unwrap_or(0)
+        }
     };
     let labels: Vec<u32> = (0..values.len()).map(&mut label).collect();
     let labels = LabelImage::from_vec(width, height, labels)
@@ -253,7 +263,9 @@ fn ignored(
         }
         Meaning::Colours if counts.contains_key(&VOC_CONTOUR) => {
             let steps = |value: i64| {
-                [value >> 16, value >> 8 & 0xff, value & 0xff].iter().all(|c| [0, 64, 128, 192].contains(c))
+                [value >> 16, value >> 8 & 0xff, value & 0xff]
+                    .iter()
+                    .all(|c| [0, 64, 128, 192].contains(c))
             };
             if labels().filter(|value| *value != VOC_CONTOUR).all(steps) && counts.len() > 2 {
                 ignored.insert(VOC_CONTOUR);
@@ -310,10 +322,8 @@ fn background(
 /// The brightest channel of colours that differ in brightness alone.
 fn brightness(values: &[i64]) -> Option<Vec<i64>> {
     let channels = |value: i64| [value >> 16, value >> 8 & 0xff, value & 0xff];
-    let bright: Vec<i64> = values
-        .iter()
-        .map(|value| channels(*value).into_iter().max().unwrap_or(0))
-        .collect();
+    let bright: Vec<i64> =
+        values.iter().map(|value| channels(*value).into_iter().max().unwrap_or(0)).collect();
     let top = *bright.iter().max()?;
     let brightest: Vec<[i64; 3]> = values
         .iter()
@@ -321,7 +331,8 @@ fn brightness(values: &[i64]) -> Option<Vec<i64>> {
         .filter(|(_, bright)| **bright * 10 >= top * 9)
         .map(|(value, _)| channels(*value))
         .collect();
-    let mean = |c: usize| brightest.iter().map(|p| p[c]).sum::<i64>() / brightest.len().max(1) as i64;
+    let mean =
+        |c: usize| brightest.iter().map(|p| p[c]).sum::<i64>() / brightest.len().max(1) as i64;
     let means = [mean(0), mean(1), mean(2)];
     let near = |pixel: &&[i64; 3]| (0..3).all(|c| (pixel[c] - means[c]).abs() <= 48);
     (brightest.iter().filter(near).count() * 10 >= brightest.len() * 9).then_some(bright)

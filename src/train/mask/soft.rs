@@ -44,9 +44,9 @@ mod tests {
     fn disks(width: u32, height: u32) -> GrayImage {
         let centres = [(20, 15, 9), (60, 40, 15), (25, 60, 6), (90, 20, 12)];
         GrayImage::from_fn(width, height, |x, y| {
-            let inside = centres.iter().any(|(cx, cy, r)| {
-                (x as i32 - cx).pow(2) + (y as i32 - cy).pow(2) < r * r
-            });
+            let inside = centres
+                .iter()
+                .any(|(cx, cy, r)| (x as i32 - cx).pow(2) + (y as i32 - cy).pow(2) < r * r);
             Luma([if inside { 255 } else { 0 }])
         })
     }
@@ -89,7 +89,8 @@ mod tests {
     fn labels_are_no_noise() {
         let labels: Vec<i64> = (0..10_000).map(|i| (i % 100 / 7) + 15 * (i / 100 / 9)).collect();
         assert!(!is_noise(&labels, 100, 0));
-        let dots: Vec<i64> = (0..10_000).map(|i| i64::from(i % 100 % 4 < 2) * (1 + i / 4)).collect();
+        let dots: Vec<i64> =
+            (0..10_000).map(|i| i64::from(i % 100 % 4 < 2) * (1 + i / 4)).collect();
         assert!(is_noise(&dots, 100, 0), "a value for every two pixels");
         assert!(!is_noise(&values(&disks(110, 80)), 110, 0));
     }

@@ -108,9 +108,15 @@ fn look_at(opacity: &[i64], values: &mut [i64]) -> bool {
     }
     let half = most / 2 + most % 2;
     let opaque = || opacity.iter().map(|value| *value >= half);
-    let colours: BTreeSet<i64> =
-        values.iter().zip(opaque()).filter(|(_, opaque)| *opaque).map(|(v, _)| *v).take(2).collect();
-    let one_colour = values.iter().zip(opaque()).filter(|(_, o)| *o).all(|(v, _)| colours.first() == Some(v));
+    let colours: BTreeSet<i64> = values
+        .iter()
+        .zip(opaque())
+        .filter(|(_, opaque)| *opaque)
+        .map(|(v, _)| *v)
+        .take(2)
+        .collect();
+    let one_colour =
+        values.iter().zip(opaque()).filter(|(_, o)| *o).all(|(v, _)| colours.first() == Some(v));
     for (value, opaque) in values.iter_mut().zip(opaque()) {
         *value = match opaque {
             false => 0,
