@@ -177,7 +177,7 @@ fn bad_folders_and_files_are_named() -> anyhow::Result<()> {
             Ok(GrayImage::from_pixel(4, 4, Luma([1])).save(masks.join("b.png"))?)
         }),
         ("b.png", "the mask is (3, 4) pixels", |_, masks| {
-            Ok(GrayImage::from_pixel(3, 4, Luma([1])).save(masks.join("b.png"))?)
+            Ok(GrayImage::from_fn(3, 4, |x, _| Luma([x as u8 % 2])).save(masks.join("b.png"))?)
         }),
         ("a.png", "cannot be read as an image", |images, _| {
             let bytes = std::fs::read(images.join("a.png"))?;

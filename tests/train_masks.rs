@@ -241,7 +241,11 @@ fn the_background_is_told_or_asked_for() {
 fn classes_have_parts_when_asked() {
     let classes = grey(SampleType::Unsigned(8), |label| f64::from(label.min(1) + label / 4));
     let mask = read(&classes);
-    assert_eq!((areas(&mask).len(), mask.scattered), (2, 2), "each value one object, and said");
+    assert_eq!(
+        (areas(&mask).len(), mask.scattered),
+        (2, 1),
+        "each value one object, and said of the one with several parts of 20 pixels"
+    );
     let parts = MaskOptions { parts: true, ..Default::default() };
     let mask = interpret(&classes, &parts).expect("a mask");
     assert_eq!((mask.meaning, areas(&mask)), (Meaning::Parts, SIX.into()));
@@ -390,4 +394,55 @@ fn masks_of_other_files_are_read_as_theirs() -> anyhow::Result<()> {
         assert_eq!((mask.meaning, areas(&mask)), (Meaning::Binary, SIX.into()), "{name}");
     }
     Ok(())
+}
+
+use proptest::prelude::*;
+#[path = "common/property.rs"]
+mod property;
+
+proptest! {
+    #![proptest_config(property::config(500))]
+
+    /// Whatever the pixels: labels of their size, the same each time, or a message.
+    #[test]
+    fn any_pixels_end_well(
+        width in 1usize..20,
+        kind in 0usize..5,
+        palette in proptest::collection::vec(prop_oneof![
+            -3i64..300, Just(255), Just(65535), Just(-1), any::<i64>(), Just(i64::from(u32::MAX)),
+        ], 1..9),
+        fractions in any::<bool>(),
+        sample in 0usize..4,
+        places in proptest::collection::vec(any::<u8>(), 0..900),
+        ignore in proptest::option::of(proptest::collection::vec(-2i64..260, 0..3)),
+        background in proptest::option::of(-1i64..256),
+        parts in any::<bool>(),
+    ) {
+        let kind = [
+            RasterKind::Grey, RasterKind::Palette, RasterKind::GreyAlpha, RasterKind::Rgb, RasterKind::Rgba,
+        ][kind];
+        let channels = kind.colours() + usize::from(kind.has_alpha());
+        let height = places.len() / (width * channels);
+        // Runs of one value make areas, as masks have them.
+        let values = (0..width * height * channels).map(|i| palette[usize::from(places[i / 3]) % palette.len()]);
+        let (sample_type, samples) = match sample {
+            0 => (SampleType::Unsigned(8), Samples::U8(values.map(|v| v as u8).collect())),
+            1 => (SampleType::Unsigned(16), Samples::U16(values.map(|v| v as u16).collect())),
+            2 => (SampleType::Signed(64), Samples::Wide(values.map(|v| v as f64).collect())),
+            _ => {
+                let divisor = if fractions { 7.0 } else { 1.0 };
+                (SampleType::Float(64), Samples::Wide(values.map(|v| v as f64 / divisor).collect()))
+            }
+        };
+        let raster = Raster::new(width as u32, height as u32, kind, sample_type, samples).expect("a raster");
+        let options = MaskOptions { ignore, background, parts, page: None };
+        if let Ok(mask) = interpret(&raster, &options) {
+            prop_assert_eq!(mask.labels.dimensions(), (width as u32, height as u32));
+            let found = instances(&mask.labels, 1);
+            prop_assert_eq!(found.is_empty(), mask.meaning == Meaning::Empty);
+            let inside: usize = found.iter().map(|instance| instance.area).sum();
+            let outside = mask.labels.pixels().filter(|pixel| [0, IGNORED].contains(&pixel.0[0]));
+            prop_assert_eq!(inside + outside.count(), mask.labels.len());
+        }
+    }
 }

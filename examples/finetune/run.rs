@@ -137,11 +137,12 @@ fn datasets(options: &Options) -> anyhow::Result<(Dataset, Dataset)> {
     let Options { images, masks, coco, .. } = options;
     let Some(all) = dataset("", images, masks, coco, options)? else {
         let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
-        let part = |part: &str| {
-            let folder = |kind: &str| nuclei.join(part).join(kind);
-            Dataset::open(folder("images"), folder("masks"), &options.data())
+        let part = |said: &str, part: &str| {
+            let folder = |kind: &str| Some(nuclei.join(part).join(kind));
+            let found = dataset(said, &folder("images"), &folder("masks"), &None, options)?;
+            found.ok_or_else(|| Error::file(&nuclei, "the project's micrographs are not there"))
         };
-        return Ok((part("train")?, part("heldout")?));
+        return Ok((part("", "train")?, part("held out: ", "heldout")?));
     };
     let Options { val_images, val_masks, val_coco, .. } = options;
     match dataset("held out: ", val_images, val_masks, val_coco, options)? {
