@@ -4,6 +4,10 @@
 //! [`TensorFile`] reads a safetensors file header first and then tensor by tensor, so a checkpoint is never in
 //! memory twice, and nothing is allocated by a size that the file's own length does not bear out.
 
+mod stand_in;
+
+pub use stand_in::stand_in;
+
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
@@ -109,6 +113,15 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
     Ok(text)
 }
 
+/// The first KiB of a file.
+fn beginning(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(1 << 10).read_to_end(&mut bytes))
+        .map_err(|e| Error::io(path, e))?;
+    Ok(bytes)
+}
+
 /// An open safetensors file whose header has been read and checked; its tensors are read one at a time.
 #[derive(Debug)]
 pub struct TensorFile {
@@ -142,6 +155,9 @@ impl TensorFile {
         if header_length > MAX_HEADER || header_length > length.saturating_sub(8) {
             if PICKLES.iter().any(|start| prefix.starts_with(start)) {
                 return Err(invalid(&PICKLED));
+            }
+            if let Some(named) = stand_in(&beginning(&path)?) {
+                return Err(invalid(&named));
             }
             return Err(invalid(&format!(
                 "a header of {header_length} bytes in a file of {length} bytes"

@@ -194,41 +194,6 @@ fn floats_beyond_their_range_are_refused() {
     }
 }
 
-/// Nothing in such a file says which value is white.
-#[test]
-fn tiffs_of_32_bit_grey_are_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("grey.tiff");
-    // One strip of 2 x 1 grey pixels; the tags BitsPerSample and SampleFormat: 32 bits, and 1 integers or 3 floats.
-    for (bits, format) in [(32u16, 3u16), (32, 1), (32, 2), (16, 2), (64, 3)] {
-        let entry = |tag: u16, kind: u16, value: u32| {
-            [&tag.to_le_bytes()[..], &kind.to_le_bytes(), &1u32.to_le_bytes(), &value.to_le_bytes()]
-                .concat()
-        };
-        let bytes = u32::from(bits) / 8 * 2;
-        let entries = [
-            entry(256, 4, 2),
-            entry(257, 4, 1),
-            entry(258, 3, bits.into()),
-            entry(259, 3, 1),
-            entry(262, 3, 1),
-            entry(273, 4, 8 + 2 + 12 * 10 + 4),
-            entry(277, 3, 1),
-            entry(278, 4, 1),
-            entry(279, 4, bytes),
-            entry(339, 3, format.into()),
-        ];
-        let head =
-            [&b"II*\0"[..], &8u32.to_le_bytes(), &(entries.len() as u16).to_le_bytes()].concat();
-        let file = [head, entries.concat(), vec![0; 4 + bytes as usize]].concat();
-        std::fs::write(&path, file).unwrap();
-        let message = read_image(&path).unwrap_err().to_string();
-        let said =
-            message.contains("grey.tiff") && message.contains("scale other pixels to 8 bits first");
-        assert!(said, "{bits} {format}: {message}");
-    }
-}
-
 #[test]
 fn images_are_told_by_their_content_and_bad_ones_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -244,7 +244,8 @@ fn label_images_hold_every_mask() -> Result<()> {
     for name in ["labels.png", "labels.tif"] {
         save_labels(folder.join(name), &labels, size)?;
     }
-    let read = candle_sam_lora::train::read_labels(folder.join("labels.png"))?;
+    let options = candle_sam_lora::train::MaskOptions::default();
+    let read = candle_sam_lora::train::read_mask(folder.join("labels.png"), &options)?.labels;
     ensure!(read.into_raw() == labels);
     let mut many = labels.clone();
     many[7] = 70_000;

@@ -4,7 +4,7 @@ mod common;
 #[path = "common/property.rs"]
 mod property;
 
-use candle_sam_lora::train::{Dataset, Sample};
+use candle_sam_lora::train::{Dataset, DatasetOptions, Sample};
 use image::RgbImage;
 use proptest::prelude::*;
 use serde_json::{json, Value};
@@ -41,7 +41,7 @@ fn masks_are_those_of_pycocotools() -> anyhow::Result<()> {
         .into_iter()
         .map(|c| (c.name.clone(), c))
         .collect();
-    let dataset = Dataset::open_coco(folder.path(), &file, 1)?;
+    let dataset = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1))?;
     assert_eq!(dataset.len(), 3, "the image without objects is left out");
     let mut compared = 0;
     for (index, (name, image)) in [("a_one", 1), ("two", 2), ("three", 3)].into_iter().enumerate() {
@@ -76,7 +76,7 @@ fn masks_are_those_of_pycocotools() -> anyhow::Result<()> {
     println!("{compared} masks equal");
     assert!(compared >= 40);
     // Smaller objects are left out, and an image in which none is left.
-    let large = Dataset::open_coco(folder.path(), &file, 4000)?;
+    let large = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(4000))?;
     assert_eq!(large.len(), 1);
     assert!(large.load(0)?.instances.iter().all(|instance| instance.area >= 4000));
     assert_ne!(dataset.fingerprint()?, large.fingerprint()?);
@@ -96,7 +96,7 @@ fn open(text: &str) -> anyhow::Result<candle_sam_lora::Result<Vec<Sample>>> {
     RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
     let file = folder.path().join("instances.json");
     std::fs::write(&file, text)?;
-    let dataset = Dataset::open_coco(folder.path(), &file, 1);
+    let dataset = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1));
     Ok(dataset.and_then(|dataset| (0..dataset.len()).map(|index| dataset.load(index)).collect()))
 }
 
@@ -111,23 +111,21 @@ fn what_is_wrong_is_named() -> anyhow::Result<()> {
             "image 7: file_name \"../x.png\" leads out of the folder",
         ),
         (("/images/0/file_name", json!("/etc/passwd")), "leads out of the folder"),
-        (("/images/0/file_name", json!("")), "leads out of the folder"),
+        (("/images/0/file_name", json!("")), "image 7: it has no file_name"),
         (("/images/0/file_name", json!("y.png")), "y.png"),
-        (("/images/0/width", json!(0)), "1 to 32768"),
         (("/images/0/height", json!(4_000_000_000u32)), "1 to 32768"),
-        (("/images/0/height", json!(-1)), "not COCO's instances"),
         (("/images/0/width", json!(7)), "is 6 x 4 pixels, but 7 x 4"),
         (("/annotations/0/image_id", json!(8)), "annotation 3: there is no image 8"),
-        (("/annotations/0/iscrowd", json!(1)), "no image has an object"),
+        (("/annotations/0/iscrowd", json!(1)), "all 1 annotations are marked as crowds"),
         (("/annotations", json!([])), "no image has an object"),
         (("/annotations", json!(5)), "not COCO's instances"),
-        (segmentation(json!([])), "annotation 3: it has no polygon"),
-        (segmentation(json!([[]])), "6 numbers at least"),
-        (segmentation(json!([[1, 1, 2, 2]])), "and has 4"),
-        (segmentation(json!([[1, 1, 2, 2, 3, 3, 4]])), "and has 7"),
+        (segmentation(json!([])), "1 have no outline"),
+        (segmentation(json!([[]])), "1 have no outline"),
+        (segmentation(json!([[1, 1, 2, 2]])), "1 have no outline"),
+        (segmentation(json!([[1, 1, 2, 2, 3, 3, 4]])), "1 have no outline"),
         (segmentation(json!([[1, 1, 2, 2, 3, 1e300]])), "far outside of its image of 6 x 4"),
         (segmentation(json!([[1, 1, 2, "2", 3, 3]])), "a segmentation must be polygons"),
-        (segmentation(json!(null)), "a segmentation must be polygons"),
+        (segmentation(json!(null)), "1 have no outline"),
         (segmentation(json!([[1, 1, 1, 1, 1, 1]])), "no image has an instance of 1 pixels"),
         (
             segmentation(json!({ "size": [6, 4], "counts": [24] })),
@@ -162,6 +160,94 @@ fn what_is_wrong_is_named() -> anyhow::Result<()> {
     twice["images"] = json!([good()["images"][0], good()["images"][0]]);
     let message = open(&twice.to_string())?.map(drop).expect_err("two of one id").to_string();
     assert!(message.contains("image 7: there are two of this id"), "{message}");
+    Ok(())
+}
+
+/// What Python and the tools of the trade write: the object is the same.
+#[test]
+fn annotations_are_read_as_python_reads_them() -> anyhow::Result<()> {
+    let expected = masks(&open(&good().to_string())?.expect("a data set")[0]);
+    let change = |pointer: &str, value: Value| {
+        let mut changed = good();
+        match changed.pointer_mut(pointer) {
+            Some(place) => *place = value,
+            None => changed["annotations"][0][&pointer[15..]] = value,
+        }
+        changed.to_string()
+    };
+    let outline = json!([1, 1, 4, 1, 4, 3]);
+    let mut strings = good();
+    strings["images"][0]["id"] = json!("7");
+    strings["annotations"][0]["id"] = json!("9f3c-uuid");
+    let mut bare = good();
+    for key in ["width", "height"] {
+        bare["images"][0].as_object_mut().expect("an image").remove(key);
+    }
+    bare["annotations"][0].as_object_mut().expect("an annotation").remove("id");
+    let texts = [
+        strings.to_string(),
+        bare.to_string(),
+        change("/images/0/width", json!(-1)),
+        change("/images/0/width", json!(0)),
+        change("/images/0/height", json!(null)),
+        change("/images/0/height", json!(4.0)),
+        change("/images/0/file_name", json!("images/x.png")),
+        change("/images/0/file_name", json!("images\\x.png")),
+        change("/images/0/file_name", json!("http://images.org/train/x.png")),
+        change("/images/0/file_name", json!("X.PNG")),
+        change("/annotations/0/iscrowd", json!(false)),
+        change("/annotations/0/iscrowd", json!(null)),
+        change("/annotations/0/iscrowd", json!("0")),
+        change("/annotations/0/segmentation", json!([outline, [1, 1, 2, 2]])),
+        change("/annotations/0/segmentation", json!([outline, [], [1, 1, 2, 2, 3]])),
+        change("/annotations/0/score", json!(0.5)).replace("0.5", "NaN"),
+        format!("\u{feff}{}", good()),
+    ];
+    for text in texts {
+        let samples = open(&text)?.map_err(|error| anyhow::anyhow!("{text}: {error}"))?;
+        assert_eq!(masks(&samples[0]), expected, "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn annotations_without_an_outline_are_left_out_and_counted() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
+    let file = folder.path().join("instances.json");
+    let mut two = good();
+    for (id, outline) in [(4, json!([])), (5, json!(null))] {
+        let annotation = json!({ "id": id, "image_id": 7, "segmentation": outline });
+        two["annotations"].as_array_mut().expect("annotations").push(annotation);
+    }
+    std::fs::write(&file, two.to_string())?;
+    let options = DatasetOptions::min_area(1);
+    let dataset = Dataset::open_coco(folder.path(), &file, &options)?;
+    let lines = dataset.summary().lines();
+    let said = "left out, annotations without an outline: 2: annotation 4, annotation 5";
+    assert!(lines.contains(&said.to_string()), "{lines:?}");
+    let strict = DatasetOptions { strict: true, ..options };
+    let error = Dataset::open_coco(folder.path(), &file, &strict).expect_err("strict").to_string();
+    assert!(error.contains("without an outline: 2"), "{error}");
+    Ok(())
+}
+
+/// LVIS names its images by their place on the web; other formats are told by their names.
+#[test]
+fn other_formats_are_read_or_named() -> anyhow::Result<()> {
+    let mut lvis = good();
+    let image = lvis["images"][0].as_object_mut().expect("an image");
+    image.remove("file_name");
+    image.insert("coco_url".into(), json!("http://images.cocodataset.org/train2017/x.png"));
+    assert_eq!(open(&lvis.to_string())?.expect("LVIS").len(), 1);
+    for (text, expected) in [
+        (json!({ "image": {}, "annotations": [] }), "SA-1B"),
+        (json!({ "shapes": [], "imagePath": "x.png" }), "LabelMe"),
+        (json!([{ "segmentation": {}, "predicted_iou": 1 }]), "automatic mask generator"),
+    ] {
+        let message = open(&text.to_string())?.map(drop).expect_err(expected).to_string();
+        assert!(message.contains(expected), "{message}");
+    }
     Ok(())
 }
 

@@ -1,8 +1,8 @@
 //! Folders of images and masks, prompts drawn from them, and what is refused.
 
 use candle_sam_lora::train::{
-    find_instances, jittered_box, mask_on_grid, random_point, sample_indices, Dataset, FlipRotate,
-    LabelImage, PromptKind, StepRng,
+    find_instances, jittered_box, mask_on_grid, random_point, sample_indices, Dataset,
+    DatasetOptions, FlipRotate, LabelImage, PromptKind, StepRng,
 };
 use image::{GrayImage, ImageBuffer, Luma, RgbImage};
 use std::path::Path;
@@ -48,7 +48,7 @@ fn labels_of_16_bits_colours_and_binary_parts_become_instances() -> anyhow::Resu
     ImageBuffer::<Luma<u16>, _>::from_fn(12, 10, |x, y| Luma([labels.get_pixel(x, y).0[0] as u16]))
         .save(masks.join("labels.png"))?;
     std::fs::write(masks.join("SOURCES.md"), "no image")?;
-    let dataset = Dataset::open(&images, &masks, 9)?;
+    let dataset = Dataset::open(&images, &masks, &DatasetOptions::min_area(9))?;
     assert_eq!(dataset.len(), 3);
     for index in 0..3 {
         let sample = dataset.load(index)?;
@@ -60,7 +60,10 @@ fn labels_of_16_bits_colours_and_binary_parts_become_instances() -> anyhow::Resu
         );
     }
     // The smaller instance goes when more pixels are asked for.
-    assert_eq!(Dataset::open(&images, &masks, 10)?.load(0)?.instances.len(), 1);
+    assert_eq!(
+        Dataset::open(&images, &masks, &DatasetOptions::min_area(10))?.load(0)?.instances.len(),
+        1
+    );
     let (rest, held_out) = dataset.split(0.3, 1)?;
     assert_eq!((rest.len(), held_out.len()), (2, 1));
     Ok(())
@@ -79,7 +82,7 @@ fn transparent_images_are_on_white_and_counted() -> anyhow::Result<()> {
         let label = |x, y| Luma([blocks().get_pixel(x, y).0[0] as u16]);
         ImageBuffer::<Luma<u16>, _>::from_fn(12, 10, label).save(masks.join(name))?;
     }
-    let dataset = Dataset::open(&images, &masks, 9)?;
+    let dataset = Dataset::open(&images, &masks, &DatasetOptions::min_area(9))?;
     assert_eq!((dataset.len(), dataset.transparent()), (2, 1));
     let sample = dataset.load(0)?;
     assert!(sample.transparent && sample.image.get_pixel(0, 0).0 == [255; 3]);
@@ -146,7 +149,7 @@ fn symmetries_move_image_and_labels_together() -> anyhow::Result<()> {
     let gray = |x, y| labels.get_pixel(x, y).0[0] as u8;
     RgbImage::from_fn(12, 10, |x, y| image::Rgb([gray(x, y); 3])).save(images.join("a.png"))?;
     GrayImage::from_fn(12, 10, |x, y| Luma([gray(x, y)])).save(masks.join("a.png"))?;
-    let sample = Dataset::open(&images, &masks, 1)?.load(0)?;
+    let sample = Dataset::open(&images, &masks, &DatasetOptions::min_area(1))?.load(0)?;
     let mut seen = std::collections::BTreeSet::new();
     for step in 0..100 {
         let turned = FlipRotate::draw(&mut StepRng::new(2, "symmetry", step)).apply(sample.clone());
@@ -165,19 +168,16 @@ fn symmetries_move_image_and_labels_together() -> anyhow::Result<()> {
 #[test]
 fn bad_folders_and_files_are_named() -> anyhow::Result<()> {
     type Spoil = fn(&Path, &Path) -> anyhow::Result<()>;
-    let cases: [(&str, &str, Spoil); 9] = [
+    let full =
+        |value: u8| GrayImage::from_fn(4, 4, move |x, _| Luma([if x > 0 { value } else { 0 }]));
+    let cases: [(&str, &str, Spoil); 8] = [
         ("a.png", "has no mask", |_, masks| Ok(std::fs::remove_file(masks.join("a.png"))?)),
         ("c.png", "has no image", |_, masks| Ok(GrayImage::new(4, 4).save(masks.join("c.png"))?)),
-        ("b.png", "the mask is empty", |_, masks| {
-            Ok(GrayImage::new(4, 4).save(masks.join("b.png"))?)
+        ("b.png", "one object, of the value 1, is the whole image", |_, masks| {
+            Ok(GrayImage::from_pixel(4, 4, Luma([1])).save(masks.join("b.png"))?)
         }),
         ("b.png", "the mask is (3, 4) pixels", |_, masks| {
-            Ok(GrayImage::from_pixel(3, 4, Luma([1])).save(masks.join("b.png"))?)
-        }),
-        ("b.png", "no instance of 5 pixels", |_, masks| {
-            let mut mask = GrayImage::new(4, 4);
-            mask.put_pixel(1, 1, Luma([1]));
-            Ok(mask.save(masks.join("b.png"))?)
+            Ok(GrayImage::from_fn(3, 4, |x, _| Luma([x as u8 % 2])).save(masks.join("b.png"))?)
         }),
         ("a.png", "cannot be read as an image", |images, _| {
             let bytes = std::fs::read(images.join("a.png"))?;
@@ -197,13 +197,20 @@ fn bad_folders_and_files_are_named() -> anyhow::Result<()> {
         let (images, masks) = folders(folder.path())?;
         for name in ["a.png", "b.png"] {
             GrayImage::new(4, 4).save(images.join(name))?;
-            GrayImage::from_pixel(4, 4, Luma([1])).save(masks.join(name))?;
+            full(1).save(masks.join(name))?;
         }
-        assert_eq!(Dataset::open(&images, &masks, 5)?.len(), 2);
+        assert_eq!(Dataset::open(&images, &masks, &DatasetOptions::min_area(5))?.len(), 2);
         spoil(&images, &masks)?;
-        let message = Dataset::open(&images, &masks, 5).expect_err(expected).to_string();
+        let message = Dataset::open(&images, &masks, &DatasetOptions::min_area(5))
+            .expect_err(expected)
+            .to_string();
         assert!(message.contains(file) && message.contains(expected), "{expected}: {message}");
     }
-    assert!(Dataset::open(Path::new("/nowhere"), Path::new("/nowhere"), 1).is_err());
+    assert!(Dataset::open(
+        Path::new("/nowhere"),
+        Path::new("/nowhere"),
+        &DatasetOptions::min_area(1)
+    )
+    .is_err());
     Ok(())
 }

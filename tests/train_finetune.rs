@@ -18,6 +18,8 @@ mod options;
 mod output;
 #[path = "../examples/shared/processor.rs"]
 mod processor;
+#[path = "../examples/finetune/progress.rs"]
+mod progress;
 #[path = "../examples/finetune/report.rs"]
 mod report;
 #[path = "../examples/finetune/run.rs"]
@@ -267,6 +269,46 @@ fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()>
     }
     assert!(!missing.exists());
     assert_eq!(std::fs::read_dir(&mine)?.count(), 1);
+    Ok(())
+}
+
+/// A finished run stays as it is, unless it may be replaced.
+#[test]
+fn a_finished_run_is_replaced_only_when_asked() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = folder.path().join("run");
+    let one = short(&["--steps", "1", "--overlays", "0"]);
+    finetune(&output, &one)?;
+    let adapter = || std::fs::read(output.join("adapter/adapter_model.safetensors"));
+    let before = adapter()?;
+    let other = [&one[..], &["--seed", "5"]].concat();
+    let message = finetune(&output, &other).expect_err("finished").to_string();
+    assert!(message.contains("holds a finished run; replace it with --overwrite"), "{message}");
+    assert!(adapter()? == before && output.join("metrics.json").exists());
+    finetune(&output, &[&other[..], &["--overwrite"]].concat())?;
+    assert!(adapter()? != before);
+    Ok(())
+}
+
+/// The only object of an image lies between the pixels of the low-resolution mask in some of the eight turns.
+#[test]
+fn an_object_between_the_pixels_of_the_mask_is_trained() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (images, masks) = (folder.path().join("images"), folder.path().join("masks"));
+    std::fs::create_dir(&images)?;
+    std::fs::create_dir(&masks)?;
+    for name in ["a.png", "b.png"] {
+        let inside = |x: u32, y: u32| (325..331).contains(&x) && (485..491).contains(&y);
+        let value = |x, y, on: u8, off: u8| image::Luma([if inside(x, y) { on } else { off }]);
+        image::GrayImage::from_fn(1024, 1024, |x, y| value(x, y, 220, 40))
+            .save(images.join(name))?;
+        image::GrayImage::from_fn(1024, 1024, |x, y| value(x, y, 1, 0)).save(masks.join(name))?;
+    }
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let (images, masks) = (text(&images), text(&masks));
+    let data = ["--images", &images, "--masks", &masks, "--steps", "12", "--overlays", "0"];
+    let outcome = finetune(&folder.path().join("run"), &short(&data))?;
+    assert_eq!(outcome.losses.len(), 12);
     Ok(())
 }
 

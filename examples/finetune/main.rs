@@ -18,6 +18,7 @@ mod options;
 mod output;
 #[path = "../shared/processor.rs"]
 mod processor;
+mod progress;
 mod report;
 mod run;
 mod training;

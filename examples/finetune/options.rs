@@ -3,8 +3,10 @@
 #[path = "../shared/lora_args.rs"]
 mod lora_args;
 
+use candle_sam_lora::sam::{ReadOptions, ValueRange};
 use candle_sam_lora::train::{
-    AdamWConfig, BatchConfig, Decay, PromptKind, Schedule, TrainerConfig,
+    AdamWConfig, BatchConfig, DatasetOptions, Decay, MaskOptions, PromptKind, Schedule, Suffixes,
+    TrainerConfig,
 };
 use clap::{Parser, ValueEnum};
 use lora_args::LoraArgs;
@@ -26,8 +28,8 @@ pub struct Options {
     /// Folder of images to train on [default: the micrographs of this project]
     #[arg(long, value_name = "DIR", requires = "truth")]
     pub images: Option<PathBuf>,
-    /// Folder of their masks, with the same file stems: every value but 0 is one object; a mask of 0 and white only is
-    /// taken apart into its connected parts
+    /// Folder of their masks, with the same file stems: of one value beside 0, each connected part is an object; of
+    /// several, each value is one. docs/data.md has all rules, and the run says what it took
     #[arg(long, value_name = "DIR", requires = "images", group = "truth")]
     pub masks: Option<PathBuf>,
     /// Instead of masks, COCO's instances JSON with polygons or run lengths
@@ -48,6 +50,33 @@ pub struct Options {
     /// Objects of fewer pixels are left out
     #[arg(long, default_value_t = 20, value_name = "PIXELS")]
     pub min_area: usize,
+    /// What the stems of masks end with beyond those of their images, as _mask
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    pub mask_suffix: String,
+    /// What the stems of images end with beyond those of their masks, as _image
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    pub image_suffix: String,
+    /// Mask values that are neither object nor background, or `none` [default: 255 beside small labels, and the like]
+    #[arg(long, value_name = "VALUE,..|none", allow_hyphen_values = true)]
+    pub ignore: Option<Ignore>,
+    /// Mask value of the background, a number or #rrggbb [default: 0]
+    #[arg(long, value_name = "VALUE", allow_hyphen_values = true, value_parser = MaskOptions::parse_value)]
+    pub background: Option<i64>,
+    /// Each connected part of a mask's value is an object: for masks of classes
+    #[arg(long)]
+    pub parts: bool,
+    /// Values of images that become black and white: auto, type, min-max, percentile or LOW,HIGH
+    #[arg(long, default_value = "auto", value_name = "RANGE", allow_hyphen_values = true)]
+    pub range: ValueRange,
+    /// Page, frame or channel of images that have several, from 1
+    #[arg(long, value_name = "N")]
+    pub page: Option<usize>,
+    /// Page of masks that have several, from 1
+    #[arg(long, value_name = "N")]
+    pub mask_page: Option<usize>,
+    /// Images without an object are errors, and not left out
+    #[arg(long)]
+    pub strict: bool,
     /// How the object is pointed out
     #[arg(long, value_enum, default_value_t = PromptArg::Point)]
     pub prompt: PromptArg,
@@ -107,6 +136,9 @@ pub struct Options {
     /// Go on with the run in the output folder
     #[arg(long)]
     pub resume: bool,
+    /// Replace the run in the output folder
+    #[arg(long, conflicts_with = "resume")]
+    pub overwrite: bool,
     /// Steps between two writings of the state
     #[arg(long, default_value_t = 25, value_name = "STEPS")]
     pub save_every: u64,
@@ -156,6 +188,21 @@ pub enum DTypeArg {
     Bf16,
 }
 
+/// Values of masks to ignore.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ignore(Vec<i64>);
+
+impl FromStr for Ignore {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self(vec![])),
+            _ => text.split(',').map(MaskOptions::parse_value).collect::<Result<_, _>>().map(Self),
+        }
+    }
+}
+
 /// How often is evaluated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EvalEvery {
@@ -178,6 +225,22 @@ impl FromStr for EvalEvery {
 }
 
 impl Options {
+    /// How images and masks are read.
+    pub fn data(&self) -> DatasetOptions {
+        DatasetOptions {
+            min_area: self.min_area,
+            strict: self.strict,
+            suffixes: Suffixes { image: self.image_suffix.clone(), mask: self.mask_suffix.clone() },
+            images: ReadOptions { range: self.range, page: self.page },
+            masks: MaskOptions {
+                ignore: self.ignore.clone().map(|Ignore(values)| values),
+                background: self.background,
+                parts: self.parts,
+                page: self.mask_page,
+            },
+        }
+    }
+
     /// The optimizer and how it is used.
     pub fn trainer(&self) -> TrainerConfig {
         let total_steps = self.steps;

@@ -56,13 +56,20 @@ pub fn check(options: &Options) -> anyhow::Result<()> {
             )
         }
     }
+    let finished = output.join(METRICS).exists() || output.join(ADAPTER).exists();
+    if options.overwrite || !(finished || unfinished) {
+        return Ok(());
+    }
     if unfinished && !output.join(METRICS).exists() {
         bail!(
-            "{}: holds a run that is not finished; go on with --resume, or remove {STATE} to start again",
+            "{}: holds a run that is not finished; go on with --resume, or replace it with --overwrite",
             output.display()
         )
     }
-    Ok(())
+    bail!(
+        "{}: holds a finished run; replace it with --overwrite, or choose another --output",
+        output.display()
+    )
 }
 
 /// Makes the output folder, and marks the run in it as not finished; a new run finds nothing of an old one.

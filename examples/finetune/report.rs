@@ -83,26 +83,27 @@ pub fn side_by_side(left: &RgbImage, right: &RgbImage) -> RgbImage {
 }
 
 /// The image with what the model found in colour, the truth's outlines and the prompts in white.
-pub fn picture(sample: &Sample, evaluation: &ImageEvaluation) -> anyhow::Result<RgbImage> {
+pub fn picture(sample: &Sample, evaluation: &ImageEvaluation) -> RgbImage {
     let (width, height) = sample.image.dimensions();
     let factor = (PANEL / width.max(height)).max(1);
     let (width, height) = (width * factor, height * factor);
     let mut image = imageops::resize(&sample.image, width, height, imageops::FilterType::Triangle);
-    let enlarged = |inside: &dyn Fn(u32, u32) -> bool| -> Vec<bool> {
-        (0..height)
-            .flat_map(|y| (0..width).map(move |x| (x, y)))
-            .map(|(x, y)| inside(x / factor, y / factor))
-            .collect()
-    };
-    for index in 0..sample.instances.len() {
-        let mask = evaluation.masks.get(index)?.to_vec2::<u8>()?;
-        let mask = enlarged(&|x, y| mask[y as usize][x as usize] > 0);
-        draw::fill(&mut image, &mask, draw::colour(index));
+    for (index, found) in evaluation.masks.iter().enumerate() {
+        let window = found.window();
+        let pixels = found.pixels();
+        let inside = |x: u32, y: u32| pixels[(y * window[2] + x) as usize];
+        in_window(&mut image, window, factor, &inside, |part, mask| {
+            draw::fill(part, mask, draw::colour(index));
+        });
     }
     for (instance, prompt) in sample.instances.iter().zip(&evaluation.prompts) {
-        let truth =
-            enlarged(&|x, y| sample.labels(instance).get_pixel(x, y).0[0] == instance.label);
-        draw::outline(&mut image, &truth, draw_prompts::WHITE);
+        let labels = sample.labels(instance);
+        let [x0, y0, x1, y1] = instance.bounds;
+        let inside = |x: u32, y: u32| labels.get_pixel(x0 + x, y0 + y).0[0] == instance.label;
+        let window = [x0, y0, x1 - x0 + 1, y1 - y0 + 1];
+        in_window(&mut image, window, factor, &inside, |part, mask| {
+            draw::outline(part, mask, draw_prompts::WHITE);
+        });
         let place = |value: f32| (value + 0.5) * factor as f32;
         match prompt {
             Prompt::Point(point) => {
@@ -113,5 +114,22 @@ pub fn picture(sample: &Sample, evaluation: &ImageEvaluation) -> anyhow::Result<
             }
         }
     }
-    Ok(image)
+    image
+}
+
+/// Draws the mask of a window into its part of the enlarged image alone: a thousand objects are a thousand small ones.
+fn in_window(
+    image: &mut RgbImage,
+    [x0, y0, width, height]: [u32; 4],
+    factor: u32,
+    inside: &dyn Fn(u32, u32) -> bool,
+    draw: impl FnOnce(&mut RgbImage, &[bool]),
+) {
+    let (left, top) = (x0 * factor, y0 * factor);
+    let (width, height) = (width * factor, height * factor);
+    let mask = (0..height).flat_map(|y| (0..width).map(move |x| (x, y)));
+    let mask: Vec<bool> = mask.map(|(x, y)| inside(x / factor, y / factor)).collect();
+    let mut part = imageops::crop_imm(image, left, top, width, height).to_image();
+    draw(&mut part, &mask);
+    imageops::replace(image, &part, left.into(), top.into());
 }

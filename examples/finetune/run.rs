@@ -5,6 +5,7 @@ use super::curve::loss_curve;
 use super::draw::save_png;
 use super::options::{DTypeArg, Options};
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
+use super::progress::Progress;
 use super::report::{Outcome, Verdict};
 use super::training::Run;
 use super::{model, processor, report};
@@ -15,7 +16,9 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{evaluate_image, Batch, BatchSource, Dataset, PromptKind, Trainer};
+use candle_sam_lora::train::{
+    Batch, BatchSource, Dataset, DatasetOptions, Evaluator, PromptKind, Trainer,
+};
 use candle_sam_lora::{write_atomic, Error, Result};
 use serde_json::{json, Map};
 use std::path::{Path, PathBuf};
@@ -40,6 +43,11 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let processor = processor::load(&folder, &config)?;
     let (train, held_out) = datasets(options)?;
 
+    for (path, (width, height)) in train.sizes().chain(held_out.sizes()) {
+        // Before hours of training, and not in the step that meets it; turned it has the same sides.
+        let fits = processor.frame(height as usize, width as usize);
+        fits.map_err(|e| Error::file(path, e.to_string()))?;
+    }
     say(format!("{} images to train on, {} held out", train.len(), held_out.len()));
     match train.transparent() + held_out.transparent() {
         0 => {}
@@ -61,6 +69,9 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         ("processor".to_string(), json!(format!("{processor:?}"))),
         ("data".to_string(), json!(train.fingerprint()?)),
     ]);
+    if options.data() != DatasetOptions::min_area(options.min_area) {
+        settings.insert("reading".into(), json!(options.data()));
+    }
     if dtype != DType::F32 {
         settings.insert("dtype".into(), json!(format!("{dtype:?}")));
     }
@@ -115,33 +126,37 @@ fn name_on_the_hub(options: &Options, folder: &Path) -> Option<String> {
 /// The images to train on and those held out.
 fn datasets(options: &Options) -> anyhow::Result<(Dataset, Dataset)> {
     let Options { images, masks, coco, .. } = options;
-    let Some(all) = dataset(images, masks, coco, options.min_area)? else {
+    let Some(all) = dataset("", images, masks, coco, options)? else {
         let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
-        let part = |part: &str| {
-            let folder = |kind: &str| nuclei.join(part).join(kind);
-            Dataset::open(folder("images"), folder("masks"), options.min_area)
+        let part = |said: &str, part: &str| {
+            let folder = |kind: &str| Some(nuclei.join(part).join(kind));
+            let found = dataset(said, &folder("images"), &folder("masks"), &None, options)?;
+            found.ok_or_else(|| Error::file(&nuclei, "the project's micrographs are not there"))
         };
-        return Ok((part("train")?, part("heldout")?));
+        return Ok((part("", "train")?, part("held out: ", "heldout")?));
     };
     let Options { val_images, val_masks, val_coco, .. } = options;
-    match dataset(val_images, val_masks, val_coco, options.min_area)? {
+    match dataset("held out: ", val_images, val_masks, val_coco, options)? {
         Some(held_out) => Ok((all, held_out)),
         None => Ok(all.split(options.val_fraction, options.seed)?),
     }
 }
 
-/// The images of a folder with their masks or their annotations, if they were named.
+/// The images of a folder with their masks or their annotations, if they were named; says what was understood.
 fn dataset(
+    part: &str,
     images: &Option<PathBuf>,
     masks: &Option<PathBuf>,
     coco: &Option<PathBuf>,
-    min_area: usize,
+    options: &Options,
 ) -> Result<Option<Dataset>> {
-    Ok(match (images, masks, coco) {
-        (Some(images), Some(masks), _) => Some(Dataset::open(images, masks, min_area)?),
-        (Some(images), None, Some(coco)) => Some(Dataset::open_coco(images, coco, min_area)?),
-        _ => None,
-    })
+    let dataset = match (images, masks, coco) {
+        (Some(images), Some(masks), _) => Dataset::open(images, masks, &options.data())?,
+        (Some(images), None, Some(coco)) => Dataset::open_coco(images, coco, &options.data())?,
+        _ => return Ok(None),
+    };
+    dataset.summary().lines().iter().for_each(|line| say(format!("{part}{line}")));
+    Ok(Some(dataset))
 }
 
 /// Injects the adapters, into the image encoder alone; returns their configuration and number.
@@ -166,12 +181,17 @@ fn judge(
     overlays: usize,
     device: &Device,
 ) -> anyhow::Result<Vec<Verdict>> {
+    let evaluator = Evaluator { model: sam, processor, kind, device };
     (0..held_out.len())
         .map(|index| {
             let sample = held_out.load(index)?;
-            let evaluation = evaluate_image(sam, processor, &sample, kind, device)?;
+            let (count, images) = (sample.instances.len(), held_out.len());
+            let progress =
+                Progress::new(format!("evaluating image {} of {images}", index + 1), count);
+            let evaluation = evaluator.evaluate(&sample, |done| progress.at(done))?;
+            progress.end();
             let drawn = index < overlays;
-            let picture = drawn.then(|| report::picture(&sample, &evaluation)).transpose()?;
+            let picture = drawn.then(|| report::picture(&sample, &evaluation));
             Ok(Verdict { name: sample.name, scores: evaluation.scores, picture })
         })
         .collect()

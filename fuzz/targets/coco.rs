@@ -3,7 +3,7 @@
 #![no_main]
 
 use arbitrary::{Arbitrary, Unstructured};
-use candle_sam_lora::train::{Dataset, Sample};
+use candle_sam_lora::train::{Dataset, DatasetOptions, Sample};
 use candle_sam_lora_fuzz::{file, folder};
 use image::RgbImage;
 use serde_json::{json, Value};
@@ -77,7 +77,7 @@ fn segmentation(object: &Object, (width, height): (u32, u32), compress: bool) ->
 /// The samples, if the annotations are accepted, each of whose instances is counted again.
 fn samples(annotations: &[u8]) -> Option<Vec<Sample>> {
     let path = file("instances.json", annotations);
-    let dataset = match Dataset::open_coco(folder(), &path, 1) {
+    let dataset = match Dataset::open_coco(folder(), &path, &DatasetOptions::min_area(1)) {
         Ok(dataset) => dataset,
         Err(error) => {
             let message = error.to_string();

@@ -3,7 +3,7 @@
 
 use candle_core::Device;
 use candle_sam_lora::sam::{read_image, SamProcessor};
-use candle_sam_lora::train::{find_instances, read_labels};
+use candle_sam_lora::train::{find_instances, read_mask, MaskOptions, Meaning};
 use candle_sam_lora_fuzz::file;
 
 libfuzzer_sys::fuzz_target!(init: caught_panics_are_fine(), |bytes: &[u8]| {
@@ -20,11 +20,11 @@ libfuzzer_sys::fuzz_target!(init: caught_panics_are_fine(), |bytes: &[u8]| {
     if let Ok(image) = read_image(&path) {
         let _ = SamProcessor::new(16).preprocess(&image, &Device::Cpu);
     }
-    if let Ok(labels) = read_labels(&path) {
-        let found = find_instances(&labels, 1);
-        assert!(!found.is_empty());
+    if let Ok(mask) = read_mask(&path, &MaskOptions::default()) {
+        let found = find_instances(&mask.labels, 1);
+        assert_eq!(found.is_empty(), mask.meaning == Meaning::Empty);
         let area: usize = found.iter().map(|instance| instance.area).sum();
-        assert!(area <= labels.len());
+        assert!(area <= mask.labels.len());
     }
 });
 

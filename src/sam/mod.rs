@@ -33,6 +33,8 @@ mod deepseek;
 mod encoder;
 #[cfg(feature = "images")]
 mod generate;
+#[cfg(feature = "images")]
+mod image_file;
 mod mask_decoder;
 mod model;
 #[cfg(feature = "images")]
@@ -40,8 +42,6 @@ mod predictor;
 #[cfg(feature = "images")]
 mod processor;
 mod prompt_encoder;
-#[cfg(feature = "images")]
-mod read_image;
 pub(crate) mod rle;
 mod transformer;
 mod validate;
@@ -60,15 +60,20 @@ pub use encoder::{
 };
 #[cfg(feature = "images")]
 pub use generate::{label_image, save_labels, CocoAnnotations, Crop, GeneratedMask, MaskGenerator};
+#[cfg(feature = "images")]
+pub use image_file::{
+    convert_to_rgb, is_transparent, read_image, Picture, Raster, RasterKind, ReadOptions,
+    SampleType, Samples, ValueRange,
+};
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]
 pub use predictor::{ImageEmbedding, Prediction, Prompt, PromptPoint, SamPredictor};
 #[cfg(feature = "images")]
+pub(crate) use processor::MaskResizer;
+#[cfg(feature = "images")]
 pub use processor::{Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
-#[cfg(feature = "images")]
-pub use read_image::{convert_to_rgb, is_transparent, read_image};
 pub use rle::Rle;
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;

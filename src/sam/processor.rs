@@ -6,7 +6,7 @@
 //! ```
 //! A frame is the place of an image in the square input: prompts are scaled into it and masks cut out of it.
 
-use super::read_image::{convert_to_rgb, MAX_SIDE};
+use super::image_file::{convert_to_rgb, MAX_SIDE};
 use crate::{files, ops, Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use image::{imageops, DynamicImage};
@@ -44,6 +44,14 @@ impl Frame {
         let factors = Tensor::from_vec(factors, last, coordinates.device())?;
         coordinates.broadcast_mul(&factors.to_dtype(coordinates.dtype())?)
     }
+}
+
+/// A mask `[h, w]` of logits becomes `rows * mask * columns`.
+pub(crate) struct MaskResizer {
+    /// `[H, h]`
+    pub rows: Tensor,
+    /// `[w, W]`
+    pub columns: Tensor,
 }
 
 /// SAM's image processor.
@@ -250,17 +258,8 @@ impl SamProcessor {
         let [leading @ .., h, w] = dims else {
             bail!("masks: expected [.., h, w], got {:?}", masks.shape())
         };
-        let matrix = |low: usize, resized: usize, original: usize| -> candle_core::Result<Tensor> {
-            if resized > self.pad_size {
-                bail!("masks: a frame of {:?} in an input of {}", frame.resized, self.pad_size)
-            }
-            let up = ops::linear_resize_matrix(low, self.pad_size, masks.device())?;
-            let back = ops::linear_resize_matrix(resized, original, masks.device())?;
-            back.matmul(&up.narrow(0, 0, resized)?)
-        };
+        let MaskResizer { rows, columns } = self.mask_resizer((*h, *w), frame, masks.device())?;
         let (height, width) = frame.original;
-        let rows = matrix(*h, frame.resized.0, height)?;
-        let columns = matrix(*w, frame.resized.1, width)?.t()?;
         let count: usize = leading.iter().product();
         let resized = (0..count)
             .map(|i| {
@@ -273,6 +272,29 @@ impl SamProcessor {
             _ => Tensor::stack(&resized, 0)?,
         };
         resized.reshape([leading, &[height, width]].concat())
+    }
+
+    /// The matrices that resize masks of `low` rows and columns to those of the original image.
+    ///
+    /// # Errors
+    /// - the frame is larger than this processor's input.
+    pub(crate) fn mask_resizer(
+        &self,
+        low: (usize, usize),
+        frame: &Frame,
+        device: &Device,
+    ) -> candle_core::Result<MaskResizer> {
+        let matrix = |low: usize, resized: usize, original: usize| -> candle_core::Result<Tensor> {
+            if resized > self.pad_size {
+                bail!("masks: a frame of {:?} in an input of {}", frame.resized, self.pad_size)
+            }
+            let up = ops::linear_resize_matrix(low, self.pad_size, device)?;
+            let back = ops::linear_resize_matrix(resized, original, device)?;
+            back.matmul(&up.narrow(0, 0, resized)?)
+        };
+        let rows = matrix(low.0, frame.resized.0, frame.original.0)?;
+        let columns = matrix(low.1, frame.resized.1, frame.original.1)?.t()?;
+        Ok(MaskResizer { rows, columns })
     }
 
     /// SAM's low-resolution mask logits `[.., h, w]` as masks of the original image, `[.., H, W]` in u8: 1 where the

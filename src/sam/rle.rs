@@ -311,18 +311,29 @@ fn crossing(a: (i64, i64), b: (i64, i64), (height, width): Size) -> Option<u64> 
 }
 
 /// Sets the object's pixels in a mask of rows.
-pub(crate) fn paint(runs: &[u32], mask: &mut [bool], (height, width): Size) {
-    let (height, width) = (height as usize, width as usize);
-    let mut place = 0;
-    for (index, run) in runs.iter().enumerate() {
-        let end = place + *run as usize;
-        if index % 2 == 1 {
-            for place in place..end {
-                if let Some(pixel) = mask.get_mut(place % height * width + place / height) {
-                    *pixel = true;
-                }
-            }
-        }
-        place = end;
+fn paint(runs: &[u32], mask: &mut [bool], size: Size) {
+    for place in pixels(std::slice::from_ref(&runs), size) {
+        mask[place] = true;
     }
+}
+
+/// The places of the pixels of some runs together in rows, in ascending order.
+pub(crate) fn pixels<R: AsRef<[u32]>>(objects: &[R], (height, width): Size) -> Vec<usize> {
+    let (height, width) = (height as usize, width as usize);
+    let mut places = vec![];
+    for runs in objects {
+        let mut place = 0;
+        for (index, run) in runs.as_ref().iter().enumerate() {
+            let end = place + *run as usize;
+            if index % 2 == 1 {
+                let inside =
+                    (place..end.min(height * width)).map(|p| p % height * width + p / height);
+                places.extend(inside);
+            }
+            place = end;
+        }
+    }
+    places.sort_unstable();
+    places.dedup();
+    places
 }

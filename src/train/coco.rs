@@ -5,11 +5,14 @@
 //! annotations  [{ id, image_id, segmentation: [[x, y, ..], ..] | { size: [height, width], counts: [..] | ".." },
 //!                 iscrowd }]
 //! ```
-//! What is marked as a crowd is no single object and is left out. Categories do not matter here.
+//! What is marked as a crowd is no single object and is left out, and so are annotations without an outline and parts
+//! of fewer than three points, as pycocotools does. Categories do not matter here.
 
+use super::coco_json::{other_format, proper, Annotation, Id, Instances, Segmentation};
+use super::summary::Named;
+use crate::files::stand_in;
 use crate::sam::rle::{self, Runs, Size};
 use crate::{Error, Result};
-use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 use std::sync::Arc;
@@ -23,128 +26,182 @@ const MAX_SIDE: u32 = 1 << 15;
 pub(super) struct CocoImage {
     /// Within the folder of images.
     pub file_name: String,
-    /// Of the image, as the file says.
-    pub size: Size,
+    /// Of the image, if the file says it.
+    pub size: Option<Size>,
     annotations: Arc<Path>,
     objects: Vec<Object>,
 }
 
 #[derive(Clone, Debug)]
 struct Object {
-    id: i64,
+    id: Id,
     segmentation: Segmentation,
 }
 
 impl CocoImage {
-    /// The objects, each the union of some runs.
+    /// The objects in an image of this size, each the union of some runs.
     ///
     /// # Errors
-    /// When an outline or runs do not fit the image; the annotation is named.
-    pub fn objects(&self) -> impl Iterator<Item = Result<Vec<Runs>>> + '_ {
-        self.objects.iter().map(|Object { id, segmentation }| {
+    /// - an outline or runs do not fit the image; the annotation is named.
+    pub fn objects(&self, size: Size) -> impl Iterator<Item = Result<Vec<Runs>>> + '_ {
+        self.objects.iter().map(move |Object { id, segmentation }| {
             let invalid =
                 |message| Error::file(&self.annotations, format!("annotation {id}: {message}"));
-            segmentation.runs(self.size).map_err(invalid)
+            segmentation.runs(size).map_err(invalid)
         })
     }
-}
-
-#[derive(Deserialize)]
-struct Instances {
-    images: Vec<ImageEntry>,
-    annotations: Vec<Annotation>,
-}
-
-#[derive(Deserialize)]
-struct ImageEntry {
-    id: i64,
-    file_name: String,
-    width: u32,
-    height: u32,
-}
-
-#[derive(Deserialize)]
-struct Annotation {
-    #[serde(default)]
-    id: i64,
-    image_id: i64,
-    segmentation: Segmentation,
-    #[serde(default)]
-    iscrowd: u8,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "a segmentation must be polygons, [[x, y, ..], ..], or {size: [height, width], counts}, the counts \
-                 whole numbers or a string"
-)]
-enum Segmentation {
-    Polygons(Vec<Vec<f64>>),
-    Runs { size: [u32; 2], counts: Vec<u32> },
-    Compressed { size: [u32; 2], counts: String },
 }
 
 impl Segmentation {
     fn runs(&self, image: Size) -> std::result::Result<Vec<Runs>, String> {
         if let Self::Runs { size, .. } | Self::Compressed { size, .. } = self {
-            if *size != [image.0, image.1] {
+            if [size[0].0, size[1].0] != [image.0, image.1] {
                 let (height, width) = image;
+                let size = [size[0].0, size[1].0];
                 return Err(format!("its size is {size:?}, its image's [{height}, {width}]"));
             }
         }
         match self {
-            Self::Polygons(polygons) if polygons.is_empty() => Err("it has no polygon".into()),
-            Self::Polygons(polygons) => {
-                polygons.iter().map(|polygon| rle::polygon(polygon, image)).collect()
+            Self::Polygons(polygons) => polygons
+                .iter()
+                .map(|polygon| polygon.iter().map(|c| c.0).collect::<Vec<f64>>())
+                .map(|polygon| rle::polygon(&polygon, image))
+                .collect(),
+            Self::Runs { counts, .. } => {
+                Ok(vec![rle::checked(counts.iter().map(|count| count.0).collect(), image)?])
             }
-            Self::Runs { counts, .. } => Ok(vec![rle::checked(counts.clone(), image)?]),
             Self::Compressed { counts, .. } => Ok(vec![rle::decompressed(counts, image)?]),
         }
     }
+
+    /// Without the parts that are no outline; how many there were.
+    fn without_broken_parts(&mut self) -> usize {
+        let Self::Polygons(polygons) = self else { return 0 };
+        let before = polygons.len();
+        polygons.retain(|polygon| {
+            polygon.len() >= 6
+                && polygon.len().is_multiple_of(2)
+                && polygon.iter().all(|c| !c.0.is_nan())
+        });
+        before - polygons.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Polygons(polygons) if polygons.is_empty())
+    }
 }
 
-/// The images of a file that have an object, in the file's order.
+/// What a file of annotations holds.
+#[derive(Default)]
+pub(super) struct Annotations {
+    /// The images that have an object, in the file's order.
+    pub images: Vec<CocoImage>,
+    /// What is wrong, all of it.
+    pub faults: Vec<Error>,
+    /// What was left out.
+    pub left_out: Vec<(String, Named)>,
+}
+
+/// Reads a file of annotations.
 ///
 /// # Errors
-/// When the file is unreadable or no such JSON, an image's name leads out of its folder, two images share an id, or an
-/// annotation has no image; the annotation is named.
-pub(super) fn read(path: &Path) -> Result<Vec<CocoImage>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-    let Instances { images, annotations } = serde_json::from_str(&text)
-        .map_err(|e| Error::file(path, format!("not COCO's instances: {e}")))?;
+/// - the file is unreadable or no such JSON;
+/// - no image has an object.
+pub(super) fn read(path: &Path) -> Result<Annotations> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let not_coco = |why: &str| Error::file(path, format!("not COCO's instances: {why}"));
+    if let Some(named) = stand_in(&bytes) {
+        return Err(not_coco(&named));
+    }
+    let text = std::str::from_utf8(&bytes).map_err(|_| not_coco("it is no text in UTF-8"))?;
+    let text = proper(text);
+    let Instances { images, annotations } = serde_json::from_str(&text).map_err(|e| {
+        not_coco(&other_format(&text).map_or(e.to_string(), |name| format!("it is {name}")))
+    })?;
     let file: Arc<Path> = path.into();
+    let mut read = Annotations::default();
     let mut places = BTreeMap::new();
-    let mut found: Vec<CocoImage> = Vec::with_capacity(images.len());
-    for ImageEntry { id, file_name, width, height } in images {
-        let invalid = |message: &str| Error::file(path, format!("image {id}: {message}"));
+    for entry in images {
+        let id = entry.id.clone();
+        let mut fault =
+            |message: &str| read.faults.push(Error::file(path, format!("image {id}: {message}")));
+        let mut name = entry.file_name().unwrap_or_default();
         let inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
-        if file_name.is_empty() || !Path::new(&file_name).components().all(inside) {
-            return Err(invalid(&format!("file_name {file_name:?} leads out of the folder")));
+        if name.is_empty() || !Path::new(&name.replace('\\', "/")).components().all(inside) {
+            let message = match name.is_empty() {
+                true => "it has no file_name".to_string(),
+                false => format!("file_name {name:?} leads out of the folder"),
+            };
+            fault(&message);
+            name.clear();
         }
-        if !(1..=MAX_SIDE).contains(&width) || !(1..=MAX_SIDE).contains(&height) {
-            return Err(invalid(&format!(
-                "its sides must be 1 to {MAX_SIDE}, are {width} x {height}"
-            )));
+        let size = entry.size(MAX_SIDE).unwrap_or_else(|message| {
+            fault(&message);
+            None
+        });
+        if places.insert(id.clone(), read.images.len()).is_some() {
+            fault("there are two of this id");
         }
-        if places.insert(id, found.len()).is_some() {
-            return Err(invalid("there are two of this id"));
-        }
-        let (size, annotations) = ((height, width), file.clone());
-        found.push(CocoImage { file_name, size, annotations, objects: vec![] });
+        let (file_name, annotations) = (name, file.clone());
+        read.images.push(CocoImage { file_name, size, annotations, objects: vec![] });
     }
-    for Annotation { id, image_id, segmentation, iscrowd } in annotations {
+    let total = annotations.len();
+    let (mut crowds, mut without, mut broken) =
+        (Named::default(), Named::default(), Named::default());
+    for annotation in annotations {
+        let is_crowd = annotation.is_crowd();
+        let Annotation { id, image_id, segmentation, .. } = annotation;
         let place = places.get(&image_id);
-        let image = place.and_then(|place| found.get_mut(*place)).ok_or_else(|| {
-            Error::file(path, format!("annotation {id}: there is no image {image_id}"))
-        })?;
-        if iscrowd == 0 {
-            image.objects.push(Object { id, segmentation });
+        let Some(image) = place.and_then(|place| read.images.get_mut(*place)) else {
+            let message = format!("annotation {id}: there is no image {image_id}");
+            read.faults.push(Error::file(path, message));
+            continue;
+        };
+        let name = format!("annotation {id}");
+        if is_crowd {
+            crowds.add(name);
+            continue;
+        }
+        let Some(mut segmentation) = segmentation.filter(|outline| !outline.is_empty()) else {
+            without.add(name);
+            continue;
+        };
+        if segmentation.without_broken_parts() > 0 {
+            broken.add(name.clone());
+        }
+        match segmentation.is_empty() {
+            true => without.add(name),
+            false => image.objects.push(Object { id, segmentation }),
         }
     }
-    found.retain(|image| !image.objects.is_empty());
-    match found.is_empty() {
-        true => Err(Error::file(path, "no image has an object")),
-        false => Ok(found),
+    let images = read.images.len();
+    read.images.retain(|image| !image.objects.is_empty());
+    if read.images.is_empty() && read.faults.is_empty() {
+        let why = match total {
+            0 => "it has no annotation".to_string(),
+            _ if crowds.count() == total => {
+                format!("all {total} annotations are marked as crowds (iscrowd)")
+            }
+            _ => format!(
+                "of {total} annotations {} are marked as crowds (iscrowd), and {} have no outline (segmentation)",
+                crowds.count(),
+                without.count()
+            ),
+        };
+        return Err(Error::file(path, format!("no image has an object: {why}")));
     }
+    let unlabelled = images - read.images.len();
+    // What has no name was told above.
+    read.images.retain(|image| !image.file_name.is_empty());
+    read.left_out = [
+        ("left out, annotations marked as crowds", crowds),
+        ("left out, annotations without an outline", without),
+        ("left out, parts of outlines with fewer than three points", broken),
+        ("left out, images without an object", Named::counted(unlabelled)),
+    ]
+    .into_iter()
+    .filter(|(_, named)| named.count() > 0)
+    .map(|(what, named)| (what.to_string(), named))
+    .collect();
+    Ok(read)
 }

@@ -1,20 +1,24 @@
 //! Images and their objects, visited in an order that is a function of (seed, step): a folder of images with a folder
-//! of masks, paired by file stem, or with COCO's annotations.
+//! of masks, paired by name, or with COCO's annotations.
 
 use super::checksum::Checksum;
 use super::coco::{self, CocoImage};
-use super::labels::{layered, layers_of, read_labels, Instance, LabelImage};
+use super::folder::{pairs, Named, Suffixes};
+use super::labels::{layered, layers_of, Instance, LabelImage};
+use super::mask::{read_mask, Mask, MaskOptions};
+use super::summary::{self, Summary};
 use super::StepRng;
 use crate::sam::rle;
-use crate::sam::{convert_to_rgb, is_transparent, read_image};
+use crate::sam::{convert_to_rgb, is_transparent, Picture, ReadOptions};
 use crate::{Error, Result};
-use image::{imageops, RgbImage};
+use image::RgbImage;
+use serde::Serialize;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// File name endings taken for images; other files in the folders are left alone.
-const ENDINGS: [&str; 11] =
-    ["png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pgm", "ppm", "pnm"];
+/// So many faults are listed.
+const MOST_FAULTS: usize = 20;
 
 /// An image, its labels, and those of its instances that are large enough.
 #[derive(Clone, Debug)]
@@ -38,11 +42,34 @@ impl Sample {
     }
 }
 
+/// How a data set is read.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct DatasetOptions {
+    /// Instances of fewer pixels are left out.
+    pub min_area: usize,
+    /// Whether images without an instance are errors, and not left out.
+    pub strict: bool,
+    /// What names end with.
+    pub suffixes: Suffixes,
+    /// How images are read.
+    pub images: ReadOptions,
+    /// What masks mean.
+    pub masks: MaskOptions,
+}
+
+impl DatasetOptions {
+    /// The default, without instances of fewer than `min_area` pixels.
+    pub fn min_area(min_area: usize) -> Self {
+        Self { min_area, ..Default::default() }
+    }
+}
+
 /// Image files, each with a mask file or with objects.
 #[derive(Clone, Debug)]
 pub struct Dataset {
     pairs: Vec<Pair>,
-    min_area: usize,
+    options: DatasetOptions,
+    summary: Summary,
 }
 
 #[derive(Clone, Debug)]
@@ -50,6 +77,8 @@ struct Pair {
     name: String,
     image: PathBuf,
     transparent: bool,
+    /// Width and height, once it was read.
+    size: (u32, u32),
     truth: Truth,
 }
 
@@ -59,86 +88,180 @@ enum Truth {
     Coco(CocoImage),
 }
 
+/// A sample and how it was read.
+struct Loaded {
+    sample: Sample,
+    picture: Picture,
+    mask: Option<Mask>,
+    /// Instances that are too small.
+    small: usize,
+}
+
 impl Dataset {
-    /// Pairs the files of two folders by stem, and reads each once, so that what is wrong with the data is told
-    /// before hours of training. Instances of fewer than `min_area` pixels are left out.
+    /// Pairs the files of two folders by name, and reads each once, so that everything that is wrong with the data is
+    /// told before hours of training. Images without an instance are left out; [`Self::summary`] tells what was
+    /// understood.
     ///
     /// # Errors
-    /// When a folder is unreadable or has no image, an image has no mask or a mask no image, two files share a
-    /// stem, a file is unreadable, sizes differ, or a mask has no instance large enough; the file is named.
+    /// - a folder is unreadable or has no image;
+    /// - an image has no mask, a mask no image, or two files share a stem;
+    /// - a file is unreadable, is no mask, or sizes differ;
+    /// - no image has an instance, or one has none and the options are strict.
     pub fn open(
         images: impl AsRef<Path>,
         masks: impl AsRef<Path>,
-        min_area: usize,
+        options: &DatasetOptions,
     ) -> Result<Self> {
-        let (images, masks) = (images.as_ref(), masks.as_ref());
-        let (image_files, mut mask_files) = (by_stem(images)?, by_stem(masks)?);
-        let mut pairs = Vec::new();
-        for (name, image) in image_files {
-            let mask = mask_files.remove(&name).ok_or_else(|| {
-                Error::file(
-                    &image,
-                    format!("has no mask: {} has no file of this stem", masks.display()),
-                )
-            })?;
-            pairs.push(Pair { name, image, transparent: false, truth: Truth::Mask(mask) });
-        }
-        if let Some(mask) = mask_files.values().next() {
-            let message = format!("has no image: {} has no file of this stem", images.display());
-            return Err(Error::file(mask, message));
-        }
-        let mut dataset = Self { pairs, min_area };
-        for index in 0..dataset.len() {
-            dataset.pairs[index].transparent = dataset.load(index)?.transparent;
-        }
-        Ok(dataset)
+        let (found, faults) = pairs(images.as_ref(), masks.as_ref(), &options.suffixes)?;
+        let pair = |Named { name, image, mask }| Pair {
+            name,
+            image,
+            transparent: false,
+            size: (0, 0),
+            truth: Truth::Mask(mask),
+        };
+        let (options, summary) = (options.clone(), Summary::new(options.min_area));
+        let dataset = Self { pairs: found.into_iter().map(pair).collect(), options, summary };
+        dataset.checked(masks.as_ref(), faults)
     }
 
-    /// The images of a folder that have objects in a file of COCO's, and reads each once. Instances of fewer than
-    /// `min_area` pixels are left out, images without a larger one too.
+    /// The images of a folder that have objects in a file of COCO's, and reads each once. Images without an instance
+    /// are left out.
     ///
     /// # Errors
-    /// When the annotations are unreadable or damaged, an image is missing, unreadable or of another size, two images
-    /// have one name, or no image has an instance large enough; file and annotation are named.
+    /// - the annotations are unreadable or damaged;
+    /// - an image is missing, unreadable or of another size, or two images have one name;
+    /// - no image has an instance; or something is left out, and the options are strict.
     pub fn open_coco(
         images: impl AsRef<Path>,
         annotations: impl AsRef<Path>,
-        min_area: usize,
+        options: &DatasetOptions,
     ) -> Result<Self> {
         let (images, annotations) = (images.as_ref(), annotations.as_ref());
-        let mut dataset = Self { pairs: vec![], min_area };
-        let mut names = BTreeMap::new();
-        for coco in coco::read(annotations)? {
-            let image = images.join(&coco.file_name);
+        let coco::Annotations { images: found, mut faults, left_out } = coco::read(annotations)?;
+        let mut summary = Summary::new(options.min_area);
+        let mut by_last_part = summary::Named::default();
+        let (mut all, mut names) = (vec![], BTreeMap::new());
+        for coco in found {
+            let (image, moved) = on_disk(images, &coco.file_name);
+            if moved {
+                by_last_part.add(&coco.file_name);
+            }
             let name = Path::new(&coco.file_name)
                 .with_extension("")
                 .to_string_lossy()
-                .replace(['/', '\\'], "_");
+                .replace(['/', '\\', ':'], "_");
             if let Some(other) = names.insert(name.clone(), coco.file_name.clone()) {
                 let message =
                     format!("two images are called {name}: {other} and {}", coco.file_name);
-                return Err(Error::file(annotations, message));
+                faults.push(Error::file(annotations, message));
             }
-            dataset.pairs.push(Pair { name, image, transparent: false, truth: Truth::Coco(coco) });
+            let truth = Truth::Coco(coco);
+            all.push(Pair { name, image, transparent: false, size: (0, 0), truth });
         }
-        let mut large = vec![];
-        for index in 0..dataset.len() {
-            let sample = dataset.read(index)?;
-            dataset.pairs[index].transparent = sample.transparent;
-            large.push(!sample.instances.is_empty());
+        summary.notes = left_out;
+        if options.strict {
+            faults.extend(summary.notes.iter().map(|(what, named)| {
+                Error::file(annotations, format!("{what}: {}", named.count()))
+            }));
         }
-        let mut large = large.into_iter();
-        dataset.pairs.retain(|_| large.next().unwrap_or(false));
-        if dataset.pairs.is_empty() {
-            let message = format!("no image has an instance of {min_area} pixels or more");
-            return Err(Error::file(annotations, message));
+        if by_last_part.count() > 0 {
+            let what = "found by the last part of their file_name alone, images";
+            summary.notes.push((what.into(), by_last_part));
         }
-        Ok(dataset)
+        let dataset = Self { pairs: all, options: options.clone(), summary };
+        dataset.checked(annotations, faults)
+    }
+
+    /// Reads all of it once; leaves out what has no instance.
+    fn checked(mut self, truth: &Path, mut faults: Vec<Error>) -> Result<Self> {
+        let mut kept = vec![];
+        for index in 0..self.len() {
+            let loaded = match self.read(index) {
+                Ok(loaded) => loaded,
+                Err(error) => {
+                    faults.extend(self.faults(index, error));
+                    kept.push(false);
+                    continue;
+                }
+            };
+            let file = self.pairs[index].truth_file();
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let Loaded { sample, picture, mask, small } = loaded;
+            let pair = &mut self.pairs[index];
+            (pair.transparent, pair.size) = (sample.transparent, sample.image.dimensions());
+            kept.push(!sample.instances.is_empty());
+            if sample.instances.is_empty() {
+                if self.options.strict {
+                    faults.push(self.without_instance(index, small));
+                }
+                match small {
+                    0 => self.summary.add_empty(&name),
+                    small => self.summary.add_too_small(&name, small),
+                }
+                continue;
+            }
+            self.summary.add_objects(sample.instances.iter().map(|found| found.area), small);
+            self.summary.add_picture(&name, &picture);
+            if let Some(mask) = &mask {
+                self.summary.add_mask(&name, mask);
+            }
+        }
+        if faults.len() > 1 {
+            let count = faults.len();
+            let mut lines: Vec<String> =
+                faults.iter().take(MOST_FAULTS).map(|fault| format!("\n  {fault}")).collect();
+            if count > MOST_FAULTS {
+                lines.push(format!("\n  and {} more", count - MOST_FAULTS));
+            }
+            return Err(Error::file(truth, format!("{count} faults:{}", lines.concat())));
+        }
+        if let Some(fault) = faults.pop() {
+            return Err(fault);
+        }
+        let mut kept = kept.into_iter();
+        self.pairs.retain(|_| kept.next().unwrap_or(false));
+        if self.pairs.is_empty() {
+            let told = self.summary.lines();
+            let told = told.iter().skip(1).map(|line| format!("\n  {line}")).collect::<String>();
+            let message = format!(
+                "no image has an instance of {} pixels or more{told}",
+                self.options.min_area.max(1)
+            );
+            return Err(Error::file(truth, message));
+        }
+        Ok(self)
+    }
+
+    /// Everything that is wrong with the pair at `index`, of which `first` was met first.
+    fn faults(&self, index: usize, first: Error) -> Vec<Error> {
+        let pair = &self.pairs[index];
+        let Truth::Coco(coco) = &pair.truth else { return vec![first] };
+        let of_annotations = matches!(&first, Error::File { path, .. } if *path != pair.image);
+        let size = coco.size.filter(|_| of_annotations);
+        let all: Vec<Error> = size
+            .map(|size| coco.objects(size).filter_map(Result::err).collect())
+            .unwrap_or_default();
+        if all.is_empty() {
+            vec![first]
+        } else {
+            all
+        }
     }
 
     /// How many pairs there are, at least one.
     pub fn len(&self) -> usize {
         self.pairs.len()
+    }
+
+    /// What was understood of the whole data set when it was opened.
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// Name, width and height of each image.
+    pub fn sizes(&self) -> impl Iterator<Item = (&Path, (u32, u32))> {
+        self.pairs.iter().map(|pair| (pair.image.as_path(), pair.size))
     }
 
     /// The number of images with transparent pixels, which are laid on white.
@@ -164,7 +287,8 @@ impl Dataset {
             match &pair.truth {
                 Truth::Mask(mask) => add(mask)?,
                 Truth::Coco(coco) => {
-                    for (object, runs) in coco.objects().enumerate() {
+                    let (width, height) = pair.size;
+                    for (object, runs) in coco.objects((height, width)).enumerate() {
                         let bytes = runs?.into_iter().flatten().flat_map(u32::to_le_bytes);
                         checksum.add(&format!("{object}"), &bytes.collect::<Vec<u8>>());
                     }
@@ -195,151 +319,156 @@ impl Dataset {
                 .filter(|(index, _)| held_out.contains(index) == wanted)
                 .map(|(_, pair)| pair.clone())
                 .collect(),
-            min_area: self.min_area,
+            options: self.options.clone(),
+            summary: self.summary.clone(),
         };
         Ok((part(false), part(true)))
     }
 
     /// Reads the pair at `index`.
+    ///
+    /// # Errors
+    /// - a file became unreadable, or its mask has no instance any more.
     pub fn load(&self, index: usize) -> Result<Sample> {
-        let sample = self.read(index)?;
-        if sample.instances.is_empty() {
-            let pair = &self.pairs[index];
-            let at = if let Truth::Mask(mask) = &pair.truth { mask } else { &pair.image };
-            let message = format!("the mask has no instance of {} pixels or more", self.min_area);
-            return Err(Error::file(at, message));
+        let Loaded { sample, small, .. } = self.read(index)?;
+        match sample.instances.is_empty() {
+            true => Err(self.without_instance(index, small)),
+            false => Ok(sample),
         }
-        Ok(sample)
+    }
+
+    fn without_instance(&self, index: usize, small: usize) -> Error {
+        let message = match small {
+            0 => "the mask is empty: every pixel is the background".to_string(),
+            small => format!(
+                "the mask has no instance of {} pixels or more, but {small} smaller ones",
+                self.options.min_area
+            ),
+        };
+        Error::file(self.pairs[index].truth_file(), message)
     }
 
     /// As `load`, but there may be no instance.
-    fn read(&self, index: usize) -> Result<Sample> {
+    fn read(&self, index: usize) -> Result<Loaded> {
         let pair = self.pairs.get(index).ok_or_else(|| {
             Error::config(format!("there are {} images, and none at {index}", self.len()))
         })?;
-        let image = read_image(&pair.image)?;
-        let transparent = is_transparent(&image);
-        let image = convert_to_rgb(&image).map_err(|e| Error::file(&pair.image, e.to_string()))?;
+        let picture = self.options.images.read(&pair.image)?;
+        let transparent = is_transparent(&picture.image);
+        let image =
+            convert_to_rgb(&picture.image).map_err(|e| Error::file(&pair.image, e.to_string()))?;
         let (width, height) = image.dimensions();
-        let layers = match &pair.truth {
-            Truth::Mask(mask) => {
-                let labels = read_labels(mask)?;
-                if labels.dimensions() != (width, height) {
+        let small = Cell::new(0);
+        let (layers, mask) = match &pair.truth {
+            Truth::Mask(path) => {
+                let mut mask = read_mask(path, &self.options.masks)?;
+                if mask.labels.dimensions() != (width, height) {
                     let message = format!(
-                        "the mask is {:?} pixels, but {} is {:?}",
-                        labels.dimensions(),
+                        "the mask is {:?} pixels, but {} is {:?}{}",
+                        mask.labels.dimensions(),
                         pair.image.display(),
-                        image.dimensions()
+                        image.dimensions(),
+                        turned(&picture, mask.labels.dimensions())
                     );
-                    return Err(Error::file(mask, message));
+                    return Err(Error::file(path, message));
                 }
-                vec![labels]
-            }
-            Truth::Coco(coco) if coco.size != (height, width) => {
-                let (rows, cols) = coco.size;
-                let message =
-                    format!("is {width} x {height} pixels, but {cols} x {rows} in its annotations");
-                return Err(Error::file(&pair.image, message));
+                if same_content(&pair.image, path) {
+                    let message =
+                        format!("is the image itself, {}, and no mask", pair.image.display());
+                    return Err(Error::file(path, message));
+                }
+                (vec![std::mem::take(&mut mask.labels)], Some(mask))
             }
             Truth::Coco(coco) => {
-                layers_of(self.masks(coco), width, height).map_err(|e| match e {
+                if let Some((rows, cols)) = coco.size.filter(|size| *size != (height, width)) {
+                    let message = format!(
+                        "is {width} x {height} pixels, but {cols} x {rows} in its annotations{}",
+                        turned(&picture, (cols, rows))
+                    );
+                    return Err(Error::file(&pair.image, message));
+                }
+                let objects = self.objects(coco, (height, width), &small);
+                let layers = layers_of(objects, width, height);
+                let layers = layers.map_err(|e| match e {
                     Error::Config(message) => Error::file(&pair.image, message),
                     other => other,
-                })?
+                })?;
+                (layers, None)
             }
         };
-        let instances = layered(&layers, self.min_area);
-        Ok(Sample { name: pair.name.clone(), image, transparent, layers, instances })
+        let mut instances = layered(&layers, 1);
+        let all = instances.len();
+        instances.retain(|instance| instance.area >= self.options.min_area);
+        let small = small.get() + all - instances.len();
+        let name = pair.name.clone();
+        let sample = Sample { name, image, transparent, layers, instances };
+        Ok(Loaded { sample, picture, mask, small })
     }
 
-    /// The objects that are large enough, as masks of rows, drawn one after another.
-    fn masks<'a>(&'a self, coco: &'a CocoImage) -> impl Iterator<Item = Result<Vec<bool>>> + 'a {
-        let pixels = coco.size.0 as usize * coco.size.1 as usize;
-        let drawn = coco.objects().map(move |runs| {
-            let mut mask = vec![false; pixels];
-            runs?.iter().for_each(|runs| rle::paint(runs, &mut mask, coco.size));
-            Ok(mask)
-        });
-        let area = |mask: &[bool]| mask.iter().filter(|inside| **inside).count();
-        let least = self.min_area.max(1);
-        drawn.filter(move |mask| mask.as_ref().map_or(true, |mask| area(mask) >= least))
-    }
-}
-
-/// The image files of a folder by stem.
-fn by_stem(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
-    let mut files = BTreeMap::new();
-    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
-        let path = entry.map_err(|e| Error::io(folder, e))?.path();
-        let ending = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
-        if !ending.is_some_and(|e| ENDINGS.contains(&e.as_str())) || !path.is_file() {
-            continue;
-        }
-        let Some(stem) = path.file_stem().and_then(|s| s.to_str()).map(str::to_string) else {
-            return Err(Error::file(&path, "the file name is not valid Unicode"));
-        };
-        if let Some(other) = files.insert(stem, path.clone()) {
-            let message = format!("has the same stem as {}", other.display());
-            return Err(Error::file(&path, message));
-        }
-    }
-    if files.is_empty() {
-        return Err(Error::file(
-            folder,
-            format!("the folder has no image ({})", ENDINGS.join(", ")),
-        ));
-    }
-    Ok(files)
-}
-
-/// Which of `len` images make up the batch of `step`: every image once, in an order of its own, per epoch.
-pub fn sample_indices(len: usize, batch: usize, seed: u64, step: u64) -> Vec<usize> {
-    if len == 0 {
-        return Vec::new();
-    }
-    let first = step * batch as u64;
-    (first..first + batch as u64)
-        .map(|place| {
-            let (epoch, place) = (place / len as u64, (place % len as u64) as usize);
-            StepRng::new(seed, "order", epoch).permutation(len)[place]
+    /// The pixels of the objects, drawn one after another, without those that are too `small`, which are counted.
+    fn objects<'a>(
+        &'a self,
+        coco: &'a CocoImage,
+        size: rle::Size,
+        small: &'a Cell<usize>,
+    ) -> impl Iterator<Item = Result<Vec<usize>>> + 'a {
+        let drawn = coco.objects(size).map(move |runs| Ok(rle::pixels(&runs?, size)));
+        drawn.filter(|pixels| {
+            let is_small = |pixels: &Vec<usize>| pixels.len() < self.options.min_area.max(1);
+            let is_small = pixels.as_ref().is_ok_and(is_small);
+            small.set(small.get() + usize::from(is_small));
+            !is_small
         })
-        .collect()
+    }
 }
 
-/// One of the eight ways to turn and mirror a square: the augmentation that changes no pixel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FlipRotate {
-    quarter_turns: u8,
-    mirrored: bool,
-}
-
-impl FlipRotate {
-    /// One of the eight, at random.
-    pub fn draw(draws: &mut StepRng) -> Self {
-        Self { quarter_turns: draws.below(4) as u8, mirrored: draws.below(2) == 1 }
-    }
-
-    /// Mirrors and turns image and labels alike, and finds the instances' new bounds.
-    pub fn apply(self, sample: Sample) -> Sample {
-        let image = self.turn(sample.image);
-        let layers: Vec<LabelImage> =
-            sample.layers.into_iter().map(|labels| self.turn(labels)).collect();
-        // Turning keeps the areas, so the smallest kept one admits exactly those kept before.
-        let min_area = sample.instances.iter().map(|i| i.area).min().unwrap_or(1);
-        let instances = layered(&layers, min_area);
-        Sample { image, layers, instances, ..sample }
-    }
-
-    fn turn<P: image::Pixel + 'static>(
-        self,
-        image: image::ImageBuffer<P, Vec<P::Subpixel>>,
-    ) -> image::ImageBuffer<P, Vec<P::Subpixel>> {
-        let image = if self.mirrored { imageops::flip_horizontal(&image) } else { image };
-        match self.quarter_turns {
-            1 => imageops::rotate90(&image),
-            2 => imageops::rotate180(&image),
-            3 => imageops::rotate270(&image),
-            _ => image,
+impl Pair {
+    /// The file of the mask, or the image where the truth is annotations.
+    fn truth_file(&self) -> &Path {
+        match &self.truth {
+            Truth::Mask(mask) => mask,
+            Truth::Coco(_) => &self.image,
         }
     }
+}
+
+/// Where an image of annotations is, and whether the last part of its name alone says it.
+fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
+    let whole = folder.join(name);
+    let slashes = name.replace('\\', "/");
+    let (written, last) = (folder.join(&slashes), slashes.rsplit('/').next().unwrap_or(name));
+    let last = folder.join(last);
+    if let Some(path) = [&whole, &written].into_iter().find(|path| path.exists()) {
+        return (path.clone(), false);
+    }
+    if last.exists() {
+        return (last, true);
+    }
+    let wanted = last.file_name().map(|name| name.to_string_lossy().to_lowercase());
+    let same_but_case = |entry: &std::fs::DirEntry| {
+        Some(entry.file_name().to_string_lossy().to_lowercase()) == wanted
+    };
+    let found = std::fs::read_dir(folder).ok().and_then(|entries| {
+        let mut found = entries.flatten().filter(same_but_case);
+        found.next().filter(|_| found.next().is_none())
+    });
+    found.map_or((whole, false), |entry| (entry.path(), true))
+}
+
+/// A remark for a truth that has the size the image had before it was turned.
+fn turned(picture: &Picture, size: (u32, u32)) -> String {
+    match picture.stored {
+        Some((width, height)) if (width, height) == size => format!(
+            "; the image is stored as {width} x {height} pixels and its EXIF data turn it: turn the truth too, or store \
+             the image turned and without them"
+        ),
+        _ => String::new(),
+    }
+}
+
+/// Whether two files hold the same bytes.
+fn same_content(a: &Path, b: &Path) -> bool {
+    let length = |path: &Path| std::fs::metadata(path).map(|file| file.len()).ok();
+    length(a) == length(b)
+        && std::fs::read(a).ok().is_some_and(|bytes| std::fs::read(b).ok() == Some(bytes))
 }

@@ -1,16 +1,14 @@
 //! Masks as label images: 0 is background, every other value is one instance.
-//!
-//! A mask whose only other value is white (255 in 8 bits, 65535 in 16) is taken as binary, and each of its
-//! 8-connected parts becomes an instance. A colour mask has one instance per colour.
 
-use crate::sam::read_image;
 use crate::{Error, Result};
-use image::{ColorType, GenericImageView, ImageBuffer, ImageReader, Luma};
+use image::{ImageBuffer, Luma};
 use std::collections::BTreeMap;
-use std::path::Path;
 
 /// A label for each pixel, 0 for the background.
 pub type LabelImage = ImageBuffer<Luma<u32>, Vec<u32>>;
+
+/// The label of a pixel that is neither object nor background: it is not trained and not scored.
+pub const IGNORED: u32 = u32::MAX;
 
 /// One object of a label image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,84 +23,12 @@ pub struct Instance {
     pub bounds: [u32; 4],
 }
 
-/// Reads a mask: gray of 8 or 16 bits, or colour (palettes too).
-///
-/// # Errors
-/// When the file is no image, is a JPEG (whose compression invents labels), holds floats, or is all background.
-pub fn read_labels(path: impl AsRef<Path>) -> Result<LabelImage> {
-    let path = path.as_ref();
-    let format = ImageReader::open(path)
-        .and_then(ImageReader::with_guessed_format)
-        .map_err(|e| Error::io(path, e))?
-        .format();
-    if format == Some(image::ImageFormat::Jpeg) {
-        return Err(Error::file(
-            path,
-            "a mask must be stored without loss, as PNG or TIFF, not as JPEG",
-        ));
-    }
-    let mask = read_image(path)?;
-    let (width, height) = mask.dimensions();
-    let (values, white): (Vec<u32>, u32) = match mask.color() {
-        ColorType::L8 | ColorType::La8 => {
-            (mask.to_luma8().pixels().map(|p| p.0[0].into()).collect(), 0xFF)
-        }
-        ColorType::L16 | ColorType::La16 => {
-            (mask.to_luma16().pixels().map(|p| p.0[0].into()).collect(), 0xFFFF)
-        }
-        ColorType::Rgb8 | ColorType::Rgba8 => {
-            let packed = |[r, g, b]: [u8; 3]| u32::from_be_bytes([0, r, g, b]);
-            (mask.to_rgb8().pixels().map(|p| packed(p.0)).collect(), 0xFF_FFFF)
-        }
-        other => {
-            return Err(Error::file(
-                path,
-                format!("a mask must be gray or 8-bit colour, not {other:?}"),
-            ))
-        }
-    };
-    if values.iter().all(|v| *v == 0) {
-        return Err(Error::file(path, "the mask is empty: every pixel is 0, the background"));
-    }
-    let binary = values.iter().all(|v| *v == 0 || *v == white);
-    let labels = LabelImage::from_vec(width, height, values)
-        .ok_or_else(|| Error::file(path, "the mask has fewer pixels than its size says"))?;
-    Ok(if binary { connected_parts(&labels) } else { labels })
-}
-
-/// The 8-connected parts of whatever is not 0, numbered from 1 in reading order.
-fn connected_parts(mask: &LabelImage) -> LabelImage {
-    let (width, height) = mask.dimensions();
-    let mut parts = LabelImage::new(width, height);
-    let mut count = 0;
-    let mut open = Vec::new();
-    for (x, y, pixel) in mask.enumerate_pixels() {
-        if pixel.0[0] == 0 || parts.get_pixel(x, y).0[0] != 0 {
-            continue;
-        }
-        count += 1;
-        parts.put_pixel(x, y, Luma([count]));
-        open.push((x, y));
-        while let Some((x, y)) = open.pop() {
-            for ny in y.saturating_sub(1)..(y + 2).min(height) {
-                for nx in x.saturating_sub(1)..(x + 2).min(width) {
-                    if mask.get_pixel(nx, ny).0[0] != 0 && parts.get_pixel(nx, ny).0[0] == 0 {
-                        parts.put_pixel(nx, ny, Luma([count]));
-                        open.push((nx, ny));
-                    }
-                }
-            }
-        }
-    }
-    parts
-}
-
 /// The instances of at least `min_area` pixels, by ascending label.
 pub fn find_instances(labels: &LabelImage, min_area: usize) -> Vec<Instance> {
     let mut found: BTreeMap<u32, Instance> = BTreeMap::new();
     for (x, y, pixel) in labels.enumerate_pixels() {
         let label = pixel.0[0];
-        if label == 0 {
+        if label == 0 || label == IGNORED {
             continue;
         }
         let instance = found.entry(label).or_insert(Instance {
@@ -131,22 +57,22 @@ pub(super) fn layered(layers: &[LabelImage], min_area: usize) -> Vec<Instance> {
     all
 }
 
-/// Masks of rows as label images, numbered from 1: each in the first one in which it covers no other.
+/// Objects as label images, numbered from 1: each in the first one in which it covers no other. An object is the places
+/// of its pixels in rows.
 ///
 /// # Errors
-/// When a mask is one, or so many objects lie upon each other that their label images would have more pixels than that
-/// of the largest image.
+/// - an object is one;
+/// - so many objects lie upon each other that their label images would have more pixels than the largest image.
 pub(super) fn layers_of(
-    masks: impl Iterator<Item = Result<Vec<bool>>>,
+    objects: impl Iterator<Item = Result<Vec<usize>>>,
     width: u32,
     height: u32,
 ) -> Result<Vec<LabelImage>> {
     let most = ((1 << 30) / (width as usize * height as usize).max(1)).max(1);
     let mut layers: Vec<LabelImage> = Vec::new();
-    for (mask, label) in masks.zip(1..) {
-        let mask = mask?;
-        let pixels = || mask.iter().enumerate().filter(|(_, inside)| **inside).map(|(i, _)| i);
-        let free = layers.iter().position(|layer| pixels().all(|i| layer.as_raw()[i] == 0));
+    for (pixels, label) in objects.zip(1..) {
+        let pixels = pixels?;
+        let free = layers.iter().position(|layer| pixels.iter().all(|i| layer.as_raw()[*i] == 0));
         let layer = match free {
             Some(layer) => layer,
             None if layers.len() == most => {
@@ -160,19 +86,56 @@ pub(super) fn layers_of(
             }
         };
         let values: &mut [u32] = &mut layers[layer];
-        pixels().for_each(|i| values[i] = label);
+        pixels.into_iter().for_each(|i| values[i] = label);
     }
     Ok(layers)
 }
 
 /// The mask of `label` on a coarser grid of `rows` x `cols`, 0 or 1, row-major: each pixel of the grid shows the
-/// source pixel that holds its centre. `pitch` is how many source pixels a grid pixel is high and wide.
+/// source pixel that holds its centre. `pitch` is how many source pixels a grid pixel is high and wide. An object
+/// between all centres gets the pixel of the grid that has most of it, so that no object vanishes.
 pub fn mask_on_grid(
     labels: &LabelImage,
     label: u32,
     rows: usize,
     cols: usize,
     pitch: (f64, f64),
+) -> Vec<f32> {
+    let mut values = sampled(labels, rows, cols, pitch, |found| found == label);
+    if values.contains(&1.0) {
+        return values;
+    }
+    let cell = |place: u32, pitch: f64, count: usize| {
+        (((f64::from(place) + 0.5) / pitch) as usize).min(count.saturating_sub(1))
+    };
+    let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
+    for (x, y, _) in labels.enumerate_pixels().filter(|(_, _, pixel)| pixel.0[0] == label) {
+        *counts.entry(cell(y, pitch.0, rows) * cols + cell(x, pitch.1, cols)).or_default() += 1;
+    }
+    let most = counts.into_iter().max_by_key(|(place, count)| (*count, std::cmp::Reverse(*place)));
+    if let Some(value) = most.and_then(|(place, _)| values.get_mut(place)) {
+        *value = 1.0;
+    }
+    values
+}
+
+/// The pixels that are neither object nor background on the grid of [`target`]; `None` if there is none.
+pub(super) fn ignored(
+    labels: &LabelImage,
+    rows: usize,
+    cols: usize,
+    pitch: (f64, f64),
+) -> Option<Vec<f32>> {
+    let values = sampled(labels, rows, cols, pitch, |found| found == IGNORED);
+    values.contains(&1.0).then_some(values)
+}
+
+fn sampled(
+    labels: &LabelImage,
+    rows: usize,
+    cols: usize,
+    pitch: (f64, f64),
+    inside: impl Fn(u32) -> bool,
 ) -> Vec<f32> {
     let source = |index: usize, pitch: f64, len: u32| {
         (((index as f64 + 0.5) * pitch) as u32).min(len.saturating_sub(1))
@@ -182,9 +145,43 @@ pub fn mask_on_grid(
     for row in 0..rows {
         let y = source(row, pitch.0, height);
         for col in 0..cols {
-            let inside = labels.get_pixel(source(col, pitch.1, width), y).0[0] == label;
-            values.push(f32::from(u8::from(inside)));
+            let found = labels.get_pixel(source(col, pitch.1, width), y).0[0];
+            values.push(f32::from(u8::from(inside(found))));
         }
     }
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Wherever a small object lies, its target has a pixel, and the nearest one.
+    #[test]
+    fn no_object_vanishes() {
+        for y in 0..40 {
+            for x in 0..40 {
+                let labels = LabelImage::from_fn(40, 40, |px, py| {
+                    Luma([u32::from((px == x || px == x + 1) && py == y) * 5])
+                });
+                let found = mask_on_grid(&labels, 5, 4, 4, (10.0, 10.0));
+                let place = found.iter().position(|value| *value > 0.0);
+                assert_eq!(place, Some((y / 10 * 4 + x / 10) as usize), "{x} {y}");
+                assert_eq!(found.iter().sum::<f32>(), 1.0);
+            }
+        }
+        // The grid may end before the image does, and a label may be nowhere.
+        let corner = LabelImage::from_fn(40, 40, |x, y| Luma([u32::from(x == 39 && y == 39)]));
+        assert_eq!(mask_on_grid(&corner, 1, 2, 2, (10.0, 10.0)), [0.0, 0.0, 0.0, 1.0]);
+        assert_eq!(mask_on_grid(&corner, 2, 2, 2, (10.0, 10.0)), [0.0; 4]);
+    }
+
+    #[test]
+    fn ignored_pixels_are_no_instance() {
+        let labels = LabelImage::from_fn(4, 1, |x, _| Luma([[0, 3, IGNORED, IGNORED][x as usize]]));
+        let found = find_instances(&labels, 1);
+        assert_eq!(found.iter().map(|i| (i.label, i.area)).collect::<Vec<_>>(), [(3, 1)]);
+        assert_eq!(ignored(&labels, 1, 4, (1.0, 1.0)), Some(vec![0.0, 0.0, 1.0, 1.0]));
+        assert_eq!(ignored(&LabelImage::new(4, 1), 1, 4, (1.0, 1.0)), None);
+    }
 }

@@ -28,19 +28,29 @@
 //! ```
 
 mod adamw;
+#[cfg(feature = "images")]
+mod augment;
 mod checkpoint;
 mod checksum;
 #[cfg(feature = "images")]
 mod coco;
 #[cfg(feature = "images")]
+mod coco_json;
+#[cfg(feature = "images")]
 mod data;
+#[cfg(feature = "images")]
+mod evaluation;
 mod event_file;
+#[cfg(feature = "images")]
+mod folder;
 mod gradients;
 mod history;
 #[cfg(feature = "images")]
 mod labels;
 mod loss;
 mod lost_gradients;
+#[cfg(feature = "images")]
+mod mask;
 mod metrics_csv;
 #[cfg(feature = "images")]
 mod prompt;
@@ -53,18 +63,28 @@ mod segmentation;
 // The check of gradients in `testing` uses all of it.
 #[cfg_attr(not(feature = "testing"), allow(dead_code))]
 pub(crate) mod slope;
+#[cfg(feature = "images")]
+mod summary;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
+#[cfg(feature = "images")]
+pub use augment::{sample_indices, FlipRotate};
 pub use checkpoint::{previous_state_path, TrainingState};
 #[cfg(feature = "images")]
-pub use data::{sample_indices, Dataset, FlipRotate, Sample};
+pub use data::{Dataset, DatasetOptions, Sample};
+#[cfg(feature = "images")]
+pub use evaluation::{evaluate_image, Evaluator, FoundMask, ImageEvaluation};
 pub use event_file::EventFile;
+#[cfg(feature = "images")]
+pub use folder::Suffixes;
 pub use gradients::Gradients;
 pub use history::{best_evaluation, evaluations_since_best, StepScores};
 #[cfg(feature = "images")]
-pub use labels::{find_instances, mask_on_grid, read_labels, Instance, LabelImage};
+pub use labels::{find_instances, mask_on_grid, Instance, LabelImage, IGNORED};
 pub use loss::{bce_with_logits, dice_loss, mask_loss};
+#[cfg(feature = "images")]
+pub use mask::{interpret, read_mask, Mask, MaskOptions, Meaning};
 pub use metrics_csv::MetricsCsv;
 #[cfg(feature = "images")]
 pub use prompt::{jittered_box, random_point, Prompt, PromptKind};
@@ -72,5 +92,7 @@ pub use random::StepRng;
 pub use schedule::{Decay, Schedule};
 pub use scores::{iou, Scores};
 #[cfg(feature = "images")]
-pub use segmentation::{evaluate_image, Batch, BatchConfig, BatchSource, ImageEvaluation};
+pub use segmentation::{Batch, BatchConfig, BatchSource};
+#[cfg(feature = "images")]
+pub use summary::Summary;
 pub use trainer::{StepMetrics, Trainer, TrainerConfig};

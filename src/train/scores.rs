@@ -31,17 +31,22 @@ pub struct Scores {
 impl Scores {
     /// Of two masks `[height, width]` in which whatever is not 0 is inside.
     pub fn of(mask: &Tensor, target: &Tensor) -> Result<Self> {
-        let (mask, target, (_, width)) = masks("scores", mask, target)?;
-        let Overlap { both, any, sum } = Overlap::of(&mask, &target);
+        let (mask, target, (height, width)) = masks("scores", mask, target)?;
+        Ok(Self::between(&mask, &target, width, reach(height, width)))
+    }
+
+    /// Of two masks of rows of `width` pixels, whose boundaries may be off by `reach` pixels.
+    pub(super) fn between(mask: &[bool], target: &[bool], width: usize, reach: usize) -> Self {
+        let Overlap { both, any, sum } = Overlap::of(mask, target);
         let ratio = |part: usize, whole: usize| match whole {
             0 => 1.0,
             _ => part as f64 / whole as f64,
         };
-        Ok(Self {
+        Self {
             iou: ratio(both, any),
             dice: ratio(2 * both, sum),
-            boundary_f1: boundary_f1(&mask, &target, width),
-        })
+            boundary_f1: boundary_f1(mask, target, width, reach),
+        }
     }
 
     /// The mean of each measure; 0 of nothing.
@@ -99,11 +104,14 @@ fn masks(op: &str, mask: &Tensor, target: &Tensor) -> Result<Masks> {
     Ok((inside(mask)?, inside(target)?, mask.dims2()?))
 }
 
+/// How far a boundary may be off, in pixels, in an image of this size.
+pub(super) fn reach(height: usize, width: usize) -> usize {
+    (TOLERANCE * (height as f64).hypot(width as f64)).ceil() as usize
+}
+
 /// The boundary measure of two masks of rows of `width` pixels.
-fn boundary_f1(mask: &[bool], target: &[bool], width: usize) -> f64 {
+fn boundary_f1(mask: &[bool], target: &[bool], width: usize, reach: usize) -> f64 {
     let width = width.max(1);
-    let height = mask.len() / width;
-    let reach = (TOLERANCE * (height as f64).hypot(width as f64)).ceil() as usize;
     let (mask, target) = (boundary(mask, width), boundary(target, width));
     let count = |pixels: &[bool]| pixels.iter().filter(|p| **p).count();
     // The part of one boundary that the other, made thick, covers.

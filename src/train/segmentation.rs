@@ -1,15 +1,16 @@
-//! Training and evaluating SAM on images with masks: one prompt, one mask.
+//! Training SAM on images with masks: one prompt, one mask.
 //!
 //! ```text
 //! step     some images x some instances each -> random prompts -> low-resolution logits -> mask_loss
-//! evaluate every instance of an image, points on it or its tight box -> masks of the image's size -> mean scores
 //! ```
 //! All prompts of an image share one pass of the image encoder. The loss looks at the low-resolution mask where it
-//! shows the image, not where it shows the padding; its targets are the masks at that resolution.
+//! shows the image, not where it shows the padding; its targets are the masks at that resolution. It does not look at
+//! pixels that masks tell to ignore.
 
+use super::labels::ignored;
 use super::{
     mask_loss, mask_on_grid, sample_indices, Dataset, FlipRotate, Prompt, PromptKind, Sample,
-    Scores, StepRng,
+    StepRng,
 };
 use crate::nn::Mode;
 use crate::sam::{Frame, SamInput, SamModel, SamProcessor};
@@ -77,19 +78,24 @@ pub struct Batch {
     pub input: SamInput,
     /// `[P, rows, cols]` of 0 and 1 for each image: the part of the low-resolution mask that shows the image.
     pub targets: Vec<Tensor>,
+    /// 1 where a target is to be ignored, of its shape, for each image; `None` where nothing is.
+    pub ignored: Vec<Option<Tensor>>,
 }
+
+/// The logit of a pixel that is to be ignored: as background it adds nothing to the loss.
+const IGNORED_LOGIT: f32 = -100.0;
 
 impl Batch {
     /// Draws the batch of `step`, a function of seed and step. An image with fewer instances than prompts has some of them
     /// prompted again.
     ///
     /// # Errors
-    /// When a file became unreadable, or all instances of an image are too small for a low-resolution mask.
+    /// - a file became unreadable.
     pub fn draw(source: &BatchSource<'_>, step: u64) -> Result<Self> {
         let BatchSource { dataset, processor, config, mask_size, seed, device } = *source;
         config.validate()?;
         let mut draws = StepRng::new(seed, "batch", step);
-        let (mut pixels, mut prompts, mut targets) = (vec![], vec![], vec![]);
+        let (mut pixels, mut prompts, mut targets, mut ignored) = (vec![], vec![], vec![], vec![]);
         for index in sample_indices(dataset.len(), config.images, seed, step) {
             let mut sample = dataset.load(index)?;
             if config.augment {
@@ -98,14 +104,16 @@ impl Batch {
             let image = DynamicImage::ImageRgb8(sample.image.clone());
             let (pixel_values, frame) = processor.preprocess(&image, device)?;
             let window = MaskWindow::new(&frame, processor.pad_size, mask_size);
-            let (drawn, target) = draw_prompts(&sample, &window, &config, &mut draws, device)?;
+            let (drawn, target, left) =
+                draw_prompts(&sample, &window, &config, &mut draws, device)?;
             pixels.push(pixel_values);
             prompts.push(prompt_tensor(&drawn, &frame, device)?);
             targets.push(target);
+            ignored.push(left);
         }
         let input = prompt_input(config.kind, &Tensor::cat(&prompts, 0)?)?;
         let input = SamInput { pixel_values: Some(Tensor::cat(&pixels, 0)?), ..input };
-        Ok(Self { input, targets })
+        Ok(Self { input, targets, ignored })
     }
 
     /// The mean over the images of [`mask_loss`].
@@ -113,7 +121,11 @@ impl Batch {
         let masks = model.forward(&self.input, mode)?.pred_masks;
         let losses = self.targets.iter().enumerate().map(|(image, targets)| {
             let (_, rows, cols) = targets.dims3()?;
-            let masks = masks.get(image)?.squeeze(1)?.narrow(1, 0, rows)?.narrow(2, 0, cols)?;
+            let mut masks = masks.get(image)?.squeeze(1)?.narrow(1, 0, rows)?.narrow(2, 0, cols)?;
+            if let Some(Some(ignored)) = self.ignored.get(image) {
+                let nothing = Tensor::full(IGNORED_LOGIT, masks.shape(), masks.device())?;
+                masks = ignored.where_cond(&nothing.to_dtype(masks.dtype())?, &masks)?;
+            }
             mask_loss(&masks, targets)
         });
         let losses = losses.collect::<candle_core::Result<Vec<_>>>()?;
@@ -148,14 +160,14 @@ impl MaskWindow {
     }
 }
 
-/// Prompts for random instances of an image, each a few pixels large in the mask at least, and their targets.
+/// Prompts for random instances of an image, their targets, and what of these is to be ignored.
 fn draw_prompts(
     sample: &Sample,
     window: &MaskWindow,
     config: &BatchConfig,
     draws: &mut StepRng,
     device: &Device,
-) -> Result<(Vec<Prompt>, Tensor)> {
+) -> Result<(Vec<Prompt>, Tensor, Option<Tensor>)> {
     let MaskWindow { rows, cols, pitch } = *window;
     let mut chosen = Vec::new();
     for index in draws.permutation(sample.instances.len()) {
@@ -164,26 +176,28 @@ fn draw_prompts(
         }
         let instance = sample.instances[index];
         let target = mask_on_grid(sample.labels(&instance), instance.label, rows, cols, pitch);
-        if target.iter().any(|inside| *inside > 0.0) {
-            chosen.push((instance, target));
-        }
+        chosen.push((instance, target));
     }
     if chosen.is_empty() {
-        return Err(Error::config(format!(
-            "every instance of the image {} vanishes in a mask of {cols} x {rows} pixels",
-            sample.name
-        )));
+        return Err(Error::config(format!("the image {} has no instance", sample.name)));
     }
-    let (mut prompts, mut targets) = (vec![], vec![]);
+    let shape = (config.prompts, rows, cols);
+    let (mut prompts, mut targets, mut left, mut any) = (vec![], vec![], vec![], false);
     for (instance, target) in chosen.iter().cycle().take(config.prompts) {
-        prompts.push(config.kind.draw(sample.labels(instance), instance, draws));
+        let labels = sample.labels(instance);
+        prompts.push(config.kind.draw(labels, instance, draws));
         targets.extend_from_slice(target);
+        let ignored = ignored(labels, rows, cols, pitch);
+        any |= ignored.is_some();
+        let ignored = ignored.unwrap_or_else(|| vec![0.0; rows * cols]);
+        left.extend(ignored.iter().zip(target).map(|(out, inside)| u8::from(*out > *inside)));
     }
-    Ok((prompts, Tensor::from_vec(targets, (config.prompts, rows, cols), device)?))
+    let left = any.then(|| Tensor::from_vec(left, shape, device)).transpose()?;
+    Ok((prompts, Tensor::from_vec(targets, shape, device)?, left))
 }
 
 /// Prompts of one image and one kind, in pixels of the model's input: points `[1, P, 1, 2]` or boxes `[1, P, 4]`.
-fn prompt_tensor(
+pub(super) fn prompt_tensor(
     prompts: &[Prompt],
     frame: &Frame,
     device: &Device,
@@ -205,7 +219,7 @@ fn prompt_tensor(
 }
 
 /// The input with these prompts and one mask for each.
-fn prompt_input(kind: PromptKind, prompts: &Tensor) -> candle_core::Result<SamInput> {
+pub(super) fn prompt_input(kind: PromptKind, prompts: &Tensor) -> candle_core::Result<SamInput> {
     let input = SamInput { multimask_output: false, ..Default::default() };
     Ok(match kind {
         PromptKind::Point => SamInput {
@@ -219,47 +233,4 @@ fn prompt_input(kind: PromptKind, prompts: &Tensor) -> candle_core::Result<SamIn
         },
         PromptKind::Box { .. } => SamInput { input_boxes: Some(prompts.clone()), ..input },
     })
-}
-
-/// How well a model finds the instances of one image, in the order of [`Sample::instances`].
-#[derive(Clone, Debug)]
-pub struct ImageEvaluation {
-    /// The first prompt of each.
-    pub prompts: Vec<Prompt>,
-    /// What the model found for it, `[instances, height, width]` in u8, of the image's size.
-    pub masks: Tensor,
-    /// How each fits the truth, the mean over all its prompts.
-    pub scores: Vec<Scores>,
-}
-
-/// Prompts every instance of an image, without dropout, and compares.
-///
-/// # Errors
-/// When model and processor do not fit each other, or the image is too narrow.
-pub fn evaluate_image(
-    model: &SamModel,
-    processor: &SamProcessor,
-    sample: &Sample,
-    kind: PromptKind,
-    device: &Device,
-) -> Result<ImageEvaluation> {
-    let image = DynamicImage::ImageRgb8(sample.image.clone());
-    let (pixel_values, frame) = processor.preprocess(&image, device)?;
-    let embeddings = model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
-    let (mut prompts, mut masks, mut scores) = (vec![], vec![], vec![]);
-    for instance in &sample.instances {
-        let truth: Vec<u8> =
-            sample.labels(instance).pixels().map(|p| u8::from(p.0[0] == instance.label)).collect();
-        let truth = Tensor::from_vec(truth, frame.original, device)?;
-        let tried = kind.fixed(sample.labels(instance), instance);
-        let input = prompt_input(kind, &prompt_tensor(&tried, &frame, device)?)?;
-        let input = SamInput { image_embeddings: Some(embeddings.clone()), ..input };
-        let logits = model.forward(&input, Mode::Eval)?.pred_masks.squeeze(0)?.squeeze(1)?;
-        let found = processor.post_process_masks(&logits, &frame, 0.0)?;
-        let tries = (0..tried.len()).map(|index| Scores::of(&found.get(index)?, &truth));
-        scores.push(Scores::mean(&tries.collect::<candle_core::Result<Vec<_>>>()?));
-        masks.push(found.get(0)?);
-        prompts.extend(tried.first().copied());
-    }
-    Ok(ImageEvaluation { prompts, masks: Tensor::stack(&masks, 0)?, scores })
 }

@@ -9,7 +9,8 @@ use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
 use candle_sam_lora::train::{
-    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, PromptKind, Trainer, TrainerConfig,
+    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions, PromptKind, Trainer,
+    TrainerConfig,
 };
 use libtest_mimic::Trial;
 
@@ -38,7 +39,8 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
     inject(&mut model, &lora, SEED)?;
     let processor = SamProcessor::load(&folder, config.vision_config.image_size)?;
-    let data = Dataset::open(nuclei.join("images"), nuclei.join("masks"), 20)?;
+    let data =
+        Dataset::open(nuclei.join("images"), nuclei.join("masks"), &DatasetOptions::min_area(20))?;
     let source = BatchSource {
         dataset: &data,
         processor: &processor,

@@ -1,0 +1,384 @@
+//! Image files: pictures for a model, and the stored values of masks.
+
+mod colours;
+mod frames;
+mod jpeg;
+mod png_file;
+mod range;
+mod raster;
+mod tiff_file;
+
+pub use colours::{convert_to_rgb, is_transparent};
+pub use range::ValueRange;
+pub use raster::{Raster, RasterKind, SampleType, Samples};
+
+use crate::files::stand_in;
+use crate::{Error, Result};
+use image::codecs::bmp::BmpDecoder;
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, ImageResult};
+use std::io::Cursor;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::Path;
+
+/// No side of an image may be longer, in pixels.
+pub(crate) const MAX_SIDE: u32 = 1 << 15;
+/// No image may need more memory to decode, in bytes.
+const MAX_DECODED: u64 = 1 << 30;
+
+/// How image files are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct ReadOptions {
+    /// Which values are black and white.
+    pub range: ValueRange,
+    /// The page, frame or channel to read, from 1, of a file that has several. Without it such a file is an error.
+    pub page: Option<usize>,
+}
+
+/// An image as a viewer shows it, and how it came to be.
+#[derive(Clone, Debug)]
+pub struct Picture {
+    /// The image.
+    pub image: DynamicImage,
+    /// The values that became black and white, where the samples were scaled.
+    pub range: Option<(f64, f64)>,
+    /// The type of the samples in the file.
+    pub sample_type: SampleType,
+    /// Width and height before it was turned as its EXIF data say; `None` if it was not turned.
+    pub stored: Option<(u32, u32)>,
+}
+
+/// Reads an image with the default options: see [`ReadOptions::read`].
+///
+/// # Errors
+/// - as [`ReadOptions::read`].
+pub fn read_image(path: impl AsRef<Path>) -> Result<DynamicImage> {
+    Ok(ReadOptions::default().read(path)?.image)
+}
+
+impl ReadOptions {
+    /// Reads an image, its format told by its content rather than its name, and turns it as its EXIF data say that the
+    /// camera was held: its pixels are where a viewer shows them. A TIFF's associated alpha comes back unassociated.
+    /// Samples that [`ValueRange`] scales come back as 8 bits, others as they are.
+    ///
+    /// # Errors
+    /// - the file cannot be read, is no image, is damaged or cut off;
+    /// - it has several pages, frames or unknown channels, and none is chosen;
+    /// - it is larger than 32768 pixels a side or 1 GiB decoded.
+    pub fn read(&self, path: impl AsRef<Path>) -> Result<Picture> {
+        let bytes = read_file(path.as_ref())?;
+        guarded(path.as_ref(), || self.decode(bytes))
+    }
+
+    fn decode(&self, bytes: Vec<u8>) -> std::result::Result<Picture, String> {
+        let format = format(&bytes)?;
+        let page = self.select(&bytes, format)?;
+        let (mut image, orientation, sample_type, range) = match self
+            .raster(&bytes, format, page)?
+        {
+            Decoded::Plain(image, orientation) => {
+                let raster = self.may_scale(&image).then(|| Raster::from_decoded(&image)).flatten();
+                let sample_type =
+                    raster.as_ref().map_or(SampleType::Unsigned(8), |raster| raster.sample_type);
+                // Floats of 0 to 1 stay floats, which are laid on white before they are rounded.
+                let is_float = raster.as_ref().is_some_and(Raster::is_finite_float);
+                let scaled = raster.map(|r| r.scaled(self.range)).transpose()?.flatten();
+                let scaled = scaled.filter(|(_, range)| !(is_float && *range == (0.0, 1.0)));
+                let (image, range) = scaled.map_or((image, None), |(image, r)| (image, Some(r)));
+                (image, orientation, sample_type, range)
+            }
+            Decoded::Tiff => {
+                let (place, channel) = page;
+                let wanted = tiff_file::Wanted { place, channel, values: false };
+                let (raster, associated) = tiff_file::decode(bytes, wanted)?;
+                let (image, range) = match raster.scaled(self.range)? {
+                    Some((image, range)) => (image, Some(range)),
+                    None => (raster.unscaled()?, None),
+                };
+                let image = if associated { colours::unassociated(image) } else { image };
+                (image, raster.orientation, raster.sample_type, range)
+            }
+        };
+        let stored = (image.width(), image.height());
+        image.apply_orientation(orientation);
+        // Floats that fill 0 to 1 are not scaled, nor are the samples of 8 bits.
+        let range = range
+            .filter(|range| !(matches!(sample_type, SampleType::Float(_)) && *range == (0.0, 1.0)));
+        let turned = orientation != Orientation::NoTransforms;
+        Ok(Picture { image, range, sample_type, stored: turned.then_some(stored) })
+    }
+
+    /// Whether the samples may be scaled; those of 8 bits only where it is asked for.
+    fn may_scale(&self, image: &DynamicImage) -> bool {
+        let is_narrow = image.color().bytes_per_pixel() == image.color().channel_count();
+        !is_narrow || !matches!(self.range, ValueRange::Auto | ValueRange::Type)
+    }
+
+    /// Decodes what `image` reads, but leaves other TIFFs to be read here.
+    fn raster(
+        &self,
+        bytes: &[u8],
+        format: ImageFormat,
+        (place, channel): (usize, Option<usize>),
+    ) -> std::result::Result<Decoded, String> {
+        let is_tiff = format == ImageFormat::Tiff;
+        if format == ImageFormat::Jpeg && !jpeg::is_complete(bytes) {
+            return Err("the JPEG is cut off: its data end before the image does".into());
+        }
+        if is_tiff && (place > 0 || channel.is_some()) {
+            return Ok(Decoded::Tiff);
+        }
+        if place > 0 {
+            let frame = frames::frame(bytes, format, place).map_err(|e| plainly(&e, format))?;
+            let frame = frame.ok_or("it has no such frame")?;
+            return Ok(Decoded::Plain(frame, Orientation::NoTransforms));
+        }
+        match decode_plain(bytes, format) {
+            Ok((image, orientation)) => {
+                let associated = is_tiff && image.color().has_alpha();
+                let image = match associated && tiff_file::has_associated_alpha(bytes) {
+                    true => colours::unassociated(image),
+                    false => image,
+                };
+                Ok(Decoded::Plain(image, orientation))
+            }
+            Err(Failed::Unsupported(_)) if is_tiff => Ok(Decoded::Tiff),
+            Err(Failed::Unsupported(why) | Failed::Other(why)) => Err(why),
+        }
+    }
+
+    /// The place of the wanted page, and the wanted channel of a TIFF of one page.
+    fn select(
+        &self,
+        bytes: &[u8],
+        format: ImageFormat,
+    ) -> std::result::Result<(usize, Option<usize>), String> {
+        let places = match format {
+            ImageFormat::Tiff => tiff_file::pages(bytes)?,
+            _ => (0..frames::count(bytes, format).map_err(|e| plainly(&e, format))?).collect(),
+        };
+        let what = if format == ImageFormat::Tiff { "pages" } else { "frames" };
+        match (places.len(), self.page) {
+            (1, None) => Ok((places[0], None)),
+            (1, Some(1)) if format != ImageFormat::Tiff => Ok((0, None)),
+            (1, Some(page)) if page > 0 && format == ImageFormat::Tiff => {
+                Ok((places[0], Some(page - 1)))
+            }
+            (count, None) => {
+                Err(format!("it has {count} {what}; choose one (--page 1 to {count})"))
+            }
+            (count, Some(page)) => places
+                .get(page.wrapping_sub(1))
+                .map(|place| (*place, None))
+                .ok_or(format!("there is no {page} among its {what}: it has {count}")),
+        }
+    }
+}
+
+enum Decoded {
+    Plain(DynamicImage, Orientation),
+    /// To be decoded here.
+    Tiff,
+}
+
+enum Failed {
+    Unsupported(String),
+    Other(String),
+}
+
+impl Raster {
+    /// Reads the stored values of a mask: indices of palettes, and no inversion where a TIFF says that 0 is white.
+    ///
+    /// # Errors
+    /// - as [`ReadOptions::read`];
+    /// - the file is compressed with loss.
+    pub fn read(path: impl AsRef<Path>, page: Option<usize>) -> Result<Self> {
+        let bytes = read_file(path.as_ref())?;
+        guarded(path.as_ref(), || Self::decode(bytes, page))
+    }
+
+    fn decode(bytes: Vec<u8>, page: Option<usize>) -> std::result::Result<Self, String> {
+        let format = format(&bytes)?;
+        if format == ImageFormat::Jpeg {
+            return Err("a mask must be stored without loss, as PNG or TIFF, not as JPEG".into());
+        }
+        let options = ReadOptions { range: ValueRange::Type, page };
+        let (place, channel) = options.select(&bytes, format)?;
+        match format {
+            ImageFormat::Tiff => {
+                let wanted = tiff_file::Wanted { place, channel, values: true };
+                Ok(tiff_file::decode(bytes, wanted)?.0)
+            }
+            ImageFormat::Png if place == 0 => png_file::decode(&bytes),
+            ImageFormat::Bmp => indexed_bmp(&bytes),
+            _ => match options.raster(&bytes, format, (place, None))? {
+                Decoded::Plain(image, orientation) => Self::from_decoded(&image)
+                    .map(|raster| Self { orientation, ..raster })
+                    .ok_or("its pixels are of no kind that a mask has".into()),
+                Decoded::Tiff => Err("it is no mask".into()),
+            },
+        }
+    }
+
+    /// The image of these samples as they are.
+    fn unscaled(&self) -> std::result::Result<DynamicImage, String> {
+        let level = |value: u16, white: u16| if self.white_is_zero { white - value } else { value };
+        let image = match (&self.samples, self.kind) {
+            (Samples::U8(values), kind) => {
+                let white = match self.sample_type {
+                    SampleType::Unsigned(bits @ 1..=7) => (1u16 << bits) - 1,
+                    _ => 255,
+                };
+                // Fewer bits are spread over 8.
+                let spread = |v: &u8| (level(u16::from(*v).min(white), white) * 255 / white) as u8;
+                let values = values.iter().map(spread).collect();
+                match kind {
+                    RasterKind::Grey | RasterKind::Palette => {
+                        buffer(self, values).map(DynamicImage::ImageLuma8)
+                    }
+                    RasterKind::GreyAlpha => buffer(self, values).map(DynamicImage::ImageLumaA8),
+                    RasterKind::Rgb => buffer(self, values).map(DynamicImage::ImageRgb8),
+                    RasterKind::Rgba => buffer(self, values).map(DynamicImage::ImageRgba8),
+                }
+            }
+            (Samples::U16(values), kind) => {
+                let values = values.iter().map(|v| level(*v, u16::MAX)).collect();
+                match kind {
+                    RasterKind::Grey | RasterKind::Palette => {
+                        buffer(self, values).map(DynamicImage::ImageLuma16)
+                    }
+                    RasterKind::GreyAlpha => buffer(self, values).map(DynamicImage::ImageLumaA16),
+                    RasterKind::Rgb => buffer(self, values).map(DynamicImage::ImageRgb16),
+                    RasterKind::Rgba => buffer(self, values).map(DynamicImage::ImageRgba16),
+                }
+            }
+            (Samples::Wide(_), _) => None,
+        };
+        image.ok_or("its pixels cannot be shown".into())
+    }
+}
+
+fn buffer<P: image::Pixel>(
+    raster: &Raster,
+    values: Vec<P::Subpixel>,
+) -> Option<image::ImageBuffer<P, Vec<P::Subpixel>>> {
+    image::ImageBuffer::from_raw(raster.width, raster.height, values)
+}
+
+/// The indices of a BMP with a palette of colours; a palette of greys and other BMPs by their values.
+fn indexed_bmp(bytes: &[u8]) -> std::result::Result<Raster, String> {
+    let failed = |e: ImageError| plainly(&e, ImageFormat::Bmp);
+    let mut decoder = BmpDecoder::new(Cursor::new(bytes)).map_err(failed)?;
+    let (width, height) = decoder.dimensions();
+    check_size(width, height, 4)?;
+    let is_grey = |[red, green, blue]: &[u8; 3]| red == green && green == blue;
+    let indexed = decoder.get_palette().is_some_and(|palette| !palette.iter().all(is_grey));
+    decoder.set_indexed_color(indexed);
+    if !indexed {
+        let image = DynamicImage::from_decoder(decoder).map_err(failed)?;
+        return Raster::from_decoded(&image)
+            .ok_or("its pixels are of no kind that a mask has".into());
+    }
+    let mut indices = vec![0; decoder.total_bytes() as usize];
+    decoder.read_image(&mut indices).map_err(failed)?;
+    Raster::new(width, height, RasterKind::Palette, SampleType::Unsigned(8), Samples::U8(indices))
+        .ok_or("it has fewer pixels than its size says".into())
+}
+
+fn decode_plain(
+    bytes: &[u8],
+    format: ImageFormat,
+) -> std::result::Result<(DynamicImage, Orientation), Failed> {
+    let mut limits = image::Limits::default();
+    limits.max_alloc = Some(MAX_DECODED);
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    reader.limits(limits.clone());
+    let failed = |e: ImageError| match e {
+        ImageError::Unsupported(_) => Failed::Unsupported(plainly(&e, format)),
+        e => Failed::Other(plainly(&e, format)),
+    };
+    let mut decoder = reader.into_decoder().map_err(failed)?;
+    let (width, height) = decoder.dimensions();
+    let a_pixel = u64::from(decoder.color_type().bytes_per_pixel());
+    check_size(width, height, a_pixel).map_err(Failed::Other)?;
+    let decode = || -> ImageResult<(DynamicImage, Orientation)> {
+        limits.reserve(decoder.total_bytes())?;
+        decoder.set_limits(limits.clone())?;
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        Ok((DynamicImage::from_decoder(decoder)?, orientation))
+    };
+    decode().map_err(failed)
+}
+
+/// Refuses sizes beyond the limits.
+fn check_size(width: u32, height: u32, a_pixel: u64) -> std::result::Result<(), String> {
+    if width.max(height) > MAX_SIDE {
+        return Err(format!("it is {width} x {height} pixels; a side may have {MAX_SIDE} at most"));
+    }
+    let decoded = u64::from(width) * u64::from(height) * a_pixel;
+    match decoded > MAX_DECODED {
+        true => Err(format!(
+            "its {width} x {height} pixels take {decoded} bytes decoded; {MAX_DECODED} (1 GiB) are the most"
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Samples of fewer than 8 bits, the rows of which begin at whole bytes, the highest bits first.
+fn unpacked(rows: &[u8], width: usize, bits: u8) -> Vec<u8> {
+    let bits = usize::from(bits.clamp(1, 8));
+    let length = (width * bits).div_ceil(8).max(1);
+    let sample = |row: &[u8], x: usize| {
+        let place = x * bits;
+        // Samples of 1, 2 and 4 bits lie within a byte; others may lie in two.
+        let pair =
+            u16::from_be_bytes([row[place / 8], row.get(place / 8 + 1).copied().unwrap_or(0)]);
+        ((pair >> (16 - bits - place % 8)) & ((1 << bits) - 1)) as u8
+    };
+    rows.chunks_exact(length).flat_map(|row| (0..width).map(move |x| sample(row, x))).collect()
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|e| Error::io(path, e))
+}
+
+fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
+    let unknown = || {
+        let other = "its first bytes are those of no PNG, JPEG, TIFF, BMP, WebP, GIF or PNM";
+        stand_in(bytes).unwrap_or_else(|| other.to_string())
+    };
+    // BigTIFF, for files beyond 4 GiB.
+    if bytes.starts_with(b"II+\0") || bytes.starts_with(b"MM\0+") {
+        return Ok(ImageFormat::Tiff);
+    }
+    let format = image::guess_format(bytes).map_err(|_| unknown())?;
+    match format.reading_enabled() {
+        true => Ok(format),
+        false => Err(unknown()),
+    }
+}
+
+/// The error of a decoder, in words about the file.
+fn plainly(error: &ImageError, format: ImageFormat) -> String {
+    let name = format!("{format:?}").to_uppercase();
+    match error {
+        ImageError::Limits(_) => {
+            format!("it takes more than {MAX_DECODED} bytes (1 GiB) to decode")
+        }
+        ImageError::Unsupported(e) => format!("the {name} is of a kind that is not read: {e}"),
+        error => {
+            let why = std::error::Error::source(error).map_or(error.to_string(), |e| e.to_string());
+            format!("the {name} is damaged or cut off ({why})")
+        }
+    }
+}
+
+/// The result of a decoder. Some panic on damaged files, as the one for PNG does on a palette that ends within a colour;
+/// that is no reason to end the process, for a decoder has seen nothing but its file.
+fn guarded<T>(path: &Path, decode: impl FnOnce() -> std::result::Result<T, String>) -> Result<T> {
+    let failed = |why: &str| Error::file(path, format!("cannot be read as an image: {why}"));
+    match catch_unwind(AssertUnwindSafe(decode)) {
+        Ok(decoded) => decoded.map_err(|why| failed(&why)),
+        Err(_) => Err(failed("its decoder panicked")),
+    }
+}

@@ -1,0 +1,47 @@
+//! What a mask means, by rules that a run tells.
+//!
+//! ```text
+//! one value beside the background   binary, whatever value and depth: each 8-connected part is an object
+//! two levels with soft edges        cut at half, then as binary
+//! values, indices, colours          one object each, or each part of each with `parts`
+//! nothing but opacity               opaque parts are objects
+//! 255 of 8 bits beside labels of at most 100, the largest value of 16 and 32 bits or negative ones beside labels,
+//! VOC's contour (224, 224, 192)     ignored: neither object nor background
+//! no pixel is 0                     the largest value of the type, -1 or white is the background if it surrounds all
+//! ```
+//! Refused: values that are no labels, as a photograph's; an object that is the whole image; a background that is none.
+
+mod options;
+mod parts;
+mod rules;
+mod soft;
+mod values;
+
+pub use options::MaskOptions;
+pub use rules::{Mask, Meaning};
+
+use crate::sam::Raster;
+use crate::{Error, Result};
+use std::path::Path;
+
+/// Reads a mask: grey, labels of any integer or float type, a palette, colours, or opacity.
+///
+/// # Errors
+/// - the file is no image, or stored with loss as a JPEG is;
+/// - it has several pages and none is chosen;
+/// - its pixels are not those of a mask, see [the rules](Meaning).
+pub fn read_mask(path: impl AsRef<Path>, options: &MaskOptions) -> Result<Mask> {
+    let path = path.as_ref();
+    let raster = Raster::read(path, options.page)?;
+    interpret(&raster, options).map_err(|message| Error::file(path, message))
+}
+
+/// What the pixels of a mask mean.
+///
+/// # Errors
+/// - they are not those of a mask, see [the rules](Meaning).
+pub fn interpret(raster: &Raster, options: &MaskOptions) -> std::result::Result<Mask, String> {
+    let mut mask = rules::mask(&values::values(raster)?, raster.width, raster.height, options)?;
+    mask.turn(raster.orientation);
+    Ok(mask)
+}

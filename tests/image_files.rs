@@ -1,0 +1,145 @@
+//! Image files of every depth, with pages, cut off, or none at all.
+
+use candle_sam_lora::sam::{read_image, ReadOptions, ValueRange};
+use image::{DynamicImage, ImageFormat, RgbImage};
+use std::path::{Path, PathBuf};
+use tiff::encoder::{colortype, TiffEncoder};
+
+const SIDE: u32 = 16;
+
+/// 0 to 255 over the image.
+fn ramp() -> impl Iterator<Item = u32> {
+    0..SIDE * SIDE
+}
+
+/// A TIFF of one grey page for each function.
+fn write<C: colortype::ColorType>(
+    path: &Path,
+    pages: &[&dyn Fn(u32) -> C::Inner],
+) -> anyhow::Result<PathBuf>
+where
+    [C::Inner]: tiff::encoder::TiffValue,
+{
+    let mut encoder = TiffEncoder::new(std::fs::File::create(path)?)?;
+    for value in pages {
+        let values: Vec<C::Inner> = ramp().map(value).collect();
+        encoder.write_image::<C>(SIDE, SIDE, &values)?;
+    }
+    Ok(path.to_path_buf())
+}
+
+fn levels(path: &Path, options: ReadOptions) -> anyhow::Result<Vec<u8>> {
+    Ok(candle_sam_lora::sam::convert_to_rgb(&options.read(path)?.image)?
+        .pixels()
+        .map(|p| p.0[0])
+        .collect())
+}
+
+/// How far the levels are from 0 to 255 at most.
+fn off(path: &Path) -> anyhow::Result<u32> {
+    let levels = levels(path, ReadOptions::default())?;
+    Ok(levels
+        .into_iter()
+        .zip(ramp())
+        .map(|(level, v)| u32::from(level).abs_diff(v))
+        .max()
+        .unwrap_or(999))
+}
+
+#[test]
+fn the_same_picture_at_every_depth_is_the_same() -> anyhow::Result<()> {
+    use colortype::{Gray16, Gray32, Gray32Float, Gray64, Gray64Float, Gray8, GrayI16, GrayI32};
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let part = |v: u32| f64::from(v) / 255.0;
+    for path in [
+        write::<Gray8>(&at("u8.tif"), &[&|v| v as u8])?,
+        write::<Gray16>(&at("u16.tif"), &[&|v| v as u16 * 257])?,
+        write::<Gray16>(&at("12bit.tif"), &[&|v| (part(v) * 4095.0) as u16])?,
+        write::<Gray16>(&at("camera.tif"), &[&|v| (100.0 + part(v) * 800.0) as u16])?,
+        write::<Gray32>(&at("u32.tif"), &[&|v| v * 16_000_000])?,
+        write::<Gray64>(&at("u64.tif"), &[&|v| u64::from(v) << 40])?,
+        write::<GrayI16>(&at("ct.tif"), &[&|v| (part(v) * 4000.0 - 1000.0) as i16])?,
+        write::<GrayI32>(&at("i32.tif"), &[&|v| v as i32 * 257])?,
+        write::<Gray32Float>(&at("unit.tif"), &[&|v| part(v) as f32])?,
+        write::<Gray32Float>(&at("255.tif"), &[&|v| v as f32])?,
+        write::<Gray32Float>(&at("signed.tif"), &[&|v| part(v) as f32 * 2.0 - 1.0])?,
+        write::<Gray64Float>(&at("f64.tif"), &[&|v| part(v) * 1e-6])?,
+    ] {
+        let off = off(&path)?;
+        assert!(off <= 2, "{}: off by {off} of 255", path.display());
+    }
+    Ok(())
+}
+
+#[test]
+fn the_range_is_told_and_can_be_given() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path =
+        write::<colortype::Gray16>(&folder.path().join("a.tif"), &[&|v| 100 + 3 * v as u16])?;
+    let read = |range| ReadOptions { range, page: None }.read(&path);
+    assert_eq!(read(ValueRange::Auto)?.range, Some((100.0, 865.0)));
+    assert_eq!(read(ValueRange::MinMax)?.range, Some((100.0, 865.0)));
+    assert_eq!(read(ValueRange::Fixed(0.0, 1000.0))?.range, Some((0.0, 1000.0)));
+    assert_eq!(read(ValueRange::Type)?.range, None);
+    let options = |range| ReadOptions { range, page: None };
+    assert_eq!(levels(&path, options(ValueRange::Fixed(0.0, 1000.0)))?[255], 221);
+    assert_eq!(levels(&path, options(ValueRange::Type))?[255], 3);
+    Ok(())
+}
+
+#[test]
+fn pages_and_channels_are_chosen_or_refused() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("stack.tif");
+    write::<colortype::Gray8>(&path, &[&|_| 0, &|v| v as u8, &|_| 9])?;
+    let message = read_image(&path).expect_err("pages").to_string();
+    assert!(message.contains("stack.tif") && message.contains("it has 3 pages"), "{message}");
+    let page = |page| ReadOptions { page: Some(page), ..Default::default() };
+    assert_eq!(levels(&path, page(2))?[77], 77);
+    assert_eq!(levels(&path, page(3))?[77], 9);
+    for absent in [0, 4] {
+        assert!(levels(&path, page(absent)).is_err(), "{absent}");
+    }
+    let path = folder.path().join("moving.gif");
+    let mut encoder = image::codecs::gif::GifEncoder::new(std::fs::File::create(&path)?);
+    for value in [0, 200] {
+        let frame =
+            image::RgbaImage::from_pixel(SIDE, SIDE, image::Rgba([value, value, value, 255]));
+        encoder.encode_frame(image::Frame::new(frame))?;
+    }
+    drop(encoder);
+    let message = read_image(&path).expect_err("frames").to_string();
+    assert!(message.contains("it has 2 frames"), "{message}");
+    assert!(levels(&path, page(2))?[0] > 190);
+    Ok(())
+}
+
+#[test]
+fn cut_and_other_files_are_named() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("x.png");
+    let mut jpeg = std::io::Cursor::new(Vec::new());
+    let picture = RgbImage::from_fn(64, 64, |x, y| image::Rgb([(x * y) as u8, x as u8, y as u8]));
+    DynamicImage::from(picture).write_to(&mut jpeg, ImageFormat::Jpeg)?;
+    let jpeg = jpeg.into_inner();
+    let wide = b"P5 33000 100 255\n";
+    let many = b"P6 32768 32768 255\n";
+    for (bytes, expected) in [
+        (&jpeg[..jpeg.len() / 3], "the JPEG is cut off"),
+        (&jpeg[..jpeg.len() - 3], "the JPEG is cut off"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "HTML page"),
+        (b"", "0 bytes"),
+        (b"what is this?", "no PNG, JPEG, TIFF"),
+        (wide, "33000 x 100 pixels; a side may have 32768"),
+        (many, "3221225472 bytes decoded; 1073741824 (1 GiB)"),
+    ] {
+        std::fs::write(&path, bytes)?;
+        let message = read_image(&path).expect_err(expected).to_string();
+        assert!(message.contains("x.png") && message.contains(expected), "{expected}: {message}");
+    }
+    std::fs::write(&path, &jpeg)?;
+    assert_eq!(read_image(&path)?.width(), 64);
+    Ok(())
+}
