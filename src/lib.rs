@@ -17,6 +17,7 @@ mod device;
 #[path = "cuda/mod.rs"]
 mod driver;
 mod error;
+mod file_kind;
 pub mod files;
 pub mod hub;
 #[doc(hidden)]

@@ -247,7 +247,7 @@ fn position_features_come_under_either_name_or_both() {
     let check = |tensors: &BTreeMap<String, Tensor>| {
         write(&path, tensors);
         let mut flat = Flat::zeros_like(&small(), DType::F32);
-        load(&mut flat, &path).map(|()| assert_same(&flat.0, &small()))
+        load(&mut flat, &path).map(|_| assert_same(&flat.0, &small()))
     };
     tensors.insert(inner.clone(), features.clone());
     check(&tensors).unwrap();
@@ -362,7 +362,7 @@ fn shards_load_and_their_index_is_checked() {
     };
     let try_load = || {
         let mut flat = Flat::zeros_like(&split, DType::F32);
-        load(&mut flat, folder.path()).map(|()| assert_same(&flat.0, &split))
+        load(&mut flat, folder.path()).map(|_| assert_same(&flat.0, &split))
     };
     index(&map).unwrap();
     try_load().unwrap();
