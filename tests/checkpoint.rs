@@ -430,9 +430,9 @@ fn paths_that_hold_no_checkpoint_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let mut flat = Flat(small());
     let mut message = |path: PathBuf| load(&mut flat, path).unwrap_err().to_string();
-    assert!(message(folder.path().into()).contains("neither model.safetensors nor"));
+    assert!(message(folder.path().into()).contains("expected weights: model.safetensors"));
     assert!(message(folder.path().join("nothing.safetensors")).contains("nothing.safetensors"));
-    assert!(message(folder.path().join("sam_vit_b.pth")).contains("convert it to safetensors"));
+    assert!(message(folder.path().join("sam_vit_b.pth")).contains("sam_vit_b.pth: No such file"));
     let blocked = folder.path().join("file");
     std::fs::write(&blocked, "").unwrap();
     let into_file = save(&Flat(small()), blocked.join("x.safetensors"), Naming::HuggingFace, None);

@@ -255,7 +255,8 @@ fn adapter_files(path: &Path) -> Result<(PathBuf, PathBuf)> {
     let is_dir = path.is_dir();
     let config = if is_dir { path.join(CONFIG_FILE) } else { path.with_file_name(CONFIG_FILE) };
     if !is_dir {
-        if path.is_file() && !config.exists() {
+        path.metadata().map_err(|e| Error::io(path, e))?;
+        if !config.exists() {
             let message =
                 format!("an adapter needs {CONFIG_FILE} beside its tensors, and there is none");
             return Err(Error::file(path, message));
@@ -267,9 +268,9 @@ fn adapter_files(path: &Path) -> Result<(PathBuf, PathBuf)> {
         return Ok((config, found.clone()));
     }
     if config.exists() {
-        let message =
-            format!("the adapter's folder has neither {TENSORS_FILE} nor {PICKLED_TENSORS_FILE}");
-        return Err(Error::file(path, message));
+        let message = format!("not there, and no {PICKLED_TENSORS_FILE} either");
+        let missing = std::io::Error::new(std::io::ErrorKind::NotFound, message);
+        return Err(Error::io(path.join(TENSORS_FILE), missing));
     }
     let below = adapters_below(path, 2);
     Err(Error::file(
