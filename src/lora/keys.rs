@@ -63,7 +63,7 @@ pub(super) fn spelling(
     file: &TensorReader,
     names: &Names,
 ) -> Result<Option<Spelling>> {
-    let plain = plain_keys(file)?;
+    let Some(plain) = plain_keys(file)? else { return Ok(None) };
     let mut found: Vec<Spelling> = Vec::new();
     for naming in NAMINGS {
         let Some(spelling) = fit(model, name, config, &plain, (names, naming))? else { continue };
@@ -81,17 +81,22 @@ pub(super) fn spelling(
     Ok(found.pop())
 }
 
-/// The keys of a file without wrappers and names of adapters, and the keys as they are.
-fn plain_keys(file: &TensorReader) -> Result<BTreeMap<String, String>> {
+/// The keys of a file without wrappers and names of adapters, and the keys as they are; none where two become one.
+fn plain_keys(file: &TensorReader) -> Result<Option<BTreeMap<String, String>>> {
     let mut plain = BTreeMap::new();
     let mut adapters = BTreeSet::new();
+    let has = |parts: &[&str]| {
+        parts.iter().all(|part| file.tensors().keys().any(|key| key.contains(part)))
+    };
+    // PEFT's own files hold copies of biases below both; a state dict holds the module as it was and as it is trained.
+    let is_state_dict = !has(&[".lora_A.weight", ".original_module."]);
     for key in file.tensors().keys() {
         let mut parts: Vec<&str> = key.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
-        // The module that PEFT leaves as it was, beside its trained copy.
-        if parts.contains(&"original_module") {
+        if is_state_dict && parts.contains(&"original_module") {
             continue;
         }
-        if let Some(at) = parts.iter().position(|part| *part == "modules_to_save") {
+        let saved = parts.iter().position(|part| *part == "modules_to_save");
+        if let Some(at) = saved.filter(|_| is_state_dict) {
             let after = parts.len() - at - 1;
             adapters.extend((after > 1).then(|| parts[at + 1]));
             parts.drain(at..at + 1 + usize::from(after > 1));
@@ -106,18 +111,19 @@ fn plain_keys(file: &TensorReader) -> Result<BTreeMap<String, String>> {
             parts.truncate(at + 1);
             parts.extend(leaf);
         }
-        if let Some(twin) = plain.insert(parts.join("."), key.clone()) {
-            let message = match adapters.len() {
-                0 | 1 => format!("{twin} and {key} are one tensor"),
-                _ => format!(
-                    "holds several adapters, {}: save one of them alone",
-                    adapters.into_iter().collect::<Vec<_>>().join(" and ")
-                ),
-            };
+        if plain.insert(parts.join("."), key.clone()).is_some() {
+            if adapters.len() < 2 {
+                return Ok(None);
+            }
+            let adapters: Vec<&str> = adapters.into_iter().collect();
+            let message = format!(
+                "holds several adapters, {}: save one of them alone",
+                adapters.join(" and ")
+            );
             return Err(Error::file(file.path(), message));
         }
     }
-    Ok(plain)
+    Ok(Some(plain))
 }
 
 /// The spelling with names of this kind, if there is one.

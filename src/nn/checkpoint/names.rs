@@ -16,6 +16,10 @@ use std::collections::{HashMap, HashSet};
 ///     fused: &[Fused::QKV],
 ///     ..Names::PLAIN
 /// };
+/// let in_file = ["blocks.3.attn.qkv.weight", "blocks.3.norm1.bias", "head.weight"];
+/// let in_tree = ["layers.3.attn.qkv.weight", "layers.3.norm1.bias", "head.weight"];
+/// assert_eq!(VIT.to_tree(&in_file), in_tree);
+/// assert_eq!(VIT.to_file(&in_tree), in_file);
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Names {
@@ -258,7 +262,42 @@ fn rewrite(name: &str, from: &str, to: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{matches, Fused, Names};
+
+    #[test]
+    fn a_table_translates_both_ways() {
+        const NAMES: Names = Names {
+            renamed: &[("a.#.b.*", "x.#.y.*"), ("a.#.*", "x.#.*"), ("old", "new")],
+            heads: &["head.#"],
+            fused: &[Fused::QKV],
+            ..Names::PLAIN
+        };
+        let in_file = [
+            "a.7.b.weight",
+            "a.0.c",
+            "old",
+            "head.1.layers.0.w",
+            "head.1.layers.1.w",
+            "head.1.layers.2.w",
+        ];
+        let in_tree = [
+            "x.7.y.weight",
+            "x.0.c",
+            "new",
+            "head.1.proj_in.w",
+            "head.1.layers.0.w",
+            "head.1.proj_out.w",
+        ];
+        assert_eq!(NAMES.to_tree(&in_file), in_tree);
+        assert_eq!(NAMES.to_file(&in_tree), in_file);
+        assert_eq!(NAMES.to_tree(&["a.b.c", "a.x.b.weight"]), ["a.b.c", "a.x.b.weight"]);
+        let parts = NAMES.split_names("x.0.attn.qkv.bias").unwrap();
+        assert_eq!(parts, ["x.0.attn.q.bias", "x.0.attn.k.bias", "x.0.attn.v.bias"]);
+        for (index, part) in parts.iter().enumerate() {
+            assert_eq!(NAMES.fused_name(part), Some(("x.0.attn.qkv.bias".to_string(), index, 3)));
+        }
+        assert_eq!(NAMES.split_names("x.0.fattn.qkv.bias"), None);
+    }
 
     #[test]
     fn a_star_stands_for_any_text() {

@@ -73,17 +73,16 @@ impl Spellings {
             }
         }
         // `pos_embed` is the same in several namings: a prefix has the part that most of its names have.
-        let mut places: BTreeMap<String, Place> = BTreeMap::new();
+        let mut places: BTreeMap<String, (Place, usize)> = BTreeMap::new();
         for ((prefix, part), hits) in hits {
-            let place = Place { prefix: prefix.clone(), part: part.to_string(), hits };
-            let found = places.entry(prefix).or_insert_with(|| place.clone());
-            let total = found.hits + if *found == place { 0 } else { hits };
-            if hits > found.hits || (hits == found.hits && place.part.is_empty()) {
-                *found = place;
+            let fresh = Place { prefix: prefix.clone(), part: String::new(), hits: 0 };
+            let (place, most) = places.entry(prefix).or_insert((fresh, 0));
+            place.hits += hits;
+            if hits > *most {
+                (place.part, *most) = (part.to_string(), hits);
             }
-            found.hits = total.max(found.hits);
         }
-        let mut places: Vec<Place> = places.into_values().collect();
+        let mut places: Vec<Place> = places.into_values().map(|(place, _)| place).collect();
         places.sort_by_key(|place| std::cmp::Reverse(place.hits));
         // Fewer than half of the most are chance, as `layers.0.norm1.weight` in another network.
         let most = places.first().map_or(0, |place| place.hits);

@@ -170,7 +170,7 @@ fn shards(index_path: &Path) -> Result<Vec<PathBuf>> {
         let known = [".safetensors", ".bin", ".pth", ".pt"].iter().any(|end| name.ends_with(end));
         // A backslash or colon is an ordinary character here and a way out of the folder on another system.
         if !plain || name.contains(['\\', ':', '\0']) || !known {
-            let message = format!("{name:?} is not the name of a file of weights in this folder");
+            let message = format!("{name:?} is not the name of a safetensors file or one of torch.save in this folder");
             return Err(Error::file(index_path, message));
         }
         paths.push(folder.join(name));

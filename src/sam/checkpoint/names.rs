@@ -24,6 +24,8 @@ pub const SAM: Names = Names {
         // Constants of the image processor.
         "pixel_mean",
         "pixel_std",
+        // Counters of batch normalisation layers that PyTorch saves.
+        "*num_batches_tracked",
         // Low-rank matrices that SAMed and micro-sam save among the model's.
         "*.w_a_linear_*.weight",
         "*.w_b_linear_*.weight",
