@@ -138,7 +138,7 @@ impl<'a> Machine<'a> {
                 Some(mark) if *mark == self.stack.len() => drop(self.marks.pop()),
                 _ => drop(self.pop()?),
             },
-            b'1' => drop(self.to_mark()?),
+            b'1' => drop(self.pop_to_mark()?),
             b'2' => {
                 let top = self.top()?;
                 self.stack.push(top);
@@ -168,7 +168,7 @@ impl<'a> Machine<'a> {
             }
             b')' | b']' | 0x8f => self.push(Object::Sequence(vec![])),
             b't' | b'l' | 0x91 => {
-                let items = self.to_mark()?;
+                let items = self.pop_to_mark()?;
                 self.push(Object::Sequence(items));
             }
             0x85..=0x87 => {
@@ -180,7 +180,7 @@ impl<'a> Machine<'a> {
             }
             b'}' => self.push(Object::Dict(vec![])),
             b'd' => {
-                let items = pairs(self.to_mark()?)?;
+                let items = pairs(self.pop_to_mark()?)?;
                 self.push(Object::Dict(items));
             }
             b'a' => {
@@ -188,7 +188,7 @@ impl<'a> Machine<'a> {
                 self.append(vec![item])?;
             }
             b'e' | 0x90 => {
-                let items = self.to_mark()?;
+                let items = self.pop_to_mark()?;
                 self.append(items)?;
             }
             b's' => {
@@ -196,7 +196,7 @@ impl<'a> Machine<'a> {
                 self.set_items(vec![(key, value)])?;
             }
             b'u' => {
-                let items = pairs(self.to_mark()?)?;
+                let items = pairs(self.pop_to_mark()?)?;
                 self.set_items(items)?;
             }
             b'c' | b'i' | b'o' | b'R' | 0x81 | 0x92 | 0x93 | b'b' => self.call(opcode)?,
@@ -294,12 +294,12 @@ impl<'a> Machine<'a> {
             }
             b'i' => {
                 let (module, name) = (self.utf8_line()?, self.utf8_line()?);
-                let arguments = self.to_mark()?;
+                let arguments = self.pop_to_mark()?;
                 let function = self.add(Object::Global(format!("{module}.{name}").into()));
                 (function, self.add(Object::Sequence(arguments)))
             }
             b'o' => {
-                let mut arguments = self.to_mark()?.into_iter();
+                let mut arguments = self.pop_to_mark()?.into_iter();
                 let function = arguments.next().ok_or("a call without a class")?;
                 (function, self.add(Object::Sequence(arguments.collect())))
             }
@@ -387,7 +387,7 @@ impl<'a> Machine<'a> {
         Ok(top)
     }
 
-    fn to_mark(&mut self) -> Step<Vec<Id>> {
+    fn pop_to_mark(&mut self) -> Step<Vec<Id>> {
         let mark = self.marks.pop().ok_or("a mark is missing")?;
         Ok(self.stack.split_off(mark))
     }

@@ -327,7 +327,7 @@ impl Found<'_> {
                         (_, true) => path.clone(),
                         _ => format!("{path}.{name}"),
                     };
-                    budget = budget.checked_sub(path.len() + 16).unwrap_or(0);
+                    budget = budget.saturating_sub(path.len() + 16);
                     if budget == 0 {
                         continue; // told when the next one is taken
                     }
