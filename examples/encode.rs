@@ -36,12 +36,12 @@ use std::process::ExitCode;
 /// [B,3,S,S] of any S that is a multiple of 16 become image_embeddings [B,1024,S/64,S/64].
 #[derive(Parser)]
 struct Options {
-    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
-    /// Face hub [default: the small SAM of this project]
-    #[arg(long, value_name = "DIR|NAME")]
+    /// File of weights or folder with them, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging Face hub
+    /// [default: the adapter's base model; without an adapter, the small SAM of this project]
+    #[arg(long, value_name = "PATH|NAME")]
     model: Option<PathBuf>,
-    /// Folder or name of a PEFT adapter
-    #[arg(long, value_name = "DIR|NAME")]
+    /// Folder, file or name of a PEFT adapter, or a LoRA file of SAMed or micro-sam
+    #[arg(long, value_name = "PATH|NAME")]
     adapter: Option<PathBuf>,
     /// Safetensors file to read
     #[arg(long, value_name = "FILE")]
@@ -85,9 +85,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
         let known = PROMPTS.join(", ");
         bail!("{}: unknown tensor {name}; known: pixel_values, {known}", options.input.display())
     }
-    let folder = model::folder(options.model.as_deref())?;
     let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
     let adapter = adapter.as_deref();
+    let folder = adapted::base(options.model.as_deref(), adapter)?;
     if options.deepseek_ocr {
         if prompted {
             bail!("{}: DeepSeek-OCR's encoder takes no prompts", options.input.display())
@@ -99,7 +99,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
         return write(options, &BTreeMap::from([("image_embeddings".into(), embeddings)]));
     }
     let config = folder.join("config.json");
-    if model_type(&config)? == SamVisionConfig::MODEL_TYPE {
+    if config.exists() && model_type(&config)? == SamVisionConfig::MODEL_TYPE {
         if prompted {
             bail!(
                 "{}: has prompts, but the model in {} is an image encoder alone: it has no prompt encoder and no \

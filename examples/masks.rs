@@ -41,9 +41,9 @@ struct Options {
     /// Images, or folders of images
     #[arg(required = true)]
     images: Vec<PathBuf>,
-    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
-    /// Face hub [default: the small SAM of this project]
-    #[arg(long, value_name = "DIR|NAME")]
+    /// File or folder of weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging Face hub [default: the
+    /// adapter's base, without an adapter the small SAM of this project]
+    #[arg(long, value_name = "PATH|NAME")]
     model: Option<PathBuf>,
     /// Folder or name of a PEFT adapter
     #[arg(long, value_name = "DIR|NAME")]
@@ -159,8 +159,8 @@ fn run(options: &Options) -> anyhow::Result<()> {
     if json.exists() && !options.overwrite {
         bail!("{}: exists already; choose another --output or --overwrite", json.display())
     }
-    let folder = model::folder(options.model.as_deref())?;
     let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
+    let folder = adapted::base(options.model.as_deref(), adapter.as_deref())?;
     let (config, sam) = adapted::load_adapted(&folder, adapter.as_deref(), &device)?;
     let processor = processor::load(&folder, &config)?;
     let predictor = SamPredictor::with_processor(&sam, processor);

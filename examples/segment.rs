@@ -1,8 +1,8 @@
-//! Cuts an object out of a photograph:
+//! Cuts objects out of a photograph:
 //!
 //! ```text
 //! cargo run --release --example segment -- photo.jpg --point 320,200
-//! cargo run --release --example segment -- photo.jpg --box 100,80,400,300 --model DIR --adapter DIR
+//! cargo run --release --example segment -- photo.jpg --box 100,80,400,300 --box 10,10,90,90 --model sam_vit_b.pth
 //! ```
 
 #[path = "shared/adapted.rs"]
@@ -28,26 +28,28 @@ use image::GrayImage;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Cuts an object out of an image of any size and format
+/// Cuts objects out of an image of any size and format
 ///
-/// Points and a box together mean one object. Writes the mask (PNG, 0 and 255) and the image with mask and prompts
-/// drawn in, and prints the IoU that the model expects.
+/// Points and a box of one object belong together. Writes the mask (PNG; 0 and 255, or the number of the object where
+/// there are several) and the image with masks and prompts drawn in, and prints the IoU that the model expects.
 #[derive(Parser)]
 struct Options {
     /// The image
     image: PathBuf,
-    /// A point in pixels: label 1 (or none) on the object, 0 off it; may be repeated
-    #[arg(long = "point", value_name = "X,Y[,LABEL]", allow_hyphen_values = true)]
+    /// A point in pixels: label 1 (or none) on the object, 0 off it. Of object 1, or of the object with a number of its
+    /// own; may be repeated
+    #[arg(long = "point", value_name = "X,Y[,LABEL[,OBJECT]]", allow_hyphen_values = true)]
     points: Vec<String>,
-    /// A box around the object, in pixels
+    /// A box around an object, in pixels; clipped to the image. May be repeated: the first is of object 1, the next of
+    /// object 2
     #[arg(long = "box", value_name = "X0,Y0,X1,Y1", allow_hyphen_values = true)]
-    sides: Option<String>,
-    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
-    /// Face hub [default: the small SAM of this project]
-    #[arg(long, value_name = "DIR|NAME")]
+    boxes: Vec<String>,
+    /// File of weights or folder with them, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging Face hub
+    /// [default: the adapter's base model; without an adapter, the small SAM of this project]
+    #[arg(long, value_name = "PATH|NAME")]
     model: Option<PathBuf>,
-    /// Folder or name of a PEFT adapter
-    #[arg(long, value_name = "DIR|NAME")]
+    /// Folder, file or name of a PEFT adapter, or a LoRA file of SAMed or micro-sam
+    #[arg(long, value_name = "PATH|NAME")]
     adapter: Option<PathBuf>,
     /// Take the best of several masks, for a prompt that could mean a part or the whole
     #[arg(long)]
@@ -66,7 +68,11 @@ struct Options {
     device: String,
 }
 
-/// Prompts in pixels of the image.
+/// The most objects of one run: each is a value of an 8-bit mask.
+const MAX_OBJECTS: usize = 255;
+
+/// Prompts of one object, in pixels of the image.
+#[derive(Clone, Default)]
 struct Prompts {
     points: Vec<[f32; 2]>,
     labels: Vec<f32>,
@@ -74,38 +80,74 @@ struct Prompts {
 }
 
 impl Prompts {
-    fn parse(options: &Options, width: u32, height: u32) -> anyhow::Result<Self> {
-        let inside = |x: f32, y: f32| x >= 0.0 && y >= 0.0 && x < width as f32 && y < height as f32;
-        let mut prompts = Self { points: vec![], labels: vec![], sides: None };
-        for text in &options.points {
-            let (x, y, label) = match numbers(text)?[..] {
-                [x, y] => (x, y, 1.0),
-                [x, y, label] if label == 0.0 || label == 1.0 => (x, y, label),
-                _ => bail!("--point {text}: expected X,Y or X,Y,LABEL with a label of 0 or 1"),
-            };
-            if !inside(x, y) {
-                bail!("--point {text}: outside the image, which is {width} x {height} pixels")
-            }
-            prompts.points.push([x, y]);
-            prompts.labels.push(label);
-        }
-        if let Some(text) = &options.sides {
+    /// The prompts of each object.
+    fn parse(options: &Options, width: u32, height: u32) -> anyhow::Result<Vec<Self>> {
+        let size = format!("{width} x {height} pixels");
+        let (width, height) = (width as f32, height as f32);
+        let mut objects: Vec<Self> = Vec::new();
+        let (mut largest, mut fractions) = (0f32, false);
+        for text in &options.boxes {
             let [x0, y0, x1, y1] = numbers(text)?[..] else {
                 bail!("--box {text}: expected X0,Y0,X1,Y1")
             };
-            // The right and lower sides may be the image's own.
-            let fits = inside(x0, y0) && x1 <= width as f32 && y1 <= height as f32;
-            if !fits || x0 >= x1 || y0 >= y1 {
-                bail!(
-                    "--box {text}: expected X0 < X1 and Y0 < Y1 inside the image, which is {width} x {height} pixels"
-                )
+            if x0 >= x1 || y0 >= y1 {
+                bail!("--box {text}: expected X0 < X1 and Y0 < Y1; X1,Y1 is a corner, not a size")
             }
-            prompts.sides = Some([x0, y0, x1, y1]);
+            let clipped = [
+                x0.clamp(0.0, width),
+                y0.clamp(0.0, height),
+                x1.clamp(0.0, width),
+                y1.clamp(0.0, height),
+            ];
+            if clipped[0] >= clipped[2] || clipped[1] >= clipped[3] {
+                bail!("--box {text}: outside the image, which is {size}")
+            }
+            if clipped != [x0, y0, x1, y1] {
+                let [x0, y0, x1, y1] = clipped;
+                console::say(format!("--box {text}: clipped to the image, {x0},{y0},{x1},{y1}"));
+            }
+            largest = largest.max(clipped[2]).max(clipped[3]);
+            fractions = true;
+            objects.push(Self { sides: Some(clipped), ..Self::default() });
         }
-        if prompts.points.is_empty() && prompts.sides.is_none() {
+        for text in &options.points {
+            let (x, y, label, object) = match numbers(text)?[..] {
+                [x, y] => (x, y, 1.0, 1.0),
+                [x, y, label] => (x, y, label, 1.0),
+                [x, y, label, object] => (x, y, label, object),
+                _ => bail!("--point {text}: expected X,Y or X,Y,LABEL or X,Y,LABEL,OBJECT"),
+            };
+            if label != 0.0 && label != 1.0 {
+                bail!("--point {text}: expected a label of 0 or 1")
+            }
+            if !(1.0..=MAX_OBJECTS as f32).contains(&object) || object.fract() != 0.0 {
+                bail!("--point {text}: expected the number of an object, 1 to {MAX_OBJECTS}")
+            }
+            if !((0.0..width).contains(&x) && (0.0..height).contains(&y)) {
+                bail!("--point {text}: outside the image, which is {size}")
+            }
+            largest = largest.max(x).max(y);
+            fractions |= x.fract() != 0.0 || y.fract() != 0.0;
+            let index = object as usize - 1;
+            objects.resize(objects.len().max(index + 1), Self::default());
+            objects[index].points.push([x, y]);
+            objects[index].labels.push(label);
+        }
+        if objects.is_empty() {
             bail!("say what to cut out: --point X,Y or --box X0,Y0,X1,Y1")
         }
-        Ok(prompts)
+        if objects.len() > MAX_OBJECTS {
+            bail!("{} objects: one run takes {MAX_OBJECTS} at most", objects.len())
+        }
+        if let Some(empty) = objects.iter().position(|o| o.points.is_empty() && o.sides.is_none()) {
+            bail!("object {} of {} has neither point nor box", empty + 1, objects.len())
+        }
+        if fractions && largest <= 1.0 && width.min(height) > 2.0 {
+            console::say(format!(
+                "all coordinates are within 0 to 1: they are taken as pixels of the image of {size}, not as fractions of it"
+            ));
+        }
+        Ok(objects)
     }
 
     /// In pixels of the model's input, as one object of one image.
@@ -158,42 +200,58 @@ fn run(options: &Options) -> anyhow::Result<()> {
     if is_transparent(&image) {
         console::say(format!("{}: transparent pixels are laid on white", options.image.display()));
     }
-    let prompts = Prompts::parse(options, image.width(), image.height())?;
-    let folder = model::folder(options.model.as_deref())?;
+    let objects = Prompts::parse(options, image.width(), image.height())?;
     let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
+    let folder = adapted::base(options.model.as_deref(), adapter.as_deref())?;
     let (config, sam) = adapted::load_adapted(&folder, adapter.as_deref(), &device)?;
     let processor = processor::load(&folder, &config)?;
     let (pixel_values, frame) = processor.preprocess(&image, &device)?;
-    let input = SamInput {
-        pixel_values: Some(pixel_values),
-        multimask_output: options.multimask,
-        ..prompts.input(&frame, &device)?
-    };
-    let output = sam.forward(&input, Mode::Eval)?;
-    let scores = output.iou_scores.flatten_all()?.to_vec1::<f32>()?;
-    let Some(best) = (0..scores.len()).max_by(|a, b| scores[*a].total_cmp(&scores[*b])) else {
-        bail!("the model gave no mask")
-    };
-    let mask = output.pred_masks.squeeze(0)?.squeeze(0)?.get(best)?;
-    let mask = processor.post_process_masks(&mask, &frame, 0.0)?.flatten_all()?.to_vec1::<u8>()?;
-    let inside: Vec<bool> = mask.iter().map(|value| *value > 0).collect();
-    let values: Vec<u8> = mask.iter().map(|value| value * 255).collect();
+    let embeddings = sam.vision_encoder.forward(&pixel_values, Mode::Eval)?;
+    let mut overlay = convert_to_rgb(&image)?;
+    let mut values = vec![0u8; image.width() as usize * image.height() as usize];
+    for (index, prompts) in objects.iter().enumerate() {
+        let input = SamInput {
+            image_embeddings: Some(embeddings.clone()),
+            multimask_output: options.multimask,
+            ..prompts.input(&frame, &device)?
+        };
+        let output = sam.forward(&input, Mode::Eval)?;
+        let scores = output.iou_scores.flatten_all()?.to_vec1::<f32>()?;
+        let Some(best) = (0..scores.len()).max_by(|a, b| scores[*a].total_cmp(&scores[*b])) else {
+            bail!("the model gave no mask")
+        };
+        let mask = output.pred_masks.squeeze(0)?.squeeze(0)?.get(best)?;
+        let mask =
+            processor.post_process_masks(&mask, &frame, 0.0)?.flatten_all()?.to_vec1::<u8>()?;
+        let inside: Vec<bool> = mask.iter().map(|value| *value > 0).collect();
+        let value = if objects.len() == 1 { 255 } else { index as u8 + 1 };
+        values.iter_mut().zip(&inside).filter(|(_, inside)| **inside).for_each(|(v, _)| *v = value);
+        draw::fill(&mut overlay, &inside, draw::colour(index));
+        draw::outline(&mut overlay, &inside, draw_prompts::WHITE);
+        let area = inside.iter().filter(|inside| **inside).count();
+        let percent = 100.0 * area as f64 / inside.len() as f64;
+        let object =
+            if objects.len() == 1 { String::new() } else { format!("object {}: ", index + 1) };
+        console::say(format!(
+            "{object}expected IoU {:.4}, {area} pixels ({percent:.1} %)",
+            scores[best]
+        ));
+    }
+    for prompts in &objects {
+        for point in &prompts.points {
+            draw_prompts::cross(&mut overlay, *point, draw_prompts::WHITE);
+        }
+        if let Some(sides) = prompts.sides {
+            draw_prompts::rectangle(&mut overlay, sides, draw_prompts::WHITE);
+        }
+    }
     let mask = GrayImage::from_raw(image.width(), image.height(), values)
         .ok_or_else(|| anyhow!("the mask is not of the image's size"))?;
-    let mut overlay = convert_to_rgb(&image)?;
-    draw::fill(&mut overlay, &inside, draw::colour(0));
-    draw::outline(&mut overlay, &inside, draw_prompts::WHITE);
-    for point in &prompts.points {
-        draw_prompts::cross(&mut overlay, *point, draw_prompts::WHITE);
-    }
-    if let Some(sides) = prompts.sides {
-        draw_prompts::rectangle(&mut overlay, sides, draw_prompts::WHITE);
-    }
     draw::save_png(&mask_path, &mask.into())?;
     draw::save_png(&overlay_path, &overlay.into())?;
-    let area = inside.iter().filter(|inside| **inside).count();
-    let percent = 100.0 * area as f64 / inside.len() as f64;
-    console::say(format!("expected IoU {:.4}, {area} pixels ({percent:.1} %)", scores[best]));
+    if objects.len() > 1 {
+        console::say("where objects overlap, the mask has the number of the later one");
+    }
     console::say(format!("{} and {}", mask_path.display(), overlay_path.display()));
     Ok(())
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # Lowest first. A module imports modules of the rows before its own.
 LAYERS = """
-error philox
+error philox file_kind
 problem files hub
 cpu launch
 driver

@@ -81,6 +81,8 @@ impl From<Error> for candle_core::Error {
 pub struct TensorMismatch {
     /// Where the tensors come from, for the message.
     pub source: String,
+    /// Which kind of file differs in this way, if that can be told.
+    pub note: Option<String>,
     /// Names the model wants and the source lacks.
     pub missing: Vec<String>,
     /// Names the source has and the model does not know.
@@ -106,6 +108,9 @@ impl std::fmt::Display for TensorMismatch {
             self.surplus.len(),
             self.misshaped.len()
         )?;
+        if let Some(note) = &self.note {
+            write!(f, "; {note}")?;
+        }
         for name in &self.missing {
             write!(f, "\n  missing: {name}")?;
         }

@@ -8,6 +8,7 @@ mod stand_in;
 
 pub use stand_in::stand_in;
 
+use crate::file_kind::{Kind, PICKLE};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
@@ -21,12 +22,6 @@ use std::path::{Path, PathBuf};
 const MAX_TEXT: u64 = 64 << 20;
 /// The limit of the safetensors format.
 const MAX_HEADER: u64 = 100_000_000;
-/// How the files of `torch.save` begin: a zip archive, or a bare pickle.
-const PICKLES: [&[u8]; 2] = [b"PK\x03\x04", b"\x80\x02"];
-const PICKLED: &str = "it is one of torch.save; these hold pickles, which can run any program, and are not read here. \
-                       Convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), \
-                       new_file)";
-
 /// A complete new version of a file, on disk beside it; dropped unless committed.
 #[derive(Debug)]
 pub struct Staged {
@@ -113,15 +108,6 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
     Ok(text)
 }
 
-/// The first KiB of a file.
-fn beginning(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(1 << 10).read_to_end(&mut bytes))
-        .map_err(|e| Error::io(path, e))?;
-    Ok(bytes)
-}
-
 /// An open safetensors file whose header has been read and checked; its tensors are read one at a time.
 #[derive(Debug)]
 pub struct TensorFile {
@@ -143,24 +129,27 @@ impl TensorFile {
         let invalid = |e: &dyn std::fmt::Display| {
             Error::file(&path, format!("not a valid safetensors file: {e}"))
         };
-        let pickle = path.with_extension("bin");
-        let mut file = File::open(&path).map_err(|e| match !path.exists() && pickle.exists() {
-            true => Error::file(&path, format!("not there, only {}: {PICKLED}", pickle.display())),
-            false => Error::io(&path, e),
-        })?;
+        let mut file = File::open(&path).map_err(|e| Error::io(&path, e))?;
         let length = file.metadata().map_err(|e| Error::io(&path, e))?.len();
+        match Kind::of_file(&path) {
+            Kind::Foreign(what) => return Err(Error::file(&path, what)),
+            Kind::Pickle => return Err(Error::file(&path, PICKLE)),
+            Kind::Zip => return Err(invalid(&"it is a zip archive, as torch.save writes")),
+            Kind::Unknown => {}
+        }
         let mut prefix = [0u8; 8];
-        file.read_exact(&mut prefix).map_err(|e| invalid(&e))?;
+        file.read_exact(&mut prefix).map_err(|_| {
+            invalid(&format!("{length} bytes, fewer than the 8 that its first number has"))
+        })?;
         let header_length = u64::from_le_bytes(prefix);
-        if header_length > MAX_HEADER || header_length > length.saturating_sub(8) {
-            if PICKLES.iter().any(|start| prefix.starts_with(start)) {
-                return Err(invalid(&PICKLED));
-            }
-            if let Some(named) = stand_in(&beginning(&path)?) {
-                return Err(invalid(&named));
-            }
+        if header_length > MAX_HEADER {
             return Err(invalid(&format!(
-                "a header of {header_length} bytes in a file of {length} bytes"
+                "its first bytes are no length of a header, which is {MAX_HEADER} bytes at most"
+            )));
+        }
+        if header_length > length.saturating_sub(8) {
+            return Err(invalid(&format!(
+                "the file of {length} bytes ends within its header of {header_length}: it is truncated"
             )));
         }
         let mut header = vec![0u8; header_length as usize];
@@ -170,7 +159,10 @@ impl TensorFile {
         let data_start = 8 + header_length;
         let (expected, found) = (header.data_len() as u64, length - data_start);
         if expected != found {
-            return Err(invalid(&format!("{found} bytes of data, the header says {expected}")));
+            let truncated = if found < expected { ": the file is truncated" } else { "" };
+            return Err(invalid(&format!(
+                "{found} bytes of data, the header says {expected}{truncated}"
+            )));
         }
         let mut tensors = BTreeMap::new();
         for (name, info) in header.tensors() {

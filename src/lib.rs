@@ -18,6 +18,7 @@ mod device;
 #[path = "cuda/mod.rs"]
 mod driver;
 mod error;
+mod file_kind;
 pub mod hub;
 pub mod lora;
 pub mod nn;

@@ -248,7 +248,7 @@ fn position_features_come_under_either_name_or_both() {
     let check = |tensors: &BTreeMap<String, Tensor>| {
         write(&path, tensors);
         let mut flat = Flat::zeros_like(&small(), DType::F32);
-        load(&mut flat, &path).map(|()| assert_same(&flat.0, &small()))
+        load(&mut flat, &path).map(|_| assert_same(&flat.0, &small()))
     };
     tensors.insert(inner.clone(), features.clone());
     check(&tensors).unwrap();
@@ -363,7 +363,7 @@ fn shards_load_and_their_index_is_checked() {
     };
     let try_load = || {
         let mut flat = Flat::zeros_like(&split, DType::F32);
-        load(&mut flat, folder.path()).map(|()| assert_same(&flat.0, &split))
+        load(&mut flat, folder.path()).map(|_| assert_same(&flat.0, &split))
     };
     index(&map).unwrap();
     try_load().unwrap();
@@ -431,9 +431,9 @@ fn paths_that_hold_no_checkpoint_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let mut flat = Flat(small());
     let mut message = |path: PathBuf| load(&mut flat, path).unwrap_err().to_string();
-    assert!(message(folder.path().into()).contains("neither model.safetensors nor"));
+    assert!(message(folder.path().into()).contains("expected weights: model.safetensors"));
     assert!(message(folder.path().join("nothing.safetensors")).contains("nothing.safetensors"));
-    assert!(message(folder.path().join("sam_vit_b.pth")).contains("convert it to safetensors"));
+    assert!(message(folder.path().join("sam_vit_b.pth")).contains("sam_vit_b.pth: No such file"));
     let blocked = folder.path().join("file");
     std::fs::write(&blocked, "").unwrap();
     let into_file = save(&Flat(small()), blocked.join("x.safetensors"), Naming::HuggingFace, None);

@@ -171,7 +171,7 @@ fn a_folder_that_lacks_a_file_says_which() {
 }
 
 #[test]
-fn a_pickled_adapter_is_named_with_the_way_out() {
+fn a_damaged_pickled_adapter_is_named() {
     let dir = copy_of(&fixture("plain"));
     let tensors = dir.path().join(TENSORS_FILE);
     let pickle = dir.path().join("adapter_model.bin");
@@ -180,7 +180,7 @@ fn a_pickled_adapter_is_named_with_the_way_out() {
     std::fs::remove_file(tensors).unwrap();
     let mut model = Net::base();
     let error = load_adapter(&mut model, dir.path()).unwrap_err().to_string();
-    for word in [pickle.to_str().unwrap(), "pickles", "save_file", TENSORS_FILE] {
+    for word in [pickle.to_str().unwrap(), "torch.save", "4 bytes are truncated"] {
         assert!(error.contains(word), "{error}");
     }
     assert_eq!(snapshot(&model), snapshot(&Net::base()));

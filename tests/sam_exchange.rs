@@ -292,11 +292,12 @@ fn files_of_other_kinds_are_refused_with_what_they_are() -> Result<()> {
         assert!(error.to_string().contains(expected), "{error}");
     };
     let pickled = scratch.path().join("lora.pth");
-    for start in
-        [&b"PK\x03\x04\0\0\x08\x08\0\0\0\0"[..], b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"]
-    {
+    for (start, expected) in [
+        (&b"PK\x03\x04\0\0\x08\x08\0\0\0\0"[..], "12 bytes are truncated"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", "torch.save(torch.load("),
+    ] {
         std::fs::write(&pickled, start)?;
-        expect(read_samed_adapter(&model, &pickled, None), "safetensors.torch.save_file");
+        expect(read_samed_adapter(&model, &pickled, None), expected);
     }
     expect(
         read_samed_adapter(&model, model::folder("tiny").join("original.safetensors"), None),

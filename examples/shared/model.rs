@@ -1,11 +1,13 @@
 //! Devices and models from the command line's words.
 
+use super::console;
 use candle_core::{DType, Device};
-use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
+use candle_nn::VarBuilder;
+use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
 use candle_sam_lora::{hub, Result};
 use std::path::{Path, PathBuf};
 
-/// The folder of the model called `name`, by default of the small one that comes with the project.
+/// The file or folder of the model called `name`, by default of the small one that comes with the project.
 pub fn folder(name: Option<&Path>) -> Result<PathBuf> {
     name.map_or_else(|| Ok(shipped_model()), hub::folder)
 }
@@ -28,13 +30,16 @@ pub fn device(name: &str) -> Result<Device> {
     candle_sam_lora::device(name)
 }
 
-/// The model in a folder with `config.json` and safetensors weights, in `dtype`.
+/// The model in a file of weights or in a folder with one, in `dtype`. Says what was found there.
 pub fn load_model(
-    folder: &Path,
+    path: &Path,
     kind: AttentionKind,
     dtype: DType,
     device: &Device,
 ) -> Result<(SamConfig, SamModel)> {
-    let model = SamModel::from_pretrained(folder, kind, dtype, device)?;
-    Ok((model.config().clone(), model))
+    let sizes = checkpoint::sizes(path)?;
+    let mut model = SamModel::new(&sizes.config, kind, VarBuilder::zeros(dtype, device))?;
+    let loaded = checkpoint::load(&mut model, path)?;
+    console::say(format!("model: {loaded}; {sizes}"));
+    Ok((sizes.config, model))
 }

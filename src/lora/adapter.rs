@@ -7,19 +7,22 @@
 
 use super::config_file::warn;
 use super::inject::Plan;
+use super::keys::{spelling, Spelling};
 use super::state::{check, described, headers, named_adapter_state, Slot};
 use super::{BiasTraining, LoraConfig};
-use crate::files::TensorFile;
+use crate::nn::checkpoint::{Names, TensorReader};
 use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
 use crate::{files, Error, Result};
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Name of the configuration in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the tensors in an adapter folder.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+/// Name of the tensors in a folder of an older PEFT, a file of `torch.save`.
+pub const PICKLED_TENSORS_FILE: &str = "adapter_model.bin";
 
 /// Writes the adapter of `model`, injected with `config`, to the folder `dir`, which is created if need be.
 ///
@@ -98,14 +101,97 @@ pub fn load_named_adapter(
     name: &str,
     dir: impl AsRef<Path>,
 ) -> Result<LoraConfig> {
-    let dir = dir.as_ref();
-    let (config, file) = open_adapter(dir)?;
-    let plan = Plan::new(model, name, &config)
-        .map_err(|e| Error::file(dir.join(CONFIG_FILE), format!("does not fit this model: {e}")))?;
+    let loaded = load_adapter_as(model, name, dir, &Names::PLAIN)?;
+    if let Some(reading) = loaded.reading() {
+        warn(&loaded.path.display(), &reading);
+    }
+    Ok(loaded.config)
+}
+
+/// What [`load_adapter_as`] found in an adapter. Its `Display` is one line for a user.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LoadedAdapter {
+    /// The file of tensors.
+    pub path: PathBuf,
+    /// `safetensors` or `PyTorch`.
+    pub format: &'static str,
+    /// Tensors in the file.
+    pub tensors: usize,
+    /// The configuration, its module names those of the model.
+    pub config: LoraConfig,
+    /// A key of the file and PEFT's key for it, where the file has keys of another spelling.
+    pub respelled: Option<(String, String)>,
+}
+
+impl LoadedAdapter {
+    /// How the keys were read, where they are not PEFT's.
+    fn reading(&self) -> Option<String> {
+        let (in_file, key) = self.respelled.as_ref()?;
+        Some(format!("keys in another spelling, {in_file} read as {key}"))
+    }
+}
+
+impl std::fmt::Display for LoadedAdapter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (path, config) = (self.path.display(), &self.config);
+        write!(
+            f,
+            "{path}: {} adapter of rank {}, {} tensors",
+            self.format, config.rank, self.tensors
+        )?;
+        self.reading().map_or(Ok(()), |reading| write!(f, "; {reading}"))
+    }
+}
+
+/// As [`load_named_adapter`], and reads adapters whose keys are spelled in other ways: wrapped in `module.` or `_orig_mod.`,
+/// with the adapter's name in them, below another prefix than PEFT's, of a part of the model alone, or in the naming of
+/// the model's files that `names` holds. Such a spelling is taken if it is the only one that fits.
+///
+/// `dir` is a folder, or the file of tensors in it.
+///
+/// # Errors
+/// As [`load_named_adapter`]; when several spellings fit.
+pub fn load_adapter_as(
+    model: &mut dyn ModuleTree,
+    name: &str,
+    dir: impl AsRef<Path>,
+    names: &Names,
+) -> Result<LoadedAdapter> {
+    let (config, file) = open_adapter(dir.as_ref())?;
+    let config_path = file.path().with_file_name(CONFIG_FILE);
+    let (path, format, tensors) = (file.path().to_path_buf(), file.format(), file.tensors().len());
+    let straight = Plan::new(model, name, &config)
+        .map_err(|e| Error::file(&config_path, format!("does not fit this model: {e}")))
+        .and_then(|plan| {
+            check(&path.display().to_string(), &plan.slots(), headers(file.tensors()))
+        });
+    let mut respelled = None;
+    let (config, mut keys) = match straight {
+        Ok(()) => (config, None),
+        Err(error) => match spelling(model, name, &config, &file, names)? {
+            Some(Spelling { config, keys, example }) => {
+                respelled = Some(example);
+                (config, Some(keys))
+            }
+            None => return Err(error),
+        },
+    };
+    let plan = Plan::new(model, name, &config)?;
     let slots = plan.slots();
-    check(&file.path().display().to_string(), &slots, headers(&file))?;
-    fill(model, plan, slots, file.read_all(&Device::Cpu)?, &dir.join(CONFIG_FILE).display())?;
-    Ok(config)
+    if let Some(keys) = &keys {
+        let infos =
+            keys.iter().map(|(key, in_file)| Ok((key.clone(), file.info(in_file)?.clone())));
+        check(&path.display().to_string(), &slots, headers(&infos.collect::<Result<_>>()?))?;
+    }
+    let mut values = file.read_all(&Device::Cpu)?;
+    if let Some(keys) = keys.take() {
+        let renamed =
+            keys.into_iter().filter_map(|(key, in_file)| Some((key, values.remove(&in_file)?)));
+        values = renamed.collect();
+    }
+    fill(model, plan, slots, values, &config_path.display())?;
+    Ok(LoadedAdapter { path, format, tensors, config, respelled })
 }
 
 /// As [`load_named_adapter`], from a configuration and tensors under PEFT's keys.
@@ -155,10 +241,75 @@ pub fn read_adapter(dir: impl AsRef<Path>) -> Result<(LoraConfig, BTreeMap<Strin
     Ok((config, file.read_all(&Device::Cpu)?))
 }
 
+/// The keys of the tensors in an adapter's file, as they are there.
+///
+/// # Errors
+/// When a file cannot be read or is not what it should be.
+pub fn adapter_keys(dir: impl AsRef<Path>) -> Result<Vec<String>> {
+    let (_, tensors) = adapter_files(dir.as_ref())?;
+    Ok(TensorReader::open(tensors)?.tensors().keys().cloned().collect())
+}
+
+/// The configuration and the tensors of an adapter, by its folder or its file of tensors.
+fn adapter_files(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    let is_dir = path.is_dir();
+    let config = if is_dir { path.join(CONFIG_FILE) } else { path.with_file_name(CONFIG_FILE) };
+    if !is_dir {
+        path.metadata().map_err(|e| Error::io(path, e))?;
+        if !config.exists() {
+            let message =
+                format!("an adapter needs {CONFIG_FILE} beside its tensors, and there is none");
+            return Err(Error::file(path, message));
+        }
+        return Ok((config, path.to_path_buf()));
+    }
+    let tensors = [TENSORS_FILE, PICKLED_TENSORS_FILE].map(|name| path.join(name));
+    if let Some(found) = tensors.iter().find(|tensors| tensors.exists()) {
+        return Ok((config, found.clone()));
+    }
+    if config.exists() {
+        let message = format!("not there, and no {PICKLED_TENSORS_FILE} either");
+        let missing = std::io::Error::new(std::io::ErrorKind::NotFound, message);
+        return Err(Error::io(path.join(TENSORS_FILE), missing));
+    }
+    let below = adapters_below(path, 2);
+    Err(Error::file(
+        path,
+        match below.len() {
+            0 => format!(
+                "expected an adapter, {CONFIG_FILE} and {TENSORS_FILE}; the folder has neither"
+            ),
+            _ => format!(
+                "expected an adapter, and there are such in its folders: {}",
+                below.join(", ")
+            ),
+        },
+    ))
+}
+
+/// The folders of adapters below a folder, sorted, ten at most.
+fn adapters_below(path: &Path, depth: usize) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(path) else { return vec![] };
+    let mut folders: Vec<PathBuf> =
+        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect();
+    folders.sort_unstable();
+    let mut found = Vec::new();
+    for folder in folders {
+        if folder.join(CONFIG_FILE).exists() {
+            found.push(folder.display().to_string());
+        } else if depth > 1 {
+            found.extend(adapters_below(&folder, depth - 1));
+        }
+    }
+    found.truncate(10);
+    found
+}
+
 /// As [`read_adapter`], of the tensors the header alone: what does not fit a model is refused by it.
-pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorFile)> {
-    let config = LoraConfig::load(dir.join(CONFIG_FILE))?;
-    let mut file = TensorFile::open(dir.join(TENSORS_FILE))?;
+pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorReader)> {
+    let (config, tensors) = adapter_files(dir)?;
+    let config = LoraConfig::load(config)?;
+    let mut file = TensorReader::open(tensors)?;
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         let shapes: BTreeMap<_, _> =
             file.tensors().iter().map(|(key, info)| (key.clone(), info.shape.clone())).collect();

@@ -14,7 +14,7 @@ use super::state::{check, headers, refuse_merged, Slot, PREFIX};
 use super::switch::check_known;
 use super::target::Matcher;
 use super::{LoraConfig, CONFIG_FILE};
-use crate::files::TensorFile;
+use crate::nn::checkpoint::TensorReader;
 use crate::nn::{
     adapter_tensor_name, check_settable, set_values, Adapter, ModuleTree, Node, NodeMut,
 };
@@ -58,7 +58,7 @@ fn plan(
     model: &dyn ModuleTree,
     name: &str,
     config: &LoraConfig,
-    file: &TensorFile,
+    file: &TensorReader,
 ) -> Result<BTreeMap<String, Adapter>> {
     if config.changes_base() {
         return Err(Error::config("an adapter that changes its base cannot be swapped in"));
@@ -110,7 +110,7 @@ fn plan(
         }
         new.insert(path, adapter);
     }
-    check(&file.path().display().to_string(), &slots, headers(file))?;
+    check(&file.path().display().to_string(), &slots, headers(file.tensors()))?;
     let mut tensors = file.read_all(&Device::Cpu)?;
     for (path, adapter) in &mut new {
         for (leaf, tensor) in adapter.tensors_mut() {

@@ -1,4 +1,4 @@
-//! LoRA for SAM that was not trained with PEFT: SAMed's files and micro-sam's, from safetensors.
+//! LoRA for SAM that was not trained with PEFT: SAMed's files and micro-sam's, of safetensors or of `torch.save`.
 //!
 //! ```text
 //! SAMed       w_a_000, w_b_000 ..                  block by block: even numbers are q's, odd ones v's
@@ -15,7 +15,7 @@ use super::describe::{describe, layer_paths, Layers};
 use super::qkv::attentions;
 use super::state::PREFIX;
 use super::LoraConfig;
-use crate::files::TensorFile;
+use crate::nn::checkpoint::TensorReader;
 use crate::nn::ModuleTree;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -111,14 +111,14 @@ fn model_blocks(model: &dyn ModuleTree) -> Result<BTreeMap<usize, String>> {
 ///
 /// # Errors
 /// When the file cannot be read or holds no such adapter, or tensors of another kind; when `blocks` or the model do not
-/// fit it; a file of pickles says how it is converted.
+/// fit it.
 pub fn read_samed_adapter(
     model: &dyn ModuleTree,
     path: impl AsRef<Path>,
     blocks: Option<&[usize]>,
 ) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
     let path = path.as_ref();
-    let file = TensorFile::open(path)?;
+    let file = TensorReader::open(path)?;
     let wrong = |message: String| Error::file(path, message);
     let in_model = model_blocks(model)?;
     let mut matrices = Vec::new();

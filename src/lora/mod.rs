@@ -33,6 +33,7 @@ mod hotswap;
 mod import;
 mod init;
 mod inject;
+mod keys;
 #[cfg(feature = "decompositions")]
 mod linalg;
 mod merge;
@@ -47,8 +48,9 @@ mod task_arithmetic;
 mod weighted;
 
 pub use adapter::{
-    load_adapter, load_adapter_tensors, load_named_adapter, read_adapter, save_adapter,
-    save_named_adapter, write_adapter, CONFIG_FILE, TENSORS_FILE,
+    adapter_keys, load_adapter, load_adapter_as, load_adapter_tensors, load_named_adapter,
+    read_adapter, save_adapter, save_named_adapter, write_adapter, LoadedAdapter, CONFIG_FILE,
+    PICKLED_TENSORS_FILE, TENSORS_FILE,
 };
 pub use config::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, ValueOrList};
 pub use convert::convert_to_lora;

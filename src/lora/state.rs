@@ -13,13 +13,13 @@
 
 use super::target::Matcher;
 use super::{BiasTraining, LoraConfig};
-use crate::files::TensorFile;
 use crate::nn::{
     adapter_tensor_name, check_settable, is_adapter_tensor, set_values, ModuleTree, Node, NodeMut,
     DEFAULT_ADAPTER,
 };
 use crate::{Error, Result, TensorMismatch};
 use candle_core::Tensor;
+use safetensors::tensor::TensorInfo;
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -194,8 +194,10 @@ pub(super) fn overwrite(
 }
 
 /// Name, shape and dtype of a file's tensors, by its header.
-pub(super) fn headers(file: &TensorFile) -> impl Iterator<Item = (&str, &[usize], Dtype)> {
-    file.tensors().iter().map(|(key, info)| (key.as_str(), &info.shape[..], info.dtype))
+pub(super) fn headers(
+    tensors: &BTreeMap<String, TensorInfo>,
+) -> impl Iterator<Item = (&str, &[usize], Dtype)> {
+    tensors.iter().map(|(key, info)| (key.as_str(), &info.shape[..], info.dtype))
 }
 
 /// Name, shape and dtype of tensors in memory.

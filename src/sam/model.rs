@@ -73,8 +73,9 @@ pub struct SamOutput {
 }
 
 impl SamModel {
-    /// The model in a folder with `config.json` and safetensors weights, or by a name on the Hugging Face hub
-    /// (`facebook/sam-vit-base`, feature `hub`); see [`hub::folder`] and [`checkpoint::load`].
+    /// The model in a file of weights (`sam_vit_b_01ec64.pth`), in a folder with weights and perhaps a `config.json`, or by a
+    /// name on the Hugging Face hub (`facebook/sam-vit-base`, feature `hub`); see [`checkpoint::sizes`],
+    /// [`checkpoint::load`] and [`hub::folder`].
     ///
     /// # Errors
     /// - there is no such folder, and the hub does not give it;
@@ -88,7 +89,7 @@ impl SamModel {
         device: &Device,
     ) -> Result<Self> {
         let folder = hub::folder(name)?;
-        let config = SamConfig::load(folder.join("config.json"))?;
+        let config = checkpoint::sizes(&folder)?.config;
         let mut model = Self::new(&config, kind, VarBuilder::zeros(dtype, device))?;
         checkpoint::load(&mut model, folder)?;
         Ok(model)

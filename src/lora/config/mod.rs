@@ -30,7 +30,7 @@ pub struct LoraConfig {
     #[serde(rename = "lora_alpha", default = "default_alpha", serialize_with = "number")]
     pub alpha: f64,
     /// `lora_dropout`: dropout probability of the adapter's input in training, in `[0, 1)`.
-    #[serde(rename = "lora_dropout", default)]
+    #[serde(rename = "lora_dropout", default, deserialize_with = "null_as_empty")]
     pub dropout: f64,
     /// The linear layers that get an adapter.
     #[serde(default)]
@@ -64,7 +64,7 @@ pub struct LoraConfig {
     #[serde(default)]
     pub fan_in_fan_out: bool,
     /// The initialisation.
-    #[serde(default = "default_init")]
+    #[serde(default = "default_init", deserialize_with = "null_as_default_init")]
     pub init_lora_weights: InitLoraWeights,
     /// Ranks of single modules, by regular expression of the end of the path. Tried in alphabetical order, the
     /// order of PEFT's files.
@@ -95,6 +95,12 @@ fn default_alpha() -> f64 {
 
 fn default_init() -> InitLoraWeights {
     InitLoraWeights::Default(true)
+}
+
+fn null_as_default_init<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<InitLoraWeights, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_else(default_init))
 }
 
 fn null_as_empty<'de, D, T>(deserializer: D) -> std::result::Result<T, D::Error>

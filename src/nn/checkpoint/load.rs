@@ -4,7 +4,9 @@
 //! tensor of the file that gives it, and all that does not fit is reported at once. Then each tensor is read, cast
 //! and looked through; the model changes only after the last one, and not at all if anything fails.
 
+use super::loaded::Loaded;
 use super::names::Names;
+use super::place::{spellings, Place};
 use super::plan::{available, plan, targets, Available, Origin, Target};
 use super::source::Source;
 use crate::nn::{set_values, Fixed, ModuleTree, Node, NodeMut};
@@ -13,26 +15,33 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
-/// Fills `model` from a checkpoint: a `.safetensors` file, an index of several, or a folder with either.
+/// The most places in a file that are compared with the model.
+const MAX_PLACES: usize = 16;
+
+/// Fills `model` from a checkpoint: a file of safetensors or of `torch.save`, an index of several, or a folder with either.
 ///
-/// Tensors of f32, f16, bf16 and f64 are cast to the model's dtype. Parameters that are variables, or views of one, stay
-/// so with new values in place. Adapters stay as they are, and must not be merged. `names` says which tensors are fused,
-/// renamed and ignored.
+/// The model may lie below a prefix or in a dict of the file, as `model` or `state_dict`; the result says where it was
+/// found. Tensors of f32, f16, bf16 and f64 are cast to the model's dtype. Parameters that are variables, or views of one,
+/// stay so with new values in place. Adapters stay as they are, and must not be merged. `names` says which tensors are
+/// fused, renamed and ignored.
 ///
 /// # Errors
 /// The model is unchanged after an error:
 /// - [`Error::Mismatch`] lists every missing, surplus and mis-shaped tensor;
+/// - the model fits below several prefixes, as a teacher and a student in one file;
 /// - a file is unreadable or inconsistent;
 /// - a tensor is not floating point, or holds NaN or infinity;
 /// - a parameter is computed from a variable;
 /// - an adapter is merged.
-pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>, names: &Names) -> Result<()> {
+pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>, names: &Names) -> Result<Loaded> {
     let source = Source::open(path.as_ref())?;
     let root = names.root(model);
     let mut targets = targets(model, root)?;
     let part = only_part(names, &targets);
-    let Available { mut tensors, shared, own } = available(&source, names, part, &targets)?;
-    let mut origins = plan(&source, names, &targets, &tensors)?;
+    let places = spellings(names, &targets).places(&source, names);
+    let Choice { place, others, available, mut origins } =
+        choose(&source, names, part, &targets, &places)?;
+    let Available { mut tensors, shared, own } = available;
     if let (Some((shared_name, own_name)), Some(shared), Some(own)) = (names.tied, shared, own) {
         let tied = has_tie(model, root, own_name);
         let wanted = (part.is_none() || tied) && !targets.contains_key(own_name);
@@ -49,6 +58,7 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>, names: &Names) -
             origins = plan(&source, names, &targets, &tensors)?;
         }
     }
+    let loaded = Loaded::new(&source, &place, &others, &origins);
     let mut tensors = read(&source, &targets, &origins)?;
     model.visit_mut(root, &mut |name, node| {
         match node {
@@ -61,7 +71,58 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>, names: &Names) -
             NodeMut::Layer(_) => {}
         }
         Ok(())
-    })
+    })?;
+    Ok(loaded)
+}
+
+/// The place in a file that a model is read from.
+struct Choice {
+    place: Place,
+    /// Prefixes of other places where the model fits.
+    others: Vec<String>,
+    available: Available,
+    origins: BTreeMap<String, Origin>,
+}
+
+/// The one place where the whole model fits; of several, the one without a prefix.
+fn choose(
+    source: &Source,
+    names: &Names,
+    part: Option<&str>,
+    targets: &BTreeMap<String, Target>,
+    places: &[Place],
+) -> Result<Choice> {
+    let mut fitting: Vec<Choice> = Vec::new();
+    let mut error = None;
+    for place in places.iter().take(MAX_PLACES) {
+        let available = available(source, names, part, targets, (place, places))?;
+        match plan(source, names, targets, &available.tensors) {
+            Ok(origins) => {
+                let place = place.clone();
+                fitting.push(Choice { place, others: vec![], available, origins });
+            }
+            Err(e) => drop(error.get_or_insert(e)),
+        }
+    }
+    let prefixes: Vec<String> = fitting.iter().map(|choice| choice.place.prefix.clone()).collect();
+    let bare = prefixes.iter().position(String::is_empty);
+    match (bare, fitting.len(), error) {
+        (None, 0, Some(error)) => Err(error),
+        (None, 2.., _) => Err(Error::file(
+            &source.path,
+            format!(
+                "holds {} models that fit, below {}: save one of them in a file of its own",
+                prefixes.len(),
+                prefixes.iter().map(|p| format!("{p:?}")).collect::<Vec<_>>().join(" and ")
+            ),
+        )),
+        _ => {
+            let choice = fitting.into_iter().nth(bare.unwrap_or(0));
+            let mut choice = choice.ok_or_else(|| Error::file(&source.path, "holds no tensor"))?;
+            choice.others = prefixes.into_iter().filter(|p| *p != choice.place.prefix).collect();
+            Ok(choice)
+        }
+    }
 }
 
 /// The part of the whole model that all names begin with, if there is one.

@@ -16,6 +16,10 @@ use std::collections::{HashMap, HashSet};
 ///     fused: &[Fused::QKV],
 ///     ..Names::PLAIN
 /// };
+/// let in_file = ["blocks.3.attn.qkv.weight", "blocks.3.norm1.bias", "head.weight"];
+/// let in_tree = ["layers.3.attn.qkv.weight", "layers.3.norm1.bias", "head.weight"];
+/// assert_eq!(VIT.to_tree(&in_file), in_tree);
+/// assert_eq!(VIT.to_file(&in_tree), in_file);
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Names {
@@ -27,10 +31,6 @@ pub struct Names {
     pub heads: &'static [&'static str],
     /// Modules of the whole model that can be loaded from its files, and saved, alone.
     pub parts: &'static [Part],
-    /// The end of a tensor's name that every file has, and its part of the model in the file, as
-    /// `("patch_embed.weight", "encoder.")`. Text before both is the file's prefix: names below the prefix are the
-    /// model's, all others are ignored. A file without the part holds that part alone.
-    pub anchors: &'static [(&'static str, &'static str)],
     /// Text inside the names of a file, and its replacement: modules that other tools wrap around layers.
     pub wrapped: &'static [(&'static str, &'static str)],
     /// Tensors of a file that are no part of the model, by their names in the tree; `*` stands for any text. A tensor
@@ -39,8 +39,8 @@ pub struct Names {
     /// Projections that a file stacks in one tensor. [`load`](super::load) reads them fused or split, whichever way the
     /// tree has them; [`save`](super::save) fuses.
     pub fused: &'static [Fused],
-    /// Tensors, by their names in the tree, that a file may hold in another shape with as many elements.
-    pub reshaped: &'static [&'static str],
+    /// Names of surplus tensors that tell another model, and what that is called; `*` stands for any text.
+    pub relatives: &'static [(&'static str, &'static str)],
     /// Two names of one tensor: the shared one, and that of a [`Tied`](crate::nn::Tied) parameter, which gets a value of
     /// its own where the file holds two different ones.
     pub tied: Option<(&'static str, &'static str)>,
@@ -77,11 +77,10 @@ impl Names {
         renamed: &[],
         heads: &[],
         parts: &[],
-        anchors: &[],
         wrapped: &[],
         ignored: &[],
         fused: &[],
-        reshaped: &[],
+        relatives: &[],
         tied: None,
         save_renamed: false,
     };
@@ -142,21 +141,6 @@ impl Names {
         root
     }
 
-    /// The prefix of every name of the model in a file, and the part of the model to put before every name where the
-    /// file holds this part alone.
-    pub(super) fn prefix<'a>(&self, names: &[&'a str]) -> (&'a str, &'static str) {
-        for name in names {
-            for &(end, part) in self.anchors {
-                match name.strip_suffix(end).map(|before| (before, before.strip_suffix(part))) {
-                    Some((_, Some(prefix))) => return (prefix, ""),
-                    Some((prefix, None)) => return (prefix, part),
-                    None => {}
-                }
-            }
-        }
-        ("", "")
-    }
-
     /// A name without the modules that other tools wrap around layers.
     pub(super) fn unwrapped(&self, name: &str) -> String {
         self.wrapped
@@ -187,13 +171,18 @@ impl Names {
     }
 }
 
+/// The path of a model's root in the whole model that `names` describes; empty for the whole model.
+pub(crate) fn root_of(names: &Names, model: &dyn ModuleTree) -> &'static str {
+    names.root(model)
+}
+
 /// The text before `end`, which has to begin a component of `path`.
 fn below<'a>(path: &'a str, end: &str) -> Option<&'a str> {
     path.strip_suffix(end).filter(|before| before.is_empty() || before.ends_with('.'))
 }
 
 /// Whether `name` has the form `pattern`, where `*` stands for any text.
-fn matches(name: &str, pattern: &str) -> bool {
+pub(super) fn matches(name: &str, pattern: &str) -> bool {
     let Some((start, rest)) = pattern.split_once('*') else { return name == pattern };
     let Some(mut name) = name.strip_prefix(start) else { return false };
     let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
@@ -273,7 +262,42 @@ fn rewrite(name: &str, from: &str, to: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{matches, Fused, Names};
+
+    #[test]
+    fn a_table_translates_both_ways() {
+        const NAMES: Names = Names {
+            renamed: &[("a.#.b.*", "x.#.y.*"), ("a.#.*", "x.#.*"), ("old", "new")],
+            heads: &["head.#"],
+            fused: &[Fused::QKV],
+            ..Names::PLAIN
+        };
+        let in_file = [
+            "a.7.b.weight",
+            "a.0.c",
+            "old",
+            "head.1.layers.0.w",
+            "head.1.layers.1.w",
+            "head.1.layers.2.w",
+        ];
+        let in_tree = [
+            "x.7.y.weight",
+            "x.0.c",
+            "new",
+            "head.1.proj_in.w",
+            "head.1.layers.0.w",
+            "head.1.proj_out.w",
+        ];
+        assert_eq!(NAMES.to_tree(&in_file), in_tree);
+        assert_eq!(NAMES.to_file(&in_tree), in_file);
+        assert_eq!(NAMES.to_tree(&["a.b.c", "a.x.b.weight"]), ["a.b.c", "a.x.b.weight"]);
+        let parts = NAMES.split_names("x.0.attn.qkv.bias").unwrap();
+        assert_eq!(parts, ["x.0.attn.q.bias", "x.0.attn.k.bias", "x.0.attn.v.bias"]);
+        for (index, part) in parts.iter().enumerate() {
+            assert_eq!(NAMES.fused_name(part), Some(("x.0.attn.qkv.bias".to_string(), index, 3)));
+        }
+        assert_eq!(NAMES.split_names("x.0.fattn.qkv.bias"), None);
+    }
 
     #[test]
     fn a_star_stands_for_any_text() {

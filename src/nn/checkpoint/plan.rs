@@ -1,6 +1,7 @@
 //! Which tensor of a file gives each tensor of a model, by headers alone.
 
-use super::names::Names;
+use super::names::{matches, Names, Part};
+use super::place::Place;
 use super::source::Source;
 use crate::nn::{check_settable, is_adapter_tensor, ModuleTree, Node};
 use crate::{Error, Result, TensorMismatch};
@@ -60,22 +61,15 @@ pub(super) struct Available {
     pub own: Option<String>,
 }
 
-/// Brings a file's names to the tree's. Of a model that is a `part`, only this part's tensors are available.
+/// Brings the names of a file at `place` to the tree's. Where the model is a `part`, only this part's tensors are available.
 pub(super) fn available(
     source: &Source,
     names: &Names,
     part: Option<&str>,
     targets: &BTreeMap<String, Target>,
+    (place, places): (&Place, &[Place]),
 ) -> Result<Available> {
-    let all = source.names();
-    let (prefix, file_part) = names.prefix(&all);
-    let (in_file, inside): (Vec<&str>, Vec<String>) = all
-        .iter()
-        .filter_map(|name| {
-            let inside = names.unwrapped(name.strip_prefix(prefix)?);
-            Some((*name, format!("{file_part}{inside}")))
-        })
-        .unzip();
+    let (in_file, inside) = place.inside(source, names, places);
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let (shared_name, own_name) = names.tied.unzip();
     let mut tensors: BTreeMap<String, String> = BTreeMap::new();
@@ -124,9 +118,7 @@ pub(super) fn plan(
     let mut check = |name: &str, in_file: &str, expected: Vec<usize>| -> Result<()> {
         let found = &source.info(in_file)?.shape;
         used.insert(name.to_string());
-        let size = |shape: &[usize]| shape.iter().product::<usize>();
-        if *found != expected && !(names.reshaped.contains(&name) && size(found) == size(&expected))
-        {
+        if *found != expected {
             misshaped.insert((name.to_string(), expected, found.clone()));
         }
         Ok(())
@@ -165,17 +157,27 @@ pub(super) fn plan(
             missing.push(name.clone());
         }
     }
-    let surplus = available.iter().filter(|(name, _)| !used.contains(*name));
+    // A dict without any tensor of the model is another thing: the state of an optimizer, a loss.
+    let containers: BTreeSet<u32> = (available.iter())
+        .filter(|(name, _)| used.contains(*name))
+        .map(|(_, in_file)| source.container(in_file))
+        .collect();
+    let surplus = available.iter().filter(|(name, in_file)| {
+        !used.contains(*name) && containers.contains(&source.container(in_file))
+    });
+    let surplus: Vec<String> = surplus.map(|(_, in_file)| in_file.clone()).collect();
     let mismatch = TensorMismatch {
         source: source.path.display().to_string(),
+        note: note(names, targets, &missing, &surplus),
         missing,
-        surplus: surplus.map(|(_, in_file)| in_file.clone()).collect(),
+        surplus,
         misshaped: misshaped.into_iter().collect(),
     };
     if !mismatch.is_empty() {
         return Err(Error::Mismatch(mismatch));
     }
-    let wrong = available.values().filter_map(|in_file| match source.info(in_file).ok()?.dtype {
+    let wanted = available.iter().filter(|(name, _)| used.contains(*name));
+    let wrong = wanted.filter_map(|(_, in_file)| match source.info(in_file).ok()?.dtype {
         Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => None,
         dtype => Some(format!("{in_file} ({dtype:?})")),
     });
@@ -185,5 +187,33 @@ pub(super) fn plan(
             &source.path,
             format!("expected f32, f16, bf16 or f64, found {}", wrong.join(", ")),
         )),
+    }
+}
+
+/// What kind of file differs in this way, if that can be told.
+fn note(
+    names: &Names,
+    targets: &BTreeMap<String, Target>,
+    missing: &[String],
+    surplus: &[String],
+) -> Option<String> {
+    let relative = names
+        .relatives
+        .iter()
+        .find(|(pattern, _)| surplus.iter().any(|name| matches(name, pattern)));
+    if let Some((_, what)) = relative {
+        return Some(format!("it is a checkpoint of {what}"));
+    }
+    let in_part = |name: &str, part: &Part| name.split('.').next() == Some(part.path);
+    let is_missing = |part: &&Part| {
+        let mut wanted = targets.keys().filter(|name| in_part(name, part)).peekable();
+        let found = missing.iter().filter(|name| in_part(name, part)).count();
+        wanted.peek().is_some() && found > 0 && 2 * found >= wanted.count()
+    };
+    let lacking: Vec<&str> = names.parts.iter().filter(is_missing).map(|part| part.path).collect();
+    match lacking.len() {
+        0 => None,
+        all if all == names.parts.len() => Some("it holds no part of this model".into()),
+        _ => Some(format!("it holds a part of the model, without {}", lacking.join(" and "))),
     }
 }

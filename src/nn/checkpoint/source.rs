@@ -1,12 +1,31 @@
-//! Where a checkpoint's tensors lie: one safetensors file, or several with an index.
+//! Where a checkpoint's tensors lie: one file, or several with an index.
 
-use crate::files::{self, TensorFile};
-use crate::{Error, Result};
+use super::names::Names;
+use super::place::Spellings;
+use super::reader::TensorReader;
+use crate::file_kind::Kind;
+use crate::{files, Error, Result};
 use candle_core::{Device, Tensor};
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
+
+/// Shapes of tensors by their names in the tree.
+pub(crate) type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// Weights by their usual names, the first that is there counts.
+const USUAL: [&str; 4] = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+];
+/// Endings of files of weights; the first of which a folder has exactly one file counts.
+const ENDINGS: [&[&str]; 2] = [&["safetensors"], &["pth", "pt", "bin", "ckpt"]];
+/// Starts of names of files that lie beside weights and are none.
+const BESIDE: [&str; 6] =
+    ["adapter_model", "optimizer", "scheduler", "training_args", "rng_state", "scaler"];
 
 /// `model.safetensors.index.json`, as far as it is needed.
 #[derive(Deserialize)]
@@ -18,37 +37,21 @@ struct Index {
 pub(super) struct Source {
     /// What the caller named, for messages.
     pub path: PathBuf,
-    files: Vec<TensorFile>,
+    pub files: Vec<TensorReader>,
     /// Which file holds a tensor.
     names: HashMap<String, usize>,
 }
 
 impl Source {
-    /// Opens a `.safetensors` file, an `.index.json`, or the one of them that a folder holds.
+    /// Opens a file of weights, an `.index.json`, or the one of them that a folder holds.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut found = path.to_path_buf();
-        if path.is_dir() {
-            found = path.join("model.safetensors");
-            if !found.exists() {
-                found = path.join("model.safetensors.index.json");
-            }
-            if !found.exists() {
-                return Err(Error::file(
-                    path,
-                    "the folder has neither model.safetensors nor model.safetensors.index.json",
-                ));
-            }
-        }
+        let found = weights_file(path)?;
         let extension = found.extension().and_then(|e| e.to_str()).unwrap_or_default();
         let paths = match extension {
             "json" => shards(&found)?,
-            "pth" | "pt" | "bin" | "ckpt" => return Err(Error::file(
-                path,
-                "a pickled PyTorch checkpoint can run code when read; convert it to safetensors",
-            )),
             _ => vec![found],
         };
-        let files = paths.iter().map(TensorFile::open).collect::<Result<Vec<_>>>()?;
+        let files = paths.iter().map(TensorReader::open).collect::<Result<Vec<_>>>()?;
         let mut names = HashMap::new();
         for (index, file) in files.iter().enumerate() {
             for name in file.tensors().keys() {
@@ -58,7 +61,12 @@ impl Source {
                 }
             }
         }
-        Ok(Self { path: path.to_path_buf(), files, names })
+        // A folder with one file is spoken of as this file.
+        let path = match &files[..] {
+            [file] => file.path().to_path_buf(),
+            _ => path.to_path_buf(),
+        };
+        Ok(Self { path, files, names })
     }
 
     /// The tensors' names, sorted.
@@ -68,7 +76,7 @@ impl Source {
         names
     }
 
-    fn file(&self, name: &str) -> Result<&TensorFile> {
+    fn file(&self, name: &str) -> Result<&TensorReader> {
         let index = self.names.get(name).copied();
         index
             .and_then(|index| self.files.get(index))
@@ -77,10 +85,12 @@ impl Source {
 
     /// Dtype and shape of a tensor.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.file(name)?
-            .tensors()
-            .get(name)
-            .ok_or_else(|| Error::file(&self.path, format!("tensor {name}: not in the checkpoint")))
+        self.file(name)?.info(name)
+    }
+
+    /// The number of the dict that holds a tensor.
+    pub fn container(&self, name: &str) -> u32 {
+        self.file(name).map_or(0, |file| file.container(name))
     }
 
     /// Reads a tensor in the dtype it has in its file.
@@ -89,10 +99,65 @@ impl Source {
     }
 }
 
+/// The file of weights, or the index of several, that a path means.
+fn weights_file(path: &Path) -> Result<PathBuf> {
+    if !path.is_dir() {
+        return Ok(path.to_path_buf());
+    }
+    if let Some(usual) = USUAL.iter().map(|name| path.join(name)).find(|path| path.exists()) {
+        return Ok(usual);
+    }
+    let mut names: Vec<String> = std::fs::read_dir(path)
+        .map_err(|e| Error::io(path, e))?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    names.sort_unstable();
+    for endings in ENDINGS {
+        let is_weights = |name: &&String| {
+            let ending = name.rsplit_once('.').map(|(_, ending)| ending.to_lowercase());
+            let known = ending.is_some_and(|ending| endings.contains(&ending.as_str()));
+            known && !BESIDE.iter().any(|start| name.starts_with(start))
+        };
+        let found: Vec<&str> = names.iter().filter(is_weights).map(String::as_str).collect();
+        match found[..] {
+            [] => {}
+            [name] => return Ok(path.join(name)),
+            _ => {
+                let message =
+                    format!("several files may be the weights: {}; name one", found.join(", "));
+                return Err(Error::file(path, message));
+            }
+        }
+    }
+    if names.iter().any(|name| name == "adapter_config.json") {
+        let message = "the folder of an adapter, which has no weights of a model";
+        return Err(Error::file(path, message));
+    }
+    const SHOWN: usize = 12;
+    let shown = match names.len() {
+        0 => "nothing".to_string(),
+        _ => names[..names.len().min(SHOWN)].join(", "),
+    };
+    Err(Error::file(
+        path,
+        format!(
+            "expected weights: {}, or one file of another name that ends in .safetensors, .pth, .pt, .bin or .ckpt; \
+             the folder holds {shown}",
+            USUAL.join(", ")
+        ),
+    ))
+}
+
 /// The files an index names, each checked to be a plain file name, beside the index and holding what it should.
 fn shards(index_path: &Path) -> Result<Vec<PathBuf>> {
+    if let Kind::Foreign(what) = Kind::of_file(index_path) {
+        if !what.contains("JSON") {
+            return Err(Error::file(index_path, what));
+        }
+    }
     let index: Index = serde_json::from_str(&files::read_text(index_path)?)
-        .map_err(|e| Error::file(index_path, format!("not an index of safetensors files: {e}")))?;
+        .map_err(|e| Error::file(index_path, format!("not an index of files of weights: {e}")))?;
     let folder = index_path.parent().unwrap_or(Path::new(""));
     let names: BTreeSet<&String> = index.weight_map.values().collect();
     let mut paths = Vec::with_capacity(names.len());
@@ -102,15 +167,16 @@ fn shards(index_path: &Path) -> Result<Vec<PathBuf>> {
             (components.next(), components.next()),
             (Some(Component::Normal(part)), None) if part.to_str() == Some(name)
         );
+        let known = [".safetensors", ".bin", ".pth", ".pt"].iter().any(|end| name.ends_with(end));
         // A backslash or colon is an ordinary character here and a way out of the folder on another system.
-        if !plain || name.contains(['\\', ':', '\0']) || !name.ends_with(".safetensors") {
-            let message = format!("{name:?} is not the name of a safetensors file in this folder");
+        if !plain || name.contains(['\\', ':', '\0']) || !known {
+            let message = format!("{name:?} is not the name of a safetensors file or one of torch.save in this folder");
             return Err(Error::file(index_path, message));
         }
         paths.push(folder.join(name));
     }
     for path in &paths {
-        let shard = TensorFile::open(path)?;
+        let shard = TensorReader::open(path)?;
         let file_name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let listed = index.weight_map.iter().filter(|(_, file)| *file == file_name);
         if let Some((tensor, _)) =
@@ -136,4 +202,24 @@ pub(crate) fn shape_of(path: &Path, name: &str) -> Result<Vec<usize>> {
         [] => Err(Error::file(path, format!("has no tensor {name}"))),
         _ => Err(Error::file(path, format!("has several tensors {name}: {}", found.join(", ")))),
     }
+}
+
+/// The tensors' shapes of every model in a checkpoint, by their names in the tree, with the prefix of each. A model is where
+/// the tensor `anchor` is, a name in the tree.
+pub(crate) fn shapes(path: &Path, names: &Names, anchor: &str) -> Result<Vec<(String, Shapes)>> {
+    let source = Source::open(path)?;
+    let places = Spellings::new(names, std::iter::once(anchor)).places(&source, names);
+    let mut models = Vec::new();
+    for place in &places {
+        let (in_file, inside) = place.inside(&source, names, &places);
+        let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
+        let shapes = names.to_tree(&inside).into_iter().zip(in_file);
+        let shapes: Shapes = shapes
+            .map(|(name, in_file)| Ok((name, source.info(in_file)?.shape.clone())))
+            .collect::<Result<_>>()?;
+        if shapes.contains_key(anchor) {
+            models.push((place.prefix.clone(), shapes));
+        }
+    }
+    Ok(models)
 }

@@ -1,4 +1,4 @@
-//! Checkpoints of SAM in safetensors: read in Hugging Face's or the original naming, whole or sharded, with q, k and v
+//! Checkpoints of SAM, safetensors and files of `torch.save`: read in Hugging Face's or the original naming, whole or sharded, with q, k and v
 //! fused or split; written in either naming with q, k and v fused, as other tools expect them.
 //!
 //! [`nn::checkpoint`] does the work; the tables [`SAM`] and [`DEEPSEEK_OCR`] hold the names.
@@ -17,11 +17,14 @@
 //! ```
 
 mod names;
+mod sizes;
 
 pub use names::{DEEPSEEK_OCR, SAM};
+pub use sizes::{sizes, Sizes};
 
 use super::SamConfig;
-use crate::nn::{self, checkpoint::Names, ModuleTree};
+use crate::nn::checkpoint::{Loaded, Names};
+use crate::nn::{self, ModuleTree};
 use crate::{files, Result};
 use candle_core::DType;
 use std::path::Path;
@@ -43,7 +46,7 @@ pub enum Naming {
 ///
 /// # Errors
 /// As [`nn::checkpoint::load`].
-pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<()> {
+pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<Loaded> {
     nn::checkpoint::load(model, path, &SAM)
 }
 

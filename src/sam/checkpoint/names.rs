@@ -14,10 +14,6 @@ pub const SAM: Names = Names {
         Part { path: "prompt_encoder", first: "not_a_point_embed." },
         Part { path: "mask_decoder", first: "iou_token." },
     ],
-    anchors: &[
-        ("patch_embed.projection.weight", "vision_encoder."),
-        ("patch_embed.proj.weight", "image_encoder."),
-    ],
     // SAMed and micro-sam wrap the layers that they adapt.
     wrapped: &[
         (".attn.qkv.qkv_proj.", ".attn.qkv."),
@@ -28,6 +24,8 @@ pub const SAM: Names = Names {
         // Constants of the image processor.
         "pixel_mean",
         "pixel_std",
+        // Counters of batch normalisation layers that PyTorch saves.
+        "*num_batches_tracked",
         // Low-rank matrices that SAMed and micro-sam save among the model's.
         "*.w_a_linear_*.weight",
         "*.w_b_linear_*.weight",
@@ -35,6 +33,7 @@ pub const SAM: Names = Names {
         "*.linear_b_*.weight",
     ],
     fused: &[Fused::QKV],
+    relatives: RELATIVES,
     // The position features of image and prompts.
     tied: Some((SHARED_EMBEDDING, PROMPT_EMBEDDING)),
     ..Names::PLAIN
@@ -43,6 +42,21 @@ pub const SAM: Names = Names {
 /// Files of DeepSeek-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from them too.
 pub const DEEPSEEK_OCR: Names =
     Names { ignored: &["vision_encoder.net_2.weight", "vision_encoder.net_3.weight"], ..SAM };
+
+/// Tensors that models made of SAM have beside SAM's.
+const RELATIVES: &[(&str, &str)] = &[
+    ("*mask_decoder.hf_token.*", "SAM-HQ, which this crate does not run"),
+    ("*hq_token.*", "SAM-HQ, which this crate does not run"),
+    ("*memory_attention.*", "SAM 2, which this crate does not run"),
+    ("*image_encoder.trunk.*", "SAM 2, which this crate does not run"),
+    ("*vision_encoder.backbone.*", "SAM 2, which this crate does not run"),
+    ("*patch_embed.seq.*", "MobileSAM, which this crate does not run"),
+    ("*prompt_generator.*", "SAM-Adapter, which this crate does not run"),
+    ("*.Adapter.*", "SAM with adapter layers, which this crate does not run"),
+    ("*.*_Adapter.*", "SAM with adapter layers, which this crate does not run"),
+    ("*.adapter_layer.*", "SAM-Med2D's adapter layers, which this crate does not run"),
+    ("*lora_*", "SAM with LoRA inside; load the adapter as one"),
+];
 
 const SHARED_EMBEDDING: &str = "shared_image_embedding.positional_embedding";
 const PROMPT_EMBEDDING: &str = "prompt_encoder.shared_embedding.positional_embedding";

@@ -1,0 +1,83 @@
+//! What a checkpoint was taken for, in one line.
+
+use super::place::Place;
+use super::plan::Origin;
+use super::source::Source;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// What [`load`](super::load) found in a checkpoint. Its `Display` is one line for a user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Loaded {
+    /// The file, or the folder of several.
+    pub path: PathBuf,
+    /// `safetensors` or `PyTorch`.
+    pub format: &'static str,
+    /// Files that hold the tensors.
+    pub files: usize,
+    /// Text before the names of the model's tensors.
+    pub prefix: String,
+    /// Tensors of the file that were read.
+    pub tensors: usize,
+    /// Tensors of the file that were passed over.
+    pub passed_over: usize,
+    /// Dtypes of the tensors that were read.
+    pub dtypes: BTreeSet<String>,
+    /// Prefixes of other models of the same shape in the file.
+    pub others: Vec<String>,
+}
+
+impl Loaded {
+    pub(super) fn new(
+        source: &Source,
+        place: &Place,
+        others: &[String],
+        origins: &BTreeMap<String, Origin>,
+    ) -> Self {
+        let used: BTreeSet<&str> = origins
+            .values()
+            .flat_map(|origin| match origin {
+                Origin::Whole(name) | Origin::Part(name, _) => std::slice::from_ref(name),
+                Origin::Fused(names) => &names[..],
+            })
+            .map(String::as_str)
+            .collect();
+        let dtype = |name: &&str| Some(source.info(name).ok()?.dtype.to_string().to_lowercase());
+        Self {
+            path: source.path.clone(),
+            format: source.files.first().map_or("safetensors", |file| file.format()),
+            files: source.files.len(),
+            prefix: place.prefix.clone(),
+            tensors: used.len(),
+            passed_over: source.names().len() - used.len(),
+            dtypes: used.iter().filter_map(dtype).collect(),
+            others: others.to_vec(),
+        }
+    }
+}
+
+impl std::fmt::Display for Loaded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let dtypes: Vec<&str> = self.dtypes.iter().map(String::as_str).collect();
+        write!(f, "{}: {}", self.path.display(), self.format)?;
+        if self.files > 1 {
+            write!(f, " in {} files", self.files)?;
+        }
+        write!(f, ", {} tensors of {}", self.tensors, dtypes.join(" and "))?;
+        if !self.prefix.is_empty() {
+            write!(f, " below {:?}", self.prefix)?;
+        }
+        match self.passed_over {
+            0 => {}
+            1 => write!(f, "; 1 other passed over")?,
+            count => write!(f, "; {count} others passed over")?,
+        }
+        if !self.others.is_empty() {
+            let others: Vec<String> =
+                self.others.iter().map(|prefix| format!("{prefix:?}")).collect();
+            write!(f, ", a second model below {} among them", others.join(" and "))?;
+        }
+        Ok(())
+    }
+}
