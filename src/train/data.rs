@@ -3,7 +3,7 @@
 
 use super::checksum::Checksum;
 use super::coco::{self, CocoImage};
-use super::folder::{pairs, Named, Suffixes};
+use super::folder::{on_disk, pairs, same_content, Named, Suffixes};
 use super::labels::{layered, layers_of, Instance, LabelImage};
 use super::mask::{read_mask, Mask, MaskOptions};
 use super::summary::{self, Summary};
@@ -432,29 +432,6 @@ impl Pair {
     }
 }
 
-/// Where an image of annotations is, and whether the last part of its name alone says it.
-fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
-    let whole = folder.join(name);
-    let slashes = name.replace('\\', "/");
-    let (written, last) = (folder.join(&slashes), slashes.rsplit('/').next().unwrap_or(name));
-    let last = folder.join(last);
-    if let Some(path) = [&whole, &written].into_iter().find(|path| path.exists()) {
-        return (path.clone(), false);
-    }
-    if last.exists() {
-        return (last, true);
-    }
-    let wanted = last.file_name().map(|name| name.to_string_lossy().to_lowercase());
-    let same_but_case = |entry: &std::fs::DirEntry| {
-        Some(entry.file_name().to_string_lossy().to_lowercase()) == wanted
-    };
-    let found = std::fs::read_dir(folder).ok().and_then(|entries| {
-        let mut found = entries.flatten().filter(same_but_case);
-        found.next().filter(|_| found.next().is_none())
-    });
-    found.map_or((whole, false), |entry| (entry.path(), true))
-}
-
 /// A remark for a truth that has the size the image had before it was turned.
 fn turned(picture: &Picture, size: (u32, u32)) -> String {
     match picture.stored {
@@ -464,11 +441,4 @@ fn turned(picture: &Picture, size: (u32, u32)) -> String {
         ),
         _ => String::new(),
     }
-}
-
-/// Whether two files hold the same bytes.
-fn same_content(a: &Path, b: &Path) -> bool {
-    let length = |path: &Path| std::fs::metadata(path).map(|file| file.len()).ok();
-    length(a) == length(b)
-        && std::fs::read(a).ok().is_some_and(|bytes| std::fs::read(b).ok() == Some(bytes))
 }

@@ -232,7 +232,7 @@ impl Resizer {
     fn window(&self, logits: &Tensor) -> Result<Option<Window>> {
         let logits = logits.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?;
         // What is no number is not above 0 either, but may be beside what is.
-        let positive = |value: &f32| !(*value <= 0.0);
+        let positive = |value: &f32| *value > 0.0 || value.is_nan();
         let rows: Vec<usize> =
             (0..logits.len()).filter(|row| logits[*row].iter().any(positive)).collect();
         let (Some(top), Some(bottom)) = (rows.first(), rows.last()) else { return Ok(None) };

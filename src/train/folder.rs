@@ -178,6 +178,36 @@ fn suffix_hint(masks: &BTreeMap<String, PathBuf>, image: &str, suffix: &str) -> 
     }
 }
 
+/// Where an image of annotations is, and whether the last part of its name alone says it.
+pub(super) fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
+    let whole = folder.join(name);
+    let slashes = name.replace('\\', "/");
+    let (written, last) = (folder.join(&slashes), slashes.rsplit('/').next().unwrap_or(name));
+    let last = folder.join(last);
+    if let Some(path) = [&whole, &written].into_iter().find(|path| path.exists()) {
+        return (path.clone(), false);
+    }
+    if last.exists() {
+        return (last, true);
+    }
+    let wanted = last.file_name().map(|name| name.to_string_lossy().to_lowercase());
+    let same_but_case = |entry: &std::fs::DirEntry| {
+        Some(entry.file_name().to_string_lossy().to_lowercase()) == wanted
+    };
+    let found = std::fs::read_dir(folder).ok().and_then(|entries| {
+        let mut found = entries.flatten().filter(same_but_case);
+        found.next().filter(|_| found.next().is_none())
+    });
+    found.map_or((whole, false), |entry| (entry.path(), true))
+}
+
+/// Whether two files hold the same bytes.
+pub(super) fn same_content(a: &Path, b: &Path) -> bool {
+    let length = |path: &Path| std::fs::metadata(path).map(|file| file.len()).ok();
+    length(a) == length(b)
+        && std::fs::read(a).ok().is_some_and(|bytes| std::fs::read(b).ok() == Some(bytes))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

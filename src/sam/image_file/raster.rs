@@ -4,6 +4,9 @@ use super::range::{limits, ValueRange};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageBuffer};
 
+/// An image of 8 bits, and the values that became black and white in it; `None` where nothing was scaled.
+pub(super) type Scaled = Option<(DynamicImage, (f64, f64))>;
+
 /// What the samples of a pixel are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RasterKind {
@@ -179,10 +182,7 @@ impl Raster {
     ///
     /// # Errors
     /// - as [`limits`].
-    pub(super) fn scaled(
-        &self,
-        range: ValueRange,
-    ) -> Result<Option<(DynamicImage, (f64, f64))>, String> {
+    pub(super) fn scaled(&self, range: ValueRange) -> Result<Scaled, String> {
         let Some((low, high)) = limits(self, range)? else { return Ok(None) };
         let (channels, has_alpha) = (self.channels(), self.kind.has_alpha());
         let level = |value: f64| {
