@@ -6,8 +6,8 @@
 
 use super::loaded::Loaded;
 use super::names::Names;
-use super::place::{spellings, Place};
-use super::plan::{available, plan, targets, Available, Origin, Target};
+use super::place::Place;
+use super::plan::{available, plan, spellings, targets, Available, Origin, Target};
 use super::source::Source;
 use crate::nn::{set_values, Fixed, ModuleTree, Node, NodeMut};
 use crate::{Error, Result};

@@ -29,6 +29,7 @@ mod place;
 mod plan;
 mod reader;
 mod save;
+mod shapes;
 mod source;
 mod torch;
 
@@ -38,4 +39,5 @@ pub(crate) use names::root_of;
 pub use names::{Fused, Names, Part};
 pub(crate) use reader::TensorReader;
 pub use save::save;
-pub(crate) use source::{shape_of, shapes};
+pub(crate) use shapes::shapes;
+pub(crate) use source::shape_of;

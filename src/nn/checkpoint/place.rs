@@ -6,7 +6,6 @@
 //! teacher and a student have one shape and different values.
 
 use super::names::Names;
-use super::plan::Target;
 use super::source::Source;
 use std::collections::{BTreeMap, HashMap};
 
@@ -115,9 +114,4 @@ impl Place {
         })
         .unzip()
     }
-}
-
-/// The wanted tensors as spellings.
-pub(super) fn spellings(names: &Names, targets: &BTreeMap<String, Target>) -> Spellings {
-    Spellings::new(names, targets.keys().map(String::as_str))
 }

@@ -1,7 +1,7 @@
 //! Which tensor of a file gives each tensor of a model, by headers alone.
 
 use super::names::{matches, Names, Part};
-use super::place::Place;
+use super::place::{Place, Spellings};
 use super::source::Source;
 use crate::nn::{check_settable, is_adapter_tensor, ModuleTree, Node};
 use crate::{Error, Result, TensorMismatch};
@@ -49,6 +49,11 @@ pub(super) fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<Str
         ))),
         None => settable.map(|()| targets),
     }
+}
+
+/// The wanted tensors as spellings.
+pub(super) fn spellings(names: &Names, targets: &BTreeMap<String, Target>) -> Spellings {
+    Spellings::new(names, targets.keys().map(String::as_str))
 }
 
 /// A file's tensors that belong to a model, by their names in its tree.

@@ -1,7 +1,5 @@
 //! Where a checkpoint's tensors lie: one file, or several with an index.
 
-use super::names::Names;
-use super::place::Spellings;
 use super::reader::TensorReader;
 use crate::file_kind::Kind;
 use crate::{files, Error, Result};
@@ -10,9 +8,6 @@ use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
-
-/// Shapes of tensors by their names in the tree.
-pub(crate) type Shapes = BTreeMap<String, Vec<usize>>;
 
 /// Weights by their usual names, the first that is there counts.
 const USUAL: [&str; 4] = [
@@ -202,24 +197,4 @@ pub(crate) fn shape_of(path: &Path, name: &str) -> Result<Vec<usize>> {
         [] => Err(Error::file(path, format!("has no tensor {name}"))),
         _ => Err(Error::file(path, format!("has several tensors {name}: {}", found.join(", ")))),
     }
-}
-
-/// The tensors' shapes of every model in a checkpoint, by their names in the tree, with the prefix of each. A model is where
-/// the tensor `anchor` is, a name in the tree.
-pub(crate) fn shapes(path: &Path, names: &Names, anchor: &str) -> Result<Vec<(String, Shapes)>> {
-    let source = Source::open(path)?;
-    let places = Spellings::new(names, std::iter::once(anchor)).places(&source, names);
-    let mut models = Vec::new();
-    for place in &places {
-        let (in_file, inside) = place.inside(&source, names, &places);
-        let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
-        let shapes = names.to_tree(&inside).into_iter().zip(in_file);
-        let shapes: Shapes = shapes
-            .map(|(name, in_file)| Ok((name, source.info(in_file)?.shape.clone())))
-            .collect::<Result<_>>()?;
-        if shapes.contains_key(anchor) {
-            models.push((place.prefix.clone(), shapes));
-        }
-    }
-    Ok(models)
 }

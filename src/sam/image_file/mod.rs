@@ -3,12 +3,14 @@
 mod colours;
 mod frames;
 mod jpeg;
+mod limits;
 mod png_file;
 mod range;
 mod raster;
 mod tiff_file;
 
 pub use colours::{convert_to_rgb, is_transparent};
+pub(crate) use limits::MAX_SIDE;
 pub use range::ValueRange;
 pub use raster::{Raster, RasterKind, SampleType, Samples};
 
@@ -17,14 +19,10 @@ use crate::{Error, Result};
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, ImageResult};
+use limits::{check_size, MAX_DECODED};
 use std::io::Cursor;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
-
-/// No side of an image may be longer, in pixels.
-pub(crate) const MAX_SIDE: u32 = 1 << 15;
-/// No image may need more memory to decode, in bytes.
-const MAX_DECODED: u64 = 1 << 30;
 
 /// How image files are read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -308,34 +306,6 @@ fn decode_plain(
         Ok((DynamicImage::from_decoder(decoder)?, orientation))
     };
     decode().map_err(failed)
-}
-
-/// Refuses sizes beyond the limits.
-fn check_size(width: u32, height: u32, a_pixel: u64) -> std::result::Result<(), String> {
-    if width.max(height) > MAX_SIDE {
-        return Err(format!("it is {width} x {height} pixels; a side may have {MAX_SIDE} at most"));
-    }
-    let decoded = u64::from(width) * u64::from(height) * a_pixel;
-    match decoded > MAX_DECODED {
-        true => Err(format!(
-            "its {width} x {height} pixels take {decoded} bytes decoded; {MAX_DECODED} (1 GiB) are the most"
-        )),
-        false => Ok(()),
-    }
-}
-
-/// Samples of fewer than 8 bits, the rows of which begin at whole bytes, the highest bits first.
-fn unpacked(rows: &[u8], width: usize, bits: u8) -> Vec<u8> {
-    let bits = usize::from(bits.clamp(1, 8));
-    let length = (width * bits).div_ceil(8).max(1);
-    let sample = |row: &[u8], x: usize| {
-        let place = x * bits;
-        // Samples of 1, 2 and 4 bits lie within a byte; others may lie in two.
-        let pair =
-            u16::from_be_bytes([row[place / 8], row.get(place / 8 + 1).copied().unwrap_or(0)]);
-        ((pair >> (16 - bits - place % 8)) & ((1 << bits) - 1)) as u8
-    };
-    rows.chunks_exact(length).flat_map(|row| (0..width).map(move |x| sample(row, x))).collect()
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>> {

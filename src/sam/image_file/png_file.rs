@@ -1,7 +1,7 @@
 //! PNGs by their values: indices of palettes, greys of 1 to 16 bits as they are stored.
 
+use super::limits::{check_size, unpacked, MAX_DECODED};
 use super::raster::{Raster, RasterKind, SampleType, Samples};
-use super::{check_size, unpacked, MAX_DECODED};
 use image::metadata::Orientation;
 use png::{BitDepth, ColorType, Transformations};
 use std::io::Cursor;

@@ -11,7 +11,8 @@
 //! a sixteenth of 8, 10, 12, 14 or 16 bits into their upper half fill these, as those of cameras and scanners do. Floats
 //! in 0 to 1 that exceed 0.5, or in 0 to 255 that exceed 127, fill these ranges. Nothing else is filled.
 
-use super::raster::{Raster, SampleType, Samples};
+use super::raster::{Raster, RasterKind, SampleType, Samples};
+use image::{DynamicImage, ImageBuffer};
 use std::str::FromStr;
 
 /// The percentiles in percent.
@@ -96,6 +97,63 @@ pub(super) fn limits(raster: &Raster, range: ValueRange) -> Result<Option<(f64, 
     }
 }
 
+/// An image of 8 bits, and the values that became black and white in it; `None` where nothing was scaled.
+pub(super) type Scaled = Option<(DynamicImage, (f64, f64))>;
+
+impl Raster {
+    /// The image of 8 bits that `range` makes of it, and the values that became black and white; `None` where the
+    /// samples stay as they are.
+    ///
+    /// # Errors
+    /// - as [`limits`].
+    pub(super) fn scaled(&self, range: ValueRange) -> Result<Scaled, String> {
+        let Some((low, high)) = limits(self, range)? else { return Ok(None) };
+        let (channels, has_alpha) = (self.channels(), self.kind.has_alpha());
+        let level = |value: f64| {
+            let part = if high > low { (value - low) / (high - low) } else { 0.0 };
+            // A value that is no number is black.
+            let level = (part.clamp(0.0, 1.0) * 255.0).round() as u8;
+            if self.white_is_zero {
+                255 - level
+            } else {
+                level
+            }
+        };
+        let whole = match self.sample_type {
+            SampleType::Unsigned(bits) => 2f64.powi(bits.into()) - 1.0,
+            SampleType::Signed(bits) => 2f64.powi(i32::from(bits) - 1) - 1.0,
+            SampleType::Float(_) => 1.0,
+        };
+        let opacity = |value: f64| ((value / whole).clamp(0.0, 1.0) * 255.0).round() as u8;
+        let values = (0..self.samples.len()).map(|index| {
+            let value = self.samples.get(index);
+            if has_alpha && index % channels + 1 == channels {
+                opacity(value)
+            } else {
+                level(value)
+            }
+        });
+        let values: Vec<u8> = values.collect();
+        let (width, height) = (self.width, self.height);
+        let image = match self.kind {
+            RasterKind::Grey | RasterKind::Palette => {
+                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageLuma8)
+            }
+            RasterKind::GreyAlpha => {
+                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageLumaA8)
+            }
+            RasterKind::Rgb => {
+                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageRgb8)
+            }
+            RasterKind::Rgba => {
+                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageRgba8)
+            }
+        };
+        let image = image.ok_or("it has fewer pixels than its size says")?;
+        Ok(Some((image, (low, high))))
+    }
+}
+
 /// The range that the values fill by convention.
 fn filled(raster: &Raster) -> Option<(f64, f64)> {
     const DEPTHS: [i32; 5] = [8, 10, 12, 14, 16];
@@ -152,7 +210,6 @@ fn percentiles(raster: &Raster) -> (f64, f64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::raster::RasterKind;
     use super::*;
 
     fn grey(sample_type: SampleType, values: Vec<f64>) -> Raster {

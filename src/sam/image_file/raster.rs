@@ -1,11 +1,7 @@
 //! Pixels as a file stores them, of any width and sign.
 
-use super::range::{limits, ValueRange};
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageBuffer};
-
-/// An image of 8 bits, and the values that became black and white in it; `None` where nothing was scaled.
-pub(super) type Scaled = Option<(DynamicImage, (f64, f64))>;
+use image::DynamicImage;
 
 /// What the samples of a pixel are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,57 +171,5 @@ impl Raster {
             _ => return None,
         };
         Self::new(image.width(), image.height(), kind, sample_type, samples)
-    }
-
-    /// The image of 8 bits that `range` makes of it, and the values that became black and white; `None` where the
-    /// samples stay as they are.
-    ///
-    /// # Errors
-    /// - as [`limits`].
-    pub(super) fn scaled(&self, range: ValueRange) -> Result<Scaled, String> {
-        let Some((low, high)) = limits(self, range)? else { return Ok(None) };
-        let (channels, has_alpha) = (self.channels(), self.kind.has_alpha());
-        let level = |value: f64| {
-            let part = if high > low { (value - low) / (high - low) } else { 0.0 };
-            // A value that is no number is black.
-            let level = (part.clamp(0.0, 1.0) * 255.0).round() as u8;
-            if self.white_is_zero {
-                255 - level
-            } else {
-                level
-            }
-        };
-        let whole = match self.sample_type {
-            SampleType::Unsigned(bits) => 2f64.powi(bits.into()) - 1.0,
-            SampleType::Signed(bits) => 2f64.powi(i32::from(bits) - 1) - 1.0,
-            SampleType::Float(_) => 1.0,
-        };
-        let opacity = |value: f64| ((value / whole).clamp(0.0, 1.0) * 255.0).round() as u8;
-        let values = (0..self.samples.len()).map(|index| {
-            let value = self.samples.get(index);
-            if has_alpha && index % channels + 1 == channels {
-                opacity(value)
-            } else {
-                level(value)
-            }
-        });
-        let values: Vec<u8> = values.collect();
-        let (width, height) = (self.width, self.height);
-        let image = match self.kind {
-            RasterKind::Grey | RasterKind::Palette => {
-                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageLuma8)
-            }
-            RasterKind::GreyAlpha => {
-                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageLumaA8)
-            }
-            RasterKind::Rgb => {
-                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageRgb8)
-            }
-            RasterKind::Rgba => {
-                ImageBuffer::from_raw(width, height, values).map(DynamicImage::ImageRgba8)
-            }
-        };
-        let image = image.ok_or("it has fewer pixels than its size says")?;
-        Ok(Some((image, (low, high))))
     }
 }

@@ -1,7 +1,7 @@
 //! TIFFs of any depth: integers of 1 to 64 bits, floats of 16 to 64, palettes, JPEG and YCbCr, pages.
 
+use super::limits::{check_size, unpacked, MAX_DECODED};
 use super::raster::{Raster, RasterKind, SampleType, Samples};
-use super::{check_size, MAX_DECODED};
 use image::metadata::Orientation;
 use std::io::Cursor;
 use tiff::decoder::{Decoder, DecodingResult, Limits};
@@ -182,7 +182,7 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     let pixels = width as usize * height as usize;
     let mut samples = match (samples(decoded), page.bits) {
         (Samples::U8(rows), 1..=7) if page.channels == 1 => {
-            Samples::U8(super::unpacked(&rows, width as usize, page.bits as u8))
+            Samples::U8(unpacked(&rows, width as usize, page.bits as u8))
         }
         (samples, _) => samples,
     };
