@@ -145,7 +145,7 @@ def imports(module):
         inside, _, last = path.rpartition("::")
         at, is_module = find(module.name, inside) if inside else (None, False)
         # Imported for the module of that name alone, if the function is never named.
-        for_module = is_module and at + (last,) in MODULES and not re.search(rf"\b{name}\b(?!\s*::)", module.code)
+        for_module = is_module and at + (last,) in MODULES and not re.search(rf"(?<![:.\w]){name}\b(?!\s*::)", module.code)
         if for_module:
             continue
         if path.endswith("::*"):
