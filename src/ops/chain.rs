@@ -75,7 +75,7 @@ fn attend(
             [qkv] => lora_linear(&normed, qkv, Activation::Identity, None)?,
             other => return wrong_count(other),
         };
-        let out = attention::rel_pos_attention(&packed, config)?;
+        let out = super::rel_pos_attention(&packed, config)?;
         return lora_linear(&out, proj, Activation::Identity, norm.map(|_| x));
     }
     let mut chain = Chain::new(OP, x);
@@ -134,7 +134,7 @@ impl Chain<'_> {
     fn projections(&mut self, parts: &[Projection<'_>], activation: Activation) -> Result<()> {
         let (op, x) = (ProjectionProblem::op(parts.len()), self.next_input()?);
         for part in parts {
-            projection::validate(op, &x, part)?;
+            part.validate(op, &x)?;
         }
         self.push(projection::layer(parts, activation));
         Ok(())

@@ -61,7 +61,7 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 /// # Errors
 /// As [`rel_pos_attention`](super::rel_pos_attention()).
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(Tensor, Tensor)> {
-    let (h, w) = super::rel_pos_attention::validate(qkv, config)?;
+    let (h, w) = config.validate(qkv)?;
     let (batch, _, _, packed) = qkv.dims4()?;
     let (heads, dim) = (config.num_heads, packed / 3 / config.num_heads);
     let windows = match config.window {

@@ -1,8 +1,10 @@
 //! What computes an operation, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
 
-use crate::launch::family::Family;
+#[cfg(feature = "cuda")]
 use crate::launch::Gpu;
-use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -17,29 +19,6 @@ pub(super) enum Engine {
     Gpu(Gpu),
     /// The composed graph of candle's operations.
     Composed,
-}
-
-/// The engine for a problem. `covered` says whether kernels of a GPU compute it, and whether a native family does.
-///
-/// # Errors
-/// If a GPU cannot run the family's self-test.
-pub(super) fn engine(
-    device: &Device,
-    dtype: DType,
-    covered: impl FnOnce(&Gpu) -> Option<Option<Family>>,
-) -> Result<Engine> {
-    match device {
-        Device::Cpu => Ok(Engine::Cpu),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(device) => {
-            let gpu = super::gpu::choice::gpu(device, dtype, covered)?;
-            Ok(gpu.map_or(Engine::Composed, Engine::Gpu))
-        }
-        _ => {
-            let _ = (dtype, covered);
-            Ok(Engine::Composed)
-        }
-    }
 }
 
 /// Whether the device is a GPU with kernels.

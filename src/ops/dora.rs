@@ -43,7 +43,7 @@ pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) 
     check::float(OP, "magnitude", magnitude)?;
     check::same_device(OP, "magnitude", magnitude, x)?;
     // Checked before the norm touches the shapes.
-    super::projection::validate(OP, x, projection)?;
+    projection.validate(OP, x)?;
     let norm = dora_weight_norm(weight, lora.a, lora.b, lora.scaling)?;
     let g = (magnitude.to_dtype(DType::F32)? / norm)?;
     let rows_scaled = |g: &Tensor, matrix: &Tensor| {

@@ -37,6 +37,7 @@
 //! ```
 
 mod activation;
+mod arguments;
 mod broadcast;
 mod chain;
 mod check;
@@ -46,6 +47,7 @@ mod cpu;
 mod custom;
 mod dora;
 mod dropout;
+mod fused;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod layer_norm;
@@ -60,19 +62,19 @@ mod resize;
 
 pub use crate::philox::{stream_of, Dropout};
 pub use crate::problem::Activation;
+pub use arguments::{Lora, Projection, RelPosAttention};
 pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block, Norm};
 pub(crate) use computed::with_backward;
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
+pub use fused::{lora_linear, lora_qkv, rel_pos_attention};
 #[cfg(feature = "cuda")]
 #[doc(hidden)] // its place is `cuda`
 pub use gpu::self_test_report;
 pub use layer_norm::layer_norm;
 pub(crate) use params::pack;
 pub use product::matmul;
-pub use projection::{lora_linear, lora_qkv, Lora, Projection};
-pub use rel_pos_attention::{rel_pos_attention, RelPosAttention};
 pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};
 
 /// The gradients of a custom operation's three inputs.

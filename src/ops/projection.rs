@@ -1,4 +1,4 @@
-//! Linear projections with LoRA: [`lora_linear`] is one, [`lora_qkv`] three that share their input.
+//! Linear projections with LoRA, one or three that share their input, by a given engine.
 //!
 //! ```text
 //! y_p = x W_p^T + b_p + scaling_p * (drop_p(x) A_p^T B_p^T + lora_bias_p)      for each projection p
@@ -8,101 +8,26 @@
 //! q, k and v stay three tensors under three names, for checkpoints, adapters and users; the operation writes
 //! them side by side into one packed output, so nothing is ever concatenated.
 
+use super::arguments::Projection;
 use super::cpu::{Chain, Layer, Residual};
-use super::custom::{engine, Engine};
+use super::custom::Engine;
 #[cfg(any(test, feature = "cuda"))]
 use super::params;
-use super::{check, composed, Activation};
+use super::{composed, Activation};
 #[cfg(feature = "cuda")]
 use super::{computed, custom::operand};
 use crate::launch::projection as kernels;
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;
-use crate::philox::Dropout;
-use crate::problem::{LoraProblem, ProjectionProblem};
+use crate::problem::ProjectionProblem;
 #[cfg(any(test, feature = "cuda"))]
 use candle_core::DType;
 use candle_core::{bail, Result, Tensor};
 
-/// The low-rank part of a projection.
-#[derive(Clone, Copy, Debug)]
-pub struct Lora<'a> {
-    /// `[rank, in]`
-    pub a: &'a Tensor,
-    /// `[out, rank]`
-    pub b: &'a Tensor,
-    /// `[out]`; multiplied by `scaling` too, as in PEFT.
-    pub b_bias: Option<&'a Tensor>,
-    /// Factor of the whole low-rank part.
-    pub scaling: f64,
-    /// Dropout on the input of `a`, over the elements of `x` seen as `[rows, in]`.
-    pub dropout: Option<Dropout>,
-}
-
-/// One projection: base weight, bias, adapter.
-#[derive(Clone, Copy, Debug)]
-pub struct Projection<'a> {
-    /// `[out, in]`
-    pub weight: &'a Tensor,
-    /// `[out]`
-    pub bias: Option<&'a Tensor>,
-    /// The adapter, if any.
-    pub lora: Option<Lora<'a>>,
-}
-
-/// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
-///
-/// Gradients go to `x`, `residual`, the biases and the adapter; a weight that is a variable gets one too, on the
-/// slower composed path. Every parameter may be f32 while `x` is f16 or bf16; a weight in f32 is rounded to the dtype of
-/// `x` for the kernels of a GPU.
+/// Projections by one engine: shapes are not checked.
 ///
 /// # Errors
-/// On shapes that do not fit, mixed dtypes or devices, non-finite scaling, impossible dropout.
-pub fn lora_linear(
-    x: &Tensor,
-    projection: &Projection<'_>,
-    activation: Activation,
-    residual: Option<&Tensor>,
-) -> Result<Tensor> {
-    const OP: &str = ProjectionProblem::LINEAR;
-    validate(OP, x, projection)?;
-    if let Some(residual) = residual {
-        let mut expected = x.dims().to_vec();
-        if let Some(last) = expected.last_mut() {
-            *last = projection.weight.dims()[0];
-        }
-        check::shape(OP, "residual", residual, &expected)?;
-        check::same_kind(OP, "residual", residual, x)?;
-    }
-    if !activation.is_fused() {
-        let y = activation.apply(&lora_linear(x, projection, Activation::Identity, None)?)?;
-        return residual.map_or(Ok(y.clone()), |residual| residual + y);
-    }
-    let call = Call { x, projections: &[*projection], activation, residual };
-    call.run(call.engine()?)
-}
-
-/// The q, k and v projections of attention, packed: `x [.., C] -> [.., 3C]`, q first, then k, then v.
-///
-/// Any subset may carry LoRA, each with its own rank, scaling and dropout mask. Gradients as in [`lora_linear`].
-///
-/// # Errors
-/// As [`lora_linear`]; besides, the three projections must have equal output widths.
-pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor> {
-    const OP: &str = ProjectionProblem::QKV;
-    for projection in projections {
-        validate(OP, x, projection)?;
-    }
-    equal_widths(projections)?;
-    let call = Call { x, projections, activation: Activation::Identity, residual: None };
-    call.run(call.engine()?)
-}
-
-/// Projections by one engine, for the self-test and measurements: shapes are not checked.
-///
-/// # Errors
-/// On problems that no kernel covers.
-#[cfg(feature = "cuda")]
+/// - no kernel covers the problem.
 pub(super) fn by(
     x: &Tensor,
     projections: &[Projection<'_>],
@@ -123,46 +48,6 @@ pub(super) fn equal_widths(projections: &[Projection<'_>; 3]) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn validate(op: &'static str, x: &Tensor, projection: &Projection<'_>) -> Result<()> {
-    check::float(op, "x", x)?;
-    check::not_empty(op, "x", x)?;
-    let weight = projection.weight;
-    check::not_empty(op, "weight", weight)?;
-    check::parameter(op, "weight", weight, x)?;
-    let in_dim = x.dims()[x.rank() - 1];
-    if weight.rank() != 2 || weight.dims()[1] != in_dim {
-        bail!("{op}: weight must have shape [out, {in_dim}], got {:?}", weight.dims())
-    }
-    let out_dim = weight.dims()[0];
-    if let Some(bias) = projection.bias {
-        check::shape(op, "bias", bias, &[out_dim])?;
-        check::parameter(op, "bias", bias, x)?;
-    }
-    let Some(lora) = &projection.lora else { return Ok(()) };
-    let rank = lora.a.dims().first().copied().unwrap_or(0);
-    if rank == 0 {
-        bail!(
-            "{op}: lora A must have shape [rank, {in_dim}] with rank >= 1, got {:?}",
-            lora.a.dims()
-        )
-    }
-    check::shape(op, "lora A", lora.a, &[rank, in_dim])?;
-    check::shape(op, "lora B", lora.b, &[out_dim, rank])?;
-    for (name, tensor) in
-        [("lora A", Some(lora.a)), ("lora B", Some(lora.b)), ("lora bias", lora.b_bias)]
-    {
-        if let Some(tensor) = tensor {
-            check::float(op, name, tensor)?;
-            check::same_device(op, name, tensor, x)?;
-        }
-    }
-    if let Some(bias) = lora.b_bias {
-        check::shape(op, "lora bias", bias, &[out_dim])?;
-    }
-    check::finite(op, "scaling", lora.scaling)?;
-    lora.dropout.map_or(Ok(()), |dropout| dropout.validate(op))
-}
-
 /// The projections as the CPU engine runs them, and their parameters.
 pub(super) fn layer(
     projections: &[Projection<'_>],
@@ -174,31 +59,6 @@ pub(super) fn layer(
     (layer, projections.iter().flat_map(Projection::parameters).cloned().collect())
 }
 
-impl<'a> Projection<'a> {
-    /// Everything differentiable but the weight, in the order of `small_layout`.
-    fn parameters(&self) -> Vec<&'a Tensor> {
-        let mut parameters = Vec::from_iter(self.bias);
-        if let Some(lora) = self.lora {
-            parameters.extend([lora.a, lora.b]);
-            parameters.extend(lora.b_bias);
-        }
-        parameters
-    }
-
-    fn problem(&self) -> ProjectionProblem {
-        ProjectionProblem {
-            out_dim: self.weight.dims()[0],
-            bias: self.bias.is_some(),
-            lora: self.lora.map(|lora| LoraProblem {
-                rank: lora.a.dims()[0],
-                scaling: lora.scaling as f32,
-                dropout: lora.dropout,
-                bias: lora.b_bias.is_some(),
-            }),
-        }
-    }
-}
-
 /// One call of an operation, checked.
 struct Call<'a> {
     x: &'a Tensor,
@@ -208,20 +68,6 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// What computes the call. A fused operation gives its weights no gradient, so trainable ones take the composed path,
-    /// as do devices without kernels.
-    fn engine(&self) -> Result<Engine> {
-        let (x, projections) = (self.x, self.projections);
-        if projections.iter().any(|p| p.weight.track_op()) {
-            return Ok(Engine::Composed);
-        }
-        let problems: Vec<_> = projections.iter().map(Projection::problem).collect();
-        let problem = kernel_problem(x.dims(), &problems, self.activation);
-        engine(x.device(), x.dtype(), |gpu| {
-            kernels::plan(problem, x.dtype(), gpu).map(|plan| plan.family())
-        })
-    }
-
     fn run(&self, engine: Engine) -> Result<Tensor> {
         match engine {
             #[cfg(feature = "cuda")]
@@ -286,7 +132,7 @@ fn in_place(parameters: &[Tensor], dtype: DType) -> Result<Option<Vec<Tensor>>> 
 }
 
 /// The problem as the kernels' launch code takes it.
-fn kernel_problem<'a>(
+pub(super) fn kernel_problem<'a>(
     x_dims: &[usize],
     projections: &'a [ProjectionProblem],
     activation: Activation,
@@ -328,6 +174,7 @@ impl OnGpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::Lora;
     use candle_core::{Device, Var};
 
     #[test]

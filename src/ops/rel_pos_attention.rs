@@ -1,4 +1,4 @@
-//! Attention with decomposed relative positions, as SAM's image encoder has it, global or in windows.
+//! Attention with decomposed relative positions, as SAM's image encoder has it, global or in windows, by a given engine.
 //!
 //! ```text
 //! S[n, m] = softmax_scale q_n . k_m + rel_h[n, h_m] + rel_w[n, w_m]            O = dropout(softmax(S)) V
@@ -10,58 +10,19 @@
 //!
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
+use super::arguments::RelPosAttention;
 use super::cpu::{Chain, Layer, Residual};
-use super::custom::{engine, Engine};
-use super::{check, composed, resize_linear};
+use super::custom::Engine;
+use super::{composed, resize_linear};
 #[cfg(feature = "cuda")]
 use super::{computed, custom::operand, params};
-use crate::launch::rel_pos_attention as kernels;
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;
-use crate::philox::Dropout;
 use crate::problem::AttentionProblem;
-use candle_core::{bail, Result, Tensor};
+use candle_core::{Result, Tensor};
 use std::sync::Once;
 
 const OP: &str = AttentionProblem::OP;
-/// Largest side of a window.
-const MAX_WINDOW: usize = 1024;
-
-/// Everything of [`rel_pos_attention`] but its input.
-#[derive(Clone, Copy, Debug)]
-pub struct RelPosAttention<'a> {
-    /// Number of heads; it divides C.
-    pub num_heads: usize,
-    /// Factor of `q . k`; `head_dim^-0.5` in SAM.
-    pub softmax_scale: f64,
-    /// The tables `rel_pos_h` and `rel_pos_w`, `[L, head_dim]` each, shared by the heads. A table of another
-    /// length than `2 * side - 1` is resized linearly.
-    pub rel_pos: Option<(&'a Tensor, &'a Tensor)>,
-    /// Side of the square windows; none for global attention.
-    pub window: Option<usize>,
-    /// What a padded token projects to, `[3C]`: the bias of the qkv projection. None is zero.
-    pub pad: Option<&'a Tensor>,
-    /// Dropout on the attention weights, over `[windows, heads, queries, keys]` seen as rows of keys.
-    pub dropout: Option<Dropout>,
-}
-
-/// Attention over a grid: packed `qkv [B, H, W, 3C] -> [B, H, W, C]`.
-///
-/// Gradients go to `qkv`, the tables and `pad`. On the CPU, and on a GPU whose kernels cover the shape, nothing of size
-/// N x N is allocated. On Metal, on GPUs before 8.0, and for shapes that no kernel covers, such as a head dim above 80,
-/// a graph of candle's operations runs and holds the N x N weights; a process is warned of that once.
-///
-/// # Errors
-/// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
-pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
-    let (problem, tables, pad) = prepare(qkv, config)?;
-    let dtype = qkv.dtype();
-    let engine = engine(qkv.device(), dtype, |gpu| {
-        kernels::plan(&problem, dtype, gpu).map(|plan| plan.family())
-    })?;
-    run(qkv, config, (problem, tables, pad), engine)
-}
-
 /// Tells once a process that attention holds its weights.
 fn tell_of_weights(qkv: &Tensor, problem: &AttentionProblem) {
     static TOLD: Once = Once::new();
@@ -76,16 +37,18 @@ fn tell_of_weights(qkv: &Tensor, problem: &AttentionProblem) {
     });
 }
 
-/// [`rel_pos_attention`] by one engine, for the self-test and measurements.
+/// Attention by one engine, for the self-test and measurements.
 ///
 /// # Errors
-/// As [`rel_pos_attention`], and on problems that no kernel covers.
+/// - an argument does not fit;
+/// - no kernel covers the problem.
 #[cfg(feature = "cuda")]
 pub(super) fn by(qkv: &Tensor, config: &RelPosAttention<'_>, engine: Engine) -> Result<Tensor> {
     run(qkv, config, prepare(qkv, config)?, engine)
 }
 
-fn run(
+/// Attention by one engine.
+pub(super) fn run(
     qkv: &Tensor,
     config: &RelPosAttention<'_>,
     prepared: Prepared<'_>,
@@ -148,7 +111,7 @@ type Prepared<'a> = (AttentionProblem, Tables, Option<&'a Tensor>);
 
 /// Checks everything and describes the problem.
 pub(super) fn prepare<'a>(qkv: &Tensor, config: &RelPosAttention<'a>) -> Result<Prepared<'a>> {
-    let (h, w) = validate(qkv, config)?;
+    let (h, w) = config.validate(qkv)?;
     let (side_h, side_w) = config.window.map_or((h, w), |window| (window, window));
     let tables = match config.rel_pos {
         None => None,
@@ -172,39 +135,4 @@ pub(super) fn prepare<'a>(qkv: &Tensor, config: &RelPosAttention<'a>) -> Result<
     };
     let padded = h % side_h != 0 || w % side_w != 0;
     Ok((problem, tables, config.pad.filter(|_| padded)))
-}
-
-/// Checks everything; returns the grid.
-pub(super) fn validate(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(usize, usize)> {
-    check::float(OP, "qkv", qkv)?;
-    let &[_, h, w, packed] = qkv.dims() else {
-        bail!("{OP}: qkv must have shape [B, H, W, 3C], got {:?}", qkv.dims())
-    };
-    check::not_empty(OP, "qkv", qkv)?;
-    let heads = config.num_heads;
-    if heads == 0 || packed % 3 != 0 || (packed / 3) % heads != 0 {
-        bail!("{OP}: qkv's last dimension must be 3 x {heads} heads x head_dim, got {packed}")
-    }
-    let head_dim = packed / 3 / heads;
-    if let Some((rel_pos_h, rel_pos_w)) = config.rel_pos {
-        for (name, table) in [("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)] {
-            if table.rank() != 2 || table.dims()[0] == 0 || table.dims()[1] != head_dim {
-                bail!("{OP}: {name} must have shape [length, {head_dim}], got {:?}", table.dims())
-            }
-            check::same_kind(OP, name, table, qkv)?;
-        }
-    }
-    // A window far larger than the grid is all padding; the bound keeps its size from overflowing.
-    if let Some(window) = config.window.filter(|&window| window == 0 || window > MAX_WINDOW) {
-        bail!("{OP}: the window must be 1 to {MAX_WINDOW} (none is global attention), got {window}")
-    }
-    if let Some(pad) = config.pad {
-        check::shape(OP, "pad", pad, &[packed])?;
-        check::same_kind(OP, "pad", pad, qkv)?;
-    }
-    check::finite(OP, "softmax_scale", config.softmax_scale)?;
-    if let Some(dropout) = config.dropout {
-        dropout.validate(OP)?;
-    }
-    Ok((h, w))
 }

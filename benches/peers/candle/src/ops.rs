@@ -96,12 +96,9 @@ pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
     }
 }
 
-/// The arguments' check.
-pub mod rel_pos_attention {
-    use super::{RelPosAttention, Result, Tensor};
-
+impl RelPosAttention<'_> {
     /// The grid; the layers measured here are of shapes that fit.
-    pub fn validate(qkv: &Tensor, _: &RelPosAttention<'_>) -> Result<(usize, usize)> {
+    pub fn validate(&self, qkv: &Tensor) -> Result<(usize, usize)> {
         let (_, h, w, _) = qkv.dims4()?;
         Ok((h, w))
     }

@@ -1,0 +1,161 @@
+//! The tensors and numbers that projections and attention take besides their input, and what does not fit.
+
+use super::check;
+use crate::philox::Dropout;
+use crate::problem::{AttentionProblem, LoraProblem, ProjectionProblem};
+use candle_core::{bail, Result, Tensor};
+
+/// Largest side of a window.
+const MAX_WINDOW: usize = 1024;
+
+/// The low-rank part of a projection.
+#[derive(Clone, Copy, Debug)]
+pub struct Lora<'a> {
+    /// `[rank, in]`
+    pub a: &'a Tensor,
+    /// `[out, rank]`
+    pub b: &'a Tensor,
+    /// `[out]`; multiplied by `scaling` too, as in PEFT.
+    pub b_bias: Option<&'a Tensor>,
+    /// Factor of the whole low-rank part.
+    pub scaling: f64,
+    /// Dropout on the input of `a`, over the elements of `x` seen as `[rows, in]`.
+    pub dropout: Option<Dropout>,
+}
+
+/// One projection: base weight, bias, adapter.
+#[derive(Clone, Copy, Debug)]
+pub struct Projection<'a> {
+    /// `[out, in]`
+    pub weight: &'a Tensor,
+    /// `[out]`
+    pub bias: Option<&'a Tensor>,
+    /// The adapter, if any.
+    pub lora: Option<Lora<'a>>,
+}
+
+/// Everything of [`rel_pos_attention`] but its input.
+#[derive(Clone, Copy, Debug)]
+pub struct RelPosAttention<'a> {
+    /// Number of heads; it divides C.
+    pub num_heads: usize,
+    /// Factor of `q . k`; `head_dim^-0.5` in SAM.
+    pub softmax_scale: f64,
+    /// The tables `rel_pos_h` and `rel_pos_w`, `[L, head_dim]` each, shared by the heads. A table of another
+    /// length than `2 * side - 1` is resized linearly.
+    pub rel_pos: Option<(&'a Tensor, &'a Tensor)>,
+    /// Side of the square windows; none for global attention.
+    pub window: Option<usize>,
+    /// What a padded token projects to, `[3C]`: the bias of the qkv projection. None is zero.
+    pub pad: Option<&'a Tensor>,
+    /// Dropout on the attention weights, over `[windows, heads, queries, keys]` seen as rows of keys.
+    pub dropout: Option<Dropout>,
+}
+
+impl<'a> Projection<'a> {
+    /// Checks the projection and its input.
+    pub(super) fn validate(&self, op: &'static str, x: &Tensor) -> Result<()> {
+        check::float(op, "x", x)?;
+        check::not_empty(op, "x", x)?;
+        let weight = self.weight;
+        check::not_empty(op, "weight", weight)?;
+        check::parameter(op, "weight", weight, x)?;
+        let in_dim = x.dims()[x.rank() - 1];
+        if weight.rank() != 2 || weight.dims()[1] != in_dim {
+            bail!("{op}: weight must have shape [out, {in_dim}], got {:?}", weight.dims())
+        }
+        let out_dim = weight.dims()[0];
+        if let Some(bias) = self.bias {
+            check::shape(op, "bias", bias, &[out_dim])?;
+            check::parameter(op, "bias", bias, x)?;
+        }
+        let Some(lora) = &self.lora else { return Ok(()) };
+        let rank = lora.a.dims().first().copied().unwrap_or(0);
+        if rank == 0 {
+            bail!(
+                "{op}: lora A must have shape [rank, {in_dim}] with rank >= 1, got {:?}",
+                lora.a.dims()
+            )
+        }
+        check::shape(op, "lora A", lora.a, &[rank, in_dim])?;
+        check::shape(op, "lora B", lora.b, &[out_dim, rank])?;
+        for (name, tensor) in
+            [("lora A", Some(lora.a)), ("lora B", Some(lora.b)), ("lora bias", lora.b_bias)]
+        {
+            if let Some(tensor) = tensor {
+                check::float(op, name, tensor)?;
+                check::same_device(op, name, tensor, x)?;
+            }
+        }
+        if let Some(bias) = lora.b_bias {
+            check::shape(op, "lora bias", bias, &[out_dim])?;
+        }
+        check::finite(op, "scaling", lora.scaling)?;
+        lora.dropout.map_or(Ok(()), |dropout| dropout.validate(op))
+    }
+
+    /// Everything differentiable but the weight, in the order of `small_layout`.
+    pub(super) fn parameters(&self) -> Vec<&'a Tensor> {
+        let mut parameters = Vec::from_iter(self.bias);
+        if let Some(lora) = self.lora {
+            parameters.extend([lora.a, lora.b]);
+            parameters.extend(lora.b_bias);
+        }
+        parameters
+    }
+
+    /// The shapes.
+    pub(super) fn problem(&self) -> ProjectionProblem {
+        ProjectionProblem {
+            out_dim: self.weight.dims()[0],
+            bias: self.bias.is_some(),
+            lora: self.lora.map(|lora| LoraProblem {
+                rank: lora.a.dims()[0],
+                scaling: lora.scaling as f32,
+                dropout: lora.dropout,
+                bias: lora.b_bias.is_some(),
+            }),
+        }
+    }
+}
+
+impl RelPosAttention<'_> {
+    /// Checks everything; returns the grid.
+    pub(super) fn validate(&self, qkv: &Tensor) -> Result<(usize, usize)> {
+        let op = AttentionProblem::OP;
+        check::float(op, "qkv", qkv)?;
+        let &[_, h, w, packed] = qkv.dims() else {
+            bail!("{op}: qkv must have shape [B, H, W, 3C], got {:?}", qkv.dims())
+        };
+        check::not_empty(op, "qkv", qkv)?;
+        let heads = self.num_heads;
+        if heads == 0 || packed % 3 != 0 || (packed / 3) % heads != 0 {
+            bail!("{op}: qkv's last dimension must be 3 x {heads} heads x head_dim, got {packed}")
+        }
+        let head_dim = packed / 3 / heads;
+        if let Some((rel_pos_h, rel_pos_w)) = self.rel_pos {
+            for (name, table) in [("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)] {
+                if table.rank() != 2 || table.dims()[0] == 0 || table.dims()[1] != head_dim {
+                    bail!(
+                        "{op}: {name} must have shape [length, {head_dim}], got {:?}",
+                        table.dims()
+                    )
+                }
+                check::same_kind(op, name, table, qkv)?;
+            }
+        }
+        // A window far larger than the grid is all padding; the bound keeps its size from overflowing.
+        if let Some(window) = self.window.filter(|&window| window == 0 || window > MAX_WINDOW) {
+            bail!("{op}: the window must be 1 to {MAX_WINDOW} (none is global attention), got {window}")
+        }
+        if let Some(pad) = self.pad {
+            check::shape(op, "pad", pad, &[packed])?;
+            check::same_kind(op, "pad", pad, qkv)?;
+        }
+        check::finite(op, "softmax_scale", self.softmax_scale)?;
+        if let Some(dropout) = self.dropout {
+            dropout.validate(op)?;
+        }
+        Ok((h, w))
+    }
+}

@@ -1,0 +1,117 @@
+//! The operations whose problems several engines compute: checked, then run by the one that is fastest here and trusted.
+//!
+//! The first use of a GPU's kernels tests them, which runs the same problems by each engine. So what runs an engine stands
+//! below this file, in `projection.rs` and `rel_pos_attention.rs`.
+
+use super::arguments::{Projection, RelPosAttention};
+use super::custom::Engine;
+use super::{check, projection, rel_pos_attention as attention, Activation};
+use crate::launch::{self, family::Family, Gpu};
+use crate::problem::ProjectionProblem;
+use candle_core::{DType, Device, Result, Tensor};
+
+/// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
+///
+/// Gradients go to `x`, `residual`, the biases and the adapter; a weight that is a variable gets one too, on the
+/// slower composed path. Every parameter may be f32 while `x` is f16 or bf16; a weight in f32 is rounded to the dtype of
+/// `x` for the kernels of a GPU.
+///
+/// # Errors
+/// On shapes that do not fit, mixed dtypes or devices, non-finite scaling, impossible dropout.
+pub fn lora_linear(
+    x: &Tensor,
+    projection: &Projection<'_>,
+    activation: Activation,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    const OP: &str = ProjectionProblem::LINEAR;
+    projection.validate(OP, x)?;
+    if let Some(residual) = residual {
+        let mut expected = x.dims().to_vec();
+        if let Some(last) = expected.last_mut() {
+            *last = projection.weight.dims()[0];
+        }
+        check::shape(OP, "residual", residual, &expected)?;
+        check::same_kind(OP, "residual", residual, x)?;
+    }
+    if !activation.is_fused() {
+        let y = activation.apply(&lora_linear(x, projection, Activation::Identity, None)?)?;
+        return residual.map_or(Ok(y.clone()), |residual| residual + y);
+    }
+    let projections = &[*projection];
+    let engine = engine_of_projections(x, projections, activation)?;
+    projection::by(x, projections, activation, residual, engine)
+}
+
+/// The q, k and v projections of attention, packed: `x [.., C] -> [.., 3C]`, q first, then k, then v.
+///
+/// Any subset may carry LoRA, each with its own rank, scaling and dropout mask. Gradients as in [`lora_linear`].
+///
+/// # Errors
+/// As [`lora_linear`]; besides, the three projections must have equal output widths.
+pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor> {
+    const OP: &str = ProjectionProblem::QKV;
+    for projection in projections {
+        projection.validate(OP, x)?;
+    }
+    projection::equal_widths(projections)?;
+    let engine = engine_of_projections(x, projections, Activation::Identity)?;
+    projection::by(x, projections, Activation::Identity, None, engine)
+}
+
+/// Attention over a grid: packed `qkv [B, H, W, 3C] -> [B, H, W, C]`.
+///
+/// Gradients go to `qkv`, the tables and `pad`. On the CPU, and on a GPU whose kernels cover the shape, nothing of size
+/// N x N is allocated. On Metal, on GPUs before 8.0, and for shapes that no kernel covers, such as a head dim above 80,
+/// a graph of candle's operations runs and holds the N x N weights; a process is warned of that once.
+///
+/// # Errors
+/// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
+pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
+    let (problem, tables, pad) = attention::prepare(qkv, config)?;
+    let dtype = qkv.dtype();
+    let engine = engine(qkv.device(), dtype, |gpu| {
+        launch::rel_pos_attention::plan(&problem, dtype, gpu).map(|plan| plan.family())
+    })?;
+    attention::run(qkv, config, (problem, tables, pad), engine)
+}
+
+/// The engine for projections. A fused operation gives its weights no gradient, so trainable ones take the composed path,
+/// as do devices without kernels.
+fn engine_of_projections(
+    x: &Tensor,
+    projections: &[Projection<'_>],
+    activation: Activation,
+) -> Result<Engine> {
+    if projections.iter().any(|p| p.weight.track_op()) {
+        return Ok(Engine::Composed);
+    }
+    let problems: Vec<_> = projections.iter().map(Projection::problem).collect();
+    let problem = projection::kernel_problem(x.dims(), &problems, activation);
+    engine(x.device(), x.dtype(), |gpu| {
+        launch::projection::plan(problem, x.dtype(), gpu).map(|plan| plan.family())
+    })
+}
+
+/// The engine for a problem. `covered` says whether kernels of a GPU compute it, and whether a native family does.
+///
+/// # Errors
+/// If a GPU cannot run the family's self-test.
+fn engine(
+    device: &Device,
+    dtype: DType,
+    covered: impl FnOnce(&Gpu) -> Option<Option<Family>>,
+) -> Result<Engine> {
+    match device {
+        Device::Cpu => Ok(Engine::Cpu),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let gpu = super::gpu::choice::gpu(device, dtype, covered)?;
+            Ok(gpu.map_or(Engine::Composed, Engine::Gpu))
+        }
+        _ => {
+            let _ = (dtype, covered);
+            Ok(Engine::Composed)
+        }
+    }
+}
