@@ -27,7 +27,7 @@ pub enum Error {
     },
     /// Checkpoint and model disagree: every missing, surplus and mis-shaped tensor, listed by name.
     #[error("{0}")]
-    Mismatch(TensorMismatch),
+    Mismatch(Box<TensorMismatch>),
     /// A configuration that no model can have, or that is not supported.
     #[error("invalid configuration: {0}")]
     Config(String),

@@ -4,8 +4,10 @@
 //! [`TensorFile`] reads a safetensors file header first and then tensor by tensor, so a checkpoint is never in
 //! memory twice, and nothing is allocated by a size that the file's own length does not bear out.
 
+#[cfg(feature = "images")]
 mod stand_in;
 
+#[cfg(feature = "images")]
 pub use stand_in::stand_in;
 
 use crate::file_kind::{Kind, PICKLE};

@@ -107,7 +107,7 @@ fn write(path: &Path, tensors: &BTreeMap<String, Tensor>) {
 
 fn mismatch(error: Error) -> candle_sam_lora::TensorMismatch {
     match error {
-        Error::Mismatch(mismatch) => mismatch,
+        Error::Mismatch(mismatch) => *mismatch,
         other => panic!("expected a mismatch, got {other}"),
     }
 }

@@ -3,7 +3,7 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use candle_sam_lora::sam::{Raster, RasterKind, SampleType, Samples};
-use candle_sam_lora::train::{instances, interpret, MaskOptions, Meaning, IGNORED};
+use candle_sam_lora::train::{find_instances, interpret, MaskOptions, Meaning, IGNORED};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -67,7 +67,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         Err(message) => assert!(!message.is_empty()),
         Ok(mask) => {
             assert_eq!(mask.labels.dimensions(), (raster.width, raster.height));
-            let found = instances(&mask.labels, 1);
+            let found = find_instances(&mask.labels, 1);
             assert_eq!(found.is_empty(), mask.meaning == Meaning::Empty);
             let inside: usize = found.iter().map(|instance| instance.area).sum();
             let outside = mask.labels.pixels().filter(|pixel| [0, IGNORED].contains(&pixel.0[0]));

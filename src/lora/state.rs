@@ -227,7 +227,7 @@ pub(super) fn check<'a>(
     let surplus = found.keys().filter(|key| !wanted.contains_key(**key));
     mismatch.surplus.extend(surplus.map(|key| key.to_string()));
     if !mismatch.is_empty() {
-        return Err(Error::Mismatch(mismatch));
+        return Err(Error::Mismatch(mismatch.into()));
     }
     for (key, (_, dtype)) in found {
         if !matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {

@@ -60,7 +60,7 @@ pub fn load(module: &mut dyn ModuleTree, vb: &VarBuilder<'_>) -> Result<()> {
         return Err(candle_core::Error::msg(format!("{mismatch}{refused}")).into());
     }
     if !mismatch.is_empty() {
-        return Err(Error::Mismatch(mismatch));
+        return Err(Error::Mismatch(mismatch.into()));
     }
     module.visit_mut("", &mut |name, node| {
         if let NodeMut::Parameter(tensor) | NodeMut::Buffer(tensor) = node {

@@ -34,7 +34,7 @@ pub struct Projection<'a> {
     pub lora: Option<Lora<'a>>,
 }
 
-/// Everything of [`rel_pos_attention`] but its input.
+/// Everything of [`rel_pos_attention`](super::rel_pos_attention()) but its input.
 #[derive(Clone, Copy, Debug)]
 pub struct RelPosAttention<'a> {
     /// Number of heads; it divides C.

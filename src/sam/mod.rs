@@ -42,6 +42,7 @@ mod predictor;
 #[cfg(feature = "images")]
 mod processor;
 mod prompt_encoder;
+#[cfg(feature = "images")]
 pub(crate) mod rle;
 mod transformer;
 mod validate;
@@ -74,6 +75,7 @@ pub(crate) use processor::MaskResizer;
 #[cfg(feature = "images")]
 pub use processor::{Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
+#[cfg(feature = "images")]
 pub use rle::Rle;
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;

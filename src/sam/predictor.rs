@@ -113,7 +113,7 @@ impl<'a> SamPredictor<'a> {
         Self::with_processor(model, SamProcessor::new(image_size))
     }
 
-    /// With the processor that a folder describes, see [`SamProcessor::from_folder`].
+    /// With the processor that a folder describes, see [`SamProcessor::load`].
     pub fn with_processor(model: &'a SamModel, processor: SamProcessor) -> Self {
         Self { model, processor }
     }

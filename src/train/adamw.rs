@@ -231,7 +231,7 @@ impl AdamW {
         }
         mismatch.surplus = state.keys().filter(|name| !known.contains(*name)).cloned().collect();
         if !mismatch.is_empty() {
-            return Err(Error::Mismatch(mismatch));
+            return Err(Error::Mismatch(mismatch.into()));
         }
         for slot in &mut self.slots {
             let get = |kind: &str| -> candle_core::Result<Tensor> {

@@ -55,7 +55,6 @@ mod metrics_csv;
 #[cfg(feature = "images")]
 mod prompt;
 mod random;
-#[cfg(feature = "images")]
 mod schedule;
 mod scores;
 #[cfg(feature = "images")]

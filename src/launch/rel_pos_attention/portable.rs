@@ -35,7 +35,7 @@ pub(in crate::launch) fn shape(p: &AttentionProblem) -> RelPosAttentionShape {
 /// The tile that the problem gets, of `cols` columns if those are forced, where its kernels take the operands.
 ///
 /// # Errors
-/// As [`check_tile`], and on other dtypes than f32, f16 and bf16, and heads of more than 80 channels.
+/// As `check_tile`, and on other dtypes than f32, f16 and bf16, and heads of more than 80 channels.
 pub fn check(
     problem: &AttentionProblem,
     dtype: DType,

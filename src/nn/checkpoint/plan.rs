@@ -179,7 +179,7 @@ pub(super) fn plan(
         misshaped: misshaped.into_iter().collect(),
     };
     if !mismatch.is_empty() {
-        return Err(Error::Mismatch(mismatch));
+        return Err(Error::Mismatch(mismatch.into()));
     }
     let wanted = available.iter().filter(|(name, _)| used.contains(*name));
     let wrong = wanted.filter_map(|(_, in_file)| match source.info(in_file).ok()?.dtype {
