@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn the_largest_island_stays_however_small() {
-        assert_eq!(without_small(&mask("#...##...#"), 10, 4), Some(mask("....##....")));
+        assert_eq!(without_small(&mask("#...##...#"), 10, 3), Some(mask("....##....")));
     }
 
     #[test]
