@@ -13,13 +13,15 @@ mod console;
 mod draw;
 #[path = "shared/model.rs"]
 mod model;
+#[path = "shared/photo.rs"]
+mod photo;
 #[path = "shared/processor.rs"]
 mod processor;
 
 use anyhow::bail;
 use candle_sam_lora::sam::{
-    convert_to_rgb, label_image, read_image, save_labels, CocoAnnotations, GeneratedMask,
-    MaskGenerator, SamPredictor,
+    convert_to_rgb, label_image, save_labels, CocoAnnotations, GeneratedMask, MaskGenerator,
+    SamPredictor,
 };
 use candle_sam_lora::{files, hub};
 use clap::Parser;
@@ -72,6 +74,8 @@ struct Options {
     /// Fill holes and remove islands of fewer pixels
     #[arg(long, default_value_t = 0)]
     min_area: usize,
+    #[command(flatten)]
+    photo: photo::PhotoArgs,
     /// Write each mask as a PNG of its own, too
     #[arg(long)]
     each: bool,
@@ -170,7 +174,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let mut total = 0;
     for path in &images {
         let started = Instant::now();
-        let image = read_image(path)?;
+        let image = options.photo.read(path)?;
         let size = (image.height(), image.width());
         let bar = bar(0)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -15,14 +15,14 @@ mod draw;
 mod draw_prompts;
 #[path = "shared/model.rs"]
 mod model;
+#[path = "shared/photo.rs"]
+mod photo;
 #[path = "shared/processor.rs"]
 mod processor;
 
 use anyhow::{anyhow, bail};
-use candle_core::{Device, Tensor};
 use candle_sam_lora::hub;
-use candle_sam_lora::nn::Mode;
-use candle_sam_lora::sam::{convert_to_rgb, is_transparent, read_image, Frame, SamInput};
+use candle_sam_lora::sam::{convert_to_rgb, Prompt, SamPredictor};
 use clap::Parser;
 use image::GrayImage;
 use std::path::{Path, PathBuf};
@@ -51,6 +51,8 @@ struct Options {
     /// Folder, file or name of a PEFT adapter, or a LoRA file of SAMed or micro-sam
     #[arg(long, value_name = "PATH|NAME")]
     adapter: Option<PathBuf>,
+    #[command(flatten)]
+    photo: photo::PhotoArgs,
     /// Take the best of several masks, for a prompt that could mean a part or the whole
     #[arg(long)]
     multimask: bool,
@@ -150,21 +152,12 @@ impl Prompts {
         Ok(objects)
     }
 
-    /// In pixels of the model's input, as one object of one image.
-    fn input(&self, frame: &Frame, device: &Device) -> candle_core::Result<SamInput> {
-        let mut input = SamInput::default();
-        if !self.points.is_empty() {
-            let points =
-                Tensor::from_slice(self.points.as_flattened(), (self.points.len(), 2), device)?;
-            input.input_points = Some(frame.scale_points(&points)?.unsqueeze(0)?.unsqueeze(0)?);
-            let labels = Tensor::new(self.labels.as_slice(), device)?;
-            input.input_labels = Some(labels.unsqueeze(0)?.unsqueeze(0)?);
+    fn prompt(&self) -> Prompt {
+        let mut prompt = Prompt { bounds: self.sides, ..Prompt::default() };
+        for ([x, y], label) in self.points.iter().zip(&self.labels) {
+            prompt = prompt.and_at(*x, *y, *label > 0.0);
         }
-        if let Some(sides) = self.sides {
-            let sides = Tensor::new(&[sides], device)?;
-            input.input_boxes = Some(frame.scale_boxes(&sides)?.unsqueeze(0)?);
-        }
-        Ok(input)
+        prompt
     }
 }
 
@@ -196,45 +189,33 @@ fn run(options: &Options) -> anyhow::Result<()> {
     if mask_path == overlay_path {
         bail!("--mask and --overlay are both {}", mask_path.display())
     }
-    let image = read_image(&options.image)?;
-    if is_transparent(&image) {
-        console::say(format!("{}: transparent pixels are laid on white", options.image.display()));
-    }
+    let image = options.photo.read(&options.image)?;
     let objects = Prompts::parse(options, image.width(), image.height())?;
     let adapter = options.adapter.as_ref().map(hub::folder).transpose()?;
     let folder = adapted::base(options.model.as_deref(), adapter.as_deref())?;
     let (config, sam) = adapted::load_adapted(&folder, adapter.as_deref(), &device)?;
     let processor = processor::load(&folder, &config)?;
-    let (pixel_values, frame) = processor.preprocess(&image, &device)?;
-    let embeddings = sam.vision_encoder.forward(&pixel_values, Mode::Eval)?;
+    let predictor = SamPredictor::with_processor(&sam, processor);
+    let embedding = predictor.embed(&image)?;
+    let prompts: Vec<Prompt> = objects.iter().map(Prompts::prompt).collect();
+    let found = predictor.predict(&embedding, &prompts, options.multimask)?;
     let mut overlay = convert_to_rgb(&image)?;
-    let mut values = vec![0u8; image.width() as usize * image.height() as usize];
-    for (index, prompts) in objects.iter().enumerate() {
-        let input = SamInput {
-            image_embeddings: Some(embeddings.clone()),
-            multimask_output: options.multimask,
-            ..prompts.input(&frame, &device)?
-        };
-        let output = sam.forward(&input, Mode::Eval)?;
-        let scores = output.iou_scores.flatten_all()?.to_vec1::<f32>()?;
-        let Some(best) = (0..scores.len()).max_by(|a, b| scores[*a].total_cmp(&scores[*b])) else {
-            bail!("the model gave no mask")
-        };
-        let mask = output.pred_masks.squeeze(0)?.squeeze(0)?.get(best)?;
-        let mask =
-            processor.post_process_masks(&mask, &frame, 0.0)?.flatten_all()?.to_vec1::<u8>()?;
-        let inside: Vec<bool> = mask.iter().map(|value| *value > 0).collect();
-        let value = if objects.len() == 1 { 255 } else { index as u8 + 1 };
-        values.iter_mut().zip(&inside).filter(|(_, inside)| **inside).for_each(|(v, _)| *v = value);
+    let mut labels = vec![0u8; image.width() as usize * image.height() as usize];
+    for (index, prediction) in found.iter().enumerate() {
+        let best = prediction.best();
+        let mask = predictor.mask(&embedding, prediction, best)?;
+        let inside = mask.to_mask();
+        let value = if objects.len() == 1 { 255 } else { (index + 1) as u8 };
+        labels.iter_mut().zip(&inside).filter(|(_, inside)| **inside).for_each(|(v, _)| *v = value);
         draw::fill(&mut overlay, &inside, draw::colour(index));
         draw::outline(&mut overlay, &inside, draw_prompts::WHITE);
-        let area = inside.iter().filter(|inside| **inside).count();
-        let percent = 100.0 * area as f64 / inside.len() as f64;
+        let (area, pixels) = (mask.area(), inside.len());
+        let percent = 100.0 * area as f64 / pixels as f64;
         let object =
             if objects.len() == 1 { String::new() } else { format!("object {}: ", index + 1) };
         console::say(format!(
             "{object}expected IoU {:.4}, {area} pixels ({percent:.1} %)",
-            scores[best]
+            prediction.iou_scores[best]
         ));
     }
     for prompts in &objects {
@@ -245,7 +226,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
             draw_prompts::rectangle(&mut overlay, sides, draw_prompts::WHITE);
         }
     }
-    let mask = GrayImage::from_raw(image.width(), image.height(), values)
+    let mask = GrayImage::from_raw(image.width(), image.height(), labels)
         .ok_or_else(|| anyhow!("the mask is not of the image's size"))?;
     draw::save_png(&mask_path, &mask.into())?;
     draw::save_png(&overlay_path, &overlay.into())?;

@@ -8,6 +8,8 @@
 mod common;
 #[path = "../examples/encode.rs"]
 mod encode;
+#[path = "../examples/masks.rs"]
+mod masks;
 #[path = "../examples/params.rs"]
 mod params;
 #[path = "../examples/segment.rs"]
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
     match std::env::var(NAME).as_deref() {
         Ok("encode") => encode::main(),
         Ok("params") => params::main(),
+        Ok("masks") => masks::main(),
         Ok("segment") => segment::main(),
         _ => tests(),
     }
@@ -34,7 +37,7 @@ fn main() -> ExitCode {
 
 fn tests() -> ExitCode {
     type Test = fn(&Path) -> Result<()>;
-    let trials: [(&str, Test); 15] = [
+    let trials: [(&str, Test); 18] = [
         ("params_counts_what_peft_counts", params_counts_what_peft_counts),
         ("params_says_what_is_wrong", params_says_what_is_wrong),
         ("encode_gives_the_tensors_of_pytorch", encode_gives_the_tensors_of_pytorch),
@@ -42,6 +45,9 @@ fn tests() -> ExitCode {
         ("encode_runs_an_encoder_alone", encode_runs_an_encoder_alone),
         ("encode_tells_what_of_an_adapter_is_passed_over", encode_tells_what_is_passed_over),
         ("encode_says_what_is_wrong", encode_says_what_is_wrong),
+        ("masks_finds_everything_in_a_folder", masks_finds_everything_in_a_folder),
+        ("masks_says_what_is_wrong", masks_says_what_is_wrong),
+        ("segment_chooses_pages_and_ranges", segment_chooses_pages_and_ranges),
         ("segment_cuts_out_the_nucleus", segment_cuts_out_the_nucleus),
         ("segment_lays_transparency_on_white", segment_lays_transparency_on_white),
         ("segment_names_a_missing_processor", segment_names_a_missing_processor),
@@ -313,6 +319,90 @@ fn largest_object(mask: &Path) -> Result<Vec<bool>> {
         (1..=mask.pixels().map(|pixel| pixel.0[0]).max().unwrap_or(0)).max_by_key(|v| count(*v));
     let largest = largest.context("an empty mask")?;
     Ok(mask.pixels().map(|pixel| pixel.0[0] == largest).collect())
+}
+
+fn masks_finds_everything_in_a_folder(here: &Path) -> Result<()> {
+    let photos = here.join("photos");
+    std::fs::create_dir(&photos)?;
+    std::fs::copy(
+        root().join("assets/photos/coins/heldout/images/coins_r0c2.png"),
+        photos.join("coins.png"),
+    )?;
+    image::RgbImage::new(40, 30).save(photos.join("black.png"))?;
+    std::fs::write(photos.join(".hidden.png"), b"nothing")?;
+    std::fs::write(photos.join("notes.txt"), b"nothing")?;
+    let command =
+        "photos --points-per-side 8 --iou 0.6 --stability 0.6 --nms 0.5 --each --output out";
+    let out = succeed(here, "masks", command)?;
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(here.join("out/masks.json"))?)?;
+    let annotations = json["annotations"].as_array().context("no annotations")?;
+    let of_coins: Vec<_> = annotations.iter().filter(|a| a["image_id"] == 2).collect();
+    ensure!(json["images"][1]["file_name"] == "coins.png" && of_coins.len() >= 2, "{json}");
+    ensure!(out.contains(&format!("coins.png: {} masks", of_coins.len())), "{out}");
+    ensure!(out.contains(&format!("{} masks of 2 images", annotations.len())), "{out}");
+    let labels = image::open(here.join("out/coins.labels.png"))?.into_luma16();
+    let (width, height) = image::image_dimensions(photos.join("coins.png"))?;
+    ensure!(labels.dimensions() == (width, height));
+    for (index, annotation) in of_coins.iter().enumerate() {
+        let one = image::open(here.join(format!("out/coins.{:04}.png", index + 1)))?.into_luma8();
+        let area = one.pixels().filter(|pixel| pixel.0[0] == 255).count();
+        ensure!(annotation["area"] == area, "mask {index}: {area} pixels, {annotation}");
+        let seen = labels.pixels().filter(|label| usize::from(label.0[0]) == index + 1).count();
+        ensure!(seen <= area);
+    }
+    ensure!(
+        here.join("out/coins.overlay.png").exists() && here.join("out/black.overlay.png").exists()
+    );
+    fail(here, "masks", command, 1, &["out/masks.json", "exists already", "--overwrite"])
+}
+
+fn masks_says_what_is_wrong(here: &Path) -> Result<()> {
+    let fails = |command: &str, code, words: &[&str]| fail(here, "masks", command, code, words);
+    let (image, _) = micrograph();
+    let image = image.display();
+    std::fs::create_dir(here.join("empty"))?;
+    std::fs::copy(micrograph().0, here.join("nuclei_r6c0.tif"))?;
+    fails("", 2, &["IMAGES"])?;
+    fails("empty", 1, &["empty", "has no image"])?;
+    fails("none.png", 1, &["none.png"])?;
+    fails(&format!("{image} nuclei_r6c0.tif"), 1, &["the same names"])?;
+    fails(&format!("{image} --points-per-side 0"), 1, &["points_per_side is 0"])?;
+    fails(&format!("{image} --crop-layers 9"), 1, &["crop_n_layers is 9"])
+}
+
+/// Twelve bits in sixteen are the picture of eight; a file of two pages needs a choice.
+fn segment_chooses_pages_and_ranges(here: &Path) -> Result<()> {
+    let (image, _) = micrograph();
+    let picture = image::open(image)?.into_luma8();
+    let deep = image::ImageBuffer::<image::Luma<u16>, Vec<u16>>::from_fn(
+        picture.width(),
+        picture.height(),
+        |x, y| image::Luma([u16::from(picture.get_pixel(x, y).0[0]) * 8]),
+    );
+    deep.save(here.join("deep.png"))?;
+    let prompt = "--point 30,30 --overwrite";
+    let out = succeed(here, "segment", &format!("deep.png {prompt} --range 0,2040"))?;
+    ensure!(out.contains("deep.png: 16-bit, values 0 to 2040 are black to white"), "{out}");
+    picture.save(here.join("plain.png"))?;
+    let plain = succeed(here, "segment", &format!("plain.png {prompt}"))?;
+    ensure!(!plain.contains("black to white"), "{plain}");
+    let score =
+        |out: &str| out.lines().find(|line| line.contains("expected IoU")).map(str::to_string);
+    ensure!(score(&out).is_some() && score(&out) == score(&plain), "{out}{plain}");
+    let mut pages = tiff::encoder::TiffEncoder::new(std::fs::File::create(here.join("two.tif"))?)?;
+    for factor in [0, 1] {
+        let values: Vec<u8> = picture.iter().map(|value| value * factor).collect();
+        pages.write_image::<tiff::encoder::colortype::Gray8>(
+            picture.width(),
+            picture.height(),
+            &values,
+        )?;
+    }
+    fail(here, "segment", &format!("two.tif {prompt}"), 1, &["two.tif", "--page"])?;
+    let second = succeed(here, "segment", &format!("two.tif {prompt} --page 2"))?;
+    ensure!(score(&second) == score(&plain), "{second}{plain}");
+    Ok(())
 }
 
 fn segment_cuts_out_the_nucleus(here: &Path) -> Result<()> {

@@ -262,11 +262,20 @@ fn the_configuration_of_a_folder_is_read_and_checked() {
     assert!(file().ends_with("preprocessor_config.json"));
     config("{}");
     assert_eq!(read(64).unwrap(), SamProcessor::new(64));
+    // Numbers mean what transformers takes them for.
+    config(r#"{"size": 50, "pad_size": 64}"#);
+    assert_eq!((read(64).unwrap().longest_edge, read(64).unwrap().pad_size), (50, 64));
     for (json, expected) in [
         (r#"{"pad_size": {"height": 1024, "width": 1024}}"#, "1024 x 1024"),
         (r#"{"size": {"longest_edge": 0}}"#, "longest_edge is 0"),
         (r#"{"size": {"longest_edge": 65}}"#, "longest_edge is 65"),
-        (r#"{"size": {"height": 64}}"#, "longest_edge"),
+        (
+            r#"{"size": {"height": 64}}"#,
+            "size is {\"height\":64}, expected a number or {\"longest_edge\"",
+        ),
+        (r#"{"size": -3}"#, "size is -3"),
+        (r#"{"pad_size": 128}"#, "128 x 128"),
+        (r#"{"pad_size": {"height": 64}}"#, "pad_size is {\"height\":64}, expected a number or"),
         (r#"{"image_std": [0.0, 1.0, 1.0]}"#, "image_std"),
         (r#"{"image_mean": [0.0]}"#, "length"),
         (r#"{"resample": 3}"#, "resample is 3"),

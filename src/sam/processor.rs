@@ -12,6 +12,7 @@ use candle_core::{bail, DType, Device, Tensor};
 use image::{imageops, DynamicImage};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Where an image lies in SAM's square input; sizes are height and width.
@@ -72,8 +73,8 @@ pub struct SamProcessor {
 /// `preprocessor_config.json`, as far as it can differ from what SAM does.
 #[derive(Deserialize)]
 struct ProcessorConfig {
-    size: Option<Edge>,
-    pad_size: Option<Size>,
+    size: Option<Value>,
+    pad_size: Option<Value>,
     rescale_factor: Option<f64>,
     image_mean: Option<[f32; 3]>,
     image_std: Option<[f32; 3]>,
@@ -84,15 +85,20 @@ struct ProcessorConfig {
     do_pad: Option<bool>,
 }
 
-#[derive(Deserialize)]
-struct Edge {
-    longest_edge: usize,
+/// A number means `longest_edge`, as in transformers.
+fn longest_edge(path: &Path, size: &Value) -> Result<usize> {
+    let edge = size.as_u64().or_else(|| size.get("longest_edge")?.as_u64());
+    let wrong = || format!("size is {size}, expected a number or {{\"longest_edge\": a number}}");
+    edge.map(|edge| edge as usize).ok_or_else(|| Error::file(path, wrong()))
 }
 
-#[derive(Deserialize)]
-struct Size {
-    height: usize,
-    width: usize,
+/// Height and width; a number is the side of a square, as in transformers.
+fn height_and_width(path: &Path, size: &Value) -> Result<(u64, u64)> {
+    let side = |name: &str| size.as_u64().or_else(|| size.get(name)?.as_u64());
+    let wrong = || {
+        format!("pad_size is {size}, expected a number or {{\"height\": a number, \"width\": a number}}")
+    };
+    side("height").zip(side("width")).ok_or_else(|| Error::file(path, wrong()))
 }
 
 /// `processor_config.json`, where transformers 5 writes the same, nested. An older file has other settings alone.
@@ -175,13 +181,17 @@ impl SamProcessor {
             let message = format!("resample is {resample}, only 2 (bilinear) is supported");
             require(resample == 2, message)?;
         }
-        if let Some(Size { height, width }) = config.pad_size {
+        if let Some(size) = &config.pad_size {
+            let (height, width) = height_and_width(path, size)?;
             let message =
                 format!("images are padded to {height} x {width}, the model takes {image_size} x {image_size}");
-            require((height, width) == (image_size, image_size), message)?;
+            require((height, width) == (image_size as u64, image_size as u64), message)?;
         }
         let processor = Self {
-            longest_edge: config.size.map_or(default.longest_edge, |size| size.longest_edge),
+            longest_edge: match &config.size {
+                Some(size) => longest_edge(path, size)?,
+                None => default.longest_edge,
+            },
             pad_size: default.pad_size,
             rescale_factor: config.rescale_factor.unwrap_or(default.rescale_factor),
             image_mean: config.image_mean.unwrap_or(default.image_mean),
