@@ -30,7 +30,7 @@ pub const REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES: u32 = 64;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
-#[doc = " How a tensor lies in memory and which tile of it is copied at once, encoded by the driver (src/launch/tensor_map.rs)."]
+#[doc = " How a tensor lies in memory and which tile of it is copied at once, encoded by the driver\n (src/launch/tensor_map.rs)."]
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -53,7 +53,7 @@ impl Default for EncodedTensorMap {
         }
     }
 }
-#[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at least\n `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1."]
+#[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at\n least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct DropoutMask {
@@ -191,7 +191,7 @@ const _: () = {
     ["Offset of field: LayerNormBwdWeightParams::size"]
         [::std::mem::offset_of!(LayerNormBwdWeightParams, size) - 40usize];
 };
-#[doc = " One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors are\n f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`; the biases are of the kernel's\n dtype if `bias_typed`, `lora_bias_typed`. Its columns of packed tensors start at `column`, those of S at `s_column`.\n Without LoRA the rank is 0."]
+#[doc = " One of the projections that share an input. Weight `[out_dim, in_dim]` is of the kernel's dtype, the small tensors\n are f32: bias `[out_dim]`, a `[rank, in_dim]`, b `[out_dim, rank]`, lora_bias `[out_dim]`; the biases are of the\n kernel's dtype if `bias_typed`, `lora_bias_typed`. Its columns of packed tensors start at `column`, those of S at\n `s_column`. Without LoRA the rank is 0."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct ProjectionPart {
@@ -238,7 +238,7 @@ const _: () = {
     ["Offset of field: ProjectionPart::mask"]
         [::std::mem::offset_of!(ProjectionPart, mask) - 68usize];
 };
-#[doc = " `out = act(cat_p (left W_p^T + low_rank_p b_p^T + constants)) + residual` in the forward (left is x `[rows, in_dim]`,\n low_rank is S, out is `[rows, total]`); `out = sum_p (left_p W_p + mask_p(low_rank_p a_p))` in the backward (left is\n the gradient `[rows, total]`, low_rank is dS, out is `[rows, in_dim]`). S and dS are `[rows, s_stride]`, f32, and carry\n `scaling`. `sum`, if wanted, is what `act` is applied to."]
+#[doc = " `out = act(cat_p (left W_p^T + low_rank_p b_p^T + constants)) + residual` in the forward (left is x `[rows,\n in_dim]`, low_rank is S, out is `[rows, total]`); `out = sum_p (left_p W_p + mask_p(low_rank_p a_p))` in the backward\n (left is the gradient `[rows, total]`, low_rank is dS, out is `[rows, in_dim]`). S and dS are `[rows, s_stride]`,\n f32, and carry `scaling`. `sum`, if wanted, is what `act` is applied to."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct ProjectionParams {
@@ -336,7 +336,7 @@ impl Default for ProjectionFwdSm90Params {
         }
     }
 }
-#[doc = " The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those of\n absent tensors are zero."]
+#[doc = " The gradient of x on Hopper: tensor maps of each projection's columns of the gradient and weight, and of dx; those\n of absent tensors are zero."]
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -376,7 +376,7 @@ impl Default for ProjectionBwdInputSm90Params {
         }
     }
 }
-#[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j lie\n in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
+#[doc = " One product with a thin f32 side: `out(i, j) = scale * sum over k of mask(left)(i, k) right(k, j)`. How i, k and j\n lie in memory is the kernel's (low_rank/low_rank.cuh). Columns j up to `out_j >= size_j` are written, as zeros."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LowRankPart {
@@ -589,7 +589,7 @@ const _: () = {
     ["Offset of field: RelPosAttentionShape::dropout"]
         [::std::mem::offset_of!(RelPosAttentionShape, dropout) - 36usize];
 };
-#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,\n head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32\n `[windows, heads, tokens]`, tokens on the grid first. With f32 operands it is `[windows, heads, tokens, 2]`, the maximum in\n base 2 and the sum."]
+#[doc = " `qkv [batch, h, w, 3, heads, head_dim]`, `tables` rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1,\n head_dim]` or 0, `pad [3, heads, head_dim]` or 0; out `[batch, h, w, heads, head_dim]`, lse f32\n `[windows, heads, tokens]`, tokens on the grid first. With f32 operands it is `[windows, heads, tokens, 2]`, the\n maximum in base 2 and the sum."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionFwdParams {
@@ -722,7 +722,7 @@ const _: () = {
     ["Offset of field: RelPosAttentionWindowFwdParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionWindowFwdParams, shape) - 56usize];
 };
-#[doc = " The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows of\n the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted."]
+#[doc = " The whole backward of windows: dqkv, and of each block its sums of the gradients of the tables, f32 `[blocks, rows\n of the tables, head_dim]`, and of pad, `[blocks, 3, heads, head_dim]`; 0 where not wanted."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionWindowBwdParams {
@@ -915,7 +915,7 @@ impl Default for RelPosAttentionBwdQuerySm90Params {
         }
     }
 }
-#[doc = " Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what the\n query pass left: of its `bias` a key tile's columns and its rows, and `delta`."]
+#[doc = " Maps of qkv as grids for the keys, and as `[batch, tokens, 3 heads head_dim]`, like dout, for the queries; of what\n the query pass left: of its `bias` a key tile's columns and its rows, and `delta`."]
 #[repr(C)]
 #[repr(align(64))]
 #[derive(Debug, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
