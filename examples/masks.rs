@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// What is taken as an image in a folder.
+/// Endings of the files that are taken as images in a folder.
 const ENDINGS: [&str; 9] = ["png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pnm"];
 
 /// Finds everything in images: masks of all objects, without a prompt
@@ -65,7 +65,7 @@ struct Options {
     /// Masks need a higher stability
     #[arg(long, default_value_t = 0.95)]
     stability: f64,
-    /// Of two masks whose boxes overlap by a higher IoU, one goes
+    /// One of two masks goes whose boxes overlap by a higher IoU
     #[arg(long, default_value_t = 0.7)]
     nms: f64,
     /// Layers of crops, for small objects: layer n has 4^n crops, each encoded by itself

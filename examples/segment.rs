@@ -36,8 +36,8 @@ use std::process::ExitCode;
 struct Options {
     /// The image
     image: PathBuf,
-    /// A point in pixels: label 1 (or none) on the object, 0 off it. Of object 1, or of the object with a number of its
-    /// own; may be repeated
+    /// A point in pixels: label 1 (or none) on the object, 0 off it. It belongs to object 1, or to the
+    /// object that it numbers; may be repeated
     #[arg(long = "point", value_name = "X,Y[,LABEL[,OBJECT]]", allow_hyphen_values = true)]
     points: Vec<String>,
     /// A box around an object, in pixels; clipped to the image. May be repeated: the first is of object 1, the next of

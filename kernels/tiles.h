@@ -19,7 +19,7 @@
 #define LARGE_HEADS(X, elements, ...) elements(X, 64, __VA_ARGS__) elements(X, 80, __VA_ARGS__)
 
 /* Attention, forward and query pass: X(element, type, head_dim, columns and key rows of a key tile, warps of 16
- * queries). Of two widths that leave equally little of a window's width empty, the first is taken.
+ * queries). The first of two widths is taken that leave equally little of a window's width empty.
  *
  *   64   rel_h is one number for 64 keys; a block's 64 queries are one row of SAM's grid of 64 x 64
  *   16   a window's row of 14 is 16, its 196 queries are two blocks of 112; in f32, of twice the bytes, half the keys

@@ -201,7 +201,7 @@ impl Compiler {
     }
 }
 
-/// What a C++ program says that is compiled against the emulator's headers and those of a folder of kernels.
+/// The output of a C++ program, compiled against the emulator's headers and those of a folder of kernels.
 pub(crate) fn output_of(program: &Path, kernels: &Path, cache: &Path) -> Result<String, String> {
     std::fs::create_dir_all(cache).map_err(|e| format!("{}: {e}", cache.display()))?;
     let compiler = Compiler::new(&Sources::all(kernels))?;
@@ -212,7 +212,7 @@ pub(crate) fn output_of(program: &Path, kernels: &Path, cache: &Path) -> Result<
     arguments.extend(["-o".to_string(), binary.display().to_string()]);
     compiler.run(&arguments)?;
     let output = Command::new(&binary).output();
-    // What a temporary file leaves behind is no reason to fail.
+    // A temporary file that stays behind is no reason to fail.
     let _ = std::fs::remove_file(&binary);
     let output = output.map_err(|e| format!("{}: {e}", binary.display()))?;
     match output.status.success() {

@@ -28,7 +28,7 @@ use std::path::Path;
 /// The text of `src/launch/tile_table.rs`: the tiles of a folder of kernels, with the shared memory that their blocks take.
 ///
 /// # Errors
-/// What the compiler said.
+/// The compiler's output.
 pub fn tile_table(kernels: &Path, cache: &Path) -> Result<String, String> {
     let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/tiles.cpp");
     compile::output_of(&program, kernels, cache)

@@ -50,10 +50,10 @@ pub struct Options {
     /// Objects of fewer pixels are left out
     #[arg(long, default_value_t = 20, value_name = "PIXELS")]
     pub min_area: usize,
-    /// What the stems of masks end with beyond those of their images, as _mask
+    /// Text that the stems of masks end with beyond those of their images, as _mask
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub mask_suffix: String,
-    /// What the stems of images end with beyond those of their masks, as _image
+    /// Text that the stems of images end with beyond those of their masks, as _image
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub image_suffix: String,
     /// Mask values that are neither object nor background, or `none` [default: 255 beside small labels, and the like]

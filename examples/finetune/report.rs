@@ -8,7 +8,7 @@ use candle_sam_lora::train::{
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
 
-/// What came out.
+/// The results of a run.
 #[derive(Debug)]
 pub struct Outcome {
     /// The mean over the held-out objects, without the adapter.

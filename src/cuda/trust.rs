@@ -22,7 +22,7 @@ pub(crate) fn self_test_is_on() -> bool {
     ON.load(Ordering::Relaxed)
 }
 
-/// What is tested and trusted as one.
+/// A family and dtype, tested and trusted as one.
 pub(crate) type Key = (Family, DType);
 
 /// The choice for each family that was tested in a context.
@@ -34,7 +34,7 @@ impl Tested {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What was found for a key; none if it was never tested.
+    /// The result for a key; none if it was never tested.
     pub fn get(&self, key: Key) -> Option<Choice> {
         self.with(|tested| tested.get(&key).copied())
     }

@@ -1,6 +1,6 @@
 //! Names what stands in a file's place: pointers, pages of errors, and formats that are not read here.
 
-/// What bytes are that were taken for an image, weights or annotations, told by how they begin.
+/// Tells by their beginning what bytes are that were taken for an image, weights or annotations.
 ///
 /// `None` where nothing is recognised.
 pub fn stand_in(bytes: &[u8]) -> Option<String> {

@@ -108,7 +108,7 @@ pub fn load_named_adapter(
     Ok(loaded.config)
 }
 
-/// What [`load_adapter_as`] found in an adapter. Its `Display` is one line for a user.
+/// The finds of [`load_adapter_as`] in an adapter. Its `Display` is one line for a user.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LoadedAdapter {

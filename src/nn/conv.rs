@@ -225,7 +225,7 @@ impl ConvTranspose2d {
     }
 
     /// As [`forward`](Self::forward), the k x k outputs of a position one after another: `[.., in] -> [.., k k, out]`.
-    /// What follows and works on single pixels need not have them in place.
+    /// Operations on single pixels need not have them in place.
     pub fn forward_taps(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let (in_dim, out_dim, kernel, _) = self.weight.dims4()?;
         let taps = kernel * kernel;

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// What computes an operation, forward and backward.
+/// The engine that computes an operation, forward and backward.
 #[derive(Clone, Copy)]
 pub(super) enum Engine {
     /// The code for the CPU.

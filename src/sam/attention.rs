@@ -49,7 +49,7 @@ pub trait VisionAttention: ModuleTree + DynClone + Any + Debug + Send + Sync {
 
 dyn_clone::clone_trait_object!(VisionAttention);
 
-/// What an attention is built from: the configuration, the place in the encoder, and its tensors.
+/// The parts that an attention is built from: the configuration, the place in the encoder, and its tensors.
 #[derive(Clone)]
 pub struct LayerContext<'a> {
     /// The encoder's configuration.

@@ -89,7 +89,7 @@ impl Prompt {
     }
 }
 
-/// What the model takes for the object of one prompt: M masks.
+/// The M masks that the model takes for the object of one prompt.
 #[derive(Clone, Debug)]
 pub struct Prediction {
     /// `[M, 4h, 4w]`, of the model's whole input; [`SamPredictor::mask`] brings them to the image's size.

@@ -32,7 +32,7 @@ pub fn candidates(
         .filter(move |tile| tile.element_bytes == element_bytes && Some(tile.head_dim) == head_dim)
 }
 
-/// The tile of a problem. Of those that there are it is the one of `cols` columns, if any are given and there is one; else
+/// The tile of a problem. It is the one of `cols` columns, if any are given and there is one; else
 /// the one whose stripes leave least of the window's width empty.
 pub fn pick(
     problem: &AttentionProblem,

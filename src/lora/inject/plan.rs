@@ -22,10 +22,10 @@ pub(super) struct Target {
     pub(super) scaling: f64,
 }
 
-/// What an injection will change.
+/// The changes of an injection.
 pub(in crate::lora) struct Plan<'a> {
     pub(super) config: &'a LoraConfig,
-    /// What the adapter is called.
+    /// The adapter's name.
     pub(super) name: &'a str,
     /// The adapters in use on layers that have any; the new one where there are none.
     pub(super) active: Vec<String>,

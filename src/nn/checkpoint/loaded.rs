@@ -6,7 +6,7 @@ use super::source::Source;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-/// What [`load`](super::load) found in a checkpoint. Its `Display` is one line for a user.
+/// The finds of [`load`](super::load) in a checkpoint. Its `Display` is one line for a user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loaded {

@@ -30,12 +30,12 @@ pub(super) enum Object {
     Persistent(Id),
 }
 
-/// What a pickle says of an object that a call makes.
+/// An object of a pickle that a call makes.
 #[derive(Debug)]
 pub(super) struct Instance {
     pub function: Id,
     pub arguments: Id,
-    /// What `__setstate__` gets: usually a dict of the attributes.
+    /// The argument of `__setstate__`: usually a dict of the attributes.
     pub state: Option<Id>,
     /// The items of a class derived from `dict`.
     pub items: Vec<(Id, Id)>,

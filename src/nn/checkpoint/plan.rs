@@ -195,7 +195,7 @@ pub(super) fn plan(
     }
 }
 
-/// What kind of file differs in this way, if that can be told.
+/// Which kind of file differs in this way, if that can be told.
 fn note(
     names: &Names,
     targets: &BTreeMap<String, Target>,

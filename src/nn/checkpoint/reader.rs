@@ -32,7 +32,7 @@ impl TensorReader {
         }
     }
 
-    /// What the format is called.
+    /// The format's name.
     pub fn format(&self) -> &'static str {
         match self {
             Self::Safetensors(_) => "safetensors",

@@ -30,7 +30,7 @@ struct Index {
 
 /// An opened checkpoint: every header read and checked, no tensor yet.
 pub(super) struct Source {
-    /// What the caller named, for messages.
+    /// The path that the caller named, for messages.
     pub path: PathBuf,
     pub files: Vec<TensorReader>,
     /// Which file holds a tensor.

@@ -22,7 +22,7 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use zip::{CompressionMethod, ZipArchive};
 
-/// What a pickle says, or what is wrong with it.
+/// The value of a pickle, or its fault.
 type Checked<T> = std::result::Result<T, String>;
 
 /// The largest pickle that is read. One of SAM ViT-H with an optimizer has 1 MB.

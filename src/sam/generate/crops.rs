@@ -3,9 +3,9 @@
 /// A part of the image, its sides in pixels, `right` and `bottom` beyond the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Crop {
-    /// Of the first column.
+    /// The first column.
     pub left: u32,
-    /// Of the first row.
+    /// The first row.
     pub top: u32,
     /// After the last column.
     pub right: u32,

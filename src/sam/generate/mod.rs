@@ -67,13 +67,13 @@ pub struct MaskGenerator {
     pub crop_overlap_ratio: f64,
     /// Points along a side are divided by this in each further layer.
     pub crop_n_points_downscale_factor: usize,
-    /// Of two masks whose boxes overlap by a higher IoU, one goes: the worse one by predicted IoU, or, with
+    /// One of two masks goes whose boxes overlap by a higher IoU: the worse one by predicted IoU, or, with
     /// `box_nms_thresh`, the one from the larger crop.
     pub crop_nms_thresh: f64,
     /// As `crop_nms_thresh` within each crop, by predicted IoU, before crops are compared. The original has it,
     /// transformers has not.
     pub box_nms_thresh: Option<f64>,
-    /// Of two masks that overlap themselves by a higher IoU, the worse one goes. It keeps crossing objects, whose boxes
+    /// The worse of two masks goes that overlap themselves by a higher IoU. It keeps crossing objects, whose boxes
     /// are alike.
     pub mask_nms_thresh: Option<f64>,
     /// Holes and islands of fewer pixels are filled and removed.

@@ -123,7 +123,7 @@ impl Problem {
         }
     }
 
-    /// What to try: with the native kernels every tile that this GPU's problems may get.
+    /// The tiles to try: with the native kernels every tile that this GPU's problems may get.
     pub fn cases(&self, gpu: Gpu) -> Vec<Case> {
         if gpu.native.is_none() {
             return vec![Case(gpu)];
