@@ -60,7 +60,10 @@ pub use encoder::{
     SamPatchEmbeddings, SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer, SamVisionNeck,
 };
 #[cfg(feature = "images")]
-pub use generate::{label_image, save_labels, CocoAnnotations, Crop, GeneratedMask, MaskGenerator};
+pub use generate::{
+    geojson_feature, label_image, save_geojson, save_labels, CocoAnnotations, Crop, Generated,
+    GeneratedMask, GenerationStatistics, MaskGenerator,
+};
 #[cfg(feature = "images")]
 pub use image_file::{
     convert_to_rgb, is_transparent, read_image, Picture, Raster, RasterKind, ReadOptions,
@@ -76,7 +79,7 @@ pub(crate) use processor::MaskResizer;
 pub use processor::{Frame, SamProcessor};
 pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEncoder, SamPrompts};
 #[cfg(feature = "images")]
-pub use rle::Rle;
+pub use rle::{Polygon, Ring, Rle};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;
 

@@ -8,6 +8,11 @@
 //! ```
 //! Source: `maskApi.c` of pycocotools, whose masks these are, pixel for pixel.
 
+mod columns;
+mod outline;
+
+pub use outline::{Polygon, Ring};
+
 use crate::{Error, Result};
 
 /// A mask as COCO's run lengths.

@@ -11,18 +11,23 @@
 //! Source: `pipeline("mask-generation")` of transformers; `SamAutomaticMaskGenerator` of segment-anything.
 
 mod crops;
+mod geojson;
 mod output;
 mod regions;
+mod statistics;
 mod suppress;
 
 pub use crops::Crop;
+pub use geojson::{geojson_feature, save_geojson};
 pub use output::{label_image, save_labels, CocoAnnotations};
+pub use statistics::GenerationStatistics;
 
 use super::{ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use image::DynamicImage;
 use rayon::prelude::*;
+use statistics::Rejection;
 
 /// A crop's border cuts objects off: boxes that end so near to it, in pixels, are dropped.
 const NEAR_EDGE: f32 = 20.0;
@@ -117,6 +122,15 @@ pub struct GeneratedMask {
     pub crop: Crop,
 }
 
+/// Masks, and what became of the other candidates.
+#[derive(Clone, Debug, Default)]
+pub struct Generated {
+    /// Best first.
+    pub masks: Vec<GeneratedMask>,
+    /// Counts of all candidates.
+    pub statistics: GenerationStatistics,
+}
+
 impl MaskGenerator {
     /// The original's defaults: doubles go within each crop first.
     pub fn original() -> Self {
@@ -147,8 +161,21 @@ impl MaskGenerator {
         &self,
         predictor: &SamPredictor<'_>,
         image: &DynamicImage,
-        mut progress: impl FnMut(usize, usize),
+        progress: impl FnMut(usize, usize),
     ) -> Result<Vec<GeneratedMask>> {
+        Ok(self.generate_counted(predictor, image, progress)?.masks)
+    }
+
+    /// As [`generate_with`](Self::generate_with), and counts what each filter drops.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn generate_counted(
+        &self,
+        predictor: &SamPredictor<'_>,
+        image: &DynamicImage,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Generated> {
         self.validate()?;
         let size = (image.height(), image.width());
         let crops = crops::crops(size, self.crop_n_layers, self.crop_overlap_ratio);
@@ -159,6 +186,7 @@ impl MaskGenerator {
         let total = crops.iter().map(|(_, layer)| side(*layer).pow(2)).sum();
         let mut done = 0;
         let mut found = vec![];
+        let mut statistics = GenerationStatistics::default();
         for (crop, layer) in &crops {
             let points = crops::grid(side(*layer), crop);
             if points.is_empty() {
@@ -168,7 +196,9 @@ impl MaskGenerator {
             let embedding = predictor.embed(&part)?;
             let mut of_crop = vec![];
             for batch in points.chunks(self.points_per_batch) {
-                of_crop.extend(self.masks_at(predictor, &embedding, batch, (crop, size))?);
+                let batch_found = self.masks_at(predictor, &embedding, batch, (crop, size))?;
+                statistics += &batch_found.statistics;
+                of_crop.extend(batch_found.masks);
                 done += batch.len();
                 progress(done, total);
             }
@@ -192,7 +222,11 @@ impl MaskGenerator {
                 suppress::by_masks(&masks, &scores, threshold)
             });
         }
-        self.without_small_regions(found)
+        let passed = statistics.masks;
+        let masks = self.without_small_regions(found)?;
+        statistics.masks = masks.len();
+        statistics.doubles = passed - masks.len();
+        Ok(Generated { masks, statistics })
     }
 
     fn validate(&self) -> Result<()> {
@@ -220,12 +254,17 @@ impl MaskGenerator {
         embedding: &ImageEmbedding,
         points: &[[f32; 2]],
         (crop, size): (&Crop, (u32, u32)),
-    ) -> Result<Vec<GeneratedMask>> {
+    ) -> Result<Generated> {
         let prompts: Vec<Prompt> = points.iter().map(|[x, y]| Prompt::at(*x, *y)).collect();
         let predictions = predictor.predict(embedding, &prompts, true)?;
         // What the model does not believe in is never brought to the image's size.
         let candidates: Vec<(usize, usize)> = promising(&predictions, self.pred_iou_thresh);
         let mut masks = vec![];
+        let mut statistics = GenerationStatistics::default();
+        let scores = predictions.iter().flat_map(|prediction| &prediction.iou_scores);
+        scores.clone().for_each(|score| statistics.see_iou(*score));
+        statistics.candidates = scores.count();
+        statistics.low_iou = statistics.candidates - candidates.len();
         for some in candidates.chunks(RESIZED_TOGETHER) {
             let logits = some
                 .iter()
@@ -235,27 +274,40 @@ impl MaskGenerator {
             let logits = predictor.processor().resize_masks(&logits, &embedding.frame)?;
             let pixels = crop.width() as usize * crop.height() as usize;
             let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-            let found = some.par_iter().zip(logits.par_chunks(pixels)).filter_map(
-                |((point, index), logits)| {
-                    let (mask, stability_score) = self.mask_of(logits, crop, size)?;
-                    let [x, y] = points[*point];
-                    Some(GeneratedMask {
-                        bounds: mask.bounds().unwrap_or([crop.left, crop.top, crop.left, crop.top]),
-                        mask,
-                        iou_score: predictions[*point].iou_scores[*index],
-                        stability_score,
-                        point: [x + crop.left as f32, y + crop.top as f32],
-                        crop: *crop,
-                    })
-                },
-            );
-            masks.extend(found.collect::<Vec<_>>());
+            let found: Vec<_> = (some.par_iter().zip(logits.par_chunks(pixels)))
+                .map(|(_, logits)| self.mask_of(logits, crop, size))
+                .collect();
+            for ((point, index), (stability_score, mask)) in some.iter().zip(found) {
+                statistics.see_stability(stability_score);
+                let mask = match mask {
+                    Ok(mask) => mask,
+                    Err(rejection) => {
+                        statistics.reject(rejection);
+                        continue;
+                    }
+                };
+                let [x, y] = points[*point];
+                masks.push(GeneratedMask {
+                    bounds: mask.bounds().unwrap_or([crop.left, crop.top, crop.left, crop.top]),
+                    mask,
+                    iou_score: predictions[*point].iou_scores[*index],
+                    stability_score,
+                    point: [x + crop.left as f32, y + crop.top as f32],
+                    crop: *crop,
+                });
+            }
         }
-        Ok(masks)
+        statistics.masks = masks.len();
+        Ok(Generated { masks, statistics })
     }
 
-    /// A crop's mask in the image and its stability; none if it is unstable or cut off.
-    fn mask_of(&self, logits: &[f32], crop: &Crop, size: (u32, u32)) -> Option<(Rle, f32)> {
+    /// The stability of a crop's mask, and the mask in the image unless it is unstable or cut off.
+    fn mask_of(
+        &self,
+        logits: &[f32],
+        crop: &Crop,
+        size: (u32, u32),
+    ) -> (f32, std::result::Result<Rle, Rejection>) {
         let above = |threshold: f64| {
             let threshold = threshold as f32;
             logits.iter().filter(|logit| **logit > threshold).count()
@@ -265,14 +317,17 @@ impl MaskGenerator {
         // An empty mask has no stability and is no mask.
         let stable = f64::from(stability) > self.stability_score_thresh;
         if self.stability_score_thresh > 0.0 && !stable {
-            return None;
+            return (stability, Err(Rejection::Unstable));
         }
         let inside: Vec<bool> = logits.iter().map(|logit| *logit > threshold as f32).collect();
         let part = (crop.height(), crop.width());
         let mask = Rle::within(&inside, part, (crop.top, crop.left), size);
         // Without a pixel transformers takes the corner of the crop.
         let bounds = mask.bounds().unwrap_or([crop.left, crop.top, crop.left, crop.top]);
-        (!cut_off(bounds, crop, size)).then_some((mask, stability))
+        match cut_off(bounds, crop, size) {
+            true => (stability, Err(Rejection::CutOff)),
+            false => (stability, Ok(mask)),
+        }
     }
 
     /// Small holes and islands go, and with them what is then a double. What stays as it was comes first.
