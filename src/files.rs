@@ -17,8 +17,9 @@ use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 /// Text files are configurations and indexes of checkpoints; a larger one is no such thing.
 const MAX_TEXT: u64 = 64 << 20;
@@ -27,7 +28,7 @@ const MAX_HEADER: u64 = 100_000_000;
 /// A complete new version of a file, on disk beside it; dropped unless committed.
 #[derive(Debug)]
 pub struct Staged {
-    file: tempfile::NamedTempFile,
+    file: NamedTempFile,
     path: PathBuf,
 }
 
@@ -59,9 +60,20 @@ pub fn stage(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<Staged> {
+    stage_file(path, |file| write(file))
+}
+
+/// As [`stage`], for what is not written in order.
+///
+/// # Errors
+/// As [`stage`].
+pub fn stage_file(
+    path: impl AsRef<Path>,
+    write: impl FnOnce(&mut BufWriter<NamedTempFile>) -> std::io::Result<()>,
+) -> Result<Staged> {
     let path = path.as_ref();
     let file = temporary().tempfile_in(parent(path)).map_err(|e| Error::io(path, e))?;
-    let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file);
+    let mut buffered = BufWriter::with_capacity(1 << 20, file);
     write(&mut buffered).map_err(|e| Error::io(path, e))?;
     let file = buffered.into_inner().map_err(|e| Error::io(path, e.into_error()))?;
     file.as_file().sync_all().map_err(|e| Error::io(path, e))?;

@@ -61,13 +61,13 @@ pub use encoder::{
 };
 #[cfg(feature = "images")]
 pub use generate::{
-    geojson_feature, label_image, save_geojson, save_labels, CocoAnnotations, Crop, Generated,
-    GeneratedMask, GenerationStatistics, MaskGenerator,
+    geojson_feature, label_image, save_geojson, save_label_strips, save_labels, CocoAnnotations,
+    Crop, Generated, GeneratedMask, GenerationStatistics, MaskGenerator, Tile, Tiling,
 };
 #[cfg(feature = "images")]
 pub use image_file::{
-    convert_to_rgb, is_transparent, read_image, Picture, Raster, RasterKind, ReadOptions,
-    SampleType, Samples, ValueRange,
+    convert_to_rgb, is_transparent, read_image, LargeImage, Picture, Raster, RasterKind,
+    ReadOptions, SampleType, Samples, ValueRange,
 };
 pub use mask_decoder::{SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
 pub use model::{SamInput, SamModel, SamOutput};

@@ -12,15 +12,20 @@
 
 mod crops;
 mod geojson;
+mod labels;
 mod output;
 mod regions;
 mod statistics;
+mod stitch;
 mod suppress;
+mod tiles;
 
 pub use crops::Crop;
 pub use geojson::{geojson_feature, save_geojson};
-pub use output::{label_image, save_labels, CocoAnnotations};
+pub use labels::{label_image, save_label_strips, save_labels};
+pub use output::CocoAnnotations;
 pub use statistics::GenerationStatistics;
+pub use tiles::{Tile, Tiling};
 
 use super::{ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use crate::{Error, Result};

@@ -3,13 +3,16 @@
 mod colours;
 mod frames;
 mod jpeg;
+mod large;
 mod limits;
 mod png_file;
 mod range;
 mod raster;
+mod tiff_chunks;
 mod tiff_file;
 
 pub use colours::{convert_to_rgb, is_transparent};
+pub use large::LargeImage;
 pub(crate) use limits::MAX_SIDE;
 pub use range::ValueRange;
 pub use raster::{Raster, RasterKind, SampleType, Samples};

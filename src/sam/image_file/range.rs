@@ -18,7 +18,7 @@ use std::str::FromStr;
 /// The percentiles in percent.
 pub(super) const PERCENTILES: (f64, f64) = (0.1, 99.9);
 /// Percentiles are those of every n-th value where there are more values.
-const MOST_VALUES: usize = 1 << 22;
+pub(super) const MOST_VALUES: usize = 1 << 22;
 
 /// Which values of an image are black and white.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -94,6 +94,26 @@ pub(super) fn limits(raster: &Raster, range: ValueRange) -> Result<Option<(f64, 
             Some(whole) => Ok(Some(whole)),
             None => Ok(Some(percentiles(raster))),
         },
+    }
+}
+
+/// As [`limits`], of an image that is not in memory: by its lowest and highest value and by every n-th of its values.
+///
+/// # Errors
+/// - as [`limits`].
+pub(super) fn streamed_limits(
+    extremes: &Raster,
+    sampled: &Raster,
+    range: ValueRange,
+) -> Result<Option<(f64, f64)>, String> {
+    let by_percentile = match range {
+        ValueRange::Auto => filled(extremes).is_none(),
+        range => range == ValueRange::Percentile,
+    };
+    match (by_percentile, percentiles(sampled)) {
+        (true, (low, high)) if low < high => Ok(Some((low, high))),
+        (true, _) => limits(extremes, ValueRange::MinMax),
+        (false, _) => limits(extremes, range),
     }
 }
 

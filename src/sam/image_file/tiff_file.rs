@@ -3,30 +3,35 @@
 use super::limits::{check_size, unpacked, MAX_DECODED};
 use super::raster::{Raster, RasterKind, SampleType, Samples};
 use image::metadata::Orientation;
-use std::io::Cursor;
+use std::io::{Cursor, Read, Seek};
 use tiff::decoder::{Decoder, DecodingResult, Limits};
 use tiff::tags::Tag;
 
 type Bytes<'a> = Decoder<Cursor<&'a [u8]>>;
 
+/// A file or its bytes.
+pub(super) trait Source: Read + Seek {}
+
+impl<R: Read + Seek> Source for R {}
+
 const WHITE_IS_ZERO: u16 = 0;
-const BLACK_IS_ZERO: u16 = 1;
-const RGB: u16 = 2;
+pub(super) const BLACK_IS_ZERO: u16 = 1;
+pub(super) const RGB: u16 = 2;
 const PALETTE: u16 = 3;
 const YCBCR: u16 = 6;
 
 /// What a page says of itself.
-struct Page {
-    photometric: u16,
-    bits: u16,
-    format: u16,
-    channels: u16,
-    compression: u16,
+pub(super) struct Page {
+    pub photometric: u16,
+    pub bits: u16,
+    pub format: u16,
+    pub channels: u16,
+    pub compression: u16,
     extra: Vec<u16>,
 }
 
 impl Page {
-    fn of(decoder: &mut Bytes<'_>) -> Self {
+    pub fn of(decoder: &mut Decoder<impl Source>) -> Self {
         let mut tag = |tag, absent| decoder.find_tag_unsigned(tag).ok().flatten().unwrap_or(absent);
         let photometric = tag(Tag::PhotometricInterpretation, BLACK_IS_ZERO);
         let (channels, compression) = (tag(Tag::SamplesPerPixel, 1), tag(Tag::Compression, 1));
@@ -40,7 +45,7 @@ impl Page {
         Self { photometric, bits, format, channels, compression, extra }
     }
 
-    fn sample_type(&self) -> SampleType {
+    pub fn sample_type(&self) -> SampleType {
         let bits = self.bits.min(255) as u8;
         match self.format {
             2 => SampleType::Signed(bits),
@@ -55,7 +60,7 @@ impl Page {
     }
 
     /// Whether colours are multiplied by the opacity.
-    fn has_associated_alpha(&self) -> bool {
+    pub fn has_associated_alpha(&self) -> bool {
         self.extra.first() == Some(&1)
     }
 }
@@ -99,7 +104,12 @@ impl std::fmt::Display for Page {
 /// - the file is no TIFF or damaged;
 /// - one page holds a stack, as ImageJ writes large ones.
 pub(super) fn pages(bytes: &[u8]) -> Result<Vec<usize>, String> {
-    let mut decoder = open(bytes)?;
+    pages_of(&mut open(Cursor::new(bytes))?)
+}
+
+/// As [`pages`], of a file at its first image.
+pub(super) fn pages_of(decoder: &mut Decoder<impl Source>) -> Result<Vec<usize>, String> {
+    let stack = stack(decoder);
     let (mut pages, mut place) = (vec![], 0);
     loop {
         let kind: u32 = decoder.find_tag_unsigned(Tag::NewSubfileType).ok().flatten().unwrap_or(0);
@@ -118,7 +128,7 @@ pub(super) fn pages(bytes: &[u8]) -> Result<Vec<usize>, String> {
     if pages.is_empty() {
         pages.push(0);
     }
-    match stack(bytes) {
+    match stack {
         Some(count) if pages.len() == 1 && count > 1 => Err(format!(
             "it is an ImageJ stack of {count} images in one page; save them one by one"
         )),
@@ -127,15 +137,15 @@ pub(super) fn pages(bytes: &[u8]) -> Result<Vec<usize>, String> {
 }
 
 /// How many images ImageJ says that the file has.
-fn stack(bytes: &[u8]) -> Option<usize> {
-    let text = open(bytes).ok()?.get_tag_ascii_string(Tag::ImageDescription).ok()?;
+fn stack(decoder: &mut Decoder<impl Source>) -> Option<usize> {
+    let text = decoder.get_tag_ascii_string(Tag::ImageDescription).ok()?;
     let text = text.strip_prefix("ImageJ=")?;
     text.lines().find_map(|line| line.strip_prefix("images="))?.trim().parse().ok()
 }
 
 /// Whether the colours of the first page are multiplied by its alpha.
 pub(super) fn has_associated_alpha(bytes: &[u8]) -> bool {
-    open(bytes).is_ok_and(|mut decoder| Page::of(&mut decoder).has_associated_alpha())
+    open(Cursor::new(bytes)).is_ok_and(|mut decoder| Page::of(&mut decoder).has_associated_alpha())
 }
 
 /// How a page is to be read.
@@ -233,24 +243,24 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     ))
 }
 
-fn open(bytes: &[u8]) -> Result<Bytes<'_>, String> {
+pub(super) fn open<R: Source>(source: R) -> Result<Decoder<R>, String> {
     let mut limits = Limits::default();
     limits.decoding_buffer_size = MAX_DECODED as usize;
     limits.intermediate_buffer_size = MAX_DECODED as usize;
     limits.ifd_value_size = 16 << 20;
-    let decoder = Decoder::new(Cursor::new(bytes)).map_err(|e| plainly(&e))?;
+    let decoder = Decoder::new(source).map_err(|e| plainly(&e))?;
     Ok(decoder.with_limits(limits))
 }
 
 fn at(bytes: &[u8], place: usize) -> Result<Bytes<'_>, String> {
-    let mut decoder = open(bytes)?;
+    let mut decoder = open(Cursor::new(bytes))?;
     if place > 0 {
         decoder.seek_to_image(place).map_err(|e| plainly(&e))?;
     }
     Ok(decoder)
 }
 
-fn plainly(error: &tiff::TiffError) -> String {
+pub(super) fn plainly(error: &tiff::TiffError) -> String {
     match error {
         tiff::TiffError::LimitsExceeded => {
             format!("it takes more than {MAX_DECODED} bytes (1 GiB) to decode")

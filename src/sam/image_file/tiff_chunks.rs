@@ -1,0 +1,179 @@
+//! Regions of a TIFF from the strips or tiles that hold them.
+
+use super::colours;
+use super::range::{streamed_limits, ValueRange, MOST_VALUES};
+use super::raster::{Raster, RasterKind, SampleType, Samples};
+use super::tiff_file::{self, Page, BLACK_IS_ZERO, RGB};
+use image::DynamicImage;
+use std::fs::File;
+use std::io::BufReader;
+use tiff::decoder::{Decoder, DecodingResult};
+use tiff::tags::Tag;
+
+/// A page of a TIFF whose strips or tiles are decoded one at a time.
+pub(super) struct Chunks {
+    decoder: Decoder<BufReader<File>>,
+    /// Width and height.
+    pub size: (u32, u32),
+    chunk: (u32, u32),
+    kind: RasterKind,
+    sample_type: SampleType,
+    associated: bool,
+}
+
+/// A box `[x0, y0, x1, y1]` of pixels.
+type Corners = [u32; 4];
+
+impl Chunks {
+    /// A page of a file, or why it is not read in parts. `page` counts from 1.
+    pub fn open(file: File, page: Option<usize>) -> Result<Self, String> {
+        let mut decoder = tiff_file::open(BufReader::new(file))?;
+        let pages = tiff_file::pages_of(&mut decoder)?;
+        let place = match (&pages[..], page) {
+            ([only], None) => *only,
+            ([_, _, ..], Some(page)) => *pages.get(page.wrapping_sub(1)).ok_or("no such page")?,
+            _ => return Err("one of its pages or channels must be chosen".into()),
+        };
+        decoder.seek_to_image(place).map_err(|e| tiff_file::plainly(&e))?;
+        let page = Page::of(&mut decoder);
+        let mut tag = |tag| decoder.find_tag_unsigned::<u16>(tag).ok().flatten().unwrap_or(1);
+        let (planes, orientation) = (tag(Tag::PlanarConfiguration), tag(Tag::Orientation));
+        let kind = match (page.photometric, page.channels) {
+            (BLACK_IS_ZERO, 1) => RasterKind::Grey,
+            (RGB, 3) => RasterKind::Rgb,
+            (RGB, 4) => RasterKind::Rgba,
+            _ => return Err(format!("{page}, is not read in parts")),
+        };
+        if !matches!((page.bits, page.format), (8 | 16, 1)) {
+            return Err(format!("{page}, is not read in parts"));
+        }
+        if !matches!(page.compression, 1 | 5 | 8 | 32773 | 32946) {
+            return Err(format!("{page}, is not read in parts"));
+        }
+        if (planes, orientation) != (1, 1) {
+            return Err(format!("{page}, turned or in planes, is not read in parts"));
+        }
+        let size = decoder.dimensions().map_err(|e| tiff_file::plainly(&e))?;
+        let chunk = decoder.chunk_dimensions();
+        if chunk.0 >= size.0 && chunk.1 >= size.1 {
+            return Err(format!("{page}, is one strip"));
+        }
+        let (sample_type, associated) = (page.sample_type(), page.has_associated_alpha());
+        Ok(Self { decoder, size, chunk, kind, sample_type, associated })
+    }
+
+    fn channels(&self) -> usize {
+        self.kind.colours() + usize::from(self.kind.has_alpha())
+    }
+
+    /// A region as an image, its values scaled by `range`.
+    pub fn region(&mut self, region: Corners, range: ValueRange) -> Result<DynamicImage, String> {
+        let [x0, y0, x1, y1] = region;
+        let (width, height) = (x1 - x0, y1 - y0);
+        let count = width as usize * height as usize * self.channels();
+        let mut samples = match self.sample_type {
+            SampleType::Unsigned(8) => Samples::U8(vec![0; count]),
+            _ => Samples::U16(vec![0; count]),
+        };
+        for row in y0 / self.chunk.1..y1.div_ceil(self.chunk.1) {
+            for column in x0 / self.chunk.0..x1.div_ceil(self.chunk.0) {
+                let (chunk, decoded) = self.chunk_at(column, row)?;
+                match (&decoded, &mut samples) {
+                    (DecodingResult::U8(from), Samples::U8(to)) => {
+                        copy((from, chunk), (to, region), self.channels());
+                    }
+                    (DecodingResult::U16(from), Samples::U16(to)) => {
+                        copy((from, chunk), (to, region), self.channels());
+                    }
+                    _ => return Err("damaged: its samples are of another type".into()),
+                }
+            }
+        }
+        let raster = Raster::new(width, height, self.kind, self.sample_type, samples)
+            .ok_or("fewer pixels than its size says")?;
+        let image = match raster.scaled(range)? {
+            Some((image, _)) => image,
+            None => raster.unscaled()?,
+        };
+        Ok(if self.associated { colours::unassociated(image) } else { image })
+    }
+
+    /// The samples of a strip or tile, and the pixels that it holds.
+    fn chunk_at(&mut self, column: u32, row: u32) -> Result<(Corners, DecodingResult), String> {
+        let across = self.size.0.div_ceil(self.chunk.0);
+        let index = row * across + column;
+        let (width, height) = self.decoder.chunk_data_dimensions(index);
+        let (x0, y0) = (column * self.chunk.0, row * self.chunk.1);
+        let decoded = self.decoder.read_chunk(index).map_err(|e| tiff_file::plainly(&e))?;
+        let expected = width as usize * height as usize * self.channels();
+        let found = match &decoded {
+            DecodingResult::U8(samples) => samples.len(),
+            DecodingResult::U16(samples) => samples.len(),
+            _ => 0,
+        };
+        if found != expected {
+            return Err(format!("damaged: a part has {found} samples, expected {expected}"));
+        }
+        Ok(([x0, y0, x0 + width, y0 + height], decoded))
+    }
+
+    /// `range` as a range that needs no look at the whole image: one pass over all chunks if it does.
+    pub fn resolved(&mut self, range: ValueRange) -> Result<ValueRange, String> {
+        let narrow = self.sample_type == SampleType::Unsigned(8);
+        match range {
+            ValueRange::Type | ValueRange::Fixed(..) => return Ok(range),
+            ValueRange::Auto if narrow => return Ok(ValueRange::Type),
+            _ => {}
+        }
+        let (colours, channels) = (self.kind.colours(), self.channels());
+        let total = u64::from(self.size.0) * u64::from(self.size.1) * channels as u64;
+        let step = (total / MOST_VALUES as u64).max(1);
+        let (mut seen, mut extremes, mut sampled) = (0u64, [u16::MAX, 0], vec![]);
+        let mut see = |value: u16| {
+            extremes = [extremes[0].min(value), extremes[1].max(value)];
+            if seen.is_multiple_of(step) {
+                sampled.push(value);
+            }
+            seen += 1;
+        };
+        let chunks = (self.size.0.div_ceil(self.chunk.0), self.size.1.div_ceil(self.chunk.1));
+        for (row, column) in (0..chunks.1).flat_map(|row| (0..chunks.0).map(move |x| (row, x))) {
+            let is_colour = |index: usize| index % channels < colours;
+            match self.chunk_at(column, row)?.1 {
+                DecodingResult::U8(values) => (values.iter().enumerate())
+                    .filter(|(index, _)| is_colour(*index))
+                    .for_each(|(_, value)| see(u16::from(*value))),
+                DecodingResult::U16(values) => (values.iter().enumerate())
+                    .filter(|(index, _)| is_colour(*index))
+                    .for_each(|(_, value)| see(*value)),
+                _ => return Err("damaged: its samples are of another type".into()),
+            }
+        }
+        let raster = |values: Vec<u16>| {
+            let count = values.len() as u32;
+            let samples = match narrow {
+                true => Samples::U8(values.iter().map(|value| *value as u8).collect()),
+                false => Samples::U16(values),
+            };
+            Raster::new(count, 1, RasterKind::Grey, self.sample_type, samples)
+                .ok_or("it has too many values")
+        };
+        let limits = streamed_limits(&raster(extremes.to_vec())?, &raster(sampled)?, range)?;
+        Ok(limits.map_or(ValueRange::Type, |(low, high)| ValueRange::Fixed(low, high)))
+    }
+}
+
+/// Copies the pixels that two boxes share; the samples of a pixel lie side by side.
+fn copy<T: Copy>(from: (&[T], Corners), to: (&mut [T], Corners), channels: usize) {
+    let ((from, source), (to, target)) = (from, to);
+    let (x0, x1) = (source[0].max(target[0]), source[2].min(target[2]));
+    let (y0, y1) = (source[1].max(target[1]), source[3].min(target[3]));
+    let length = x1.saturating_sub(x0) as usize * channels;
+    let place = |[left, top, right, _]: Corners, y: u32| {
+        ((y - top) as usize * (right - left) as usize + (x0 - left) as usize) * channels
+    };
+    for y in y0..y1 {
+        let (read, write) = (place(source, y), place(target, y));
+        to[write..write + length].copy_from_slice(&from[read..read + length]);
+    }
+}
