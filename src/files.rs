@@ -4,9 +4,13 @@
 //! [`TensorFile`] reads a safetensors file header first and then tensor by tensor, so a checkpoint is never in
 //! memory twice, and nothing is allocated by a size that the file's own length does not bear out.
 
+mod checksum;
+mod sealed;
 #[cfg(feature = "images")]
 mod stand_in;
 
+pub(crate) use checksum::Checksum;
+pub(crate) use sealed::Seal;
 #[cfg(feature = "images")]
 pub use stand_in::stand_in;
 

@@ -30,9 +30,15 @@ mod attention;
 pub mod checkpoint;
 mod config;
 mod deepseek;
+#[cfg(feature = "images")]
+mod embedding;
+#[cfg(feature = "images")]
+mod embedding_store;
 mod encoder;
 #[cfg(feature = "images")]
 mod generate;
+#[cfg(feature = "images")]
+mod identity;
 #[cfg(feature = "images")]
 mod image_file;
 mod mask_decoder;
@@ -56,13 +62,18 @@ pub use config::{
     model_type, HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
 };
 pub use deepseek::DeepSeekOcrEncoder;
+#[cfg(feature = "images")]
+pub use embedding::{EmbeddingOrigin, EmbeddingPrecision};
+#[cfg(feature = "images")]
+pub use embedding_store::{Embedded, EmbeddingStore};
 pub use encoder::{
     SamPatchEmbeddings, SamVisionEncoder, SamVisionEncoderOutput, SamVisionLayer, SamVisionNeck,
 };
 #[cfg(feature = "images")]
 pub use generate::{
-    geojson_feature, label_image, save_geojson, save_label_strips, save_labels, CocoAnnotations,
-    Crop, Generated, GeneratedMask, GenerationStatistics, MaskGenerator, Tile, Tiling,
+    geojson_feature, label_image, save_geojson, save_label_strips, save_labels, Calibration,
+    Calibrator, CocoAnnotations, Crop, Generated, GeneratedMask, GenerationStatistics,
+    MaskGenerator, ScoredCandidate, Tile, Tiling,
 };
 #[cfg(feature = "images")]
 pub use image_file::{

@@ -2,12 +2,14 @@
 //!
 //! Source: `SamPredictor` of segment-anything.
 
+use super::identity::{self, Identity};
 use super::{Frame, Rle, SamInput, SamModel, SamProcessor};
 use crate::nn::Mode;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use image::DynamicImage;
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 /// A model and its processor. The encoder runs once an image, the decoder once a call.
 ///
@@ -32,6 +34,7 @@ use std::collections::BTreeMap;
 pub struct SamPredictor<'a> {
     model: &'a SamModel,
     processor: SamProcessor,
+    identity: OnceLock<Identity>,
 }
 
 /// An image as the prompts see it.
@@ -115,12 +118,36 @@ impl<'a> SamPredictor<'a> {
 
     /// With the processor that a folder describes, see [`SamProcessor::load`].
     pub fn with_processor(model: &'a SamModel, processor: SamProcessor) -> Self {
-        Self { model, processor }
+        Self { model, processor, identity: OnceLock::new() }
     }
 
     /// The processor.
     pub fn processor(&self) -> &SamProcessor {
         &self.processor
+    }
+
+    /// Checksums of the image encoder and its adapters, computed once unless the encoder is trainable.
+    pub(super) fn identity(&self) -> Result<Identity> {
+        if let Some(identity) = self.identity.get() {
+            return Ok(identity.clone());
+        }
+        let found = identity::identity(self.model)?;
+        match found.is_trainable {
+            true => Ok(found),
+            false => Ok(self.identity.get_or_init(|| found).clone()),
+        }
+    }
+
+    /// Dtype and device of the model.
+    pub(super) fn place(&self) -> (DType, &Device) {
+        let weight = &self.model.mask_decoder.mask_tokens.weight;
+        (weight.dtype(), weight.device())
+    }
+
+    /// The shape of an embedding, `[1, C, h, w]`.
+    pub(super) fn embedding_shape(&self) -> Result<[usize; 4]> {
+        let side = self.model.config().vision_config.grid_size();
+        Ok([1, self.model.mask_decoder.mask_tokens.weight.dim(1)?, side, side])
     }
 
     /// Runs the image encoder.
@@ -129,9 +156,9 @@ impl<'a> SamPredictor<'a> {
     /// - as [`SamProcessor::preprocess`];
     /// - the processor's size is not the model's.
     pub fn embed(&self, image: &DynamicImage) -> Result<ImageEmbedding> {
-        let weight = &self.model.mask_decoder.mask_tokens.weight;
-        let (pixel_values, frame) = self.processor.preprocess(image, weight.device())?;
-        let pixel_values = pixel_values.to_dtype(weight.dtype())?;
+        let (dtype, device) = self.place();
+        let (pixel_values, frame) = self.processor.preprocess(image, device)?;
+        let pixel_values = pixel_values.to_dtype(dtype)?;
         let tensor = self.model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
         Ok(ImageEmbedding { tensor, frame })
     }

@@ -11,7 +11,7 @@ use crate::{files, ops, Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use image::{imageops, DynamicImage};
 use serde::de::DeserializeOwned;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -56,7 +56,7 @@ pub(crate) struct MaskResizer {
 }
 
 /// SAM's image processor.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SamProcessor {
     /// Length of the longest side after resizing.
     pub longest_edge: usize,

@@ -6,22 +6,19 @@
 //! metadata    "state": "<checksum> <JSON of step, seed, settings>"
 //! ```
 //! A run killed at any instant leaves a complete file. The state before is kept beside it, in `<stem>.previous.<ending>`,
-//! and is what a run goes on from if the newest one is damaged. The checksum (64-bit FNV-1a over the JSON and every
-//! tensor's name and bytes) tells a damaged file, which safetensors alone would load. `settings` is whatever must
+//! and is what a run goes on from if the newest one is damaged. The checksum is that of `files/sealed.rs`. `settings` is whatever must
 //! not change between a run and its continuation: hyperparameters, the model's and the data's listing.
 
-use super::checksum::Checksum;
 use super::{Scores, StepScores};
-use crate::files::{self, TensorFile};
+use crate::files::{Seal, TensorFile};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use safetensors::View;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-const KEY: &str = "state";
+const SEAL: Seal = Seal { key: "state", what: "a training state" };
 const LOSSES: &str = "losses";
 const EVALUATIONS: &str = "evaluations";
 
@@ -56,22 +53,14 @@ impl TrainingState {
     /// When the file cannot be written; the old one remains then.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let failed =
-            |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be serialized: {e}"));
         let mut tensors = self.tensors.clone();
         let losses = Tensor::from_slice(&self.losses, self.losses.len(), &Device::Cpu)?;
         tensors.insert(LOSSES.into(), losses);
         tensors.insert(EVALUATIONS.into(), evaluations_tensor(&self.evaluations)?);
         let header = Header { step: self.step, seed: self.seed, settings: self.settings.clone() };
-        let header = serde_json::to_string(&header).map_err(|e| failed(&e))?;
-        let mut checksum = Checksum::new();
-        checksum.add(KEY, header.as_bytes());
-        for (name, tensor) in &tensors {
-            checksum.add(name, &View::data(tensor));
-        }
-        let metadata = HashMap::from([(KEY.to_string(), format!("{checksum} {header}"))]);
-        let bytes = safetensors::serialize(&tensors, Some(metadata)).map_err(|e| failed(&e))?;
-        let staged = files::stage(path, |file| file.write_all(&bytes))?;
+        let header = serde_json::to_string(&header)
+            .map_err(|e| Error::file(path, format!("cannot be serialized: {e}")))?;
+        let staged = SEAL.stage(path, &header, &tensors)?;
         if path.is_file() {
             std::fs::rename(path, previous_state_path(path)).map_err(|e| Error::io(path, e))?;
         }
@@ -89,26 +78,10 @@ impl TrainingState {
 
     /// Reads the state in a file whose header has been looked at.
     pub(super) fn read(file: &TensorFile, device: &Device) -> Result<Self> {
-        let invalid = |e: &dyn std::fmt::Display| {
-            let message = format!("not a training state, or a damaged one: {e}");
-            Error::file(file.path(), message)
-        };
-        let (expected, header) =
-            (file.metadata().get(KEY))
-                .and_then(|text| text.split_once(' '))
-                .ok_or_else(|| invalid(&"the metadata entry `state` is missing"))?;
-        let mut checksum = Checksum::new();
-        checksum.add(KEY, header.as_bytes());
-        let mut tensors = BTreeMap::new();
-        for name in file.tensors().keys() {
-            let tensor = file.read_with(name, device, |data| checksum.add(name, data))?;
-            tensors.insert(name.clone(), tensor);
-        }
-        if checksum.to_string() != expected {
-            return Err(invalid(&"its checksum is wrong"));
-        }
+        let invalid = |e: &dyn std::fmt::Display| SEAL.invalid(file, e);
+        let (header, mut tensors) = SEAL.read(file, device)?;
         let Header { step, seed, settings } =
-            serde_json::from_str(header).map_err(|e| invalid(&e))?;
+            serde_json::from_str(&header).map_err(|e| invalid(&e))?;
         let losses = tensors.remove(LOSSES).ok_or_else(|| invalid(&"`losses` is missing"))?;
         let losses = losses.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
         let evaluations = match tensors.remove(EVALUATIONS) {

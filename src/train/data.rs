@@ -1,13 +1,13 @@
 //! Images and their objects, visited in an order that is a function of (seed, step): a folder of images with a folder
 //! of masks, paired by name, or with COCO's annotations.
 
-use super::checksum::Checksum;
 use super::coco::{self, CocoImage};
 use super::folder::{on_disk, pairs, same_content, Named, Suffixes};
 use super::labels::{layered, layers_of, Instance, LabelImage};
 use super::mask::{read_mask, Mask, MaskOptions};
 use super::summary::{self, Summary};
 use super::StepRng;
+use crate::files::Checksum;
 use crate::sam::rle;
 use crate::sam::{convert_to_rgb, is_transparent, Picture, ReadOptions};
 use crate::{Error, Result};

@@ -31,7 +31,6 @@ mod adamw;
 #[cfg(feature = "images")]
 mod augment;
 mod checkpoint;
-mod checksum;
 #[cfg(feature = "images")]
 mod coco;
 #[cfg(feature = "images")]

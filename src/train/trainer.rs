@@ -9,10 +9,10 @@
 //! has the bits of one that was not. With one part a step, part and step are the same number.
 
 use super::checkpoint::previous_state_path;
-use super::checksum::Checksum;
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
 use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, StepRng, StepScores, TrainingState};
+use crate::files::Checksum;
 use crate::files::TensorFile;
 use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
 use crate::{Error, Result};

@@ -10,6 +10,7 @@
 //!
 //! Source: `pipeline("mask-generation")` of transformers; `SamAutomaticMaskGenerator` of segment-anything.
 
+mod calibrate;
 mod crops;
 mod geojson;
 mod labels;
@@ -20,6 +21,7 @@ mod stitch;
 mod suppress;
 mod tiles;
 
+pub use calibrate::{Calibration, Calibrator, ScoredCandidate};
 pub use crops::Crop;
 pub use geojson::{geojson_feature, save_geojson};
 pub use labels::{label_image, save_label_strips, save_labels};

@@ -67,8 +67,13 @@ impl ReadOptions {
     /// - it has several pages, frames or unknown channels, and none is chosen;
     /// - it is larger than 32768 pixels a side or 1 GiB decoded.
     pub fn read(&self, path: impl AsRef<Path>) -> Result<Picture> {
-        let bytes = read_file(path.as_ref())?;
-        guarded(path.as_ref(), || self.decode(bytes))
+        let path = path.as_ref();
+        self.read_bytes(path, read_file(path)?)
+    }
+
+    /// As [`read`](Self::read), of a file whose bytes are at hand.
+    pub(crate) fn read_bytes(&self, path: &Path, bytes: Vec<u8>) -> Result<Picture> {
+        guarded(path, || self.decode(bytes))
     }
 
     fn decode(&self, bytes: Vec<u8>) -> std::result::Result<Picture, String> {

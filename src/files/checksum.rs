@@ -1,7 +1,7 @@
 //! 64-bit FNV-1a over named byte strings: tells data that changed, not data that was forged.
 
 /// A checksum in the making.
-pub(super) struct Checksum(pub u64);
+pub(crate) struct Checksum(pub u64);
 
 impl Checksum {
     pub fn new() -> Self {
