@@ -98,3 +98,8 @@ pub use vision_model::SamVisionModel;
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/hack-your-own.md")]
 struct HackYourOwn;
+
+/// The code of the document, compiled and run.
+#[cfg(all(doctest, feature = "images"))]
+#[doc = include_str!("../../docs/everything.md")]
+struct Everything;

@@ -45,7 +45,7 @@ impl Rle {
         while let Some((start, direction)) = first(&edges) {
             let (x, y) = pixel(start, direction);
             let piece = touching(&pieces, Some(x), (y, y + 1)).start;
-            let rings = walk(&mut edges, start);
+            let rings = walk(&mut edges, start, direction);
             polygons.entry(parts[piece]).or_default().extend(rings);
         }
         let mut polygons: Vec<Polygon> = polygons.into_values().collect();
@@ -133,12 +133,12 @@ fn take(edges: &mut Edges, corner: [u32; 2], direction: usize) -> Option<(usize,
     Some((chosen, next))
 }
 
-/// The rings of the walk from a corner back to it.
-fn walk(edges: &mut Edges, start: [u32; 2]) -> Vec<Ring> {
+/// The rings of the walk from a corner back to it, whose first edge has a direction: the only edge left there, for
+/// another would belong to a pixel further left.
+fn walk(edges: &mut Edges, start: [u32; 2], direction: usize) -> Vec<Ring> {
     let (mut rings, mut path) = (vec![], Ring::new());
     let mut places: HashMap<[u32; 2], usize> = HashMap::new();
-    // The start has one edge left, whichever direction the walk comes from.
-    let (mut corner, mut direction) = (start, 3);
+    let (mut corner, mut direction) = (start, direction);
     loop {
         if let Some(place) = places.get(&corner).copied() {
             let ring: Ring = path.drain(place..).collect();
