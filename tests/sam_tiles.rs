@@ -25,17 +25,35 @@ fn encoder(path: &Path) -> Result<TiffEncoder<BufWriter<std::fs::File>>> {
     Ok(TiffEncoder::new(BufWriter::new(std::fs::File::create(path)?))?)
 }
 
+/// Writes RGB pixels in strips.
+fn write_rgb(
+    path: &Path,
+    samples: &[u8],
+    (height, width): Size,
+    (rows, compression): (u32, Compression),
+) -> Result<()> {
+    let mut tiff = encoder(path)?.with_compression(compression);
+    if compression == Compression::Lzw {
+        tiff = tiff.with_predictor(Predictor::Horizontal);
+    }
+    let mut image = tiff.new_image::<colortype::RGB8>(width, height)?;
+    image.rows_per_strip(rows)?;
+    // `write_strip` would not compress.
+    Ok(image.write_data(samples)?)
+}
+
 /// Samples without a pattern that strips or tiles could share.
 fn noise(count: usize, top: u32) -> impl Iterator<Item = u32> {
     let mix = |index: u32| index.wrapping_mul(2_654_435_761).rotate_left(11) ^ index;
     (0..count as u32).map(move |index| mix(index) % (top + 1))
 }
 
-/// A TIFF of strips of 5 rows, and one of tiles of 16 x 16 pixels.
+/// TIFFs of strips of 5 rows, of one strip, and of tiles of 16 x 16 pixels.
 fn write_all(size: Size) -> Result<Vec<(PathBuf, ReadOptions)>> {
     let (height, width) = size;
     let pixels = (height * width) as usize;
     let mut files = vec![];
+    let colours: Vec<u8> = noise(pixels * 3, 255).map(|v| v as u8).collect();
     for (name, compression) in [
         ("plain", Compression::Uncompressed),
         ("lzw", Compression::Lzw),
@@ -43,15 +61,7 @@ fn write_all(size: Size) -> Result<Vec<(PathBuf, ReadOptions)>> {
         ("packbits", Compression::Packbits),
     ] {
         let path = scratch(&format!("{name}.tif"))?;
-        let mut tiff = encoder(&path)?.with_compression(compression);
-        if name == "lzw" {
-            tiff = tiff.with_predictor(Predictor::Horizontal);
-        }
-        let mut image = tiff.new_image::<colortype::RGB8>(width, height)?;
-        image.rows_per_strip(5)?;
-        let samples: Vec<u8> = noise(pixels * 3, 255).map(|v| v as u8).collect();
-        // `write_strip` would not compress.
-        image.write_data(&samples)?;
+        write_rgb(&path, &colours, size, (5, compression))?;
         files.push((path, ReadOptions::default()));
     }
     for (name, top) in [("wide", 65535), ("narrow", 900)] {
@@ -74,6 +84,9 @@ fn write_all(size: Size) -> Result<Vec<(PathBuf, ReadOptions)>> {
             files.push((path.clone(), ReadOptions { range, page: None }));
         }
     }
+    let path = scratch("single.tif")?;
+    write_rgb(&path, &colours, size, (height, Compression::Uncompressed))?;
+    files.push((path, ReadOptions::default()));
     let path = scratch("tiled.tif")?;
     write_tiles(&path, size, 16)?;
     files.push((path, ReadOptions::default()));
@@ -144,7 +157,7 @@ fn other_files_are_decoded_whole() -> Result<()> {
     let picture = DynamicImage::from(RgbImage::from_fn(30, 20, |x, y| Rgb([x as u8, y as u8, 9])));
     let (png, strip) = (scratch("whole.png")?, scratch("one_strip.tif")?);
     picture.save(&png)?;
-    picture.save(&strip)?;
+    write_rgb(&strip, picture.as_bytes(), (20, 30), (20, Compression::Lzw))?;
     for (path, words) in [(&png, "a PNG is not read in parts"), (&strip, "is one strip")] {
         let mut image = LargeImage::open(path, &ReadOptions::default())?;
         let why = image.decoded_whole().context("read in parts")?;
@@ -351,13 +364,7 @@ fn one_tile_equals_the_whole() -> Result<()> {
     let expected = generator.generate_counted(&predictor, &image, |_, _| {})?;
     ensure!(!expected.masks.is_empty());
     let path = scratch("one_tile.tif")?;
-    let mut tiff = encoder(&path)?;
-    let mut strips = tiff.new_image::<colortype::RGB8>(120, 96)?;
-    strips.rows_per_strip(7)?;
-    for strip in image.as_bytes().chunks(7 * 120 * 3) {
-        strips.write_strip(strip)?;
-    }
-    strips.finish()?;
+    write_rgb(&path, image.as_bytes(), (96, 120), (7, Compression::Uncompressed))?;
     let tiling = Tiling { tile: 120, halo: 30, ..Tiling::default() };
     for mut large in [image.into(), LargeImage::open(&path, &ReadOptions::default())?] {
         let found = generator.generate_tiled(&predictor, &mut large, &tiling, |_, _| {})?;

@@ -30,6 +30,15 @@ impl Crop {
     }
 }
 
+/// A part of an image that is segmented at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// The part that no other tile has.
+    pub core: Crop,
+    /// The core and its halo: the part that is read.
+    pub window: Crop,
+}
+
 /// The image and, for each layer n from 1, its `4^n` crops, each with its layer.
 ///
 /// Neighbours overlap by `overlap_ratio` of the short side in layer 1, and by half as much in each further one.

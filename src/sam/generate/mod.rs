@@ -22,12 +22,12 @@ mod suppress;
 mod tiles;
 
 pub use calibrate::{Calibration, Calibrator, ScoredCandidate};
-pub use crops::Crop;
+pub use crops::{Crop, Tile};
 pub use geojson::{geojson_feature, save_geojson};
 pub use labels::{label_image, save_label_strips, save_labels};
 pub use output::CocoAnnotations;
 pub use statistics::GenerationStatistics;
-pub use tiles::{Tile, Tiling};
+pub use tiles::Tiling;
 
 use super::{ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use crate::{Error, Result};

@@ -11,8 +11,7 @@
 //! Two windows that see an object whole give equal masks, of which one stays: this is the suppression of doubles across
 //! tiles. An object that enters a window twice, as two masks, is joined to one of them.
 
-use super::tiles::Tile;
-use super::{Crop, GeneratedMask};
+use super::{Crop, GeneratedMask, Tile};
 use crate::sam::Rle;
 use crate::{Error, Result};
 
@@ -67,7 +66,7 @@ impl Stitcher {
         }
         let ends = self.tiles.iter().skip(1).map(|(_, start)| *start).chain([start]);
         let overlapping: Vec<_> = (self.tiles.iter().zip(ends))
-            .filter(|((window, _), _)| overlap(corners(window), corners(&tile.window)))
+            .filter(|((window, _), _)| overlap(window.corners(), tile.window.corners()))
             .map(|((_, from), to)| *from..to)
             .collect();
         for earlier in overlapping {
@@ -125,7 +124,7 @@ impl View {
         let placed = mask.mask.placed((top, left), size);
         let bounds = placed.bounds()?;
         let area = placed.area();
-        if placed.area_within(corners(core)) == 0 {
+        if placed.area_within(core.corners()) == 0 {
             return None;
         }
         let cut = (bounds[0] == left && left > 0)
@@ -147,15 +146,11 @@ impl View {
         }
         let both = self.mask.mask.intersection(&other.mask.mask);
         let known = |mask: &Self, to: &Self| match to.cut {
-            true => mask.mask.mask.area_within(corners(&to.window)),
+            true => mask.mask.mask.area_within(to.window.corners()),
             false => mask.area,
         };
         both as f64 / (known(self, other) + known(other, self) - both).max(1) as f64
     }
-}
-
-fn corners(crop: &Crop) -> [u32; 4] {
-    [crop.left, crop.top, crop.right, crop.bottom]
 }
 
 /// Whether two boxes `[x0, y0, x1, y1]`, their last sides outside, share a pixel.

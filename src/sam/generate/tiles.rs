@@ -7,7 +7,7 @@
 //! ```
 
 use super::stitch::Stitcher;
-use super::{Crop, Generated, GeneratedMask, GenerationStatistics, MaskGenerator};
+use super::{Crop, Generated, GeneratedMask, GenerationStatistics, MaskGenerator, Tile};
 use crate::sam::{LargeImage, SamPredictor};
 use crate::{Error, Result};
 use image::DynamicImage;
@@ -28,15 +28,6 @@ impl Default for Tiling {
     fn default() -> Self {
         Self { tile: 1024, halo: 128, same_object_iou: 0.5 }
     }
-}
-
-/// A part of an image that is segmented at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tile {
-    /// The part that no other tile has.
-    pub core: Crop,
-    /// The core and its halo: the part that is read.
-    pub window: Crop,
 }
 
 impl Tiling {

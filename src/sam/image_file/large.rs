@@ -1,5 +1,6 @@
 //! Images that are read region by region.
 
+use super::limits::MAX_DECODED;
 use super::tiff_chunks::Chunks;
 use super::{format, guarded, ReadOptions, ValueRange};
 use crate::sam::generate::Crop;
@@ -11,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 /// An image of which a region at a time is in memory, where its file allows that.
 ///
-/// Strips or tiles are decoded one by one of TIFFs with grey, RGB or RGBA pixels of 8 or 16 bits that are not compressed or
-/// compressed with LZW, deflate or PackBits. Every other file is decoded as a whole, within the limits of
+/// TIFFs with grey, RGB or RGBA pixels of 8 or 16 bits are read in parts if they are not compressed, or compressed with LZW,
+/// deflate or PackBits in several strips or tiles. Every other file is decoded as a whole, within the limits of
 /// [`ReadOptions::read`]; [`decoded_whole`](Self::decoded_whole) tells why.
 ///
 /// ```no_run
@@ -56,12 +57,11 @@ impl std::fmt::Debug for LargeImage {
 }
 
 impl LargeImage {
-    /// Opens a file. A range that depends on all values costs one pass over them; of more than 4 million values it takes
-    /// percentiles from every n-th.
+    /// Opens a file. A range that depends on all values costs one pass over them.
     ///
     /// # Errors
     /// - the file cannot be read, or is damaged;
-    /// - it must be decoded whole, and that fails as [`ReadOptions::read`].
+    /// - it must be decoded whole, and has more than 1 GiB or fails as [`ReadOptions::read`].
     pub fn open(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Self> {
         let path = path.as_ref();
         let mut head = vec![];
@@ -87,6 +87,12 @@ impl LargeImage {
             // Reading the whole names what is wrong.
             Err(_) => String::new(),
         };
+        let length = file.metadata().map_err(|e| Error::io(path, e))?.len();
+        if length > MAX_DECODED {
+            let message =
+                format!("{why}; its {length} bytes are too many, {MAX_DECODED} are the most");
+            return Err(Error::file(path, message));
+        }
         let image = options.read(path)?.image;
         let (pixels, range) = (Pixels::Whole(image), options.range);
         Ok(Self { path: path.into(), pixels, range, decoded_whole: Some(why) })

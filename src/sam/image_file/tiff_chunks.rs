@@ -1,4 +1,7 @@
 //! Regions of a TIFF from the strips or tiles that hold them.
+//!
+//! Strips that are not compressed are read row by row, for some programs write the whole image as one. Others are decoded
+//! one at a time.
 
 use super::colours;
 use super::range::{streamed_limits, ValueRange, MOST_VALUES};
@@ -6,9 +9,9 @@ use super::raster::{Raster, RasterKind, SampleType, Samples};
 use super::tiff_file::{self, Page, BLACK_IS_ZERO, RGB};
 use image::DynamicImage;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use tiff::decoder::{Decoder, DecodingResult};
-use tiff::tags::Tag;
+use tiff::tags::{ByteOrder, Tag};
 
 /// A page of a TIFF whose strips or tiles are decoded one at a time.
 pub(super) struct Chunks {
@@ -16,10 +19,15 @@ pub(super) struct Chunks {
     /// Width and height.
     pub size: (u32, u32),
     chunk: (u32, u32),
+    /// Where strips begin, if they are not compressed.
+    strips: Option<Vec<u64>>,
     kind: RasterKind,
     sample_type: SampleType,
     associated: bool,
 }
+
+/// Rows of an image that are looked at together where strips are not compressed.
+const BAND_ROWS: u32 = 64;
 
 /// A box `[x0, y0, x1, y1]` of pixels.
 type Corners = [u32; 4];
@@ -55,11 +63,19 @@ impl Chunks {
         }
         let size = decoder.dimensions().map_err(|e| tiff_file::plainly(&e))?;
         let chunk = decoder.chunk_dimensions();
-        if chunk.0 >= size.0 && chunk.1 >= size.1 {
+        if chunk.0 == 0 || chunk.1 == 0 || size.0 == 0 || size.1 == 0 {
+            return Err(format!("{page}, has no pixels"));
+        }
+        let is_plain = page.compression == 1 && chunk.0 == size.0;
+        let strips = match is_plain {
+            true => decoder.find_tag_unsigned_vec(Tag::StripOffsets).ok().flatten(),
+            false => None,
+        };
+        if strips.is_none() && chunk.0 >= size.0 && chunk.1 >= size.1 {
             return Err(format!("{page}, is one strip"));
         }
         let (sample_type, associated) = (page.sample_type(), page.has_associated_alpha());
-        Ok(Self { decoder, size, chunk, kind, sample_type, associated })
+        Ok(Self { decoder, size, chunk, strips, kind, sample_type, associated })
     }
 
     fn channels(&self) -> usize {
@@ -69,12 +85,28 @@ impl Chunks {
     /// A region as an image, its values scaled by `range`.
     pub fn region(&mut self, region: Corners, range: ValueRange) -> Result<DynamicImage, String> {
         let [x0, y0, x1, y1] = region;
-        let (width, height) = (x1 - x0, y1 - y0);
-        let count = width as usize * height as usize * self.channels();
+        let samples = self.samples(region)?;
+        let raster = Raster::new(x1 - x0, y1 - y0, self.kind, self.sample_type, samples)
+            .ok_or("fewer pixels than its size says")?;
+        let image = match raster.scaled(range)? {
+            Some((image, _)) => image,
+            None => raster.unscaled()?,
+        };
+        Ok(if self.associated { colours::unassociated(image) } else { image })
+    }
+
+    fn samples(&mut self, region: Corners) -> Result<Samples, String> {
+        let [x0, y0, x1, y1] = region;
+        let count = (x1 - x0) as usize * (y1 - y0) as usize * self.channels();
         let mut samples = match self.sample_type {
             SampleType::Unsigned(8) => Samples::U8(vec![0; count]),
             _ => Samples::U16(vec![0; count]),
         };
+        if let Some(strips) = self.strips.take() {
+            let read = self.read_rows(&strips, region, &mut samples);
+            self.strips = Some(strips);
+            return read.map(|()| samples);
+        }
         for row in y0 / self.chunk.1..y1.div_ceil(self.chunk.1) {
             for column in x0 / self.chunk.0..x1.div_ceil(self.chunk.0) {
                 let (chunk, decoded) = self.chunk_at(column, row)?;
@@ -89,13 +121,44 @@ impl Chunks {
                 }
             }
         }
-        let raster = Raster::new(width, height, self.kind, self.sample_type, samples)
-            .ok_or("fewer pixels than its size says")?;
-        let image = match raster.scaled(range)? {
-            Some((image, _)) => image,
-            None => raster.unscaled()?,
-        };
-        Ok(if self.associated { colours::unassociated(image) } else { image })
+        Ok(samples)
+    }
+
+    /// Reads the rows of a region from strips that are not compressed.
+    fn read_rows(
+        &mut self,
+        strips: &[u64],
+        [x0, y0, x1, y1]: Corners,
+        samples: &mut Samples,
+    ) -> Result<(), String> {
+        let is_little = self.decoder.byte_order() == ByteOrder::LittleEndian;
+        let a_pixel = self.channels() * if matches!(samples, Samples::U8(_)) { 1 } else { 2 };
+        let mut bytes = vec![0; (x1 - x0) as usize * a_pixel];
+        for (index, y) in (y0..y1).enumerate() {
+            let strip = strips.get((y / self.chunk.1) as usize).ok_or("damaged: too few strips")?;
+            let before = u64::from(y % self.chunk.1) * u64::from(self.size.0) + u64::from(x0);
+            let place = before.checked_mul(a_pixel as u64).and_then(|n| n.checked_add(*strip));
+            let place = SeekFrom::Start(place.ok_or("damaged: a strip beyond any file")?);
+            let file = self.decoder.inner();
+            file.seek(place)
+                .and_then(|_| file.read_exact(&mut bytes))
+                .map_err(|e| tiff_file::plainly(&e.into()))?;
+            match samples {
+                Samples::U8(to) => to[index * bytes.len()..][..bytes.len()].copy_from_slice(&bytes),
+                Samples::U16(to) => {
+                    let row = to[index * bytes.len() / 2..].iter_mut();
+                    for (to, from) in row.zip(bytes.chunks_exact(2)) {
+                        let from = [from[0], from[1]];
+                        *to = match is_little {
+                            true => u16::from_le_bytes(from),
+                            false => u16::from_be_bytes(from),
+                        };
+                    }
+                }
+                Samples::Wide(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// The samples of a strip or tile, and the pixels that it holds.
@@ -126,27 +189,24 @@ impl Chunks {
             _ => {}
         }
         let (colours, channels) = (self.kind.colours(), self.channels());
-        let total = u64::from(self.size.0) * u64::from(self.size.1) * channels as u64;
+        let (width, height) = self.size;
+        let total = u64::from(width) * u64::from(height) * channels as u64;
         let step = (total / MOST_VALUES as u64).max(1);
         let (mut seen, mut extremes, mut sampled) = (0u64, [u16::MAX, 0], vec![]);
-        let mut see = |value: u16| {
-            extremes = [extremes[0].min(value), extremes[1].max(value)];
-            if seen.is_multiple_of(step) {
-                sampled.push(value);
-            }
-            seen += 1;
-        };
-        let chunks = (self.size.0.div_ceil(self.chunk.0), self.size.1.div_ceil(self.chunk.1));
-        for (row, column) in (0..chunks.1).flat_map(|row| (0..chunks.0).map(move |x| (row, x))) {
-            let is_colour = |index: usize| index % channels < colours;
-            match self.chunk_at(column, row)?.1 {
-                DecodingResult::U8(values) => (values.iter().enumerate())
-                    .filter(|(index, _)| is_colour(*index))
-                    .for_each(|(_, value)| see(u16::from(*value))),
-                DecodingResult::U16(values) => (values.iter().enumerate())
-                    .filter(|(index, _)| is_colour(*index))
-                    .for_each(|(_, value)| see(*value)),
-                _ => return Err("damaged: its samples are of another type".into()),
+        let band = if self.strips.is_some() { BAND_ROWS } else { self.chunk.1 };
+        for top in (0..height).step_by(band as usize) {
+            let samples = self.samples([0, top, width, height.min(top.saturating_add(band))])?;
+            for index in (0..samples.len()).filter(|index| index % channels < colours) {
+                let value = match &samples {
+                    Samples::U8(values) => u16::from(values[index]),
+                    Samples::U16(values) => values[index],
+                    Samples::Wide(_) => continue,
+                };
+                extremes = [extremes[0].min(value), extremes[1].max(value)];
+                if seen.is_multiple_of(step) {
+                    sampled.push(value);
+                }
+                seen += 1;
             }
         }
         let raster = |values: Vec<u16>| {
