@@ -188,6 +188,23 @@ fn damaged_parts_are_errors() -> Result<()> {
         }
     }
     ensure!(failed == bytes.len().div_ceil(37), "a file that is cut off was read");
+    // The directory is at the end: whatever it claims, there is an image or an error.
+    for place in (bytes.len() - 200..bytes.len()).chain(0..8) {
+        for flip in [1, 16, 128, 255] {
+            let mut damaged = bytes.clone();
+            damaged[place] ^= flip;
+            std::fs::write(&path, &damaged)?;
+            let opened = LargeImage::open(&path, &ReadOptions::default());
+            let region = opened.and_then(|mut image| {
+                let (height, width) = image.size();
+                let (right, bottom) = (width.min(64), height.min(64));
+                image.region(&Crop { left: 0, top: 0, right, bottom })
+            });
+            if let Err(error) = region {
+                ensure!(error.to_string().contains("damaged.tif"), "{error}");
+            }
+        }
+    }
     Ok(())
 }
 

@@ -110,6 +110,6 @@ fn a_gigabyte_of_pixels_takes_the_memory_of_one_tile() -> Result<()> {
         "20,000 x 20,000 pixels, {found} objects: {peak} bytes allocated at the peak; {resident}"
     );
     ensure!(found == objects(20_000), "{found} objects, expected {}", objects(20_000));
-    ensure!(peak < 128 << 20, "{peak} bytes");
+    ensure!(peak < 64 << 20, "{peak} bytes");
     Ok(())
 }

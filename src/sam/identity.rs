@@ -23,8 +23,9 @@ pub(super) struct Identity {
 /// # Errors
 /// - a tensor cannot be read from its device.
 pub(super) fn identity(model: &SamModel) -> Result<Identity> {
-    let config = serde_json::to_vec(&model.config().vision_config)
-        .map_err(|e| Error::Config(format!("the vision encoder's cannot be written: {e}")))?;
+    let config = serde_json::to_vec(&model.config().vision_config).map_err(|e| {
+        Error::Config(format!("the vision encoder's configuration cannot be serialized: {e}"))
+    })?;
     let (mut base, mut adapter) = (Checksum::new(), Checksum::new());
     base.add("config", &config);
     let (mut is_adapted, mut is_trainable, mut failed) = (false, false, None);

@@ -132,7 +132,7 @@ pub struct GeneratedMask {
 /// Masks, and what became of the other candidates.
 #[derive(Clone, Debug, Default)]
 pub struct Generated {
-    /// Best first.
+    /// Best first; of several tiles, in the order of the tiles.
     pub masks: Vec<GeneratedMask>,
     /// Counts of all candidates.
     pub statistics: GenerationStatistics,

@@ -66,6 +66,9 @@ impl Chunks {
         if chunk.0 == 0 || chunk.1 == 0 || size.0 == 0 || size.1 == 0 {
             return Err(format!("{page}, has no pixels"));
         }
+        if u64::from(size.0) * u64::from(size.1) > u64::from(u32::MAX) {
+            return Err(format!("{page}, has more than 2^32 - 1 pixels"));
+        }
         let is_plain = page.compression == 1 && chunk.0 == size.0;
         let strips = match is_plain {
             true => decoder.find_tag_unsigned_vec(Tag::StripOffsets).ok().flatten(),
