@@ -48,7 +48,7 @@ fn noise(count: usize, top: u32) -> impl Iterator<Item = u32> {
     (0..count as u32).map(move |index| mix(index) % (top + 1))
 }
 
-/// TIFFs of strips of 5 rows, of one strip, and of tiles of 16 x 16 pixels.
+/// TIFFs of strips of 5 rows, one of them a BigTIFF, of one strip, and of tiles of 16 x 16 pixels.
 fn write_all(size: Size) -> Result<Vec<(PathBuf, ReadOptions)>> {
     let (height, width) = size;
     let pixels = (height * width) as usize;
@@ -86,6 +86,14 @@ fn write_all(size: Size) -> Result<Vec<(PathBuf, ReadOptions)>> {
     }
     let path = scratch("single.tif")?;
     write_rgb(&path, &colours, size, (height, Compression::Uncompressed))?;
+    files.push((path, ReadOptions::default()));
+    let path = scratch("big.tif")?;
+    let file = BufWriter::new(std::fs::File::create(&path)?);
+    let mut image_file = TiffEncoder::new_big(file)?;
+    let mut image = image_file.new_image::<colortype::RGB8>(width, height)?;
+    image.rows_per_strip(5)?;
+    image.write_data(&colours)?;
+    drop(image_file);
     files.push((path, ReadOptions::default()));
     let path = scratch("tiled.tif")?;
     write_tiles(&path, size, 16)?;

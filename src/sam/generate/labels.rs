@@ -141,3 +141,36 @@ fn write_strips<W: Write + Seek, K: TiffKind>(
     }
     image.finish()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sam::{Crop, Rle};
+    use tiff::decoder::{Decoder, DecodingResult};
+
+    /// The file of an image beyond 4 GiB, at a size that a test can write.
+    #[test]
+    fn big_tiffs_hold_the_labels() -> Result<()> {
+        let size = (150, 9);
+        let inside: Vec<bool> = (0..150 * 9).map(|place| place % 9 > 4 && place > 300).collect();
+        let mask = Rle::from_mask(&inside, size)?;
+        let masks = [GeneratedMask {
+            bounds: mask.bounds().unwrap_or_default(),
+            mask,
+            iou_score: 0.9,
+            stability_score: 0.9,
+            point: [0.0; 2],
+            crop: Crop { left: 0, top: 0, right: 9, bottom: 150 },
+        }];
+        let mut bytes = Cursor::new(vec![]);
+        let read = TiffEncoder::new_big(&mut bytes)
+            .and_then(|tiff| write_strips(tiff, &masks, size))
+            .and_then(|()| Decoder::new(Cursor::new(bytes.get_ref()))?.read_image());
+        assert!(bytes.get_ref().starts_with(b"II+\0"));
+        match read {
+            Ok(DecodingResult::U32(labels)) => assert_eq!(labels, label_image(&masks, size)),
+            other => panic!("{other:?}"),
+        }
+        Ok(())
+    }
+}
