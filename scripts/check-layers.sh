@@ -24,7 +24,8 @@ device ops
 nn
 lora sam
 train
-testing
+cli
+testing main
 """
 # Modules that only some of the rows above them may import.
 IMPORTERS = {

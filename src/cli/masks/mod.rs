@@ -1,0 +1,105 @@
+//! `masks`: everything in images, without a prompt.
+
+mod journal;
+mod options;
+mod results;
+
+pub use options::Options;
+
+use super::photo::images;
+use crate::files;
+use crate::sam::{MaskGenerator, SamPredictor};
+use anyhow::bail;
+use journal::Journal;
+use results::Results;
+use serde_json::json;
+use std::path::Path;
+use std::time::Instant;
+
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let console = options.console;
+    let place = options.backend.open()?;
+    let images = images(&options.images)?;
+    let mut journal = open_journal(options)?;
+    let source = options.model.find(console)?;
+    let sam = source.load(&place, console)?;
+    let processor = source.processor(sam.config(), console)?;
+    let predictor = SamPredictor::with_processor(&sam, processor);
+    let generator = options.generator.generator();
+    let bar = console.bar(0, "points  {msg}");
+    let (mut skipped, mut made) = (0, 0);
+    for path in &images {
+        let started = Instant::now();
+        let name = name_of(path);
+        let results = Results { folder: &options.output, image: path, each: options.files.each };
+        if journal.masks_of(&name).is_some_and(|count| results.are_whole(count)) {
+            skipped += 1;
+            continue;
+        }
+        let image = bar.suspend(|| options.photo.read(path, console))?;
+        bar.set_message(format!("{name} ({} of {})", skipped + made + 1, images.len()));
+        let masks = generator.generate_with(&predictor, &image, |done, of| {
+            bar.set_length(((images.len() - skipped) * of) as u64);
+            bar.set_position((made * of + done) as u64);
+        })?;
+        let object = results.write(&image, &masks)?;
+        journal.push(&name, (image.height(), image.width()), &masks)?;
+        made += 1;
+        let best = masks
+            .first()
+            .map_or_else(String::new, |mask| format!(", expected IoU up to {:.3}", mask.iou_score));
+        let text = format!(
+            "{name}: {} masks{best}, {:.1} s",
+            masks.len(),
+            started.elapsed().as_secs_f64()
+        );
+        bar.suspend(|| {
+            console.result(text, object);
+            if masks.is_empty() {
+                console.note(nothing_found(&name, &generator));
+            }
+        });
+    }
+    bar.finish_and_clear();
+    if skipped > 0 {
+        console.note(format!("{skipped} of {} images were done already", images.len()));
+    }
+    let (total, json) = (journal.masks(), journal.finish()?);
+    let text = format!("{total} masks of {} images in {}", images.len(), json.display());
+    let object =
+        json!({ "images": images.len(), "skipped": skipped, "masks": total, "coco": json });
+    console.result(text, object);
+    Ok(())
+}
+
+/// The name that an image has in the results.
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn nothing_found(name: &str, generator: &MaskGenerator) -> String {
+    format!(
+        "{name}: nothing was good enough; lower --iou (now {}) or --stability (now {})",
+        generator.pred_iou_thresh, generator.stability_score_thresh
+    )
+}
+
+/// Begins the record of a run, or goes on with that of an earlier one of the same settings.
+fn open_journal(options: &Options) -> anyhow::Result<Journal> {
+    let folder = &options.output;
+    let settings = options.settings();
+    if options.files.resume {
+        files::create_dir(folder)?;
+        return Journal::resume(folder, settings);
+    }
+    let earlier =
+        journal::FILES.map(|name| folder.join(name)).into_iter().find(|path| path.exists());
+    if let Some(path) = earlier.filter(|_| !options.files.overwrite) {
+        bail!(
+            "{}: exists already; choose another --output, --resume or --overwrite",
+            path.display()
+        )
+    }
+    files::create_dir(folder)?;
+    Ok(Journal::begin(folder, settings))
+}
