@@ -19,6 +19,11 @@ pub struct ModelArguments {
 }
 
 impl ModelArguments {
+    /// Whether an adapter is named.
+    pub fn is_adapted(&self) -> bool {
+        self.adapter.is_some()
+    }
+
     /// The files that are meant.
     pub fn find(&self, console: Console) -> anyhow::Result<Source> {
         model::find(self.model.as_deref(), self.adapter.as_deref(), console)

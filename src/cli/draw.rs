@@ -1,7 +1,9 @@
 //! Masks and prompts drawn into images; pictures written.
 
 use crate::{write_atomic, Error, Result};
+use anyhow::anyhow;
 use image::{ImageFormat, Rgb, RgbImage};
+use plotters::style::{register_font as register, FontStyle};
 use std::io::Cursor;
 use std::path::Path;
 
@@ -84,4 +86,10 @@ pub fn save_png(path: &Path, image: &image::DynamicImage) -> Result<()> {
         .write_to(&mut bytes, ImageFormat::Png)
         .map_err(|e| Error::file(path, format!("cannot be written as PNG: {e}")))?;
     write_atomic(path, |file| file.write_all(bytes.get_ref()))
+}
+
+/// Makes the font of pictures known as `sans-serif`. It comes with a crate, so a machine without fonts draws too.
+pub fn register_font() -> anyhow::Result<()> {
+    register("sans-serif", FontStyle::Normal, dejavu::sans::regular())
+        .map_err(|_| anyhow!("the font of pictures is not readable"))
 }

@@ -7,16 +7,23 @@ mod arguments;
 mod console;
 mod draw;
 mod encode;
+mod export;
 pub mod finetune;
+mod import;
 mod lora_arguments;
 mod masks;
+mod merge;
 mod model;
+mod model_folder;
 mod params;
 mod photo;
 mod segment;
+mod sheet;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Segment Anything with LoRA: segments images, trains adapters, converts models
@@ -34,6 +41,13 @@ enum Command {
     Finetune(finetune::Options),
     Encode(encode::Options),
     Params(params::Options),
+    Merge(merge::Options),
+    Export(export::Options),
+    Import(import::Options),
+    /// Prints a script that completes this program's command lines in a shell
+    Completions {
+        shell: Shell,
+    },
 }
 
 /// Runs the program with these arguments, the first of them its name.
@@ -51,5 +65,15 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Finetune(options) => finetune::run(options).map(drop),
         Command::Encode(options) => encode::run(options),
         Command::Params(options) => params::run(options),
+        Command::Merge(options) => merge::run(options),
+        Command::Export(options) => export::run(options),
+        Command::Import(options) => import::run(options),
+        Command::Completions { shell } => {
+            let (mut script, mut program) = (vec![], Program::command());
+            clap_complete::generate(*shell, &mut program, "candle-sam-lora", &mut script);
+            // A closed pipe is no reason to complain.
+            let _ = std::io::stdout().write_all(&script);
+            Ok(())
+        }
     })
 }

@@ -77,7 +77,12 @@ pub fn images(named: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     Ok(images)
 }
 
+/// An image as it is, with nothing to say about it.
+pub fn read_plain(path: &Path) -> Result<DynamicImage> {
+    Ok(ReadOptions::default().read(path)?.image)
+}
+
 /// Whether an image is there that can be read to its end.
 pub fn is_whole(path: &Path) -> bool {
-    ReadOptions::default().read(path).is_ok()
+    read_plain(path).is_ok()
 }

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use candle_sam_lora::files::write_tensors;
 
 /// A fixture's tensors whose names start with one of the prefixes, without these.
-fn inputs(tensors: &Tensors, prefixes: &[&str]) -> Tensors {
+pub fn inputs(tensors: &Tensors, prefixes: &[&str]) -> Tensors {
     let wanted = |name: &str| {
         let name = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix))?;
         (name == "pixel_values" || name.starts_with("input_")).then(|| name.to_string())
@@ -18,7 +18,8 @@ fn inputs(tensors: &Tensors, prefixes: &[&str]) -> Tensors {
 /// Largest relative error, of f32 against f64 (tests/sam_model.rs).
 const BOUND: f64 = 2e-5;
 
-fn compare(got: &Tensors, name: &str, expected: &Tensor) -> Result<()> {
+/// A written tensor must be the expected one.
+pub fn compare(got: &Tensors, name: &str, expected: &Tensor) -> Result<()> {
     let got = got.get(name).with_context(|| format!("no {name} was written"))?;
     let error = relative_error(got, expected)?;
     ensure!(error < BOUND, "{name}: {error:e}");
@@ -184,5 +185,39 @@ fn says_what_is_wrong() -> Result<()> {
     let old = ["old/adapter_model.bin: a git-LFS pointer", "git lfs pull"];
     fails(&format!("{command} --adapter old"), 1, &old)?;
     ensure!(!here.join("out").exists(), "a run that failed has written");
+    Ok(())
+}
+
+/// A folder of files, in f32 and bf16; what is there and whole is not made again.
+#[test]
+fn takes_a_folder_and_goes_on_with_it() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    let io = read(folder("tiny").join("io.safetensors"))?;
+    std::fs::create_dir(here.join("in"))?;
+    for name in ["a", "b"] {
+        let tensors = inputs(&io, &["encoder/"]);
+        write_tensors(here.join(format!("in/{name}.safetensors")), &tensors)?;
+    }
+    let command = format!("--input in --output out --model {}", folder("tiny").display());
+    let out = succeed(here, "encode", &command)?;
+    ensure!(out.contains("out/a.safetensors: ") && out.contains("out/b.safetensors: "), "{out}");
+    let whole = std::fs::read(here.join("out/b.safetensors"))?;
+    compare(
+        &read(here.join("out/b.safetensors"))?,
+        "image_embeddings",
+        &io["encoder/image_embeddings"],
+    )?;
+    std::fs::write(here.join("out/b.safetensors"), &whole[..whole.len() - 9])?;
+    let out = succeed(here, "encode", &format!("{command} --resume"))?;
+    ensure!(out.contains("1 of 2 results are there already") && !out.contains("out/a"), "{out}");
+    ensure!(std::fs::read(here.join("out/b.safetensors"))? == whole, "another file");
+    fail(here, "encode", "--input in --output in --model none", 1, &["are one folder"])?;
+
+    succeed(here, "encode", &format!("{command} --dtype bf16"))?;
+    let rough = &read(here.join("out/b.safetensors"))?["image_embeddings"];
+    let error = relative_error(rough, &io["encoder/image_embeddings"])?;
+    // bf16 has 8 bits: a step is 2^-8, and there are a few layers of them.
+    ensure!(error > BOUND && error < 0.1, "bf16: {error:e}");
     Ok(())
 }

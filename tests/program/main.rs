@@ -2,6 +2,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod console;
+mod convert;
 mod encode;
 mod masks;
 mod params;

@@ -2,6 +2,7 @@
 
 use super::{fail, micrograph, root, succeed};
 use anyhow::{ensure, Context, Result};
+use std::path::Path;
 
 #[test]
 fn finds_everything_in_a_folder() -> Result<()> {
@@ -57,4 +58,78 @@ fn says_what_is_wrong() -> Result<()> {
     fails(&format!("{image} nuclei_r6c0.tif"), 1, &["the same names"])?;
     fails(&format!("{image} --points-per-side 0"), 1, &["points_per_side is 0"])?;
     fails(&format!("{image} --crop-layers 9"), 1, &["crop_n_layers is 9"])
+}
+
+const QUICK: &str = "--points-per-side 8 --iou 0.6 --stability 0.6 --nms 0.5";
+
+/// A folder with two images.
+fn photos(here: &Path) -> Result<()> {
+    std::fs::create_dir(here.join("photos"))?;
+    std::fs::copy(micrograph().0, here.join("photos/a.png"))?;
+    std::fs::copy(
+        root().join("assets/photos/coins/heldout/images/coins_r0c2.png"),
+        here.join("photos/b.png"),
+    )?;
+    Ok(())
+}
+
+/// The bytes are those of a run that nothing stopped, wherever it was killed.
+#[test]
+fn a_killed_run_is_continued_to_the_same_bytes() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    photos(here)?;
+    succeed(here, "masks", &format!("photos {QUICK} --output whole"))?;
+    let whole = |name: &str| std::fs::read(here.join("whole").join(name));
+    let journal = whole("masks.jsonl")?;
+    let ends: Vec<usize> =
+        journal.iter().enumerate().filter(|(_, b)| **b == b'\n').map(|(at, _)| at + 1).collect();
+    ensure!(ends.len() == 3, "{} lines", ends.len());
+    for (length, done) in [(ends[0], 0), (ends[1], 1), (ends[1] + 40, 1), (ends[2], 2)] {
+        let killed = here.join(format!("killed-{length}"));
+        std::fs::create_dir(&killed)?;
+        std::fs::write(killed.join("masks.jsonl"), &journal[..length])?;
+        for name in ["a.labels.png", "a.overlay.png", "b.labels.png", "b.overlay.png"] {
+            std::fs::write(killed.join(name), whole(name)?)?;
+        }
+        let line = format!("photos {QUICK} --output killed-{length} --resume");
+        let out = succeed(here, "masks", &line)?;
+        ensure!(done == 0 || out.contains(&format!("{done} of 2 images were done")), "{out}");
+        for name in ["masks.json", "masks.jsonl", "b.labels.png"] {
+            ensure!(std::fs::read(killed.join(name))? == whole(name)?, "{length}: {name}");
+        }
+    }
+    // A picture that is not whole is made again.
+    let overlay = here.join("whole/b.overlay.png");
+    let bytes = std::fs::read(&overlay)?;
+    std::fs::write(&overlay, &bytes[..bytes.len() / 2])?;
+    let out = succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
+    ensure!(out.contains("1 of 2 images were done") && std::fs::read(&overlay)? == bytes, "{out}");
+    let other = "photos --output whole --resume --points-per-side 4";
+    fail(here, "masks", other, 1, &["masks.jsonl", "other settings (generator)"])
+}
+
+#[test]
+fn a_contact_sheet_shows_all_images() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    photos(here)?;
+    let line = format!("photos {QUICK} --sheet sheet.png --columns 1 --json --quiet");
+    let out = succeed(here, "masks", &line)?;
+    let lines: Vec<serde_json::Value> =
+        out.lines().map(serde_json::from_str).collect::<std::result::Result<_, _>>()?;
+    ensure!(lines.len() == 3 && lines[2]["sheets"][0] == "sheet.png", "{out}");
+    ensure!(lines[0]["image"] == "photos/a.png" && lines[2]["images"] == 2, "{out}");
+    let sheet = image::open(here.join("sheet.png"))?.into_rgb8();
+    let (width, height) = sheet.dimensions();
+    ensure!(height > width, "one column of two pictures, {width} x {height}");
+    // Names are black on white, below each picture.
+    let dark = |top: u32, bottom: u32| {
+        let rows = top..bottom;
+        rows.flat_map(|y| (0..width).map(move |x| (x, y)))
+            .filter(|(x, y)| sheet.get_pixel(*x, *y).0.iter().all(|value| *value < 90))
+            .count()
+    };
+    ensure!(dark(212, 232) > 5 && dark(height - 30, height - 8) > 5, "no names");
+    Ok(())
 }

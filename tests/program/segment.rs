@@ -280,3 +280,27 @@ fn says_what_is_wrong() -> Result<()> {
     ensure!(std::fs::read(here.join("a.png"))? == b"mine", "a.png was overwritten");
     fails(&format!("{image} --point 1,1 --model none"), 1, &["none", "no such folder"])
 }
+
+/// Each image of a folder gets the prompts; what is there and whole is not made again.
+#[test]
+fn takes_a_folder_and_goes_on_with_it() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    std::fs::create_dir(here.join("photos"))?;
+    let image = micrograph().0;
+    for name in ["a.png", "b.png"] {
+        std::fs::copy(&image, here.join("photos").join(name))?;
+    }
+    let command = "photos --point 30,30 --output out";
+    let out = succeed(here, "segment", command)?;
+    ensure!(out.contains("a.png: expected IoU") && out.contains("b.png: expected IoU"), "{out}");
+    let mask = here.join("out/b.mask.png");
+    let whole = std::fs::read(&mask)?;
+    ensure!(std::fs::read(here.join("out/a.mask.png"))? == whole);
+    fail(here, "segment", command, 1, &["out/a.mask.png", "exists already"])?;
+    std::fs::write(&mask, &whole[..whole.len() / 2])?;
+    let out = succeed(here, "segment", &format!("{command} --resume"))?;
+    ensure!(out.contains("1 of 2 results are there already") && !out.contains("a.png"), "{out}");
+    ensure!(std::fs::read(&mask)? == whole, "another mask");
+    fail(here, "segment", "photos --point 1,1 --mask m.png", 1, &["are for one image"])
+}

@@ -7,13 +7,14 @@ mod results;
 pub use options::Options;
 
 use super::photo::images;
+use super::sheet;
 use crate::files;
 use crate::sam::{MaskGenerator, SamPredictor};
 use anyhow::bail;
 use journal::Journal;
 use results::Results;
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
@@ -31,7 +32,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     for path in &images {
         let started = Instant::now();
         let name = name_of(path);
-        let results = Results { folder: &options.output, image: path, each: options.files.each };
+        let results = options.results(path);
         if journal.masks_of(&name).is_some_and(|count| results.are_whole(count)) {
             skipped += 1;
             continue;
@@ -65,11 +66,25 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         console.note(format!("{skipped} of {} images were done already", images.len()));
     }
     let (total, json) = (journal.masks(), journal.finish()?);
+    let sheets = match &options.files.sheet {
+        Some(path) => {
+            let overlay = |image: &PathBuf| (name_of(image), options.results(image).overlay());
+            let pictures: Vec<_> = images.iter().map(overlay).collect();
+            sheet::write(path, &pictures, options.files.columns)?
+        }
+        None => vec![],
+    };
     let text = format!("{total} masks of {} images in {}", images.len(), json.display());
-    let object =
-        json!({ "images": images.len(), "skipped": skipped, "masks": total, "coco": json });
+    let object = json!({ "images": images.len(), "skipped": skipped, "masks": total, "coco": json, "sheets": sheets });
     console.result(text, object);
+    sheets.iter().for_each(|sheet| console.note(format!("contact sheet in {}", sheet.display())));
     Ok(())
+}
+
+impl Options {
+    fn results<'a>(&'a self, image: &'a Path) -> Results<'a> {
+        Results { folder: &self.output, image, each: self.files.each }
+    }
 }
 
 /// The name that an image has in the results.

@@ -93,6 +93,12 @@ pub struct FileArguments {
     /// Write each mask as a PNG of its own, too
     #[arg(long)]
     pub each: bool,
+    /// Draw a contact sheet, too: small pictures of all images with their masks, names below
+    #[arg(long, value_name = "FILE.png")]
+    pub sheet: Option<PathBuf>,
+    /// Pictures in a row of the sheet
+    #[arg(long, default_value_t = 5, value_name = "N", requires = "sheet")]
+    pub columns: usize,
     /// Replace files that exist
     #[arg(long)]
     pub overwrite: bool,
