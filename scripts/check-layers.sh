@@ -29,7 +29,7 @@ testing main
 """
 # Modules that only some of the rows above them may import.
 IMPORTERS = {
-    "files": {"nn", "lora", "sam", "train"},
+    "files": {"nn", "lora", "sam", "train", "cli"},
     "cpu": {"ops", "nn"},
     "launch": {"driver", "ops"},
     "driver": {"device", "ops"},

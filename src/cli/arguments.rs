@@ -1,8 +1,8 @@
 //! Options that several commands share: the model, where it runs, what may be replaced.
 
 use super::console::Console;
-use super::model::{self, Source};
-use candle_core::{DType, Device};
+use super::model::{self, Placement, Source};
+use candle_core::DType;
 use clap::ValueEnum;
 use std::path::PathBuf;
 
@@ -60,14 +60,6 @@ impl From<Storage> for DType {
             Storage::F16 => Self::F16,
         }
     }
-}
-
-/// Where a model's tensors are, and their type.
-pub struct Placement {
-    /// The CPU or a GPU.
-    pub device: Device,
-    /// Of weights and activations.
-    pub dtype: DType,
 }
 
 impl Backend {

@@ -1,8 +1,8 @@
 //! `encode`: tensors through a model, for comparison with other implementations and for work of one's own on embeddings.
 
-use super::arguments::{Backend, ModelArguments, Placement};
+use super::arguments::{Backend, ModelArguments};
 use super::console::Console;
-use super::model::Source;
+use super::model::{Placement, Source};
 use crate::nn::Mode;
 use crate::sam::{
     model_type, DeepSeekOcrEncoder, SamInput, SamModel, SamVisionConfig, SamVisionEncoderOutput,
@@ -165,8 +165,8 @@ impl<'a> Request<'a> {
 
 /// The models that encode.
 enum Model {
-    DeepSeekOcr(DeepSeekOcrEncoder),
-    Vision(SamVisionModel),
+    DeepSeekOcr(Box<DeepSeekOcrEncoder>),
+    Vision(Box<SamVisionModel>),
     Sam(Box<SamModel>),
 }
 
@@ -178,14 +178,14 @@ impl Model {
             let mut encoder =
                 DeepSeekOcrEncoder::from_pretrained(weights, source.kind()?, *dtype, device)?;
             source.adapt(&mut encoder, console)?;
-            return Ok(Self::DeepSeekOcr(encoder));
+            return Ok(Self::DeepSeekOcr(Box::new(encoder)));
         }
         let config = weights.join("config.json");
         if config.exists() && model_type(&config)? == SamVisionConfig::MODEL_TYPE {
             let mut model =
                 SamVisionModel::from_pretrained(weights, source.kind()?, *dtype, device)?;
             source.adapt(&mut model, console)?;
-            return Ok(Self::Vision(model));
+            return Ok(Self::Vision(Box::new(model)));
         }
         Ok(Self::Sam(Box::new(source.load(place, console)?)))
     }

@@ -1,9 +1,9 @@
 //! `export`: models and adapters in the formats of other tools.
 
-use super::arguments::{ModelArguments, Placement};
+use super::arguments::ModelArguments;
 use super::console::Console;
 use super::merge::merged;
-use super::model::Source;
+use super::model::{self, Placement, Source};
 use super::model_folder::{self, Destination, StorageArgument};
 use crate::lora::{fuse_qkv, write_adapter, CONFIG_FILE, TENSORS_FILE};
 use crate::nn::DEFAULT_ADAPTER;
@@ -81,7 +81,7 @@ fn fused_adapter(source: &Source, output: &Path, console: Console) -> anyhow::Re
         bail!("the adapter is on the fused qkv already")
     }
     let place = Placement { device: Device::Cpu, dtype: DType::F32 };
-    let mut model = super::model::load(&source.weights, AttentionKind::Split, &place, console)?;
+    let mut model = model::load(&source.weights, AttentionKind::Split, &place, console)?;
     let Some(config) = source.adapt(&mut model, console)? else {
         bail!("there is no adapter to export")
     };

@@ -5,9 +5,8 @@
 //! micro-sam              the whole model, perhaps with LoRA           model, and the adapter if there is one
 //! ```
 
-use super::arguments::Placement;
 use super::console::Console;
-use super::model;
+use super::model::{self, Placement};
 use super::model_folder::{self, Destination};
 use crate::lora::{read_samed_adapter, write_adapter};
 use crate::nn::checkpoint::TensorReader;

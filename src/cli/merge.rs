@@ -1,8 +1,8 @@
 //! `merge`: an adapter folded into its model.
 
-use super::arguments::{ModelArguments, Placement};
+use super::arguments::ModelArguments;
 use super::console::Console;
-use super::model::Source;
+use super::model::{Placement, Source};
 use super::model_folder::{self, Destination, StorageArgument};
 use crate::lora;
 use crate::sam::SamModel;

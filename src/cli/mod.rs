@@ -38,7 +38,7 @@ struct Program {
 enum Command {
     Masks(masks::Options),
     Segment(segment::Options),
-    Finetune(finetune::Options),
+    Finetune(Box<finetune::Options>),
     Encode(encode::Options),
     Params(params::Options),
     Merge(merge::Options),

@@ -1,6 +1,5 @@
 //! Models from their files: weights, adapter, image processor.
 
-use super::arguments::Placement;
 use super::console::Console;
 use crate::lora::{
     adapter_keys, load_adapter_as, load_adapter_tensors, read_samed_adapter, LoraConfig,
@@ -10,8 +9,17 @@ use crate::nn::{set_trainable, ModuleTree, DEFAULT_ADAPTER};
 use crate::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
 use crate::{hub, Result};
 use anyhow::{anyhow, Context};
+use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use std::path::{Path, PathBuf};
+
+/// Where a model's tensors are, and their type.
+pub struct Placement {
+    /// The CPU or a GPU.
+    pub device: Device,
+    /// Of weights and activations.
+    pub dtype: DType,
+}
 
 /// The files of a model.
 pub struct Source {

@@ -133,3 +133,22 @@ fn a_contact_sheet_shows_all_images() -> Result<()> {
     ensure!(dark(212, 232) > 5 && dark(height - 30, height - 8) > 5, "no names");
     Ok(())
 }
+
+/// The flags that are named keep a mask.
+#[test]
+fn an_image_without_masks_gets_advice() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    let line = format!("{} --points-per-side 8", micrograph().0.display());
+    let strict = format!("{line} --iou 0.999 --stability 0.999 --output none");
+    let out = succeed(here, "masks", &strict)?;
+    ensure!(out.contains(": 0 masks") && out.contains("nothing was good enough"), "{out}");
+    let flags = out
+        .split("; ")
+        .find_map(|part| part.lines().next()?.strip_suffix(" would keep it"))
+        .with_context(|| format!("no flags: {out}"))?;
+    ensure!(flags.contains("--iou") && flags.contains("--stability"), "{out}");
+    let out = succeed(here, "masks", &format!("{line} {flags} --output some"))?;
+    ensure!(!out.contains(": 0 masks"), "{flags}: {out}");
+    Ok(())
+}

@@ -1,9 +1,8 @@
 //! The run: load, evaluate, inject, train, evaluate, write.
 
-use super::super::arguments::Placement;
 use super::super::console::Console;
 use super::super::draw::save_png;
-use super::super::model;
+use super::super::model::{self, Placement};
 use super::curve::loss_curve;
 use super::options::Options;
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};

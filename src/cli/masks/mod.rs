@@ -2,6 +2,7 @@
 
 mod journal;
 mod options;
+mod rejected;
 mod results;
 
 pub use options::Options;
@@ -9,7 +10,7 @@ pub use options::Options;
 use super::photo::images;
 use super::sheet;
 use crate::files;
-use crate::sam::{MaskGenerator, SamPredictor};
+use crate::sam::SamPredictor;
 use anyhow::bail;
 use journal::Journal;
 use results::Results;
@@ -54,28 +55,26 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             masks.len(),
             started.elapsed().as_secs_f64()
         );
-        bar.suspend(|| {
-            console.result(text, object);
-            if masks.is_empty() {
-                console.note(nothing_found(&name, &generator));
-            }
-        });
+        bar.suspend(|| console.result(text, object));
+        if masks.is_empty() {
+            let advice = rejected::advice(&generator, &predictor, &image)?;
+            bar.suspend(|| console.note(format!("{name}: nothing was good enough; {advice}")));
+        }
     }
     bar.finish_and_clear();
     if skipped > 0 {
         console.note(format!("{skipped} of {} images were done already", images.len()));
     }
     let (total, json) = (journal.masks(), journal.finish()?);
-    let sheets = match &options.files.sheet {
-        Some(path) => {
-            let overlay = |image: &PathBuf| (name_of(image), options.results(image).overlay());
-            let pictures: Vec<_> = images.iter().map(overlay).collect();
-            sheet::write(path, &pictures, options.files.columns)?
-        }
-        None => vec![],
-    };
+    let sheets = options.write_sheets(&images)?;
     let text = format!("{total} masks of {} images in {}", images.len(), json.display());
-    let object = json!({ "images": images.len(), "skipped": skipped, "masks": total, "coco": json, "sheets": sheets });
+    let object = json!({
+        "images": images.len(),
+        "skipped": skipped,
+        "masks": total,
+        "coco": json,
+        "sheets": sheets,
+    });
     console.result(text, object);
     sheets.iter().for_each(|sheet| console.note(format!("contact sheet in {}", sheet.display())));
     Ok(())
@@ -85,18 +84,19 @@ impl Options {
     fn results<'a>(&'a self, image: &'a Path) -> Results<'a> {
         Results { folder: &self.output, image, each: self.files.each }
     }
+
+    /// Draws the contact sheets, if they are wanted; returns their files.
+    fn write_sheets(&self, images: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+        let Some(path) = &self.files.sheet else { return Ok(vec![]) };
+        let overlay = |image: &PathBuf| (name_of(image), self.results(image).overlay());
+        let pictures: Vec<_> = images.iter().map(overlay).collect();
+        sheet::write(path, &pictures, self.files.columns)
+    }
 }
 
 /// The name that an image has in the results.
 fn name_of(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-fn nothing_found(name: &str, generator: &MaskGenerator) -> String {
-    format!(
-        "{name}: nothing was good enough; lower --iou (now {}) or --stability (now {})",
-        generator.pred_iou_thresh, generator.stability_score_thresh
-    )
 }
 
 /// Begins the record of a run, or goes on with that of an earlier one of the same settings.
