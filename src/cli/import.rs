@@ -15,6 +15,7 @@ use crate::sam::{checkpoint, AttentionKind, SamModel};
 use crate::Error;
 use anyhow::Context;
 use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -38,11 +39,16 @@ pub struct Options {
     console: Console,
 }
 
+/// The end of the name of the tensor that has a row for each mask of the decoder.
+const MASK_TOKENS: &str = "mask_decoder.mask_tokens.weight";
+
 /// What a file holds.
 struct Contents {
     encoder: bool,
     prompts: bool,
     decoder: bool,
+    /// Masks of the decoder, where it is there: SAMed has one for each class beside the single one.
+    masks: Option<usize>,
     lora: bool,
 }
 
@@ -52,10 +58,12 @@ impl Contents {
         let has = |words: &[&str]| {
             reader.tensors().keys().any(|name| words.iter().any(|word| name.contains(word)))
         };
+        let masks = reader.tensors().iter().find(|(name, _)| name.ends_with(MASK_TOKENS));
         Ok(Self {
             encoder: has(&["patch_embed"]),
             prompts: has(&["prompt_encoder."]),
             decoder: has(&["mask_decoder."]),
+            masks: masks.and_then(|(_, tokens)| tokens.shape.first().copied()),
             lora: has(&["w_a_", "linear_a_"]),
         })
     }
@@ -117,6 +125,9 @@ fn load(options: &Options, contents: &Contents) -> anyhow::Result<(SamModel, Pat
     })?;
     let base = model::folder(Some(name))?;
     let mut model = model::load(&base, AttentionKind::Split, &place, console)?;
+    if let Some(masks) = contents.masks {
+        model = with_masks(model, masks, &place)?;
+    }
     let parts: [(bool, &mut dyn ModuleTree); 3] = [
         (contents.encoder, &mut model.vision_encoder),
         (contents.prompts, &mut model.prompt_encoder),
@@ -126,4 +137,19 @@ fn load(options: &Options, contents: &Contents) -> anyhow::Result<(SamModel, Pat
         console.note(checkpoint::load(part, file)?);
     }
     Ok((model, base))
+}
+
+/// The model with a decoder of so many masks; a new decoder holds zeros, to be filled.
+fn with_masks(model: SamModel, masks: usize, place: &Placement) -> crate::Result<SamModel> {
+    let mut config = model.config().clone();
+    config.mask_decoder_config.num_multimask_outputs = masks.saturating_sub(1);
+    if config == *model.config() {
+        return Ok(model);
+    }
+    let vb = VarBuilder::zeros(place.dtype, &place.device);
+    let mut with_masks = SamModel::new(&config, AttentionKind::Split, vb)?;
+    with_masks.shared_image_embedding = model.shared_image_embedding;
+    with_masks.vision_encoder = model.vision_encoder;
+    with_masks.prompt_encoder = model.prompt_encoder;
+    Ok(with_masks)
 }

@@ -4,7 +4,10 @@ use super::encode::{compare, inputs};
 use super::{fail, folder, read, succeed};
 use crate::common::model::Tensors;
 use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use candle_sam_lora::files::write_tensors;
+use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
 use std::path::{Path, PathBuf};
 
 fn adapters() -> PathBuf {
@@ -158,4 +161,35 @@ fn files_of_samed_and_micro_sam_become_model_and_adapter() -> Result<()> {
     fails("none --output y", &["none", "No such file"])?;
     let other = adapters().join("lora_qv/adapter_model.safetensors");
     fails(&format!("{} --output y", other.display()), &["neither parts of a SAM nor LoRA"])
+}
+
+/// SAMed trains a decoder with a mask for each class.
+#[test]
+fn a_decoder_of_samed_keeps_its_classes() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    let mut config = SamConfig::load(folder("tiny").join("config.json"))?;
+    config.mask_decoder_config.num_multimask_outputs = 5;
+    let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+    let mut model = SamModel::new(&config, AttentionKind::Split, vb)?;
+    model.randomize(3, 0.2)?;
+    checkpoint::save(&model, here.join("all"), checkpoint::Naming::Original, None)?;
+    let mut tensors = read(here.join("all"))?;
+    tensors.retain(|name, _| name.starts_with("mask_decoder."));
+    let decoder = tensors.clone();
+    let lora = read(foreign("samed"))?;
+    tensors.extend(lora.into_iter().filter(|(name, _)| name.starts_with("w_")));
+    write_tensors(here.join("samed.safetensors"), &tensors)?;
+
+    let line = format!("samed.safetensors --model {} --output imported", folder("tiny").display());
+    succeed(here, "import", &line)?;
+    let written = SamConfig::load(here.join("imported/model/config.json"))?;
+    ensure!(written.mask_decoder_config.num_multimask_outputs == 5);
+    let name = "mask_decoder.mask_tokens.weight";
+    let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+    let weights = read(here.join("imported/model/model.safetensors"))?;
+    ensure!(values(&weights[name])? == values(&decoder[name])?, "other tokens");
+    let masks = &encoded(here, "--adapter imported/adapter")?["pred_masks"];
+    ensure!(masks.dim(2)? == 5, "{:?}", masks.dims());
+    Ok(())
 }
