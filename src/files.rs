@@ -4,12 +4,6 @@
 //! [`TensorFile`] reads a safetensors file header first and then tensor by tensor, so a checkpoint is never in
 //! memory twice, and nothing is allocated by a size that the file's own length does not bear out.
 
-#[cfg(feature = "images")]
-mod stand_in;
-
-#[cfg(feature = "images")]
-pub use stand_in::stand_in;
-
 use crate::file_kind::{Kind, PICKLE};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -137,6 +131,7 @@ impl TensorFile {
             Kind::Foreign(what) => return Err(Error::file(&path, what)),
             Kind::Pickle => return Err(Error::file(&path, PICKLE)),
             Kind::Zip => return Err(invalid(&"it is a zip archive, as torch.save writes")),
+            Kind::Json => return Err(Error::file(&path, "a JSON text, not weights")),
             Kind::Unknown => {}
         }
         let mut prefix = [0u8; 8];

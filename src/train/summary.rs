@@ -33,7 +33,8 @@ impl Named {
         self.count
     }
 
-    fn names(&self) -> String {
+    /// The first names.
+    pub fn names(&self) -> String {
         let more = if self.count > self.first.len() { ", .." } else { "" };
         format!("{}{more}", self.first.join(", "))
     }

@@ -14,7 +14,7 @@ pub(crate) use limits::MAX_SIDE;
 pub use range::ValueRange;
 pub use raster::{Raster, RasterKind, SampleType, Samples};
 
-use crate::files::stand_in;
+use crate::file_kind::stand_in;
 use crate::{Error, Result};
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
