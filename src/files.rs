@@ -54,7 +54,12 @@ pub fn stage(
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<Staged> {
     let path = path.as_ref();
-    let file = temporary().tempfile_in(parent(path)).map_err(|e| Error::io(path, e))?;
+    let folder = parent(path);
+    if !folder.is_dir() {
+        return Err(Error::file(path, format!("there is no folder {}", folder.display())));
+    }
+    // Without the name of the temporary file, which is no matter of the user's.
+    let file = temporary().tempfile_in(folder).map_err(|e| Error::io(path, e.kind().into()))?;
     let mut buffered = std::io::BufWriter::with_capacity(1 << 20, file);
     write(&mut buffered).map_err(|e| Error::io(path, e))?;
     let file = buffered.into_inner().map_err(|e| Error::io(path, e.into_error()))?;
