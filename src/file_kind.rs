@@ -12,40 +12,102 @@ pub(crate) const PICKLE: &str = "a pickle without an archive around it, as torch
                                  read here. Convert it: torch.save(torch.load(old, weights_only=True), new)";
 
 /// The format of a file of tensors, as its first bytes tell it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A zip archive, as `torch.save` writes it.
     Zip,
     /// A pickle without an archive around it, as `torch.save` wrote it before PyTorch 1.6.
     Pickle,
+    /// A text of JSON.
+    Json,
     /// A file that holds no tensors here; the text says what it is and what helps.
-    Foreign(&'static str),
+    Foreign(String),
     /// Anything else, safetensors among it.
     Unknown,
 }
 
-/// First bytes and the files that begin with them.
-const FOREIGN: [(&[u8], &str); 13] = [
+/// A format that is read nowhere here.
+struct Foreign {
+    /// Where its first bytes stand.
+    place: usize,
+    start: &'static [u8],
+    name: &'static str,
+    /// What helps.
+    advice: &'static str,
+}
+
+const fn foreign(
+    place: usize,
+    start: &'static [u8],
+    name: &'static str,
+    advice: &'static str,
+) -> Foreign {
+    Foreign { place, start, name, advice }
+}
+
+const UNPACK: &str = "unpack it first";
+const AS_IMAGE: &str = "write an image as PNG or TIFF";
+
+const FOREIGN: [Foreign; 19] = [
+    foreign(0, b"\x93NUMPY", "a NumPy array (.npy)", AS_IMAGE),
+    foreign(0, b"\x89HDF", "an HDF5 file", "write images as TIFF, weights as safetensors"),
+    foreign(0, b"GGUF", "a GGUF file", "write the weights as safetensors"),
+    foreign(128, b"DICM", "a DICOM file", "write its pixels as TIFF"),
+    foreign(344, b"n+1\0", "a NIfTI volume", "write its slices as TIFF"),
+    foreign(0, b"\0\0\0\x0cjP  ", "a JPEG 2000 image", AS_IMAGE),
+    foreign(0, b"\xff\x4f\xff\x51", "a JPEG 2000 image", AS_IMAGE),
+    foreign(4, b"ftypavif", "an AVIF image", AS_IMAGE),
+    foreign(4, b"ftyphe", "a HEIC image", AS_IMAGE),
+    foreign(4, b"ftypmif1", "a HEIF image", AS_IMAGE),
+    foreign(0, b"8BPS", "a Photoshop file", AS_IMAGE),
+    foreign(0, b"%PDF", "a PDF document", "write its pages as PNG"),
+    foreign(0, b"\x1f\x8b", "a gzip archive", UNPACK),
+    foreign(0, b"BZh", "a bzip2 archive", UNPACK),
+    foreign(0, b"\xfd7zXZ", "an xz archive", UNPACK),
+    foreign(0, b"(\xb5/\xfd", "a zstd archive", UNPACK),
+    foreign(0, b"Rar!", "a RAR archive", UNPACK),
+    foreign(0, b"7z\xbc\xaf", "a 7z archive", UNPACK),
+    foreign(257, b"ustar", "a tar archive", UNPACK),
+];
+
+/// First letters of texts in the place of a file, in lower case.
+const TEXTS: [(&[&str], &str); 3] = [
     (
-        b"version https://git-lfs",
+        &["version https://git-lfs"],
         "a git-LFS pointer and not the file itself: run `git lfs pull`, or download the file again",
     ),
     (
-        b"\x89HDF",
-        "an HDF5 file, as Keras writes it, not weights of SAM in safetensors or PyTorch's format",
+        &["<!doctype html", "<html", "<head", "<!--"],
+        "an HTML page, a web page in place of the file: the download needs another address or a login",
     ),
-    (b"GGUF", "a GGUF file, not weights in safetensors or PyTorch's format"),
-    (b"\x1f\x8b", "compressed with gzip: unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it first"),
-    (b"BZh", "compressed with bzip2: unpack it first"),
-    (b"\xfd7zXZ", "compressed with xz: unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
-    (b"Rar!", "a RAR archive: unpack it first"),
-    (b"\x93NUMPY", "an array of NumPy, not weights in safetensors or PyTorch's format"),
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"%PDF", "a PDF document"),
+    (&["<?xml", "<svg", "<error"], "XML, as an SVG drawing or the error message of a server"),
 ];
+
+/// Names what stands in a file's place, whatever the file should be: a pointer, a page, an unfilled file, or a format that
+/// is read nowhere here. `None` if nothing is recognised.
+pub(crate) fn stand_in(start: &[u8]) -> Option<String> {
+    let start = &start[..start.len().min(START)];
+    if start.is_empty() {
+        return Some("it is empty, 0 bytes: the download or the disk failed".into());
+    }
+    if start.iter().all(|byte| *byte == 0) && start.len() > 8 {
+        return Some("it begins with 0 alone and was never filled: a broken download".into());
+    }
+    let text = letters(start).to_ascii_lowercase();
+    let begins = |words: &[&str]| words.iter().any(|word| text.starts_with(word.as_bytes()));
+    if let Some((_, what)) = TEXTS.iter().find(|(words, _)| begins(words)) {
+        return Some(format!("it is {what}"));
+    }
+    let found = FOREIGN
+        .iter()
+        .find(|format| start.get(format.place..).is_some_and(|b| b.starts_with(format.start)))?;
+    Some(format!("it is {}, which is not read here; {}", found.name, found.advice))
+}
+
+/// A text without its byte order mark and leading blanks.
+fn letters(start: &[u8]) -> &[u8] {
+    start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start).trim_ascii_start()
+}
 
 impl Kind {
     /// The kind of the file at `path`; [`Unknown`](Self::Unknown) where it cannot be read, which opening it tells.
@@ -63,32 +125,15 @@ impl Kind {
         if start.get(8) == Some(&b'{') && start.get(6..8) == Some(&[0, 0]) {
             return Self::Unknown;
         }
-        if start.is_empty() {
-            return Self::Foreign("empty, 0 bytes: the download or the disk failed");
-        }
-        if let Some((_, what)) = FOREIGN.iter().find(|(bytes, _)| start.starts_with(bytes)) {
+        if let Some(what) = stand_in(start) {
             return Self::Foreign(what);
         }
-        if start.starts_with(b"PK\x03\x04") {
-            return Self::Zip;
-        }
-        if let [0x80, 2..=5, ..] = start {
-            return Self::Pickle;
-        }
-        if start.get(257..262) == Some(b"ustar") {
-            return Self::Foreign("a tar archive: unpack it first");
-        }
-        let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start).trim_ascii_start();
-        let begins = |tag: &str| {
-            text.get(..tag.len()).is_some_and(|t| t.eq_ignore_ascii_case(tag.as_bytes()))
-        };
-        if ["<!doctype", "<html", "<head", "<?xml", "<!--"].into_iter().any(begins) {
-            return Self::Foreign(
-                "a web page (HTML) and not the file: the download needs another address or a login",
-            );
-        }
-        match text.first() {
-            Some(b'{' | b'[') => Self::Foreign("a JSON text, not weights"),
+        match start {
+            [b'P', b'K', 3, 4, ..] => Self::Zip,
+            [0x80, 2..=5, ..] => Self::Pickle,
+            [0x89, b'P', b'N', b'G', ..] => Self::Foreign("it is a PNG image, no weights".into()),
+            [0xff, 0xd8, 0xff, ..] => Self::Foreign("it is a JPEG image, no weights".into()),
+            _ if matches!(letters(start).first(), Some(b'{' | b'[')) => Self::Json,
             _ => Self::Unknown,
         }
     }
@@ -96,7 +141,7 @@ impl Kind {
 
 #[cfg(test)]
 mod tests {
-    use super::Kind;
+    use super::{stand_in, Kind};
 
     #[test]
     fn files_are_told_by_their_first_bytes() {
@@ -104,18 +149,32 @@ mod tests {
         assert_eq!(Kind::of(&header), Kind::Unknown);
         assert_eq!(Kind::of(b"PK\x03\x04\0\0\x08\x08"), Kind::Zip);
         assert_eq!(Kind::of(b"\x80\x02\x8a\x0al\xfc"), Kind::Pickle);
-        for (start, word) in [
-            (&b""[..], "empty"),
-            (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "git lfs pull"),
-            (b"\n<!DOCTYPE html><html>", "web page"),
-            (b"<HTML><body>", "web page"),
-            (b"{\"error\": \"Not Found\"}", "JSON"),
+        assert_eq!(Kind::of(b"{\"error\": \"Not Found\"}"), Kind::Json);
+        assert!(
+            matches!(Kind::of(b"\x89PNG\r\n\x1a\n"), Kind::Foreign(what) if what.contains("PNG"))
+        );
+    }
+
+    #[test]
+    fn stand_ins_are_named() {
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+        for (bytes, expected) in [
+            (&pointer[..], "git lfs pull"),
+            (b"\n <!DOCTYPE html><html>", "web page"),
+            (b"\xef\xbb\xbf<HTML><body>", "HTML page"),
+            (b"<?xml version=\"1.0\"?><Error><Code>AccessDenied", "error message of a server"),
+            (b"", "0 bytes"),
+            (&[0; 999], "never filled"),
+            (b"\x93NUMPY\x01\0", ".npy"),
             (b"\x89HDF\r\n\x1a\n", "HDF5"),
+            (b"\x1f\x8b\x08\0", "gzip"),
+            (b"\0\0\0\x20ftypavif", "AVIF"),
         ] {
-            assert!(
-                matches!(Kind::of(start), Kind::Foreign(what) if what.contains(word)),
-                "{word}"
-            );
+            let named = stand_in(bytes).unwrap_or_default();
+            assert!(named.contains(expected), "{expected}: {named}");
+            assert_eq!(Kind::of(bytes), Kind::Foreign(named));
         }
+        assert_eq!(stand_in(b"\x89PNG\r\n\x1a\n"), None);
+        assert_eq!(stand_in(b"x"), None);
     }
 }

@@ -6,13 +6,9 @@
 
 mod checksum;
 mod sealed;
-#[cfg(feature = "images")]
-mod stand_in;
 
 pub(crate) use checksum::Checksum;
 pub(crate) use sealed::Seal;
-#[cfg(feature = "images")]
-pub use stand_in::stand_in;
 
 use crate::file_kind::{Kind, PICKLE};
 use crate::{Error, Result};
@@ -76,7 +72,12 @@ pub fn stage_file(
     write: impl FnOnce(&mut BufWriter<NamedTempFile>) -> std::io::Result<()>,
 ) -> Result<Staged> {
     let path = path.as_ref();
-    let file = temporary().tempfile_in(parent(path)).map_err(|e| Error::io(path, e))?;
+    let folder = parent(path);
+    if !folder.is_dir() {
+        return Err(Error::file(path, format!("there is no folder {}", folder.display())));
+    }
+    // Without the name of the temporary file, which is no matter of the user's.
+    let file = temporary().tempfile_in(folder).map_err(|e| Error::io(path, e.kind().into()))?;
     let mut buffered = BufWriter::with_capacity(1 << 20, file);
     write(&mut buffered).map_err(|e| Error::io(path, e))?;
     let file = buffered.into_inner().map_err(|e| Error::io(path, e.into_error()))?;
@@ -153,6 +154,7 @@ impl TensorFile {
             Kind::Foreign(what) => return Err(Error::file(&path, what)),
             Kind::Pickle => return Err(Error::file(&path, PICKLE)),
             Kind::Zip => return Err(invalid(&"it is a zip archive, as torch.save writes")),
+            Kind::Json => return Err(Error::file(&path, "a JSON text, not weights")),
             Kind::Unknown => {}
         }
         let mut prefix = [0u8; 8];

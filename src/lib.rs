@@ -31,6 +31,7 @@ pub mod sam;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod train;
+mod weights_file;
 
 // The inside that this crate's own tests look at. It is no part of the API, with the feature `testing` neither.
 #[cfg(feature = "testing")]

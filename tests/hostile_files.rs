@@ -3,39 +3,18 @@
 
 #[path = "common/property.rs"]
 mod property;
+#[path = "common/small.rs"]
+mod small;
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{Device, Tensor};
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::sam::checkpoint::{load, to_hugging_face, to_original};
 use candle_sam_lora::sam::{read_image, SamConfig, SamProcessor};
 use candle_sam_lora::{files, nn};
 use proptest::prelude::*;
+use small::Small;
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// A model of two tensors.
-struct Small {
-    attn: nn::Linear,
-    norm: nn::LayerNorm,
-}
-candle_sam_lora::module_tree!(Small { attn => "layers.0.attn.q", norm => "neck.layer_norm1" });
-
-impl Small {
-    fn new() -> Self {
-        let attn = nn::Linear::load(4, 2, VarBuilder::zeros(DType::F32, &Device::Cpu)).unwrap();
-        Self {
-            attn,
-            norm: nn::LayerNorm::load(3, 1e-6, VarBuilder::zeros(DType::F32, &Device::Cpu))
-                .unwrap(),
-        }
-    }
-
-    fn values(&self) -> Vec<Vec<f32>> {
-        let parameters = nn::named_parameters(self);
-        parameters.iter().map(|(_, t)| t.flatten_all().unwrap().to_vec1().unwrap()).collect()
-    }
-}
 
 /// A checkpoint that fits [`Small`].
 fn good() -> Vec<u8> {

@@ -45,12 +45,13 @@ fn print_folder() -> ExitCode {
 
 fn tests() -> ExitCode {
     type Test = fn(&Path) -> Result<()>;
-    let trials: [(&str, Test); 10] = [
+    let trials: [(&str, Test); 11] = [
         ("encode_takes_model_and_adapter_from_the_hub", encode_takes_both_from_the_hub),
         ("segment_takes_the_model_from_the_hub", segment_takes_the_model_from_the_hub),
         ("finetune_notes_the_name_of_its_model", finetune_notes_the_name_of_its_model),
         ("only_what_is_read_is_fetched_and_once", only_what_is_read_is_fetched_and_once),
         ("shards_come_with_their_index", shards_come_with_their_index),
+        ("files_of_torch_come_where_nothing_else_is", files_of_torch_come_where_nothing_else_is),
         ("processor_settings_come_with_the_model", processor_settings_come_with_the_model),
         ("the_cache_serves_where_the_hub_does_not", the_cache_serves_where_the_hub_does_not),
         ("who_is_not_let_in_is_told", who_is_not_let_in_is_told),
@@ -261,6 +262,44 @@ fn shards_come_with_their_index(here: &Path) -> Result<()> {
     Ok(())
 }
 
+fn files_of_torch_come_where_nothing_else_is(here: &Path) -> Result<()> {
+    let offline = [("HF_HUB_OFFLINE", "1")];
+    let torch = |names: &[&str]| -> Result<Hub> {
+        let mut hub = tiny()?;
+        hub.files.remove("model.safetensors").context("no weights")?;
+        hub.files.extend(names.iter().map(|name| (name.to_string(), b"PK..".to_vec())));
+        Ok(hub)
+    };
+    // The name of the repository, what it holds, and what of that is none of the model's.
+    for (index, (names, left)) in [
+        (
+            &["pytorch_model.bin", "optimizer.pt", "sub/x.pth"][..],
+            &["optimizer.pt", "sub/x.pth"][..],
+        ),
+        (&["sam_vit_b_01ec64.pth", "README.md"], &["README.md"]),
+        (
+            &["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "x.pth"],
+            &["x.pth"],
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("user/torch{index}");
+        let hub = Hub { name: name.clone(), ..torch(names)? };
+        let mut expected = hub.files.clone();
+        expected.retain(|file, _| !left.contains(&file.as_str()));
+        let hub = hub.run()?;
+        let got = found(here, &hub.address, &name, &[])?;
+        ensure!(contents(&got)? == expected, "{names:?}");
+        ensure!(found(here, &hub.address, &name, &offline)? == got);
+        let chosen = found(here, &hub.address, &format!("{name}#teacher"), &[])?;
+        ensure!(chosen == Path::new(&format!("{}#teacher", got.display())));
+    }
+    let two = Hub { name: "user/two".into(), ..torch(&["a.pth", "b.pth"])? }.run()?;
+    refused(here, &two.address, "user/two", &[], &["several files", "a.pth, b.pth", "download one"])
+}
+
 /// In both files, of which the nested one counts.
 fn processor_settings_come_with_the_model(here: &Path) -> Result<()> {
     let mut hub = tiny()?;
@@ -327,14 +366,14 @@ fn what_is_not_there_is_told(here: &Path) -> Result<()> {
     ensure!(hub.requests().is_empty() && !here.join("secret").exists());
 
     let files =
-        BTreeMap::from([("config.json".into(), vec![]), ("pytorch_model.bin".into(), vec![])]);
-    let pickled = Hub { name: "user/old".into(), files, ..Default::default() }.run()?;
+        BTreeMap::from([("config.json".into(), vec![]), ("flax_model.msgpack".into(), vec![])]);
+    let foreign = Hub { name: "user/old".into(), files, ..Default::default() }.run()?;
     refused(
         here,
-        &pickled.address,
+        &foreign.address,
         "user/old",
         &[],
-        &["model.safetensors", "it has config.json, pytorch_model.bin"],
+        &["safetensors", "torch.save", "it has config.json, flax_model.msgpack"],
     )?;
     let strange = Hub { commit: Some("../../..".into()), ..tiny()? }.run()?;
     refused(here, &strange.address, "facebook/sam-tiny", &[], &["../../..", "no commit"])

@@ -1,6 +1,10 @@
 //! `SamConfig`: Hugging Face's defaults, its files, and what is refused.
 
-use candle_sam_lora::sam::{HiddenAct, SamConfig};
+use candle_core::{DType, Device, Tensor};
+use candle_sam_lora::files::{read_tensors, write_tensors};
+use candle_sam_lora::nn::named_parameters;
+use candle_sam_lora::sam::{checkpoint, AttentionKind, HiddenAct, SamConfig, SamVisionModel};
+use std::collections::BTreeMap;
 
 fn parse(json: &str) -> Result<SamConfig, String> {
     let config: SamConfig = serde_json::from_str(json).map_err(|e| e.to_string())?;
@@ -99,4 +103,53 @@ fn impossible_configurations_are_refused_by_field() {
     }
     assert!(parse(&"[".repeat(100_000)).is_err());
     assert!(parse(&r#"{"x":"#.repeat(100_000)).is_err());
+}
+
+/// Without a `config.json`: whole, alone, in either naming, below a prefix, two in one file.
+#[test]
+fn image_encoders_load_from_any_weights() -> anyhow::Result<()> {
+    let encoder = |path: &std::path::Path| {
+        SamVisionModel::from_pretrained(path, AttentionKind::Fused, DType::F32, &Device::Cpu)
+    };
+    let values = |model: &SamVisionModel| -> anyhow::Result<Vec<f32>> {
+        let named = named_parameters(model);
+        let all = named.iter().map(|(_, tensor)| Ok(tensor.flatten_all()?.to_vec1::<f32>()?));
+        Ok(all.collect::<anyhow::Result<Vec<_>>>()?.concat())
+    };
+    let shipped = std::path::Path::new("assets/tiny-sam");
+    let expected = encoder(shipped)?;
+    let tensors = read_tensors(shipped.join("model.safetensors"), &Device::Cpu)?;
+    let renamed = |rename: &dyn Fn(&str) -> Option<String>| -> BTreeMap<String, Tensor> {
+        let kept = tensors.iter().filter_map(|(name, t)| Some((rename(name)?, t.clone())));
+        kept.collect()
+    };
+    let alone = |name: &str| name.starts_with("vision_encoder.").then(|| name.to_string());
+    let original = |name: &str| checkpoint::to_original(&[name]).swap_remove(0);
+    let mut two = renamed(&|name| Some(format!("teacher.{name}")));
+    two.extend(renamed(&|name| Some(format!("student.{name}"))));
+    let folder = tempfile::tempdir()?;
+    for (file, choice, tensors) in [
+        ("whole.safetensors", "", tensors.clone()),
+        ("encoder.safetensors", "", renamed(&alone)),
+        (
+            "original.safetensors",
+            "",
+            renamed(&|name| Some(original(&alone(name)?).replace("image_encoder.", ""))),
+        ),
+        ("wrapped.safetensors", "", renamed(&|name| Some(format!("module.{}", alone(name)?)))),
+        ("two.safetensors", "#teacher", two),
+    ] {
+        let path = folder.path().join(file);
+        write_tensors(&path, &tensors)?;
+        let loaded = encoder(&folder.path().join(format!("{file}{choice}")))?;
+        assert_eq!(values(&loaded)?, values(&expected)?, "{file}");
+        if choice.is_empty() {
+            let only = tempfile::tempdir()?;
+            std::fs::copy(&path, only.path().join(file))?;
+            assert_eq!(values(&encoder(only.path())?)?, values(&expected)?, "a folder of {file}");
+        }
+    }
+    let error = encoder(&folder.path().join("two.safetensors")).expect_err("two").to_string();
+    assert!(error.contains("two.safetensors#student"), "{error}");
+    Ok(())
 }

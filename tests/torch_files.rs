@@ -1,33 +1,17 @@
 //! Files as `torch.save` writes them, against the values that PyTorch put in: tests/fixtures/gen/torch_files.py.
 
+#[path = "common/small.rs"]
+mod small;
+
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::VarBuilder;
 use candle_nn::VarMap;
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::nn::checkpoint::{load, Fused, Loaded, Names};
 use candle_sam_lora::nn::{self, ModuleTree, Node, NodeMut};
 use candle_sam_lora::{files, Result};
+use small::Small;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-
-struct Small {
-    attn: nn::Linear,
-    norm: nn::LayerNorm,
-}
-candle_sam_lora::module_tree!(Small { attn => "layers.0.attn.q", norm => "neck.layer_norm1" });
-
-impl Small {
-    fn new() -> Self {
-        let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
-        let attn = nn::Linear::load(4, 2, vb.pp("attn")).unwrap();
-        Self { attn, norm: nn::LayerNorm::load(3, 1e-6, vb.pp("norm")).unwrap() }
-    }
-
-    fn values(&self) -> BTreeMap<String, Vec<f32>> {
-        let parameters = nn::named_parameters(self).into_iter();
-        parameters.map(|(name, t)| (name, t.flatten_all().unwrap().to_vec1().unwrap())).collect()
-    }
-}
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/torch").join(name)
@@ -85,6 +69,45 @@ fn every_way_of_saving_a_model_loads_to_the_same_values() {
 fn two_models_in_one_file_are_told_apart_or_refused() {
     refused("two_models.pth", &["2 models", "\"student.\"", "\"teacher.\""]);
     assert_eq!(loaded("bare_and_ema.pth").others, ["ema."]);
+    refused("two_models.pth", &["two_models.pth#student"]);
+    for (name, prefix) in [
+        ("two_models.pth#teacher", "teacher."),
+        ("two_models.pth#teacher.", "teacher."),
+        ("bare_and_ema.pth#", ""),
+    ] {
+        assert_eq!(loaded(name).prefix, prefix, "{name}");
+    }
+    let mut other = Small::new();
+    for name in ["two_models.pth#student", "bare_and_ema.pth#ema"] {
+        load(&mut other, fixture(name), &Names::PLAIN).unwrap();
+        let shifted =
+            |(name, values): (String, Vec<f32>)| (name, values.iter().map(|v| v + 1.0).collect());
+        assert_eq!(other.values(), expected().into_iter().map(shifted).collect(), "{name}");
+    }
+    let nobody =
+        load(&mut other, fixture("two_models.pth#nobody"), &Names::PLAIN).unwrap_err().to_string();
+    for word in ["\"nobody\"", "\"student.\"", "\"teacher.\""] {
+        assert!(nobody.contains(word), "{nobody}");
+    }
+}
+
+#[test]
+fn tensors_of_unread_kinds_matter_only_in_the_model() {
+    let beside = loaded("unread_beside.pth");
+    let kinds: Vec<&str> = beside.unread.values().map(String::as_str).collect();
+    assert_eq!(kinds, ["sparse_tensor", "quantised", "ComplexFloatStorage"]);
+    assert!(
+        beside.to_string().contains("3 of kinds that are not read: graph (sparse_tensor)"),
+        "{beside}"
+    );
+    refused(
+        "complex_inside.pth",
+        &["missing: layers.0.attn.q.bias", "layers.0.attn.q.bias (ComplexFloatStorage)"],
+    );
+    refused(
+        "quantised_inside.pth",
+        &["missing: neck.layer_norm1.weight", "neck.layer_norm1.weight (quantised)"],
+    );
 }
 
 #[test]

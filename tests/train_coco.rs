@@ -232,6 +232,57 @@ fn annotations_without_an_outline_are_left_out_and_counted() -> anyhow::Result<(
     Ok(())
 }
 
+/// Subsets keep the annotations of images that they dropped, and drop the names of images without objects.
+#[test]
+fn what_belongs_to_no_image_is_left_out() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
+    let file = folder.path().join("instances.json");
+    let mut subset = good();
+    let annotation = json!({ "id": 4, "image_id": 99, "segmentation": [[1, 1, 4, 1, 4, 3]] });
+    subset["annotations"].as_array_mut().expect("annotations").push(annotation);
+    let nameless = json!({ "id": 8, "file_name": null, "width": 6, "height": 4 });
+    subset["images"].as_array_mut().expect("images").push(nameless);
+    std::fs::write(&file, subset.to_string())?;
+    let options = DatasetOptions::min_area(1);
+    let dataset = Dataset::open_coco(folder.path(), &file, &options)?;
+    assert_eq!((dataset.len(), dataset.summary().objects()), (1, 1));
+    let said = "left out, annotations of images that are not listed: 1: annotation 4: there is no image 99";
+    assert!(dataset.summary().lines().contains(&said.to_string()));
+    let strict = DatasetOptions { strict: true, ..options };
+    let error = Dataset::open_coco(folder.path(), &file, &strict).expect_err("strict").to_string();
+    assert!(error.contains("not listed: 1"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn images_are_found_under_other_endings_and_it_is_said() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
+    let file = folder.path().join("instances.json");
+    for name in [json!("x.jpg"), json!("x"), json!("X.PNG"), json!("train/x.tif")] {
+        let mut other = good();
+        other["images"][0]["file_name"] = name.clone();
+        std::fs::write(&file, other.to_string())?;
+        let dataset = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1))?;
+        let lines = dataset.summary().lines();
+        assert!(
+            lines.iter().any(|line| line.contains("another path, case or ending")),
+            "{name}: {lines:?}"
+        );
+    }
+    RgbImage::new(6, 4).save(folder.path().join("x.bmp"))?;
+    std::fs::write(&file, good().to_string().replace("x.png", "x.jpg"))?;
+    let two = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1));
+    assert!(two.expect_err("two images of this stem").to_string().contains("x.jpg"));
+    RgbImage::new(6, 4).save(folder.path().join("7.png"))?;
+    let mut number = good();
+    number["images"][0]["file_name"] = json!(7);
+    std::fs::write(&file, number.to_string())?;
+    assert_eq!(Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1))?.len(), 1);
+    Ok(())
+}
+
 /// LVIS names its images by their place on the web; other formats are told by their names.
 #[test]
 fn other_formats_are_read_or_named() -> anyhow::Result<()> {

@@ -261,6 +261,23 @@ fn numbers_that_are_none_are_background_and_said() {
     assert!(mask.remarks.iter().any(|remark| remark.contains("no number")), "{:?}", mask.remarks);
 }
 
+#[test]
+fn probabilities_are_cut_at_half() {
+    let mask = read(&grey(SampleType::Float(32), |label| if label > 0 { 0.98 } else { 0.02 }));
+    assert_eq!((mask.meaning, areas(&mask)), (Meaning::Soft, SIX.into()));
+}
+
+#[test]
+fn colours_are_named_as_users_write_them() {
+    let odd =
+        coloured(RasterKind::Rgb, |label| if label > 0 { [200, 30, 40] } else { [10, 20, 30] });
+    let error = interpret(&odd, &MaskOptions::default()).unwrap_err();
+    assert!(error.contains("--background #0a141e"), "{error}");
+    let background = MaskOptions::parse_value("#0a141e").ok();
+    let told = MaskOptions { background, ..Default::default() };
+    assert_eq!(areas(&interpret(&odd, &told).expect("a mask")), SIX);
+}
+
 /// Folders of one image and one mask.
 fn folders(root: &Path) -> anyhow::Result<(std::path::PathBuf, std::path::PathBuf)> {
     let (images, masks) = (root.join("images"), root.join("masks"));

@@ -4,7 +4,9 @@ use super::console::Console;
 use super::lora_arguments::LoraArguments;
 use crate::lora::{count_parameters, inject};
 use crate::nn::ModuleTree;
-use crate::sam::{model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel};
+use crate::sam::{
+    checkpoint, model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel,
+};
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
@@ -14,8 +16,8 @@ use std::path::Path;
 /// Prints how many parameters of a SAM a LoRA configuration trains; needs no weights
 #[derive(clap::Args)]
 pub struct Options {
-    /// The model: vit_b, vit_l, vit_h, or a config.json
-    #[arg(long, default_value = "vit_b", value_name = "NAME|FILE")]
+    /// The model: vit_b, vit_l, vit_h, a config.json, or weights in a file or folder
+    #[arg(long, default_value = "vit_b", value_name = "NAME|PATH")]
     config: String,
     #[command(flatten)]
     lora: LoraArguments,
@@ -34,18 +36,22 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 /// A whole SAM, or an image encoder alone.
 fn model(options: &Options) -> Result<Box<dyn ModuleTree>> {
     let (kind, dtype, device) = (options.lora.attention(), DType::F32, Device::Cpu);
+    let vb = VarBuilder::zeros(dtype, &device);
     let path = Path::new(&options.config);
-    if !path.is_file() {
-        let config = SamConfig::by_name(&options.config)?;
-        return Ok(Box::new(SamModel::new(&config, kind, VarBuilder::zeros(dtype, &device))?));
+    let whole = match path.extension().is_some_and(|ending| ending == "json") {
+        _ if !checkpoint::split_prefix(path).0.exists() => SamConfig::by_name(&options.config),
+        true => SamConfig::load(path),
+        false => checkpoint::sizes(path).map(|sizes| sizes.config),
+    };
+    // An image encoder alone is no whole SAM.
+    let encoder = match (&whole, path.is_file()) {
+        (Err(_), true) if model_type(path).is_ok() => SamVisionConfig::load(path),
+        (Err(_), _) => checkpoint::vision_sizes(path),
+        (Ok(config), _) => return Ok(Box::new(SamModel::new(config, kind, vb)?)),
+    };
+    match (encoder, whole) {
+        (Ok(config), _) => Ok(Box::new(SamVisionModel::new(&config, kind, vb)?)),
+        (Err(_), Err(e)) => Err(e),
+        (Err(e), Ok(_)) => Err(e),
     }
-    if model_type(path)? == SamVisionConfig::MODEL_TYPE {
-        let config = SamVisionConfig::load(path)?;
-        return Ok(Box::new(SamVisionModel::new(
-            &config,
-            kind,
-            VarBuilder::zeros(dtype, &device),
-        )?));
-    }
-    Ok(Box::new(SamModel::new(&SamConfig::load(path)?, kind, VarBuilder::zeros(dtype, &device))?))
 }

@@ -90,7 +90,7 @@ fn forward_block(
     let mut acc = vec![0f32; count * width];
     let mut scores = vec![0f32; count * head.stride()];
     for tile in head.tiles() {
-        multiply_keys(p, &block.q, count, &tile, tile.k_t, &mut scores);
+        multiply_keys(p, (&block.q, count), &tile, tile.k_t, &mut scores);
         for (n, scores) in scores.chunks_exact_mut(tile.stride).enumerate() {
             let scores = &mut scores[..tile.keys];
             let row = score_row(p, &block, &tile, n, scores);
@@ -104,7 +104,7 @@ fn forward_block(
         }
         let weights = Left::Rows(&scores, tile.stride);
         let shape = (count, width, tile.keys);
-        panel((&mut acc, width), Into::Add, 1.0, shape, weights, Right(tile.v, width));
+        panel((&mut acc, width), (Into::Add, 1.0), shape, weights, Right(tile.v, width));
     }
     for (n, out) in out.chunks_exact_mut(p.head_dim).take(count).enumerate() {
         for (o, acc) in out.iter_mut().zip(&acc[n * width..]) {
@@ -117,15 +117,14 @@ fn forward_block(
 /// `rows [count, d] x columns [d, keys]` for a tile's transposed keys or values.
 fn multiply_keys(
     p: &AttentionProblem,
-    rows: &[f32],
-    count: usize,
+    (rows, count): (&[f32], usize),
     tile: &Tile<'_>,
     columns: &[f32],
     out: &mut [f32],
 ) {
     let shape = (count, tile.keys, p.head_dim);
     let rows = Left::Rows(rows, padded(p.head_dim));
-    panel((out, tile.stride), Into::Store, 1.0, shape, rows, Right(columns, tile.stride));
+    panel((out, tile.stride), (Into::Store, 1.0), shape, rows, Right(columns, tile.stride));
 }
 
 /// Query `n` of the block with its biases for the key rows of the tile.
@@ -232,8 +231,8 @@ fn backward_head(
         let mut dq_padded = vec![0f32; count * width];
         let mut largest = vec![None; count];
         for tile in head.tiles() {
-            multiply_keys(p, &block.q, count, &tile, tile.k_t, &mut weights);
-            multiply_keys(p, &grad, count, &tile, tile.v_t, &mut grads);
+            multiply_keys(p, (&block.q, count), &tile, tile.k_t, &mut weights);
+            multiply_keys(p, (&grad, count), &tile, tile.v_t, &mut grads);
             let (keys, stride) = (tile.keys, tile.stride);
             let rows = weights.chunks_exact_mut(stride).zip(grads.chunks_exact_mut(stride));
             for (n, (weights, grads)) in rows.take(count).enumerate() {
@@ -263,14 +262,14 @@ fn backward_head(
             let k = Right(tile.k, width);
             let ds = Left::Rows(&grads, stride);
             let scale = p.softmax_scale;
-            panel((&mut dq_padded, width), Into::Add, scale, (count, width, keys), ds, k);
+            panel((&mut dq_padded, width), (Into::Add, scale), (count, width, keys), ds, k);
             let shape = (keys, width, count);
             let (ds_t, weights_t) =
                 (Left::Columns(&grads, stride), Left::Columns(&weights, stride));
             let at = tile.first * width..(tile.first + keys) * width;
             let dk = (&mut dk[at.clone()], width);
-            panel(dk, Into::Add, scale, shape, ds_t, Right(&block.q, width));
-            panel((&mut dv[at], width), Into::Add, 1.0, shape, weights_t, Right(&grad, width));
+            panel(dk, (Into::Add, scale), shape, ds_t, Right(&block.q, width));
+            panel((&mut dv[at], width), (Into::Add, 1.0), shape, weights_t, Right(&grad, width));
         }
         let pitch = padded(p.side_w);
         for (n, &key) in largest.iter().enumerate() {

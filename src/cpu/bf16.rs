@@ -34,8 +34,7 @@ pub fn unpair(pairs: &[f32]) -> Vec<f32> {
 /// `acc [rows, PANEL] (+)= scale * left right`: rows of left pairs `stride` apart, `right [depth, PANEL]` pairs.
 pub fn panel(
     acc: &mut [f32],
-    into: Into,
-    scale: f32,
+    (into, scale): (Into, f32),
     (rows, depth): (usize, usize),
     (left, stride): (&[f32], usize),
     right: &[f32],
@@ -193,7 +192,7 @@ mod tests {
             let stride = depth + 3;
             let mut acc = vec![1f32; rows * PANEL];
             let mut expected = acc.clone();
-            panel(&mut acc, Into::Add, 0.5, (rows, depth), (&left, stride), &right);
+            panel(&mut acc, (Into::Add, 0.5), (rows, depth), (&left, stride), &right);
             let (scale, into, left, right) = (0.5, Into::Add, &left[..], &right[..]);
             let operands = Operands { scale, into, rows, depth, left, stride, right };
             portable::panel(&mut expected, &operands);

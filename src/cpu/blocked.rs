@@ -106,10 +106,16 @@ pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>
             let left = &term.left[depth * DEPTH..];
             let k = right.len() / PANEL;
             if term.right.pairs {
-                bf16::panel(acc, into, term.scale, (rows, k), (left, term.stride), right);
+                bf16::panel(acc, (into, term.scale), (rows, k), (left, term.stride), right);
             } else {
                 let left = Left::Rows(left, term.stride);
-                panel((acc, PANEL), into, term.scale, (rows, PANEL, k), left, Right(right, PANEL));
+                panel(
+                    (acc, PANEL),
+                    (into, term.scale),
+                    (rows, PANEL, k),
+                    left,
+                    Right(right, PANEL),
+                );
             }
             into = Into::Add;
         }
@@ -127,7 +133,7 @@ pub fn add_transposed_product(
 ) {
     let width = padded(n);
     let left = Left::Columns(left, left_stride);
-    panel((sum, width), Into::Add, scale, (m, width, rows), left, Right(right, width));
+    panel((sum, width), (Into::Add, scale), (m, width, rows), left, Right(right, width));
 }
 
 #[cfg(test)]

@@ -290,10 +290,10 @@ impl Tables {
             let (count, pitch) = (block.places.len(), table.pitch());
             let right = Right(&table.natural, width);
             let rows = Left::Rows(dqr, pitch);
-            panel((dq, width), Into::Add, 1.0, (count, width, pitch), rows, right);
+            panel((dq, width), (Into::Add, 1.0), (count, width, pitch), rows, right);
             let columns = Left::Columns(dqr, pitch);
             let q = Right(&block.q, width);
-            panel((grads, width), Into::Add, 1.0, (pitch, width, count), columns, q);
+            panel((grads, width), (Into::Add, 1.0), (pitch, width, count), columns, q);
         }
     }
 
@@ -387,7 +387,7 @@ impl Block {
             let shape = (real.len(), table.pitch(), p.head_dim);
             let right = Right(&table.transposed, table.pitch());
             let rows = Left::Rows(&q, padded(p.head_dim));
-            panel((&mut out, table.pitch()), Into::Store, LOG2_E, shape, rows, right);
+            panel((&mut out, table.pitch()), (Into::Store, LOG2_E), shape, rows, right);
             out
         };
         let (qr_h, qr_w) = (project(&tables.h), project(&tables.w));

@@ -36,8 +36,7 @@ pub enum Into {
 /// [`MAX_LANES`](super::simd::MAX_LANES).
 pub fn panel(
     (c, c_stride): (&mut [f32], usize),
-    into: Into,
-    scale: f32,
+    (into, scale): (Into, f32),
     (m, n, k): (usize, usize, usize),
     a: Left<'_>,
     b: Right<'_>,
@@ -212,7 +211,7 @@ mod tests {
         b.iter().enumerate().for_each(|(i, &x)| b_t[i % k * pitch + i / k] = x);
         let mut c = vec![0f32; m * pitch];
         let (left, right) = (Left::Rows(&a, k), Right(&b_t, pitch));
-        panel((&mut c, pitch), Into::Store, 1.0, (m, pitch, k), left, right);
+        panel((&mut c, pitch), (Into::Store, 1.0), (m, pitch, k), left, right);
         for (i, dot) in row_dots(&a, &b, k).into_iter().enumerate() {
             assert_eq!(dot.to_bits(), c[i * pitch + i].to_bits(), "row {i}");
         }
@@ -227,7 +226,7 @@ mod tests {
             let b: Vec<f32> = (0..k * (n + 16)).map(|i| value(i + 5)).collect();
             for a_side in [Left::Rows(&a, k), Left::Columns(&a_t, m)] {
                 let mut c = vec![1f32; m * n];
-                panel((&mut c, n), Into::Add, 0.5, (m, n, k), a_side, Right(&b, n + 16));
+                panel((&mut c, n), (Into::Add, 0.5), (m, n, k), a_side, Right(&b, n + 16));
                 for i in 0..m {
                     for j in 0..n {
                         let dot: f32 = (0..k).map(|p| a[i * k + p] * b[p * (n + 16) + j]).sum();

@@ -2,6 +2,7 @@
 //! the cache means a whole commit.
 
 use super::name::is_plain;
+use crate::weights_file::{choose_weights, is_weights, Choice};
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
@@ -10,9 +11,8 @@ use std::path::{Path, PathBuf};
 /// What of a repository is read here besides weights.
 const SETTINGS: [&str; 4] =
     ["config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"];
-const ADAPTER: &str = "adapter_model.safetensors";
-const WHOLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// Tensors of adapters, the first that is there counts.
+const ADAPTERS: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
 const LOGIN: &str = "set HF_TOKEN, or log in with `hf auth login`";
 
 /// The commit that a revision is, as far as it is needed here.
@@ -77,12 +77,12 @@ pub(super) fn fetch(name: &str, revision: &str) -> Result<PathBuf, String> {
 
 /// The folder of a revision, if the cache has it with weights. A commit may be there without a name, by itself.
 fn cached(here: &CacheRepo, revision: &str) -> Option<PathBuf> {
-    let by_itself =
-        |file| Some(here.pointer_path(revision).join(file)).filter(|path| path.exists());
-    let weights = [WHOLE, INDEX, ADAPTER]
-        .iter()
-        .find_map(|file| here.get(file).or_else(|| by_itself(file)))?;
-    weights.parent().map(Path::to_path_buf)
+    // The folder itself is there under the empty name; its path ends with a slash.
+    let named = here.get("").map(|folder| folder.components().collect());
+    let folder = named.unwrap_or_else(|| here.pointer_path(revision));
+    let files = std::fs::read_dir(&folder).ok()?;
+    let mut names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+    names.any(|name| is_weights(&name) || ADAPTERS.contains(&name.as_str())).then_some(folder)
 }
 
 /// Asks for the commit that a revision is.
@@ -119,22 +119,37 @@ fn ask(remote: &ApiRepo, name: &str, revision: &str) -> Answer {
 
 /// The files that are read here, those with weights last.
 fn read_here(files: &[RemoteFile]) -> Result<Vec<&RemoteFile>, String> {
-    let has = |name: &str| files.iter().any(|file| file.name == name);
-    let sharded = has(INDEX) && !has(WHOLE);
-    let is_shard = |name: &str| sharded && is_plain(name) && name.ends_with(".safetensors");
-    let select = |wanted: &dyn Fn(&str) -> bool| -> Vec<&RemoteFile> {
-        files.iter().filter(|file| wanted(&file.name)).collect()
+    let names: Vec<&str> =
+        files.iter().map(|file| file.name.as_str()).filter(|name| is_plain(name)).collect();
+    let adapter = ADAPTERS.into_iter().find(|name| names.contains(name));
+    let weights = match choose_weights(&names) {
+        Choice::One(name) => Some(name),
+        Choice::Several(found) if adapter.is_none() => {
+            return Err(format!(
+                "several files of the repository may be the weights: {}; download one and name it",
+                found.join(", ")
+            ))
+        }
+        _ => None,
     };
-    let weights = select(&|name| [WHOLE, ADAPTER].contains(&name) || is_shard(name));
-    if weights.is_empty() {
+    if weights.or(adapter).is_none() {
         let names: Vec<&str> = files.iter().take(20).map(|file| file.name.as_str()).collect();
         return Err(format!(
-            "the repository has neither {WHOLE} nor {INDEX} nor {ADAPTER}, and nothing else is read here; it has {}",
+            "the repository has no weights: neither safetensors nor a file of torch.save (.bin, .pth, .pt, .ckpt); it has {}",
             names.join(", ")
         ));
     }
-    let settings = select(&|name| SETTINGS.contains(&name) || sharded && name == INDEX);
-    Ok([settings, weights].concat())
+    let index = weights.filter(|name| name.ends_with(".json"));
+    // The shards of an index have the ending before its own.
+    let shard = index.and_then(|name| name.strip_suffix(".index.json")?.rsplit_once('.'));
+    let is_shard =
+        |name: &str| shard.is_some_and(|(_, ending)| is_weights(name) && name.ends_with(ending));
+    let select = |wanted: &dyn Fn(&str) -> bool| -> Vec<&RemoteFile> {
+        files.iter().filter(|file| is_plain(&file.name) && wanted(&file.name)).collect()
+    };
+    let settings = select(&|name| SETTINGS.contains(&name) || Some(name) == index);
+    let whole = [weights.filter(|_| index.is_none()), adapter];
+    Ok([settings, select(&|name| whole.contains(&Some(name)) || is_shard(name))].concat())
 }
 
 /// Brings a file into the commit's folder, where it is not there already.

@@ -1,8 +1,8 @@
 //! A model or an adapter by its name: a folder here, or `owner/name` on the Hugging Face hub.
 //!
 //! With the feature `hub`, [`folder`] asks the hub for the commit that a revision is and for its files, fetches those that
-//! this crate reads (configurations and safetensors, never pickles) into the cache that Python's libraries use too, and
-//! gives the commit's folder in it. Where the hub is out of reach, the commit that was fetched last serves.
+//! this crate reads (configurations and weights: safetensors, or else the one file of `torch.save`) into the cache that
+//! Python's libraries use too, and gives the commit's folder in it. Where the hub is out of reach, the commit that was fetched last serves.
 //!
 //! | environment | meaning |
 //! |---|---|
@@ -24,26 +24,33 @@
 mod fetch;
 mod name;
 
+use crate::weights_file::split_prefix;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
 /// The folder of what is called `name`: `name` itself, if there is such a path; else `owner/name` or
-/// `owner/name@revision` on the hub, where a revision is a branch, a tag or a commit, by default `main`.
+/// `owner/name@revision` on the hub, where a revision is a branch, a tag or a commit, by default `main`. A `#prefix` behind
+/// either names one of several models in its file, and stays.
 ///
 /// # Errors
 /// [`Error::Hub`] when there is no such folder, and the name is none of the hub's, or the feature `hub` is not there, or the
-/// hub has no such repository or revision, does not let one in, or has no safetensors there; when the network fails and
+/// hub has no such repository or revision, does not let one in, or has no weights there; when the network fails and
 /// the cache has nothing.
 pub fn folder(name: impl AsRef<Path>) -> Result<PathBuf> {
-    let path = name.as_ref();
+    let (path, prefix) = split_prefix(name.as_ref());
     if path.exists() {
-        return Ok(path.to_path_buf());
+        return Ok(name.as_ref().to_path_buf());
     }
     let found = match path.to_str().and_then(name::parse) {
         Some((repository, revision)) => fetch(repository, revision),
         None => Err("a name on the Hugging Face hub is owner/name or owner/name@revision".into()),
     };
-    found.map_err(|message| Error::Hub { name: path.display().to_string(), message })
+    let found =
+        found.map_err(|message| Error::Hub { name: path.display().to_string(), message })?;
+    let Some(prefix) = prefix else { return Ok(found) };
+    let mut found = found.into_os_string();
+    found.push(format!("#{prefix}"));
+    Ok(found.into())
 }
 
 #[cfg(feature = "hub")]

@@ -23,8 +23,8 @@ pub struct SamVisionModel {
 module_tree!(SamVisionModel { vision_encoder });
 
 impl SamVisionModel {
-    /// The image encoder in a folder with `config.json` and safetensors weights, of a `SamVisionModel` or a whole SAM, or by
-    /// a name on the Hugging Face hub (feature `hub`).
+    /// The image encoder in a file of weights, in a folder with weights and perhaps a `config.json`, or by a name on the
+    /// Hugging Face hub (feature `hub`); of a whole SAM, a `SamVisionModel`, or the original's encoder alone.
     ///
     /// # Errors
     /// As [`SamModel::from_pretrained`](super::SamModel::from_pretrained).
@@ -35,7 +35,7 @@ impl SamVisionModel {
         device: &Device,
     ) -> Result<Self> {
         let folder = hub::folder(name)?;
-        let config = SamVisionConfig::load(folder.join("config.json"))?;
+        let config = checkpoint::vision_sizes(&folder)?;
         let mut model = Self::new(&config, kind, VarBuilder::zeros(dtype, device))?;
         checkpoint::load(&mut model, folder)?;
         Ok(model)

@@ -5,12 +5,12 @@
 //! annotations  [{ id, image_id, segmentation: [[x, y, ..], ..] | { size: [height, width], counts: [..] | ".." },
 //!                 iscrowd }]
 //! ```
-//! What is marked as a crowd is no single object and is left out, and so are annotations without an outline and parts
-//! of fewer than three points, as pycocotools does. Categories do not matter here.
+//! What is marked as a crowd is no single object and is left out, and so are annotations without an outline, those of images
+//! that are not listed, and parts of fewer than three points, as pycocotools does. Categories do not matter here.
 
 use super::coco_json::{other_format, proper, Annotation, Id, Instances, Segmentation};
 use super::summary::Named;
-use crate::files::stand_in;
+use crate::file_kind::stand_in;
 use crate::sam::rle::{self, Runs, Size};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -120,11 +120,10 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
     })?;
     let file: Arc<Path> = path.into();
     let mut read = Annotations::default();
-    let mut places = BTreeMap::new();
+    let (mut places, mut nameless) = (BTreeMap::new(), vec![]);
     for entry in images {
         let id = entry.id.clone();
-        let mut fault =
-            |message: &str| read.faults.push(Error::file(path, format!("image {id}: {message}")));
+        let error = |message: &str| Error::file(path, format!("image {id}: {message}"));
         let mut name = entry.file_name().unwrap_or_default();
         let inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
         if name.is_empty() || !Path::new(&name.replace('\\', "/")).components().all(inside) {
@@ -132,29 +131,27 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
                 true => "it has no file_name".to_string(),
                 false => format!("file_name {name:?} leads out of the folder"),
             };
-            fault(&message);
+            nameless.push((read.images.len(), error(&message)));
             name.clear();
         }
         let size = entry.size(MAX_SIDE).unwrap_or_else(|message| {
-            fault(&message);
+            read.faults.push(error(&message));
             None
         });
         if places.insert(id.clone(), read.images.len()).is_some() {
-            fault("there are two of this id");
+            read.faults.push(error("there are two of this id"));
         }
         let (file_name, annotations) = (name, file.clone());
         read.images.push(CocoImage { file_name, size, annotations, objects: vec![] });
     }
     let total = annotations.len();
-    let (mut crowds, mut without, mut broken) =
-        (Named::default(), Named::default(), Named::default());
+    let [mut crowds, mut without, mut broken, mut strange] = [(); 4].map(|()| Named::default());
     for annotation in annotations {
         let is_crowd = annotation.is_crowd();
         let Annotation { id, image_id, segmentation, .. } = annotation;
         let place = places.get(&image_id);
         let Some(image) = place.and_then(|place| read.images.get_mut(*place)) else {
-            let message = format!("annotation {id}: there is no image {image_id}");
-            read.faults.push(Error::file(path, message));
+            strange.add(format!("annotation {id}: there is no image {image_id}"));
             continue;
         };
         let name = format!("annotation {id}");
@@ -174,6 +171,10 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
             false => image.objects.push(Object { id, segmentation }),
         }
     }
+    // An image without an object needs no name.
+    let has_object = |place: usize| !read.images[place].objects.is_empty();
+    let faults = nameless.into_iter().filter(|(place, _)| has_object(*place)).map(|(_, e)| e);
+    read.faults.extend(faults.collect::<Vec<_>>());
     let images = read.images.len();
     read.images.retain(|image| !image.objects.is_empty());
     if read.images.is_empty() && read.faults.is_empty() {
@@ -183,9 +184,12 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
                 format!("all {total} annotations are marked as crowds (iscrowd)")
             }
             _ => format!(
-                "of {total} annotations {} are marked as crowds (iscrowd), and {} have no outline (segmentation)",
+                "of {total} annotations {} are marked as crowds (iscrowd), {} have no outline (segmentation), and {} are of \
+                 images that are not listed{}",
                 crowds.count(),
-                without.count()
+                without.count(),
+                strange.count(),
+                if strange.count() > 0 { format!(" ({})", strange.names()) } else { String::new() }
             ),
         };
         return Err(Error::file(path, format!("no image has an object: {why}")));
@@ -196,6 +200,7 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
     read.left_out = [
         ("left out, annotations marked as crowds", crowds),
         ("left out, annotations without an outline", without),
+        ("left out, annotations of images that are not listed", strange),
         ("left out, parts of outlines with fewer than three points", broken),
         ("left out, images without an object", Named::counted(unlabelled)),
     ]

@@ -16,7 +16,8 @@ pub(super) struct Instances {
 pub(super) struct ImageEntry {
     #[serde(default)]
     pub id: Id,
-    file_name: Option<String>,
+    #[serde(default)]
+    file_name: Id,
     /// LVIS names its images by their place on the web alone.
     coco_url: Option<String>,
     #[serde(default)]
@@ -29,7 +30,8 @@ impl ImageEntry {
     /// The name of the file.
     pub fn file_name(&self) -> Option<String> {
         let url = self.coco_url.as_deref().and_then(|url| url.rsplit('/').next());
-        self.file_name.clone().or(url.map(str::to_string))
+        let named = Some(&self.file_name.0).filter(|name| !name.is_empty()).cloned();
+        named.or(url.map(str::to_string))
     }
 
     /// Height and width, if the file tells them: tools write 0, -1 and null where they do not know.

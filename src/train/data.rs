@@ -1,68 +1,18 @@
 //! Images and their objects, visited in an order that is a function of (seed, step): a folder of images with a folder
 //! of masks, paired by name, or with COCO's annotations.
 
-use super::coco::{self, CocoImage};
-use super::folder::{on_disk, pairs, same_content, Named, Suffixes};
-use super::labels::{layered, layers_of, Instance, LabelImage};
-use super::mask::{read_mask, Mask, MaskOptions};
+use super::coco;
+use super::folder::{on_disk, pairs, Named};
+use super::sample::{DatasetOptions, Loaded, Pair, Sample, Truth};
 use super::summary::{self, Summary};
 use super::StepRng;
 use crate::files::Checksum;
-use crate::sam::rle;
-use crate::sam::{convert_to_rgb, is_transparent, Picture, ReadOptions};
 use crate::{Error, Result};
-use image::RgbImage;
-use serde::Serialize;
-use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// So many faults are listed.
 const MOST_FAULTS: usize = 20;
-
-/// An image, its labels, and those of its instances that are large enough.
-#[derive(Clone, Debug)]
-pub struct Sample {
-    /// The stem of both files; of COCO's, the file's name within its folder without its ending.
-    pub name: String,
-    /// The image; transparent pixels are laid on white.
-    pub image: RgbImage,
-    /// Whether the file has transparent pixels.
-    pub transparent: bool,
-    /// The masks, of the image's size: one, or several where objects overlap.
-    pub layers: Vec<LabelImage>,
-    /// At least one.
-    pub instances: Vec<Instance>,
-}
-
-impl Sample {
-    /// The mask that has one of the instances.
-    pub fn labels(&self, instance: &Instance) -> &LabelImage {
-        &self.layers[instance.layer]
-    }
-}
-
-/// How a data set is read.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct DatasetOptions {
-    /// Instances of fewer pixels are left out.
-    pub min_area: usize,
-    /// Whether images without an instance are errors, and not left out.
-    pub strict: bool,
-    /// What names end with.
-    pub suffixes: Suffixes,
-    /// How images are read.
-    pub images: ReadOptions,
-    /// What masks mean.
-    pub masks: MaskOptions,
-}
-
-impl DatasetOptions {
-    /// The default, without instances of fewer than `min_area` pixels.
-    pub fn min_area(min_area: usize) -> Self {
-        Self { min_area, ..Default::default() }
-    }
-}
 
 /// Image files, each with a mask file or with objects.
 #[derive(Clone, Debug)]
@@ -70,31 +20,6 @@ pub struct Dataset {
     pairs: Vec<Pair>,
     options: DatasetOptions,
     summary: Summary,
-}
-
-#[derive(Clone, Debug)]
-struct Pair {
-    name: String,
-    image: PathBuf,
-    transparent: bool,
-    /// Width and height, once it was read.
-    size: (u32, u32),
-    truth: Truth,
-}
-
-#[derive(Clone, Debug)]
-enum Truth {
-    Mask(PathBuf),
-    Coco(CocoImage),
-}
-
-/// A sample and how it was read.
-struct Loaded {
-    sample: Sample,
-    picture: Picture,
-    mask: Option<Mask>,
-    /// Instances that are too small.
-    small: usize,
 }
 
 impl Dataset {
@@ -166,7 +91,7 @@ impl Dataset {
             }));
         }
         if by_last_part.count() > 0 {
-            let what = "found by the last part of their file_name alone, images";
+            let what = "found under another path, case or ending than their file_name says, images";
             summary.notes.push((what.into(), by_last_part));
         }
         let dataset = Self { pairs: all, options: options.clone(), summary };
@@ -180,7 +105,7 @@ impl Dataset {
             let loaded = match self.read(index) {
                 Ok(loaded) => loaded,
                 Err(error) => {
-                    faults.extend(self.faults(index, error));
+                    faults.extend(self.pairs[index].faults(error));
                     kept.push(false);
                     continue;
                 }
@@ -193,7 +118,7 @@ impl Dataset {
             kept.push(!sample.instances.is_empty());
             if sample.instances.is_empty() {
                 if self.options.strict {
-                    faults.push(self.without_instance(index, small));
+                    faults.push(self.pairs[index].without_instance(self.options.min_area, small));
                 }
                 match small {
                     0 => self.summary.add_empty(&name),
@@ -231,22 +156,6 @@ impl Dataset {
             return Err(Error::file(truth, message));
         }
         Ok(self)
-    }
-
-    /// Everything that is wrong with the pair at `index`, of which `first` was met first.
-    fn faults(&self, index: usize, first: Error) -> Vec<Error> {
-        let pair = &self.pairs[index];
-        let Truth::Coco(coco) = &pair.truth else { return vec![first] };
-        let of_annotations = matches!(&first, Error::File { path, .. } if *path != pair.image);
-        let size = coco.size.filter(|_| of_annotations);
-        let all: Vec<Error> = size
-            .map(|size| coco.objects(size).filter_map(Result::err).collect())
-            .unwrap_or_default();
-        if all.is_empty() {
-            vec![first]
-        } else {
-            all
-        }
     }
 
     /// How many pairs there are, at least one.
@@ -332,20 +241,9 @@ impl Dataset {
     pub fn load(&self, index: usize) -> Result<Sample> {
         let Loaded { sample, small, .. } = self.read(index)?;
         match sample.instances.is_empty() {
-            true => Err(self.without_instance(index, small)),
+            true => Err(self.pairs[index].without_instance(self.options.min_area, small)),
             false => Ok(sample),
         }
-    }
-
-    fn without_instance(&self, index: usize, small: usize) -> Error {
-        let message = match small {
-            0 => "the mask is empty: every pixel is the background".to_string(),
-            small => format!(
-                "the mask has no instance of {} pixels or more, but {small} smaller ones",
-                self.options.min_area
-            ),
-        };
-        Error::file(self.pairs[index].truth_file(), message)
     }
 
     /// As `load`, but there may be no instance.
@@ -353,92 +251,6 @@ impl Dataset {
         let pair = self.pairs.get(index).ok_or_else(|| {
             Error::config(format!("there are {} images, and none at {index}", self.len()))
         })?;
-        let picture = self.options.images.read(&pair.image)?;
-        let transparent = is_transparent(&picture.image);
-        let image =
-            convert_to_rgb(&picture.image).map_err(|e| Error::file(&pair.image, e.to_string()))?;
-        let (width, height) = image.dimensions();
-        let small = Cell::new(0);
-        let (layers, mask) = match &pair.truth {
-            Truth::Mask(path) => {
-                let mut mask = read_mask(path, &self.options.masks)?;
-                if mask.labels.dimensions() != (width, height) {
-                    let message = format!(
-                        "the mask is {:?} pixels, but {} is {:?}{}",
-                        mask.labels.dimensions(),
-                        pair.image.display(),
-                        image.dimensions(),
-                        turned(&picture, mask.labels.dimensions())
-                    );
-                    return Err(Error::file(path, message));
-                }
-                if same_content(&pair.image, path) {
-                    let message =
-                        format!("is the image itself, {}, and no mask", pair.image.display());
-                    return Err(Error::file(path, message));
-                }
-                (vec![std::mem::take(&mut mask.labels)], Some(mask))
-            }
-            Truth::Coco(coco) => {
-                if let Some((rows, cols)) = coco.size.filter(|size| *size != (height, width)) {
-                    let message = format!(
-                        "is {width} x {height} pixels, but {cols} x {rows} in its annotations{}",
-                        turned(&picture, (cols, rows))
-                    );
-                    return Err(Error::file(&pair.image, message));
-                }
-                let objects = self.objects(coco, (height, width), &small);
-                let layers = layers_of(objects, width, height);
-                let layers = layers.map_err(|e| match e {
-                    Error::Config(message) => Error::file(&pair.image, message),
-                    other => other,
-                })?;
-                (layers, None)
-            }
-        };
-        let mut instances = layered(&layers, 1);
-        let all = instances.len();
-        instances.retain(|instance| instance.area >= self.options.min_area);
-        let small = small.get() + all - instances.len();
-        let name = pair.name.clone();
-        let sample = Sample { name, image, transparent, layers, instances };
-        Ok(Loaded { sample, picture, mask, small })
-    }
-
-    /// The pixels of the objects, drawn one after another, without those that are too `small`, which are counted.
-    fn objects<'a>(
-        &'a self,
-        coco: &'a CocoImage,
-        size: rle::Size,
-        small: &'a Cell<usize>,
-    ) -> impl Iterator<Item = Result<Vec<usize>>> + 'a {
-        let drawn = coco.objects(size).map(move |runs| Ok(rle::pixels(&runs?, size)));
-        drawn.filter(|pixels| {
-            let is_small = |pixels: &Vec<usize>| pixels.len() < self.options.min_area.max(1);
-            let is_small = pixels.as_ref().is_ok_and(is_small);
-            small.set(small.get() + usize::from(is_small));
-            !is_small
-        })
-    }
-}
-
-impl Pair {
-    /// The file of the mask, or the image where the truth is annotations.
-    fn truth_file(&self) -> &Path {
-        match &self.truth {
-            Truth::Mask(mask) => mask,
-            Truth::Coco(_) => &self.image,
-        }
-    }
-}
-
-/// A remark for a truth that has the size the image had before it was turned.
-fn turned(picture: &Picture, size: (u32, u32)) -> String {
-    match picture.stored {
-        Some((width, height)) if (width, height) == size => format!(
-            "; the image is stored as {width} x {height} pixels and its EXIF data turn it: turn the truth too, or store \
-             the image turned and without them"
-        ),
-        _ => String::new(),
+        pair.read(&self.options)
     }
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use unicode_normalization::UnicodeNormalization;
 
 /// File name endings taken for images; other files in the folders are left alone, hidden ones too.
-const ENDINGS: [&str; 12] =
-    ["png", "apng", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pgm", "ppm", "pnm"];
+const ENDINGS: [&str; 13] =
+    ["png", "apng", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pbm", "pgm", "ppm", "pnm"];
 
 /// What names end with before their endings.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
@@ -161,11 +161,7 @@ fn same_folder(a: &Path, b: &Path) -> bool {
 /// The one name that differs in case alone.
 fn same_but_case(names: &BTreeMap<String, PathBuf>, name: &str) -> Option<String> {
     let lower = name.to_lowercase();
-    let mut same = names.keys().filter(|other| other.to_lowercase() == lower);
-    match (same.next(), same.next()) {
-        (Some(one), None) => Some(one.clone()),
-        _ => None,
-    }
+    only(names.keys().filter(|other| other.to_lowercase() == lower)).cloned()
 }
 
 /// Which suffix would find a mask.
@@ -178,27 +174,39 @@ fn suffix_hint(masks: &BTreeMap<String, PathBuf>, image: &str, suffix: &str) -> 
     }
 }
 
-/// Where an image of annotations is, and whether the last part of its name alone says it.
+/// Where an image of annotations is, and whether it is there under another path, case or ending than its name says.
 pub(super) fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
     let whole = folder.join(name);
     let slashes = name.replace('\\', "/");
     let (written, last) = (folder.join(&slashes), slashes.rsplit('/').next().unwrap_or(name));
-    let last = folder.join(last);
     if let Some(path) = [&whole, &written].into_iter().find(|path| path.exists()) {
         return (path.clone(), false);
     }
-    if last.exists() {
-        return (last, true);
+    if folder.join(last).exists() {
+        return (folder.join(last), true);
     }
-    let wanted = last.file_name().map(|name| name.to_string_lossy().to_lowercase());
-    let same_but_case = |entry: &std::fs::DirEntry| {
-        Some(entry.file_name().to_string_lossy().to_lowercase()) == wanted
+    let lower = |path: &Path| path.to_string_lossy().to_lowercase();
+    let names = || {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| PathBuf::from(entry.file_name()))
     };
-    let found = std::fs::read_dir(folder).ok().and_then(|entries| {
-        let mut found = entries.flatten().filter(same_but_case);
-        found.next().filter(|_| found.next().is_none())
-    });
-    found.map_or((whole, false), |entry| (entry.path(), true))
+    let is_image = |path: &Path| {
+        let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
+        ending.is_some_and(|ending| ENDINGS.contains(&ending.as_str()))
+    };
+    // An image written in another format has the stem, or the name if that has no ending.
+    let wanted = Path::new(last);
+    let stem = if is_image(wanted) { wanted.with_extension("") } else { wanted.to_path_buf() };
+    let same_name = names().filter(|path| lower(path) == lower(wanted));
+    let same_stem =
+        names().filter(|path| is_image(path) && lower(&path.with_extension("")) == lower(&stem));
+    let found = only(same_name).or_else(|| only(same_stem));
+    found.map_or((whole, false), |name| (folder.join(name), true))
+}
+
+/// The one item, if there is one alone.
+fn only<T>(mut items: impl Iterator<Item = T>) -> Option<T> {
+    items.next().filter(|_| items.next().is_none())
 }
 
 /// Whether two files hold the same bytes.

@@ -41,6 +41,8 @@ mod data;
 mod evaluation;
 mod event_file;
 #[cfg(feature = "images")]
+mod exif;
+#[cfg(feature = "images")]
 mod folder;
 mod gradients;
 mod history;
@@ -54,6 +56,8 @@ mod metrics_csv;
 #[cfg(feature = "images")]
 mod prompt;
 mod random;
+#[cfg(feature = "images")]
+mod sample;
 mod schedule;
 mod scores;
 #[cfg(feature = "images")]
@@ -70,7 +74,7 @@ pub use adamw::{AdamW, AdamWConfig, Parameter};
 pub use augment::{sample_indices, FlipRotate};
 pub use checkpoint::{previous_state_path, TrainingState};
 #[cfg(feature = "images")]
-pub use data::{Dataset, DatasetOptions, Sample};
+pub use data::Dataset;
 #[cfg(feature = "images")]
 pub use evaluation::{evaluate_image, Evaluator, FoundMask, ImageEvaluation};
 pub use event_file::EventFile;
@@ -87,6 +91,8 @@ pub use metrics_csv::MetricsCsv;
 #[cfg(feature = "images")]
 pub use prompt::{jittered_box, random_point, Prompt, PromptKind};
 pub use random::StepRng;
+#[cfg(feature = "images")]
+pub use sample::{DatasetOptions, Sample};
 pub use schedule::{Decay, Schedule};
 pub use scores::{iou, Scores};
 #[cfg(feature = "images")]

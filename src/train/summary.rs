@@ -1,7 +1,7 @@
 //! What was understood of a data set, and what was left out, a line each.
 
 use super::mask::{Mask, Meaning};
-use crate::sam::Picture;
+use crate::sam::{Picture, SampleType};
 use std::collections::BTreeMap;
 
 /// How many names stand for all.
@@ -33,11 +33,15 @@ impl Named {
         self.count
     }
 
-    fn names(&self) -> String {
+    /// The first names.
+    pub fn names(&self) -> String {
         let more = if self.count > self.first.len() { ", .." } else { "" };
         format!("{}{more}", self.first.join(", "))
     }
 }
+
+/// The brightest value of 8 bits in an image that is said to be nearly black.
+const DARK: u8 = 31;
 
 /// What was understood of a data set.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +57,7 @@ pub struct Summary {
     scaled: Named,
     ranges: Vec<(f64, f64)>,
     turned: Named,
+    dark: Named,
     empty: Named,
     too_small: Named,
     remarks: Vec<(String, String)>,
@@ -115,6 +120,10 @@ impl Summary {
         if picture.stored.is_some() {
             self.turned.add(name);
         }
+        let is_dark = |bytes: &[u8]| bytes.iter().all(|byte| *byte <= DARK);
+        if picture.sample_type == SampleType::Unsigned(8) && is_dark(picture.image.as_bytes()) {
+            self.dark.add(name);
+        }
     }
 
     /// The number of objects that are trained on.
@@ -161,6 +170,13 @@ impl Summary {
                 "{} turned as EXIF says, masks taken to be of the turned image: {}",
                 files(self.turned.count, "image"),
                 self.turned.names()
+            ));
+        }
+        if self.dark.count > 0 {
+            lines.push(format!(
+                "nearly black, no value of 8 bits above {DARK}: {}: {} (--range percentile makes them brighter)",
+                files(self.dark.count, "image"),
+                self.dark.names()
             ));
         }
         if self.empty.count > 0 {
@@ -255,6 +271,15 @@ mod tests {
         assert!(
             summary.lines()[0].contains("2: binary") && summary.lines()[0].contains("1: labels")
         );
+        for (name, value) in [("dark.png", 20), ("bright.png", 200)] {
+            let image = image::GrayImage::from_pixel(2, 2, image::Luma([value])).into();
+            let sample_type = SampleType::Unsigned(8);
+            let orientation = image::metadata::Orientation::NoTransforms;
+            let picture = Picture { image, range: None, sample_type, stored: None, orientation };
+            summary.add_picture(name, &picture);
+        }
+        let dark = "nearly black, no value of 8 bits above 31: 1 image: dark.png";
+        assert!(summary.lines().iter().any(|line| line.starts_with(dark)));
         (0..9).for_each(|n| summary.add_empty(&format!("{n}.png")));
         let last = "left out, without an object: 9 images: 0.png, 1.png, 2.png, ..";
         assert_eq!(summary.lines().last().map(String::as_str), Some(last));

@@ -6,7 +6,7 @@
 
 use super::loaded::Loaded;
 use super::names::Names;
-use super::place::Place;
+use super::place::{quoted, Place};
 use super::plan::{available, plan, spellings, targets, Available, Origin, Target};
 use super::source::Source;
 use crate::nn::{set_values, Fixed, ModuleTree, Node, NodeMut};
@@ -21,7 +21,7 @@ const MAX_PLACES: usize = 16;
 /// Fills `model` from a checkpoint: a file of safetensors or of `torch.save`, an index of several, or a folder with either.
 ///
 /// The model may lie below a prefix or in a dict of the file, as `model` or `state_dict`; the result says where it was
-/// found. Tensors of f32, f16, bf16 and f64 are cast to the model's dtype. Parameters that are variables, or views of one,
+/// found. `FILE#PREFIX` names one of several models in a file. Tensors of f32, f16, bf16 and f64 are cast to the model's dtype. Parameters that are variables, or views of one,
 /// stay so with new values in place. Adapters stay as they are, and must not be merged. `names` says which tensors are
 /// fused, renamed and ignored.
 ///
@@ -94,7 +94,7 @@ fn choose(
 ) -> Result<Choice> {
     let mut fitting: Vec<Choice> = Vec::new();
     let mut error = None;
-    for place in places.iter().take(MAX_PLACES) {
+    for place in Place::meant(source, places)?.into_iter().take(MAX_PLACES) {
         let available = available(source, names, part, targets, (place, places))?;
         match plan(source, names, targets, &available.tensors) {
             Ok(origins) => {
@@ -111,9 +111,10 @@ fn choose(
         (None, 2.., _) => Err(Error::file(
             &source.path,
             format!(
-                "holds {} models that fit, below {}: save one of them in a file of its own",
+                "holds {} models that fit, below {}: name one behind the file, as {}",
                 prefixes.len(),
-                prefixes.iter().map(|p| format!("{p:?}")).collect::<Vec<_>>().join(" and ")
+                quoted(prefixes.iter()),
+                with_prefix(&source.path, prefixes.first().map_or("", String::as_str))
             ),
         )),
         _ => {
@@ -123,6 +124,12 @@ fn choose(
             Ok(choice)
         }
     }
+}
+
+/// The way to name one of the models in a file.
+pub(crate) fn with_prefix(path: &Path, prefix: &str) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    format!("{name}#{}", prefix.strip_suffix('.').unwrap_or(prefix))
 }
 
 /// The part of the whole model that all names begin with, if there is one.

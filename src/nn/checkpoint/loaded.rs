@@ -1,7 +1,7 @@
 //! What a checkpoint was taken for, in one line.
 
-use super::place::Place;
-use super::plan::Origin;
+use super::place::{quoted, Place};
+use super::plan::{shown_unread, Origin};
 use super::source::Source;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -24,6 +24,8 @@ pub struct Loaded {
     pub passed_over: usize,
     /// Dtypes of the tensors that were read.
     pub dtypes: BTreeSet<String>,
+    /// Tensors of the file of kinds that are not read, each with its kind.
+    pub unread: BTreeMap<String, String>,
     /// Prefixes of other models of the same shape in the file.
     pub others: Vec<String>,
 }
@@ -52,6 +54,7 @@ impl Loaded {
             tensors: used.len(),
             passed_over: source.names().len() - used.len(),
             dtypes: used.iter().filter_map(dtype).collect(),
+            unread: source.unread.clone(),
             others: others.to_vec(),
         }
     }
@@ -74,9 +77,12 @@ impl std::fmt::Display for Loaded {
             count => write!(f, "; {count} others passed over")?,
         }
         if !self.others.is_empty() {
-            let others: Vec<String> =
-                self.others.iter().map(|prefix| format!("{prefix:?}")).collect();
-            write!(f, ", a second model below {} among them", others.join(" and "))?;
+            let others = quoted(self.others.iter());
+            write!(f, ", a second model below {others} among them")?;
+        }
+        if !self.unread.is_empty() {
+            let (count, unread) = (self.unread.len(), shown_unread(&self.unread));
+            write!(f, "; {count} of kinds that are not read: {unread}")?;
         }
         Ok(())
     }

@@ -33,7 +33,9 @@ mod shapes;
 mod source;
 mod torch;
 
+pub use crate::weights_file::split_prefix;
 pub use load::load;
+pub(crate) use load::with_prefix;
 pub use loaded::Loaded;
 pub(crate) use names::root_of;
 pub use names::{Fused, Names, Part};

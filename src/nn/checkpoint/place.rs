@@ -7,6 +7,7 @@
 
 use super::names::Names;
 use super::source::Source;
+use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap};
 
 /// A place where a model may lie in a file.
@@ -18,6 +19,11 @@ pub(super) struct Place {
     pub part: String,
     /// Tensors with a known name.
     hits: usize,
+}
+
+/// Prefixes in a sentence.
+pub(super) fn quoted<'a>(prefixes: impl Iterator<Item = &'a String>) -> String {
+    prefixes.map(|prefix| format!("{prefix:?}")).collect::<Vec<_>>().join(" and ")
 }
 
 /// The names that tensors may have in a file, with the part of the model that each leaves out.
@@ -85,7 +91,8 @@ impl Spellings {
         places.sort_by_key(|place| std::cmp::Reverse(place.hits));
         // Fewer than half of the most are chance, as `layers.0.norm1.weight` in another network.
         let most = places.first().map_or(0, |place| place.hits);
-        places.retain(|place| 2 * place.hits >= most);
+        let named = |place: &Place| source.prefix.is_some() && place.is_meant(source);
+        places.retain(|place| 2 * place.hits >= most || named(place));
         if places.is_empty() {
             places.push(Place { prefix: String::new(), part: String::new(), hits: 0 });
         }
@@ -94,6 +101,28 @@ impl Spellings {
 }
 
 impl Place {
+    /// Whether the caller named this place, with or without the last dot, or none.
+    pub fn is_meant(&self, source: &Source) -> bool {
+        let short = self.prefix.strip_suffix('.').unwrap_or(&self.prefix);
+        source.prefix.as_ref().is_none_or(|named| *named == self.prefix || named == short)
+    }
+
+    /// The places that the caller may mean.
+    ///
+    /// # Errors
+    /// - the caller named another one.
+    pub fn meant<'a>(source: &Source, places: &'a [Self]) -> Result<Vec<&'a Self>> {
+        let meant: Vec<&Self> = places.iter().filter(|place| place.is_meant(source)).collect();
+        match (&source.prefix, meant.is_empty()) {
+            (Some(named), true) => {
+                let there = quoted(places.iter().map(|place| &place.prefix));
+                let message = format!("holds no model below {named:?}, but below {there}");
+                Err(Error::file(&source.path, message))
+            }
+            _ => Ok(meant),
+        }
+    }
+
     /// The names of the file below this place, and the names inside it. Left out are those below a longer prefix of
     /// `places`, and those in dicts without any tensor that `is_known`.
     pub fn inside<'a>(

@@ -173,7 +173,7 @@ pub(super) fn plan(
     let surplus: Vec<String> = surplus.map(|(_, in_file)| in_file.clone()).collect();
     let mismatch = TensorMismatch {
         source: source.path.display().to_string(),
-        note: note(names, targets, &missing, &surplus),
+        note: note(source, names, targets, (&missing, &surplus)),
         missing,
         surplus,
         misshaped: misshaped.into_iter().collect(),
@@ -195,13 +195,25 @@ pub(super) fn plan(
     }
 }
 
-/// Which kind of file differs in this way, if that can be told.
+/// The first of the tensors that are not read, each with its kind.
+pub(super) fn shown_unread(unread: &BTreeMap<String, String>) -> String {
+    const SHOWN: usize = 3;
+    let first = unread.iter().take(SHOWN).map(|(name, kind)| format!("{name} ({kind})"));
+    let more = if unread.len() > SHOWN { ", .." } else { "" };
+    format!("{}{more}", first.collect::<Vec<_>>().join(", "))
+}
+
+/// Why a file differs in this way, if that can be told.
 fn note(
+    source: &Source,
     names: &Names,
     targets: &BTreeMap<String, Target>,
-    missing: &[String],
-    surplus: &[String],
+    (missing, surplus): (&[String], &[String]),
 ) -> Option<String> {
+    if !missing.is_empty() && !source.unread.is_empty() {
+        let unread = shown_unread(&source.unread);
+        return Some(format!("it holds tensors of kinds that are not read: {unread}"));
+    }
     let relative = names
         .relatives
         .iter()

@@ -56,6 +56,15 @@ impl TensorReader {
         }
     }
 
+    /// Tensors of `torch.save` that are not stored plainly, each with its kind.
+    pub fn unread(&self) -> &BTreeMap<String, String> {
+        static NOTHING: BTreeMap<String, String> = BTreeMap::new();
+        match self {
+            Self::Safetensors(_) => &NOTHING,
+            Self::Torch(file) => file.unread(),
+        }
+    }
+
     /// The number of the dict that holds a tensor; safetensors has one for all.
     pub fn container(&self, name: &str) -> u32 {
         match self {

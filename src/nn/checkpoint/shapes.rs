@@ -1,7 +1,7 @@
 //! The shapes of the models in a checkpoint, by headers alone.
 
 use super::names::Names;
-use super::place::Spellings;
+use super::place::{Place, Spellings};
 use super::source::Source;
 use crate::Result;
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ pub(crate) fn shapes(path: &Path, names: &Names, anchor: &str) -> Result<Vec<(St
     let source = Source::open(path)?;
     let places = Spellings::new(names, std::iter::once(anchor)).places(&source, names);
     let mut models = Vec::new();
-    for place in &places {
+    for place in Place::meant(&source, &places)? {
         let (in_file, inside) = place.inside(&source, names, &places);
         let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
         let shapes = names.to_tree(&inside).into_iter().zip(in_file);

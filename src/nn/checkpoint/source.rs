@@ -2,25 +2,15 @@
 
 use super::reader::TensorReader;
 use crate::file_kind::Kind;
-use crate::{files, Error, Result};
+use crate::files;
+use crate::weights_file::{choose_weights, split_prefix, Choice, USUAL};
+use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use safetensors::tensor::TensorInfo;
+use safetensors::Dtype;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
-
-/// Weights by their usual names, the first that is there counts.
-const USUAL: [&str; 4] = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-];
-/// Endings of files of weights; the first of which a folder has exactly one file counts.
-const ENDINGS: [&[&str]; 2] = [&["safetensors"], &["pth", "pt", "bin", "ckpt"]];
-/// Starts of names of files that lie beside weights and are none.
-const BESIDE: [&str; 6] =
-    ["adapter_model", "optimizer", "scheduler", "training_args", "rng_state", "scaler"];
 
 /// `model.safetensors.index.json`, as far as it is needed.
 #[derive(Deserialize)]
@@ -33,23 +23,33 @@ pub(super) struct Source {
     /// The path that the caller named, for messages.
     pub path: PathBuf,
     pub files: Vec<TensorReader>,
+    /// Text before the names of the wanted model's tensors, if the caller named it.
+    pub prefix: Option<String>,
+    /// Tensors of kinds that are not read, each with its kind.
+    pub unread: BTreeMap<String, String>,
     /// Which file holds a tensor.
     names: HashMap<String, usize>,
 }
 
 impl Source {
-    /// Opens a file of weights, an `.index.json`, or the one of them that a folder holds.
+    /// Opens a file of weights, an `.index.json`, or the one of them that a folder holds; see [`split_prefix`].
     pub fn open(path: &Path) -> Result<Self> {
-        let found = weights_file(path)?;
+        let (path, prefix) = split_prefix(path);
+        let found = weights_file(&path)?;
         let extension = found.extension().and_then(|e| e.to_str()).unwrap_or_default();
         let paths = match extension {
             "json" => shards(&found)?,
             _ => vec![found],
         };
         let files = paths.iter().map(TensorReader::open).collect::<Result<Vec<_>>>()?;
-        let mut names = HashMap::new();
+        let (mut names, mut unread) = (HashMap::new(), BTreeMap::new());
         for (index, file) in files.iter().enumerate() {
-            for name in file.tensors().keys() {
+            unread.extend(file.unread().iter().map(|(name, kind)| (name.clone(), kind.clone())));
+            for (name, info) in file.tensors() {
+                if is_unread(info.dtype) {
+                    unread.insert(name.clone(), info.dtype.to_string().to_lowercase());
+                    continue;
+                }
                 if names.insert(name.clone(), index).is_some() {
                     let message = format!("tensor {name} is in another file of the checkpoint too");
                     return Err(Error::file(file.path(), message));
@@ -59,9 +59,9 @@ impl Source {
         // A folder with one file is spoken of as this file.
         let path = match &files[..] {
             [file] => file.path().to_path_buf(),
-            _ => path.to_path_buf(),
+            _ => path,
         };
-        Ok(Self { path, files, names })
+        Ok(Self { path, files, prefix, unread, names })
     }
 
     /// The tensors' names, sorted.
@@ -94,13 +94,16 @@ impl Source {
     }
 }
 
+/// Whether a tensor of this dtype cannot become one of candle's.
+fn is_unread(dtype: Dtype) -> bool {
+    use Dtype::{C64, F4, F6_E2M3, F6_E3M2, F8_E4M3FNUZ, F8_E5M2FNUZ, F8_E8M0};
+    matches!(dtype, C64 | F4 | F6_E2M3 | F6_E3M2 | F8_E4M3FNUZ | F8_E5M2FNUZ | F8_E8M0)
+}
+
 /// The file of weights, or the index of several, that a path means.
 fn weights_file(path: &Path) -> Result<PathBuf> {
     if !path.is_dir() {
         return Ok(path.to_path_buf());
-    }
-    if let Some(usual) = USUAL.iter().map(|name| path.join(name)).find(|path| path.exists()) {
-        return Ok(usual);
     }
     let mut names: Vec<String> = std::fs::read_dir(path)
         .map_err(|e| Error::io(path, e))?
@@ -108,22 +111,14 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
         .filter(|name| !name.starts_with('.'))
         .collect();
     names.sort_unstable();
-    for endings in ENDINGS {
-        let is_weights = |name: &&String| {
-            let ending = name.rsplit_once('.').map(|(_, ending)| ending.to_lowercase());
-            let known = ending.is_some_and(|ending| endings.contains(&ending.as_str()));
-            known && !BESIDE.iter().any(|start| name.starts_with(start))
-        };
-        let found: Vec<&str> = names.iter().filter(is_weights).map(String::as_str).collect();
-        match found[..] {
-            [] => {}
-            [name] => return Ok(path.join(name)),
-            _ => {
-                let message =
-                    format!("several files may be the weights: {}; name one", found.join(", "));
-                return Err(Error::file(path, message));
-            }
+    match choose_weights(&names.iter().map(String::as_str).collect::<Vec<_>>()) {
+        Choice::One(name) => return Ok(path.join(name)),
+        Choice::Several(found) => {
+            let message =
+                format!("several files may be the weights: {}; name one", found.join(", "));
+            return Err(Error::file(path, message));
         }
+        Choice::Nothing => {}
     }
     if names.iter().any(|name| name == "adapter_config.json") {
         let message = "the folder of an adapter, which has no weights of a model";
@@ -147,9 +142,7 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
 /// The files an index names, each checked to be a plain file name, beside the index and holding what it should.
 fn shards(index_path: &Path) -> Result<Vec<PathBuf>> {
     if let Kind::Foreign(what) = Kind::of_file(index_path) {
-        if !what.contains("JSON") {
-            return Err(Error::file(index_path, what));
-        }
+        return Err(Error::file(index_path, what));
     }
     let index: Index = serde_json::from_str(&files::read_text(index_path)?)
         .map_err(|e| Error::file(index_path, format!("not an index of files of weights: {e}")))?;

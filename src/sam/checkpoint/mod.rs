@@ -19,8 +19,9 @@
 mod names;
 mod sizes;
 
+pub use crate::nn::checkpoint::split_prefix;
 pub use names::{DEEPSEEK_OCR, SAM};
-pub use sizes::{sizes, Sizes};
+pub use sizes::{sizes, vision_sizes, Sizes};
 
 use super::SamConfig;
 use crate::nn::checkpoint::{Loaded, Names};

@@ -4,8 +4,8 @@
 //! are the published ones of the same width, or the file needs a `config.json`.
 
 use super::SAM;
-use crate::nn::checkpoint::shapes;
-use crate::sam::SamConfig;
+use crate::nn::checkpoint::{shapes, split_prefix, with_prefix};
+use crate::sam::{SamConfig, SamVisionConfig};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -57,39 +57,84 @@ impl std::fmt::Display for Sizes {
 /// - the weights cannot be read, or are of no SAM;
 /// - the number of heads cannot be told.
 pub fn sizes(path: impl AsRef<Path>) -> Result<Sizes> {
-    let path = path.as_ref();
-    if path.is_dir() {
-        let file = path.join(CONFIG_FILE);
-        if file.exists() {
-            return Ok(Sizes { config: SamConfig::load(&file)?, file: Some(file) });
-        }
-        return Ok(Sizes { config: told(path)?, file: None });
+    let (config, file) = configuration(path.as_ref())?;
+    Ok(Sizes { config, file })
+}
+
+/// The configuration of the image encoder in a checkpoint of a whole SAM or of the encoder alone; see [`sizes`].
+///
+/// # Errors
+/// - as [`sizes`].
+pub fn vision_sizes(path: impl AsRef<Path>) -> Result<SamVisionConfig> {
+    Ok(configuration(path.as_ref())?.0)
+}
+
+/// A configuration that stands beside weights or is told from their shapes.
+trait Configuration: Clone + PartialEq {
+    fn load(file: &Path) -> Result<Self>;
+    fn tell(shapes: &Shapes<'_>) -> Result<Self>;
+    /// Whether the tensors of `other` have the same shapes.
+    fn same_tensors(&self, other: &Self) -> bool;
+}
+
+impl Configuration for SamVisionConfig {
+    fn load(file: &Path) -> Result<Self> {
+        Self::load(file)
     }
-    let file = path.with_file_name(CONFIG_FILE);
+
+    fn tell(shapes: &Shapes<'_>) -> Result<Self> {
+        shapes.vision()
+    }
+
+    fn same_tensors(&self, other: &Self) -> bool {
+        let sizes = |v: &Self| {
+            (v.hidden_size, v.num_hidden_layers, v.image_size, v.patch_size, v.mlp_dim())
+        };
+        sizes(self) == sizes(other)
+    }
+}
+
+impl Configuration for SamConfig {
+    fn load(file: &Path) -> Result<Self> {
+        Self::load(file)
+    }
+
+    fn tell(shapes: &Shapes<'_>) -> Result<Self> {
+        shapes.config()
+    }
+
+    fn same_tensors(&self, other: &Self) -> bool {
+        let sizes = |config: &Self| {
+            let decoder = &config.mask_decoder_config;
+            (decoder.hidden_size, decoder.num_hidden_layers, decoder.mlp_dim)
+        };
+        self.vision_config.same_tensors(&other.vision_config) && sizes(self) == sizes(other)
+    }
+}
+
+/// The configuration of a checkpoint, and the file that it was read from.
+fn configuration<C: Configuration>(path: &Path) -> Result<(C, Option<PathBuf>)> {
+    let (weights, _) = split_prefix(path);
+    if weights.is_dir() {
+        let file = weights.join(CONFIG_FILE);
+        if file.exists() {
+            return Ok((C::load(&file)?, Some(file)));
+        }
+        return Ok((told(path)?, None));
+    }
+    let file = weights.with_file_name(CONFIG_FILE);
     let told = told(path);
     // Whatever else lies in a folder of downloads is no matter.
-    let beside = file.exists().then(|| SamConfig::load(&file)).and_then(Result::ok);
+    let beside = file.exists().then(|| C::load(&file)).and_then(Result::ok);
     match (beside, told) {
-        (Some(config), Ok(told)) if same_sizes(&config, &told) => {
-            Ok(Sizes { config, file: Some(file) })
-        }
-        (Some(config), Err(_)) if path.exists() => Ok(Sizes { config, file: Some(file) }),
-        (_, told) => Ok(Sizes { config: told?, file: None }),
+        (Some(config), Ok(told)) if config.same_tensors(&told) => Ok((config, Some(file))),
+        (Some(config), Err(_)) if weights.exists() => Ok((config, Some(file))),
+        (_, told) => Ok((told?, None)),
     }
 }
 
-/// Whether two configurations have tensors of the same shapes.
-fn same_sizes(a: &SamConfig, b: &SamConfig) -> bool {
-    let (v, w) = (&a.vision_config, &b.vision_config);
-    let (d, e) = (&a.mask_decoder_config, &b.mask_decoder_config);
-    (v.hidden_size, v.num_hidden_layers, v.image_size, v.patch_size, v.mlp_dim())
-        == (w.hidden_size, w.num_hidden_layers, w.image_size, w.patch_size, w.mlp_dim())
-        && (d.hidden_size, d.num_hidden_layers, d.mlp_dim)
-            == (e.hidden_size, e.num_hidden_layers, e.mlp_dim)
-}
-
-/// The sizes that the tensors of a checkpoint have.
-fn told(path: &Path) -> Result<SamConfig> {
+/// What the shapes of a checkpoint tell.
+fn told<C: Configuration>(path: &Path) -> Result<C> {
     let models = shapes(path, &SAM, "vision_encoder.patch_embed.projection.weight")?;
     if models.is_empty() {
         return Err(Error::file(
@@ -97,25 +142,33 @@ fn told(path: &Path) -> Result<SamConfig> {
             "holds no image encoder of a SAM: no tensor patch_embed.proj.weight",
         ));
     }
-    let mut found: Vec<(String, SamConfig)> = Vec::new();
+    let mut found: Vec<(String, C)> = Vec::new();
     let mut error = None;
     for (prefix, shapes) in models {
-        match (Shapes { path, shapes: &shapes }).config() {
+        match C::tell(&Shapes { path, shapes: &shapes }) {
             Ok(config) => found.push((prefix, config)),
             Err(e) => drop(error.get_or_insert(e)),
         }
     }
-    let first = found.iter().find(|(prefix, _)| prefix.is_empty()).or(found.first());
-    match (first, error) {
-        (Some((_, first)), _) => match found.iter().find(|(_, other)| other != first) {
-            Some((other, _)) if !found.iter().any(|(prefix, _)| prefix.is_empty()) => Err(Error::file(
-                path,
-                format!("holds several SAMs of different sizes, one below {other:?}: save one in a file of its own"),
-            )),
-            _ => Ok(first.clone()),
-        },
-        (None, Some(error)) => Err(error),
-        (None, None) => Err(Error::file(path, "holds no SAM")),
+    if let Some((_, bare)) = found.iter().find(|(prefix, _)| prefix.is_empty()) {
+        return Ok(bare.clone());
+    }
+    match (&found[..], error) {
+        ([], Some(error)) => Err(error),
+        ([], None) => Err(Error::file(path, "holds no SAM")),
+        ([(prefix, first), others @ ..], _) => {
+            match others.iter().find(|(_, other)| other != first) {
+                None => Ok(first.clone()),
+                Some((other, _)) => Err(Error::file(
+                    path,
+                    format!(
+                        "holds several SAMs of different sizes, below {prefix:?} and {other:?}: name one behind the \
+                         file, as {}",
+                        with_prefix(path, prefix)
+                    ),
+                )),
+            }
+        }
     }
 }
 
@@ -158,15 +211,14 @@ impl Shapes<'_> {
     }
 
     fn config(&self) -> Result<SamConfig> {
-        let mut config = SamConfig::default();
-        self.vision(&mut config)?;
+        let mut config = SamConfig { vision_config: self.vision()?, ..SamConfig::default() };
         self.prompts_and_masks(&mut config)?;
         config.validate().map_err(|e| self.wrong(e.to_string()))?;
         Ok(config)
     }
 
-    fn vision(&self, config: &mut SamConfig) -> Result<()> {
-        let vision = &mut config.vision_config;
+    fn vision(&self) -> Result<SamVisionConfig> {
+        let mut vision = SamVisionConfig::default();
         let layer = |index: usize, name: &str| format!("vision_encoder.layers.{index}.{name}");
         let [width, channels, patch, _] =
             self.shape("vision_encoder.patch_embed.projection.weight")?;
@@ -178,10 +230,11 @@ impl Shapes<'_> {
         vision.qkv_bias =
             ["attn.qkv.bias", "attn.q.bias"].iter().any(|name| self.has(&layer(0, name)));
         vision.output_channels = self.shape::<4>("vision_encoder.neck.conv1.weight")?[0];
+        // An image encoder alone has no position features; they are as wide as half the prompts.
+        let features = ["shared_image_embedding", "prompt_encoder.shared_embedding"]
+            .map(|path| self.shape::<2>(&format!("{path}.positional_embedding")).ok());
         vision.num_pos_feats =
-            self.shape::<2>("shared_image_embedding.positional_embedding").or_else(|e| {
-                self.shape("prompt_encoder.shared_embedding.positional_embedding").map_err(|_| e)
-            })?[1];
+            features.into_iter().flatten().next().map_or(vision.output_channels / 2, |f| f[1]);
         vision.use_abs_pos = self.has("vision_encoder.pos_embed");
         vision.use_rel_pos = self.has(&layer(0, "attn.rel_pos_h"));
         // Sides of the windows that the tables of relative positions have, the grid's where attention is global.
@@ -208,7 +261,8 @@ impl Shapes<'_> {
         vision.window_size = sides.iter().copied().filter(|side| *side < grid).min().unwrap_or(0);
         vision.global_attn_indexes =
             (0..).zip(&sides).filter(|(_, side)| **side >= grid).map(|(index, _)| index).collect();
-        Ok(())
+        vision.validate().map_err(|e| self.wrong(e.to_string()))?;
+        Ok(vision)
     }
 
     fn prompts_and_masks(&self, config: &mut SamConfig) -> Result<()> {

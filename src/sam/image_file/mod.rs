@@ -17,7 +17,7 @@ pub(crate) use limits::MAX_SIDE;
 pub use range::ValueRange;
 pub use raster::{Raster, RasterKind, SampleType, Samples};
 
-use crate::files::stand_in;
+use crate::file_kind::stand_in;
 use crate::{Error, Result};
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
@@ -47,6 +47,8 @@ pub struct Picture {
     pub sample_type: SampleType,
     /// Width and height before it was turned as its EXIF data say; `None` if it was not turned.
     pub stored: Option<(u32, u32)>,
+    /// How its EXIF data turned it.
+    pub(crate) orientation: Orientation,
 }
 
 /// Reads an image with the default options: see [`ReadOptions::read`].
@@ -111,7 +113,8 @@ impl ReadOptions {
         let range = range
             .filter(|range| !(matches!(sample_type, SampleType::Float(_)) && *range == (0.0, 1.0)));
         let turned = orientation != Orientation::NoTransforms;
-        Ok(Picture { image, range, sample_type, stored: turned.then_some(stored) })
+        let stored = turned.then_some(stored);
+        Ok(Picture { image, range, sample_type, stored, orientation })
     }
 
     /// Whether the samples may be scaled; those of 8 bits only where it is asked for.

@@ -9,7 +9,8 @@
 //! ```
 //! Values fill 16 bits if the highest bit is set in one of them; 8 bits always are. Whole numbers that reach from below
 //! a sixteenth of 8, 10, 12, 14 or 16 bits into their upper half fill these, as those of cameras and scanners do. Floats
-//! in 0 to 1 that exceed 0.5, or in 0 to 255 that exceed 127, fill these ranges. Nothing else is filled.
+//! in 0 to 1 that exceed 0.5, or in 0 to 255 that exceed 127, fill these ranges; so do floats in -1 to 1 that pass -0.5 and
+//! 0.5, as networks take images. Nothing else is filled.
 
 use super::raster::{Raster, RasterKind, SampleType, Samples};
 use image::{DynamicImage, ImageBuffer};
@@ -182,6 +183,9 @@ fn filled(raster: &Raster) -> Option<(f64, f64)> {
     match raster.sample_type {
         SampleType::Unsigned(bits) if bits <= 8 => Some((0.0, 2f64.powi(bits.into()) - 1.0)),
         SampleType::Unsigned(16) if reaches(65535.0) => Some((0.0, 65535.0)),
+        SampleType::Float(_) if (-1.0..-0.5).contains(&low) && high > 0.5 && high <= 1.0 => {
+            Some((-1.0, 1.0))
+        }
         SampleType::Float(_) => {
             [1.0, 255.0].into_iter().find(|top| reaches(*top)).map(|top| (0.0, top))
         }
@@ -258,7 +262,9 @@ mod tests {
             (Float(32), vec![0.1, 0.9], Some((0.0, 1.0))),
             (Float(32), vec![0.1, 0.3], Some((0.1, 0.3))),
             (Float(32), vec![2.0, 250.0], Some((0.0, 255.0))),
-            (Float(64), vec![-1.0, 1.0], Some((-1.0, 1.0))),
+            (Float(64), vec![-0.9, 0.8], Some((-1.0, 1.0))),
+            (Float(64), vec![-0.3, 0.8], Some((-0.3, 0.8))),
+            (Float(64), vec![-0.9, 1.1], Some((-0.9, 1.1))),
             (Float(32), vec![f64::NAN, 5.0, 9.0, f64::INFINITY], Some((5.0, 9.0))),
             (Float(32), vec![f64::NAN], Some((0.0, 0.0))),
             (Unsigned(16), vec![3.0, 3.0], Some((3.0, 3.0))),

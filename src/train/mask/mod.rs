@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! one value beside the background   binary, whatever value and depth: each 8-connected part is an object
-//! two levels with soft edges        cut at half, then as binary
+//! two levels with soft edges,       cut at half, then as binary
+//! or fractions of two levels
 //! values, indices, colours          one object each, or each part of each with `parts`
 //! nothing but opacity               opaque parts are objects
 //! 255 of 8 bits beside labels of at most 100, the largest value of 16 and 32 bits or negative ones beside labels,
@@ -11,14 +12,16 @@
 //! ```
 //! Refused: values that are no labels, as a photograph's; an object that is the whole image; a background that is none.
 
+mod meaning;
 mod options;
 mod parts;
 mod rules;
 mod soft;
 mod values;
 
+pub(super) use meaning::turned;
+pub use meaning::{Mask, Meaning};
 pub use options::MaskOptions;
-pub use rules::{Mask, Meaning};
 
 use crate::sam::Raster;
 use crate::{Error, Result};
@@ -42,6 +45,6 @@ pub fn read_mask(path: impl AsRef<Path>, options: &MaskOptions) -> Result<Mask> 
 /// - they are not those of a mask, see [the rules](Meaning).
 pub fn interpret(raster: &Raster, options: &MaskOptions) -> std::result::Result<Mask, String> {
     let mut mask = rules::mask(&values::values(raster)?, raster.width, raster.height, options)?;
-    mask.turn(raster.orientation);
+    mask.labels = turned(&mask.labels, raster.orientation);
     Ok(mask)
 }

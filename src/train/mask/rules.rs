@@ -1,12 +1,11 @@
 //! From a mask's values to labels.
 
+use super::meaning::{Mask, Meaning};
 use super::parts::{parts, Part};
 use super::soft;
 use super::values::{Source, Values};
 use super::MaskOptions;
 use crate::train::labels::{LabelImage, IGNORED};
-use image::imageops;
-use image::metadata::Orientation;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// 255 is ignored beside labels up to here.
@@ -15,77 +14,6 @@ const SMALL_LABEL: i64 = 100;
 const VOC_CONTOUR: i64 = 0xE0_E0C0;
 /// Parts of fewer pixels do not count where a value is said to have several.
 const NOTED_AREA: usize = 20;
-
-/// A mask, read.
-#[derive(Clone, Debug)]
-pub struct Mask {
-    /// A label a pixel: 0 the background, [`IGNORED`] what is neither.
-    pub labels: LabelImage,
-    /// How it was read.
-    pub meaning: Meaning,
-    /// Values that were ignored.
-    pub ignored: Vec<i64>,
-    /// What was taken for the background, if not 0.
-    pub background: Option<i64>,
-    /// Values that have several separate parts, each value one object.
-    pub scattered: usize,
-    /// Remarks about this mask alone.
-    pub remarks: Vec<String>,
-}
-
-/// How a mask's pixels were read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Meaning {
-    /// One value beside the background; its parts are objects.
-    Binary,
-    /// Two levels with soft edges, cut at half; its parts are objects.
-    Soft,
-    /// Opaque parts are objects.
-    Opacity,
-    /// Each value is an object.
-    Labels,
-    /// Each index is an object.
-    Palette,
-    /// Each colour is an object.
-    Colours,
-    /// Each part of each value is an object.
-    Parts,
-    /// Every pixel is background, or ignored.
-    Empty,
-}
-
-impl std::fmt::Display for Meaning {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Binary => "binary, parts taken as objects",
-            Self::Soft => "two levels with soft edges, cut at half, parts taken as objects",
-            Self::Opacity => "by opacity, opaque parts taken as objects",
-            Self::Labels => "labels, each value an object",
-            Self::Palette => "palette, each index an object",
-            Self::Colours => "colours, each an object",
-            Self::Parts => "each part of each value an object",
-            Self::Empty => "empty",
-        })
-    }
-}
-
-impl Mask {
-    /// Turns it as a viewer turns the file.
-    pub(super) fn turn(&mut self, orientation: Orientation) {
-        use Orientation::*;
-        let labels = &self.labels;
-        self.labels = match orientation {
-            NoTransforms => return,
-            Rotate90 => imageops::rotate90(labels),
-            Rotate180 => imageops::rotate180(labels),
-            Rotate270 => imageops::rotate270(labels),
-            FlipHorizontal => imageops::flip_horizontal(labels),
-            FlipVertical => imageops::flip_vertical(labels),
-            Rotate90FlipH => imageops::flip_horizontal(&imageops::rotate90(labels)),
-            Rotate270FlipH => imageops::flip_horizontal(&imageops::rotate270(labels)),
-        };
-    }
-}
 
 /// Reads values by the rules.
 ///
@@ -99,126 +27,184 @@ pub(super) fn mask(
     height: u32,
     options: &MaskOptions,
 ) -> Result<Mask, String> {
-    let mut values = found.values.clone();
-    let columns = width as usize;
-    let mut meaning = match found.source {
+    let (values, meaning) = levels(found, width as usize, options)?;
+    let mut counts = counted(&values);
+    let ignored = ignored(&counts, found, meaning, options);
+    let outside = |value: &i64| ignored.contains(value);
+    counts.retain(|value, _| !outside(value));
+    let (numbers, pieces) = parts(&values, width as usize, true, |value| !outside(&value));
+    let total: usize = counts.values().sum();
+    let background = background(&counts, &pieces, found, options)?;
+    counts.remove(&background);
+    let is_object = |value: i64| value != background && !ignored.contains(&value);
+    let objects: Vec<&Part> = pieces.iter().filter(|part| is_object(part.value)).collect();
+    let binary = counts.len() == 1;
+    if binary && options.background.is_none() {
+        refuse_dark_objects(&objects, total, found)?;
+    }
+    let by_parts = binary || options.parts || meaning == Meaning::Opacity;
+    refuse_whole_image(&counts, &objects, total, by_parts)?;
+    let mut remarks = remarks(&objects, total);
+    if found.no_number > 0 {
+        remarks.push(format!("{} pixels are no number and taken for background", found.no_number));
+    }
+    let pixels = Pixels { values: &values, numbers: &numbers, counts: &counts, by_parts };
+    let labels = pixels.labels(&ignored, is_object);
+    let labels = LabelImage::from_vec(width, height, labels)
+        .ok_or("the mask has fewer pixels than its size says")?;
+    Ok(Mask {
+        labels,
+        meaning: match (meaning, counts.len()) {
+            (_, 0) => Meaning::Empty,
+            (Meaning::Soft | Meaning::Opacity, _) => meaning,
+            (_, 1) => Meaning::Binary,
+            _ if options.parts => Meaning::Parts,
+            _ => meaning,
+        },
+        ignored: ignored.into_iter().collect(),
+        background: (background != 0).then_some(background),
+        scattered: if by_parts { 0 } else { scattered(&objects) },
+        remarks,
+    })
+}
+
+/// The values that count, and how they are read: soft levels are cut at half.
+///
+/// # Errors
+/// - the values are those of a photograph.
+fn levels(
+    found: &Values,
+    columns: usize,
+    options: &MaskOptions,
+) -> Result<(Vec<i64>, Meaning), String> {
+    let values = &found.values;
+    let meaning = match found.source {
         Source::Grey => Meaning::Labels,
         Source::Palette => Meaning::Palette,
         Source::Colour => Meaning::Colours,
         Source::Opacity => Meaning::Opacity,
     };
-    let mut counts = counted(&values);
-    if counts.len() > 2 && soft::is_noise(&values, columns, options.background.unwrap_or(0)) {
-        let levels = match found.source {
-            Source::Grey | Source::Opacity => Some(values.clone()),
-            Source::Colour => brightness(&values),
-            Source::Palette => None,
-        };
-        let threshold = levels.as_ref().and_then(|levels| soft::threshold(levels));
-        let (Some(levels), Some(threshold)) = (levels, threshold) else {
-            return Err(format!(
-                "it is no mask: its {} values lie in tiny areas, as in a photograph, and not in two levels",
-                counts.len()
-            ));
-        };
-        values = levels.iter().map(|level| i64::from(*level >= threshold)).collect();
-        meaning = Meaning::Soft;
-        counts = counted(&values);
+    let counts = counted(values);
+    let noise =
+        counts.len() > 2 && soft::is_noise(values, columns, options.background.unwrap_or(0));
+    // Probabilities seldom have an exact 0.
+    let probabilities = found.fractions && !counts.contains_key(&0) && options.background.is_none();
+    if !noise && !probabilities {
+        return Ok((values.clone(), meaning));
     }
-    let ignored = ignored(&counts, found, meaning, options);
-    let outside = |value: &i64| ignored.contains(value);
-    counts.retain(|value, _| !outside(value));
-    let (numbers, pieces) = parts(&values, columns, true, |value| !outside(&value));
-    let total: usize = counts.values().sum();
-    let background = background(&counts, &pieces, found, options)?;
-    counts.remove(&background);
-    let is_object = |value: i64| value != background && !ignored.contains(&value);
-    let objects = || pieces.iter().filter(|part| is_object(part.value));
-    let binary = counts.len() == 1;
-    if binary && options.background.is_none() {
-        // A white ground with dark objects would be the one object.
-        if let Some(part) = objects().find(|part| surrounds(part, total) && part.area < total) {
-            return Err(format!(
-                "the one value beside 0, {}, surrounds everything and covers {} of the image: if objects are 0, say \
-                 --background {}, if not, --background 0",
-                part.value,
-                percent(part.area, total),
-                part.value
-            ));
+    let levels = match found.source {
+        Source::Grey | Source::Opacity => Some(values.clone()),
+        Source::Colour => brightness(values),
+        Source::Palette => None,
+    };
+    let threshold = levels.as_ref().and_then(|levels| soft::threshold(levels));
+    match (levels, threshold) {
+        (Some(levels), Some(threshold)) => {
+            let cut = levels.iter().map(|level| i64::from(*level >= threshold)).collect();
+            Ok((cut, Meaning::Soft))
+        }
+        _ if noise => Err(format!(
+            "it is no mask: its {} values lie in tiny areas, as in a photograph, and not in two levels",
+            counts.len()
+        )),
+        _ => Ok((values.clone(), meaning)),
+    }
+}
+
+/// A white ground with dark objects would be the one object.
+fn refuse_dark_objects(objects: &[&Part], total: usize, found: &Values) -> Result<(), String> {
+    match objects.iter().find(|part| surrounds(part, total) && part.area < total) {
+        None => Ok(()),
+        Some(part) => {
+            let (value, share) = (written(part.value, found), percent(part.area, total));
+            Err(format!(
+                "the one value beside 0, {value}, surrounds everything and covers {share} of the image: if objects are \
+                 0, say --background {value}, if not, --background 0"
+            ))
         }
     }
-    let by_parts = binary || options.parts || meaning == Meaning::Opacity;
-    let whole = |area: usize| area * 1000 >= total * 999 && total > 0;
+}
+
+fn refuse_whole_image(
+    counts: &BTreeMap<i64, usize>,
+    objects: &[&Part],
+    total: usize,
+    by_parts: bool,
+) -> Result<(), String> {
     let largest = if by_parts {
-        objects().map(|part| (part.value, part.area)).max_by_key(|(_, area)| *area)
+        objects.iter().map(|part| (part.value, part.area)).max_by_key(|(_, area)| *area)
     } else {
         counts.iter().map(|(value, area)| (*value, *area)).max_by_key(|(_, area)| *area)
     };
-    if let Some((value, area)) = largest.filter(|(_, area)| whole(*area)) {
-        return Err(format!(
+    let whole = |area: usize| area * 1000 >= total * 999 && total > 0;
+    match largest.filter(|(_, area)| whole(*area)) {
+        None => Ok(()),
+        Some((value, area)) => Err(format!(
             "one object, of the value {value}, is the whole image ({area} of {total} pixels)"
-        ));
+        )),
     }
-    let mut remarks: Vec<String> = objects()
-        .filter(|part| part.borders() == 4 || part.area * 10 > total * 9)
-        .map(|part| {
-            let share = percent(part.area, total);
-            format!(
-                "an object of the value {} touches {} borders of the image and covers {share}",
-                part.value,
-                part.borders()
-            )
-        })
-        .take(3)
-        .collect();
-    if found.no_number > 0 {
-        remarks.push(format!("{} pixels are no number and taken for background", found.no_number));
-    }
-    let mut large: BTreeMap<i64, usize> = BTreeMap::new();
-    objects()
-        .filter(|p| p.area >= NOTED_AREA)
-        .for_each(|p| *large.entry(p.value).or_default() += 1);
-    let scattered = large.values().filter(|count| **count > 1).count();
-    meaning = match (meaning, counts.len()) {
-        (_, 0) => Meaning::Empty,
-        (Meaning::Soft | Meaning::Opacity, _) => meaning,
-        (_, 1) => Meaning::Binary,
-        _ if options.parts => Meaning::Parts,
-        _ => meaning,
-    };
-    // Labels keep their values where these are such numbers, so that an object's prompts depend on it alone.
-    let keeps = counts.keys().all(|value| (1..i64::from(IGNORED)).contains(value));
-    let ranks: BTreeMap<i64, u32> = counts.keys().copied().zip(1..).collect();
-    let mut new_numbers = BTreeMap::new();
-    let mut label = |place: usize| -> u32 {
-        let value = values[place];
-        if ignored.contains(&value) {
-            return IGNORED;
-        }
-        if !is_object(value) {
-            return 0;
-        }
-        if by_parts {
-            let next = new_numbers.len() as u32 + 1;
-            return *new_numbers.entry(numbers[place]).or_insert(next);
-        }
-        if keeps {
-            value as u32
-        } else {
-            ranks.get(&value).copied().unwrap_or(0)
-        }
-    };
-    let labels: Vec<u32> = (0..values.len()).map(&mut label).collect();
-    let labels = LabelImage::from_vec(width, height, labels)
-        .ok_or("the mask has fewer pixels than its size says")?;
-    Ok(Mask {
-        labels,
-        meaning,
-        ignored: ignored.into_iter().collect(),
-        background: (background != 0).then_some(background),
-        scattered: if by_parts { 0 } else { scattered },
-        remarks,
+}
+
+/// Objects that may be none.
+fn remarks(objects: &[&Part], total: usize) -> Vec<String> {
+    let odd = objects.iter().filter(|part| part.borders() == 4 || part.area * 10 > total * 9);
+    odd.map(|part| {
+        let share = percent(part.area, total);
+        format!(
+            "an object of the value {} touches {} borders of the image and covers {share}",
+            part.value,
+            part.borders()
+        )
     })
+    .take(3)
+    .collect()
+}
+
+/// How many values have several large parts.
+fn scattered(objects: &[&Part]) -> usize {
+    let mut large: BTreeMap<i64, usize> = BTreeMap::new();
+    objects
+        .iter()
+        .filter(|part| part.area >= NOTED_AREA)
+        .for_each(|part| *large.entry(part.value).or_default() += 1);
+    large.values().filter(|count| **count > 1).count()
+}
+
+/// The pixels of a mask, about to become labels.
+struct Pixels<'a> {
+    values: &'a [i64],
+    /// The part of each pixel.
+    numbers: &'a [u32],
+    /// How many pixels each object's value has.
+    counts: &'a BTreeMap<i64, usize>,
+    by_parts: bool,
+}
+
+impl Pixels<'_> {
+    fn labels(&self, ignored: &BTreeSet<i64>, is_object: impl Fn(i64) -> bool) -> Vec<u32> {
+        // Labels keep their values where these are such numbers, so that an object's prompts depend on it alone.
+        let keeps = self.counts.keys().all(|value| (1..i64::from(IGNORED)).contains(value));
+        let ranks: BTreeMap<i64, u32> = self.counts.keys().copied().zip(1..).collect();
+        let mut new_numbers = BTreeMap::new();
+        let label = |(value, number): (&i64, &u32)| {
+            if ignored.contains(value) {
+                return IGNORED;
+            }
+            if !is_object(*value) {
+                return 0;
+            }
+            if self.by_parts {
+                let next = new_numbers.len() as u32 + 1;
+                return *new_numbers.entry(*number).or_insert(next);
+            }
+            if keeps {
+                *value as u32
+            } else {
+                ranks.get(value).copied().unwrap_or(0)
+            }
+        };
+        self.values.iter().zip(self.numbers).map(label).collect()
+    }
 }
 
 /// How many pixels each value has.
@@ -309,13 +295,13 @@ fn background(
     }
     match pieces.iter().find(|part| surrounds(part, total)) {
         None => Ok(0),
-        Some(part) => Err(format!(
-            "no pixel is 0, the background; the value {} surrounds everything and covers {}: say --background {} if it \
-             is the background, --background 0 if it is an object",
-            part.value,
-            percent(part.area, total),
-            part.value
-        )),
+        Some(part) => {
+            let (value, share) = (written(part.value, found), percent(part.area, total));
+            Err(format!(
+                "no pixel is 0, the background; the value {value} surrounds everything and covers {share}: say \
+                 --background {value} if it is the background, --background 0 if it is an object"
+            ))
+        }
     }
 }
 
@@ -336,6 +322,14 @@ fn brightness(values: &[i64]) -> Option<Vec<i64>> {
     let means = [mean(0), mean(1), mean(2)];
     let near = |pixel: &&[i64; 3]| (0..3).all(|c| (pixel[c] - means[c]).abs() <= 48);
     (brightest.iter().filter(near).count() * 10 >= brightest.len() * 9).then_some(bright)
+}
+
+/// A value as [`MaskOptions::parse_value`] takes it; a colour of 8 bits a channel as `#rrggbb`.
+fn written(value: i64, found: &Values) -> String {
+    match found.source {
+        Source::Colour if (0..1 << 24).contains(&value) => format!("#{value:06x}"),
+        _ => value.to_string(),
+    }
 }
 
 fn percent(part: usize, whole: usize) -> String {

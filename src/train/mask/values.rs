@@ -27,6 +27,8 @@ pub(super) struct Values {
     pub top: Option<i64>,
     /// Pixels that are no number, taken for background.
     pub no_number: usize,
+    /// Whether they are fractions, as of probabilities, and not labels.
+    pub fractions: bool,
 }
 
 /// The values of a raster.
@@ -92,7 +94,7 @@ pub(super) fn values(raster: &Raster) -> Result<Values, String> {
             (source, top) = (Source::Opacity, None);
         }
     }
-    Ok(Values { values: all, source, top, no_number: 0 })
+    Ok(Values { values: all, source, top, no_number: 0, fractions: false })
 }
 
 /// Makes transparent pixels background; or returns true, with the opacity as the values, if all have one colour.
@@ -138,7 +140,7 @@ fn floats(values: Vec<f64>) -> Result<Values, String> {
             return Err(format!("the value {value} is beyond 2^53, too large for a label"));
         }
         let values = values.iter().map(|v| if v.is_finite() { *v as i64 } else { 0 }).collect();
-        return Ok(Values { values, source, top, no_number });
+        return Ok(Values { values, source, top, no_number, fractions: false });
     }
     let low = finite().copied().fold(f64::INFINITY, f64::min).min(0.0);
     let high = finite().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -146,5 +148,6 @@ fn floats(values: Vec<f64>) -> Result<Values, String> {
         true => ((value - low) / (high - low).max(f64::MIN_POSITIVE) * 65535.0).round() as i64,
         false => 0,
     };
-    Ok(Values { values: values.iter().map(steps).collect(), source, top, no_number })
+    let values = values.iter().map(steps).collect();
+    Ok(Values { values, source, top, no_number, fractions: true })
 }

@@ -1,0 +1,204 @@
+//! One image with its truth, and how both are read.
+
+use super::coco::CocoImage;
+use super::exif;
+use super::folder::{same_content, Suffixes};
+use super::labels::{layered, layers_of, Instance, LabelImage};
+use super::mask::{read_mask, Mask, MaskOptions};
+use crate::sam::rle;
+use crate::sam::{convert_to_rgb, is_transparent, Picture, ReadOptions};
+use crate::{Error, Result};
+use image::RgbImage;
+use serde::Serialize;
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+
+/// An image, its labels, and those of its instances that are large enough.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// The stem of both files; of COCO's, the file's name within its folder without its ending.
+    pub name: String,
+    /// The image; transparent pixels are laid on white.
+    pub image: RgbImage,
+    /// Whether the file has transparent pixels.
+    pub transparent: bool,
+    /// The masks, of the image's size: one, or several where objects overlap.
+    pub layers: Vec<LabelImage>,
+    /// At least one.
+    pub instances: Vec<Instance>,
+}
+
+impl Sample {
+    /// The mask that has one of the instances.
+    pub fn labels(&self, instance: &Instance) -> &LabelImage {
+        &self.layers[instance.layer]
+    }
+}
+
+/// How a data set is read.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct DatasetOptions {
+    /// Instances of fewer pixels are left out.
+    pub min_area: usize,
+    /// Whether images without an instance are errors, and not left out.
+    pub strict: bool,
+    /// What names end with.
+    pub suffixes: Suffixes,
+    /// How images are read.
+    pub images: ReadOptions,
+    /// What masks mean.
+    pub masks: MaskOptions,
+}
+
+impl DatasetOptions {
+    /// The default, without instances of fewer than `min_area` pixels.
+    pub fn min_area(min_area: usize) -> Self {
+        Self { min_area, ..Default::default() }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Pair {
+    pub name: String,
+    pub image: PathBuf,
+    pub transparent: bool,
+    /// Width and height, once it was read.
+    pub size: (u32, u32),
+    pub truth: Truth,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Truth {
+    Mask(PathBuf),
+    Coco(CocoImage),
+}
+
+/// A sample and how it was read.
+pub(super) struct Loaded {
+    pub sample: Sample,
+    pub picture: Picture,
+    pub mask: Option<Mask>,
+    /// Instances that are too small.
+    pub small: usize,
+}
+
+impl Pair {
+    /// The file of the mask, or the image where the truth is annotations.
+    pub fn truth_file(&self) -> &Path {
+        match &self.truth {
+            Truth::Mask(mask) => mask,
+            Truth::Coco(_) => &self.image,
+        }
+    }
+
+    /// Everything that is wrong with the pair, of which `first` was met first.
+    pub fn faults(&self, first: Error) -> Vec<Error> {
+        let Truth::Coco(coco) = &self.truth else { return vec![first] };
+        let of_annotations = matches!(&first, Error::File { path, .. } if *path != self.image);
+        let size = coco.size.filter(|_| of_annotations);
+        let all: Vec<Error> = size
+            .map(|size| coco.objects(size).filter_map(Result::err).collect())
+            .unwrap_or_default();
+        if all.is_empty() {
+            vec![first]
+        } else {
+            all
+        }
+    }
+
+    /// The error of a truth without an instance of `min_area` pixels, but `small` smaller ones.
+    pub fn without_instance(&self, min_area: usize, small: usize) -> Error {
+        let message = match small {
+            0 => "the mask is empty: every pixel is the background".to_string(),
+            small => format!(
+                "the mask has no instance of {min_area} pixels or more, but {small} smaller ones"
+            ),
+        };
+        Error::file(self.truth_file(), message)
+    }
+
+    /// Reads the image and its truth, which may have no instance.
+    ///
+    /// # Errors
+    /// - a file is unreadable, is no mask, or sizes differ.
+    pub fn read(&self, options: &DatasetOptions) -> Result<Loaded> {
+        let picture = options.images.read(&self.image)?;
+        let transparent = is_transparent(&picture.image);
+        let image =
+            convert_to_rgb(&picture.image).map_err(|e| Error::file(&self.image, e.to_string()))?;
+        let (width, height) = image.dimensions();
+        let small = Cell::new(0);
+        let (layers, mask) = match &self.truth {
+            Truth::Mask(path) => {
+                let mut mask = read_mask(path, &options.masks)?;
+                if mask.labels.dimensions() != (width, height) {
+                    let message = format!(
+                        "the mask is {:?} pixels, but {} is {:?}{}",
+                        mask.labels.dimensions(),
+                        self.image.display(),
+                        image.dimensions(),
+                        turned(&picture, mask.labels.dimensions())
+                    );
+                    return Err(Error::file(path, message));
+                }
+                if same_content(&self.image, path) {
+                    let message =
+                        format!("is the image itself, {}, and no mask", self.image.display());
+                    return Err(Error::file(path, message));
+                }
+                mask.remarks.extend(exif::remark(&image, picture.orientation, &mask.labels));
+                (vec![std::mem::take(&mut mask.labels)], Some(mask))
+            }
+            Truth::Coco(coco) => {
+                if let Some((rows, cols)) = coco.size.filter(|size| *size != (height, width)) {
+                    let message = format!(
+                        "is {width} x {height} pixels, but {cols} x {rows} in its annotations{}",
+                        turned(&picture, (cols, rows))
+                    );
+                    return Err(Error::file(&self.image, message));
+                }
+                let objects = drawn(coco, (height, width), options.min_area, &small);
+                let layers = layers_of(objects, width, height);
+                let layers = layers.map_err(|e| match e {
+                    Error::Config(message) => Error::file(&self.image, message),
+                    other => other,
+                })?;
+                (layers, None)
+            }
+        };
+        let mut instances = layered(&layers, 1);
+        let all = instances.len();
+        instances.retain(|instance| instance.area >= options.min_area);
+        let small = small.get() + all - instances.len();
+        let name = self.name.clone();
+        let sample = Sample { name, image, transparent, layers, instances };
+        Ok(Loaded { sample, picture, mask, small })
+    }
+}
+
+/// The pixels of the objects, drawn one after another, without those that are too `small`, which are counted.
+fn drawn<'a>(
+    coco: &'a CocoImage,
+    size: rle::Size,
+    min_area: usize,
+    small: &'a Cell<usize>,
+) -> impl Iterator<Item = Result<Vec<usize>>> + 'a {
+    let drawn = coco.objects(size).map(move |runs| Ok(rle::pixels(&runs?, size)));
+    drawn.filter(move |pixels| {
+        let is_small = |pixels: &Vec<usize>| pixels.len() < min_area.max(1);
+        let is_small = pixels.as_ref().is_ok_and(is_small);
+        small.set(small.get() + usize::from(is_small));
+        !is_small
+    })
+}
+
+/// A remark for a truth that has the size the image had before it was turned.
+fn turned(picture: &Picture, size: (u32, u32)) -> String {
+    match picture.stored {
+        Some((width, height)) if (width, height) == size => format!(
+            "; the image is stored as {width} x {height} pixels and its EXIF data turn it: turn the truth too, or store \
+             the image turned and without them"
+        ),
+        _ => String::new(),
+    }
+}
