@@ -9,11 +9,12 @@
 //! a product costs `n C columns`. The rows go in blocks that stay in cache, and nothing else of the image's size exists
 //! but the output.
 
+use super::bf16;
 use super::buffer::Buffer;
 use super::columns::Online;
 use super::layer_norm;
 use super::math::{add, add_scaled, dot};
-use super::panel::{panel, Into, Left, Right};
+use super::panel::{panel, Into, Left, Right, PANEL};
 use super::simd::{exp2_nonpositive, padded, run, vectors_mut};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -39,6 +40,8 @@ pub struct Shape {
     pub inner: usize,
     /// Factor of `q . k`.
     pub softmax_scale: f32,
+    /// Whether rows and tokens may be rounded to bf16 for their products.
+    pub bf16: bool,
 }
 
 impl Shape {
@@ -108,12 +111,31 @@ fn transposed(x: &[f32], columns: usize) -> Vec<f32> {
     out
 }
 
+/// What rows are scored with, for products of one kind.
+enum Tokens {
+    /// `[depth, pitch]`
+    F32(Vec<f32>),
+    /// Pairs `[depth / 2, PANEL]`, see [`super::bf16`].
+    Pairs(Vec<f32>),
+}
+
+impl Tokens {
+    /// From [`absorb`]ed columns `[pitch, depth]`.
+    fn new(s: &Shape, columns: &[f32], depth: usize) -> Self {
+        let pairs = s.bf16 && padded(s.columns()) == PANEL && depth.is_multiple_of(2);
+        if pairs && bf16::available() {
+            return Self::Pairs(transposed(&bf16::pairs(columns), depth / 2));
+        }
+        Self::F32(transposed(columns, depth))
+    }
+}
+
 /// Scores of the rows from `first` on, `[count, pitch]`, to base two.
 fn score(
     s: &Shape,
     (x, shift, depth): (&[f32], &[f32], usize),
     first: usize,
-    tokens: &[f32],
+    tokens: &Tokens,
     scores: &mut [f32],
 ) {
     let pitch = padded(s.columns());
@@ -127,9 +149,16 @@ fn score(
             shifted.extend(rows.iter().zip(&shift[start..]).map(|(x, p)| x + p));
             rows = &shifted;
         }
-        let left = Left::Rows(rows, depth);
-        let shape = (count, pitch, depth);
-        panel((scores, pitch), Into::Store, scale, shape, left, Right(tokens, pitch));
+        match tokens {
+            Tokens::F32(tokens) => {
+                let (left, right) = (Left::Rows(rows, depth), Right(tokens, pitch));
+                panel((scores, pitch), Into::Store, scale, (count, pitch, depth), left, right);
+            }
+            Tokens::Pairs(tokens) => {
+                let (shape, rows) = ((count, depth / 2), bf16::pairs(rows));
+                bf16::panel(scores, Into::Store, scale, shape, (&rows, depth / 2), tokens);
+            }
+        }
     }
 }
 
@@ -147,7 +176,7 @@ pub fn tokens_to_image(
     let groups = queries.len() / size;
     let absorbed: Vec<_> = queries
         .par_chunks_exact(size)
-        .map(|queries| transposed(&absorb(s, queries, k.weight, c), c))
+        .map(|queries| Tokens::new(s, &absorb(s, queries, k.weight, c), c))
         .collect();
     let parts = s.rows.div_ceil(PART);
     let sums: Vec<(Vec<f32>, Vec<f32>, Vec<f32>)> = (0..groups * parts)
@@ -222,8 +251,13 @@ pub fn image_to_tokens(
     let mut out = Buffer::any(k.len() / size * s.rows * c);
     let groups = out.par_chunks_mut(s.rows * c).zip(k.par_chunks(size).zip(v.par_chunks(size)));
     groups.enumerate().for_each(|(group, (out, (k, v)))| {
-        let keys = transposed(&absorb(s, k, q.weight, depth), depth);
-        let values = absorb(s, v, output.weight, c);
+        let keys = Tokens::new(s, &absorb(s, k, q.weight, depth), depth);
+        let mut values = absorb(s, v, output.weight, c);
+        // The weights of the first head add up to one, and so carry the bias.
+        if !output.bias.is_empty() {
+            let of_first_head = values.chunks_exact_mut(c).step_by(s.heads).take(s.tokens);
+            of_first_head.for_each(|value| add(value, output.bias));
+        }
         // What q's bias adds to each column's scores.
         let mut constants = vec![0f32; pitch];
         if !q.bias.is_empty() {
@@ -234,20 +268,16 @@ pub fn image_to_tokens(
         }
         let x = entry(x, s.rows * c, group);
         let scored_x = entry(scored.x, s.rows * depth, group);
-        out.par_chunks_mut(BLOCK * c).enumerate().for_each(|(block, out)| {
+        let blocks = out.par_chunks_mut(BLOCK * c).enumerate();
+        blocks.for_each_init(Vec::new, |weights, (block, out)| {
             let (first, count) = (block * BLOCK, out.len() / c);
-            let mut weights = vec![0f32; count * pitch];
-            score(s, (scored_x, scored.shift, depth), first, &keys, &mut weights);
-            run(OverTokens { scores: &mut weights, constants: &constants, used, heads: s.heads });
-            let (left, right) = (Left::Rows(&weights, pitch), Right(&values, c));
-            panel((out, c), Into::Store, 1.0, (count, c, used), left, right);
+            weights.resize(count * pitch, 0.0);
+            score(s, (scored_x, scored.shift, depth), first, &keys, weights);
+            run(OverTokens { scores: weights, constants: &constants, used, heads: s.heads });
+            out.copy_from_slice(&x[first * c..][..count * c]);
+            let (left, right) = (Left::Rows(weights, pitch), Right(&values, c));
+            panel((out, c), Into::Add, 1.0, (count, c, used), left, right);
             let (weight, bias, eps) = output.norm;
-            for (out, x) in out.chunks_exact_mut(c).zip(x[first * c..].chunks_exact(c)) {
-                if !output.bias.is_empty() {
-                    add(out, output.bias);
-                }
-                add(out, x);
-            }
             layer_norm::in_place(out, weight, bias, eps);
         });
     });

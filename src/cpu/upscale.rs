@@ -7,13 +7,14 @@
 //! The maps u and w are never whole; the masks lie as images.
 
 use super::activation::gelu;
+use super::bf16;
 use super::blocked::{accumulate, Packed, Term};
 use super::buffer::Buffer;
 use super::layer_norm;
-use super::math::add;
 use super::panel::{panel, Into, Left, Right, PANEL};
 use super::simd::padded;
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Taps of a 2x2 convolution.
 const TAPS: usize = 4;
@@ -29,6 +30,8 @@ pub struct Upscale<'a> {
     pub norm: (&'a [f32], &'a [f32], f64),
     /// The second convolution.
     pub conv2: (&'a [f32], &'a [f32]),
+    /// Whether operands of the convolutions may be rounded to bf16.
+    pub bf16: bool,
 }
 
 /// A linear layer, ready for blocks.
@@ -39,62 +42,84 @@ struct Layer<'a> {
 }
 
 impl<'a> Layer<'a> {
-    fn new((weight, bias): (&'a [f32], &'a [f32])) -> Self {
-        let in_dim = weight.len() / bias.len();
-        Self { weight: Packed::from_transposed(weight, bias.len(), in_dim), bias, in_dim }
+    fn new((weight, bias): (&'a [f32], &'a [f32]), in_bf16: bool) -> Self {
+        let (out_dim, in_dim) = (bias.len(), weight.len() / bias.len());
+        let weight = match in_bf16 && bf16::available() && in_dim.is_multiple_of(2) {
+            true => Packed::from_transposed_pairs(&bf16::pairs(weight), out_dim, in_dim),
+            false => Packed::from_transposed(weight, out_dim, in_dim),
+        };
+        Self { weight, bias, in_dim }
     }
 
     /// `x W^T + bias`, `[rows, in] -> [rows, out]`; `acc` is scratch.
-    fn apply(&self, x: &[f32], out: &mut [f32], acc: &mut Vec<f32>) {
+    fn apply(&self, x: &[f32], out: &mut Vec<f32>, acc: &mut Vec<f32>) {
         let (rows, width) = (x.len() / self.in_dim, self.bias.len());
         acc.resize(rows * PANEL, 0.0);
-        let term = Term { left: x, stride: self.in_dim, right: &self.weight, scale: 1.0 };
+        out.resize(rows * width, 0.0);
+        let (left, stride) = match self.weight.in_pairs() {
+            true => (Cow::Owned(bf16::pairs(x)), self.in_dim / 2),
+            false => (Cow::Borrowed(x), self.in_dim),
+        };
+        let term = Term { left: &left, stride, right: &self.weight, scale: 1.0 };
         for column in self.weight.panels() {
             accumulate(acc, rows, column, &[term]);
             let end = width.min(column + PANEL);
             for (out, acc) in out.chunks_exact_mut(width).zip(acc.chunks_exact(PANEL)) {
-                out[column..end].copy_from_slice(&acc[..end - column]);
-                add(&mut out[column..end], &self.bias[column..end]);
+                let sums = acc.iter().zip(&self.bias[column..end]);
+                out[column..end].iter_mut().zip(sums).for_each(|(o, (acc, bias))| *o = acc + bias);
             }
         }
     }
 }
 
+/// Buffers of a task, used again for the next.
+#[derive(Default)]
+struct Scratch {
+    acc: Vec<f32>,
+    u: Vec<f32>,
+    fine: Vec<f32>,
+    values: Vec<f32>,
+}
+
 /// Masks `[groups, masks, 4 h, 4 w]` of `x [groups, h, w, C]` by `hyper [groups, masks, E]`.
 pub fn masks(up: &Upscale<'_>, x: &[f32], hyper: &[f32], masks: usize) -> Buffer {
     let (h, w) = up.grid;
-    let (conv1, conv2) = (Layer::new(up.conv1), Layer::new(up.conv2));
+    let (conv1, conv2) = (Layer::new(up.conv1, up.bf16), Layer::new(up.conv2, up.bf16));
     let (c, eighth) = (conv1.in_dim, up.conv2.1.len() / TAPS);
     let groups = x.len() / (h * w * c);
     let (row_pixels, pitch) = (TAPS * TAPS * w, padded(masks));
+    // The columns are the masks.
+    let mut hyper_t = vec![0f32; groups * eighth * pitch];
+    for (i, &value) in hyper.iter().enumerate() {
+        let (group, mask) = (i / (masks * eighth), i / eighth % masks);
+        hyper_t[(group * eighth + i % eighth) * pitch + mask] = value;
+    }
     // Of each row of positions its four rows of pixels, mask after mask.
     let mut rows = Buffer::any(groups * h * masks * row_pixels);
-    rows.par_chunks_mut(masks * row_pixels).enumerate().for_each(|(index, out)| {
-        let (group, mut acc) = (index / h, Vec::new());
-        let mut u = vec![0f32; w * up.conv1.1.len()];
-        conv1.apply(&x[index * w * c..][..w * c], &mut u, &mut acc);
+    let tasks = rows.par_chunks_mut(masks * row_pixels).enumerate();
+    tasks.for_each_init(Scratch::default, |scratch, (index, out)| {
+        let Scratch { acc, u, fine, values } = scratch;
+        conv1.apply(&x[index * w * c..][..w * c], u, acc);
         let (weight, bias, eps) = up.norm;
-        layer_norm::in_place(&mut u, weight, bias, eps);
-        gelu(&mut u, false);
-        let mut fine = vec![0f32; row_pixels * eighth];
-        conv2.apply(&u, &mut fine, &mut acc);
-        gelu(&mut fine, false);
-        // The columns are the masks.
-        let mut hyper_t = vec![0f32; eighth * pitch];
-        let hyper = &hyper[group * masks * eighth..][..masks * eighth];
-        for (i, &value) in hyper.iter().enumerate() {
-            hyper_t[i % eighth * pitch + i / eighth] = value;
-        }
-        let mut values = vec![0f32; row_pixels * pitch];
+        layer_norm::in_place(u, weight, bias, eps);
+        gelu(u, false);
+        conv2.apply(u, fine, acc);
+        gelu(fine, false);
+        values.resize(row_pixels * pitch, 0.0);
+        let hyper = &hyper_t[index / h * eighth * pitch..][..eighth * pitch];
         let shape = (row_pixels, pitch, eighth);
-        let (left, right) = (Left::Rows(&fine, eighth), Right(&hyper_t, pitch));
-        panel((&mut values, pitch), Into::Store, 1.0, shape, left, right);
-        for (pixel, values) in values.chunks_exact(pitch).enumerate() {
-            let (position, tap1, tap2) = (pixel / 16, pixel / TAPS % TAPS, pixel % TAPS);
-            let y = tap1 / 2 * 2 + tap2 / 2;
-            let place = y * TAPS * w + position * TAPS + tap1 % 2 * 2 + tap2 % 2;
-            for (mask, &value) in values[..masks].iter().enumerate() {
-                out[mask * row_pixels + place] = value;
+        let (left, right) = (Left::Rows(fine, eighth), Right(hyper, pitch));
+        panel((values, pitch), Into::Store, 1.0, shape, left, right);
+        for (mask, out) in out.chunks_exact_mut(row_pixels).enumerate() {
+            for (y, out) in out.chunks_exact_mut(TAPS * w).enumerate() {
+                // Pixel (y, x) of a position: tap (y / 2, x / 2) of the first convolution, (y % 2, x % 2) of the second.
+                let first = (y / 2 * 2 * TAPS + y % 2 * 2) * pitch + mask;
+                let positions = values.chunks_exact(TAPS * TAPS * pitch);
+                for (out, values) in out.chunks_exact_mut(TAPS).zip(positions) {
+                    for (x, out) in out.iter_mut().enumerate() {
+                        *out = values[first + (x / 2 * TAPS + x % 2) * pitch];
+                    }
+                }
             }
         }
     });

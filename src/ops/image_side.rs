@@ -86,7 +86,8 @@ fn shape(
         && inner.is_multiple_of(heads)
         && count * heads <= inner;
     let softmax_scale = ((inner / heads) as f32).powf(-0.5);
-    let shape = Shape { rows, channels, tokens: count, heads, inner, softmax_scale };
+    let bf16 = attention.projections[0].weight.dtype() == DType::BF16;
+    let shape = Shape { rows, channels, tokens: count, heads, inner, softmax_scale, bf16 };
     Ok(applies.then_some(shape))
 }
 
@@ -119,7 +120,8 @@ pub(crate) fn tokens_to_image(
     tensor(out, q.dims(), q.dtype()).map(Some)
 }
 
-/// The image looks at projected k and v `[G, N, inner]`: `norm(image + out_proj(attention))`, `[G, n, C]`.
+/// The image looks at projected k and v `[G, N, inner]`: `norm(image + out_proj(attention))`, `[G, n, C]` in f32:
+/// rows that pass between these functions need no rounding.
 pub(crate) fn image_to_tokens(
     image: &Image<'_>,
     [k, v]: [&Tensor; 2],
@@ -160,7 +162,7 @@ pub(crate) fn image_to_tokens(
         })
     })?;
     let dims = [k.dims()[0], shape.rows, shape.channels];
-    tensor(values.into_vec(), &dims, image.rows.dtype()).map(Some)
+    tensor(values.into_vec(), &dims, DType::F32).map(Some)
 }
 
 fn with_output<R>(
@@ -212,10 +214,11 @@ pub(crate) fn upscaled_masks(
     let values = with_f32(OP, image, |x| {
         with_f32(OP, hyper, |hyper| {
             let norm = (&*weight, &*bias, up.norm.eps);
-            let up = Upscale { grid, conv1: (&conv1, &bias1), norm, conv2: (&conv2, &bias2) };
-            Ok(masks(&up, &x, &hyper, count))
+            let (conv1, conv2) = ((&*conv1, &*bias1), (&*conv2, &*bias2));
+            let bf16 = up.conv1.0.dtype() == DType::BF16;
+            Ok(masks(&Upscale { grid, conv1, norm, conv2, bf16 }, &x, &hyper, count))
         })
     })?;
     let dims = [groups, count, 16 * grid.0 * grid.1];
-    tensor(values.into_vec(), &dims, image.dtype()).map(Some)
+    tensor(values.into_vec(), &dims, hyper.dtype()).map(Some)
 }

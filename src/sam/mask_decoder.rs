@@ -241,6 +241,7 @@ impl SamMaskDecoder {
     /// Masks `[G, M, 16 h w]` with a gradient, of the image `[G, h w, C]` and the hypernetworks' `[G, M, C/8]`.
     fn masks(&self, image: &Tensor, (h, w): (usize, usize), weights: &Tensor) -> Result<Tensor> {
         let (groups, count, _) = weights.dims3()?;
+        let image = &image.to_dtype(weights.dtype())?;
         // Each pixel for itself: the pixels of a position follow each other until the masks are there.
         let up = self.upscale_conv1.forward_taps(image, Activation::Identity)?;
         let up = Activation::Gelu.apply(&self.upscale_layer_norm.forward(&up)?)?;

@@ -174,7 +174,7 @@ impl SamTwoWayAttentionBlock {
         })
     }
 
-    /// New queries, and new rows of the image.
+    /// New queries, and new rows of the image, which may be in f32 beside queries in 16 bits.
     fn forward(
         &self,
         queries: &Tensor,
@@ -198,7 +198,10 @@ impl SamTwoWayAttentionBlock {
             None => {
                 let heads = match image.heads {
                     Some(heads) => heads.clone(),
-                    None => self.share(image.rows, image.positions, mode)?,
+                    None => {
+                        let rows = image.rows.to_dtype(queries.dtype())?;
+                        self.share(&rows, image.positions, mode)?
+                    }
                 };
                 (to_image.attend(&q, [&heads.k, &heads.v])?, Some(heads))
             }
@@ -225,6 +228,7 @@ impl SamTwoWayAttentionBlock {
         if let Some(rows) = fused {
             return Ok((queries, rows));
         }
+        let rows = &rows.to_dtype(queries.dtype())?;
         let q = match q {
             Some(q) => q,
             None => to_tokens.q_proj.forward(&ops::broadcast_add(rows, positions)?, mode)?,
@@ -402,6 +406,7 @@ impl SamTwoWayTransformer {
         let attended = match image.absorbed(attention, &q, mode)? {
             Some(attended) => attended,
             None => {
+                let rows = rows.to_dtype(queries.dtype())?;
                 let placed = ops::broadcast_add(&rows, positions)?;
                 let k = attention.k_proj.forward(&placed, mode)?;
                 attention.attend(&q, [&k, &attention.v_proj.forward(&rows, mode)?])?
