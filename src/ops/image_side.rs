@@ -80,7 +80,7 @@ fn shape(
         let dropped = projection.lora.is_some_and(|lora| lora.dropout.is_some());
         projection.parameters().into_iter().chain([projection.weight]).map(move |p| (p, dropped))
     });
-    let applies = inputs.chain(others.iter().copied()).all(|tensor| plain(tensor))
+    let applies = inputs.chain(others.iter().copied()).all(plain)
         && parameters.into_iter().all(|(tensor, dropped)| plain(tensor) && !dropped)
         && channels.is_multiple_of(MAX_LANES)
         && inner.is_multiple_of(heads)
