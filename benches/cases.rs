@@ -24,7 +24,7 @@ use clap::{Parser, ValueEnum};
 use serde_json::json;
 use std::process::ExitCode;
 use support::clock::{self, Measurement};
-use support::models::{self, Adapters, FROZEN};
+use support::models::{self, Adapters, Prompts, FROZEN};
 use support::probe;
 use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
 use support::work::{Pass, Work};
@@ -66,6 +66,10 @@ enum Case {
     EncoderTrainStep,
     /// As EncoderTrainStep, with gradient checkpointing.
     EncoderTrainStepCheckpointed,
+    /// The mask decoder on a stored embedding, a prompt of one point for each of the batch.
+    DecoderForward,
+    /// As DecoderForward, forward and backward down to the embedding.
+    DecoderTrain,
     /// The f32 product [4096, 768] x [768, 2304] into memory that is there: the machine's arithmetic.
     GemmPeak,
     /// Copy of 256 MiB by all threads: the machine's memory.
@@ -268,6 +272,8 @@ impl Setup<'_> {
                 let checkpointed = case == Case::EncoderTrainStepCheckpointed;
                 (self.encoder_train_step(checkpointed)?, train.encoder(vit, rank))
             }
+            Case::DecoderForward => (self.decoder(false)?, forward.decoder()),
+            Case::DecoderTrain => (self.decoder(true)?, train.decoder()),
             Case::GemmPeak => probe::gemm_peak(self.reps)?,
             Case::CopyBandwidth => probe::copy_bandwidth(self.reps)?,
         })
@@ -469,6 +475,25 @@ impl Setup<'_> {
         _: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Measurement> {
         bail!("CUDA graphs want the feature cuda")
+    }
+
+    fn decoder(&self, train: bool) -> Result<Measurement> {
+        if !self.ours()? {
+            bail!("the mask decoder has no composed twin")
+        }
+        let decoder = models::decoder(self.dtype, self.device)?;
+        let mut prompts = Prompts::new(self.batch, self.grid, self.dtype, self.device)?;
+        if train {
+            prompts.image = Var::from_tensor(&prompts.image)?.into_inner();
+        }
+        self.run(|| {
+            let mode = if train { Mode::Train { seed: 1 } } else { Mode::Eval };
+            let masks = prompts.decode(&decoder, mode)?;
+            if train {
+                masks.sqr()?.mean_all()?.backward()?;
+            }
+            Ok(())
+        })
     }
 
     fn encoder_train_step(&self, checkpointed: bool) -> Result<Measurement> {

@@ -15,7 +15,7 @@ use candle_sam_lora::train::{AdamW, AdamWConfig};
 use candle_sam_lora::Result;
 use criterion::{criterion_group, criterion_main, Criterion};
 use support::criterion::{all, bench, group};
-use support::models::{self, Adapters, FROZEN};
+use support::models::{self, Adapters, Prompts, FROZEN};
 use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
 use support::work::Pass;
 use support::{composed, device, normal, Rotating};
@@ -177,8 +177,31 @@ fn training_step(c: &mut Criterion) -> Result<()> {
     Ok(())
 }
 
+/// The mask decoder on a stored embedding, by prompts of one point; 16 of them forward and backward too.
+fn mask_decoder(c: &mut Criterion) -> Result<()> {
+    let device = device()?;
+    for (dtype, count) in [(F32, 1), (F32, 16), (F32, 64), (DType::BF16, 64)] {
+        let decoder = models::decoder(dtype, &device)?;
+        let prompts = Prompts::new(count, 64, dtype, &device)?;
+        let work = Pass::forward(count, 64, dtype.size_in_bytes()).decoder();
+        let name = format!("mask_decoder/{}/{count}prompts/forward", dtype.as_str());
+        let mut group = group(c, &name, work);
+        bench(&mut group, "ours", &device, || prompts.decode(&decoder, Mode::Eval).map(drop));
+        group.finish();
+    }
+    let decoder = models::decoder(F32, &device)?;
+    let mut prompts = Prompts::new(16, 64, F32, &device)?;
+    prompts.image = Var::from_tensor(&prompts.image)?.into_inner();
+    let work = Pass::forward(16, 64, 4).with_backward().decoder();
+    let mut group = group(c, "mask_decoder/f32/16prompts/train", work);
+    let mode = Mode::Train { seed: 1 };
+    bench(&mut group, "ours", &device, || backward(&prompts.decode(&decoder, mode)?));
+    group.finish();
+    Ok(())
+}
+
 fn every_layer(c: &mut Criterion) {
-    for run in [attention_layer, block, encoder, mixed_batch, training_step] {
+    for run in [attention_layer, block, encoder, mask_decoder, mixed_batch, training_step] {
         if let Err(error) = run(c) {
             eprintln!("error: {error}");
             std::process::exit(1);

@@ -91,6 +91,37 @@ impl AttentionProblem {
     }
 }
 
+/// Attention of `queries` tokens to `keys` tokens, heads last.
+#[derive(Clone, Copy, Debug)]
+pub struct MultiHeadProblem {
+    /// Entries of the output.
+    pub batch: usize,
+    /// Entries of q: `batch`, or 1 for all.
+    pub q_batch: usize,
+    /// Entries of k and v: `batch`, or 1 for all.
+    pub kv_batch: usize,
+    /// Tokens that attend.
+    pub queries: usize,
+    /// Tokens that are attended to.
+    pub keys: usize,
+    /// Number of heads.
+    pub num_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Factor of `q . k`.
+    pub softmax_scale: f32,
+}
+
+impl MultiHeadProblem {
+    /// The operation's name, as errors give it.
+    pub const OP: &'static str = "multi-head-attention";
+
+    /// Channels: all heads together.
+    pub fn channels(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+}
+
 /// The low-rank part of one projection.
 #[derive(Clone, Copy, Debug)]
 pub struct LoraProblem {

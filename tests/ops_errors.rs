@@ -135,6 +135,28 @@ fn attention_layer() {
 }
 
 #[test]
+fn multi_head_attention() {
+    let op = "multi-head-attention";
+    let (q, kv) = (zeros(&[2, 3, 8]), zeros(&[2, 5, 8]));
+    let run = |q: &Tensor, k: &Tensor, v: &Tensor, heads| {
+        ops::multi_head_attention(q, [k, v], heads, 1.0)
+    };
+    for heads in [0, 3] {
+        fails(run(&q, &kv, &kv, heads), &[op, "8 channels", &format!("{heads} heads")]);
+    }
+    fails(run(&zeros(&[3, 8]), &kv, &kv, 2), &[op, "q", "[B, tokens, C]", "[3, 8]"]);
+    fails(run(&zeros(&[2, 0, 8]), &kv, &kv, 2), &[op, "q", "empty"]);
+    fails(run(&q, &zeros(&[2, 5, 6]), &kv, 2), &[op, "k", "[2, 5, 8]", "[2, 5, 6]"]);
+    fails(run(&q, &kv, &zeros(&[2, 4, 8]), 2), &[op, "v", "[2, 5, 8]", "[2, 4, 8]"]);
+    let three = zeros(&[3, 5, 8]);
+    fails(run(&q, &three, &three, 2), &[op, "2 entries", "got 3"]);
+    let half = kv.to_dtype(DType::F16).unwrap();
+    fails(run(&q, &half, &kv, 2), &[op, "k", "F16", "F32"]);
+    let scaled = ops::multi_head_attention(&q, [&kv, &kv], 2, f64::NAN);
+    fails(scaled, &[op, "softmax_scale", "NaN"]);
+}
+
+#[test]
 fn rel_pos_attention() {
     let op = "rel-pos-attention";
     let qkv = zeros(&[1, 3, 4, 24]);

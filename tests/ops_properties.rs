@@ -9,7 +9,7 @@ mod property;
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::ops::Activation;
 use candle_sam_lora::philox::Dropout;
-use common::cases::{self, disguises, Attention, LoraLinear, LoraQkv, Op};
+use common::cases::{self, disguises, Attention, LoraLinear, LoraQkv, MultiHead, Op};
 use common::{error, gradients, nudged, random, tensor_error, values, TIMES_ROUNDING};
 use proptest::prelude::*;
 
@@ -45,6 +45,11 @@ fn op() -> impl Strategy<Value = Op<'static>> {
                 let side = |length: usize| 2 * window.unwrap_or(length) - 1;
                 let tables = tables.unwrap_or((side(h), side(w)));
                 Attention { batch, grid: (h, w), heads, dim, window, tables, dropout }.op()
+            }),
+        ((1usize..4, any::<[bool; 2]>()), 1usize..120, 1usize..300, 1usize..4, 1usize..40)
+            .prop_map(|((batch, shared), queries, keys, heads, dim)| {
+                let [q, kv] = shared.map(|shared| if shared { 1 } else { batch });
+                MultiHead { batch: (q, kv), queries, keys, heads, dim }.op()
             }),
     ]
 }

@@ -111,6 +111,21 @@ fn rel_pos_attention() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn multi_head_attention() -> Result<()> {
+    let mut worst = Worst::default();
+    for case in cases("ops/multi_head_attention.safetensors") {
+        let heads = case.integer("num_heads") as usize;
+        let scale = case.number("softmax_scale");
+        let inputs = Inputs::new(&case, &["q", "k", "v"]);
+        inputs.compare(&mut worst, &case, |t| {
+            ops::multi_head_attention(&t[0], [&t[1], &t[2]], heads, scale)
+        })?;
+    }
+    worst.check("multi_head_attention", 1e-5);
+    Ok(())
+}
+
 /// With `train_weight`, the weight is a variable too, which takes the composed path.
 fn lora_linear(train_weight: bool) -> Result<()> {
     let mut worst = Worst::default();

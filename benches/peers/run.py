@@ -123,6 +123,13 @@ def encoder_train_step(args):
     return run
 
 
+def decoder(args):
+    forward, image = sam.decoder(args)
+    if args.case == "decoder_forward":
+        return forward
+    return backward_of(forward, [image.requires_grad_()])
+
+
 def gemm_peak(args):
     """Plain GEMM into memory that is there: MKL or OpenBLAS, cuBLAS."""
     a = torch.randn(4096, 768, device=args.device, dtype=args.torch_dtype)
@@ -144,6 +151,8 @@ CASES = {
     "qkv_train": qkv,
     "encoder_forward": encoder_forward,
     "encoder_train_step": encoder_train_step,
+    "decoder_forward": decoder,
+    "decoder_train": decoder,
     "gemm_peak": gemm_peak,
 }
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.sam import modeling_sam
-from transformers.models.sam.configuration_sam import SamVisionConfig
+from transformers.models.sam.configuration_sam import SamMaskDecoderConfig, SamVisionConfig
 
 MODELS = {
     "b": dict(hidden_size=768, num_attention_heads=12, num_hidden_layers=12, global_attn_indexes=[2, 5, 8, 11]),
@@ -148,3 +148,24 @@ def encoder(args, core=None):
     if args.case.endswith("train_step"):
         return adapt(module, args.rank, args.dropout).train()
     return module.eval()
+
+
+def decoder(args):
+    """The mask decoder on a stored embedding: `batch` prompts of one point, two tokens each, three masks."""
+    config = SamMaskDecoderConfig()
+    config._attn_implementation = args.implementation
+    module = modeling_sam.SamMaskDecoder(config)
+    randomize(module)
+    module = module.to(args.device, args.torch_dtype).eval()
+    random = lambda *shape: torch.randn(shape, device=args.device, dtype=args.torch_dtype)
+    image = random(1, 256, args.grid, args.grid)
+    sparse, positions = random(1, args.batch, 2, 256), random(1, 256, args.grid, args.grid)
+    dense = random(1, 256, 1, 1).expand(1, 256, args.grid, args.grid)
+    forward = lambda: module(
+        image_embeddings=image,
+        image_positional_embeddings=positions,
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=True,
+    )[0]
+    return forward, image

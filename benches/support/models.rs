@@ -1,12 +1,14 @@
 //! SAM's three encoders and their layers, with random weights and LoRA on q and v.
 
+use super::normal;
 use super::vit::{Vit, WINDOW};
-use candle_core::{DType, Device, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
-use candle_sam_lora::nn::{randomize, ModuleTree, NodeMut};
+use candle_sam_lora::nn::{randomize, Mode, ModuleTree, NodeMut};
 use candle_sam_lora::sam::{
-    AttentionKind, LayerContext, SamVisionAttentionSplit, SamVisionConfig, SamVisionEncoder,
+    AttentionKind, LayerContext, SamMaskDecoder, SamMaskDecoderConfig, SamMaskDecoderInput,
+    SamVisionAttentionSplit, SamVisionConfig, SamVisionEncoder,
 };
 use candle_sam_lora::Result;
 
@@ -64,6 +66,45 @@ pub fn encoder(
         SamVisionEncoder::new(config, AttentionKind::Split, VarBuilder::zeros(dtype, device))?;
     fill(&mut encoder, adapters)?;
     Ok(encoder)
+}
+
+/// SAM's mask decoder, ViT-B's as any other's.
+pub fn decoder(dtype: DType, device: &Device) -> Result<SamMaskDecoder> {
+    let config = SamMaskDecoderConfig::default();
+    let mut decoder = SamMaskDecoder::new(&config, VarBuilder::zeros(dtype, device))?;
+    fill(&mut decoder, FROZEN)?;
+    Ok(decoder)
+}
+
+/// The input of [`decoder`]: a stored embedding, prompts of one point, which are two tokens each.
+#[derive(Debug)]
+pub struct Prompts {
+    pub image: Tensor,
+    pub positions: Tensor,
+    pub sparse: Tensor,
+    pub dense: Tensor,
+}
+
+impl Prompts {
+    pub fn new(prompts: usize, grid: usize, dtype: DType, device: &Device) -> Result<Self> {
+        Ok(Self {
+            image: normal(&[1, 256, grid, grid], dtype, device)?,
+            positions: normal(&[1, grid, grid, 256], dtype, device)?,
+            sparse: normal(&[1, prompts, 2, 256], dtype, device)?,
+            dense: normal(&[1, 1, 1, 256], dtype, device)?,
+        })
+    }
+
+    /// Three masks for each prompt.
+    pub fn decode(&self, decoder: &SamMaskDecoder, mode: Mode) -> candle_core::Result<Tensor> {
+        let input = SamMaskDecoderInput {
+            image_embeddings: &self.image,
+            image_positions: &self.positions,
+            sparse: Some(&self.sparse),
+            dense: &self.dense,
+        };
+        Ok(decoder.forward(&input, true, mode)?.0)
+    }
 }
 
 /// Random weights, and adapters whose B is random too: zeros would spare every gradient of A.

@@ -108,6 +108,13 @@ impl Pass {
     }
 
     /// Backward reaches every layer: the first adapters are in the first layer.
+    /// The mask decoder on a stored embedding, a prompt an entry of the batch: the products with an image's rows, each
+    /// projection by itself.
+    pub fn decoder(&self) -> Work {
+        let upscaling = self.linear(256, 256) + self.linear(64, 128) * 4.0;
+        self.linear(256, 128) * 9.0 + self.linear(128, 256) * 2.0 + upscaling
+    }
+
     pub fn encoder(&self, vit: &Vit, rank: usize) -> Work {
         self.encoder_of(vit, vit.global.len(), rank)
     }

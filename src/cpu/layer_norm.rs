@@ -9,12 +9,41 @@
 
 use super::buffer::Buffer;
 use super::math::{add, dot};
+use super::simd::run;
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Rows that one task handles; the sums over rows are taken block by block, in order.
 const ROWS: usize = 64;
 
+/// `x` becomes `y`, row by row; for blocks that are in cache.
+pub fn in_place(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f64) {
+    run(InPlace { x, weight, bias, eps });
+}
+
+struct InPlace<'a> {
+    x: &'a mut [f32],
+    weight: &'a [f32],
+    bias: &'a [f32],
+    eps: f64,
+}
+
+impl WithSimd for InPlace<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for x in self.x.chunks_exact_mut(self.weight.len()) {
+            let (mean, rstd) = statistics(x, self.eps);
+            for (x, (w, b)) in x.iter_mut().zip(self.weight.iter().zip(self.bias)) {
+                *x = ((*x - mean[0]) - mean[1]) * rstd * w + b;
+            }
+        }
+    }
+}
+
 /// A row's mean, as the sum of two f32, and its reciprocal standard deviation.
+#[inline(always)]
 fn statistics(row: &[f32], eps: f64) -> ([f32; 2], f32) {
     let n = row.len() as f64;
     let mean = sum(row, |x| x) / n;
@@ -24,6 +53,7 @@ fn statistics(row: &[f32], eps: f64) -> ([f32; 2], f32) {
 }
 
 /// The sum of `f` over a row, in eight lanes.
+#[inline(always)]
 fn sum(row: &[f32], f: impl Fn(f64) -> f64) -> f64 {
     let mut lanes = [0f64; 8];
     let chunks = row.chunks_exact(lanes.len());

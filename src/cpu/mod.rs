@@ -11,13 +11,17 @@ mod bf16;
 mod blocked;
 pub mod broadcast;
 pub mod buffer;
+mod columns;
 mod head;
+pub mod image_side;
 pub mod layer_norm;
 mod math;
+pub mod multi_head;
 mod panel;
 pub mod projection;
-mod simd;
+pub mod simd;
 mod softmax;
+pub mod upscale;
 
 /// `sum += part`, by all threads.
 pub fn add_in_parallel(sum: &mut [f32], part: &[f32]) {

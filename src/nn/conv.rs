@@ -227,18 +227,24 @@ impl ConvTranspose2d {
     /// As [`forward`](Self::forward), the k x k outputs of a position one after another: `[.., in] -> [.., k k, out]`.
     /// Operations on single pixels need not have them in place.
     pub fn forward_taps(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (_, out_dim, kernel, _) = self.weight.dims4()?;
+        let (weight, bias) = self.taps()?;
+        let projection = Projection { weight: &weight, bias: Some(&bias), lora: None };
+        let out = ops::lora_linear(x, &projection, activation, None)?;
+        let mut dims = x.dims().to_vec();
+        dims.pop();
+        dims.extend([kernel * kernel, out_dim]);
+        out.reshape(dims)
+    }
+
+    /// The weight as a matrix `[k k out, in]`, and the bias of each of its rows.
+    pub(crate) fn taps(&self) -> Result<(Tensor, Tensor)> {
         let (in_dim, out_dim, kernel, _) = self.weight.dims4()?;
         let taps = kernel * kernel;
         let weight = self.weight.permute((2, 3, 1, 0))?.reshape((taps * out_dim, in_dim))?;
         // In f32, so that the sum over rows is rounded once, with that over the taps.
         let bias = ops::repeat(&self.bias.to_dtype(DType::F32)?, (taps, out_dim))?;
-        let projection =
-            Projection { weight: &weight, bias: Some(&bias.flatten_all()?), lora: None };
-        let out = ops::lora_linear(x, &projection, activation, None)?;
-        let mut dims = x.dims().to_vec();
-        dims.pop();
-        dims.extend([taps, out_dim]);
-        out.reshape(dims)
+        Ok((weight, bias.flatten_all()?))
     }
 }
 

@@ -114,6 +114,24 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
     Ok((out, weights.reshape((count, heads, tokens, tokens))?))
 }
 
+/// Attention between two sets of tokens; q, k and v in `[batch, heads, tokens, d]` as copies.
+pub fn multi_head_attention(
+    [q, k, v]: [&Tensor; 3],
+    num_heads: usize,
+    softmax_scale: f64,
+) -> Result<Tensor> {
+    let batch = q.dim(0)?.max(k.dim(0)?);
+    let heads = |x: &Tensor| {
+        let (entries, tokens, channels) = x.dims3()?;
+        let x = if entries == batch { x.clone() } else { repeat(x, (batch, tokens, channels))? };
+        x.reshape((batch, tokens, num_heads, ()))?.transpose(1, 2)?.contiguous()
+    };
+    let (q, k, v) = (heads(q)?, heads(k)?, heads(v)?);
+    let scores = (matmul(&q, &k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+    matmul(&weights, &v)?.transpose(1, 2)?.flatten_from(2)
+}
+
 /// `R[i, j] = table[i - j + side - 1]`: `[2 side - 1, d] -> [side, side, d]`; a table of another length is resized.
 fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
     let index: Vec<u32> =

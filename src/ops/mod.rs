@@ -6,6 +6,7 @@
 //! | [`lora_linear`] | `act(x W^T + b + scaling (drop(x) A^T B^T + lora_bias)) + residual` |
 //! | [`lora_qkv`] | q, k and v projections side by side, LoRA on any of them |
 //! | [`rel_pos_attention`] | attention with decomposed relative positions, global or windowed |
+//! | [`multi_head_attention`] | attention between two sets of tokens, heads last |
 //! | [`attention_block`], [`mlp_block`] | the two residual branches of an encoder layer |
 //! | [`attention_layer`] | an encoder layer's attention alone, q, k and v to proj |
 //! | [`dora_linear`] | a linear with a DoRA adapter |
@@ -50,7 +51,9 @@ mod dropout;
 mod fused;
 #[cfg(feature = "cuda")]
 mod gpu;
+pub(crate) mod image_side;
 mod layer_norm;
+mod multi_head;
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub mod native;
@@ -73,6 +76,7 @@ pub use fused::{lora_linear, lora_qkv, rel_pos_attention};
 #[doc(hidden)] // its place is `cuda`
 pub use gpu::self_test_report;
 pub use layer_norm::layer_norm;
+pub use multi_head::multi_head_attention;
 pub(crate) use params::pack;
 pub use product::matmul;
 pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};

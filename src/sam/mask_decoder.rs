@@ -14,14 +14,15 @@ use super::validate::require_dtype;
 use super::{SamMaskDecoderConfig, SamTwoWayTransformer};
 use crate::module_tree;
 use crate::nn::{module_in_evaluation, ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
+use crate::ops::image_side::{upscaled_masks, Upscaling};
 use crate::ops::{self, Activation};
 use candle_core::{bail, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Range;
 
-/// Prompts of an image that are decoded at one time when nothing is trained: each has images of its own, 4 MB a layer,
-/// which stay in the cache and go back to the allocator's heap.
-const PROMPTS_TOGETHER: usize = 2;
+/// Prompts of an image that are decoded at one time when nothing is trained: each has an image of its own, 4 MB, which
+/// stays in the third-level cache, and they share what a call prepares, such as packed weights.
+const PROMPTS_TOGETHER: usize = 4;
 
 /// Epsilon of the norm between the upscaling convolutions, whatever the configuration says.
 const UPSCALE_EPS: f64 = 1e-6;
@@ -179,7 +180,7 @@ impl SamMaskDecoder {
         let image = ops::broadcast_add(&image_embeddings.permute((0, 2, 3, 1))?, dense)?;
         let image = image.reshape((batch, h * w, size))?;
         let positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
-        let images = self.transformer.share(&image, &positions, mode)?;
+        let images = self.transformer.share(&image, &positions, prompts, mode)?;
         let chosen = if multimask_output { 1..masks } else { 0..1 };
         let decode = |tokens: &Tensor, images: &SharedImage| {
             self.decode(tokens, images, (h, w), chosen.clone(), mode)
@@ -220,22 +221,35 @@ impl SamMaskDecoder {
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
         let (tokens, image) = self.transformer.forward(tokens, images, mode)?;
-        let groups = image.dim(0)?;
-        // Each pixel for itself: the pixels of a position follow each other until the masks are there.
-        let up = self.upscale_conv1.forward_taps(&image, Activation::Identity)?;
-        let up = Activation::Gelu.apply(&self.upscale_layer_norm.forward(&up)?)?;
-        let up = self.upscale_conv2.forward_taps(&up, Activation::Gelu)?;
-        let up = up.reshape((groups, 16 * h * w, ()))?;
         let (first, count) = (chosen.start, chosen.len());
         let mlps = self.output_hypernetworks_mlps.iter().enumerate().skip(first).take(count);
         let weights = mlps
             .map(|(i, mlp)| mlp.forward(&tokens.narrow(1, 1 + i, 1)?, mode))
             .collect::<Result<Vec<_>>>()?;
-        let pred_masks = ops::matmul(&Tensor::cat(&weights, 1)?, &up.transpose(1, 2)?)?
-            .reshape(vec![groups * count, h, w, 2, 2, 2, 2])?
-            .permute(vec![0, 1, 3, 5, 2, 4, 6])?
-            .reshape((groups, count, 16 * h * w))?;
+        let weights = Tensor::cat(&weights, 1)?;
+        let ((weight1, bias1), (weight2, bias2)) =
+            (self.upscale_conv1.taps()?, self.upscale_conv2.taps()?);
+        let norm = self.upscale_layer_norm.parameters();
+        let up = Upscaling { conv1: (&weight1, &bias1), norm, conv2: (&weight2, &bias2) };
+        let pred_masks = match upscaled_masks(&image, (h, w), &up, &weights)? {
+            Some(masks) => masks,
+            None => self.masks(&image, (h, w), &weights)?,
+        };
         let iou = self.iou_prediction_head.forward(&tokens.narrow(1, 0, 1)?.squeeze(1)?, mode)?;
         Ok((pred_masks, iou.narrow(1, first, count)?))
+    }
+    /// Masks `[G, M, 16 h w]` with a gradient, of the image `[G, h w, C]` and the hypernetworks' `[G, M, C/8]`.
+    fn masks(&self, image: &Tensor, (h, w): (usize, usize), weights: &Tensor) -> Result<Tensor> {
+        let (groups, count, _) = weights.dims3()?;
+        let image = &image.to_dtype(weights.dtype())?;
+        // Each pixel for itself: the pixels of a position follow each other until the masks are there.
+        let up = self.upscale_conv1.forward_taps(image, Activation::Identity)?;
+        let up = Activation::Gelu.apply(&self.upscale_layer_norm.forward(&up)?)?;
+        let up = self.upscale_conv2.forward_taps(&up, Activation::Gelu)?;
+        let up = up.reshape((groups, 16 * h * w, ()))?;
+        ops::matmul(weights, &up.transpose(1, 2)?)?
+            .reshape(vec![groups * count, h, w, 2, 2, 2, 2])?
+            .permute(vec![0, 1, 3, 5, 2, 4, 6])?
+            .reshape((groups, count, 16 * h * w))
     }
 }

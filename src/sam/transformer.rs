@@ -15,12 +15,16 @@ use super::validate::require_dtype;
 use super::SamMaskDecoderConfig;
 use crate::module_tree;
 use crate::nn::{LayerNorm, Linear, MlpBlock, Mode};
+use crate::ops::image_side::{self, CrossAttention, Image};
 use crate::ops::{self, Activation};
-use candle_core::{bail, DType, Result, Tensor, D};
+use candle_core::{bail, Result, Tensor, D};
 use candle_nn::VarBuilder;
 
 /// Epsilon of the final norm: torch's default, where all others have the configuration's.
 const FINAL_EPS: f64 = 1e-5;
+
+/// Prompts of an image from which on its projections are worth computing once for all: fewer absorb them.
+const SHARED_FROM: usize = 3;
 
 /// Multi-head attention inside `hidden_size / downsample_rate` channels.
 #[derive(Clone, Debug)]
@@ -64,34 +68,40 @@ impl SamAttention {
         residual: Option<&Tensor>,
         mode: Mode,
     ) -> Result<Tensor> {
-        let q = self.heads(&self.q_proj, q, mode)?;
-        let k = self.heads(&self.k_proj, k, mode)?;
-        let v = self.heads(&self.v_proj, v, mode)?;
-        self.attend([&q, &k, &v], residual, mode)
+        let q = self.q_proj.forward(q, mode)?;
+        let k = self.k_proj.forward(k, mode)?;
+        let v = self.v_proj.forward(v, mode)?;
+        let attended = self.attend(&q, [&k, &v])?;
+        self.out_proj.forward_fused(&attended, Activation::Identity, residual, mode)
     }
 
-    /// `[G, N, C]` projected, `[G, heads, N, head_dim]`.
-    fn heads(&self, projection: &Linear, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let (groups, tokens, _) = x.dims3()?;
-        projection
-            .forward(x, mode)?
-            .reshape((groups, tokens, self.num_heads, ()))?
-            .transpose(1, 2)?
-            .contiguous()
+    /// Projected `q [G or 1, N, inner]`, `k` and `v [G or 1, M, inner]` -> `[G, N, inner]`.
+    fn attend(&self, q: &Tensor, kv: [&Tensor; 2]) -> Result<Tensor> {
+        let head_dim = q.dim(D::Minus1)? / self.num_heads;
+        ops::multi_head_attention(q, kv, self.num_heads, (head_dim as f64).powf(-0.5))
     }
 
-    /// From q, k and v `[G, heads, N or M, head_dim]` on.
-    fn attend(
+    /// Calls `f` with the attention as one between an image and tokens. None in training, and with adapters that are no
+    /// single sum.
+    fn with_image(
         &self,
-        [q, k, v]: [&Tensor; 3],
-        residual: Option<&Tensor>,
         mode: Mode,
-    ) -> Result<Tensor> {
-        let softmax_scale = (q.dim(D::Minus1)? as f64).powf(-0.5);
-        let scores = (ops::matmul(q, &k.t()?)? * softmax_scale)?.to_dtype(DType::F32)?;
-        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
-        let out = ops::matmul(&weights, v)?.transpose(1, 2)?.flatten_from(2)?;
-        self.out_proj.forward_fused(&out, Activation::Identity, residual, mode)
+        f: impl FnOnce(&CrossAttention<'_>) -> Result<Option<Tensor>>,
+    ) -> Result<Option<Tensor>> {
+        if mode != Mode::Eval {
+            return Ok(None);
+        }
+        let parts = [&self.q_proj, &self.k_proj, &self.v_proj, &self.out_proj];
+        let [q, k, v, out] = parts.map(|part| part.low_rank(mode));
+        let low_rank = [q?, k?, v?, out?];
+        let projection = |i: usize| parts[i].projection(&low_rank[i]);
+        match (projection(0), projection(1), projection(2), projection(3)) {
+            (Some(q), Some(k), Some(v), Some(out)) => {
+                let projections = [&q, &k, &v, &out];
+                f(&CrossAttention { projections, num_heads: self.num_heads })
+            }
+            _ => Ok(None),
+        }
     }
 }
 
@@ -158,19 +168,18 @@ impl SamTwoWayAttentionBlock {
         let (to_image, to_tokens) =
             (&self.cross_attn_token_to_image, &self.cross_attn_image_to_token);
         Ok(SharedHeads {
-            k: to_image.heads(&to_image.k_proj, &placed, mode)?,
-            v: to_image.heads(&to_image.v_proj, image, mode)?,
-            q: to_tokens.heads(&to_tokens.q_proj, &placed, mode)?,
+            k: to_image.k_proj.forward(&placed, mode)?,
+            v: to_image.v_proj.forward(image, mode)?,
+            q: to_tokens.q_proj.forward(&placed, mode)?,
         })
     }
 
-    /// Queries with their positions, and keys with what [`share`](Self::share) made of them, to new queries and keys.
+    /// New queries, and new rows of the image, which may be in f32 beside queries in 16 bits.
     fn forward(
         &self,
         queries: &Tensor,
-        keys: &Tensor,
         query_positions: &Tensor,
-        image: &SharedHeads,
+        image: &ImageTokens<'_>,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
         let queries = if self.skip_first_layer_pe {
@@ -183,8 +192,23 @@ impl SamTwoWayAttentionBlock {
 
         let placed = (&queries + query_positions)?;
         let to_image = &self.cross_attn_token_to_image;
-        let q = to_image.heads(&to_image.q_proj, &placed, mode)?;
-        let queries = to_image.attend([&q, &image.k, &image.v], Some(&queries), mode)?;
+        let q = to_image.q_proj.forward(&placed, mode)?;
+        let (attended, heads) = match image.absorbed(to_image, &q, mode)? {
+            Some(attended) => (attended, None),
+            None => {
+                let heads = match image.heads {
+                    Some(heads) => heads.clone(),
+                    None => {
+                        let rows = image.rows.to_dtype(queries.dtype())?;
+                        self.share(&rows, image.positions, mode)?
+                    }
+                };
+                (to_image.attend(&q, [&heads.k, &heads.v])?, Some(heads))
+            }
+        };
+        let out_proj = &to_image.out_proj;
+        let queries =
+            out_proj.forward_fused(&attended, Activation::Identity, Some(&queries), mode)?;
         let queries = self.layer_norm2.forward(&queries)?;
 
         let queries =
@@ -192,14 +216,54 @@ impl SamTwoWayAttentionBlock {
 
         let placed = (&queries + query_positions)?;
         let to_tokens = &self.cross_attn_image_to_token;
-        let k = to_tokens.heads(&to_tokens.k_proj, &placed, mode)?;
-        let v = to_tokens.heads(&to_tokens.v_proj, &queries, mode)?;
-        let keys = to_tokens.attend([&image.q, &k, &v], Some(keys), mode)?;
-        Ok((queries, self.layer_norm4.forward(&keys)?))
+        let k = to_tokens.k_proj.forward(&placed, mode)?;
+        let v = to_tokens.v_proj.forward(&queries, mode)?;
+        let q = heads.map(|heads| heads.q);
+        let (rows, positions) = (image.rows, image.positions);
+        let fused = to_tokens.with_image(mode, |attention| {
+            let image = Image { rows, positions, q: q.as_ref() };
+            let norm = self.layer_norm4.parameters();
+            image_side::image_to_tokens(&image, [&k, &v], attention, &norm)
+        })?;
+        if let Some(rows) = fused {
+            return Ok((queries, rows));
+        }
+        let rows = &rows.to_dtype(queries.dtype())?;
+        let q = match q {
+            Some(q) => q,
+            None => to_tokens.q_proj.forward(&ops::broadcast_add(rows, positions)?, mode)?,
+        };
+        let attended = to_tokens.attend(&q, [&k, &v])?;
+        let residual = repeat_for(rows, attended.dim(0)? / rows.dim(0)?)?;
+        let out_proj = &to_tokens.out_proj;
+        let rows =
+            out_proj.forward_fused(&attended, Activation::Identity, Some(&residual), mode)?;
+        Ok((queries, self.layer_norm4.forward(&rows)?))
     }
 }
 
-/// Heads of the image, `[G, heads, h w, head_dim]`: what tokens look at, and what looks at tokens.
+/// The image as a layer sees it.
+struct ImageTokens<'a> {
+    /// `[G or 1, h w, C]`
+    rows: &'a Tensor,
+    /// `[1, h w, C]`
+    positions: &'a Tensor,
+    /// The layer's projections, where they are there already.
+    heads: Option<&'a SharedHeads>,
+}
+
+impl ImageTokens<'_> {
+    /// Projected queries look at the image, which is not projected; none where that does not apply.
+    fn absorbed(&self, attention: &SamAttention, q: &Tensor, mode: Mode) -> Result<Option<Tensor>> {
+        if self.heads.is_some() {
+            return Ok(None);
+        }
+        let image = Image { rows: self.rows, positions: self.positions, q: None };
+        attention.with_image(mode, |attention| image_side::tokens_to_image(q, &image, attention))
+    }
+}
+
+/// Projections of the image, `[G, h w, inner]`: what tokens look at, and what looks at tokens.
 #[derive(Clone, Debug)]
 struct SharedHeads {
     k: Tensor,
@@ -208,8 +272,11 @@ struct SharedHeads {
 }
 
 impl SharedHeads {
-    /// For each of `prompts` prompts, `[B, ..] -> [B P, ..]`.
+    /// For each of `prompts` prompts, `[B, ..] -> [B P, ..]`; a single image serves all prompts as it is.
     fn repeat(&self, prompts: usize) -> Result<Self> {
+        if self.k.dim(0)? == 1 {
+            return Ok(self.clone());
+        }
         let repeat = |x: &Tensor| repeat_for(x, prompts);
         Ok(Self { k: repeat(&self.k)?, v: repeat(&self.v)?, q: repeat(&self.q)? })
     }
@@ -281,13 +348,21 @@ impl SamTwoWayTransformer {
         })
     }
 
-    /// What the first layer takes from images `[B, h w, C]` with positions `[1, h w, C]`: the same for all prompts, in evaluation.
+    /// What the first layer takes from images `[B, h w, C]` with positions `[1, h w, C]`: the same for all of the `prompts`
+    /// that an image has, in evaluation.
     ///
     /// # Errors
     /// When shapes do not fit.
-    pub fn share(&self, image: &Tensor, positions: &Tensor, mode: Mode) -> Result<SharedImage> {
+    pub fn share(
+        &self,
+        image: &Tensor,
+        positions: &Tensor,
+        prompts: usize,
+        mode: Mode,
+    ) -> Result<SharedImage> {
         // In training every prompt has dropout of its own on the image's projections.
-        let first = self.layers.first().filter(|_| mode == Mode::Eval);
+        let shared = mode == Mode::Eval && prompts >= SHARED_FROM;
+        let first = self.layers.first().filter(|_| shared);
         Ok(SharedImage {
             image: image.clone(),
             positions: positions.clone(),
@@ -310,18 +385,36 @@ impl SamTwoWayTransformer {
         if prompts * batch != tokens.dim(0)? {
             bail!("mask_decoder: {} groups of tokens for {batch} images", tokens.dim(0)?)
         }
-        let (mut queries, mut keys) = (tokens.clone(), repeat_for(&images.image, prompts)?);
+        let mut queries = tokens.clone();
+        let mut rows = match (batch, mode) {
+            (1, Mode::Eval) => images.image.clone(),
+            _ => repeat_for(&images.image, prompts)?,
+        };
+        let positions = &images.positions;
         for (index, layer) in self.layers.iter().enumerate() {
-            let image = match (index, &images.first) {
-                (0, Some(first)) => first.repeat(prompts)?,
-                _ => layer.share(&keys, &images.positions, mode)?,
-            };
-            (queries, keys) = layer.forward(&queries, &keys, tokens, &image, mode)?;
+            let heads = images.first.as_ref().filter(|_| index == 0);
+            let heads = heads.map(|heads| heads.repeat(prompts)).transpose()?;
+            let image = ImageTokens { rows: &rows, positions, heads: heads.as_ref() };
+            (queries, rows) = layer.forward(&queries, tokens, &image, mode)?;
         }
+        // Without a layer one image still serves all prompts.
+        let rows = repeat_for(&rows, tokens.dim(0)? / rows.dim(0)?)?;
         let placed = (&queries + tokens)?;
-        let placed_keys = ops::broadcast_add(&keys, &images.positions)?;
         let attention = &self.final_attn_token_to_image;
-        let queries = attention.forward([&placed, &placed_keys, &keys], Some(&queries), mode)?;
-        Ok((self.layer_norm_final_attn.forward(&queries)?, keys))
+        let q = attention.q_proj.forward(&placed, mode)?;
+        let image = ImageTokens { rows: &rows, positions, heads: None };
+        let attended = match image.absorbed(attention, &q, mode)? {
+            Some(attended) => attended,
+            None => {
+                let rows = rows.to_dtype(queries.dtype())?;
+                let placed = ops::broadcast_add(&rows, positions)?;
+                let k = attention.k_proj.forward(&placed, mode)?;
+                attention.attend(&q, [&k, &attention.v_proj.forward(&rows, mode)?])?
+            }
+        };
+        let out_proj = &attention.out_proj;
+        let queries =
+            out_proj.forward_fused(&attended, Activation::Identity, Some(&queries), mode)?;
+        Ok((self.layer_norm_final_attn.forward(&queries)?, rows))
     }
 }

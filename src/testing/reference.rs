@@ -186,6 +186,58 @@ impl Attention {
     }
 }
 
+/// Attention between two sets of tokens, by its shapes.
+#[derive(Clone, Copy, Debug)]
+pub struct MultiHead {
+    /// Tokens of an entry of q.
+    pub queries: usize,
+    /// Tokens of an entry of k and v.
+    pub keys: usize,
+    /// Heads.
+    pub num_heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Factor of `q . k`.
+    pub softmax_scale: f64,
+}
+
+impl MultiHead {
+    /// `q [B, queries, heads, d]`, `k` and `v [B, keys, heads, d]` -> `[B, queries, heads, d]`; an input of one entry
+    /// serves the whole batch.
+    pub fn forward(&self, q: &[f64], k: &[f64], v: &[f64]) -> Array {
+        let (d, channels) = (self.head_dim, self.num_heads * self.head_dim);
+        let entry = |x: &[f64], tokens: usize, index: usize| {
+            let size = tokens * channels;
+            x[index % (x.len() / size) * size..][..size].to_vec()
+        };
+        let batch = q.len().div_ceil(self.queries * channels);
+        let batch = batch.max(k.len().div_ceil(self.keys * channels));
+        let mut out = vec![];
+        for index in 0..batch {
+            let (q, k) = (entry(q, self.queries, index), entry(k, self.keys, index));
+            let v = entry(v, self.keys, index);
+            for (place, q) in q.chunks(d).enumerate() {
+                let head = |x: &[f64], key: usize| -> Array {
+                    x[key * channels + place % self.num_heads * d..][..d].to_vec()
+                };
+                let score = |key: usize| -> f64 {
+                    q.iter().zip(head(&k, key)).map(|(q, k)| self.softmax_scale * q * k).sum()
+                };
+                let scores: Array = (0..self.keys).map(score).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let mut row = vec![0.0; d];
+                for (key, score) in scores.iter().enumerate() {
+                    let weight = (score - max).exp() / sum;
+                    row.iter_mut().zip(head(&v, key)).for_each(|(o, v)| *o += weight * v);
+                }
+                out.extend(row);
+            }
+        }
+        out
+    }
+}
+
 /// Linear interpolation of the rows of `table [len, d]` to `len_out` rows, `align_corners=False`.
 pub fn resize_linear(table: &[f64], d: usize, len_out: usize) -> Array {
     let len = table.len() / d;

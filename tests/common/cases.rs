@@ -16,6 +16,7 @@ pub fn all() -> Vec<Op<'static>> {
         tables: (5, 7),
         dropout: None,
     };
+    let tokens = MultiHead { batch: (2, 2), queries: 4, keys: 5, heads: 2, dim: 5 };
     vec![
         layer_norm(&[3, 4, 7]),
         layer_norm(&[1, 1]),
@@ -37,7 +38,13 @@ pub fn all() -> Vec<Op<'static>> {
         Attention { window: Some(3), tables: (5, 5), dropout: Some(DROPOUT), ..attention }.op(),
         Attention { window: Some(6), tables: (11, 11), ..attention }.op(),
         Attention { tables: (9, 4), ..attention }.op(),
+        tokens.op(),
+        MultiHead { queries: 1, keys: 1, heads: 1, dim: 1, ..tokens }.op(),
+        MultiHead { batch: (3, 1), ..tokens }.op(),
+        MultiHead { batch: (1, 2), dim: 16, ..tokens }.op(),
         // More queries than a block, more keys than a tile.
+        MultiHead { queries: 100, keys: 3, dim: 16, heads: 1, ..tokens }.op(),
+        MultiHead { queries: 3, keys: 260, dim: 3, heads: 1, ..tokens }.op(),
         Attention { grid: (9, 33), heads: 1, dim: 3, tables: (17, 65), ..attention }.op(),
     ]
 }
@@ -77,6 +84,10 @@ pub fn large() -> Vec<Op<'static>> {
         attention(64, None, (20, 20)),
         attention(16, Some(7), (14, 14)),
         attention(32, None, (7, 9)),
+        MultiHead { batch: (2, 1), queries: 7, keys: 1024, heads: 8, dim: 16 }.op(),
+        MultiHead { batch: (2, 2), queries: 1024, keys: 7, heads: 8, dim: 16 }.op(),
+        MultiHead { batch: (3, 3), queries: 7, keys: 7, heads: 8, dim: 32 }.op(),
+        MultiHead { batch: (1, 1), queries: 130, keys: 300, heads: 2, dim: 20 }.op(),
     ]
 }
 

@@ -392,6 +392,46 @@ impl Attention {
     }
 }
 
+/// Inputs: q, k, v.
+#[derive(Clone, Copy)]
+pub struct MultiHead {
+    /// Entries of q, and of k and v.
+    pub batch: (usize, usize),
+    pub queries: usize,
+    pub keys: usize,
+    pub heads: usize,
+    pub dim: usize,
+}
+
+impl MultiHead {
+    pub fn op(self) -> Op<'static> {
+        let Self { batch, queries, keys, heads, dim } = self;
+        let (scale, channels) = ((dim as f64).powf(-0.5), heads * dim);
+        let problem = reference::MultiHead {
+            queries,
+            keys,
+            num_heads: heads,
+            head_dim: dim,
+            softmax_scale: scale,
+        };
+        Op {
+            name: format!("multi-head {batch:?} x {queries} to {keys} heads {heads} dim {dim}"),
+            inputs: vec![
+                random(1, (batch.0, queries, channels)),
+                random(2, (batch.1, keys, channels)),
+                random(3, (batch.1, keys, channels)),
+            ],
+            fused: Box::new(move |t| {
+                ops::multi_head_attention(&t[0], [&t[1], &t[2]], heads, scale)
+            }),
+            composed: Box::new(move |t| {
+                composed::multi_head_attention([&t[0], &t[1], &t[2]], heads, scale)
+            }),
+            reference: Box::new(move |v| problem.forward(&v[0], &v[1], &v[2])),
+        }
+    }
+}
+
 /// Inputs: x.
 pub fn dropout(dims: &'static [usize]) -> Op<'static> {
     let cols = dims[dims.len() - 1];
