@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use mpi::environment::Universe;
 use mpi::request::{LocalScope, Request};
 use mpi::topology::SimpleCommunicator;
-use mpi::traits::*;
+use mpi::traits::{Communicator as _, Destination, Source};
 use mpi::Threading;
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
