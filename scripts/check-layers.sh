@@ -24,11 +24,12 @@ device ops
 nn
 lora sam
 train
-testing
+cli
+testing main
 """
 # Modules that only some of the rows above them may import.
 IMPORTERS = {
-    "files": {"nn", "lora", "sam", "train"},
+    "files": {"nn", "lora", "sam", "train", "cli"},
     "cpu": {"ops", "nn"},
     "launch": {"driver", "ops"},
     "driver": {"device", "ops"},

@@ -1,4 +1,4 @@
-"""The fine-tuning example in PyTorch and PEFT, as the yardstick for the Rust one.
+"""The command `finetune` in PyTorch and PEFT, as the yardstick for the one in Rust.
 
     pip install torch==2.15.0 transformers==5.23.0 peft==0.21.2 numpy pillow
     python scripts/finetune_peft.py --prompt point

@@ -12,6 +12,9 @@
 //!
 //! The README shows how they go together; `docs/hack-your-own.md` how to put an attention of your own into the model.
 
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod cpu;
 mod device;
 #[cfg(feature = "cuda")]

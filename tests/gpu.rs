@@ -2,7 +2,7 @@
 //! emulator, in every dtype, behind any strides, again and again, on two streams, in a CUDA graph; the model, and its
 //! training. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
 //!
-//! For scripts/gpu/, where one binary has to do, it is also the benchmark and the example of these names, and what
+//! For scripts/gpu/, where one binary has to do, it is also the benchmark and the command of these names, and what
 //! compares and measures at SAM's sizes: called as `cases`, `finetune`, `smoke` or `headline`, that is what it is.
 //!
 //! | environment | meaning |
@@ -21,8 +21,6 @@ mod common;
 mod driver_calls;
 #[path = "gpu/emulated.rs"]
 mod emulated;
-#[path = "../examples/finetune/main.rs"]
-mod finetune;
 #[path = "gpu/graph.rs"]
 mod graph;
 #[path = "gpu/graphed.rs"]
@@ -45,6 +43,7 @@ mod train;
 mod watchdog;
 
 use candle_core::{bail, Device, Result};
+use candle_sam_lora::cli;
 use candle_sam_lora::cuda::{self, Kernels};
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::HashMap;
@@ -171,7 +170,10 @@ fn main() -> ExitCode {
     cuda::self_test(false);
     match Path::new(&name).file_name().and_then(|name| name.to_str()) {
         Some("cases") => cases::main(),
-        Some("finetune") => finetune::main(),
+        Some("finetune") => {
+            let command = ["candle-sam-lora", "finetune"].map(Into::into);
+            cli::main(command.into_iter().chain(std::env::args_os().skip(1)))
+        }
         Some("headline") => headline::main(),
         Some("smoke") => smoke::main(),
         _ => tests(),

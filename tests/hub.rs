@@ -1,17 +1,10 @@
 //! Models and adapters by their names on the hub: real requests to a small server on this machine that answers as the hub
 //! does (tests/hub/server.rs).
 //!
-//! The environment says where hub and cache are, and it belongs to a process: so this binary is the examples `encode`,
-//! `finetune` and `segment`, too, and a program that prints what `hub::folder` gives.
-#![allow(clippy::duplicate_mod)]
+//! The environment says where hub and cache are, and it belongs to a process: so the program runs, and this binary is
+//! another one, too, that prints what `hub::folder` gives.
 
 mod common;
-#[path = "../examples/encode.rs"]
-mod encode;
-#[path = "../examples/finetune/main.rs"]
-mod finetune;
-#[path = "../examples/segment.rs"]
-mod segment;
 #[path = "hub/server.rs"]
 mod server;
 
@@ -27,15 +20,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 
-const NAME: &str = "CANDLE_SAM_LORA_EXAMPLE";
+/// Where it is set, this process prints a folder.
+const FOLDER: &str = "CANDLE_SAM_LORA_TEST_FOLDER";
 
 fn main() -> ExitCode {
-    match std::env::var(NAME).as_deref() {
-        Ok("encode") => encode::main(),
-        Ok("finetune") => finetune::main(),
-        Ok("segment") => segment::main(),
-        Ok("folder") => print_folder(),
-        _ => tests(),
+    match std::env::var_os(FOLDER) {
+        Some(_) => print_folder(),
+        None => tests(),
     }
 }
 
@@ -75,7 +66,7 @@ fn tests() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
 }
 
-/// Runs a program of this binary in `here`, where its cache is, too.
+/// Runs a command of the program, or `folder` of this binary, in `here`, where its cache is, too.
 fn start(
     here: &Path,
     hub: &str,
@@ -83,11 +74,15 @@ fn start(
     arguments: &[&str],
     more: &[(&str, &str)],
 ) -> Result<Output> {
-    let mut command = Command::new(std::env::current_exe()?);
+    let (mut command, first) = match program {
+        "folder" => (Command::new(std::env::current_exe()?), None),
+        name => (Command::new(env!("CARGO_BIN_EXE_candle-sam-lora")), Some(name)),
+    };
     for name in ["http_proxy", "https_proxy", "all_proxy", "HF_TOKEN", "HF_HUB_OFFLINE"] {
         command.env_remove(name).env_remove(name.to_uppercase());
     }
-    command.env(NAME, program).env("HF_HOME", here.join("home")).env("HF_ENDPOINT", hub);
+    command.env(FOLDER, "").args(first);
+    command.env("HF_HOME", here.join("home")).env("HF_ENDPOINT", hub);
     Ok(command.envs(more.iter().copied()).args(arguments).current_dir(here).output()?)
 }
 

@@ -1,40 +1,12 @@
-//! The example `finetune`, shortened: the loss falls, everything is written, a continued run has the bits of an
+//! The command `finetune`, shortened: the loss falls, everything is written, a continued run has the bits of an
 //! uninterrupted one, and nobody's files are lost.
-
-#[path = "../examples/shared/console.rs"]
-#[allow(dead_code)]
-mod console;
-#[path = "../examples/finetune/curve.rs"]
-mod curve;
-#[path = "../examples/shared/draw.rs"]
-mod draw;
-#[path = "../examples/shared/draw_prompts.rs"]
-mod draw_prompts;
-#[path = "../examples/shared/model.rs"]
-mod model;
-#[path = "../examples/finetune/options.rs"]
-mod options;
-#[path = "../examples/finetune/output.rs"]
-mod output;
-#[path = "../examples/shared/processor.rs"]
-mod processor;
-#[path = "../examples/finetune/progress.rs"]
-mod progress;
-#[path = "../examples/finetune/report.rs"]
-mod report;
-#[path = "../examples/finetune/run.rs"]
-mod run;
-#[path = "../examples/finetune/training.rs"]
-mod training;
 
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
+use candle_sam_lora::cli::finetune::{run, Options, Outcome};
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
 use clap::Parser;
-use options::Options;
-use report::Outcome;
-use run::run;
 use std::path::Path;
 
 fn finetune(output: &Path, arguments: &[&str]) -> anyhow::Result<Outcome> {
@@ -70,7 +42,8 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     assert_eq!(metrics["held_out"].as_array().map(Vec::len), Some(16));
 
     // The adapter is one for the shipped model.
-    let config = SamConfig::load(model::shipped_model().join("config.json"))?;
+    let config =
+        SamConfig::load(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny-sam/config.json"))?;
     let mut sam =
         SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
     assert_eq!(load_adapter(&mut sam, output.join("adapter"))?.rank, 16);

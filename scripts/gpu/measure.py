@@ -186,7 +186,7 @@ def bench(kit, until):
 
 
 def finetune(kit, until):
-    """The example, shortened, from images to an adapter."""
+    """The command, shortened, from images to an adapter."""
     nuclei = kit.tree / "assets/photos/nuclei"
     with tempfile.TemporaryDirectory() as output:
         command = [kit.program("finetune"), "--device", "cuda", "--model", kit.tree / "assets/tiny-sam", "--steps", 60]

@@ -27,7 +27,7 @@ pub fn trials() -> Vec<Trial> {
     })]
 }
 
-/// The losses of a few steps of the example `finetune`, shortened.
+/// The losses of a few steps of the command `finetune`, shortened.
 fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     let assets = fixtures().join("../../assets");
     let (folder, nuclei) = (assets.join("tiny-sam"), assets.join("photos/nuclei/train"));

@@ -1,38 +1,33 @@
-//! How many parameters of a SAM a LoRA configuration trains, without any weights:
-//!
-//! ```text
-//! cargo run --release --example params -- --config vit_b --r 16 --target-modules q,v
-//! ```
+//! `params`: how many parameters of a SAM a LoRA configuration trains.
 
-#[path = "shared/console.rs"]
-mod console;
-#[path = "shared/lora_args.rs"]
-mod lora_args;
-
+use super::console::Console;
+use super::lora_arguments::LoraArguments;
+use crate::lora::{count_parameters, inject};
+use crate::nn::ModuleTree;
+use crate::sam::{model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel};
+use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
-use candle_sam_lora::lora::{count_parameters, inject};
-use candle_sam_lora::nn::ModuleTree;
-use candle_sam_lora::sam::{model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel};
-use candle_sam_lora::Result;
-use clap::Parser;
+use serde_json::json;
 use std::path::Path;
-use std::process::ExitCode;
 
 /// Prints how many parameters of a SAM a LoRA configuration trains; needs no weights
-#[derive(Parser)]
-struct Options {
+#[derive(clap::Args)]
+pub struct Options {
     /// The model: vit_b, vit_l, vit_h, or a config.json
     #[arg(long, default_value = "vit_b", value_name = "NAME|FILE")]
     config: String,
     #[command(flatten)]
-    lora: lora_args::LoraArgs,
+    lora: LoraArguments,
+    #[command(flatten)]
+    console: Console,
 }
 
-fn run(options: &Options) -> anyhow::Result<()> {
+pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut model = model(options)?;
     inject(model.as_mut(), &options.lora.config(), 0)?;
-    console::say(count_parameters(model.as_ref()));
+    let count = count_parameters(model.as_ref());
+    options.console.result(count, json!({ "trainable": count.trainable, "all": count.all }));
     Ok(())
 }
 
@@ -53,8 +48,4 @@ fn model(options: &Options) -> Result<Box<dyn ModuleTree>> {
         )?));
     }
     Ok(Box::new(SamModel::new(&SamConfig::load(path)?, kind, VarBuilder::zeros(dtype, &device))?))
-}
-
-pub fn main() -> ExitCode {
-    console::exit_code(run(&Options::parse()))
 }

@@ -1,10 +1,9 @@
 //! Figures and pictures of a run.
 
+use super::super::draw;
 use super::options::Options;
-use super::{draw, draw_prompts};
-use candle_sam_lora::train::{
-    best_evaluation, ImageEvaluation, Prompt, Sample, Scores, StepScores,
-};
+
+use crate::train::{best_evaluation, ImageEvaluation, Prompt, Sample, Scores, StepScores};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
 
@@ -102,16 +101,12 @@ pub fn picture(sample: &Sample, evaluation: &ImageEvaluation) -> RgbImage {
         let inside = |x: u32, y: u32| labels.get_pixel(x0 + x, y0 + y).0[0] == instance.label;
         let window = [x0, y0, x1 - x0 + 1, y1 - y0 + 1];
         in_window(&mut image, window, factor, &inside, |part, mask| {
-            draw::outline(part, mask, draw_prompts::WHITE);
+            draw::outline(part, mask, draw::WHITE);
         });
         let place = |value: f32| (value + 0.5) * factor as f32;
         match prompt {
-            Prompt::Point(point) => {
-                draw_prompts::cross(&mut image, point.map(place), draw_prompts::WHITE)
-            }
-            Prompt::Box(sides) => {
-                draw_prompts::rectangle(&mut image, sides.map(place), draw_prompts::WHITE)
-            }
+            Prompt::Point(point) => draw::cross(&mut image, point.map(place), draw::WHITE),
+            Prompt::Box(sides) => draw::rectangle(&mut image, sides.map(place), draw::WHITE),
         }
     }
     image

@@ -1,15 +1,14 @@
 //! The command line of `finetune`.
 
-#[path = "../shared/lora_args.rs"]
-mod lora_args;
-
-use candle_sam_lora::sam::{ReadOptions, ValueRange};
-use candle_sam_lora::train::{
+use super::super::arguments::Backend;
+use super::super::console::Console;
+use super::super::lora_arguments::LoraArguments;
+use crate::sam::{ReadOptions, ValueRange};
+use crate::train::{
     AdamWConfig, BatchConfig, DatasetOptions, Decay, MaskOptions, PromptKind, Schedule, Suffixes,
     TrainerConfig,
 };
 use clap::{Parser, ValueEnum};
-use lora_args::LoraArgs;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -84,7 +83,7 @@ pub struct Options {
     #[arg(long, default_value_t = 0.1, value_name = "FRACTION")]
     pub box_jitter: f64,
     #[command(flatten)]
-    pub lora: LoraArgs,
+    pub lora: LoraArguments,
     /// Optimizer steps
     #[arg(long, default_value_t = 300)]
     pub steps: u64,
@@ -118,9 +117,6 @@ pub struct Options {
     /// time, the same results
     #[arg(long)]
     pub gradient_checkpointing: bool,
-    /// Of the frozen weights and the activations; adapters and optimizer are f32 always
-    #[arg(long, value_enum, default_value_t = DTypeArg::F32)]
-    pub dtype: DTypeArg,
     /// Weight decay
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,
@@ -154,9 +150,10 @@ pub struct Options {
     /// Held-out images to draw before and after
     #[arg(long, default_value_t = 8, value_name = "IMAGES")]
     pub overlays: usize,
-    /// cpu or cuda
-    #[arg(long, default_value = "cpu")]
-    pub device: String,
+    #[command(flatten)]
+    pub backend: Backend,
+    #[command(flatten)]
+    pub console: Console,
 }
 
 /// Kinds of prompts.
@@ -177,15 +174,6 @@ pub enum ScheduleArg {
     Linear,
     /// Down to 0 along half a cosine
     Cosine,
-}
-
-/// Storage of weights and activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DTypeArg {
-    /// 32 bits
-    F32,
-    /// 16 bits, as many exponents as f32
-    Bf16,
 }
 
 /// Values of masks to ignore.

@@ -1,16 +1,15 @@
-//! The loss curve as a picture. The font comes with a crate, so a machine without fonts draws it too.
+//! The loss curve as a picture.
 
+use super::super::draw::register_font;
 use anyhow::anyhow;
 use image::RgbImage;
 use plotters::prelude::*;
-use plotters::style::{register_font, FontStyle};
 
 const SIZE: (u32, u32) = (900, 500);
 
 /// Each step's loss, and over it the mean of the steps around it.
 pub fn loss_curve(losses: &[f32]) -> anyhow::Result<RgbImage> {
-    register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
-        .map_err(|_| anyhow!("the font of the loss curve is not readable"))?;
+    register_font()?;
     let highest = losses.iter().copied().fold(0f32, f32::max).max(1e-3);
     let steps = losses.len().max(1);
     let mut pixels = vec![0u8; (SIZE.0 * SIZE.1 * 3) as usize];

@@ -1,12 +1,12 @@
 //! The command line's words for a LoRA configuration.
 
-use candle_sam_lora::lora::LoraConfig;
-use candle_sam_lora::sam::AttentionKind;
+use crate::lora::LoraConfig;
+use crate::sam::AttentionKind;
 use clap::Args;
 
 /// What is adapted, and how.
 #[derive(Args, Clone, Debug)]
-pub struct LoraArgs {
+pub struct LoraArguments {
     /// Rank of the adapters
     #[arg(long, short, visible_alias = "r", default_value_t = 16, value_name = "RANK")]
     pub rank: usize,
@@ -30,7 +30,7 @@ pub struct LoraArgs {
     pub use_rslora: bool,
 }
 
-impl LoraArgs {
+impl LoraArguments {
     /// The same as PEFT's `LoraConfig`.
     pub fn config(&self) -> LoraConfig {
         let config = LoraConfig::new(self.rank).alpha(self.alpha).dropout(self.dropout);

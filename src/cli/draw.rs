@@ -1,9 +1,14 @@
-//! Masks drawn into photographs.
+//! Masks and prompts drawn into images; pictures written.
 
-use candle_sam_lora::{write_atomic, Error, Result};
+use crate::{write_atomic, Error, Result};
+use anyhow::anyhow;
 use image::{ImageFormat, Rgb, RgbImage};
+use plotters::style::{register_font as register, FontStyle};
 use std::io::Cursor;
 use std::path::Path;
+
+/// The colour of the truth and of prompts.
+pub const WHITE: [u8; 3] = [255; 3];
 
 /// Colours that differ well from their neighbours in the row: hues a golden section apart.
 pub fn colour(index: usize) -> [u8; 3] {
@@ -44,6 +49,36 @@ pub fn outline(image: &mut RgbImage, mask: &[bool], colour: [u8; 3]) {
     }
 }
 
+/// Draws a cross at a point, or as much of it as the image has.
+pub fn cross(image: &mut RgbImage, [x, y]: [f32; 2], colour: [u8; 3]) {
+    let arm = (image.width().min(image.height()) / 100).max(2) as i64;
+    for step in -arm..=arm {
+        dot(image, x as i64 + step, y as i64, colour);
+        dot(image, x as i64, y as i64 + step, colour);
+    }
+}
+
+/// Draws the sides of a box, or as much of them as the image has.
+pub fn rectangle(image: &mut RgbImage, sides: [f32; 4], colour: [u8; 3]) {
+    let [x0, y0, x1, y1] = sides.map(|side| side as i64);
+    for x in x0..=x1 {
+        dot(image, x, y0, colour);
+        dot(image, x, y1, colour);
+    }
+    for y in y0..=y1 {
+        dot(image, x0, y, colour);
+        dot(image, x1, y, colour);
+    }
+}
+
+fn dot(image: &mut RgbImage, x: i64, y: i64, colour: [u8; 3]) {
+    if let (Ok(x), Ok(y)) = (u32::try_from(x), u32::try_from(y)) {
+        if let Some(pixel) = image.get_pixel_mut_checked(x, y) {
+            *pixel = Rgb(colour);
+        }
+    }
+}
+
 /// Writes a PNG, atomically.
 pub fn save_png(path: &Path, image: &image::DynamicImage) -> Result<()> {
     let mut bytes = Cursor::new(Vec::new());
@@ -51,4 +86,10 @@ pub fn save_png(path: &Path, image: &image::DynamicImage) -> Result<()> {
         .write_to(&mut bytes, ImageFormat::Png)
         .map_err(|e| Error::file(path, format!("cannot be written as PNG: {e}")))?;
     write_atomic(path, |file| file.write_all(bytes.get_ref()))
+}
+
+/// Makes the font of pictures known as `sans-serif`. It comes with a crate, so a machine without fonts draws too.
+pub fn register_font() -> anyhow::Result<()> {
+    register("sans-serif", FontStyle::Normal, dejavu::sans::regular())
+        .map_err(|_| anyhow!("the font of pictures is not readable"))
 }

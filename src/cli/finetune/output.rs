@@ -1,8 +1,8 @@
 //! The output folder: what a run writes there, and that nobody's files are lost.
 
 use super::options::Options;
+use crate::{Error, Result};
 use anyhow::bail;
-use candle_sam_lora::{Error, Result};
 use std::path::Path;
 
 /// The adapter as PEFT has it.

@@ -1,18 +1,17 @@
 //! The steps of a run: train, evaluate now and then, keep the best, save, log, stop.
 
-use super::console::say;
 use super::options::Options;
 use super::output::{self, ADAPTER, BEST, STATE, TABLE, TENSORBOARD};
-use anyhow::anyhow;
-use candle_core::Tensor;
-use candle_sam_lora::lora::{save_adapter, LoraConfig};
-use candle_sam_lora::nn::Mode;
-use candle_sam_lora::sam::SamModel;
-use candle_sam_lora::train::{
+use crate::lora::{save_adapter, LoraConfig};
+use crate::nn::Mode;
+use crate::sam::SamModel;
+use crate::train::{
     best_evaluation, evaluations_since_best, EventFile, MetricsCsv, Scores, StepMetrics, Trainer,
 };
-use candle_sam_lora::Result;
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::Result;
+use anyhow::anyhow;
+use candle_core::Tensor;
+use indicatif::ProgressBar;
 
 /// A run on its way.
 pub struct Run<'a> {
@@ -35,18 +34,19 @@ impl Run<'_> {
         evaluate: impl Fn() -> anyhow::Result<Scores>,
     ) -> anyhow::Result<()> {
         let (options, state) = (self.options, self.options.output.join(STATE));
+        let console = options.console;
         if options.resume {
             if let Some(damage) = trainer.resume(&state)? {
-                say(format!("{damage}; taking the state before it"));
+                console.note(format!("{damage}; taking the state before it"));
             }
             output::begin(options)?;
-            say(format!("going on after step {}", trainer.steps()));
+            console.note(format!("going on after step {}", trainer.steps()));
         } else {
             output::begin(options)?;
             trainer.save(&state)?;
         }
         let mut log = Log::open(options, trainer.steps())?;
-        let bar = progress_bar(options.steps, trainer.steps());
+        let bar = progress_bar(options, trainer.steps());
         while trainer.steps() < options.steps && !self.impatient(trainer) {
             let made = match trainer.step(&loss) {
                 Ok(made) => made,
@@ -54,7 +54,7 @@ impl Run<'_> {
             };
             let last = made.step == options.steps;
             let due = self.eval_steps.is_some_and(|every| made.step.is_multiple_of(every) || last);
-            let scores = due.then(&evaluate).transpose()?;
+            let scores = due.then(|| bar.suspend(&evaluate)).transpose()?;
             if let Some(scores) = scores {
                 trainer.note(scores);
                 if best_evaluation(trainer.evaluations()).is_some_and(|best| best.step == made.step)
@@ -71,23 +71,27 @@ impl Run<'_> {
             bar.inc(1);
             // Without a terminal there is no bar; a line now and then tells that it goes on.
             if saved && bar.is_hidden() {
-                say(format!("step {} of {}: loss {:.4}", made.step, options.steps, made.loss));
+                console.note(format!(
+                    "step {} of {}: loss {:.4}",
+                    made.step, options.steps, made.loss
+                ));
             }
             if let Some(Scores { iou, dice, boundary_f1 }) = scores {
                 let line = format!("IoU {iou:.4}, Dice {dice:.4}, boundary F1 {boundary_f1:.4}");
-                bar.suspend(|| say(format!("step {}: held-out {line}", made.step)));
+                bar.suspend(|| console.note(format!("step {}: held-out {line}", made.step)));
             }
         }
         bar.finish();
         if let Some(best) = best_evaluation(trainer.evaluations()) {
             if self.impatient(trainer) {
-                say(format!(
+                console.note(format!(
                     "stopped after step {}: no better than step {}",
                     trainer.steps(),
                     best.step
                 ));
             }
-            say(format!("best: step {}, IoU {:.4}, in {BEST}/", best.step, best.scores.iou));
+            console
+                .note(format!("best: step {}, IoU {:.4}, in {BEST}/", best.step, best.scores.iou));
         }
         Ok(())
     }
@@ -153,12 +157,8 @@ impl Log {
     }
 }
 
-fn progress_bar(steps: u64, done: u64) -> ProgressBar {
-    let bar = ProgressBar::new(steps).with_position(done);
-    let template = "{bar:40} {pos}/{len} steps  loss {msg}  {elapsed} elapsed, {eta} left";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
+fn progress_bar(options: &Options, done: u64) -> ProgressBar {
+    let bar = options.console.bar(options.steps, "steps  loss {msg}").with_position(done);
     bar.reset_eta();
     bar
 }

@@ -1,25 +1,22 @@
 //! The run: load, evaluate, inject, train, evaluate, write.
 
-use super::console::say;
+use super::super::console::Console;
+use super::super::draw::save_png;
+use super::super::model::{self, Placement};
 use super::curve::loss_curve;
-use super::draw::save_png;
-use super::options::{DTypeArg, Options};
+use super::options::Options;
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
 use super::progress::Progress;
+use super::report;
 use super::report::{Outcome, Verdict};
 use super::training::Run;
-use super::{model, processor, report};
+use crate::lora::{count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames};
+use crate::nn::set_trainable;
+use crate::sam::{SamModel, SamProcessor};
+use crate::train::{Batch, BatchSource, Dataset, DatasetOptions, Evaluator, PromptKind, Trainer};
+use crate::{write_atomic, Error, Result};
 use anyhow::bail;
 use candle_core::{DType, Device};
-use candle_sam_lora::lora::{
-    count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames,
-};
-use candle_sam_lora::nn::set_trainable;
-use candle_sam_lora::sam::{SamModel, SamProcessor};
-use candle_sam_lora::train::{
-    Batch, BatchSource, Dataset, DatasetOptions, Evaluator, PromptKind, Trainer,
-};
-use candle_sam_lora::{write_atomic, Error, Result};
 use serde_json::{json, Map};
 use std::path::{Path, PathBuf};
 
@@ -28,19 +25,18 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     if options.save_every == 0 {
         bail!("--save-every must be at least 1")
     }
-    let device = model::device(&options.device)?;
+    let console = options.console;
+    let place = options.backend.open()?;
+    let Placement { device, dtype } = &place;
     let batch = options.batch();
     batch.validate()?;
     options.lora.config().validate()?;
     output::check(options)?;
     let folder = model::folder(options.model.as_deref())?;
-    let dtype = match options.dtype {
-        DTypeArg::F32 => DType::F32,
-        DTypeArg::Bf16 => DType::BF16,
-    };
-    let (config, mut sam) = model::load_model(&folder, options.lora.attention(), dtype, &device)?;
+    let mut sam = model::load(&folder, options.lora.attention(), &place, console)?;
     set_trainable(&mut sam, |_| false)?;
-    let processor = processor::load(&folder, &config)?;
+    let config = sam.config().clone();
+    let processor = model::processor(&folder, &config, console)?;
     let (train, held_out) = datasets(options)?;
 
     for (path, (width, height)) in train.sizes().chain(held_out.sizes()) {
@@ -48,19 +44,19 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         let fits = processor.frame(height as usize, width as usize);
         fits.map_err(|e| Error::file(path, e.to_string()))?;
     }
-    say(format!("{} images to train on, {} held out", train.len(), held_out.len()));
+    console.note(format!("{} images to train on, {} held out", train.len(), held_out.len()));
     match train.transparent() + held_out.transparent() {
         0 => {}
-        count => say(format!("transparent pixels are laid on white, in {count} of these images")),
+        count => console
+            .note(format!("transparent pixels are laid on white, in {count} of these images")),
     }
-    let judge = |sam: &SamModel, overlays: usize| {
-        judge(sam, &processor, &held_out, batch.kind, overlays, &device)
-    };
-    let before = judge(&sam, options.overlays)?;
+    let judge =
+        Judge { processor: &processor, held_out: &held_out, kind: batch.kind, device, console };
+    let before = judge.verdicts(&sam, options.overlays)?;
     let (mut lora, names) = adapt_encoder(&mut sam, options)?;
-    say(format!("adapters on {names} linear layers of the image encoder"));
+    console.note(format!("adapters on {names} linear layers of the image encoder"));
     let trainable = count_parameters(&sam).to_string();
-    say(&trainable);
+    console.note(&trainable);
 
     sam.vision_encoder.gradient_checkpointing = options.gradient_checkpointing;
     let mut settings = Map::from_iter([
@@ -72,7 +68,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     if options.data() != DatasetOptions::min_area(options.min_area) {
         settings.insert("reading".into(), json!(options.data()));
     }
-    if dtype != DType::F32 {
+    if *dtype != DType::F32 {
         settings.insert("dtype".into(), json!(format!("{dtype:?}")));
     }
     // After the settings: a run may go on with the same model from a folder.
@@ -84,21 +80,21 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         config: batch,
         mask_size: 4 * config.vision_config.grid_size(),
         seed: options.seed,
-        device: &device,
+        device,
     };
     let loss = |part, mode| Batch::draw(&source, part)?.loss(&sam, mode);
     // A frozen clone has the same tensors, but its evaluation builds no graph.
     let evaluate = || {
         let mut sam = sam.clone();
         set_trainable(&mut sam, |_| false)?;
-        Ok(report::mean(&judge(&sam, 0)?))
+        Ok(report::mean(&judge.verdicts(&sam, 0)?))
     };
     let eval_steps = options.eval_steps(train.len());
     Run { options, sam: &sam, lora: &lora, eval_steps }.steps(&mut trainer, loss, evaluate)?;
 
     save_adapter(&sam, &lora, options.output.join(ADAPTER))?;
     set_trainable(&mut sam, |_| false)?;
-    let after = judge(&sam, options.overlays)?;
+    let after = judge.verdicts(&sam, options.overlays)?;
     write_pictures(options, trainer.losses(), &before, &after)?;
     let outcome = Outcome {
         before: report::mean(&before),
@@ -109,11 +105,20 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
     write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
     let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
-    say(format!(
+    let (before, after) = (&outcome.before, &outcome.after);
+    let text = format!(
         "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
-        outcome.before.iou, outcome.after.iou
-    ));
-    say(format!("results in {}", options.output.display()));
+        before.iou, after.iou
+    );
+    let object = json!({
+        "output": options.output,
+        "steps": outcome.losses.len(),
+        "objects": objects,
+        "before": before,
+        "after": after,
+    });
+    console.result(text, object);
+    console.note(format!("results in {}", options.output.display()));
     Ok(outcome)
 }
 
@@ -155,7 +160,7 @@ fn dataset(
         (Some(images), None, Some(coco)) => Dataset::open_coco(images, coco, &options.data())?,
         _ => return Ok(None),
     };
-    dataset.summary().lines().iter().for_each(|line| say(format!("{part}{line}")));
+    dataset.summary().lines().iter().for_each(|line| options.console.note(format!("{part}{line}")));
     Ok(Some(dataset))
 }
 
@@ -172,29 +177,33 @@ fn adapt_encoder(sam: &mut SamModel, options: &Options) -> Result<(LoraConfig, u
     Ok((config, adapted.len()))
 }
 
-/// Prompts every object of the held-out images; the first of them are drawn.
-fn judge(
-    sam: &SamModel,
-    processor: &SamProcessor,
-    held_out: &Dataset,
+/// How a model is judged: by the held-out images.
+struct Judge<'a> {
+    processor: &'a SamProcessor,
+    held_out: &'a Dataset,
     kind: PromptKind,
-    overlays: usize,
-    device: &Device,
-) -> anyhow::Result<Vec<Verdict>> {
-    let evaluator = Evaluator { model: sam, processor, kind, device };
-    (0..held_out.len())
-        .map(|index| {
+    device: &'a Device,
+    console: Console,
+}
+
+impl Judge<'_> {
+    /// Prompts every object of the held-out images; the first `overlays` images are drawn.
+    fn verdicts(&self, sam: &SamModel, overlays: usize) -> anyhow::Result<Vec<Verdict>> {
+        let Self { processor, held_out, kind, device, console } = *self;
+        let evaluator = Evaluator { model: sam, processor, kind, device };
+        let progress = Progress::new(held_out.len(), console);
+        let verdict = |index: usize| {
             let sample = held_out.load(index)?;
-            let (count, images) = (sample.instances.len(), held_out.len());
-            let progress =
-                Progress::new(format!("evaluating image {} of {images}", index + 1), count);
-            let evaluation = evaluator.evaluate(&sample, |done| progress.at(done))?;
-            progress.end();
-            let drawn = index < overlays;
-            let picture = drawn.then(|| report::picture(&sample, &evaluation));
+            let objects = sample.instances.len();
+            let evaluation =
+                evaluator.evaluate(&sample, |done| progress.at(index, done, objects))?;
+            let picture = (index < overlays).then(|| report::picture(&sample, &evaluation));
             Ok(Verdict { name: sample.name, scores: evaluation.scores, picture })
-        })
-        .collect()
+        };
+        let verdicts = (0..held_out.len()).map(verdict).collect();
+        progress.end();
+        verdicts
+    }
 }
 
 fn write_pictures(

@@ -1,0 +1,238 @@
+//! `encode`: tensors through a model, for comparison with other implementations and for work of one's own on embeddings.
+
+use super::arguments::{Backend, ModelArguments};
+use super::console::Console;
+use super::model::{Placement, Source};
+use crate::nn::Mode;
+use crate::sam::{
+    model_type, DeepSeekOcrEncoder, SamInput, SamModel, SamVisionConfig, SamVisionEncoderOutput,
+    SamVisionModel,
+};
+use crate::{files, read_tensors, write_tensors, TensorFile};
+use anyhow::bail;
+use candle_core::{DType, Tensor};
+use serde_json::{json, Map, Value};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Runs a SAM on tensors from safetensors files
+///
+/// Tensors read: pixel_values [B,3,S,S], and if wanted input_points [B,P,N,2], input_labels [B,P,N],
+/// input_boxes [B,P,4], input_masks [B,1,4h,4w], as Hugging Face's SamModel takes them. Tensors written:
+/// image_embeddings, hidden_states.0 .. hidden_states.N, and with prompts pred_masks and iou_scores. All in f32.
+///
+/// The model may be an image encoder alone (SamVisionModel); it takes no prompts.
+///
+/// With --deepseek-ocr the model is a checkpoint of DeepSeek-OCR, of which the SAM encoder runs: pixel_values
+/// [B,3,S,S] of any S that is a multiple of 16 become image_embeddings [B,1024,S/64,S/64].
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Safetensors file to read, or a folder of such files
+    #[arg(long, value_name = "FILE|DIR")]
+    input: PathBuf,
+    /// Safetensors file to write; with a folder of input the folder that gets a file of each file's name
+    #[arg(long, value_name = "FILE|DIR")]
+    output: PathBuf,
+    /// Run the SAM encoder of DeepSeek-OCR
+    #[arg(long, requires = "model")]
+    deepseek_ocr: bool,
+    /// One mask for each prompt instead of several (multimask_output=False)
+    #[arg(long)]
+    single_mask: bool,
+    /// Skip files whose results are there and whole
+    #[arg(long)]
+    resume: bool,
+    #[command(flatten)]
+    backend: Backend,
+    #[command(flatten)]
+    console: Console,
+}
+
+/// A file to read and the file to write for it.
+struct Job {
+    input: PathBuf,
+    output: PathBuf,
+}
+
+type Tensors = BTreeMap<String, Tensor>;
+
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let console = options.console;
+    let place = options.backend.open()?;
+    let mut jobs = jobs(options)?;
+    let all = jobs.len();
+    jobs.retain(|job| !(options.resume && TensorFile::open(&job.output).is_ok()));
+    if options.resume {
+        console.note(format!("{} of {all} results are there already", all - jobs.len()));
+    }
+    if jobs.is_empty() {
+        return Ok(());
+    }
+    // Before the model is loaded, which may take long.
+    for job in &jobs {
+        TensorFile::open(&job.input)?;
+    }
+    let model = Model::load(options, &options.model.find(console)?, &place)?;
+    let bar = console.bar(jobs.len() as u64, "files");
+    for job in jobs {
+        let mut output = model.run(Request::read(&job.input, &place)?, options)?;
+        for tensor in output.values_mut() {
+            *tensor = tensor.to_dtype(DType::F32)?;
+        }
+        write_tensors(&job.output, &output)?;
+        let shapes = output.iter().map(|(name, tensor)| (name.clone(), json!(tensor.dims())));
+        let object = json!({
+            "input": job.input,
+            "output": job.output,
+            "tensors": Value::Object(Map::from_iter(shapes)),
+        });
+        let text = format!("{}: {} tensors", job.output.display(), output.len());
+        bar.suspend(|| console.result(text, object));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// What is to be read and written.
+fn jobs(options: &Options) -> anyhow::Result<Vec<Job>> {
+    let Options { input, output, .. } = options;
+    if !input.is_dir() {
+        return Ok(vec![Job { input: input.clone(), output: output.clone() }]);
+    }
+    let mut jobs = vec![];
+    for entry in std::fs::read_dir(input)? {
+        let entry = entry?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let hidden = name.to_string_lossy().starts_with('.');
+        if path.is_file() && !hidden && path.extension().is_some_and(|e| e == "safetensors") {
+            jobs.push(Job { input: path, output: output.join(name) });
+        }
+    }
+    if jobs.is_empty() {
+        bail!("{}: the folder has no .safetensors file", input.display())
+    }
+    if input.canonicalize().ok() == output.canonicalize().ok() {
+        bail!("{}: --input and --output are one folder", output.display())
+    }
+    files::create_dir(output)?;
+    jobs.sort_by(|a, b| a.input.cmp(&b.input));
+    Ok(jobs)
+}
+
+const PROMPTS: [&str; 4] = ["input_points", "input_labels", "input_boxes", "input_masks"];
+
+/// The tensors of one file.
+struct Request<'a> {
+    path: &'a Path,
+    pixel_values: Tensor,
+    /// Points, labels, boxes, masks.
+    prompts: [Option<Tensor>; 4],
+}
+
+impl<'a> Request<'a> {
+    fn read(path: &'a Path, place: &Placement) -> anyhow::Result<Self> {
+        let mut tensors = read_tensors(path, &place.device)?;
+        let mut take = |name: &str| {
+            tensors.remove(name).map(|tensor| tensor.to_dtype(place.dtype)).transpose()
+        };
+        let Some(pixel_values) = take("pixel_values")? else {
+            bail!("{}: has no tensor pixel_values", path.display())
+        };
+        let [points, labels, boxes, masks] = PROMPTS.map(take);
+        let prompts = [points?, labels?, boxes?, masks?];
+        if let Some(name) = tensors.keys().next() {
+            let known = PROMPTS.join(", ");
+            bail!("{}: unknown tensor {name}; known: pixel_values, {known}", path.display())
+        }
+        let [points, labels, ..] = &prompts;
+        if labels.is_some() && points.is_none() {
+            bail!("{}: input_labels without input_points", path.display())
+        }
+        Ok(Self { path, pixel_values, prompts })
+    }
+
+    /// Refuses prompts, which `model` does not take.
+    fn without_prompts(&self, model: &str) -> anyhow::Result<&Tensor> {
+        if self.prompts.iter().any(Option::is_some) {
+            bail!("{}: has prompts, but {model}", self.path.display())
+        }
+        Ok(&self.pixel_values)
+    }
+}
+
+/// The models that encode.
+enum Model {
+    DeepSeekOcr(Box<DeepSeekOcrEncoder>),
+    Vision(Box<SamVisionModel>),
+    Sam(Box<SamModel>),
+}
+
+impl Model {
+    fn load(options: &Options, source: &Source, place: &Placement) -> anyhow::Result<Self> {
+        let Placement { device, dtype } = place;
+        let (weights, console) = (&source.weights, options.console);
+        if options.deepseek_ocr {
+            let mut encoder =
+                DeepSeekOcrEncoder::from_pretrained(weights, source.kind()?, *dtype, device)?;
+            source.adapt(&mut encoder, console)?;
+            return Ok(Self::DeepSeekOcr(Box::new(encoder)));
+        }
+        let config = weights.join("config.json");
+        if config.exists() && model_type(&config)? == SamVisionConfig::MODEL_TYPE {
+            let mut model =
+                SamVisionModel::from_pretrained(weights, source.kind()?, *dtype, device)?;
+            source.adapt(&mut model, console)?;
+            return Ok(Self::Vision(Box::new(model)));
+        }
+        Ok(Self::Sam(Box::new(source.load(place, console)?)))
+    }
+
+    fn run(&self, request: Request<'_>, options: &Options) -> anyhow::Result<Tensors> {
+        match self {
+            Self::DeepSeekOcr(encoder) => {
+                let pixels = request.without_prompts("DeepSeek-OCR's encoder takes none")?;
+                let embeddings = encoder.forward(pixels, Mode::Eval)?;
+                Ok(BTreeMap::from([("image_embeddings".into(), embeddings)]))
+            }
+            Self::Vision(model) => {
+                let alone = "the model is an image encoder alone: it has no prompt encoder and no mask decoder";
+                let pixels = request.without_prompts(alone)?;
+                let encoder = &model.vision_encoder;
+                Ok(tensors_of(encoder.forward_with_states(pixels, false, Mode::Eval)?))
+            }
+            Self::Sam(sam) => prompted(sam, request, options.single_mask),
+        }
+    }
+}
+
+fn prompted(sam: &SamModel, request: Request<'_>, single_mask: bool) -> anyhow::Result<Tensors> {
+    let encoder = &sam.vision_encoder;
+    let encoded = encoder.forward_with_states(&request.pixel_values, false, Mode::Eval)?;
+    let embeddings = encoded.image_embeddings.clone();
+    let mut output = tensors_of(encoded);
+    if request.prompts.iter().any(Option::is_some) {
+        let [input_points, input_labels, input_boxes, input_masks] = request.prompts;
+        let input = SamInput {
+            pixel_values: None,
+            image_embeddings: Some(embeddings),
+            input_points,
+            input_labels,
+            input_boxes,
+            input_masks,
+            multimask_output: !single_mask,
+        };
+        let masks = sam.forward(&input, Mode::Eval)?;
+        output.insert("pred_masks".into(), masks.pred_masks);
+        output.insert("iou_scores".into(), masks.iou_scores);
+    }
+    Ok(output)
+}
+
+fn tensors_of(encoded: SamVisionEncoderOutput) -> Tensors {
+    let states = encoded.hidden_states.into_iter().enumerate();
+    let states = states.map(|(index, state)| (format!("hidden_states.{index}"), state));
+    states.chain([("image_embeddings".into(), encoded.image_embeddings)]).collect()
+}

@@ -1,0 +1,108 @@
+//! The command line of `masks`, in groups: what is found, what is written.
+
+use super::super::arguments::{Backend, ModelArguments};
+use super::super::console::Console;
+use super::super::photo::PhotoArguments;
+use crate::sam::MaskGenerator;
+use serde_json::{json, Value};
+use std::path::PathBuf;
+
+/// Finds everything in images: masks of all objects, without a prompt
+///
+/// Writes masks.json (COCO, run lengths), and for each image its labels (16 bits, 0 is background) and the image with
+/// all masks drawn in. masks.jsonl gets a line after each image: from it --resume goes on, whatever stopped the run.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Images, or folders of images
+    #[arg(required = true)]
+    pub images: Vec<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[command(flatten)]
+    pub photo: PhotoArguments,
+    #[command(flatten)]
+    pub generator: GeneratorArguments,
+    /// Folder that gets the results
+    #[arg(long, value_name = "DIR", default_value = "masks")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub files: FileArguments,
+    #[command(flatten)]
+    pub backend: Backend,
+    #[command(flatten)]
+    pub console: Console,
+}
+
+impl Options {
+    /// What the results depend on, beside the images.
+    pub fn settings(&self) -> Value {
+        json!({
+            "model": format!("{:?}", self.model),
+            "photo": format!("{:?}", self.photo),
+            "generator": format!("{:?}", self.generator.generator()),
+            "backend": format!("{:?}", self.backend),
+        })
+    }
+}
+
+/// How masks are found
+#[derive(clap::Args, Clone, Debug)]
+pub struct GeneratorArguments {
+    /// Points along each side of the image
+    #[arg(long, default_value_t = 32)]
+    points_per_side: usize,
+    /// Points that are decoded at a time
+    #[arg(long, default_value_t = 64)]
+    points_per_batch: usize,
+    /// Masks need a higher predicted IoU
+    #[arg(long, default_value_t = 0.88)]
+    iou: f64,
+    /// Masks need a higher stability
+    #[arg(long, default_value_t = 0.95)]
+    stability: f64,
+    /// One of two masks goes whose boxes overlap by a higher IoU
+    #[arg(long, default_value_t = 0.7)]
+    nms: f64,
+    /// Layers of crops, for small objects: layer n has 4^n crops, each encoded by itself
+    #[arg(long, default_value_t = 0)]
+    crop_layers: u32,
+    /// Fill holes and remove islands of fewer pixels
+    #[arg(long, default_value_t = 0)]
+    min_area: usize,
+}
+
+impl GeneratorArguments {
+    /// The generator of these settings.
+    pub fn generator(&self) -> MaskGenerator {
+        MaskGenerator {
+            points_per_side: self.points_per_side,
+            points_per_batch: self.points_per_batch,
+            pred_iou_thresh: self.iou,
+            stability_score_thresh: self.stability,
+            crop_nms_thresh: self.nms,
+            crop_n_layers: self.crop_layers,
+            min_mask_region_area: self.min_area,
+            ..MaskGenerator::default()
+        }
+    }
+}
+
+/// What is written and what may be replaced
+#[derive(clap::Args, Clone, Debug)]
+pub struct FileArguments {
+    /// Write each mask as a PNG of its own, too
+    #[arg(long)]
+    pub each: bool,
+    /// Draw a contact sheet, too: small pictures of all images with their masks, names below
+    #[arg(long, value_name = "FILE.png")]
+    pub sheet: Option<PathBuf>,
+    /// Pictures in a row of the sheet
+    #[arg(long, default_value_t = 5, value_name = "N", requires = "sheet")]
+    pub columns: usize,
+    /// Replace files that exist
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Go on with the run in the output folder: images whose results are there and whole are skipped
+    #[arg(long, conflicts_with = "overwrite")]
+    pub resume: bool,
+}

@@ -1,0 +1,169 @@
+//! Models from their files: weights, adapter, image processor.
+
+use super::console::Console;
+use crate::lora::{
+    adapter_keys, load_adapter_as, load_adapter_tensors, read_samed_adapter, LoraConfig,
+    CONFIG_FILE,
+};
+use crate::nn::{set_trainable, ModuleTree, DEFAULT_ADAPTER};
+use crate::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
+use crate::{hub, Result};
+use anyhow::{anyhow, Context};
+use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
+use std::path::{Path, PathBuf};
+
+/// Where a model's tensors are, and their type.
+pub struct Placement {
+    /// The CPU or a GPU.
+    pub device: Device,
+    /// Of weights and activations.
+    pub dtype: DType,
+}
+
+/// The files of a model.
+pub struct Source {
+    /// File of weights, or folder with them.
+    pub weights: PathBuf,
+    /// Folder or file of an adapter.
+    pub adapter: Option<PathBuf>,
+}
+
+/// The files of the model called `name`; where none is named, of the model that `adapter` was trained on, or without an
+/// adapter of the small one that comes with the project.
+pub fn find(
+    name: Option<&Path>,
+    adapter: Option<&Path>,
+    console: Console,
+) -> anyhow::Result<Source> {
+    let adapter = adapter.map(hub::folder).transpose()?;
+    let weights = match (name, &adapter) {
+        (None, Some(adapter)) => base_of(adapter, console)?,
+        _ => folder(name)?,
+    };
+    Ok(Source { weights, adapter })
+}
+
+/// The file or folder of the model called `name`, by default of the small one that comes with the project.
+pub fn folder(name: Option<&Path>) -> Result<PathBuf> {
+    name.map_or_else(|| Ok(shipped_model()), hub::folder)
+}
+
+/// The small model that comes with the project.
+pub fn shipped_model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets").join("tiny-sam")
+}
+
+/// The model that an adapter names.
+fn base_of(adapter: &Path, console: Console) -> anyhow::Result<PathBuf> {
+    let shown = adapter.display();
+    let nameless = || format!("{shown}: does not name its base model; name it with --model");
+    if is_foreign(adapter) {
+        return Err(anyhow!(nameless()));
+    }
+    let config = match adapter.is_dir() {
+        true => adapter.join(CONFIG_FILE),
+        false => adapter.with_file_name(CONFIG_FILE),
+    };
+    let config = LoraConfig::load(&config)?;
+    let named = config.base_model_name_or_path.filter(|name| !name.trim().is_empty());
+    let named = named.with_context(nameless)?;
+    let found = hub::folder(&named).map_err(|e| {
+        anyhow!(
+            "{shown}: was trained on {named:?}, which is not to be had here ({e}); name the model with --model"
+        )
+    })?;
+    console.note(format!("{shown}: base model {named:?}"));
+    Ok(found)
+}
+
+/// Whether this is one file without a configuration, as SAMed and micro-sam save LoRA.
+fn is_foreign(adapter: &Path) -> bool {
+    adapter.is_file() && !adapter.with_file_name(CONFIG_FILE).exists()
+}
+
+/// The model in a file of weights or in a folder with one. Says what was found there.
+pub fn load(
+    path: &Path,
+    kind: AttentionKind,
+    place: &Placement,
+    console: Console,
+) -> Result<SamModel> {
+    let sizes = checkpoint::sizes(path)?;
+    let vb = VarBuilder::zeros(place.dtype, &place.device);
+    let mut model = SamModel::new(&sizes.config, kind, vb)?;
+    let loaded = checkpoint::load(&mut model, path)?;
+    console.note(format!("model: {loaded}; {sizes}"));
+    Ok(model)
+}
+
+/// The image processor beside a model's weights. Where there is none, that is said.
+pub fn processor(path: &Path, config: &SamConfig, console: Console) -> Result<SamProcessor> {
+    let size = config.vision_config.image_size;
+    let missing = |folder: &Path| {
+        console.note(format!(
+            "{}: neither processor_config.json nor preprocessor_config.json is there; images are processed as SAM's are",
+            folder.display()
+        ));
+    };
+    let folder = if path.is_file() { path.parent().unwrap_or(path) } else { path };
+    // Beside a single file it counts if the configuration there is this model's.
+    let is_own = || SamConfig::load(folder.join("config.json")).is_ok_and(|own| own == *config);
+    if path.is_file() && !is_own() {
+        missing(folder);
+        return Ok(SamProcessor::new(size));
+    }
+    let processor = SamProcessor::load(folder, size)?;
+    if SamProcessor::config_file(folder)?.is_none() {
+        missing(folder);
+    }
+    Ok(processor)
+}
+
+impl Source {
+    /// The model, frozen, with its adapter.
+    pub fn load(&self, place: &Placement, console: Console) -> Result<SamModel> {
+        let mut model = load(&self.weights, self.kind()?, place, console)?;
+        self.adapt(&mut model, console)?;
+        Ok(model)
+    }
+
+    /// The image processor of the model.
+    pub fn processor(&self, config: &SamConfig, console: Console) -> Result<SamProcessor> {
+        processor(&self.weights, config, console)
+    }
+
+    /// The attention whose names the adapter means.
+    pub fn kind(&self) -> Result<AttentionKind> {
+        let Some(adapter) = &self.adapter else { return Ok(AttentionKind::Fused) };
+        // SAMed's and micro-sam's are on q, k and v apart, whatever their names.
+        let fused = !is_foreign(adapter)
+            && adapter_keys(adapter)?
+                .iter()
+                .any(|name| name.contains(".attn.qkv.") || name.starts_with("attn.qkv."));
+        Ok(if fused { AttentionKind::Fused } else { AttentionKind::Split })
+    }
+
+    /// Puts the adapter into a model, if there is one, and freezes the model. Says what was found.
+    pub fn adapt(
+        &self,
+        model: &mut dyn ModuleTree,
+        console: Console,
+    ) -> Result<Option<LoraConfig>> {
+        let Some(adapter) = &self.adapter else { return Ok(None) };
+        let config = if is_foreign(adapter) {
+            let (config, tensors) = read_samed_adapter(model, adapter, None)?;
+            load_adapter_tensors(model, DEFAULT_ADAPTER, &config, tensors)?;
+            let path = adapter.display();
+            let rank = config.rank;
+            console.note(format!("adapter: {path}: LoRA of SAMed or micro-sam, of rank {rank}"));
+            config
+        } else {
+            let loaded = load_adapter_as(model, DEFAULT_ADAPTER, adapter, &checkpoint::SAM)?;
+            console.note(format!("adapter: {loaded}"));
+            loaded.config
+        };
+        set_trainable(model, |_| false)?;
+        Ok(Some(config))
+    }
+}

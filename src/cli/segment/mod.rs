@@ -1,0 +1,224 @@
+//! `segment`: objects cut out of images by points and boxes.
+
+mod prompts;
+
+use super::arguments::{Backend, ModelArguments};
+use super::console::Console;
+use super::draw;
+use super::photo::{images, is_whole, PhotoArguments};
+use crate::files;
+use crate::sam::{convert_to_rgb, Prediction, Prompt, Rle, SamPredictor};
+use anyhow::{bail, Context};
+use image::{DynamicImage, GrayImage};
+use prompts::{PromptArguments, Prompts};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// Cuts objects out of images of any size and format
+///
+/// Points and a box of one object belong together; of several images each gets the same prompts. Writes for each image
+/// the mask (PNG; 0 and 255, or the number of the object where there are several) and the image with masks and prompts
+/// drawn in, and prints the IoU that the model expects.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Images, or folders of images
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<PathBuf>,
+    #[command(flatten)]
+    prompts: PromptArguments,
+    #[command(flatten)]
+    model: ModelArguments,
+    #[command(flatten)]
+    photo: PhotoArguments,
+    /// Take the best of several masks, for a prompt that could mean a part or the whole
+    #[arg(long)]
+    multimask: bool,
+    /// Where the mask of the only image goes [default: <image>.mask.png in --output]
+    #[arg(long, value_name = "FILE")]
+    mask: Option<PathBuf>,
+    /// Where the only image with its mask goes [default: <image>.overlay.png in --output]
+    #[arg(long, value_name = "FILE")]
+    overlay: Option<PathBuf>,
+    /// Folder that gets the results
+    #[arg(long, value_name = "DIR", default_value = ".", hide_default_value = true)]
+    output: PathBuf,
+    /// Replace files that exist
+    #[arg(long)]
+    overwrite: bool,
+    /// Skip images whose results are there and whole
+    #[arg(long, conflicts_with = "overwrite")]
+    resume: bool,
+    #[command(flatten)]
+    backend: Backend,
+    #[command(flatten)]
+    console: Console,
+}
+
+/// An image and where its results go.
+struct Job {
+    image: PathBuf,
+    mask: PathBuf,
+    overlay: PathBuf,
+}
+
+impl Job {
+    fn is_done(&self) -> bool {
+        is_whole(&self.mask) && is_whole(&self.overlay)
+    }
+}
+
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let console = options.console;
+    let place = options.backend.open()?;
+    let images = images(&options.images)?;
+    let (count, several) = (images.len(), images.len() > 1);
+    let mut jobs = images
+        .into_iter()
+        .map(|image| options.job(image, several))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    if options.resume {
+        jobs.retain(|job| !job.is_done());
+        console.note(format!("{} of {count} results are there already", count - jobs.len()));
+    }
+    let Some(first) = jobs.first() else { return Ok(()) };
+    // What is wrong with the prompts is said before the model is loaded, which may take long.
+    let mut first = Some(options.open(&first.image)?);
+    let source = options.model.find(console)?;
+    let sam = source.load(&place, console)?;
+    let processor = source.processor(sam.config(), console)?;
+    let predictor = SamPredictor::with_processor(&sam, processor);
+    files::create_dir(&options.output)?;
+    let bar = console.bar(jobs.len() as u64, "images  {msg}");
+    for job in &jobs {
+        let name = job.image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        bar.set_message(name.clone());
+        let opened = match first.take() {
+            Some(opened) => opened,
+            None => bar.suspend(|| options.open(&job.image))?,
+        };
+        let objects = segment(&predictor, &opened, options.multimask)?;
+        write(opened, &objects, job)?;
+        let prefix = if several { format!("{name}: ") } else { String::new() };
+        bar.suspend(|| report(console, job, &objects, &prefix));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+impl Options {
+    fn job(&self, image: PathBuf, several: bool) -> anyhow::Result<Job> {
+        if several && (self.mask.is_some() || self.overlay.is_some()) {
+            bail!("--mask and --overlay are for one image; name a folder with --output")
+        }
+        let mask = self.destination(&image, &self.mask, "mask")?;
+        let overlay = self.destination(&image, &self.overlay, "overlay")?;
+        if mask == overlay {
+            bail!("--mask and --overlay are both {}", mask.display())
+        }
+        Ok(Job { image, mask, overlay })
+    }
+
+    /// The given path, or one named after the image; refused if something is there already.
+    fn destination(
+        &self,
+        image: &Path,
+        path: &Option<PathBuf>,
+        ending: &str,
+    ) -> anyhow::Result<PathBuf> {
+        let stem = image.file_stem().unwrap_or_default().to_string_lossy();
+        let named = || match self.output == Path::new(".") {
+            true => PathBuf::from(format!("{stem}.{ending}.png")),
+            false => self.output.join(format!("{stem}.{ending}.png")),
+        };
+        let path = path.clone().unwrap_or_else(named);
+        if path.canonicalize().is_ok_and(|path| image.canonicalize().is_ok_and(|i| i == path)) {
+            bail!("{}: is the image itself; choose another place", path.display())
+        }
+        if path.exists() && !self.overwrite && !self.resume {
+            bail!("{}: exists already; choose another place or --overwrite", path.display())
+        }
+        Ok(path)
+    }
+
+    fn open(&self, path: &Path) -> anyhow::Result<(DynamicImage, Vec<Prompts>)> {
+        let image = self.photo.read(path, self.console)?;
+        let size = (image.width(), image.height());
+        let objects = Prompts::parse(&self.prompts, size, self.console)?;
+        Ok((image, objects))
+    }
+}
+
+/// A mask and the IoU that the model expects of it.
+struct Object {
+    mask: Rle,
+    expected_iou: f32,
+}
+
+fn segment(
+    predictor: &SamPredictor<'_>,
+    (image, objects): &(DynamicImage, Vec<Prompts>),
+    multimask: bool,
+) -> crate::Result<Vec<Object>> {
+    let embedding = predictor.embed(image)?;
+    let prompts: Vec<Prompt> = objects.iter().map(Prompts::prompt).collect();
+    let found = predictor.predict(&embedding, &prompts, multimask)?;
+    let object = |prediction: &Prediction| {
+        let best = prediction.best();
+        let mask = predictor.mask(&embedding, prediction, best)?;
+        Ok(Object { mask, expected_iou: prediction.iou_scores[best] })
+    };
+    found.iter().map(object).collect()
+}
+
+/// Writes the mask and the overlay; the mask comes last, so that it means that both are there.
+fn write(
+    (image, prompts): (DynamicImage, Vec<Prompts>),
+    objects: &[Object],
+    job: &Job,
+) -> anyhow::Result<()> {
+    let mut overlay = convert_to_rgb(&image)?;
+    let mut labels = vec![0u8; image.width() as usize * image.height() as usize];
+    for (index, object) in objects.iter().enumerate() {
+        let inside = object.mask.to_mask();
+        let value = if objects.len() == 1 { 255 } else { (index + 1) as u8 };
+        labels.iter_mut().zip(&inside).filter(|(_, inside)| **inside).for_each(|(v, _)| *v = value);
+        draw::fill(&mut overlay, &inside, draw::colour(index));
+        draw::outline(&mut overlay, &inside, draw::WHITE);
+    }
+    for prompts in &prompts {
+        for point in &prompts.points {
+            draw::cross(&mut overlay, *point, draw::WHITE);
+        }
+        if let Some(sides) = prompts.sides {
+            draw::rectangle(&mut overlay, sides, draw::WHITE);
+        }
+    }
+    let mask = GrayImage::from_raw(image.width(), image.height(), labels)
+        .context("the mask is not of the image's size")?;
+    draw::save_png(&job.overlay, &overlay.into())?;
+    Ok(draw::save_png(&job.mask, &mask.into())?)
+}
+
+fn report(console: Console, job: &Job, objects: &[Object], prefix: &str) {
+    let several = objects.len() > 1;
+    let mut lines = vec![];
+    let mut found = vec![];
+    for (index, Object { mask, expected_iou }) in objects.iter().enumerate() {
+        let (height, width) = mask.size();
+        let area = mask.area();
+        let percent = 100.0 * area as f64 / (f64::from(height) * f64::from(width));
+        let object = if several { format!("object {}: ", index + 1) } else { String::new() };
+        lines.push(format!(
+            "{prefix}{object}expected IoU {expected_iou:.4}, {area} pixels ({percent:.1} %)"
+        ));
+        found.push(json!({ "expected_iou": expected_iou, "area": area, "bounds": mask.bounds() }));
+    }
+    if several {
+        lines.push("where objects overlap, the mask has the number of the later one".into());
+    }
+    let Job { image, mask, overlay } = job;
+    lines.push(format!("{} and {}", mask.display(), overlay.display()));
+    let object = json!({ "image": image, "objects": found, "mask": mask, "overlay": overlay });
+    console.result(lines.join("\n"), object);
+}

@@ -1,0 +1,64 @@
+//! What all commands have in common: JSON, silence, help, completions, closed pipes.
+
+use super::{micrograph, run, succeed, Ended};
+use anyhow::{ensure, Result};
+use std::process::{Command, Stdio};
+
+#[test]
+fn json_is_all_of_standard_output() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    let image = micrograph().0;
+    let line = format!("{} --point 30,30 --json", image.display());
+    let Ended { code, out, err } = run(here, "segment", &line)?;
+    ensure!(code == Some(0) && err.starts_with("model: "), "{code:?}: {err}");
+    let object: serde_json::Value = serde_json::from_str(&out)?;
+    ensure!(object["objects"].as_array().is_some_and(|objects| objects.len() == 1), "{object}");
+    ensure!(object["mask"] == "nuclei_r6c0.mask.png", "{object}");
+    let quiet = succeed(here, "segment", &format!("{line} --overwrite --quiet"))?;
+    ensure!(quiet == out, "{quiet}");
+    let out = succeed(here, "params", "--json")?;
+    ensure!(out == "{\"trainable\":589824,\"all\":94325296}\n", "{out}");
+    Ok(())
+}
+
+#[test]
+fn quiet_runs_print_results_only() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let line = format!("{} --point 30,30 --quiet", micrograph().0.display());
+    let out = succeed(temporary.path(), "segment", &line)?;
+    ensure!(out.starts_with("expected IoU") && out.lines().count() == 2, "{out}");
+    Ok(())
+}
+
+#[test]
+fn every_command_has_help_and_completions() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    let help = succeed(here, "--help", "")?;
+    for shell in ["bash", "zsh", "fish"] {
+        let script = succeed(here, "completions", shell)?;
+        for command in
+            ["masks", "segment", "finetune", "encode", "params", "merge", "export", "import"]
+        {
+            ensure!(help.contains(command) && script.contains(command), "{shell}: {command}");
+            ensure!(succeed(here, command, "--help")?.contains("Usage: candle-sam-lora"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_candle-sam-lora"))
+        .arg("params")
+        .current_dir(temporary.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    drop(child.stdout.take());
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    Ok(())
+}
