@@ -12,6 +12,7 @@ use candle_sam_lora::train::{Alone, Communicator, Mpi};
 use libtest_mimic::{Arguments, Failed, Trial};
 use run::{adapted, bits, go_on, loss, trainer, KINDS};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 use std::sync::Arc;
@@ -92,25 +93,33 @@ fn work(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Starts `size` processes of a job, and how long they took.
-fn mpirun(size: usize, job: &Job) -> Result<(Output, Duration)> {
-    let start = Instant::now();
-    let output = Command::new("mpirun")
-        .args([
-            "--allow-run-as-root",
-            "--oversubscribe",
-            "--bind-to",
-            "none",
-            "-n",
-            &size.to_string(),
-        ])
-        .arg(std::env::current_exe()?)
-        .env(JOB, serde_json::to_string(job)?)
+/// mpirun with the threads and messages of a test.
+fn mpirun() -> Command {
+    let mut command = Command::new("mpirun");
+    command
+        .args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"])
         .env("RAYON_NUM_THREADS", "1")
-        .env_remove("RUST_BACKTRACE")
+        .env_remove("RUST_BACKTRACE");
+    command
+}
+
+/// What mpirun said, and how long it took.
+fn ended(command: &mut Command) -> Result<(Output, Duration)> {
+    let start = Instant::now();
+    let output = command
         .output()
         .context("mpirun: install an MPI library, on Debian libopenmpi-dev and openmpi-bin")?;
     Ok((output, start.elapsed()))
+}
+
+/// Starts `size` processes of a job.
+fn workers(size: usize, job: &Job) -> Result<(Output, Duration)> {
+    ended(
+        mpirun()
+            .args(["-n", &size.to_string()])
+            .arg(std::env::current_exe()?)
+            .env(JOB, serde_json::to_string(job)?),
+    )
 }
 
 fn job(kind: &str, folder: &Path) -> Job {
@@ -127,7 +136,7 @@ fn alone(kind: &str) -> Result<Vec<u32>> {
 }
 
 fn succeeded(size: usize, job: &Job) -> Result<()> {
-    let (output, _) = mpirun(size, job)?;
+    let (output, _) = workers(size, job)?;
     ensure!(output.status.success(), "{size} ranks: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
@@ -160,7 +169,7 @@ fn a_run_goes_on_with_other_ranks() -> Result<()> {
 fn ends_all(fault: Fault, told: &str, saved: Option<u64>) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let job = Job { fault, ..job("lora", folder.path()) };
-    let (output, took) = mpirun(3, &job)?;
+    let (output, took) = workers(3, &job)?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success(), "{fault:?} went unnoticed");
     ensure!(said.contains(told), "{fault:?}: {said}");
@@ -171,6 +180,77 @@ fn ends_all(fault: Fault, told: &str, saved: Option<u64>) -> Result<()> {
         ensure!(run.resume(folder.path().join("state.safetensors"))?.is_none(), "a damaged state");
         ensure!(run.steps() == steps, "{fault:?}: a state after {} steps", run.steps());
     }
+    Ok(())
+}
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_candle-sam-lora");
+/// A short run of the program, on the micrographs that come with it.
+const FINETUNE: &str =
+    "finetune --steps 3 --batch 1 --prompts 2 --eval-every 2 --overlays 2 --lora-dropout 0.1";
+
+/// A folder's files with their bytes, by their paths in `root`.
+fn files(root: &Path, folder: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => found.extend(files(root, &path)?),
+            false => drop(found.insert(path.strip_prefix(root)?.into(), std::fs::read(&path)?)),
+        }
+    }
+    Ok(found)
+}
+
+fn finetune_writes_the_files_of_one_process() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = |name: &str| folder.path().join(name);
+    let alone = Command::new(PROGRAM)
+        .args(FINETUNE.split(' '))
+        .args(["--accumulate", "4", "--output"])
+        .arg(output("alone"))
+        .output()?;
+    ensure!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stderr));
+    let expected = files(&output("alone"), &output("alone"))?;
+    ensure!(expected.contains_key(Path::new("best/adapter_model.safetensors")), "no best adapter");
+    for (size, accumulate) in [("2", "2"), ("4", "1")] {
+        let (two, _) = ended(
+            mpirun()
+                .args(["-n", size, PROGRAM])
+                .args(FINETUNE.split(' '))
+                .args(["--accumulate", accumulate, "--output"])
+                .arg(output(size)),
+        )?;
+        ensure!(two.status.success(), "{}", String::from_utf8_lossy(&two.stderr));
+        let said = String::from_utf8_lossy(&two.stdout);
+        ensure!(said.contains(&format!("{size} processes, 4 parts a step")), "{said}");
+        ensure!(said.matches("held-out IoU, mean").count() == 1, "said more than once: {said}");
+        let found = files(&output(size), &output(size))?;
+        ensure!(found.keys().eq(expected.keys()), "{:?}", found.keys());
+        for (path, bytes) in &expected {
+            ensure!(found[path] == *bytes, "{size} ranks: other bytes in {}", path.display());
+        }
+    }
+    Ok(())
+}
+
+/// One message for all, whatever the processes disagree about.
+fn finetune_tells_what_differs(other: &str, told: &str) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = folder.path().join("run");
+    let process = |command: &mut Command, more: &str| {
+        let more: Vec<_> = more.split(' ').filter(|word| !word.is_empty()).collect();
+        command.args(["-n", "1", PROGRAM]).args(FINETUNE.split(' ')).args(more);
+        command.arg("--output").arg(&output);
+    };
+    let mut command = mpirun();
+    process(&mut command, "");
+    command.arg(":");
+    process(&mut command, other);
+    let (ended, took) = ended(&mut command)?;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    ensure!(!ended.status.success() && took < SOON, "{took:?}: {said}");
+    ensure!(said.contains(told), "{said}");
+    ensure!(said.matches("error: ").count() == 1, "{said}");
     Ok(())
 }
 
@@ -196,7 +276,20 @@ fn tests() -> ExitCode {
         "a_run_goes_on_with_other_ranks".to_string(),
         Box::new(a_run_goes_on_with_other_ranks),
     );
+    let alike = test(
+        "finetune_writes_the_files_of_one_process".to_string(),
+        Box::new(finetune_writes_the_files_of_one_process),
+    );
+    let differing = [
+        ("--lr 0.5", "error: rank 1: its run is not that of rank 0:\n  lr: 0.5"),
+        ("--min-area 60", "error: rank 1: its run is not that of rank 0:\n  data: "),
+        ("--images nowhere --masks nowhere", "error: rank 1: nowhere"),
+    ];
+    let differing = differing.map(|(other, told)| {
+        let name = format!("finetune_tells_what_differs::{}", other.replace(' ', "_"));
+        test(name, Box::new(move || finetune_tells_what_differs(other, told)))
+    });
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    let trials = bits.into_iter().chain(faults).chain([resumed]).collect();
+    let trials = bits.into_iter().chain(faults).chain([resumed, alike]).chain(differing).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -222,7 +222,7 @@ impl Trainer {
         let (mut sum, mut gradients, mut first) = (0f32, OrderedSum::new(&*communicator), None);
         for round in 0..self.config.accumulation {
             let part = step * parts + round * size + rank;
-            let own = self.part(part, parts, &mut loss).map_err(Error::from);
+            let own = self.part(part, parts, &mut loss);
             let ((_, here, found), values) =
                 together(&*communicator, own, |(value, ..)| value.to_ne_bytes().to_vec())?;
             for (rank, value) in values.iter().enumerate() {
@@ -249,7 +249,7 @@ impl Trainer {
             let looked = looked.map_err(|error| {
                 candle_core::Error::msg(format!("train: step {}: {error}", step + 1))
             });
-            together(&*communicator, looked.map_err(Error::from), |()| vec![])?;
+            together(&*communicator, looked, |()| vec![])?;
             self.zeros_checked = true;
         }
         let grad_norm = gradients.norm()?;
@@ -286,8 +286,11 @@ impl Trainer {
         Ok((scalar, here, self.optimizer.gradients(&store)?))
     }
 
-    /// Fails unless all ranks have the same version, settings, parameters and step; asked once.
-    fn agree(&mut self) -> Result<()> {
+    /// Fails unless all ranks have the same version, settings, parameters and step. A step asks it, too, if nobody has.
+    ///
+    /// # Errors
+    /// - a rank has something else than rank 0: every difference is told, on every rank.
+    pub fn agree(&mut self) -> Result<()> {
         if self.agreed || self.communicator.size() == 1 {
             return Ok(());
         }
@@ -310,10 +313,10 @@ impl Trainer {
         let communicator = self.communicator.clone();
         if communicator.rank() == 0 {
             let (done, _) = together(&*communicator, work(self), |_| vec![])?;
-            together(&*communicator, Ok(()), |()| vec![])?;
+            together(&*communicator, Ok::<_, Error>(()), |()| vec![])?;
             return Ok(done);
         }
-        together(&*communicator, Ok(()), |()| vec![])?;
+        together(&*communicator, Ok::<_, Error>(()), |()| vec![])?;
         Ok(together(&*communicator, work(self), |_| vec![])?.0)
     }
 

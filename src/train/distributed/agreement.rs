@@ -21,7 +21,7 @@ pub(in crate::train) fn check_agreement(
             Error::Rank { rank, message }
         })
     };
-    let ((), all) = together(communicator, Ok(()), |()| own.clone())?;
+    let ((), all) = together(communicator, Ok::<_, Error>(()), |()| own.clone())?;
     let Some(first) = all.first() else { return Ok(()) };
     let expected = read(0, first)?;
     for (rank, bytes) in all.iter().enumerate().skip(1) {

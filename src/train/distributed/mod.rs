@@ -42,6 +42,11 @@ pub trait Communicator: std::fmt::Debug + Send + Sync {
 
     /// What each rank gave for this one, by rank; `pieces[r]` is for rank `r`.
     fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>>;
+
+    /// Ends this process and all others at once: for an error that others cannot learn of by an exchange.
+    fn abort(&self, status: i32) -> ! {
+        std::process::exit(status)
+    }
 }
 
 /// A process by itself.

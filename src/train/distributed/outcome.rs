@@ -1,7 +1,8 @@
 //! What became of the same work on every rank.
 
 use super::Communicator;
-use crate::{Error, Result};
+use crate::Error;
+use std::fmt::Display;
 
 /// The first byte of what a rank says about its work.
 const DONE: u8 = 0;
@@ -12,11 +13,11 @@ const FAILED: u8 = 1;
 /// # Errors
 /// - the work of a rank failed: the same error on every rank, which names the lowest such rank and its reason;
 /// - the exchange failed.
-pub fn together<T>(
+pub fn together<T, E: Display + From<Error>>(
     communicator: &dyn Communicator,
-    own: Result<T>,
+    own: Result<T, E>,
     told: impl Fn(&T) -> Vec<u8>,
-) -> Result<(T, Vec<Vec<u8>>)> {
+) -> Result<(T, Vec<Vec<u8>>), E> {
     if communicator.size() == 1 {
         let own = own?;
         let told = told(&own);
@@ -34,6 +35,6 @@ pub fn together<T>(
         }
         None => Err(Error::Rank { rank, message: "said nothing about its work".to_string() }),
     };
-    let told = all.iter().enumerate().map(value).collect::<Result<_>>()?;
+    let told = all.iter().enumerate().map(value).collect::<Result<_, _>>()?;
     Ok((own?, told))
 }
