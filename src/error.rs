@@ -42,6 +42,14 @@ pub enum Error {
         /// Why the hub did not give it.
         message: String,
     },
+    /// The work of one of the processes that train together failed, see [`Communicator`](crate::train::Communicator).
+    #[error("rank {rank}: {message}")]
+    Rank {
+        /// The number of the process.
+        rank: usize,
+        /// What it said.
+        message: String,
+    },
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -17,6 +17,7 @@ mod model;
 mod model_folder;
 mod params;
 mod photo;
+mod processes;
 mod segment;
 mod sheet;
 

@@ -4,9 +4,7 @@ use super::console::Console;
 use super::lora_arguments::LoraArguments;
 use crate::lora::{count_parameters, inject};
 use crate::nn::ModuleTree;
-use crate::sam::{
-    checkpoint, model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel,
-};
+use crate::sam::{checkpoint, model_type, SamConfig, SamModel, SamVisionConfig, SamVisionModel};
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;

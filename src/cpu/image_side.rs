@@ -152,11 +152,11 @@ fn score(
         match tokens {
             Tokens::F32(tokens) => {
                 let (left, right) = (Left::Rows(rows, depth), Right(tokens, pitch));
-                panel((scores, pitch), Into::Store, scale, (count, pitch, depth), left, right);
+                panel((scores, pitch), (Into::Store, scale), (count, pitch, depth), left, right);
             }
             Tokens::Pairs(tokens) => {
                 let (shape, rows) = ((count, depth / 2), bf16::pairs(rows));
-                bf16::panel(scores, Into::Store, scale, shape, (&rows, depth / 2), tokens);
+                bf16::panel(scores, (Into::Store, scale), shape, (&rows, depth / 2), tokens);
             }
         }
     }
@@ -197,7 +197,7 @@ pub fn tokens_to_image(
             });
             let mut mean = vec![0f32; used * c];
             let (weights, rows) = (Left::Columns(&scores, pitch), Right(&x[first * c..], c));
-            panel((&mut mean, c), Into::Store, 1.0, (used, c, count), weights, rows);
+            panel((&mut mean, c), (Into::Store, 1.0), (used, c, count), weights, rows);
             (max, sum, mean)
         })
         .collect();
@@ -276,7 +276,7 @@ pub fn image_to_tokens(
             run(OverTokens { scores: weights, constants: &constants, used, heads: s.heads });
             out.copy_from_slice(&x[first * c..][..count * c]);
             let (left, right) = (Left::Rows(weights, pitch), Right(&values, c));
-            panel((out, c), Into::Add, 1.0, (count, c, used), left, right);
+            panel((out, c), (Into::Add, 1.0), (count, c, used), left, right);
             let (weight, bias, eps) = output.norm;
             layer_norm::in_place(out, weight, bias, eps);
         });

@@ -142,13 +142,13 @@ fn forward_block(
         let scores = &mut scores[..keys * pitch];
         let shape = (keys, pitch, d);
         let scale = p.softmax_scale * LOG2_E;
-        panel((scores, pitch), Into::Store, scale, shape, k.left(key), Right(&q, pitch));
+        panel((scores, pitch), (Into::Store, scale), shape, k.left(key), Right(&q, pitch));
         run(Online { scores, max: &mut max, sum: &mut sum, rescale: &mut rescale });
         for (acc, &rescale) in acc.chunks_exact_mut(width).zip(&rescale).filter(|_| key > 0) {
             acc.iter_mut().for_each(|x| *x *= rescale);
         }
         let weights = Left::Columns(scores, pitch);
-        panel((&mut acc, width), Into::Add, 1.0, (count, width, keys), weights, v.right(key));
+        panel((&mut acc, width), (Into::Add, 1.0), (count, width, keys), weights, v.right(key));
     }
     for (n, out) in out.chunks_exact_mut(d).enumerate() {
         for (o, acc) in out.iter_mut().zip(&acc[n * width..]) {
@@ -234,19 +234,19 @@ impl Unit<'_> {
                 let (shape, scale) = ((keys, pitch, d), p.softmax_scale);
                 let q = Right(&q_columns, pitch);
                 let left = self.k.left(key);
-                panel((weights, pitch), Into::Store, scale * LOG2_E, shape, left, q);
+                panel((weights, pitch), (Into::Store, scale * LOG2_E), shape, left, q);
                 let right = Right(&grad_columns, pitch);
-                panel((grads, pitch), Into::Store, 1.0, shape, self.v.left(key), right);
+                panel((grads, pitch), (Into::Store, 1.0), shape, self.v.left(key), right);
                 let (max, inverse_sum, delta) = (&max, &inverse_sum, &delta);
                 run(Gradient { scores: weights, grads, max, inverse_sum, delta });
                 let (ds, dp) = (Left::Rows(grads, pitch), Left::Rows(weights, pitch));
                 let shape = (keys, width, count);
                 let dk = (&mut dk_rows[key * width..], width);
-                panel(dk, Into::Add, scale, shape, ds, self.q.right(first));
+                panel(dk, (Into::Add, scale), shape, ds, self.q.right(first));
                 let dv = (&mut dv_rows[key * width..], width);
-                panel(dv, Into::Add, 1.0, shape, dp, Right(&grad, width));
+                panel(dv, (Into::Add, 1.0), shape, dp, Right(&grad, width));
                 let (dq, ds) = ((&mut dq_rows[..], width), Left::Columns(grads, pitch));
-                panel(dq, Into::Add, scale, (count, width, keys), ds, self.k.right(key));
+                panel(dq, (Into::Add, scale), (count, width, keys), ds, self.k.right(key));
             }
             unpad(&dq_rows, dq, d);
         }

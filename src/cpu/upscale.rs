@@ -109,7 +109,7 @@ pub fn masks(up: &Upscale<'_>, x: &[f32], hyper: &[f32], masks: usize) -> Buffer
         let hyper = &hyper_t[index / h * eighth * pitch..][..eighth * pitch];
         let shape = (row_pixels, pitch, eighth);
         let (left, right) = (Left::Rows(fine, eighth), Right(hyper, pitch));
-        panel((values, pitch), Into::Store, 1.0, shape, left, right);
+        panel((values, pitch), (Into::Store, 1.0), shape, left, right);
         for (mask, out) in out.chunks_exact_mut(row_pixels).enumerate() {
             for (y, out) in out.chunks_exact_mut(TAPS * w).enumerate() {
                 // Pixel (y, x) of a position: tap (y / 2, x / 2) of the first convolution, (y % 2, x % 2) of the second.

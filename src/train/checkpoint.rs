@@ -100,9 +100,12 @@ impl TrainingState {
         if differences.is_empty() {
             return Ok(());
         }
+        let lines = differences.iter().map(|Difference { name, first, second }| {
+            format!("\n  {name}: was {first}, is {second}")
+        });
         let message = format!(
             "this run was started with other settings, and cannot go on with these:{}",
-            differences.concat()
+            lines.collect::<String>()
         );
         Err(Error::file(path, message))
     }
@@ -133,16 +136,33 @@ fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<StepScores>> {
     rows.into_iter().map(evaluated).collect()
 }
 
-/// A line for each value that differs, by its path.
-fn differences(path: &str, was: &Map<String, Value>, is: &Map<String, Value>) -> Vec<String> {
+/// A value that two settings do not have in common.
+pub(super) struct Difference {
+    /// Its path.
+    pub name: String,
+    /// As text in the one.
+    pub first: String,
+    /// And in the other.
+    pub second: String,
+}
+
+/// Each value that differs.
+pub(super) fn differences(
+    path: &str,
+    first: &Map<String, Value>,
+    second: &Map<String, Value>,
+) -> Vec<Difference> {
     let shown = |value: Option<&Value>| value.map_or("nothing".to_string(), short);
-    let names: BTreeSet<&String> = was.keys().chain(is.keys()).collect();
-    let of = |name: &String| match (was.get(name), is.get(name)) {
-        (was, is) if was == is => vec![],
-        (Some(Value::Object(was)), Some(Value::Object(is))) => {
-            differences(&format!("{path}{name}."), was, is)
+    let names: BTreeSet<&String> = first.keys().chain(second.keys()).collect();
+    let of = |name: &String| match (first.get(name), second.get(name)) {
+        (one, other) if one == other => vec![],
+        (Some(Value::Object(one)), Some(Value::Object(other))) => {
+            differences(&format!("{path}{name}."), one, other)
         }
-        (was, is) => vec![format!("\n  {path}{name}: was {}, is {}", shown(was), shown(is))],
+        (one, other) => {
+            let name = format!("{path}{name}");
+            vec![Difference { name, first: shown(one), second: shown(other) }]
+        }
     };
     names.into_iter().flat_map(of).collect()
 }

@@ -61,6 +61,35 @@ impl Gradients {
         &self.tensors
     }
 
+    /// How many elements they have together.
+    pub(super) fn len(&self) -> usize {
+        self.tensors.iter().map(Tensor::elem_count).sum()
+    }
+
+    /// All elements one after the other, in main memory.
+    pub(super) fn to_vec(&self) -> Result<Vec<f32>> {
+        let mut values = Vec::with_capacity(self.len());
+        for gradient in &self.tensors {
+            values.extend(gradient.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(values)
+    }
+
+    /// Of the same shapes and on the same devices, with these elements.
+    pub(super) fn with_values(&self, values: Vec<f32>) -> crate::Result<Self> {
+        if values.len() != self.len() {
+            let message = format!("{} gradients, expected {}", values.len(), self.len());
+            return Err(crate::Error::Gradients(message));
+        }
+        let mut rest = values.as_slice();
+        let tensors = self.tensors.iter().map(|like| {
+            let (own, others) = rest.split_at(like.elem_count());
+            rest = others;
+            Tensor::from_slice(own, like.shape(), like.device())
+        });
+        Ok(Self { tensors: tensors.collect::<Result<_>>()? })
+    }
+
     /// The sum of this and `other`, of the same parameters.
     pub fn plus(&self, other: &Self) -> Result<Self> {
         let sums = self.tensors.iter().zip(&other.tensors).map(|(a, b)| a + b);

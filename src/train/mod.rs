@@ -37,6 +37,7 @@ mod coco;
 mod coco_json;
 #[cfg(feature = "images")]
 mod data;
+mod distributed;
 #[cfg(feature = "images")]
 mod evaluation;
 mod event_file;
@@ -75,6 +76,9 @@ pub use augment::{sample_indices, FlipRotate};
 pub use checkpoint::{previous_state_path, TrainingState};
 #[cfg(feature = "images")]
 pub use data::Dataset;
+#[cfg(feature = "mpi")]
+pub use distributed::Mpi;
+pub use distributed::{together, Alone, Communicator};
 #[cfg(feature = "images")]
 pub use evaluation::{evaluate_image, Evaluator, FoundMask, ImageEvaluation};
 pub use event_file::EventFile;

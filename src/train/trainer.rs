@@ -6,9 +6,11 @@
 //!   clip g;  learning rate of the schedule;  AdamW
 //! ```
 //! The closure must draw whatever is random from (seed, part), see [`StepRng`]; then a run that was saved and continued
-//! has the bits of one that was not. With one part a step, part and step are the same number.
+//! has the bits of one that was not. With one part a step, part and step are the same number. Many processes share the
+//! parts of a step, see [`Communicator`].
 
 use super::checkpoint::previous_state_path;
+use super::distributed::{check_agreement, together, Alone, Communicator, OrderedSum};
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
 use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, StepRng, StepScores, TrainingState};
@@ -20,6 +22,7 @@ use candle_core::{bail, Device, Tensor};
 use candle_nn::Optimizer;
 use serde_json::{json, Map, Value};
 use std::path::Path;
+use std::sync::Arc;
 
 /// How the parameters are changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,7 +31,8 @@ pub struct TrainerConfig {
     pub optimizer: AdamWConfig,
     /// Factors of the learning rate.
     pub schedule: Schedule,
-    /// Parts of a step's batch, each with a forward and backward of its own; their mean gradient makes the step.
+    /// Parts of a step's batch, each with a forward and backward of its own; their mean gradient makes the step. With
+    /// several processes, each computes so many.
     pub accumulation: u64,
     /// Largest norm of all gradients together; longer ones are shortened to it.
     pub max_grad_norm: Option<f64>,
@@ -112,6 +116,9 @@ pub struct Trainer {
     evaluations: Vec<StepScores>,
     /// Whether gradients of zero have been looked at.
     zeros_checked: bool,
+    communicator: Arc<dyn Communicator>,
+    /// Whether the ranks are known to have the same run.
+    agreed: bool,
 }
 
 impl Trainer {
@@ -127,8 +134,35 @@ impl Trainer {
         let optimizer = AdamW::new(trainable_variables(model)?, config.optimizer)?;
         let model = ("model".to_string(), frozen_checksum(model).to_string().into());
         let settings = [model].into_iter().chain(config.settings()).collect();
-        let (losses, evaluations) = (vec![], vec![]);
-        Ok(Self { optimizer, config, settings, losses, evaluations, zeros_checked: false })
+        Ok(Self {
+            optimizer,
+            config,
+            settings,
+            losses: vec![],
+            evaluations: vec![],
+            zeros_checked: false,
+            communicator: Arc::new(Alone),
+            agreed: false,
+        })
+    }
+
+    /// Shares the work of each step with other processes, which make the same calls with the same model and data.
+    ///
+    /// N processes give the bits of one with N times the accumulation. Rank 0 writes the state; each reads it.
+    ///
+    /// # Errors
+    /// - a step has more than 2^64 parts.
+    pub fn with_communicator(mut self, communicator: Arc<dyn Communicator>) -> Result<Self> {
+        let size = communicator.size() as u64;
+        let Some(parts) = self.config.accumulation.checked_mul(size) else {
+            let message = format!("{size} ranks of {} parts a step", self.config.accumulation);
+            return Err(Error::config(message));
+        };
+        if parts > 1 {
+            self.settings.insert("accumulation".into(), parts.into());
+        }
+        (self.communicator, self.agreed) = (communicator, false);
+        Ok(self)
     }
 
     /// Names more of what must be equal when the run is continued, as the data; the configuration and a checksum of what is
@@ -159,58 +193,65 @@ impl Trainer {
         self.evaluations.push(StepScores { step: self.steps(), scores });
     }
 
-    /// Makes one step; `loss` gets the number of parts computed before and the mode with this part's dropout masks,
-    /// and returns a scalar.
+    /// Makes one step; `loss` gets the number of the part and the mode with its dropout masks, and returns a scalar.
     ///
-    /// Where gradients are exactly zero, the first step computes the loss of its first part two times more, or some
-    /// dozens, to tell whether an operation lost them. So does every step whose gradients are missing.
+    /// Parts are numbered from 0 over the whole run. Where gradients are exactly zero, the first step computes the loss of
+    /// its first part two times more, or some dozens, to tell whether an operation lost them. So does every step whose
+    /// gradients are missing.
     ///
     /// # Errors
     /// - a loss is no scalar or not finite;
     /// - a gradient is not finite;
     /// - parameters got no gradient: the error says whether the loss depends on them;
-    /// - in the first step, the loss depends on elements whose gradient is exactly zero.
+    /// - in the first step, the loss depends on elements whose gradient is exactly zero;
+    /// - one of these on another rank, or the ranks have different runs.
     ///
     /// No parameter was changed then.
     pub fn step(
         &mut self,
         mut loss: impl FnMut(u64, Mode) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<StepMetrics> {
-        let (step, parts) = (self.steps(), self.config.accumulation);
+        self.agree()?;
+        let step = self.steps();
         let mode =
             |part| Mode::Train { seed: StepRng::new(self.config.seed, "dropout", part).bits64() };
         let mut loss = |part: u64| checked(loss(part, mode(part))?, step);
-        let (mut sum, mut gradients, mut first) = (0f32, None::<Gradients>, None);
-        for part in step * parts..(step + 1) * parts {
-            let value = loss(part)?;
-            let here = Loss::of(&value)?;
-            first.get_or_insert((part, here));
-            sum += value.to_scalar::<f32>()?;
-            let share = if parts > 1 { (value / parts as f64)? } else { value };
-            let store = share.backward()?;
-            let lost: Vec<_> =
-                self.optimizer.parameters().filter(|(_, var)| store.get(var).is_none()).collect();
-            if !lost.is_empty() {
-                let of = self.optimizer.parameters().count();
-                let error = missing(&lost, of, here, || Loss::of(&loss(part)?));
-                bail!("train: step {}: {error}", step + 1)
+        let communicator = self.communicator.clone();
+        let (rank, size) = (communicator.rank() as u64, communicator.size() as u64);
+        let parts = self.config.accumulation * size;
+        let (mut sum, mut gradients, mut first) = (0f32, OrderedSum::new(&*communicator), None);
+        for round in 0..self.config.accumulation {
+            let part = step * parts + round * size + rank;
+            let own = self.part(part, parts, &mut loss);
+            let ((_, here, found), values) =
+                together(&*communicator, own, |(value, ..)| value.to_ne_bytes().to_vec())?;
+            for (rank, value) in values.iter().enumerate() {
+                let Ok(value) = value.as_slice().try_into() else {
+                    let message = format!("a loss of {} bytes", value.len());
+                    return Err(Error::Rank { rank, message }.into());
+                };
+                sum += f32::from_ne_bytes(value);
             }
-            let found = self.optimizer.gradients(&store)?;
-            gradients = Some(match gradients {
-                Some(before) => before.plus(&found)?,
-                None => found,
-            });
+            first.get_or_insert((part, here));
+            gradients.add(found)?;
         }
-        if let (false, Some(gradients), Some((part, here))) =
-            (self.zeros_checked, &gradients, first)
-        {
-            check_zeros(self.optimizer.parameters(), gradients, here, || Loss::of(&loss(part)?))
-                .map_err(|error| {
-                    candle_core::Error::msg(format!("train: step {}: {error}", step + 1))
-                })?;
+        let (Some(mut gradients), Some((part, here))) = (gradients.finish()?, first) else {
+            bail!("train: a step has no part")
+        };
+        if !self.zeros_checked {
+            // One rank's look is enough, and its first part is the one that a single process looks at.
+            let looked = match rank {
+                0 => check_zeros(self.optimizer.parameters(), &gradients, here, || {
+                    Loss::of(&loss(part)?)
+                }),
+                _ => Ok(()),
+            };
+            let looked = looked.map_err(|error| {
+                candle_core::Error::msg(format!("train: step {}: {error}", step + 1))
+            });
+            together(&*communicator, looked, |()| vec![])?;
             self.zeros_checked = true;
         }
-        let Some(mut gradients) = gradients else { bail!("train: a step has no part") };
         let grad_norm = gradients.norm()?;
         if let Some(max_norm) = self.config.max_grad_norm {
             gradients = gradients.clipped(grad_norm, max_norm)?;
@@ -223,9 +264,75 @@ impl Trainer {
         Ok(StepMetrics { step: step + 1, loss, lr, grad_norm })
     }
 
-    /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one.
+    /// The loss of a part and its share of the step's gradients.
+    fn part(
+        &self,
+        part: u64,
+        parts: u64,
+        loss: &mut impl FnMut(u64) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<(f32, Loss, Gradients)> {
+        let value = loss(part)?;
+        let here = Loss::of(&value)?;
+        let scalar = value.to_scalar::<f32>()?;
+        let share = if parts > 1 { (value / parts as f64)? } else { value };
+        let store = share.backward()?;
+        let lost: Vec<_> =
+            self.optimizer.parameters().filter(|(_, var)| store.get(var).is_none()).collect();
+        if !lost.is_empty() {
+            let of = self.optimizer.parameters().count();
+            let error = missing(&lost, of, here, || Loss::of(&loss(part)?));
+            bail!("train: step {}: {error}", self.steps() + 1)
+        }
+        Ok((scalar, here, self.optimizer.gradients(&store)?))
+    }
+
+    /// Fails unless all ranks have the same version, settings, parameters and step. A step asks it, too, if nobody has.
+    ///
+    /// # Errors
+    /// - a rank has something else than rank 0: every difference is told, on every rank.
+    pub fn agree(&mut self) -> Result<()> {
+        if self.agreed || self.communicator.size() == 1 {
+            return Ok(());
+        }
+        let mut parameters = Checksum::new();
+        for (name, tensor) in self.optimizer.state()? {
+            parameters.add(&name, &safetensors::View::data(&tensor));
+        }
+        let mut run = self.settings.clone();
+        run.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+        run.insert("seed".into(), self.config.seed.into());
+        run.insert("step".into(), self.steps().into());
+        run.insert("parameters".into(), parameters.to_string().into());
+        check_agreement(&*self.communicator, &run)?;
+        self.agreed = true;
+        Ok(())
+    }
+
+    /// Does it on rank 0, then on the others if that succeeded; an error of one is an error of all.
+    fn in_turn<T>(&mut self, work: impl Fn(&mut Self) -> Result<T>) -> Result<T> {
+        let communicator = self.communicator.clone();
+        if communicator.rank() == 0 {
+            let (done, _) = together(&*communicator, work(self), |_| vec![])?;
+            together(&*communicator, Ok::<_, Error>(()), |()| vec![])?;
+            return Ok(done);
+        }
+        together(&*communicator, Ok::<_, Error>(()), |()| vec![])?;
+        Ok(together(&*communicator, work(self), |_| vec![])?.0)
+    }
+
+    /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one. Rank 0 writes it.
+    ///
+    /// # Errors
+    /// - the file cannot be written, on every rank.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+        let saved = match self.communicator.rank() {
+            0 => self.write(path.as_ref()),
+            _ => Ok(()),
+        };
+        together(&*self.communicator, saved, |()| vec![]).map(|_| ())
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
         TrainingState {
             step: self.steps(),
             seed: self.config.seed,
@@ -244,7 +351,10 @@ impl Trainer {
     /// When both are damaged, or the state was written with another seed, other settings or another model; nothing was
     /// changed then.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<Option<Error>> {
-        let path = path.as_ref();
+        self.in_turn(|own| own.resume_alone(path.as_ref()))
+    }
+
+    fn resume_alone(&mut self, path: &Path) -> Result<Option<Error>> {
         match self.read(path) {
             Ok(state) => self.go_on(path, state).map(|()| None),
             Err(damage) => match self.read(&previous_state_path(path)) {
@@ -266,7 +376,10 @@ impl Trainer {
     /// # Errors
     /// As [`resume`](Self::resume).
     pub fn roll_back(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+        self.in_turn(|own| own.roll_back_alone(path.as_ref()))
+    }
+
+    fn roll_back_alone(&mut self, path: &Path) -> Result<()> {
         let newest = self.read(path)?;
         if newest.step < self.steps() {
             return self.go_on(path, newest);
@@ -299,6 +412,7 @@ impl Trainer {
         }
         self.optimizer.load_state(state.step, &state.tensors)?;
         (self.losses, self.evaluations) = (state.losses, state.evaluations);
+        self.agreed = false;
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use super::super::arguments::Backend;
 use super::super::console::Console;
 use super::super::lora_arguments::LoraArguments;
+use super::super::processes::Processes;
 use crate::sam::{ReadOptions, ValueRange};
 use crate::train::{
     AdamWConfig, BatchConfig, DatasetOptions, Decay, MaskOptions, PromptKind, Schedule, Suffixes,
@@ -150,6 +151,8 @@ pub struct Options {
     /// Held-out images to draw before and after
     #[arg(long, default_value_t = 8, value_name = "IMAGES")]
     pub overlays: usize,
+    #[command(flatten)]
+    pub processes: Processes,
     #[command(flatten)]
     pub backend: Backend,
     #[command(flatten)]

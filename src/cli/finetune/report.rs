@@ -39,6 +39,36 @@ impl Verdict {
     }
 }
 
+/// A verdict as processes tell it: its image's number and name, the bits of each score, and the picture's width and pixels.
+type Told = (usize, String, Vec<[u64; 3]>, Option<(u32, Vec<u8>)>);
+
+/// Verdicts by their images' numbers, for another process.
+pub fn to_bytes(verdicts: &[(usize, Verdict)]) -> Vec<u8> {
+    let told = verdicts.iter().map(|(index, Verdict { name, scores, picture })| {
+        let bits = |s: &Scores| [s.iou, s.dice, s.boundary_f1].map(f64::to_bits);
+        let picture = picture.as_ref().map(|picture| (picture.width(), picture.as_raw().clone()));
+        (*index, name.clone(), scores.iter().map(bits).collect(), picture)
+    });
+    json!(told.collect::<Vec<Told>>()).to_string().into_bytes()
+}
+
+/// What [`to_bytes`] made.
+pub fn from_bytes(bytes: &[u8]) -> serde_json::Result<Vec<(usize, Verdict)>> {
+    let verdict = |(index, name, bits, picture): Told| {
+        let scores = |bits: [u64; 3]| {
+            let [iou, dice, boundary_f1] = bits.map(f64::from_bits);
+            Scores { iou, dice, boundary_f1 }
+        };
+        let scores = bits.into_iter().map(scores).collect();
+        let picture = picture.and_then(|(width, pixels)| {
+            let height = pixels.len() as u32 / (3 * width).max(1);
+            RgbImage::from_raw(width, height, pixels)
+        });
+        (index, Verdict { name, scores, picture })
+    };
+    Ok(serde_json::from_slice::<Vec<Told>>(bytes)?.into_iter().map(verdict).collect())
+}
+
 /// The mean over all objects.
 pub fn mean(verdicts: &[Verdict]) -> Scores {
     Scores::mean(verdicts.iter().flat_map(|verdict| &verdict.scores))

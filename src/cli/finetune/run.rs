@@ -3,6 +3,7 @@
 use super::super::console::Console;
 use super::super::draw::save_png;
 use super::super::model::{self, Placement};
+use super::super::processes::{ended, on_first};
 use super::curve::loss_curve;
 use super::options::Options;
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
@@ -13,15 +14,27 @@ use super::training::Run;
 use crate::lora::{count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames};
 use crate::nn::set_trainable;
 use crate::sam::{SamModel, SamProcessor};
-use crate::train::{Batch, BatchSource, Dataset, DatasetOptions, Evaluator, PromptKind, Trainer};
+use crate::train::{
+    together, Batch, BatchSource, Communicator, Dataset, DatasetOptions, Evaluator, PromptKind,
+    Trainer,
+};
 use crate::{write_atomic, Error, Result};
 use anyhow::bail;
 use candle_core::{DType, Device};
 use serde_json::{json, Map};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// Does what `options` say.
+/// Does what `options` say, together with the other processes of a job.
 pub fn run(options: &Options) -> anyhow::Result<Outcome> {
+    let processes = options.processes.join()?;
+    let console = options.console.of(processes.rank());
+    let options = Options { console, ..options.clone() };
+    ended(&*processes, train(&options, &processes))
+}
+
+fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result<Outcome> {
     if options.save_every == 0 {
         bail!("--save-every must be at least 1")
     }
@@ -31,7 +44,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     let batch = options.batch();
     batch.validate()?;
     options.lora.config().validate()?;
-    output::check(options)?;
+    on_first(&**processes, || output::check(options))?;
     let folder = model::folder(options.model.as_deref())?;
     let mut sam = model::load(&folder, options.lora.attention(), &place, console)?;
     set_trainable(&mut sam, |_| false)?;
@@ -50,8 +63,14 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         count => console
             .note(format!("transparent pixels are laid on white, in {count} of these images")),
     }
-    let judge =
-        Judge { processor: &processor, held_out: &held_out, kind: batch.kind, device, console };
+    let judge = Judge {
+        processor: &processor,
+        held_out: &held_out,
+        kind: batch.kind,
+        device,
+        console,
+        processes: &**processes,
+    };
     let before = judge.verdicts(&sam, options.overlays)?;
     let (mut lora, names) = adapt_encoder(&mut sam, options)?;
     console.note(format!("adapters on {names} linear layers of the image encoder"));
@@ -73,7 +92,12 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
     }
     // After the settings: a run may go on with the same model from a folder.
     lora.base_model_name_or_path = name_on_the_hub(options, &folder);
-    let mut trainer = Trainer::new(&sam, options.trainer())?.with_settings(settings);
+    let trainer = Trainer::new(&sam, options.trainer())?.with_settings(settings);
+    let mut trainer = trainer.with_communicator(processes.clone())?;
+    if processes.size() > 1 {
+        let parts = processes.size() as u64 * options.trainer().accumulation;
+        console.note(format!("{} processes, {parts} parts a step", processes.size()));
+    }
     let source = BatchSource {
         dataset: &train,
         processor: &processor,
@@ -90,20 +114,23 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
         Ok(report::mean(&judge.verdicts(&sam, 0)?))
     };
     let eval_steps = options.eval_steps(train.len());
-    Run { options, sam: &sam, lora: &lora, eval_steps }.steps(&mut trainer, loss, evaluate)?;
+    let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
+    run.steps(&mut trainer, loss, evaluate)?;
 
-    save_adapter(&sam, &lora, options.output.join(ADAPTER))?;
+    on_first(&**processes, || Ok(save_adapter(&sam, &lora, options.output.join(ADAPTER))?))?;
     set_trainable(&mut sam, |_| false)?;
     let after = judge.verdicts(&sam, options.overlays)?;
-    write_pictures(options, trainer.losses(), &before, &after)?;
     let outcome = Outcome {
         before: report::mean(&before),
         after: report::mean(&after),
         evaluations: trainer.evaluations().to_vec(),
         losses: trainer.losses().to_vec(),
     };
-    let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
-    write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?;
+    on_first(&**processes, || {
+        write_pictures(options, trainer.losses(), &before, &after)?;
+        let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
+        Ok(write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?)
+    })?;
     let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
     let (before, after) = (&outcome.before, &outcome.after);
     let text = format!(
@@ -184,12 +211,13 @@ struct Judge<'a> {
     kind: PromptKind,
     device: &'a Device,
     console: Console,
+    processes: &'a dyn Communicator,
 }
 
 impl Judge<'_> {
-    /// Prompts every object of the held-out images; the first `overlays` images are drawn.
+    /// Prompts every object of the held-out images, which the processes divide; the first `overlays` images are drawn.
     fn verdicts(&self, sam: &SamModel, overlays: usize) -> anyhow::Result<Vec<Verdict>> {
-        let Self { processor, held_out, kind, device, console } = *self;
+        let Self { processor, held_out, kind, device, console, processes } = *self;
         let evaluator = Evaluator { model: sam, processor, kind, device };
         let progress = Progress::new(held_out.len(), console);
         let verdict = |index: usize| {
@@ -198,11 +226,22 @@ impl Judge<'_> {
             let evaluation =
                 evaluator.evaluate(&sample, |done| progress.at(index, done, objects))?;
             let picture = (index < overlays).then(|| report::picture(&sample, &evaluation));
-            Ok(Verdict { name: sample.name, scores: evaluation.scores, picture })
+            Ok((index, Verdict { name: sample.name, scores: evaluation.scores, picture }))
         };
-        let verdicts = (0..held_out.len()).map(verdict).collect();
+        let share = |index: &usize| index % processes.size() == processes.rank();
+        let own =
+            (0..held_out.len()).filter(share).map(verdict).collect::<anyhow::Result<Vec<_>>>();
         progress.end();
-        verdicts
+        if processes.size() == 1 {
+            return Ok(own?.into_iter().map(|(_, verdict)| verdict).collect());
+        }
+        let (_, told) = together(processes, own, |own| report::to_bytes(own))?;
+        let mut all: BTreeMap<usize, Verdict> = BTreeMap::new();
+        for (rank, told) in told.iter().enumerate() {
+            let told = report::from_bytes(told);
+            all.extend(told.map_err(|e| Error::Rank { rank, message: e.to_string() })?);
+        }
+        Ok(all.into_values().collect())
     }
 }
 

@@ -1,15 +1,17 @@
 //! The steps of a run: train, evaluate now and then, keep the best, save, log, stop.
 
+use super::super::processes::on_first;
 use super::options::Options;
 use super::output::{self, ADAPTER, BEST, STATE, TABLE, TENSORBOARD};
 use crate::lora::{save_adapter, LoraConfig};
 use crate::nn::Mode;
 use crate::sam::SamModel;
 use crate::train::{
-    best_evaluation, evaluations_since_best, EventFile, MetricsCsv, Scores, StepMetrics, Trainer,
+    best_evaluation, evaluations_since_best, Communicator, EventFile, MetricsCsv, Scores,
+    StepMetrics, Trainer,
 };
 use crate::Result;
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
 use candle_core::Tensor;
 use indicatif::ProgressBar;
 
@@ -23,6 +25,8 @@ pub struct Run<'a> {
     pub lora: &'a LoraConfig,
     /// Steps between two evaluations.
     pub eval_steps: Option<u64>,
+    /// Who trains together; the first writes.
+    pub processes: &'a dyn Communicator,
 }
 
 impl Run<'_> {
@@ -35,17 +39,23 @@ impl Run<'_> {
     ) -> anyhow::Result<()> {
         let (options, state) = (self.options, self.options.output.join(STATE));
         let console = options.console;
+        // Before anything is written.
+        trainer.agree()?;
         if options.resume {
             if let Some(damage) = trainer.resume(&state)? {
                 console.note(format!("{damage}; taking the state before it"));
             }
-            output::begin(options)?;
+            self.on_first(|| Ok(output::begin(options)?))?;
             console.note(format!("going on after step {}", trainer.steps()));
         } else {
-            output::begin(options)?;
+            self.on_first(|| Ok(output::begin(options)?))?;
             trainer.save(&state)?;
         }
-        let mut log = Log::open(options, trainer.steps())?;
+        let mut log = None;
+        self.on_first(|| {
+            log = Some(Log::open(options, trainer.steps())?);
+            Ok(())
+        })?;
         let bar = progress_bar(options, trainer.steps());
         while trainer.steps() < options.steps && !self.impatient(trainer) {
             let made = match trainer.step(&loss) {
@@ -59,10 +69,15 @@ impl Run<'_> {
                 trainer.note(scores);
                 if best_evaluation(trainer.evaluations()).is_some_and(|best| best.step == made.step)
                 {
-                    save_adapter(self.sam, self.lora, options.output.join(BEST))?;
+                    self.on_first(|| {
+                        Ok(save_adapter(self.sam, self.lora, options.output.join(BEST))?)
+                    })?;
                 }
             }
-            log.note(&made, scores.as_ref())?;
+            self.on_first(|| match &mut log {
+                Some(log) => Ok(log.note(&made, scores.as_ref())?),
+                None => Ok(()),
+            })?;
             let saved = made.step.is_multiple_of(options.save_every) || last;
             if saved || self.impatient(trainer) {
                 trainer.save(&state)?;
@@ -96,6 +111,10 @@ impl Run<'_> {
         Ok(())
     }
 
+    fn on_first(&self, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+        on_first(self.processes, work)
+    }
+
     /// Whether the evaluations have been no better for long enough.
     fn impatient(&self, trainer: &Trainer) -> bool {
         self.options.patience.is_some_and(|patience| {
@@ -111,8 +130,10 @@ impl Run<'_> {
         error: candle_core::Error,
     ) -> anyhow::Result<anyhow::Error> {
         let output = &self.options.output;
-        trainer.roll_back(output.join(STATE))?;
-        save_adapter(self.sam, self.lora, output.join(ADAPTER))?;
+        if let Err(other) = trainer.roll_back(output.join(STATE)) {
+            bail!("{error}\nand the state before it could not be read: {other}")
+        }
+        self.on_first(|| Ok(save_adapter(self.sam, self.lora, output.join(ADAPTER))?))?;
         Ok(anyhow!(
             "{error}\nkept in {}: the adapter as it was after step {}, in {ADAPTER}/{}",
             output.display(),

@@ -1,0 +1,68 @@
+//! The processes of a job that mpirun or a scheduler has started, or this one alone.
+
+use crate::train::{Alone, Communicator};
+use anyhow::anyhow;
+use std::io::{stderr, Write};
+use std::sync::Arc;
+
+/// How long processes wait for each other
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct Processes {
+    /// Seconds after which a process that waits for another one ends the job; more than the slowest part of a step and
+    /// the slowest image of an evaluation
+    #[arg(long, default_value_t = 1800, value_name = "SECONDS")]
+    wait: u64,
+}
+
+impl Processes {
+    /// Joins the job that started this process, or stays alone.
+    pub fn join(self) -> anyhow::Result<Arc<dyn Communicator>> {
+        // OpenMPI and PMIx; MPICH, Intel MPI and Slurm's PMI-2.
+        let sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].map(|name| std::env::var(name).ok());
+        let in_job = sizes.iter().any(Option::is_some) || std::env::var_os("PMIX_RANK").is_some();
+        if !in_job {
+            return Ok(Arc::new(Alone));
+        }
+        #[cfg(feature = "mpi")]
+        return Ok(Arc::new(crate::train::Mpi::initialize(std::time::Duration::from_secs(
+            self.wait,
+        ))?));
+        #[cfg(not(feature = "mpi"))]
+        match sizes.into_iter().flatten().find(|size| size != "1") {
+            Some(size) => anyhow::bail!(
+                "one of {size} processes, but this program was built without the feature mpi: each would do all the \
+                 work; build it with --features cli,mpi"
+            ),
+            None => Ok(Arc::new(Alone)),
+        }
+    }
+}
+
+/// Does what only the first process does; its error is the error of all.
+pub fn on_first(
+    communicator: &dyn Communicator,
+    work: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let own = if communicator.rank() == 0 { work() } else { Ok(()) };
+    crate::train::together(communicator, own, |()| vec![]).map(|_| ())
+}
+
+/// The result of this process. An error that names a rank is an error of all: the first process tells it. With an
+/// error of its own, a process ends the others.
+pub fn ended<T>(communicator: &dyn Communicator, result: anyhow::Result<T>) -> anyhow::Result<T> {
+    let rank = communicator.rank();
+    result.map_err(|error| match communicator.size() {
+        1 => error,
+        _ if !error.to_string().starts_with("rank ") => {
+            let _ = writeln!(stderr(), "error: rank {rank}: {error}");
+            communicator.abort(1)
+        }
+        _ if rank == 0 => error,
+        _ => anyhow!(Told),
+    })
+}
+
+/// The error of a process whose message another one prints.
+#[derive(Debug, thiserror::Error)]
+#[error("told by the first process")]
+pub struct Told;

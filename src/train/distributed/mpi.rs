@@ -1,0 +1,170 @@
+//! Processes that MPI has started: by `mpirun`, Slurm or Kubernetes.
+
+use super::Communicator;
+use crate::{Error, Result};
+use mpi::environment::Universe;
+use mpi::request::{LocalScope, Request};
+use mpi::topology::SimpleCommunicator;
+use mpi::traits::{Communicator as _, Destination, Source};
+use mpi::Threading;
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Bytes of a message at most; MPI counts elements in 32 bits with a sign.
+const MESSAGE: usize = 1 << 30;
+/// How long an exchange polls without sleeping.
+const SPIN: Duration = Duration::from_micros(200);
+const NAP: Duration = Duration::from_micros(100);
+/// The exit status of a job that a lost rank has ended.
+const LOST: i32 = 75;
+
+/// The processes of one MPI job.
+pub struct Mpi {
+    rank: usize,
+    size: usize,
+    /// How long the other ranks may take to come to an exchange.
+    patience: Duration,
+    /// Ends MPI when dropped. One exchange at a time.
+    universe: Mutex<Universe>,
+}
+
+impl std::fmt::Debug for Mpi {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Mpi {{ rank: {}, size: {}, patience: {:?} }}",
+            self.rank, self.size, self.patience
+        )
+    }
+}
+
+impl Mpi {
+    /// Joins the job that started this process; alone if none did.
+    ///
+    /// `patience` is how long a rank waits in an exchange for the others. It must be longer than the slowest part of a step
+    /// and the slowest evaluation. MPI cannot take back a message, so when it has passed the job is aborted: one line to
+    /// stderr says which ranks did not come.
+    ///
+    /// # Errors
+    /// - MPI was initialized before;
+    /// - the MPI library does not take calls from threads in turns.
+    pub fn initialize(patience: Duration) -> Result<Self> {
+        let Some((universe, threading)) = mpi::initialize_with_threading(Threading::Serialized)
+        else {
+            return Err(Error::config("MPI is initialized already"));
+        };
+        if threading < Threading::Serialized {
+            let message = format!("this MPI library has thread support {threading:?} only");
+            return Err(Error::config(message));
+        }
+        let world = universe.world();
+        let (rank, size) = (world.rank() as usize, world.size() as usize);
+        Ok(Self { rank, size, patience, universe: Mutex::new(universe) })
+    }
+
+    /// Sends to each rank and receives from each; `received` has the right lengths.
+    fn exchange(&self, sent: &[&[u8]], received: &mut [Vec<u8>]) {
+        // Two threads' exchanges would take each other's messages.
+        let universe = self.universe.lock().unwrap_or_else(PoisonError::into_inner);
+        let world = universe.world();
+        mpi::request::scope(|scope| {
+            let mut requests = vec![];
+            for (rank, buffer) in received.iter_mut().enumerate() {
+                if rank == self.rank {
+                    buffer.copy_from_slice(sent[rank]);
+                    continue;
+                }
+                let peer = world.process_at_rank(rank as i32);
+                for message in buffer.chunks_mut(MESSAGE) {
+                    requests.push((rank, peer.immediate_receive_into(scope, message)));
+                }
+            }
+            for (rank, bytes) in sent.iter().enumerate().filter(|(rank, _)| *rank != self.rank) {
+                let peer = world.process_at_rank(rank as i32);
+                for message in bytes.chunks(MESSAGE) {
+                    requests.push((rank, peer.immediate_send(scope, message)));
+                }
+            }
+            self.complete(&world, requests);
+        });
+    }
+
+    /// Polls until all are done, or aborts the job.
+    fn complete<'a>(
+        &self,
+        world: &SimpleCommunicator,
+        mut requests: Vec<(usize, Request<'a, [u8], &LocalScope<'a>>)>,
+    ) {
+        let start = Instant::now();
+        loop {
+            requests = requests
+                .into_iter()
+                .filter_map(|(rank, request)| request.test().err().map(|request| (rank, request)))
+                .collect();
+            let waited = start.elapsed();
+            if requests.is_empty() {
+                return;
+            }
+            if waited > self.patience {
+                let missing: BTreeSet<_> =
+                    requests.iter().map(|(rank, _)| rank.to_string()).collect();
+                eprintln!(
+                    "error: rank {} of {} waited {:.0} s for rank {}, which did not come; the job ends",
+                    self.rank,
+                    self.size,
+                    waited.as_secs_f64(),
+                    missing.into_iter().collect::<Vec<_>>().join(", ")
+                );
+                world.abort(LOST)
+            }
+            if waited > SPIN {
+                std::thread::sleep(NAP);
+            }
+        }
+    }
+}
+
+impl Communicator for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn all_gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.all_to_all(&vec![own; self.size])
+    }
+
+    fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
+        if pieces.len() != self.size {
+            let message = format!("{} pieces for {} ranks", pieces.len(), self.size);
+            return Err(Error::config(message));
+        }
+        let lengths: Vec<_> =
+            pieces.iter().map(|piece| (piece.len() as u64).to_ne_bytes()).collect();
+        let lengths: Vec<&[u8]> = lengths.iter().map(|length| length.as_slice()).collect();
+        let mut received = vec![vec![0; size_of::<u64>()]; self.size];
+        self.exchange(&lengths, &mut received);
+        let mut buffers = vec![];
+        for (rank, length) in received.iter().enumerate() {
+            let length = length.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+            let mut buffer = vec![];
+            if buffer.try_reserve_exact(length as usize).is_err() {
+                let message = format!("sends {length} bytes, more than there is memory here");
+                return Err(Error::Rank { rank, message });
+            }
+            buffer.resize(length as usize, 0);
+            buffers.push(buffer);
+        }
+        self.exchange(pieces, &mut buffers);
+        Ok(buffers)
+    }
+
+    fn abort(&self, status: i32) -> ! {
+        // Not by the universe, which an exchange that hangs may hold.
+        SimpleCommunicator::world().abort(status)
+    }
+}
