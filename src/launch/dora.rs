@@ -4,6 +4,8 @@ use super::bindings::{
     device_ptr, DoraNormParams, DORA_NORM_RANK, DORA_NORM_ROWS, DORA_NORM_SHARED_BYTES,
     DORA_NORM_THREADS,
 };
+use super::plan::Plan;
+use super::slots::{input, output};
 use super::Launch;
 use candle_core::{bail, DType, Result};
 
@@ -23,18 +25,35 @@ pub struct DoraNorm {
     pub scaling: f32,
 }
 
-/// `norm [out_dim]`, f32, of `weight [out_dim, in_dim]` of `dtype`, and `a [rank, in_dim]`, `b [out_dim, rank]`, f32.
+/// The addresses of the operands.
+#[derive(Clone, Copy, Debug)]
+pub struct Operands {
+    /// `[out_dim, in_dim]`
+    pub weight: device_ptr,
+    /// `[rank, in_dim]`, f32
+    pub a: device_ptr,
+    /// `[out_dim, rank]`, f32
+    pub b: device_ptr,
+    /// Output `[out_dim]`, f32.
+    pub norm: device_ptr,
+}
+
+/// The plan of [`norm`]: inputs weight, a, b; output norm.
+///
+/// # Errors
+/// As [`norm`].
+pub fn plan(problem: &DoraNorm, dtype: DType) -> Result<Plan> {
+    let [weight, a, b] = [0, 1, 2].map(input);
+    let launch = norm(problem, dtype, &Operands { weight, a, b, norm: output(0) })?;
+    Ok(Plan { steps: vec![launch], ..Default::default() })
+}
+
+/// The norms of a weight of `dtype`.
 ///
 /// # Errors
 /// On other dtypes than f32, f16 and bf16, on ranks above 256, and on shapes that no grid covers.
-pub fn norm(
-    problem: &DoraNorm,
-    dtype: DType,
-    weight: device_ptr,
-    a: device_ptr,
-    b: device_ptr,
-    norm: device_ptr,
-) -> Result<Launch> {
+pub fn norm(problem: &DoraNorm, dtype: DType, operands: &Operands) -> Result<Launch> {
+    let &Operands { weight, a, b, norm } = operands;
     let &DoraNorm { out_dim, in_dim, rank, scaling } = problem;
     if rank > MOST_RANK || out_dim.max(in_dim) > u32::MAX as usize {
         bail!("dora_norm: the kernel takes ranks up to {DORA_NORM_RANK}, got {rank} of [{out_dim}, {in_dim}]")
@@ -61,9 +80,10 @@ mod tests {
     #[test]
     fn every_row_has_a_block_and_high_ranks_are_refused() -> Result<()> {
         let problem = DoraNorm { out_dim: 17, in_dim: 5, rank: 256, scaling: 1.0 };
-        let launch = norm(&problem, DType::BF16, 1, 2, 3, 4)?;
+        let operands = Operands { weight: 1, a: 2, b: 3, norm: 4 };
+        let launch = norm(&problem, DType::BF16, &operands)?;
         assert_eq!((launch.kernel.as_str(), launch.grid), ("dora_norm_bf16", [3, 1, 1]));
-        let message = norm(&DoraNorm { rank: 257, ..problem }, DType::F32, 1, 2, 3, 4).unwrap_err();
+        let message = norm(&DoraNorm { rank: 257, ..problem }, DType::F32, &operands).unwrap_err();
         assert!(message.to_string().contains("257"), "{message}");
         Ok(())
     }

@@ -1,21 +1,11 @@
-//! Dropout masks on the device: `kernels/common/philox.cuh`, and dropout on its own, `kernels/dropout/dropout.cu`.
+//! Dropout on its own: `kernels/dropout/dropout.cu`, with the masks of `kernels/common/philox.cuh`.
 
-use super::bindings::{device_ptr, DropoutMask, DropoutParams, DROPOUT_THREADS};
+use super::bindings::{device_ptr, DropoutParams, DROPOUT_THREADS};
+use super::plan::Plan;
+use super::slots::{self, input, mask, output};
 use super::{narrow, Launch};
 use crate::philox::Dropout;
 use candle_core::{DType, Result};
-
-/// A mask as kernels take it; none keeps everything.
-pub(super) fn mask(dropout: Option<Dropout>) -> DropoutMask {
-    let Some(dropout) = dropout else { return DropoutMask { scale: 1.0, ..Default::default() } };
-    DropoutMask {
-        seed_low: dropout.seed as u32,
-        seed_high: (dropout.seed >> 32) as u32,
-        stream: dropout.stream,
-        threshold: dropout.threshold(),
-        scale: dropout.scale(),
-    }
-}
 
 /// `y = x * mask` for `x [rows, cols]`; of the output's gradient, it makes the input's.
 ///
@@ -33,4 +23,13 @@ pub fn forward(
     let params = DropoutParams { x, y, rows, cols, mask: mask(Some(dropout)) };
     let grid = [(rows * groups).div_ceil(u64::from(DROPOUT_THREADS)), 1, 1];
     Launch::new("dropout", dtype, grid, DROPOUT_THREADS, &params)
+}
+
+/// The plan of [`forward`]: an input, an output and a dropout.
+///
+/// # Errors
+/// As [`forward`].
+pub fn plan(shape: (usize, usize), dtype: DType) -> Result<Plan> {
+    let launch = forward(shape, slots::dropout(0), dtype, input(0), output(0))?;
+    Ok(Plan { steps: vec![launch], ..Default::default() })
 }

@@ -5,8 +5,12 @@ use super::bindings::{
     LAYER_NORM_COLUMN_ROWS, LAYER_NORM_COLUMN_SHARED_BYTES, LAYER_NORM_COLUMN_WARPS,
     LAYER_NORM_THREADS,
 };
+use super::cache::Plans;
+use super::plan::Plan;
+use super::slots::{input, output, WORKSPACE};
 use super::{narrow, sum_partials, Launch, LayerNormProblem};
 use candle_core::{DType, Result};
+use std::sync::{Arc, LazyLock};
 
 const OP: &str = LayerNormProblem::OP;
 const WARP: u32 = 32;
@@ -21,18 +25,74 @@ fn row_blocks(problem: &LayerNormProblem) -> u64 {
     (problem.rows as u64).div_ceil(u64::from(LAYER_NORM_COLUMN_ROWS))
 }
 
-/// `y` of `x [rows, size]`, `weight [size]`, `bias [size]`, all of `dtype`.
+/// A pass, and what it makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// Inputs x, weight, bias; output y.
+    Forward,
+    /// Inputs x, weight, the gradient of y; output dx, and, if they are trained, those of weight and bias.
+    Backward {
+        /// Whether weight and bias are.
+        trained: bool,
+    },
+}
+
+type Key = (LayerNormProblem, Pass, DType);
+
+/// The launches of a pass over operands of one dtype.
 ///
 /// # Errors
 /// On other dtypes than f32, f16 and bf16, and on shapes that no grid covers.
+pub fn plan(problem: &LayerNormProblem, pass: Pass, dtype: DType) -> Result<Arc<Plan>> {
+    static PLANS: LazyLock<Plans<Key>> = LazyLock::new(Plans::default);
+    PLANS.get_or(&(*problem, pass, dtype), make)
+}
+
+fn make(&(ref problem, pass, dtype): &Key) -> Result<Arc<Plan>> {
+    let [x, weight, third] = [0, 1, 2].map(input);
+    let [first, dweight, dbias] = [0, 1, 2].map(output);
+    let steps = match pass {
+        Pass::Forward => {
+            let operands = ForwardOperands { x, weight, bias: third, y: first };
+            vec![forward(problem, dtype, &operands)?]
+        }
+        Pass::Backward { trained } => {
+            let trained =
+                trained.then_some(TrainedOperands { dweight, dbias, workspace: WORKSPACE });
+            let operands = BackwardOperands { x, weight, dy: third, dx: first, trained };
+            backward(problem, dtype, &operands)?
+        }
+    };
+    let workspace_bytes = match pass {
+        Pass::Backward { trained: true } => workspace_bytes(problem),
+        _ => 0,
+    };
+    Ok(Arc::new(Plan { steps, workspace_bytes, saved: 0 }))
+}
+
+/// The addresses of the forward's operands, all of one dtype.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardOperands {
+    /// `[rows, size]`
+    pub x: device_ptr,
+    /// `[size]`
+    pub weight: device_ptr,
+    /// `[size]`
+    pub bias: device_ptr,
+    /// Output `[rows, size]`.
+    pub y: device_ptr,
+}
+
+/// The forward.
+///
+/// # Errors
+/// As [`plan`].
 pub fn forward(
     problem: &LayerNormProblem,
     dtype: DType,
-    x: device_ptr,
-    weight: device_ptr,
-    bias: device_ptr,
-    y: device_ptr,
+    operands: &ForwardOperands,
 ) -> Result<Launch> {
+    let &ForwardOperands { x, weight, bias, y } = operands;
     let params = LayerNormFwdParams {
         x,
         weight,
@@ -125,7 +185,7 @@ mod tests {
     fn every_row_has_a_warp() -> Result<()> {
         for rows in [1, 3, 4, 5, 4096] {
             let problem = LayerNormProblem { rows, ..PROBLEM };
-            let launch = forward(&problem, DType::F16, 1, 2, 3, 4)?;
+            let launch = &plan(&problem, Pass::Forward, DType::F16)?.steps[0];
             assert_eq!(launch.kernel, "layer_norm_fwd_f16");
             let warps = launch.grid[0] * launch.block[0] / 32;
             assert!((rows..rows + 4).contains(&(warps as usize)), "{rows} rows, {warps} warps");

@@ -78,7 +78,8 @@ fn layer_norm_of(dtype: DType, device: &Device) -> Result<()> {
     let outputs = in_every_mode("layer_norm", |device| {
         let y = Memory::for_elements(rows * size, dtype);
         let [x, weight, bias] = [&from_x, &from_weight, &from_bias].map(Memory::address);
-        let launch = layer_norm::forward(&problem, dtype, x, weight, bias, y.address())?;
+        let operands = layer_norm::ForwardOperands { x, weight, bias, y: y.address() };
+        let launch = layer_norm::forward(&problem, dtype, &operands)?;
         launch_all(device, &[launch])?;
         Ok(vec![y])
     });

@@ -3,7 +3,7 @@
 use crate::common::{error, random, values, Worst};
 use crate::device::{in_every_mode, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result};
-use candle_sam_lora::launch::dora::{self, DoraNorm};
+use candle_sam_lora::launch::dora::{self, DoraNorm, Operands};
 
 const SMALLEST: DoraNorm = DoraNorm { out_dim: 1, in_dim: 1, rank: 1, scaling: 0.7 };
 const CASES: [DoraNorm; 6] = [
@@ -28,7 +28,9 @@ fn norm() -> Result<()> {
             let [weight_at, a_at, b_at] = memories.each_ref().map(Memory::address);
             let outputs = in_every_mode(&name, |device| {
                 let norm = Memory::for_elements(out_dim, DType::F32);
-                let launch = dora::norm(&problem, dtype, weight_at, a_at, b_at, norm.address())?;
+                let operands =
+                    Operands { weight: weight_at, a: a_at, b: b_at, norm: norm.address() };
+                let launch = dora::norm(&problem, dtype, &operands)?;
                 launch_all(device, &[launch])?;
                 Ok(vec![norm])
             });

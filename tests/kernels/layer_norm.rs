@@ -3,7 +3,9 @@
 use crate::common::{error, gradients, random, values, Worst};
 use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::layer_norm::{self, BackwardOperands, TrainedOperands};
+use candle_sam_lora::launch::layer_norm::{
+    self, BackwardOperands, ForwardOperands, TrainedOperands,
+};
 use candle_sam_lora::launch::LayerNormProblem;
 use candle_sam_lora::testing::{composed, reference};
 
@@ -75,8 +77,8 @@ fn forward() -> Result<()> {
         let outputs = in_every_mode(&case.name, |device| {
             let y = Memory::for_elements(case.offset + case.x.elem_count(), case.dtype);
             let [x, weight, bias] = [&x, &weight, &bias].map(|memory| at(memory, &case));
-            let launch =
-                layer_norm::forward(&case.problem, case.dtype, x, weight, bias, at(&y, &case))?;
+            let operands = ForwardOperands { x, weight, bias, y: at(&y, &case) };
+            let launch = layer_norm::forward(&case.problem, case.dtype, &operands)?;
             launch_all(device, &[launch])?;
             Ok(vec![y])
         });
