@@ -68,11 +68,10 @@ fn steps(plan: Arc<Plan>) -> Vec<Launch> {
 /// What works on rows: LayerNorm, dropout, DoRA's norms.
 fn rows(dtype: DType) -> Result<Vec<Launch>> {
     let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
-    let trained = Some(layer_norm::TrainedOperands { dweight: AT, dbias: AT, workspace: AT });
-    let operands = layer_norm::BackwardOperands { x: AT, weight: AT, dy: AT, dx: AT, trained };
-    let mut launches = layer_norm::backward(&problem, dtype, &operands)?;
-    launches.extend(steps(layer_norm::plan(&problem, layer_norm::Pass::Forward, dtype)?));
-    launches.push(dropout::forward((4096, 768), DROPOUT, dtype, AT, AT)?);
+    let norm = |pass| layer_norm::plan(&problem, pass, dtype).map(steps);
+    let mut launches = norm(layer_norm::Pass::Backward { trained: true })?;
+    launches.extend(norm(layer_norm::Pass::Forward)?);
+    launches.extend(dropout::plan((4096, 768), dtype)?.steps);
     let norm = dora::DoraNorm { out_dim: 768, in_dim: 768, rank: 16, scaling: 1.0 };
     launches.extend(dora::plan(&norm, dtype)?.steps);
     Ok(launches)

@@ -38,7 +38,7 @@ use candle_core::{bail, DType, Result};
 use tensor_map::TensorMap;
 
 /// A kernel's launch, as plain data.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Launch {
     /// The kernel's name.
     pub kernel: String,
@@ -77,20 +77,8 @@ impl Launch {
             bail!("{kernel}: a grid of {x} x {y} x {z} blocks is empty or more than a device takes")
         }
         let params = bytemuck::bytes_of(params).to_vec();
-        let grid = grid.map(|blocks| blocks as u32);
-        let (block, tensor_maps) = ([threads, 1, 1], Vec::new());
-        let (shared_bytes, cluster, begins_early) = (0, 1, false);
-        Ok(Self {
-            kernel,
-            grid,
-            block,
-            shared_bytes,
-            cluster,
-            params,
-            slots: P::SLOTS,
-            tensor_maps,
-            begins_early,
-        })
+        let (grid, block) = (grid.map(|blocks| blocks as u32), [threads, 1, 1]);
+        Ok(Self { kernel, grid, block, params, slots: P::SLOTS, cluster: 1, ..Self::default() })
     }
 }
 
