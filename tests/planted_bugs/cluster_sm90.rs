@@ -29,9 +29,9 @@ fn run(device: &Device, cluster: u32) -> Result<f64> {
     let map = TensorMap {
         address: input.address(),
         element: Element::Bits32,
-        dims: vec![32, 16 * STEPS as u32],
-        strides: vec![4 * 32],
-        tile: vec![32, 8],
+        dims: [32, 16 * STEPS as u32].into(),
+        strides: [4 * 32].into(),
+        tile: [32, 8].into(),
         swizzle: Swizzle::None,
     };
     let out = Memory::for_elements(2 * 16 * 32, DType::F32);

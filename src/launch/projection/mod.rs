@@ -126,20 +126,16 @@ impl Key {
                 Ok(Plan { steps, workspace_bytes: 0, saved })
             }
             Pass::Backward { dx, parameters } => {
-                let low_rank = present(saved > 0, input(2));
-                let sum = present(activation != Activation::Identity, input(3));
-                let (dout, workspace) = (input(4), WORKSPACE);
-                let (dx, dsmall) = (present(dx, output(0)), present(parameters, output(1)));
                 let operands = BackwardOperands {
                     x,
                     weights,
                     small,
-                    low_rank,
-                    sum,
-                    dout,
-                    dx,
-                    dsmall,
-                    workspace,
+                    low_rank: present(saved > 0, input(2)),
+                    sum: present(activation != Activation::Identity, input(3)),
+                    dout: input(4),
+                    dx: present(dx, output(0)),
+                    dsmall: present(parameters, output(1)),
+                    workspace: WORKSPACE,
                 };
                 let steps = backward_of(problem, dtype, &operands, gpu)?;
                 Ok(Plan { steps, workspace_bytes: workspace_bytes(problem, dtype), saved: 0 })

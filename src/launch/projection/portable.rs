@@ -17,7 +17,7 @@ use std::ops::Range;
 pub use crate::problem::{Activation, LoraProblem, ProjectionProblem, SmallLayout};
 
 /// Up to three projections of one input `[rows, in_dim]` into packed columns, all operands contiguous.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Problem<'a> {
     /// Rows of the input: all dimensions but the last.
     pub rows: usize,

@@ -124,7 +124,7 @@ mod tests {
             // Of the weights' depth, each block of a cluster of two loads half.
             let (cluster, grid, depth) = if tile.cluster == 2 { (2, 4, 32) } else { (1, 5, 64) };
             assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
-            let [g, weight] = [0, 1].map(|map| dx.tensor_maps[map].1.tile.as_slice());
+            let [g, weight] = [0, 1].map(|map| &dx.tensor_maps[map].1.tile[..]);
             assert_eq!((g, weight), (&[64, 128][..], &[64, depth][..]));
             assert_eq!(dx.tensor_maps.len(), 2 + 2 + 1);
             let end = |(start, _): &(usize, TensorMap)| start + 128;

@@ -215,7 +215,7 @@ mod tests {
         assert!(out.tensor_maps.iter().map(end).max() <= Some(out.params.len()));
         // k begins 192 columns into the weight's rows' outputs, in a map of its own.
         let (_, k) = &out.tensor_maps[5];
-        assert_eq!((k.address, k.dims.as_slice()), (768, &[64, 192][..]));
+        assert_eq!((k.address, &k.dims[..]), (768, &[64, 192][..]));
 
         // A cluster of two loads the weights, and b, in halves, and is there as a whole.
         let tile = &Pass::Forward.tiles()[1];
