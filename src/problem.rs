@@ -1,9 +1,10 @@
 //! The shapes of an operation's work, checked and free of tensors: what the CPU path, and any other, computes from.
 
 use crate::philox::Dropout;
+use std::hash::{Hash, Hasher};
 
 /// LayerNorm of `rows` rows.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerNormProblem {
     /// Rows: all dimensions but the last.
     pub rows: usize,
@@ -19,7 +20,7 @@ impl LayerNormProblem {
 }
 
 /// Attention over `batch` grids of `h x w` tokens, in windows of `side_h x side_w` (the grid itself if global).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionProblem {
     /// Images.
     pub batch: usize,
@@ -123,7 +124,7 @@ impl MultiHeadProblem {
 }
 
 /// The low-rank part of one projection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoraProblem {
     /// Rows of A.
     pub rank: usize,
@@ -136,7 +137,7 @@ pub struct LoraProblem {
 }
 
 /// An elementwise function without parameters.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `x`
     #[default]
@@ -179,7 +180,7 @@ impl Activation {
 }
 
 /// One of the projections that share an input.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProjectionProblem {
     /// Width of the output.
     pub out_dim: usize,
@@ -202,6 +203,23 @@ impl ProjectionProblem {
             _ => Self::QKV,
         }
     }
+}
+
+/// Problems are keys of caches: their factors are finite, and no part of the hash.
+macro_rules! key {
+    ($($problem:ident { $($size:ident),+ })+) => {$(
+        impl Eq for $problem {}
+        impl Hash for $problem {
+            fn hash<H: Hasher>(&self, state: &mut H) {
+                ($(self.$size,)+).hash(state);
+            }
+        }
+    )+};
+}
+key! {
+    LayerNormProblem { rows, size }
+    AttentionProblem { batch, h, w, num_heads, head_dim, side_h, side_w, rel_pos }
+    LoraProblem { rank, bias }
 }
 
 /// Where the small tensors of one projection lie in the flat vector that holds those of all.

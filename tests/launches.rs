@@ -8,11 +8,12 @@ mod family;
 mod files;
 
 use candle_core::{DType, Error, Result};
+use candle_sam_lora::launch::plan::Plan;
 use candle_sam_lora::launch::projection::sm90::tiles::Pass;
 use candle_sam_lora::launch::projection::tiles::{Tile, TILES};
 use candle_sam_lora::launch::projection::{
     self, Activation, BackwardOperands, ForwardOperands, LoraProblem, Problem, ProjectionProblem,
-    Small, SmallTensor,
+    Small,
 };
 use candle_sam_lora::launch::rel_pos_attention as attention;
 use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_sm90;
@@ -24,6 +25,7 @@ use candle_sam_lora::launch::{
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The address of every operand: nothing is run here.
 const AT: u64 = 1 << 20;
@@ -59,16 +61,19 @@ fn launches(dtype: DType) -> Result<Vec<Launch>> {
     Ok(launches)
 }
 
+fn steps(plan: Arc<Plan>) -> Vec<Launch> {
+    plan.steps.clone()
+}
+
 /// What works on rows: LayerNorm, dropout, DoRA's norms.
 fn rows(dtype: DType) -> Result<Vec<Launch>> {
     let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
-    let trained = Some(layer_norm::TrainedOperands { dweight: AT, dbias: AT, workspace: AT });
-    let operands = layer_norm::BackwardOperands { x: AT, weight: AT, dy: AT, dx: AT, trained };
-    let mut launches = layer_norm::backward(&problem, dtype, &operands)?;
-    launches.push(layer_norm::forward(&problem, dtype, AT, AT, AT, AT)?);
-    launches.push(dropout::forward((4096, 768), DROPOUT, dtype, AT, AT)?);
+    let norm = |pass| layer_norm::plan(&problem, pass, dtype).map(steps);
+    let mut launches = norm(layer_norm::Pass::Backward { trained: true })?;
+    launches.extend(norm(layer_norm::Pass::Forward)?);
+    launches.extend(dropout::plan((4096, 768), dtype)?.steps);
     let norm = dora::DoraNorm { out_dim: 768, in_dim: 768, rank: 16, scaling: 1.0 };
-    launches.push(dora::norm(&norm, dtype, AT, AT, AT, AT)?);
+    launches.extend(dora::plan(&norm, dtype)?.steps);
     Ok(launches)
 }
 
@@ -165,32 +170,22 @@ fn frozen_layer(window: usize, rank: Option<usize>, gpu: Gpu) -> Result<Vec<Stri
         let part = |&out_dim: &usize| ProjectionProblem { out_dim, bias: true, lora };
         let projections: Vec<_> = outs.iter().map(part).collect();
         let problem = Problem { rows: 4096, in_dim, projections: &projections, activation };
-        let small = vec![SmallTensor { at: AT, typed: true }; 3 * outs.len()];
-        let operands = ForwardOperands {
-            x: AT,
-            weights: &vec![AT; outs.len()],
-            small: Small::Separate(&small),
-            residual: AT,
-            out: AT,
-            low_rank: AT,
-            sum: 0,
-        };
-        let plan = projection::plan(problem, DTYPE, &gpu);
-        plan.expect("kernels cover it").forward(&operands)
+        let in_place = vec![true; 3 * outs.len()];
+        let pass = projection::Pass::Forward { residual: true, sum: false };
+        projection::plan(&problem, pass, Some(&in_place), DTYPE, &gpu).map(steps)
     };
     let norm = || {
         let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
-        layer_norm::forward(&problem, DTYPE, AT, AT, AT, AT)
+        layer_norm::plan(&problem, layer_norm::Pass::Forward, DTYPE).map(steps)
     };
     let problem = attention_problem(64, window, 64);
-    let inputs = attention::Inputs { qkv: AT, tables: [AT; 2], pad: AT };
-    let attend = attention::plan(&problem, DTYPE, &gpu).expect("kernels cover it");
-    let attend = attend.forward(&inputs, AT, AT)?;
-    let mut launches = vec![norm()?];
+    let given = attention::Given { tables_in_place: true, pad: true };
+    let attend = attention::plan(&problem, given, attention::Pass::Forward, DTYPE, &gpu)?;
+    let mut launches = norm()?;
     launches.extend(linear(768, &[768; 3], Activation::Identity)?);
-    launches.extend(attend);
+    launches.extend(steps(attend));
     launches.extend(linear(768, &[768], Activation::Identity)?);
-    launches.push(norm()?);
+    launches.extend(norm()?);
     launches.extend(linear(768, &[3072], Activation::Gelu)?);
     launches.extend(linear(3072, &[768], Activation::Identity)?);
     Ok(launches.into_iter().map(|launch| launch.kernel).collect())

@@ -1,4 +1,4 @@
-//! Kernels on the GPU: [`run`] takes an operation's inputs, makes its outputs, and launches what
+//! Kernels on the GPU: a [`Job`] takes an operation's inputs, makes its outputs, and launches what
 //! [`crate::launch`] planned, on the stream of candle's device.
 //!
 //! No operation waits for the GPU, so all can be captured in a CUDA graph (once their kernels have been loaded by a first
@@ -21,6 +21,6 @@ pub use trust::self_test;
 pub(crate) use context::{gpu, keep_test, tested};
 pub(crate) use modules::COMPILER;
 pub(crate) use pool::keep_freed_memory;
-pub(crate) use run::{operand, run, with_tensors, Job};
+pub(crate) use run::{operand, with_storages, Job};
 pub(crate) use stream::is_capturing;
 pub(crate) use trust::{self_test_is_on, Key};

@@ -1,5 +1,6 @@
 //! The CUDA driver as a back end of [`crate::launch`]: memory and launches in the order of one stream.
 
+use super::tensor_map::encode;
 use super::{context, modules};
 use crate::launch::{device_ptr, Backend, Launch};
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -71,7 +72,7 @@ impl Backend for Stream {
         kernel.permit_shared(*shared_bytes, known.gpu.shared_bytes).map_err(failed)?;
         let mut params = params.clone();
         for (start, map) in tensor_maps {
-            let encoded = known.maps.get(map).map_err(failed)?;
+            let encoded = known.maps.get_or(map, encode).map_err(failed)?;
             params[*start..*start + encoded.len()].copy_from_slice(&encoded);
         }
         let mut attributes = attributes(launch);

@@ -983,3 +983,99 @@ const _: () = {
     ["Offset of field: SumPartialsParams::size"]
         [::std::mem::offset_of!(SumPartialsParams, size) - 24usize];
 };
+
+/// Where what a launch fills stands in a params struct: the offsets of its addresses, and of its dropout masks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slots {
+    pub addresses: &'static [usize],
+    pub masks: &'static [usize],
+}
+
+/// A kernel's params struct.
+pub trait Params: bytemuck::NoUninit {
+    const SLOTS: Slots;
+}
+
+impl Params for DropoutParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8], masks: &[28] };
+}
+impl Params for LayerNormFwdParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24], masks: &[] };
+}
+impl Params for LayerNormBwdParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32], masks: &[] };
+}
+impl Params for LayerNormBwdWeightParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24], masks: &[] };
+}
+impl Params for ProjectionParams {
+    const SLOTS: Slots = Slots {
+        addresses: &[
+            0, 8, 16, 24, 32, 64, 72, 80, 88, 96, 152, 160, 168, 176, 184, 240, 248, 256, 264, 272,
+        ],
+        masks: &[132, 220, 308],
+    };
+}
+impl Params for ProjectionFwdSm90Params {
+    const SLOTS: Slots = Slots {
+        addresses: &[
+            2432, 2440, 2448, 2456, 2464, 2496, 2504, 2512, 2520, 2528, 2584, 2592, 2600, 2608,
+            2616, 2672, 2680, 2688, 2696, 2704,
+        ],
+        masks: &[2564, 2652, 2740],
+    };
+}
+impl Params for ProjectionBwdInputSm90Params {
+    const SLOTS: Slots = Slots {
+        addresses: &[
+            896, 904, 912, 920, 928, 960, 968, 976, 984, 992, 1048, 1056, 1064, 1072, 1080, 1136,
+            1144, 1152, 1160, 1168,
+        ],
+        masks: &[1028, 1116, 1204],
+    };
+}
+impl Params for LowRankParams {
+    const SLOTS: Slots =
+        Slots { addresses: &[0, 8, 16, 80, 88, 96, 160, 168, 176], masks: &[60, 140, 220] };
+}
+impl Params for ActivationGradParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16], masks: &[] };
+}
+impl Params for BiasGradParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 32, 40, 64, 72, 96], masks: &[] };
+}
+impl Params for DoraNormParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24], masks: &[] };
+}
+impl Params for RelPosAttentionFwdParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32, 40], masks: &[84] };
+}
+impl Params for RelPosAttentionFwdSm90Params {
+    const SLOTS: Slots = Slots { addresses: &[768, 776, 784, 792, 800], masks: &[844] };
+}
+impl Params for RelPosAttentionWindowFwdParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32, 40], masks: &[92] };
+}
+impl Params for RelPosAttentionWindowBwdParams {
+    const SLOTS: Slots =
+        Slots { addresses: &[0, 8, 16, 24, 32, 40, 48, 56, 64, 72], masks: &[124] };
+}
+impl Params for RelPosAttentionBwdQueryParams {
+    const SLOTS: Slots =
+        Slots { addresses: &[0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80], masks: &[132] };
+}
+impl Params for RelPosAttentionBwdKeyParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32, 40, 48], masks: &[92] };
+}
+impl Params for RelPosAttentionBwdQuerySm90Params {
+    const SLOTS: Slots = Slots {
+        addresses: &[1024, 1032, 1040, 1048, 1056, 1064, 1072, 1080, 1088],
+        masks: &[1140],
+    };
+}
+impl Params for RelPosAttentionBwdKeySm90Params {
+    const SLOTS: Slots = Slots { addresses: &[1152], masks: &[1196] };
+}
+impl Params for SumPartialsParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8], masks: &[] };
+}

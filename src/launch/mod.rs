@@ -1,34 +1,44 @@
 //! From a problem to the launch of a kernel: its name, grid, block, shared memory and the bytes of its params struct.
 //!
 //! Nothing here needs a GPU: a [`Launch`] is plain data, made by one function per kernel from the problem's shapes and
-//! the operands' addresses. A [`Backend`] runs it: the CUDA driver, or in tests the emulator. A kernel that needs
-//! scratch memory says how much in a function of its own; sums over rows go through it, so they have a fixed order.
+//! the operands' addresses. A [`Backend`] runs it: the CUDA driver, or in tests the emulator. Sums over rows go through
+//! scratch memory, so they have a fixed order.
+//!
+//! ```text
+//! <op>::plan(problem, ..)     -> plan::Plan: launches over operand slots, made once and kept
+//! Launch::fill(operands)      -> the launch of one call, with its addresses and dropout masks
+//! Backend::launch(launch)
+//! ```
 
 // Their documentation stands in kernels/abi.h.
 #[allow(missing_docs, non_camel_case_types)]
 mod bindings;
+pub mod cache;
 pub mod dora;
 pub mod dropout;
 pub mod family;
 pub mod gpu;
 pub mod layer_norm;
+pub mod plan;
 pub mod projection;
 pub mod rel_pos_attention;
 pub mod self_test;
+pub mod slots;
 mod sum_partials;
 pub mod tensor_map;
 mod tile_table;
 pub mod tiles;
 
 pub use crate::problem::{AttentionProblem, LayerNormProblem};
-pub use bindings::device_ptr;
+pub use bindings::{device_ptr, Slots};
 pub use gpu::{Architecture, Gpu};
 
+use bindings::Params;
 use candle_core::{bail, DType, Result};
 use tensor_map::TensorMap;
 
 /// A kernel's launch, as plain data.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Launch {
     /// The kernel's name.
     pub kernel: String,
@@ -43,6 +53,8 @@ pub struct Launch {
     pub cluster: u32,
     /// The bytes of the params struct.
     pub params: Vec<u8>,
+    /// What of `params` is an operand.
+    pub slots: Slots,
     /// Tensor maps and where in `params` they stand once they are encoded.
     pub tensor_maps: Vec<(usize, TensorMap)>,
     /// Whether the kernel may begin before the one launched before it has ended (programmatic dependent launch): it then
@@ -52,7 +64,7 @@ pub struct Launch {
 
 impl Launch {
     /// The instance of `family` for `dtype`, `threads` wide, without shared memory.
-    fn new<P: bytemuck::NoUninit>(
+    fn new<P: Params>(
         family: &str,
         dtype: DType,
         grid: [u64; 3],
@@ -65,10 +77,8 @@ impl Launch {
             bail!("{kernel}: a grid of {x} x {y} x {z} blocks is empty or more than a device takes")
         }
         let params = bytemuck::bytes_of(params).to_vec();
-        let grid = grid.map(|blocks| blocks as u32);
-        let (block, tensor_maps) = ([threads, 1, 1], Vec::new());
-        let (shared_bytes, cluster, begins_early) = (0, 1, false);
-        Ok(Self { kernel, grid, block, shared_bytes, cluster, params, tensor_maps, begins_early })
+        let (grid, block) = (grid.map(|blocks| blocks as u32), [threads, 1, 1]);
+        Ok(Self { kernel, grid, block, params, slots: P::SLOTS, cluster: 1, ..Self::default() })
     }
 }
 
@@ -126,6 +136,10 @@ fn dtype_name(op: &str, dtype: DType) -> Result<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Params for u32 {
+        const SLOTS: Slots = Slots { addresses: &[], masks: &[] };
+    }
 
     #[test]
     fn a_launch_names_its_instance_and_holds_the_bytes_of_its_params() -> Result<()> {

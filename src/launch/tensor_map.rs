@@ -5,6 +5,7 @@
 
 use super::bindings::device_ptr;
 use candle_core::{bail, Result};
+use std::sync::Arc;
 
 /// The longest dimension: coordinates are signed numbers of 32 bits.
 pub const LONGEST: usize = i32::MAX as usize;
@@ -54,6 +55,7 @@ impl Swizzle {
 }
 
 /// A tensor in device memory and its tiles. Dimensions are innermost first; the first one's elements lie side by side.
+/// Copies with another address share the rest.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMap {
     /// Of the first element.
@@ -61,11 +63,11 @@ pub struct TensorMap {
     /// What the elements are.
     pub element: Element,
     /// Sizes, one to five.
-    pub dims: Vec<u32>,
+    pub dims: Arc<[u32]>,
     /// Bytes from one index to the next of each dimension but the first.
-    pub strides: Vec<u64>,
+    pub strides: Arc<[u64]>,
     /// Sizes of the tile. What of it lies outside of the tensor is read as zeros and not written.
-    pub tile: Vec<u32>,
+    pub tile: Arc<[u32]>,
     /// Of the tile in shared memory.
     pub swizzle: Swizzle,
 }
@@ -103,8 +105,8 @@ impl TensorMap {
         (rows, cols, stride): (u32, u32, u32),
         (tile_rows, tile_cols): (u32, u32),
     ) -> Result<Self> {
-        let strides = vec![u64::from(stride) * u64::from(element.bytes())];
-        let (dims, tile) = (vec![cols, rows], vec![tile_cols, tile_rows]);
+        let strides = [u64::from(stride) * u64::from(element.bytes())].into();
+        let (dims, tile) = ([cols, rows].into(), [tile_cols, tile_rows].into());
         let map = Self { address, element, dims, strides, tile, swizzle: Swizzle::None };
         map.check()?;
         Ok(map)
@@ -141,10 +143,13 @@ mod tests {
     #[test]
     fn a_matrix_is_swizzled_by_the_width_of_its_tiles() -> Result<()> {
         let map = TensorMap::matrix(256, Element::Bits16, (70, 40, 48), (128, 64))?;
-        assert_eq!((map.dims, map.strides, map.tile), (vec![40, 70], vec![96], vec![64, 128]));
+        assert_eq!(
+            (&map.dims[..], &map.strides[..], &map.tile[..]),
+            (&[40, 70][..], &[96][..], &[64, 128][..])
+        );
         assert_eq!(map.swizzle, Swizzle::Bytes128);
         let map = TensorMap::matrix(256, Element::Tf32, (70, 40, 48), (16, 16))?;
-        assert_eq!((map.swizzle, map.strides), (Swizzle::Bytes64, vec![192]));
+        assert_eq!((map.swizzle, &map.strides[..]), (Swizzle::Bytes64, &[192][..]));
         Ok(())
     }
 

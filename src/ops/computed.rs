@@ -52,23 +52,6 @@ pub(super) fn node(
     first.apply_op3(&second, &third, Computed { name, value, backward })
 }
 
-/// Calls `f` with the inputs on the GPU.
-#[cfg(feature = "cuda")]
-pub(super) fn with_cuda_storages<R>(
-    name: &'static str,
-    inputs: Inputs<'_>,
-    f: impl FnOnce([(&CudaStorage, &Layout); 3]) -> Result<R>,
-) -> Result<R> {
-    let tensors = three(inputs);
-    let guards = tensors.each_ref().map(Tensor::storage_and_layout);
-    match guards.each_ref().map(|(storage, layout)| (&**storage, *layout)) {
-        [(Storage::Cuda(a), la), (Storage::Cuda(b), lb), (Storage::Cuda(c), lc)] => {
-            f([(a, la), (b, lb), (c, lc)])
-        }
-        _ => bail!("{name}: an input left the GPU"),
-    }
-}
-
 struct Computed<F> {
     name: &'static str,
     /// The forward takes it.

@@ -70,9 +70,8 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
     let (problem, tables, pad) = attention::prepare(qkv, config)?;
     let dtype = qkv.dtype();
-    let engine = engine(qkv.device(), dtype, |gpu| {
-        launch::rel_pos_attention::plan(&problem, dtype, gpu).map(|plan| plan.family())
-    })?;
+    let engine =
+        engine(qkv.device(), dtype, |gpu| launch::rel_pos_attention::family(&problem, dtype, gpu))?;
     attention::run(qkv, config, (problem, tables, pad), engine)
 }
 
@@ -87,10 +86,8 @@ fn engine_of_projections(
         return Ok(Engine::Composed);
     }
     let problems: Vec<_> = projections.iter().map(Projection::problem).collect();
-    let problem = projection::kernel_problem(x.dims(), &problems, activation);
-    engine(x.device(), x.dtype(), |gpu| {
-        launch::projection::plan(problem, x.dtype(), gpu).map(|plan| plan.family())
-    })
+    let problem = launch::projection::Problem::of(x.dims(), &problems, activation);
+    engine(x.device(), x.dtype(), |gpu| launch::projection::family(&problem, x.dtype(), gpu))
 }
 
 /// The engine for a problem. `covered` says whether kernels of a GPU compute it, and whether a native family does.

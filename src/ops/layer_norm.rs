@@ -43,8 +43,7 @@ fn on_gpu(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor
     let parameter = |tensor: &Tensor| operand(&tensor.to_dtype(x.dtype())?);
     let (x, weight, bias) = (operand(x)?, parameter(weight)?, parameter(bias)?);
     let inputs = (&x, Some(&weight), Some(&bias));
-    let (out, shape) =
-        computed::with_cuda_storages(OP, inputs, |inputs| gpu::forward(eps, inputs))?;
+    let (out, shape) = gpu::forward(eps, computed::three(inputs))?;
     let out = (candle_core::Storage::Cuda(out), shape);
     computed::node(OP, inputs, out, move |inputs, _, grad| gpu::backward(eps, inputs, grad))
 }

@@ -15,8 +15,7 @@ use super::custom::Engine;
 use super::params;
 use super::{composed, Activation};
 #[cfg(feature = "cuda")]
-use super::{computed, custom::operand};
-use crate::launch::projection as kernels;
+use super::{computed, custom::operand, gpu::projection::Projections};
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;
 use crate::problem::ProjectionProblem;
@@ -97,8 +96,8 @@ impl Call<'_> {
         // Kernels take one dtype.
         let weights = weights.iter().map(|weight| operand(&weight.to_dtype(x.dtype())?));
         let weights = weights.collect::<Result<Vec<_>>>()?;
-        let frozen = in_place(&parameters, x.dtype())?;
-        let packed = match frozen {
+        let in_place = in_place(&parameters, x.dtype())?;
+        let packed = match in_place {
             Some(_) => None,
             None => Some(params::pack(&parameters, x.device())?),
         };
@@ -107,16 +106,12 @@ impl Call<'_> {
         let dims = x.dims().to_vec();
         let inputs = (&x, packed.as_ref(), residual.as_ref());
         let has_residual = residual.is_some();
-        let call = OnGpu { op, dims, problems, weights, frozen, activation, keep, gpu };
-        let (out, shape, saved) = computed::with_cuda_storages(op, inputs, |inputs| {
-            call.projections().forward(inputs, has_residual)
-        })?;
+        let call = Projections { op, dims, problems, activation, weights, in_place, keep, gpu };
+        let (out, shape, saved) = call.forward(computed::three(inputs), has_residual)?;
         let out = (candle_core::Storage::Cuda(out), shape);
         computed::node(op, inputs, out, move |[x, parameters, residual], _, grad| {
-            let wanted = (x.track_op(), parameters.track_op());
             let dresidual = (has_residual && residual.track_op()).then(|| grad.clone());
-            let (dx, dparameters) =
-                call.projections().backward(x, parameters, &saved, grad, wanted)?;
+            let (dx, dparameters) = call.backward([x, parameters], &saved, grad)?;
             Ok((dx, dparameters, dresidual))
         })
     }
@@ -129,46 +124,6 @@ fn in_place(parameters: &[Tensor], dtype: DType) -> Result<Option<Vec<Tensor>>> 
         (1, true) => dtype,
         _ => DType::F32,
     })
-}
-
-/// The problem as the kernels' launch code takes it.
-pub(super) fn kernel_problem<'a>(
-    x_dims: &[usize],
-    projections: &'a [ProjectionProblem],
-    activation: Activation,
-) -> kernels::Problem<'a> {
-    let in_dim = x_dims.last().copied().unwrap_or(1);
-    let rows = x_dims.iter().product::<usize>() / in_dim.max(1);
-    kernels::Problem { rows, in_dim, projections, activation }
-}
-
-/// What the backward on a GPU needs besides tensors of candle's graph.
-#[cfg(feature = "cuda")]
-struct OnGpu {
-    op: &'static str,
-    /// Of x.
-    dims: Vec<usize>,
-    problems: Vec<ProjectionProblem>,
-    weights: Vec<Tensor>,
-    /// The parameters, if kernels read them in place.
-    frozen: Option<Vec<Tensor>>,
-    activation: Activation,
-    keep: bool,
-    gpu: Gpu,
-}
-
-#[cfg(feature = "cuda")]
-impl OnGpu {
-    fn projections(&self) -> super::gpu::projection::Projections<'_> {
-        super::gpu::projection::Projections {
-            op: self.op,
-            problem: kernel_problem(&self.dims, &self.problems, self.activation),
-            weights: &self.weights,
-            separate: self.frozen.as_deref(),
-            keep: self.keep,
-            gpu: self.gpu,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -91,14 +91,10 @@ fn on_gpu(qkv: &Tensor, (problem, tables, pad): Prepared<'_>, gpu: Gpu) -> Resul
     let input = input.map(|tables| operand(&Tensor::cat(&tables, 0)?)).transpose()?;
     let pad = pad.map(operand).transpose()?;
     let inputs = (&qkv, input.as_ref(), pad.as_ref());
-    let pad = pad.is_some();
-    let attention = Attention { problem: &problem, tables: frozen.as_ref(), pad, gpu };
-    let (out, shape, lse) =
-        computed::with_cuda_storages(OP, inputs, |inputs| attention.forward(inputs))?;
+    let attention = Attention { problem, tables: frozen, pad: pad.is_some(), gpu };
+    let (out, shape, lse) = attention.forward(computed::three(inputs))?;
     let out = (candle_core::Storage::Cuda(out), shape);
     computed::node(OP, inputs, out, move |inputs, value, grad| {
-        let tables = frozen.as_ref();
-        let attention = Attention { problem: &problem, tables, pad, gpu };
         attention.backward(inputs, (value, &lse), grad)
     })
 }

@@ -15,10 +15,11 @@ use candle_sam_lora::launch::projection::{
     self, ForwardOperands, LoraProblem, ProjectionProblem, Small,
 };
 use candle_sam_lora::launch::rel_pos_attention::{self as attention, Inputs};
+use candle_sam_lora::launch::slots::Operands;
 use candle_sam_lora::launch::{layer_norm, AttentionProblem, Gpu, LayerNormProblem};
 use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
 use candle_sam_lora::philox::Dropout;
-use device::{in_every_mode, launch_all, Memory, DTYPES};
+use device::{in_every_mode, launch_all, launch_plan, Memory, DTYPES};
 use libtest_mimic::Trial;
 use std::path::Path;
 
@@ -77,9 +78,10 @@ fn layer_norm_of(dtype: DType, device: &Device) -> Result<()> {
     let problem = LayerNormProblem { rows, size, eps };
     let outputs = in_every_mode("layer_norm", |device| {
         let y = Memory::for_elements(rows * size, dtype);
-        let [x, weight, bias] = [&from_x, &from_weight, &from_bias].map(Memory::address);
-        let launch = layer_norm::forward(&problem, dtype, x, weight, bias, y.address())?;
-        launch_all(device, &[launch])?;
+        let inputs = &[&from_x, &from_weight, &from_bias].map(Memory::address);
+        let plan = layer_norm::plan(&problem, layer_norm::Pass::Forward, dtype)?;
+        let operands = Operands { inputs, outputs: &[y.address()], ..Default::default() };
+        launch_plan(device, &plan, &operands)?;
         Ok(vec![y])
     });
     let on = |t: &Tensor| t.to_device(device);

@@ -2,6 +2,8 @@
 #![allow(dead_code)]
 
 use candle_core::{bail, DType, Error, Result, Tensor};
+use candle_sam_lora::launch::plan::Plan;
+use candle_sam_lora::launch::slots::Operands;
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
 use candle_sam_lora::launch::{device_ptr, Backend, Launch};
 use candle_sam_lora_emulator::{Begun, Emulator, Launch as EmulatorLaunch, Mode, Sources};
@@ -235,6 +237,12 @@ pub fn in_modes(
         }
     }
     first.unwrap()
+}
+
+/// Launches a plan's steps with these operands.
+pub fn launch_plan(device: &Device, plan: &Plan, operands: &Operands<'_>) -> Result<()> {
+    let launches = plan.steps.iter().map(|step| step.fill(operands));
+    launch_all(device, &launches.collect::<Result<Vec<_>>>()?)
 }
 
 /// Launches one after the other; those that may begin before the one before them do, up to their wait.

@@ -1,9 +1,10 @@
 //! DoRA's norm against f64.
 
 use crate::common::{error, random, values, Worst};
-use crate::device::{in_every_mode, launch_all, Memory, DTYPES};
+use crate::device::{in_every_mode, launch_plan, Memory, DTYPES};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::dora::{self, DoraNorm};
+use candle_sam_lora::launch::slots::Operands;
 
 const SMALLEST: DoraNorm = DoraNorm { out_dim: 1, in_dim: 1, rank: 1, scaling: 0.7 };
 const CASES: [DoraNorm; 6] = [
@@ -25,11 +26,12 @@ fn norm() -> Result<()> {
             let weight = random(1, (out_dim, in_dim)).to_dtype(dtype)?;
             let (a, b) = (random(2, (rank, in_dim)), random(3, (out_dim, rank)));
             let memories = [&weight, &a, &b].map(Memory::from_tensor);
-            let [weight_at, a_at, b_at] = memories.each_ref().map(Memory::address);
+            let inputs = memories.each_ref().map(Memory::address);
             let outputs = in_every_mode(&name, |device| {
                 let norm = Memory::for_elements(out_dim, DType::F32);
-                let launch = dora::norm(&problem, dtype, weight_at, a_at, b_at, norm.address())?;
-                launch_all(device, &[launch])?;
+                let outputs = &[norm.address()];
+                let operands = Operands { inputs: &inputs, outputs, ..Default::default() };
+                launch_plan(device, &dora::plan(&problem, dtype)?, &operands)?;
                 Ok(vec![norm])
             });
             let (weight, a, b) = (values(&weight), values(&a), values(&b));

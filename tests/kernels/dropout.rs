@@ -1,9 +1,10 @@
 //! Dropout masks on the device have the bits of those on the CPU.
 
 use crate::common::{random, values};
-use crate::device::{in_every_mode, launch_all, Memory, DTYPES};
+use crate::device::{in_every_mode, launch_plan, Memory, DTYPES};
 use candle_core::Result;
 use candle_sam_lora::launch::dropout;
+use candle_sam_lora::launch::slots::Operands;
 use candle_sam_lora::philox::Dropout;
 
 #[test]
@@ -21,9 +22,13 @@ fn the_mask_is_that_of_the_cpu() -> Result<()> {
                 let case = format!("{rows} x {cols} {dtype:?} {mask:?}");
                 let outputs = in_every_mode(&case, |device| {
                     let y = Memory::for_elements(rows * cols, dtype);
-                    let launch =
-                        dropout::forward((rows, cols), mask, dtype, input.address(), y.address())?;
-                    launch_all(device, &[launch])?;
+                    let operands = Operands {
+                        inputs: &[input.address()],
+                        outputs: &[y.address()],
+                        dropouts: &[Some(mask)],
+                        ..Default::default()
+                    };
+                    launch_plan(device, &dropout::plan((rows, cols), dtype)?, &operands)?;
                     Ok(vec![y])
                 });
                 let factors = mask.mask(rows, cols);

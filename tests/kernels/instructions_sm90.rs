@@ -153,8 +153,8 @@ fn bulk_copies_fill_with_zeros_before_and_behind_a_tensor_and_leave_out_what_lie
             address,
             element,
             strides: strides.collect(),
-            dims,
-            tile: tile.to_vec(),
+            dims: dims.into(),
+            tile: tile.into(),
             swizzle,
         }
     };
@@ -261,9 +261,9 @@ fn blocks_of_a_cluster_load_for_each_other() -> Result<()> {
     let map = TensorMap {
         address: memory.address(),
         element: Element::Bits32,
-        dims: vec![32, (clusters * steps * 16) as u32],
-        strides: vec![4 * 32],
-        tile: vec![32, 8],
+        dims: [32, (clusters * steps * 16) as u32].into(),
+        strides: [4 * 32].into(),
+        tile: [32, 8].into(),
         swizzle: Swizzle::None,
     };
     let grid = [2 * clusters as u32, 1, 1];

@@ -1,9 +1,10 @@
 //! LayerNorm's kernels: values and gradients against the f64 reference, aligned or not, rows of any length.
 
 use crate::common::{error, gradients, random, values, Worst};
-use crate::device::{bound, in_every_mode, launch_all, Memory, DTYPES};
+use crate::device::{bound, in_every_mode, launch_plan, Memory, DTYPES};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::layer_norm::{self, BackwardOperands, TrainedOperands};
+use candle_sam_lora::launch::layer_norm::{self, Pass};
+use candle_sam_lora::launch::slots::Operands;
 use candle_sam_lora::launch::LayerNormProblem;
 use candle_sam_lora::testing::{composed, reference};
 
@@ -74,10 +75,10 @@ fn forward() -> Result<()> {
             [&case.x, &case.weight, &case.bias].map(|t| Memory::from_tensor_at(t, case.offset));
         let outputs = in_every_mode(&case.name, |device| {
             let y = Memory::for_elements(case.offset + case.x.elem_count(), case.dtype);
-            let [x, weight, bias] = [&x, &weight, &bias].map(|memory| at(memory, &case));
-            let launch =
-                layer_norm::forward(&case.problem, case.dtype, x, weight, bias, at(&y, &case))?;
-            launch_all(device, &[launch])?;
+            let inputs = &[&x, &weight, &bias].map(|memory| at(memory, &case));
+            let operands = Operands { inputs, outputs: &[at(&y, &case)], ..Default::default() };
+            let plan = layer_norm::plan(&case.problem, Pass::Forward, case.dtype)?;
+            launch_plan(device, &plan, &operands)?;
             Ok(vec![y])
         });
         let expected = reference::layer_norm(
@@ -146,31 +147,29 @@ fn backward() -> Result<()> {
         let count = case.x.elem_count();
         let [x, weight, dy] =
             [&case.x, &case.weight, &case.dy].map(|t| Memory::from_tensor_at(t, case.offset));
+        let plan =
+            |trained| layer_norm::plan(&case.problem, Pass::Backward { trained }, case.dtype);
         let outputs = in_every_mode(&case.name, |device| {
             let dx = Memory::for_elements(case.offset + count, case.dtype);
             let [dweight, dbias] =
                 [0, 1].map(|_| Memory::for_elements(case.problem.size, case.dtype));
-            let workspace = Memory::new(layer_norm::workspace_bytes(&case.problem));
-            let operands = BackwardOperands {
-                x: at(&x, &case),
-                weight: at(&weight, &case),
-                dy: at(&dy, &case),
-                dx: at(&dx, &case),
-                trained: Some(TrainedOperands {
-                    dweight: dweight.address(),
-                    dbias: dbias.address(),
-                    workspace: workspace.address(),
-                }),
+            let plan = plan(true)?;
+            let workspace = Memory::new(plan.workspace_bytes);
+            let operands = Operands {
+                inputs: &[&x, &weight, &dy].map(|memory| at(memory, &case)),
+                outputs: &[at(&dx, &case), dweight.address(), dbias.address()],
+                workspace: Some(workspace.address()),
+                dropouts: &[],
             };
-            launch_all(device, &layer_norm::backward(&case.problem, case.dtype, &operands)?)?;
+            launch_plan(device, &plan, &operands)?;
             Ok(vec![dx, dweight, dbias])
         });
         // Frozen weights: the same dx from one launch.
         let frozen = in_every_mode(&case.name, |device| {
             let dx = Memory::for_elements(case.offset + count, case.dtype);
-            let [x, weight, dy] = [&x, &weight, &dy].map(|memory| at(memory, &case));
-            let operands = BackwardOperands { x, weight, dy, dx: at(&dx, &case), trained: None };
-            launch_all(device, &layer_norm::backward(&case.problem, case.dtype, &operands)?)?;
+            let inputs = &[&x, &weight, &dy].map(|memory| at(memory, &case));
+            let operands = Operands { inputs, outputs: &[at(&dx, &case)], ..Default::default() };
+            launch_plan(device, &*plan(false)?, &operands)?;
             Ok(vec![dx])
         });
         assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: dx differs when frozen", case.name);

@@ -5,7 +5,7 @@ use crate::device::{Device, Memory};
 use crate::harness::*;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
-use candle_sam_lora::launch::{Backend, Launch};
+use candle_sam_lora::launch::{Backend, Launch, Slots};
 
 const FILE: &str = "cluster_sm90.cu";
 const STEPS: usize = 7;
@@ -29,9 +29,9 @@ fn run(device: &Device, cluster: u32) -> Result<f64> {
     let map = TensorMap {
         address: input.address(),
         element: Element::Bits32,
-        dims: vec![32, 16 * STEPS as u32],
-        strides: vec![4 * 32],
-        tile: vec![32, 8],
+        dims: [32, 16 * STEPS as u32].into(),
+        strides: [4 * 32].into(),
+        tile: [32, 8].into(),
         swizzle: Swizzle::None,
     };
     let out = Memory::for_elements(2 * 16 * 32, DType::F32);
@@ -42,6 +42,7 @@ fn run(device: &Device, cluster: u32) -> Result<f64> {
         shared_bytes: 5120,
         cluster,
         params: params(1, &[out.address(), STEPS as u64, 0, 0, 0, 0, 0, 0]),
+        slots: Slots::default(),
         tensor_maps: vec![(0, map)],
         begins_early: false,
     };

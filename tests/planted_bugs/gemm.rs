@@ -5,7 +5,7 @@ use crate::device::{Device, Memory};
 use crate::harness::*;
 use crate::sanitizer::{ADDRESS, THREAD};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::{Backend, Launch};
+use candle_sam_lora::launch::{Backend, Launch, Slots};
 use candle_sam_lora::testing::reference;
 use std::sync::LazyLock;
 
@@ -49,6 +49,7 @@ fn run(device: &Device, shared_bytes: u32) -> Result<f64> {
         shared_bytes,
         cluster: 1,
         params: params(0, &[x.address(), w.address(), y.address(), pair(m, n), pair(k, 0)]),
+        slots: Slots::default(),
         tensor_maps: Vec::new(),
         begins_early: false,
     };

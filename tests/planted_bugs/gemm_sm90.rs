@@ -5,7 +5,7 @@ use crate::device::{Device, Memory};
 use crate::harness::*;
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
-use candle_sam_lora::launch::{Backend, Launch};
+use candle_sam_lora::launch::{Backend, Launch, Slots};
 use candle_sam_lora::testing::reference;
 use candle_sam_lora_emulator::{Mode, Timing};
 use std::sync::LazyLock;
@@ -56,6 +56,7 @@ fn run(device: &Device) -> Result<f64> {
         shared_bytes: 50176,
         cluster: 1,
         params: params(2, &[y.address(), pair(m, n), k as u64, 0, 0, 0, 0, 0]),
+        slots: Slots::default(),
         tensor_maps: vec![(0, map(&x, m)?), (128, map(&w, n)?)],
         begins_early: false,
     };
@@ -74,6 +75,7 @@ fn store(device: &Device) -> Result<f64> {
         shared_bytes: 768,
         cluster: 1,
         params: params(0, &[input.address(), output.address()]),
+        slots: Slots::default(),
         tensor_maps: Vec::new(),
         begins_early: false,
     };

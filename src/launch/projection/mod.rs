@@ -10,10 +10,14 @@ pub mod tiles;
 pub use portable::*;
 pub use portable_backward::{backward, backward_with, workspace_bytes, BackwardOperands};
 
+use super::cache::Plans;
 use super::family::Family;
+use super::plan::Plan;
+use super::slots::{self, input, output, present, WORKSPACE};
 use super::{Architecture, Gpu, Launch};
-use candle_core::{DType, Result};
+use candle_core::{bail, DType, Result};
 use native::Native;
+use std::sync::{Arc, LazyLock};
 
 /// The native kernels of a GPU, if it may use any: one row an architecture.
 fn native(gpu: &Gpu) -> Option<&'static Native> {
@@ -22,81 +26,157 @@ fn native(gpu: &Gpu) -> Option<&'static Native> {
     })
 }
 
-/// Projections by kernels: the problem, and the GPU with the kernels that may be used. A backward takes its forward's.
-#[derive(Clone, Copy, Debug)]
-pub struct Plan<'a> {
-    problem: Problem<'a>,
+/// The native family that computes a problem, none if portable kernels do; none at all if no kernel covers it, so that the
+/// composed graph computes it.
+pub fn family(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Option<Option<Family>> {
+    let own = || (native(gpu)?.family)(problem, dtype, gpu);
+    (gpu.portable && covers(problem, dtype)).then(own)
+}
+
+/// A pass, and which of its optional operands there are. Behind the inputs that are named here come the weights, then the
+/// parameters that are read in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// Inputs x, packed parameters, residual; outputs out, S, the sum before the activation.
+    Forward {
+        /// Whether there is a residual.
+        residual: bool,
+        /// Whether the sum is kept.
+        sum: bool,
+    },
+    /// Inputs x, packed parameters, S, the sum, the gradient of out; outputs dx, that of the packed parameters.
+    Backward {
+        /// Whether dx is wanted.
+        dx: bool,
+        /// Whether the gradient of the parameters is.
+        parameters: bool,
+    },
+}
+
+/// What a plan is made of.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    rows: usize,
+    in_dim: usize,
+    projections: Vec<ProjectionProblem>,
+    activation: Activation,
+    pass: Pass,
+    in_place: Option<Vec<bool>>,
     dtype: DType,
     gpu: Gpu,
 }
 
-/// The plan for a problem; none if no kernel of the GPU covers it, so that the composed graph computes it.
-pub fn plan<'a>(problem: Problem<'a>, dtype: DType, gpu: &Gpu) -> Option<Plan<'a>> {
-    (gpu.portable && covers(&problem, dtype)).then_some(Plan { problem, dtype, gpu: *gpu })
+/// The launches of a pass. `in_place` says of each parameter that is read in place whether it is of the problem's dtype; none
+/// if they are packed. A call has a dropout for each projection.
+///
+/// # Errors
+/// - no kernel covers the problem;
+/// - there are too few parameters, or the sum before an activation is absent.
+pub fn plan(
+    problem: &Problem<'_>,
+    pass: Pass,
+    in_place: Option<&[bool]>,
+    dtype: DType,
+    gpu: &Gpu,
+) -> Result<Arc<Plan>> {
+    static PLANS: LazyLock<Plans<Key>> = LazyLock::new(Plans::default);
+    let &Problem { rows, in_dim, activation, .. } = problem;
+    let in_place = in_place.map(<[bool]>::to_vec);
+    let projections = with_dropout_slots(problem.projections);
+    let key = Key { rows, in_dim, projections, activation, pass, in_place, dtype, gpu: *gpu };
+    PLANS.get_or(&key, |key| key.plan().map(Arc::new))
 }
 
-impl Plan<'_> {
-    /// The native family that computes the problem, if one does.
-    pub fn family(&self) -> Option<Family> {
-        (native(&self.gpu)?.family)(&self.problem, self.dtype, &self.gpu)
-    }
+/// The projections with slots for their dropouts.
+fn with_dropout_slots(projections: &[ProjectionProblem]) -> Vec<ProjectionProblem> {
+    let with_slot = |(index, part): (usize, &ProjectionProblem)| {
+        let dropout = |lora: LoraProblem| lora.dropout.map(|_| slots::dropout(index));
+        let lora = part.lora.map(|lora| LoraProblem { dropout: dropout(lora), ..lora });
+        ProjectionProblem { lora, ..*part }
+    };
+    projections.iter().enumerate().map(with_slot).collect()
+}
 
-    /// S and the output, in launches to run in this order.
-    ///
-    /// # Errors
-    /// If there are not as many weights and small tensors as the problem has.
-    pub fn forward(&self, operands: &ForwardOperands<'_>) -> Result<Vec<Launch>> {
-        let Self { problem, dtype, gpu } = self;
-        let forward_by = |own: &Native| (own.forward)(problem, *dtype, operands, gpu);
-        match native(gpu).map(forward_by).transpose()?.flatten() {
-            Some(launches) => Ok(launches),
-            None => forward(problem, *dtype, operands, gpu),
+impl Key {
+    fn plan(&self) -> Result<Plan> {
+        let &Self { rows, in_dim, ref projections, activation, pass, dtype, ref gpu, .. } = self;
+        let problem = &Problem { rows, in_dim, projections, activation };
+        if !gpu.portable || !covers(problem, dtype) {
+            bail!("projection: no kernel computes {problem:?} in {dtype:?}")
+        }
+        let named = match pass {
+            Pass::Forward { .. } => 3,
+            Pass::Backward { .. } => 5,
+        };
+        let mut others = (named..).map(input);
+        let weights: Vec<_> = others.by_ref().take(projections.len()).collect();
+        let small = |(&typed, at)| SmallTensor { at, typed };
+        let in_place = self.in_place.as_ref().map(|typed| typed.iter().zip(others).map(small));
+        let in_place: Option<Vec<_>> = in_place.map(Iterator::collect);
+        let (x, weights) = (input(0), &weights[..]);
+        let small = in_place.as_deref().map_or(Small::Flat(input(1)), Small::Separate);
+        let saved = low_rank_len(problem);
+        match pass {
+            Pass::Forward { residual, sum } => {
+                let residual = present(residual, input(2));
+                let [out, low_rank, kept] = [0, 1, 2].map(output);
+                let (low_rank, sum) = (present(saved > 0, low_rank), present(sum, kept));
+                let operands = ForwardOperands { x, weights, small, residual, out, low_rank, sum };
+                let steps = forward_of(problem, dtype, &operands, gpu)?;
+                Ok(Plan { steps, workspace_bytes: 0, saved })
+            }
+            Pass::Backward { dx, parameters } => {
+                let operands = BackwardOperands {
+                    x,
+                    weights,
+                    small,
+                    low_rank: present(saved > 0, input(2)),
+                    sum: present(activation != Activation::Identity, input(3)),
+                    dout: input(4),
+                    dx: present(dx, output(0)),
+                    dsmall: present(parameters, output(1)),
+                    workspace: WORKSPACE,
+                };
+                let steps = backward_of(problem, dtype, &operands, gpu)?;
+                Ok(Plan { steps, workspace_bytes: workspace_bytes(problem, dtype), saved: 0 })
+            }
         }
     }
+}
 
-    /// The gradients that are wanted, in launches to run in this order.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward), and if the sum before an activation is absent.
-    pub fn backward(&self, operands: &BackwardOperands<'_>) -> Result<Vec<Launch>> {
-        let Self { problem, dtype, gpu } = self;
-        let backward_by = |own: &Native| (own.backward)(problem, *dtype, operands, gpu);
-        match native(gpu).map(backward_by).transpose()?.flatten() {
-            Some(launches) => Ok(launches),
-            None => backward(problem, *dtype, operands, gpu),
-        }
+/// S and the output, by the GPU's own kernels if they take the operands.
+pub(super) fn forward_of(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &ForwardOperands<'_>,
+    gpu: &Gpu,
+) -> Result<Vec<Launch>> {
+    let forward_by = |own: &Native| (own.forward)(problem, dtype, operands, gpu);
+    match native(gpu).map(forward_by).transpose()?.flatten() {
+        Some(launches) => Ok(launches),
+        None => forward(problem, dtype, operands, gpu),
     }
+}
 
-    /// Scratch memory of the backward, the same for all kernels.
-    pub fn workspace_bytes(&self) -> usize {
-        workspace_bytes(&self.problem, self.dtype)
+/// The gradients that are wanted, by the GPU's own kernels if they take the operands.
+pub(super) fn backward_of(
+    problem: &Problem<'_>,
+    dtype: DType,
+    operands: &BackwardOperands<'_>,
+    gpu: &Gpu,
+) -> Result<Vec<Launch>> {
+    let backward_by = |own: &Native| (own.backward)(problem, dtype, operands, gpu);
+    match native(gpu).map(backward_by).transpose()?.flatten() {
+        Some(launches) => Ok(launches),
+        None => backward(problem, dtype, operands, gpu),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::philox::Dropout;
 
-    const FORWARD: ForwardOperands<'_> = ForwardOperands {
-        x: 256,
-        weights: &[512],
-        small: Small::Flat(1024),
-        residual: 0,
-        out: 2048,
-        low_rank: 8192,
-        sum: 0,
-    };
-    const BACKWARD: BackwardOperands<'_> = BackwardOperands {
-        x: 256,
-        weights: &[512],
-        small: Small::Flat(1024),
-        low_rank: 8192,
-        sum: 0,
-        dout: 2048,
-        dx: 4096,
-        dsmall: 0,
-        workspace: 1 << 20,
-    };
     /// A layer of ViT-B with LoRA, over one image.
     const PARTS: [ProjectionProblem; 1] = [ProjectionProblem {
         out_dim: 768,
@@ -106,14 +186,18 @@ mod tests {
     const LARGE: Problem<'_> =
         Problem { rows: 4096, in_dim: 768, projections: &PARTS, activation: Activation::Identity };
 
-    fn of<'a>(problem: Problem<'a>, gpu: &Gpu) -> Plan<'a> {
-        plan(problem, DType::BF16, gpu).expect("kernels cover it")
+    const FORWARD: Pass = Pass::Forward { residual: false, sum: false };
+    const BACKWARD: Pass = Pass::Backward { dx: true, parameters: false };
+
+    fn of(problem: &Problem<'_>, gpu: &Gpu) -> Option<Family> {
+        family(problem, DType::BF16, gpu).expect("kernels cover it")
     }
 
     /// Forward's and backward's launches.
     fn launches(problem: Problem<'_>, gpu: &Gpu) -> Result<Vec<Launch>> {
-        let plan = of(problem, gpu);
-        Ok([plan.forward(&FORWARD)?, plan.backward(&BACKWARD)?].concat())
+        let steps =
+            |pass| plan(&problem, pass, None, DType::BF16, gpu).map(|plan| plan.steps.clone());
+        Ok([steps(FORWARD)?, steps(BACKWARD)?].concat())
     }
 
     fn names(problem: Problem<'_>, gpu: &Gpu) -> Result<Vec<String>> {
@@ -122,7 +206,7 @@ mod tests {
 
     #[test]
     fn projections_are_native_where_a_tile_is_chosen() -> Result<()> {
-        let family = |problem, dtype| plan(problem, dtype, &Gpu::H100).and_then(|p| p.family());
+        let family = |problem, dtype| family(&problem, dtype, &Gpu::H100).flatten();
         assert_eq!(family(LARGE, DType::BF16), Some(Family::Projection));
         assert_eq!(family(LARGE, DType::F32), None);
         assert_eq!(family(Problem { rows: 196, ..LARGE }, DType::BF16), None);
@@ -139,7 +223,7 @@ mod tests {
         let portable =
             [own[0], "projection_fwd_128x128_bf16", own[2], "projection_bwd_input_128x128_bf16"];
         for gpu in [Gpu::A100, Gpu::H100.portable_only()] {
-            assert_eq!(of(LARGE, &gpu).family(), None);
+            assert_eq!(of(&LARGE, &gpu), None);
             assert_eq!(names(LARGE, &gpu)?, portable);
         }
         Ok(())
@@ -149,8 +233,8 @@ mod tests {
     fn a_gpu_with_few_multiprocessors_is_filled_by_less() -> Result<()> {
         let small = Problem { rows: 256, ..LARGE };
         let four = Gpu { multiprocessors: 4, ..Gpu::H100 };
-        assert_eq!(of(small, &Gpu::H100).family(), None);
-        assert_eq!(of(small, &four).family(), Some(Family::Projection));
+        assert_eq!(of(&small, &Gpu::H100), None);
+        assert_eq!(of(&small, &four), Some(Family::Projection));
         // Two clusters of two blocks.
         assert_eq!(launches(small, &four)?[1].grid, [4, 1, 1]);
         let of = |gpu: Gpu| names(small, &gpu.portable_only()).map(|names| names[1].clone());
@@ -170,11 +254,46 @@ mod tests {
     }
 
     #[test]
+    fn a_problem_is_planned_once() -> Result<()> {
+        let of = |dropout, scaling, pass| {
+            let lora = LoraProblem { rank: 16, scaling, dropout, bias: false };
+            let parts = [ProjectionProblem { lora: Some(lora), ..PARTS[0] }];
+            let problem = Problem { projections: &parts, ..LARGE };
+            plan(&problem, pass, None, DType::F16, &Gpu::A100)
+        };
+        let dropout = |seed, stream| Some(Dropout { p: 0.1, seed, stream });
+        let first = of(dropout(1, 0), 1.0, FORWARD)?;
+        // Seeds of other steps, and streams of other layers.
+        for (seed, stream) in [(1, 0), (2, 0), (1 << 40, 7)] {
+            assert!(Arc::ptr_eq(&of(dropout(seed, stream), 1.0, FORWARD)?, &first));
+        }
+        for other in [
+            of(None, 1.0, FORWARD)?,
+            of(dropout(1, 0), 2.0, FORWARD)?,
+            of(dropout(1, 0), 1.0, BACKWARD)?,
+        ] {
+            assert!(!Arc::ptr_eq(&other, &first));
+        }
+        let Problem { rows, in_dim, activation, .. } = LARGE;
+        let (pass, in_place, dtype, gpu) = (FORWARD, None, DType::F16, Gpu::A100);
+        let projections = PARTS.to_vec();
+        let key = Key { rows, in_dim, projections, activation, pass, in_place, dtype, gpu };
+        assert_eq!(key.plan()?, *of(None, 1.0, FORWARD)?);
+        Ok(())
+    }
+
+    #[test]
     fn what_no_kernel_takes_is_the_composed_graphs() {
         let turing = Gpu { capability: (7, 5), ..Gpu::A100 }.with_kernels(&[80, 90]);
-        assert!(plan(LARGE, DType::BF16, &turing).is_none());
-        assert!(plan(LARGE, DType::F64, &Gpu::H100).is_none());
-        assert!(plan(Problem { activation: Activation::Silu, ..LARGE }, DType::BF16, &Gpu::H100)
-            .is_none());
+        let silu = Problem { activation: Activation::Silu, ..LARGE };
+        for (problem, dtype, gpu) in [
+            (LARGE, DType::BF16, turing),
+            (LARGE, DType::F64, Gpu::H100),
+            (silu, DType::BF16, Gpu::H100),
+        ] {
+            assert!(family(&problem, dtype, &gpu).is_none());
+            let refused = plan(&problem, FORWARD, None, dtype, &gpu).unwrap_err().to_string();
+            assert!(refused.contains("no kernel computes"), "{refused}");
+        }
     }
 }

@@ -8,7 +8,8 @@ use crate::launch::bindings::{
     ACTIVATION_IDENTITY, ACTIVATION_RELU, LOW_RANK_THREADS, PROJECTION_PARTS,
 };
 use crate::launch::projection::tiles::{self, LowRankTile, Product, Tile};
-use crate::launch::{dropout, Gpu, Launch};
+use crate::launch::slots::mask;
+use crate::launch::{Gpu, Launch};
 use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 use std::ops::Range;
@@ -26,6 +27,19 @@ pub struct Problem<'a> {
     pub projections: &'a [ProjectionProblem],
     /// What is applied to the sums.
     pub activation: Activation,
+}
+
+impl<'a> Problem<'a> {
+    /// Projections of an input of this shape.
+    pub fn of(
+        x_dims: &[usize],
+        projections: &'a [ProjectionProblem],
+        activation: Activation,
+    ) -> Self {
+        let in_dim = x_dims.last().copied().unwrap_or(1);
+        let rows = x_dims.iter().product::<usize>() / in_dim.max(1);
+        Self { rows, in_dim, projections, activation }
+    }
 }
 
 /// The shapes in the units of the kernels, checked.
@@ -122,7 +136,7 @@ impl<'a> Shapes<'a> {
                 out_dim: problem.out_dim as u32,
                 column: self.column(index),
                 s_column: self.s_columns[index],
-                mask: dropout::mask(None),
+                mask: mask(None),
                 ..Default::default()
             };
             if let Some(range) = &layout.bias {
@@ -133,7 +147,7 @@ impl<'a> Shapes<'a> {
                 (part.b, _) = next(&layout.b)?;
                 part.rank = lora.rank as u32;
                 part.scaling = lora.scaling;
-                part.mask = dropout::mask(lora.dropout);
+                part.mask = mask(lora.dropout);
             }
             if let Some(range) = &layout.lora_bias {
                 (part.lora_bias, part.lora_bias_typed) = next(range)?;
@@ -170,18 +184,25 @@ impl<'a> Shapes<'a> {
             ..self.params()
         }
     }
+}
 
-    /// A launch of a projection kernel whose output has these widths.
-    pub(in crate::launch) fn launch_tiles(
+/// A projection kernel whose blocks make a tile each, of an output in these widths.
+pub(in crate::launch) struct Tiled<'a> {
+    pub(in crate::launch) family: &'static str,
+    pub(in crate::launch) tile: &'a Tile,
+    pub(in crate::launch) shared_bytes: u32,
+    pub(in crate::launch) widths: &'a [u64],
+}
+
+impl Tiled<'_> {
+    pub(in crate::launch) fn launch(
         &self,
-        family: &str,
         dtype: DType,
-        (tile, shared_bytes): (&Tile, u32),
-        widths: &[u64],
         params: ProjectionParams,
     ) -> Result<Launch> {
+        let &Self { family, tile, shared_bytes, widths } = self;
         let column_tiles = tile.columns(widths);
-        let grid = [column_tiles * tile.row_blocks(self.rows()), 1, 1];
+        let grid = [column_tiles * tile.row_blocks(params.rows.into()), 1, 1];
         let params = ProjectionParams { column_tiles: column_tiles as u32, ..params };
         let launch = Launch::new(&format!("{family}_{tile}"), dtype, grid, tile.threads, &params)?;
         Ok(Launch { shared_bytes, ..launch })
@@ -317,9 +338,9 @@ pub fn forward_with(
     let parts = shapes.parts(operands.weights, operands.small)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     let widths: Vec<u64> = problem.projections.iter().map(|part| part.out_dim as u64).collect();
-    let tiles = (tile, tile.forward_bytes);
-    let params = shapes.forward_params(parts, operands);
-    let out = shapes.launch_tiles("projection_fwd", dtype, tiles, &widths, params)?;
+    let (family, shared_bytes) = ("projection_fwd", tile.forward_bytes);
+    let kernel = Tiled { family, tile, shared_bytes, widths: &widths };
+    let out = kernel.launch(dtype, shapes.forward_params(parts, operands))?;
     Ok(s.into_iter().chain([out]).collect())
 }
 

@@ -13,9 +13,10 @@ use crate::launch::bindings::{
     ProjectionPart, ACTIVATION_GRAD_THREADS, BIAS_GRAD_SHARED_BYTES, BIAS_GRAD_WARPS,
     PROJECTION_PARTS,
 };
-use crate::launch::projection::portable::{low_rank, Activation, Problem, Shapes, Small};
+use crate::launch::projection::portable::{low_rank, Activation, Problem, Shapes, Small, Tiled};
 use crate::launch::projection::tiles::{self, Product, Tile};
-use crate::launch::{dropout, sum_partials, Gpu, Launch};
+use crate::launch::slots::mask;
+use crate::launch::{sum_partials, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 
 const WARP: u64 = 32;
@@ -60,13 +61,8 @@ struct Workspace {
 
 impl Shapes<'_> {
     /// The params of dx.
-    pub(in crate::launch) fn bwd_input_params(
-        &self,
-        parts: [ProjectionPart; 3],
-        g: device_ptr,
-        ds: device_ptr,
-        dx: device_ptr,
-    ) -> ProjectionParams {
+    pub(in crate::launch) fn bwd_input_params(&self, operands: &InputGrad) -> ProjectionParams {
+        let &InputGrad { parts, g, ds, dx } = operands;
         ProjectionParams { left: g, low_rank: ds, out: dx, parts, ..self.params() }
     }
 }
@@ -120,20 +116,23 @@ pub fn backward_with(
     dtype: DType,
     operands: &BackwardOperands<'_>,
 ) -> Result<Vec<Launch>> {
-    backward_by(problem, dtype, operands, |shapes, parts, between| {
-        let widths = [u64::from(shapes.in_dim)];
-        let params = shapes.bwd_input_params(parts, between.g, between.ds, operands.dx);
-        let tiles = (tile, tile.backward_bytes);
-        shapes.launch_tiles("projection_bwd_input", dtype, tiles, &widths, params)
+    backward_by(problem, dtype, operands, |shapes, operands| {
+        let (family, widths) = ("projection_bwd_input", &[u64::from(shapes.in_dim)]);
+        let kernel = Tiled { family, tile, shared_bytes: tile.backward_bytes, widths };
+        kernel.launch(dtype, shapes.bwd_input_params(operands))
     })
 }
 
-/// The addresses of what lies between the backward's operands.
-pub(in crate::launch) struct Between {
+/// The operands of the gradient of x.
+pub(in crate::launch) struct InputGrad {
+    /// The projections, with their weights and adapters.
+    pub(in crate::launch) parts: [ProjectionPart; 3],
     /// The gradient of the sums.
     pub(in crate::launch) g: device_ptr,
     /// dS
     pub(in crate::launch) ds: device_ptr,
+    /// Output.
+    pub(in crate::launch) dx: device_ptr,
 }
 
 /// The backward with dx by this launch.
@@ -144,7 +143,7 @@ pub(in crate::launch) fn backward_by(
     problem: &Problem<'_>,
     dtype: DType,
     operands: &BackwardOperands<'_>,
-    bwd_input: impl FnOnce(&Shapes<'_>, [ProjectionPart; 3], Between) -> Result<Launch>,
+    bwd_input: impl FnOnce(&Shapes<'_>, &InputGrad) -> Result<Launch>,
 ) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
     let want_small = operands.dsmall != 0 && shapes.small_len > 0;
@@ -165,7 +164,7 @@ pub(in crate::launch) fn backward_by(
     }
     let ds = operands.workspace + space.ds;
     let g_of = |column: u32| g + u64::from(column) * dtype.size_in_bytes() as u64;
-    let none = dropout::mask(None);
+    let none = mask(None);
     let grads: Vec<_> = shapes
         .adapted()
         .map(|(index, lora)| LowRankPart {
@@ -187,7 +186,7 @@ pub(in crate::launch) fn backward_by(
     let depth = problem.projections.iter().map(|part| part.out_dim as u32).max().unwrap_or(0);
     launches.extend(low_rank(Product::Grad, dtype, &grads, (1, depth, 0))?);
     if operands.dx != 0 {
-        launches.push(bwd_input(&shapes, parts, Between { g, ds })?);
+        launches.push(bwd_input(&shapes, &InputGrad { parts, g, ds, dx: operands.dx })?);
     }
 
     if !want_small {

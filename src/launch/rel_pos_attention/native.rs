@@ -2,6 +2,7 @@
 
 use super::portable::{BackwardOperands, Inputs};
 use crate::launch::family::Family;
+use crate::launch::plan::Plan;
 use crate::launch::{device_ptr, AttentionProblem, Gpu, Launch};
 use candle_core::{DType, Result};
 
@@ -11,12 +12,11 @@ pub(super) struct Native {
     pub family: fn(&AttentionProblem, DType) -> Option<Family>,
     /// The launches for `out` and `lse` of the inputs.
     pub forward: Forward,
-    /// The launches for the gradients.
+    /// The launches for the gradients, with the scratch memory that they take.
     pub backward: Backward,
-    /// Scratch memory of the backward, with gradients of the tables and of the pad or without.
-    pub workspace_bytes: fn(&AttentionProblem, DType, [bool; 2], &Gpu) -> usize,
 }
 
 type Launches = Result<Option<Vec<Launch>>>;
 type Forward = fn(&AttentionProblem, DType, &Inputs, [device_ptr; 2], &Gpu) -> Launches;
-type Backward = fn(&AttentionProblem, DType, &Inputs, &BackwardOperands, &Gpu) -> Launches;
+type Backward =
+    fn(&AttentionProblem, DType, &Inputs, &BackwardOperands, &Gpu) -> Result<Option<Plan>>;

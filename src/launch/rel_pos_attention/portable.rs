@@ -6,7 +6,8 @@ use crate::launch::bindings::{
     REL_POS_ATTENTION_KEY_WARPS,
 };
 use crate::launch::rel_pos_attention::tiles::{self, KeyTile, Tile};
-use crate::launch::{dropout, sum_partials, AttentionProblem, Gpu, Launch};
+use crate::launch::slots::mask;
+use crate::launch::{sum_partials, AttentionProblem, Gpu, Launch};
 use candle_core::{bail, DType, Result};
 
 const OP: &str = AttentionProblem::OP;
@@ -28,7 +29,7 @@ pub(in crate::launch) fn shape(p: &AttentionProblem) -> RelPosAttentionShape {
         num_heads: p.num_heads as u32,
         head_dim: p.head_dim as u32,
         softmax_scale: p.softmax_scale,
-        dropout: dropout::mask(p.dropout),
+        dropout: mask(p.dropout),
     }
 }
 
@@ -170,6 +171,13 @@ pub struct BackwardOperands {
     pub workspace: device_ptr,
 }
 
+impl BackwardOperands {
+    /// Whether the tables, and the pad, are trained.
+    pub(in crate::launch) fn trained(&self) -> [bool; 2] {
+        [self.dtables != 0, self.dpad != 0]
+    }
+}
+
 /// Where things lie in the backward's scratch memory, in bytes from its start; all f32.
 struct Workspace {
     delta: u64,
@@ -265,7 +273,7 @@ impl BetweenPasses {
     ) -> Result<Self> {
         let &BackwardOperands { dtables, dpad, workspace, .. } = operands;
         let tile = check(p, dtype, gpu.forced.attention_cols, &[])?;
-        let at = Workspace::new(p, dtype, tile, [dtables != 0, dpad != 0], gpu);
+        let at = Workspace::new(p, dtype, tile, operands.trained(), gpu);
         let present = |output, partials| if output == 0 { 0 } else { workspace + partials };
         Ok(Self {
             bias: workspace,

@@ -30,22 +30,17 @@ impl CustomOp1 for FusedDropout {
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (shape, dtype) = (layout.shape().clone(), x.dtype());
-        let (inputs, outputs) = ([(x, layout)], [(dtype, shape.clone())]);
-        let job = Job { op: OP, device: x.device(), inputs: &inputs, outputs, workspace_bytes: 0 };
-        let [y] = driver::run(&job, |at| {
-            let ([x], [y]) = (at.inputs()?, at.outputs);
-            Ok(vec![kernels::forward(self.size, self.dropout, dtype, x, y)?])
-        })?;
-        Ok((y, shape))
+        let (shape, dtype) = (layout.shape(), x.dtype());
+        let plan = kernels::plan(self.size, dtype)?;
+        let job = Job { op: OP, plan: &plan, dropouts: &[Some(self.dropout)] };
+        let [y] = job.run(&[(x, layout)], [(dtype, shape)])?;
+        Ok((y, shape.clone()))
     }
 
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad_res: &Tensor) -> Result<Option<Tensor>> {
-        let dtype = x.dtype();
-        let [dx] = driver::with_tensors(OP, &[grad_res], [(dtype, x.shape())], 0, |at| {
-            let ([dy], [dx]) = (at.inputs()?, at.outputs);
-            Ok(vec![kernels::forward(self.size, self.dropout, dtype, dy, dx)?])
-        })?;
+        let plan = kernels::plan(self.size, x.dtype())?;
+        let job = Job { op: OP, plan: &plan, dropouts: &[Some(self.dropout)] };
+        let [dx] = job.run_on_tensors(&[grad_res], [(x.dtype(), x.shape())])?;
         Ok(Some(dx))
     }
 }

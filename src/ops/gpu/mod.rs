@@ -9,8 +9,3 @@ pub mod rel_pos_attention;
 mod self_test;
 
 pub use self_test::self_test_report;
-
-use candle_core::{CudaStorage, Layout};
-
-/// An input of a custom operation.
-type Input<'a> = (&'a CudaStorage, &'a Layout);

@@ -1,11 +1,11 @@
 //! The gradients of projections with LoRA on Hopper: that of x by `kernels/projection/sm90/bwd_input.cuh`. The portable
 //! kernels take what it does not cover, and the thin products: dS and the gradients of the adapters.
 
-use crate::launch::bindings::{device_ptr, ProjectionBwdInputSm90Params, ProjectionPart};
+use crate::launch::bindings::ProjectionBwdInputSm90Params;
 use crate::launch::projection::portable::{Problem, Shapes};
-use crate::launch::projection::portable_backward::{backward_by, BackwardOperands, Between};
+use crate::launch::projection::portable_backward::{backward_by, BackwardOperands, InputGrad};
 use crate::launch::projection::sm90::forward::{
-    bits16, copies_take, persistent, Maps, DEPTH, PIECE,
+    bits16, copies_take, Maps, Persistent, DEPTH, PIECE,
 };
 use crate::launch::projection::sm90::tiles::{pick, Pass, Tile};
 use crate::launch::{Gpu, Launch};
@@ -47,23 +47,23 @@ pub fn backward_with(
     if !copies_take(&shapes, dtype, &addresses) {
         return Ok(None);
     }
-    let launches = backward_by(problem, dtype, operands, |shapes, parts, between| {
-        bwd_input(tile, shapes, dtype, parts, (between, dx), gpu)
+    let launches = backward_by(problem, dtype, operands, |shapes, operands| {
+        bwd_input(tile, shapes, dtype, operands, gpu)
     })?;
     Ok(Some(launches))
 }
 
-/// dx at this address, from what is there.
+/// dx with this tile.
 fn bwd_input(
     tile: &Tile,
     shapes: &Shapes<'_>,
     dtype: DType,
-    parts: [ProjectionPart; 3],
-    (Between { g, ds }, dx): (Between, device_ptr),
+    operands: &InputGrad,
     gpu: &Gpu,
 ) -> Result<Launch> {
     type Params = ProjectionBwdInputSm90Params;
     let (rows, in_dim) = (shapes.problem.rows as u32, shapes.in_dim);
+    let &InputGrad { ref parts, g, dx, .. } = operands;
     let mut maps = Maps::default();
     for (index, part) in parts.iter().enumerate().take(shapes.problem.projections.len()) {
         let columns = (rows, part.out_dim, shapes.total);
@@ -76,12 +76,13 @@ fn bwd_input(
     maps.push(offset_of!(Params, dx), 0, bits16(dx, (rows, in_dim, in_dim), PIECE)?);
     let tiles = tile.count(rows.into(), &[in_dim]);
     let mut params = Params {
-        problem: shapes.bwd_input_params(parts, g, ds, dx),
+        problem: shapes.bwd_input_params(operands),
         tiles,
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&[in_dim]) as u32;
-    let launch = persistent(Pass::BackwardInput, tile, dtype, (tiles, gpu), &params, maps)?;
+    let kernel = Persistent { pass: Pass::BackwardInput, tile, tiles, gpu };
+    let launch = kernel.launch(dtype, &params, maps)?;
     // dS's kernel begins when g is there, so this one may begin with g.
     let begins_early = gpu.early_launch && shapes.adapted().next().is_some();
     Ok(Launch { begins_early, ..launch })
@@ -123,7 +124,7 @@ mod tests {
             // Of the weights' depth, each block of a cluster of two loads half.
             let (cluster, grid, depth) = if tile.cluster == 2 { (2, 4, 32) } else { (1, 5, 64) };
             assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
-            let [g, weight] = [0, 1].map(|map| dx.tensor_maps[map].1.tile.as_slice());
+            let [g, weight] = [0, 1].map(|map| &dx.tensor_maps[map].1.tile[..]);
             assert_eq!((g, weight), (&[64, 128][..], &[64, depth][..]));
             assert_eq!(dx.tensor_maps.len(), 2 + 2 + 1);
             let end = |(start, _): &(usize, TensorMap)| start + 128;

@@ -4,7 +4,7 @@
 //! A kernel's blocks stay, one on each multiprocessor, and make tile after tile.
 
 use crate::launch::bindings::{
-    device_ptr, EncodedTensorMap, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS,
+    self, device_ptr, EncodedTensorMap, ProjectionFwdSm90Params, PROJECTION_SM90_THREADS,
 };
 use crate::launch::projection::portable::{low_rank_input, ForwardOperands, Problem, Shapes};
 use crate::launch::projection::sm90::tiles::{pick, Pass, Tile};
@@ -123,7 +123,8 @@ pub fn forward_with(
         ..bytemuck::Zeroable::zeroed()
     };
     params.problem.column_tiles = tile.columns(&widths) as u32;
-    let out = persistent(Pass::Forward, tile, dtype, (tiles, gpu), &params, maps)?;
+    let kernel = Persistent { pass: Pass::Forward, tile, tiles, gpu };
+    let out = kernel.launch(dtype, &params, maps)?;
     let s = low_rank_input(&shapes, dtype, &parts, operands)?;
     // S's kernel begins when x is there, so this one may begin with x.
     let out = Launch { begins_early: gpu.early_launch && s.is_some(), ..out };
@@ -154,22 +155,28 @@ fn tf32(at: device_ptr, matrix: (u32, u32, u32), tile: (u32, u32)) -> Result<Ten
     TensorMap::matrix(at, Element::Tf32, matrix, tile)
 }
 
-/// A launch with a block on each multiprocessor that there is work for, at least a cluster.
-pub(in crate::launch) fn persistent<P: bytemuck::NoUninit>(
-    pass: Pass,
-    tile: &Tile,
-    dtype: DType,
-    (tiles, gpu): (u64, &Gpu),
-    params: &P,
-    maps: Maps,
-) -> Result<Launch> {
-    let cluster = u64::from(tile.cluster);
-    let clusters = (gpu.persistent_blocks() / cluster).max(1);
-    let grid = [tiles.min(clusters) * cluster, 1, 1];
-    let family = format!("{}_{}", pass.kernel(), tile.name);
-    let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
-    let &Tile { cluster, bytes: shared_bytes, .. } = tile;
-    Ok(Launch { shared_bytes, cluster, tensor_maps: maps.0, ..launch })
+/// A kernel that makes so many tiles with a block on each multiprocessor that there is work for, at least a cluster.
+pub(in crate::launch) struct Persistent<'a> {
+    pub(in crate::launch) pass: Pass,
+    pub(in crate::launch) tile: &'a Tile,
+    pub(in crate::launch) tiles: u64,
+    pub(in crate::launch) gpu: &'a Gpu,
+}
+
+impl Persistent<'_> {
+    pub(in crate::launch) fn launch<P: bindings::Params>(
+        &self,
+        dtype: DType,
+        params: &P,
+        maps: Maps,
+    ) -> Result<Launch> {
+        let &Tile { name, cluster, bytes: shared_bytes, .. } = self.tile;
+        let clusters = (self.gpu.persistent_blocks() / u64::from(cluster)).max(1);
+        let grid = [self.tiles.min(clusters) * u64::from(cluster), 1, 1];
+        let family = format!("{}_{name}", self.pass.kernel());
+        let launch = Launch::new(&family, dtype, grid, PROJECTION_SM90_THREADS, params)?;
+        Ok(Launch { shared_bytes, cluster, tensor_maps: maps.0, ..launch })
+    }
 }
 
 #[cfg(test)]
@@ -208,7 +215,7 @@ mod tests {
         assert!(out.tensor_maps.iter().map(end).max() <= Some(out.params.len()));
         // k begins 192 columns into the weight's rows' outputs, in a map of its own.
         let (_, k) = &out.tensor_maps[5];
-        assert_eq!((k.address, k.dims.as_slice()), (768, &[64, 192][..]));
+        assert_eq!((k.address, &k.dims[..]), (768, &[64, 192][..]));
 
         // A cluster of two loads the weights, and b, in halves, and is there as a whole.
         let tile = &Pass::Forward.tiles()[1];

@@ -2,7 +2,7 @@
 //! `rel_pos_attention/sm90/bwd_key.cuh`. The portable kernels serve the other problems.
 
 use crate::launch::bindings::{
-    device_ptr, RelPosAttentionBwdKeySm90Params, RelPosAttentionBwdQuerySm90Params,
+    RelPosAttentionBwdKeySm90Params, RelPosAttentionBwdQuerySm90Params,
     REL_POS_ATTENTION_SM90_BWD_KEYS, REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES,
     REL_POS_ATTENTION_SM90_QUERIES, REL_POS_ATTENTION_SM90_THREADS,
 };
@@ -51,10 +51,8 @@ pub fn backward(
         0 => items,
         _ => items.min(between.table_parts).min(gpu.persistent_blocks()),
     };
-    let mut launches = vec![
-        query_pass(p, dtype, inputs, operands, &between, tile, [items, blocks])?,
-        key_pass(p, dtype, inputs.qkv, (operands, &between), tiles.key)?,
-    ];
+    let passes = Passes { p, dtype, inputs, operands, between: &between };
+    let mut launches = vec![passes.by_query(tile, items, blocks)?, passes.by_key(tiles.key)?];
     if dtables != 0 {
         launches.push(between.sum_tables(p, dtype, blocks, dtables)?);
     }
@@ -68,73 +66,73 @@ fn query_shared_bytes(p: &AttentionProblem, tile: &StreamTile) -> usize {
     tile.bytes + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w + gradients)
 }
 
-fn query_pass(
-    p: &AttentionProblem,
+/// A backward whose operands the two passes share.
+struct Passes<'a> {
+    p: &'a AttentionProblem,
     dtype: DType,
-    inputs: &Inputs,
-    operands: &BackwardOperands,
-    between: &BetweenPasses,
-    tile: &StreamTile,
-    [items, blocks]: [u64; 2],
-) -> Result<Launch> {
-    type Params = RelPosAttentionBwdQuerySm90Params;
-    let &Inputs { qkv, tables, .. } = inputs;
-    let &BackwardOperands { out, lse, dout, dqkv, .. } = operands;
-    let &BetweenPasses { bias, delta, table_partials, .. } = between;
-    let channels = p.channels();
-    let mut maps = tile.grid_maps(p, qkv, 3 * channels, offset_of!(Params, qkv_maps))?;
-    maps.extend(tile.grid_maps(p, dout, channels, offset_of!(Params, dout_maps))?);
-    maps.extend(table_maps(p, tables, offset_of!(Params, table_maps))?);
-    let params = Params {
-        tables,
-        out,
-        lse,
-        dout,
-        dqkv,
-        bias,
-        delta,
-        table_partials,
-        items,
-        shape: portable::shape(p),
-        ..Params::zeroed()
-    };
-    let family = format!("{BY_QUERY}_hd{}_cols{}", p.head_dim, tile.cols);
-    let threads = REL_POS_ATTENTION_SM90_THREADS;
-    let launch = Launch::new(&family, dtype, [blocks, 1, 1], threads, &params)?;
-    let shared_bytes = query_shared_bytes(p, tile) as u32;
-    Ok(Launch { shared_bytes, tensor_maps: maps, ..launch })
+    inputs: &'a Inputs,
+    operands: &'a BackwardOperands,
+    between: &'a BetweenPasses,
 }
 
-fn key_pass(
-    p: &AttentionProblem,
-    dtype: DType,
-    qkv: device_ptr,
-    (operands, between): (&BackwardOperands, &BetweenPasses),
-    block: &KeyBlock,
-) -> Result<Launch> {
-    type Params = RelPosAttentionBwdKeySm90Params;
-    let queries = REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES as usize;
-    let &KeyBlock { cols, bytes, .. } = block;
-    let rows = REL_POS_ATTENTION_SM90_BWD_KEYS as usize / cols;
-    // As the kernel's stages lay the biases of a query out.
-    let (stride_w, stride_h) = (cols + 4, rows.next_multiple_of(4));
+impl Passes<'_> {
+    /// So many blocks take turns at the items: blocks of queries.
+    fn by_query(&self, tile: &StreamTile, items: u64, blocks: u64) -> Result<Launch> {
+        type Params = RelPosAttentionBwdQuerySm90Params;
+        let &Self { p, dtype, inputs, operands, between } = self;
+        let &Inputs { qkv, tables, .. } = inputs;
+        let &BackwardOperands { out, lse, dout, dqkv, .. } = operands;
+        let &BetweenPasses { bias, delta, table_partials, .. } = between;
+        let channels = p.channels();
+        let mut maps = tile.grid_maps(p, qkv, 3 * channels, offset_of!(Params, qkv_maps))?;
+        maps.extend(tile.grid_maps(p, dout, channels, offset_of!(Params, dout_maps))?);
+        maps.extend(table_maps(p, tables, offset_of!(Params, table_maps))?);
+        let params = Params {
+            tables,
+            out,
+            lse,
+            dout,
+            dqkv,
+            bias,
+            delta,
+            table_partials,
+            items,
+            shape: portable::shape(p),
+            ..Params::zeroed()
+        };
+        let family = format!("{BY_QUERY}_hd{}_cols{}", p.head_dim, tile.cols);
+        let threads = REL_POS_ATTENTION_SM90_THREADS;
+        let launch = Launch::new(&family, dtype, [blocks, 1, 1], threads, &params)?;
+        let shared_bytes = query_shared_bytes(p, tile) as u32;
+        Ok(Launch { shared_bytes, tensor_maps: maps, ..launch })
+    }
 
-    let channels = p.channels();
-    let mut maps = grid_maps(p, qkv, 3 * channels, [cols, rows], offset_of!(Params, key_maps))?;
-    let list = |address, channels, at| {
-        panel_maps(p.head_dim, address, &[channels, p.tokens(), p.batch], &[queries, 1], at)
-    };
-    maps.extend(list(qkv, 3 * channels, offset_of!(Params, query_maps))?);
-    maps.extend(list(operands.dout, channels, offset_of!(Params, dout_maps))?);
-    maps.extend(bias_maps(p, between, queries, [stride_w, stride_h])?);
+    fn by_key(&self, block: &KeyBlock) -> Result<Launch> {
+        type Params = RelPosAttentionBwdKeySm90Params;
+        let &Self { p, dtype, inputs: &Inputs { qkv, .. }, operands, between } = self;
+        let queries = REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES as usize;
+        let &KeyBlock { cols, bytes, .. } = block;
+        let rows = REL_POS_ATTENTION_SM90_BWD_KEYS as usize / cols;
+        // As the kernel's stages lay the biases of a query out.
+        let (stride_w, stride_h) = (cols + 4, rows.next_multiple_of(4));
 
-    let shape = portable::shape(p);
-    let params = Params { dqkv: operands.dqkv, shape, ..Params::zeroed() };
-    let family = format!("{BY_KEY}_hd{}_cols{cols}", p.head_dim);
-    let units = p.windows() * p.num_heads;
-    let grid = [(units * p.side_h.div_ceil(rows) * p.side_w.div_ceil(cols)) as u64, 1, 1];
-    let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
-    Ok(Launch { shared_bytes: bytes as u32, tensor_maps: maps, ..launch })
+        let channels = p.channels();
+        let mut maps = grid_maps(p, qkv, 3 * channels, [cols, rows], offset_of!(Params, key_maps))?;
+        let list = |address, channels, at| {
+            panel_maps(p.head_dim, address, &[channels, p.tokens(), p.batch], &[queries, 1], at)
+        };
+        maps.extend(list(qkv, 3 * channels, offset_of!(Params, query_maps))?);
+        maps.extend(list(operands.dout, channels, offset_of!(Params, dout_maps))?);
+        maps.extend(bias_maps(p, between, queries, [stride_w, stride_h])?);
+
+        let shape = portable::shape(p);
+        let params = Params { dqkv: operands.dqkv, shape, ..Params::zeroed() };
+        let family = format!("{BY_KEY}_hd{}_cols{cols}", p.head_dim);
+        let units = p.windows() * p.num_heads;
+        let grid = [(units * p.side_h.div_ceil(rows) * p.side_w.div_ceil(cols)) as u64, 1, 1];
+        let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
+        Ok(Launch { shared_bytes: bytes as u32, tensor_maps: maps, ..launch })
+    }
 }
 
 /// Of what the query pass leaves, for so many queries: so many columns of rel_w and of rel_h, and delta.
@@ -155,9 +153,9 @@ fn bias_maps(
     let delta = TensorMap {
         address: between.delta,
         element: Element::Bits32,
-        dims: vec![rows],
-        strides: Vec::new(),
-        tile: vec![queries],
+        dims: [rows].into(),
+        strides: [].into(),
+        tile: [queries].into(),
         swizzle: Swizzle::None,
     };
     delta.check()?;
@@ -217,7 +215,7 @@ mod tests {
         assert_eq!((key.grid, key.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
         let stage = 2 * 64 * 64 * 2 + (64 * (68 + 4 + 1) * 4usize).next_multiple_of(1024);
         assert_eq!(key.shared_bytes as usize, 4 * stage + 2 * 128 * 64 * 2 + 1024);
-        let tiles: Vec<_> = key.tensor_maps.iter().map(|(_, map)| map.tile.clone()).collect();
+        let tiles: Vec<_> = key.tensor_maps.iter().map(|(_, map)| map.tile.to_vec()).collect();
         let expected: [&[u32]; 6] =
             [&[64, 64, 2, 1], &[64, 64, 1], &[64, 64, 1], &[68, 64], &[4, 64], &[64]];
         assert_eq!(tiles, expected);

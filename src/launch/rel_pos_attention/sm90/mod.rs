@@ -7,13 +7,13 @@ pub mod tiles;
 pub mod windows;
 
 use super::native::Native;
-use super::portable::{BackwardOperands, Inputs};
+use super::portable::{self, BackwardOperands, Inputs};
 use crate::launch::family::Family;
+use crate::launch::plan::Plan;
 use crate::launch::{device_ptr, AttentionProblem, Gpu, Launch};
 use candle_core::{DType, Result};
 
-pub(super) const NATIVE: Native =
-    Native { family, forward: run_forward, backward: run_backward, workspace_bytes };
+pub(super) const NATIVE: Native = Native { family, forward: run_forward, backward: run_backward };
 
 fn family(problem: &AttentionProblem, dtype: DType) -> Option<Family> {
     let head_dim = problem.head_dim;
@@ -44,31 +44,25 @@ fn run_forward(
     Ok(launch.map(|launch| vec![launch]))
 }
 
+/// The passes over whole grids have the portable kernels' scratch memory.
 fn run_backward(
     problem: &AttentionProblem,
     dtype: DType,
     inputs: &Inputs,
     operands: &BackwardOperands,
     gpu: &Gpu,
-) -> Result<Option<Vec<Launch>>> {
-    match family(problem, dtype) {
-        Some(Family::WindowAttention { .. }) => {
-            windows::backward(problem, dtype, inputs, operands, gpu)
-        }
-        Some(_) => backward::backward(problem, dtype, inputs, operands, gpu),
-        None => Ok(None),
-    }
-}
-
-/// The passes over whole grids take the portable kernels'.
-fn workspace_bytes(
-    problem: &AttentionProblem,
-    dtype: DType,
-    trained: [bool; 2],
-    gpu: &Gpu,
-) -> usize {
-    match family(problem, dtype) {
-        Some(Family::WindowAttention { .. }) => windows::workspace_bytes(problem, trained, gpu),
-        _ => 0,
-    }
+) -> Result<Option<Plan>> {
+    let trained = operands.trained();
+    let (launches, workspace_bytes) = match family(problem, dtype) {
+        Some(Family::WindowAttention { .. }) => (
+            windows::backward(problem, dtype, inputs, operands, gpu)?,
+            windows::workspace_bytes(problem, trained, gpu),
+        ),
+        Some(_) => (
+            backward::backward(problem, dtype, inputs, operands, gpu)?,
+            portable::workspace_bytes(problem, dtype, trained, gpu)?,
+        ),
+        None => (None, 0),
+    };
+    Ok(launches.map(|steps| Plan { steps, workspace_bytes, saved: 0 }))
 }

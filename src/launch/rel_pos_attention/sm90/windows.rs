@@ -3,7 +3,7 @@
 //! [`crate::launch::rel_pos_attention::sm90::forward`] and the portable kernels serve the other problems.
 
 use crate::launch::bindings::{
-    device_ptr, RelPosAttentionWindowBwdParams, RelPosAttentionWindowFwdParams,
+    device_ptr, Params, RelPosAttentionWindowBwdParams, RelPosAttentionWindowFwdParams,
     REL_POS_ATTENTION_WINDOW_SM90_SIDE, REL_POS_ATTENTION_WINDOW_SM90_THREADS,
 };
 use crate::launch::rel_pos_attention::portable::{shape, table_elements, BackwardOperands, Inputs};
@@ -35,7 +35,7 @@ fn blocks(problem: &AttentionProblem, gpu: &Gpu) -> u64 {
 }
 
 /// A pass's kernel in so many blocks, with the shared memory that each takes.
-fn launch<P: bytemuck::NoUninit>(
+fn launch<P: Params>(
     pass: &str,
     problem: &AttentionProblem,
     dtype: DType,
@@ -97,7 +97,7 @@ pub fn backward(
     let &BackwardOperands { out, lse, dout, dqkv, dtables, dpad, workspace: at } = operands;
     let addresses = [qkv, tables[0], tables[1], pad, out, dout, dqkv];
     let Some(tile) = pick(problem, dtype, &addresses) else { return Ok(None) };
-    let [pad_partials, _] = workspace(problem, [dtables != 0, dpad != 0], gpu);
+    let [pad_partials, _] = workspace(problem, operands.trained(), gpu);
     let table_partials = if dtables == 0 { 0 } else { at };
     let pad_partials = if dpad == 0 { 0 } else { at + pad_partials };
     let (units, shape) = (units(problem) as u64, shape(problem));

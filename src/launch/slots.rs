@@ -1,0 +1,138 @@
+//! Operands by number: a plan is made before the addresses are known, and serves every call of the same problem.
+//!
+//! ```text
+//! slot             kind << 56 | index << 48 | offset      an address of a space of its own; all operands are aligned there
+//! Operands::at     operand[kind][index] + offset          what a launch gets; null stays null
+//! ```
+//! Planners add offsets to addresses and compare them with null. So they plan with slots, or, in tests, with memory.
+
+use super::bindings::{device_ptr, DropoutMask};
+use crate::philox::Dropout;
+use candle_core::{bail, Result};
+
+const INPUT: u64 = 1;
+const OUTPUT: u64 = 2;
+const SCRATCH: u64 = 3;
+/// Bits of an offset, and of an index.
+const OFFSET: u32 = 48;
+const INDEX: u32 = 8;
+
+const fn slot(kind: u64, index: usize) -> device_ptr {
+    (kind << INDEX | index as u64) << OFFSET
+}
+
+/// The slot of an input.
+pub const fn input(index: usize) -> device_ptr {
+    slot(INPUT, index)
+}
+
+/// The slot of an output.
+pub const fn output(index: usize) -> device_ptr {
+    slot(OUTPUT, index)
+}
+
+/// The slot of the scratch memory.
+pub const WORKSPACE: device_ptr = slot(SCRATCH, 0);
+
+/// `address` if the operand is there, else null.
+pub const fn present(is: bool, address: device_ptr) -> device_ptr {
+    if is {
+        address
+    } else {
+        0
+    }
+}
+
+/// The slot of a call's dropout: its place, counted from one, stands for its seed.
+pub const fn dropout(index: usize) -> Dropout {
+    Dropout { p: 0.0, seed: index as u64 + 1, stream: 0 }
+}
+
+/// A mask as kernels take it; none keeps everything.
+pub(super) fn mask(dropout: Option<Dropout>) -> DropoutMask {
+    let Some(dropout) = dropout else { return DropoutMask { scale: 1.0, ..Default::default() } };
+    DropoutMask {
+        seed_low: dropout.seed as u32,
+        seed_high: (dropout.seed >> 32) as u32,
+        stream: dropout.stream,
+        threshold: dropout.threshold(),
+        scale: dropout.scale(),
+    }
+}
+
+/// What fills the slots of a plan in one call.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Operands<'a> {
+    /// The addresses of the inputs.
+    pub inputs: &'a [device_ptr],
+    /// The addresses of the outputs.
+    pub outputs: &'a [device_ptr],
+    /// The address of the scratch memory.
+    pub workspace: Option<device_ptr>,
+    /// The dropouts.
+    pub dropouts: &'a [Option<Dropout>],
+}
+
+impl Operands<'_> {
+    /// The address that a slot stands for; of one that is no slot, itself.
+    pub(super) fn at(&self, address: device_ptr) -> Result<device_ptr> {
+        let index = (address >> OFFSET) as usize & ((1 << INDEX) - 1);
+        let (name, base) = match address >> (OFFSET + INDEX) {
+            INPUT => ("input", self.inputs.get(index).copied()),
+            OUTPUT => ("output", self.outputs.get(index).copied()),
+            SCRATCH => ("workspace", self.workspace),
+            _ => return Ok(address),
+        };
+        match base {
+            Some(base) => Ok(base + (address & ((1 << OFFSET) - 1))),
+            None => bail!("the plan reads {name} {index}, and the call has none"),
+        }
+    }
+
+    /// The mask that a slot stands for; no dropout stays none.
+    pub(super) fn mask(&self, slot: DropoutMask) -> Result<DropoutMask> {
+        let Some(index) = slot.seed_low.checked_sub(1) else { return Ok(slot) };
+        match self.dropouts.get(index as usize) {
+            Some(&Some(dropout)) => Ok(mask(Some(dropout))),
+            _ => bail!("the plan has dropout {index}, and the call has none"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_become_addresses() -> Result<()> {
+        let (inputs, outputs, workspace) = ([0x1000, 0x7f00_0000_2000], [0x3000], Some(0x4000));
+        let operands = Operands { inputs: &inputs, outputs: &outputs, workspace, dropouts: &[] };
+        for (slot, address) in [
+            (0, 0),
+            (0x1234, 0x1234),
+            (input(0), 0x1000),
+            (input(1) + 24, 0x7f00_0000_2018),
+            (output(0) + (1 << 40), (1 << 40) + 0x3000),
+            (WORKSPACE + 256, 0x4100),
+        ] {
+            assert_eq!(operands.at(slot)?, address);
+        }
+        for missing in [input(2), output(1)] {
+            assert!(operands.at(missing).unwrap_err().to_string().contains("the call has none"));
+        }
+        assert!(Operands { workspace: None, ..operands }.at(WORKSPACE).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_dropout_is_the_calls() -> Result<()> {
+        let second = Some(Dropout { p: 0.25, seed: 3 << 32, stream: 7 });
+        let operands = Operands { dropouts: &[None, second], ..Default::default() };
+        let words = |mask| bytemuck::cast::<DropoutMask, [u32; 5]>(mask);
+        let filled = |slot| operands.mask(mask(slot)).map(words);
+        assert_eq!(filled(Some(dropout(1)))?, words(mask(second)));
+        assert_eq!(filled(None)?, words(mask(None)));
+        assert!(filled(Some(dropout(0))).is_err() && filled(Some(dropout(2))).is_err());
+        Ok(())
+    }
+}
