@@ -2,11 +2,13 @@
 
 use super::arguments::{Backend, ModelArguments};
 use super::console::Console;
+use super::embeddings::EmbeddingArguments;
 use super::model::{Placement, Source};
+use super::photo::{images, PhotoArguments};
 use crate::nn::Mode;
 use crate::sam::{
-    model_type, DeepSeekOcrEncoder, SamInput, SamModel, SamVisionConfig, SamVisionEncoderOutput,
-    SamVisionModel,
+    model_type, DeepSeekOcrEncoder, ReadOptions, SamInput, SamModel, SamPredictor, SamVisionConfig,
+    SamVisionEncoderOutput, SamVisionModel,
 };
 use crate::{files, read_tensors, write_tensors, TensorFile};
 use anyhow::bail;
@@ -15,7 +17,9 @@ use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Runs a SAM on tensors from safetensors files
+/// Runs a SAM on tensors from safetensors files, or embeds images for later runs
+///
+/// With --embeddings the input is an image or a folder of images, whose embeddings are kept for `masks` and `segment`.
 ///
 /// Tensors read: pixel_values [B,3,S,S], and if wanted input_points [B,P,N,2], input_labels [B,P,N],
 /// input_boxes [B,P,4], input_masks [B,1,4h,4w], as Hugging Face's SamModel takes them. Tensors written:
@@ -29,20 +33,29 @@ use std::path::{Path, PathBuf};
 pub struct Options {
     #[command(flatten)]
     model: ModelArguments,
-    /// Safetensors file to read, or a folder of such files
+    /// Safetensors file to read, or a folder of such files; with --embeddings images
     #[arg(long, value_name = "FILE|DIR")]
     input: PathBuf,
     /// Safetensors file to write; with a folder of input the folder that gets a file of each file's name
-    #[arg(long, value_name = "FILE|DIR")]
-    output: PathBuf,
+    #[arg(
+        long,
+        value_name = "FILE|DIR",
+        required_unless_present = "embeddings",
+        conflicts_with = "embeddings"
+    )]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    embeddings: EmbeddingArguments,
+    #[command(flatten)]
+    photo: PhotoArguments,
     /// Run the SAM encoder of DeepSeek-OCR
-    #[arg(long, requires = "model")]
+    #[arg(long, requires = "model", conflicts_with = "embeddings")]
     deepseek_ocr: bool,
     /// One mask for each prompt instead of several (multimask_output=False)
-    #[arg(long)]
+    #[arg(long, conflicts_with = "embeddings")]
     single_mask: bool,
     /// Skip files whose results are there and whole
-    #[arg(long)]
+    #[arg(long, conflicts_with = "embeddings")]
     resume: bool,
     #[command(flatten)]
     backend: Backend,
@@ -61,7 +74,11 @@ type Tensors = BTreeMap<String, Tensor>;
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let console = options.console;
     let place = options.backend.open()?;
-    let mut jobs = jobs(options)?;
+    let Some(output) = &options.output else { return embed_images(options, &place) };
+    if options.photo.options() != ReadOptions::default() {
+        bail!("--range and --page are for images, which --embeddings takes")
+    }
+    let mut jobs = jobs(&options.input, output)?;
     let all = jobs.len();
     jobs.retain(|job| !(options.resume && TensorFile::open(&job.output).is_ok()));
     if options.resume {
@@ -96,11 +113,34 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Embeds the images that have no embedding yet.
+fn embed_images(options: &Options, place: &Placement) -> anyhow::Result<()> {
+    let console = options.console;
+    let images = images(std::slice::from_ref(&options.input))?;
+    let source = options.model.find(console)?;
+    let sam = source.load(place, console)?;
+    let predictor = SamPredictor::with_processor(&sam, source.processor(sam.config(), console)?);
+    let mut embeddings = options.embeddings.open(&options.photo);
+    let bar = console.bar(images.len() as u64, "images");
+    for image in &images {
+        if let Some(found) = embeddings.get(&predictor, image)? {
+            let did = if found.computed.is_some() { "computed" } else { "read" };
+            let text = format!("{}: embedding {did}, {}", image.display(), found.path.display());
+            let object =
+                json!({ "input": image, "embedding": found.path, "computed": found.computed });
+            bar.suspend(|| console.result(text, object));
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    embeddings.tell(console);
+    Ok(())
+}
+
 /// What is to be read and written.
-fn jobs(options: &Options) -> anyhow::Result<Vec<Job>> {
-    let Options { input, output, .. } = options;
+fn jobs(input: &Path, output: &Path) -> anyhow::Result<Vec<Job>> {
     if !input.is_dir() {
-        return Ok(vec![Job { input: input.clone(), output: output.clone() }]);
+        return Ok(vec![Job { input: input.into(), output: output.into() }]);
     }
     let mut jobs = vec![];
     for entry in std::fs::read_dir(input)? {

@@ -6,6 +6,7 @@
 mod arguments;
 mod console;
 mod draw;
+mod embeddings;
 mod encode;
 mod export;
 pub mod finetune;

@@ -1,7 +1,7 @@
 //! Images for the model: which files, how they are read, and what was understood of them.
 
 use super::console::Console;
-use crate::sam::{is_transparent, ReadOptions, ValueRange};
+use crate::sam::{is_transparent, LargeImage, ReadOptions, Tiling, ValueRange};
 use crate::Result;
 use anyhow::bail;
 use image::DynamicImage;
@@ -22,9 +22,24 @@ pub struct PhotoArguments {
 }
 
 impl PhotoArguments {
+    /// How images are read.
+    pub fn options(&self) -> ReadOptions {
+        ReadOptions { range: self.range, page: self.page }
+    }
+
+    /// Opens an image that is read in tiles; says if it has several and had to be decoded whole.
+    pub fn open(&self, path: &Path, tiling: &Tiling, console: Console) -> Result<LargeImage> {
+        let image = LargeImage::open(path, &self.options())?;
+        let several = tiling.tiles(image.size())?.len() > 1;
+        if let Some(why) = image.decoded_whole().filter(|_| several) {
+            console.note(format!("{}: {why}", path.display()));
+        }
+        Ok(image)
+    }
+
     /// Reads an image; says if its values were scaled and if it is transparent.
     pub fn read(&self, path: &Path, console: Console) -> Result<DynamicImage> {
-        let picture = ReadOptions { range: self.range, page: self.page }.read(path)?;
+        let picture = self.options().read(path)?;
         if let Some((low, high)) = picture.range {
             console.note(format!(
                 "{}: {}, values {low} to {high} are black to white (see --range)",

@@ -5,6 +5,7 @@ mod common;
 mod console;
 mod convert;
 mod encode;
+mod everything;
 mod masks;
 mod params;
 mod segment;

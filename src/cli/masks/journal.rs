@@ -84,10 +84,11 @@ impl Journal {
         file.map_err(|e| Error::io(&self.path, e))
     }
 
-    /// How many masks an image has, if it is done.
-    pub fn masks_of(&self, name: &str) -> Option<usize> {
+    /// Height and width of an image and how many masks it has, if it is done.
+    pub fn find(&self, name: &str) -> Option<((u32, u32), usize)> {
         let entry = self.entries.iter().find(|entry| entry["image"]["file_name"] == name)?;
-        entry["annotations"].as_array().map(Vec::len)
+        let side = |name: &str| u32::try_from(entry["image"][name].as_u64()?).ok();
+        Some(((side("height")?, side("width")?), entry["annotations"].as_array()?.len()))
     }
 
     /// The masks of all images.

@@ -2,8 +2,12 @@
 
 use super::super::arguments::{Backend, ModelArguments};
 use super::super::console::Console;
+use super::super::embeddings::EmbeddingArguments;
 use super::super::photo::PhotoArguments;
-use crate::sam::MaskGenerator;
+use super::calibration::CalibrationArguments;
+use crate::sam::{MaskGenerator, Tiling};
+use crate::train::Dataset;
+use crate::Result;
 use serde_json::{json, Value};
 use std::path::PathBuf;
 
@@ -14,7 +18,7 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 pub struct Options {
     /// Images, or folders of images
-    #[arg(required = true)]
+    #[arg(required_unless_present = "calibrate_images")]
     pub images: Vec<PathBuf>,
     #[command(flatten)]
     pub model: ModelArguments,
@@ -22,6 +26,12 @@ pub struct Options {
     pub photo: PhotoArguments,
     #[command(flatten)]
     pub generator: GeneratorArguments,
+    #[command(flatten)]
+    pub calibration: CalibrationArguments,
+    #[command(flatten)]
+    pub tiles: TileArguments,
+    #[command(flatten)]
+    pub embeddings: EmbeddingArguments,
     /// Folder that gets the results
     #[arg(long, value_name = "DIR", default_value = "masks")]
     pub output: PathBuf,
@@ -34,14 +44,19 @@ pub struct Options {
 }
 
 impl Options {
-    /// What the results depend on, beside the images.
-    pub fn settings(&self) -> Value {
-        json!({
+    /// What the results depend on, beside the images. `truth` has the images that thresholds are chosen on.
+    ///
+    /// # Errors
+    /// - a file of `truth` cannot be read.
+    pub fn settings(&self, truth: Option<&Dataset>) -> Result<Value> {
+        Ok(json!({
             "model": format!("{:?}", self.model),
             "photo": format!("{:?}", self.photo),
             "generator": format!("{:?}", self.generator.generator()),
+            "calibration": truth.map(Dataset::fingerprint).transpose()?,
+            "tiles": format!("{:?}", self.tiles.tiling()),
             "backend": format!("{:?}", self.backend),
-        })
+        }))
     }
 }
 
@@ -64,7 +79,7 @@ pub struct GeneratorArguments {
     #[arg(long, default_value_t = 0.7)]
     nms: f64,
     /// Layers of crops, for small objects: layer n has 4^n crops, each encoded by itself
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, conflicts_with = "embeddings")]
     crop_layers: u32,
     /// Fill holes and remove islands of fewer pixels
     #[arg(long, default_value_t = 0)]
@@ -87,12 +102,34 @@ impl GeneratorArguments {
     }
 }
 
+/// How large images are cut
+#[derive(clap::Args, Clone, Debug)]
+pub struct TileArguments {
+    /// Segment images in tiles of at most so many pixels a side: for images that do not fit into memory, or have small
+    /// objects. TIFFs are read in parts; labels are a TIFF of 32 bits; images of more than 50 megapixels get no overlay
+    #[arg(long, value_name = "SIDE", conflicts_with_all = ["embeddings", "each"])]
+    tile: Option<u32>,
+    /// Pixels around a tile that the model sees too: half an object or more
+    #[arg(long, value_name = "PIXELS", default_value_t = Tiling::default().halo, requires = "tile")]
+    halo: u32,
+}
+
+impl TileArguments {
+    /// The tiles, if there are any.
+    pub fn tiling(&self) -> Option<Tiling> {
+        self.tile.map(|tile| Tiling { tile, halo: self.halo, ..Tiling::default() })
+    }
+}
+
 /// What is written and what may be replaced
 #[derive(clap::Args, Clone, Debug)]
 pub struct FileArguments {
     /// Write each mask as a PNG of its own, too
     #[arg(long)]
     pub each: bool,
+    /// Write the masks as polygons in pixels, too: IMAGE.geojson, for QGIS, QuPath and GeoPandas
+    #[arg(long)]
+    pub geojson: bool,
     /// Draw a contact sheet, too: small pictures of all images with their masks, names below
     #[arg(long, value_name = "FILE.png")]
     pub sheet: Option<PathBuf>,

@@ -1,65 +1,57 @@
-//! The flags that would have kept a mask, where an image has none.
+//! The flags that would keep a mask, where an image has none.
 
-use crate::sam::{MaskGenerator, SamPredictor};
-use crate::Result;
-use image::DynamicImage;
+use crate::sam::{GenerationStatistics, MaskGenerator};
 
-/// Points along each side that are tried again, at most: for a few words of advice they are enough.
-const POINTS: usize = 8;
-
-/// Which flags keep the best mask of a coarse grid of points.
-pub fn advice(
-    generator: &MaskGenerator,
-    predictor: &SamPredictor<'_>,
-    image: &DynamicImage,
-) -> Result<String> {
-    let points = generator.points_per_side.min(POINTS);
-    let all = MaskGenerator {
-        points_per_side: points,
-        pred_iou_thresh: 0.0,
-        stability_score_thresh: 0.0,
-        crop_n_layers: 0,
-        min_mask_region_area: 0,
-        ..generator.clone()
+/// What each filter dropped, and the flags that keep the best candidate.
+pub fn advice(statistics: &GenerationStatistics, generator: &MaskGenerator) -> String {
+    let passed = statistics.candidates - statistics.low_iou;
+    let flags = match (passed, statistics.best_iou, statistics.best_stability) {
+        // The stability of a mask is measured once its predicted IoU passes; 0 keeps every one.
+        (0, Some(iou), _) => Some(format!("--iou {:.2} --stability 0", below(iou))),
+        (_, _, Some(stability)) if f64::from(stability) <= generator.stability_score_thresh => {
+            Some(format!("--stability {:.2}", below(stability)))
+        }
+        _ => None,
     };
-    let masks = all.generate(predictor, image)?;
-    let scores = masks.iter().map(|mask| (mask.iou_score, mask.stability_score));
-    let scores: Vec<(f32, f32)> = scores.filter(|(_, stability)| stability.is_finite()).collect();
-    let Some((iou, stability)) = scores.iter().copied().max_by(|a, b| a.0.total_cmp(&b.0)) else {
-        return Ok("no point gave a mask".into());
+    let keep = match flags {
+        Some(flags) => format!("{flags} would keep it"),
+        None if statistics.cut_off > 0 => "borders of crops cut off what passed".into(),
+        None => "no candidate has a pixel".into(),
     };
-    let most_stable = scores.iter().map(|(_, stability)| *stability).fold(0.0, f32::max);
-    let flags: Vec<String> = [
-        ("--iou", iou, generator.pred_iou_thresh),
-        ("--stability", stability, generator.stability_score_thresh),
-    ]
-    .into_iter()
-    .filter(|(_, score, threshold)| f64::from(*score) <= *threshold)
-    .map(|(flag, score, _)| format!("{flag} {:.2}", below(score.into())))
-    .collect();
-    let keep = match flags.is_empty() {
-        true => "these thresholds keep it".to_string(),
-        false => format!("{} would keep it", flags.join(" ")),
-    };
-    Ok(format!(
-        "of {points} x {points} points the best mask has an expected IoU of {iou:.3} and a stability of {stability:.3}, the \
-         most stable mask {most_stable:.3}; {keep}"
-    ))
+    format!("{statistics}; {keep}")
 }
 
 /// The next lower hundredth: a threshold that `score` is above.
-fn below(score: f64) -> f64 {
-    ((score * 100.0).ceil() - 1.0).max(0.0) / 100.0
+fn below(score: f32) -> f64 {
+    ((f64::from(score) * 100.0).ceil() - 1.0).max(0.0) / 100.0
 }
 
 #[cfg(test)]
 mod tests {
-    use super::below;
+    use super::*;
 
     #[test]
     fn thresholds_are_below_their_scores() {
         for (score, threshold) in [(0.823, 0.82), (0.82, 0.81), (0.001, 0.0), (0.0, 0.0)] {
             assert_eq!(below(score), threshold, "{score}");
+        }
+    }
+
+    #[test]
+    fn flags_are_of_the_filter_that_dropped_all() {
+        let all = GenerationStatistics { candidates: 9, best_iou: Some(0.7), ..Default::default() };
+        let low = GenerationStatistics { low_iou: 9, ..all.clone() };
+        let unstable =
+            GenerationStatistics { unstable: 9, best_stability: Some(0.5), ..all.clone() };
+        let cut = GenerationStatistics { cut_off: 9, best_stability: Some(0.99), ..all.clone() };
+        for (statistics, end) in [
+            (low, "; --iou 0.69 --stability 0 would keep it"),
+            (unstable, "; --stability 0.49 would keep it"),
+            (cut, "; borders of crops cut off what passed"),
+            (all, "; no candidate has a pixel"),
+        ] {
+            let advice = advice(&statistics, &MaskGenerator::default());
+            assert!(advice.ends_with(end), "{advice}");
         }
     }
 }

@@ -2,11 +2,29 @@
 
 use super::super::draw;
 use super::super::photo::is_whole;
-use crate::sam::{convert_to_rgb, label_image, save_labels, GeneratedMask};
+use crate::sam::{
+    convert_to_rgb, label_image, save_geojson, save_label_strips, save_labels, Crop, Generated,
+    GeneratedMask, LargeImage,
+};
 use anyhow::bail;
-use image::{DynamicImage, GrayImage, RgbImage};
+use image::{GrayImage, RgbImage};
+use serde::de::IgnoredAny;
 use serde_json::{json, Value};
+use std::fs::File;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
+use tiff::decoder::Decoder;
+use tiff::TiffResult;
+
+/// Images of more pixels are large: they had better be segmented in tiles.
+pub fn is_large((height, width): (u32, u32)) -> bool {
+    u64::from(height) * u64::from(width) > 50_000_000
+}
+
+/// The highest IoU that the model expects of a mask.
+pub fn best_iou(masks: &[GeneratedMask]) -> Option<f32> {
+    masks.iter().map(|mask| mask.iou_score).max_by(f32::total_cmp)
+}
 
 /// Where the files of an image go.
 pub struct Results<'a> {
@@ -16,6 +34,10 @@ pub struct Results<'a> {
     pub image: &'a Path,
     /// Whether each mask gets a file.
     pub each: bool,
+    /// Whether the masks are written as polygons.
+    pub geojson: bool,
+    /// Whether the image is segmented in tiles.
+    pub tiled: bool,
 }
 
 impl Results<'_> {
@@ -24,9 +46,18 @@ impl Results<'_> {
         self.folder.join(format!("{stem}.{ending}"))
     }
 
-    /// The labels' file for so many masks: a PNG, or a TIFF for more than a PNG can number.
+    /// The labels' file for so many masks: a PNG, or a TIFF for tiles and for more than a PNG can number.
     fn labels(&self, masks: usize) -> PathBuf {
-        self.file(if masks > 65535 { "labels.tif" } else { "labels.png" })
+        self.file(if self.tiled || masks > 65535 { "labels.tif" } else { "labels.png" })
+    }
+
+    fn geojson(&self) -> Option<PathBuf> {
+        self.geojson.then(|| self.file("geojson"))
+    }
+
+    /// Whether an overlay is drawn: a large image in tiles need not fit into memory.
+    pub fn is_drawn(&self, size: (u32, u32)) -> bool {
+        !(self.tiled && is_large(size))
     }
 
     /// The image with its masks.
@@ -38,21 +69,33 @@ impl Results<'_> {
         self.file(&format!("{:04}.png", index + 1))
     }
 
-    /// Whether all files of so many masks are there and can be read.
-    pub fn are_whole(&self, masks: usize) -> bool {
-        is_whole(&self.labels(masks))
-            && is_whole(&self.overlay())
+    /// Whether all files of an image of this size and of so many masks are there and can be read.
+    pub fn are_whole(&self, size: (u32, u32), masks: usize) -> bool {
+        let labels = self.labels(masks);
+        (if self.tiled { has_all_strips(&labels) } else { is_whole(&labels) })
+            && (!self.is_drawn(size) || is_whole(&self.overlay()))
+            && self.geojson().is_none_or(|path| is_json(&path))
             && (0..masks).filter(|_| self.each).all(|index| is_whole(&self.single(index)))
     }
 
     /// Writes the files; returns what a machine wants to know of them.
-    pub fn write(&self, image: &DynamicImage, masks: &[GeneratedMask]) -> anyhow::Result<Value> {
-        let size = (image.height(), image.width());
+    pub fn write(&self, image: &mut LargeImage, found: &Generated) -> anyhow::Result<Value> {
+        let (size, masks) = (image.size(), &found.masks);
         let labels = self.labels(masks.len());
-        save_labels(&labels, &label_image(masks, size), size)?;
-        let mut overlay = convert_to_rgb(image)?;
-        draw_all(&mut overlay, masks);
-        draw::save_png(&self.overlay(), &overlay.into())?;
+        match self.tiled {
+            true => save_label_strips(&labels, masks, size)?,
+            false => save_labels(&labels, &label_image(masks, size), size)?,
+        }
+        let (geojson, overlay) = (self.geojson(), self.is_drawn(size).then(|| self.overlay()));
+        if let Some(path) = &geojson {
+            save_geojson(path, masks)?;
+        }
+        if let Some(path) = &overlay {
+            let whole = Crop { left: 0, top: 0, right: size.1, bottom: size.0 };
+            let mut picture = convert_to_rgb(&image.region(&whole)?)?;
+            draw_all(&mut picture, masks);
+            draw::save_png(path, &picture.into())?;
+        }
         for (index, mask) in masks.iter().enumerate().filter(|_| self.each) {
             let values = mask.mask.to_mask().into_iter().map(|inside| u8::from(inside) * 255);
             let Some(mask) = GrayImage::from_raw(size.1, size.0, values.collect()) else {
@@ -63,11 +106,28 @@ impl Results<'_> {
         Ok(json!({
             "image": self.image,
             "masks": masks.len(),
-            "best_expected_iou": masks.first().map(|mask| mask.iou_score),
+            "best_expected_iou": best_iou(masks),
+            "statistics": found.statistics,
             "labels": labels,
-            "overlay": self.overlay(),
+            "overlay": overlay,
+            "geojson": geojson,
         }))
     }
+}
+
+/// Whether a TIFF can be read to its end, strip by strip: it may be larger than memory.
+fn has_all_strips(path: &Path) -> bool {
+    let read = |file: File| -> TiffResult<()> {
+        let mut tiff = Decoder::new(BufReader::new(file))?;
+        (0..tiff.strip_count()?).try_for_each(|strip| tiff.read_chunk(strip).map(drop))
+    };
+    File::open(path).is_ok_and(|file| read(file).is_ok())
+}
+
+/// Whether a file holds JSON to its end.
+fn is_json(path: &Path) -> bool {
+    let read = |file| serde_json::from_reader::<_, IgnoredAny>(BufReader::new(file));
+    File::open(path).is_ok_and(|file| read(file).is_ok())
 }
 
 fn draw_all(image: &mut RgbImage, masks: &[GeneratedMask]) {

@@ -5,9 +5,10 @@ mod prompts;
 use super::arguments::{Backend, ModelArguments};
 use super::console::Console;
 use super::draw;
+use super::embeddings::EmbeddingArguments;
 use super::photo::{images, is_whole, PhotoArguments};
 use crate::files;
-use crate::sam::{convert_to_rgb, Prediction, Prompt, Rle, SamPredictor};
+use crate::sam::{convert_to_rgb, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use anyhow::{bail, Context};
 use image::{DynamicImage, GrayImage};
 use prompts::{PromptArguments, Prompts};
@@ -30,6 +31,8 @@ pub struct Options {
     model: ModelArguments,
     #[command(flatten)]
     photo: PhotoArguments,
+    #[command(flatten)]
+    embeddings: EmbeddingArguments,
     /// Take the best of several masks, for a prompt that could mean a part or the whole
     #[arg(long)]
     multimask: bool,
@@ -88,6 +91,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let processor = source.processor(sam.config(), console)?;
     let predictor = SamPredictor::with_processor(&sam, processor);
     files::create_dir(&options.output)?;
+    let mut embeddings = options.embeddings.open(&options.photo);
     let bar = console.bar(jobs.len() as u64, "images  {msg}");
     for job in &jobs {
         let name = job.image.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -96,13 +100,18 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             Some(opened) => opened,
             None => bar.suspend(|| options.open(&job.image))?,
         };
-        let objects = segment(&predictor, &opened, options.multimask)?;
+        let embedding = match embeddings.get(&predictor, &job.image)? {
+            Some(kept) => kept.embedding,
+            None => predictor.embed(&opened.0)?,
+        };
+        let objects = segment(&predictor, &embedding, &opened.1, options.multimask)?;
         write(opened, &objects, job)?;
         let prefix = if several { format!("{name}: ") } else { String::new() };
         bar.suspend(|| report(console, job, &objects, &prefix));
         bar.inc(1);
     }
     bar.finish_and_clear();
+    embeddings.tell(console);
     Ok(())
 }
 
@@ -157,15 +166,15 @@ struct Object {
 
 fn segment(
     predictor: &SamPredictor<'_>,
-    (image, objects): &(DynamicImage, Vec<Prompts>),
+    embedding: &ImageEmbedding,
+    objects: &[Prompts],
     multimask: bool,
 ) -> crate::Result<Vec<Object>> {
-    let embedding = predictor.embed(image)?;
     let prompts: Vec<Prompt> = objects.iter().map(Prompts::prompt).collect();
-    let found = predictor.predict(&embedding, &prompts, multimask)?;
+    let found = predictor.predict(embedding, &prompts, multimask)?;
     let object = |prediction: &Prediction| {
         let best = prediction.best();
-        let mask = predictor.mask(&embedding, prediction, best)?;
+        let mask = predictor.mask(embedding, prediction, best)?;
         Ok(Object { mask, expected_iou: prediction.iou_scores[best] })
     };
     found.iter().map(object).collect()

@@ -181,10 +181,45 @@ impl MaskGenerator {
         &self,
         predictor: &SamPredictor<'_>,
         image: &DynamicImage,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Generated> {
+        let embed = |crop: &Crop| {
+            let part = image.crop_imm(crop.left, crop.top, crop.width(), crop.height());
+            predictor.embed(&part)
+        };
+        self.generate_from(predictor, (image.height(), image.width()), embed, progress)
+    }
+
+    /// As [`generate_counted`](Self::generate_counted), of an image that is embedded already.
+    ///
+    /// # Errors
+    /// - as [`generate`](Self::generate);
+    /// - there are layers of crops, which need embeddings of their own.
+    pub fn generate_embedded(
+        &self,
+        predictor: &SamPredictor<'_>,
+        embedding: &ImageEmbedding,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Generated> {
+        if self.crop_n_layers > 0 {
+            let layers = self.crop_n_layers;
+            let message = format!("crop_n_layers is {layers}, expected 0 for one embedding");
+            return Err(Error::Config(format!("mask generation: {message}")));
+        }
+        let (height, width) = embedding.frame.original;
+        let size = (height as u32, width as u32);
+        self.generate_from(predictor, size, |_| Ok(embedding.clone()), progress)
+    }
+
+    /// The masks of an image of a height and width, whose crops `embed` embeds.
+    fn generate_from(
+        &self,
+        predictor: &SamPredictor<'_>,
+        size: (u32, u32),
+        embed: impl Fn(&Crop) -> Result<ImageEmbedding>,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Generated> {
         self.validate()?;
-        let size = (image.height(), image.width());
         let crops = crops::crops(size, self.crop_n_layers, self.crop_overlap_ratio);
         let side = |layer: u32| {
             let divisor = self.crop_n_points_downscale_factor.saturating_pow(layer);
@@ -199,8 +234,7 @@ impl MaskGenerator {
             if points.is_empty() {
                 continue;
             }
-            let part = image.crop_imm(crop.left, crop.top, crop.width(), crop.height());
-            let embedding = predictor.embed(&part)?;
+            let embedding = embed(crop)?;
             let mut of_crop = vec![];
             for batch in points.chunks(self.points_per_batch) {
                 let batch_found = self.masks_at(predictor, &embedding, batch, (crop, size))?;
