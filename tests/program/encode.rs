@@ -182,7 +182,7 @@ fn says_what_is_wrong() -> Result<()> {
         here.join("old/adapter_model.bin"),
         "version https://git-lfs.github.com/spec/v1",
     )?;
-    let old = ["old/adapter_model.bin: a git-LFS pointer", "git lfs pull"];
+    let old = ["old/adapter_model.bin: it is a git-LFS pointer", "git lfs pull"];
     fails(&format!("{command} --adapter old"), 1, &old)?;
     ensure!(!here.join("out").exists(), "a run that failed has written");
     Ok(())
