@@ -27,12 +27,18 @@ impl PhotoArguments {
         ReadOptions { range: self.range, page: self.page }
     }
 
-    /// Opens an image that is read in tiles; says if it has several and had to be decoded whole.
+    /// Opens an image that is read in tiles; says if it has several and had to be decoded whole, and
+    /// if its values are scaled.
     pub fn open(&self, path: &Path, tiling: &Tiling, console: Console) -> Result<LargeImage> {
         let image = LargeImage::open(path, &self.options())?;
         let several = tiling.tiles(image.size())?.len() > 1;
         if let Some(why) = image.decoded_whole().filter(|_| several) {
             console.note(format!("{}: {why}", path.display()));
+        }
+        if let Some((low, high)) = image.range() {
+            let name = path.display();
+            console
+                .note(format!("{name}: values {low} to {high} are black to white (see --range)"));
         }
         Ok(image)
     }

@@ -91,6 +91,19 @@ fn tiles_give_the_masks_of_the_library() -> Result<()> {
     ensure!(out.contains("1 of 1 images were done already"), "{out}");
     let other = format!("mosaic.tif {QUICK} --output out --resume");
     fail(here, "masks", &other, 1, &["masks.jsonl", "other settings (tiles)"])?;
+    // Values of 16 bits are told as they are without tiles.
+    let deep = image::open(here.join("mosaic.png"))?.into_luma8();
+    let deep = image::ImageBuffer::<image::Luma<u16>, Vec<u16>>::from_fn(size.1, size.0, |x, y| {
+        image::Luma([u16::from(deep.get_pixel(x, y).0[0]) * 8])
+    });
+    deep.save(here.join("deep.tif"))?;
+    let range = |line: &str| -> Result<String> {
+        let out = succeed(here, "masks", &format!("deep.tif {QUICK} {line}"))?;
+        let (_, said) = out.split_once("values ").with_context(|| format!("no values: {out}"))?;
+        Ok(said.lines().next().unwrap_or_default().to_string())
+    };
+    let (whole, tiled) = (range("--output deep")?, range("--tile 60 --output deep-tiles")?);
+    ensure!(whole == tiled && whole.contains("are black to white"), "{whole}, {tiled}");
     // A PNG has the same masks, but is decoded whole.
     let line = format!("mosaic.png {QUICK} {tiles} --output png");
     let out = succeed(here, "masks", &line)?;

@@ -33,6 +33,7 @@ pub struct LargeImage {
     path: PathBuf,
     pixels: Pixels,
     range: ValueRange,
+    scaled: Option<(f64, f64)>,
     decoded_whole: Option<String>,
 }
 
@@ -45,7 +46,7 @@ enum Pixels {
 impl From<DynamicImage> for LargeImage {
     fn from(image: DynamicImage) -> Self {
         let (path, range) = (PathBuf::from("an image in memory"), ValueRange::Type);
-        Self { path, pixels: Pixels::Whole(image), range, decoded_whole: None }
+        Self { path, pixels: Pixels::Whole(image), range, scaled: None, decoded_whole: None }
     }
 }
 
@@ -75,7 +76,11 @@ impl LargeImage {
                     Ok(mut chunks) => {
                         let range = guarded(path, || chunks.resolved(options.range))?;
                         let (path, pixels) = (path.into(), Pixels::Chunks(Box::new(chunks)));
-                        return Ok(Self { path, pixels, range, decoded_whole: None });
+                        let scaled = match range {
+                            ValueRange::Fixed(low, high) => Some((low, high)),
+                            _ => None,
+                        };
+                        return Ok(Self { path, pixels, range, scaled, decoded_whole: None });
                     }
                     Err(why) => format!("decoded as a whole: {why}"),
                 }
@@ -93,9 +98,9 @@ impl LargeImage {
                 format!("{why}; its {length} bytes are too many, {MAX_DECODED} are the most");
             return Err(Error::file(path, message));
         }
-        let image = options.read(path)?.image;
-        let (pixels, range) = (Pixels::Whole(image), options.range);
-        Ok(Self { path: path.into(), pixels, range, decoded_whole: Some(why) })
+        let picture = options.read(path)?;
+        let (pixels, range, scaled) = (Pixels::Whole(picture.image), options.range, picture.range);
+        Ok(Self { path: path.into(), pixels, range, scaled, decoded_whole: Some(why) })
     }
 
     /// Height and width in pixels.
@@ -109,6 +114,11 @@ impl LargeImage {
     /// Why the file is in memory as a whole; none if it is read in parts.
     pub fn decoded_whole(&self) -> Option<&str> {
         self.decoded_whole.as_deref()
+    }
+
+    /// The values that are black and white, where the samples are scaled.
+    pub fn range(&self) -> Option<(f64, f64)> {
+        self.scaled
     }
 
     /// A region, its pixels as [`ReadOptions::read`] gives them.
