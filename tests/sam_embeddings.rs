@@ -4,7 +4,8 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device};
 use candle_sam_lora::sam::{
     AttentionKind, Embedded, EmbeddingOrigin, EmbeddingPrecision, EmbeddingStore, Frame,
-    ImageEmbedding, Prompt, ReadOptions, SamModel, SamPredictor, SamProcessor, ValueRange,
+    ImageEmbedding, MaskGenerator, Prompt, ReadOptions, SamModel, SamPredictor, SamProcessor,
+    ValueRange,
 };
 use candle_sam_lora::{lora, nn};
 use image::{DynamicImage, Rgb, RgbImage};
@@ -69,6 +70,33 @@ fn stored_embedding_is_the_computed_one() -> Result<()> {
         predictor.predict(&read.embedding, &prompt, true)?,
     );
     ensure!(a[0].iou_scores == b[0].iou_scores);
+    Ok(())
+}
+
+/// Crops have embeddings of their own.
+#[test]
+fn one_embedding_gives_the_masks_of_the_image() -> Result<()> {
+    let (_folder, image) = folder()?;
+    let model = shipped()?;
+    let predictor = SamPredictor::new(&model);
+    let read = candle_sam_lora::sam::read_image(&image)?;
+    let generator = MaskGenerator {
+        points_per_side: 4,
+        pred_iou_thresh: 0.0,
+        stability_score_thresh: 0.0,
+        ..MaskGenerator::default()
+    };
+    let expected = generator.generate_counted(&predictor, &read, |_, _| {})?;
+    let embedding = predictor.embed(&read)?;
+    let found = generator.generate_embedded(&predictor, &embedding, |_, _| {})?;
+    ensure!(!found.masks.is_empty() && found.statistics == expected.statistics);
+    for (a, b) in found.masks.iter().zip(&expected.masks) {
+        ensure!(a.mask.compressed() == b.mask.compressed() && a.iou_score == b.iou_score);
+    }
+    let generator = MaskGenerator { crop_n_layers: 1, ..generator };
+    let error = generator.generate_embedded(&predictor, &embedding, |_, _| {});
+    let error = error.err().context("accepted")?.to_string();
+    ensure!(error.contains("crop_n_layers is 1, expected 0"), "{error}");
     Ok(())
 }
 
