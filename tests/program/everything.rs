@@ -143,7 +143,9 @@ fn large_images_are_told_of_tiles() -> Result<()> {
     let first: Value = serde_json::from_str(out.lines().next().context("nothing")?)?;
     ensure!(first["overlay"].is_null() && first["labels"] == "tiles/large.labels.tif", "{out}");
     ensure!(!here.join("tiles/large.overlay.png").exists());
-    Ok(())
+    image::GrayImage::new(40_000, 1_300).save(here.join("wide.tif"))?;
+    let words = ["40000 x 1300 pixels", "--tile 1024 reads the image in parts"];
+    fail(here, "masks", "wide.tif --points-per-side 1 --output wide", 1, &words)
 }
 
 /// The thresholds that are printed give the masks of the calibrated run.

@@ -14,7 +14,7 @@ use super::sheet;
 use crate::files;
 use crate::sam::{Generated, LargeImage, MaskGenerator, SamPredictor};
 use crate::train::Dataset;
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use indicatif::ProgressBar;
 use journal::Journal;
 use results::{best_iou, is_large, Results};
@@ -121,7 +121,15 @@ impl Finder<'_> {
             let found = generator.generate_tiled(predictor, &mut image, &tiling, progress)?;
             return Ok((image, found));
         }
-        let image = bar.suspend(|| photo.read(path, console))?;
+        let read = bar.suspend(|| photo.read(path, console));
+        let image = read.map_err(|error| {
+            // What is too large to be decoded whole may be read in parts.
+            let opened = LargeImage::open(path, &photo.options());
+            match opened.is_ok_and(|image| is_large(image.size())) {
+                true => anyhow!("{error}; --tile 1024 reads the image in parts"),
+                false => error.into(),
+            }
+        })?;
         let (width, height) = (image.width(), image.height());
         if is_large((height, width)) {
             let name = path.display();
