@@ -44,11 +44,11 @@ fn block_rows(queries: usize) -> usize {
 
 /// Gradients of [`Inputs`]; `tables` and `pad` are empty where the input is.
 pub struct Gradients {
-    /// Of qkv.
+    /// Gradient of qkv.
     pub qkv: Buffer,
-    /// Of the tables.
+    /// Gradient of the tables.
     pub tables: Vec<f32>,
-    /// Of the pad.
+    /// Gradient of the pad.
     pub pad: Vec<f32>,
 }
 

@@ -111,7 +111,7 @@ fn transposed(x: &[f32], columns: usize) -> Vec<f32> {
     out
 }
 
-/// What rows are scored with, for products of one kind.
+/// The tokens' side of the scores, packed for one kind of product.
 enum Tokens {
     /// `[depth, pitch]`
     F32(Vec<f32>),
@@ -258,7 +258,7 @@ pub fn image_to_tokens(
             let of_first_head = values.chunks_exact_mut(c).step_by(s.heads).take(s.tokens);
             of_first_head.for_each(|value| add(value, output.bias));
         }
-        // What q's bias adds to each column's scores.
+        // q's bias adds a constant to each column's scores.
         let mut constants = vec![0f32; pitch];
         if !q.bias.is_empty() {
             for (column, k) in k.chunks_exact(d).enumerate() {

@@ -28,11 +28,11 @@ const KEYS: usize = 256;
 /// q `[q_batch, queries, heads, d]`, k and v `[kv_batch, keys, heads, d]`.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
-    /// What attends.
+    /// Queries.
     pub q: &'a [f32],
-    /// What is attended to.
+    /// Keys.
     pub k: &'a [f32],
-    /// What is summed.
+    /// Values.
     pub v: &'a [f32],
 }
 
@@ -192,7 +192,7 @@ pub fn backward(
     }
 }
 
-/// What the backward of one head reads.
+/// Inputs of the backward of one head.
 struct Unit<'a> {
     p: &'a MultiHeadProblem,
     q: Head<'a>,

@@ -13,9 +13,9 @@ use pulp::{Simd, WithSimd};
 pub struct Row<'a> {
     /// `q . k`, unscaled; becomes the weights.
     pub scores: &'a mut [f32],
-    /// Of each key row.
+    /// Bias of each key row.
     pub rel_h: &'a [f32],
-    /// Of each column, `pitch` long; minus infinity where there is no key.
+    /// Bias of each column, `pitch` long; minus infinity where there is no key.
     pub rel_w: &'a [f32],
     /// Factor of `q . k`: `softmax_scale log2 e`.
     pub scale: f32,
@@ -41,7 +41,7 @@ pub struct Online<'a> {
     pub max: f32,
 }
 
-/// What [`Online`] found.
+/// Result of a step of [`Online`].
 pub struct OnlineStep {
     /// The new maximum.
     pub max: f32,

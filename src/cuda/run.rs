@@ -25,7 +25,7 @@ impl Job<'_> {
     ///
     /// # Errors
     /// On inputs that are not contiguous, not aligned or not on one device, for want of memory, and if a launch fails; the
-    /// message names operation, shapes and kernel. What goes wrong while a kernel runs is reported by whoever waits for it.
+    /// message names operation, shapes and kernel. A failure while a kernel runs is reported by whoever waits for it.
     pub fn run<const OUTPUTS: usize>(
         &self,
         inputs: &[(&CudaStorage, &Layout)],

@@ -17,7 +17,7 @@ pub(crate) fn is_capturing(device: &CudaDevice) -> bool {
     !status.is_ok_and(|s| s == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// What a launch asks of the driver beside its size.
+/// Attributes of a launch for the driver, besides its size.
 fn attributes(launch: &Launch) -> Vec<CUlaunchAttribute> {
     let mut attributes = Vec::new();
     let mut add = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {

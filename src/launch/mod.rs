@@ -53,7 +53,7 @@ pub struct Launch {
     pub cluster: u32,
     /// The bytes of the params struct.
     pub params: Vec<u8>,
-    /// What of `params` is an operand.
+    /// Operands within `params`.
     pub slots: Slots,
     /// Tensor maps and where in `params` they stand once they are encoded.
     pub tensor_maps: Vec<(usize, TensorMap)>,
@@ -92,7 +92,7 @@ pub fn file_of<'a>(kernel: &str, files: impl IntoIterator<Item = &'a str>) -> Op
     found.max_by_key(|(_, name)| name.len()).map(|(index, _)| index)
 }
 
-/// What kernels run on.
+/// A device, real or emulated, that runs kernels.
 pub trait Backend {
     /// Memory of the device, freed on drop once the kernels that use it have ended.
     type Memory;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// The longest dimension: coordinates are signed numbers of 32 bits.
 pub const LONGEST: usize = i32::MAX as usize;
 
-/// What the elements are.
+/// Kind of element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// 16 bits of any kind.
@@ -58,17 +58,17 @@ impl Swizzle {
 /// Copies with another address share the rest.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMap {
-    /// Of the first element.
+    /// Address of the first element.
     pub address: device_ptr,
-    /// What the elements are.
+    /// Kind of element.
     pub element: Element,
     /// Sizes, one to five.
     pub dims: Arc<[u32]>,
     /// Bytes from one index to the next of each dimension but the first.
     pub strides: Arc<[u64]>,
-    /// Sizes of the tile. What of it lies outside of the tensor is read as zeros and not written.
+    /// Sizes of the tile. Elements outside the tensor are read as zeros and not written.
     pub tile: Arc<[u32]>,
-    /// Of the tile in shared memory.
+    /// Swizzle of the tile in shared memory.
     pub swizzle: Swizzle,
 }
 

@@ -81,7 +81,7 @@ impl Adapters {
         self.active.iter().filter_map(|name| Some((name.as_str(), self.get(name)?)))
     }
 
-    /// What the adapters in use compute in this pass, as few parts as possible: one for each, or one for all where
+    /// Low-rank parts of the adapters in use for this pass, as few as possible: one for each, or one for all where
     /// none has a magnitude or drops anything.
     pub fn low_rank(&self, mode: Mode) -> candle_core::Result<Vec<LowRank>> {
         if self.disabled || self.unmerged.is_some() {

@@ -64,7 +64,7 @@ impl Linear {
         self.weight.dims().first().copied().unwrap_or(0)
     }
 
-    /// What the adapters in use compute in this pass; see [`projection`](Self::projection).
+    /// Low-rank parts of the adapters in use for this pass; see [`projection`](Self::projection).
     ///
     /// # Errors
     /// When a tensor cannot be allocated.

@@ -10,7 +10,7 @@ use crate::Result;
 use candle_core::{Tensor, Var};
 use std::collections::{BTreeMap, HashSet};
 
-/// What a walk meets.
+/// A node that a walk meets.
 #[derive(Debug)]
 pub enum Node<'a> {
     /// A parameter; trainable if [`Tensor::track_op`], see [`trainable_variables`].
@@ -32,7 +32,7 @@ pub enum Node<'a> {
 #[derive(Clone, Debug)]
 pub struct Fixed(pub Tensor);
 
-/// What a mutable walk meets; see [`Node`].
+/// A node that a mutable walk meets; see [`Node`].
 #[derive(Debug)]
 pub enum NodeMut<'a> {
     /// A parameter.

@@ -23,9 +23,9 @@ const GROUPS: usize = 32;
 
 /// Gradients; each is empty where it was not asked for.
 pub struct Gradients {
-    /// Of x, `[rows, in]`.
+    /// Gradient of x, `[rows, in]`.
     pub x: Buffer,
-    /// Of the parameters, laid out as they are.
+    /// Gradient of the parameters, in their layout.
     pub parameters: Vec<f32>,
 }
 

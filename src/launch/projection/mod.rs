@@ -53,7 +53,7 @@ pub enum Pass {
     },
 }
 
-/// What a plan is made of.
+/// All that determines a plan.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
     rows: usize,
