@@ -32,7 +32,7 @@ struct Foreign {
     place: usize,
     start: &'static [u8],
     name: &'static str,
-    /// What helps.
+    /// Advice to the user.
     advice: &'static str,
 }
 

@@ -42,7 +42,7 @@ struct Matrix {
     is_a: bool,
 }
 
-/// What the name of a tensor says; none for a tensor of the base model.
+/// The matrix that a tensor's name denotes; none for a tensor of the base model.
 ///
 /// # Errors
 /// On a tensor of an adapter of a kind that is not known.

@@ -94,7 +94,7 @@ fn in_order(batch: usize, runs: Vec<(Vec<u32>, Vec<Tensor>)>) -> Result<Vec<Tens
         return Err(Error::config("forward_mixed_batch: the batch is empty"));
     };
     if runs.len() == 1 {
-        return Ok(first.clone()); // Of all images, in their order.
+        return Ok(first.clone()); // Covers all images, in their order.
     }
     if runs.iter().any(|(_, outputs)| outputs.len() != first.len()) {
         return Err(Error::config("forward_mixed_batch: each call must give as many outputs"));

@@ -66,7 +66,7 @@ pub fn model_card(config: &LoraConfig, old: Option<&str>) -> String {
     format!("{FENCE}\n{header}{FENCE}\n{}", with_version(&text))
 }
 
-/// What a new card says.
+/// Text of a new card.
 fn text(config: &LoraConfig) -> String {
     let targets = match &config.target_modules {
         Some(ModuleNames::List(names)) => names.join(", "),

@@ -123,7 +123,7 @@ pub fn add_weighted_adapter(
     Ok(config)
 }
 
-/// What is to be added, by layer.
+/// The parts to add, by layer.
 fn layers(model: &dyn ModuleTree, adapters: &[(&str, f64)]) -> Result<BTreeMap<String, Vec<Part>>> {
     let names: Vec<&str> = adapters.iter().map(|(name, _)| *name).collect();
     check_known(model, &names)?;

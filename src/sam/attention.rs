@@ -112,7 +112,7 @@ impl AttentionKind {
     }
 }
 
-/// What lies between the projections: softmax attention with the layer's tables, window and dropout.
+/// The part between the projections: softmax attention with the layer's tables, window and dropout.
 #[derive(Clone, Debug)]
 pub struct RelPosCore {
     /// `[2 side - 1, head_dim]`, side of the window or the grid; none without relative positions.

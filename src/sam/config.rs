@@ -1,4 +1,4 @@
-//! What a SAM looks like: Hugging Face's `SamConfig`, read from and written to `config.json`.
+//! Configuration of a SAM: Hugging Face's `SamConfig`, read from and written to `config.json`.
 //!
 //! Fields, defaults and meaning are those of `transformers/models/sam/configuration_sam.py`; a key that is absent or
 //! unknown is treated as there. [`SamConfig::validate`] refuses what no model can have, before anything is allocated.

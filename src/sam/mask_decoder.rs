@@ -34,7 +34,7 @@ pub struct SamFeedForward {
     pub proj_in: Linear,
     /// Last layer.
     pub proj_out: Linear,
-    /// What lies between.
+    /// Layers between `proj_in` and `proj_out`.
     pub layers: Vec<Linear>,
 }
 
@@ -65,7 +65,7 @@ impl SamFeedForward {
     }
 }
 
-/// What the mask decoder looks at: B images, P prompts for each, of N tokens.
+/// Input of the mask decoder: B images, P prompts for each, of N tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct SamMaskDecoderInput<'a> {
     /// `[B, C, h, w]`

@@ -29,7 +29,7 @@ pub struct SamModel {
 
 module_tree!(SamModel { shared_image_embedding, vision_encoder, prompt_encoder, mask_decoder });
 
-/// What [`SamModel::forward`] takes: an image (or its embedding) and any prompts. B images, P masks wanted of each.
+/// Input of [`SamModel::forward`]: an image (or its embedding) and any prompts. B images, P masks wanted of each.
 #[derive(Clone, Debug)]
 pub struct SamInput {
     /// `[B, channels, S, S]`, normalised; or else `image_embeddings`.
@@ -63,7 +63,7 @@ impl Default for SamInput {
     }
 }
 
-/// What [`SamModel::forward`] gives.
+/// Output of [`SamModel::forward`].
 #[derive(Clone, Debug)]
 pub struct SamOutput {
     /// Expected IoU of each mask, `[B, P, M]`.

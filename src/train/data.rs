@@ -163,7 +163,7 @@ impl Dataset {
         self.pairs.len()
     }
 
-    /// What was understood of the whole data set when it was opened.
+    /// Summary of the whole data set, made when it was opened.
     pub fn summary(&self) -> &Summary {
         &self.summary
     }

@@ -19,7 +19,7 @@ use candle_core::{Device, Tensor};
 use image::DynamicImage;
 use serde::Serialize;
 
-/// What makes up one step.
+/// Composition of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct BatchConfig {
     /// Images of a step.
@@ -54,7 +54,7 @@ impl BatchConfig {
     }
 }
 
-/// What the batches of a run are drawn from.
+/// Source of the batches of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchSource<'a> {
     /// Images and masks.
@@ -65,9 +65,9 @@ pub struct BatchSource<'a> {
     pub config: BatchConfig,
     /// Side of the model's low-resolution masks.
     pub mask_size: usize,
-    /// Of the run.
+    /// Seed of the run.
     pub seed: u64,
-    /// Of the model.
+    /// Device of the model.
     pub device: &'a Device,
 }
 

@@ -68,7 +68,7 @@ impl TrainerConfig {
         }
     }
 
-    /// What must be equal when a run is continued, besides the seed. What is not used is left out.
+    /// Settings, besides the seed, that must be equal when a run is continued. Unused settings are left out.
     fn settings(&self) -> Map<String, Value> {
         let AdamWConfig { lr, beta1, beta2, eps, weight_decay } = self.optimizer;
         let mut settings = Map::new();
@@ -93,7 +93,7 @@ impl TrainerConfig {
     }
 }
 
-/// What a step tells.
+/// Metrics of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepMetrics {
     /// Its number, from 1.

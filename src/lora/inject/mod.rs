@@ -19,8 +19,8 @@ pub(super) use plan::Plan;
 /// the configuration names besides (biases, modules to save). Returns the paths of the adapted layers. The same
 /// seed gives the same adapter.
 ///
-/// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. What is trained besides keeps its
-/// variable, unless a frozen tensor shares it; then, and for a view, it becomes a variable of its own.
+/// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. A tensor that is trained besides
+/// keeps its variable. A view, or one that a frozen tensor shares, becomes a variable of its own.
 ///
 /// # Errors
 /// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is

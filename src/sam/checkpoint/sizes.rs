@@ -133,7 +133,7 @@ fn configuration<C: Configuration>(path: &Path) -> Result<(C, Option<PathBuf>)> 
     }
 }
 
-/// What the shapes of a checkpoint tell.
+/// Reads a configuration from the shapes of a checkpoint.
 fn told<C: Configuration>(path: &Path) -> Result<C> {
     let models = shapes(path, &SAM, "vision_encoder.patch_embed.projection.weight")?;
     if models.is_empty() {

@@ -231,7 +231,7 @@ fn best_stability(kept: &[usize], found: &[usize], objects: usize) -> Option<Cho
     let mut here = Choice { predicted: (0.0, None), level: 0, kept: 0, found: 0 };
     for (level, (kept, found)) in kept.iter().zip(found).enumerate() {
         here = Choice { level, kept: here.kept + kept, found: here.found + found, ..here };
-        // Of equals the lowest threshold.
+        // Ties prefer the lowest threshold.
         if *found > 0 && best.is_none_or(|best| !best.is_better(&here, objects)) {
             best = Some(here);
         }

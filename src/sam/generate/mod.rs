@@ -264,7 +264,7 @@ impl MaskGenerator {
     ) -> Result<Generated> {
         let prompts: Vec<Prompt> = points.iter().map(|[x, y]| Prompt::at(*x, *y)).collect();
         let predictions = predictor.predict(embedding, &prompts, true)?;
-        // What the model does not believe in is never brought to the image's size.
+        // A mask with a low predicted IoU is never resized to the image.
         let candidates: Vec<(usize, usize)> = promising(&predictions, self.pred_iou_thresh);
         let mut masks = vec![];
         let mut statistics = GenerationStatistics::default();
@@ -337,7 +337,7 @@ impl MaskGenerator {
         }
     }
 
-    /// Small holes and islands go, and with them what is then a double. What stays as it was comes first.
+    /// Removes small holes and islands, and the duplicates that result. An unchanged mask beats its duplicates.
     fn without_small_regions(&self, mut masks: Vec<GeneratedMask>) -> Result<Vec<GeneratedMask>> {
         if self.min_mask_region_area == 0 || masks.is_empty() {
             return Ok(masks);

@@ -37,10 +37,11 @@ pub trait Communicator: std::fmt::Debug + Send + Sync {
     /// How many processes there are.
     fn size(&self) -> usize;
 
-    /// What each rank gave, by rank. Lengths may differ.
+    /// Gathers the bytes of every rank, by rank. Lengths may differ.
     fn all_gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>>;
 
-    /// What each rank gave for this one, by rank; `pieces[r]` is for rank `r`.
+    /// Exchanges bytes between all ranks: sends `pieces[r]` to rank `r`, and returns the bytes for this rank, by
+    /// sender.
     fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>>;
 
     /// Ends this process and all others at once: for an error that others cannot learn of by an exchange.
