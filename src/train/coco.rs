@@ -21,8 +21,8 @@ use std::sync::Arc;
 /// No image may be larger a side; see [`read_image`](crate::sam::read_image).
 const MAX_SIDE: u32 = 1 << 15;
 
-/// An image and its objects, of whose outlines nothing is known yet: they are drawn once the image is seen to have the
-/// size that the file says.
+/// An image and its objects, with outlines not yet drawn. They are drawn once the image is seen to have the size that
+/// the file says.
 #[derive(Clone, Debug)]
 pub(super) struct CocoImage {
     /// Within the folder of images.

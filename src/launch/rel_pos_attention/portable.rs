@@ -107,8 +107,8 @@ pub fn lse_elements(problem: &AttentionProblem, dtype: DType) -> usize {
     rows(problem) * if dtype == DType::F32 { 2 } else { 1 }
 }
 
-/// Numbers that the passes of the backward share of a query: delta; in f32 with the maximum, the inverse of the sum, and a
-/// place not used.
+/// Numbers of a query that the passes of the backward share: delta. In f32 also the maximum, the inverse of the sum,
+/// and a place not used.
 fn statistics(dtype: DType) -> usize {
     if dtype == DType::F32 {
         4

@@ -31,8 +31,8 @@ pub(in crate::launch) fn covers(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) 
         && (has_tile(Pass::Forward, &widths) || has_tile(Pass::BackwardInput, &[shapes.in_dim])))
 }
 
-/// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, and no more
-/// rows or columns than a coordinate counts.
+/// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, sizes that a
+/// coordinate counts.
 pub(in crate::launch) fn copies_take(
     shapes: &Shapes<'_>,
     dtype: DType,

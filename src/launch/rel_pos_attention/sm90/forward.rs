@@ -33,8 +33,8 @@ pub(in crate::launch) fn covers(
 /// Tensor maps and where they stand in the params.
 pub(in crate::launch) type Maps = Vec<(usize, TensorMap)>;
 
-/// A panel's maps, at their place `at` in the params, of a dense tensor of `dims`, innermost first: of the first channels
-/// of a head and, if it has more, of the others. `tile` is that of the other dimensions.
+/// Tensor maps of a panel, at place `at` in the params, over a dense tensor of `dims`, innermost first. One map is for
+/// the first channels of a head, and another for the rest, if any. `tile` is that of the other dimensions.
 pub(in crate::launch) fn panel_maps(
     head_dim: usize,
     address: device_ptr,
