@@ -15,8 +15,8 @@ from pathlib import Path
 # A file counts for the longest prefix of its path; documentation of public items of `src/` has a row of its own.
 BUDGETS = {
     # folder: (opening with What, Of or Whose, long)
-    "src/": (0, 25),
-    "src/ (public)": (0, 117),
+    "src/": (0, 0),
+    "src/ (public)": (0, 0),
     "src/cli/": (19, 11),
     "kernels/": (2, 83),
     "emulator/": (0, 14),

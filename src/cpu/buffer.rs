@@ -101,7 +101,7 @@ fn ask_for_huge_pages(buffer: &mut [f32]) {
     let before = start.addr() % page;
     let length = (end.addr() - start.addr() + before).next_multiple_of(page);
     // SAFETY: every page of the range holds a part of the buffer and is therefore mapped. The advice is about how pages
-    // are backed and changes no content, neither of the buffer nor of its neighbours on the first and last page.
+    // are backed. It changes no content, neither of the buffer nor of its neighbours on the first and last page.
     let asked =
         unsafe { madvise(start.wrapping_sub(before).cast(), length, Advice::LinuxHugepage) };
     // A kernel without huge pages refuses, which costs nothing but the faults.

@@ -5,9 +5,9 @@
 //! tokens to image    P = softmax over m of each column      out_c = (sum_m P[m, c] x_m) Wv_h^T + bias
 //! image to tokens    P = softmax over t within each head    y_m = norm(x_m + bias + sum_c P[m, c] V_c)
 //! ```
-//! k, v and q of an image of n rows cost `n C inner` products each, and so does its output projection; with them absorbed
-//! a product costs `n C columns`. The rows go in blocks that stay in cache, and nothing else of the image's size exists
-//! but the output.
+//! k, v and q of an image of n rows cost `n C inner` products each, and so does its output projection. With them
+//! absorbed a product costs `n C columns`. The rows go in blocks that stay in cache, and nothing else of the image's
+//! size exists but the output.
 
 use super::bf16;
 use super::buffer::Buffer;

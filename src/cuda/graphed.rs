@@ -33,8 +33,9 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Graphed<F> {
     /// Records what `function` does with tensors of the example's shape and dtype.
     ///
     /// # Errors
-    /// If the example is not on a GPU, the device tracks events between several streams, or the function fails or does
-    /// what no graph can hold: reads a tensor on the host, copies anything large to the GPU.
+    /// - the example is not on a GPU;
+    /// - the device tracks events between several streams;
+    /// - the function fails, reads a tensor on the host or copies anything large to the GPU: no graph can hold that.
     pub fn capture(example: &Tensor, function: F) -> Result<Self> {
         let device = gpu(example)?;
         let input = Var::from_tensor(&example.detach())?;

@@ -1,5 +1,5 @@
-//! From the hub into the cache, by `hf-hub`: one commit at a time, and the revision's name on it last, so that a name in
-//! the cache means a whole commit.
+//! From the hub into the cache, by `hf-hub`, one commit at a time. The revision's name comes last, so a name in the
+//! cache means a whole commit.
 
 use super::name::is_plain;
 use crate::weights_file::{choose_weights, is_weights, Choice};

@@ -1,7 +1,7 @@
 //! Tensor maps: how Hopper's bulk copies (TMA) are told of a tensor and of the tile of it that is copied at once.
 //!
-//! A [`TensorMap`] is a description; whoever runs the launch encodes it into the params struct, since only the driver
-//! knows how: `cuTensorMapEncodeTiled` on a GPU, the emulator its own way.
+//! A [`TensorMap`] is a description. The backend encodes it into the params struct, since only the driver knows how:
+//! `cuTensorMapEncodeTiled` on a GPU, the emulator its own way.
 
 use super::bindings::device_ptr;
 use candle_core::{bail, Result};
@@ -73,12 +73,14 @@ pub struct TensorMap {
 }
 
 impl TensorMap {
-    /// Columns of a matrix `[rows, cols]` whose rows lie `stride` elements apart, in tiles of so many rows and columns,
-    /// swizzled if their rows are 32, 64 or 128 bytes.
+    /// Columns of a matrix `[rows, cols]` with rows `stride` elements apart, in tiles of the given rows and columns.
+    /// Tiles with rows of 32, 64 or 128 bytes are swizzled.
     ///
     /// # Errors
-    /// On what the copy engine does not take: addresses and strides that are no multiples of 16 bytes, an empty matrix,
-    /// tiles of more than 256 rows or whose rows are no multiple of 16 bytes or more than 128.
+    /// The copy engine does not take
+    /// - addresses and strides that are no multiples of 16 bytes;
+    /// - an empty matrix;
+    /// - tiles of more than 256 rows, or with rows of more than 128 bytes or no multiple of 16.
     pub fn matrix(
         address: device_ptr,
         element: Element,

@@ -149,10 +149,10 @@ impl std::fmt::Display for LoadedAdapter {
     }
 }
 
-/// As [`load_named_adapter`], and reads adapters whose keys are spelled in other ways: wrapped in `module.` or
-/// `_orig_mod.`, with the adapter's name in them, or below another prefix than PEFT's. Keys may also be of a part of
-/// the model alone, or in the naming of the model's files that `names` holds. Such a spelling is taken if it is the
-/// only one that fits.
+/// As [`load_named_adapter`], and reads adapters whose keys are spelled in other ways. Keys may be wrapped in `module.`
+/// or `_orig_mod.`, hold the adapter's name, or lie below another prefix than PEFT's. They may also be of a part of the
+/// model alone, or in the naming of the model's files that `names` holds. Such a spelling is taken if it is the only
+/// one that fits.
 ///
 /// `dir` is a folder, or the file of tensors in it.
 ///

@@ -73,9 +73,9 @@ pub struct SamOutput {
 }
 
 impl SamModel {
-    /// The model in a file of weights (`sam_vit_b_01ec64.pth`), in a folder with weights and perhaps a `config.json`, or by a
-    /// name on the Hugging Face hub (`facebook/sam-vit-base`, feature `hub`); see [`checkpoint::sizes`],
-    /// [`checkpoint::load`] and [`hub::folder`].
+    /// The model in a file of weights (`sam_vit_b_01ec64.pth`), or in a folder with weights and perhaps a
+    /// `config.json`. Also by a name on the Hugging Face hub (`facebook/sam-vit-base`, feature `hub`). See
+    /// [`checkpoint::sizes`], [`checkpoint::load`] and [`hub::folder`].
     ///
     /// # Errors
     /// - there is no such folder, and the hub does not give it;

@@ -3,7 +3,7 @@
 //! ```text
 //! every instance -> points on it, or its tight box -> low-resolution logits -> mask of the image's size -> scores
 //! ```
-//! Masks and scores are computed in the window that holds the found and the true object, so that an image of a thousand
+//! Masks and scores are computed in the window that holds the found and the true object. So an image of a thousand
 //! small objects takes the time and memory of small ones. Outside of it both masks are empty: a resized pixel is a
 //! weighted mean of logits, and positive only near a positive one.
 

@@ -4,7 +4,7 @@
 //! step     some images x some instances each -> random prompts -> low-resolution logits -> mask_loss
 //! ```
 //! All prompts of an image share one pass of the image encoder. The loss looks at the low-resolution mask where it
-//! shows the image, not where it shows the padding; its targets are the masks at that resolution. It does not look at
+//! shows the image, not where it shows the padding. Its targets are the masks at that resolution. It does not look at
 //! pixels that masks tell to ignore.
 
 use super::labels::ignored;

@@ -29,8 +29,8 @@ pub struct Gradients {
     pub parameters: Vec<f32>,
 }
 
-/// The gradients of x and of the parameters, where wanted, for the gradient `grad` of the output. x is read for the
-/// parameters alone, and may be empty without.
+/// The gradients of x and of the parameters, where wanted, for the gradient `grad` of the output. Only the parameters
+/// read x, which may be empty without them.
 pub fn backward(
     layer: &Projections<'_>,
     x: &[f32],

@@ -79,7 +79,7 @@ pub struct MaskGenerator {
     pub crop_overlap_ratio: f64,
     /// Points along a side are divided by this in each further layer.
     pub crop_n_points_downscale_factor: usize,
-    /// One of two masks goes whose boxes overlap by a higher IoU: the worse one by predicted IoU, or, with
+    /// If the boxes of two masks overlap by a higher IoU, one mask goes. It is the worse one by predicted IoU, or, with
     /// `box_nms_thresh`, the one from the larger crop.
     pub crop_nms_thresh: f64,
     /// As `crop_nms_thresh` within each crop, by predicted IoU, before crops are compared. The original has it,

@@ -1,5 +1,5 @@
-//! Attention in windows on Hopper, `kernels/rel_pos_attention/sm90/window_{fwd,bwd}.cuh`: windows of up to 14 x 14
-//! tokens, hanging over the grid or not, in f16 and bf16, heads of 64 or 80 channels.
+//! Attention in windows on Hopper, `kernels/rel_pos_attention/sm90/window_{fwd,bwd}.cuh`. Windows have up to 14 x 14
+//! tokens, hanging over the grid or not, in f16 and bf16, with heads of 64 or 80 channels.
 //! [`crate::launch::rel_pos_attention::sm90::forward`] and the portable kernels serve the other problems.
 
 use crate::launch::bindings::{
