@@ -28,12 +28,13 @@ impl Processes {
             self.wait,
         ))?));
         #[cfg(not(feature = "mpi"))]
-        match sizes.into_iter().flatten().find(|size| size != "1") {
-            Some(size) => anyhow::bail!(
-                "one of {size} processes, but this program was built without the feature mpi: each would do all the \
-                 work; build it with --features cli,mpi"
+        match sizes.into_iter().flatten().next() {
+            Some(size) if size == "1" => Ok(Arc::new(Alone)),
+            size => anyhow::bail!(
+                "one of {} processes, but this program was built without the feature mpi: each would do all the work; \
+                 build it with --features cli,mpi",
+                size.as_deref().unwrap_or("several")
             ),
-            None => Ok(Arc::new(Alone)),
         }
     }
 }

@@ -32,6 +32,26 @@ fn quiet_runs_print_results_only() -> Result<()> {
 }
 
 #[test]
+#[cfg(not(feature = "mpi"))]
+fn one_of_several_processes_does_not_do_all_the_work() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    for (name, value, told) in
+        [("OMPI_COMM_WORLD_SIZE", "3", "one of 3 processes"), ("PMIX_RANK", "0", "one of several")]
+    {
+        let output = Command::new(env!("CARGO_BIN_EXE_candle-sam-lora"))
+            .args(["finetune", "--steps", "1"])
+            .env(name, value)
+            .current_dir(temporary.path())
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(1) && said.contains(told), "{said}");
+        ensure!(said.contains("build it with --features cli,mpi"), "{said}");
+    }
+    ensure!(std::fs::read_dir(temporary.path())?.next().is_none(), "something was written");
+    Ok(())
+}
+
+#[test]
 fn every_command_has_help_and_completions() -> Result<()> {
     let temporary = tempfile::tempdir()?;
     let here = temporary.path();
