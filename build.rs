@@ -93,7 +93,7 @@ fn embed(images: &[(String, PathBuf)], capabilities: &[u32], compiler: &str) -> 
     fs::write(&path, table).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// What to compile for, sorted: as asked for, or everything that nvcc knows.
+/// Architectures to compile for, sorted: as asked for, or everything that nvcc knows.
 fn capabilities(nvcc: &Nvcc) -> Result<Vec<u32>, String> {
     let named = ["CANDLE_SAM_LORA_CUDA_ARCHS", "CUDA_COMPUTE_CAP"]
         .into_iter()

@@ -30,7 +30,7 @@ use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
 use support::work::{Pass, Work};
 use support::{composed, normal, Rotating};
 
-/// What is measured.
+/// A measured case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
 enum Case {
@@ -98,7 +98,7 @@ enum Model {
 #[derive(Parser)]
 #[command(about = "Measures one case and prints it as JSON")]
 struct Args {
-    /// What to measure.
+    /// The case to measure.
     #[arg(long)]
     case: Option<Case>,
     #[arg(long, default_value = "ours")]
@@ -110,10 +110,10 @@ struct Args {
     grid: usize,
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Of the adapters on q and v, where the case has any.
+    /// Rank of the adapters on q and v, where the case has any.
     #[arg(long, default_value_t = 16)]
     rank: usize,
-    /// Of the adapters' input, in the training cases.
+    /// Dropout on the adapters' input, in the training cases.
     #[arg(long, default_value_t = 0.1)]
     dropout: f64,
     /// f32, bf16 or f16

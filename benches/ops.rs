@@ -18,7 +18,7 @@ use support::{normal, Rotating};
 const GRID: usize = 64;
 const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
-/// What every operation is measured in.
+/// Setting of every operation's measurement.
 struct Setting<'a> {
     vit: Vit,
     dtype: DType,

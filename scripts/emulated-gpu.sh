@@ -12,8 +12,8 @@ toolchain=$(scripts/cuda-toolchain.sh)
 eval "$toolchain"
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
-# The emulator compiles the kernels itself. What nvcc makes of them would be loaded and never run, so one stands in here
-# that leaves their code out.
+# The emulator compiles the kernels itself. The output of nvcc would be loaded and never run, so a stand-in for nvcc
+# leaves the kernels' code out.
 cuda=$target/emulated-gpu
 mkdir -p "$cuda"
 cat >"$cuda/nvcc" <<EOF

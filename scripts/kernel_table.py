@@ -13,10 +13,10 @@ import re
 import sys
 from typing import NamedTuple
 
-# Of a multiprocessor: threads, and shared memory in bytes. Both have 65536 registers.
+# Limits of a multiprocessor: threads, and shared memory in bytes. Both have 65536 registers.
 TARGETS = {"sm_80": (2048, 164 << 10), "sm_90a": (2048, 228 << 10)}
 REGISTERS, MOST_BLOCKS, WARP = 65536, 32, 32
-# What the system takes of a block's shared memory.
+# The system's part of a block's shared memory.
 RESERVED = 1024
 
 HEADER = "kernel target registers stack spills static dynamic threads blocks".split()
@@ -28,7 +28,7 @@ STATIC = re.compile(r"(\d+) bytes smem")
 
 
 class Compiled(NamedTuple):
-    """What ptxas says of a kernel; sizes in bytes."""
+    """Report of ptxas on a kernel; sizes in bytes."""
 
     kernel: str
     target: str

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-# What a tile border leaves of an instance is background when smaller than this: no one could tell what it is.
+# A remnant of an instance at a tile border is background when smaller than this: no one could tell what it is.
 MIN_NUCLEUS_AREA = 40
 MIN_COIN_AREA = 400
 

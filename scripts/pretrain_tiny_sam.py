@@ -29,7 +29,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 from synthetic_scenes import instances, scene
 
 SIZE, PATCH, WIDTH = 128, 8, 64  # image side, patch side, width of prompt encoder and mask decoder
-# What SAM's processor subtracts and divides by, for pixels in 0..1.
+# Mean and deviation of SAM's processor, for pixels in 0..1.
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// What went wrong outside an operation: files, configurations, names.
+/// A failure outside an operation: files, configurations, names.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -14,7 +14,7 @@ pub enum Error {
     Io {
         /// The file concerned.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: std::io::Error,
     },
     /// A file was read, but its content is not what it should be.
@@ -22,7 +22,7 @@ pub enum Error {
     File {
         /// The file concerned.
         path: PathBuf,
-        /// What was expected and what was found.
+        /// The expected content and the found one.
         message: String,
     },
     /// Checkpoint and model disagree: every missing, surplus and mis-shaped tensor, listed by name.
@@ -37,7 +37,7 @@ pub enum Error {
     /// A name that is neither a folder nor to be had from the hub, see [`hub`](crate::hub).
     #[error("{name}: no such folder here; {message}")]
     Hub {
-        /// What was named.
+        /// The given name.
         name: String,
         /// Why the hub did not give it.
         message: String,
@@ -47,7 +47,7 @@ pub enum Error {
     Rank {
         /// The number of the process.
         rank: usize,
-        /// What it said.
+        /// The error message of that process.
         message: String,
     },
     /// An error of candle.

@@ -32,7 +32,7 @@ struct Foreign {
     place: usize,
     start: &'static [u8],
     name: &'static str,
-    /// What helps.
+    /// Advice to the user.
     advice: &'static str,
 }
 
@@ -83,8 +83,8 @@ const TEXTS: [(&[&str], &str); 3] = [
     (&["<?xml", "<svg", "<error"], "XML, as an SVG drawing or the error message of a server"),
 ];
 
-/// Names what stands in a file's place, whatever the file should be: a pointer, a page, an unfilled file, or a format that
-/// is read nowhere here. `None` if nothing is recognised.
+/// Names the content that stands in a file's place: a pointer, a page, an unfilled file, or a format that is read
+/// nowhere here. `None` if nothing is recognised.
 pub(crate) fn stand_in(start: &[u8]) -> Option<String> {
     let start = &start[..start.len().min(START)];
     if start.is_empty() {

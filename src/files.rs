@@ -1,8 +1,8 @@
-//! Reading and writing files so that nothing is lost: a file is written beside its destination and renamed over it
-//! only when it is complete and on disk, and what is read is checked before it is believed.
+//! Reading and writing files so that nothing is lost. A file is written beside its destination and renamed over it only
+//! when it is complete and on disk. Content that is read is checked before it is believed.
 //!
-//! [`TensorFile`] reads a safetensors file header first and then tensor by tensor, so a checkpoint is never in
-//! memory twice, and nothing is allocated by a size that the file's own length does not bear out.
+//! [`TensorFile`] reads a safetensors file header first and then tensor by tensor, so a checkpoint is never in memory
+//! twice. It allocates nothing by a size that the file's own length does not bear out.
 
 mod checksum;
 mod sealed;

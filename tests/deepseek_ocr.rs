@@ -135,7 +135,7 @@ fn checkpoints_are_those_of_deepseek_ocr_and_of_nobody_else() -> Result<()> {
         VarBuilder::zeros(DType::F32, &Device::Cpu),
     )?;
     nn::checkpoint::load(&mut sam, folder("deepseek"), &checkpoint::DEEPSEEK_OCR)?;
-    // What was written is read again, without the rest of DeepSeek-OCR.
+    // The written encoder is read again, without the rest of DeepSeek-OCR.
     let original = encoder(AttentionKind::Split, DType::F32)?;
     let scratch = tempfile::tempdir()?;
     let path = scratch.path().join("encoder.safetensors");

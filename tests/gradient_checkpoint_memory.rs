@@ -1,4 +1,4 @@
-//! What gradient checkpointing saves: the activations of all layers but one.
+//! Memory that gradient checkpointing saves: the activations of all layers but one.
 
 #[path = "common/counting.rs"]
 mod counting;

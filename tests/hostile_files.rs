@@ -228,7 +228,7 @@ proptest! {
             prop_assert_eq!(v.head_dim() * v.num_attention_heads, v.hidden_size);
             prop_assert_eq!(v.grid_size() * v.patch_size, v.image_size);
             prop_assert!(v.num_hidden_layers * v.hidden_size * (4 * v.hidden_size + 2 * v.mlp_dim()) <= 1 << 32);
-            // What is accepted is written and read back as it was.
+            // An accepted configuration is written and read back as it was.
             let again: SamConfig = serde_json::from_str(&config.to_json().unwrap()).unwrap();
             prop_assert_eq!(again.vision_config.mlp_dim(), v.mlp_dim());
             prop_assert_eq!(again.mask_decoder_config.mlp_dim, config.mask_decoder_config.mlp_dim);

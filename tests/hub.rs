@@ -343,7 +343,7 @@ fn who_is_not_let_in_is_told(here: &Path) -> Result<()> {
     refused(here, &hub.address, name, &[], &["no such repository", "private", "HF_TOKEN"])?;
     let hub = Hub { gated: true, ..tiny()? }.run()?;
     refused(here, &hub.address, name, &[], &["config.json", "gated", "HF_TOKEN"])?;
-    // What was begun is not there.
+    // The download that was begun left nothing.
     refused(here, "http://127.0.0.1:1", name, &[], &["lacks it"])?;
     is_tiny(&found(here, &hub.address, name, &token)?)
 }

@@ -1,4 +1,4 @@
-//! What SAM's layers launch, at the sizes of the published models: every kernel with its threads and the dynamic shared
+//! Launches of SAM's layers, at the sizes of the published models: every kernel with its threads and the dynamic shared
 //! memory of a block, the most of all its launches. `scripts/check-kernels.sh` names a file for them in
 //! `CANDLE_SAM_LORA_LAUNCHES` and puts them beside the registers; a kernel that is not among them fails there.
 
@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 /// The address of every operand: nothing is run here.
 const AT: u64 = 1 << 20;
-/// What a block may have on an A100, and on Hopper.
+/// Shared memory that a block may have on an A100, and on Hopper.
 const MOST_SHARED: u32 = 163 << 10;
 const MOST_SHARED_HOPPER: u32 = 227 << 10;
 /// The device of the published models' numbers.
@@ -65,7 +65,7 @@ fn steps(plan: Arc<Plan>) -> Vec<Launch> {
     plan.steps.clone()
 }
 
-/// What works on rows: LayerNorm, dropout, DoRA's norms.
+/// Launches over rows: LayerNorm, dropout, DoRA's norms.
 fn rows(dtype: DType) -> Result<Vec<Launch>> {
     let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
     let norm = |pass| layer_norm::plan(&problem, pass, dtype).map(steps);
@@ -162,7 +162,7 @@ fn projection_of(rank: usize, tile: &Tile, dtype: DType) -> Result<Vec<Launch>> 
     Ok(launches)
 }
 
-/// What a layer's operations launch for one image if nothing is trained, with or without adapters on all its linears.
+/// Launches of a layer's operations for one image if nothing is trained, with or without adapters on all its linears.
 fn frozen_layer(window: usize, rank: Option<usize>, gpu: Gpu) -> Result<Vec<String>> {
     const DTYPE: DType = DType::BF16;
     let lora = rank.map(|rank| LoraProblem { rank, scaling: 1.0, dropout: None, bias: false });

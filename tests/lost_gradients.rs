@@ -191,7 +191,7 @@ fn the_check_passes_this_crates_operations() -> Result<()> {
         assert!(right >= report.checks.len() - 2, "{what}: {report}");
         assert_eq!(map_bits(&map)?, before, "{what}");
     }
-    // Of the input of an operation, and of a map's variables.
+    // Gradients of the input of an operation, and of a map's variables.
     let random = |dims: (usize, usize)| vit::filled(dims, DType::F32);
     let (x, weight, a, b) = (random((5, 8))?, random((6, 8))?, random((2, 8))?, random((6, 2))?);
     let variables =

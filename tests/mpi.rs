@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(4);
 /// A failure ends all within it. The patience, and what mpirun takes to start and to clean up.
 const SOON: Duration = Duration::from_secs(20);
 
-/// What goes wrong on the last rank, in the second step.
+/// A fault of the last rank, in the second step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 enum Fault {
     None,
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What each process of a job does.
+/// Work of each process of a job.
 fn work(job: &Job) -> Result<()> {
     let communicator = Arc::new(Mpi::initialize(PATIENCE)?);
     let (rank, last) = (communicator.rank(), communicator.rank() + 1 == communicator.size());
@@ -103,7 +103,7 @@ fn mpirun() -> Command {
     command
 }
 
-/// What mpirun said, and how long it took.
+/// Output of mpirun, and how long it took.
 fn ended(command: &mut Command) -> Result<(Output, Duration)> {
     let start = Instant::now();
     let output = command

@@ -31,7 +31,7 @@ fn the_lines_of_the_guide_are_those_of_dora() -> Result<()> {
         report(&lora("q,k,v").dora())?,
         "trainable params: 912,384 || all params: 94,647,856 || trainable%: 0.9640"
     );
-    // What the code shown in the guide gives.
+    // The code shown in the guide gives these counts.
     assert_eq!(
         report(&lora("q,v"))?,
         "trainable params: 589,824 || all params: 94,325,296 || trainable%: 0.6253"

@@ -50,7 +50,7 @@ fn variables_of_the_same_shape_stay_and_get_the_new_values() {
         assert_eq!(old.as_tensor().id(), new.as_tensor().id(), "{name} is another variable");
     }
     assert_eq!(bits(&forward(&model)), bits(&forward(&loaded("e"))));
-    // What is frozen stays frozen.
+    // Frozen tensors stay frozen.
     set_trainable(&mut model, |_| false).unwrap();
     hotswap_adapter(&mut model, "default", adapter("wider")).unwrap();
     assert!(trainable_variables(&model).unwrap().is_empty());

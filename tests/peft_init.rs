@@ -60,7 +60,7 @@ fn the_start_is_taken_out_of_the_base_as_in_peft() {
         for (path, weight, product) in layers {
             let error = relative_error(&product, &io[&format!("product/{path}")]);
             assert!(error < DECOMPOSED, "{kind}: product of {path}: {error}");
-            // What is left of the base can be small; the error is that of what was taken out.
+            // The rest of the base can be small; the error is relative to the part taken out.
             let difference = (weight - &io[&format!("weight/{path}")]).unwrap();
             let error = relative_error(&(&product + difference).unwrap(), &product);
             assert!(error < DECOMPOSED, "{kind}: weight of {path}: {error}");

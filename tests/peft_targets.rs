@@ -32,7 +32,7 @@ fn the_same_layers_as_in_peft_are_adapted() {
         } else {
             let error = result.expect_err(&case["config"].to_string()).to_string();
             assert_eq!(snapshot(&model), snapshot(&Net::base()), "{}", case["config"]);
-            // What PEFT's message names, ours names too.
+            // Our message has the names that PEFT's has.
             let theirs = case["error"].as_str().unwrap();
             for word in ["layers_to_transform", "layers_pattern"] {
                 assert!(!theirs.contains(word) || error.contains(word), "{error}\n{theirs}");

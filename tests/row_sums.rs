@@ -199,7 +199,7 @@ fn attention(p: &mut Parameters, composed: bool) -> Result<Forward> {
     }))
 }
 
-/// What is built, under the generator's name, and the shape of x for so many rows.
+/// Models, under the generator's names, and the shape of x for a number of rows.
 const CASES: [(&str, Build, ShapeOfRows); 17] = [
     ("dora", |p| linear(p, &[("default", 4, true, false)], 0.0, true), |rows| vec![rows, 24]),
     (

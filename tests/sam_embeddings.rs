@@ -239,7 +239,7 @@ fn files_keep_embedding_and_origin() -> Result<()> {
     let large = ImageEmbedding { tensor: (&embedding.tensor * 1e9)?, frame };
     let error = large.save(&path, &origin(), EmbeddingPrecision::F16).err().context("saved")?;
     ensure!(error.to_string().contains("too large for its precision"), "{error}");
-    // What was there stays.
+    // The old file stays.
     ensure!(bits(&ImageEmbedding::load(&path, &Device::Cpu)?.0)? == bits(&embedding)?);
     Ok(())
 }

@@ -240,7 +240,7 @@ impl Scene {
         Box::new(move |px, py| (px - x).hypot(py - y) < radius)
     }
 
-    /// What a perfect model sees of the objects in a window.
+    /// Masks of a perfect model for the objects in a window.
     fn segment(&self, window: &Crop) -> Result<Vec<GeneratedMask>> {
         let (height, width) = (window.height(), window.width());
         let mut masks = vec![];
@@ -306,7 +306,7 @@ fn stitched_masks_are_the_objects() -> Result<()> {
     Ok(())
 }
 
-/// Of views that show an object whole, the best stays; a noisy view does not make a second object.
+/// The best of the views that show an object whole stays; a noisy view does not make a second object.
 #[test]
 fn complete_views_are_kept_once() -> Result<()> {
     let scene = Scene { size: (60, 100), objects: vec![Scene::disc(50.0, 30.0, 10.0)] };

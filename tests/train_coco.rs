@@ -163,7 +163,7 @@ fn what_is_wrong_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What Python and the tools of the trade write: the object is the same.
+/// Forms that Python and common tools write give the same object.
 #[test]
 fn annotations_are_read_as_python_reads_them() -> anyhow::Result<()> {
     let expected = masks(&open(&good().to_string())?.expect("a data set")[0]);

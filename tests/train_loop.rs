@@ -1,5 +1,5 @@
-//! What surrounds the optimizer: schedules, clipping and accumulation against transformers and PyTorch, their part in a
-//! continued run, and what is kept when something goes wrong.
+//! Surroundings of the optimizer: schedules, clipping and accumulation against transformers and PyTorch. Also their
+//! part in a continued run, and the state kept after a failure.
 
 mod common;
 

@@ -68,7 +68,7 @@ def rel_pos_kernel(
 
 
 def padded(size):
-    """What `tl.arange` and `tl.dot` want."""
+    """The size as `tl.arange` and `tl.dot` need it."""
     return max(16, triton.next_power_of_2(size))
 
 

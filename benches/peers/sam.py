@@ -94,7 +94,7 @@ def adapt(module, rank, dropout):
 
 
 class Layer(nn.Module):
-    """What stands between a layer's norm and its residual: partition, attention, unpartition."""
+    """The part between a layer's norm and its residual: partition, attention, unpartition."""
 
     # Without state of their own.
     window_partition = modeling_sam.SamVisionLayer.window_partition

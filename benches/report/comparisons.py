@@ -1,4 +1,4 @@
-"""What is compared, with whom, and which ratio is asked for.
+"""Comparisons: the case, the peer, and the ratio asked for.
 
 On the CPU, a bar on time is against the fastest of the peers at their best: with the allocator told to keep freed pages. A bar on
 memory is against one named peer with the default allocator, the state everybody's machine is in.
@@ -11,7 +11,7 @@ the second, faster by this crate's doing, is shown with its ratio.
 from dataclasses import dataclass, field
 
 DEFAULT, KEPT = "default", "kept"
-# What candle is called in the rows.
+# Names of candle in the rows.
 PUBLISHED, SPED_UP = "candle as published,", "candle with this crate's AVX-512,"
 
 

@@ -5,12 +5,12 @@ use anyhow::Result;
 use candle_core::Device;
 use std::time::Instant;
 
-/// What was measured; seconds and bytes.
+/// A measurement, in seconds and bytes.
 #[derive(Debug, Default)]
 pub struct Measurement {
     pub first_s: f64,
     pub wall_s: Vec<f64>,
-    /// Of what ran in turns with it.
+    /// Wall times of the baseline that ran in turns with it.
     pub base_wall_s: Vec<f64>,
     pub cpu_s: Vec<f64>,
     /// Growth of the peak of memory in use; none where the system does not tell.

@@ -72,7 +72,7 @@ mod gpu {
             unsafe { get_default_mem_pool(ordinal) }.ok().map(Self)
         }
 
-        /// What is in use; the peak starts from there.
+        /// Memory in use; the peak starts from there.
         pub fn reset_peak(self) -> Option<u64> {
             let high = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
             let mut zero = 0u64;

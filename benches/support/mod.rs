@@ -1,4 +1,4 @@
-//! What the benchmarks share: shapes, random data, the same model with and without this crate's operations.
+//! Shared by the benchmarks: shapes, random data, the same model with and without this crate's operations.
 // Each benchmark is a program of its own and uses a part.
 #![allow(dead_code)]
 

@@ -67,7 +67,7 @@ impl Pass {
         }
     }
 
-    /// What an adapter adds to a linear: two small products, and in the backward four more.
+    /// Work that an adapter adds to a linear: two small products, and in the backward four more.
     pub fn lora(&self, in_dim: usize, out_dim: usize, rank: usize) -> Work {
         let passes = if self.backward { 3.0 } else { 1.0 };
         let flops = passes * 2.0 * self.rows() * rank as f64 * (in_dim + out_dim) as f64;

@@ -290,7 +290,7 @@ void wait_bulk(int in_flight) {
         for (const auto& copy : groups.front()) copy();
 }
 
-// What a block must not leave behind when its shared memory is given to another.
+// Names work that a block must not leave behind when its shared memory is given to another.
 std::string Block::left_behind() const {
     for (const auto& [offset, bar] : mbarriers_) {
         if (bar.bytes != 0)

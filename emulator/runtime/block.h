@@ -151,7 +151,7 @@ private:
 // The block that this thread of the operating system runs.
 Block& current();
 std::string text(Location at);
-// What ThreadSanitizer is told.
+// Synchronisation told to ThreadSanitizer.
 void sync_acquire(void* object);
 void sync_release(void* object);
 

@@ -66,7 +66,7 @@ void Cluster::go() {
     running = nullptr;
 }
 
-// What went wrong, once none can run.
+// The error, once no thread can run.
 std::string Cluster::report() {
     if (error_.empty() && live_ > 0) {
         for (const auto& block : blocks_)

@@ -96,7 +96,7 @@ struct Arguments {
     uint32_t shared_bytes, cluster, begins_early, early, early_products, workers;
 };
 
-// What the driver checks, and the launch with a copy of the params.
+// Makes the driver's checks, and the launch with a copy of the params.
 static std::string look_up(const Arguments& arguments, Started& started) {
     const auto& [name, params, params_bytes, seed, g, b, shared_bytes, cluster, begins_early, early, early_products, workers] = arguments;
     const dim3 grid{g[0], g[1], g[2]}, block{b[0], b[1], b[2]};

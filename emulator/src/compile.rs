@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
-/// What to compile.
+/// Sources to compile.
 #[derive(Clone, Debug)]
 pub struct Sources {
     /// The folder with the headers. All `.cu` files below it are compiled, unless `files` names others.
@@ -75,7 +75,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 struct Compiler {
     program: String,
     flags: Vec<String>,
-    /// What `--version` says: another compiler makes other objects.
+    /// Output of `--version`: another compiler makes other objects.
     version: String,
     sanitize: Option<String>,
     kernels: PathBuf,

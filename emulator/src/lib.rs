@@ -84,7 +84,7 @@ impl Mode {
     }
 }
 
-/// What the driver takes.
+/// A launch as the driver takes it.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
     /// The kernel's name.
@@ -135,7 +135,7 @@ impl Emulator {
     /// Compiles `sources`, or takes the library out of `cache` if they have not changed, and loads it.
     ///
     /// # Errors
-    /// What the compiler or the loader said.
+    /// - compiling or loading fails: the message is that of the compiler or the loader.
     pub fn new(sources: &Sources, cache: &Path) -> Result<Self, String> {
         let path = sources.compile(cache)?;
         // SAFETY: the library's initialisers only fill the table of kernels.

@@ -3,7 +3,7 @@
 /// A tensor in memory and the tile of it that is copied at once. Dimensions are innermost first.
 #[derive(Clone, Debug)]
 pub struct TensorMap<'a> {
-    /// Of the first element.
+    /// Address of the first element.
     pub address: u64,
     /// Sizes, at most five.
     pub dims: &'a [u32],
@@ -11,7 +11,7 @@ pub struct TensorMap<'a> {
     pub strides: &'a [u64],
     /// Sizes of the tile.
     pub tile: &'a [u32],
-    /// Of an element: 2 or 4.
+    /// Bytes of an element: 2 or 4.
     pub element_bytes: u32,
     /// Whether elements are f32 that are rounded to tf32 on their way.
     pub round_tf32: bool,

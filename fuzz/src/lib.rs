@@ -1,4 +1,4 @@
-//! What the fuzz targets share: files with given bytes, and a model small enough to load thousands of times a second.
+//! Shared by the fuzz targets: files with given bytes, and a model small enough to load thousands of times a second.
 
 use candle_core::{DType, Device};
 use candle_sam_lora::{module_tree, nn};

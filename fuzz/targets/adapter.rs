@@ -15,7 +15,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     match load_adapter(&mut model, folder()) {
         Err(_) => assert_eq!(bits(&model), before),
         Ok(config) => {
-            // What was loaded is saved and loads again, to the same bits.
+            // A loaded adapter is saved and loads again, to the same bits.
             let loaded = bits(&model);
             save_adapter(&model, &config, folder()).unwrap();
             let mut again = Small::new();

@@ -7,7 +7,7 @@ use candle_sam_lora_fuzz::{file, folder, Small};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if let Ok(config) = SamConfig::load(file("config.json", bytes)) {
-        // What is accepted is written and read back as it was.
+        // An accepted configuration is written and read back as it was.
         let again = file("again.json", config.to_json().unwrap().as_bytes());
         let again = SamConfig::load(again).unwrap();
         assert_eq!(again.vision_config.mlp_dim(), config.vision_config.mlp_dim());

@@ -1,4 +1,4 @@
-// What every kernel starts from: the KERNEL macro, pointers, element types, vector loads.
+// Common to every kernel: the KERNEL macro, pointers, element types, vector loads.
 #pragma once
 #include <cstdint>
 #include <cstring>

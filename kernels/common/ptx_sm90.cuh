@@ -168,8 +168,8 @@ PTX uint32_t cluster_ctarank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-// The barrier between all threads of a cluster; those that have ended do not count. Of what was done before, it orders
-// what fence_mbarrier_init did, and nothing else: arrivals at another block's barriers may be on their way still.
+// The barrier between all threads of a cluster; those that have ended do not count. The barrier orders the work of
+// fence_mbarrier_init before it, and nothing else. Arrivals at another block's barriers may be on their way still.
 PTX void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 

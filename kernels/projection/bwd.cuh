@@ -1,4 +1,4 @@
-// What the projections' backward wants besides products:
+// Elementwise and summing parts of the projections' backward, besides its products:
 //
 //   activation_grad   g = grad act'(sum), elementwise, rounded to the tensors' dtype
 //   bias_grad         dbias_p = sum over rows of g_p,   dlora_bias_p = scaling_p dbias_p

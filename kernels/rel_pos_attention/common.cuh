@@ -1,4 +1,4 @@
-// What the passes of rel_pos_attention share: tiles, addressing, and the biases of a block of queries.
+// Shared by the passes of rel_pos_attention: tiles, addressing, and the biases of a block of queries.
 //
 // A *unit* is one head of one window. Partition and padding are addressing: a window's tokens are looked up on the
 // grid, those outside are the `pad` vector as keys and values, and do not exist as queries. So the queries of a unit
@@ -73,7 +73,7 @@ struct AttentionUnit {
     __device__ __forceinline__ uint32_t queries() const { return valid_h * valid_w; }
     __device__ __forceinline__ Token query(uint32_t n) const { return {n / valid_w, n % valid_w}; }
     __device__ __forceinline__ bool on_grid(Token t) const { return t.y < valid_h && t.x < valid_w; }
-    // Of a token on the grid, among all.
+    // Index of a token on the grid, among all tokens.
     __device__ __forceinline__ uint64_t token(Token t) const { return first_token + uint64_t(t.y) * s.w + t.x; }
 };
 
@@ -246,8 +246,8 @@ __device__ __forceinline__ float finite_maximum(float max) { return max == -INFI
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
 // Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is.
-// Of f32, what is not finite is computed anew, since an infinity in a table (a mask) is no operand of 3xTF32; `queries`
-// are q's rows [.., stride] in memory. Uses the staging memory; every thread of the block must come.
+// In f32, values that are not finite are computed anew, since an infinity in a table (a mask) is no operand of 3xTF32.
+// `queries` are q's rows [.., stride] in memory. Uses the staging memory; every thread of the block must come.
 template <class Tile, class T>
 __device__ __forceinline__ void project_tables(const Biases<Tile>& bias, typename Tile::Storage& shared,
                                                const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first,

@@ -7,16 +7,16 @@
 //! drel_h[n, kh] = sum_kw dS[n, (kh, kw)]      drel_w[n, kw] = sum_kh dS[n, (kh, kw)]
 //! ```
 //! A unit of work is one head of one window, see [`super::head`]. Its queries go in blocks of `BLOCK_M`, its keys in
-//! tiles of whole window rows; the softmax is online; a block's largest buffer is `BLOCK_M` x one key tile. Padding
-//! is addressing: keys outside the grid are the `pad` vector, queries outside do not exist.
+//! tiles of whole window rows. The softmax is online. A block's largest buffer is `BLOCK_M` x one key tile. Padding is
+//! addressing: keys outside the grid are the `pad` vector, queries outside do not exist.
 //!
 //! The projected tables are `q R^T` for every table row; a query reads, and in the backward writes, the stretch that
 //! belongs to its place. Sums that cross units (tables, pad) are taken in the order of the units.
 //!
 //! Where one weight is 1 and the others are 0, O is that key's value. The backward's scores have the forward's bits, and D
-//! those of the key's dP, so that dS is exactly 0: keys of 1e4 would make a large gradient of any rounding left in it.
-//! Where one weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero, so what they
-//! do add up to is taken off the largest weight's, which makes it as exact as the others' sum.
+//! those of the key's dP, so that dS is exactly 0. Keys of 1e4 would turn any rounding left in dS into a large
+//! gradient. Where one weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero,
+//! so their actual sum is taken off the largest weight's dS. That makes it as exact as the others' sum.
 
 use super::buffer::Buffer;
 pub use super::head::Inputs;
@@ -31,7 +31,7 @@ use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
 
 /// Queries of one block, at most. Every block reads all keys and values, and in the backward adds to all their
-/// gradients, which do not fit into a second-level cache: small blocks would wait for the third.
+/// gradients. These do not fit into a second-level cache: small blocks would wait for the third.
 const BLOCK_M: usize = 96;
 /// Rows of a register tile, see [`super::panel`].
 const TILE_M: usize = 6;
@@ -44,11 +44,11 @@ fn block_rows(queries: usize) -> usize {
 
 /// Gradients of [`Inputs`]; `tables` and `pad` are empty where the input is.
 pub struct Gradients {
-    /// Of qkv.
+    /// Gradient of qkv.
     pub qkv: Buffer,
-    /// Of the tables.
+    /// Gradient of the tables.
     pub tables: Vec<f32>,
-    /// Of the pad.
+    /// Gradient of the pad.
     pub pad: Vec<f32>,
 }
 
@@ -149,8 +149,8 @@ fn drop_weights(head: &Head<'_>, token: usize, tile: &Tile<'_>, weights: &mut [f
     }
 }
 
-/// Takes the padding lanes, whose weight is zero, out of dS and its sums over key rows: times a gradient that is not
-/// finite, zero is NaN.
+/// Takes the padding lanes, whose weight is zero, out of dS and its sums over key rows. Zero times a gradient that is
+/// not finite is NaN.
 fn forget_padding(p: &AttentionProblem, grads: &mut [f32], drel_h: &mut [f32]) {
     for (grads, drel_h) in grads.chunks_exact_mut(padded(p.side_w)).zip(drel_h) {
         let (grads, padding) = grads.split_at_mut(p.side_w);

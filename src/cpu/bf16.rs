@@ -4,7 +4,7 @@
 //! C [m, 64] (+)= scale * sum over pairs p of  A[i, 2p] B[2p, j] + A[i, 2p + 1] B[2p + 1, j]
 //! ```
 //! Two neighbours in k make a pair of 32 bits. A pair travels as the f32 of the same bits, which is never computed
-//! with, so that packing and blocking are those of f32 with half the depth.
+//! with. So packing and blocking are those of f32 with half the depth.
 
 use super::panel::{Into, PANEL};
 

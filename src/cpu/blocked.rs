@@ -3,9 +3,9 @@
 //! ```text
 //! acc [rows, PANEL] = sum over terms of  scale * left [rows, k] right [k, PANEL]
 //! ```
-//! The right side is packed once per operation into panels of `PANEL` columns; a block of rows then meets one panel
-//! after the other, its accumulator staying in cache until whoever asked for it is done with it: bias, low-rank
-//! term, activation and residual never cost another pass over the output.
+//! The right side is packed once per operation into panels of `PANEL` columns. A block of rows then meets one panel
+//! after the other. Its accumulator stays in cache until the caller is done with it. So bias, low-rank term, activation
+//! and residual never cost another pass over the output.
 
 use super::bf16;
 use super::buffer::Buffer;

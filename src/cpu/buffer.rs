@@ -1,8 +1,8 @@
 //! Large buffers: on huge pages, and used again.
 //!
-//! The first touch of a fresh page is a fault, which costs hundreds of times more than the writing, and an operation's
-//! output is thousands of pages. So a large buffer asks for huge pages where the kernel gives them to those that ask
-//! (Linux, `transparent_hugepage` at `madvise`), and a dropped one waits for the next that needs its size. [`release`] gives
+//! The first touch of a fresh page is a fault, which costs hundreds of times more than the writing. An operation's
+//! output is thousands of pages. So a large buffer asks for huge pages where the kernel gives them on request (Linux,
+//! `transparent_hugepage` at `madvise`). A dropped buffer waits for the next that needs its size. [`release`] gives
 //! back what waits.
 
 use std::ops::{Deref, DerefMut};
@@ -100,9 +100,8 @@ fn ask_for_huge_pages(buffer: &mut [f32]) {
     let (start, end) = (bytes.start.cast::<u8>(), bytes.end.cast::<u8>());
     let before = start.addr() % page;
     let length = (end.addr() - start.addr() + before).next_multiple_of(page);
-    // SAFETY: every page of the range holds a part of the buffer and is therefore mapped; the advice is about how
-    // pages are backed and changes no content, neither of the buffer nor of its neighbours on the first and last
-    // page.
+    // SAFETY: every page of the range holds a part of the buffer and is therefore mapped. The advice is about how pages
+    // are backed. It changes no content, neither of the buffer nor of its neighbours on the first and last page.
     let asked =
         unsafe { madvise(start.wrapping_sub(before).cast(), length, Advice::LinuxHugepage) };
     // A kernel without huge pages refuses, which costs nothing but the faults.

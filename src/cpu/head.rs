@@ -7,8 +7,8 @@
 //!                                         lines of a column do not compete for the same places of a cache
 //! tables     [width of the reversed table, width] and transposed; row j holds R[2 side - 2 - j]
 //! ```
-//! In a reversed table the rows a query at row y needs, `R[y - kh + side - 1]` for kh = 0, 1, .., are consecutive
-//! from `side - 1 - y`: its biases are one stretch of `q R^T`, ready to be read as vectors.
+//! A query at row y needs the rows `R[y - kh + side - 1]` for kh = 0, 1, .. In a reversed table these are consecutive
+//! from `side - 1 - y`. So its biases are one stretch of `q R^T`, ready to be read as vectors.
 
 use super::buffer::Buffer;
 use super::math::{add, add_scaled, all_finite};
@@ -298,7 +298,8 @@ impl Tables {
     }
 
     /// The same, for each query with the rows that it reads alone. In the products above every other row has a gradient
-    /// of zero, which would carry what is not finite (a table's mask of minus infinity) between those that never met.
+    /// of zero. Zero times a value that is not finite (a table's mask of minus infinity) would carry NaN between rows
+    /// that never met.
     fn backward_by_pairs(
         &self,
         block: &Block,

@@ -5,9 +5,9 @@
 //! tokens to image    P = softmax over m of each column      out_c = (sum_m P[m, c] x_m) Wv_h^T + bias
 //! image to tokens    P = softmax over t within each head    y_m = norm(x_m + bias + sum_c P[m, c] V_c)
 //! ```
-//! k, v and q of an image of n rows cost `n C inner` products each, and so does its output projection; with them absorbed
-//! a product costs `n C columns`. The rows go in blocks that stay in cache, and nothing else of the image's size exists
-//! but the output.
+//! k, v and q of an image of n rows cost `n C inner` products each, and so does its output projection. With them
+//! absorbed a product costs `n C columns`. The rows go in blocks that stay in cache, and nothing else of the image's
+//! size exists but the output.
 
 use super::bf16;
 use super::buffer::Buffer;
@@ -111,7 +111,7 @@ fn transposed(x: &[f32], columns: usize) -> Vec<f32> {
     out
 }
 
-/// What rows are scored with, for products of one kind.
+/// The tokens' side of the scores, packed for one kind of product.
 enum Tokens {
     /// `[depth, pitch]`
     F32(Vec<f32>),
@@ -258,7 +258,7 @@ pub fn image_to_tokens(
             let of_first_head = values.chunks_exact_mut(c).step_by(s.heads).take(s.tokens);
             of_first_head.for_each(|value| add(value, output.bias));
         }
-        // What q's bias adds to each column's scores.
+        // q's bias adds a constant to each column's scores.
         let mut constants = vec![0f32; pitch];
         if !q.bias.is_empty() {
             for (column, k) in k.chunks_exact(d).enumerate() {

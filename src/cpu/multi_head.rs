@@ -5,9 +5,9 @@
 //! dP[m, n] = v_m . dO_n          dS = P (dP - D)                              D_n = dO_n . O_n
 //! dq_n = scale sum_m dS[m, n] k_m        dk_m = scale sum_n dS[m, n] q_n      dv_m = sum_n P[m, n] dO_n
 //! ```
-//! A unit of work is one head of one batch entry. Scores lie with the keys down and a block of queries across, so k and v
-//! are read where they lie, few queries fill vectors as many do, and the softmax needs no sum within a vector.
-//! A block's largest buffer is `KEYS` x `QUERIES`.
+//! A unit of work is one head of one batch entry. Scores lie with the keys down and a block of queries across. So k and
+//! v are read where they lie, few queries fill vectors as many do, and the softmax needs no sum within a vector. A
+//! block's largest buffer is `KEYS` x `QUERIES`.
 
 use super::buffer::Buffer;
 use super::columns::{Gradient, Online};
@@ -28,11 +28,11 @@ const KEYS: usize = 256;
 /// q `[q_batch, queries, heads, d]`, k and v `[kv_batch, keys, heads, d]`.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
-    /// What attends.
+    /// Queries.
     pub q: &'a [f32],
-    /// What is attended to.
+    /// Keys.
     pub k: &'a [f32],
-    /// What is summed.
+    /// Values.
     pub v: &'a [f32],
 }
 
@@ -192,7 +192,7 @@ pub fn backward(
     }
 }
 
-/// What the backward of one head reads.
+/// Inputs of the backward of one head.
 struct Unit<'a> {
     p: &'a MultiHeadProblem,
     q: Head<'a>,

@@ -1,6 +1,6 @@
 //! Products of small matrices that are already in cache: `C (+)= scale * A B`.
 //!
-//! B and C are row-major with rows of whole vectors; A is read one element at a time and broadcast, so it may lie
+//! B and C are row-major with rows of whole vectors. A is read one element at a time and broadcast, so it may lie
 //! either way round, and nothing has to be packed. `MR` rows times `NV` vectors of C stay in registers over the
 //! whole of k.
 
@@ -44,8 +44,8 @@ pub fn panel(
     run(Panel { c, c_stride, into, scale, m, n, k, a, b })
 }
 
-/// The dot product of each row of `a` with the same row of `b`, rows of whole vectors `width` apart: in the order, and
-/// so with the bits, that [`panel`] gives the diagonal of `A B^T`.
+/// The dot product of each row of `a` with the same row of `b`, rows of whole vectors `width` apart. Order and bits are
+/// those that [`panel`] gives the diagonal of `A B^T`.
 pub fn row_dots(a: &[f32], b: &[f32], width: usize) -> Vec<f32> {
     run(RowDots { a, b, width })
 }

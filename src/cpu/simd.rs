@@ -35,8 +35,8 @@ pub fn vectors_mut<S: Simd>(slice: &mut [f32]) -> &mut [S::f32s] {
 /// `2^n p(r)` with `n = round(x)`, `r = x - n` without rounding, `|r| <= 1/2`, and a minimax polynomial of degree 5.
 #[inline(always)]
 pub fn exp2_nonpositive<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    // Adding 1.5 * 2^23 rounds to the nearest integer; adding the exponent's bias, too, leaves the exponent's bits of 2^n
-    // in the low bits of the pattern.
+    // Adding 1.5 * 2^23 rounds to the nearest integer. Adding the exponent's bias, too, leaves the exponent's bits of
+    // 2^n in the low bits of the pattern.
     const ROUND: f32 = 12_582_912.0 + 127.0;
     const COEFFICIENTS: [f32; 5] =
         [0.009_669_691, 0.055_505_585, 0.240_222_83, std::f32::consts::LN_2, 1.0];

@@ -1,9 +1,9 @@
 //! The row-wise part of attention: what happens to a tile of scores between the two products.
 //!
-//! A tile holds whole key rows of a window, each padded to `pitch` lanes. Its bias is then one vector of `rel_w` that
-//! is the same for every key row, minus infinity in the padding lanes, plus one number `rel_h` per key row.
+//! A tile holds whole key rows of a window, each padded to `pitch` lanes. Its bias is then one vector of `rel_w` for
+//! all key rows, minus infinity in the padding lanes, plus one number `rel_h` per key row.
 //!
-//! Logarithms are to base two: scores, biases and maxima are those of the softmax times log2 e, which costs nothing
+//! Logarithms are to base two: scores, biases and maxima are those of the softmax times log2 e. This costs nothing
 //! where it is part of a factor, and spares the exponential a product.
 
 use super::simd::{exp2_nonpositive, run, vectors, vectors_mut};
@@ -13,9 +13,9 @@ use pulp::{Simd, WithSimd};
 pub struct Row<'a> {
     /// `q . k`, unscaled; becomes the weights.
     pub scores: &'a mut [f32],
-    /// Of each key row.
+    /// Bias of each key row.
     pub rel_h: &'a [f32],
-    /// Of each column, `pitch` long; minus infinity where there is no key.
+    /// Bias of each column, `pitch` long; minus infinity where there is no key.
     pub rel_w: &'a [f32],
     /// Factor of `q . k`: `softmax_scale log2 e`.
     pub scale: f32,
@@ -23,7 +23,7 @@ pub struct Row<'a> {
 
 /// Normalizes a query's weights: `P = 2^(score - max) / sum`.
 ///
-/// The two are kept apart, not as one `lse = max + log2(sum)`: at a score of 1e3 that sum loses what is below 1e-4, and
+/// The two are kept apart, not as one `lse = max + log2(sum)`. At a score of 1e3 that sum loses parts below 1e-4, and
 /// so would every weight. The backward's scores have the forward's bits, so the largest gives exactly `1 / sum`.
 #[derive(Clone, Copy, Debug)]
 pub struct Normalizer {
@@ -41,7 +41,7 @@ pub struct Online<'a> {
     pub max: f32,
 }
 
-/// What [`Online`] found.
+/// Result of a step of [`Online`].
 pub struct OnlineStep {
     /// The new maximum.
     pub max: f32,

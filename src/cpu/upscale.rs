@@ -94,7 +94,7 @@ pub fn masks(up: &Upscale<'_>, x: &[f32], hyper: &[f32], masks: usize) -> Buffer
         let (group, mask) = (i / (masks * eighth), i / eighth % masks);
         hyper_t[(group * eighth + i % eighth) * pitch + mask] = value;
     }
-    // Of each row of positions its four rows of pixels, mask after mask.
+    // A row of positions gives four rows of pixels, mask after mask.
     let mut rows = Buffer::any(groups * h * masks * row_pixels);
     let tasks = rows.par_chunks_mut(masks * row_pixels).enumerate();
     tasks.for_each_init(Scratch::default, |scratch, (index, out)| {

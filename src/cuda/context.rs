@@ -88,7 +88,7 @@ pub(super) fn of_device(device: &CudaDevice) -> Result<&'static Context> {
     of(device.cuda_stream().context())
 }
 
-/// The GPU as launches are planned for it; none if the driver does not say what the device is, or the build has no kernels
+/// The GPU as launches are planned for it. None if the driver does not describe the device, or the build has no kernels
 /// for it.
 pub(crate) fn gpu(device: &CudaDevice) -> Option<Gpu> {
     of_device(device).ok().map(|context| context.gpu).filter(|gpu| gpu.portable)

@@ -17,10 +17,10 @@ const OP: &str = "cuda::Graphed";
 /// A function, recorded for one shape and dtype of its input, as an image encoder's forward:
 /// `Graphed::capture(&pixel_values, |x| encoder.forward(x, Mode::Eval))`.
 ///
-/// What the function does on the host happens in the two runs of [`capture`](Self::capture) alone: which kernels it takes,
-/// what it draws at random, whether an adapter is active. It reads its weights where they were then, so it
-/// is kept, and with it what it owns or borrows; [`Var::set`] writes a variable in its place, and the next replay reads
-/// the new values. The graph's memory is not the pool's. A graph stays on its thread, whose stream it was recorded from.
+/// The function's host code runs only in the two runs of [`capture`](Self::capture). These runs fix the kernels, the
+/// random draws and the active adapter. The graph reads the weights where they were then, so it keeps the function and
+/// all that the function owns or borrows. [`Var::set`] writes a variable in its place, and the next replay reads the
+/// new values. The graph's memory is not the pool's. A graph stays on its thread, whose stream it was recorded from.
 pub struct Graphed<F> {
     // Fields are dropped in this order: the graph before what it reads.
     graph: CudaGraph,
@@ -33,8 +33,9 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Graphed<F> {
     /// Records what `function` does with tensors of the example's shape and dtype.
     ///
     /// # Errors
-    /// If the example is not on a GPU, the device tracks events between several streams, or the function fails or does
-    /// what no graph can hold: reads a tensor on the host, copies anything large to the GPU.
+    /// - the example is not on a GPU;
+    /// - the device tracks events between several streams;
+    /// - the function fails, reads a tensor on the host or copies anything large to the GPU: no graph can hold that.
     pub fn capture(example: &Tensor, function: F) -> Result<Self> {
         let device = gpu(example)?;
         let input = Var::from_tensor(&example.detach())?;
@@ -88,7 +89,7 @@ fn check(x: &Tensor, shape: &Shape, dtype: DType) -> Result<()> {
     Ok(())
 }
 
-/// What `work` launches on the device's stream.
+/// The launches of `work` on the device's stream.
 fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     let stream = device.cuda_stream();
     device.synchronize()?;
@@ -96,7 +97,7 @@ fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Cuda
         .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         .map_err(|e| Error::wrap(e).context(format!("{OP}: beginning a capture")))?;
     let done = work();
-    // Also after a failure: the stream must leave the capture. What the work allocated, it has freed.
+    // Also after a failure: the stream must leave the capture. The work has freed its allocations.
     let graph = stream.end_capture(CUgraphInstantiate_flags(0));
     done.map_err(|e| e.context(format!("{OP}: in the recorded run")))?;
     match graph.map_err(|e| Error::wrap(e).context(format!("{OP}: ending the capture")))? {

@@ -1,8 +1,8 @@
 //! Kernels on the GPU: a [`Job`] takes an operation's inputs, makes its outputs, and launches what
 //! [`crate::launch`] planned, on the stream of candle's device.
 //!
-//! No operation waits for the GPU, so all can be captured in a CUDA graph (once their kernels have been loaded by a first
-//! run): [`Graphed`] does that. All unsafe code of the GPU path is in this folder.
+//! No operation waits for the GPU, so [`Graphed`] can capture all in a CUDA graph, once a first run has loaded their
+//! kernels. All unsafe code of the GPU path is in this folder.
 
 mod context;
 mod graphed;

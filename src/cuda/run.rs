@@ -24,8 +24,12 @@ impl Job<'_> {
     /// write entirely. Inputs are contiguous f32, f16 or bf16 tensors, as [`operand`] makes them.
     ///
     /// # Errors
-    /// On inputs that are not contiguous, not aligned or not on one device, for want of memory, and if a launch fails; the
-    /// message names operation, shapes and kernel. What goes wrong while a kernel runs is reported by whoever waits for it.
+    /// - inputs are not contiguous, not aligned or not on one device;
+    /// - the device has too little memory;
+    /// - a launch fails.
+    ///
+    /// The message names operation, shapes and kernel. A failure while a kernel runs is reported by whoever waits for
+    /// it.
     pub fn run<const OUTPUTS: usize>(
         &self,
         inputs: &[(&CudaStorage, &Layout)],

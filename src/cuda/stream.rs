@@ -17,7 +17,7 @@ pub(crate) fn is_capturing(device: &CudaDevice) -> bool {
     !status.is_ok_and(|s| s == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// What a launch asks of the driver beside its size.
+/// Attributes of a launch for the driver, besides its size.
 fn attributes(launch: &Launch) -> Vec<CUlaunchAttribute> {
     let mut attributes = Vec::new();
     let mut add = |id, set: &dyn Fn(&mut CUlaunchAttributeValue)| {
@@ -89,9 +89,9 @@ impl Backend for Stream {
             numAttrs: attributes.len() as u32,
         };
         let mut arguments = [params.as_mut_ptr().cast()];
-        // SAFETY: the one argument is the params struct by value, which the driver copies before it returns; host
-        // and kernel have it from one header, with its size asserted on both sides. The attributes outlive the call.
-        // That the addresses in the params stay valid is the caller's promise.
+        // SAFETY: the one argument is the params struct by value, which the driver copies before it returns. Host and
+        // kernel have it from one header, with its size asserted on both sides. The attributes outlive the call. That
+        // the addresses in the params stay valid is the caller's promise.
         unsafe {
             let function = kernel.function.cu_function();
             cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())

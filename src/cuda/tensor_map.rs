@@ -34,7 +34,7 @@ pub(super) fn encode(map: &TensorMap) -> Result<Encoded> {
     let dims: Vec<u64> = map.dims.iter().map(|&n| n.into()).collect();
     let steps = vec![1u32; dims.len()];
     let mut encoded = std::mem::MaybeUninit::<CUtensorMap>::zeroed();
-    // SAFETY: the arrays have as many elements as the rank says (`check`); the driver writes the map, which is plain
+    // SAFETY: the arrays have as many elements as the rank says (`check`). The driver writes the map, which is plain
     // bytes and was zeroed, and keeps nothing.
     let bytes = unsafe {
         sys::cuTensorMapEncodeTiled(

@@ -1,5 +1,5 @@
-//! From the hub into the cache, by `hf-hub`: one commit at a time, and the revision's name on it last, so that a name in
-//! the cache means a whole commit.
+//! From the hub into the cache, by `hf-hub`, one commit at a time. The revision's name comes last, so a name in the
+//! cache means a whole commit.
 
 use super::name::is_plain;
 use crate::weights_file::{choose_weights, is_weights, Choice};
@@ -8,7 +8,7 @@ use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
-/// What of a repository is read here besides weights.
+/// Files of a repository that are read besides weights.
 const SETTINGS: [&str; 4] =
     ["config.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"];
 /// Tensors of adapters, the first that is there counts.
@@ -29,7 +29,7 @@ struct RemoteFile {
     size: Option<u64>,
 }
 
-/// What the hub says.
+/// The hub's answer.
 enum Answer {
     Commit(Commit),
     /// It has an answer, and that is no.
@@ -101,7 +101,7 @@ fn ask(remote: &ApiRepo, name: &str, revision: &str) -> Answer {
             return Answer::Refusal(format!("the repository on {hub} has no revision {revision}"))
         }
         404 => return Answer::Refusal(format!("no such repository on {hub}")),
-        // What is private is not told from what is not there.
+        // The hub answers the same for a private repository and a missing one.
         401 | 403 => {
             return Answer::Refusal(format!(
                 "no such repository on {hub} that this account may see; if it is private, {LOGIN}"
@@ -169,7 +169,7 @@ fn download(remote: &ApiRepo, file: &RemoteFile, folder: &Path) -> Result<(), St
     Err(format!("the hub sent something else than the file{size} that it announced; try again"))
 }
 
-/// What a failed download means.
+/// The cause of a failed download.
 fn explain(error: &ApiError) -> String {
     if let ApiError::RequestError(error) = error {
         if let ureq::Error::StatusCode(401 | 403) = **error {

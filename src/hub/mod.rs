@@ -1,8 +1,9 @@
 //! A model or an adapter by its name: a folder here, or `owner/name` on the Hugging Face hub.
 //!
-//! With the feature `hub`, [`folder`] asks the hub for the commit that a revision is and for its files, fetches those that
-//! this crate reads (configurations and weights: safetensors, or else the one file of `torch.save`) into the cache that
-//! Python's libraries use too, and gives the commit's folder in it. Where the hub is out of reach, the commit that was fetched last serves.
+//! With the feature `hub`, [`folder`] asks the hub for the commit of a revision and for its files. It fetches
+//! configurations and weights (safetensors, or else the one file of `torch.save`) into the cache that Python's
+//! libraries use too. It returns the commit's folder in that cache. Where the hub is out of reach, the commit that was
+//! fetched last serves.
 //!
 //! | environment | meaning |
 //! |---|---|
@@ -28,14 +29,15 @@ use crate::weights_file::split_prefix;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
-/// The folder of what is called `name`: `name` itself, if there is such a path; else `owner/name` or
-/// `owner/name@revision` on the hub, where a revision is a branch, a tag or a commit, by default `main`. A `#prefix` behind
+/// The folder of the model or adapter `name`: `name` itself, if there is such a path, else `owner/name` or
+/// `owner/name@revision` on the hub. A revision is a branch, a tag or a commit, by default `main`. A `#prefix` behind
 /// either names one of several models in its file, and stays.
 ///
 /// # Errors
-/// [`Error::Hub`] when there is no such folder, and the name is none of the hub's, or the feature `hub` is not there, or the
-/// hub has no such repository or revision, does not let one in, or has no weights there; when the network fails and
-/// the cache has nothing.
+/// [`Error::Hub`] if there is no such folder, and
+/// - the name is none of the hub's, or the feature `hub` is off;
+/// - the hub has no such repository or revision, refuses access, or has no weights there;
+/// - the network fails and the cache has nothing.
 pub fn folder(name: impl AsRef<Path>) -> Result<PathBuf> {
     let (path, prefix) = split_prefix(name.as_ref());
     if path.exists() {

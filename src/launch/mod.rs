@@ -53,12 +53,12 @@ pub struct Launch {
     pub cluster: u32,
     /// The bytes of the params struct.
     pub params: Vec<u8>,
-    /// What of `params` is an operand.
+    /// Operands within `params`.
     pub slots: Slots,
     /// Tensor maps and where in `params` they stand once they are encoded.
     pub tensor_maps: Vec<(usize, TensorMap)>,
-    /// Whether the kernel may begin before the one launched before it has ended (programmatic dependent launch): it then
-    /// waits for that itself, by the rules in `docs/kernels.md`. Only for a [`Gpu`] with early launch.
+    /// Whether the kernel may begin before the previous one has ended (programmatic dependent launch). It then waits
+    /// for the previous one itself, by the rules in `docs/kernels.md`. Only for a [`Gpu`] with early launch.
     pub begins_early: bool,
 }
 
@@ -92,7 +92,7 @@ pub fn file_of<'a>(kernel: &str, files: impl IntoIterator<Item = &'a str>) -> Op
     found.max_by_key(|(_, name)| name.len()).map(|(index, _)| index)
 }
 
-/// What kernels run on.
+/// A device, real or emulated, that runs kernels.
 pub trait Backend {
     /// Memory of the device, freed on drop once the kernels that use it have ended.
     type Memory;
@@ -112,8 +112,8 @@ pub trait Backend {
     /// If there is no such kernel, or it cannot be launched.
     ///
     /// # Safety
-    /// The addresses in the params must be those of live memory of the device, of the sizes that the kernel expects,
-    /// and stay so until it has ended.
+    /// The addresses in the params must be of live device memory, of the sizes that the kernel expects, until the
+    /// kernel has ended.
     unsafe fn launch(&self, launch: &Launch) -> Result<()>;
 }
 

@@ -60,7 +60,7 @@ pub(super) fn mask(dropout: Option<Dropout>) -> DropoutMask {
     }
 }
 
-/// What fills the slots of a plan in one call.
+/// Addresses and seeds that fill the slots of a plan in one call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Operands<'a> {
     /// The addresses of the inputs.

@@ -1,7 +1,7 @@
 //! Tensor maps: how Hopper's bulk copies (TMA) are told of a tensor and of the tile of it that is copied at once.
 //!
-//! A [`TensorMap`] is a description; whoever runs the launch encodes it into the params struct, since only the driver
-//! knows how: `cuTensorMapEncodeTiled` on a GPU, the emulator its own way.
+//! A [`TensorMap`] is a description. The backend encodes it into the params struct, since only the driver knows how:
+//! `cuTensorMapEncodeTiled` on a GPU, the emulator its own way.
 
 use super::bindings::device_ptr;
 use candle_core::{bail, Result};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// The longest dimension: coordinates are signed numbers of 32 bits.
 pub const LONGEST: usize = i32::MAX as usize;
 
-/// What the elements are.
+/// Kind of element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// 16 bits of any kind.
@@ -58,27 +58,29 @@ impl Swizzle {
 /// Copies with another address share the rest.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMap {
-    /// Of the first element.
+    /// Address of the first element.
     pub address: device_ptr,
-    /// What the elements are.
+    /// Kind of element.
     pub element: Element,
     /// Sizes, one to five.
     pub dims: Arc<[u32]>,
     /// Bytes from one index to the next of each dimension but the first.
     pub strides: Arc<[u64]>,
-    /// Sizes of the tile. What of it lies outside of the tensor is read as zeros and not written.
+    /// Sizes of the tile. Elements outside the tensor are read as zeros and not written.
     pub tile: Arc<[u32]>,
-    /// Of the tile in shared memory.
+    /// Swizzle of the tile in shared memory.
     pub swizzle: Swizzle,
 }
 
 impl TensorMap {
-    /// Columns of a matrix `[rows, cols]` whose rows lie `stride` elements apart, in tiles of so many rows and columns,
-    /// swizzled if their rows are 32, 64 or 128 bytes.
+    /// Columns of a matrix `[rows, cols]` with rows `stride` elements apart, in tiles of the given rows and columns.
+    /// Tiles with rows of 32, 64 or 128 bytes are swizzled.
     ///
     /// # Errors
-    /// On what the copy engine does not take: addresses and strides that are no multiples of 16 bytes, an empty matrix,
-    /// tiles of more than 256 rows or whose rows are no multiple of 16 bytes or more than 128.
+    /// The copy engine does not take
+    /// - addresses and strides that are no multiples of 16 bytes;
+    /// - an empty matrix;
+    /// - tiles of more than 256 rows, or with rows of more than 128 bytes or no multiple of 16.
     pub fn matrix(
         address: device_ptr,
         element: Element,

@@ -1,9 +1,9 @@
 //! Adapter folders: `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes and reads them.
 //!
 //! The two files belong together: tensors under another configuration would load and be silently wrong. So both are
-//! written beside their destination first. Where the configuration stays what it was, replacing the tensors is one
-//! step; where it changes, the old one is removed first and the new one comes last, so that a folder caught
-//! half-way has no configuration and does not load.
+//! written beside their destination first. Where the configuration stays the same, replacing the tensors is one step.
+//! Where it changes, the old one is removed first and the new one comes last. So a folder caught half-way has no
+//! configuration and does not load.
 
 use super::config_file::warn;
 use super::inject::Plan;
@@ -27,9 +27,11 @@ pub const PICKLED_TENSORS_FILE: &str = "adapter_model.bin";
 /// Writes the adapter of `model`, injected with `config`, to the folder `dir`, which is created if need be.
 ///
 /// # Errors
-/// When the model carries no adapter or a merged one, or the folder cannot be written: an adapter that was there
-/// before is then still there, unless the very last step failed, the exchange of complete files; then the folder has
-/// no configuration and does not load.
+/// - the model carries no adapter or a merged one;
+/// - the folder cannot be written.
+///
+/// An adapter that was there before is then still there, unless the last step failed, the exchange of complete files.
+/// The folder then has no configuration and does not load.
 pub fn save_adapter(
     model: &dyn ModuleTree,
     config: &LoraConfig,
@@ -83,8 +85,11 @@ pub fn write_adapter(
 /// [`set_trainable`](crate::nn::set_trainable).
 ///
 /// # Errors
-/// When a file cannot be read or is not what it should be, the configuration is not supported or does not fit this
-/// model, and [`Error::Mismatch`] with every missing, surplus and mis-shaped tensor. The model is unchanged then.
+/// - a file cannot be read or is damaged;
+/// - the configuration is not supported or does not fit this model;
+/// - [`Error::Mismatch`]: tensors are missing, surplus or mis-shaped, all of them listed.
+///
+/// The model is unchanged then.
 pub fn load_adapter(model: &mut dyn ModuleTree, dir: impl AsRef<Path>) -> Result<LoraConfig> {
     load_named_adapter(model, DEFAULT_ADAPTER, dir)
 }
@@ -144,9 +149,10 @@ impl std::fmt::Display for LoadedAdapter {
     }
 }
 
-/// As [`load_named_adapter`], and reads adapters whose keys are spelled in other ways: wrapped in `module.` or `_orig_mod.`,
-/// with the adapter's name in them, below another prefix than PEFT's, of a part of the model alone, or in the naming of
-/// the model's files that `names` holds. Such a spelling is taken if it is the only one that fits.
+/// As [`load_named_adapter`], and reads adapters whose keys are spelled in other ways. Keys may be wrapped in `module.`
+/// or `_orig_mod.`, hold the adapter's name, or lie below another prefix than PEFT's. They may also be of a part of the
+/// model alone, or in the naming of the model's files that `names` holds. Such a spelling is taken if it is the only
+/// one that fits.
 ///
 /// `dir` is a folder, or the file of tensors in it.
 ///
@@ -323,8 +329,8 @@ pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorReader)> {
 
 /// The plain keys that a bias below one of PEFT's wrappers may have; none for other tensors.
 ///
-/// With `bias = all` PEFT writes each bias of a module to save three times. It reads the plain one alone into the module;
-/// that of `original_module` is what the module was before, and that of `modules_to_save` a copy of the plain one:
+/// With `bias = all` PEFT writes each bias of a module to save three times. It reads the plain one alone into the
+/// module. `original_module` holds the module as it was before, and `modules_to_save` a copy of the plain one:
 ///
 /// ```text
 /// neck.conv1.bias

@@ -1,7 +1,7 @@
 //! The base model's tensors as an adapter sees them, and the modules it may save whole.
 //!
-//! A parameter that shares another's value gets its own as soon as an adapter saves either of the two: PEFT trains a copy
-//! of each module to save and leaves the other as it was.
+//! A parameter that shares another's value gets its own as soon as an adapter saves either of the two. PEFT trains a
+//! copy of each module to save and leaves the other as it was.
 //!
 //! Source: PEFT 0.21, `ModulesToSaveWrapper` and `_set_trainable` in `utils/other.py`.
 

@@ -59,8 +59,8 @@ impl LoraConfig {
         serde_json::to_string_pretty(&value).map_err(failed)
     }
 
-    /// One line for each key that has a value and no effect here, by its name and value, as a newer PEFT may write them;
-    /// and one for a task type that PEFT refuses.
+    /// One line for each key that has a value and no effect here, by its name and value, as a newer PEFT may write
+    /// them. One more for a task type that PEFT refuses.
     pub fn warnings(&self) -> Vec<String> {
         let known = |name: &String| {
             WITHOUT_EFFECT.contains(&name.as_str()) || UNSUPPORTED.contains(&name.as_str())

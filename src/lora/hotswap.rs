@@ -27,9 +27,13 @@ use std::path::Path;
 /// is active and what is trainable stay. Save the result with that configuration only if both have the same layers.
 ///
 /// # Errors
-/// When there is no such adapter, it is merged, one of the two has DoRA or a LoRA bias and the other has not, either
-/// changes the base, the folder's adapter is on a layer that the loaded one is not on, or the folder is damaged. The
-/// model is unchanged then.
+/// - there is no such adapter, or it is merged;
+/// - one of the two has DoRA or a LoRA bias and the other has not;
+/// - either changes the base;
+/// - the folder's adapter is on a layer that the loaded one is not on;
+/// - the folder is damaged.
+///
+/// The model is unchanged then.
 pub fn hotswap_adapter(
     model: &mut dyn ModuleTree,
     name: &str,

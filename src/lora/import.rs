@@ -42,7 +42,7 @@ struct Matrix {
     is_a: bool,
 }
 
-/// What the name of a tensor says; none for a tensor of the base model.
+/// The matrix that a tensor's name denotes; none for a tensor of the base model.
 ///
 /// # Errors
 /// On a tensor of an adapter of a kind that is not known.
@@ -104,7 +104,7 @@ fn model_blocks(model: &dyn ModuleTree) -> Result<BTreeMap<usize, String>> {
     Ok(blocks)
 }
 
-/// Reads the adapter in a file of SAMed or micro-sam, for `model`, whose attentions have q, k and v apart: its
+/// Reads the adapter in a file of SAMed or micro-sam, for `model`, whose attentions have q, k and v apart. Returns its
 /// configuration and tensors, for [`load_adapter_tensors`](super::load_adapter_tensors) or
 /// [`write_adapter`](super::write_adapter). SAMed's files do not say which blocks are adapted: without `blocks` all
 /// are. Tensors of the base in the same file are left to `sam::checkpoint::load`, which reads such files too.

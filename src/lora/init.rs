@@ -11,8 +11,8 @@
 //! magnitude     || W + scaling B A ||_row                   DoRA
 //! ```
 //! The last two take their part out of the base, W' = W - scaling B A, so that the model computes what it did before.
-//! Everything random is a function of seed and names alone; the iterations' start not even of the seed, so that loading
-//! a folder finds the W' that the adapter was trained on.
+//! Everything random is a function of seed and names alone. The iterations' start does not even depend on the seed, so
+//! that loading a folder finds the W' that the adapter was trained on.
 //!
 //! Source: PEFT 0.21, `tuners/lora/layer.py`; Meng, Wang, Zhang, "PiSSA", NeurIPS 2024; Büyükakyüz, "OLoRA",
 //! arXiv 2406.01775.

@@ -4,8 +4,8 @@
 //! images  0 1 2 3 4        adapters  a b a __base__ b
 //! runs    a: 0 2    b: 1 4    __base__: 3      each through the whole model, then rows back in order
 //! ```
-//! Every image gets what it would get alone, in any model: attention over padded windows, DoRA and convolutions too,
-//! where PEFT's `adapter_names`, which mixes inside each layer, refuses. A SAM image is thousands of tokens, so that a
+//! Every image gets the result that it would get alone, in any model. PEFT's `adapter_names`, which mixes inside each
+//! layer, refuses attention over padded windows, DoRA and convolutions. A SAM image is thousands of tokens, so that a
 //! run for each adapter costs little more than one for all; docs/peft.md has the figures.
 
 use super::switch::{activate, active_adapters, check_known, NO_ADAPTER};
@@ -13,8 +13,8 @@ use crate::nn::{ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 
-/// Calls `forward` once for each adapter named, with that adapter active and the indices (u32, `[n]`) of its images,
-/// and puts the outputs, each `[n, ..]`, together in the order of the batch. `adapters` has one name for each image;
+/// Calls `forward` once for each adapter named, with that adapter active and the indices (u32, `[n]`) of its images.
+/// Puts the outputs, each `[n, ..]`, together in the order of the batch. `adapters` has one name for each image;
 /// [`NO_ADAPTER`] is none. The adapters active before are active again afterwards, whatever happens.
 ///
 /// ```no_run
@@ -30,8 +30,9 @@ use candle_core::{Device, Tensor};
 /// ```
 ///
 /// # Errors
-/// When no image is named, on a name that no adapter has, when adapters are merged or disabled, and when `forward`
-/// fails or its outputs are not as many or as large as asked for.
+/// - no image is named, or a name is that of no adapter;
+/// - adapters are merged or disabled;
+/// - `forward` fails, or its outputs are not as many or as large as asked for.
 pub fn forward_mixed_batch<M: ModuleTree>(
     model: &mut M,
     adapters: &[&str],
@@ -94,7 +95,7 @@ fn in_order(batch: usize, runs: Vec<(Vec<u32>, Vec<Tensor>)>) -> Result<Vec<Tens
         return Err(Error::config("forward_mixed_batch: the batch is empty"));
     };
     if runs.len() == 1 {
-        return Ok(first.clone()); // Of all images, in their order.
+        return Ok(first.clone()); // Covers all images, in their order.
     }
     if runs.iter().any(|(_, outputs)| outputs.len() != first.len()) {
         return Err(Error::config("forward_mixed_batch: each call must give as many outputs"));

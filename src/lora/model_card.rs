@@ -21,8 +21,8 @@ pub const CARD_FILE: &str = "README.md";
 const VERSIONS: &str = "### Framework versions";
 const FENCE: &str = "---";
 
-/// Writes the adapter called `name`, made with `config`, to the folder `dir`, or, as PEFT does, to the one of its name
-/// in there unless that is "default"; and the model card to `dir`.
+/// Writes the adapter called `name`, made with `config`, and a model card to the folder `dir`. As in PEFT, an adapter
+/// not called "default" goes to the folder of its name in `dir`.
 ///
 /// # Errors
 /// As [`save_adapter`](super::save_adapter); when there is a card that is no text.
@@ -66,7 +66,7 @@ pub fn model_card(config: &LoraConfig, old: Option<&str>) -> String {
     format!("{FENCE}\n{header}{FENCE}\n{}", with_version(&text))
 }
 
-/// What a new card says.
+/// Text of a new card.
 fn text(config: &LoraConfig) -> String {
     let targets = match &config.target_modules {
         Some(ModuleNames::List(names)) => names.join(", "),

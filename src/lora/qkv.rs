@@ -7,7 +7,7 @@
 //! split   A_q = A_k = A_v = A      B = [B_q; B_k; B_v]       ranks stay
 //! ```
 //! The scaling stays where the parts have one; where they differ it is multiplied into B. Both ways give the same
-//! outputs; trained further, a fused adapter has one dropout mask where q, k and v have three, and fills the zeros.
+//! outputs. Trained further, a fused adapter has one dropout mask where q, k and v have three, and fills the zeros.
 
 use super::describe::{describe, layer_paths, Layers};
 use super::state::{split_last, PREFIX};
@@ -67,13 +67,14 @@ fn whole(key: &str) -> Error {
     Error::config(format!("{key} is saved whole, by modules_to_save, and is no part of an adapter"))
 }
 
-/// The adapter called `name` of a model with q, k and v as an adapter of the same model with `qkv`: configuration and
-/// state, of which [`write_adapter`](super::write_adapter) makes a folder. `config` is the one it was made with.
-/// Adapters of other layers stay what they are.
+/// The adapter called `name` of a model with q, k and v as an adapter of the same model with `qkv`. Returns
+/// configuration and state, from which [`write_adapter`](super::write_adapter) makes a folder. `config` is the one it
+/// was made with. Adapters of other layers stay what they are.
 ///
 /// # Errors
-/// When there is no such adapter, it is merged, it is on no q, k or v that stand together, or took its start out of the
-/// base, or q, k or v are trained whole.
+/// - there is no such adapter, or it is merged;
+/// - it is on no q, k or v that stand together, or took its start out of the base;
+/// - q, k or v are trained whole.
 pub fn fuse_qkv(
     model: &dyn ModuleTree,
     name: &str,
@@ -173,13 +174,14 @@ fn block(projections: &[Projection; 3], parts: &[Option<Adapter>; 3]) -> Result<
     })
 }
 
-/// An adapter of a model with `qkv`, as [`read_adapter`](super::read_adapter) gives it, as one for `model`, which has
-/// q, k and v in its place: configuration and tensors for [`load_adapter_tensors`](super::load_adapter_tensors) or
+/// An adapter of a model with `qkv`, as [`read_adapter`](super::read_adapter) gives it, as one for `model` with q, k
+/// and v in its place. Returns configuration and tensors for [`load_adapter_tensors`](super::load_adapter_tensors) or
 /// [`write_adapter`](super::write_adapter).
 ///
 /// # Errors
-/// When it is on no `qkv` of this model, a tensor has other rows than q, k and v together, it took its start out of the
-/// base, or `qkv` is trained whole.
+/// - the adapter is on no `qkv` of this model, or took its start out of the base;
+/// - a tensor has other rows than q, k and v together;
+/// - `qkv` is trained whole.
 pub fn split_qkv(
     model: &dyn ModuleTree,
     config: &LoraConfig,

@@ -23,7 +23,7 @@ use safetensors::tensor::TensorInfo;
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What PEFT puts before the name of a tensor.
+/// PEFT's prefix of tensor names.
 pub(super) const PREFIX: &str = "base_model.model.";
 
 /// A tensor of the model that is saved with the adapter.

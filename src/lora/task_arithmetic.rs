@@ -30,12 +30,12 @@ pub enum Prune {
     Random {
         /// The probability to stay, in `(0, 1]`, rounded to a multiple of 2^-16.
         density: f64,
-        /// Of the masks.
+        /// Seed of the masks.
         seed: u64,
     },
 }
 
-/// What decides on the sign of an element; none of the opposite sign are added.
+/// The rule that elects the sign of an element; values of the opposite sign are not added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MajoritySign {
     /// The sum of the values.
@@ -47,7 +47,7 @@ pub enum MajoritySign {
 /// How tensors are added: what of each, and whether their signs have to agree.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TaskArithmetic {
-    /// What stays of each.
+    /// The elements of each that stay.
     pub prune: Prune,
     /// Who elects the sign; none where all are added.
     pub sign: Option<MajoritySign>,

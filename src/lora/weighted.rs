@@ -66,9 +66,13 @@ struct Part {
 /// configuration to save it with; its dropout is that of the first.
 ///
 /// # Errors
-/// When there is nothing to add, an adapter is unknown, uses DoRA or `lora_bias`, or changes its base, a weight is not
-/// finite, ranks differ in a sum of factors, a density is out of range, or as [`add_adapter`](super::add_adapter). The
-/// model is unchanged then.
+/// As [`add_adapter`](super::add_adapter); besides,
+/// - there is nothing to add;
+/// - an adapter is unknown, uses DoRA or `lora_bias`, or changes its base;
+/// - a weight is not finite, or a density is out of range;
+/// - ranks differ in a sum of factors.
+///
+/// The model is unchanged then.
 pub fn add_weighted_adapter(
     model: &mut dyn ModuleTree,
     name: &str,
@@ -123,7 +127,7 @@ pub fn add_weighted_adapter(
     Ok(config)
 }
 
-/// What is to be added, by layer.
+/// The parts to add, by layer.
 fn layers(model: &dyn ModuleTree, adapters: &[(&str, f64)]) -> Result<BTreeMap<String, Vec<Part>>> {
     let names: Vec<&str> = adapters.iter().map(|(name, _)| *name).collect();
     check_known(model, &names)?;

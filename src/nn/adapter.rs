@@ -6,7 +6,7 @@
 //! delta         scaling B A, as B [out, rank] times A [rank, rest]
 //! ```
 //!
-//! Source: `peft/tuners/lora/layer.py`. What an adapter computes is in `low_rank.rs`.
+//! Source: `peft/tuners/lora/layer.py`. `low_rank.rs` holds the computation.
 
 use candle_core::{DType, Result, Tensor};
 

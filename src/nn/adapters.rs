@@ -3,7 +3,7 @@
 //! ```text
 //! y = base(x) + the active adapters' parts, in the order of activation; base(x) alone if disabled or merged
 //! ```
-//! In the tree the tensors of the adapter called "default" have the names of PEFT's files, `lora_A.weight`; those of
+//! In the tree the tensors of the adapter called "default" have the names of PEFT's files, `lora_A.weight`. Those of
 //! another bear its name, `lora_A.<name>.weight`, as inside PEFT. In files no adapter's name ever appears.
 
 use super::low_rank::LowRank;
@@ -81,8 +81,8 @@ impl Adapters {
         self.active.iter().filter_map(|name| Some((name.as_str(), self.get(name)?)))
     }
 
-    /// What the adapters in use compute in this pass, as few parts as possible: one for each, or one for all where
-    /// none has a magnitude or drops anything.
+    /// Low-rank parts of the adapters in use for this pass, as few as possible. One for each, or one for all where none
+    /// has a magnitude or drops anything.
     pub fn low_rank(&self, mode: Mode) -> candle_core::Result<Vec<LowRank>> {
         if self.disabled || self.unmerged.is_some() {
             return Ok(Vec::new());

@@ -3,12 +3,12 @@
 //! ```text
 //! y[b, i, j, :] = columns(x)[b, i, j, :] W^T + bias       columns [B, H', W', k k in], W [out, k k in]
 //! ```
-//! There are two kinds: kernel = stride (patches; 1x1 too), where the columns are a rearrangement of the input, and an
-//! odd kernel padded by half of it, of stride 1 ("same") or more (downsampling). Written this way each is an
-//! [`ops::lora_linear`]: every gradient exists, and a frozen kernel costs none. Weights keep the shape that checkpoints
-//! have, `[out, in, k, k]`.
+//! There are two kinds. Where kernel = stride (patches; 1x1 too), the columns are a rearrangement of the input. The
+//! other kind is an odd kernel padded by half of it, of stride 1 ("same") or more (downsampling). Written this way each
+//! is an [`ops::lora_linear`]: every gradient exists, and a frozen kernel costs none. Weights keep the shape that
+//! checkpoints have, `[out, in, k, k]`.
 //!
-//! A LoRA adapter on a convolution is A, a convolution of the same kernel to `rank` channels, and B, a 1x1: over the
+//! A LoRA adapter on a convolution is A, a convolution of the same kernel to `rank` channels, and B, a 1x1. Over the
 //! columns both are matrices, as with a linear layer. Source: `Conv2d` in `peft/tuners/lora/layer.py`.
 
 use super::low_rank::{as_matrix, in_turn};

@@ -39,8 +39,8 @@ where
     if !supported || (parameters.is_empty() && !x.track_op()) {
         return f(module, x);
     }
-    // With the parameters as they are, so that operations take the paths that they take in the second run; what graph
-    // there is goes with the detached value.
+    // With the parameters as they are, so that operations take the paths that they take in the second run. Any graph
+    // goes with the detached value.
     let value = f(module, &x.detach())?;
     let known = |node: &Tensor| parameters.iter().any(|(_, p)| p.id() == node.id());
     if value.sorted_nodes().into_iter().any(|node| node.is_variable() && !known(node)) {

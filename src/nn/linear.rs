@@ -64,7 +64,7 @@ impl Linear {
         self.weight.dims().first().copied().unwrap_or(0)
     }
 
-    /// What the adapters in use compute in this pass; see [`projection`](Self::projection).
+    /// Low-rank parts of the adapters in use for this pass; see [`projection`](Self::projection).
     ///
     /// # Errors
     /// When a tensor cannot be allocated.
@@ -73,7 +73,7 @@ impl Linear {
     }
 
     /// This layer as one projection of [`ops::lora_linear`] or [`ops::lora_qkv`], with the low-rank part that
-    /// [`low_rank`](Self::low_rank) gave; none where that is no single sum, as with DoRA.
+    /// [`low_rank`](Self::low_rank) gave. None where that part is no single sum, as with DoRA.
     pub fn projection<'a>(&'a self, low_rank: &'a [LowRank]) -> Option<Projection<'a>> {
         let lora = match low_rank {
             [] => None,

@@ -1,4 +1,4 @@
-//! What adapters compute: a low-rank part over the layer's input as a matrix, alone, together or in turn.
+//! Low-rank parts of adapters: products with the layer's input as a matrix, alone, together or in turn.
 //!
 //! ```text
 //! LoRA       y + scaling (drop(x) A^T B^T + lora_bias)

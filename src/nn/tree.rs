@@ -1,7 +1,7 @@
 //! A model as a tree of named tensors, the way PyTorch's `named_parameters` shows one.
 //!
-//! Checkpoints, LoRA injection, optimizers and reports all work on this view: they walk the tree and see each
-//! tensor, and each [`Layer`] that can be adapted, with its dotted name. A layer takes part by listing its children once, with
+//! Checkpoints, LoRA injection, optimizers and reports all work on this view. They walk the tree and see each tensor,
+//! and each [`Layer`] that can be adapted, with its dotted name. A layer takes part by listing its children once, with
 //! [`module_tree!`](crate::module_tree), under the names its checkpoint uses.
 
 use super::variables::Training;
@@ -10,7 +10,7 @@ use crate::Result;
 use candle_core::{Tensor, Var};
 use std::collections::{BTreeMap, HashSet};
 
-/// What a walk meets.
+/// A node that a walk meets.
 #[derive(Debug)]
 pub enum Node<'a> {
     /// A parameter; trainable if [`Tensor::track_op`], see [`trainable_variables`].
@@ -27,12 +27,12 @@ pub enum Node<'a> {
     Layer(Layer<'a>),
 }
 
-/// A parameter that is neither trained nor counted, unless an adapter saves its module: a constant shows as a buffer, a
-/// variable and a view of one as a parameter.
+/// A parameter that is neither trained nor counted, unless an adapter saves its module. A constant shows as a buffer; a
+/// variable and a view of one show as a parameter.
 #[derive(Clone, Debug)]
 pub struct Fixed(pub Tensor);
 
-/// What a mutable walk meets; see [`Node`].
+/// A node that a mutable walk meets; see [`Node`].
 #[derive(Debug)]
 pub enum NodeMut<'a> {
     /// A parameter.
@@ -276,8 +276,8 @@ pub fn named_parameters(module: &dyn ModuleTree) -> Vec<(String, Tensor)> {
 
 /// The variables behind the trainable parameters, for an optimizer to update in place, by the parameters' names.
 ///
-/// A parameter may be a view of a variable, as q, k and v are of a fused `qkv`: the variable behind it is trained whole.
-/// Parameters that share one variable give it once, under their names joined by `+`.
+/// A parameter may be a view of a variable, as q, k and v are of a fused `qkv`. The variable behind it is trained
+/// whole. Parameters that share one variable give it once, under their names joined by `+`.
 ///
 /// # Errors
 /// When a parameter is computed from a variable, as by a cast: a step would not change it.

@@ -46,7 +46,7 @@ pub struct RelPosAttention<'a> {
     pub rel_pos: Option<(&'a Tensor, &'a Tensor)>,
     /// Side of the square windows; none for global attention.
     pub window: Option<usize>,
-    /// What a padded token projects to, `[3C]`: the bias of the qkv projection. None is zero.
+    /// Projection of a padded token, `[3C]`: the bias of the qkv projection. None is zero.
     pub pad: Option<&'a Tensor>,
     /// Dropout on the attention weights, over `[windows, heads, queries, keys]` seen as rows of keys.
     pub dropout: Option<Dropout>,

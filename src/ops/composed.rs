@@ -2,8 +2,9 @@
 //! are sums over rows. Those are taken in f32, see [`scale_shift`].
 //!
 //! Differentiable in everything, weights included, but they hold every intermediate; the attention builds its
-//! N x N weights. They are the oracle of the fused operations and the path for what those do not cover. What does not
-//! fit is an error of candle's, without the names that the fused operations give; the attention checks as they do.
+//! N x N weights. They are the oracle of the fused operations and the path for what those do not cover. Shapes that do
+//! not fit are errors of candle's, without the names that the fused operations give. The attention checks as the fused
+//! operations do.
 
 use super::product::{matmul, product};
 use super::{broadcast_add, repeat, scale_shift};

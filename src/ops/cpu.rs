@@ -12,7 +12,7 @@ use crate::problem::{AttentionProblem, ProjectionProblem};
 use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use std::ops::Range;
 
-/// What a layer computes; its parameters are in the chain.
+/// The computation of a layer; its parameters are in the chain.
 pub(super) enum Layer {
     /// Parameters: weight, bias.
     Norm { eps: f64 },
@@ -192,7 +192,7 @@ struct Stage {
     trainable: bool,
 }
 
-/// What a layer's backward reads.
+/// Values kept for a layer's backward.
 struct Kept {
     /// Empty where no backward reads it, and for the last layer, whose output is the chain's.
     output: Buffer,

@@ -1,4 +1,4 @@
-//! What computes an operation, and from candle's storages to the plain f32 slices of [`crate::cpu`] and back.
+//! The computation behind an operation, and conversions between candle's storages and the f32 slices of [`crate::cpu`].
 
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;

@@ -13,8 +13,8 @@ use candle_core::{DType, Device, Result, Tensor};
 /// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
 ///
 /// Gradients go to `x`, `residual`, the biases and the adapter; a weight that is a variable gets one too, on the
-/// slower composed path. Every parameter may be f32 while `x` is f16 or bf16; a weight in f32 is rounded to the dtype of
-/// `x` for the kernels of a GPU.
+/// slower composed path. Every parameter may be f32 while `x` is f16 or bf16. A weight in f32 is rounded to the dtype
+/// of `x` for the kernels of a GPU.
 ///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, non-finite scaling, impossible dropout.
@@ -62,8 +62,8 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 /// Attention over a grid: packed `qkv [B, H, W, 3C] -> [B, H, W, C]`.
 ///
 /// Gradients go to `qkv`, the tables and `pad`. On the CPU, and on a GPU whose kernels cover the shape, nothing of size
-/// N x N is allocated. On Metal, on GPUs before 8.0, and for shapes that no kernel covers, such as a head dim above 80,
-/// a graph of candle's operations runs and holds the N x N weights; a process is warned of that once.
+/// N x N is allocated. A graph of candle's operations, which holds the N x N weights, runs on Metal, on GPUs before
+/// 8.0, and for shapes without a kernel. A head dim above 80 is such a shape. A process is warned of that once.
 ///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.

@@ -1,8 +1,8 @@
 //! The image side of the mask decoder in evaluation, on the CPU: no gradient, and nothing of the image's size in memory but
 //! the output.
 //!
-//! Each function returns none where it does not apply: on another device, where a gradient is wanted, for adapters that
-//! are no single sum, and for so many tokens that the plain order of products is cheaper. Then
+//! Each function returns none on another device, where a gradient is wanted, and for adapters that are no single sum.
+//! It also returns none for so many tokens that the plain order of products is cheaper. Then
 //! [`multi_head_attention`](super::multi_head_attention) and the projections compute the same.
 
 use super::custom::{from_f32, with_f32};

@@ -5,8 +5,8 @@
 use super::custom::operand;
 use candle_core::{DType, Device, Result, Tensor};
 
-/// The elements of all tensors, in f32 and in order; one zero if there are none, since candle has no empty storage.
-/// candle's graph takes the gradient apart again.
+/// The elements of all tensors, in f32 and in order; one zero if there are none, since candle has no empty storage. The
+/// graph of candle takes the gradient apart again.
 pub(crate) fn pack<'a>(
     tensors: impl IntoIterator<Item = &'a Tensor>,
     device: &Device,

@@ -5,8 +5,8 @@
 //! out = act(cat(y_0 .. y_n)) + residual
 //! ```
 //!
-//! q, k and v stay three tensors under three names, for checkpoints, adapters and users; the operation writes
-//! them side by side into one packed output, so nothing is ever concatenated.
+//! q, k and v stay three tensors under three names, for checkpoints, adapters and users. The operation writes them side
+//! by side into one packed output, so nothing is ever concatenated.
 
 use super::arguments::Projection;
 use super::cpu::{Chain, Layer, Residual};

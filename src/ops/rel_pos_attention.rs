@@ -4,9 +4,9 @@
 //! S[n, m] = softmax_scale q_n . k_m + rel_h[n, h_m] + rel_w[n, w_m]            O = dropout(softmax(S)) V
 //! rel_h[n, kh] = q_n . Rh[h_n - kh + K_h - 1]      rel_w[n, kw] = q_n . Rw[w_n - kw + K_w - 1]     (unscaled q)
 //! ```
-//! Input and output are whole grids, `[B, H, W, ..]`. Windows are a matter of addressing: where the last window of
-//! a row or column hangs over the grid, the keys and values outside are the `pad` vector (SAM pads with zeros
-//! *before* the projection, so they are its bias), they take part in the softmax, and their queries do not exist.
+//! Input and output are whole grids, `[B, H, W, ..]`. Windows are a matter of addressing. Where the last window of a
+//! row or column hangs over the grid, the keys and values outside are the `pad` vector. SAM pads with zeros *before*
+//! the projection, so `pad` is its bias. These keys take part in the softmax, and their queries do not exist.
 //!
 //! Source: `segment_anything/modeling/image_encoder.py`.
 

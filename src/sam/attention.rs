@@ -7,9 +7,9 @@
 //! ```
 //!
 //! Both compute the same: `W_q`, `W_k` and `W_v` are the row blocks of `W_qkv`. An attention sees the whole grid and
-//! knows its window, instead of being handed padded windows: ours never builds any. SAM pads *after* the layer norm,
-//! so a padded token is zero before the projection and the projection's bias after it, which is all that the
-//! operation has to know. A user's attention that wants windows takes them from [`in_windows`].
+//! knows its window, instead of being handed padded windows: ours never builds any. SAM pads *after* the layer norm. So
+//! a padded token is zero before the projection and the projection's bias after it, which is all that the operation has
+//! to know. A user's attention that wants windows takes them from [`in_windows`].
 //!
 //! Source: `SamVisionAttention`, `SamVisionLayer` in `modeling_sam.py`.
 
@@ -112,7 +112,7 @@ impl AttentionKind {
     }
 }
 
-/// What lies between the projections: softmax attention with the layer's tables, window and dropout.
+/// The part between the projections: softmax attention with the layer's tables, window and dropout.
 #[derive(Clone, Debug)]
 pub struct RelPosCore {
     /// `[2 side - 1, head_dim]`, side of the window or the grid; none without relative positions.
@@ -387,8 +387,9 @@ macro_rules! projections_around_the_core {
 projections_around_the_core!(SamVisionAttention);
 projections_around_the_core!(SamVisionAttentionSplit);
 
-/// Runs `attention` on the windows of a grid, as Hugging Face's layer runs its own: zero-padded after the layer norm,
-/// partitioned to `[B * windows, side, side, C]`, put together again, cropped. Without a window, on the grid.
+/// Runs `attention` on the windows of a grid, as Hugging Face's layer runs its own. The grid is zero-padded after the
+/// layer norm, partitioned to `[B * windows, side, side, C]`, put together again, and cropped. Without a window, on the
+/// grid.
 pub fn in_windows(
     x: &Tensor,
     window: Option<usize>,

@@ -1,4 +1,4 @@
-//! What a SAM looks like: Hugging Face's `SamConfig`, read from and written to `config.json`.
+//! Configuration of a SAM: Hugging Face's `SamConfig`, read from and written to `config.json`.
 //!
 //! Fields, defaults and meaning are those of `transformers/models/sam/configuration_sam.py`; a key that is absent or
 //! unknown is treated as there. [`SamConfig::validate`] refuses what no model can have, before anything is allocated.
@@ -105,7 +105,7 @@ pub struct SamVisionConfig {
     pub use_rel_pos: bool,
     /// Side of the attention window of the layers that are not global; 0: all layers are global.
     pub window_size: usize,
-    /// The layers with global attention. Indexes that are no layer's mean nothing, as in Hugging Face: a shallow model
+    /// The layers with global attention. Indexes that are no layer's mean nothing, as in Hugging Face. A shallow model
     /// often keeps the default list, and -1 is not the last layer.
     pub global_attn_indexes: Vec<i64>,
     /// Half the channels of the random Fourier position features; `2 * num_pos_feats` is the prompts' width.

@@ -43,7 +43,8 @@ impl EmbeddingPrecision {
     }
 }
 
-/// What an embedding was computed from. Equal origins mean equal embeddings, up to the rounding of another machine.
+/// The inputs of an embedding: image, model and adapter. Equal origins mean equal embeddings, up to the rounding of
+/// another machine.
 ///
 /// An attention of your own is known by its tensors alone: a change of its code does not change the origin.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

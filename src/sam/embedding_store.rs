@@ -110,7 +110,7 @@ impl EmbeddingStore {
         Ok(Embedded { embedding, path, computed: Some(computed) })
     }
 
-    /// What the embedding of an image file's bytes is computed from.
+    /// Origin of the embedding of an image file's bytes.
     fn origin(&self, predictor: &SamPredictor<'_>, bytes: &[u8]) -> Result<EmbeddingOrigin> {
         fn json(value: &impl Serialize) -> Result<String> {
             serde_json::to_string(value).map_err(|e| Error::Config(e.to_string()))

@@ -153,7 +153,7 @@ pub struct SamVisionEncoder {
 
 module_tree!(SamVisionEncoder { pos_embed, patch_embed, layers, neck });
 
-/// What [`SamVisionEncoder::forward_with_states`] gives.
+/// Output of [`SamVisionEncoder::forward_with_states`].
 #[derive(Clone, Debug)]
 pub struct SamVisionEncoderOutput {
     /// `[B, output_channels, h, w]`

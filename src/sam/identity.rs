@@ -10,9 +10,9 @@ use safetensors::View;
 /// Checksums of an image encoder.
 #[derive(Clone, Debug)]
 pub(super) struct Identity {
-    /// Of the configuration and of every tensor but those of adapters.
+    /// Checksum of the configuration and of every tensor but those of adapters.
     pub model: String,
-    /// Of the active adapters: names, scalings, tensors; none without any in use.
+    /// Checksum of the active adapters: names, scalings, tensors; none without any in use.
     pub adapter: Option<String>,
     /// Whether a step of training would change it.
     pub is_trainable: bool,

@@ -20,8 +20,8 @@ use candle_core::{bail, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Range;
 
-/// Prompts of an image that are decoded at one time when nothing is trained: each has an image of its own, 4 MB, which
-/// stays in the third-level cache, and they share what a call prepares, such as packed weights.
+/// Prompts of an image that are decoded at one time when nothing is trained. Each has an image of its own, 4 MB, which
+/// stays in the third-level cache. The prompts share the work that a call prepares, such as packed weights.
 const PROMPTS_TOGETHER: usize = 4;
 
 /// Epsilon of the norm between the upscaling convolutions, whatever the configuration says.
@@ -34,7 +34,7 @@ pub struct SamFeedForward {
     pub proj_in: Linear,
     /// Last layer.
     pub proj_out: Linear,
-    /// What lies between.
+    /// Layers between `proj_in` and `proj_out`.
     pub layers: Vec<Linear>,
 }
 
@@ -65,7 +65,7 @@ impl SamFeedForward {
     }
 }
 
-/// What the mask decoder looks at: B images, P prompts for each, of N tokens.
+/// Input of the mask decoder: B images, P prompts for each, of N tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct SamMaskDecoderInput<'a> {
     /// `[B, C, h, w]`

@@ -1,8 +1,8 @@
 //! Segment Anything: image encoder, prompt encoder and mask decoder, trainable throughout.
 //!
-//! Structs are named, and their fields ordered and named, as in Hugging Face's `modeling_sam.py`, so that the tree
-//! of a [`SamModel`] has exactly the tensor names of its checkpoints. Tokens and feature maps are channels last,
-//! `[B, H, W, C]`, everywhere inside; only what Hugging Face shows its users as `[B, C, H, W]` is so here too.
+//! Structs and their fields are named and ordered as in Hugging Face's `modeling_sam.py`. So the tree of a [`SamModel`]
+//! has exactly the tensor names of its checkpoints. Tokens and feature maps are channels last, `[B, H, W, C]`,
+//! everywhere inside; only what Hugging Face shows its users as `[B, C, H, W]` is so here too.
 //!
 //! The attention of the image encoder is a trait, [`VisionAttention`]; `docs/hack-your-own.md` shows how to put
 //! one's own into some or all layers.

@@ -29,7 +29,7 @@ pub struct SamModel {
 
 module_tree!(SamModel { shared_image_embedding, vision_encoder, prompt_encoder, mask_decoder });
 
-/// What [`SamModel::forward`] takes: an image (or its embedding) and any prompts. B images, P masks wanted of each.
+/// Input of [`SamModel::forward`]: an image (or its embedding) and any prompts. B images, P masks wanted of each.
 #[derive(Clone, Debug)]
 pub struct SamInput {
     /// `[B, channels, S, S]`, normalised; or else `image_embeddings`.
@@ -63,7 +63,7 @@ impl Default for SamInput {
     }
 }
 
-/// What [`SamModel::forward`] gives.
+/// Output of [`SamModel::forward`].
 #[derive(Clone, Debug)]
 pub struct SamOutput {
     /// Expected IoU of each mask, `[B, P, M]`.
@@ -73,9 +73,9 @@ pub struct SamOutput {
 }
 
 impl SamModel {
-    /// The model in a file of weights (`sam_vit_b_01ec64.pth`), in a folder with weights and perhaps a `config.json`, or by a
-    /// name on the Hugging Face hub (`facebook/sam-vit-base`, feature `hub`); see [`checkpoint::sizes`],
-    /// [`checkpoint::load`] and [`hub::folder`].
+    /// The model in a file of weights (`sam_vit_b_01ec64.pth`), or in a folder with weights and perhaps a
+    /// `config.json`. Also by a name on the Hugging Face hub (`facebook/sam-vit-base`, feature `hub`). See
+    /// [`checkpoint::sizes`], [`checkpoint::load`] and [`hub::folder`].
     ///
     /// # Errors
     /// - there is no such folder, and the hub does not give it;

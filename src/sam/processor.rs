@@ -307,8 +307,8 @@ impl SamProcessor {
         Ok(MaskResizer { rows, columns })
     }
 
-    /// SAM's low-resolution mask logits `[.., h, w]` as masks of the original image, `[.., H, W]` in u8: 1 where the
-    /// logit is above `threshold`, which is 0 unless there is a reason.
+    /// SAM's low-resolution mask logits `[.., h, w]` as masks of the original image, `[.., H, W]` in u8. A pixel is 1
+    /// where the logit is above `threshold`, which is 0 unless there is a reason.
     pub fn post_process_masks(
         &self,
         masks: &Tensor,

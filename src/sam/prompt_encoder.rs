@@ -139,9 +139,9 @@ pub struct SamPromptEncoder {
     pub mask_embed: SamMaskEmbedding,
     /// Instead of a mask prompt, `[1, hidden_size]`.
     pub no_mask_embed: Embedding,
-    /// Of a point off the object, one on it, and a box's two corners.
+    /// Embeddings of a point off the object, one on it, and a box's two corners.
     pub point_embed: Vec<Embedding>,
-    /// Of label -1, `[1, hidden_size]`.
+    /// Embedding of label -1, `[1, hidden_size]`.
     pub not_a_point_embed: Embedding,
     image_size: usize,
     grid_size: usize,

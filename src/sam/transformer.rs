@@ -29,11 +29,11 @@ const SHARED_FROM: usize = 3;
 /// Multi-head attention inside `hidden_size / downsample_rate` channels.
 #[derive(Clone, Debug)]
 pub struct SamAttention {
-    /// Of what attends.
+    /// Projection of the queries.
     pub q_proj: Linear,
-    /// Of what is attended to.
+    /// Projection of the keys.
     pub k_proj: Linear,
-    /// Of what is attended to.
+    /// Projection of the values.
     pub v_proj: Linear,
     /// Back to `hidden_size`.
     pub out_proj: Linear,
@@ -116,7 +116,7 @@ pub struct SamTwoWayAttentionBlock {
     pub cross_attn_token_to_image: SamAttention,
     /// After `cross_attn_token_to_image`.
     pub layer_norm2: LayerNorm,
-    /// Of the tokens.
+    /// MLP of the tokens.
     pub mlp: MlpBlock,
     /// After `mlp`.
     pub layer_norm3: LayerNorm,
@@ -162,7 +162,7 @@ impl SamTwoWayAttentionBlock {
         })
     }
 
-    /// What the layer takes from an image that several prompts share.
+    /// Heads of the image that several prompts share.
     fn share(&self, image: &Tensor, positions: &Tensor, mode: Mode) -> Result<SharedHeads> {
         let placed = ops::broadcast_add(image, positions)?;
         let (to_image, to_tokens) =
@@ -348,8 +348,8 @@ impl SamTwoWayTransformer {
         })
     }
 
-    /// What the first layer takes from images `[B, h w, C]` with positions `[1, h w, C]`: the same for all of the `prompts`
-    /// that an image has, in evaluation.
+    /// Heads of the first layer that all `prompts` of an image share, in evaluation. Images are `[B, h w, C]`, positions
+    /// `[1, h w, C]`.
     ///
     /// # Errors
     /// When shapes do not fit.

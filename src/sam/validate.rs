@@ -1,5 +1,5 @@
-//! What no SAM can be: sizes, ratios and parts that contradict each other are refused before anything is allocated, each
-//! by its name in `config.json`, its value and what it should be.
+//! Refuses sizes, ratios and parts that contradict each other before anything is allocated. An error gives the name in
+//! `config.json`, its value and what it should be.
 
 use super::config::CROSS_DOWNSAMPLE_RATE;
 use super::{SamConfig, SamMaskDecoderConfig, SamVisionConfig};

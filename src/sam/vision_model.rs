@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use std::path::Path;
 
-/// An image encoder under the name that it has in a SAM, `vision_encoder`: the tree of Hugging Face's `SamVisionModel`,
-/// of its checkpoints and of adapters trained on it. A clone shares its tensors.
+/// An image encoder under the name that it has in a SAM, `vision_encoder`. Its tree is that of Hugging Face's
+/// `SamVisionModel`, of its checkpoints and of adapters trained on it. A clone shares its tensors.
 ///
 /// [`checkpoint::load`](super::checkpoint::load) fills it from a checkpoint of `SamVisionModel`, or with the image
 /// encoder of a whole SAM.
@@ -23,8 +23,9 @@ pub struct SamVisionModel {
 module_tree!(SamVisionModel { vision_encoder });
 
 impl SamVisionModel {
-    /// The image encoder in a file of weights, in a folder with weights and perhaps a `config.json`, or by a name on the
-    /// Hugging Face hub (feature `hub`); of a whole SAM, a `SamVisionModel`, or the original's encoder alone.
+    /// The image encoder in a file of weights, or in a folder with weights and perhaps a `config.json`. Also by a name
+    /// on the Hugging Face hub (feature `hub`). The weights are of a whole SAM, a `SamVisionModel`, or the original's
+    /// encoder alone.
     ///
     /// # Errors
     /// As [`SamModel::from_pretrained`](super::SamModel::from_pretrained).

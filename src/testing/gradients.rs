@@ -1,8 +1,8 @@
 //! Gradients of anything against finite differences of its loss.
 //!
 //! The gradient of each variable is compared along a random direction with the slope that losses have there, see
-//! `train/slope.rs`. Elements whose gradient is exactly zero move along a direction of their own, so that the gradient of
-//! q and k that an operation lost is not hidden by the gradient of v in the same tensor.
+//! `train/slope.rs`. Elements whose gradient is exactly zero move along a direction of their own. So the gradient of v
+//! does not hide a lost gradient of q and k in the same tensor.
 
 use crate::nn::ENDS_THE_GRAPH;
 use crate::train::slope::{epsilon, values, Loss, Moving, Slope};
@@ -194,13 +194,14 @@ impl Part<'_> {
     }
 }
 
-/// Compares the gradients of `loss` with finite differences, for every variable: twelve losses each or more, computed by
-/// changing the variable in place; it is as before afterwards.
+/// Compares the gradients of `loss` with finite differences, for every variable. Computes twelve losses each or more by
+/// changing the variable in place, and restores it.
 ///
-/// The variables are those of a module ([`trainable_variables`](crate::nn::trainable_variables)), of a `VarMap` (a clone of its data), or
-/// any with names, the inputs of an operation among them. `loss` returns a scalar, and must be a function of the
-/// variables alone. Check at values where nothing that matters is zero, as a LoRA's B is at first. The precision is
-/// that of the variables and of the loss; in f64 it finds errors of 1e-5 of a gradient, in f32 of 1e-3.
+/// The variables are those of a module ([`trainable_variables`](crate::nn::trainable_variables)) or of a `VarMap` (a
+/// clone of its data). Any with names serve too, the inputs of an operation among them. `loss` returns a scalar, and
+/// must be a function of the variables alone. Check at values where nothing that matters is zero, as a LoRA's B is at
+/// first. The precision is that of the variables and of the loss; in f64 it finds errors of 1e-5 of a gradient, in f32
+/// of 1e-3.
 ///
 /// ```
 /// # fn main() -> candle_sam_lora::Result<()> {

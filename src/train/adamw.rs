@@ -7,10 +7,9 @@
 //! ```
 //! The moments m and v (`exp_avg`, `exp_avg_sq`) are f32 whatever the parameter's dtype, and so is the update.
 //!
-//! A trainable parameter without a gradient is an error, not a parameter left alone: candle drops a gradient
-//! silently wherever an operation has none, and a run that trains half of its parameters looks like one that
-//! trains them all. A parameter that the loss does not depend on is to be frozen
-//! ([`set_trainable`](crate::nn::set_trainable)).
+//! A trainable parameter without a gradient is an error, not a parameter left alone. Wherever an operation has no
+//! gradient, candle drops it silently. A run that trains half of its parameters looks like one that trains them all. A
+//! parameter that the loss does not depend on is to be frozen ([`set_trainable`](crate::nn::set_trainable)).
 //!
 //! Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; `torch/optim/adam.py`.
 

@@ -29,11 +29,11 @@ pub struct TrainingState {
     pub step: u64,
     /// Seed of the run.
     pub seed: u64,
-    /// What a continuation must have equal, by name.
+    /// Settings that a continuation must have equal, by name.
     pub settings: Map<String, Value>,
     /// The loss of each step.
     pub losses: Vec<f32>,
-    /// What evaluations found on the way.
+    /// Scores of the evaluations on the way.
     pub evaluations: Vec<StepScores>,
     /// Parameters and optimizer state, by name.
     pub tensors: BTreeMap<String, Tensor>,

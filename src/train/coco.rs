@@ -5,8 +5,9 @@
 //! annotations  [{ id, image_id, segmentation: [[x, y, ..], ..] | { size: [height, width], counts: [..] | ".." },
 //!                 iscrowd }]
 //! ```
-//! What is marked as a crowd is no single object and is left out, and so are annotations without an outline, those of images
-//! that are not listed, and parts of fewer than three points, as pycocotools does. Categories do not matter here.
+//! Annotations marked as crowds are no single object and are left out. So are annotations without an outline,
+//! annotations of images that are not listed, and parts of fewer than three points, as in pycocotools. Categories do
+//! not matter here.
 
 use super::coco_json::{other_format, proper, Annotation, Id, Instances, Segmentation};
 use super::summary::Named;
@@ -20,13 +21,13 @@ use std::sync::Arc;
 /// No image may be larger a side; see [`read_image`](crate::sam::read_image).
 const MAX_SIDE: u32 = 1 << 15;
 
-/// An image and its objects, of whose outlines nothing is known yet: they are drawn once the image is seen to have the
-/// size that the file says.
+/// An image and its objects, with outlines not yet drawn. They are drawn once the image is seen to have the size that
+/// the file says.
 #[derive(Clone, Debug)]
 pub(super) struct CocoImage {
     /// Within the folder of images.
     pub file_name: String,
-    /// Of the image, if the file says it.
+    /// Size of the image, if the file says it.
     pub size: Option<Size>,
     annotations: Arc<Path>,
     objects: Vec<Object>,
@@ -91,14 +92,14 @@ impl Segmentation {
     }
 }
 
-/// What a file of annotations holds.
+/// Content of a file of annotations.
 #[derive(Default)]
 pub(super) struct Annotations {
     /// The images that have an object, in the file's order.
     pub images: Vec<CocoImage>,
-    /// What is wrong, all of it.
+    /// All faults of the file.
     pub faults: Vec<Error>,
-    /// What was left out.
+    /// Annotations and images that were left out, by reason.
     pub left_out: Vec<(String, Named)>,
 }
 
@@ -195,7 +196,7 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
         return Err(Error::file(path, format!("no image has an object: {why}")));
     }
     let unlabelled = images - read.images.len();
-    // What has no name was told above.
+    // Images without a name were told above.
     read.images.retain(|image| !image.file_name.is_empty());
     read.left_out = [
         ("left out, annotations marked as crowds", crowds),

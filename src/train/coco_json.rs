@@ -1,5 +1,5 @@
-//! The JSON of annotations as Python's `json` and the tools of the trade write it: NaN, booleans and nulls, numbers as
-//! strings; and other formats than COCO's by their names.
+//! The JSON of annotations as Python's `json` and common tools write it: NaN, booleans and nulls, numbers as strings.
+//! Formats other than COCO's are told by their names.
 
 use crate::sam::rle::Size;
 use serde::{Deserialize, Deserializer};

@@ -1,5 +1,5 @@
-//! Images and their objects, visited in an order that is a function of (seed, step): a folder of images with a folder
-//! of masks, paired by name, or with COCO's annotations.
+//! Images and their objects, visited in an order that is a function of (seed, step). A folder of images has a folder of
+//! masks, paired by name, or COCO's annotations.
 
 use super::coco;
 use super::folder::{on_disk, pairs, Named};
@@ -23,9 +23,8 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Pairs the files of two folders by name, and reads each once, so that everything that is wrong with the data is
-    /// told before hours of training. Images without an instance are left out; [`Self::summary`] tells what was
-    /// understood.
+    /// Pairs the files of two folders by name, and reads each once. So all faults of the data are told before hours of
+    /// training. Images without an instance are left out; [`Self::summary`] tells what was understood.
     ///
     /// # Errors
     /// - a folder is unreadable or has no image;
@@ -163,7 +162,7 @@ impl Dataset {
         self.pairs.len()
     }
 
-    /// What was understood of the whole data set when it was opened.
+    /// Summary of the whole data set, made when it was opened.
     pub fn summary(&self) -> &Summary {
         &self.summary
     }

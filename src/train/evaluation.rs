@@ -3,7 +3,7 @@
 //! ```text
 //! every instance -> points on it, or its tight box -> low-resolution logits -> mask of the image's size -> scores
 //! ```
-//! Masks and scores are computed in the window that holds the found and the true object, so that an image of a thousand
+//! Masks and scores are computed in the window that holds the found and the true object. So an image of a thousand
 //! small objects takes the time and memory of small ones. Outside of it both masks are empty: a resized pixel is a
 //! weighted mean of logits, and positive only near a positive one.
 
@@ -22,7 +22,7 @@ use image::DynamicImage;
 pub struct ImageEvaluation {
     /// The first prompt of each.
     pub prompts: Vec<Prompt>,
-    /// What the model found for it.
+    /// Masks that the model found for that prompt.
     pub masks: Vec<FoundMask>,
     /// How each fits the truth, the mean over all its prompts.
     pub scores: Vec<Scores>,
@@ -231,7 +231,7 @@ impl Resizer {
     /// Where the mask can have pixels.
     fn window(&self, logits: &Tensor) -> Result<Option<Window>> {
         let logits = logits.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?;
-        // What is no number is not above 0 either, but may be beside what is.
+        // NaN is not above 0, but may lie beside a value that is.
         let positive = |value: &f32| *value > 0.0 || value.is_nan();
         let rows: Vec<usize> =
             (0..logits.len()).filter(|row| logits[*row].iter().any(positive)).collect();

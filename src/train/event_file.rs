@@ -5,8 +5,8 @@
 //! Event    1: wall_time double   2: step int64   3: file_version string   5: Summary   7: SessionLog
 //! Summary  1: Value { 1: tag string   2: simple_value float }         SessionLog  1: status (1 is START)
 //! ```
-//! A file opened for a continued run begins with a START at its first step: TensorBoard then forgets what an earlier
-//! file holds from there on.
+//! A file opened for a continued run begins with a START at its first step. TensorBoard then forgets the events of an
+//! earlier file from there on.
 //!
 //! Source: `record_writer.cc`, `event.proto` and `summary.proto` of TensorFlow. The one maintained-looking crate for
 //! this, `tensorboard-rs`, brings an old protobuf runtime and leaves many methods unwritten.

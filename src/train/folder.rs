@@ -9,12 +9,12 @@ use unicode_normalization::UnicodeNormalization;
 const ENDINGS: [&str; 13] =
     ["png", "apng", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pbm", "pgm", "ppm", "pnm"];
 
-/// What names end with before their endings.
+/// Suffixes of file names, before their endings.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Suffixes {
-    /// Of images, as `_image`.
+    /// Suffix of images, as `_image`.
     pub image: String,
-    /// Of masks, as `_mask`.
+    /// Suffix of masks, as `_mask`.
     pub mask: String,
 }
 

@@ -75,7 +75,7 @@ impl Gradients {
         Ok(values)
     }
 
-    /// Of the same shapes and on the same devices, with these elements.
+    /// Gradients of the same shapes and on the same devices, with these elements.
     pub(super) fn with_values(&self, values: Vec<f32>) -> crate::Result<Self> {
         if values.len() != self.len() {
             let message = format!("{} gradients, expected {}", values.len(), self.len());

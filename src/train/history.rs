@@ -1,4 +1,4 @@
-//! What evaluations on the way found: which was the best, and how long ago.
+//! History of the evaluations on the way: which was the best, and how long ago.
 
 use super::Scores;
 use serde::Serialize;

@@ -91,9 +91,9 @@ pub(super) fn layers_of(
     Ok(layers)
 }
 
-/// The mask of `label` on a coarser grid of `rows` x `cols`, 0 or 1, row-major: each pixel of the grid shows the
-/// source pixel that holds its centre. `pitch` is how many source pixels a grid pixel is high and wide. An object
-/// between all centres gets the pixel of the grid that has most of it, so that no object vanishes.
+/// The mask of `label` on a coarser grid of `rows` x `cols`, 0 or 1, row-major. Each pixel of the grid shows the source
+/// pixel that holds its centre. `pitch` is how many source pixels a grid pixel is high and wide. An object between all
+/// centres gets the pixel of the grid that has most of it, so that no object vanishes.
 pub fn mask_on_grid(
     labels: &LabelImage,
     label: u32,

@@ -2,7 +2,7 @@
 //! after an evaluation.
 //!
 //! Each row is on its way to the disk when its step is over. A continued run drops the rows of steps that it will make
-//! again, so that in the end its file has the bytes of an uninterrupted one.
+//! again. In the end its file has the bytes of an uninterrupted one.
 
 use super::{Scores, StepMetrics};
 use crate::{files, Error, Result};

@@ -1,8 +1,8 @@
 //! Training: losses, the optimizer, schedules, resumable runs, scores, logs, and images with masks to train on.
 //!
 //! A [`Trainer`] takes any [`ModuleTree`](crate::nn::ModuleTree) and a closure that computes the loss of a step;
-//! `Batch` is such a loss for SAM (feature `images`). Whatever is random is a function of (seed, step), so that a run continued from
-//! its state gives the bits of one that was never interrupted.
+//! `Batch` is such a loss for SAM (feature `images`). All randomness is a function of (seed, step). So a run continued
+//! from its state gives the bits of one that was never interrupted.
 //!
 //! The parts serve a loop of your own too:
 //!

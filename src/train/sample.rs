@@ -42,11 +42,11 @@ pub struct DatasetOptions {
     pub min_area: usize,
     /// Whether images without an instance are errors, and not left out.
     pub strict: bool,
-    /// What names end with.
+    /// Suffixes of file names.
     pub suffixes: Suffixes,
     /// How images are read.
     pub images: ReadOptions,
-    /// What masks mean.
+    /// How masks are read.
     pub masks: MaskOptions,
 }
 

@@ -13,7 +13,7 @@
 use crate::{Error, Result};
 use serde::Serialize;
 
-/// What follows the warm-up.
+/// The rate after the warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
@@ -37,7 +37,7 @@ pub enum Decay {
 pub struct Schedule {
     /// Steps before the full rate is reached.
     pub warmup_steps: u64,
-    /// What comes then.
+    /// The rate after the warm-up.
     pub decay: Decay,
 }
 

@@ -29,13 +29,13 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// Of two masks `[height, width]` in which whatever is not 0 is inside.
+    /// Scores two masks `[height, width]`; pixels other than 0 are inside.
     pub fn of(mask: &Tensor, target: &Tensor) -> Result<Self> {
         let (mask, target, (height, width)) = masks("scores", mask, target)?;
         Ok(Self::between(&mask, &target, width, reach(height, width)))
     }
 
-    /// Of two masks of rows of `width` pixels, whose boundaries may be off by `reach` pixels.
+    /// Scores two masks with rows of `width` pixels; boundaries may be off by `reach` pixels.
     pub(super) fn between(mask: &[bool], target: &[bool], width: usize, reach: usize) -> Self {
         let Overlap { both, any, sum } = Overlap::of(mask, target);
         let ratio = |part: usize, whole: usize| match whole {

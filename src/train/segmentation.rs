@@ -4,7 +4,7 @@
 //! step     some images x some instances each -> random prompts -> low-resolution logits -> mask_loss
 //! ```
 //! All prompts of an image share one pass of the image encoder. The loss looks at the low-resolution mask where it
-//! shows the image, not where it shows the padding; its targets are the masks at that resolution. It does not look at
+//! shows the image, not where it shows the padding. Its targets are the masks at that resolution. It does not look at
 //! pixels that masks tell to ignore.
 
 use super::labels::ignored;
@@ -19,7 +19,7 @@ use candle_core::{Device, Tensor};
 use image::DynamicImage;
 use serde::Serialize;
 
-/// What makes up one step.
+/// Composition of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct BatchConfig {
     /// Images of a step.
@@ -54,7 +54,7 @@ impl BatchConfig {
     }
 }
 
-/// What the batches of a run are drawn from.
+/// Source of the batches of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchSource<'a> {
     /// Images and masks.
@@ -65,9 +65,9 @@ pub struct BatchSource<'a> {
     pub config: BatchConfig,
     /// Side of the model's low-resolution masks.
     pub mask_size: usize,
-    /// Of the run.
+    /// Seed of the run.
     pub seed: u64,
-    /// Of the model.
+    /// Device of the model.
     pub device: &'a Device,
 }
 

@@ -8,8 +8,9 @@
 //!                                           smaller by 8, up to four times, while residuals exceed rounding
 //! ```
 //! Residuals hold all that makes the slope uncertain. A fifth power, which the quartic lacks, shifts the slope by 3.3
-//! standard errors, a jump by up to 3.7, a kink by up to 10.4; rounding errors, with the four degrees of freedom that the
-//! fit leaves, exceed 15 once in 9,000. A residual below the rounding of the loss itself counts as that rounding.
+//! standard errors. A jump shifts it by up to 3.7, a kink by up to 10.4. Rounding errors, with the four degrees of
+//! freedom that the fit leaves, exceed 15 once in 9,000. A residual below the rounding of the loss itself counts as
+//! that rounding.
 //!
 //! Source: the weights are those of Savitzky and Golay, "Smoothing and differentiation of data by simplified least
 //! squares procedures", 1964.

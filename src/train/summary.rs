@@ -1,4 +1,4 @@
-//! What was understood of a data set, and what was left out, a line each.
+//! Summary of a data set: its reading and the parts left out, a line each.
 
 use super::mask::{Mask, Meaning};
 use crate::sam::{Picture, SampleType};
@@ -43,7 +43,7 @@ impl Named {
 /// The brightest value of 8 bits in an image that is said to be nearly black.
 const DARK: u8 = 31;
 
-/// What was understood of a data set.
+/// Summary of how a data set was read.
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
     areas: Vec<usize>,
@@ -62,7 +62,7 @@ pub struct Summary {
     too_small: Named,
     remarks: Vec<(String, String)>,
     remarked: usize,
-    /// Of annotations.
+    /// Notes about annotations.
     pub(super) notes: Vec<(String, Named)>,
 }
 

@@ -5,8 +5,8 @@
 //!   for each part of its batch:  loss = closure(part, Mode::Train { seed of this part });  g += backward(loss / parts)
 //!   clip g;  learning rate of the schedule;  AdamW
 //! ```
-//! The closure must draw whatever is random from (seed, part), see [`StepRng`]; then a run that was saved and continued
-//! has the bits of one that was not. With one part a step, part and step are the same number. Many processes share the
+//! The closure must draw all randomness from (seed, part), see [`StepRng`]. Then a run that was saved and continued has
+//! the bits of one that was not. With one part a step, part and step are the same number. Many processes share the
 //! parts of a step, see [`Communicator`].
 
 use super::checkpoint::previous_state_path;
@@ -68,7 +68,7 @@ impl TrainerConfig {
         }
     }
 
-    /// What must be equal when a run is continued, besides the seed. What is not used is left out.
+    /// Settings, besides the seed, that must be equal when a run is continued. Unused settings are left out.
     fn settings(&self) -> Map<String, Value> {
         let AdamWConfig { lr, beta1, beta2, eps, weight_decay } = self.optimizer;
         let mut settings = Map::new();
@@ -93,7 +93,7 @@ impl TrainerConfig {
     }
 }
 
-/// What a step tells.
+/// Metrics of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepMetrics {
     /// Its number, from 1.
@@ -165,8 +165,8 @@ impl Trainer {
         Ok(self)
     }
 
-    /// Names more of what must be equal when the run is continued, as the data; the configuration and a checksum of what is
-    /// frozen in the model are part of it already.
+    /// Names more settings that must be equal when the run is continued, as the data. The configuration and a checksum
+    /// of the frozen tensors are among them already.
     pub fn with_settings(mut self, settings: Map<String, Value>) -> Self {
         let own = std::mem::replace(&mut self.settings, settings);
         self.settings.extend(own);
@@ -195,9 +195,9 @@ impl Trainer {
 
     /// Makes one step; `loss` gets the number of the part and the mode with its dropout masks, and returns a scalar.
     ///
-    /// Parts are numbered from 0 over the whole run. Where gradients are exactly zero, the first step computes the loss of
-    /// its first part two times more, or some dozens, to tell whether an operation lost them. So does every step whose
-    /// gradients are missing.
+    /// Parts are numbered from 0 over the whole run. Where gradients are exactly zero, the first step tells whether an
+    /// operation lost them. For that it computes the loss of its first part two times more, or some dozens. So does
+    /// every step whose gradients are missing.
     ///
     /// # Errors
     /// - a loss is no scalar or not finite;
@@ -370,8 +370,8 @@ impl Trainer {
         }
     }
 
-    /// After a step that failed: goes back to the newest state at `path` whose parameters are known to be good, because
-    /// the step after it succeeded. Without such a one, to the oldest there is.
+    /// After a failed step, goes back to the newest state at `path` with parameters known to be good, because the step
+    /// after it succeeded. Without such a one, to the oldest there is.
     ///
     /// # Errors
     /// As [`resume`](Self::resume).
@@ -390,8 +390,8 @@ impl Trainer {
         }
     }
 
-    /// The state at `path`, unless its header says that it is no run's of this model: it is read whole before its checksum
-    /// can be told.
+    /// The state at `path`, unless its header says that it is no run's of this model. It is read whole before its
+    /// checksum is known.
     fn read(&self, path: &Path) -> Result<TrainingState> {
         // Losses and evaluations come on top: four bytes and 32 a step at most.
         const HISTORY: u64 = 1 << 30;

@@ -1,4 +1,4 @@
-//! What the tests of the model share: the PyTorch fixtures and how errors are measured.
+//! Shared by the tests of the model: the PyTorch fixtures and how errors are measured.
 #![allow(dead_code)]
 
 use anyhow::{bail, ensure, Context, Result};

@@ -75,7 +75,7 @@ pub fn activated(activation: Activation, x: f64) -> f64 {
 /// Inputs: x, bias, A, B, lora bias, residual.
 #[derive(Clone, Copy)]
 pub struct LoraLinear {
-    /// Of each of two images.
+    /// Rows of each of two images.
     pub rows: usize,
     pub in_dim: usize,
     pub out_dim: usize,

@@ -13,7 +13,7 @@ pub const TOKENS: usize = 6;
 const LAYERS: usize = 2;
 const HEADS: usize = 2;
 
-/// What an existing program may have kept of candle's.
+/// Operations of candle that an existing program may have kept.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Kept {
     /// `softmax_last_dim` in the attention.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::common::model;
 
-/// What is trained.
+/// Kinds of training.
 pub const KINDS: [&str; 4] = ["lora", "dora", "modules_to_save", "bf16"];
 
 /// Parts of a step, however they are divided.

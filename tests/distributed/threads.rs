@@ -4,7 +4,7 @@ use candle_sam_lora::train::Communicator;
 use candle_sam_lora::Result;
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
 
-/// What the ranks gave for each other, `[from][to]`.
+/// Bytes that the ranks gave for each other, `[from][to]`.
 type Pieces = Mutex<Vec<Vec<Vec<u8>>>>;
 
 /// One of several threads that work together.
@@ -39,7 +39,7 @@ impl Communicator for Threads {
     }
 }
 
-/// What `work` gives on each of `size` threads, by rank.
+/// Results of `work` on each of `size` threads, by rank.
 pub fn on_threads<T: Send>(
     size: usize,
     work: impl Fn(Arc<dyn Communicator>) -> T + Sync,

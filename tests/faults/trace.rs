@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr::null_mut;
 
-/// What goes wrong.
+/// A fault put into a process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
     /// The process is killed before the call.

@@ -1,4 +1,4 @@
-//! What must hold after each fault.
+//! Trials of each fault, and the state that must hold after it.
 
 use crate::full_disk::full_disk;
 use crate::run::{self, ADAPTER, COMMAND, STARVED, STATE};
@@ -50,7 +50,7 @@ pub fn command(folder: &Path, steps: &str, log: &Path) -> Result<Command> {
     Ok(command)
 }
 
-/// What a run that nobody disturbs leaves: every adapter on its way, and the last state.
+/// Files of an undisturbed run: every adapter on its way, and the last state.
 pub struct Undisturbed {
     points: usize,
     pub adapters: BTreeSet<Option<Vec<u8>>>,
@@ -81,7 +81,7 @@ pub fn undisturbed(steps: u64) -> Result<Undisturbed> {
 }
 
 impl Undisturbed {
-    /// What is on disk is whole, and a run that goes on from it ends as this one did.
+    /// Checks that the files on disk are whole, and that a run that goes on from them ends as this one did.
     pub fn check(&self, folder: &Path, steps: u64) -> Result<()> {
         let adapter = run::adapter(&folder.join(ADAPTER)).context("the adapter is damaged")?;
         ensure!(self.adapters.contains(&adapter), "an adapter that never was");

@@ -43,7 +43,7 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// Of the largest value, in f32, f16 and bf16.
+/// Bounds relative to the largest value, in f32, f16 and bf16.
 type Bounds = [f64; 3];
 
 /// f32: sums of a row in the same order. Else a step between neighbouring numbers: results that agree to f32 may lie on
@@ -191,7 +191,7 @@ impl Part {
     }
 }
 
-/// What the emulator makes of the projections.
+/// Projections in the emulator.
 fn emulate(
     parts: &[Part],
     x: &Tensor,

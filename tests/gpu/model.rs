@@ -74,7 +74,7 @@ fn values(name: &str, kind: AttentionKind, device: &Device) -> anyhow::Result<()
 
 /// Outputs, training with the CPU's dropout masks and gradients of an adapter against PEFT in f64.
 fn adapter(kind: adapters::Kind, device: &Device) -> anyhow::Result<()> {
-    /// Of the CPU's bounds: sums in yet another order.
+    /// Multiple of the CPU's bounds: sums in yet another order.
     const TIMES_CPU: f64 = 2.0;
     let inputs = adapters::read(adapters::folder("inputs.safetensors"), device)?;
     let model = adapters::adapted(kind.name, device)?;

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 pub const TOKEN: &str = "hf_secret";
 
-/// What a repository is, and how the hub is today.
+/// A repository, and the state of the hub that has it.
 #[derive(Clone, Default)]
 pub struct Hub {
     pub name: String,

@@ -159,7 +159,7 @@ impl Memory {
         self.start as device_ptr
     }
 
-    /// What the kernels left there.
+    /// Bytes that the kernels left in this memory.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: written when it was made; kernels run only inside `launch`.
         unsafe { std::slice::from_raw_parts(self.start, self.layout.size()) }

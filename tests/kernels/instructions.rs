@@ -1,4 +1,4 @@
-//! What the emulator makes of single instructions, against their definitions in the PTX ISA.
+//! Single instructions in the emulator, against their definitions in the PTX ISA.
 
 use crate::common::{error, random, values};
 use crate::device::{cache, kernels, Memory};

@@ -1,4 +1,4 @@
-//! What the emulator makes of Hopper's instructions, against their definitions in the PTX ISA.
+//! Hopper's instructions in the emulator, against their definitions in the PTX ISA.
 
 use crate::common::{error, random, values};
 use crate::device::{cache, encode, kernels, Memory};

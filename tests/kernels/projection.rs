@@ -31,7 +31,7 @@ pub struct Case {
     pub residual: bool,
     /// How many elements the tensors lie off their alignment.
     pub offset: usize,
-    /// What b is multiplied by, and a divided.
+    /// Factor of b, and divisor of a.
     pub b_scale: f64,
 }
 
@@ -324,7 +324,7 @@ impl Data {
     }
 }
 
-/// What the CPU's own path makes of an f32 case.
+/// Output of the CPU's own path for an f32 case.
 fn on_the_cpu(data: &Data) -> Result<Tensor> {
     let mut small = data.small_tensors().into_iter();
     let mut small = || small.next().unwrap();
@@ -361,7 +361,7 @@ fn on_the_cpu(data: &Data) -> Result<Tensor> {
     }
 }
 
-/// What is launched for these operands.
+/// Makes the launches for these operands.
 type ForwardPlan<'a> = dyn Fn(&ForwardOperands<'_>) -> Result<Vec<Launch>> + 'a;
 type BackwardPlan<'a> = dyn Fn(&BackwardOperands<'_>) -> Result<Vec<Launch>> + 'a;
 

@@ -232,7 +232,7 @@ pub fn check_outputs(case: &Case, outputs: &[Memory], worst: &mut Worst) -> Resu
     let expected = forward_on(&device, case, &case.memory()?)?[1].values(DType::F32);
     for (index, (got, expected)) in outputs[1].values(DType::F32).iter().zip(&expected).enumerate()
     {
-        // Of queries outside the grid there is none.
+        // Queries outside the grid have no lse.
         let same = (got - expected).abs() < 1e-4 || (got.is_nan() && expected.is_nan());
         assert!(same, "{}: lse {index} is {got}, expected {expected}", case.name);
     }
@@ -294,7 +294,7 @@ fn forward() -> Result<()> {
     assert_all_ran("fwd", false, &launched)
 }
 
-/// Whose kernels a case is for.
+/// The kernels that a case is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kernels {
     Portable,

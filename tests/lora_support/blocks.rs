@@ -71,7 +71,7 @@ pub fn input() -> Tensor {
     read("inputs.safetensors")["x"].clone()
 }
 
-/// What a fixture's metadata says under `key`.
+/// Value of `key` in a fixture's metadata.
 pub fn facts(name: &str, key: &str) -> serde_json::Value {
     let bytes = std::fs::read(fixture(name)).unwrap();
     let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();

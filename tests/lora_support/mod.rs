@@ -1,4 +1,4 @@
-//! What the tests of adapters share: two small models that PEFT's fixtures belong to, and how results are compared.
+//! Shared by the tests of adapters: two small models that PEFT's fixtures belong to, and how results are compared.
 #![allow(dead_code)]
 
 pub mod blocks;

@@ -14,7 +14,7 @@ const AUTO_FREE_ON_LAUNCH: u64 = 1;
 
 type Work = Box<dyn Fn() -> Outcome + Send + Sync>;
 
-/// What a stream did while it was captured.
+/// Work of a stream while it was captured.
 #[derive(Default)]
 struct Graph {
     work: Vec<Work>,
@@ -114,7 +114,7 @@ unsafe extern "C" fn cuGraphInstantiateWithFlags(
     // SAFETY: the graph is one of `cuStreamEndCapture`'s, not yet destroyed.
     let graph = unsafe { Arc::clone(&*graph) };
     told(match graph.kept.len() {
-        // What is still allocated at a launch's end would be in the way of the next one.
+        // Memory still allocated at a launch's end would be in the way of the next one.
         kept if kept > 0 && flags & AUTO_FREE_ON_LAUNCH == 0 => {
             Err((INVALID_VALUE, format!("a graph does not free {kept} of its allocations")))
         }

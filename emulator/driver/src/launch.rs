@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::OnceLock;
 
-/// What a fat binary begins with.
+/// First word of a fat binary.
 const FAT_BINARY: u32 = 0xBA55_ED50;
 /// Shared memory that needs no permission.
 const FREE_SHARED: u32 = 48 << 10;
@@ -34,7 +34,7 @@ fn emulator() -> Result<&'static Emulator, (Status, String)> {
     emulator.as_ref().map_err(|e| (NOT_SUPPORTED, e.clone()))
 }
 
-/// Whose kernels a module has.
+/// Owner of a module's kernels.
 #[derive(Clone, Copy, PartialEq)]
 enum Owner {
     Crate,

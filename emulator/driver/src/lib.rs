@@ -9,8 +9,8 @@
 //! The functions of this library go before those of the libraries that the program is linked with. One device,
 //! whose memory is the host's; a function's work is done before it returns, so that everything is in every stream's
 //! order. Kernels of candle-sam-lora run in the emulator (`launch`); of candle's own, those that prepare operands
-//! (`candle`). What the driver would refuse is refused; a kernel that fails leaves the device broken, as on a GPU, and
-//! says why on stderr.
+//! (`candle`). Calls that the driver would refuse are refused. A kernel that fails leaves the device broken, as on a
+//! GPU, and says why on stderr.
 //!
 //! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another. `EMULATED_FAULT`
 //! names kernels that compute wrongly. A kernel whose name contains `EMULATED_HANG` never ends, for tests of what watches the
@@ -43,7 +43,7 @@ const STREAM_CAPTURE_INVALIDATED: Status = 901;
 /// A status and the reason for it.
 type Outcome = Result<(), (Status, String)>;
 
-/// What a kernel's failure left: it stays, as on a GPU.
+/// Status that a kernel's failure left: it stays, as on a GPU.
 static BROKEN: AtomicI32 = AtomicI32::new(SUCCESS);
 
 /// Says why a call failed; returns what the caller is told.

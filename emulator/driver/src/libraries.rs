@@ -1,4 +1,5 @@
-//! What candle asks of cuBLAS and cuRAND: products of matrices, and a generator that it opens and does not use here.
+//! The parts of cuBLAS and cuRAND that candle calls: products of matrices, and a generator that it opens and does not
+//! use here.
 
 use crate::element::Element;
 use crate::memory::Stream;
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const NOT_SUPPORTED: Status = 15;
 const EXECUTION_FAILED: Status = 13;
 
-/// Of cuBLAS: the stream that it works in.
+/// Handle of cuBLAS: the stream that it works in.
 type Handle = AtomicUsize;
 
 #[no_mangle]

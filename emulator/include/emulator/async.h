@@ -1,4 +1,4 @@
-// What Hopper's kernels see of the machine: barriers in shared memory, and an engine that copies and multiplies in the
+// The machine as Hopper's kernels see it: barriers in shared memory, and an engine that copies and multiplies in the
 // background (runtime/async.cpp). Each operation is performed as early or as late as the rules allow, by the mode.
 #pragma once
 #include "simt.h"
@@ -28,7 +28,7 @@ void mbarrier_arrive_cluster(void* bar, uint32_t rank, Location at);
 void mbarrier_wait(void* bar, uint32_t parity, Location at);
 void fence_mbarrier_init();
 
-// What was written by stmatrix may be read by the engine only after its writers' fences.
+// The engine may read data written by stmatrix only after its writers' fences.
 void note_generic_write(const void* p, int bytes);
 void fence_proxy_async();
 

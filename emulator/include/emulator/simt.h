@@ -1,4 +1,4 @@
-// What a kernel compiled for the host sees of the machine that runs it (runtime/simt.cpp).
+// The machine as a kernel compiled for the host sees it (runtime/simt.cpp).
 //
 // A CUDA thread is a fiber; the threads of a block take turns on one thread of the operating system. Everything that
 // several threads do together is one primitive, `meet`: each leaves a pointer to its operands and sleeps; the last to

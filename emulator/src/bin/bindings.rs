@@ -31,7 +31,7 @@ fn leaves() -> HashMap<String, Layout> {
     numbers.into_iter().chain(slots).map(|(name, layout)| (name.to_string(), layout)).collect()
 }
 
-/// What the implementations need.
+/// Trait and types of the implementations.
 const PARAMS: &str = "
 /// Where what a launch fills stands in a params struct: the offsets of its addresses, and of its dropout masks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

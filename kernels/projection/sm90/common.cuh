@@ -1,4 +1,4 @@
-// What the projections' forward and their input's gradient share on sm_90a: a persistent product whose blocks each make
+// Shared by the projections' forward and their input's gradient on sm_90a: a persistent product whose blocks each make
 // many tiles,
 //
 //   acc [kRows, kCols] = sum over steps of left [kRows, 128 bytes of depth] right [128 bytes of depth, kCols].

@@ -99,7 +99,7 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
     const AttentionUnit& unit = work.unit;
     const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp,
                    lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    // This lane's two keys in the block's rows and columns. Of columns that 16 divides, a warp's keys are in one row.
+    // This lane's two keys in the block's rows and columns. If 16 divides the columns, a warp's keys are in one row.
     const uint32_t first = 16 * warp, second = first + 8;
     const uint32_t row[2] = {first / kCols, kCols % 16 == 0 ? first / kCols : second / kCols};
     const uint32_t column[2] = {first % kCols + g, second % kCols + g};

@@ -1,4 +1,4 @@
-// What the sm_90a kernels of rel_pos_attention share: rows of channels as TMA writes and wgmma reads them.
+// Shared by the sm_90a kernels of rel_pos_attention: rows of channels as TMA writes and wgmma reads them.
 //
 // A *panel* is rows of kDim channels of one head: the first 64 channels in rows of 128 bytes, 128B-swizzled, and behind
 // all of them, for head_dim 80, the other 16 in rows of 32 bytes, 32B-swizzled. As either side of a product over
@@ -139,7 +139,7 @@ __device__ __forceinline__ void scatter_biases(float* bias, uint32_t stride, con
     }
 }
 
-// Of a warp's 16 rows of biases: minus infinity where there is no key, and zeros elsewhere if there are no tables.
+// Fills a warp's 16 rows of biases: minus infinity where there is no key, and zeros elsewhere if there are no tables.
 __device__ __forceinline__ void fill_biases(float* bias, uint32_t stride, uint32_t side, bool tables) {
     const uint32_t lane = threadIdx.x % kWarp;
     for (uint32_t key = (tables ? side : 0) + lane % 2; key < stride; key += 2)
@@ -155,7 +155,7 @@ __device__ __forceinline__ void store_rows(ChannelSums<Dim>& sums, const float (
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int first = 0; first < Dim / 8; first += 4) {
-            // Of stretches first .. first + 3; those behind the end are not stored.
+            // Words of stretches first .. first + 3; those behind the end are not stored.
             uint32_t words[4];
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void store_rows(ChannelSums<Dim>& sums, const float (
         }
 }
 
-// What a lane keeps of its two queries from tile to tile.
+// A lane's state for its two queries from tile to tile.
 struct OnlineSoftmax {
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
 };

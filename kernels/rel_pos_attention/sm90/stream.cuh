@@ -20,7 +20,7 @@ template <class Element, int Dim, int Cols, int Rows, int BoxRows, int Slots> st
     static_assert(kKeys % 16 == 0 && kKeys <= 256, "a tile is the width of one wgmma, and a whole depth of products");
     static_assert(Rows % BoxRows == 0 && kQueryRows % BoxRows == 0);
     static_assert(kKeys >= kTableRows, "rows of the tables take a slot too");
-    // Of each panel, what tokens are loaded to.
+    // Bytes of each panel that tokens are loaded to.
     static constexpr int kQueryBytes = kQueryRows * Cols * Dim * 2, kKeyBytes = kKeys * Dim * 2;
     struct Storage {
         alignas(1024) unsigned char queries[Panel<kQueries, Dim>::kBytes];

@@ -1,9 +1,9 @@
-// What the kernels of rel_pos_attention for windows share on Hopper: a unit lies whole in a block's shared memory, and
-// a warp has a row of the window. For windows of up to 14 x 14 tokens, f16 and bf16.
+// Shared by Hopper's kernels of rel_pos_attention for windows: a unit lies whole in a block's shared memory, and a warp
+// has a row of the window. For windows of up to 14 x 14 tokens, f16 and bf16.
 //
-// They multiply by mma.sync, not wgmma: a unit of SAM takes 75 KB in and 25 KB out for 13 MFLOP, so memory is the bound
-// as long as the tensor cores do half of their best, and rows of 14 are sixteenths, not 64ths, of a product. What makes
-// them Hopper's is the memory: up to 226 KiB a block.
+// They multiply by mma.sync, not wgmma. A unit of SAM takes 75 KB in and 25 KB out for 13 MFLOP. So memory is the bound
+// while the tensor cores do half of their best, and rows of 14 are sixteenths, not 64ths, of a product. They need
+// Hopper for the memory: up to 226 KiB a block.
 //
 // Rows of channels lie as the window's tokens do, y side_w + x, without gaps: sixteen from the first of a row of the
 // window on are a product's, of which those behind its end are its neighbour's. As keys they get a weight of zero, as

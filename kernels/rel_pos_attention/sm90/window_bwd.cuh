@@ -151,7 +151,7 @@ __device__ __forceinline__ void add_query_row(float (&dv)[Tile::kDim / 8][4], Wi
     for (int j = 0; j < 2; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            // Of the queries that do not exist the last one's numbers are taken, times zero.
+            // A query that does not exist takes the numbers of the last one, times zero.
             const uint32_t x = 8 * j + 2 * t + c, row = first + min(x, unit.valid_w - 1);
             const float rel_h = x < unit.valid_w ? shared.biases[0][row][warp] : -INFINITY, delta = shared.delta[row];
 #pragma unroll

@@ -20,7 +20,7 @@ template <class Tile> struct WindowForwardStorage {
 
 // A lane's two queries, g and g + 8 of the row.
 template <class Tile> struct WindowQueries {
-    // Of 80 channels, with their sums, there is no room for q in the 128 registers of a thread: it is read anew.
+    // q's 80 channels and their sums do not fit in the 128 registers of a thread: q is read anew.
     static constexpr bool kStay = Tile::kDim <= 64;
     FragmentA<typename Tile::T> q[Tile::kDim / 16];
     float rel_h[2][4] = {}, fragment_w[2][4];
@@ -60,7 +60,7 @@ __device__ __forceinline__ void attend_key_rows(
         float bias_h[2], new_max = state.row_max[half];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            // Of eight key rows lane t of four has 2 t and 2 t + 1.
+            // Lane t of four has key rows 2 t and 2 t + 1 of eight.
             const int i = 2 * half + r;
             bias_h[r] = ptx::shfl_idx(y < 8 ? state.rel_h[0][i] : state.rel_h[1][i], int(lane / 4 * 4 + y % 8 / 2));
             if (y + r >= s.side_h) bias_h[r] = -INFINITY;

@@ -23,14 +23,14 @@ const GROUPS: usize = 32;
 
 /// Gradients; each is empty where it was not asked for.
 pub struct Gradients {
-    /// Of x, `[rows, in]`.
+    /// Gradient of x, `[rows, in]`.
     pub x: Buffer,
-    /// Of the parameters, laid out as they are.
+    /// Gradient of the parameters, in their layout.
     pub parameters: Vec<f32>,
 }
 
-/// The gradients of x and of the parameters, where wanted, for the gradient `grad` of the output. x is read for the
-/// parameters alone, and may be empty without.
+/// The gradients of x and of the parameters, where wanted, for the gradient `grad` of the output. Only the parameters
+/// read x, which may be empty without them.
 pub fn backward(
     layer: &Projections<'_>,
     x: &[f32],

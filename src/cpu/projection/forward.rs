@@ -1,8 +1,8 @@
 //! The forward of the projections.
 //!
-//! A task takes a block of rows: S while the rows are in cache, then panel after panel of the output, the low-rank
-//! term being one more product into the same accumulator, then bias, activation and residual on the accumulator, and
-//! one write. The dropped input exists for one block at a time; the backward regenerates it from the seed.
+//! A task takes a block of rows: S while the rows are in cache, then panel after panel of the output. The low-rank term
+//! is one more product into the same accumulator. Bias, activation and residual follow on the accumulator, and one
+//! write. The dropped input exists for one block at a time; the backward regenerates it from the seed.
 //!
 //! Kept for the backward: S, and with an activation the sum before it.
 

@@ -54,7 +54,7 @@ impl<'a> Weight<'a> {
     }
 }
 
-/// What the backward needs besides its inputs.
+/// Values of the forward that the backward needs besides its inputs.
 #[derive(Debug, Default)]
 pub struct Saved {
     /// S of each projection, `[rows, padded rank]`; empty without LoRA.

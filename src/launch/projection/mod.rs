@@ -26,8 +26,8 @@ fn native(gpu: &Gpu) -> Option<&'static Native> {
     })
 }
 
-/// The native family that computes a problem, none if portable kernels do; none at all if no kernel covers it, so that the
-/// composed graph computes it.
+/// The native family that computes a problem; none inside if portable kernels do. None at all if no kernel covers the
+/// problem: the composed graph computes it.
 pub fn family(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Option<Option<Family>> {
     let own = || (native(gpu)?.family)(problem, dtype, gpu);
     (gpu.portable && covers(problem, dtype)).then(own)
@@ -53,7 +53,7 @@ pub enum Pass {
     },
 }
 
-/// What a plan is made of.
+/// All that determines a plan.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
     rows: usize,

@@ -25,7 +25,7 @@ pub struct Problem<'a> {
     pub in_dim: usize,
     /// One to three.
     pub projections: &'a [ProjectionProblem],
-    /// What is applied to the sums.
+    /// Applied to the sums.
     pub activation: Activation,
 }
 
@@ -156,7 +156,7 @@ impl<'a> Shapes<'a> {
         Ok(parts)
     }
 
-    /// What both directions' params have in common.
+    /// The params that both directions share.
     pub(in crate::launch) fn params(&self) -> ProjectionParams {
         ProjectionParams {
             rows: self.problem.rows as u32,
@@ -268,7 +268,7 @@ pub struct SmallTensor {
 pub struct ForwardOperands<'a> {
     /// `[rows, in_dim]`
     pub x: device_ptr,
-    /// Of each projection, `[out_dim, in_dim]`.
+    /// Weight of each projection, `[out_dim, in_dim]`.
     pub weights: &'a [device_ptr],
     /// Biases and adapters.
     pub small: Small<'a>,

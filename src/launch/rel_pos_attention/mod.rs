@@ -24,8 +24,8 @@ fn native(gpu: &Gpu) -> Option<&'static Native> {
     })
 }
 
-/// The native family that computes a problem, none if portable kernels do; none at all if no kernel covers it, so that the
-/// composed graph computes it.
+/// The native family that computes a problem; none inside if portable kernels do. None at all if no kernel covers the
+/// problem: the composed graph computes it.
 pub fn family(problem: &AttentionProblem, dtype: DType, gpu: &Gpu) -> Option<Option<Family>> {
     let fits = shared_bytes(problem, dtype)? <= gpu.shared_bytes;
     let own = || (native(gpu)?.family)(problem, dtype);

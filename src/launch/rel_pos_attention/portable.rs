@@ -92,7 +92,7 @@ pub struct Inputs {
     pub qkv: device_ptr,
     /// rel_pos_h `[2 side_h - 1, head_dim]` and rel_pos_w `[2 side_w - 1, head_dim]`; 0 without relative positions.
     pub tables: [device_ptr; 2],
-    /// What a token outside the grid projects to, `[3, heads, head_dim]`; 0 for zeros.
+    /// Projection of a token outside the grid, `[3, heads, head_dim]`; 0 for zeros.
     pub pad: device_ptr,
 }
 
@@ -107,8 +107,8 @@ pub fn lse_elements(problem: &AttentionProblem, dtype: DType) -> usize {
     rows(problem) * if dtype == DType::F32 { 2 } else { 1 }
 }
 
-/// Numbers that the passes of the backward share of a query: delta; in f32 with the maximum, the inverse of the sum, and a
-/// place not used.
+/// Numbers of a query that the passes of the backward share: delta. In f32 also the maximum, the inverse of the sum,
+/// and a place not used.
 fn statistics(dtype: DType) -> usize {
     if dtype == DType::F32 {
         4
@@ -248,7 +248,7 @@ pub fn workspace_bytes(
     Ok(Workspace::new(problem, dtype, tile, trained, gpu).bytes as usize)
 }
 
-/// What the passes of the backward hand on: addresses in its scratch memory.
+/// Results of one backward pass for the next: addresses in its scratch memory.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::launch) struct BetweenPasses {
     /// f32 `[units, tokens, side_h + side_w, each rounded up to 8]`

@@ -2,8 +2,8 @@
 
 use crate::launch::AttentionProblem;
 
-/// A key tile: `rows` key rows by `cols` columns, whole rows of the window or whole stretches of them, for blocks of
-/// 16 queries a warp.
+/// A key tile: `rows` key rows by `cols` columns, for blocks of 16 queries a warp. Its rows are whole rows of the
+/// window or whole stretches of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
     /// Bytes of an element.
@@ -56,8 +56,8 @@ impl Tile {
         self.forward_bytes + 4 * self.queries() * (h + w)
     }
 
-    /// Shared memory of a block of the query pass: with the gradients of rel_h, which need a place of their own if there
-    /// are several stripes.
+    /// Shared memory of a block of the query pass. The gradients of rel_h need a place of their own if there are
+    /// several stripes.
     pub fn backward_shared_bytes(&self, problem: &AttentionProblem) -> usize {
         let [h, w] = bias_strides(problem, self.rows, self.cols);
         let gradients = if problem.side_w <= self.cols { 0 } else { h };

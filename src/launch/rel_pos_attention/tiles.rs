@@ -32,8 +32,8 @@ pub fn candidates(
         .filter(move |tile| tile.element_bytes == element_bytes && Some(tile.head_dim) == head_dim)
 }
 
-/// The tile of a problem. It is the one of `cols` columns, if any are given and there is one; else
-/// the one whose stripes leave least of the window's width empty.
+/// The tile of a problem. It is the one of `cols` columns, if given and present, else the one that wastes the fewest
+/// columns of the window.
 pub fn pick(
     problem: &AttentionProblem,
     dtype: DType,

@@ -38,11 +38,11 @@ pub struct LoraConfig {
     /// Layers that get none even if targeted.
     #[serde(default)]
     pub exclude_modules: Option<ModuleNames>,
-    /// Of the layers that a name in a list of `target_modules` matches by its end, only those in blocks with these
-    /// indices. The index is the first number in the path after `layers_pattern`, or after any component.
+    /// Limits the layers that a name in a list of `target_modules` matches by its end to blocks with these indices. The
+    /// index is the first number in the path after `layers_pattern`, or after any component.
     #[serde(default)]
     pub layers_to_transform: Option<ValueOrList<i64>>,
-    /// What stands before a block's index, as `layers`: regular expressions of dotted components.
+    /// Components before a block's index, as `layers`: regular expressions of dotted components.
     #[serde(default)]
     pub layers_pattern: Option<ValueOrList<String>>,
     /// Rank stabilisation.

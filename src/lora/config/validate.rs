@@ -1,4 +1,4 @@
-//! What no adapter can have, and what this crate does not follow: refused by name.
+//! Refuses, by name, settings that no adapter can have and settings that this crate does not support.
 
 use super::{InitLoraWeights, LoraConfig, ModuleNames, ValueOrList};
 use crate::{Error, Result};

@@ -56,7 +56,7 @@ pub enum BiasTraining {
 }
 
 /// How the adapter is initialised. "pissa", `pissa_niter_<number>` and "olora" take the adapter's start out of the
-/// base's weights, and do so again when it is loaded: the base must be the one it was trained on.
+/// base's weights, and do so again on loading. The base must be the one of the training.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum InitLoraWeights {

@@ -10,8 +10,8 @@ use candle_core::{DType, Tensor, Var};
 use std::collections::{BTreeMap, HashSet};
 
 impl Plan<'_> {
-    /// Changes the model: freezes it, adds the adapters with the tensors in `values`, and makes trainable what is
-    /// saved with them, with the value in `values` where there is one.
+    /// Changes the model: freezes it and adds the adapters with the tensors in `values`. Tensors saved with them become
+    /// trainable, with the value in `values` where there is one.
     pub(in crate::lora) fn apply(
         self,
         model: &mut dyn ModuleTree,

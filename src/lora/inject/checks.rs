@@ -1,4 +1,4 @@
-//! What a new adapter must not be called, and which adapters it cannot stand beside.
+//! Refuses a new adapter with a bad name, and one that cannot stand beside the model's adapters.
 
 use crate::lora::switch::NO_ADAPTER;
 use crate::lora::LoraConfig;

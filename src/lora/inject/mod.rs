@@ -19,14 +19,18 @@ pub(super) use plan::Plan;
 /// the configuration names besides (biases, modules to save). Returns the paths of the adapted layers. The same
 /// seed gives the same adapter.
 ///
-/// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. What is trained besides keeps its
-/// variable, unless a frozen tensor shares it; then, and for a view, it becomes a variable of its own.
+/// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. A tensor that is trained besides
+/// keeps its variable. A view, or one that a frozen tensor shares, becomes a variable of its own.
 ///
 /// # Errors
-/// When the configuration is invalid, a regular expression does not compile, nothing is targeted, something that is
-/// no linear layer is targeted, a layer is both targeted and to be saved, no module has a name to be saved (PEFT
-/// passes over that one in silence), a module to be saved is a list or lies in another, or the model already carries an
-/// adapter of the name "default". The model is unchanged then.
+/// - the configuration is invalid, or a regular expression does not compile;
+/// - nothing is targeted, or something that is no linear layer;
+/// - a layer is both targeted and to be saved;
+/// - no module has a name to be saved (PEFT passes over that one in silence);
+/// - a module to be saved is a list or lies in another;
+/// - the model already carries an adapter of the name "default".
+///
+/// The model is unchanged then.
 pub fn inject(model: &mut dyn ModuleTree, config: &LoraConfig, seed: u64) -> Result<Vec<String>> {
     add_adapter(model, DEFAULT_ADAPTER, config, seed)
 }
@@ -35,8 +39,10 @@ pub fn inject(model: &mut dyn ModuleTree, config: &LoraConfig, seed: u64) -> Res
 /// frozen, for [`set_adapter`](super::set_adapter).
 ///
 /// # Errors
-/// As [`inject`]; besides, when the name is no good one, the model's adapters are merged, or one of them or the new
-/// one changes the base (`bias`, `modules_to_save`, `init_lora_weights`), which only the one adapter of a model may.
+/// As [`inject`]; besides,
+/// - the name is refused, or the model's adapters are merged;
+/// - one of them or the new one changes the base (`bias`, `modules_to_save`, `init_lora_weights`), which only the one
+///   adapter of a model may.
 pub fn add_adapter(
     model: &mut dyn ModuleTree,
     name: &str,

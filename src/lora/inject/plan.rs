@@ -1,4 +1,4 @@
-//! What an injection will change: the layers that get an adapter, the tensors saved with it, and their first values.
+//! The changes an injection makes: the layers that get an adapter, the tensors saved with it, and their first values.
 
 use super::checks::{check_name, check_others};
 use crate::lora::base::{base_tensors, refuse_nested, unknown_modules, BaseTensor};

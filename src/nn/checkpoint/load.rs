@@ -1,8 +1,8 @@
 //! Loading a checkpoint into a model.
 //!
-//! First only headers are read: names are brought to one naming, every tensor the model wants is matched with the
-//! tensor of the file that gives it, and all that does not fit is reported at once. Then each tensor is read, cast
-//! and looked through; the model changes only after the last one, and not at all if anything fails.
+//! First only headers are read, and names are brought to one naming. Every tensor of the model is matched with a tensor
+//! of the file, and all mismatches are reported at once. Then each tensor is read, cast and looked through; the model
+//! changes only after the last one, and not at all if anything fails.
 
 use super::loaded::Loaded;
 use super::names::Names;

@@ -1,4 +1,4 @@
-//! What a checkpoint was taken for, in one line.
+//! Report on a loaded checkpoint, in one line.
 
 use super::place::{quoted, Place};
 use super::plan::{shown_unread, Origin};

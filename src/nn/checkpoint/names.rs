@@ -1,8 +1,8 @@
 //! The names of a model's tensors in its files, as a table.
 //!
 //! Most names differ by a word or two ([`Names::renamed`]). Heads differ more: the tree names the first and the last
-//! layer, so the other names of the same checkpoint tell which number the last layer has. For that reason, whole lists
-//! are translated.
+//! layer. So the other names of the same checkpoint tell the number of the last layer. For that reason, whole lists are
+//! translated.
 
 use crate::nn::ModuleTree;
 use std::collections::{HashMap, HashSet};
@@ -41,8 +41,8 @@ pub struct Names {
     pub fused: &'static [Fused],
     /// Names of surplus tensors that tell another model, and what that is called; `*` stands for any text.
     pub relatives: &'static [(&'static str, &'static str)],
-    /// Two names of one tensor: the shared one, and that of a [`Tied`](crate::nn::Tied) parameter, which gets a value of
-    /// its own where the file holds two different ones.
+    /// Two names of one tensor: the shared one, and that of a [`Tied`](crate::nn::Tied) parameter. The parameter gets a
+    /// value of its own where the file holds two different ones.
     pub tied: Option<(&'static str, &'static str)>,
     /// Whether [`save`](super::save) writes the names of [`renamed`](Self::renamed)'s left side.
     pub save_renamed: bool,

@@ -2,7 +2,7 @@
 //!
 //! Every name of the file is compared with all the names that the model's tensors may have in a file. Text before such a
 //! name is a place where the model may lie: nothing, `module.`, `model.sam.`, `teacher.`. The plan decides: the place is
-//! where the whole model fits. Where it fits at several, bare names win; without them the file is refused, since a
+//! where the whole model fits. Where it fits at several, bare names win. Without them the file is refused, since a
 //! teacher and a student have one shape and different values.
 
 use super::names::Names;

@@ -1,5 +1,6 @@
-//! Checkpoints of SAM, safetensors and files of `torch.save`: read in Hugging Face's or the original naming, whole or sharded, with q, k and v
-//! fused or split; written in either naming with q, k and v fused, as other tools expect them.
+//! Checkpoints of SAM, safetensors and files of `torch.save`. They are read in Hugging Face's or the original naming,
+//! whole or sharded, with q, k and v fused or split. They are written in either naming with q, k and v fused, as other
+//! tools expect them.
 //!
 //! [`nn::checkpoint`] does the work; the tables [`SAM`] and [`DEEPSEEK_OCR`] hold the names.
 //!

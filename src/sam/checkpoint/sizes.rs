@@ -1,7 +1,7 @@
 //! The sizes of a SAM, told from the shapes of its tensors.
 //!
-//! Shapes say everything but the heads of the mask decoder, and those of an image encoder without relative positions: these
-//! are the published ones of the same width, or the file needs a `config.json`.
+//! Shapes say everything but the heads of the mask decoder, and those of an image encoder without relative positions.
+//! These are the published ones of the same width, or the file needs a `config.json`.
 
 use super::SAM;
 use crate::nn::checkpoint::{shapes, split_prefix, with_prefix};
@@ -133,7 +133,7 @@ fn configuration<C: Configuration>(path: &Path) -> Result<(C, Option<PathBuf>)> 
     }
 }
 
-/// What the shapes of a checkpoint tell.
+/// Reads a configuration from the shapes of a checkpoint.
 fn told<C: Configuration>(path: &Path) -> Result<C> {
     let models = shapes(path, &SAM, "vision_encoder.patch_embed.projection.weight")?;
     if models.is_empty() {

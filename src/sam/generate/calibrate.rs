@@ -5,7 +5,7 @@
 //! found object      one that a kept true candidate shows; others that show it too count as wrong
 //! F1                2 found / (kept + objects), the harmonic mean of found / kept and found / objects
 //! ```
-//! The maximum lies where the last candidate kept by either threshold is a true one, so the search looks at these pairs
+//! The maximum lies where the last candidate kept by either threshold is a true one. So the search looks at these pairs
 //! alone, and at all of them.
 
 use super::{GeneratedMask, MaskGenerator};
@@ -77,7 +77,7 @@ impl Calibration {
         2.0 * self.found as f64 / (self.kept + self.objects) as f64
     }
 
-    /// Why the predicted IoUs are a poor guide, in one line: their order follows the true IoUs too little, or they lie
+    /// Why the predicted IoUs are a poor guide, in one line. Their order follows the true IoUs too little, or they lie
     /// too far from them.
     pub fn warning(&self) -> Option<String> {
         let order = match self.rank_correlation {
@@ -231,7 +231,7 @@ fn best_stability(kept: &[usize], found: &[usize], objects: usize) -> Option<Cho
     let mut here = Choice { predicted: (0.0, None), level: 0, kept: 0, found: 0 };
     for (level, (kept, found)) in kept.iter().zip(found).enumerate() {
         here = Choice { level, kept: here.kept + kept, found: here.found + found, ..here };
-        // Of equals the lowest threshold.
+        // Ties prefer the lowest threshold.
         if *found > 0 && best.is_none_or(|best| !best.is_better(&here, objects)) {
             best = Some(here);
         }

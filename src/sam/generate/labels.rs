@@ -13,8 +13,8 @@ use tiff::{TiffError, TiffResult};
 /// Rows of a strip of [`save_label_strips`].
 const STRIP_ROWS: u32 = 64;
 
-/// A number for each pixel of an image of a height and width: 0 where there is no mask, else the place of the smallest
-/// mask that has it, from 1.
+/// A number for each pixel of an image of a height and width. It is 0 where there is no mask, else the place of the
+/// smallest mask on it, from 1.
 pub fn label_image(masks: &[GeneratedMask], (height, width): (u32, u32)) -> Vec<u32> {
     label_rows(masks, &largest_first(masks), (0..height, width))
 }
@@ -94,8 +94,8 @@ fn ending(path: &Path) -> String {
     path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase()
 }
 
-/// Writes the [`label_image`] of masks as a TIFF of 32 bits, with 64 rows of it in memory at a time; a BigTIFF where the
-/// labels need more than 4 GiB.
+/// Writes the [`label_image`] of masks as a TIFF of 32 bits, or a BigTIFF where the labels need more than 4 GiB. It has
+/// 64 rows in memory at a time.
 ///
 /// # Errors
 /// - the ending of `path` is neither `tif` nor `tiff`;

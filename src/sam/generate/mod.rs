@@ -79,7 +79,7 @@ pub struct MaskGenerator {
     pub crop_overlap_ratio: f64,
     /// Points along a side are divided by this in each further layer.
     pub crop_n_points_downscale_factor: usize,
-    /// One of two masks goes whose boxes overlap by a higher IoU: the worse one by predicted IoU, or, with
+    /// If the boxes of two masks overlap by a higher IoU, one mask goes. It is the worse one by predicted IoU, or, with
     /// `box_nms_thresh`, the one from the larger crop.
     pub crop_nms_thresh: f64,
     /// As `crop_nms_thresh` within each crop, by predicted IoU, before crops are compared. The original has it,
@@ -298,7 +298,7 @@ impl MaskGenerator {
     ) -> Result<Generated> {
         let prompts: Vec<Prompt> = points.iter().map(|[x, y]| Prompt::at(*x, *y)).collect();
         let predictions = predictor.predict(embedding, &prompts, true)?;
-        // What the model does not believe in is never brought to the image's size.
+        // A mask with a low predicted IoU is never resized to the image.
         let candidates: Vec<(usize, usize)> = promising(&predictions, self.pred_iou_thresh);
         let mut masks = vec![];
         let mut statistics = GenerationStatistics::default();
@@ -371,7 +371,7 @@ impl MaskGenerator {
         }
     }
 
-    /// Small holes and islands go, and with them what is then a double. What stays as it was comes first.
+    /// Removes small holes and islands, and the duplicates that result. An unchanged mask beats its duplicates.
     fn without_small_regions(&self, mut masks: Vec<GeneratedMask>) -> Result<Vec<GeneratedMask>> {
         if self.min_mask_region_area == 0 || masks.is_empty() {
             return Ok(masks);

@@ -1,4 +1,4 @@
-//! What became of the candidates: why there are few masks, or none.
+//! Fate of the candidates: why there are few masks, or none.
 
 use std::fmt;
 use std::ops::AddAssign;

@@ -25,8 +25,8 @@ pub(super) fn unassociated(image: DynamicImage) -> DynamicImage {
 
 /// An image as RGB of 8 bits: grey is repeated, of 16 bits the upper 8 stay, transparent pixels are laid on white.
 ///
-/// Equals transformers' `convert_to_rgb` of an image that Pillow reads, but for what Pillow does not read and for grey
-/// of 16 bits, of which Pillow takes the lower 8 and white above.
+/// Equals transformers' `convert_to_rgb` of an image that Pillow reads, but for grey of 16 bits. There Pillow takes the
+/// lower 8, and white above.
 ///
 /// # Errors
 /// - a float is not in 0 to 1.

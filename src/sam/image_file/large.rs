@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 
 /// An image of which a region at a time is in memory, where its file allows that.
 ///
-/// TIFFs with grey, RGB or RGBA pixels of 8 or 16 bits are read in parts if they are not compressed, or compressed with LZW,
-/// deflate or PackBits in several strips or tiles. Every other file is decoded as a whole, within the limits of
-/// [`ReadOptions::read`]; [`decoded_whole`](Self::decoded_whole) tells why.
+/// TIFFs with grey, RGB or RGBA pixels of 8 or 16 bits are read in parts if they are not compressed. So are those
+/// compressed with LZW, deflate or PackBits in several strips or tiles. Every other file is decoded as a whole, within
+/// the limits of [`ReadOptions::read`]; [`decoded_whole`](Self::decoded_whole) tells why.
 ///
 /// ```no_run
 /// use candle_sam_lora::sam::{Crop, LargeImage, ReadOptions};

@@ -1,4 +1,4 @@
-//! What no image may exceed, and samples taken out of bytes.
+//! Limits on images, and samples taken out of bytes.
 
 /// No side of an image may be longer, in pixels.
 pub(crate) const MAX_SIDE: u32 = 1 << 15;

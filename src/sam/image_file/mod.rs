@@ -60,9 +60,9 @@ pub fn read_image(path: impl AsRef<Path>) -> Result<DynamicImage> {
 }
 
 impl ReadOptions {
-    /// Reads an image, its format told by its content rather than its name, and turns it as its EXIF data say that the
-    /// camera was held: its pixels are where a viewer shows them. A TIFF's associated alpha comes back unassociated.
-    /// Samples that [`ValueRange`] scales come back as 8 bits, others as they are.
+    /// Reads an image, its format told by its content rather than its name. Turns it as its EXIF data say, so that its
+    /// pixels are where a viewer shows them. A TIFF's associated alpha comes back unassociated. Samples that
+    /// [`ValueRange`] scales come back as 8 bits, others as they are.
     ///
     /// # Errors
     /// - the file cannot be read, is no image, is damaged or cut off;
@@ -354,8 +354,8 @@ fn plainly(error: &ImageError, format: ImageFormat) -> String {
     }
 }
 
-/// The result of a decoder. Some panic on damaged files, as the one for PNG does on a palette that ends within a colour;
-/// that is no reason to end the process, for a decoder has seen nothing but its file.
+/// The result of a decoder. Some panic on damaged files, as the one for PNG does on a palette that ends within a
+/// colour. That is no reason to end the process, for a decoder has seen nothing but its file.
 fn guarded<T>(path: &Path, decode: impl FnOnce() -> std::result::Result<T, String>) -> Result<T> {
     let failed = |why: &str| Error::file(path, format!("cannot be read as an image: {why}"));
     match catch_unwind(AssertUnwindSafe(decode)) {

@@ -8,9 +8,9 @@
 //! auto         type where the values fill it, else percentile
 //! ```
 //! Values fill 16 bits if the highest bit is set in one of them; 8 bits always are. Whole numbers that reach from below
-//! a sixteenth of 8, 10, 12, 14 or 16 bits into their upper half fill these, as those of cameras and scanners do. Floats
-//! in 0 to 1 that exceed 0.5, or in 0 to 255 that exceed 127, fill these ranges; so do floats in -1 to 1 that pass -0.5 and
-//! 0.5, as networks take images. Nothing else is filled.
+//! a sixteenth of 8, 10, 12, 14 or 16 bits into their upper half fill these. Those of cameras and scanners do. Floats
+//! in 0 to 1 that exceed 0.5, or in 0 to 255 that exceed 127, fill these ranges. So do floats in -1 to 1 that pass -0.5
+//! and 0.5, as networks take images. Nothing else is filled.
 
 use super::raster::{Raster, RasterKind, SampleType, Samples};
 use image::{DynamicImage, ImageBuffer};
@@ -122,7 +122,7 @@ pub(super) fn streamed_limits(
 pub(super) type Scaled = Option<(DynamicImage, (f64, f64))>;
 
 impl Raster {
-    /// The image of 8 bits that `range` makes of it, and the values that became black and white; `None` where the
+    /// The image of 8 bits that `range` makes of it, and the values that became black and white. `None` where the
     /// samples stay as they are.
     ///
     /// # Errors

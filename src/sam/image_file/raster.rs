@@ -3,7 +3,7 @@
 use image::metadata::Orientation;
 use image::DynamicImage;
 
-/// What the samples of a pixel are.
+/// Kind of the samples of a pixel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RasterKind {
     /// One value.

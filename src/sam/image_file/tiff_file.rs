@@ -20,7 +20,7 @@ pub(super) const RGB: u16 = 2;
 const PALETTE: u16 = 3;
 const YCBCR: u16 = 6;
 
-/// What a page says of itself.
+/// Tags of a page.
 pub(super) struct Page {
     pub photometric: u16,
     pub bits: u16,

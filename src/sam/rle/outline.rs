@@ -133,8 +133,8 @@ fn take(edges: &mut Edges, corner: [u32; 2], direction: usize) -> Option<(usize,
     Some((chosen, next))
 }
 
-/// The rings of the walk from a corner back to it, whose first edge has a direction: the only edge left there, for
-/// another would belong to a pixel further left.
+/// The rings of the walk from a corner back to it, whose first edge has a direction. It is the only edge left there,
+/// for another would belong to a pixel further left.
 fn walk(edges: &mut Edges, start: [u32; 2], direction: usize) -> Vec<Ring> {
     let (mut rings, mut path) = (vec![], Ring::new());
     let mut places: HashMap<[u32; 2], usize> = HashMap::new();

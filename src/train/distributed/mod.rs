@@ -6,7 +6,7 @@
 //! gradient  ((g0   +   g1)  + ..    + gN-1)  +  gN)   + ..           added in this order, whoever computed it
 //! ```
 //! Floating-point sums depend on their order, so ranks send each part's gradient and not sums of their own. Rank r adds
-//! the r-th chunk of all gradients, and the chunks are gathered once a step: a parameter crosses the network twice,
+//! the r-th chunk of all gradients, and the chunks are gathered once a step. A parameter crosses the network twice,
 //! however many ranks there are. Norm, clipping and optimizer are then the same computation on every rank.
 //!
 //! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names it.
@@ -37,10 +37,11 @@ pub trait Communicator: std::fmt::Debug + Send + Sync {
     /// How many processes there are.
     fn size(&self) -> usize;
 
-    /// What each rank gave, by rank. Lengths may differ.
+    /// Gathers the bytes of every rank, by rank. Lengths may differ.
     fn all_gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>>;
 
-    /// What each rank gave for this one, by rank; `pieces[r]` is for rank `r`.
+    /// Exchanges bytes between all ranks: sends `pieces[r]` to rank `r`, and returns the bytes for this rank, by
+    /// sender.
     fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>>;
 
     /// Ends this process and all others at once: for an error that others cannot learn of by an exchange.

@@ -1,4 +1,4 @@
-//! What became of the same work on every rank.
+//! Outcome of the same work on every rank.
 
 use super::Communicator;
 use crate::Error;
@@ -8,7 +8,7 @@ use std::fmt::Display;
 const DONE: u8 = 0;
 const FAILED: u8 = 1;
 
-/// What this rank's work gave, and what `told` tells of every rank's, by rank, if all of them succeeded.
+/// Result of this rank's work, and `told` of every rank's, by rank, if all ranks succeeded.
 ///
 /// # Errors
 /// - the work of a rank failed: the same error on every rank, which names the lowest such rank and its reason;

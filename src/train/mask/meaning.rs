@@ -13,7 +13,7 @@ pub struct Mask {
     pub meaning: Meaning,
     /// Values that were ignored.
     pub ignored: Vec<i64>,
-    /// What was taken for the background, if not 0.
+    /// The value taken for the background, if not 0.
     pub background: Option<i64>,
     /// Values that have several separate parts, each value one object.
     pub scattered: usize,

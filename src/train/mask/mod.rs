@@ -1,4 +1,4 @@
-//! What a mask means, by rules that a run tells.
+//! Meaning of a mask, by rules that a run tells.
 //!
 //! ```text
 //! one value beside the background   binary, whatever value and depth: each 8-connected part is an object
@@ -39,7 +39,7 @@ pub fn read_mask(path: impl AsRef<Path>, options: &MaskOptions) -> Result<Mask> 
     interpret(&raster, options).map_err(|message| Error::file(path, message))
 }
 
-/// What the pixels of a mask mean.
+/// Interprets the pixels of a mask.
 ///
 /// # Errors
 /// - they are not those of a mask, see [the rules](Meaning).

@@ -1,4 +1,4 @@
-//! What a user says about masks.
+//! Options for reading masks.
 
 use serde::Serialize;
 

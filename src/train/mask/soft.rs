@@ -1,8 +1,8 @@
 //! Masks that are none by their values: soft edges, traces of JPEG, photographs.
 //!
 //! The values of a mask form areas. Where almost every area of equal values has three pixels or fewer, values are no
-//! labels. Such pixels still show objects if they have two levels: most of the dark ones are black, most of the bright
-//! ones white, and fewer lie between.
+//! labels. Such pixels still show objects if they have two levels. Then most of the dark ones are black, most of the
+//! bright ones white, and fewer lie between.
 
 use super::parts::parts;
 

@@ -33,7 +33,7 @@ use ops::Dropout;
 use serde_json::json;
 use vit::VIT_B;
 
-/// What is measured, see `benches/cases.rs`.
+/// A measured case, see `benches/cases.rs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
 enum Case {

@@ -1,5 +1,5 @@
-//! What `src/ops/composed.rs` takes: the shapes of its arguments, and in the place of the crate's operations candle's own,
-//! whose gradients that are sums over rows are summed in the storage's dtype.
+//! Items that `src/ops/composed.rs` takes: the shapes of its arguments, and candle's own operations instead of the
+//! crate's. Candle's sum gradients over rows in the storage's dtype.
 
 #[path = "../../../../src/ops/composed.rs"]
 pub mod composed;

@@ -12,7 +12,7 @@ use crate::launch::{Gpu, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
 
-/// What [`crate::launch::projection::backward`] launches on Hopper; none where there is no kernel of Hopper for dx.
+/// Hopper launches of [`crate::launch::projection::backward`]; none where Hopper has no kernel for dx.
 ///
 /// # Errors
 /// As [`crate::launch::projection::backward`].
@@ -121,7 +121,7 @@ mod tests {
             let [before, dx] = &launches[..] else { panic!("{}", launches.len()) };
             assert_eq!(before.kernel, "low_rank_grad_64x16_bf16");
             assert_eq!(dx.kernel, format!("projection_bwd_input_sm90_{}_bf16", tile.name));
-            // Of the weights' depth, each block of a cluster of two loads half.
+            // Each block of a cluster of two loads half of the weights' depth.
             let (cluster, grid, depth) = if tile.cluster == 2 { (2, 4, 32) } else { (1, 5, 64) };
             assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
             let [g, weight] = [0, 1].map(|map| &dx.tensor_maps[map].1.tile[..]);

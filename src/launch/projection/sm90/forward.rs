@@ -31,8 +31,8 @@ pub(in crate::launch) fn covers(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) 
         && (has_tile(Pass::Forward, &widths) || has_tile(Pass::BackwardInput, &[shapes.in_dim])))
 }
 
-/// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, and no more
-/// rows or columns than a coordinate counts.
+/// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, sizes that a
+/// coordinate counts.
 pub(in crate::launch) fn copies_take(
     shapes: &Shapes<'_>,
     dtype: DType,
@@ -48,8 +48,8 @@ pub(in crate::launch) fn copies_take(
             .all(|size| *size <= LONGEST)
 }
 
-/// What [`crate::launch::projection::forward`] launches on Hopper; none where its kernels do not cover the problem, or the table
-/// has no tile for it.
+/// Hopper launches of [`crate::launch::projection::forward`]; none where the kernels do not cover the problem, or the
+/// table has no tile for it.
 ///
 /// # Errors
 /// On shapes that no kernel takes.
@@ -230,7 +230,7 @@ mod tests {
             (&[128, 192, 128, 192][..], &[128, 96, 128, 96][..])
         );
 
-        // What bulk copies do not take.
+        // Bulk copies refuse these addresses, which are not aligned.
         for operands in [
             ForwardOperands { x: 264, ..operands },
             ForwardOperands { out: 4104, ..operands },

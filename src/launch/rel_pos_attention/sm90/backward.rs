@@ -20,8 +20,7 @@ use std::mem::offset_of;
 const BY_QUERY: &str = "rel_pos_attention_bwd_query_sm90";
 const BY_KEY: &str = "rel_pos_attention_bwd_key_sm90";
 
-/// What [`portable::backward`] launches, for Hopper, with the same workspace; none where its kernels do not cover the
-/// problem.
+/// Hopper launches of [`portable::backward`], with the same workspace; none where the kernels do not cover the problem.
 ///
 /// # Errors
 /// As the portable one.
@@ -135,7 +134,7 @@ impl Passes<'_> {
     }
 }
 
-/// Of what the query pass leaves, for so many queries: so many columns of rel_w and of rel_h, and delta.
+/// Tensor maps of the query pass's results, for tiles of `queries`: columns of rel_w and of rel_h, and delta.
 fn bias_maps(
     p: &AttentionProblem,
     between: &BetweenPasses,

@@ -33,8 +33,8 @@ pub(in crate::launch) fn covers(
 /// Tensor maps and where they stand in the params.
 pub(in crate::launch) type Maps = Vec<(usize, TensorMap)>;
 
-/// A panel's maps, at their place `at` in the params, of a dense tensor of `dims`, innermost first: of the first channels
-/// of a head and, if it has more, of the others. `tile` is that of the other dimensions.
+/// Tensor maps of a panel, at place `at` in the params, over a dense tensor of `dims`, innermost first. One map is for
+/// the first channels of a head, and another for the rest, if any. `tile` is that of the other dimensions.
 pub(in crate::launch) fn panel_maps(
     head_dim: usize,
     address: device_ptr,
@@ -65,7 +65,7 @@ pub(in crate::launch) fn panel_maps(
     Ok(maps)
 }
 
-/// Of a grid's tokens with so many channels, in tiles of so many columns and rows.
+/// Tensor maps of a grid's tokens, `channels` each, in tiles of `[columns, rows]`.
 pub(in crate::launch) fn grid_maps(
     p: &AttentionProblem,
     address: device_ptr,
@@ -77,7 +77,7 @@ pub(in crate::launch) fn grid_maps(
     panel_maps(p.head_dim, address, &[channels, p.w, p.h, p.batch], &[cols, rows, 1], at)
 }
 
-/// Of both tables, if there are any.
+/// Tensor maps of both tables, if there are any.
 pub(in crate::launch) fn table_maps(
     p: &AttentionProblem,
     tables: [device_ptr; 2],
@@ -101,7 +101,7 @@ impl StreamTile {
         self.bytes + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w)
     }
 
-    /// Of qkv, or the output's gradient, which have `channels` of a token, as grids.
+    /// Tensor maps of qkv or the output's gradient as grids, with `channels` a token.
     pub(in crate::launch) fn grid_maps(
         &self,
         p: &AttentionProblem,
@@ -119,7 +119,7 @@ impl StreamTile {
     }
 }
 
-/// What [`crate::launch::rel_pos_attention::forward`] launches, for Hopper; none where its kernels do not cover the problem.
+/// Hopper launches of [`crate::launch::rel_pos_attention::forward`]; none where the kernels do not cover the problem.
 ///
 /// # Errors
 /// On shapes that no grid covers.

@@ -1,5 +1,5 @@
-//! Attention in windows on Hopper, `kernels/rel_pos_attention/sm90/window_{fwd,bwd}.cuh`: windows of up to 14 x 14
-//! tokens, hanging over the grid or not, in f16 and bf16, heads of 64 or 80 channels.
+//! Attention in windows on Hopper, `kernels/rel_pos_attention/sm90/window_{fwd,bwd}.cuh`. Windows have up to 14 x 14
+//! tokens, hanging over the grid or not, in f16 and bf16, with heads of 64 or 80 channels.
 //! [`crate::launch::rel_pos_attention::sm90::forward`] and the portable kernels serve the other problems.
 
 use crate::launch::bindings::{
@@ -48,8 +48,8 @@ fn launch<P: Params>(
     Ok(Launch { shared_bytes: shared_bytes as u32, ..launch })
 }
 
-/// What [`crate::launch::rel_pos_attention::forward`] launches, for windows on Hopper; none where its kernels do not cover the
-/// problem.
+/// Hopper launches of [`crate::launch::rel_pos_attention::forward`] for windows; none where the kernels do not cover
+/// the problem.
 ///
 /// # Errors
 /// On shapes that no grid covers.
@@ -81,8 +81,8 @@ pub fn workspace_bytes(problem: &AttentionProblem, trained: [bool; 2], gpu: &Gpu
     workspace(problem, trained, gpu)[1] as usize
 }
 
-/// What [`crate::launch::rel_pos_attention::backward`] launches, for windows on Hopper, in one kernel and the sums for the tables
-/// and for pad; none where its kernels do not cover the problem.
+/// Hopper launches of [`crate::launch::rel_pos_attention::backward`] for windows: one kernel, and the sums for the
+/// tables and pad. None where the kernels do not cover the problem.
 ///
 /// # Errors
 /// On shapes that no grid covers.

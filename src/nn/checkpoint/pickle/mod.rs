@@ -1,9 +1,9 @@
 //! Python's pickles, read as data: no class is looked up and no function called.
 //!
-//! Objects lie in one list and refer to each other by number, so an object that is referred to twice is there once, and
+//! Objects lie in one list and refer to each other by number. So an object that is referred to twice is there once, and
 //! nothing here is recursive. The list has at most one object for each byte of the pickle. `candle_core::pickle` is no
-//! choice for files of unknown origin: it copies an object at each reference (30 bytes ask for 2^30 objects), allocates
-//! what a length merely claims, and panics on short tuples.
+//! choice for files of unknown origin. It copies an object at each reference (30 bytes ask for 2^30 objects), allocates
+//! by a mere claim of length, and panics on short tuples.
 //!
 //! Source: CPython, `Lib/pickle.py` and `Lib/pickletools.py`, protocols 0 to 5.
 

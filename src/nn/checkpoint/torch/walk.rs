@@ -136,11 +136,11 @@ fn children(pickle: &Pickle, id: Id) -> Vec<(String, Id)> {
 /// The tensor that a call makes.
 enum Rebuilt {
     Plain(Stored),
-    /// Of this kind, which is not stored as a view of one storage.
+    /// A tensor of this kind, which is not stored as a view of one storage.
     Unread(String),
 }
 
-/// What PyTorch's functions that rebuild a tensor are called.
+/// Prefix of PyTorch's functions that rebuild a tensor.
 const REBUILD: &str = "torch._utils._rebuild_";
 
 /// The tensor that an object is, if it is one.

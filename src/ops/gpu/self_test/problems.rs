@@ -1,5 +1,6 @@
-//! Small problems that still go through every loop of a kernel more than once: five steps of queries, more keys than a ring
-//! has slots, windows that hang over the grid, more depth than a ring of stages, several tiles for each persistent block.
+//! Small problems that still go through every loop of a kernel more than once. They have five steps of queries, more
+//! keys than a ring has slots, and windows that hang over the grid. Their depth exceeds a ring of stages, and each
+//! persistent block has several tiles.
 
 use crate::launch::family::Family;
 use crate::launch::projection::sm90::tiles::Pass;
