@@ -47,6 +47,13 @@ impl Case {
         found.unwrap_or_else(|| panic!("{} has no {group} {name}", self.name))
     }
 
+    /// A list of a group of them.
+    pub fn list(&self, group: &str, name: &str) -> Vec<f64> {
+        let found = self.scalars[group][name].as_array();
+        let found = found.unwrap_or_else(|| panic!("{} has no {group} {name}", self.name));
+        found.iter().filter_map(serde_json::Value::as_f64).collect()
+    }
+
     /// A scalar as u64.
     pub fn integer(&self, name: &str) -> u64 {
         self.scalars[name].as_u64().unwrap_or_else(|| panic!("{} has no {name}", self.name))
