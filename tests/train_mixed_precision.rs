@@ -136,7 +136,7 @@ fn errors_of_rolled_images(
     Ok(errors)
 }
 
-/// Of an even number of values.
+/// The median of an even number of values.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     let middle = values.len() / 2;

@@ -1,4 +1,4 @@
-//! What the program says: notes for people, results for people or machines, progress on a terminal.
+//! The program's speech: notes for people, results for people or machines, progress on a terminal.
 
 use super::processes::Told;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -22,7 +22,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// Of these processes only the first speaks.
+    /// Only the first process speaks.
     pub fn of(self, rank: usize) -> Self {
         Self { mute: rank > 0, ..self }
     }

@@ -137,7 +137,7 @@ fn embed_images(options: &Options, place: &Placement) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What is to be read and written.
+/// The files to be read and written.
 fn jobs(input: &Path, output: &Path) -> anyhow::Result<Vec<Job>> {
     if !input.is_dir() {
         return Ok(vec![Job { input: input.into(), output: output.into() }]);

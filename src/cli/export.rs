@@ -20,7 +20,7 @@ use std::path::Path;
 /// Whatever the model's files are (original names, q, k and v apart, torch.save), they become what the tool reads.
 #[derive(clap::Args)]
 pub struct Options {
-    /// What is written
+    /// The form that is written
     #[arg(long, value_enum)]
     format: Format,
     #[command(flatten)]

@@ -42,7 +42,7 @@ pub struct Options {
 /// The end of the name of the tensor that has a row for each mask of the decoder.
 const MASK_TOKENS: &str = "mask_decoder.mask_tokens.weight";
 
-/// What a file holds.
+/// The kind of a file.
 struct Contents {
     encoder: bool,
     prompts: bool,

@@ -4,7 +4,7 @@ use crate::lora::LoraConfig;
 use crate::sam::AttentionKind;
 use clap::Args;
 
-/// What is adapted, and how.
+/// The layers that are adapted, and how.
 #[derive(Args, Clone, Debug)]
 pub struct LoraArguments {
     /// Rank of the adapters

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 pub struct Placement {
     /// The CPU or a GPU.
     pub device: Device,
-    /// Of weights and activations.
+    /// The dtype of weights and activations.
     pub dtype: DType,
 }
 

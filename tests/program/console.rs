@@ -1,4 +1,4 @@
-//! What all commands have in common: JSON, silence, help, completions, closed pipes.
+//! All commands have these in common: JSON, silence, help, completions, closed pipes.
 
 use super::{micrograph, run, succeed, Ended};
 use anyhow::{ensure, Result};

@@ -20,7 +20,7 @@ fn foreign(name: &str) -> PathBuf {
 
 const OUTPUTS: [&str; 3] = ["image_embeddings", "pred_masks", "iou_scores"];
 
-/// What `encode` with these arguments writes for the inputs of the adapters' fixtures.
+/// The tensors that `encode` with these arguments writes for the inputs of the adapters' fixtures.
 fn encoded(here: &Path, arguments: &str) -> Result<Tensors> {
     let tensors = read(adapters().join("inputs.safetensors"))?;
     write_tensors(here.join("in"), &inputs(&tensors, &[""]))?;

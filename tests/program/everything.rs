@@ -79,7 +79,7 @@ fn tiles_give_the_masks_of_the_library() -> Result<()> {
         other => anyhow::bail!("{other:?}"),
     }
     ensure!(image::image_dimensions(here.join("out/mosaic.overlay.png"))? == (size.1, size.0));
-    // What is cut off is made again, what is whole is not.
+    // A result that was cut off is made again, a whole one is not.
     for file in ["mosaic.geojson", "mosaic.labels.tif"] {
         let path = here.join("out").join(file);
         let bytes = std::fs::read(&path)?;

@@ -35,7 +35,7 @@ fn run(folder: &Path, command: &str, line: &str) -> Result<Ended> {
     Ok(Ended { code: output.status.code(), out: text(output.stdout)?, err: text(output.stderr)? })
 }
 
-/// What a run that ends well prints.
+/// The output of a run that ends well.
 fn succeed(folder: &Path, command: &str, line: &str) -> Result<String> {
     let Ended { code, out, err } = run(folder, command, line)?;
     ensure!(code == Some(0) && err.is_empty(), "{command} {line}: {code:?}, {err}");

@@ -97,7 +97,7 @@ pub struct Options {
     /// Learning rate
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
-    /// What the learning rate does after the warm-up
+    /// The learning rate's way after the warm-up
     #[arg(long, value_enum, default_value_t = ScheduleArg::Constant, value_name = "SCHEDULE")]
     pub lr_schedule: ScheduleArg,
     /// Steps in which the learning rate rises from 0
@@ -253,7 +253,7 @@ impl Options {
         }
     }
 
-    /// What a step sees.
+    /// The batch of a step.
     pub fn batch(&self) -> BatchConfig {
         BatchConfig {
             images: self.batch,

@@ -19,14 +19,14 @@ pub const METRICS: &str = "metrics.json";
 pub const TABLE: &str = "metrics.csv";
 /// Event files.
 pub const TENSORBOARD: &str = "tensorboard";
-/// What a run goes on from, and the one before.
+/// The state that a run goes on from, and the one before.
 pub const STATE: &str = "state.safetensors";
 const PREVIOUS: &str = "state.previous.safetensors";
 
-/// What a run may find in its output folder and replace.
+/// A run may find these in its output folder and replace them.
 const OUTPUTS: [&str; 9] =
     [ADAPTER, BEST, LOSS, OVERLAYS, METRICS, TABLE, TENSORBOARD, STATE, PREVIOUS];
-/// What a new run must not find, as it would be taken for its own.
+/// A new run must not find these: they would be taken for its own.
 const LEFTOVERS: [&str; 5] = [BEST, TABLE, TENSORBOARD, STATE, PREVIOUS];
 
 /// Refuses an output folder in which something would be lost, or nothing can be gone on with.

@@ -29,7 +29,7 @@ pub struct Verdict {
     pub name: String,
     /// How well each of its objects was found.
     pub scores: Vec<Scores>,
-    /// What was found, if it was drawn.
+    /// The found masks, if they were drawn.
     pub picture: Option<RgbImage>,
 }
 
@@ -52,7 +52,7 @@ pub fn to_bytes(verdicts: &[(usize, Verdict)]) -> Vec<u8> {
     json!(told.collect::<Vec<Told>>()).to_string().into_bytes()
 }
 
-/// What [`to_bytes`] made.
+/// The verdicts that [`to_bytes`] wrote.
 pub fn from_bytes(bytes: &[u8]) -> serde_json::Result<Vec<(usize, Verdict)>> {
     let verdict = |(index, name, bits, picture): Told| {
         let scores = |bits: [u64; 3]| {

@@ -149,7 +149,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     Ok(outcome)
 }
 
-/// What the model is called on the hub, if `folder` comes from there.
+/// The model's name on the hub, if `folder` comes from there.
 fn name_on_the_hub(options: &Options, folder: &Path) -> Option<String> {
     let name = options.model.as_deref().filter(|name| *name != folder)?.to_str()?;
     name.split('@').next().map(str::to_string)

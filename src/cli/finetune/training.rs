@@ -17,7 +17,7 @@ use indicatif::ProgressBar;
 
 /// A run on its way.
 pub struct Run<'a> {
-    /// What was asked for.
+    /// The options of the run.
     pub options: &'a Options,
     /// The model that is trained.
     pub sam: &'a SamModel,

@@ -123,7 +123,7 @@ impl Finder<'_> {
         }
         let read = bar.suspend(|| photo.read(path, console));
         let image = read.map_err(|error| {
-            // What is too large to be decoded whole may be read in parts.
+            // An image too large to be decoded whole may be read in parts.
             let opened = LargeImage::open(path, &photo.options());
             match opened.is_ok_and(|image| is_large(image.size())) {
                 true => anyhow!("{error}; --tile 1024 reads the image in parts"),

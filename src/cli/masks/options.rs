@@ -44,7 +44,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// What the results depend on, beside the images. `truth` has the images that thresholds are chosen on.
+    /// The results depend on these, beside the images. `truth` has the images that thresholds are chosen on.
     ///
     /// # Errors
     /// - a file of `truth` cannot be read.
@@ -121,7 +121,7 @@ impl TileArguments {
     }
 }
 
-/// What is written and what may be replaced
+/// The files that are written and may be replaced
 #[derive(clap::Args, Clone, Debug)]
 pub struct FileArguments {
     /// Write each mask as a PNG of its own, too

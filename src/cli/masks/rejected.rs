@@ -2,7 +2,7 @@
 
 use crate::sam::{GenerationStatistics, MaskGenerator};
 
-/// What each filter dropped, and the flags that keep the best candidate.
+/// The candidates that each filter dropped, and the flags that keep the best one.
 pub fn advice(statistics: &GenerationStatistics, generator: &MaskGenerator) -> String {
     let passed = statistics.candidates - statistics.low_iou;
     let flags = match (passed, statistics.best_iou, statistics.best_stability) {

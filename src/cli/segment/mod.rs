@@ -84,7 +84,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         console.note(format!("{} of {count} results are there already", count - jobs.len()));
     }
     let Some(first) = jobs.first() else { return Ok(()) };
-    // What is wrong with the prompts is said before the model is loaded, which may take long.
+    // A wrong prompt is told before the model is loaded, which may take long.
     let mut first = Some(options.open(&first.image)?);
     let source = options.model.find(console)?;
     let sam = source.load(&place, console)?;
