@@ -129,6 +129,18 @@ fn a_folder_is_no_file() {
 }
 
 /// Positions and bytes to overwrite, where to cut, and what to append.
+/// Not by the name of a temporary file, which is no matter of the user's.
+#[test]
+fn a_folder_that_is_not_there_is_named() -> anyhow::Result<()> {
+    let folder = tempfile::Builder::new().prefix("outputs").tempdir()?;
+    let nowhere = folder.path().join("nowhere");
+    let written = candle_sam_lora::write_atomic(nowhere.join("adapter.safetensors"), |_| Ok(()));
+    let error = written.expect_err("there is no folder").to_string();
+    assert!(error.ends_with(&format!("there is no folder {}", nowhere.display())), "{error}");
+    assert!(!error.contains(".tmp"), "{error}");
+    Ok(())
+}
+
 fn damage() -> impl Strategy<Value = (Vec<(usize, u8)>, usize, Vec<u8>)> {
     let writes = prop::collection::vec((any::<usize>(), any::<u8>()), 0..6);
     (writes, any::<usize>(), prop::collection::vec(any::<u8>(), 0..20))

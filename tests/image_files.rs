@@ -116,6 +116,17 @@ fn pages_and_channels_are_chosen_or_refused() -> anyhow::Result<()> {
 }
 
 #[test]
+fn bitmaps_of_netpbm_are_read() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("cells.pbm");
+    // 1 is black there.
+    std::fs::write(&path, "P1\n2 2\n0 1\n1 0\n")?;
+    let picture = candle_sam_lora::sam::read_image(&path)?.to_luma8();
+    assert_eq!(picture.into_raw(), [255, 0, 0, 255]);
+    Ok(())
+}
+
+#[test]
 fn cut_and_other_files_are_named() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("x.png");
