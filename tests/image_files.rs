@@ -89,6 +89,17 @@ fn the_range_is_told_and_can_be_given() -> anyhow::Result<()> {
 }
 
 #[test]
+fn samples_that_are_no_numbers_are_black_and_counted() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let value = |v: u32| if v < 2 { f32::NAN } else { v as f32 / 255.0 };
+    let path = write::<colortype::Gray32Float>(&folder.path().join("a.tif"), &[&value])?;
+    let picture = ReadOptions::default().read(&path)?;
+    assert_eq!(picture.not_numbers, ramp().filter(|v| *v < 2).count());
+    assert_eq!(levels(&path, ReadOptions::default())?[..3], [0, 0, 2]);
+    Ok(())
+}
+
+#[test]
 fn pages_and_channels_are_chosen_or_refused() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("stack.tif");

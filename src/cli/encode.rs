@@ -11,7 +11,7 @@ use crate::sam::{
     SamVisionEncoderOutput, SamVisionModel,
 };
 use crate::{files, read_tensors, write_tensors, TensorFile};
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use candle_core::{DType, Tensor};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -175,6 +175,9 @@ struct Request<'a> {
 impl<'a> Request<'a> {
     fn read(path: &'a Path, place: &Placement) -> anyhow::Result<Self> {
         let mut tensors = read_tensors(path, &place.device)?;
+        for (name, tensor) in &tensors {
+            check_values(name, tensor).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        }
         let mut take = |name: &str| {
             tensors.remove(name).map(|tensor| tensor.to_dtype(place.dtype)).transpose()
         };
@@ -201,6 +204,23 @@ impl<'a> Request<'a> {
         }
         Ok(&self.pixel_values)
     }
+}
+
+/// Refuses what would give results without a meaning: pixels that nobody normalised, values that are not finite.
+fn check_values(name: &str, tensor: &Tensor) -> anyhow::Result<()> {
+    let dtype = tensor.dtype();
+    if name == "pixel_values" && !dtype.is_float() {
+        bail!(
+            "pixel_values are {}; expected normalised floats, as SAM's image processor gives",
+            dtype.as_str()
+        )
+    }
+    // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
+    let sum = (tensor.to_dtype(DType::F32)? * 0.0)?.sum_all()?.to_scalar::<f32>()?;
+    if dtype.is_float() && sum.is_nan() {
+        bail!("{name} has values that are not finite")
+    }
+    Ok(())
 }
 
 /// The models that encode.

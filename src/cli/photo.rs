@@ -43,7 +43,7 @@ impl PhotoArguments {
         Ok(image)
     }
 
-    /// Reads an image; says if its values were scaled and if it is transparent.
+    /// Reads an image; says if its values were scaled, are no numbers, and if it is transparent.
     pub fn read(&self, path: &Path, console: Console) -> Result<DynamicImage> {
         let picture = self.options().read(path)?;
         if let Some((low, high)) = picture.range {
@@ -52,6 +52,10 @@ impl PhotoArguments {
                 path.display(),
                 picture.sample_type
             ));
+        }
+        if picture.not_numbers > 0 {
+            let (name, count) = (path.display(), picture.not_numbers);
+            console.note(format!("{name}: {count} samples are no numbers (NaN) and black here"));
         }
         if is_transparent(&picture.image) {
             console.note(format!("{}: transparent pixels are laid on white", path.display()));

@@ -58,6 +58,7 @@ pub struct Summary {
     ranges: Vec<(f64, f64)>,
     turned: Named,
     dark: Named,
+    not_numbers: Named,
     empty: Named,
     too_small: Named,
     remarks: Vec<(String, String)>,
@@ -120,6 +121,9 @@ impl Summary {
         if picture.stored.is_some() {
             self.turned.add(name);
         }
+        if picture.not_numbers > 0 {
+            self.not_numbers.add(name);
+        }
         let is_dark = |bytes: &[u8]| bytes.iter().all(|byte| *byte <= DARK);
         if picture.sample_type == SampleType::Unsigned(8) && is_dark(picture.image.as_bytes()) {
             self.dark.add(name);
@@ -170,6 +174,13 @@ impl Summary {
                 "{} turned as EXIF says, masks taken to be of the turned image: {}",
                 files(self.turned.count, "image"),
                 self.turned.names()
+            ));
+        }
+        if self.not_numbers.count > 0 {
+            lines.push(format!(
+                "samples that are no numbers (NaN) are black in {}: {}",
+                files(self.not_numbers.count, "image"),
+                self.not_numbers.names()
             ));
         }
         if self.dark.count > 0 {
@@ -275,9 +286,12 @@ mod tests {
             let image = image::GrayImage::from_pixel(2, 2, image::Luma([value])).into();
             let sample_type = SampleType::Unsigned(8);
             let orientation = image::metadata::Orientation::NoTransforms;
-            let picture = Picture { image, range: None, sample_type, stored: None, orientation };
+            let (range, stored, not_numbers) = (None, None, usize::from(name == "bright.png"));
+            let picture = Picture { image, range, sample_type, not_numbers, stored, orientation };
             summary.add_picture(name, &picture);
         }
+        let black = "samples that are no numbers (NaN) are black in 1 image: bright.png";
+        assert!(summary.lines().iter().any(|line| line == black));
         let dark = "nearly black, no value of 8 bits above 31: 1 image: dark.png";
         assert!(summary.lines().iter().any(|line| line.starts_with(dark)));
         (0..9).for_each(|n| summary.add_empty(&format!("{n}.png")));

@@ -171,6 +171,10 @@ fn says_what_is_wrong() -> Result<()> {
     fails(&command, 1, &["unknown tensor input_dots", "input_points"])?;
     input(&[("pixel_values", &pixels.narrow(2, 0, 8)?)])?;
     fails(&command, 1, &["error: "])?;
+    input(&[("pixel_values", &(pixels.zeros_like()? / 0.0)?)])?;
+    fails(&command, 1, &["error: in: pixel_values has values that are not finite"])?;
+    input(&[("pixel_values", &pixels.to_dtype(candle_core::DType::U8)?)])?;
+    fails(&command, 1, &["error: in: pixel_values are u8; expected normalised floats"])?;
     input(&[("pixel_values", pixels), ("input_labels", &io["points_boxes/input_labels"])])?;
     fails(&command, 1, &["input_labels without input_points"])?;
     input(&[("pixel_values", pixels)])?;

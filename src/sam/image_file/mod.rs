@@ -45,6 +45,8 @@ pub struct Picture {
     pub range: Option<(f64, f64)>,
     /// The type of the samples in the file.
     pub sample_type: SampleType,
+    /// Samples that are no numbers, which became black.
+    pub not_numbers: usize,
     /// Width and height before it was turned as its EXIF data say; `None` if it was not turned.
     pub stored: Option<(u32, u32)>,
     /// How its EXIF data turned it.
@@ -81,7 +83,7 @@ impl ReadOptions {
     fn decode(&self, bytes: Vec<u8>) -> std::result::Result<Picture, String> {
         let format = format(&bytes)?;
         let page = self.select(&bytes, format)?;
-        let (mut image, orientation, sample_type, range) = match self
+        let (mut image, orientation, sample_type, (range, not_numbers)) = match self
             .raster(&bytes, format, page)?
         {
             Decoded::Plain(image, orientation) => {
@@ -89,11 +91,12 @@ impl ReadOptions {
                 let sample_type =
                     raster.as_ref().map_or(SampleType::Unsigned(8), |raster| raster.sample_type);
                 // Floats of 0 to 1 stay floats, which are laid on white before they are rounded.
+                let not_numbers = raster.as_ref().map_or(0, Raster::not_numbers);
                 let is_float = raster.as_ref().is_some_and(Raster::is_finite_float);
                 let scaled = raster.map(|r| r.scaled(self.range)).transpose()?.flatten();
                 let scaled = scaled.filter(|(_, range)| !(is_float && *range == (0.0, 1.0)));
                 let (image, range) = scaled.map_or((image, None), |(image, r)| (image, Some(r)));
-                (image, orientation, sample_type, range)
+                (image, orientation, sample_type, (range, not_numbers))
             }
             Decoded::Tiff => {
                 let (place, channel) = page;
@@ -104,7 +107,7 @@ impl ReadOptions {
                     None => (raster.unscaled()?, None),
                 };
                 let image = if associated { colours::unassociated(image) } else { image };
-                (image, raster.orientation, raster.sample_type, range)
+                (image, raster.orientation, raster.sample_type, (range, raster.not_numbers()))
             }
         };
         let stored = (image.width(), image.height());
@@ -114,7 +117,7 @@ impl ReadOptions {
             .filter(|range| !(matches!(sample_type, SampleType::Float(_)) && *range == (0.0, 1.0)));
         let turned = orientation != Orientation::NoTransforms;
         let stored = turned.then_some(stored);
-        Ok(Picture { image, range, sample_type, stored, orientation })
+        Ok(Picture { image, range, sample_type, not_numbers, stored, orientation })
     }
 
     /// Whether the samples may be scaled; those of 8 bits only where it is asked for.

@@ -122,6 +122,16 @@ pub(super) fn streamed_limits(
 pub(super) type Scaled = Option<(DynamicImage, (f64, f64))>;
 
 impl Raster {
+    /// How many samples are no numbers.
+    pub(super) fn not_numbers(&self) -> usize {
+        match self.sample_type {
+            SampleType::Float(_) => {
+                (0..self.samples.len()).filter(|index| self.samples.get(*index).is_nan()).count()
+            }
+            SampleType::Unsigned(_) | SampleType::Signed(_) => 0,
+        }
+    }
+
     /// The image of 8 bits that `range` makes of it, and the values that became black and white. `None` where the
     /// samples stay as they are.
     ///
