@@ -8,8 +8,8 @@ use std::sync::Arc;
 /// How long processes wait for each other
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Processes {
-    /// Seconds after which a process that waits for another one ends the job; more than the slowest part of a step and
-    /// the slowest image of an evaluation
+    /// Seconds after which a process that waits for another one ends the job; more than the slowest part of a step, and
+    /// than one process's share of an evaluation
     #[arg(long, default_value_t = 1800, value_name = "SECONDS")]
     wait: u64,
 }
@@ -54,7 +54,7 @@ pub fn ended<T>(communicator: &dyn Communicator, result: anyhow::Result<T>) -> a
     let rank = communicator.rank();
     result.map_err(|error| match communicator.size() {
         1 => error,
-        _ if !error.to_string().starts_with("rank ") => {
+        _ if !names_a_rank(&error.to_string()) => {
             let _ = writeln!(stderr(), "error: rank {rank}: {error}");
             communicator.abort(1)
         }
@@ -63,7 +63,25 @@ pub fn ended<T>(communicator: &dyn Communicator, result: anyhow::Result<T>) -> a
     })
 }
 
+/// Whether a message begins as "rank 2: ". An error about the rank of an adapter does not.
+fn names_a_rank(message: &str) -> bool {
+    let number = message.strip_prefix("rank ").and_then(|rest| rest.split_once(": "));
+    number.is_some_and(|(number, _)| number.parse::<usize>().is_ok())
+}
+
 /// The error of a process whose message another one prints.
 #[derive(Debug, thiserror::Error)]
 #[error("told by the first process")]
 pub struct Told;
+
+#[cfg(test)]
+mod tests {
+    use super::names_a_rank;
+
+    #[test]
+    fn an_error_of_all_names_a_rank() {
+        assert!(names_a_rank("rank 2: train: step 2: the loss is NaN"));
+        assert!(!names_a_rank("rank must be at least 1: got 0"));
+        assert!(!names_a_rank("photos: rank 2: no such folder"));
+    }
+}
