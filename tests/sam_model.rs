@@ -12,7 +12,8 @@ use candle_sam_lora::sam::{
     SamPositionalEmbedding, SamPromptEncoder, SamTwoWayTransformer, SamVisionEncoder,
 };
 use common::{
-    error_relative_to, largest, lookup, model, read, relative_error, scalars, Tensors, Worst,
+    error_relative_to, largest, lookup, measured_by, model, read, relative_error, scalars, Tensors,
+    Worst,
 };
 use std::collections::BTreeMap;
 
@@ -110,10 +111,7 @@ fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {
                 zero += 1;
                 continue;
             }
-            // A bias of all keys shifts every score of a row alike, so its gradient is zero but for rounding, which
-            // is measured by the queries' bias.
-            let queries = name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias");
-            let scale = lookup(&expected, &queries)?;
+            let scale = lookup(&expected, &measured_by(&name))?;
             let got = got.with_context(|| format!("{name} has no gradient"))?;
             let error = error_relative_to(&scale, got, &want).with_context(|| name.clone())?;
             let part = name.split('.').next().unwrap_or_default();

@@ -63,6 +63,12 @@ pub fn lookup(tensors: &Tensors, name: &str) -> Result<Tensor> {
     bail!("no {name}")
 }
 
+/// The parameter whose gradient measures the error of `name`'s. A bias of all keys shifts every score of a row alike, so
+/// its gradient is zero but for rounding, which is measured by the queries' bias.
+pub fn measured_by(name: &str) -> String {
+    name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias")
+}
+
 /// `max |got - want| / max |want|`
 pub fn relative_error(got: &Tensor, want: &Tensor) -> Result<f64> {
     error_relative_to(want, got, want)

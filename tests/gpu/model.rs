@@ -1,7 +1,9 @@
 //! The whole model on the GPU: masks and scores of the fixtures against PyTorch in f64, gradients against the CPU's.
 
 use crate::common::adapters;
-use crate::common::model::{config, folder, model, read, scalars, Worst};
+use crate::common::model::{
+    config, error_relative_to, folder, measured_by, model, read, scalars, Tensors, Worst,
+};
 use crate::watchdog::unwatched;
 use crate::{trial, with_each};
 use anyhow::Context;
@@ -103,15 +105,12 @@ fn gradients(device: &Device) -> anyhow::Result<()> {
     let expected = unwatched(|| run(on_cpu, &Device::Cpu))?;
     let got = run(on(device, "tiny", AttentionKind::Split)?, device)?;
     assert_eq!(got.len(), expected.len(), "parameters with a gradient");
-    let largest = expected.iter().map(|(_, t)| crate::common::model::largest(t));
-    let largest = largest.collect::<anyhow::Result<Vec<_>>>()?.into_iter().fold(0.0, f64::max);
+    let scales: Tensors = expected.iter().cloned().collect();
     let mut worst = Worst::default();
     for ((name, got), (expected_name, expected)) in got.iter().zip(&expected) {
         assert_eq!(name, expected_name);
-        let difference = (got.to_dtype(DType::F64)? - expected.to_dtype(DType::F64)?)?;
-        // Gradients that are zero but for rounding are judged on the scale of the largest one.
-        let scale = crate::common::model::largest(expected)?.max(1e-3 * largest);
-        worst.add("gradients", crate::common::model::largest(&difference)? / scale);
+        let scale = &scales[&measured_by(name)];
+        worst.add("gradients", error_relative_to(scale, got, expected).context(name.clone())?);
     }
     worst.assert_within(GRADIENTS);
     Ok(())
