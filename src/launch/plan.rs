@@ -136,7 +136,8 @@ mod tests {
 
         fn fill(&self, plan: &Plan, dropouts: &[Option<Dropout>]) -> Result<Vec<Launch>> {
             let Self([inputs, outputs], workspace) = self;
-            let operands = Operands { inputs, outputs, workspace: Some(*workspace), dropouts };
+            let workspace = (plan.workspace_bytes > 0).then_some(*workspace);
+            let operands = Operands { inputs, outputs, workspace, dropouts };
             plan.steps.iter().map(|step| step.fill(&operands)).collect()
         }
     }
@@ -158,6 +159,7 @@ mod tests {
             let backward = Pass::Backward { dx: first, parameters: second };
             let dropouts: Vec<_> = parts.iter().map(|p| p.lora.and_then(|l| l.dropout)).collect();
             let adapted = projection::low_rank_len(&problem) > 0;
+            let bytes = projection::workspace_bytes(&problem, dtype);
             for memory in Memory::TWO.map(Memory::new) {
                 let Memory([inputs, outputs], workspace) = &memory;
                 let in_place = |named: usize| -> Option<Vec<_>> {
@@ -188,7 +190,7 @@ mod tests {
                     dout: inputs[4],
                     dx: present(first, outputs[0]),
                     dsmall: present(second, outputs[1]),
-                    workspace: *workspace,
+                    workspace: present(bytes > 0, *workspace),
                 };
                 let behind = projection::backward_of(&problem, dtype, &operands, &gpu)?;
                 for (pass, expected) in [(forward, ahead), (backward, behind)] {

@@ -126,6 +126,7 @@ impl Key {
                 Ok(Plan { steps, workspace_bytes: 0, saved })
             }
             Pass::Backward { dx, parameters } => {
+                let workspace_bytes = workspace_bytes(problem, dtype);
                 let operands = BackwardOperands {
                     x,
                     weights,
@@ -135,10 +136,10 @@ impl Key {
                     dout: input(4),
                     dx: present(dx, output(0)),
                     dsmall: present(parameters, output(1)),
-                    workspace: WORKSPACE,
+                    workspace: present(workspace_bytes > 0, WORKSPACE),
                 };
                 let steps = backward_of(problem, dtype, &operands, gpu)?;
-                Ok(Plan { steps, workspace_bytes: workspace_bytes(problem, dtype), saved: 0 })
+                Ok(Plan { steps, workspace_bytes, saved: 0 })
             }
         }
     }
