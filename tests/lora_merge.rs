@@ -7,14 +7,8 @@ use candle_sam_lora::lora::{
     inject, load_adapter, merge, merge_and_unload, safe_merge, unload, unmerge, LoraConfig,
 };
 use candle_sam_lora::nn::{trainable_variables, Mode, DEFAULT_ADAPTER};
-use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
+use lora_support::linears::{fixture, loaded, read, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot, values};
-
-fn loaded(kind: &str) -> Net {
-    let mut model = Net::base();
-    load_adapter(&mut model, fixture(kind)).unwrap();
-    model
-}
 
 #[test]
 fn merged_equals_unmerged_and_peft() {
