@@ -12,7 +12,7 @@ use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
 use candle_sam_lora::sam::{checkpoint, model_type, AttentionKind, SamConfig, SamInput, SamModel};
 use candle_sam_lora::sam::{SamVisionConfig, SamVisionModel};
-use common::{error_relative_to, fixtures, largest, lookup, Tensors, Worst};
+use common::{below, error_relative_to, fixtures, largest, lookup, measured_by, Tensors, Worst};
 use std::path::{Path, PathBuf};
 
 const VARIANTS: [&str; 4] = ["rate_4", "rate_1", "bare", "no_layers"];
@@ -74,10 +74,7 @@ fn gradients_equal_transformers() -> Result<()> {
     // Trainable matrices and frozen ones go different ways through the operations.
     for (name, matrices) in VARIANTS.iter().flat_map(|name| [(name, true), (name, false)]) {
         let io = read(folder(name).join("io.safetensors"))?;
-        let expected: Tensors = io
-            .iter()
-            .filter_map(|(name, t)| Some((name.strip_prefix("all/grad/")?.to_string(), t.clone())))
-            .collect();
+        let expected = below(&io, "all/grad/");
         let (_, mut model) = load(name, AttentionKind::Split, DType::F32)?;
         set_trainable(&mut model, |name| matrices || name.ends_with("bias"))?;
         let out = model.forward(&input(&io), Mode::Eval)?;
@@ -91,9 +88,7 @@ fn gradients_equal_transformers() -> Result<()> {
             if !parameter.is_variable() || largest(&want)? == 0.0 {
                 continue;
             }
-            // A bias of all keys shifts every score of a row alike: its gradient is zero but for rounding.
-            let queries = parameter_name.replace("k_proj.bias", "q_proj.bias");
-            let scale = lookup(&expected, &queries.replace(".k.bias", ".q.bias"))?;
+            let scale = lookup(&expected, &measured_by(&parameter_name))?;
             let got = gradients.get(&parameter).with_context(|| parameter_name.clone())?;
             let error = error_relative_to(&scale, got, &want)?;
             let part = parameter_name.split('.').next().unwrap_or_default();
@@ -208,10 +203,7 @@ fn an_encoder_alone_loads_from_every_kind_of_file() -> Result<()> {
         let all = common::read(name, "model.safetensors")?;
         let part: Tensors =
             all.iter().filter(|(name, _)| name.starts_with("vision_encoder.")).map(own).collect();
-        let bare: Tensors = part
-            .iter()
-            .map(|(name, t)| (name["vision_encoder.".len()..].into(), t.clone()))
-            .collect();
+        let bare = below(&all, "vision_encoder.");
         let below: Tensors =
             part.iter().map(|(name, t)| (format!("sam.{name}"), t.clone())).collect();
         let check = |what: &str, dtype: DType, tolerance: f64| -> Result<()> {

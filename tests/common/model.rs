@@ -1,4 +1,4 @@
-//! Shared by the tests of the model: the PyTorch fixtures and how errors are measured.
+//! Shared by the tests of the model: the PyTorch fixtures, models and how errors are measured.
 #![allow(dead_code)]
 
 use anyhow::{bail, ensure, Context, Result};
@@ -7,7 +7,7 @@ use candle_nn::VarBuilder;
 use candle_sam_lora::files;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub type Tensors = BTreeMap<String, Tensor>;
 
@@ -32,19 +32,59 @@ pub fn read(name: &str, file: &str) -> Result<Tensors> {
     Ok(files::read_tensors(folder(name).join(file), &Device::Cpu)?)
 }
 
+/// The scalars of each case of a file.
+pub fn metadata(path: impl AsRef<Path>) -> Result<BTreeMap<String, serde_json::Value>> {
+    let bytes = std::fs::read(path)?;
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
+    let cases = metadata.metadata().clone().unwrap_or_default().into_iter();
+    cases.map(|(case, text)| Ok((case, serde_json::from_str(&text)?))).collect()
+}
+
 /// The scalars of one case of a model's `io.safetensors`.
 pub fn scalars(name: &str, case: &str) -> Result<serde_json::Value> {
-    let bytes = std::fs::read(folder(name).join("io.safetensors"))?;
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
-    let text = metadata.metadata().as_ref().and_then(|m| m.get(case)).context("no such case")?;
-    Ok(serde_json::from_str(text)?)
+    metadata(folder(name).join("io.safetensors"))?.remove(case).context("no such case")
+}
+
+/// The part of the tensors whose names begin with `prefix`, without it.
+pub fn below(tensors: &Tensors, prefix: &str) -> Tensors {
+    let inside = |(name, tensor): (&String, &Tensor)| {
+        Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
+    };
+    tensors.iter().filter_map(inside).collect()
+}
+
+/// A model without weights.
+pub fn zeros(config: &SamConfig, kind: AttentionKind) -> candle_sam_lora::Result<SamModel> {
+    SamModel::new(config, kind, VarBuilder::zeros(DType::F32, &Device::Cpu))
 }
 
 /// A fixture model with its weights.
 pub fn model(name: &str, kind: AttentionKind, dtype: DType) -> Result<SamModel> {
-    let mut model = SamModel::new(&config(name)?, kind, VarBuilder::zeros(dtype, &Device::Cpu))?;
+    model_on(&Device::Cpu, name, kind, dtype)
+}
+
+/// A fixture model on a device.
+pub fn model_on(
+    device: &Device,
+    name: &str,
+    kind: AttentionKind,
+    dtype: DType,
+) -> Result<SamModel> {
+    let mut model = SamModel::new(&config(name)?, kind, VarBuilder::zeros(dtype, device))?;
     checkpoint::load(&mut model, folder(name))?;
     Ok(model)
+}
+
+/// The small SAM that is shipped with the crate.
+pub fn shipped(kind: AttentionKind) -> Result<SamModel> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
+    Ok(SamModel::from_pretrained(folder, kind, DType::F32, &Device::Cpu)?)
+}
+
+/// The bits of a tensor's values as f32.
+pub fn bits(tensor: &Tensor) -> candle_core::Result<Vec<u32>> {
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(values.into_iter().map(f32::to_bits).collect())
 }
 
 /// The tensor of a name, where `attn.q`, `attn.k` and `attn.v` are the row blocks of `attn.qkv`.
