@@ -1,21 +1,16 @@
 //! Hopper's instructions in the emulator, against their definitions in the PTX ISA.
 
 use crate::common::{error, random, values};
-use crate::device::{cache, encode, kernels, Memory};
+use crate::device::{compiled, encode, Memory};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
-use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources};
+use candle_sam_lora_emulator::{Emulator, Launch, Mode};
 use std::sync::OnceLock;
 
 fn emulator() -> &'static Emulator {
     static EMULATOR: OnceLock<Emulator> = OnceLock::new();
     EMULATOR.get_or_init(|| {
-        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/sm90");
-        let files = ["gemm_sm90.cu", "instructions_sm90.cu", "cluster_sm90.cu"]
-            .map(|name| here.join(name))
-            .to_vec();
-        let sources = Sources::files(kernels(), files);
-        Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
+        compiled(&["sm90/gemm_sm90.cu", "sm90/instructions_sm90.cu", "sm90/cluster_sm90.cu"])
     })
 }
 
