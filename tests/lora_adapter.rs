@@ -16,7 +16,7 @@ use candle_sam_lora::nn::{
 };
 use candle_sam_lora::{module_tree, Error};
 use lora_support::folders::{assert_same, assert_same_tensors, changed, copy_of, tensors_of};
-use lora_support::linears::{fixture, loaded, read, refused, Net, F32_BOUND, KINDS};
+use lora_support::linears::{fixture, injected, loaded, read, refused, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot, trained};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -24,12 +24,6 @@ use std::path::Path;
 
 fn config() -> LoraConfig {
     LoraConfig::new(4).alpha(32.0).target_modules(["q", "v"])
-}
-
-fn injected(config: &LoraConfig, seed: u64) -> Net {
-    let mut model = Net::base();
-    inject(&mut model, config, seed).unwrap();
-    model
 }
 
 fn entries(dir: &Path) -> Vec<String> {

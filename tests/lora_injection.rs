@@ -10,7 +10,7 @@ use candle_sam_lora::lora::{
 };
 use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{trainable_variables, Linear, Mode, DEFAULT_ADAPTER};
-use lora_support::linears::{fixture, read, Net, KINDS};
+use lora_support::linears::{fixture, injected, read, Net, KINDS};
 use lora_support::{
     adapted, assert_refused, bits, metadata, relative_error, snapshot, trained, values,
 };
@@ -72,8 +72,7 @@ fn a_is_kaiming_uniform_and_a_function_of_the_seed() {
 
 #[test]
 fn dora_starts_from_the_row_norms() {
-    let (base, mut model) = (Net::base(), Net::base());
-    inject(&mut model, &config().dora(), 0).unwrap();
+    let (base, model) = (Net::base(), injected(&config().dora(), 0));
     let norms: Vec<f32> = values(&base.q.weight)
         .chunks(8)
         .map(|row| row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt() as f32)
@@ -93,8 +92,7 @@ fn what_is_trained_and_counted_is_what_peft_trains_and_counts() {
     let counts = metadata(&fixture("io.safetensors"), "counts");
     for kind in KINDS {
         let config = LoraConfig::load(fixture(kind).join(CONFIG_FILE)).unwrap();
-        let mut model = Net::base();
-        inject(&mut model, &config, 0).unwrap();
+        let model = injected(&config, 0);
         let report = count_parameters_as_peft(&model, &config).unwrap();
         let expected = (counts[kind][0].as_u64().unwrap(), counts[kind][1].as_u64().unwrap());
         assert_eq!((report.trainable as u64, report.all as u64), expected, "{kind}");
@@ -106,8 +104,7 @@ fn what_is_trained_and_counted_is_what_peft_trains_and_counts() {
 fn biases_and_whole_modules_are_trained_where_asked() {
     let base = ["q.lora_A.weight", "q.lora_B.weight"];
     let expect = |config: LoraConfig, more: &[&str]| {
-        let mut model = Net::base();
-        inject(&mut model, &config.target_modules(["q"]), 0).unwrap();
+        let model = injected(&config.target_modules(["q"]), 0);
         let mut expected: Vec<&str> = base.iter().chain(more).copied().collect();
         let mut got = trained(&model);
         expected.sort_unstable();
@@ -150,14 +147,13 @@ fn modules_match_as_in_peft() {
 
 #[test]
 fn patterns_set_rank_and_scaling() {
-    let mut model = Net::base();
     let config = LoraConfig::new(4)
         .alpha(32.0)
         .target_modules(["q", "v", "lin1"])
         .rank_of("q", 2)
         .rank_of(r"mlp\.lin\d", 8)
         .alpha_of("v", 4.0);
-    inject(&mut model, &config, 0).unwrap();
+    let model = injected(&config, 0);
     let of = |linear: &Linear| {
         let adapter = linear.adapters.get(DEFAULT_ADAPTER).unwrap();
         (adapter.rank(), adapter.scaling)
@@ -185,8 +181,7 @@ fn a_refusal_names_its_reason_and_changes_nothing() {
             (new().target_modules(["q"]).dora().lora_bias(), "use_dora"),
         ],
     );
-    let mut model = Net::base();
-    inject(&mut model, &config(), 0).unwrap();
+    let mut model = injected(&config(), 0);
     let injected = snapshot(&model);
     let error = inject(&mut model, &config(), 1).unwrap_err().to_string();
     assert!(error.contains("already carries an adapter"), "{error}");
@@ -195,8 +190,7 @@ fn a_refusal_names_its_reason_and_changes_nothing() {
 
 #[test]
 fn ejecting_leaves_the_base() {
-    let mut model = Net::base();
-    inject(&mut model, &config(), 0).unwrap();
+    let mut model = injected(&config(), 0);
     unload(&mut model).unwrap();
     assert_eq!(snapshot(&model), snapshot(&Net::base()));
 }
@@ -207,8 +201,7 @@ fn every_trained_tensor_gets_a_gradient_and_no_other() {
         config().lora_bias().bias(BiasTraining::All),
         config().dora().modules_to_save(["norm", "head"]),
     ] {
-        let mut model = Net::base();
-        inject(&mut model, &config, 0).unwrap();
+        let model = injected(&config, 0);
         let x = &read("io.safetensors")["x"];
         let y = model.forward(x, Mode::Train { seed: 1 }).unwrap();
         let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();

@@ -201,13 +201,6 @@ fn progress_counts_every_point() -> Result<()> {
     Ok(())
 }
 
-/// A folder for one test's files.
-fn scratch(name: &str) -> Result<std::path::PathBuf> {
-    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&folder)?;
-    Ok(folder)
-}
-
 fn disc(size: (u32, u32), centre: (f64, f64), radius: f64) -> Result<GeneratedMask> {
     let inside: Vec<bool> = (0..size.0)
         .flat_map(|y| (0..size.1).map(move |x| (y, x)))
@@ -232,7 +225,8 @@ fn label_images_hold_every_mask() -> Result<()> {
     let labels = label_image(&masks, size);
     let place = |y: usize, x: usize| labels[y * 50 + x];
     ensure!(place(20, 20) == 1 && place(20, 30) == 2 && place(0, 49) == 0);
-    let folder = scratch("labels")?;
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
     for name in ["labels.png", "labels.tif"] {
         save_labels(folder.join(name), &labels, size)?;
     }
@@ -263,7 +257,8 @@ fn annotations_are_coco() -> Result<()> {
     let mut annotations = CocoAnnotations::default();
     annotations.push("empty.png", (3, 4), &[]);
     annotations.push("two.png", size, &masks);
-    let path = scratch("coco")?.join("masks.json");
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("masks.json");
     annotations.save(&path)?;
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
     ensure!(

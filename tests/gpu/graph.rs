@@ -88,7 +88,7 @@ fn run(op: &Captured, inputs: &[Tensor], grad_out: Option<&Tensor>) -> Result<Ve
     Ok(std::iter::once(out).chain(gradients).collect())
 }
 
-/// What `run` gives, and the graph of its launches.
+/// The result of `run`, and the graph of its launches.
 pub fn capture<T>(
     device: &Device,
     run: impl FnOnce() -> Result<T>,

@@ -220,7 +220,7 @@ pub struct Backward {
 }
 
 impl Backward {
-    /// What the backward is given, after a forward's output and lse.
+    /// Operands of the backward, after a forward's output and lse.
     pub fn operands(&self, forward: &[Memory]) -> BackwardOperands {
         let [dqkv, dtables, dpad] = self.gradients.each_ref().map(Memory::address);
         let wanted = |gradient, trained| if trained { gradient } else { 0 };

@@ -140,7 +140,7 @@ impl Data {
         })
     }
 
-    /// What the operations compute, where the tensors are.
+    /// The output of the operations, on the device of the tensors.
     pub fn output(&self) -> Result<Tensor> {
         match <[Projection<'_>; 3]>::try_from(self.with_small(&self.small_tensors())) {
             Ok(three) => ops::lora_qkv(&self.x, &three),
@@ -214,7 +214,7 @@ impl Data {
         })
     }
 
-    /// Room for the forward's output, for what the activation is applied to, and for S.
+    /// Room for the output of the forward, for the sum before the activation, and for S.
     pub fn outputs(&self) -> [Memory; 3] {
         let count = self.case.rows * self.total;
         let s = Memory::for_elements(low_rank_len(&self.projections()), DType::F32);
@@ -296,7 +296,7 @@ pub struct OnDevice<'a> {
 }
 
 impl OnDevice<'_> {
-    /// What the forward is given for these outputs; with an activation it keeps what that is applied to.
+    /// Operands of the forward for these outputs. With an activation the forward keeps the sum before it.
     pub fn forward(&self, [y, sum, s]: &[Memory; 3]) -> ForwardOperands<'_> {
         let data = self.data;
         ForwardOperands {
@@ -310,7 +310,7 @@ impl OnDevice<'_> {
         }
     }
 
-    /// What the backward of that forward is given for these results.
+    /// Operands of the backward of that forward, for these results.
     pub fn backward(
         &self,
         [_, sum, s]: &[Memory; 3],

@@ -3,7 +3,7 @@
 use super::{fill, fixtures, read_tensors, snapshot, Tensors};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_sam_lora::lora::load_adapter;
+use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
 use candle_sam_lora::nn::{LayerNorm, Linear, Mode};
 use candle_sam_lora::{module_tree, Error, Result};
 use std::path::{Path, PathBuf};
@@ -56,6 +56,13 @@ pub fn read(name: &str) -> Tensors {
 pub fn loaded(kind: &str) -> Net {
     let mut model = Net::base();
     load_adapter(&mut model, fixture(kind)).unwrap();
+    model
+}
+
+/// The model with a new adapter.
+pub fn injected(config: &LoraConfig, seed: u64) -> Net {
+    let mut model = Net::base();
+    inject(&mut model, config, seed).unwrap();
     model
 }
 
