@@ -4,15 +4,15 @@
 #[path = "common/model.rs"]
 mod common;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::files::{read_tensors, write_tensors};
 use candle_sam_lora::lora::load_adapter;
-use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
+use candle_sam_lora::nn::{set_trainable, Mode};
 use candle_sam_lora::sam::{checkpoint, model_type, AttentionKind, SamConfig, SamInput, SamModel};
 use candle_sam_lora::sam::{SamVisionConfig, SamVisionModel};
-use common::{below, error_relative_to, fixtures, largest, lookup, measured_by, Tensors, Worst};
+use common::{below, fixtures, gradient_errors, largest, Tensors, Worst};
 use std::path::{Path, PathBuf};
 
 const VARIANTS: [&str; 4] = ["rate_4", "rate_1", "bare", "no_layers"];
@@ -81,20 +81,12 @@ fn gradients_equal_transformers() -> Result<()> {
         let loss = (out.pred_masks * &io["all/G_pred_masks"])?.sum_all()?
             + (out.iou_scores * &io["all/G_iou_scores"])?.sum_all()?;
         let gradients = loss?.backward()?;
-        let mut compared = 0;
-        for (parameter_name, parameter) in named_parameters(&model) {
-            // A tensor that takes no part has no gradient there, or zeros.
-            let Ok(want) = lookup(&expected, &parameter_name) else { continue };
-            if !parameter.is_variable() || largest(&want)? == 0.0 {
-                continue;
-            }
-            let scale = lookup(&expected, &measured_by(&parameter_name))?;
-            let got = gradients.get(&parameter).with_context(|| parameter_name.clone())?;
-            let error = error_relative_to(&scale, got, &want)?;
-            let part = parameter_name.split('.').next().unwrap_or_default();
-            worst.add(&format!("{name} {part}"), error);
-            compared += 1;
+        let errors = gradient_errors(&model, &gradients, &expected)?;
+        for (parameter, error) in &errors {
+            let part = parameter.split('.').next().unwrap_or_default();
+            worst.add(&format!("{name} {part}"), *error);
         }
+        let compared = errors.len();
         ensure!(compared > if matrices { 40 } else { 15 }, "{name}: {compared} compared");
     }
     worst.assert_within(GRADIENT_TOLERANCE);

@@ -1,6 +1,6 @@
 //! The adapters of every kind that PEFT wrote, on the fixture model: what they are compared by, on any device.
 
-use super::model::{self, error_relative_to, largest, measured_by, Tensors, Worst};
+use super::model::{self, gradient_errors, Tensors, Worst};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora;
@@ -127,21 +127,8 @@ fn compare_gradients(
     for name in expected.keys() {
         assert!(parameters.get(name).is_some_and(Tensor::is_variable), "{kind}: {name}");
     }
-    for (name, parameter) in parameters.iter().filter(|(_, tensor)| tensor.is_variable()) {
-        let got = gradients.get(parameter);
-        match expected.get(name) {
-            None => assert_eq!(got.map_or(Ok(0.0), largest)?, 0.0, "{kind}: {name}"),
-            Some(want) if largest(want)? == 0.0 => {
-                assert_eq!(got.map_or(Ok(0.0), largest)?, 0.0, "{kind}: {name}")
-            }
-            Some(want) => {
-                let scale = expected.get(&measured_by(name)).unwrap_or(want);
-                let got = got.with_context(|| format!("{kind}: {name} has no gradient"))?;
-                let error = error_relative_to(scale, got, want)
-                    .with_context(|| format!("{kind}: {name}"))?;
-                worst.add(&format!("{kind} gradients"), error);
-            }
-        }
+    for (_, error) in gradient_errors(model, &gradients, &expected).context(kind.to_string())? {
+        worst.add(&format!("{kind} gradients"), error);
     }
     Ok(())
 }

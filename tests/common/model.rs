@@ -2,9 +2,10 @@
 #![allow(dead_code)]
 
 use anyhow::{bail, ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{backprop::GradStore, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::files;
+use candle_sam_lora::nn::{named_parameters, ModuleTree};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -107,6 +108,29 @@ pub fn lookup(tensors: &Tensors, name: &str) -> Result<Tensor> {
 /// its gradient is zero but for rounding, which is measured by the queries' bias.
 pub fn measured_by(name: &str) -> String {
     name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias")
+}
+
+/// The error of every gradient of a variable, by name. Where PyTorch has none, or zeros for a part that is sliced away, ours
+/// must be zero too.
+pub fn gradient_errors(
+    model: &dyn ModuleTree,
+    gradients: &GradStore,
+    expected: &Tensors,
+) -> Result<Vec<(String, f64)>> {
+    let mut errors = Vec::new();
+    let variables = named_parameters(model).into_iter().filter(|(_, t)| t.is_variable());
+    for (name, variable) in variables {
+        let (got, want) = (gradients.get(&variable), lookup(expected, &name).ok());
+        let Some(want) = want.filter(|want| largest(want).is_ok_and(|most| most > 0.0)) else {
+            ensure!(got.map_or(Ok(0.0), largest)? == 0.0, "{name} has a gradient");
+            continue;
+        };
+        let scale = lookup(expected, &measured_by(&name)).unwrap_or_else(|_| want.clone());
+        let got = got.with_context(|| format!("{name} has no gradient"))?;
+        let error = error_relative_to(&scale, got, &want).with_context(|| name.clone())?;
+        errors.push((name, error));
+    }
+    Ok(errors)
 }
 
 /// `max |got - want| / max |want|`

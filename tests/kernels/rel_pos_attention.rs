@@ -1,8 +1,6 @@
 //! The attention's kernels: every instance against the f64 reference, grids and windows of any size, padding, dropout.
 
-use crate::attention_case::{
-    forward_on, gradients_by, Case, OnDevice, Shapes, DROPOUT, GLOBAL, WINDOWED,
-};
+use crate::attention_case::{forward_on, gradients_by, Case, Shapes, DROPOUT, GLOBAL, WINDOWED};
 use crate::common::{error, values, Worst};
 use crate::device::{
     bound, compile, emulator, in_every_mode, in_modes, kernels, launch_all, Device, Memory, DTYPES,
@@ -207,17 +205,18 @@ impl Kernels {
 fn run_backward(
     kernels: Kernels,
     case: &Case,
-    on_device: &OnDevice,
-    forward: &[Memory],
     dout: &Tensor,
     trained: bool,
     launched: &mut BTreeSet<String>,
-) -> Vec<Memory> {
+) -> Result<Vec<Memory>> {
     let names = RefCell::new(launched);
     let trained = [trained && case.shapes.rel_pos, trained && case.shapes.pad];
-    in_modes(&case.name, kernels.modes().into_iter(), |device| {
+    let device = Device { emulator: emulator(), mode: Mode::all().next().unwrap() };
+    let on_device = case.memory();
+    let forward = forward_on(&device, case, &on_device)?;
+    Ok(in_modes(&case.name, kernels.modes().into_iter(), |device| {
         let backward = case.backward(dout, trained, kernels.workspace_bytes(case, trained)?);
-        let operands = backward.operands(forward);
+        let operands = backward.operands(&forward);
         let launches = kernels.backward(case, &on_device.inputs(), &operands)?;
         names.borrow_mut().extend(launches.iter().map(|launch| launch.kernel.clone()));
         for launch in &launches {
@@ -229,7 +228,7 @@ fn run_backward(
             launch_all(&Device { emulator, ..*device }, std::slice::from_ref(launch))?;
         }
         Ok(backward.gradients.into())
-    })
+    }))
 }
 
 /// The gradients against the composed graph's in f32; with `frozen`, dqkv has the same bits where nothing else is wanted.
@@ -240,14 +239,10 @@ pub fn check_backward(
     worst: &mut Worst,
     launched: &mut BTreeSet<String>,
 ) -> Result<()> {
-    let dtype = case.dtype;
-    let on_device = case.memory();
-    let device = Device { emulator: emulator(), mode: Mode::all().next().unwrap() };
-    let forward = forward_on(&device, case, &on_device)?;
-    let dout = case.dout(9)?;
-    let outputs = run_backward(kernels, case, &on_device, &forward, &dout, true, launched);
+    let (dtype, dout) = (case.dtype, case.dout(9)?);
+    let outputs = run_backward(kernels, case, &dout, true, launched)?;
     if frozen {
-        let frozen = run_backward(kernels, case, &on_device, &forward, &dout, false, launched);
+        let frozen = run_backward(kernels, case, &dout, false, launched)?;
         assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: frozen", case.name);
     }
 
