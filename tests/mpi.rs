@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
 use candle_sam_lora::train::{Alone, Communicator, Mpi};
 use libtest_mimic::{Arguments, Failed, Trial};
-use run::{adapted, alone, bits, go_on, loss, trainer, KINDS};
+use run::{adapted, alone, bits, loss, trainer, KINDS};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
