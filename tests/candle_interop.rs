@@ -15,13 +15,9 @@ use candle_sam_lora::sam::{
     AttentionKind, SamModel, SamTwoWayTransformer, SamVisionConfig, SamVisionEncoder,
 };
 use candle_sam_lora::train::{AdamW, AdamWConfig};
-use common::{model, random};
+use common::model::{self, bits};
+use common::random;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-
-fn bits(tensor: &Tensor) -> Result<Vec<u32>> {
-    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    Ok(values.into_iter().map(f32::to_bits).collect())
-}
 
 fn builder(map: &VarMap) -> VarBuilder<'static> {
     VarBuilder::from_varmap(map, DType::F32, &Device::Cpu)

@@ -12,7 +12,7 @@ use candle_sam_lora::ops::resize_bicubic;
 use candle_sam_lora::sam::{
     checkpoint, AttentionKind, DeepSeekOcrEncoder, SamVisionConfig, SamVisionEncoder,
 };
-use common::{folder, lookup, read, relative_error, Tensors, Worst};
+use common::{below, folder, lookup, read, relative_error, Tensors, Worst};
 
 /// As in `tests/sam_encoder.rs`, which derives it for three layers; PyTorch's own f32 is up to 1.8e-6 off here.
 const F32_TOLERANCE: f64 = 3.8e-6;
@@ -87,11 +87,7 @@ fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {
     set_trainable(&mut encoder, |_| true)?;
     let out = encoder.forward(&pixels(&io, 32)?, Mode::Eval)?;
     let grads = (out * &io["gradients/G"])?.sum_all()?.backward()?;
-    let wanted: Tensors = (io.iter())
-        .filter_map(|(name, t)| {
-            Some((name.strip_prefix("gradients/grad/")?.to_string(), t.clone()))
-        })
-        .collect();
+    let wanted = below(&io, "gradients/grad/");
     let (mut worst, mut tables) = (Worst::default(), Worst::default());
     let parameters = nn::named_parameters(&encoder);
     assert_eq!(parameters.len(), wanted.len() + 3 * 4, "q, k and v are one in the fixture");

@@ -15,16 +15,13 @@ use candle_sam_lora::nn::{
 use candle_sam_lora::sam::{
     checkpoint, in_windows, AttentionKind, LayerContext, SamInput, SamModel, VisionAttention,
 };
+use common::bits;
 use std::collections::BTreeMap;
 
 const MODE: Mode = Mode::Train { seed: 11 };
 
 /// The bits of the loss and of the gradient of every trainable parameter.
-fn bits(model: &SamModel, input: &SamInput) -> Result<BTreeMap<String, Vec<u32>>> {
-    let bits = |t: &Tensor| -> Result<Vec<u32>> {
-        let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        Ok(values.into_iter().map(f32::to_bits).collect())
-    };
+fn all_bits(model: &SamModel, input: &SamInput) -> Result<BTreeMap<String, Vec<u32>>> {
     let loss = model.forward(input, MODE)?.pred_masks.to_dtype(DType::F32)?.sqr()?.mean_all()?;
     let gradients = loss.backward()?;
     let mut all = BTreeMap::from([("loss".to_string(), bits(&loss)?)]);
@@ -47,9 +44,9 @@ fn check(what: &str, mut model: SamModel, at_least: usize) -> Result<()> {
         input_labels: inputs.get("input_labels").cloned(),
         ..Default::default()
     };
-    let plain = bits(&model, &input)?;
+    let plain = all_bits(&model, &input)?;
     model.vision_encoder.gradient_checkpointing = true;
-    let checkpointed = bits(&model, &input)?;
+    let checkpointed = all_bits(&model, &input)?;
     assert!(plain.len() > at_least, "{what}: {} gradients", plain.len());
     for (name, bits) in &plain {
         assert!(checkpointed.get(name) == Some(bits), "{what}: {name} differs");
@@ -190,11 +187,7 @@ fn what_would_get_no_gradient_is_refused() -> Result<()> {
 
 #[test]
 fn checkpoints_of_weights_load_into_a_checkpointing_encoder() -> Result<()> {
-    let mut model = SamModel::new(
-        &common::config("tiny")?,
-        AttentionKind::Split,
-        VarBuilder::zeros(DType::F32, &Device::Cpu),
-    )?;
+    let mut model = common::zeros(&common::config("tiny")?, AttentionKind::Split)?;
     model.vision_encoder.gradient_checkpointing = true;
     checkpoint::load(&mut model, common::folder("tiny"))?;
     let io = common::read("tiny", "io.safetensors")?;

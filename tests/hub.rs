@@ -154,28 +154,15 @@ fn encode_takes_both_from_the_hub(here: &Path) -> Result<()> {
     write_tensors(here.join("in"), &inputs)?;
     let (model, adapter) = (folder("tiny"), adapters.join("lora_qv"));
     let (model, adapter) = (model.to_str().context("UTF-8")?, adapter.to_str().context("UTF-8")?);
-    let command = ["--input", "in", "--output"];
+    let encode = |hub: &Running, output: &str, model: &str, adapter: &str| {
+        let command = ["--input", "in", "--output", output, "--model", model, "--adapter", adapter];
+        run_well(here, hub, "encode", &command)
+    };
     // A hub has one repository: the second run has the model in the cache, which the second hub knows nothing of.
-    let hub = tiny()?.run()?;
-    run_well(
-        here,
-        &hub,
-        "encode",
-        &[&command[..], &["one", "--model", "facebook/sam-tiny", "--adapter", adapter]].concat(),
-    )?;
+    encode(&tiny()?.run()?, "one", "facebook/sam-tiny", adapter)?;
     let hub = repository("user/lora", Path::new(adapter))?.run()?;
-    run_well(
-        here,
-        &hub,
-        "encode",
-        &[&command[..], &["two", "--model", model, "--adapter", "user/lora@v1.0"]].concat(),
-    )?;
-    run_well(
-        here,
-        &hub,
-        "encode",
-        &[&command[..], &["local", "--model", model, "--adapter", adapter]].concat(),
-    )?;
+    encode(&hub, "two", model, "user/lora@v1.0")?;
+    encode(&hub, "local", model, adapter)?;
     let local = std::fs::read(here.join("local"))?;
     for name in ["one", "two"] {
         ensure!(std::fs::read(here.join(name))? == local, "{name} is not what the folders give");

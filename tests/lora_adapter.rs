@@ -15,9 +15,9 @@ use candle_sam_lora::nn::{
     trainable_variables, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER,
 };
 use candle_sam_lora::{module_tree, Error};
-use lora_support::folders::{assert_same, changed, copy_of, tensors_of};
-use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
-use lora_support::{adapted, bits, relative_error, snapshot};
+use lora_support::folders::{assert_same, assert_same_tensors, changed, copy_of, tensors_of};
+use lora_support::linears::{fixture, injected, loaded, read, refused, Net, F32_BOUND, KINDS};
+use lora_support::{adapted, bits, relative_error, snapshot, trained};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -39,9 +39,7 @@ fn entries(dir: &Path) -> Vec<String> {
 fn peft_adapters_compute_what_peft_computes() {
     let io = read("io.safetensors");
     for kind in KINDS {
-        let mut model = Net::base();
-        load_adapter(&mut model, fixture(kind)).unwrap();
-        let got = model.forward(&io["x"], Mode::Eval).unwrap();
+        let got = loaded(kind).forward(&io["x"], Mode::Eval).unwrap();
         let error = relative_error(&got, &io[&format!("out/{kind}")]);
         assert!(error < F32_BOUND, "{kind}: {error}");
         let unadapted = Net::base().forward(&io["x"], Mode::Eval).unwrap();
@@ -66,24 +64,18 @@ fn peft_adapters_are_written_back_bit_for_bit() {
         } else {
             assert_same(TENSORS_FILE, dir.path(), &fixture(kind));
         }
-        assert_eq!(got.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{kind}");
-        for (key, tensor) in &got {
-            assert_eq!(tensor.dtype(), DType::F32);
-            assert_eq!(bits(tensor), bits(&expected[key]), "{kind}: {key}");
-        }
+        assert_same_tensors(kind, &got, &expected);
+        assert!(got.values().all(|tensor| tensor.dtype() == DType::F32), "{kind}");
     }
 }
 
 #[test]
 fn a_loaded_adapter_is_trainable_as_an_injected_one() {
-    let names = |model: &Net| -> Vec<String> {
-        trainable_variables(model).unwrap().into_iter().map(|(name, _)| name).collect()
-    };
     for kind in KINDS {
         let (mut loaded, mut injected) = (Net::base(), Net::base());
         let config = load_adapter(&mut loaded, fixture(kind)).unwrap();
         inject(&mut injected, &config, 0).unwrap();
-        assert_eq!(names(&loaded), names(&injected), "{kind}");
+        assert_eq!(trained(&loaded), trained(&injected), "{kind}");
         let stream = |model: &Net| model.q.adapters.get(DEFAULT_ADAPTER).unwrap().stream;
         assert_eq!(stream(&loaded), stream(&injected), "{kind}");
     }
@@ -112,14 +104,12 @@ fn every_difference_is_listed_and_nothing_is_changed() {
         tensors.insert(key("q.lora_A.weight"), wrong.clone());
         tensors.insert(key("v.lora_A.weight"), wrong);
     });
-    let mut model = Net::base();
-    let error = load_adapter(&mut model, dir.path()).unwrap_err();
+    let error = refused(dir.path());
     let Error::Mismatch(mismatch) = &error else { panic!("{error}") };
     assert_eq!(mismatch.missing, [key("mlp.lin1.lora_magnitude_vector"), key("q.lora_B.weight")]);
     assert_eq!(mismatch.surplus, [key("v.lora_A.weight")]);
     assert_eq!(mismatch.misshaped, [(key("q.lora_A.weight"), vec![4, 8], vec![5, 8])]);
     assert!(error.to_string().contains(TENSORS_FILE));
-    assert_eq!(snapshot(&model), snapshot(&Net::base()));
 }
 
 #[test]
@@ -141,9 +131,7 @@ fn an_adapter_for_another_model_is_refused() {
     let error = load_adapter(&mut narrow, fixture("plain")).unwrap_err().to_string();
     assert!(error.contains("q.lora_A.weight: expected [4, 3], found [4, 8]"), "{error}");
     assert!(adapted(&narrow).is_empty());
-    let mut twice = Net::base();
-    load_adapter(&mut twice, fixture("plain")).unwrap();
-    let error = load_adapter(&mut twice, fixture("dora")).unwrap_err().to_string();
+    let error = load_adapter(&mut loaded("plain"), fixture("dora")).unwrap_err().to_string();
     assert!(error.contains("already carries an adapter"), "{error}");
 }
 
@@ -153,7 +141,7 @@ fn integers_are_no_adapter() {
         let integers = Tensor::zeros((4, 8), DType::U8, &Device::Cpu).unwrap();
         tensors.insert("base_model.model.q.lora_A.weight".to_string(), integers);
     });
-    let error = load_adapter(&mut Net::base(), dir.path()).unwrap_err().to_string();
+    let error = refused(dir.path()).to_string();
     assert!(error.contains("q.lora_A.weight: expected floating point, got U8"), "{error}");
 }
 
@@ -162,11 +150,9 @@ fn a_folder_that_lacks_a_file_says_which() {
     for file in [CONFIG_FILE, TENSORS_FILE] {
         let dir = copy_of(&fixture("plain"));
         std::fs::remove_file(dir.path().join(file)).unwrap();
-        let mut model = Net::base();
-        let error = load_adapter(&mut model, dir.path()).unwrap_err();
+        let error = refused(dir.path());
         assert!(matches!(error, Error::Io { .. }));
         assert!(error.to_string().contains(file), "{error}");
-        assert_eq!(snapshot(&model), snapshot(&Net::base()));
     }
 }
 
@@ -178,12 +164,10 @@ fn a_damaged_pickled_adapter_is_named() {
     std::fs::write(&pickle, b"PK\x03\x04").unwrap();
     load_adapter(&mut Net::base(), dir.path()).unwrap();
     std::fs::remove_file(tensors).unwrap();
-    let mut model = Net::base();
-    let error = load_adapter(&mut model, dir.path()).unwrap_err().to_string();
+    let error = refused(dir.path()).to_string();
     for word in [pickle.to_str().unwrap(), "torch.save", "4 bytes are truncated"] {
         assert!(error.contains(word), "{error}");
     }
-    assert_eq!(snapshot(&model), snapshot(&Net::base()));
 }
 
 #[test]
@@ -237,8 +221,7 @@ fn an_adapter_of_another_name_has_a_folder_of_its_own() {
 #[test]
 fn saving_replaces_another_adapter_whole() {
     let dir = copy_of(&fixture("dora"));
-    let mut model = Net::base();
-    inject(&mut model, &config(), 3).unwrap();
+    let model = injected(&config(), 3);
     save_adapter(&model, &config(), dir.path()).unwrap();
     assert_eq!(entries(dir.path()), [CONFIG_FILE, TENSORS_FILE]);
     let mut again = Net::base();
@@ -267,8 +250,7 @@ fn saving_makes_the_folder_and_failing_leaves_what_was_there() {
 
 #[test]
 fn a_folder_that_cannot_be_written_is_an_error() {
-    let mut model = Net::base();
-    inject(&mut model, &config(), 0).unwrap();
+    let model = injected(&config(), 0);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "x").unwrap();
@@ -282,8 +264,7 @@ fn a_folder_that_cannot_be_written_is_an_error() {
 fn saved_files_have_the_permissions_of_any_other() {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
-    let mut model = Net::base();
-    inject(&mut model, &config(), 0).unwrap();
+    let model = injected(&config(), 0);
     save_adapter(&model, &config(), dir.path()).unwrap();
     std::fs::write(dir.path().join("other"), "").unwrap();
     let mode = |file: &str| dir.path().join(file).metadata().unwrap().permissions().mode();
@@ -296,8 +277,7 @@ fn saved_files_have_the_permissions_of_any_other() {
 fn a_folder_without_write_permission_keeps_its_adapter() {
     use std::os::unix::fs::PermissionsExt;
     let dir = copy_of(&fixture("plain"));
-    let mut model = Net::base();
-    inject(&mut model, &config(), 0).unwrap();
+    let model = injected(&config(), 0);
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o555)).unwrap();
     if std::fs::write(dir.path().join("probe"), "").is_ok() {
         return; // The superuser may write everywhere.
@@ -313,8 +293,7 @@ fn a_folder_without_write_permission_keeps_its_adapter() {
 #[test]
 fn state_is_a_copy_and_goes_back_into_the_same_variables() {
     let config = config().dora().bias(BiasTraining::All).modules_to_save(["head"]);
-    let mut model = Net::base();
-    inject(&mut model, &config, 1).unwrap();
+    let mut model = injected(&config, 1);
     let state = adapter_state(&model, &config).unwrap();
     let before = snapshot(&model);
     let variables = trainable_variables(&model).unwrap();

@@ -8,17 +8,15 @@ use candle_sam_lora::lora::{
     count_parameters, count_parameters_as_peft, inject, unload, BiasTraining, LoraConfig,
     ParameterCount, CONFIG_FILE,
 };
+use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{trainable_variables, Linear, Mode, DEFAULT_ADAPTER};
-use candle_sam_lora::{module_tree, Error};
-use lora_support::linears::{fixture, read, Net, KINDS};
-use lora_support::{adapted, bits, relative_error, snapshot, values};
+use lora_support::linears::{fixture, injected, read, Net, KINDS};
+use lora_support::{
+    adapted, assert_refused, bits, metadata, relative_error, snapshot, trained, values,
+};
 
 fn config() -> LoraConfig {
     LoraConfig::new(4).alpha(32.0).dropout(0.1).target_modules(["q", "v"])
-}
-
-fn names(model: &Net) -> Vec<String> {
-    trainable_variables(model).unwrap().into_iter().map(|(name, _)| name).collect()
 }
 
 #[test]
@@ -27,7 +25,7 @@ fn the_base_is_frozen_and_the_output_unchanged() {
     let x = &read("io.safetensors")["x"];
     assert_eq!(inject(&mut model, &config(), 7).unwrap(), ["q", "v"]);
     assert_eq!(
-        names(&model),
+        trained(&model),
         ["q.lora_A.weight", "q.lora_B.weight", "v.lora_A.weight", "v.lora_B.weight"]
     );
     let adapter = model.v.adapters.get(DEFAULT_ADAPTER).unwrap();
@@ -74,8 +72,7 @@ fn a_is_kaiming_uniform_and_a_function_of_the_seed() {
 
 #[test]
 fn dora_starts_from_the_row_norms() {
-    let (base, mut model) = (Net::base(), Net::base());
-    inject(&mut model, &config().dora(), 0).unwrap();
+    let (base, model) = (Net::base(), injected(&config().dora(), 0));
     let norms: Vec<f32> = values(&base.q.weight)
         .chunks(8)
         .map(|row| row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt() as f32)
@@ -92,14 +89,10 @@ fn dora_starts_from_the_row_norms() {
 
 #[test]
 fn what_is_trained_and_counted_is_what_peft_trains_and_counts() {
-    let file = std::fs::read(fixture("io.safetensors")).unwrap();
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
-    let counts: serde_json::Value =
-        serde_json::from_str(&metadata.metadata().as_ref().unwrap()["counts"]).unwrap();
+    let counts = metadata(&fixture("io.safetensors"), "counts");
     for kind in KINDS {
         let config = LoraConfig::load(fixture(kind).join(CONFIG_FILE)).unwrap();
-        let mut model = Net::base();
-        inject(&mut model, &config, 0).unwrap();
+        let model = injected(&config, 0);
         let report = count_parameters_as_peft(&model, &config).unwrap();
         let expected = (counts[kind][0].as_u64().unwrap(), counts[kind][1].as_u64().unwrap());
         assert_eq!((report.trainable as u64, report.all as u64), expected, "{kind}");
@@ -111,10 +104,9 @@ fn what_is_trained_and_counted_is_what_peft_trains_and_counts() {
 fn biases_and_whole_modules_are_trained_where_asked() {
     let base = ["q.lora_A.weight", "q.lora_B.weight"];
     let expect = |config: LoraConfig, more: &[&str]| {
-        let mut model = Net::base();
-        inject(&mut model, &config.target_modules(["q"]), 0).unwrap();
+        let model = injected(&config.target_modules(["q"]), 0);
         let mut expected: Vec<&str> = base.iter().chain(more).copied().collect();
-        let mut got = names(&model);
+        let mut got = trained(&model);
         expected.sort_unstable();
         got.sort_unstable();
         assert_eq!(got, expected);
@@ -155,14 +147,13 @@ fn modules_match_as_in_peft() {
 
 #[test]
 fn patterns_set_rank_and_scaling() {
-    let mut model = Net::base();
     let config = LoraConfig::new(4)
         .alpha(32.0)
         .target_modules(["q", "v", "lin1"])
         .rank_of("q", 2)
         .rank_of(r"mlp\.lin\d", 8)
         .alpha_of("v", 4.0);
-    inject(&mut model, &config, 0).unwrap();
+    let model = injected(&config, 0);
     let of = |linear: &Linear| {
         let adapter = linear.adapters.get(DEFAULT_ADAPTER).unwrap();
         (adapter.rank(), adapter.scaling)
@@ -174,29 +165,23 @@ fn patterns_set_rank_and_scaling() {
 
 #[test]
 fn a_refusal_names_its_reason_and_changes_nothing() {
-    let before = snapshot(&Net::base());
     let new = || LoraConfig::new(2);
-    let cases = [
-        (new().target_modules(["query"]), "head, lin1, lin2, q, v"),
-        (new().target_modules(["norm"]), "norm is no linear layer"),
-        (new().target_modules(["mlp"]), "mlp is no linear layer"),
-        (new().target_regex("("), "regular expression"),
-        (new().target_regex("(a*)*b|.*(?=x)(x*)*"), "matches no layer"),
-        (new().target_modules(["q"]).rank_of("[", 2), "regular expression"),
-        (new().target_modules(["q"]).modules_to_save(["neck"]), "neck"),
-        (new().target_modules(["lin1"]).modules_to_save(["in1"]), "choose one"),
-        (LoraConfig::new(0).target_modules(["q"]), "rank"),
-        (new().target_modules(["q"]).dora().lora_bias(), "use_dora"),
-    ];
-    for (config, expected) in cases {
-        let mut model = Net::base();
-        let error = inject(&mut model, &config, 0).unwrap_err();
-        assert!(matches!(error, Error::Config(_)));
-        assert!(error.to_string().contains(expected), "{error}");
-        assert_eq!(snapshot(&model), before);
-    }
-    let mut model = Net::base();
-    inject(&mut model, &config(), 0).unwrap();
+    assert_refused(
+        Net::base,
+        [
+            (new().target_modules(["query"]), "head, lin1, lin2, q, v"),
+            (new().target_modules(["norm"]), "norm is no linear layer"),
+            (new().target_modules(["mlp"]), "mlp is no linear layer"),
+            (new().target_regex("("), "regular expression"),
+            (new().target_regex("(a*)*b|.*(?=x)(x*)*"), "matches no layer"),
+            (new().target_modules(["q"]).rank_of("[", 2), "regular expression"),
+            (new().target_modules(["q"]).modules_to_save(["neck"]), "neck"),
+            (new().target_modules(["lin1"]).modules_to_save(["in1"]), "choose one"),
+            (LoraConfig::new(0).target_modules(["q"]), "rank"),
+            (new().target_modules(["q"]).dora().lora_bias(), "use_dora"),
+        ],
+    );
+    let mut model = injected(&config(), 0);
     let injected = snapshot(&model);
     let error = inject(&mut model, &config(), 1).unwrap_err().to_string();
     assert!(error.contains("already carries an adapter"), "{error}");
@@ -205,8 +190,7 @@ fn a_refusal_names_its_reason_and_changes_nothing() {
 
 #[test]
 fn ejecting_leaves_the_base() {
-    let mut model = Net::base();
-    inject(&mut model, &config(), 0).unwrap();
+    let mut model = injected(&config(), 0);
     unload(&mut model).unwrap();
     assert_eq!(snapshot(&model), snapshot(&Net::base()));
 }
@@ -217,8 +201,7 @@ fn every_trained_tensor_gets_a_gradient_and_no_other() {
         config().lora_bias().bias(BiasTraining::All),
         config().dora().modules_to_save(["norm", "head"]),
     ] {
-        let mut model = Net::base();
-        inject(&mut model, &config, 0).unwrap();
+        let model = injected(&config, 0);
         let x = &read("io.safetensors")["x"];
         let y = model.forward(x, Mode::Train { seed: 1 }).unwrap();
         let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();

@@ -4,17 +4,11 @@ mod lora_support;
 
 use candle_core::{DType, Tensor};
 use candle_sam_lora::lora::{
-    inject, load_adapter, merge, merge_and_unload, safe_merge, unload, unmerge, LoraConfig,
+    load_adapter, merge, merge_and_unload, safe_merge, unload, unmerge, LoraConfig,
 };
 use candle_sam_lora::nn::{trainable_variables, Mode, DEFAULT_ADAPTER};
-use lora_support::linears::{fixture, read, Net, F32_BOUND, KINDS};
+use lora_support::linears::{fixture, injected, loaded, read, Net, F32_BOUND, KINDS};
 use lora_support::{adapted, bits, relative_error, snapshot, values};
-
-fn loaded(kind: &str) -> Net {
-    let mut model = Net::base();
-    load_adapter(&mut model, fixture(kind)).unwrap();
-    model
-}
 
 #[test]
 fn merged_equals_unmerged_and_peft() {
@@ -74,9 +68,8 @@ fn ejecting_a_merged_model_restores_the_base() {
 
 #[test]
 fn a_lora_bias_needs_a_bias_to_go_to() {
-    let mut model = Net::base();
     let config = LoraConfig::new(2).target_modules(["q", "lin2"]).lora_bias();
-    inject(&mut model, &config, 0).unwrap();
+    let mut model = injected(&config, 0);
     let before = snapshot(&model);
     let error = merge(&mut model).unwrap_err().to_string();
     assert!(error.contains("mlp.lin2"), "{error}");

@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
 use candle_sam_lora::train::{Alone, Communicator, Mpi};
 use libtest_mimic::{Arguments, Failed, Trial};
-use run::{adapted, bits, go_on, loss, trainer, KINDS};
+use run::{adapted, alone, bits, loss, trainer, KINDS};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -127,14 +127,6 @@ fn job(kind: &str, folder: &Path) -> Job {
     Job { kind, steps: STEPS, folder, resume: false, fault: Fault::None }
 }
 
-/// The bits of one process without MPI, which has all threads.
-fn alone(kind: &str) -> Result<Vec<u32>> {
-    let sam = adapted(kind)?;
-    let mut run = trainer(&sam, Arc::new(Alone))?;
-    go_on(&mut run, &sam, STEPS)?;
-    bits(&run, &sam)
-}
-
 fn succeeded(size: usize, job: &Job) -> Result<()> {
     let (output, _) = workers(size, job)?;
     ensure!(output.status.success(), "{size} ranks: {}", String::from_utf8_lossy(&output.stderr));
@@ -142,7 +134,7 @@ fn succeeded(size: usize, job: &Job) -> Result<()> {
 }
 
 fn ranks_have_the_bits_of_one(kind: &str) -> Result<()> {
-    let expected = alone(kind)?;
+    let expected = alone(kind, STEPS)?;
     for size in 1..=4 {
         let folder = tempfile::tempdir()?;
         succeeded(size, &job(kind, folder.path()))?;
@@ -161,7 +153,7 @@ fn a_run_goes_on_with_other_ranks() -> Result<()> {
         succeeded(size, &Job { steps, resume: steps > 1, ..first.clone() })?;
     }
     let found = std::fs::read(folder.path().join("bits.0"))?;
-    ensure!(found == bytemuck::cast_slice::<u32, u8>(&alone("lora")?), "other bits");
+    ensure!(found == bytemuck::cast_slice::<u32, u8>(&alone("lora", STEPS)?), "other bits");
     Ok(())
 }
 

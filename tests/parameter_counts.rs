@@ -1,20 +1,17 @@
 //! The trainable-parameter line of SAM ViT-B with LoRA r=16, from the real model: what PEFT prints for every variant,
 //! and the two lines of the guide, which are DoRA's (docs/parameter-counts.md).
 
-use candle_core::{DType, Device};
-use candle_nn::VarBuilder;
-use candle_sam_lora::lora::{count_parameters, inject, BiasTraining, LoraConfig};
-use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
+#[path = "common/model.rs"]
+mod model;
+
+use candle_sam_lora::lora::{count_parameters, inject, BiasTraining, LoraConfig, ParameterCount};
+use candle_sam_lora::sam::{AttentionKind, SamConfig};
 use candle_sam_lora::Result;
 
-fn report(config: &LoraConfig) -> Result<String> {
-    let mut model = SamModel::new(
-        &SamConfig::vit_b(),
-        AttentionKind::Split,
-        VarBuilder::zeros(DType::F32, &Device::Cpu),
-    )?;
+fn report(config: &LoraConfig) -> Result<ParameterCount> {
+    let mut model = model::zeros(&SamConfig::vit_b(), AttentionKind::Split)?;
     inject(&mut model, config, 0)?;
-    Ok(count_parameters(&model).to_string())
+    Ok(count_parameters(&model))
 }
 
 fn lora(targets: &str) -> LoraConfig {
@@ -24,16 +21,16 @@ fn lora(targets: &str) -> LoraConfig {
 #[test]
 fn the_lines_of_the_guide_are_those_of_dora() -> Result<()> {
     assert_eq!(
-        report(&lora("q,v").dora())?,
+        report(&lora("q,v").dora())?.to_string(),
         "trainable params: 608,256 || all params: 94,343,728 || trainable%: 0.6447"
     );
     assert_eq!(
-        report(&lora("q,k,v").dora())?,
+        report(&lora("q,k,v").dora())?.to_string(),
         "trainable params: 912,384 || all params: 94,647,856 || trainable%: 0.9640"
     );
     // The code shown in the guide gives these counts.
     assert_eq!(
-        report(&lora("q,v"))?,
+        report(&lora("q,v"))?.to_string(),
         "trainable params: 589,824 || all params: 94,325,296 || trainable%: 0.6253"
     );
     Ok(())
@@ -44,9 +41,8 @@ type Variant = (&'static str, fn(LoraConfig) -> LoraConfig);
 
 #[test]
 fn every_variant_counts_as_in_peft() -> Result<()> {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/counts.json");
-    let counts: serde_json::Value =
-        serde_json::from_str(&candle_sam_lora::files::read_text(&path)?).expect("JSON");
+    let text = candle_sam_lora::files::read_text(model::fixtures().join("counts.json"))?;
+    let counts: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let variants: [Variant; 5] = [
         ("lora", |config| config),
         ("rslora", LoraConfig::rslora),
@@ -56,13 +52,7 @@ fn every_variant_counts_as_in_peft() -> Result<()> {
     ];
     for (variant, change) in variants {
         for targets in ["q,v", "q,k,v"] {
-            let mut model = SamModel::new(
-                &SamConfig::vit_b(),
-                AttentionKind::Split,
-                VarBuilder::zeros(DType::F32, &Device::Cpu),
-            )?;
-            inject(&mut model, &change(lora(targets)), 0)?;
-            let report = count_parameters(&model);
+            let report = report(&change(lora(targets)))?;
             let expected = &counts[variant][targets];
             let expected = ["trainable", "all_without_positional_embedding"]
                 .map(|key| expected[key].as_u64().expect("a count"));

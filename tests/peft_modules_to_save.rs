@@ -17,7 +17,7 @@ use candle_sam_lora::sam::{AttentionKind, SamModel};
 use candle_sam_lora::{files, Error};
 use common::adapters::{adapted, folder, read, run};
 use common::model::{self, Tensors};
-use lora_support::folders::{assert_same, changed, tensors_of, written};
+use lora_support::folders::{assert_same, assert_same_tensors, changed, tensors_of, written};
 use lora_support::{bits, snapshot};
 
 const KINDS: [&str; 3] = ["save_prompt_encoder", "save_composite_bias_all", "save_both_embeddings"];
@@ -61,10 +61,7 @@ fn files_come_back_bit_for_bit() -> Result<()> {
             "save_composite_bias_all" => assert_eq!(all - expected.len(), 12),
             _ => assert_same(TENSORS_FILE, written.path(), &folder(kind)),
         }
-        assert_eq!(got.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{kind}");
-        for (key, tensor) in &got {
-            assert_eq!(bits(tensor), bits(&expected[key]), "{kind}: {key}");
-        }
+        assert_same_tensors(kind, &got, &expected);
     }
     Ok(())
 }

@@ -6,12 +6,12 @@ mod lora_support;
 use candle_core::{IndexOp, Tensor};
 use candle_sam_lora::lora::{
     active_adapters, adapter_names, add_adapter, delete_adapter, disable_adapters, enable_adapters,
-    forward_mixed_batch, load_named_adapter, merge, safe_merge, save_named_adapter, set_adapter,
-    unmerge, LoraConfig, CONFIG_FILE, NO_ADAPTER, TENSORS_FILE,
+    forward_mixed_batch, load_named_adapter, merge, safe_merge, set_adapter, unmerge, LoraConfig,
+    NO_ADAPTER,
 };
 use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, Mode};
 use lora_support::blocks::{adapter, below, facts, input, loaded, read, Net, F32_BOUND, NAMES};
-use lora_support::folders::assert_same;
+use lora_support::folders::assert_saved;
 use lora_support::{bits, relative_error, snapshot, values, Tensors};
 use std::collections::BTreeSet;
 
@@ -138,12 +138,22 @@ fn each_image_gets_its_own_adapter() {
     let adapters = ["conv_dora", NO_ADAPTER, "c", "conv_dora"];
     let mixed = forward_mixed_batch(&mut model, &adapters, run).unwrap();
     assert_eq!((active_adapters(&model), snapshot(&model)), (vec!["c".into()], before));
+    assert_each_as_alone(&mut model, &adapters, &mixed[0], Ok);
+}
+
+/// Each image of a mixed batch is as if its adapter alone had computed it, and `order` had ordered its elements.
+fn assert_each_as_alone(
+    model: &mut Net,
+    adapters: &[&str],
+    mixed: &Tensor,
+    order: fn(Tensor) -> candle_core::Result<Tensor>,
+) {
     for (i, name) in adapters.iter().enumerate() {
         let active: &[&str] = if *name == NO_ADAPTER { &[] } else { &[name] };
-        set_adapter(&mut model, active).unwrap();
-        let alone = model.forward(&x.narrow(0, i, 1).unwrap(), Mode::Eval).unwrap();
+        set_adapter(model, active).unwrap();
+        let alone = model.forward(&input().narrow(0, i, 1).unwrap(), Mode::Eval).unwrap();
         // A product over one image's rows may round otherwise than over two images'.
-        let error = relative_error(&mixed[0].i(i..i + 1).unwrap(), &alone);
+        let error = relative_error(&mixed.i(i..i + 1).unwrap(), &order(alone).unwrap());
         assert!(error < 1e-6, "image {i}: {error}");
     }
 }
@@ -159,14 +169,8 @@ fn outputs_of_any_strides_are_put_in_order() {
     };
     for adapters in [["b"; 4], [NO_ADAPTER; 4], ["b", "a", "b", NO_ADAPTER]] {
         let mixed = forward_mixed_batch(&mut model, &adapters, out).unwrap();
-        for (i, name) in adapters.iter().enumerate() {
-            let active: &[&str] = if *name == NO_ADAPTER { &[] } else { &[name] };
-            set_adapter(&mut model, active).unwrap();
-            let alone = model.forward(&x.narrow(0, i, 1).unwrap(), Mode::Eval).unwrap();
-            let alone = alone.permute((0, 3, 1, 2)).unwrap();
-            let error = relative_error(&mixed[0].i(i..i + 1).unwrap(), &alone);
-            assert!(error < 1e-6, "image {i}: {error}");
-        }
+        let first = |alone: Tensor| alone.permute((0, 3, 1, 2));
+        assert_each_as_alone(&mut model, &adapters, &mixed[0], first);
     }
 }
 
@@ -265,11 +269,7 @@ fn each_adapter_is_written_back_bit_for_bit_without_its_name() {
         .map(|name| load_named_adapter(&mut model, name, adapter(name)).unwrap())
         .collect();
     for (name, config) in NAMES.iter().zip(&configs) {
-        let dir = tempfile::tempdir().unwrap();
-        save_named_adapter(&model, name, config, dir.path()).unwrap();
-        for file in [CONFIG_FILE, TENSORS_FILE] {
-            assert_same(file, dir.path(), &adapter(name));
-        }
+        assert_saved(&model, name, config, &adapter(name));
     }
 }
 

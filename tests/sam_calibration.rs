@@ -1,15 +1,16 @@
 //! Thresholds chosen on true masks are the best there are; counts of the generator's filters add up.
 
+#[path = "common/model.rs"]
+mod model;
 #[path = "common/property.rs"]
 mod property;
 
 use anyhow::{ensure, Context, Result};
-use candle_core::{DType, Device};
 use candle_sam_lora::sam::{
-    AttentionKind, Calibration, Calibrator, MaskGenerator, Rle, SamModel, SamPredictor,
-    ScoredCandidate,
+    AttentionKind, Calibration, Calibrator, MaskGenerator, Rle, SamPredictor, ScoredCandidate,
 };
 use image::{DynamicImage, Rgb, RgbImage};
+use model::shipped;
 use proptest::prelude::*;
 
 fn candidate(predicted_iou: f32, stability_score: f32, object: Option<usize>) -> ScoredCandidate {
@@ -129,11 +130,6 @@ proptest! {
     }
 }
 
-fn shipped() -> Result<SamModel> {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
-    Ok(SamModel::from_pretrained(folder, AttentionKind::Fused, DType::F32, &Device::Cpu)?)
-}
-
 /// Two bright squares on a dark ground, and their masks.
 fn squares() -> Result<(DynamicImage, Vec<Rle>)> {
     let inside = |corner: u32, x: u32, y: u32| {
@@ -152,7 +148,7 @@ fn squares() -> Result<(DynamicImage, Vec<Rle>)> {
 
 #[test]
 fn counts_of_the_filters_add_up() -> Result<()> {
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Fused)?;
     let predictor = SamPredictor::new(&model);
     let (image, _) = squares()?;
     let usual = MaskGenerator { points_per_side: 6, crop_n_layers: 1, ..MaskGenerator::default() };
@@ -183,7 +179,7 @@ fn counts_of_the_filters_add_up() -> Result<()> {
 
 #[test]
 fn calibrated_generator_finds_what_was_counted() -> Result<()> {
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Fused)?;
     let predictor = SamPredictor::new(&model);
     let generator = MaskGenerator { points_per_side: 8, ..MaskGenerator::default() };
     let chosen = generator.calibrate(&predictor, [Ok(squares()?)])?;

@@ -1,5 +1,8 @@
 //! Stored embeddings: read only if image, model, adapter and settings agree, and told otherwise; damage is noticed.
 
+#[path = "common/model.rs"]
+mod model;
+
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device};
 use candle_sam_lora::sam::{
@@ -9,16 +12,12 @@ use candle_sam_lora::sam::{
 };
 use candle_sam_lora::{lora, nn};
 use image::{DynamicImage, Rgb, RgbImage};
+use model::shipped;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-fn shipped() -> Result<SamModel> {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
-    Ok(SamModel::from_pretrained(folder, AttentionKind::Split, DType::F32, &Device::Cpu)?)
-}
-
 fn adapted() -> Result<SamModel> {
-    let mut model = shipped()?;
+    let mut model = shipped(AttentionKind::Split)?;
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/everything/adapter");
     lora::load_adapter(&mut model, folder)?;
     Ok(model)
@@ -37,8 +36,7 @@ fn folder() -> Result<(TempDir, PathBuf)> {
 }
 
 fn bits(embedding: &ImageEmbedding) -> Result<Vec<u32>> {
-    let values = embedding.tensor.flatten_all()?.to_vec1::<f32>()?;
-    Ok(values.into_iter().map(f32::to_bits).collect())
+    Ok(model::bits(&embedding.tensor)?)
 }
 
 fn reason(embedded: &Embedded) -> &str {
@@ -53,7 +51,7 @@ fn said(store: &EmbeddingStore, model: &SamModel, image: &Path) -> Result<String
 #[test]
 fn stored_embedding_is_the_computed_one() -> Result<()> {
     let (_folder, image) = folder()?;
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let predictor = SamPredictor::new(&model);
     let expected = predictor.embed(&candle_sam_lora::sam::read_image(&image)?)?;
     let store = EmbeddingStore::beside();
@@ -77,7 +75,7 @@ fn stored_embedding_is_the_computed_one() -> Result<()> {
 #[test]
 fn one_embedding_gives_the_masks_of_the_image() -> Result<()> {
     let (_folder, image) = folder()?;
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let predictor = SamPredictor::new(&model);
     let read = candle_sam_lora::sam::read_image(&image)?;
     let generator = MaskGenerator {
@@ -103,7 +101,7 @@ fn one_embedding_gives_the_masks_of_the_image() -> Result<()> {
 #[test]
 fn whatever_differs_is_told_and_computed() -> Result<()> {
     let (_folder, image) = folder()?;
-    let (plain, with_adapter) = (shipped()?, adapted()?);
+    let (plain, with_adapter) = (shipped(AttentionKind::Split)?, adapted()?);
     let store = EmbeddingStore::beside();
     ensure!(said(&store, &plain, &image)? == "there was no file");
     ensure!(said(&store, &with_adapter, &image)?.starts_with("the adapter is another: expected "));
@@ -111,7 +109,7 @@ fn whatever_differs_is_told_and_computed() -> Result<()> {
     ensure!(said(&store, &plain, &image)?.contains("the adapter is another: expected none"));
     write_image(&image, 8)?;
     ensure!(said(&store, &plain, &image)?.starts_with("the image is another: expected "));
-    let mut other = shipped()?;
+    let mut other = shipped(AttentionKind::Split)?;
     other.randomize(3, 0.02)?;
     ensure!(said(&store, &other, &image)?.starts_with("the model is another: expected "));
     ensure!(said(&store, &plain, &image)?.starts_with("the model is another: expected "));
@@ -139,7 +137,7 @@ fn adapter_in_use_is_part_of_the_origin() -> Result<()> {
     ensure!(said(&store, &model, &image)? == "there was no file");
     lora::disable_adapters(&mut model)?;
     ensure!(said(&store, &model, &image)?.contains("expected none"));
-    ensure!(said(&store, &shipped()?, &image)? == "read");
+    ensure!(said(&store, &shipped(AttentionKind::Split)?, &image)? == "read");
     lora::enable_adapters(&mut model)?;
     ensure!(said(&store, &model, &image)?.contains("found none"));
     nn::ModuleTree::visit_mut(&mut model, "", &mut |_, node| {
@@ -157,7 +155,7 @@ fn adapter_in_use_is_part_of_the_origin() -> Result<()> {
 fn trained_encoder_is_another_model() -> Result<()> {
     let (_folder, image) = folder()?;
     let store = EmbeddingStore::beside();
-    let mut model = shipped()?;
+    let mut model = shipped(AttentionKind::Split)?;
     nn::set_trainable(&mut model, |name| name.starts_with("vision_encoder.neck"))?;
     let predictor = SamPredictor::new(&model);
     ensure!(reason(&store.get_or_embed(&predictor, &image)?) == "there was no file");
@@ -177,7 +175,7 @@ fn images_of_one_name_share_a_folder() -> Result<()> {
     std::fs::create_dir(&other)?;
     let second = other.join("photo.png");
     write_image(&second, 99)?;
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let store = EmbeddingStore::in_folder(folder.path().join("deep/embeddings"));
     ensure!(said(&store, &model, &first)? == "there was no file");
     ensure!(said(&store, &model, &second)? == "there was no file");
@@ -189,7 +187,7 @@ fn images_of_one_name_share_a_folder() -> Result<()> {
 #[test]
 fn half_precision_halves_the_file() -> Result<()> {
     let (_folder, image) = folder()?;
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let predictor = SamPredictor::new(&model);
     let exact = EmbeddingStore::beside().get_or_embed(&predictor, &image)?;
     let full = std::fs::metadata(&exact.path)?.len();
@@ -247,7 +245,7 @@ fn files_keep_embedding_and_origin() -> Result<()> {
 #[test]
 fn every_damage_is_noticed() -> Result<()> {
     let (_folder, image) = folder()?;
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let predictor = SamPredictor::new(&model);
     let store = EmbeddingStore::beside();
     let first = store.get_or_embed(&predictor, &image)?;
@@ -281,7 +279,7 @@ fn every_damage_is_noticed() -> Result<()> {
 #[test]
 fn images_that_cannot_be_read_are_errors() -> Result<()> {
     let (folder, _) = folder()?;
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let predictor = SamPredictor::new(&model);
     let store = EmbeddingStore::beside();
     let text = folder.path().join("text.png");

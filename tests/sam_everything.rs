@@ -4,27 +4,24 @@
 mod common;
 
 use anyhow::{ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
+use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora;
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::{
     label_image, save_labels, AttentionKind, CocoAnnotations, Crop, GeneratedMask, MaskGenerator,
-    Prompt, Rle, SamInput, SamModel, SamPredictor,
+    Prompt, Rle, SamInput, SamPredictor,
 };
-use common::model::{fixtures, relative_error, Tensors};
+use common::model::{fixtures, metadata, relative_error, shipped, Tensors};
 use image::{DynamicImage, RgbImage};
+use std::collections::BTreeMap;
 
 /// Twice what f32 errs by in the model, see `tests/sam_model.rs`.
 const SCORE_TOLERANCE: f64 = 1.1e-5;
 
-fn io() -> Result<(Tensors, serde_json::Map<String, serde_json::Value>)> {
+fn io() -> Result<(Tensors, BTreeMap<String, serde_json::Value>)> {
     let path = fixtures().join("everything/io.safetensors");
-    let bytes = std::fs::read(&path)?;
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
-    let cases = metadata.metadata().clone().context("no metadata")?;
-    let cases = cases.into_iter().map(|(case, text)| Ok((case, serde_json::from_str(&text)?)));
-    let tensors = candle_core::safetensors::load(&path, &Device::Cpu)?.into_iter().collect();
-    Ok((tensors, cases.collect::<Result<_>>()?))
+    Ok((read_tensors(&path, &Device::Cpu)?, metadata(&path)?))
 }
 
 fn picture(pixels: &Tensor) -> Result<DynamicImage> {
@@ -58,11 +55,6 @@ fn generator(settings: &serde_json::Value) -> Result<MaskGenerator> {
         }
     }
     Ok(generator)
-}
-
-fn shipped() -> Result<SamModel> {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
-    Ok(SamModel::from_pretrained(folder, AttentionKind::Split, DType::F32, &Device::Cpu)?)
 }
 
 fn same(
@@ -103,7 +95,7 @@ fn same(
 fn masks_equal_those_of_transformers_and_of_the_original() -> Result<()> {
     let (tensors, cases) = io()?;
     ensure!(cases.len() == 9, "{} cases", cases.len());
-    let (plain, mut adapted) = (shipped()?, shipped()?);
+    let (plain, mut adapted) = (shipped(AttentionKind::Split)?, shipped(AttentionKind::Split)?);
     lora::load_adapter(&mut adapted, fixtures().join("everything/adapter"))?;
     for (case, facts) in &cases {
         let predictor = SamPredictor::new(if case == "adapter" { &adapted } else { &plain });
@@ -118,7 +110,7 @@ fn masks_equal_those_of_transformers_and_of_the_original() -> Result<()> {
 #[test]
 fn several_objects_in_one_call_equal_each_alone() -> Result<()> {
     let (tensors, _) = io()?;
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let predictor = SamPredictor::new(&model);
     let embedding = predictor.embed(&picture(&tensors["grid/image"])?)?;
     let first = Prompt::at(20.0, 30.0);
@@ -165,7 +157,7 @@ fn several_objects_in_one_call_equal_each_alone() -> Result<()> {
 
 #[test]
 fn what_is_no_prompt_or_no_setting_is_refused() -> Result<()> {
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let predictor = SamPredictor::new(&model);
     let image = DynamicImage::new_rgb8(40, 30);
     let embedding = predictor.embed(&image)?;
@@ -192,7 +184,7 @@ fn what_is_no_prompt_or_no_setting_is_refused() -> Result<()> {
 
 #[test]
 fn progress_counts_every_point() -> Result<()> {
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Split)?;
     let generator = MaskGenerator {
         points_per_side: 4,
         points_per_batch: 5,
@@ -207,13 +199,6 @@ fn progress_counts_every_point() -> Result<()> {
     ensure!(seen.last() == Some(&(32, 32)) && seen.len() == 8, "{seen:?}");
     ensure!(seen.is_sorted());
     Ok(())
-}
-
-/// A folder for one test's files.
-fn scratch(name: &str) -> Result<std::path::PathBuf> {
-    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&folder)?;
-    Ok(folder)
 }
 
 fn disc(size: (u32, u32), centre: (f64, f64), radius: f64) -> Result<GeneratedMask> {
@@ -240,7 +225,8 @@ fn label_images_hold_every_mask() -> Result<()> {
     let labels = label_image(&masks, size);
     let place = |y: usize, x: usize| labels[y * 50 + x];
     ensure!(place(20, 20) == 1 && place(20, 30) == 2 && place(0, 49) == 0);
-    let folder = scratch("labels")?;
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
     for name in ["labels.png", "labels.tif"] {
         save_labels(folder.join(name), &labels, size)?;
     }
@@ -271,7 +257,8 @@ fn annotations_are_coco() -> Result<()> {
     let mut annotations = CocoAnnotations::default();
     annotations.push("empty.png", (3, 4), &[]);
     annotations.push("two.png", size, &masks);
-    let path = scratch("coco")?.join("masks.json");
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("masks.json");
     annotations.save(&path)?;
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
     ensure!(

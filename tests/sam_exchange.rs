@@ -7,7 +7,6 @@ mod property;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{
     fuse_qkv, inject, load_adapter, load_adapter_tensors, read_adapter, read_samed_adapter,
     split_qkv, write_adapter, LoraConfig, CONFIG_FILE,
@@ -255,11 +254,7 @@ fn samed_files_compute_what_samed_computes() -> Result<()> {
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
     compare("samed_some", &model, &["image_embeddings"])?;
 
-    let mut model = SamModel::new(
-        &model::config("tiny")?,
-        AttentionKind::Split,
-        VarBuilder::zeros(DType::F32, &DEVICE),
-    )?;
+    let mut model = model::zeros(&model::config("tiny")?, AttentionKind::Split)?;
     checkpoint::load(&mut model.vision_encoder, foreign("samed_model"))?;
     let (config, tensors) = read_samed_adapter(&model, foreign("samed_model"), None)?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;
@@ -271,11 +266,7 @@ fn samed_files_compute_what_samed_computes() -> Result<()> {
 
 #[test]
 fn micro_sam_files_hold_model_and_adapter() -> Result<()> {
-    let mut model = SamModel::new(
-        &model::config("tiny")?,
-        AttentionKind::Split,
-        VarBuilder::zeros(DType::F32, &DEVICE),
-    )?;
+    let mut model = model::zeros(&model::config("tiny")?, AttentionKind::Split)?;
     checkpoint::load(&mut model, foreign("micro_sam"))?;
     let (config, tensors) = read_samed_adapter(&model, foreign("micro_sam"), None)?;
     load_adapter_tensors(&mut model, "default", &config, tensors)?;

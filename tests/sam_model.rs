@@ -12,8 +12,8 @@ use candle_sam_lora::sam::{
     SamPositionalEmbedding, SamPromptEncoder, SamTwoWayTransformer, SamVisionEncoder,
 };
 use common::{
-    error_relative_to, largest, lookup, measured_by, model, read, relative_error, scalars, Tensors,
-    Worst,
+    below, error_relative_to, gradient_errors, lookup, model, read, relative_error, scalars,
+    Tensors, Worst,
 };
 use std::collections::BTreeMap;
 
@@ -68,12 +68,7 @@ fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {
     let facts = scalars("tiny", "gradients")?;
     let case = facts["prompt_case"].as_str().context("no prompt_case")?;
     let without: Vec<String> = serde_json::from_value(facts["without_gradient"].clone())?;
-    let expected: Tensors = io
-        .iter()
-        .filter_map(|(name, tensor)| {
-            Some((name.strip_prefix("gradients/grad/")?.to_string(), tensor.clone()))
-        })
-        .collect();
+    let expected = below(&io, "gradients/grad/");
     let mut worst = Worst::default();
     // Trainable matrices and frozen ones go different ways through the operations.
     let no_matrix = |name: &str| !name.ends_with("weight") || group(name) != "weights";
@@ -94,32 +89,20 @@ fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {
         worst.add("loss", error_relative_to(&magnitude, &loss, &io["gradients/loss"])?);
         let pixel_gradient = gradients.get(&pixels).context("no gradient of the images")?;
         worst.compare("gradient of pixel_values", pixel_gradient, &expected["pixel_values"])?;
-        let (mut compared, mut zero) = (0, 0);
-        for (name, parameter) in named_parameters(&model) {
-            if !parameter.is_variable() {
-                continue;
+        let parameters = named_parameters(&model).into_iter();
+        for (name, variable) in parameters.filter(|(_, tensor)| tensor.is_variable()) {
+            match without.contains(&name) {
+                true => assert!(gradients.get(&variable).is_none(), "{name} has a gradient"),
+                false => drop(lookup(&expected, &name)?),
             }
-            let got = gradients.get(&parameter);
-            if without.contains(&name) {
-                assert!(got.is_none(), "{name} has a gradient");
-                continue;
-            }
-            let want = lookup(&expected, &name)?;
-            // PyTorch has zeros for what takes part but is sliced away, as mask 0 where several are wanted.
-            if largest(&want)? == 0.0 {
-                assert_eq!(got.map_or(Ok(0.0), largest)?, 0.0, "{name}");
-                zero += 1;
-                continue;
-            }
-            let scale = lookup(&expected, &measured_by(&name))?;
-            let got = got.with_context(|| format!("{name} has no gradient"))?;
-            let error = error_relative_to(&scale, got, &want).with_context(|| name.clone())?;
-            let part = name.split('.').next().unwrap_or_default();
-            worst.add(&format!("gradients of {part}: {}", group(&name)), error);
-            compared += 1;
         }
-        println!("{kind:?}, matrices {matrices}: {compared} compared, {zero} are zero");
-        assert!(compared > 100);
+        let errors = gradient_errors(&model, &gradients, &expected)?;
+        for (name, error) in &errors {
+            let part = name.split('.').next().unwrap_or_default();
+            worst.add(&format!("gradients of {part}: {}", group(name)), *error);
+        }
+        println!("{kind:?}, matrices {matrices}: {} compared", errors.len());
+        assert!(errors.len() > 100);
     }
     worst.assert_within(GRADIENT_TOLERANCE);
     Ok(())
@@ -172,20 +155,12 @@ fn names_and_shapes_are_those_of_the_checkpoints() -> Result<()> {
     for (kind, file) in
         [(AttentionKind::Fused, "model.safetensors"), (AttentionKind::Split, "split.safetensors")]
     {
-        let model = SamModel::new(
-            &common::config("tiny")?,
-            kind,
-            VarBuilder::zeros(DType::F32, &Device::Cpu),
-        )?;
+        let model = common::zeros(&common::config("tiny")?, kind)?;
         let theirs = read("tiny", file)?;
         let theirs = theirs.into_iter().map(|(name, t)| (untied(&name), t.dims().to_vec()));
         assert_eq!(tree(&model), theirs.collect());
     }
-    let model = SamModel::new(
-        &SamConfig::vit_b(),
-        AttentionKind::Fused,
-        VarBuilder::zeros(DType::F32, &Device::Cpu),
-    )?;
+    let model = common::zeros(&SamConfig::vit_b(), AttentionKind::Fused)?;
     let mut published = BTreeMap::new();
     for line in include_str!("data/tensor_names_vit_b.tsv").lines().skip(1) {
         let [_, name, shape] = line.split('\t').collect::<Vec<_>>()[..] else {
@@ -206,7 +181,7 @@ fn parameter_counts_are_those_of_sam() -> Result<()> {
         (SamConfig::vit_h(), 641_090_608),
     ] {
         for kind in KINDS {
-            let model = SamModel::new(&config, kind, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
+            let model = common::zeros(&config, kind)?;
             let total: usize = named_parameters(&model).iter().map(|(_, t)| t.elem_count()).sum();
             assert_eq!(total, count);
         }
@@ -303,12 +278,7 @@ fn inputs_that_do_not_fit_are_refused() -> Result<()> {
 fn random_weights_depend_on_the_seed_alone() -> Result<()> {
     let io = read("tiny", "io.safetensors")?;
     let build = |seed| -> Result<SamModel> {
-        let config = common::config("tiny")?;
-        let mut model = SamModel::new(
-            &config,
-            AttentionKind::Split,
-            VarBuilder::zeros(DType::F32, &Device::Cpu),
-        )?;
+        let mut model = common::zeros(&common::config("tiny")?, AttentionKind::Split)?;
         set_trainable(&mut model, |name| name.ends_with("q.weight"))?;
         model.randomize(seed, 0.1)?;
         Ok(model)
@@ -391,11 +361,7 @@ fn from_pretrained_reads_configuration_and_weights() -> Result<()> {
     let load =
         || SamModel::from_pretrained(&folder, AttentionKind::Split, DType::F32, &Device::Cpu);
     let model = load()?;
-    let mut by_hand = SamModel::new(
-        model.config(),
-        AttentionKind::Split,
-        VarBuilder::zeros(DType::F32, &Device::Cpu),
-    )?;
+    let mut by_hand = common::zeros(model.config(), AttentionKind::Split)?;
     candle_sam_lora::sam::checkpoint::load(&mut by_hand, &folder)?;
     let (found, expected) = (named_parameters(&model), named_parameters(&by_hand));
     assert_eq!(found.len(), expected.len());

@@ -1,13 +1,16 @@
 //! Large images in tiles: regions equal those of the whole, stitched masks are the objects, labels in strips those of
 //! the whole.
 
+#[path = "common/model.rs"]
+mod model;
+
 use anyhow::{ensure, Context, Result};
-use candle_core::{DType, Device};
 use candle_sam_lora::sam::{
     label_image, read_image, save_label_strips, AttentionKind, Crop, GeneratedMask, LargeImage,
-    MaskGenerator, ReadOptions, Rle, SamModel, SamPredictor, Tile, Tiling, ValueRange,
+    MaskGenerator, ReadOptions, Rle, SamPredictor, Tile, Tiling, ValueRange,
 };
 use image::{DynamicImage, Rgb, RgbImage};
+use model::shipped;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use tiff::encoder::{colortype, Compression, Predictor, TiffEncoder};
@@ -351,11 +354,6 @@ fn masks_of_another_size_are_refused() -> Result<()> {
     Ok(())
 }
 
-fn shipped() -> Result<SamModel> {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
-    Ok(SamModel::from_pretrained(folder, AttentionKind::Fused, DType::F32, &Device::Cpu)?)
-}
-
 /// Keeps masks however poor.
 fn everything() -> MaskGenerator {
     let (pred_iou_thresh, stability_score_thresh) = (0.0, 0.5);
@@ -382,7 +380,7 @@ fn same(a: &[GeneratedMask], b: &[GeneratedMask]) -> bool {
 
 #[test]
 fn one_tile_equals_the_whole() -> Result<()> {
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Fused)?;
     let predictor = SamPredictor::new(&model);
     let image = picture((96, 120));
     let generator = everything();
@@ -401,7 +399,7 @@ fn one_tile_equals_the_whole() -> Result<()> {
 
 #[test]
 fn tiles_of_a_model_are_deterministic() -> Result<()> {
-    let model = shipped()?;
+    let model = shipped(AttentionKind::Fused)?;
     let predictor = SamPredictor::new(&model);
     let generator = everything();
     let tiling = Tiling { tile: 100, halo: 20, ..Tiling::default() };

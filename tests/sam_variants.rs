@@ -4,15 +4,15 @@
 #[path = "common/model.rs"]
 mod common;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::files::{read_tensors, write_tensors};
 use candle_sam_lora::lora::load_adapter;
-use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
+use candle_sam_lora::nn::{set_trainable, Mode};
 use candle_sam_lora::sam::{checkpoint, model_type, AttentionKind, SamConfig, SamInput, SamModel};
 use candle_sam_lora::sam::{SamVisionConfig, SamVisionModel};
-use common::{error_relative_to, fixtures, largest, lookup, Tensors, Worst};
+use common::{below, fixtures, gradient_errors, largest, Tensors, Worst};
 use std::path::{Path, PathBuf};
 
 const VARIANTS: [&str; 4] = ["rate_4", "rate_1", "bare", "no_layers"];
@@ -74,32 +74,19 @@ fn gradients_equal_transformers() -> Result<()> {
     // Trainable matrices and frozen ones go different ways through the operations.
     for (name, matrices) in VARIANTS.iter().flat_map(|name| [(name, true), (name, false)]) {
         let io = read(folder(name).join("io.safetensors"))?;
-        let expected: Tensors = io
-            .iter()
-            .filter_map(|(name, t)| Some((name.strip_prefix("all/grad/")?.to_string(), t.clone())))
-            .collect();
+        let expected = below(&io, "all/grad/");
         let (_, mut model) = load(name, AttentionKind::Split, DType::F32)?;
         set_trainable(&mut model, |name| matrices || name.ends_with("bias"))?;
         let out = model.forward(&input(&io), Mode::Eval)?;
         let loss = (out.pred_masks * &io["all/G_pred_masks"])?.sum_all()?
             + (out.iou_scores * &io["all/G_iou_scores"])?.sum_all()?;
         let gradients = loss?.backward()?;
-        let mut compared = 0;
-        for (parameter_name, parameter) in named_parameters(&model) {
-            // A tensor that takes no part has no gradient there, or zeros.
-            let Ok(want) = lookup(&expected, &parameter_name) else { continue };
-            if !parameter.is_variable() || largest(&want)? == 0.0 {
-                continue;
-            }
-            // A bias of all keys shifts every score of a row alike: its gradient is zero but for rounding.
-            let queries = parameter_name.replace("k_proj.bias", "q_proj.bias");
-            let scale = lookup(&expected, &queries.replace(".k.bias", ".q.bias"))?;
-            let got = gradients.get(&parameter).with_context(|| parameter_name.clone())?;
-            let error = error_relative_to(&scale, got, &want)?;
-            let part = parameter_name.split('.').next().unwrap_or_default();
-            worst.add(&format!("{name} {part}"), error);
-            compared += 1;
+        let errors = gradient_errors(&model, &gradients, &expected)?;
+        for (parameter, error) in &errors {
+            let part = parameter.split('.').next().unwrap_or_default();
+            worst.add(&format!("{name} {part}"), *error);
         }
+        let compared = errors.len();
         ensure!(compared > if matrices { 40 } else { 15 }, "{name}: {compared} compared");
     }
     worst.assert_within(GRADIENT_TOLERANCE);
@@ -208,10 +195,7 @@ fn an_encoder_alone_loads_from_every_kind_of_file() -> Result<()> {
         let all = common::read(name, "model.safetensors")?;
         let part: Tensors =
             all.iter().filter(|(name, _)| name.starts_with("vision_encoder.")).map(own).collect();
-        let bare: Tensors = part
-            .iter()
-            .map(|(name, t)| (name["vision_encoder.".len()..].into(), t.clone()))
-            .collect();
+        let bare = below(&all, "vision_encoder.");
         let below: Tensors =
             part.iter().map(|(name, t)| (format!("sam.{name}"), t.clone())).collect();
         let check = |what: &str, dtype: DType, tolerance: f64| -> Result<()> {

@@ -9,11 +9,7 @@ use candle_core::{DType, Tensor};
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{self, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
-use common::{model, read};
-
-fn bits(tensor: &Tensor) -> Result<Vec<u32>> {
-    Ok(tensor.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
-}
+use common::{bits, model, read};
 
 fn adapted(seed: u64, targets: &[&str]) -> Result<SamModel> {
     let mut model = model("tiny", AttentionKind::Split, DType::F32)?;

@@ -11,23 +11,16 @@ use candle_core::{Device, Tensor};
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::train::{together, AdamWConfig, Alone, Communicator, Trainer, TrainerConfig};
 use candle_sam_lora::Error;
-use run::{adapted, bits, go_on, loss, trainer, KINDS, PARTS};
+use run::{adapted, alone, bits, go_on, loss, trainer, KINDS, PARTS};
 use std::sync::Arc;
 use threads::on_threads;
 
 const STEPS: u64 = 3;
 
-fn alone(kind: &str) -> Result<Vec<u32>> {
-    let sam = adapted(kind)?;
-    let mut run = trainer(&sam, Arc::new(Alone))?;
-    go_on(&mut run, &sam, STEPS)?;
-    bits(&run, &sam)
-}
-
 #[test]
 fn any_number_of_ranks_gives_the_bits_of_one() -> Result<()> {
     for kind in KINDS {
-        let expected = alone(kind)?;
+        let expected = alone(kind, STEPS)?;
         for size in [2, 3, 4] {
             let found = on_threads(size, |communicator| {
                 let sam = adapted(kind)?;
@@ -69,7 +62,7 @@ fn the_order_of_the_sum_is_seen_in_the_bits() -> Result<()> {
 fn a_run_goes_on_with_another_number_of_ranks() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("state.safetensors");
-    let expected = alone("lora")?;
+    let expected = alone("lora", STEPS)?;
     for (steps, size) in [(1, 2), (2, 4), (STEPS, 1)] {
         let found = on_threads(size, |communicator| -> Result<_> {
             let sam = adapted("lora")?;

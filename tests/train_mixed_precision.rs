@@ -3,13 +3,13 @@
 mod common;
 
 use candle_core::{backprop::GradStore, DType, Device, Result, Tensor, Var, D};
-use candle_nn::{Optimizer, VarBuilder};
+use candle_nn::Optimizer;
 use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
 use candle_sam_lora::nn::{
     is_adapter_tensor, named_parameters, trainable_variables, Mode, ModuleTree, NodeMut,
 };
-use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
+use candle_sam_lora::sam::{AttentionKind, SamModel};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use common::adapters::{folder, run};
 use common::model::{self, Tensors};
@@ -31,12 +31,7 @@ fn off(got: &Tensor, truth: &Tensor) -> f64 {
 
 /// The fixture model in `dtype` with the adapter of a case.
 fn adapted(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
-    let mut sam = SamModel::new(
-        &model::config("tiny")?,
-        AttentionKind::Split,
-        VarBuilder::zeros(dtype, &Device::Cpu),
-    )?;
-    checkpoint::load(&mut sam, model::folder("tiny"))?;
+    let mut sam = model::model("tiny", AttentionKind::Split, dtype)?;
     if kind != "save_decoder" {
         load_adapter(&mut sam, folder(kind))?;
         return Ok(sam);

@@ -2,21 +2,17 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::{Optimizer, VarBuilder};
+use candle_core::{DType, Tensor};
+use candle_nn::Optimizer;
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::nn::{trainable_variables, Mode};
-use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamInput, SamModel};
+use candle_sam_lora::sam::{AttentionKind, SamInput};
 use candle_sam_lora::train::{mask_loss, AdamW, AdamWConfig};
 
 #[test]
 fn five_steps_are_pytorchs() -> anyhow::Result<()> {
     let case = &common::cases("train/adamw.safetensors")[0];
-    let folder = common::fixtures().join("models/tiny");
-    let config = SamConfig::load(folder.join("config.json"))?;
-    let mut model =
-        SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
-    checkpoint::load(&mut model, &folder)?;
+    let mut model = common::model::model("tiny", AttentionKind::Split, DType::F32)?;
     load_adapter(&mut model, common::fixtures().join("adapters/lora_qv"))?;
     let parameters = trainable_variables(&model)?;
     let hyperparameters = AdamWConfig {

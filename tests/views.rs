@@ -32,12 +32,23 @@ fn lora() -> LoraConfig {
     LoraConfig::new(2).target_modules(["q", "v"])
 }
 
+/// A model, and the map of its variables.
+fn in_map() -> Result<(VarMap, Vit)> {
+    let map = VarMap::new();
+    let vit = Vit::new(&map, Kept::default())?;
+    Ok((map, vit))
+}
+
 /// The same model with q, k and v as variables of their own.
 fn separate(vit: &Vit) -> Result<Vit> {
     let mut own = vit.clone();
     set_trainable(&mut own, |_| false)?;
     set_trainable(&mut own, |_| true)?;
     Ok(own)
+}
+
+fn trained(model: &dyn ModuleTree) -> Result<Vec<String>> {
+    Ok(trainable_variables(model)?.into_iter().map(|(name, _)| name).collect())
 }
 
 fn parameter_bits(model: &dyn ModuleTree) -> Result<BTreeMap<String, Vec<u32>>> {
@@ -54,11 +65,10 @@ fn reached(map: &VarMap, loss: &Tensor) -> Result<Vec<String>> {
 
 #[test]
 fn training_views_trains_the_variable_behind_them() -> Result<()> {
-    let map = VarMap::new();
-    let vit = Vit::new(&map, Kept::default())?;
+    let (map, vit) = in_map()?;
     let own = separate(&vit)?;
     let before = map_bits(&map)?;
-    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
+    let names = trained(&vit)?;
     assert!(names
         .contains(&"layers.0.attn.q.weight+layers.0.attn.k.weight+layers.0.attn.v.weight".into()));
     assert_eq!(names.len(), map.all_vars().len());
@@ -81,8 +91,7 @@ fn training_views_trains_the_variable_behind_them() -> Result<()> {
 
 #[test]
 fn freezing_stops_every_gradient_of_views() -> Result<()> {
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (map, mut vit) = in_map()?;
     let before = map_bits(&map)?;
     assert_eq!(reached(&map, &vit.loss(MODE)?)?.len(), map.all_vars().len());
     let mut injected = vit.clone();
@@ -101,11 +110,10 @@ fn freezing_stops_every_gradient_of_views() -> Result<()> {
 
 #[test]
 fn views_of_one_variable_part_when_some_are_frozen() -> Result<()> {
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (map, mut vit) = in_map()?;
     let before = map_bits(&map)?;
     set_trainable(&mut vit, |name| name.ends_with("attn.q.weight") || name.starts_with("head"))?;
-    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
+    let names = trained(&vit)?;
     assert_eq!(
         names,
         ["layers.0.attn.q.weight", "layers.1.attn.q.weight", "head.weight", "head.bias"]
@@ -137,9 +145,7 @@ fn a_variable_under_two_names_is_trained_once() -> Result<()> {
     module_tree!(Tied { a, b });
     let var = Var::ones(3, DType::F32, &Device::Cpu)?;
     let tied = Tied { a: var.as_tensor().clone(), b: var.as_tensor().clone() };
-    let names: Vec<String> =
-        trainable_variables(&tied)?.into_iter().map(|(name, _)| name).collect();
-    assert_eq!(names, ["a+b"]);
+    assert_eq!(trained(&tied)?, ["a+b"]);
     let sgd_like = AdamWConfig { weight_decay: 0.0, lr: 0.5, ..Default::default() };
     let mut trainer = Trainer::new(&tied, sgd_like)?;
     trainer.step(|_, _| (&tied.a + &tied.b)?.sum_all())?;
@@ -199,8 +205,7 @@ fn what_is_computed_from_a_variable_is_refused_by_name() -> Result<()> {
 
 #[test]
 fn randomize_keeps_the_variables_of_a_map() -> Result<()> {
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (map, mut vit) = in_map()?;
     let before = map_bits(&map)?;
     let mut plain = vit.clone();
     set_trainable(&mut plain, |_| false)?;
@@ -240,8 +245,7 @@ fn checkpoints_load_into_the_variables_behind_views() -> Result<()> {
     let mut vit = Vit::new(&saved, Kept::default())?;
     randomize(&mut vit, 9, 0.2)?;
     saved.save(&file)?;
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (map, mut vit) = in_map()?;
     checkpoint::load(&mut vit, &file)?;
     assert_eq!(map_bits(&map)?, map_bits(&saved)?);
     assert_eq!(trainable_variables(&vit)?.len(), map.all_vars().len());
@@ -290,8 +294,7 @@ fn views_of_any_strides_take_values_in_place() -> Result<()> {
 
 #[test]
 fn merging_leaves_the_map_alone() -> Result<()> {
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (map, mut vit) = in_map()?;
     let (base, before) = (map_bits(&map)?, bits(&vit.forward(&vit::input()?, Mode::Eval)?)?);
     inject(&mut vit, &lora(), 0)?;
     for (_, var) in trainable_variables(&vit)? {
@@ -314,8 +317,7 @@ fn merging_leaves_the_map_alone() -> Result<()> {
 
 #[test]
 fn gradient_checkpointing_of_views_gives_the_same_bits() -> Result<()> {
-    let map = VarMap::new();
-    let vit = Vit::new(&map, Kept::default())?;
+    let (_map, vit) = in_map()?;
     let x = vit::input()?;
     let plain = vit.layers[0].forward(&x, MODE)?.sqr()?.sum_all()?.backward()?;
     let y = gradient_checkpoint(&vit.layers[0], &x, |layer, x| layer.forward(x, MODE))?;
@@ -342,8 +344,7 @@ fn adapters_of_views(vit: &mut Vit) -> Result<Var> {
 #[test]
 fn adapters_that_are_views_switch_and_load() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (_map, mut vit) = in_map()?;
     inject(&mut vit, &lora(), 0)?;
     let other = adapter_state(&vit, &lora())?;
     let var = adapters_of_views(&mut vit)?;
@@ -364,7 +365,7 @@ fn adapters_that_are_views_switch_and_load() -> Result<()> {
     add_adapter(&mut vit, "second", &lora(), 1)?;
     set_adapter(&mut vit, &["second"])?;
     assert_eq!(reached_by(&var, &vit.loss(MODE)?)?, 0);
-    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
+    let names = trained(&vit)?;
     assert!(names.iter().all(|name| name.contains(".second.")), "{names:?}");
     set_adapter(&mut vit, &["default"])?;
     assert_eq!(trainable_variables(&vit)?.len(), 8);
@@ -385,8 +386,7 @@ fn saved_modules_load_into_the_maps_variables() -> Result<()> {
     let head = |map: &VarMap| map.data().lock().expect("no thread panicked")["head.weight"].clone();
     head(&first).set(&head(&first).ones_like()?)?;
     save_adapter(&trained, &config, folder.path())?;
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (map, mut vit) = in_map()?;
     load_adapter(&mut vit, folder.path())?;
     assert_eq!(bits(&head(&map))?, bits(&head(&first))?);
     assert_eq!(reached(&map, &vit.loss(MODE)?)?.len(), 2, "head.weight and head.bias");
@@ -408,12 +408,11 @@ fn saved_modules_part_from_tied_ones_that_are_frozen() -> Result<()> {
 
 #[test]
 fn views_trained_beside_adapters_become_variables_of_their_own() -> Result<()> {
-    let map = VarMap::new();
-    let mut vit = Vit::new(&map, Kept::default())?;
+    let (map, mut vit) = in_map()?;
     let before = map_bits(&map)?;
     let config = LoraConfig::new(2).target_modules(["q", "v"]).modules_to_save(["layers.1.attn.k"]);
     inject(&mut vit, &config, 0)?;
-    let names: Vec<String> = trainable_variables(&vit)?.into_iter().map(|(name, _)| name).collect();
+    let names = trained(&vit)?;
     assert!(names.contains(&"layers.1.attn.k.weight".to_string()), "{names:?}");
     let mut trainer = Trainer::new(&vit, self::config())?;
     trainer.step(|_, mode| vit.loss(mode))?;
@@ -448,8 +447,7 @@ fn states_of_views_resume_with_the_same_bits() -> Result<()> {
 
 #[test]
 fn a_tree_counts_views_as_trainable() -> Result<()> {
-    let map = VarMap::new();
-    let vit = Vit::new(&map, Kept::default())?;
+    let (map, vit) = in_map()?;
     let (mut views, mut variables) = (0, 0);
     vit.visit("", &mut |_, node| {
         if let Node::Parameter(tensor) = node {

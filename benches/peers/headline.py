@@ -1,4 +1,4 @@
-"""PyTorch on the layers that `headline` of tests/gpu.rs times, all in one process: it takes seconds to import.
+"""PyTorch on the layers that `headline` of tests/gpu times, all in one process: it takes seconds to import.
 
     python benches/peers/headline.py
     python benches/peers/headline.py --device cpu --small       that everything runs

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds tests/gpu.rs in the environment that is there, and prints the path of the binary.
+# Builds tests/gpu in the environment that is there, and prints the path of the binary.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cargo test --release --features cuda --test gpu --no-run --message-format=json-render-diagnostics |

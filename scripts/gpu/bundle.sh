@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what scripts/gpu/run.sh needs beside the source tree on a machine with a GPU but no Rust and no network: one stripped
-# binary, which is the GPU tests and every program of the kit (tests/gpu.rs). Fixtures, assets, PyTorch's side of the
+# binary, which is the GPU tests and every program of the kit (tests/gpu). Fixtures, assets, PyTorch's side of the
 # benchmarks and the runner travel with the tree.
 #
 # usage: bundle.sh [ARCHIVE]      (default: target/gpu-kit.tar.gz)

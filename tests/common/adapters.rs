@@ -1,12 +1,11 @@
 //! The adapters of every kind that PEFT wrote, on the fixture model: what they are compared by, on any device.
 
-use super::model::{self, error_relative_to, largest, Tensors, Worst};
+use super::model::{self, gradient_errors, Tensors, Worst};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
 use candle_sam_lora::lora;
 use candle_sam_lora::nn::{named_parameters, Mode};
-use candle_sam_lora::sam::{checkpoint, AttentionKind, SamInput, SamModel};
+use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -55,9 +54,7 @@ pub fn read(path: PathBuf, device: &Device) -> Result<Tensors> {
 /// The fixture model with an adapter.
 pub fn adapted(kind: &str, device: &Device) -> Result<SamModel> {
     let attention = if kind == "fused_qkv" { AttentionKind::Fused } else { AttentionKind::Split };
-    let mut adapted =
-        SamModel::new(&model::config("tiny")?, attention, VarBuilder::zeros(DType::F32, device))?;
-    checkpoint::load(&mut adapted, model::folder("tiny"))?;
+    let mut adapted = model::model_on(device, "tiny", attention, DType::F32)?;
     lora::load_adapter(&mut adapted, folder(kind))?;
     Ok(adapted)
 }
@@ -94,11 +91,7 @@ pub fn errors(kind: &str, model: &SamModel, inputs: &Tensors) -> Result<[Worst; 
         worst.compare(&format!("{kind} eval"), &got, &io[&format!("eval/{name}")])?;
     }
 
-    let bytes = std::fs::read(path)?;
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
-    let facts = metadata.metadata().as_ref().and_then(|m| m.get("train")).context("train")?;
-    let facts: serde_json::Value = serde_json::from_str(facts)?;
-    let seed = facts["seed"].as_u64().context("no seed")?;
+    let seed = model::metadata(path)?["train"]["seed"].as_u64().context("no seed")?;
     let out = run(model, inputs, Mode::Train { seed })?;
     for (name, got) in &out {
         if let Some(want) = io.get(&format!("train/{name}")) {
@@ -126,36 +119,16 @@ fn compare_gradients(
     prefix: &str,
 ) -> Result<()> {
     let gradients = loss.backward()?;
-    let expected: Tensors = io
-        .iter()
-        .filter_map(|(name, tensor)| {
-            let name = name.strip_prefix(prefix)?.strip_prefix("base_model.model.")?;
-            Some((name.replace(".base_layer.", "."), tensor.clone()))
-        })
-        .collect();
+    let plain = |(name, tensor): (String, Tensor)| (name.replace(".base_layer.", "."), tensor);
+    let expected = model::below(io, &format!("{prefix}base_model.model."));
+    let expected: Tensors = expected.into_iter().map(plain).collect();
     assert!(!expected.is_empty(), "{kind}: {prefix}");
     let parameters: Tensors = named_parameters(model).into_iter().collect();
     for name in expected.keys() {
         assert!(parameters.get(name).is_some_and(Tensor::is_variable), "{kind}: {name}");
     }
-    for (name, parameter) in parameters.iter().filter(|(_, tensor)| tensor.is_variable()) {
-        let got = gradients.get(parameter);
-        match expected.get(name) {
-            None => assert_eq!(got.map_or(Ok(0.0), largest)?, 0.0, "{kind}: {name}"),
-            Some(want) if largest(want)? == 0.0 => {
-                assert_eq!(got.map_or(Ok(0.0), largest)?, 0.0, "{kind}: {name}")
-            }
-            Some(want) => {
-                // Zero but for rounding, as in tests/sam_model.rs.
-                let queries =
-                    name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias");
-                let scale = expected.get(&queries).unwrap_or(want);
-                let got = got.with_context(|| format!("{kind}: {name} has no gradient"))?;
-                let error = error_relative_to(scale, got, want)
-                    .with_context(|| format!("{kind}: {name}"))?;
-                worst.add(&format!("{kind} gradients"), error);
-            }
-        }
+    for (_, error) in gradient_errors(model, &gradients, &expected).context(kind.to_string())? {
+        worst.add(&format!("{kind} gradients"), error);
     }
     Ok(())
 }

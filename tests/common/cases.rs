@@ -1,6 +1,7 @@
 //! The lists of cases: small ones that hold every path, and large ones.
 
 pub use super::operations::*;
+use super::values;
 use candle_core::{Result, Tensor};
 use candle_sam_lora::ops::Activation;
 
@@ -89,6 +90,20 @@ pub fn large() -> Vec<Op<'static>> {
         MultiHead { batch: (3, 3), queries: 7, keys: 7, heads: 8, dim: 32 }.op(),
         MultiHead { batch: (1, 1), queries: 130, keys: 300, heads: 2, dim: 20 }.op(),
     ]
+}
+
+/// The output has the same bits behind any strides and offsets of an input.
+pub fn assert_any_strides(op: &Op, inputs: &[Tensor]) -> Result<()> {
+    let expected = values(&(op.fused)(inputs)?);
+    for index in 0..inputs.len() {
+        for disguise in disguises(&inputs[index])? {
+            let mut inputs = inputs.to_vec();
+            inputs[index] = disguise;
+            let got = values(&(op.fused)(&inputs)?);
+            assert!(got == expected, "{} input {index}: {:?}", op.name, inputs[index].layout());
+        }
+    }
+    Ok(())
 }
 
 /// The same values behind other strides and offsets.

@@ -74,19 +74,18 @@ impl Case {
 pub fn cases(file: &str) -> Vec<Case> {
     let path = fixtures().join(file);
     let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-    let scalars = metadata.metadata().clone().unwrap_or_default();
+    let mut scalars = model::metadata(&path).unwrap();
     let mut cases: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
     for (name, tensor) in candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap() {
         let (case, tensor_name) = name.split_once('/').unwrap();
         cases.entry(case.to_string()).or_default().insert(tensor_name.to_string(), tensor);
     }
     assert!(!cases.is_empty(), "{file} holds no case");
-    let parse = |name: &str| scalars.get(name).map(|s| serde_json::from_str(s).unwrap());
-    cases
-        .into_iter()
-        .map(|(name, tensors)| Case { scalars: parse(&name).unwrap_or_default(), name, tensors })
-        .collect()
+    let case = |(name, tensors): (String, _)| {
+        let scalars = scalars.remove(&name).unwrap_or_default();
+        Case { name, scalars, tensors }
+    };
+    cases.into_iter().map(case).collect()
 }
 
 /// All elements as f64.

@@ -1,13 +1,14 @@
-//! Shared by the tests of the model: the PyTorch fixtures and how errors are measured.
+//! Shared by the tests of the model: the PyTorch fixtures, models and how errors are measured.
 #![allow(dead_code)]
 
 use anyhow::{bail, ensure, Context, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{backprop::GradStore, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::files;
+use candle_sam_lora::nn::{named_parameters, ModuleTree};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub type Tensors = BTreeMap<String, Tensor>;
 
@@ -32,19 +33,59 @@ pub fn read(name: &str, file: &str) -> Result<Tensors> {
     Ok(files::read_tensors(folder(name).join(file), &Device::Cpu)?)
 }
 
+/// The scalars of each case of a file.
+pub fn metadata(path: impl AsRef<Path>) -> Result<BTreeMap<String, serde_json::Value>> {
+    let bytes = std::fs::read(path)?;
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
+    let cases = metadata.metadata().clone().unwrap_or_default().into_iter();
+    cases.map(|(case, text)| Ok((case, serde_json::from_str(&text)?))).collect()
+}
+
 /// The scalars of one case of a model's `io.safetensors`.
 pub fn scalars(name: &str, case: &str) -> Result<serde_json::Value> {
-    let bytes = std::fs::read(folder(name).join("io.safetensors"))?;
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes)?;
-    let text = metadata.metadata().as_ref().and_then(|m| m.get(case)).context("no such case")?;
-    Ok(serde_json::from_str(text)?)
+    metadata(folder(name).join("io.safetensors"))?.remove(case).context("no such case")
+}
+
+/// The part of the tensors whose names begin with `prefix`, without it.
+pub fn below(tensors: &Tensors, prefix: &str) -> Tensors {
+    let inside = |(name, tensor): (&String, &Tensor)| {
+        Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
+    };
+    tensors.iter().filter_map(inside).collect()
+}
+
+/// A model without weights.
+pub fn zeros(config: &SamConfig, kind: AttentionKind) -> candle_sam_lora::Result<SamModel> {
+    SamModel::new(config, kind, VarBuilder::zeros(DType::F32, &Device::Cpu))
 }
 
 /// A fixture model with its weights.
 pub fn model(name: &str, kind: AttentionKind, dtype: DType) -> Result<SamModel> {
-    let mut model = SamModel::new(&config(name)?, kind, VarBuilder::zeros(dtype, &Device::Cpu))?;
+    model_on(&Device::Cpu, name, kind, dtype)
+}
+
+/// A fixture model on a device.
+pub fn model_on(
+    device: &Device,
+    name: &str,
+    kind: AttentionKind,
+    dtype: DType,
+) -> Result<SamModel> {
+    let mut model = SamModel::new(&config(name)?, kind, VarBuilder::zeros(dtype, device))?;
     checkpoint::load(&mut model, folder(name))?;
     Ok(model)
+}
+
+/// The small SAM that is shipped with the crate.
+pub fn shipped(kind: AttentionKind) -> Result<SamModel> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
+    Ok(SamModel::from_pretrained(folder, kind, DType::F32, &Device::Cpu)?)
+}
+
+/// The bits of a tensor's values as f32.
+pub fn bits(tensor: &Tensor) -> candle_core::Result<Vec<u32>> {
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(values.into_iter().map(f32::to_bits).collect())
 }
 
 /// The tensor of a name, where `attn.q`, `attn.k` and `attn.v` are the row blocks of `attn.qkv`.
@@ -67,6 +108,29 @@ pub fn lookup(tensors: &Tensors, name: &str) -> Result<Tensor> {
 /// its gradient is zero but for rounding, which is measured by the queries' bias.
 pub fn measured_by(name: &str) -> String {
     name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias")
+}
+
+/// The error of every gradient of a variable, by name. Where PyTorch has none, or zeros for a part that is sliced away, ours
+/// must be zero too.
+pub fn gradient_errors(
+    model: &dyn ModuleTree,
+    gradients: &GradStore,
+    expected: &Tensors,
+) -> Result<Vec<(String, f64)>> {
+    let mut errors = Vec::new();
+    let variables = named_parameters(model).into_iter().filter(|(_, t)| t.is_variable());
+    for (name, variable) in variables {
+        let (got, want) = (gradients.get(&variable), lookup(expected, &name).ok());
+        let Some(want) = want.filter(|want| largest(want).is_ok_and(|most| most > 0.0)) else {
+            ensure!(got.map_or(Ok(0.0), largest)? == 0.0, "{name} has a gradient");
+            continue;
+        };
+        let scale = lookup(expected, &measured_by(&name)).unwrap_or_else(|_| want.clone());
+        let got = got.with_context(|| format!("{name} has no gradient"))?;
+        let error = error_relative_to(&scale, got, &want).with_context(|| name.clone())?;
+        errors.push((name, error));
+    }
+    Ok(errors)
 }
 
 /// `max |got - want| / max |want|`

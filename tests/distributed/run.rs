@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
-use candle_sam_lora::train::{AdamWConfig, Communicator, StepRng, Trainer, TrainerConfig};
+use candle_sam_lora::train::{AdamWConfig, Alone, Communicator, StepRng, Trainer, TrainerConfig};
 use std::sync::Arc;
 
 use crate::common::model;
@@ -77,12 +77,19 @@ pub fn go_on(trainer: &mut Trainer, sam: &SamModel, steps: u64) -> candle_core::
     Ok(())
 }
 
+/// The bits of one process alone, which has all parts, after `steps` steps.
+pub fn alone(kind: &str, steps: u64) -> Result<Vec<u32>> {
+    let sam = adapted(kind)?;
+    let mut run = trainer(&sam, Arc::new(Alone))?;
+    go_on(&mut run, &sam, steps)?;
+    bits(&run, &sam)
+}
+
 /// The bits of everything trainable and of the losses.
 pub fn bits(trainer: &Trainer, sam: &SamModel) -> Result<Vec<u32>> {
     let mut bits: Vec<u32> = trainer.losses().iter().map(|loss| loss.to_bits()).collect();
     for (_, var) in trainable_variables(sam)? {
-        let values = var.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        bits.extend(values.into_iter().map(f32::to_bits));
+        bits.extend(model::bits(&var)?);
     }
     Ok(bits)
 }

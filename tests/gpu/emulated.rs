@@ -4,34 +4,36 @@
 //! The two differ where the emulator does not know the hardware's last bits: the order and rounding of the sums inside
 //! the tensor cores, the approximations of 2^x, division and square root.
 
+#[path = "../kernels/attention_case.rs"]
+mod attention_case;
 #[path = "../kernels/device.rs"]
 mod device;
+#[path = "../kernels/projection_case.rs"]
+mod projection_case;
 
-use crate::common::cases::DROPOUT;
 use crate::common::{error, random, values};
 use crate::{trial, with_each};
+use attention_case::{forward_on, Shapes, GLOBAL};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_sam_lora::launch::projection::{
-    self, ForwardOperands, LoraProblem, ProjectionProblem, Small,
-};
-use candle_sam_lora::launch::rel_pos_attention::{self as attention, Inputs};
+use candle_sam_lora::launch::projection::{self, Activation};
 use candle_sam_lora::launch::slots::Operands;
-use candle_sam_lora::launch::{layer_norm, AttentionProblem, Gpu, LayerNormProblem};
-use candle_sam_lora::ops::{self, Activation, Lora, Projection, RelPosAttention};
-use candle_sam_lora::philox::Dropout;
+use candle_sam_lora::launch::{layer_norm, Gpu, LayerNormProblem};
+use candle_sam_lora::ops;
 use device::{in_every_mode, launch_all, launch_plan, Memory, DTYPES};
 use libtest_mimic::Trial;
+use projection_case::{Data, PLAIN};
 use std::path::Path;
 
 pub fn trials() -> Vec<Trial> {
     type Test = fn(DType, &Device) -> Result<()>;
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels").is_dir();
-    let tests: [(&str, Test); 5] = [
+    let tests: [(&str, Test); 6] = [
         ("layer_norm", layer_norm_of),
         ("attention global", |dtype, device| attention_of((20, 20), None, dtype, device)),
         ("attention window", |dtype, device| attention_of((6, 9), Some(5), dtype, device)),
         ("lora_linear", lora_linear_of),
-        ("lora_qkv", lora_qkv_of),
+        ("lora_qkv", |dtype, device| lora_qkv_of(0.25, dtype, device)),
+        ("lora_qkv without dropout", |dtype, device| lora_qkv_of(0.0, dtype, device)),
     ];
     let mut trials = Vec::new();
     for (name, test) in tests {
@@ -94,174 +96,56 @@ fn layer_norm_of(dtype: DType, device: &Device) -> Result<()> {
 
 /// Two heads of 64; windows hang over the grid.
 fn attention_of(
-    (h, w): (usize, usize),
+    grid: (usize, usize),
     window: Option<usize>,
     dtype: DType,
     device: &Device,
 ) -> Result<()> {
-    let (num_heads, head_dim, softmax_scale) = (2, 64, 0.125);
-    let (side_h, side_w) = window.map_or((h, w), |side| (side, side));
-    let packed = 3 * num_heads * head_dim;
-    let qkv = tensor(1, &[1, h, w, packed], 1.0, dtype)?;
-    let table_h = tensor(2, &[2 * side_h - 1, head_dim], 0.3, dtype)?;
-    let table_w = tensor(3, &[2 * side_w - 1, head_dim], 0.3, dtype)?;
-    let pad = window.map(|_| tensor(4, &[packed], 1.0, dtype)).transpose()?;
-
-    let problem = AttentionProblem {
-        batch: 1,
-        h,
-        w,
-        num_heads,
-        head_dim,
-        side_h,
-        side_w,
-        softmax_scale,
-        rel_pos: true,
-        dropout: None,
-    };
-    let (from_qkv, from_pad) = (Memory::from_tensor(&qkv), pad.as_ref().map(Memory::from_tensor));
-    let from_tables = [&table_h, &table_w].map(Memory::from_tensor);
-    let inputs = Inputs {
-        qkv: from_qkv.address(),
-        tables: from_tables.each_ref().map(Memory::address),
-        pad: from_pad.as_ref().map_or(0, Memory::address),
-    };
-    let outputs = in_every_mode("attention", |device| {
-        let out = Memory::for_elements(h * w * packed / 3, dtype);
-        let lse = Memory::for_elements(attention::lse_elements(&problem, dtype), DType::F32);
-        let launch = attention::forward(&problem, dtype, &inputs, out.address(), lse.address())?;
-        launch_all(device, &[launch])?;
-        Ok(vec![out, lse])
-    });
-
-    let on = |t: &Tensor| t.to_device(device);
-    let (table_h, table_w, pad) = (on(&table_h)?, on(&table_w)?, pad.as_ref().map(on).transpose()?);
-    let config = RelPosAttention {
-        num_heads,
-        softmax_scale: softmax_scale.into(),
-        rel_pos: Some((&table_h, &table_w)),
-        window,
-        pad: pad.as_ref(),
-        dropout: None,
-    };
+    let shapes = Shapes { grid, heads: 2, window, pad: window.is_some(), ..GLOBAL };
+    let (case, on) = (attention_case::Case::new(shapes, dtype)?, |t: &Tensor| t.to_device(device));
+    let on_device = case.memory();
+    let outputs = in_every_mode("attention", |device| forward_on(device, &case, &on_device));
+    let (tables, pad) = ([on(&case.tables[0])?, on(&case.tables[1])?], on(&case.pad)?);
     with_each(device, || {
-        let out = ops::rel_pos_attention(&on(&qkv)?, &config)?;
+        let out = ops::rel_pos_attention(&on(&case.qkv)?, &case.config(&tables, &pad))?;
         compare("attention", dtype, &out, &outputs[0], PRODUCTS);
         Ok(())
     })
 }
 
-/// A projection's tensors: weight, bias, A, B.
-struct Part {
-    tensors: [Tensor; 4],
-    dropout: Option<Dropout>,
-}
-
-const ROWS: usize = 70;
-const IN_DIM: usize = 96;
-const RANK: usize = 16;
-const SCALING: f32 = 0.5;
-
-impl Part {
-    fn new(seed: u64, out_dim: usize, dropout: Option<Dropout>, dtype: DType) -> Result<Self> {
-        let scale = (IN_DIM as f64).powf(-0.5);
-        let tensors = [
-            tensor(seed, &[out_dim, IN_DIM], scale, dtype)?,
-            tensor(seed + 1, &[out_dim], 1.0, dtype)?,
-            tensor(seed + 2, &[RANK, IN_DIM], scale, dtype)?,
-            tensor(seed + 3, &[out_dim, RANK], (RANK as f64).powf(-0.5), dtype)?,
-        ];
-        Ok(Self { tensors, dropout })
-    }
-
-    fn out_dim(&self) -> Result<usize> {
-        self.tensors[0].dim(0)
-    }
-
-    fn on(&self, device: &Device) -> Result<Self> {
-        let [weight, bias, a, b] = self.tensors.each_ref().map(|t| t.to_device(device));
-        Ok(Self { tensors: [weight?, bias?, a?, b?], dropout: self.dropout })
-    }
-
-    fn projection(&self) -> Projection<'_> {
-        let [weight, bias, a, b] = &self.tensors;
-        let (scaling, dropout) = (SCALING.into(), self.dropout);
-        let lora = Lora { a, b, b_bias: None, scaling, dropout };
-        Projection { weight, bias: Some(bias), lora: Some(lora) }
-    }
-}
-
-/// Projections in the emulator.
-fn emulate(
-    parts: &[Part],
-    x: &Tensor,
-    activation: projection::Activation,
-    residual: Option<&Tensor>,
-) -> Result<Memory> {
-    let dtype = x.dtype();
-    let (mut problems, mut small) = (Vec::new(), Vec::new());
-    for part in parts {
-        let (rank, scaling, dropout) = (RANK, SCALING, part.dropout);
-        let lora = Some(LoraProblem { rank, scaling, dropout, bias: false });
-        problems.push(ProjectionProblem { out_dim: part.out_dim()?, bias: true, lora });
-        for tensor in &part.tensors[1..] {
-            small.push(tensor.flatten_all()?.to_dtype(DType::F32)?);
-        }
-    }
-    let problem =
-        projection::Problem { rows: ROWS, in_dim: IN_DIM, projections: &problems, activation };
-    let count = ROWS * problems.iter().map(|p| p.out_dim).sum::<usize>();
-    let weights: Vec<_> = parts.iter().map(|p| Memory::from_tensor(&p.tensors[0])).collect();
-    let weights_at: Vec<_> = weights.iter().map(Memory::address).collect();
-    let (from_x, small) = (Memory::from_tensor(x), Memory::from_tensor(&Tensor::cat(&small, 0)?));
-    let residual = residual.map(Memory::from_tensor);
-    let mut outputs = in_every_mode("projections", |device| {
-        let (out, sum) = (Memory::for_elements(count, dtype), Memory::for_elements(count, dtype));
-        let s = Memory::for_elements(projection::low_rank_len(&problem), DType::F32);
-        let operands = ForwardOperands {
-            x: from_x.address(),
-            weights: &weights_at,
-            small: Small::Flat(small.address()),
-            residual: residual.as_ref().map_or(0, Memory::address),
-            out: out.address(),
-            low_rank: s.address(),
-            sum: sum.address(),
-        };
+/// Adapters are of the dtype of the rest.
+fn projections_of(
+    what: &str,
+    case: projection_case::Case,
+    dtype: DType,
+    device: &Device,
+) -> Result<()> {
+    let data = Data::new(case, dtype)?.map(&|t| t.to_dtype(dtype))?;
+    let (problem, on_device) = (data.projections(), data.memory()?);
+    let outputs = in_every_mode(what, |device| {
+        let outputs = data.outputs();
+        let operands = on_device.forward(&outputs);
         launch_all(device, &projection::forward(&problem, dtype, &operands, &Gpu::A100)?)?;
-        Ok(vec![out])
+        Ok(outputs.into())
     });
-    Ok(outputs.remove(0))
+    let on_gpu = data.map(&|t| t.to_device(device))?;
+    with_each(device, || {
+        compare(what, dtype, &on_gpu.output()?, &outputs[0], PRODUCTS);
+        Ok(())
+    })
 }
+
+const LORA: projection_case::Case =
+    projection_case::Case { in_dim: 96, ranks: &[16], bias: true, ..PLAIN };
 
 /// With GELU, dropout and a residual.
 fn lora_linear_of(dtype: DType, device: &Device) -> Result<()> {
-    let part = Part::new(10, 72, Some(DROPOUT), dtype)?;
-    let x = tensor(1, &[ROWS, IN_DIM], 1.0, dtype)?;
-    let residual = tensor(2, &[ROWS, part.out_dim()?], 1.0, dtype)?;
-    let gelu = projection::Activation::Gelu;
-    let emulated = emulate(std::slice::from_ref(&part), &x, gelu, Some(&residual))?;
-    let (part, x, residual) = (part.on(device)?, x.to_device(device)?, residual.to_device(device)?);
-    with_each(device, || {
-        let y = ops::lora_linear(&x, &part.projection(), Activation::Gelu, Some(&residual))?;
-        compare("lora_linear", dtype, &y, &emulated, PRODUCTS);
-        Ok(())
-    })
+    let case =
+        projection_case::Case { p: 0.25, activation: Activation::Gelu, residual: true, ..LORA };
+    projections_of("lora_linear", case, dtype, device)
 }
 
-fn lora_qkv_of(dtype: DType, device: &Device) -> Result<()> {
-    let part = |index: u32| {
-        let dropout = (index != 1).then_some(Dropout { stream: index, ..DROPOUT });
-        Part::new(10 * u64::from(index + 1), 64, dropout, dtype)
-    };
-    let parts = [part(0)?, part(1)?, part(2)?];
-    let x = tensor(1, &[ROWS, IN_DIM], 1.0, dtype)?;
-    let emulated = emulate(&parts, &x, projection::Activation::Identity, None)?;
-    let [q, k, v] = parts.each_ref().map(|part| part.on(device));
-    let [q, k, v] = [q?, k?, v?];
-    let projections = [q.projection(), k.projection(), v.projection()];
-    with_each(device, || {
-        let y = ops::lora_qkv(&x.to_device(device)?, &projections)?;
-        compare("lora_qkv", dtype, &y, &emulated, PRODUCTS);
-        Ok(())
-    })
+fn lora_qkv_of(p: f64, dtype: DType, device: &Device) -> Result<()> {
+    let case = projection_case::Case { outs: &[64; 3], ranks: &[16; 3], p, ..LORA };
+    projections_of("lora_qkv", case, dtype, device)
 }

@@ -9,6 +9,7 @@ use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
+use candle_core::cuda_backend::cudarc::driver::CudaGraph;
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_sam_lora::ops::{self, Activation, Lora, Projection};
 use libtest_mimic::Trial;
@@ -87,6 +88,22 @@ fn run(op: &Captured, inputs: &[Tensor], grad_out: Option<&Tensor>) -> Result<Ve
     Ok(std::iter::once(out).chain(gradients).collect())
 }
 
+/// The result of `run`, and the graph of its launches.
+pub fn capture<T>(
+    device: &Device,
+    run: impl FnOnce() -> Result<T>,
+) -> Result<(T, Option<CudaGraph>)> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    stream
+        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        .map_err(Error::wrap)?;
+    let captured = run();
+    // The outputs' memory belongs to the graph: each launch allocates it anew, at the same address.
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).map_err(Error::wrap)?;
+    Ok((captured?, graph))
+}
+
 fn replay(op: &Captured, backward: bool, device: &Device) -> Result<()> {
     let on_device = |t: &Tensor| t.to_dtype(DType::BF16)?.to_device(device);
     let inputs = op.inputs.iter().map(on_device).collect::<Result<Vec<_>>>()?;
@@ -96,16 +113,8 @@ fn replay(op: &Captured, backward: bool, device: &Device) -> Result<()> {
     let _kept = cuda.enable_cuda_graph_htod_cache();
     // The first run loads the kernels, which a capture may not.
     let expected: Vec<_> = run(op, &inputs, grad_out.as_ref())?.iter().map(values).collect();
-    let stream = cuda.cuda_stream();
     cuda.synchronize()?;
-    stream
-        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-        .map_err(Error::wrap)?;
-    let captured = run(op, &inputs, grad_out.as_ref());
-    // The outputs' memory belongs to the graph: each launch allocates it anew, at the same address.
-    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    let graph = stream.end_capture(flags).map_err(Error::wrap)?;
-    let (outputs, Some(graph)) = (captured?, graph) else {
+    let (outputs, Some(graph)) = capture(device, || run(op, &inputs, grad_out.as_ref()))? else {
         candle_core::bail!("{}: nothing was captured", op.name)
     };
     for run in 0..3 {

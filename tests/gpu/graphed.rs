@@ -1,13 +1,12 @@
 //! The image encoder as a CUDA graph: replays give the bits of plain launches, for every input of the recorded shape.
 
-use crate::common::model::{config, folder};
+use crate::common::model::model_on;
 use crate::common::{random, values};
 use crate::{trial, with_each};
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
-use candle_nn::VarBuilder;
 use candle_sam_lora::cuda::Graphed;
 use candle_sam_lora::nn::Mode;
-use candle_sam_lora::sam::{checkpoint, AttentionKind, SamModel};
+use candle_sam_lora::sam::AttentionKind;
 use libtest_mimic::Trial;
 
 pub fn trials() -> Vec<Trial> {
@@ -24,11 +23,8 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn encoder(kind: AttentionKind, dtype: DType, device: &Device) -> anyhow::Result<()> {
-    let config = config("tiny")?;
-    let mut model = SamModel::new(&config, kind, VarBuilder::zeros(dtype, device))?;
-    checkpoint::load(&mut model, folder("tiny"))?;
-    let encoder = &model.vision_encoder;
-    let side = config.vision_config.image_size;
+    let model = model_on(device, "tiny", kind, dtype)?;
+    let (encoder, side) = (&model.vision_encoder, model.config().vision_config.image_size);
     let pixels = |seed| random(seed, (2, 3, side, side)).to_device(device)?.to_dtype(dtype);
     let graphed = Graphed::capture(&pixels(1)?, |x| encoder.forward(x, Mode::Eval))?;
     let mut outputs = Vec::new();

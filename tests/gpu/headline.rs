@@ -20,7 +20,6 @@ use candle_sam_lora::launch::tiles::Forced;
 use candle_sam_lora::ops::native;
 use clap::Parser;
 use serde_json::json;
-use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Twice the largest last-level cache of a GPU that we know (H200: 50 MB): inputs take turns so that none is in it.
@@ -43,16 +42,6 @@ struct Args {
     /// On small grids with one head, one run each: to see that everything runs.
     #[arg(long)]
     small: bool,
-}
-
-pub fn main() -> ExitCode {
-    match headline(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -147,7 +136,9 @@ fn problems(small: bool) -> Result<Vec<Problem>> {
     Ok(problems)
 }
 
-fn headline(args: &Args) -> Result<()> {
+/// The command.
+pub fn main() -> Result<()> {
+    let args = Args::parse();
     for name in &args.without {
         family(name)?;
     }
@@ -188,10 +179,7 @@ fn headline(args: &Args) -> Result<()> {
                 };
                 let until = now()?;
                 cuda::set_kernels(Kernels::default());
-                if let Err(error) = device.synchronize() {
-                    eprintln!("{}: the GPU does not answer any more: {error}", problem.name());
-                    watchdog::end(watchdog::BROKEN);
-                }
+                watchdog::answers(device, &problem.name());
                 let mut line = json!({
                     "name": problem.name(), "family": problem.family.name, "kernels": format!("{kernels:?}"),
                     "tile": tile, "batch": problem.size.batch, "grid": problem.size.grid,

@@ -2,15 +2,14 @@
 
 use crate::common::adapters;
 use crate::common::model::{
-    config, error_relative_to, folder, measured_by, model, read, scalars, Tensors, Worst,
+    error_relative_to, measured_by, model, model_on, read, scalars, Tensors, Worst,
 };
 use crate::watchdog::unwatched;
 use crate::{trial, with_each};
 use anyhow::Context;
 use candle_core::{DType, Device, Error, Tensor};
-use candle_nn::VarBuilder;
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
-use candle_sam_lora::sam::{checkpoint, AttentionKind, SamInput, SamModel};
+use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
 use libtest_mimic::Trial;
 
 /// Twice the CPU's 5.4e-6 (tests/sam_model.rs): the same arithmetic in f32, summed in cuBLAS' order.
@@ -38,12 +37,6 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-fn on(device: &Device, name: &str, kind: AttentionKind) -> anyhow::Result<SamModel> {
-    let mut model = SamModel::new(&config(name)?, kind, VarBuilder::zeros(DType::F32, device))?;
-    checkpoint::load(&mut model, folder(name))?;
-    Ok(model)
-}
-
 /// The input of a case on a device.
 fn input(name: &str, case: &str, device: &Device) -> anyhow::Result<SamInput> {
     let io = read(name, "io.safetensors")?;
@@ -62,7 +55,7 @@ fn input(name: &str, case: &str, device: &Device) -> anyhow::Result<SamInput> {
 }
 
 fn values(name: &str, kind: AttentionKind, device: &Device) -> anyhow::Result<()> {
-    let (io, model) = (read(name, "io.safetensors")?, on(device, name, kind)?);
+    let (io, model) = (read(name, "io.safetensors")?, model_on(device, name, kind, DType::F32)?);
     let mut worst = Worst::default();
     for case in ["points_boxes", "points_masks", "single"] {
         let out = model.forward(&input(name, case, device)?, Mode::Eval)?;
@@ -103,7 +96,7 @@ fn gradients(device: &Device) -> anyhow::Result<()> {
     };
     let on_cpu = model("tiny", AttentionKind::Split, DType::F32)?;
     let expected = unwatched(|| run(on_cpu, &Device::Cpu))?;
-    let got = run(on(device, "tiny", AttentionKind::Split)?, device)?;
+    let got = run(model_on(device, "tiny", AttentionKind::Split, DType::F32)?, device)?;
     assert_eq!(got.len(), expected.len(), "parameters with a gradient");
     let scales: Tensors = expected.iter().cloned().collect();
     let mut worst = Worst::default();

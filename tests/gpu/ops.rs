@@ -1,6 +1,6 @@
 //! Every operation on the GPU: values, gradients, strides, repetition, streams.
 
-use crate::common::cases::{all, disguises, large, Op};
+use crate::common::cases::{all, assert_any_strides, large, Op};
 use crate::common::{error, gradients, nudged, random, tensor_error, values, TIMES_ROUNDING};
 use crate::watchdog::unwatched;
 use crate::{trial, with_each};
@@ -123,18 +123,7 @@ fn everything(op: &Op, inputs: &[Tensor]) -> Result<Vec<Vec<f64>>> {
 
 fn any_strides_give_the_same_bits(op: &Op, dtype: DType, device: &Device) -> Result<()> {
     let (_, inputs) = inputs(op, dtype, device)?;
-    with_each(device, || {
-        let expected = values(&(op.fused)(&inputs)?);
-        for index in 0..inputs.len() {
-            for disguise in disguises(&inputs[index])? {
-                let mut inputs = inputs.clone();
-                inputs[index] = disguise;
-                let got = values(&(op.fused)(&inputs)?);
-                assert!(got == expected, "{} input {index}: {:?}", op.name, inputs[index].layout());
-            }
-        }
-        Ok(())
-    })
+    with_each(device, || assert_any_strides(op, &inputs))
 }
 
 fn ten_runs_give_the_same_bits(op: &Op, dtype: DType, device: &Device) -> Result<()> {

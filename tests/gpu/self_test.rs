@@ -3,10 +3,8 @@
 
 use crate::common::{error, gradients, random, values};
 use crate::driver_calls::calls;
+use crate::graph::capture;
 use crate::trial;
-use candle_core::cuda_backend::cudarc::driver::sys::{
-    CUgraphInstantiate_flags, CUstreamCaptureMode,
-};
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use candle_sam_lora::cuda::{self, Choice, Family, Kernels};
 use candle_sam_lora::launch::projection::sm90::tiles::{Pass, Tile};
@@ -277,16 +275,9 @@ fn a_capture_is_not_interrupted(device: &Device) -> Result<()> {
     let windows = Attention::new((9, 12), Some(7))?;
     let to = |t: &Tensor| t.to_dtype(DType::F16)?.to_device(device);
     let inputs = windows.inputs.iter().map(to).collect::<Result<Vec<_>>>()?;
-    let stream = device.as_cuda_device()?.cuda_stream();
     let kernels = ["rel_pos_attention_window_fwd_sm90", "rel_pos_attention_fwd_hd64"];
     let launched = launches(kernels, || {
-        stream
-            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-            .map_err(Error::wrap)?;
-        let captured = windows.run(&inputs);
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags).map_err(Error::wrap)?;
-        let out = captured?;
+        let (out, graph) = capture(device, || windows.run(&inputs))?;
         assert!(graph.is_some());
         drop(out);
         Ok(())

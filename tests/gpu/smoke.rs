@@ -17,7 +17,6 @@ use candle_sam_lora::cuda::{self, Kernels, SelfTestRow};
 use clap::Parser;
 use half::{bf16, f16};
 use serde_json::{json, Value};
-use std::process::ExitCode;
 use std::time::Instant;
 
 /// Runs that must give the same bits.
@@ -42,17 +41,9 @@ struct Args {
     small: bool,
 }
 
-pub fn main() -> ExitCode {
-    match smoke(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn smoke(args: &Args) -> Result<()> {
+/// The command.
+pub fn main() -> Result<()> {
+    let args = Args::parse();
     for name in args.only.iter().chain(&args.without) {
         crate::layers::family(name)?;
     }
@@ -88,10 +79,7 @@ fn smoke(args: &Args) -> Result<()> {
                 Err(error) => Err(anyhow!("the composed graph: {error:#}")),
             };
             cuda::set_kernels(Kernels::default());
-            if let Err(error) = device.synchronize() {
-                eprintln!("{}: the GPU does not answer any more: {error}", family.name);
-                watchdog::end(watchdog::BROKEN);
-            }
+            watchdog::answers(device, family.name);
             let (ok, mut line) =
                 outcome.unwrap_or_else(|e| (false, json!({"failed": format!("{e:#}")})));
             line["family"] = family.name.into();

@@ -3,13 +3,14 @@
 //!
 //! `CANDLE_SAM_LORA_WATCHDOG` is the time without progress after which it acts, in seconds; unset, it never does.
 
+use candle_core::Device;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Exit status of a process that made no progress.
-pub const HANGS: i32 = 71;
+const HANGS: i32 = 71;
 /// Exit status of a process whose GPU answers with errors alone.
-pub const BROKEN: i32 = 70;
+const BROKEN: i32 = 70;
 
 /// The task that the process waits for, and since when.
 static TASK: Mutex<Option<(String, Instant)>> = Mutex::new(None);
@@ -69,8 +70,16 @@ pub fn unwatched<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Ends the process if the GPU does not answer after this work. After an illegal access it never does again.
+pub fn answers(device: &Device, work: &str) {
+    if let Err(error) = device.synchronize() {
+        eprintln!("{work}: the GPU does not answer any more: {error}");
+        end(BROKEN);
+    }
+}
+
 /// Ends the process at once. Its exit handlers are not run: the driver's wait for the GPU.
-pub fn end(status: i32) -> ! {
+fn end(status: i32) -> ! {
     #[cfg(unix)]
     // SAFETY: takes any number, reads and writes no memory of this process.
     unsafe {

@@ -26,9 +26,18 @@ pub fn cache() -> PathBuf {
 /// All kernels, compiled when first asked for.
 pub fn emulator() -> &'static Emulator {
     static EMULATOR: OnceLock<Emulator> = OnceLock::new();
-    EMULATOR.get_or_init(|| {
-        Emulator::new(&Sources::all(kernels()), &cache()).unwrap_or_else(|e| panic!("{e}"))
-    })
+    EMULATOR.get_or_init(|| compile(&Sources::all(kernels())))
+}
+
+/// These files below `tests/kernels`, compiled against the kernels' headers.
+pub fn compiled(files: &[&str]) -> Emulator {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels");
+    let files = files.iter().map(|file| here.join(file)).collect();
+    compile(&Sources::files(kernels(), files))
+}
+
+pub fn compile(sources: &Sources) -> Emulator {
+    Emulator::new(sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// An emulated device, running in one mode.

@@ -1,19 +1,14 @@
 //! Single instructions in the emulator, against their definitions in the PTX ISA.
 
 use crate::common::{error, random, values};
-use crate::device::{cache, kernels, Memory};
+use crate::device::{compiled, Memory};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources};
+use candle_sam_lora_emulator::{Emulator, Launch, Mode};
 use std::sync::OnceLock;
 
 fn emulator() -> &'static Emulator {
     static EMULATOR: OnceLock<Emulator> = OnceLock::new();
-    EMULATOR.get_or_init(|| {
-        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels");
-        let files = ["gemm.cu", "instructions.cu"].map(|name| here.join(name)).to_vec();
-        let sources = Sources::files(kernels(), files);
-        Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
-    })
+    EMULATOR.get_or_init(|| compiled(&["gemm.cu", "instructions.cu"]))
 }
 
 /// Runs one of the kernels of instructions.cu in every mode, in blocks of 32 threads (`copies`: 64).

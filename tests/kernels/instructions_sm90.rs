@@ -1,47 +1,39 @@
 //! Hopper's instructions in the emulator, against their definitions in the PTX ISA.
 
 use crate::common::{error, random, values};
-use crate::device::{cache, encode, kernels, Memory};
+use crate::device::{compiled, encode, Memory};
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
-use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources};
+use candle_sam_lora_emulator::{Emulator, Launch, Mode};
 use std::sync::OnceLock;
 
 fn emulator() -> &'static Emulator {
     static EMULATOR: OnceLock<Emulator> = OnceLock::new();
     EMULATOR.get_or_init(|| {
-        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/sm90");
-        let files = ["gemm_sm90.cu", "instructions_sm90.cu", "cluster_sm90.cu"]
-            .map(|name| here.join(name))
-            .to_vec();
-        let sources = Sources::files(kernels(), files);
-        Emulator::new(&sources, &cache()).unwrap_or_else(|e| panic!("{e}"))
+        compiled(&["sm90/gemm_sm90.cu", "sm90/instructions_sm90.cu", "sm90/cluster_sm90.cu"])
     })
 }
+
+/// The shape of a launch.
+#[derive(Clone, Copy)]
+struct Blocks {
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u32,
+    cluster: u32,
+}
+
+const ONE: Blocks = Blocks { grid: [1; 3], threads: 32, shared_bytes: 0, cluster: 1 };
 
 /// Launches in every mode of copies and products; `words` follow the tensor maps in the params.
 fn run(
     kernel: &str,
-    grid: [u32; 3],
-    threads: u32,
-    shared_bytes: u32,
-    maps: &[&TensorMap],
-    words: &[u64],
-    check: impl FnMut(Mode),
-) {
-    run_clusters(kernel, (grid, 1), threads, shared_bytes, maps, words, check);
-}
-
-/// The same in clusters of so many blocks.
-fn run_clusters(
-    kernel: &str,
-    (grid, cluster): ([u32; 3], u32),
-    threads: u32,
-    shared_bytes: u32,
+    blocks: Blocks,
     maps: &[&TensorMap],
     words: &[u64],
     mut check: impl FnMut(Mode),
 ) {
+    let Blocks { grid, threads, shared_bytes, cluster } = blocks;
     let mut params: Vec<u8> = maps.iter().flat_map(|map| encode(map).unwrap()).collect();
     params.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
     if !maps.is_empty() {
@@ -107,7 +99,8 @@ impl Product {
         let ((_a, a_map), (_b, b_map)) = (map(&a, self.trans_a)?, map(&b, self.trans_b)?);
         let out = Memory::for_elements(64 * self.n, DType::F32);
         let name = self.name();
-        run(&name, [1; 3], 128, 41088, &[&a_map, &b_map], &[out.address()], |mode| {
+        let blocks = Blocks { threads: 128, shared_bytes: 41088, ..ONE };
+        run(&name, blocks, &[&a_map, &b_map], &[out.address()], |mode| {
             let error = error(&out.values(DType::F32), &expected);
             assert!(error < 1e-6, "{name} {mode:?}: {error:e}");
         });
@@ -172,7 +165,8 @@ fn bulk_copies_fill_with_zeros_before_and_behind_a_tensor_and_leave_out_what_lie
     };
     let mut words = vec![plain.address(), out.address()];
     words.resize(8, 0);
-    run("copies_sm90", [1; 3], 64, 1024, &[&from_map, &to_map], &words, |mode| {
+    let blocks = Blocks { threads: 64, shared_bytes: 1024, ..ONE };
+    run("copies_sm90", blocks, &[&from_map, &to_map], &words, |mode| {
         assert_eq!(out.values(DType::F32), values(&bytes), "{mode:?}");
         let got = to.values(DType::F32);
         for (i, &got) in got.iter().enumerate().take(24) {
@@ -194,7 +188,7 @@ fn stmatrix_and_its_transpose() -> Result<()> {
     let (memory, output) = (Memory::from_tensor(&input), Memory::for_elements(256, DType::F16));
     let expected = [&values(&input)[..], &values(&input.t()?)].concat();
     let words = [memory.address(), output.address()];
-    run("stmatrix_sm90", [1; 3], 32, 768, &[], &words, |mode| {
+    run("stmatrix_sm90", Blocks { shared_bytes: 768, ..ONE }, &[], &words, |mode| {
         assert_eq!(output.values(DType::F16), expected, "{mode:?}");
     });
     Ok(())
@@ -216,7 +210,7 @@ fn tf32_is_the_nearest_of_ten_bits_or_the_even_one() -> Result<()> {
     let input: Vec<f32> = pairs.iter().map(|pair| pair.0).cycle().take(32).collect();
     let input = Tensor::from_vec(input, 32, &candle_core::Device::Cpu)?;
     let (memory, output) = (Memory::from_tensor(&input), Memory::for_elements(32, DType::F32));
-    run("tf32_sm90", [1; 3], 32, 0, &[], &[memory.address(), output.address()], |mode| {
+    run("tf32_sm90", ONE, &[], &[memory.address(), output.address()], |mode| {
         for (got, (_, expected)) in output.values(DType::F32).into_iter().zip(pairs) {
             let expected = f64::from(expected);
             assert!(got == expected || got.is_nan() && expected.is_nan(), "{mode:?}: {got}");
@@ -242,7 +236,8 @@ fn products_behind_a_pipeline_of_bulk_copies() -> Result<()> {
             let words = [y.address(), m as u64 | (n as u64) << 32, k as u64];
             let grid = [m.div_ceil(64) as u32, n.div_ceil(64) as u32, 1];
             let kernel = format!("gemm_sm90_{}", dtype.as_str());
-            run(&kernel, grid, 256, 50176, &[&x_map, &w_map], &words, |mode| {
+            let blocks = Blocks { grid, threads: 256, shared_bytes: 50176, ..ONE };
+            run(&kernel, blocks, &[&x_map, &w_map], &words, |mode| {
                 let error = error(&y.values(DType::F32), &expected);
                 assert!(error < 1e-6, "{m} {n} {k} {dtype:?} {mode:?}: {error:e}");
             });
@@ -267,8 +262,9 @@ fn blocks_of_a_cluster_load_for_each_other() -> Result<()> {
         swizzle: Swizzle::None,
     };
     let grid = [2 * clusters as u32, 1, 1];
+    let blocks = Blocks { grid, threads: 64, shared_bytes: 5120, cluster: 2 };
     let words = [out.address(), steps as u64];
-    run_clusters("cluster_sm90", (grid, 2), 64, 5120, &[&map], &words, |mode| {
+    run("cluster_sm90", blocks, &[&map], &words, |mode| {
         let error = error(&out.values(DType::F32), &expected);
         assert!(error < 1e-6, "{mode:?}: {error:e}");
     });

@@ -2,7 +2,8 @@
 //! cases whose blocks make several tiles and fill their rings more than once.
 
 use crate::common::Worst;
-use crate::projection::{check_backward, check_forward, Case, Data, CASES, PLAIN};
+use crate::projection::{check_backward, check_forward, CASES};
+use crate::projection_case::{Case, Data, PLAIN};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::sm90::backward as hopper_bwd;
 use candle_sam_lora::launch::projection::sm90::forward as hopper;

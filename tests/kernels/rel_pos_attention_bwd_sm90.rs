@@ -1,9 +1,8 @@
 //! The attention's backward for Hopper: the gradients by every instance, against the composed graph in f32.
 
+use crate::attention_case::{Case, Shapes, DROPOUT, GLOBAL};
 use crate::common::Worst;
-use crate::rel_pos_attention::{
-    assert_all_ran, check_backward, Case, Kernels, Shapes, DROPOUT, GLOBAL,
-};
+use crate::rel_pos_attention::{assert_all_ran, check_backward, Kernels};
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention::sm90::tiles::widths;
 use std::collections::BTreeSet;
@@ -35,32 +34,30 @@ fn shapes(dtype: DType) -> Vec<(Shapes, bool)> {
     all
 }
 
-#[test]
-fn backward() -> Result<()> {
+/// Runs every case; each kernel of a pass must be among those launched.
+fn check_all(kernels: Kernels, pass: &str, title: &str) -> Result<()> {
     let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
     for dtype in [DType::F16, DType::BF16] {
         for (shapes, frozen) in shapes(dtype) {
             let case = Case::new(shapes, dtype)?;
-            check_backward(Kernels::Hopper, &case, frozen, &mut worst, &mut launched)?;
+            check_backward(kernels, &case, frozen, &mut worst, &mut launched)?;
         }
     }
-    worst.check("rel_pos_attention backward on sm_90a", 1.0 / 16.0);
-    assert_all_ran("bwd", true, &launched)
+    worst.check(title, 1.0 / 16.0);
+    assert_all_ran(pass, true, &launched)
+}
+
+#[test]
+fn backward() -> Result<()> {
+    check_all(Kernels::Hopper, "bwd", "rel_pos_attention backward on sm_90a")
 }
 
 /// The key pass has two forms: which one a GPU runs depends on the compiler. A default build of the emulator has the one
 /// with keys in registers, which `backward` runs.
 #[test]
 fn backward_with_keys_in_shared_memory() -> Result<()> {
-    let (mut worst, mut launched) = (Worst::default(), BTreeSet::new());
-    for dtype in [DType::F16, DType::BF16] {
-        for (shapes, frozen) in shapes(dtype) {
-            let (kernels, case) = (Kernels::HopperKeysInSharedMemory, Case::new(shapes, dtype)?);
-            check_backward(kernels, &case, frozen, &mut worst, &mut launched)?;
-        }
-    }
-    worst.check("rel_pos_attention backward on sm_90a, keys in shared memory", 1.0 / 16.0);
-    assert_all_ran("bwd_key", true, &launched)
+    let title = "rel_pos_attention backward on sm_90a, keys in shared memory";
+    check_all(Kernels::HopperKeysInSharedMemory, "bwd_key", title)
 }
 
 /// As of the portable kernels.

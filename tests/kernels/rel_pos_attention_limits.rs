@@ -1,12 +1,10 @@
 //! The attention's kernels at their limits, against PyTorch in f32: a saturated softmax, and values that are not finite.
 
+use crate::attention_case::{forward_on, Case, Shapes, GLOBAL};
 use crate::common::limits::{self, NotFinite, Rule, Saturated};
-use crate::common::random;
-use crate::device::{emulator, launch_all, Device, Memory};
-use crate::rel_pos_attention::{forward_on, Case, Kernels, Shapes};
+use crate::device::{emulator, launch_all, Device};
+use crate::rel_pos_attention::Kernels;
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::rel_pos_attention::BackwardOperands;
-use candle_sam_lora::launch::AttentionProblem;
 use candle_sam_lora_emulator::Mode;
 
 /// As the kernels' tests have a case.
@@ -17,55 +15,30 @@ fn case(
     dtype: DType,
 ) -> Result<Case> {
     let (batch, h, w, packed) = inputs.qkv.dims4()?;
-    let &limits::Settings { num_heads, softmax_scale, window } = settings;
-    let dim = packed / 3 / num_heads;
-    let (side_h, side_w) = window.map_or((h, w), |side| (side, side));
-    let pad = inputs.pad.is_some();
-    let (grid, heads) = ((h, w), num_heads);
+    let &limits::Settings { num_heads: heads, softmax_scale, window } = settings;
+    let (grid, dim, pad) = ((h, w), packed / 3 / heads, inputs.pad.is_some());
+    let shapes = Shapes { batch, grid, heads, dim, window, pad, ..GLOBAL };
     let no_pad = || Tensor::zeros(packed, DType::F32, inputs.qkv.device());
-    Ok(Case {
-        name: format!("{name} {dtype:?}"),
-        shapes: Shapes { batch, grid, heads, dim, window, rel_pos: true, pad, dropout: None },
-        problem: AttentionProblem {
-            batch,
-            h,
-            w,
-            num_heads,
-            head_dim: dim,
-            side_h,
-            side_w,
-            softmax_scale: softmax_scale as f32,
-            rel_pos: true,
-            dropout: None,
-        },
-        dtype,
-        cols: None,
-        qkv: inputs.qkv.to_dtype(dtype)?,
-        tables: [inputs.tables[0].to_dtype(dtype)?, inputs.tables[1].to_dtype(dtype)?],
-        pad: inputs.pad.clone().map_or_else(no_pad, Ok)?.to_dtype(dtype)?,
-    })
+    let [h, w] = inputs.tables.each_ref().map(|table| table.to_dtype(dtype));
+    let pad = inputs.pad.clone().map_or_else(no_pad, Ok)?.to_dtype(dtype)?;
+    let mut case = Case::of(shapes, inputs.qkv.to_dtype(dtype)?, [h?, w?], pad);
+    case.name = format!("{name} {dtype:?}");
+    case.problem.softmax_scale = softmax_scale as f32;
+    Ok(case)
 }
 
 /// Output and gradients by name.
 fn run(kernels: Kernels, case: &Case, grad_out: &Tensor) -> Result<Vec<(&'static str, Vec<f64>)>> {
     let dtype = case.dtype;
     let device = Device { emulator: emulator(), mode: Mode::all().next().unwrap() };
-    let on_device = case.memory()?;
+    let on_device = case.memory();
     let forward = forward_on(&device, case, &on_device)?;
-    let dout = Memory::from_tensor(&grad_out.to_dtype(dtype)?);
-    let elements = [&case.qkv, &Tensor::cat(&case.tables, 0)?, &case.pad].map(Tensor::elem_count);
-    let [dqkv, dtables, dpad] = elements.map(|count| Memory::for_elements(count, dtype));
-    let workspace = Memory::new(kernels.workspace_bytes(case, true, case.shapes.pad)?);
-    let operands = BackwardOperands {
-        out: forward[0].address(),
-        lse: forward[1].address(),
-        dout: dout.address(),
-        dqkv: dqkv.address(),
-        dtables: dtables.address(),
-        dpad: if case.shapes.pad { dpad.address() } else { 0 },
-        workspace: workspace.address(),
-    };
+    let trained = [true, case.shapes.pad];
+    let bytes = kernels.workspace_bytes(case, trained)?;
+    let backward = case.backward(&grad_out.to_dtype(dtype)?, trained, bytes);
+    let operands = backward.operands(&forward);
     launch_all(&device, &kernels.backward(case, &on_device.inputs(), &operands)?)?;
+    let [dqkv, dtables, dpad] = &backward.gradients;
     let mut h = dtables.values(dtype);
     let w = h.split_off(case.tables[0].elem_count());
     let mut all = vec![
@@ -146,16 +119,7 @@ fn bf16_not_finite_spreads_as_in_pytorch() -> Result<()> {
 /// channel, and nothing else does. Hopper's kernels beside the portable ones, which PyTorch's fixtures hold.
 #[test]
 fn hopper_masks_in_tables_touch_their_readers_alone() -> Result<()> {
-    let whole = Shapes {
-        batch: 1,
-        grid: (5, 64),
-        heads: 1,
-        dim: 64,
-        window: None,
-        rel_pos: true,
-        pad: false,
-        dropout: None,
-    };
+    let whole = Shapes { grid: (5, 64), ..GLOBAL };
     let windows = Shapes { grid: (16, 18), window: Some(14), pad: true, ..whole };
     for (kernels, shapes) in [
         (Kernels::Hopper, whole),
@@ -172,12 +136,15 @@ fn hopper_masks_in_tables_touch_their_readers_alone() -> Result<()> {
             let mut values = case.tables[table].to_dtype(DType::F32)?.to_vec2::<f32>()?;
             values[row][5] = f32::NEG_INFINITY;
             case.tables[table] = Tensor::new(values, case.qkv.device())?.to_dtype(DType::BF16)?;
-            let (b, h, w, packed) = case.qkv.dims4()?;
-            let grad_out = random(9, (b, h, w, packed / 3));
+            let grad_out = case.dout(9)?;
             let expected = run(Kernels::Portable, &case, &grad_out)?;
             let got = run(kernels, &case, &grad_out)?;
             let infinite = expected[1].1.iter().filter(|x| !x.is_finite()).count();
-            assert!(infinite > 0 && infinite < h * w * shapes.heads, "{}: {infinite}", case.name);
+            assert!(
+                infinite > 0 && infinite < shapes.grid.0 * shapes.grid.1 * shapes.heads,
+                "{}: {infinite}",
+                case.name
+            );
             for ((name, expected), (_, got)) in expected.iter().zip(&got) {
                 let finite = expected.iter().filter(|x| x.is_finite());
                 let largest = finite.fold(0f64, |largest, x| largest.max(x.abs()));

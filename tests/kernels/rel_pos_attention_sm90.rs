@@ -1,12 +1,12 @@
 //! The attention's kernels for Hopper: every instance against the f64 reference and, for lse, the portable kernels.
 
+use crate::attention_case::{Case, Shapes, DROPOUT, GLOBAL};
 use crate::common::Worst;
-use crate::device::{emulator, launch_all, Device, Memory};
-use crate::rel_pos_attention::{assert_all_ran, check_outputs, Case, Shapes, DROPOUT, GLOBAL};
+use crate::rel_pos_attention::{assert_all_ran, check_hopper_forward};
 use candle_core::{DType, Result};
-use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention;
 use candle_sam_lora::launch::rel_pos_attention::sm90::tiles::widths;
+use candle_sam_lora::launch::rel_pos_attention::Inputs;
 use candle_sam_lora_emulator::Mode;
 use std::collections::BTreeSet;
 
@@ -42,38 +42,11 @@ fn shapes(dtype: DType) -> Vec<Shapes> {
     all
 }
 
-/// Output and lse in every mode, the same bits in all.
-fn run(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memory>> {
-    let on_device = case.memory()?;
-    let mut first: Option<Vec<Memory>> = None;
-    for mode in Mode::all_with_products() {
-        let device = Device { emulator: emulator(), mode };
-        let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
-        let lse =
-            Memory::for_elements(portable::lse_elements(&case.problem, case.dtype), DType::F32);
-        let outputs = [out.address(), lse.address()];
-        let inputs = on_device.inputs();
-        let launch = attention::forward(&case.problem, case.dtype, &inputs, outputs, &case.gpu())?;
-        let launch = launch.unwrap_or_else(|| panic!("{}: not covered", case.name));
-        launch_all(&device, std::slice::from_ref(&launch))
-            .map_err(|e| e.context(format!("{} {mode:?}", case.name)))?;
-        launched.insert(launch.kernel);
-        let outputs = vec![out, lse];
-        match &first {
-            None => first = Some(outputs),
-            Some(first) => {
-                for (a, b) in first.iter().zip(&outputs) {
-                    assert!(a.bytes() == b.bytes(), "{} differs in {mode:?}", case.name);
-                }
-            }
-        }
-    }
-    Ok(first.unwrap())
-}
-
 fn check(case: &Case, worst: &mut Worst, launched: &mut BTreeSet<String>) -> Result<()> {
-    let outputs = run(case, launched)?;
-    check_outputs(case, &outputs, worst)
+    let forward = |case: &Case, inputs: &Inputs, to| {
+        attention::forward(&case.problem, case.dtype, inputs, to, &case.gpu())
+    };
+    check_hopper_forward(case, Mode::all_with_products(), &forward, worst, launched)
 }
 
 #[test]

@@ -1,16 +1,14 @@
 //! The attention's kernels for windows on Hopper: every instance against the f64 reference, lse against the portable
 //! kernels, the gradients against the composed graph's.
 
+use crate::attention_case::{Case, Shapes, DROPOUT, GLOBAL, WINDOWED};
 use crate::common::Worst;
-use crate::device::{emulator, in_every_mode, launch_all, Memory};
-use crate::rel_pos_attention::{
-    check_backward, check_outputs, Case, Kernels, Shapes, DROPOUT, GLOBAL, WINDOWED,
-};
+use crate::rel_pos_attention::{assert_all_ran, check_backward, check_hopper_forward, Kernels};
 use candle_core::{DType, Result};
-use candle_sam_lora::launch::rel_pos_attention as portable;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as attention;
+use candle_sam_lora::launch::rel_pos_attention::Inputs;
 use candle_sam_lora::launch::Gpu;
-use std::cell::RefCell;
+use candle_sam_lora_emulator::Mode;
 use std::collections::BTreeSet;
 
 /// The smallest case of each kernel, and what only some have to do.
@@ -38,37 +36,11 @@ fn shapes(dtype: DType) -> Vec<Shapes> {
     all
 }
 
-/// All kernels of a pass must have been among those launched.
-fn assert_all_ran(pass: &str, launched: &BTreeSet<String>) -> Result<()> {
-    let prefix = format!("rel_pos_attention_window_{pass}_sm90");
-    let kernels = emulator().kernels().map_err(candle_core::Error::msg)?;
-    let kernels: BTreeSet<String> =
-        kernels.into_iter().filter(|k| k.starts_with(&prefix)).collect();
-    assert!(!kernels.is_empty() && kernels.is_subset(launched), "{kernels:?}, but {launched:?}");
-    Ok(())
-}
-
-/// Output and lse in every mode.
-fn run_forward(case: &Case, launched: &mut BTreeSet<String>) -> Result<Vec<Memory>> {
-    let on_device = case.memory()?;
-    let names = RefCell::new(launched);
-    Ok(in_every_mode(&case.name, |device| {
-        let out = Memory::for_elements(case.qkv.elem_count() / 3, case.dtype);
-        let lse =
-            Memory::for_elements(portable::lse_elements(&case.problem, case.dtype), DType::F32);
-        let to = [out.address(), lse.address()];
-        let launch =
-            attention::forward(&case.problem, case.dtype, &on_device.inputs(), to, &Gpu::H100)?;
-        let launch = launch.unwrap_or_else(|| panic!("{}: not covered", case.name));
-        launch_all(device, std::slice::from_ref(&launch))?;
-        names.borrow_mut().insert(launch.kernel);
-        Ok(vec![out, lse])
-    }))
-}
-
 fn check_forward(case: &Case, worst: &mut Worst, launched: &mut BTreeSet<String>) -> Result<()> {
-    let outputs = run_forward(case, launched)?;
-    check_outputs(case, &outputs, worst)
+    let forward = |case: &Case, inputs: &Inputs, to| {
+        attention::forward(&case.problem, case.dtype, inputs, to, &Gpu::H100)
+    };
+    check_hopper_forward(case, Mode::all(), &forward, worst, launched)
 }
 
 #[test]
@@ -80,7 +52,7 @@ fn forward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention forward in windows on sm_90a", 1.0 / 64.0);
-    assert_all_ran("fwd", &launched)
+    assert_all_ran("window_fwd", true, &launched)
 }
 
 #[test]
@@ -93,5 +65,5 @@ fn backward() -> Result<()> {
         }
     }
     worst.check("rel_pos_attention backward in windows on sm_90a", 1.0 / 16.0);
-    assert_all_ran("bwd", &launched)
+    assert_all_ran("window_bwd", true, &launched)
 }

@@ -1,6 +1,6 @@
 //! The model of `tests/fixtures/gen/peft_model.py`, with blocks, linears and convolutions, and what PEFT wrote for it.
 
-use super::{fill, fixtures, read_tensors, Tensors};
+use super::{fill, fixtures, metadata, read_tensors, Tensors};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::load_named_adapter;
@@ -73,9 +73,7 @@ pub fn input() -> Tensor {
 
 /// Value of `key` in a fixture's metadata.
 pub fn facts(name: &str, key: &str) -> serde_json::Value {
-    let bytes = std::fs::read(fixture(name)).unwrap();
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-    serde_json::from_str(&metadata.metadata().as_ref().unwrap()[key]).unwrap()
+    metadata(&fixture(name), key)
 }
 
 /// The part of the tensors whose names begin with `prefix`, without it.

@@ -1,8 +1,12 @@
 //! Adapter folders that tests make: copies of fixtures, some with changed tensors, and how folders are compared.
 
+use super::bits;
 use super::Tensors;
 use candle_core::Device;
-use candle_sam_lora::lora::{write_adapter, LoraConfig, CONFIG_FILE, TENSORS_FILE};
+use candle_sam_lora::lora::{
+    save_named_adapter, write_adapter, LoraConfig, CONFIG_FILE, TENSORS_FILE,
+};
+use candle_sam_lora::nn::ModuleTree;
 use candle_sam_lora::{files, Result};
 use std::path::Path;
 use tempfile::TempDir;
@@ -34,6 +38,22 @@ pub fn written(config: &LoraConfig, tensors: &Tensors) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     write_adapter(config, tensors, dir.path()).unwrap();
     dir
+}
+
+/// Saving the adapter of this name writes both files of the fixture, byte for byte.
+pub fn assert_saved(model: &dyn ModuleTree, name: &str, config: &LoraConfig, fixture: &Path) {
+    let dir = tempfile::tempdir().unwrap();
+    save_named_adapter(model, name, config, dir.path()).unwrap();
+    assert_same(CONFIG_FILE, dir.path(), fixture);
+    assert_same(TENSORS_FILE, dir.path(), fixture);
+}
+
+/// Both have the same names and bits.
+pub fn assert_same_tensors(what: &str, got: &Tensors, expected: &Tensors) {
+    assert_eq!(got.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{what}");
+    for (key, tensor) in got {
+        assert_eq!(bits(tensor), bits(&expected[key]), "{what}: {key}");
+    }
 }
 
 /// The configuration in a file of this text.

@@ -1,11 +1,12 @@
 //! The model of `tests/fixtures/gen/peft_linears.py`, with one adapter of each kind that PEFT wrote.
 
-use super::{fill, fixtures, read_tensors, Tensors};
+use super::{fill, fixtures, read_tensors, snapshot, Tensors};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use candle_sam_lora::lora::{inject, load_adapter, LoraConfig};
 use candle_sam_lora::nn::{LayerNorm, Linear, Mode};
-use candle_sam_lora::{module_tree, Result};
-use std::path::PathBuf;
+use candle_sam_lora::{module_tree, Error, Result};
+use std::path::{Path, PathBuf};
 
 /// f32 against f64 over five layers in a row, the adapters' scaling of 8 within: thirty roundings of 6e-8.
 pub const F32_BOUND: f32 = 2e-6;
@@ -49,6 +50,28 @@ pub fn fixture(name: &str) -> PathBuf {
 
 pub fn read(name: &str) -> Tensors {
     read_tensors(&fixture(name))
+}
+
+/// The model with the adapter of a kind.
+pub fn loaded(kind: &str) -> Net {
+    let mut model = Net::base();
+    load_adapter(&mut model, fixture(kind)).unwrap();
+    model
+}
+
+/// The model with a new adapter.
+pub fn injected(config: &LoraConfig, seed: u64) -> Net {
+    let mut model = Net::base();
+    inject(&mut model, config, seed).unwrap();
+    model
+}
+
+/// The error of loading a folder, which changes nothing.
+pub fn refused(folder: &Path) -> Error {
+    let mut model = Net::base();
+    let error = load_adapter(&mut model, folder).unwrap_err();
+    assert_eq!(snapshot(&model), snapshot(&Net::base()), "{error}");
+    error
 }
 
 impl Net {

@@ -7,7 +7,8 @@ pub mod linears;
 
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::files;
-use candle_sam_lora::nn::{named_parameters, ModuleTree, Node, NodeMut};
+use candle_sam_lora::lora::{inject, LoraConfig};
+use candle_sam_lora::nn::{named_parameters, trainable_variables, ModuleTree, Node, NodeMut};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +21,13 @@ fn fixtures(name: &str) -> PathBuf {
 
 fn read_tensors(path: &Path) -> Tensors {
     files::read_tensors(path, &Device::Cpu).unwrap()
+}
+
+/// Value of `key` in the metadata of a file.
+pub fn metadata(path: &Path, key: &str) -> serde_json::Value {
+    let bytes = std::fs::read(path).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    serde_json::from_str(&metadata.metadata().as_ref().unwrap()[key]).unwrap()
 }
 
 /// Gives every parameter its value of the file, which has no other.
@@ -50,6 +58,26 @@ pub fn bits(tensor: &Tensor) -> Vec<u32> {
 
 pub fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The names of the variables.
+pub fn trained(model: &dyn ModuleTree) -> Vec<String> {
+    trainable_variables(model).unwrap().into_iter().map(|(name, _)| name).collect()
+}
+
+/// Each configuration is refused with these words, and the model stays as it is.
+pub fn assert_refused<T: ModuleTree>(
+    base: impl Fn() -> T,
+    cases: impl IntoIterator<Item = (LoraConfig, &'static str)>,
+) {
+    let before = snapshot(&base());
+    for (config, expected) in cases {
+        let mut model = base();
+        let error = inject(&mut model, &config, 0).unwrap_err();
+        assert!(matches!(error, candle_sam_lora::Error::Config(_)), "{expected}: {error}");
+        assert!(error.to_string().contains(expected), "expected {expected:?}, got {error}");
+        assert_eq!(snapshot(&model), before, "{expected}");
+    }
 }
 
 /// The paths of the layers that carry an adapter.

@@ -1,12 +1,13 @@
 //! The attention's portable kernels: bugs in the staging, which the emulator catches, and in the mathematics.
 
-use crate::common::{gradients, random, values};
+use crate::attention_case::{gradients_by, Backward, Case, Shapes, WINDOWED};
+use crate::common::values;
 use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::rel_pos_attention::{self as attention, BackwardOperands, Inputs};
-use candle_sam_lora::launch::{AttentionProblem, Gpu, Launch};
-use candle_sam_lora::ops::{self, RelPosAttention};
+use candle_sam_lora::launch::rel_pos_attention as attention;
+use candle_sam_lora::launch::{Gpu, Launch};
+use candle_sam_lora::ops;
 use std::sync::LazyLock;
 
 const ATTENTION: Subject = Subject {
@@ -31,132 +32,69 @@ const SHORT: Subject = Subject { run: |device| vec![run(device, 64)], ..ATTENTIO
 const RIGHT: f64 = 1e-5;
 
 /// Two windows, the second hanging over the grid; ten key rows of ten columns are five tiles of two rows.
-const PROBLEM: AttentionProblem = AttentionProblem {
-    batch: 1,
-    h: 10,
-    w: 15,
-    num_heads: 1,
-    head_dim: 16,
-    side_h: 10,
-    side_w: 10,
-    softmax_scale: 0.25,
-    rel_pos: true,
-    dropout: None,
-};
+const SHAPES: Shapes = Shapes { grid: (10, 15), dim: 16, window: Some(10), ..WINDOWED };
 
-/// Inputs of a problem with one image and one head, and the right results. Windows have a pad.
-pub struct Case {
-    problem: AttentionProblem,
-    dtype: DType,
-    qkv: Tensor,
-    tables: [Tensor; 2],
-    pad: Tensor,
-    dout: Tensor,
-    pub out: Vec<f64>,
-    pub dqkv: Vec<f64>,
-    pub dtables: Vec<f64>,
+/// A case with a gradient of its output, and the right results.
+pub struct Expected {
+    pub case: Case,
+    pub dout: Tensor,
+    out: Vec<f64>,
+    dqkv: Vec<f64>,
+    dtables: Vec<f64>,
 }
 
-impl Case {
-    pub fn new(problem: AttentionProblem, dtype: DType) -> Self {
-        Self::make(problem, dtype).expect("a case that the CPU computes")
+impl Expected {
+    pub fn new(shapes: Shapes, dtype: DType) -> Self {
+        Self::make(shapes, dtype).expect("a case that the CPU computes")
     }
 
-    fn make(problem: AttentionProblem, dtype: DType) -> Result<Self> {
-        let p = &problem;
-        let dim = p.head_dim;
-        let table = |seed, side: usize| (random(seed, (2 * side - 1, dim)) * 0.3)?.to_dtype(dtype);
-        let qkv = random(1, (1, p.h, p.w, 3 * dim)).to_dtype(dtype)?;
-        let tables = [table(2, p.side_h)?, table(3, p.side_w)?];
-        let pad = random(4, 3 * dim).to_dtype(dtype)?;
-        let dout = random(5, (1, p.h, p.w, dim)).to_dtype(dtype)?;
-        let wide = |t: &Tensor| t.to_dtype(DType::F32);
-        let (wide_pad, windows) = (wide(&pad)?, (p.side_h, p.side_w) != (p.h, p.w));
-        let inputs = [wide(&qkv)?, wide(&tables[0])?, wide(&tables[1])?];
-        let (out, grads) = gradients(&inputs, &wide(&dout)?, |inputs| {
-            let config = RelPosAttention {
-                num_heads: 1,
-                softmax_scale: p.softmax_scale.into(),
-                rel_pos: Some((&inputs[1], &inputs[2])),
-                window: windows.then_some(p.side_h),
-                pad: windows.then_some(&wide_pad),
-                dropout: None,
-            };
-            ops::rel_pos_attention(&inputs[0], &config)
-        })?;
-        let [dqkv, dh, dw] = [0, 1, 2].map(|i| values(&grads[i]));
-        let (out, dtables) = (values(&out), [dh, dw].concat());
-        Ok(Self { problem, dtype, qkv, tables, pad, dout, out, dqkv, dtables })
+    fn make(shapes: Shapes, dtype: DType) -> Result<Self> {
+        let case = Case::new(shapes, dtype)?;
+        let dout = case.dout(5)?;
+        let (out, [dqkv, dtables, _]) =
+            gradients_by(&case, DType::F32, &dout, ops::rel_pos_attention)?;
+        Ok(Self { case, dout, out: values(&out), dqkv, dtables })
     }
 
-    /// The case in the device's memory. The tables have a gradient if `dtables`.
-    pub fn buffers(&self, dtables: bool) -> Result<Buffers> {
-        let Self { problem, dtype, qkv, tables: [h, w], pad, dout, .. } = self;
-        let [qkv, h, w, pad, dout] = [qkv, h, w, pad, dout].map(Memory::from_tensor);
-        let results = |expected: &Vec<f64>| Memory::for_elements(expected.len(), *dtype);
-        let lse = Memory::for_elements(attention::lse_elements(problem, *dtype), DType::F32);
-        let bytes = attention::workspace_bytes(problem, *dtype, [dtables, false], &Gpu::A100)?;
-        Ok(Buffers {
-            inputs: [qkv, h, w, pad, dout],
-            out: results(&self.out),
-            lse,
-            dqkv: results(&self.dqkv),
-            dtables: dtables.then(|| results(&self.dtables)),
-            workspace: Memory::new(bytes),
-        })
+    fn error(&self, got: &Memory, expected: &[f64]) -> f64 {
+        error(&got.values(self.case.dtype), expected)
     }
 
-    /// The error of one of the results.
-    pub fn error(&self, got: &Memory, expected: &[f64]) -> f64 {
-        error(&got.values(self.dtype), expected)
-    }
-}
-
-pub struct Buffers {
-    inputs: [Memory; 5],
-    pub out: Memory,
-    pub lse: Memory,
-    pub dqkv: Memory,
-    pub dtables: Option<Memory>,
-    workspace: Memory,
-}
-
-impl Buffers {
-    pub fn inputs(&self) -> Inputs {
-        let [qkv, h, w, pad, _] = self.inputs.each_ref().map(Memory::address);
-        Inputs { qkv, tables: [h, w], pad }
+    pub fn error_of_out(&self, got: &Memory) -> f64 {
+        self.error(got, &self.out)
     }
 
-    pub fn operands(&self) -> BackwardOperands {
-        BackwardOperands {
-            out: self.out.address(),
-            lse: self.lse.address(),
-            dout: self.inputs[4].address(),
-            dqkv: self.dqkv.address(),
-            dtables: self.dtables.as_ref().map_or(0, Memory::address),
-            dpad: 0,
-            workspace: self.workspace.address(),
+    /// The largest error of the gradients of qkv and, if they are trained, of the tables.
+    pub fn error_of_gradients(&self, backward: &Backward) -> f64 {
+        let [dqkv, dtables, _] = &backward.gradients;
+        let error = self.error(dqkv, &self.dqkv);
+        match backward.trained[0] {
+            true => error.max(self.error(dtables, &self.dtables)),
+            false => error,
         }
     }
 }
 
 /// The forward with `fewer_bytes` of shared memory less than it asks for; if it is right, the backward.
 fn run(device: &Device, fewer_bytes: u32) -> Result<f64> {
-    static CASE: LazyLock<Case> = LazyLock::new(|| Case::new(PROBLEM, DType::F32));
-    let case = &*CASE;
-    let buffers = case.buffers(false)?;
-    let (inputs, out, lse) = (buffers.inputs(), buffers.out.address(), buffers.lse.address());
-    let forward = attention::forward(&PROBLEM, DType::F32, &inputs, out, lse)?;
+    static EXPECTED: LazyLock<Expected> = LazyLock::new(|| Expected::new(SHAPES, DType::F32));
+    let (expected, case) = (&*EXPECTED, &EXPECTED.case);
+    let (problem, dtype, on_device) = (&case.problem, case.dtype, case.memory());
+    let (inputs, outputs) = (on_device.inputs(), case.outputs());
+    let [out, lse] = outputs.each_ref().map(Memory::address);
+    let forward = attention::forward(problem, dtype, &inputs, out, lse)?;
     let shared_bytes = forward.shared_bytes - fewer_bytes;
     launch_all(device, &[Launch { shared_bytes, ..forward }])?;
-    let forward = case.error(&buffers.out, &case.out);
+    let forward = expected.error_of_out(&outputs[0]);
     if forward > RIGHT {
         return Ok(forward);
     }
-    let backward =
-        attention::backward(&PROBLEM, DType::F32, &inputs, &buffers.operands(), &Gpu::A100)?;
-    launch_all(device, &backward)?;
-    Ok(forward.max(case.error(&buffers.dqkv, &case.dqkv)))
+    let trained = [false; 2];
+    let bytes = attention::workspace_bytes(problem, dtype, trained, &Gpu::A100)?;
+    let backward = case.backward(&expected.dout, trained, bytes);
+    let operands = backward.operands(&outputs);
+    launch_all(device, &attention::backward(problem, dtype, &inputs, &operands, &Gpu::A100)?)?;
+    Ok(forward.max(expected.error_of_gradients(&backward)))
 }
 
 const COMMON: &str = "rel_pos_attention/common.cuh";

@@ -1,11 +1,12 @@
 //! The attention's kernels for Hopper: the passes of its backward, and the kernels for windows.
 
-use crate::attention::Case;
-use crate::device::{emulator, launch_all, Device};
+use crate::attention::Expected;
+use crate::attention_case::{forward_on, Shapes, GLOBAL, WINDOWED};
+use crate::device::{emulator, launch_all, Device, Memory};
 use crate::harness::*;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::rel_pos_attention::sm90::{backward, windows};
-use candle_sam_lora::launch::{rel_pos_attention as portable, AttentionProblem, Gpu, Launch};
+use candle_sam_lora::launch::{rel_pos_attention as portable, Gpu, Launch};
 use candle_sam_lora_emulator::{Mode, Timing};
 use std::sync::LazyLock;
 
@@ -13,21 +14,9 @@ const DTYPE: DType = DType::F16;
 
 /// Five steps of queries for four stages. The last of three blocks of queries has two rows too many, and in each block
 /// eight rows of the panel are no query's.
-const STREAMED: AttentionProblem = AttentionProblem {
-    batch: 1,
-    h: 7,
-    w: 40,
-    num_heads: 1,
-    head_dim: 64,
-    side_h: 7,
-    side_w: 40,
-    softmax_scale: 0.125,
-    rel_pos: true,
-    dropout: None,
-};
+const STREAMED: Shapes = Shapes { grid: (7, 40), ..GLOBAL };
 /// Two windows for one block, the second hanging over the grid.
-const WINDOWED: AttentionProblem =
-    AttentionProblem { h: 5, w: 8, side_h: 5, side_w: 5, ..STREAMED };
+const HANGING: Shapes = Shapes { grid: (5, 8), ..WINDOWED };
 
 const QUERY: Subject = Subject {
     name: "attention_sm90 query pass",
@@ -83,34 +72,39 @@ fn orders() -> Vec<Mode> {
 
 /// The backward, whose launch `pass` alone runs on the device; the other launches run unharmed kernels.
 fn run_pass(device: &Device, pass: usize) -> Result<f64> {
-    static CASE: LazyLock<Case> = LazyLock::new(|| Case::new(STREAMED, DTYPE));
-    let case = &*CASE;
-    let buffers = case.buffers(true)?;
-    let (inputs, out, lse) = (buffers.inputs(), buffers.out.address(), buffers.lse.address());
+    static EXPECTED: LazyLock<Expected> = LazyLock::new(|| Expected::new(STREAMED, DTYPE));
+    let (expected, case) = (&*EXPECTED, &EXPECTED.case);
     let unharmed = Device { emulator: emulator(), mode: device.mode };
-    launch_all(&unharmed, &[portable::forward(&STREAMED, DTYPE, &inputs, out, lse)?])?;
-    let launches = backward::backward(&STREAMED, DTYPE, &inputs, &buffers.operands(), &Gpu::H100)?;
+    let on_device = case.memory();
+    let forward = forward_on(&unharmed, case, &on_device)?;
+    let (problem, inputs, trained) = (&case.problem, on_device.inputs(), [true, false]);
+    let bytes = portable::workspace_bytes(problem, DTYPE, trained, &Gpu::A100)?;
+    let backward = case.backward(&expected.dout, trained, bytes);
+    let operands = backward.operands(&forward);
+    let launches = backward::backward(problem, DTYPE, &inputs, &operands, &Gpu::H100)?;
     for (index, launch) in launches.expect("covered").iter().enumerate() {
         let device = if index == pass { device } else { &unharmed };
         launch_all(device, std::slice::from_ref(launch))?;
     }
-    let dtables = buffers.dtables.as_ref().expect("asked for");
-    Ok(case.error(&buffers.dqkv, &case.dqkv).max(case.error(dtables, &case.dtables)))
+    Ok(expected.error_of_gradients(&backward))
 }
 
 /// Forward and backward, of one block each.
 fn run_windows(device: &Device) -> Result<f64> {
-    static CASE: LazyLock<Case> = LazyLock::new(|| Case::new(WINDOWED, DTYPE));
-    let case = &*CASE;
-    let buffers = case.buffers(false)?;
-    let (inputs, out, lse) = (buffers.inputs(), buffers.out.address(), buffers.lse.address());
-    let forward =
-        windows::forward(&WINDOWED, DTYPE, &inputs, [out, lse], &Gpu::H100)?.expect("covered");
-    let backward = windows::backward(&WINDOWED, DTYPE, &inputs, &buffers.operands(), &Gpu::H100)?;
-    let launches = [forward].into_iter().chain(backward.expect("covered"));
+    static EXPECTED: LazyLock<Expected> = LazyLock::new(|| Expected::new(HANGING, DTYPE));
+    let (expected, case) = (&*EXPECTED, &EXPECTED.case);
+    let (problem, on_device, outputs) = (&case.problem, case.memory(), case.outputs());
+    let (inputs, to) = (on_device.inputs(), outputs.each_ref().map(Memory::address));
+    let trained = [false; 2];
+    let bytes = portable::workspace_bytes(problem, DTYPE, trained, &Gpu::A100)?;
+    let backward = case.backward(&expected.dout, trained, bytes);
+    let operands = backward.operands(&outputs);
+    let forward = windows::forward(problem, DTYPE, &inputs, to, &Gpu::H100)?.expect("covered");
+    let launches = windows::backward(problem, DTYPE, &inputs, &operands, &Gpu::H100)?;
+    let launches = [forward].into_iter().chain(launches.expect("covered"));
     let launches: Vec<_> = launches.map(|launch| Launch { grid: [1; 3], ..launch }).collect();
     launch_all(device, &launches)?;
-    Ok(case.error(&buffers.out, &case.out).max(case.error(&buffers.dqkv, &case.dqkv)))
+    Ok(expected.error_of_out(&outputs[0]).max(expected.error_of_gradients(&backward)))
 }
 
 const QUERY_FILE: &str = "rel_pos_attention/sm90/bwd_query.cuh";

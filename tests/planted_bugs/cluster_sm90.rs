@@ -1,11 +1,11 @@
 //! Mistakes with clusters, in `tests/kernels/sm90/cluster_sm90.cu`.
 
 use crate::common::{random, values};
-use crate::device::{Device, Memory};
+use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
 use candle_core::{DType, Result};
 use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
-use candle_sam_lora::launch::{Backend, Launch, Slots};
+use candle_sam_lora::launch::Launch;
 
 const FILE: &str = "cluster_sm90.cu";
 const STEPS: usize = 7;
@@ -42,12 +42,10 @@ fn run(device: &Device, cluster: u32) -> Result<f64> {
         shared_bytes: 5120,
         cluster,
         params: params(1, &[out.address(), STEPS as u64, 0, 0, 0, 0, 0, 0]),
-        slots: Slots::default(),
         tensor_maps: vec![(0, map)],
-        begins_early: false,
+        ..Default::default()
     };
-    // SAFETY: the memory lives, and is as long as the sizes say.
-    unsafe { device.launch(&launch) }?;
+    launch_all(device, &[launch])?;
     Ok(error(&out.values(DType::F32), &expected))
 }
 

@@ -1,11 +1,11 @@
 //! The staged product of `tests/kernels/gemm.cu`: copies by `cp.async`, barriers, collectives.
 
 use crate::common::values;
-use crate::device::{Device, Memory};
+use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
 use crate::sanitizer::{ADDRESS, THREAD};
 use candle_core::{DType, Result, Tensor};
-use candle_sam_lora::launch::{Backend, Launch, Slots};
+use candle_sam_lora::launch::Launch;
 use candle_sam_lora::testing::reference;
 use std::sync::LazyLock;
 
@@ -49,12 +49,9 @@ fn run(device: &Device, shared_bytes: u32) -> Result<f64> {
         shared_bytes,
         cluster: 1,
         params: params(0, &[x.address(), w.address(), y.address(), pair(m, n), pair(k, 0)]),
-        slots: Slots::default(),
-        tensor_maps: Vec::new(),
-        begins_early: false,
+        ..Default::default()
     };
-    // SAFETY: the memory lives, and is as long as the sizes say.
-    unsafe { device.launch(&launch) }?;
+    launch_all(device, &[launch])?;
     Ok(error(&y.values(DType::F32), expected))
 }
 

@@ -1,11 +1,11 @@
 //! Hopper's staged product and its store through shared memory: `tests/kernels/sm90/gemm_sm90.cu`, `instructions_sm90.cu`.
 
 use crate::common::{random, values};
-use crate::device::{Device, Memory};
+use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
-use candle_sam_lora::launch::{Backend, Launch, Slots};
+use candle_sam_lora::launch::Launch;
 use candle_sam_lora::testing::reference;
 use candle_sam_lora_emulator::{Mode, Timing};
 use std::sync::LazyLock;
@@ -56,12 +56,10 @@ fn run(device: &Device) -> Result<f64> {
         shared_bytes: 50176,
         cluster: 1,
         params: params(2, &[y.address(), pair(m, n), k as u64, 0, 0, 0, 0, 0]),
-        slots: Slots::default(),
         tensor_maps: vec![(0, map(&x, m)?), (128, map(&w, n)?)],
-        begins_early: false,
+        ..Default::default()
     };
-    // SAFETY: the memory lives, and is as long as the sizes say.
-    unsafe { device.launch(&launch) }?;
+    launch_all(device, &[launch])?;
     Ok(error(&y.values(DType::F32), expected))
 }
 
@@ -75,12 +73,9 @@ fn store(device: &Device) -> Result<f64> {
         shared_bytes: 768,
         cluster: 1,
         params: params(0, &[input.address(), output.address()]),
-        slots: Slots::default(),
-        tensor_maps: Vec::new(),
-        begins_early: false,
+        ..Default::default()
     };
-    // SAFETY: the memory lives, and is as long as the kernel says.
-    unsafe { device.launch(&launch) }?;
+    launch_all(device, &[launch])?;
     Ok(0.0)
 }
 

@@ -4,6 +4,8 @@
 //! a test: `cargo test --release --test planted_bugs -- 'gemm: '` runs the rows of one subject.
 
 mod attention;
+#[path = "../kernels/attention_case.rs"]
+mod attention_case;
 mod attention_sm90;
 mod cluster_sm90;
 #[path = "../common/mod.rs"]
@@ -14,6 +16,8 @@ mod gemm;
 mod gemm_sm90;
 mod harness;
 mod projection;
+#[path = "../kernels/projection_case.rs"]
+mod projection_case;
 mod projection_sm90;
 mod sanitizer;
 

@@ -1,16 +1,11 @@
 //! The projections' portable kernels, run by the crate's launch code: S, then the output.
 
-use crate::common::{random, values};
-use crate::device::{launch_all, Device, Memory};
+use crate::device::{launch_all, Device};
 use crate::harness::*;
-use candle_core::{DType, Result, Tensor};
+use crate::projection_case::{Case, Data, PLAIN};
+use candle_core::{DType, Result};
+use candle_sam_lora::launch::projection::forward_with;
 use candle_sam_lora::launch::projection::tiles::TILES;
-use candle_sam_lora::launch::projection::{
-    forward_with, low_rank_len, Activation, ForwardOperands, LoraProblem, Problem,
-    ProjectionProblem, Small,
-};
-use candle_sam_lora::philox::Dropout;
-use candle_sam_lora::testing::reference;
 use std::sync::LazyLock;
 
 const PROJECTION: Subject = Subject {
@@ -32,50 +27,24 @@ KERNEL(projection_fwd_64x64_bf16, ProjectionParams, 128) { projection_fwd<Small>
 };
 const SHORT: Subject = Subject { run: |device| vec![run(device, 256)], ..PROJECTION };
 
-const ROWS: usize = 70;
-const IN_DIM: usize = 264;
-const OUT_DIM: usize = 72;
-const RANK: usize = 16;
-const DROPOUT: Dropout = Dropout { p: 0.5, seed: 3, stream: 1 };
+const CASE: Case = Case { in_dim: 264, ranks: &[16], p: 0.5, ..PLAIN };
 /// bfloat16 keeps 8 bits.
 const ROUNDING: f64 = 1.0 / 128.0;
 
-/// x, the weight, A and B in one tensor; and the right output.
-static CASE: LazyLock<([Tensor; 3], Vec<f64>)> = LazyLock::new(|| {
-    let [x, weight] = [random(1, (ROWS, IN_DIM)), random(2, (OUT_DIM, IN_DIM))]
-        .map(|tensor| tensor.to_dtype(DType::BF16).expect("a dtype of candle's"));
-    let small = random(3, RANK * (IN_DIM + OUT_DIM));
-    let mut a = values(&small);
-    let b = a.split_off(RANK * IN_DIM);
-    let mask = DROPOUT.mask(ROWS, IN_DIM).into_iter().map(f64::from).collect();
-    let lora = reference::Lora { a, b, b_bias: None, scaling: 1.0, mask: Some(mask) };
-    let expected = reference::lora_linear(&values(&x), &values(&weight), None, Some(&lora), IN_DIM);
-    ([x, weight, small], expected)
-});
-
 /// The launches get `fewer_bytes` of shared memory less than they ask for.
 fn run(device: &Device, fewer_bytes: u32) -> Result<f64> {
-    let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: Some(DROPOUT), bias: false };
-    let parts = [ProjectionProblem { out_dim: OUT_DIM, bias: false, lora: Some(lora) }];
-    let activation = Activation::Identity;
-    let problem = Problem { rows: ROWS, in_dim: IN_DIM, projections: &parts, activation };
-    let (inputs, expected) = &*CASE;
-    let [x, weight, small] = inputs.each_ref().map(Memory::from_tensor);
-    let y = Memory::for_elements(ROWS * OUT_DIM, DType::BF16);
-    let s = Memory::for_elements(low_rank_len(&problem), DType::F32);
-    let operands = ForwardOperands {
-        x: x.address(),
-        weights: &[weight.address()],
-        small: Small::Flat(small.address()),
-        residual: 0,
-        out: y.address(),
-        low_rank: s.address(),
-        sum: 0,
-    };
-    let mut launches = forward_with(&TILES[1], &problem, DType::BF16, &operands)?;
+    static RIGHT: LazyLock<(Data, Vec<f64>)> = LazyLock::new(|| {
+        let data = Data::new(CASE, DType::BF16).expect("a case that the CPU computes");
+        let expected = data.reference_sum();
+        (data, expected)
+    });
+    let (data, expected) = &*RIGHT;
+    let (on_device, outputs) = (data.memory()?, data.outputs());
+    let operands = on_device.forward(&outputs);
+    let mut launches = forward_with(&TILES[1], &data.projections(), data.dtype, &operands)?;
     launches.iter_mut().for_each(|launch| launch.shared_bytes -= fewer_bytes);
     launch_all(device, &launches)?;
-    Ok(error(&y.values(DType::BF16), expected))
+    Ok(error(&data.read(&outputs[0]), expected))
 }
 
 const TILE: &str = "projection/common.cuh";

@@ -2,17 +2,14 @@
 //!
 //! A bug is seen if it changes a bit of an output. tests/kernels/projection_sm90.rs shows that unharmed outputs are right.
 
-use crate::common::random;
 use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
-use candle_core::{DType, Result, Tensor};
+use crate::projection_case::{Case, Data, PLAIN};
+use candle_core::{DType, Result};
 use candle_sam_lora::launch::projection::sm90::backward::backward_with;
 use candle_sam_lora::launch::projection::sm90::forward::forward_with;
 use candle_sam_lora::launch::projection::sm90::tiles::{Pass, Tile};
-use candle_sam_lora::launch::projection::{
-    low_rank_len, workspace_bytes, Activation, BackwardOperands, ForwardOperands, LoraProblem,
-    Problem, ProjectionProblem, Small,
-};
+use candle_sam_lora::launch::projection::{workspace_bytes, BackwardOperands};
 use candle_sam_lora::launch::Gpu;
 use candle_sam_lora_emulator::Mode;
 use std::sync::LazyLock;
@@ -66,10 +63,9 @@ const PING_PONG: &[usize] = &[0, 1];
 
 /// Three tiles for each multiprocessor, each with more steps than there are stages. One of the forward's two
 /// multiprocessors has the projection with LoRA, the other one the projection without.
-const ROWS: usize = 264;
-const IN_DIM: usize = 136;
-const OUT_DIM: usize = 136;
-const RANK: usize = 16;
+const FORWARD_CASE: Case =
+    Case { rows: 264, in_dim: 136, outs: &[136, 136], ranks: &[16, 0], ..PLAIN };
+const BACKWARD_CASE: Case = Case { outs: &[136], ranks: &[16], ..FORWARD_CASE };
 
 /// How many bytes of each output differ from the unharmed kernels' output.
 fn run(device: &Device, tile: &str) -> Outcomes {
@@ -85,12 +81,10 @@ fn run(device: &Device, tile: &str) -> Outcomes {
     pairs.map(|(got, right)| got.map(|got| differ(&got, right) as f64)).collect()
 }
 
-/// x, the weight, the output's gradient, and A and B in one tensor.
-static INPUTS: LazyLock<[Tensor; 4]> = LazyLock::new(|| {
-    let [x, weight, dout] = [(1, ROWS, IN_DIM), (2, OUT_DIM, IN_DIM), (4, ROWS, OUT_DIM)]
-        .map(|(seed, rows, cols)| random(seed, (rows, cols)).to_dtype(DType::BF16))
-        .map(|tensor| tensor.expect("a dtype of candle's"));
-    [x, weight, dout, random(3, RANK * (IN_DIM + OUT_DIM))]
+/// The tensors of both cases.
+static DATA: LazyLock<[Data; 2]> = LazyLock::new(|| {
+    let data = |case| Data::new(case, DType::BF16).expect("tensors");
+    [data(FORWARD_CASE), data(BACKWARD_CASE)]
 });
 
 fn named(pass: Pass, name: &str) -> &'static Tile {
@@ -99,51 +93,28 @@ fn named(pass: Pass, name: &str) -> &'static Tile {
 
 /// The output, and the gradient of x twice.
 fn outputs(device: &Device, tile: &str) -> [Result<Vec<u8>>; 3] {
-    let lora = LoraProblem { rank: RANK, scaling: 1.0, dropout: None, bias: false };
-    let part = |lora| ProjectionProblem { out_dim: OUT_DIM, bias: false, lora };
-    let parts = [part(Some(lora)), part(None)];
-    let activation = Activation::Identity;
-    let problem = |projections| Problem { rows: ROWS, in_dim: IN_DIM, projections, activation };
-    let [x, weight, dout, small] = INPUTS.each_ref().map(Memory::from_tensor);
+    let [forward_data, backward_data] = &*DATA;
     let forward = || {
-        let problem = problem(&parts);
-        let y = Memory::for_elements(2 * ROWS * OUT_DIM, DType::BF16);
-        let s = Memory::for_elements(low_rank_len(&problem), DType::F32);
-        let operands = ForwardOperands {
-            x: x.address(),
-            weights: &[weight.address(); 2],
-            small: Small::Flat(small.address()),
-            residual: 0,
-            out: y.address(),
-            low_rank: s.address(),
-            sum: 0,
-        };
+        let (on_device, outputs) = (forward_data.memory()?, forward_data.outputs());
+        let (problem, operands) = (forward_data.projections(), on_device.forward(&outputs));
         let two = Gpu { multiprocessors: 2, ..Gpu::H100 };
         let tile = named(Pass::Forward, tile);
         let launches = forward_with(tile, &problem, DType::BF16, &operands, &two)?;
         launch_all(device, &launches.expect("a tile of this name"))?;
-        Ok(y.bytes().to_vec())
+        Ok(outputs[0].bytes().to_vec())
     };
     let backward = |tile: &str| {
-        let problem = problem(&parts[..1]);
-        let dx = Memory::for_elements(ROWS * IN_DIM, DType::BF16);
+        let (data, problem) = (backward_data, backward_data.projections());
+        let (on_device, outputs) = (data.memory()?, data.outputs());
+        let results = [data.alloc(data.x.elem_count()), Memory::new(0)];
         let workspace = Memory::new(workspace_bytes(&problem, DType::BF16));
-        let operands = BackwardOperands {
-            x: x.address(),
-            weights: &[weight.address()],
-            small: Small::Flat(small.address()),
-            low_rank: 0,
-            sum: 0,
-            dout: dout.address(),
-            dx: dx.address(),
-            dsmall: 0,
-            workspace: workspace.address(),
-        };
+        let operands = on_device.backward(&outputs, &results, &workspace);
+        let operands = BackwardOperands { low_rank: 0, sum: 0, dsmall: 0, ..operands };
         let one = Gpu { multiprocessors: 1, ..Gpu::H100 };
         let tile = named(Pass::BackwardInput, tile);
         let launches = backward_with(tile, &problem, DType::BF16, &operands, &one)?;
         launch_all(device, &launches.expect("a tile of this name"))?;
-        Ok(dx.bytes().to_vec())
+        Ok(results[0].bytes().to_vec())
     };
     [forward(), backward(tile), backward("cooperative_128x192")]
 }

@@ -130,20 +130,11 @@ pub fn backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::rel_pos_attention::portable::tests::GLOBAL;
 
     /// SAM's ViT-B.
-    const WINDOWED: AttentionProblem = AttentionProblem {
-        batch: 1,
-        h: 64,
-        w: 64,
-        num_heads: 12,
-        head_dim: 64,
-        side_h: 14,
-        side_w: 14,
-        softmax_scale: 0.125,
-        rel_pos: true,
-        dropout: None,
-    };
+    const WINDOWED: AttentionProblem =
+        AttentionProblem { batch: 1, side_h: 14, side_w: 14, ..GLOBAL };
     const INPUTS: Inputs = Inputs { qkv: 64, tables: [128, 256], pad: 192 };
 
     #[test]

@@ -12,34 +12,22 @@
 //! | `CANDLE_SAM_LORA_TEST_KERNELS` | `portable`: the tests do without the kernels for the GPU's own architecture |
 //! | `CANDLE_SAM_LORA_TEST_NAMES` | a file with the names of the tests to run, one a line, in this order |
 
-#[path = "../benches/cases.rs"]
+#[path = "../../benches/cases.rs"]
 mod cases;
-#[path = "gpu/clock.rs"]
 mod clock;
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "gpu/driver_calls.rs"]
 mod driver_calls;
-#[path = "gpu/emulated.rs"]
 mod emulated;
-#[path = "gpu/graph.rs"]
 mod graph;
-#[path = "gpu/graphed.rs"]
 mod graphed;
-#[path = "gpu/headline.rs"]
 mod headline;
-#[path = "gpu/layers.rs"]
 mod layers;
-#[path = "gpu/model.rs"]
 mod model;
-#[path = "gpu/ops.rs"]
 mod ops;
-#[path = "gpu/self_test.rs"]
 mod self_test;
-#[path = "gpu/smoke.rs"]
 mod smoke;
-#[path = "gpu/train.rs"]
 mod train;
-#[path = "gpu/watchdog.rs"]
 mod watchdog;
 
 use candle_core::{bail, Device, Result};
@@ -68,10 +56,7 @@ struct Watch<'a> {
 
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.device.synchronize() {
-            eprintln!("{}: the GPU does not answer any more: {error}", self.test);
-            watchdog::end(watchdog::BROKEN);
-        }
+        watchdog::answers(self.device, self.test);
         watchdog::rest();
     }
 }
@@ -164,6 +149,16 @@ fn named(trials: Vec<Trial>) -> std::result::Result<Vec<Trial>, String> {
     names.lines().map(find).collect()
 }
 
+fn ended(command: anyhow::Result<()>) -> ExitCode {
+    match command {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let name = std::env::args_os().next().unwrap_or_default();
     // A family that the self-test refuses would be replaced: tests and times would be those of other kernels.
@@ -174,8 +169,8 @@ fn main() -> ExitCode {
             let command = ["candle-sam-lora", "finetune"].map(Into::into);
             cli::main(command.into_iter().chain(std::env::args_os().skip(1)))
         }
-        Some("headline") => headline::main(),
-        Some("smoke") => smoke::main(),
+        Some("headline") => ended(headline::main()),
+        Some("smoke") => ended(smoke::main()),
         _ => tests(),
     }
 }

@@ -6,16 +6,12 @@
 //! more steps and more kinds of refusal. Linux on x86-64, where processes may be traced; elsewhere there is nothing to run.
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#[path = "faults/full_disk.rs"]
 mod full_disk;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#[path = "faults/run.rs"]
 mod run;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#[path = "faults/trace.rs"]
 mod trace;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-#[path = "faults/trials.rs"]
 mod trials;
 
 use std::process::ExitCode;
