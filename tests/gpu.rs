@@ -19,6 +19,8 @@ mod clock;
 mod common;
 #[path = "gpu/driver_calls.rs"]
 mod driver_calls;
+#[path = "gpu/dry_run.rs"]
+mod dry_run;
 #[path = "gpu/emulated.rs"]
 mod emulated;
 #[path = "gpu/graph.rs"]
@@ -138,6 +140,7 @@ fn tests() -> ExitCode {
         model::trials(),
         train::trials(),
         driver_calls::trials(),
+        dry_run::trials(),
         self_test::trials(),
     ];
     let trials = watchdog::start().and_then(|()| named(trials.into_iter().flatten().collect()));
