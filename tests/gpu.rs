@@ -12,6 +12,8 @@
 //! | `CANDLE_SAM_LORA_TEST_KERNELS` | `portable`: the tests do without the kernels for the GPU's own architecture |
 //! | `CANDLE_SAM_LORA_TEST_NAMES` | a file with the names of the tests to run, one a line, in this order |
 
+#[path = "gpu/blocks.rs"]
+mod blocks;
 #[path = "../benches/cases.rs"]
 mod cases;
 #[path = "gpu/clock.rs"]
@@ -134,6 +136,7 @@ fn tests() -> ExitCode {
     }
     let trials = [
         ops::trials(),
+        blocks::trials(),
         graph::trials(),
         graphed::trials(),
         emulated::trials(),

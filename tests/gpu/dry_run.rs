@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Error, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::cuda;
 use candle_sam_lora::lora::{inject, LoraConfig};
-use candle_sam_lora::nn::{set_trainable, trainable_variables, Mode};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, without_gradients, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamVisionEncoder};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use libtest_mimic::Trial;
@@ -33,7 +33,7 @@ const KINDS: [(&str, &[&str]); 7] = [
 enum Pass {
     /// With an adapter that nothing trains.
     Inference,
-    /// With an adapter that is trainable, in evaluation.
+    /// With an adapter that is trainable, by a copy without gradients.
     Evaluation,
     Training,
     Checkpointed,
@@ -103,6 +103,9 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
         let before = KINDS.map(|(_, names)| counted(names));
         let [resident, _] = bytes()?;
         match &mut optimizer {
+            None if pass == Pass::Evaluation => {
+                drop(without_gradients(&encoder)?.forward(&pixels, Mode::Eval)?);
+            }
             None => drop(encoder.forward(&pixels, Mode::Eval)?),
             Some(optimizer) => step(&encoder, &pixels, optimizer)?,
         }
