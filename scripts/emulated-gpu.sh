@@ -5,6 +5,7 @@
 # With EMULATOR_SANITIZE=address,undefined a kernel that reaches past a tensor or its workspace is reported.
 #
 # usage: emulated-gpu.sh [what the tests' names hold, and other arguments of theirs]
+#        emulated-gpu.sh --dry-run [--write]         counts launches and memory, against scripts/launch-budget.tsv or into it
 #        emulated-gpu.sh --kit [arguments of scripts/gpu/kit.py]     the GPU kit, small and with time to spare
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -40,5 +41,10 @@ if [ "${1:-}" = --kit ]; then
   scripts/gpu/layout.sh "$binary" "$kit" "the emulator"
   export LD_PRELOAD=$preload
   exec python3 scripts/gpu/kit.py --kit "$kit" --small --watchdog 120 --results "$cuda/results" "${@:2}"
+fi
+if [ "${1:-}" = --dry-run ]; then
+  [ "${2:-}" != --write ] || export CANDLE_SAM_LORA_WRITE_BUDGET=1
+  export EMULATED_DRY_RUN=1
+  set -- 'dry run'
 fi
 CANDLE_SAM_LORA_REQUIRE_GPU=1 cargo test --release --features cuda --test gpu -- "$@"

@@ -64,7 +64,7 @@ pub use low_rank::LowRank;
 pub use mlp::MlpBlock;
 pub use mode::Mode;
 pub use tree::{
-    child, join, named_parameters, set_trainable, trainable_variables, Buffer, Fixed, Layer,
-    LayerMut, ModuleTree, Node, NodeMut,
+    child, join, named_parameters, set_trainable, trainable_variables, without_gradients, Buffer,
+    Fixed, Layer, LayerMut, ModuleTree, Node, NodeMut,
 };
 pub(crate) use variables::{check_settable, set_values, Training, ENDS_THE_GRAPH};

@@ -293,6 +293,22 @@ pub fn trainable_variables(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>
     Ok(variables)
 }
 
+/// A copy that shares every value and has no variables: its forward keeps no graph, so it takes the memory of an inference.
+/// It sees what an optimizer changes later, and what [`set_trainable`] and adapters' injection change it does not.
+///
+/// # Errors
+/// - a module of the tree refuses a change.
+pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {
+    let mut copy = module.clone();
+    copy.visit_mut("", &mut |_, node| {
+        if let NodeMut::Parameter(tensor) = node {
+            *tensor = tensor.detach();
+        }
+        Ok(())
+    })?;
+    Ok(copy)
+}
+
 /// Makes each parameter trainable or frozen as `wanted` says of its name.
 ///
 /// A parameter that is trainable already keeps its variable, which a `VarMap` may hold too. One that was frozen becomes a

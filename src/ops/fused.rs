@@ -7,7 +7,7 @@ use super::arguments::{Projection, RelPosAttention};
 use super::custom::Engine;
 use super::{check, projection, rel_pos_attention as attention, Activation};
 use crate::launch::{self, family::Family, Gpu};
-use crate::problem::ProjectionProblem;
+use crate::problem::{AttentionProblem, ProjectionProblem};
 use candle_core::{DType, Device, Result, Tensor};
 
 /// A linear layer with LoRA, activation and residual: `x [.., in] -> [.., out]`; `residual` is `[.., out]`.
@@ -68,16 +68,20 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<Tensor> {
-    let (problem, tables, pad) = attention::prepare(qkv, config)?;
+    let prepared = attention::prepare(qkv, config)?;
+    let engine = engine_of_attention(qkv, &prepared.0)?;
+    attention::run(qkv, config, prepared, engine)
+}
+
+/// The engine for attention.
+pub(super) fn engine_of_attention(qkv: &Tensor, problem: &AttentionProblem) -> Result<Engine> {
     let dtype = qkv.dtype();
-    let engine =
-        engine(qkv.device(), dtype, |gpu| launch::rel_pos_attention::family(&problem, dtype, gpu))?;
-    attention::run(qkv, config, (problem, tables, pad), engine)
+    engine(qkv.device(), dtype, |gpu| launch::rel_pos_attention::family(problem, dtype, gpu))
 }
 
 /// The engine for projections. A fused operation gives its weights no gradient, so trainable ones take the composed path,
 /// as do devices without kernels.
-fn engine_of_projections(
+pub(super) fn engine_of_projections(
     x: &Tensor,
     projections: &[Projection<'_>],
     activation: Activation,

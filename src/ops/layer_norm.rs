@@ -35,13 +35,16 @@ pub(super) fn layer(weight: &Tensor, bias: &Tensor, eps: f64) -> (Layer, Vec<Ten
     (Layer::Norm { eps }, vec![weight.clone(), bias.clone()])
 }
 
+/// A parameter as the kernels take it: in the one dtype of all tensors.
+#[cfg(feature = "cuda")]
+pub(super) fn of_gpu(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
+    super::custom::operand(&parameter.to_dtype(x.dtype())?)
+}
+
 #[cfg(feature = "cuda")]
 fn on_gpu(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    use super::custom::operand;
-    use super::{computed, gpu::layer_norm as gpu};
-    // Kernels take one dtype.
-    let parameter = |tensor: &Tensor| operand(&tensor.to_dtype(x.dtype())?);
-    let (x, weight, bias) = (operand(x)?, parameter(weight)?, parameter(bias)?);
+    use super::{computed, custom::operand, gpu::layer_norm as gpu};
+    let (x, weight, bias) = (operand(x)?, of_gpu(weight, x)?, of_gpu(bias, x)?);
     let inputs = (&x, Some(&weight), Some(&bias));
     let (out, shape) = gpu::forward(eps, computed::three(inputs))?;
     let out = (candle_core::Storage::Cuda(out), shape);

@@ -87,34 +87,47 @@ impl Call<'_> {
 
     #[cfg(feature = "cuda")]
     fn on_gpu(&self, gpu: Gpu) -> Result<Tensor> {
-        let (op, activation) = (ProjectionProblem::op(self.projections.len()), self.activation);
         let x = operand(self.x)?;
-        let (layer, parameters) = layer(self.projections, activation);
-        let Layer::Projections { problems, weights, .. } = layer else {
-            bail!("{op}: the layer is no projection")
-        };
-        // Kernels take one dtype.
-        let weights = weights.iter().map(|weight| operand(&weight.to_dtype(x.dtype())?));
-        let weights = weights.collect::<Result<Vec<_>>>()?;
-        let in_place = in_place(&parameters, x.dtype())?;
-        let packed = match in_place {
-            Some(_) => None,
-            None => Some(params::pack(&parameters, x.device())?),
-        };
+        let (call, packed) = of_gpu(&x, self.projections, self.activation, x.track_op(), gpu)?;
         let residual = self.residual.map(operand).transpose()?;
-        let keep = x.track_op() || packed.as_ref().is_some_and(Tensor::track_op);
-        let dims = x.dims().to_vec();
+        let (op, has_residual) = (call.op, residual.is_some());
         let inputs = (&x, packed.as_ref(), residual.as_ref());
-        let has_residual = residual.is_some();
-        let call = Projections { op, dims, problems, activation, weights, in_place, keep, gpu };
         let (out, shape, saved) = call.forward(computed::three(inputs), has_residual)?;
         let out = (candle_core::Storage::Cuda(out), shape);
         computed::node(op, inputs, out, move |[x, parameters, residual], _, grad| {
             let dresidual = (has_residual && residual.track_op()).then(|| grad.clone());
-            let (dx, dparameters) = call.backward([x, parameters], &saved, grad)?;
+            let wanted = [x, parameters].map(Tensor::track_op);
+            let (dx, dparameters) = call.backward([x, parameters], wanted, &saved, grad)?;
             Ok((dx, dparameters, dresidual))
         })
     }
+}
+
+/// The projections as a GPU's kernels compute them for a contiguous x; their parameters as one input if one of them wants a
+/// gradient. `keep` says whether a backward comes in any case.
+#[cfg(feature = "cuda")]
+pub(super) fn of_gpu(
+    x: &Tensor,
+    projections: &[Projection<'_>],
+    activation: Activation,
+    keep: bool,
+    gpu: Gpu,
+) -> Result<(Projections, Option<Tensor>)> {
+    let op = ProjectionProblem::op(projections.len());
+    let (layer, parameters) = layer(projections, activation);
+    let Layer::Projections { problems, weights, .. } = layer else {
+        bail!("{op}: the layer is no projection")
+    };
+    // Kernels take one dtype.
+    let weights = weights.iter().map(|weight| operand(&weight.to_dtype(x.dtype())?));
+    let weights = weights.collect::<Result<Vec<_>>>()?;
+    let in_place = in_place(&parameters, x.dtype())?;
+    let packed = match in_place {
+        Some(_) => None,
+        None => Some(params::pack(&parameters, x.device())?),
+    };
+    let (dims, keep) = (x.dims().to_vec(), keep || packed.is_some());
+    Ok((Projections { op, dims, problems, activation, weights, in_place, keep, gpu }, packed))
 }
 
 /// The parameters for kernels that read them in place: biases in `dtype` or f32, adapters in f32.

@@ -15,10 +15,12 @@ use super::cpu::{Chain, Layer, Residual};
 use super::custom::Engine;
 use super::{composed, resize_linear};
 #[cfg(feature = "cuda")]
-use super::{computed, custom::operand, params};
+use super::{computed, custom::operand, gpu::rel_pos_attention::Attention, params};
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;
 use crate::problem::AttentionProblem;
+#[cfg(feature = "cuda")]
+use candle_core::bail;
 use candle_core::{Result, Tensor};
 use std::sync::Once;
 
@@ -78,9 +80,23 @@ pub(super) fn layer((problem, tables, pad): Prepared<'_>) -> (Layer, Vec<Tensor>
     (Layer::Attention { problem, pad: pad.is_some() }, parameters)
 }
 
+/// Attention as a GPU's kernels compute it, where tables and pad are frozen; with it the pad.
+#[cfg(feature = "cuda")]
+pub(super) fn of_gpu(
+    (problem, tables, pad): Prepared<'_>,
+    gpu: Gpu,
+) -> Result<(Attention, Option<Tensor>)> {
+    let read = |tables: [Tensor; 2]| match params::in_place(&tables, Tensor::dtype)? {
+        Some(tables) => Ok(tables.try_into().ok()),
+        None => bail!("{OP}: tables that are trained are no layer of a chain"),
+    };
+    let tables = tables.map(read).transpose()?.flatten();
+    let pad = pad.map(operand).transpose()?;
+    Ok((Attention { problem, tables, pad: pad.is_some(), gpu }, pad))
+}
+
 #[cfg(feature = "cuda")]
 fn on_gpu(qkv: &Tensor, (problem, tables, pad): Prepared<'_>, gpu: Gpu) -> Result<Tensor> {
-    use super::gpu::rel_pos_attention::Attention;
     let qkv = operand(qkv)?;
     let frozen = match &tables {
         Some(tables) => params::in_place(tables, Tensor::dtype)?,

@@ -9,15 +9,22 @@ use libloading::os::unix::Library;
 use libtest_mimic::Trial;
 use std::ffi::{c_char, CString};
 
+/// A function of the driver's stand-in; none with a real driver.
+///
+/// # Safety
+/// `F` is the type of the function of this name in emulator/driver/src.
+pub unsafe fn stand_in<F: Copy>(name: &str) -> Option<F> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: the caller's promise. The library stays loaded as long as the process.
+    unsafe { Some(*Library::this().get::<F>(name.as_bytes_with_nul()).ok()?) }
+}
+
 /// How often functions of the driver were called, or kernels launched, whose names begin so; none with a real driver.
 pub fn calls(prefix: &str) -> Option<u64> {
     let prefix = CString::new(prefix).ok()?;
-    // SAFETY: the signature is that of emulator/driver/src/calls.rs.
+    // SAFETY: the function has this type, and gets a string.
     unsafe {
-        let this = Library::this();
-        let count = this
-            .get::<unsafe extern "C" fn(*const c_char) -> u64>(b"emulated_driver_calls\0")
-            .ok()?;
+        let count: unsafe extern "C" fn(*const c_char) -> u64 = stand_in("emulated_driver_calls")?;
         Some(count(prefix.as_ptr()))
     }
 }

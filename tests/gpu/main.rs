@@ -12,12 +12,14 @@
 //! | `CANDLE_SAM_LORA_TEST_KERNELS` | `portable`: the tests do without the kernels for the GPU's own architecture |
 //! | `CANDLE_SAM_LORA_TEST_NAMES` | a file with the names of the tests to run, one a line, in this order |
 
+mod blocks;
 #[path = "../../benches/cases.rs"]
 mod cases;
 mod clock;
 #[path = "../common/mod.rs"]
 mod common;
 mod driver_calls;
+mod dry_run;
 mod emulated;
 mod graph;
 mod graphed;
@@ -117,12 +119,14 @@ fn tests() -> ExitCode {
     }
     let trials = [
         ops::trials(),
+        blocks::trials(),
         graph::trials(),
         graphed::trials(),
         emulated::trials(),
         model::trials(),
         train::trials(),
         driver_calls::trials(),
+        dry_run::trials(),
         self_test::trials(),
     ];
     let trials = watchdog::start().and_then(|()| named(trials.into_iter().flatten().collect()));

@@ -1,5 +1,5 @@
 //! How often the driver's functions were called, the crate's kernels launched, and launches permitted to begin early, by their
-//! names: for tests of the host's work.
+//! names: for tests of the host's work. Candle's kernels have `candle::` before their names.
 
 use std::collections::BTreeMap;
 use std::ffi::{c_char, CStr};
@@ -11,6 +11,15 @@ static CALLS: Mutex<BTreeMap<&'static str, u64>> = Mutex::new(BTreeMap::new());
 pub fn count(name: &'static str) {
     let mut calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);
     *calls.entry(name).or_default() += 1;
+}
+
+/// Tells `visit` every name, its length and its count.
+#[no_mangle]
+pub extern "C" fn emulated_driver_each(visit: extern "C" fn(*const u8, usize, u64)) {
+    let calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    for (name, count) in calls {
+        visit(name.as_ptr(), name.len(), count);
+    }
 }
 
 /// The calls of all functions, or launches of all kernels, whose names begin so.

@@ -1,6 +1,6 @@
 //! The driver's one device and its one context.
 
-use crate::{calls, Status, BROKEN, INVALID_VALUE, SUCCESS};
+use crate::{calls, dry_run, Status, BROKEN, INVALID_VALUE, SUCCESS};
 use std::cell::Cell;
 use std::ffi::c_char;
 use std::sync::atomic::Ordering;
@@ -66,13 +66,16 @@ unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, bytes: i32, _device: i32
     SUCCESS
 }
 
-/// Few multiprocessors, so that persistent kernels have several tiles a block in small cases.
+/// Few multiprocessors, so that persistent kernels have several tiles a block in small cases; an H200's or A100's in a dry
+/// run.
 #[no_mangle]
 unsafe extern "C" fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, _device: i32) -> Status {
     calls::count("cuDeviceGetAttribute");
     let hopper = capability() >= 90;
     let answer = match attribute {
-        16 => 4, // multiprocessors
+        16 if !dry_run::is_on() => 4, // multiprocessors
+        16 if hopper => 132,
+        16 => 108,
         75 => capability() / 10,
         76 => capability() % 10,
         97 if hopper => 227 << 10, // shared memory that a block may opt into

@@ -3,8 +3,8 @@
 
 use crate::memory::Stream;
 use crate::{
-    calls, candle, device, fault, graph, told, Outcome, Status, INVALID_CONTEXT, INVALID_VALUE,
-    LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED,
+    calls, candle, device, dry_run, fault, graph, told, Outcome, Status, INVALID_CONTEXT,
+    INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED,
 };
 use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources, TensorMap, Timing};
 use std::ffi::{c_char, c_void, CStr, CString};
@@ -43,6 +43,8 @@ enum Owner {
 
 struct Function {
     name: CString,
+    /// Name in the counts of launches.
+    counted: String,
     owner: Owner,
     /// Dynamic shared memory that a block may have.
     shared_bytes: AtomicU32,
@@ -76,13 +78,16 @@ unsafe extern "C" fn cuModuleGetFunction(
     let name = unsafe { CStr::from_ptr(name) }.to_owned();
     told(known(&name, *module).map(|()| {
         let shared_bytes = AtomicU32::new(FREE_SHARED);
+        let owner = *module;
+        let prefix = if owner == Owner::Candle { "candle::" } else { "" };
+        let counted = format!("{prefix}{}", name.to_string_lossy());
         // SAFETY: the caller's address is one to write to.
-        unsafe { *function = Box::leak(Box::new(Function { name, owner: *module, shared_bytes })) };
+        unsafe { *function = Box::leak(Box::new(Function { name, counted, owner, shared_bytes })) };
     }))
 }
 
 fn known(name: &CStr, owner: Owner) -> Outcome {
-    if owner == Owner::Crate {
+    if owner == Owner::Crate && !dry_run::is_on() {
         let bytes = emulator()?.params_bytes(name).map_err(|e| (NOT_SUPPORTED, e))?;
         bytes.ok_or_else(|| (NOT_FOUND, format!("there is no kernel {name:?}")))?;
     }
@@ -177,7 +182,11 @@ fn launch(
         let bytes = config.shared_bytes;
         return Err((INVALID_VALUE, format!("{name} was not permitted {bytes} bytes")));
     }
+    calls::count(&function.counted);
     if function.owner == Owner::Candle {
+        if dry_run::is_on() {
+            return Ok(());
+        }
         // SAFETY: the arguments are those that candle's kernel of this name takes, by the caller's promise.
         let work = unsafe { candle::kernel(&name, config.grid, config.block, arguments) };
         return match work {
@@ -188,7 +197,6 @@ fn launch(
             None => Err((NOT_SUPPORTED, format!("candle's kernel {name} is not emulated"))),
         };
     }
-    calls::count(function.name.to_str().unwrap_or_default());
     let (mut cluster, mut begins_early) = (1, false);
     for attribute in attributes {
         match (attribute.id, attribute.value) {
@@ -205,6 +213,9 @@ fn launch(
         loop {
             std::thread::park();
         }
+    }
+    if dry_run::is_on() {
+        return Ok(());
     }
     let emulator = emulator()?;
     let Ok(Some(bytes)) = emulator.params_bytes(&function.name) else {

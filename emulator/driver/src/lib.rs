@@ -14,11 +14,13 @@
 //!
 //! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another. `EMULATED_FAULT`
 //! names kernels that compute wrongly. A kernel whose name contains `EMULATED_HANG` never ends, for tests of what watches the
-//! GPU. `emulated_driver_calls` tells how often a function was called.
+//! GPU. `EMULATED_DRY_RUN` turns the work off (`dry_run`). `emulated_driver_calls` tells how often a function was called,
+//! `emulated_driver_bytes` how much memory is in use.
 
 mod calls;
 mod candle;
 mod device;
+mod dry_run;
 mod element;
 mod fault;
 mod graph;

@@ -3,7 +3,7 @@
 
 use crate::element::Element;
 use crate::memory::Stream;
-use crate::{graph, Status, SUCCESS};
+use crate::{calls, graph, Status, SUCCESS};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -89,6 +89,7 @@ unsafe extern "C" fn cublasGemmStridedBatchedEx(
     _compute: i32,
     _algorithm: i32,
 ) -> Status {
+    calls::count("cublasGemmStridedBatchedEx");
     let matrix = |at, data_type, leading: i32, stride: i64, transposed| {
         let (leading, stride) = (leading as usize, stride as usize);
         Some(Matrix { at, element: element(data_type)?, leading, stride, transposed })

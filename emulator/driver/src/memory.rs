@@ -1,8 +1,9 @@
 //! The device's memory: the host's, exactly as long as asked for, NaN when it is new and when it is given back.
 
-use crate::{Outcome, Status, INVALID_VALUE};
+use crate::{dry_run, Outcome, Status, INVALID_VALUE};
 use std::alloc::Layout;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// A stream's handle.
@@ -13,6 +14,22 @@ const NAN: u8 = 0xFF;
 
 /// Where live memory lies, and how long it is.
 static LIVE: Mutex<BTreeMap<u64, usize>> = Mutex::new(BTreeMap::new());
+
+/// Bytes of live memory, and the most there were since somebody asked.
+static NOW: AtomicU64 = AtomicU64::new(0);
+static PEAK: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes of live memory; `peak` becomes the most there were since the last call.
+///
+/// # Safety
+/// `peak` is an address to write to.
+#[no_mangle]
+pub unsafe extern "C" fn emulated_driver_bytes(peak: *mut u64) -> u64 {
+    let now = NOW.load(Ordering::SeqCst);
+    // SAFETY: the caller's promise.
+    unsafe { *peak = PEAK.swap(now, Ordering::SeqCst) };
+    now
+}
 
 /// That of graphs, which stays when it is freed: another launch writes it again.
 static OWNED: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
@@ -51,9 +68,13 @@ pub fn alloc(bytes: usize) -> Result<u64, (Status, String)> {
         if start.is_null() {
             std::alloc::handle_alloc_error(layout)
         }
-        start.write_bytes(NAN, bytes);
+        if !dry_run::is_on() {
+            start.write_bytes(NAN, bytes);
+        }
         start as u64
     };
+    let now = NOW.fetch_add(bytes as u64, Ordering::SeqCst) + bytes as u64;
+    PEAK.fetch_max(now, Ordering::SeqCst);
     live(|live| live.insert(address, bytes));
     Ok(address)
 }
@@ -66,9 +87,12 @@ pub fn free(address: u64) -> Outcome {
     let Some(bytes) = live(|live| live.remove(&address)) else {
         return Err((INVALID_VALUE, format!("{address:#x} is freed, but was not allocated")));
     };
+    NOW.fetch_sub(bytes as u64, Ordering::SeqCst);
     // SAFETY: allocated with this layout, and no longer listed, so nobody else frees it.
     unsafe {
-        (address as *mut u8).write_bytes(NAN, bytes);
+        if !dry_run::is_on() {
+            (address as *mut u8).write_bytes(NAN, bytes);
+        }
         std::alloc::dealloc(
             address as *mut u8,
             Layout::from_size_align_unchecked(bytes, ALIGNMENT),

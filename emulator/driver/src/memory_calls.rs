@@ -1,7 +1,7 @@
 //! The driver's calls about memory: allocations and copies, done at once or kept by a graph.
 
 use crate::memory::{alloc, check, free, Stream};
-use crate::{calls, graph, told, Outcome, Status, STREAM_CAPTURE_UNSUPPORTED, SUCCESS};
+use crate::{calls, dry_run, graph, told, Outcome, Status, STREAM_CAPTURE_UNSUPPORTED, SUCCESS};
 
 /// Copies within, to or from the device's memory; `ours` are the addresses in it.
 fn copy(stream: Stream, to: u64, from: u64, bytes: usize, ours: &[u64]) -> Outcome {
@@ -57,6 +57,10 @@ unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     stream: Stream,
 ) -> Status {
     calls::count("cuMemcpyDtoHAsync_v2");
+    if dry_run::is_on() {
+        // SAFETY: the caller's memory, of this length.
+        unsafe { to.write_bytes(0, bytes) };
+    }
     told(copy(stream, to as u64, from, bytes, &[from]))
 }
 

@@ -1,5 +1,6 @@
 //! The fused operations on the GPU: what each hands to [`crate::launch`], and what comes back.
 
+pub mod chain;
 pub mod choice;
 pub mod dora;
 pub mod dropout;

@@ -83,20 +83,22 @@ impl Projections {
         Ok((out, shape, saved))
     }
 
-    /// The gradients of x and of the packed parameters, as far as they are wanted.
+    /// The gradients of x and of the packed parameters, as far as they are wanted. Without that of the parameters nobody
+    /// reads x, and any tensor of its dtype may take its place.
     pub fn backward(
         &self,
         [x, parameters]: [&Tensor; 2],
+        [dx, dparameters]: [bool; 2],
         saved: &Saved,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [dx, dparameters] = [x, parameters].map(Tensor::track_op);
         let plan = self.plan(Pass::Backward { dx, parameters: dparameters }, x.dtype())?;
         let mut inputs = vec![x, parameters, &saved.low_rank, &saved.sum, grad];
         inputs.extend(self.captured());
         let unwanted = Shape::from(1);
         let shape = if dparameters { parameters.shape() } else { &unwanted };
-        let outputs = [(x.dtype(), x.shape()), (DType::F32, shape)];
+        let x_shape = Shape::from(self.dims.as_slice());
+        let outputs = [(x.dtype(), &x_shape), (DType::F32, shape)];
         let job = Job { op: self.op, plan: &plan, dropouts: &self.dropouts() };
         let [of_x, of_parameters] = job.run_on_tensors(&inputs, outputs)?;
         Ok((dx.then_some(of_x), dparameters.then_some(of_parameters)))

@@ -5,15 +5,19 @@
 //! attention_block   x + proj(rel_pos_attention(qkv(layer_norm(x))))
 //! mlp_block         x + lin2(act(lin1(layer_norm(x))))
 //! ```
-//! Each is one node of candle's graph, see [`super::cpu`], with the arithmetic of the single operations.
+//! Each is one node of candle's graph, see [`crate::ops::cpu`], with the arithmetic of the single operations.
 //!
-//! On the CPU; elsewhere, and with trainable weights, the single operations run one after the other.
+//! On the CPU, and on a GPU whose kernels compute each layer and where only projections are trained. Elsewhere, and with
+//! trainable weights, the single operations run one after the other.
 
-use super::cpu::{Chain, Residual};
-use super::{layer_norm, lora_linear, lora_qkv, projection, rel_pos_attention as attention};
-use super::{Activation, Projection, RelPosAttention};
+use crate::ops::cpu::{Chain, Residual};
+use crate::ops::{layer_norm, lora_linear, lora_qkv, projection, rel_pos_attention as attention};
+use crate::ops::{Activation, Projection, RelPosAttention};
 use crate::problem::ProjectionProblem;
 use candle_core::{bail, Device, Result, Tensor};
+
+#[cfg(feature = "cuda")]
+mod on_gpu;
 
 const OP: &str = "layer-chain";
 
@@ -32,7 +36,7 @@ pub struct Norm<'a> {
 /// of. `qkv` is one projection, or those of q, k and v.
 ///
 /// # Errors
-/// As [`lora_linear`], [`lora_qkv`] and [`rel_pos_attention`](super::rel_pos_attention()).
+/// As [`lora_linear`], [`lora_qkv`] and [`rel_pos_attention`](crate::ops::rel_pos_attention()).
 pub fn attention_layer(
     x: &Tensor,
     qkv: &[Projection<'_>],
@@ -46,7 +50,7 @@ pub fn attention_layer(
 /// operations it consists of. `qkv` is one projection, or those of q, k and v.
 ///
 /// # Errors
-/// As [`layer_norm`], [`lora_linear`], [`lora_qkv`] and [`rel_pos_attention`](super::rel_pos_attention()).
+/// As [`layer_norm`], [`lora_linear`], [`lora_qkv`] and [`rel_pos_attention`](crate::ops::rel_pos_attention()).
 pub fn attention_block(
     x: &Tensor,
     norm: &Norm<'_>,
@@ -65,6 +69,10 @@ fn attend(
     config: &RelPosAttention<'_>,
     proj: &Projection<'_>,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = on_gpu::attend(x, norm, qkv, config, proj)? {
+        return Ok(out);
+    }
     if !chained(x, qkv.iter().chain([proj])) {
         let normed = match norm {
             Some(norm) => layer_norm(x, norm.weight, norm.bias, norm.eps)?,
@@ -75,7 +83,7 @@ fn attend(
             [qkv] => lora_linear(&normed, qkv, Activation::Identity, None)?,
             other => return wrong_count(other),
         };
-        let out = super::rel_pos_attention(&packed, config)?;
+        let out = crate::ops::rel_pos_attention(&packed, config)?;
         return lora_linear(&out, proj, Activation::Identity, norm.map(|_| x));
     }
     let mut chain = Chain::new(OP, x);
@@ -108,6 +116,10 @@ pub fn mlp_block(
     activation: Activation,
     lin2: &Projection<'_>,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = on_gpu::mlp(x, norm, (lin1, activation), lin2)? {
+        return Ok(out);
+    }
     if !activation.is_fused() || !chained(x, [lin1, lin2]) {
         let normed = layer_norm(x, norm.weight, norm.bias, norm.eps)?;
         let hidden = lora_linear(&normed, lin1, activation, None)?;

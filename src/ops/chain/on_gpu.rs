@@ -1,0 +1,128 @@
+//! The chains on a GPU: which of them its kernels compute, and their layers.
+
+use super::{wrong_count, Norm, OP};
+use crate::launch::Gpu;
+use crate::ops::custom::{has_kernels, operand, Engine};
+use crate::ops::gpu::chain::Chain;
+use crate::ops::{fused, layer_norm, projection, rel_pos_attention as attention};
+use crate::ops::{Activation, Projection, RelPosAttention};
+use crate::problem::ProjectionProblem;
+use candle_core::{Result, Tensor};
+
+/// `x + proj(rel_pos_attention(qkv(layer_norm(x))))`, or without a norm the layer alone. None where kernels do not compute
+/// all of it.
+pub fn attend(
+    x: &Tensor,
+    norm: Option<&Norm<'_>>,
+    qkv: &[Projection<'_>],
+    config: &RelPosAttention<'_>,
+    proj: &Projection<'_>,
+) -> Result<Option<Tensor>> {
+    let tables = config.rel_pos.into_iter().flat_map(|(h, w)| [h, w]);
+    if tables.chain(config.pad).any(Tensor::track_op) {
+        return Ok(None);
+    }
+    let Some(x) = input(x, norm)? else { return Ok(None) };
+    let Some(qkv_gpu) = gpu(&x, qkv, Activation::Identity)? else { return Ok(None) };
+    match qkv {
+        [_] => {}
+        [q, k, v] => projection::equal_widths(&[*q, *k, *v])?,
+        other => return wrong_count(other).map(Some),
+    }
+    let packed = like(&x, qkv)?;
+    let prepared = attention::prepare(&packed, config)?;
+    let Engine::Gpu(attention_gpu) = fused::engine_of_attention(&packed, &prepared.0)? else {
+        return Ok(None);
+    };
+    let attended = packed.narrow(3, 0, prepared.0.channels())?;
+    let Some(proj_gpu) = gpu(&attended, &[*proj], Activation::Identity)? else { return Ok(None) };
+    if norm.is_some() && like(&x, &[*proj])?.dims() != x.dims() {
+        return Ok(None); // the single operations say what does not fit
+    }
+
+    let mut chain = Chain::new(OP, x);
+    normed(&mut chain, norm)?;
+    project(&mut chain, qkv, (Activation::Identity, qkv_gpu), false)?;
+    let rows = chain.input();
+    chain.attention(rows, attention::of_gpu(prepared, attention_gpu)?)?;
+    project(&mut chain, &[*proj], (Activation::Identity, proj_gpu), norm.is_some())?;
+    chain.run(norm.is_some()).map(Some)
+}
+
+/// `x + lin2(act(lin1(layer_norm(x))))`. None where kernels do not compute all of it.
+pub fn mlp(
+    x: &Tensor,
+    norm: &Norm<'_>,
+    (lin1, activation): (&Projection<'_>, Activation),
+    lin2: &Projection<'_>,
+) -> Result<Option<Tensor>> {
+    let Some(x) = input(x, Some(norm))? else { return Ok(None) };
+    let Some(first) = gpu(&x, &[*lin1], activation)? else { return Ok(None) };
+    let hidden = like(&x, &[*lin1])?;
+    let Some(second) = gpu(&hidden, &[*lin2], Activation::Identity)? else { return Ok(None) };
+    if like(&x, &[*lin2])?.dims() != x.dims() {
+        return Ok(None);
+    }
+
+    let mut chain = Chain::new(OP, x);
+    normed(&mut chain, Some(norm))?;
+    project(&mut chain, &[*lin1], (activation, first), false)?;
+    project(&mut chain, &[*lin2], (Activation::Identity, second), true)?;
+    chain.run(true).map(Some)
+}
+
+/// x as kernels take it, if there are kernels and the norm is frozen.
+fn input(x: &Tensor, norm: Option<&Norm<'_>>) -> Result<Option<Tensor>> {
+    if !has_kernels(x.device()) || x.elem_count() == 0 {
+        return Ok(None);
+    }
+    if let Some(norm) = norm {
+        layer_norm::validate(x, norm.weight, norm.bias, norm.eps)?;
+        if norm.weight.track_op() || norm.bias.track_op() {
+            return Ok(None);
+        }
+    }
+    operand(x).map(Some)
+}
+
+/// The GPU with the kernels that compute projections of `x`, if any do.
+fn gpu(x: &Tensor, parts: &[Projection<'_>], activation: Activation) -> Result<Option<Gpu>> {
+    let op = ProjectionProblem::op(parts.len());
+    for part in parts {
+        part.validate(op, x)?;
+    }
+    if !activation.is_fused() {
+        return Ok(None);
+    }
+    Ok(match fused::engine_of_projections(x, parts, activation)? {
+        Engine::Gpu(gpu) => Some(gpu),
+        _ => None,
+    })
+}
+
+/// A tensor shaped and typed as the projections' output, for checks and plans. It has one element of memory.
+fn like(x: &Tensor, parts: &[Projection<'_>]) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = parts.iter().map(|part| part.weight.dims()[0]).sum();
+    }
+    x.detach().flatten_all()?.narrow(0, 0, 1)?.broadcast_as(dims)
+}
+
+fn normed(chain: &mut Chain, norm: Option<&Norm<'_>>) -> Result<()> {
+    let Some(norm) = norm else { return Ok(()) };
+    let x = chain.input();
+    let parameters = [layer_norm::of_gpu(norm.weight, &x)?, layer_norm::of_gpu(norm.bias, &x)?];
+    chain.layer_norm(x, norm.eps, parameters)
+}
+
+fn project(
+    chain: &mut Chain,
+    parts: &[Projection<'_>],
+    (activation, gpu): (Activation, Gpu),
+    residual: bool,
+) -> Result<()> {
+    let x = chain.input();
+    let call = projection::of_gpu(&x, parts, activation, chain.is_tracked(), gpu)?;
+    chain.projections(x, call, residual)
+}

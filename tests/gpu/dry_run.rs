@@ -1,0 +1,148 @@
+//! What a training step and an inference ask of the GPU: memory, launches, allocations, copies. The driver's stand-in counts
+//! them in a dry run (emulator/driver/src/dry_run.rs), where the encoders have their real sizes and every value is zero.
+//!
+//! The counts are those of scripts/launch-budget.tsv, or the test fails. `CANDLE_SAM_LORA_WRITE_BUDGET` in the environment makes
+//! the file anew.
+
+use crate::driver_calls::{calls, stand_in};
+use crate::trial;
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Error, Tensor};
+use candle_nn::VarBuilder;
+use candle_sam_lora::cuda;
+use candle_sam_lora::lora::{inject, LoraConfig};
+use candle_sam_lora::nn::{set_trainable, trainable_variables, without_gradients, Mode};
+use candle_sam_lora::sam::{AttentionKind, SamConfig, SamVisionEncoder};
+use candle_sam_lora::train::{AdamW, AdamWConfig};
+use libtest_mimic::Trial;
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// Kinds of events, and the beginnings of the names that are counted as such.
+const KINDS: [(&str, &[&str]); 7] = [
+    ("launches", &["cuLaunchKernel"]),
+    ("of candle", &["candle::"]),
+    ("cuBLAS", &["cublasGemm"]),
+    ("memsets", &["cuMemset"]),
+    ("copies", &["cuMemcpyHtoD", "cuMemcpyDtoD"]),
+    ("waits", &["cuMemcpyDtoH"]),
+    ("allocations", &["cuMemAlloc"]),
+];
+
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    /// With an adapter that nothing trains.
+    Inference,
+    /// With an adapter that is trainable, by a copy without gradients.
+    Evaluation,
+    Training,
+    Checkpointed,
+}
+
+const PASSES: [(&str, Pass); 4] = [
+    ("inference", Pass::Inference),
+    ("evaluation", Pass::Evaluation),
+    ("training", Pass::Training),
+    ("checkpointed", Pass::Checkpointed),
+];
+
+pub fn trials() -> Vec<Trial> {
+    // SAFETY: the function has this type.
+    let is_dry = unsafe { stand_in::<extern "C" fn() -> bool>("emulated_driver_is_dry") };
+    let is_dry = is_dry.is_some_and(|is_dry| is_dry());
+    let test = |device: &Device| run(device).map_err(Error::wrap);
+    vec![trial("dry run".to_string(), test).with_ignored_flag(!is_dry)]
+}
+
+fn run(device: &Device) -> Result<()> {
+    cuda::self_test(false); // it compares values
+    let kinds = KINDS.map(|(kind, _)| kind).join("\t");
+    let mut table = format!("# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\n");
+    let sizes = [
+        ("vit_b", DType::F32),
+        ("vit_b", DType::BF16),
+        ("vit_l", DType::BF16),
+        ("vit_h", DType::BF16),
+    ];
+    for (name, dtype) in sizes {
+        for (pass_name, pass) in PASSES {
+            let config = SamConfig::by_name(name)?;
+            let counts = counts(&config, dtype, pass, device)?;
+            writeln!(table, "{name}\t{}\t{pass_name}\t{}", dtype.as_str(), counts.join("\t"))?;
+        }
+    }
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/launch-budget.tsv");
+    println!("{table}");
+    if std::env::var_os("CANDLE_SAM_LORA_WRITE_BUDGET").is_some() {
+        return std::fs::write(&file, table).with_context(|| file.display().to_string());
+    }
+    let expected = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+    ensure!(table == expected, "{} has other counts:\n{expected}", file.display());
+    Ok(())
+}
+
+/// Memory in use and at most, then a number for each of [`KINDS`], of the second of two equal passes.
+fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Result<Vec<String>> {
+    let config = &config.vision_config;
+    let weights = VarBuilder::zeros(dtype, device);
+    let mut encoder = SamVisionEncoder::new(config, AttentionKind::Split, weights)?;
+    set_trainable(&mut encoder, |_| false)?;
+    let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
+    inject(&mut encoder, &lora, 1)?;
+    if pass == Pass::Inference {
+        set_trainable(&mut encoder, |_| false)?;
+    }
+    encoder.gradient_checkpointing = pass == Pass::Checkpointed;
+    let trains = matches!(pass, Pass::Training | Pass::Checkpointed);
+    let variables = if trains { trainable_variables(&encoder)? } else { vec![] };
+    let mut optimizer =
+        if trains { Some(AdamW::new(variables, AdamWConfig::default())?) } else { None };
+    let pixels = Tensor::zeros((1, 3, config.image_size, config.image_size), DType::F32, device)?;
+    let mut both = [vec![], vec![]];
+    for found in &mut both {
+        let before = KINDS.map(|(_, names)| counted(names));
+        let [resident, _] = bytes()?;
+        match &mut optimizer {
+            None if pass == Pass::Evaluation => {
+                drop(without_gradients(&encoder)?.forward(&pixels, Mode::Eval)?);
+            }
+            None => drop(encoder.forward(&pixels, Mode::Eval)?),
+            Some(optimizer) => step(&encoder, &pixels, optimizer)?,
+        }
+        let [after, peak] = bytes()?;
+        ensure!(after == resident, "{} bytes are left behind", after.abs_diff(resident));
+        let mebibytes =
+            [resident, peak].map(|bytes| format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
+        let events = KINDS.iter().zip(before).map(|((_, names), before)| counted(names) - before);
+        *found = mebibytes.into_iter().chain(events.map(|count| count.to_string())).collect();
+    }
+    let [_, second] = both;
+    Ok(second)
+}
+
+/// A training step, as a trainer makes it.
+fn step(encoder: &SamVisionEncoder, pixels: &Tensor, optimizer: &mut AdamW) -> Result<()> {
+    let loss = encoder.forward(pixels, Mode::Train { seed: 1 })?.sqr()?.mean_all()?;
+    loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+    let store = loss.backward()?;
+    let gradients = optimizer.gradients(&store)?;
+    drop((store, loss));
+    gradients.norm()?;
+    Ok(optimizer.apply(&gradients)?)
+}
+
+fn counted(names: &[&str]) -> u64 {
+    names.iter().filter_map(|name| calls(name)).sum()
+}
+
+/// Bytes in use, and the most since the last call.
+fn bytes() -> Result<[u64; 2]> {
+    let mut peak = 0;
+    // SAFETY: the function has this type, and writes one number.
+    let now = unsafe {
+        let bytes: unsafe extern "C" fn(*mut u64) -> u64 =
+            stand_in("emulated_driver_bytes").context("no stand-in for the driver")?;
+        bytes(&mut peak)
+    };
+    Ok([now, peak])
+}
