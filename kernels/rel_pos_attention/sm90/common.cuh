@@ -1,11 +1,11 @@
 // Shared by the sm_90a kernels of rel_pos_attention: rows of channels as TMA writes and wgmma reads them.
 //
-// A *panel* is rows of kDim channels of one head: the first 64 channels in rows of 128 bytes, 128B-swizzled, and behind
-// all of them, for head_dim 80, the other 16 in rows of 32 bytes, 32B-swizzled. As either side of a product over
-// channels (q k^T) its k is innermost; as the right side of one over its rows (P v) its n is.
+// A *panel* is rows of kDim channels of one head. The first 64 channels are rows of 128 bytes, 128B-swizzled. Behind
+// all of them, for head_dim 80, the other 16 channels are rows of 32 bytes, 32B-swizzled. Either side of a product over
+// channels (q k^T) has its k innermost. The right side of a product over the panel's rows (P v) has its n innermost.
 //
-// wgmma's accumulators lie as those of mma.m16n8k16: warp w of a warpgroup has rows 16 w .., and element 4 j + i of a
-// lane is in row g + 8 (i / 2), column 8 j + 2 t + i % 2, for g = lane / 4 and t = lane % 4.
+// The accumulators of wgmma lie as those of mma.m16n8k16. Warp w of a warpgroup has 16 rows, from 16 w on. With g =
+// lane / 4 and t = lane % 4, element 4 j + i of a lane is in row g + 8 (i / 2), column 8 j + 2 t + i % 2.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 #include "common/descriptor.cuh"
@@ -122,8 +122,9 @@ __device__ __forceinline__ void load_rows(unsigned char* panel, const PanelMaps&
         ptx::cp_async_bulk_tensor(panel + PanelRows * kWideRow, maps.tail, barrier, channel + kWide, row...);
 }
 
-// Puts the products of a lane's two queries with rows of a table where their keys are, in base 2; of a query's key 0
-// the product is number row_of_zero, of the next key the one before. Others are left out: `side` is 0 for no query.
+// Puts the products of a lane's two queries with rows of a table where their keys are, in base 2. Key 0 of a query has
+// the product number row_of_zero, each next key the product before. Products without a key are left out: `side` is 0
+// for no query.
 __device__ __forceinline__ void scatter_biases(float* bias, uint32_t stride, const int (&row_of_zero)[2],
                                                const uint32_t (&side)[2], const float (&products)[kTableRows / 2]) {
 #pragma unroll
@@ -146,8 +147,8 @@ __device__ __forceinline__ void fill_biases(float* bias, uint32_t stride, uint32
         bias[lane / 2 * stride + key] = key < side ? 0.0f : -INFINITY;
 }
 
-// Writes a lane's two rows of sums, scaled, 16 bytes at a time: four lanes exchange what they have of four stretches of
-// eight channels, so that each has one whole.
+// Writes a lane's two rows of sums, scaled, 16 bytes at a time. Four lanes exchange their parts of four stretches of
+// eight channels, so that each lane has one whole stretch.
 template <class T, int Dim>
 __device__ __forceinline__ void store_rows(ChannelSums<Dim>& sums, const float (&factor)[2], T* const (&rows)[2]) {
     const int t = threadIdx.x % 4;
