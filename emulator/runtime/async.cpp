@@ -1,5 +1,5 @@
-// Hopper's asynchronous machine, from the PTX ISA: mbarriers, bulk copies of bytes and of tensors' tiles (TMA), products
-// of warpgroups (wgmma) from the bits of their descriptors.
+// Hopper's asynchronous machine, from the PTX ISA: mbarriers, bulk copies of bytes and of tensors' tiles (TMA). It
+// decodes the products of warpgroups (wgmma) from the bits of their descriptors.
 //
 // Late: a load lands when no thread can run without it, a store when it is waited for, a product when it is waited for.
 // Early: at once. Copies and products have modes of their own.

@@ -1,5 +1,5 @@
-// A cluster of blocks: the scheduler that lets all their threads take turns, what is on its way to their shared memory, and
-// the barrier between them. Most launches have clusters of one block.
+// A cluster of blocks: the scheduler that lets all threads take turns, the copies in flight to shared memory, and the
+// barrier between the blocks. Most launches have clusters of one block.
 #pragma once
 #include <memory>
 

@@ -1,5 +1,5 @@
-//! Stands in for the CUDA driver where there is none, so that what talks to it runs in tests: allocations, copies,
-//! modules, launches and their attributes, tensor maps, streams, graphs, as candle and candle-sam-lora use them.
+//! Stands in for the CUDA driver where there is none, so that its callers run in tests. It has all that candle and
+//! candle-sam-lora use: allocations, copies, modules, launches and their attributes, tensor maps, streams, graphs.
 //!
 //! ```text
 //! cargo build --release -p candle-sam-lora-driver
