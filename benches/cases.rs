@@ -85,11 +85,11 @@ enum Case {
 enum Implementation {
     /// This crate's operations.
     Ours,
-    /// The same by the kernels that run on every GPU.
+    /// This crate's operations by the kernels that run on every GPU.
     Portable,
     /// This crate's encoder, replayed from a CUDA graph.
     Graph,
-    /// The same modules written with candle's own operations.
+    /// This crate's modules written with candle's own operations.
     Composed,
 }
 

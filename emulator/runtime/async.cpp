@@ -213,7 +213,7 @@ static TileCopy tile_copy(const char* name, const void* shared, const void* map,
     return copy;
 }
 
-// Into this block's shared memory, or to the same places of those that the mask names.
+// Into this block's shared memory, or to the same places of the blocks that the mask names.
 void tensor_load(void* dst, const void* map, void* bar, const int* coordinates, int rank, const uint16_t* mask, Location at) {
     const char* name = mask ? "cp.async.bulk.tensor.multicast::cluster" : "cp.async.bulk.tensor";
     Block& self = current();

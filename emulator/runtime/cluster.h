@@ -12,7 +12,7 @@ struct Cluster {
 
     // Runs the blocks from this index on, along x; what went wrong, or nothing.
     std::string run(uint3 first);
-    // The same in two steps: as far as they get before the kernel before it has ended, and the rest.
+    // `run` in two steps: as far as the blocks get before the previous kernel has ended, and the rest.
     std::string begin(uint3 first);
     std::string end();
 

@@ -1,4 +1,4 @@
-// Dropout of accumulators: which of those that a lane holds are kept.
+// Dropout of accumulators: which elements of a lane are kept.
 //
 // Four fragments side by side are 16 rows of 32 columns. After mma.m16n8 and wgmma alike, element i of fragment n is in
 // row `lane / 4 + 8 (i / 2)` and column `8 n + 2 (lane % 4) + i % 2`. A fragment's row is one group of eight columns.

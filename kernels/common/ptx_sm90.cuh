@@ -144,7 +144,7 @@ template <int N, int kTransB = 0, class T>
 PTX void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool scale_d, T type) {
     Wgmma<N>::template mma<kTransB>(d, a, b, scale_d, type);
 }
-// f32 operands, of which tf32 is used; a in registers as mma_m16n8k8_tf32's.
+// Operands in f32, whose tf32 part is used; a in registers as mma_m16n8k8_tf32's.
 template <int N> PTX void wgmma_m64k8_tf32(float (&d)[N / 2], uint64_t a, uint64_t b, bool scale_d) {
     Wgmma<N>::mma_tf32(d, a, b, scale_d);
 }
@@ -170,7 +170,7 @@ PTX uint32_t cluster_ctarank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-// The barrier between all threads of a cluster; those that have ended do not count. The barrier orders the work of
+// The barrier between all threads of a cluster; threads that have ended do not count. The barrier orders the work of
 // fence_mbarrier_init before it, and nothing else. Arrivals at another block's barriers may be on their way still.
 PTX void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }

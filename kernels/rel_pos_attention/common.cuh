@@ -104,7 +104,7 @@ __device__ __forceinline__ void wait_for_copies() {
     __syncthreads();
 }
 
-// Starts copying the rows of the block's queries from `array [.., stride]`; zeros for those that do not exist.
+// Starts copying the rows of the block's queries from `array [.., stride]`; zeros for queries that do not exist.
 template <class Tile, class T>
 __device__ __forceinline__ void copy_queries(
     T (*rows)[Tile::kStride], const AttentionUnit& unit, uint32_t first, bool wide, const T* array, uint64_t stride) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ bool dropout_keeps(const DropoutMask& mask, uint64_t 
     return dropout_factor(mask, dropout_words(mask, row, col / 8), col % 8) > 0.0f;
 }
 
-// Starts copying the rows of a key tile, whose first key is (y, x), of part 1 (keys) or 2 (values) of qkv.
+// Starts copying the rows of the key tile with first key (y, x), of part 1 (keys) or 2 (values) of qkv.
 template <class Tile, class T>
 __device__ __forceinline__ void copy_keys(T (*rows)[Tile::kStride], const RelPosAttentionShape& s,
                                           const AttentionUnit& unit, uint32_t y, uint32_t x, bool wide, const T* qkv,
@@ -226,7 +226,7 @@ struct TableRows {
     }
 };
 
-// Both tables, whose rows count as one list: those of h, then those of w. Null if there are none.
+// Both tables. Their rows count as one list: first the rows of h, then those of w. Null if there are none.
 template <class T> struct Tables {
     const T *h, *w;
     __device__ __forceinline__ explicit Tables(const device_ptr (&tables)[2])

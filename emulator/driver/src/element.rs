@@ -65,7 +65,7 @@ impl Element {
     }
 }
 
-/// A kernel's arguments, whose types only its name tells.
+/// A kernel's arguments. Only the kernel's name tells their types.
 pub struct Arguments(pub *const *const c_void);
 
 impl Arguments {

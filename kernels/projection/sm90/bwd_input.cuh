@@ -16,7 +16,7 @@
 #include "common/dropout_fragment.cuh"
 #include "projection/sm90/common.cuh"
 
-// The corner of a tile; tiles go along a row of tiles first, whose g is the same.
+// The corner of a tile. Tiles go along a row of tiles first, which shares its g.
 template <class Tile> __device__ __forceinline__ uint2 tile_corner(const ProjectionParams& p, uint32_t tile) {
     return make_uint2(tile % p.column_tiles * Tile::kCols, block_row<Tile>(tile / p.column_tiles));
 }

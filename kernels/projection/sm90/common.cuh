@@ -58,7 +58,7 @@ template <class Tile> __device__ __forceinline__ uint32_t block_row(uint32_t row
     else return (row_of_tiles * Tile::kCluster + ptx::cluster_ctarank()) * Tile::kRows;
 }
 
-// kRows rows of 128 bytes of `right`, of which each block of the cluster loads its part for all.
+// Loads kRows rows of 128 bytes of `right`. Each block of the cluster loads its part for all blocks.
 template <class Tile, int kRows>
 __device__ __forceinline__ void load_right(unsigned char* to, const EncodedTensorMap& map, ptx::mbarrier& full,
                                            uint32_t x, uint32_t y) {
@@ -120,9 +120,9 @@ __device__ __forceinline__ void run_warpgroups(typename Tile::Storage& shared, P
     }
 }
 
-// The ping-pong: before its products, each warpgroup waits until the other has seen all operands of the tile before.
-// Without that it would be more than a phase ahead of a stage's barrier, whose parity cannot tell. `tiles`: how many
-// this warpgroup has made.
+// In a ping-pong, each warpgroup waits before its products until the other one has seen all operands of the previous
+// tile. Else it would be more than a phase ahead of a stage's barrier, and the barrier's parity cannot tell. `tiles` is
+// the number of tiles that this warpgroup has made.
 template <class Tile>
 __device__ __forceinline__ void wait_for_turn(typename Tile::Storage& shared, int group, uint32_t tiles) {
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait_parity(shared.turn[group], (tiles ^ uint32_t(group) ^ 1) % 2);

@@ -11,7 +11,7 @@
 #include "projection/fwd.cuh"
 #include "projection/sm90/common.cuh"
 
-// A tile of one projection. Tiles go along a row of tiles first: q, then k, then v, whose x is the same.
+// A tile of one projection. Tiles go along a row of tiles first, which shares its x: q, then k, then v.
 struct ForwardWork {
     uint32_t part, row, col;  // col: of the projection
     uint32_t base, steps;     // steps over x, and with those over the rank

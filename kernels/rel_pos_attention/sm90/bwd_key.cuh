@@ -11,8 +11,8 @@
 // Registers save a sixth of a step's traffic of shared memory. But some compilers overwrite them within the loop: the
 // instances say which.
 //
-// Keys outside the grid have whatever values: a row of keys depends on no other, and theirs is not stored. Queries
-// behind the last one are rows of zeros, whose weights are made zero.
+// Keys outside the grid hold arbitrary values: a row of keys depends on no other row, and theirs is not stored. Queries
+// behind the last one are rows of zeros, and their weights are made zero.
 #pragma once
 #include "rel_pos_attention/sm90/common.cuh"
 

@@ -125,7 +125,7 @@ __device__ __forceinline__ void mend_terms(ChannelSums<Dim>& terms, uint32_t cou
 #pragma unroll
         for (int i = 0; i < 4; ++i) zero = fmaf(terms.at(n, i), 0.0f, zero);
     if (zero == 0.0f) return;
-    // Hidden, so that nothing of this is worked out before the loops over keys, whose registers it would take.
+    // Hidden, so that the compiler works nothing of this out before the loops over keys, where it would take registers.
     const uint32_t first = ptx::hide(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Dim / 8; ++n)

@@ -73,7 +73,7 @@ __device__ __forceinline__ void load_left(uint32_t (&left)[Dim / 16][4], const u
         ptx::ldmatrix_x4(left[k], panel + Panel<Rows, Dim>::offset(row + lane % 16, 2 * k + lane / 16));
 }
 
-// The same products with rows in registers.
+// As above, with the left rows in registers.
 template <class T, int Dim, int N>
 __device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const uint32_t (&left)[Dim / 16][4],
                                               const unsigned char* b) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void load_tokens(unsigned char* panel, uint32_t rows,
     }
 }
 
-// The same of one box of rows of a list, or of a list for each image, from `row` on; zeros behind its end.
+// As load_tokens, for one box of rows of a list, or of a list for each image, from `row` on; zeros behind its end.
 template <int PanelRows, int Dim, class... C>
 __device__ __forceinline__ void load_rows(unsigned char* panel, const PanelMaps& maps, ptx::mbarrier& barrier,
                                           uint32_t channel, C... row) {
@@ -230,7 +230,7 @@ __device__ __forceinline__ void softmax_of_tile(float (&rescale)[2], float (&sco
     }
 }
 
-// Dropout of a tile's weights, whose first key this is.
+// Dropout of a tile's weights; `key` is the tile's first key.
 template <class Tile>
 __device__ __forceinline__ void drop_weights(float (&weights)[Tile::kKeys / 2], const RelPosAttentionShape& s,
                                              const AttentionUnit& unit, const Token (&query)[2], Token key) {

@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_window_row(typename Tile::Row* rows, const 
     }
 }
 
-// The same of both tables, by the block; zeros behind their end.
+// Starts copying both tables, by the whole block; zeros behind their end.
 template <class Tile>
 __device__ __forceinline__ void copy_tables(typename Tile::Row* rows, const RelPosAttentionShape& s,
                                             const Tables<typename Tile::T>& tables) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_a_of_row(FragmentA<T>& a, const T (*row)[kS
     ptx::ldmatrix_x4(a.at, &row[min(lane % 16, width - 1)][column + lane / 16 * 8]);
 }
 
-// Two B side by side of which row_of(0 .. 15) are the columns.
+// Two B side by side, with row_of(0 .. 15) as their columns.
 template <class T, class RowOf>
 __device__ __forceinline__ void load_b_of(FragmentB<T> (&b)[2], uint32_t column, RowOf row_of) {
     const uint32_t lane = threadIdx.x % kWarp;
