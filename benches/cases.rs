@@ -5,10 +5,15 @@
 //! cargo bench --bench cases -- --list
 //! ```
 //! A fresh process is what makes the peak of the resident memory meaningful; `benches/report/run.py` starts these in
-//! turns with the peers'. Keys of the JSON, the same in `benches/peers/run.py`: `first_s` (the first run, which
-//! pays for fresh pages), `wall_s` and `cpu_s` (each further run), `memory` (growth of the peak of the resident
-//! memory, on a GPU of what tensors take of it, over what it was before the first run, bytes), `gpu_peak` (there the peak
-//! itself, weights and all), `flops` and `bytes` (see `support/work.rs`).
+//! turns with the peers'. Keys of the JSON, the same in `benches/peers/run.py`:
+//!
+//! | key | value |
+//! |---|---|
+//! | `first_s` | the first run, which pays for fresh pages |
+//! | `wall_s`, `cpu_s` | each further run |
+//! | `memory` | bytes by which the peak of the resident memory grew since before the first run; on a GPU, of the tensors' memory |
+//! | `gpu_peak` | on a GPU, the peak itself, weights and all |
+//! | `flops`, `bytes` | see `support/work.rs` |
 
 mod support;
 
@@ -80,11 +85,11 @@ enum Case {
 enum Implementation {
     /// This crate's operations.
     Ours,
-    /// The same by the kernels that run on every GPU.
+    /// This crate's operations by the kernels that run on every GPU.
     Portable,
     /// This crate's encoder, replayed from a CUDA graph.
     Graph,
-    /// The same modules written with candle's own operations.
+    /// This crate's modules written with candle's own operations.
     Composed,
 }
 

@@ -19,11 +19,12 @@
 #define LARGE_HEADS(X, elements, ...) elements(X, 64, __VA_ARGS__) elements(X, 80, __VA_ARGS__)
 
 /* Attention, forward and query pass: X(element, type, head_dim, columns and key rows of a key tile, warps of 16
- * queries). The first of two widths is taken that leave equally little of a window's width empty.
+ * queries). If two widths leave equally little of a window's width empty, the first one is taken.
  *
- *   64   rel_h is one number for 64 keys; a block's 64 queries are one row of SAM's grid of 64 x 64
- *   16   a window's row of 14 is 16, its 196 queries are two blocks of 112; in f32, of twice the bytes, half the keys
- *   40   grids of 40 and 80, which stripes of 16 or 64 do not fill
+ * - 64: rel_h is one number for 64 keys. A block's 64 queries are one row of SAM's grid of 64 x 64.
+ * - 16: a window's row of 14 is 16, and its 196 queries are two blocks of 112. In f32, of twice the bytes, a tile has
+ *   half the keys.
+ * - 40: grids of 40 and 80, which stripes of 16 or 64 do not fill.
  */
 #define REL_POS_ATTENTION_TILES(X) \
     LARGE_HEADS(X, HALF, 64, 1, 4) \
@@ -36,13 +37,13 @@
     HEADS(X, HALF, 64)                     \
     HEADS(X, FLOAT, 32)
 
-/* Attention on Hopper, a row a width; of equals the first one is taken. W(X, columns of a key tile; then of the forward
- * and of the query pass: key rows, rows that a bulk copy brings, tiles in flight for heads of 64 and of 80 channels).
- * The key pass has the same widths.
+/* Attention on Hopper, a row a width; among equals the first one is taken. W(X, columns of a key tile; then of the
+ * forward and of the query pass: key rows, rows that a bulk copy brings, tiles in flight for heads of 64 and of 80
+ * channels). The key pass has the same widths.
  *
- *   64   rel_w is one fragment for all tiles of the forward; SAM's grid of 64 x 64
- *   16   grids of 32 and 48
- *   40   grids of 40 and 80
+ * - 64: rel_w is one fragment for all tiles of the forward; SAM's grid of 64 x 64.
+ * - 16: grids of 32 and 48.
+ * - 40: grids of 40 and 80.
  */
 #define REL_POS_ATTENTION_SM90_WIDTHS(W, X) \
     W(X, 64, 2, 2, 6, 5, 1, 1, 8, 8)        \
@@ -65,9 +66,8 @@
 
 /* Projections: X(element, type, rows and columns of a block's output, warps that share its rows and its columns).
  *
- *   128 x 128   each operand element is used 128 times, which tensor cores need to be busy
- *    64 x 64    four times as many blocks where large ones would leave multiprocessors idle; less waste on
- *               narrow outputs
+ * - 128 x 128: each operand element is used 128 times, which keeps the tensor cores busy.
+ * - 64 x 64: four times as many blocks where large ones would leave multiprocessors idle; less waste on narrow outputs.
  */
 #define PROJECTION_TILES(X)      \
     ANY_FLOAT(X, 128, 128, 2, 4) \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks the errors of build.rs where a build with the `cuda` feature cannot go on: each names what is missing and how
-# to get it. Needs CUDA_HOME (scripts/cuda-toolchain.sh).
+# Checks the errors of build.rs where a build with the `cuda` feature cannot go on. Each error names the missing thing
+# and how to get it. Needs CUDA_HOME (scripts/cuda-toolchain.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${CUDA_HOME:?set it, or eval \"\$(scripts/cuda-toolchain.sh)\"}"

@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
-"""Checks the machine code that nvcc made of the kernels; needs no GPU. ptxas is not trusted: it has given the registers of
-wgmma's left operands to other values, and made wgmma wait for itself.
+"""Checks the machine code that nvcc made of the kernels; needs no GPU.
+
+The compiler is not trusted: ptxas has given the registers of wgmma's left operands to other values, and made wgmma wait for
+itself.
 
 usage: check-sass.py [--nvdisasm PROGRAM] [--budget TABLE | --write TABLE] FOLDER..
 
 FOLDER: what scripts/check-kernels.sh left of one compiler, and is named by its release: NAME-TARGET.cubin, .ptx and .log of
 each file. TABLE: scripts/sass-budget.tsv, which --write makes anew. It is an error if
 
-- a register of a left operand of wgmma comes from elsewhere than in the PTX: from another kind or number of instructions, or
-  from within the loop where the PTX has it from before;
+- a register of a left operand of wgmma comes from another kind or number of instructions than in the PTX;
+- such a register comes from within the loop where the PTX has it from before the loop;
 - an instruction touches an accumulator of wgmma, or writes a left operand, before wgmma is done with it;
 - a warpgroup names registers that it does not have after setmaxnreg;
 - ptxas says that it serialises wgmma (C7510 to C7518), or uses local memory;
 - a file lacks the instructions that it is there for;
 - a hot loop takes more instructions than its budget.
 
-A hot loop is an innermost loop with products (HGMMA, HMMA). It is counted along the shortest way through it that makes all
-its products: issue slots, then those for the special functions, the two arithmetic pipes and shared memory. An inner loop
+A hot loop is an innermost loop with products (HGMMA, HMMA). The counts are those of the shortest way through it that makes
+all its products. They are issue slots, special functions, the two arithmetic pipes and shared memory. An inner loop
 without products is gone through once. Instructions that gather a warp (WARPSYNC) are counted wherever they are in it.
 """
 
@@ -68,8 +70,8 @@ PTX_REGISTER = re.compile(r"%[a-z]+\d+")
 
 
 class Left(NamedTuple):
-    """Where a register of the left operand of a product of N columns comes from: the kinds of the instructions that make
-    it, their number, and whether any is in the innermost loop around the product."""
+    """The origin of a register of the left operand of a product of N columns. That is the kinds of the instructions that
+    make it, their number, and whether any is in the innermost loop around the product."""
 
     columns: int
     kinds: frozenset
@@ -284,8 +286,8 @@ def check_code(name, functions):
 
 
 def examine(nvdisasm, cubin):
-    """The counts of each hot loop of a file's kernels, what is wrong with the file, and the kernels whose loops keep a left
-    operand in registers."""
+    """The counts of each hot loop of a file's kernels, the file's faults, and the kernels whose loops keep a left operand in
+    registers."""
     name = cubin.stem.rpartition("-")[0]
     ptx = cubin.with_suffix(".ptx").read_text()
     hopper = "wgmma" in ptx

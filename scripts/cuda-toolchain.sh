@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A CUDA toolchain for a machine that has none, without root and without a GPU: two nvcc from PyPI (240 MB, seconds) and
-# stand-ins for the driver's libraries to link against. Idempotent. Prints the environment to build with:
+# A CUDA toolchain for a machine that has none, without root and without a GPU. It has two nvcc from PyPI (240 MB,
+# seconds) and stand-ins for the driver's libraries to link against. Idempotent. Prints the environment to build with:
 #
 #   eval "$(scripts/cuda-toolchain.sh)"
 #   cargo test --release --features cuda

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# The GPU tests on a machine without a GPU: candle and this crate with the `cuda` feature, on a stand-in for the driver
-# that runs the kernels in the emulator (emulator/driver), as a Hopper GPU or, with EMULATED_CAPABILITY=80, an older one.
+# Runs the GPU tests without a GPU: candle and this crate with the `cuda` feature, on a stand-in for the driver. The
+# stand-in (emulator/driver) runs the kernels in the emulator. It plays a Hopper GPU or, with EMULATED_CAPABILITY=80, an
+# older one.
 #
 # With EMULATOR_SANITIZE=address,undefined a kernel that reaches past a tensor or its workspace is reported.
 #
-# usage: emulated-gpu.sh [what the tests' names hold, and other arguments of theirs]
+# usage: emulated-gpu.sh [part of the tests' names] [other arguments of cargo test]
+#
 #        emulated-gpu.sh --dry-run [--write]         counts launches and memory, against scripts/launch-budget.tsv or into it
+#
 #        emulated-gpu.sh --kit [arguments of scripts/gpu/kit.py]     the GPU kit, small and with time to spare
 set -euo pipefail
 cd "$(dirname "$0")/.."

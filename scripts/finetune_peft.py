@@ -3,9 +3,9 @@
     pip install torch==2.15.0 transformers==5.23.0 peft==0.21.2 numpy pillow
     python scripts/finetune_peft.py --prompt point
 
-LoRA (r 16, alpha 32, dropout 0.1) on q and v of the vision encoder; prompt encoder and mask decoder stay frozen. One
-tile, turned or mirrored, and up to 12 of its instances a step; the loss is 4 BCE + dice of the single-mask output, as
-in pretraining; AdamW, the learning rate going to 0 along a cosine. Prints the IoU over instances before, during and
+LoRA (r 16, alpha 32, dropout 0.1) on q and v of the vision encoder; prompt encoder and mask decoder stay frozen. A step
+takes one tile, turned or mirrored, and up to 12 of its instances. The loss is 4 BCE + dice of the single-mask output, as
+in pretraining. AdamW's learning rate goes to 0 along a cosine. Prints the IoU over instances before, during and
 after, on the training and on the held-out tiles.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzzes with coverage guidance on a stable toolchain: the passes that cargo-fuzz asks a nightly for are LLVM's own, and
+# Fuzzes with coverage guidance on a stable toolchain. The passes that cargo-fuzz asks a nightly for are LLVM's own, and
 # a stable rustc hands them on.
 #
 #   scripts/fuzz.sh build

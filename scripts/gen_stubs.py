@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes stand-ins for the CUDA libraries that candle links, so that a build with the `cuda` feature links and starts
+"""Writes stand-ins for the CUDA libraries that candle links. With them a build with the `cuda` feature links and starts
 on a machine without a driver.
 
 usage: gen_stubs.py OUT_DIR CUDARC_SOURCE

@@ -4,8 +4,12 @@
 usage: kernel_table.py LOGS LAUNCHES BUDGET
 
 LOGS: a folder of what `nvcc -Xptxas -v` printed, in files `*-sm_*.log`. LAUNCHES: what tests/launches.rs
-wrote: threads and dynamic shared memory. BUDGET: scripts/kernel-budget.tsv. Fails where a kernel is over its budget,
-is launched by nobody, is in a file where it is not looked for (`launch::file_of`), or fits no multiprocessor.
+wrote: threads and dynamic shared memory. BUDGET: scripts/kernel-budget.tsv. Fails where a kernel
+
+- is over its budget;
+- is launched by nobody;
+- is in a file where `launch::file_of` does not look for it;
+- fits no multiprocessor.
 """
 
 import pathlib

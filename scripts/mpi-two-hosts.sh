@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One training run on two hosts, which are network namespaces of this machine joined by a cable, and what happens when the
-# cable is cut in the middle of a step. Wants root, iproute2 and OpenMPI.
+# Runs one training on two hosts, which are network namespaces of this machine joined by a cable. Then it cuts the cable in
+# the middle of a step. Wants root, iproute2 and OpenMPI.
 #
 #   cargo build --release --features cli,mpi && scripts/mpi-two-hosts.sh
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the paths of the nvcc that the kernels have to be right with, one a line: the one of NVCC, CUDA_HOME or PATH, and
-# last CANDLE_SAM_LORA_NVCC. Without any, those that scripts/cuda-toolchain.sh installs.
+# Prints the paths of the nvcc that the kernels have to be right with, one a line. The first is that of NVCC, CUDA_HOME or
+# PATH, the last CANDLE_SAM_LORA_NVCC. Without any, those that scripts/cuda-toolchain.sh installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -3,15 +3,15 @@
     pip install torch==2.15.0 transformers==5.23.0 numpy pillow safetensors
     OMP_NUM_THREADS=1 python scripts/pretrain_tiny_sam.py [--out assets/tiny-sam] [--steps 4800]
 
-A Hugging Face `SamModel` of 128x128 images in 8x8 patches: a 16x16 grid, 4 layers of width 128 with 4 heads, window 7
-(so that a window layer pads 16 to 21), global attention in layers 1 and 3, prompt encoder and mask decoder of width 64,
-masks of 64x64. Each step takes 8 scenes and 6 instances of each, prompted by points or by a jittered box, and
-minimises, at 64x64 against the area-averaged mask,
+A Hugging Face `SamModel` of 128x128 images in 8x8 patches: a 16x16 grid, 4 layers of width 128 with 4 heads. The window
+is 7, so that a window layer pads 16 to 21; layers 1 and 3 have global attention. Prompt encoder and mask decoder have
+width 64, masks 64x64. Each step takes 8 scenes and 6 instances of each, prompted by points or by a jittered box. At 64x64
+it minimises
 
     4 BCE + dice + MSE(predicted IoU, IoU)
 
-of the single-mask output, or of the best of the three multimask outputs (all three for the IoU term), as SAM's paper
-does. Written: config.json, model.safetensors (fused qkv, f32), preprocessor_config.json, training_log.csv.
+against the area-averaged mask. It takes the single-mask output, or the best of the three multimask outputs (all three for
+the IoU term), as SAM's paper does. Written: config.json, model.safetensors (fused qkv, f32), preprocessor_config.json, training_log.csv.
 """
 
 import argparse
@@ -126,8 +126,8 @@ def mask_iou(logits, masks):
 
 @torch.no_grad()
 def evaluate(model, scenes, seed):
-    """Mean IoU over all instances of `scenes` for one random point and for the exact box, single mask; for the point
-    also the mask that the model itself scores best of three, and the mean error of that score."""
+    """Mean IoU over all instances of `scenes` for one random point and for the exact box, single mask. For the point,
+    also that of the mask that the model itself scores best of three, and the mean error of that score."""
     rng = np.random.default_rng(seed)
     got = {"point": [], "box": [], "point_best_of_3": [], "iou_score_error": []}
     for image, masks in scenes:

@@ -2,8 +2,8 @@
 
 scene(rng, size) -> image uint8 [size, size, 3], labels uint8 [size, size] (0 background, k = visible part of shape k).
 
-A scene is a textured background and 2..12 ellipses, polygons, stars, bars and blobs of log-uniform size, each with a
-colour of its own, later ones hiding earlier ones; then blur, sensor noise and, for a third of the scenes, gray.
+A scene is a textured background and 2..12 ellipses, polygons, stars, bars and blobs of log-uniform size. Each has a
+colour of its own, and later ones hide earlier ones. Then come blur, sensor noise and, for a third of the scenes, gray.
 """
 
 import numpy as np

@@ -10,7 +10,7 @@
 //! - `cuda` (feature `cuda`): whose kernels run on a GPU, their self-test, CUDA graphs.
 //! - `testing` (feature `testing`): numerical tests of operations of your own.
 //!
-//! The README shows how they go together; `docs/hack-your-own.md` how to put an attention of your own into the model.
+//! `docs/library.md` shows how they go together, `docs/hack-your-own.md` how to put an attention of your own into the model.
 
 #[cfg(feature = "cli")]
 #[doc(hidden)]
@@ -80,3 +80,13 @@ pub use files::{read_tensors, write_atomic, write_tensors, TensorFile};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The code of the document, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/library.md")]
+struct Library;
+
+/// The code of the document, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/gradients.md")]
+struct Gradients;

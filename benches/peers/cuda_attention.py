@@ -5,8 +5,8 @@ the N x N bias:
 
     S[n, m] = scale q_n . k_m + rel_h[n, m / side] + rel_w[n, m % side],    out = softmax(S) v
 
-The Triton kernel is forward only, in the manner of the published ones: one program per block of queries, online
-softmax over blocks of keys that are whole rows of the grid, so that rel_w is one register tile for all of them.
+The Triton kernel is forward only, in the manner of the published ones. It has one program per block of queries, and an
+online softmax over blocks of keys. These blocks are whole rows of the grid, so that rel_w is one register tile for all of them.
 `TRITON_INTERPRET=1 python benches/peers/cuda_attention.py` compares both with eager on the CPU.
 """
 

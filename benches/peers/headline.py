@@ -4,7 +4,7 @@
     python benches/peers/headline.py --device cpu --small       that everything runs
 
 A line of JSON for each measurement, under the name that ours has. The attention is `sdpa` with the N x N bias made from q
-and the tables, as Hugging Face's SAM has it; `sdpa_without_bias` computes something else, and bounds it. `cublas` is the
+and the tables, as Hugging Face's SAM has it. `sdpa_without_bias` computes something else, and bounds `sdpa`. `cublas` is the
 plain product without LoRA. FlexAttention comes last, since its compilation takes half a minute.
 """
 

@@ -1,7 +1,7 @@
 """SAM's encoder and its layers as Hugging Face has them, with random weights and PEFT's LoRA on q and v.
 
-An attention is stock (fused qkv) where nothing is adapted, and split into Linears q, k and v where PEFT is to adapt
-two of them, as one would do today.
+An attention is stock (fused qkv) where nothing is adapted. Where PEFT is to adapt two of q, k and v, it is split into
+three Linears, as one would do today.
 """
 
 import torch

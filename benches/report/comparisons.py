@@ -3,9 +3,9 @@
 On the CPU, a bar on time is against the fastest of the peers at their best: with the allocator told to keep freed pages. A bar on
 memory is against one named peer with the default allocator, the state everybody's machine is in.
 
-candle is measured twice: as published, in a program that does not have this crate, and as it is beside this crate, whose
-AVX-512 feature of `gemm` reaches candle's own products. The bars are for the first, what a user has without this crate;
-the second, faster by this crate's doing, is shown with its ratio.
+There are two measurements of candle: as published, in a program that does not have this crate, and beside this crate. Its
+AVX-512 feature of `gemm` reaches candle's own products. The bars are for the first, what a user has without this crate.
+The second, faster by this crate's doing, is shown with its ratio.
 """
 
 from dataclasses import dataclass, field
@@ -17,9 +17,12 @@ PUBLISHED, SPED_UP = "candle as published,", "candle with this crate's AVX-512,"
 
 @dataclass(frozen=True)
 class Config:
-    """One implementation under one allocator. `program`: `candle` is cases.rs, and `beside`, where it runs candle's own
-    operations as a peer; `published` is peers/candle, `avx512` the same with the feature of that name, `pytorch` is
-    peers/run.py."""
+    """One implementation under one allocator. The values of `program`:
+
+    - `candle`: cases.rs; `beside`: cases.rs with candle's own operations as a peer;
+    - `published`: peers/candle; `avx512`: the same with the feature of that name;
+    - `pytorch`: peers/run.py.
+    """
 
     program: str
     implementation: str

@@ -1,13 +1,15 @@
 """From runs to rows `{case, metric, unit, ours, peer, peer_name, ratio, spread, bar, holds}`.
 
-    time      peer / ours                     of the medians; bar: at least, against the fastest kept peer
-    memory    peer / ours                     bar: at least, against the named peer with the default allocator
-    peak      peer / ours                     a training step's on a GPU, weights and all; no bar
-    rate      none                            a GPU's arithmetic, counted on the operation's products
-    lora      adapted / frozen                median of the ratios of neighbouring runs; bar: at most
-    bf16      our f32 / our bf16              bar: at least
-    time, memory  ours without / with         of the step with gradient checkpointing; no bar
-    limit     ours / the machine's best       GFLOP/s over the GEMM's, GB/s over the copy's; no bar
+| metric | ratio | of what; bar |
+|---|---|---|
+| time | peer / ours | the medians; bar: at least, against the fastest kept peer |
+| memory | peer / ours | bar: at least, against the named peer with the default allocator |
+| peak | peer / ours | a training step's on a GPU, weights and all; no bar |
+| rate | none | a GPU's arithmetic, counted on the operation's products |
+| lora | adapted / frozen | median of the ratios of neighbouring runs; bar: at most |
+| bf16 | our f32 / our bf16 | bar: at least |
+| time, memory | ours without / with | the step with gradient checkpointing; no bar |
+| limit | ours / the machine's best | GFLOP/s over the GEMM's, GB/s over the copy's; no bar |
 
 `spread` is (q75 - q25) / median of each side's runs; of a side with less than three runs, (max - min) / median.
 A case measured with our process under the keeping allocator has "/kept" after its name; its bars are the same.

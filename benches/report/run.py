@@ -2,11 +2,13 @@
 
     python -m venv venv && venv/bin/pip install -r benches/peers/requirements.txt
     venv/bin/python benches/report/run.py --out benches/results/cpu.json            an hour
+
     venv/bin/python benches/report/run.py --quick --out benches/results/cpu.json    ten minutes
+
     venv/bin/python benches/report/run.py --device cuda --out benches/results/gpu.json
 
 Every measurement is a fresh process. On the CPU, each implementation runs under glibc's default allocator and under one that
-keeps freed pages (`kept`), because mapping and unmapping large tensors can cost as much as the arithmetic. `--cases`
+keeps freed pages (`kept`). Mapping and unmapping large tensors can cost as much as the arithmetic. `--cases`
 restricts to the cases whose name contains one of the words. The machine should be idle: the share of the CPUs that other
 processes took is recorded for each process and a warning printed above 6 %. The results are written after each
 comparison; `--seconds` ends the run in good order. With `--executable`, the case runner that is there, neither Rust nor

@@ -1,5 +1,5 @@
-// Hopper's asynchronous machine, from the PTX ISA: mbarriers, bulk copies of bytes and of tensors' tiles (TMA), products
-// of warpgroups (wgmma) from the bits of their descriptors.
+// Hopper's asynchronous machine, from the PTX ISA: mbarriers, bulk copies of bytes and of tensors' tiles (TMA). It
+// decodes the products of warpgroups (wgmma) from the bits of their descriptors.
 //
 // Late: a load lands when no thread can run without it, a store when it is waited for, a product when it is waited for.
 // Early: at once. Copies and products have modes of their own.
@@ -213,7 +213,7 @@ static TileCopy tile_copy(const char* name, const void* shared, const void* map,
     return copy;
 }
 
-// Into this block's shared memory, or to the same places of those that the mask names.
+// Into this block's shared memory, or to the same places of the blocks that the mask names.
 void tensor_load(void* dst, const void* map, void* bar, const int* coordinates, int rank, const uint16_t* mask, Location at) {
     const char* name = mask ? "cp.async.bulk.tensor.multicast::cluster" : "cp.async.bulk.tensor";
     Block& self = current();

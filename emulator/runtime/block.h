@@ -50,7 +50,7 @@ struct Fiber {
     Location at{};
     std::vector<Copy> open;                // issued, not committed
     std::deque<std::vector<Copy>> groups;  // committed, not waited for
-    // The same of bulk stores.
+    // Bulk stores: issued, then committed and not waited for.
     std::vector<std::function<void()>> open_stores;
     std::deque<std::vector<std::function<void()>>> stores;
     Location store_at{};
@@ -104,7 +104,7 @@ struct Block {
     Block(const Launch& launch, Cluster& cluster, unsigned rank);
     ~Block();
 
-    // Makes the block with this index of it, all of whose threads are ready.
+    // Makes this the block with the index. All its threads are ready.
     void begin(uint3 index);
     // All threads have ended, or cannot: what is wrong with what they leave, or nothing.
     std::string end(bool failed);

@@ -34,7 +34,7 @@ std::string Cluster::end() {
     return report();
 }
 
-// Sets up the blocks, none of whose threads has run.
+// Sets up the blocks; no thread of them has run yet.
 void Cluster::start(uint3 first, bool held) {
     error_.clear();
     live_ = int(ready_.size());

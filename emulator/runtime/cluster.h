@@ -1,5 +1,5 @@
-// A cluster of blocks: the scheduler that lets all their threads take turns, what is on its way to their shared memory, and
-// the barrier between them. Most launches have clusters of one block.
+// A cluster of blocks: the scheduler that lets all threads take turns, the copies in flight to shared memory, and the
+// barrier between the blocks. Most launches have clusters of one block.
 #pragma once
 #include <memory>
 
@@ -12,7 +12,7 @@ struct Cluster {
 
     // Runs the blocks from this index on, along x; what went wrong, or nothing.
     std::string run(uint3 first);
-    // The same in two steps: as far as they get before the kernel before it has ended, and the rest.
+    // `run` in two steps: as far as the blocks get before the previous kernel has ended, and the rest.
     std::string begin(uint3 first);
     std::string end();
 

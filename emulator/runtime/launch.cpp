@@ -158,7 +158,7 @@ EXPORTED size_t emulator_kernels(char* names, size_t bytes) {
     return all.size() + 1;
 }
 
-// Bytes of a kernel's params, of which the driver is told only where they lie; 0 if there is no such kernel.
+// Bytes of a kernel's params, or 0 if there is no such kernel. The driver is told only their address.
 EXPORTED size_t emulator_params_bytes(const char* kernel) {
     const auto found = emulator::kernels().find(kernel);
     return found == emulator::kernels().end() ? 0 : found->second.params_bytes;

@@ -1,17 +1,22 @@
 #![warn(missing_docs)]
 //! Runs CUDA kernels on the CPU, for tests on machines without a GPU.
 //!
-//! The kernels' own sources (`kernels/*.cu`) are compiled as C++20 by the host compiler against stand-ins for CUDA's
-//! headers (`include/`), and run by a scheduler in which every CUDA thread is a fiber (`runtime/`). [`Emulator::launch`]
-//! takes what the driver takes: a name, grid, block, shared memory and the params struct's bytes.
+//! The host compiler compiles the kernels' own sources (`kernels/*.cu`) as C++20 against stand-ins for CUDA's headers
+//! (`include/`). A scheduler runs them, in which every CUDA thread is a fiber (`runtime/`). [`Emulator::launch`] takes
+//! the driver's arguments: a name, grid, block, shared memory and the params struct's bytes.
 //!
-//! A wrong kernel is told apart from a right one by adversity: shared memory is exactly as large as asked for and NaN
-//! at first, asynchronous copies land as late or as early as the rules allow, threads run in seeded orders, and
-//! collectives that not all threads reach end in a report of who waits where. It is no proof of the GPU: it shows
-//! neither races between a GPU's real threads that no order of whole steps shows, nor its rounding in tensor cores.
+//! Adversity tells a wrong kernel apart from a right one:
 //!
-//! Compilation happens when a test first asks, not in a build script, so that building the crate or its examples needs
-//! no C++ compiler; objects are cached by content. In the environment, `CXX` names the compiler, and
+//! - Shared memory is exactly as large as asked for, and NaN at first.
+//! - Asynchronous copies land as late or as early as the rules allow.
+//! - Threads run in seeded orders.
+//! - A collective that not all threads reach ends in a report of who waits where.
+//!
+//! It is no proof of the GPU. It does not show races between a GPU's real threads that no order of whole steps shows,
+//! nor a GPU's rounding in tensor cores.
+//!
+//! A test that first asks for the kernels compiles them, not a build script, so building the crate or its examples
+//! needs no C++ compiler. Objects are cached by content. In the environment, `CXX` names the compiler, and
 //! `EMULATOR_SANITIZE` (`address,undefined` or `thread`) instruments everything: see `scripts/sanitize-kernels.sh`.
 
 mod compile;
@@ -63,8 +68,8 @@ impl Mode {
         Self::timings([(Timing::Late, Timing::Late), (Timing::Early, Timing::Early)])
     }
 
-    /// Copies and products late and early, each by itself, with three seeds: a stage given back before the products
-    /// have read it shows when copies are early and products late.
+    /// Copies and products late and early, each by itself, with three seeds. With early copies and late
+    /// products, a stage given back before the products have read it shows.
     pub fn all_with_products() -> impl Iterator<Item = Mode> {
         let both = [Timing::Late, Timing::Early];
         Self::timings(
@@ -189,8 +194,8 @@ impl Emulator {
         unsafe { self.start(launch, mode, false)?.end() }
     }
 
-    /// Begins a launch before those before it have run, if it may and the mode has it so: the first of its blocks get as
-    /// far as the wait for them. [`Begun::end`] runs the rest.
+    /// Begins a launch before the previous ones have run, if it may and the mode has it so. The first
+    /// of its blocks get as far as the wait for them. [`Begun::end`] runs the rest.
     ///
     /// # Errors
     /// As [`launch`](Self::launch).

@@ -13,7 +13,8 @@
 #include "rel_pos_attention/sm90/window_fwd.cuh"
 #include "tiles.h"
 
-// The host knows f16 and bf16 by their size alone, so that their rows are one; so are those of all elements if they are equal.
+// The host knows f16 and bf16 by their size alone, so that their rows are one. If the rows of all elements are equal,
+// they are one too.
 static std::string last;
 
 static void begin(const char* name, const char* type) {

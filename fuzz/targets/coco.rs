@@ -74,7 +74,7 @@ fn segmentation(object: &Object, (width, height): (u32, u32), compress: bool) ->
     }
 }
 
-/// The samples, if the annotations are accepted, each of whose instances is counted again.
+/// The samples, if the annotations are accepted. Counts each sample's instances again.
 fn samples(annotations: &[u8]) -> Option<Vec<Sample>> {
     let path = file("instances.json", annotations);
     let dataset = match Dataset::open_coco(folder(), &path, &DatasetOptions::min_area(1)) {

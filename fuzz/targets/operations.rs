@@ -1,5 +1,5 @@
 //! The operations on tensors of any shape, stride, dtype and value: an error or a result of the right shape, forward
-//! and backward; and where values are tame, that of the same operation composed of candle's own.
+//! and backward. Where values are tame, it is the result of the same operation composed of candle's own.
 #![no_main]
 
 use arbitrary::{Arbitrary, Unstructured};

@@ -1,11 +1,12 @@
-// Descriptors: how wgmma is told of a matrix in shared memory. Tiles are as bulk copies with swizzling leave them: rows
-// of kSwizzle = 128, 64 or 32 bytes, one after the other, in patterns of eight rows that are aligned to themselves.
+// Descriptors, which tell wgmma where a matrix lies in shared memory. Tiles are as bulk copies with swizzling leave
+// them: consecutive rows of kSwizzle = 128, 64 or 32 bytes. Eight rows are a pattern, aligned to its own size.
 //
 //   k innermost     a row for each m or n; one instruction takes 32 bytes of the rows. Wider depth is further tiles.
 //   m, n innermost  a row for each k; one instruction takes 16 rows (8 of tf32 do not exist). Wider m or n are further
 //                   tiles, `next_tile` bytes on.
 //
-// A descriptor of what lies `bytes` further is it + descriptor_step(bytes): the next depth within rows, or other rows.
+// The descriptor of data `bytes` further on is this one + descriptor_step(bytes): the next depth within rows, or other
+// rows.
 #pragma once
 #include "common/ptx_sm90.cuh"
 

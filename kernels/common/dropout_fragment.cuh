@@ -1,8 +1,8 @@
-// Dropout of accumulators: which of those that a lane holds are kept.
+// Dropout of accumulators: which elements of a lane are kept.
 //
-// Four fragments side by side are 16 rows of 32 columns; element i of fragment n is in row lane / 4 + 8 (i / 2), column
-// 8 n + 2 (lane % 4) + i % 2, after mma.m16n8 and wgmma alike. A fragment's row is one group of eight columns, whose
-// random words the four lanes of the row share: lane c draws those of fragment c, and hands word d to lane d.
+// Four fragments side by side are 16 rows of 32 columns. After mma.m16n8 and wgmma alike, element i of fragment n is in
+// row `lane / 4 + 8 (i / 2)` and column `8 n + 2 (lane % 4) + i % 2`. A fragment's row is one group of eight columns.
+// The four lanes of a row share its random words: lane c draws those of fragment c, and hands word d to lane d.
 #pragma once
 #include "common/philox.cuh"
 

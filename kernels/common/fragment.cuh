@@ -1,14 +1,14 @@
 // Operands of a 16 x 8 x 16 product on tensor cores, read from shared memory: D [16, 8] += A [16, 16] B [16, 8].
 //
-// f16 and bf16 are one mma.m16n8k16. f32 is 3xTF32: x = high + low, both tf32, and a b = low high + high low + high
-// high, which leaves out terms of 2^-22; six mma.m16n8k8. The accumulators lie in the same place for all: lane l, with
-// g = l / 4 and t = l % 4, holds D[g][2t], D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1].
+// f16 and bf16 are one mma.m16n8k16. A product in f32 is 3xTF32, six mma.m16n8k8, with x = high + low, both tf32: `a b
+// = low high + high low + high high`, without terms of 2^-22. The accumulators lie in the same place for all: lane l,
+// with g = l / 4 and t = l % 4, holds D[g][2t], D[g][2t + 1], D[g + 8][2t], D[g + 8][2t + 1].
 //
-// low is cut off, not rounded: then high + low is split into the same two again, and a sum of one product, 1 v, is
-// worth in the next product what v is. An infinity has no low part: its f32 products are NaN.
+// The low part is cut off, not rounded, so high + low splits into the same two parts again. A sum of one product, 1 v,
+// then counts in the next product exactly as v does. An infinity has no low part: its f32 products are NaN.
 //
-// f32 operands take the depth in the order 0 2 4 6 1 3 5 7 within each eight, both alike, so a sum does not notice;
-// then what a lane needs of a row are two neighbours, and accumulators are A operands without moving between lanes.
+// Both f32 operands take the depth in the order `0 2 4 6 1 3 5 7` within each eight, which no sum notices. A lane then
+// needs two neighbours of a row, and accumulators are A operands without moving between lanes.
 #pragma once
 #include "common/kernel.cuh"
 

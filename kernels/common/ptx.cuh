@@ -74,7 +74,8 @@ PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The operands are f32 bits of which tf32 (10 bits of mantissa) is used; round with cvt_rna_tf32 first.
+// The operands are bits of f32; the instruction uses their tf32 part (10 bits of mantissa). Round with cvt_rna_tf32
+// first.
 PTX void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
                  "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -135,7 +136,7 @@ PTX void griddepcontrol_wait() {
 
 // --- the rest --------------------------------------------------------------------------------------------------------
 
-// No instruction: the same value, of which the compiler knows nothing.
+// No instruction: the same value, about which the compiler knows nothing.
 PTX uint32_t hide(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;

@@ -1,10 +1,12 @@
-// The instructions of Hopper (sm_90a) as inline PTX, named as in the PTX ISA; beside ptx.cuh, and like it a seam: the
-// same names are implemented for the CPU in emulator/include/emulator/ptx_sm90.h.
+// Hopper's instructions (sm_90a) as inline PTX, named as in the PTX ISA. Like ptx.cuh this is a seam: the same names
+// are implemented for the CPU in emulator/include/emulator/ptx_sm90.h.
 //
-// Who needs which fence: barriers that bulk copies or other threads use want fence_mbarrier_init after mbarrier_init;
-// shared memory written by ordinary stores or stmatrix and read by wgmma or a bulk store wants fence_proxy_async by
-// each writer, then a barrier; accumulators and register operands want wgmma_fence before the first wgmma_mma after
-// they were touched.
+// The fences:
+//
+// - Barriers that bulk copies or other threads use need fence_mbarrier_init after mbarrier_init.
+// - Shared memory that ordinary stores or stmatrix write, and wgmma or a bulk store reads, needs fence_proxy_async by
+//   each writer, then a barrier.
+// - Accumulators and register operands need wgmma_fence before the first wgmma_mma after they were touched.
 #pragma once
 #include "abi.h"
 #include "common/ptx.cuh"
@@ -42,9 +44,9 @@ PTX void mbarrier_wait_parity(mbarrier& bar, uint32_t parity) {
                      : "=r"(ended) : "r"(cvta_shared(&bar)), "r"(parity) : "memory");
     } while (!ended);
 }
-// Arrives at the barrier at the same place in the shared memory of that block of the cluster. It tells that reads of
-// wgmma have been waited for; no write of this thread is released to the other block, which would take a fence of the
-// whole GPU.
+// Arrives at the barrier at the same place in the shared memory of that block of the cluster. The arrival tells that
+// this thread has waited for wgmma's reads. It releases no write of this thread to the other block: that would take a
+// fence of the whole GPU.
 PTX void mbarrier_arrive_cluster(mbarrier& bar, uint32_t rank) {
     asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
                  "mbarrier.arrive.shared::cluster.b64 _, [remote];}"
@@ -79,8 +81,8 @@ PTX void cp_async_bulk_tensor(void* dst, const EncodedTensorMap& map, mbarrier& 
 #undef LOAD
 }
 
-// The same to the same places in the shared memory of all blocks of the cluster that the mask names, each of which
-// counts the bytes on its own barrier.
+// As cp_async_bulk_tensor, to the same place in the shared memory of every block of the cluster in the mask. Each of
+// these blocks counts the bytes on its own barrier.
 template <class... C>
 PTX void cp_async_bulk_tensor_multicast(void* dst, const EncodedTensorMap& map, mbarrier& bar, uint16_t mask,
                                         C... coordinates) {
@@ -131,8 +133,8 @@ template <int N> PTX void cp_async_bulk_wait_group_read() {
 // --- wgmma: d [64, N] = a b + scale_d d by the four warps of a warpgroup, in the background --------------------------
 //
 // Warp w holds rows 16 w .. 16 w + 15; d[4 j + i] of lane l is element (l / 4 + 8 (i / 2), 8 j + 2 (l % 4) + i % 2) of
-// them. Operands in shared memory are given by descriptors (descriptor.cuh), a also by registers, as mma_m16n8k16's of
-// the warp's rows. kTrans: they lie with m, or n, innermost instead of k.
+// them. Descriptors (descriptor.cuh) give operands in shared memory. Registers may give a, as mma_m16n8k16 takes it for
+// the warp's rows. kTrans: an operand lies with m, or n, innermost instead of k.
 
 template <int N, int kTransA = 0, int kTransB = 0, class T>
 PTX void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool scale_d, T type) {
@@ -142,7 +144,7 @@ template <int N, int kTransB = 0, class T>
 PTX void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool scale_d, T type) {
     Wgmma<N>::template mma<kTransB>(d, a, b, scale_d, type);
 }
-// f32 operands, of which tf32 is used; a in registers as mma_m16n8k8_tf32's.
+// Operands in f32, whose tf32 part is used; a in registers as mma_m16n8k8_tf32's.
 template <int N> PTX void wgmma_m64k8_tf32(float (&d)[N / 2], uint64_t a, uint64_t b, bool scale_d) {
     Wgmma<N>::mma_tf32(d, a, b, scale_d);
 }
@@ -153,8 +155,8 @@ template <int N> PTX void wgmma_m64k8_tf32(float (&d)[N / 2], const uint32_t (&a
 PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 PTX void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> PTX void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-// No instruction: keeps the compiler from moving what it does with these registers across this point, as before the
-// wait for the products that write them.
+// No instruction. The compiler moves no use of these registers across this point: before the wait for the products that
+// write them, they hold nothing.
 template <int N> PTX void wgmma_pin(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
@@ -168,7 +170,7 @@ PTX uint32_t cluster_ctarank() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-// The barrier between all threads of a cluster; those that have ended do not count. The barrier orders the work of
+// The barrier between all threads of a cluster; threads that have ended do not count. The barrier orders the work of
 // fence_mbarrier_init before it, and nothing else. Arrivals at another block's barriers may be on their way still.
 PTX void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }

@@ -1,10 +1,11 @@
 // Tiles of matrices in shared memory: how they get there, and what a warp multiplies from them.
 //
 // Two kinds of product, d += left right, in mma.sync fragments (m16n8, four f32 a thread):
-//   product_16bit   f16 or bf16 operands through ldmatrix;
-//   product_tf32    f32 operands as tf32, plain (11 bits: enough beside 16-bit operands) or split in two,
-//                   x = high + low, which keeps f32's accuracy: high high + high low + low high ("3xTF32"), where a
-//                   16-bit operand has no low part. An infinite f32 operand comes out as NaN.
+//
+// - product_16bit: f16 or bf16 operands through ldmatrix.
+// - product_tf32: f32 operands as tf32. Plain tf32 has 11 bits, enough beside 16-bit operands. Split in two, x = high +
+//   low, it keeps f32's accuracy: `high high + high low + low high` ("3xTF32"). A 16-bit operand has no low part. An
+//   infinite f32 operand comes out as NaN.
 #pragma once
 #include "common/kernel.cuh"
 
@@ -74,8 +75,8 @@ __device__ __forceinline__ Tf32 split_tf32(float x) {
     return {high, ptx::cvt_rna_tf32(x - __uint_as_float(high))};
 }
 
-// acc += what `body` adds to zeros. Tensor cores cut their sums off where f32 would be rounded: in one long chain of
-// them the accuracy would be lost that splitting the operands has kept.
+// acc += the sum that `body` adds to zeros. Tensor cores cut their sums off, where f32 would round. One long chain of
+// such sums would lose the accuracy that splitting the operands keeps.
 template <class Body> __device__ __forceinline__ void add_rounded(float (&acc)[4], Body body) {
     float sum[4] = {};
     body(sum);

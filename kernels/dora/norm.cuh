@@ -1,7 +1,7 @@
 // DoRA's norm: norm [out_dim] = || W + scaling b a || of each row of the weight [out_dim, in_dim], in f32.
 //
-// A block takes DORA_NORM_ROWS rows, a thread every 128th column of them: an element of a is read once for all rows,
-// those of b come from shared memory, and W is read once.
+// A block takes DORA_NORM_ROWS rows, a thread every 128th column of them. Each element of a is read once for all rows.
+// The elements of b come from shared memory, and W is read once.
 #pragma once
 #include "common/reduce.cuh"
 

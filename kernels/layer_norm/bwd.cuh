@@ -3,8 +3,8 @@
 //   dx = rstd (g - mean(g) - xhat mean(g xhat)),   g = dy weight,   xhat = (x - mean) rstd
 //   dweight = sum over rows of dy xhat,   dbias = sum over rows of dy
 //
-// Two kernels, since weight and bias are mostly frozen: `bwd` goes along rows (dx, and the statistics if asked for),
-// `bwd_weight` down the columns of one block of rows into partial sums, which sum_partials/sum_partials.cu adds in
+// Two kernels, since weight and bias are mostly frozen. `bwd` goes along rows: dx, and the statistics if asked for.
+// `bwd_weight` goes down the columns of one block of rows, into partial sums that sum_partials/sum_partials.cu adds in
 // order.
 #pragma once
 #include "layer_norm/common.cuh"

@@ -2,8 +2,8 @@
 #include "low_rank/low_rank.cuh"
 #include "tiles.h"
 
-// Blocks that a multiprocessor is asked to have room for. For the wide tile in f32, ptxas of CUDA 13.5 spills to have
-// six if it is not asked, and every ptxas spills to have four.
+// Blocks for which a multiprocessor must have room. Without a number, ptxas of CUDA 13.5 spills the wide tile in f32 to
+// fit six. Every ptxas spills it to fit four.
 constexpr int min_blocks(int bytes, int cols) { return bytes == 4 && cols == 64 ? 3 : 0; }
 
 #define INSTANCE(suffix, T, product, cols, warps_m, warps_n, left_columns, right_rows) \

@@ -1,13 +1,14 @@
 // The projections' products with one thin side, in f32 whatever the tensors' dtype:
 //
-//   input    S_p  [rows, rank]   = scaling_p drop_p(x) a_p^T          left x [i, k],   right a [j, k]
-//   grad     dS_p [rows, rank]   = scaling_p g_p b_p                  left g [i, k],   right b [k, j]
-//   weight   da_p [rank, in_dim] = dS_p^T drop_p(x)                   left x [k, i],   right dS [k, j]
-//            db_p [out_dim, rank] = g_p^T S_p                         left g [k, i],   right S [k, j]
+//   | product | result                                          | left     | right     |
+//   | input   | S_p [rows, rank] = scaling_p drop_p(x) a_p^T    | x [i, k] | a [j, k]  |
+//   | grad    | dS_p [rows, rank] = scaling_p g_p b_p           | g [i, k] | b [k, j]  |
+//   | weight  | da_p [rank, in_dim] = dS_p^T drop_p(x)          | x [k, i] | dS [k, j] |
+//   |         | db_p [out_dim, rank] = g_p^T S_p                | g [k, i] | S [k, j]  |
 //
-// The thin side is f32 and so is the result: as TF32 split in two (tile.cuh), a 16-bit left side being exact in TF32,
-// so no range is lost either. Dropout is regenerated in shared memory, once for each element of a tile: its factor 1 /
-// (1 - p) is part of the scale. The sums of `weight` go along the rows in splits, each a partial result that
+// The thin side and the result are f32, multiplied as TF32 split in two (tile.cuh). A 16-bit left side is exact in
+// TF32, so no range is lost either. Dropout is regenerated in shared memory, once for each element of a tile; its
+// factor 1 / (1 - p) is part of the scale. The sums of `weight` go along the rows in splits, each a partial result that
 // sum_partials/sum_partials.cu adds in order.
 #pragma once
 #include "common/philox.cuh"

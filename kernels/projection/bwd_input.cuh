@@ -2,10 +2,10 @@
 //
 //   dx [rows, in_dim] = sum over p of g_p W_p + drop_p(dS_p a_p),
 //
-// g [rows, total] being the gradient of the sums and dS_p = scaling_p g_p b_p from low_rank.cu. A block makes one tile;
-// the low-rank products are further blocks of depth in its loop (projection/common.cuh). Dropout multiplies such a
-// block's fragments on their way into the accumulators: the mask is linear, so its bits, made once for a projection,
-// serve all its depth.
+// g [rows, total] is the gradient of the sums, and dS_p = scaling_p g_p b_p comes from low_rank.cu. A block makes one
+// tile; the low-rank products are further blocks of depth in its loop (projection/common.cuh). Dropout multiplies the
+// fragments of such a block on their way into the accumulators. The mask is linear, so its bits are made once for a
+// projection and serve all its depth.
 #pragma once
 #include "common/dropout_fragment.cuh"
 #include "projection/common.cuh"

@@ -2,10 +2,10 @@
 //
 //   acc [kRows, kCols] = sum over products of left [kRows, depth] right [depth, kCols],
 //
-// first those of the weights, in the tensors' dtype, then the low-rank ones, f32: blocks of depth of one and the same
-// loop. Each stage of shared memory holds 64 bytes of depth (32 elements of 16 bits, 16 f32), filled by cp.async while
-// earlier stages are multiplied. f32 tensors are multiplied as 3xTF32, the low-rank part beside 16-bit ones as plain
-// TF32 (see tile.cuh).
+// first those of the weights, in the tensors' dtype, then the low-rank ones, in f32, as blocks of depth of the same
+// loop. The copies by cp.async fill stages of shared memory while earlier stages are multiplied. Each stage holds 64
+// bytes of depth: 32 elements of 16 bits, or 16 of f32. Tensors in f32 are multiplied as 3xTF32. Beside 16-bit tensors,
+// the low-rank part is plain TF32 (see tile.cuh).
 #pragma once
 #include "common/tile.cuh"
 

@@ -2,12 +2,14 @@
 //
 //   dv_m = sum_n dropout(P)[n, m] dO_n          dk_m = softmax_scale sum_n dS[n, m] q_n
 //
-// A block holds a key tile of 8 key rows by 8 columns of a unit, each warp two key rows, and goes through the unit's
-// queries. It computes S^T, keys as rows, so that P^T and dS^T are operands as they stand; rel_w is then one number for
-// both of a lane's keys, since they share their column, and rel_h one for each. The biases are the query pass's: in 16
-// bits with lse taken off, P = exp2(q k scale log2(e) + rel_w + rel_h); in f32 as they are, and with the query's delta
-// come max and 1 / sum. S and dP have the query pass's bits. Queries that do not exist are rows of zeros, q and dO
-// alike, and add nothing; keys that do not exist have a bias of minus infinity.
+// A block holds a key tile of a unit, 8 key rows by 8 columns, two key rows a warp. It goes through the unit's queries.
+// It computes S^T, keys as rows, so that P^T and dS^T are operands without a transpose. A lane's two keys share their
+// column, so rel_w is one number for both, and rel_h one for each.
+//
+// The biases are the query pass's. In 16 bits lse is taken off: P = exp2(q k scale log2(e) + rel_w + rel_h). In f32
+// they are as they are, and max and 1 / sum come with the query's delta. S and dP have the query pass's bits. Queries
+// that do not exist are rows of zeros in q and dO, and add nothing. Keys that do not exist have a bias of minus
+// infinity.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 
@@ -34,8 +36,8 @@ template <class Element, int Dim, int Queries> struct KeyTile {
     struct StagesAndKeys : Stages {
         T keys[2 * kKeys][kStride];
     };
-    // In 16 bits the keys and values are taken into registers before the stages need the memory; in f32 they and their
-    // two tf32 parts would be too many, and stay in memory.
+    // In 16 bits, registers take the keys and values before the stages need the memory. In f32 they and their two tf32
+    // parts would be too many, and stay in memory.
     static constexpr bool kKeysInRegisters = sizeof(T) == 2;
     using Storage = std::conditional_t<kKeysInRegisters, Stages, StagesAndKeys>;
     static_assert(sizeof(Stages) >= 2 * kKeys * kStride * sizeof(T) || !kKeysInRegisters);

@@ -2,21 +2,26 @@
 //
 //   P = exp(S - lse)   dP = dropout(dO V^T)   dS = P (dP - delta)   delta_n = dO_n . O_n
 //   (f32: P = exp(S - max) / sum)
+//
 //   drel_h[n, y] = sum_x dS[n, (y, x)]        drel_w[n, x] = sum_y dS[n, (y, x)]
+//
 //   dq_n = softmax_scale sum_m dS[n, m] k_m + sum_y drel_h[n, y] Rh[y_n - y + side_h - 1] + the same for w
+//
 //   dRh[r] = sum_n drel_h[n, y_n - r + side_h - 1] q_n, the same for w
 //
-// Tiles as in the forward; drel_w stays in registers for a stripe, as rel_w does, drel_h is a row sum. A block takes
-// every gridDim.x-th block of queries and adds the tables' gradients up in its own part of `table_partials`, which
-// sum_partials/sum_partials.cu sums in order: no atomics, the same bits every time. For the second pass it leaves delta
-// and the biases (rel_h minus lse, and rel_w, in base 2; in f32 rel_h as it is, and with delta max and 1 / sum).
+// Tiles are the forward's. A stripe's drel_w stays in registers, as rel_w does; drel_h is a row sum. A block takes
+// every gridDim.x-th block of queries, and adds the tables' gradients up in its own part of `table_partials`. The
+// kernel of sum_partials/sum_partials.cu sums the parts in order: no atomics, the same bits every time. For the second
+// pass this one leaves delta and the biases in base 2: rel_h minus lse, and rel_w. In f32 it leaves rel_h as it is, and
+// max and 1 / sum with delta.
 //
-// Where one weight is 1 and the others are 0, O is that key's value, and delta, the same product of tensor cores as dP,
-// has the bits of the key's dP: dS is exactly 0. In f32, where one weight is above 1/2, its dS may be small beside the
-// roundings of dP and delta. A row's dS add up to zero, so what they do add up to is taken off that weight's.
+// Where one weight is 1 and the others are 0, O is that key's value. Tensor cores compute delta as the same product as
+// dP, so it has the bits of the key's dP: dS is exactly 0. In f32, where one weight is above 1/2, its dS may be small
+// beside the roundings of dP and delta. A row's dS add up to zero, so the sum that they do have is taken off that
+// weight's dS.
 //
-// Products with rows of the tables are over rows that not every query of a block reads, with gradients of zero for
-// those it does not. Zero times what is not finite (a table's mask of minus infinity) is NaN: a sum that is not finite
+// The products with rows of the tables include rows that some queries of a block do not read, with gradients of zero
+// there. Zero times a value that is not finite (a table's mask of minus infinity) is NaN. So a sum that is not finite
 // is computed anew from the rows that belong to it.
 #pragma once
 #include "rel_pos_attention/common.cuh"

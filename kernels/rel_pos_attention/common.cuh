@@ -1,13 +1,12 @@
 // Shared by the passes of rel_pos_attention: tiles, addressing, and the biases of a block of queries.
 //
 // A *unit* is one head of one window. Partition and padding are addressing: a window's tokens are looked up on the
-// grid, those outside are the `pad` vector as keys and values, and do not exist as queries. So the queries of a unit
-// are the tokens of a rectangle, numbered row by row; key (y, x) is token y side_w + x of the window.
+// grid. Tokens outside the grid are the `pad` vector as keys and values, and do not exist as queries. So the queries of
+// a unit are the tokens of a rectangle, numbered row by row. Key (y, x) is token y side_w + x of the window.
 //
-// Key tiles are row-aligned: kRows key rows by kCols columns, the columns of a stripe of the window that is kCols wide
-// (usually the whole row). All tiles of a stripe have the same columns, so rel_w is one register fragment for all of
-// them, and rel_h one number per query and key row. kCols is a multiple of 8, so that each 8 columns of an accumulator
-// belong to one key row.
+// Key tiles are row-aligned: kRows key rows by kCols columns. A stripe of the window is kCols wide (usually the whole
+// row), and its tiles have the same columns. So rel_w is one register fragment for all of them, and rel_h one number
+// per query and key row. As kCols is a multiple of 8, each 8 columns of an accumulator belong to one key row.
 #pragma once
 #include "common/fragment.cuh"
 #include "common/philox.cuh"
@@ -17,15 +16,14 @@ constexpr int kRowPad = 8;
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// kDim channels (head_dim rounded up, the rest zero), key tiles of kRows x kCols, 16 queries a warp.
-// f32 keeps what normalizes a row of the softmax apart, P = exp2(S - max) / sum, where 16 bits have lse = max +
-// log(sum): at a score of 1e3 lse has lost what is below 1e-4, and so have all of the row's weights, more than f32 may
-// lose. It also adds rel_h to the score before the maximum is taken off, so that the largest one's weight is exactly 1
-// / sum.
+// The softmax in f32 keeps max and sum apart, P = exp2(S - max) / sum, where in 16 bits it has lse = max + log(sum). At
+// a score of 1e3, lse has lost all below 1e-4, and so have all of the row's weights, more than f32 may lose. In f32
+// rel_h also joins the score before the maximum is taken off, so that the largest one's weight is exactly 1 / sum.
 template <class T> constexpr bool kExactWeights = sizeof(T) == 4;
 // Numbers of a query that the backward's passes share: delta; in f32 delta, max, 1 / sum and one that is not used.
 template <class T> constexpr int kRowStatistics = kExactWeights<T> ? 4 : 1;
 
+// kDim channels (head_dim rounded up, the rest zero), key tiles of kRows x kCols, 16 queries a warp.
 template <class Element, int Dim, int Cols, int Rows, int Warps> struct AttentionTile {
     using T = Element;
     static constexpr int kDim = Dim, kCols = Cols, kRows = Rows, kWarps = Warps;
@@ -77,8 +75,8 @@ struct AttentionUnit {
     __device__ __forceinline__ uint64_t token(Token t) const { return first_token + uint64_t(t.y) * s.w + t.x; }
 };
 
-// Copies `count` rows of head_dim elements to shared memory, asynchronously, with zeros up to kDim. source(i) is where
-// row i lies, null for a row of zeros; `any` is an address that may be named when nothing is read.
+// Copies `count` rows of head_dim elements to shared memory, asynchronously, with zeros up to kDim. Row i comes from
+// source(i), or is zeros if that is null. `any` is a valid address, for copies that read nothing.
 template <class Tile, int Bytes, class T, class Source>
 __device__ __forceinline__ void copy_rows_by(T (*rows)[Tile::kStride], int count, uint32_t head_dim, const T* any,
                                              Source source) {
@@ -106,7 +104,7 @@ __device__ __forceinline__ void wait_for_copies() {
     __syncthreads();
 }
 
-// Starts copying the rows of the block's queries from `array [.., stride]`; zeros for those that do not exist.
+// Starts copying the rows of the block's queries from `array [.., stride]`; zeros for queries that do not exist.
 template <class Tile, class T>
 __device__ __forceinline__ void copy_queries(
     T (*rows)[Tile::kStride], const AttentionUnit& unit, uint32_t first, bool wide, const T* array, uint64_t stride) {
@@ -134,7 +132,7 @@ __device__ __forceinline__ bool dropout_keeps(const DropoutMask& mask, uint64_t 
     return dropout_factor(mask, dropout_words(mask, row, col / 8), col % 8) > 0.0f;
 }
 
-// Starts copying the rows of a key tile, whose first key is (y, x), of part 1 (keys) or 2 (values) of qkv.
+// Starts copying the rows of the key tile with first key (y, x), of part 1 (keys) or 2 (values) of qkv.
 template <class Tile, class T>
 __device__ __forceinline__ void copy_keys(T (*rows)[Tile::kStride], const RelPosAttentionShape& s,
                                           const AttentionUnit& unit, uint32_t y, uint32_t x, bool wide, const T* qkv,
@@ -202,8 +200,8 @@ template <class Tile> struct Biases {
     }
 };
 
-// The rows of both tables that the queries `first ..` of a unit need, as one list: rel_pos_h's from the row of the
-// first query's distance to the last key row, then all of rel_pos_w.
+// The rows of both tables that the queries `first ..` of a unit need, as one list. The first part is rel_pos_h's rows,
+// from the first query's distance to the last key row on. The second part is all of rel_pos_w.
 struct TableRows {
     uint32_t first_h, count_h, count, side_h, side_w;
 
@@ -228,7 +226,7 @@ struct TableRows {
     }
 };
 
-// Both tables, whose rows count as one list: those of h, then those of w. Null if there are none.
+// Both tables. Their rows count as one list: first the rows of h, then those of w. Null if there are none.
 template <class T> struct Tables {
     const T *h, *w;
     __device__ __forceinline__ explicit Tables(const device_ptr (&tables)[2])

@@ -3,11 +3,12 @@
 //   S[n, m] = softmax_scale q_n . k_m + rel_h[n, y_m] + rel_w[n, x_m]          O = dropout(softmax(S)) V
 //   rel_h[n, y] = q_n . Rh[y_n - y + side_h - 1]      rel_w[n, x] = q_n . Rw[x_n - x + side_w - 1]     (unscaled q)
 //
-// qkv [batch, h, w, 3, heads, head_dim] -> out [batch, h, w, heads, head_dim], and lse f32 [windows, heads, tokens], of
-// f32 [windows, heads, tokens, 2]: max in base 2, and sum.
-// A block holds 16 kWarps queries of a unit; the biases are computed first, then key tiles stream by, two in flight,
+// `qkv [batch, h, w, 3, heads, head_dim]` -> `out [batch, h, w, heads, head_dim]` and lse f32 `[windows, heads,
+// tokens]`. With f32 operands, lse is `[windows, heads, tokens, 2]`: max in base 2, and sum.
+//
+// A block holds 16 kWarps queries of a unit, and computes their biases first. Then key tiles stream by, two in flight,
 // under an online softmax in base 2: p = exp2((q k scale log2(e) + rel_w) + (rel_h - max)). Scores are scaled in f32.
-// f32 operands are multiplied as 3xTF32 (fragment.cuh), which keeps f32's accuracy.
+// Operands in f32 are multiplied as 3xTF32 (fragment.cuh), which keeps f32's accuracy.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Packs what scripts/gpu/run.sh needs beside the source tree on a machine with a GPU but no Rust and no network: one stripped
-# binary, which is the GPU tests and every program of the kit (tests/gpu). Fixtures, assets, PyTorch's side of the
+# Packs what scripts/gpu/run.sh needs beside the source tree on a machine with a GPU but no Rust and no network. That is one
+# stripped binary, which is the GPU tests and every program of the kit (tests/gpu). Fixtures, assets, PyTorch's side of the
 # benchmarks and the runner travel with the tree.
 #
 # usage: bundle.sh [ARCHIVE]      (default: target/gpu-kit.tar.gz)
@@ -20,8 +20,8 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target/gpu-kit} CUDAFORGE_THREADS=${
 export CANDLE_SAM_LORA_CUDA_ARCHS=${CANDLE_SAM_LORA_CUDA_ARCHS:-all}
 export CANDLE_SAM_LORA_NVCC_FLAGS='-lineinfo -compress-mode=size'
 
-# Most of the time of nvcc goes into candle's kernels for quantised models, which are linked but never run here: they
-# are compiled in haste, and all others in full.
+# Most of nvcc's time goes into candle's kernels for quantised models, which are linked but never run here. They are
+# compiled in haste, and all others in full.
 mkdir -p "$CARGO_TARGET_DIR/nvcc"
 cat >"$CARGO_TARGET_DIR/nvcc/nvcc" <<END
 #!/bin/sh

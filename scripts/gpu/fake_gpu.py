@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands in for the programs of the GPU kit, and for nvidia-smi, ncu and compute-sanitizer, so that test_kit.py sees what the
+"""Stands in for the programs of the GPU kit, and for nvidia-smi, ncu and compute-sanitizer. With it test_kit.py sees what the
 kit makes of programs that hang, crash, lie, and fill the disk.
 
 `FAKE` says how each program behaves, as `smoke=hang headline=crash`; one that it does not name behaves well. Behaviours end

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Runs the GPU kit: whether the kernels are right, how fast they are beside PyTorch, and why.
 
-    run.sh --plan short --results DIR     what a visit of ten minutes can know, what matters most first
+    run.sh --plan short --results DIR     ten minutes, the most important questions first
+
     run.sh                                everything, an hour, into target/gpu-results
+
     run.sh --seconds 300 smoke headline   these steps alone
 
-Every step has a time at which it ends; what one leaves over goes to the next. results.json and results.md are written after
-each line that a step produces, and are whole whenever the kit is killed; log.txt is what the programs said. A family of
+Every step has a time at which it ends; what one leaves over goes to the next. After each line that a step produces, the kit
+writes results.json and results.md. They are whole whenever the kit is killed; log.txt is what the programs said. A family of
 kernels that is wrong at SAM's sizes is left out of all measurements, and the others go on. A missing tool
 (compute-sanitizer, ncu, torch) skips its step, and the report says so. Without a GPU the kit says that and ends well; the exit
 status is 1 if anything failed.

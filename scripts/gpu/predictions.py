@@ -1,6 +1,6 @@
 """The predictions of docs/gpu-notes.md beside the measurements.
 
-A measurement outside its range says that the model of the kernel is wrong, on either side: a kernel that is faster than
+A measurement outside its range, on either side, says that the model of the kernel is wrong. A kernel that is faster than
 its bound does not do all of its work.
 """
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 /// A model, perhaps with an adapter
 #[derive(clap::Args, Clone, Debug)]
 pub struct ModelArguments {
-    /// File of weights or folder with them, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging Face hub
+    /// File of weights or folder with them, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging Face hub.
     /// [default: the adapter's base model; without an adapter, the small SAM of this project]
     #[arg(long, value_name = "PATH|NAME")]
     model: Option<PathBuf>,
@@ -65,9 +65,9 @@ impl From<Storage> for DType {
 impl Backend {
     /// Opens the device.
     ///
-    /// On the CPU the heavy work is in this crate's operations, which have threads of their own. Candle's elementwise
-    /// ones wait for each other by spinning, which on a busy machine takes several times longer than one thread would;
-    /// they get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
+    /// On the CPU the heavy work is in this crate's operations, which have threads of their own. The threads
+    /// of candle's elementwise operations wait for each other by spinning. On a busy machine that takes several times
+    /// longer than one thread would, so they get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
     pub fn open(&self) -> crate::Result<Placement> {
         const THREADS: &str = "CANDLE_NUM_THREADS";
         if std::env::var_os(THREADS).is_none() {

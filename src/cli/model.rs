@@ -29,8 +29,8 @@ pub struct Source {
     pub adapter: Option<PathBuf>,
 }
 
-/// The files of the model called `name`; where none is named, of the model that `adapter` was trained on, or without an
-/// adapter of the small one that comes with the project.
+/// The files of the model called `name`. Without a name, those of the model that `adapter` was trained on. Without an
+/// adapter, those of the small one that comes with the project.
 pub fn find(
     name: Option<&Path>,
     adapter: Option<&Path>,

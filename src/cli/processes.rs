@@ -8,8 +8,8 @@ use std::sync::Arc;
 /// How long processes wait for each other
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Processes {
-    /// Seconds after which a process that waits for another one ends the job; more than the slowest part of a step, and
-    /// than one process's share of an evaluation
+    /// Seconds after which a process that waits for another one ends the job. More than the slowest part of a step takes,
+    /// and one process's share of an evaluation
     #[arg(long, default_value_t = 1800, value_name = "SECONDS")]
     wait: u64,
 }

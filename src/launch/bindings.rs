@@ -767,7 +767,7 @@ const _: () = {
     ["Offset of field: RelPosAttentionWindowBwdParams::shape"]
         [::std::mem::offset_of!(RelPosAttentionWindowBwdParams, shape) - 88usize];
 };
-#[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w, each rounded up to 8]`, units being windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries. With f32\n operands `delta` is `[units, tokens, 4]`: delta, the maximum, 1 / the sum, and a number not used."]
+#[doc = " The query pass: dq into dqkv, and for the key pass `delta` f32 `[units, tokens]` and `bias` f32 `[units, tokens,\n side_h + side_w]`, each side rounded up to 8. Units are windows x heads. `table_partials` is 0 or f32 `[blocks of the\n launch, rows of the tables, head_dim]`; `items` are the blocks of queries. With f32 operands `delta` is `[units,\n tokens, 4]`: delta, the maximum, 1 / the sum, and an unused number."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct RelPosAttentionBwdQueryParams {

@@ -6,7 +6,7 @@
 //! ```
 //! Every image gets the result that it would get alone, in any model. PEFT's `adapter_names`, which mixes inside each
 //! layer, refuses attention over padded windows, DoRA and convolutions. A SAM image is thousands of tokens, so that a
-//! run for each adapter costs little more than one for all; docs/peft.md has the figures.
+//! run for each adapter costs little more than one for all; docs/log/2026-11-23.md has figures.
 
 use super::switch::{activate, active_adapters, check_known, NO_ADAPTER};
 use crate::nn::{ModuleTree, Node};

@@ -1,5 +1,5 @@
-//! How often the driver's functions were called, the crate's kernels launched, and launches permitted to begin early, by their
-//! names: for tests of the host's work. Candle's kernels have `candle::` before their names.
+//! Counts, by name, calls of the driver's functions, launches of kernels, and launches permitted to begin early. For tests
+//! of the host's work. Candle's kernels have `candle::` before their names.
 
 use std::collections::BTreeMap;
 use std::ffi::{c_char, CStr};

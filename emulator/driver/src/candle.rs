@@ -5,7 +5,7 @@ use std::ffi::c_void;
 
 pub type Work = Box<dyn Fn() + Send + Sync>;
 
-/// A launch of candle's kernel of this name; none if it is not one of those that are known.
+/// A launch of candle's kernel of this name; none if the kernel is not known here.
 ///
 /// # Safety
 /// The arguments are those that the kernel takes; their addresses stay live until the work is done.
@@ -54,7 +54,7 @@ pub unsafe fn kernel(
             "copy2d" => copy_2d(arguments, element),
             "fast_sum" => reduce(arguments, element, grid[0] as usize, 0.0, |a, b| a + b),
             "fast_max" => reduce(arguments, element, grid[0] as usize, f64::NEG_INFINITY, f64::max),
-            // Its first argument is the number of sums, of which the last block has what is left.
+            // Its first argument is the number of sums; the last block has the rest of them.
             "fast_sum_small" => {
                 let count: usize = arguments.at(0);
                 debug_assert!(count <= (grid[0] * block[0]) as usize);

@@ -65,7 +65,7 @@ impl Element {
     }
 }
 
-/// A kernel's arguments, whose types only its name tells.
+/// A kernel's arguments. Only the kernel's name tells their types.
 pub struct Arguments(pub *const *const c_void);
 
 impl Arguments {
@@ -84,8 +84,8 @@ impl Arguments {
     }
 }
 
-/// The layouts of a kernel's inputs, of one shape: from the number of dimensions and the array `info`, of sizes and
-/// then each input's strides; null for contiguous inputs. It is copied, since candle frees it in the stream's order.
+/// The layouts of a kernel's inputs, of one shape. The array `info` holds the sizes and then each input's strides; null
+/// stands for contiguous inputs. It is copied, since candle frees it in the stream's order.
 pub struct Layouts {
     dims: Vec<usize>,
     strides: Vec<Vec<usize>>,

@@ -1,7 +1,7 @@
 //! Kernels that compute wrongly, as after a compiler's mistake: for tests of what notices it.
 //!
-//! `EMULATED_FAULT` lists prefixes of kernels' names, separated by commas. The second half of such a kernel's output is wrong:
-//! one bit of every 16 is flipped, worth a 16th of an f16, half of a bf16 or f32.
+//! `EMULATED_FAULT` lists prefixes of kernels' names, separated by commas. The second half of such a kernel's output is
+//! wrong. One bit of every 16 is flipped: a 16th of an f16, half of a bf16 or f32.
 
 use crate::memory;
 use crate::Outcome;

@@ -20,7 +20,7 @@ struct Graph {
     work: Vec<Work>,
     /// Allocated while it was captured: the graph's own, until it is destroyed.
     memory: Vec<u64>,
-    /// Those of them that nobody has given back yet.
+    /// The part of `memory` that nobody has given back yet.
     kept: Vec<u64>,
 }
 

@@ -1,14 +1,14 @@
-//! Stands in for the CUDA driver where there is none, so that what talks to it runs in tests: allocations, copies,
-//! modules, launches and their attributes, tensor maps, streams, graphs, as candle and candle-sam-lora use them.
+//! Stands in for the CUDA driver where there is none, so that its callers run in tests. It has all that candle and
+//! candle-sam-lora use: allocations, copies, modules, launches and their attributes, tensor maps, streams, graphs.
 //!
 //! ```text
 //! cargo build --release -p candle-sam-lora-driver
 //! LD_PRELOAD=target/release/libcandle_sam_lora_driver.so  a program built with the `cuda` feature
 //! ```
 //!
-//! The functions of this library go before those of the libraries that the program is linked with. One device,
-//! whose memory is the host's; a function's work is done before it returns, so that everything is in every stream's
-//! order. Kernels of candle-sam-lora run in the emulator (`launch`); of candle's own, those that prepare operands
+//! The functions of this library go before those of the libraries that the program is linked with. There is one device,
+//! with the host's memory. A function's work is done before it returns, so everything is in every stream's order.
+//! Kernels of candle-sam-lora run in the emulator (`launch`). Candle's own kernels run if they prepare operands
 //! (`candle`). Calls that the driver would refuse are refused. A kernel that fails leaves the device broken, as on a
 //! GPU, and says why on stderr.
 //!

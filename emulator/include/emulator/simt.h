@@ -1,8 +1,8 @@
 // The machine as a kernel compiled for the host sees it (runtime/simt.cpp).
 //
 // A CUDA thread is a fiber; the threads of a block take turns on one thread of the operating system. Everything that
-// several threads do together is one primitive, `meet`: each leaves a pointer to its operands and sleeps; the last to
-// arrive performs the operation on everybody's operands, which lie on the sleeping fibers' stacks, and wakes the rest.
+// several threads do together is one primitive, `meet`. Each thread leaves a pointer to its operands, on its own stack,
+// and sleeps. The last to arrive performs the operation on everybody's operands and wakes the rest.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -2,20 +2,21 @@
 //
 //   dx [rows, in_dim] = sum over p of g_p W_p + drop_p(dS_p a_p),
 //
-// dS [rows, ranks], f32, from low_rank.cu. The weights' rows are the depth here, so the copies take them as they lie,
-// in columns of 64, and wgmma transposes. It does not transpose f32: dS_p a_p is multiplied by mma (tf32), whose
-// fragments go through the dropout mask into the accumulators of wgmma, which lie alike.
+// dS [rows, ranks], f32, comes from low_rank.cu. The weights' rows are the depth here, so the copies take them as they
+// lie, in columns of 64, and wgmma transposes. It does not transpose f32: mma (tf32) multiplies dS_p a_p. The fragments
+// of mma go through the dropout mask into the accumulators of wgmma, which lie alike.
 //
-// dS and a do not pass through the ring of stages: each warp reads its rows of dS and the tile's columns of a from
-// global memory, when the tile's other products are done. All warps want the same few KB of a (12 for rank 16 and 192
-// columns), which the L1 cache has. So the ring is the next tile's by then, and the warpgroups can take tiles in turn.
+// dS and a do not pass through the ring of stages. When the tile's other products are done, each warp reads its rows of
+// dS and the tile's columns of a from global memory. All warps want the same few KB of a (12 for rank 16 and 192
+// columns), which the L1 cache has. By then the ring is the next tile's, so the warpgroups can take tiles in turn.
 //
-// It may begin before low_rank.cu has ended: g and W are there by then; dS, and leave to write, are waited for.
+// This kernel may begin before low_rank.cu has ended: g and W are there by then; dS, and leave to write, are waited
+// for.
 #pragma once
 #include "common/dropout_fragment.cuh"
 #include "projection/sm90/common.cuh"
 
-// The corner of a tile; tiles go along a row of tiles first, whose g is the same.
+// The corner of a tile. Tiles go along a row of tiles first, which shares its g.
 template <class Tile> __device__ __forceinline__ uint2 tile_corner(const ProjectionParams& p, uint32_t tile) {
     return make_uint2(tile % p.column_tiles * Tile::kCols, block_row<Tile>(tile / p.column_tiles));
 }
@@ -45,8 +46,8 @@ __device__ __forceinline__ void load_bwd_input(const ProjectionBwdInputSm90Param
     wait_for_last_stages<Tile>(shared, at);
 }
 
-// A low-rank product takes sixteen of depth at once, two steps of mma: those of step s are 4 t + 2 s and the next of
-// lane t of four, so that a lane's share of a row of dS is one vector. Depth from the rank on is zero.
+// A low-rank product takes a depth of sixteen at once, in two steps of mma. In step s, lane t of four has depths 4 t +
+// 2 s and the next one. So a lane's share of a row of dS is one vector. Depth from the rank on is zero.
 constexpr uint32_t kLowRankDepth = 16;
 
 // dS of rows `row` + lane / 4 and eight further. The only place that reads what the kernel before this one has written.

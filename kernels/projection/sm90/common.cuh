@@ -3,15 +3,15 @@
 //
 //   acc [kRows, kCols] = sum over steps of left [kRows, 128 bytes of depth] right [128 bytes of depth, kCols].
 //
-// Three warpgroups: one thread of the first copies the operands of step after step into a ring of stages (bulk copies,
-// which count their bytes on `full`), the other two multiply them (wgmma) and give the stages back (`empty`). They
-// share each tile's rows (cooperative), or take the tiles in turn (ping-pong), so that one's epilogue runs beside the
-// other's products.
+// Three warpgroups. One thread of the third copies the operands of step after step into a ring of stages; bulk copies
+// count their bytes on `full`. The other two multiply the stages (wgmma) and give them back (`empty`). They share each
+// tile's rows (cooperative), or take the tiles in turn (ping-pong). In a ping-pong, one warpgroup's epilogue runs
+// beside the other's products.
 //
-// Blocks may form clusters, which make tiles of the same columns, one below the other. Each then loads its part of
-// `right` for all of them (multicast), so that it comes from the L2 cache once; a stage is given back to all that load
-// into it. Tiles that lie below the last row are made like the others: copies fill them with zeros, and stores leave
-// them out.
+// Blocks may form clusters, which make tiles of the same columns, one below the other. Each block then loads its part
+// of `right` for all blocks (multicast), so that it comes from the L2 cache once. A stage is given back to all blocks
+// that load into it. Tiles that lie below the last row are made like the others: copies fill them with zeros, and
+// stores leave them out.
 //
 // Results leave through shared memory in pieces of 16 x 64 elements a warp, which bulk stores cut off at the tensor's
 // edges.
@@ -58,7 +58,7 @@ template <class Tile> __device__ __forceinline__ uint32_t block_row(uint32_t row
     else return (row_of_tiles * Tile::kCluster + ptx::cluster_ctarank()) * Tile::kRows;
 }
 
-// kRows rows of 128 bytes of `right`, of which each block of the cluster loads its part for all.
+// Loads kRows rows of 128 bytes of `right`. Each block of the cluster loads its part for all blocks.
 template <class Tile, int kRows>
 __device__ __forceinline__ void load_right(unsigned char* to, const EncodedTensorMap& map, ptx::mbarrier& full,
                                            uint32_t x, uint32_t y) {
@@ -120,9 +120,9 @@ __device__ __forceinline__ void run_warpgroups(typename Tile::Storage& shared, P
     }
 }
 
-// The ping-pong: before its products, each warpgroup waits until the other has seen all operands of the tile before.
-// Without that it would be more than a phase ahead of a stage's barrier, whose parity cannot tell. `tiles`: how many
-// this warpgroup has made.
+// In a ping-pong, each warpgroup waits before its products until the other one has seen all operands of the previous
+// tile. Else it would be more than a phase ahead of a stage's barrier, and the barrier's parity cannot tell. `tiles` is
+// the number of tiles that this warpgroup has made.
 template <class Tile>
 __device__ __forceinline__ void wait_for_turn(typename Tile::Storage& shared, int group, uint32_t tiles) {
     if constexpr (Tile::kPingPong) ptx::mbarrier_wait_parity(shared.turn[group], (tiles ^ uint32_t(group) ^ 1) % 2);
@@ -132,19 +132,19 @@ __device__ __forceinline__ void wait_for_turn(typename Tile::Storage& shared, in
 __device__ __forceinline__ void arrive(ptx::mbarrier& bar) {
     if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(bar);
 }
-// It lets the other warpgroup begin.
+// A warp lets the other warpgroup begin.
 template <class Tile> __device__ __forceinline__ void pass_turn(typename Tile::Storage& shared, int group) {
     if constexpr (Tile::kPingPong) arrive(shared.turn[1 - group]);
 }
-// It gives back a stage that it has read.
+// A warp gives back a stage that it has read.
 template <class Tile> __device__ __forceinline__ void give_back(ptx::mbarrier& empty) {
     const uint32_t lane = threadIdx.x % kWarp;
     if constexpr (Tile::kCluster == 1) arrive(empty);
     else if (lane < Tile::kCluster) ptx::mbarrier_arrive_cluster(empty, lane);
 }
 
-// Starts one step's products by a warpgroup whose rows of `left` begin at first_row.
-//   kRightRows: `right` lies as columns of 64 n in tiles [64 of depth][64], else as rows [n][128 bytes].
+// Starts the products of one step by a warpgroup, with rows of `left` from first_row on. With kRightRows, `right` lies
+// as columns of 64 n in tiles [64 of depth][64], else as rows [n][128 bytes].
 template <class Tile, bool kRightRows>
 __device__ __forceinline__ void multiply_stage(typename Tile::Accumulators& acc, const typename Tile::Stage& stage,
                                                int first_row, bool& add) {
@@ -162,8 +162,8 @@ __device__ __forceinline__ void multiply_stage(typename Tile::Accumulators& acc,
     }
 }
 
-// Runs `count` steps of a tile: body(stage, step) starts the products of one. Those of a step are waited for in the
-// next one, so the tensor cores always have work; `busy` is the stage whose products are still in flight.
+// Runs steps `first` to `end` - 1 of a tile: body(stage, step) starts the products of one. The next step waits for
+// them, so the tensor cores always have work. The products of stage `busy` are still in flight.
 template <class Tile, class Body>
 __device__ __forceinline__ void run_steps(typename Tile::Storage& shared, RingPosition<Tile::kStages>& at,
                                           typename Tile::Accumulators& acc, uint32_t first, uint32_t end,
@@ -198,8 +198,8 @@ __device__ __forceinline__ unsigned char* piece_row(unsigned char* piece, int pa
     return piece + row * 128 + ((chunk ^ row % 8) << 4);
 }
 
-// Writes columns `first` .. first + 63 of a warp's accumulators into its piece: value(values, at) changes eight of
-// them, at their place in the piece, on the way.
+// Writes columns `first` .. first + 63 of a warp's accumulators into its piece. On the way value(values, at) changes
+// eight of them; `at` is their place in the piece.
 template <class T, int kSize, class Value>
 __device__ __forceinline__ void write_piece(unsigned char* piece, const float (&acc)[kSize], int first, Value value) {
 #pragma unroll

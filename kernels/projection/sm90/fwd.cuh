@@ -2,15 +2,16 @@
 //
 //   out [rows, columns of p] = act(x W_p^T + S_p b_p^T + constants_p) + residual,
 //
-// S_p [rows, rank], f32, from low_rank.cu. S_p b_p^T is further steps of the same loop, of f32 operands that the copies
-// round to tf32. f16 and bf16, and rows of multiples of 16 bytes; for the rest there is projection/fwd.cuh.
+// S_p [rows, rank], f32, comes from low_rank.cu. S_p b_p^T is further steps of the same loop, whose f32 operands the
+// copies round to tf32. This kernel takes f16 and bf16, and rows of multiples of 16 bytes. For the rest there is
+// projection/fwd.cuh.
 //
 // It may begin before low_rank.cu has ended: x and W are there by then; S, and leave to write, are waited for.
 #pragma once
 #include "projection/fwd.cuh"
 #include "projection/sm90/common.cuh"
 
-// A tile of one projection. Tiles go along a row of tiles first: q, then k, then v, whose x is the same.
+// A tile of one projection. Tiles go along a row of tiles first, which shares its x: q, then k, then v.
 struct ForwardWork {
     uint32_t part, row, col;  // col: of the projection
     uint32_t base, steps;     // steps over x, and with those over the rank

@@ -1,9 +1,9 @@
 // The instances of rel_pos_attention/sm90/bwd_key.cuh: head_dim, the columns of a block of keys, dtype. One block a
 // multiprocessor.
 //
-// ptxas before CUDA 13.1 gives registers that wgmma reads in every step of a loop to other values within the loop, and
-// never restores them: the weights' gradients are then those of other keys. So there keys and values stay in shared
-// memory. scripts/check-sass.py reads the machine code of both compilers for it.
+// Within a loop, ptxas before CUDA 13.1 gives registers that wgmma reads in every step to other values, and never
+// restores them. The weights' gradients are then those of other keys. So there keys and values stay in shared memory.
+// scripts/check-sass.py reads the machine code of both compilers for it.
 #include "rel_pos_attention/sm90/bwd_key.cuh"
 #include "tiles.h"
 

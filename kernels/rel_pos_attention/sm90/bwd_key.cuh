@@ -3,16 +3,16 @@
 //   dv_m = sum_n dropout(P)[n, m] dO_n          dk_m = softmax_scale sum_n dS[n, m] q_n
 //
 // A block holds 128 keys of a unit, 64 for each of two warpgroups: whole stretches of kCols of grid rows. They stay in
-// shared memory and, if InRegisters, as far as there is room, in registers. A third warpgroup's first thread loads the
-// unit's queries, 64 at a time, with what the query pass left for them: the biases, lse taken off, and delta. Products
-// are transposed, keys as rows: S^T = k q^T and dP^T = v dO^T, from which P^T and dS^T are left operands as they stand.
-// Those with dO and q run on while the next ones with k and v start.
+// shared memory and, if InRegisters, as far as there is room, in registers. The first thread of a third warpgroup loads
+// the unit's queries, 64 at a time. With them it loads the biases and delta that the query pass left; lse is taken off
+// the biases. Products are transposed, keys as rows: S^T = k q^T and dP^T = v dO^T give P^T and dS^T, left operands
+// without a transpose. The products with dO and q run on while the next ones with k and v start.
 //
 // Registers save a sixth of a step's traffic of shared memory. But some compilers overwrite them within the loop: the
 // instances say which.
 //
-// Keys outside the grid have whatever values: a row of keys depends on no other, and theirs is not stored. Queries
-// behind the last one are rows of zeros, whose weights are made zero.
+// Keys outside the grid hold arbitrary values: a row of keys depends on no other row, and theirs is not stored. Queries
+// behind the last one are rows of zeros, and their weights are made zero.
 #pragma once
 #include "rel_pos_attention/sm90/common.cuh"
 

@@ -1,16 +1,17 @@
-// The first pass of rel_pos_attention's backward (see rel_pos_attention/bwd_query.cuh for the formulas) on sm_90a, for
-// whole grids: dq, the gradients of the tables, and what the second pass wants, delta and the biases.
+// The first pass of rel_pos_attention's backward on sm_90a, for whole grids; the formulas are those of
+// rel_pos_attention/bwd_query.cuh. It computes dq, the gradients of the tables, and delta and the biases for the second
+// pass.
 //
 // A block of queries and its ring of slots are as in rel_pos_attention/sm90/stream.cuh, with the output's gradient
 // beside the queries. Through the ring come rows of the tables, K_0 V_0 K_1 V_1 ..., and once more rows of the tables.
-// S = q K^T and dP = dO V^T are started together; dq += dS K runs on while the next two start. rel_w and drel_w stay in
-// registers for a stripe; drel_h is a row sum. Both end where the biases were, from where they are gathered as left
-// operands:
+// The products S = q K^T and dP = dO V^T start together, and dq += dS K runs on while the next two start. For a stripe,
+// rel_w and drel_w stay in registers; drel_h is a row sum. The gradients drel_h and drel_w end where the biases were.
+// There they are gathered as left operands:
 //
-//   dq += drel R       for each box of rows, by each warpgroup for its queries
-//   dR += drel^T q     for each box of rows, by one of the warpgroups, for all queries of the block
+// - dq += drel R, for each box of rows, by each warpgroup for its queries;
+// - dR += drel^T q, for each box of rows, by one of the warpgroups, for all queries of the block.
 //
-// If the tables are trained, a block takes every gridDim.x-th block of queries and adds dR up in its own part of
+// If the tables are trained, a block takes every gridDim.x-th block of queries. It adds dR up in its own part of
 // `table_partials`: no atomics, the same bits every time.
 #pragma once
 #include "rel_pos_attention/bwd_query.cuh"
@@ -114,8 +115,8 @@ __device__ __forceinline__ void gather_left(uint32_t (&left)[Steps][4], Pair pai
 }
 
 // Computes this lane's terms anew that are not finite, as the sum of term(half, column, i) for i below `count`. Zero
-// times what is not finite (a table's mask of minus infinity) is NaN, which no query may get from a row that it does
-// not read.
+// times a value that is not finite (a table's mask of minus infinity) is NaN. No query may get NaN from a row that it
+// does not read.
 template <int Dim, class Term>
 __device__ __forceinline__ void mend_terms(ChannelSums<Dim>& terms, uint32_t count, Term term) {
     float zero = 0.0f;
@@ -124,7 +125,7 @@ __device__ __forceinline__ void mend_terms(ChannelSums<Dim>& terms, uint32_t cou
 #pragma unroll
         for (int i = 0; i < 4; ++i) zero = fmaf(terms.at(n, i), 0.0f, zero);
     if (zero == 0.0f) return;
-    // Hidden, so that nothing of this is worked out before the loops over keys, whose registers it would take.
+    // Hidden, so that the compiler works nothing of this out before the loops over keys, where it would take registers.
     const uint32_t first = ptx::hide(threadIdx.x) % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Dim / 8; ++n)

@@ -1,11 +1,11 @@
 // Shared by the sm_90a kernels of rel_pos_attention: rows of channels as TMA writes and wgmma reads them.
 //
-// A *panel* is rows of kDim channels of one head: the first 64 channels in rows of 128 bytes, 128B-swizzled, and behind
-// all of them, for head_dim 80, the other 16 in rows of 32 bytes, 32B-swizzled. As either side of a product over
-// channels (q k^T) its k is innermost; as the right side of one over its rows (P v) its n is.
+// A *panel* is rows of kDim channels of one head. The first 64 channels are rows of 128 bytes, 128B-swizzled. Behind
+// all of them, for head_dim 80, the other 16 channels are rows of 32 bytes, 32B-swizzled. Either side of a product over
+// channels (q k^T) has its k innermost. The right side of a product over the panel's rows (P v) has its n innermost.
 //
-// wgmma's accumulators lie as those of mma.m16n8k16: warp w of a warpgroup has rows 16 w .., and element 4 j + i of a
-// lane is in row g + 8 (i / 2), column 8 j + 2 t + i % 2, for g = lane / 4 and t = lane % 4.
+// The accumulators of wgmma lie as those of mma.m16n8k16. Warp w of a warpgroup has 16 rows, from 16 w on. With g =
+// lane / 4 and t = lane % 4, element 4 j + i of a lane is in row g + 8 (i / 2), column 8 j + 2 t + i % 2.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 #include "common/descriptor.cuh"
@@ -73,7 +73,7 @@ __device__ __forceinline__ void load_left(uint32_t (&left)[Dim / 16][4], const u
         ptx::ldmatrix_x4(left[k], panel + Panel<Rows, Dim>::offset(row + lane % 16, 2 * k + lane / 16));
 }
 
-// The same products with rows in registers.
+// As above, with the left rows in registers.
 template <class T, int Dim, int N>
 __device__ __forceinline__ void multiply_rows(float (&products)[N / 2], const uint32_t (&left)[Dim / 16][4],
                                               const unsigned char* b) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void load_tokens(unsigned char* panel, uint32_t rows,
     }
 }
 
-// The same of one box of rows of a list, or of a list for each image, from `row` on; zeros behind its end.
+// As load_tokens, for one box of rows of a list, or of a list for each image, from `row` on; zeros behind its end.
 template <int PanelRows, int Dim, class... C>
 __device__ __forceinline__ void load_rows(unsigned char* panel, const PanelMaps& maps, ptx::mbarrier& barrier,
                                           uint32_t channel, C... row) {
@@ -122,8 +122,9 @@ __device__ __forceinline__ void load_rows(unsigned char* panel, const PanelMaps&
         ptx::cp_async_bulk_tensor(panel + PanelRows * kWideRow, maps.tail, barrier, channel + kWide, row...);
 }
 
-// Puts the products of a lane's two queries with rows of a table where their keys are, in base 2; of a query's key 0
-// the product is number row_of_zero, of the next key the one before. Others are left out: `side` is 0 for no query.
+// Puts the products of a lane's two queries with rows of a table where their keys are, in base 2. Key 0 of a query has
+// the product number row_of_zero, each next key the product before. Products without a key are left out: `side` is 0
+// for no query.
 __device__ __forceinline__ void scatter_biases(float* bias, uint32_t stride, const int (&row_of_zero)[2],
                                                const uint32_t (&side)[2], const float (&products)[kTableRows / 2]) {
 #pragma unroll
@@ -146,8 +147,8 @@ __device__ __forceinline__ void fill_biases(float* bias, uint32_t stride, uint32
         bias[lane / 2 * stride + key] = key < side ? 0.0f : -INFINITY;
 }
 
-// Writes a lane's two rows of sums, scaled, 16 bytes at a time: four lanes exchange what they have of four stretches of
-// eight channels, so that each has one whole.
+// Writes a lane's two rows of sums, scaled, 16 bytes at a time. Four lanes exchange their parts of four stretches of
+// eight channels, so that each lane has one whole stretch.
 template <class T, int Dim>
 __device__ __forceinline__ void store_rows(ChannelSums<Dim>& sums, const float (&factor)[2], T* const (&rows)[2]) {
     const int t = threadIdx.x % 4;
@@ -229,7 +230,7 @@ __device__ __forceinline__ void softmax_of_tile(float (&rescale)[2], float (&sco
     }
 }
 
-// Dropout of a tile's weights, whose first key this is.
+// Dropout of a tile's weights; `key` is the tile's first key.
 template <class Tile>
 __device__ __forceinline__ void drop_weights(float (&weights)[Tile::kKeys / 2], const RelPosAttentionShape& s,
                                              const AttentionUnit& unit, const Token (&query)[2], Token key) {

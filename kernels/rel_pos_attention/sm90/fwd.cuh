@@ -6,11 +6,12 @@
 //
 //   K_0  K_1 V_0  K_2 V_1  ...  V_last
 //
-// since a warpgroup starts the product with the next keys before that with the last values, and computes the softmax of
-// the former while the latter runs. The two warpgroups take turns at starting products, so that the tensor cores work
-// for one while the other computes its softmax. The online softmax is the portable kernel's, in base 2: the tile is
-// row-aligned, its rel_w a register fragment for all of a stripe, rel_h one number per query and key row that joins the
-// maximum.
+// since a warpgroup starts the product with the next keys before that with the last values. The softmax of the next
+// scores runs beside the product with the values. The two warpgroups take turns at starting products, so that the
+// tensor cores work for one while the other computes its softmax.
+//
+// The online softmax is the portable kernel's, in base 2. The tile is row-aligned, so rel_w is a register fragment for
+// all of a stripe. The maximum includes rel_h, one number per query and key row.
 #pragma once
 #include "rel_pos_attention/sm90/stream.cuh"
 

@@ -1,11 +1,10 @@
 // A block of queries and the keys that stream past it, on sm_90a: what the forward and the backward's query pass share.
 //
-// A block holds 128 queries of a unit, whole stretches of kCols of grid rows, 64 for each of two warpgroups. A third
-// one's first thread loads what they need into a ring of slots, in the order in which it is wanted: rows of the tables,
-// key tiles.
+// A block holds 128 queries of a unit, whole stretches of kCols of grid rows, 64 for each of two warpgroups. The first
+// thread of a third warpgroup fills a ring of slots in the order of use: rows of the tables, then key tiles.
 //
-// Tables: q R^T for the rows that the block's queries need, 64 at a time, is the same product as q k^T; each is put
-// into shared memory where its key is.
+// For the tables, q R^T is the same product as q k^T, for the rows that the block's queries need, 64 at a time. Each
+// product goes to its key's place in shared memory.
 #pragma once
 #include "rel_pos_attention/sm90/common.cuh"
 
@@ -69,7 +68,7 @@ template <class Tile> struct StreamWork {
     __device__ __forceinline__ uint32_t table_row(uint32_t chunk) const {
         return distance(chunk) + (chunk < chunks_h ? 0 : 2 * unit.s.side_h - 1);
     }
-    // Which row of the box belongs to a query and the first key row, or column; to the next key the row before.
+    // Row of the box for this query and key row (or column) 0. Key `k` uses `row_of_zero - k`.
     __device__ __forceinline__ int row_of_zero(uint32_t chunk, Token query) const {
         const bool is_h = chunk < chunks_h;
         return int((is_h ? query.y + unit.s.side_h : query.x + unit.s.side_w) - 1 - distance(chunk));

@@ -1,13 +1,13 @@
-// Shared by Hopper's kernels of rel_pos_attention for windows: a unit lies whole in a block's shared memory, and a warp
-// has a row of the window. For windows of up to 14 x 14 tokens, f16 and bf16.
+// Shared by Hopper's kernels of rel_pos_attention for windows of up to 14 x 14 tokens, f16 and bf16. A unit lies whole
+// in a block's shared memory, and a warp has a row of the window.
 //
 // They multiply by mma.sync, not wgmma. A unit of SAM takes 75 KB in and 25 KB out for 13 MFLOP. So memory is the bound
-// while the tensor cores do half of their best, and rows of 14 are sixteenths, not 64ths, of a product. They need
-// Hopper for the memory: up to 226 KiB a block.
+// while the tensor cores do half of their best. A row of 14 fills a product of 16 rows, not one of 64. They need Hopper
+// for the memory: up to 226 KiB a block.
 //
-// Rows of channels lie as the window's tokens do, y side_w + x, without gaps: sixteen from the first of a row of the
-// window on are a product's, of which those behind its end are its neighbour's. As keys they get a weight of zero, as
-// queries they are left out. Behind the last token are rows of zeros for the last row's sixteen.
+// Rows of channels lie as the window's tokens do, y side_w + x, without gaps. A product takes sixteen of them, from the
+// first of a row of the window on. Those behind the end of the row are its neighbour's: as keys they get a weight of
+// zero, as queries they are left out. Behind the last token are rows of zeros for the last row's sixteen.
 #pragma once
 #include "rel_pos_attention/common.cuh"
 
@@ -26,8 +26,8 @@ template <class Element, int Dim> struct WindowTile {
 // Hidden, since the compiler would keep all that follows from it in registers from one unit to the next.
 __device__ __forceinline__ uint32_t warp_of_block() { return ptx::hide(threadIdx.x / kWarp); }
 
-// Starts copying row y of the window from `array [.., stride]`, by one warp: 16 bytes at a time, tokens outside the
-// grid from `pad`, or as zeros; after the last row, zeros up to its sixteenth.
+// Starts copying row y of the window from `array [.., stride]`, by one warp, 16 bytes at a time. Tokens outside the
+// grid come from `pad`, or are zeros. Behind the last row come zeros up to its sixteenth.
 template <class Tile>
 __device__ __forceinline__ void copy_window_row(typename Tile::Row* rows, const AttentionUnit& unit, uint32_t y,
                                                 const typename Tile::T* array, uint64_t stride,
@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_window_row(typename Tile::Row* rows, const 
     }
 }
 
-// The same of both tables, by the block; zeros behind their end.
+// Starts copying both tables, by the whole block; zeros behind their end.
 template <class Tile>
 __device__ __forceinline__ void copy_tables(typename Tile::Row* rows, const RelPosAttentionShape& s,
                                             const Tables<typename Tile::T>& tables) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_a_of_row(FragmentA<T>& a, const T (*row)[kS
     ptx::ldmatrix_x4(a.at, &row[min(lane % 16, width - 1)][column + lane / 16 * 8]);
 }
 
-// Two B side by side of which row_of(0 .. 15) are the columns.
+// Two B side by side, with row_of(0 .. 15) as their columns.
 template <class T, class RowOf>
 __device__ __forceinline__ void load_b_of(FragmentB<T> (&b)[2], uint32_t column, RowOf row_of) {
     const uint32_t lane = threadIdx.x % kWarp;
@@ -74,9 +74,9 @@ __device__ __forceinline__ void load_b_of(FragmentB<T> (&b)[2], uint32_t column,
     b[1] = {{r[2], r[3]}};
 }
 
-// The biases of row y's queries, in base 2. rel_h of a query and all key rows comes as accumulators: since the queries
-// share their row, those of the table in reverse order are the columns of a product. rel_w [query][key column] is put
-// into memory, each product with a row of the table where its key is. Zeros without tables.
+// The biases of row y's queries, in base 2; zeros without tables. Accumulators hold rel_h of a query and all key rows.
+// As the queries share their row, rows of the table in reverse order are the columns of that product. Memory holds
+// `rel_w [query][key column]`: each product with a row of the table goes to its key's place.
 template <class Tile>
 __device__ __forceinline__ void project_row(float (&rel_h)[2][4], float (*rel_w)[Tile::kSide],
                                             const FragmentA<typename Tile::T> (&q)[Tile::kDim / 16],
@@ -112,8 +112,8 @@ __device__ __forceinline__ void project_row(float (&rel_h)[2][4], float (*rel_w)
     __syncwarp();
 }
 
-// Writes accumulators of a row of tokens, times a factor of each, to `width` rows of global memory, 16 bytes at a time,
-// by way of `own`, memory of this warp alone.
+// Writes accumulators of a row of tokens, times a factor for each, to `width` rows of global memory. They pass through
+// `own`, memory of this warp alone, to leave 16 bytes at a time.
 template <class Tile, int kStride>
 __device__ __forceinline__ void store_window_row(typename Tile::T (*own)[kStride],
                                                  const float (&sums)[Tile::kDim / 8][4], const float (&factor)[2],

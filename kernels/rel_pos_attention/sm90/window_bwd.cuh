@@ -1,19 +1,18 @@
 // The backward of rel_pos_attention in windows on Hopper (formulas: rel_pos_attention/bwd_query.cuh and _key.cuh): all
 // gradients of a unit at once, on chip.
 //
-// A persistent block takes every gridDim.x-th unit; of the next one's rows the L2 cache is asked meanwhile. Each warp
-// has a row of the window, in four steps with a barrier after each:
+// Blocks are persistent: each takes every gridDim.x-th unit, and prefetches the next unit's rows into L2 meanwhile.
+// Each warp has a row of the window, in four steps with a barrier after each:
 //
-//   copies   its row of q, k, v and dO; delta = dO . O and the biases of its queries, lse taken off rel_h.
-//   keys     as a row of keys it goes through the rows of queries: S^T and dP^T in sixteenths, P^T is an operand of
-//            dv += P^T dO as it stands. dS is kept, in the dtype, all queries by all keys, where v was; then
-//            dk = dS^T q.
-//   queries  as a row of queries: dS [k | one-hot of key rows | of key columns] is dq, drel_h and drel_w at once. Those
-//            are put where the rows of the tables are that they come from, and that times the tables joins dq.
-//   tables   sixteenths of what was put there, transposed, times q: the tables' gradients.
+// - copies: its row of q, k, v and dO; delta = dO . O and the biases of its queries, lse taken off rel_h.
+// - keys: as a row of keys, it goes through the rows of queries. S^T and dP^T come in sixteenths. P^T is an operand of
+//   dv += P^T dO without a transpose. The place of v gets dS, in the dtype, all queries by all keys; then dk = dS^T q.
+// - queries: as a row of queries, dS [k | one-hot of key rows | of key columns] is dq, drel_h and drel_w at once. The
+//   biases' gradients are put at the rows of the tables that they come from. These times the tables join dq.
+// - tables: sixteenths of these rows, transposed, times q: the tables' gradients.
 //
-// Five products of queries by keys, where two passes need seven, and q, k, v and dO are read once. The gradients of the
-// tables and of pad are added up by each block for itself; sum_partials/sum_partials.cu sums the blocks' in order.
+// Five products of queries by keys, where two passes need seven, and q, k, v and dO are read once. Each block adds up
+// the gradients of the tables and of pad for itself; sum_partials/sum_partials.cu sums the blocks' in order.
 #pragma once
 #include "common/ptx_sm90.cuh"
 #include "rel_pos_attention/sm90/window.cuh"
@@ -104,9 +103,9 @@ __device__ __forceinline__ void prepare_queries(WindowBackwardStorage<Tile>& sha
     }
 }
 
-// The eight dS that a lane names of those of a row of queries and this warp's row of keys, sixteen by sixteen: as the
-// left operand of a product over queries lies in memory, transposed. Queries behind the row's end have a place apart,
-// of zeros.
+// The eight dS that a lane names, of a row of queries and this warp's row of keys, sixteen by sixteen. They are the
+// left operand of a product over queries, which lies in memory transposed. Queries behind the row's end have a place
+// apart, of zeros.
 template <class Tile>
 __device__ __forceinline__ typename Tile::T* dscores_of_key_row(WindowBackwardStorage<Tile>& shared,
                                                                 const RelPosAttentionShape& s, uint32_t first) {
@@ -215,8 +214,8 @@ __device__ __forceinline__ void multiply_dscores(float (&dk)[Tile::kDim / 8][4],
     }
 }
 
-// dk or dv of the warp's keys, part 1 or 2 of qkv: those on the grid, by way of the warp's row of dO, and the sum over
-// the others if it is wanted.
+// Stores dk or dv of the warp's keys, part 1 or 2 of qkv. Keys on the grid go by way of the warp's row of dO. For the
+// others it stores the sum, if that is wanted.
 template <class Tile>
 __device__ __forceinline__ void finish_keys(const float (&sums)[Tile::kDim / 8][4], WindowBackwardStorage<Tile>& shared,
                                             const RelPosAttentionWindowBwdParams& p, const AttentionUnit& unit,
@@ -281,8 +280,8 @@ __device__ __forceinline__ void finish_queries(
             if (key < s.side_w) own[n][2 * s.side_h - 1 + n + s.side_w - 1 - key] = from_float<T>(drel_w[i / 4][i % 4]);
         }
         __syncwarp();
-        // Zero times what is not finite (a table's mask of minus infinity) is NaN: such a term is computed anew, from
-        // the rows that the query reads.
+        // Zero times a value that is not finite (a table's mask of minus infinity) is NaN. Such a term is computed
+        // anew, from the rows that the query reads.
         const auto reads = [&](uint32_t query, uint32_t row) {
             const uint32_t of_h = row - warp, of_w = row - (2 * s.side_h - 1 + query);
             return row < 2 * s.side_h - 1 ? of_h < s.side_h : of_w < s.side_w;
@@ -323,7 +322,7 @@ __device__ __forceinline__ void finish_queries(
             __syncwarp();
         }
     }
-    // Its row of dS has been read by nobody else.
+    // Nobody else reads this row of dS.
     T* to = global<T>(p.dqkv) + (unit.token({warp, 0}) * 3 * s.num_heads + unit.head) * kDim;
     store_window_row<Tile>(&shared.dscores[first], dq, {1.0f, 1.0f}, unit.valid_w, to,
                            3 * uint64_t(s.num_heads) * kDim);

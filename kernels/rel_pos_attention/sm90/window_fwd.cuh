@@ -1,9 +1,9 @@
 // The forward of rel_pos_attention (see rel_pos_attention/fwd.cuh) in windows on Hopper: a unit at a time, on chip.
 //
-// One persistent block a multiprocessor takes every gridDim.x-th unit; while its warps work on one, a row of queries
-// each, the next one's q, k and v are copied into the other stage. The tables stay. A warp's scores come two key rows
-// at a time, under an online softmax in base 2; rel_w is a fragment for all key rows, rel_h is in the accumulators of
-// its product and goes round by shuffles.
+// Each persistent block, one a multiprocessor, takes every gridDim.x-th unit. While its warps work on one unit, a row
+// of queries each, the next unit's q, k and v are copied into the other stage. The tables stay. A warp's scores come
+// two key rows at a time, under an online softmax in base 2. For all key rows rel_w is one fragment; rel_h is in the
+// accumulators of its product and goes round by shuffles.
 //
 // SAM's ViT-B: 75 KB in, 25 KB out for 300 units an image and layer.
 #pragma once
