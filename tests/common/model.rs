@@ -105,7 +105,7 @@ pub fn lookup(tensors: &Tensors, name: &str) -> Result<Tensor> {
 }
 
 /// The parameter whose gradient measures the error of `name`'s. A bias of all keys shifts every score of a row alike, so
-/// its gradient is zero but for rounding, which is measured by the queries' bias.
+/// its gradient is zero but for rounding. The queries' bias measures that.
 pub fn measured_by(name: &str) -> String {
     name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias")
 }

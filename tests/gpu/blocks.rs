@@ -1,5 +1,5 @@
-//! The residual branches of an encoder layer as one operation on the GPU: the bits of the single operations, values and
-//! gradients, with adapters here and there, and whether the input has a gradient or not.
+//! The residual branches of an encoder layer as one operation on the GPU. Values and gradients have the bits of the single
+//! operations, with and without adapters and a gradient of the input.
 
 use crate::common::{random, values};
 use crate::{trial, with_each};

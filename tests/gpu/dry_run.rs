@@ -1,5 +1,5 @@
-//! What a training step and an inference ask of the GPU: memory, launches, allocations, copies. The driver's stand-in counts
-//! them in a dry run (emulator/driver/src/dry_run.rs), where the encoders have their real sizes and every value is zero.
+//! Memory, launches, allocations and copies of a training step and of an inference. The driver's stand-in counts them in a dry
+//! run (emulator/driver/src/dry_run.rs), where the encoders have their real sizes and every value is zero.
 //!
 //! The counts are those of scripts/launch-budget.tsv, or the test fails. `CANDLE_SAM_LORA_WRITE_BUDGET` in the environment makes
 //! the file anew.

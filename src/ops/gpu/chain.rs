@@ -1,7 +1,7 @@
 //! Layers in a row by the kernels of a GPU, as one node of candle's graph: `last(.. first(x))`, or that plus x.
 //!
-//! Only projections may be trained in it. A layer runs when it is added. Its input is kept if its backward reads it: that
-//! of a frozen projection does not, so a frozen MLP keeps neither the normed rows nor the activated ones. Gradients go
+//! Only projections may be trained in it. A layer runs when it is added, and its input is kept if its backward reads it.
+//! The backward of a frozen projection does not, so a frozen MLP keeps neither normed nor activated rows. Gradients go
 //! from layer to layer; those of `x` and of the trained parameters alone reach candle's store.
 
 use super::projection::{Projections, Saved};
