@@ -1,4 +1,4 @@
-//! The tensors and numbers that projections and attention take besides their input, and what does not fit.
+//! The tensors and numbers that norms, projections and attention take besides their input, and what does not fit.
 
 use super::check;
 use crate::philox::Dropout;
@@ -7,6 +7,20 @@ use candle_core::{bail, Result, Tensor};
 
 /// Largest side of a window.
 const MAX_WINDOW: usize = 1024;
+
+/// Name of operations that are several layers, for errors.
+pub(super) const CHAIN: &str = "layer-chain";
+
+/// A LayerNorm's parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<'a> {
+    /// `[C]`
+    pub weight: &'a Tensor,
+    /// `[C]`
+    pub bias: &'a Tensor,
+    /// Added to the variance.
+    pub eps: f64,
+}
 
 /// The low-rank part of a projection.
 #[derive(Clone, Copy, Debug)]

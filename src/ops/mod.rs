@@ -65,9 +65,9 @@ mod resize;
 
 pub use crate::philox::{stream_of, Dropout};
 pub use crate::problem::Activation;
-pub use arguments::{Lora, Projection, RelPosAttention};
+pub use arguments::{Lora, Norm, Projection, RelPosAttention};
 pub use broadcast::{broadcast_add, repeat, scale_shift};
-pub use chain::{attention_block, attention_layer, mlp_block, Norm};
+pub use chain::{attention_block, attention_layer, mlp_block};
 pub(crate) use computed::with_backward;
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;

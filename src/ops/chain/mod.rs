@@ -10,6 +10,7 @@
 //! On the CPU, and on a GPU whose kernels compute each layer and where only projections are trained. Elsewhere, and with
 //! trainable weights, the single operations run one after the other.
 
+use crate::ops::arguments::{Norm, CHAIN as OP};
 use crate::ops::cpu::{Chain, Residual};
 use crate::ops::{layer_norm, lora_linear, lora_qkv, projection, rel_pos_attention as attention};
 use crate::ops::{Activation, Projection, RelPosAttention};
@@ -18,19 +19,6 @@ use candle_core::{bail, Device, Result, Tensor};
 
 #[cfg(feature = "cuda")]
 mod on_gpu;
-
-const OP: &str = "layer-chain";
-
-/// A LayerNorm's parameters.
-#[derive(Clone, Copy, Debug)]
-pub struct Norm<'a> {
-    /// `[C]`
-    pub weight: &'a Tensor,
-    /// `[C]`
-    pub bias: &'a Tensor,
-    /// Added to the variance.
-    pub eps: f64,
-}
 
 /// `proj(rel_pos_attention(qkv(x)))`: `[B, H, W, C] -> [B, H, W, C']`, with the gradients of the operations it consists
 /// of. `qkv` is one projection, or those of q, k and v.
@@ -69,6 +57,9 @@ fn attend(
     config: &RelPosAttention<'_>,
     proj: &Projection<'_>,
 ) -> Result<Tensor> {
+    if !matches!(qkv.len(), 1 | 3) {
+        bail!("{OP}: q, k and v are one projection or three, got {}", qkv.len())
+    }
     #[cfg(feature = "cuda")]
     if let Some(out) = on_gpu::attend(x, norm, qkv, config, proj)? {
         return Ok(out);
@@ -80,8 +71,7 @@ fn attend(
         };
         let packed = match qkv {
             [q, k, v] => lora_qkv(&normed, &[*q, *k, *v])?,
-            [qkv] => lora_linear(&normed, qkv, Activation::Identity, None)?,
-            other => return wrong_count(other),
+            _ => lora_linear(&normed, &qkv[0], Activation::Identity, None)?,
         };
         let out = crate::ops::rel_pos_attention(&packed, config)?;
         return lora_linear(&out, proj, Activation::Identity, norm.map(|_| x));
@@ -91,18 +81,12 @@ fn attend(
         chain.layer_norm(norm)?;
     }
     chain.projections(qkv, Activation::Identity)?;
-    match qkv {
-        [_] => {}
-        [q, k, v] => projection::equal_widths(&[*q, *k, *v])?,
-        other => return wrong_count(other),
+    if let [q, k, v] = qkv {
+        projection::equal_widths(&[*q, *k, *v])?;
     }
     chain.attention(config)?;
     chain.projections(&[*proj], Activation::Identity)?;
     chain.run(if norm.is_some() { Residual::Input } else { Residual::None })
-}
-
-fn wrong_count(qkv: &[Projection<'_>]) -> Result<Tensor> {
-    bail!("{OP}: q, k and v are one projection or three, got {}", qkv.len())
 }
 
 /// `x + lin2(act(lin1(layer_norm(x))))`: `[.., C] -> [.., C]`, with the gradients of the operations it consists of.

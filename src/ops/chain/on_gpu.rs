@@ -1,7 +1,7 @@
 //! The chains on a GPU: which of them its kernels compute, and their layers.
 
-use super::{wrong_count, Norm, OP};
 use crate::launch::Gpu;
+use crate::ops::arguments::{Norm, CHAIN as OP};
 use crate::ops::custom::{has_kernels, operand, Engine};
 use crate::ops::gpu::chain::Chain;
 use crate::ops::{fused, layer_norm, projection, rel_pos_attention as attention};
@@ -24,10 +24,8 @@ pub fn attend(
     }
     let Some(x) = input(x, norm)? else { return Ok(None) };
     let Some(qkv_gpu) = gpu(&x, qkv, Activation::Identity)? else { return Ok(None) };
-    match qkv {
-        [_] => {}
-        [q, k, v] => projection::equal_widths(&[*q, *k, *v])?,
-        other => return wrong_count(other).map(Some),
+    if let [q, k, v] = qkv {
+        projection::equal_widths(&[*q, *k, *v])?;
     }
     let packed = like(&x, qkv)?;
     let prepared = attention::prepare(&packed, config)?;
