@@ -62,38 +62,56 @@ pub struct Gradients<T: Element> {
     pub pad: Vec<f32>,
 }
 
-/// Output `[batch, h, w, heads, d]` and the softmax' normalizers `[windows, heads, tokens]`, real tokens first, in order.
+/// Values of the forward that the backward needs besides its inputs and output.
+pub struct Saved<T: Element> {
+    /// The softmax' normalizers `[windows, heads, tokens]`, real tokens first, in order.
+    pub normalizers: Vec<Normalizer>,
+    /// The output's error of rounding, for D; empty where there is none.
+    pub rounding: Elements<T>,
+}
+
+/// Output `[batch, h, w, heads, d]`; the error of its rounding is kept only if `keep`.
 pub fn forward<T: Element>(
     p: &AttentionProblem,
     inputs: &Inputs<'_, T>,
-) -> (Elements<T>, Vec<Normalizer>) {
+    keep: bool,
+) -> (Elements<T>, Saved<T>) {
     let (tokens, d) = (p.tokens(), p.head_dim);
     let units = p.windows() * p.num_heads;
     let tables = Tables::new::<T>(p, inputs.tables);
     // Head-major, so that every block writes a contiguous part; permuted to the grid afterwards.
     let mut out = Elements::any(units * tokens * d);
+    let mut rounding = Elements::any(if keep && T::IS_BF16 { out.len() } else { 0 });
     let mut normalizers = vec![Normalizer { max: 0.0, sum: 0.0 }; units * tokens];
-    out.par_chunks_mut(tokens * d).zip(normalizers.par_chunks_mut(tokens)).enumerate().for_each(
-        |(unit, (out, normalizers))| {
+    let mut roundings: Vec<&mut [T]> = rounding.chunks_mut(tokens * d).collect();
+    roundings.resize_with(units, Default::default);
+    let outputs = out.par_chunks_mut(tokens * d).zip(roundings);
+    outputs.zip(normalizers.par_chunks_mut(tokens)).enumerate().for_each(
+        |(unit, ((out, rounding), normalizers))| {
             let head = Head::gather(p, inputs, unit, Pass::Forward);
             let rows = block_rows(head.real.len(), BLOCK_M);
-            out.par_chunks_mut(rows * d)
-                .zip(normalizers.par_chunks_mut(rows))
-                .zip(head.real.par_chunks(rows))
-                .for_each(|((out, normalizers), real)| {
-                    forward_block(&head, &tables, real, out, normalizers)
-                });
+            let mut roundings: Vec<&mut [T]> = rounding.chunks_mut(rows * d).collect();
+            roundings.resize_with(tokens.div_ceil(rows), Default::default);
+            let outputs = out.par_chunks_mut(rows * d).zip(roundings);
+            outputs.zip(normalizers.par_chunks_mut(rows)).zip(head.real.par_chunks(rows)).for_each(
+                |((out, normalizers), real)| forward_block(&head, &tables, real, out, normalizers),
+            );
         },
     );
-    (to_grid(p, &out, d, 1), normalizers)
+    let rounding = match rounding.is_empty() {
+        true => rounding,
+        false => to_grid(p, &rounding, d, 1),
+    };
+    (to_grid(p, &out, d, 1), Saved { normalizers, rounding })
 }
 
-/// One block of queries against all keys. `out` and `normalizers` hold the block's real queries in order.
+/// One block of queries against all keys. `out`, its error of rounding if that is kept, and `normalizers` hold the
+/// block's real queries in order.
 fn forward_block<T: Element>(
     head: &Head<'_, T>,
     tables: &Tables,
     real: &[(usize, usize)],
-    out: &mut [T],
+    (out, rounding): (&mut [T], &mut [T]),
     normalizers: &mut [Normalizer],
 ) {
     let (p, count, width) = (head.p, real.len(), padded(head.p.head_dim));
@@ -130,11 +148,14 @@ fn forward_block<T: Element>(
     }
     let mut scratch = Vec::new();
     for (n, out) in out.chunks_exact_mut(p.head_dim).take(count).enumerate() {
-        T::write(out, &mut scratch, |out| {
-            for (o, acc) in out.iter_mut().zip(&acc[n * width..]) {
-                *o = acc / sum[n];
+        let acc = &mut acc[n * width..][..p.head_dim];
+        acc.iter_mut().for_each(|o| *o /= sum[n]);
+        T::write(out, &mut scratch, |out| out.copy_from_slice(acc));
+        if let Some(rounding) = rounding.get_mut(n * p.head_dim..(n + 1) * p.head_dim) {
+            for (rounding, (acc, out)) in rounding.iter_mut().zip(acc.iter().zip(out)) {
+                *rounding = T::nearest(acc - out.widened());
             }
-        });
+        }
         normalizers[n] = Normalizer { max: max[n], sum: sum[n] };
     }
 }
@@ -214,7 +235,7 @@ pub fn backward<T: Element>(
     p: &AttentionProblem,
     inputs: &Inputs<'_, T>,
     out: &[T],
-    normalizers: &[Normalizer],
+    saved: &Saved<T>,
     grad_out: &[T],
 ) -> Gradients<T> {
     let (tokens, d, heads) = (p.tokens(), p.head_dim, p.num_heads);
@@ -226,13 +247,13 @@ pub fn backward<T: Element>(
     let mut extras = vec![0f32; units * extra];
     slabs
         .par_chunks_mut(3 * tokens * d)
-        .zip(extras.par_chunks_mut(extra).zip(normalizers.par_chunks(tokens)))
+        .zip(extras.par_chunks_mut(extra).zip(saved.normalizers.par_chunks(tokens)))
         .enumerate()
         .for_each(|(unit, (slab, (extra, normalizers)))| {
             let head = Head::gather(p, inputs, unit, Pass::Backward);
             let (dtables, dpad) = extra.split_at_mut(inputs.tables.len());
-            let forward = (out, grad_out, normalizers);
-            backward_head(&head, &tables, forward, (slab, dtables, dpad));
+            let forward = (out, &*saved.rounding, normalizers);
+            backward_head(&head, &tables, forward, grad_out, (slab, dtables, dpad));
         });
     let mut dtables = vec![0f32; inputs.tables.len()];
     let mut dpad = vec![0f32; inputs.pad.len()];
@@ -252,7 +273,8 @@ pub fn backward<T: Element>(
 fn backward_head<T: Element>(
     head: &Head<'_, T>,
     tables: &Tables,
-    (out, grad_out, normalizers): (&[T], &[T], &[Normalizer]),
+    (out, rounding, normalizers): (&[T], &[T], &[Normalizer]),
+    grad_out: &[T],
     (slab, dtables, dpad): (&mut [T], &mut [f32], &mut [f32]),
 ) {
     let (p, d, width) = (head.p, head.p.head_dim, padded(head.p.head_dim));
@@ -273,9 +295,15 @@ fn backward_head<T: Element>(
         let count = real.len();
         let block = Block::new(head, tables, real);
         let grad = head.gather_grid(grad_out, real);
-        let o = products.along_rows(&head.gather_grid(out, real)).into_owned();
         let (q_rows, grad_rows) = (products.along_rows(&block.q), products.along_rows(&grad));
-        let mut delta = products.row_dots(&grad_rows, &o, products.depth(width));
+        let dots = |out: &[T]| {
+            let out = head.gather_grid(out, real);
+            products.row_dots(&grad_rows, &products.along_rows(&out), products.depth(width))
+        };
+        let mut delta = dots(out);
+        if !rounding.is_empty() {
+            add(&mut delta, &dots(rounding));
+        }
         let (q_right, grad_right) =
             (products.down_rows(&block.q, width), products.down_rows(&grad, width));
         for (delta, grad) in delta.iter_mut().zip(grad.chunks_exact(width)) {

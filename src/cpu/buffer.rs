@@ -5,8 +5,9 @@
 //! `transparent_hugepage` at `madvise`). A dropped buffer waits for the next that needs its size. [`release`] gives
 //! back what waits.
 
-use super::element::Element;
+use bytemuck::Zeroable;
 use half::bf16;
+use std::fmt::Debug;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
@@ -23,10 +24,26 @@ static WAITING: Mutex<Waiting> = Mutex::new(Waiting { f32: Vec::new(), bf16: Vec
 
 /// Dropped large buffers of each type of element.
 pub struct Waiting {
-    /// Those of f32.
-    pub f32: Vec<Vec<f32>>,
-    /// Those of bf16.
-    pub bf16: Vec<Vec<bf16>>,
+    f32: Vec<Vec<f32>>,
+    bf16: Vec<Vec<bf16>>,
+}
+
+/// An element of buffers.
+pub trait Pooled: Copy + Debug + Default + Send + Sync + Zeroable + 'static {
+    /// The buffers of this type that wait for their next use.
+    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<Self>>;
+}
+
+impl Pooled for f32 {
+    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<f32>> {
+        &mut waiting.f32
+    }
+}
+
+impl Pooled for bf16 {
+    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<bf16>> {
+        &mut waiting.bf16
+    }
 }
 
 impl Waiting {
@@ -42,12 +59,12 @@ fn bytes<T>(values: &Vec<T>) -> usize {
 
 /// Elements that go back to where they came from when dropped.
 #[derive(Debug, Default)]
-pub struct Elements<T: Element>(Vec<T>);
+pub struct Elements<T: Pooled>(Vec<T>);
 
 /// Elements in f32.
 pub type Buffer = Elements<f32>;
 
-impl<T: Element> Elements<T> {
+impl<T: Pooled> Elements<T> {
     /// `len` zeros.
     pub fn zeros(len: usize) -> Self {
         let mut buffer = Self::any(len);
@@ -91,7 +108,7 @@ fn is_large<T>(len: usize) -> bool {
     len * size_of::<T>() >= LARGE
 }
 
-impl<T: Element> Drop for Elements<T> {
+impl<T: Pooled> Drop for Elements<T> {
     fn drop(&mut self) {
         if is_large::<T>(self.0.len()) {
             let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,7 +119,7 @@ impl<T: Element> Drop for Elements<T> {
     }
 }
 
-impl<T: Element> Deref for Elements<T> {
+impl<T: Pooled> Deref for Elements<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -110,7 +127,7 @@ impl<T: Element> Deref for Elements<T> {
     }
 }
 
-impl<T: Element> DerefMut for Elements<T> {
+impl<T: Pooled> DerefMut for Elements<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         &mut self.0
     }
@@ -147,7 +164,7 @@ mod tests {
 
     #[test]
     fn zeros_are_zero_however_often() {
-        fn check<T: Element + PartialEq>(len: usize, one: T) {
+        fn check<T: Pooled + PartialEq>(len: usize, one: T) {
             for _ in 0..2 {
                 let mut buffer = Elements::zeros(len);
                 let zero = buffer.iter().all(|&x: &T| x == T::default());

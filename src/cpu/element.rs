@@ -1,16 +1,14 @@
 //! What the CPU path stores: f32, or bf16 that is read and written once and computed with in f32.
 
 use super::bf16::pairs;
-use super::buffer::Waiting;
+use super::buffer::Pooled;
 use super::simd::run;
-use bytemuck::Zeroable;
 use half::bf16;
 use pulp::{Simd, WithSimd};
 use std::borrow::Cow;
-use std::fmt::Debug;
 
 /// An element of a tensor on the CPU.
-pub trait Element: Copy + Debug + Default + Send + Sync + Zeroable + 'static {
+pub trait Element: Pooled {
     /// Whether products may round their operands to bf16.
     const IS_BF16: bool;
 
@@ -31,9 +29,6 @@ pub trait Element: Copy + Debug + Default + Send + Sync + Zeroable + 'static {
 
     /// Neighbours rounded to bf16, in pairs, see [`super::bf16`]; the values' count is even.
     fn pairs(values: &[Self]) -> Cow<'_, [f32]>;
-
-    /// The buffers of this type that wait for their next use.
-    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<Self>>;
 
     /// The values, rounded.
     fn rounded(values: &[f32]) -> Vec<Self> {
@@ -70,10 +65,6 @@ impl Element for f32 {
 
     fn pairs(values: &[f32]) -> Cow<'_, [f32]> {
         Cow::Owned(pairs(values))
-    }
-
-    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<f32>> {
-        &mut waiting.f32
     }
 }
 
@@ -118,10 +109,6 @@ impl Element for bf16 {
                 Cow::Owned(pairs)
             }
         }
-    }
-
-    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<bf16>> {
-        &mut waiting.bf16
     }
 }
 

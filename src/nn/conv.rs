@@ -150,6 +150,9 @@ fn patches(x: &Tensor, kernel: usize) -> Result<Tensor> {
         .reshape((batch, rows, cols, kernel * kernel * channels))
 }
 
+/// Channels that the gradient of [`overlapping`] takes at a time.
+const CHANNELS: usize = 64;
+
 /// [`neighbourhoods`], whose gradient adds up each input's places in f32.
 fn overlapping(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
     if x.dtype() == DType::F32 || !x.track_op() {
@@ -157,12 +160,25 @@ fn overlapping(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
     }
     let value = neighbourhoods(&x.detach(), kernel, stride)?;
     ops::with_backward("conv2d-columns", (x, None, None), value, move |[x, ..], grad| {
-        // The columns are linear in x, so candle's gradient at any x in f32 is theirs.
-        let origin = Var::zeros(x.shape(), DType::F32, x.device())?;
-        let columns = neighbourhoods(&origin, kernel, stride)?;
-        let gradients = (columns * grad.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
-        let dx = gradients.get(&origin).map(|dx| dx.to_dtype(x.dtype())).transpose()?;
-        Ok((dx, None, None))
+        let (batch, h, w, channels) = x.dims4()?;
+        let (_, rows, cols, _) = grad.dims4()?;
+        let taps = kernel * kernel;
+        let grad = grad.reshape(vec![batch, rows, cols, taps, channels])?;
+        // The columns are linear in x, so candle's gradient at any x in f32 is theirs. Its graph holds all columns in
+        // f32 several times, so it has some of the channels at a time.
+        let some = |first: usize| {
+            let count = CHANNELS.min(channels - first);
+            let origin = Var::zeros((batch, h, w, count), DType::F32, x.device())?;
+            let columns = neighbourhoods(&origin, kernel, stride)?;
+            let grad = grad.narrow(4, first, count)?.reshape(columns.shape())?;
+            let gradients = (columns * grad.to_dtype(DType::F32)?)?.sum_all()?.backward()?;
+            match gradients.get(&origin) {
+                Some(dx) => dx.to_dtype(x.dtype()),
+                None => bail!("conv2d: the columns are no function of their input"),
+            }
+        };
+        let parts = (0..channels).step_by(CHANNELS).map(some).collect::<Result<Vec<_>>>()?;
+        Ok((Some(Tensor::cat(&parts, 3)?), None, None))
     })
 }
 

@@ -218,7 +218,7 @@ struct Kept<T: Stored> {
 enum Saved<T: Stored> {
     Nothing,
     Projections(cpu::projection::Saved<T>),
-    Normalizers(Vec<cpu::attention::Normalizer>),
+    Attention(cpu::attention::Saved<T>),
 }
 
 impl Stage {
@@ -253,8 +253,8 @@ impl Stage {
             Layer::Activation(function) => (cpu::activation::applied(*function, x), Saved::Nothing),
             Layer::Attention { problem, pad } => {
                 let inputs = attention_inputs(problem, *pad, x, parameters);
-                let (out, normalizers) = cpu::attention::forward(problem, &inputs);
-                (out, Saved::Normalizers(normalizers))
+                let (out, saved) = cpu::attention::forward(problem, &inputs, keep);
+                (out, Saved::Attention(saved))
             }
         };
         Ok(Kept { output, saved })
@@ -286,9 +286,9 @@ impl Stage {
                 })?;
                 (grads.x, grads.parameters)
             }
-            (Layer::Attention { problem, pad }, Saved::Normalizers(normalizers)) => {
+            (Layer::Attention { problem, pad }, Saved::Attention(saved)) => {
                 let inputs = attention_inputs(problem, *pad, x, parameters);
-                let grads = cpu::attention::backward(problem, &inputs, out, normalizers, grad);
+                let grads = cpu::attention::backward(problem, &inputs, out, saved, grad);
                 (grads.qkv, [grads.tables, grads.pad].concat())
             }
             _ => bail!("{}: backward without a forward", self.op),

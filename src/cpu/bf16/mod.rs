@@ -7,9 +7,11 @@
 //! with. So packing and blocking are those of f32 with half the depth.
 
 use super::panel::{Into, Left, Right, PANEL};
-use super::softmax::{apply, Gradient, Online, OnlineStep, Row};
+use super::softmax::{Gradient, OnlineStep, Row};
 
+mod operands;
 mod portable;
+use operands::Operands;
 pub use portable::{split, transpose};
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -96,39 +98,25 @@ pub fn row_dots(a: &[f32], b: &[f32], width: usize) -> Vec<f32> {
     .collect()
 }
 
-/// Turns scores into `2^(score - max)` of the running maximum, rounded to bf16, in pairs. `max` is that so far. The sum
-/// is that of the rounded weights: the products' factors add up to exactly one. The scores are overwritten.
+/// Turns scores into `2^(score - max)`, rounded to bf16, in pairs; `max` is the running maximum rounded up to a whole
+/// number, first that so far. The sum is that of the rounded weights. The scores are overwritten.
 pub fn weights(row: Row<'_>, max: f32, out: &mut [f32]) -> OnlineStep {
     #[cfg(target_arch = "x86_64")]
     if available() {
         // SAFETY: the features that the function is compiled for have just been detected.
         return unsafe { x86::weights(row, max, out) };
     }
-    let Row { scores, rel_h, rel_w, scale } = row;
-    let step = apply(Online { row: Row { scores: &mut *scores, rel_h, rel_w, scale }, max });
-    pairs_into(scores, out);
-    step
+    portable::weights(row, max, out)
 }
 
-/// [`Gradient`] with weights that are as exact as bf16 needs.
+/// [`Gradient`] with the rounded weights of the forward: dS adds up to zero as far as D is that of the forward's output.
 pub fn gradient(gradient: Gradient<'_>) {
     #[cfg(target_arch = "x86_64")]
     if available() {
         // SAFETY: the features that the function is compiled for have just been detected.
         return unsafe { x86::gradient(gradient) };
     }
-    apply(gradient);
-}
-
-struct Operands<'a> {
-    c_stride: usize,
-    into: Into,
-    scale: f32,
-    m: usize,
-    n: usize,
-    k: usize,
-    a: Left<'a>,
-    b: Right<'a>,
+    portable::gradient(gradient);
 }
 
 #[cfg(test)]
@@ -199,14 +187,13 @@ mod tests {
             let logs: Vec<f32> = (0..count)
                 .map(|i| scores[i] * 0.25 + rel_h[i / pitch] + rel_w[i % pitch])
                 .collect();
-            let max = logs.iter().fold(f32::MIN, |max, &log| max.max(log));
+            let max = logs.iter().fold(f32::MIN, |max, &log| max.max(log)).ceil();
             let row = Row { scores: &mut scores, rel_h: &rel_h, rel_w: &rel_w, scale: 0.25 };
             let mut out = vec![0f32; count / 2];
             let step = weights(row, -1.0, &mut out);
-            assert!((step.max - max).abs() < 1e-5, "{} {max}", step.max);
+            assert_eq!(step.max, max);
             assert!((step.rescale - (-1.0 - max).exp2()).abs() < 1e-6);
             let out: Vec<f32> = out.iter().flat_map(|&pair| portable::split(pair)).collect();
-            assert!(out.contains(&1.0), "the largest is exact");
             for (weight, log) in out.iter().zip(logs) {
                 let exact = (log - max).exp2();
                 assert!((weight - exact).abs() <= exact / 250.0, "2^({log} - {max}): {weight}");
@@ -217,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_agree_with_those_in_f32() {
+    fn gradients_agree_with_the_portable_ones() {
         let (rows, pitch) = (3, 32);
         let values =
             |factor: usize| (0..rows * pitch).map(|i| value(i * factor)).collect::<Vec<_>>();
@@ -231,8 +218,9 @@ mod tests {
             gradient(Gradient { row, normalizer, grads: &mut grads, delta: 0.3, rel_h, rel_w });
             [scores, grads, drel_h, drel_w].concat()
         };
-        for (x, y) in run(gradient).iter().zip(run(|gradient| apply(gradient))) {
-            assert!((x - y).abs() < 2e-4 * (1e-2 + y.abs()), "{x} {y}");
+        for (x, y) in run(gradient).iter().zip(run(portable::gradient)) {
+            // The exponentials are not the same; a rounding may be another.
+            assert!((x - y).abs() < 1e-3 + 5e-3 * y.abs(), "{x} {y}");
         }
     }
 

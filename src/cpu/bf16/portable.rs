@@ -1,7 +1,8 @@
 //! The same without the instruction, for tests and other machines.
 
 use super::super::panel::{Into, Left};
-use super::Operands;
+use super::super::softmax::{Gradient, Normalizer, OnlineStep, Row};
+use super::operands::Operands;
 use half::bf16;
 
 fn pair(first: f32, second: f32) -> f32 {
@@ -59,4 +60,35 @@ pub fn product(c: &mut [f32], operands: &Operands<'_>) {
             *c = old + scale * sum;
         }
     }
+}
+
+/// The logarithm of each weight, row by row.
+fn logs<'a>(row: &'a Row<'_>) -> impl Iterator<Item = f32> + 'a {
+    let pitch = row.rel_w.len();
+    let bias = move |i: usize| row.rel_w[i % pitch] + row.rel_h[i / pitch];
+    (0..row.scores.len()).map(move |i| row.scores[i].mul_add(row.scale, bias(i)))
+}
+
+pub fn weights(row: Row<'_>, before: f32, out: &mut [f32]) -> OnlineStep {
+    let max = logs(&row).fold(f32::NEG_INFINITY, f32::max).ceil().max(before);
+    let reference = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let powers: Vec<f32> = logs(&row).map(|log| (log - reference).exp2()).collect();
+    pairs(&powers, out);
+    let sum = out.iter().flat_map(|&pair| split(pair)).sum();
+    OnlineStep { max, rescale: (before - reference).exp2(), sum }
+}
+
+pub fn gradient(gradient: Gradient<'_>) {
+    let Gradient { row, normalizer: Normalizer { max, sum }, grads, delta, rel_h, rel_w } =
+        gradient;
+    let pitch = rel_w.len();
+    let nearest = |log: f32| bf16::from_f32((log - max).exp2()).to_f32();
+    let weights: Vec<f32> = logs(&row).map(|log| nearest(log) * (1.0 / sum)).collect();
+    rel_h.fill(0.0);
+    for (i, (grad, weight)) in grads.iter_mut().zip(&weights).enumerate() {
+        *grad = weight * (*grad - delta);
+        rel_h[i / pitch] += *grad;
+        rel_w[i % pitch] += *grad;
+    }
+    row.scores.copy_from_slice(&weights);
 }

@@ -2,7 +2,8 @@
 
 use super::super::panel::{Into, Left};
 use super::super::softmax::{Gradient, Normalizer, OnlineStep, Row};
-use super::{portable, Operands};
+use super::operands::Operands;
+use super::portable;
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
@@ -169,7 +170,8 @@ pub fn weights(row: Row<'_>, before: f32, out: &mut [f32]) -> OnlineStep {
             maxima = _mm512_max_ps(maxima, sum);
         }
     }
-    let max = before.max(_mm512_reduce_max_ps(maxima));
+    // A whole number: sums change their reference by a power of two, without rounding.
+    let max = before.max(_mm512_reduce_max_ps(maxima).ceil());
     // While every score is minus infinity, the weights are zero relative to any finite number, NaN to the maximum.
     let reference = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let splat = _mm512_set1_ps(reference);
@@ -196,7 +198,15 @@ pub fn weights(row: Row<'_>, before: f32, out: &mut [f32]) -> OnlineStep {
     OnlineStep { max, rescale, sum: _mm512_reduce_add_ps(sums) }
 }
 
-#[target_feature(enable = "avx512f,avx512dq")]
+/// Each number's nearest in bf16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn nearest(numbers: __m512) -> __m512 {
+    // SAFETY: vectors of the same size, of which every bit pattern is one.
+    let halves: __m256i = unsafe { transmute(_mm512_cvtneps_pbh(numbers)) };
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+}
+
+#[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
 pub fn gradient(gradient: Gradient<'_>) {
     let Gradient { row, normalizer: Normalizer { max, sum }, grads, delta, rel_h, rel_w } =
         gradient;
@@ -213,7 +223,7 @@ pub fn gradient(gradient: Gradient<'_>) {
             let bias = _mm512_add_ps(load(bias_w), bias_h);
             let log = _mm512_fmadd_ps(load(score), scale, bias);
             let power = exp2_nonpositive(_mm512_sub_ps(log, max));
-            let weight = _mm512_mul_ps(power, inverse_sum);
+            let weight = _mm512_mul_ps(nearest(power), inverse_sum);
             let ds = _mm512_mul_ps(weight, _mm512_sub_ps(load(grad), delta));
             store(score, weight);
             store(grad, ds);
