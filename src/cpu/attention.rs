@@ -15,8 +15,9 @@
 //!
 //! Where one weight is 1 and the others are 0, O is that key's value. The backward's scores have the forward's bits, and D
 //! those of the key's dP, so that dS is exactly 0. Keys of 1e4 would turn any rounding left in dS into a large
-//! gradient. Where one weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero,
-//! so their actual sum is taken off the largest weight's dS. That makes it as exact as the others' sum.
+//! gradient. In bf16 the weights are the forward's rounded ones, and D has the output's error of rounding, too. Where one
+//! weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero, so their actual sum
+//! is taken off the largest weight's dS. That makes it as exact as the others' sum.
 
 use super::bf16;
 use super::block::{Block, Tables};
@@ -153,7 +154,9 @@ fn forward_block<T: Element>(
         T::write(out, &mut scratch, |out| out.copy_from_slice(acc));
         if let Some(rounding) = rounding.get_mut(n * p.head_dim..(n + 1) * p.head_dim) {
             for (rounding, (acc, out)) in rounding.iter_mut().zip(acc.iter().zip(out)) {
-                *rounding = T::nearest(acc - out.widened());
+                // Where the output is infinite or NaN, so is D without this.
+                let error = acc - out.widened();
+                *rounding = T::nearest(if error.is_finite() { error } else { 0.0 });
             }
         }
         normalizers[n] = Normalizer { max: max[n], sum: sum[n] };
