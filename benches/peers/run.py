@@ -3,8 +3,9 @@
     pip install -r benches/peers/requirements.txt
     python benches/peers/run.py --case global_layer_forward --implementation sdpa --reps 5
 
-Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), and `sdpa_without_bias` (no relative
-positions: a bound, not SAM). On CUDA also `flex` (FlexAttention) and `triton` (a kernel of our own in the manner of the
+Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), `sdpa_without_bias` (no relative
+positions: a bound, not SAM), and `openvino` for the encoder on the CPU. On CUDA also `flex` (FlexAttention) and `triton` (a
+kernel of our own in the manner of the
 published ones). LoRA is PEFT's. `kept` is no implementation but the environment: see `benches/report/run.py`.
 """
 
@@ -18,7 +19,7 @@ import sam
 from cores import CORES
 from measure import measure
 
-IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "flex", "triton"]
+IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "openvino", "flex", "triton"]
 
 
 def core_of(args, side):
@@ -105,6 +106,10 @@ def pixels(args):
 
 
 def encoder_forward(args):
+    if args.implementation == "openvino":
+        import openvino_encoder
+
+        return openvino_encoder.forward(args, pixels(args))
     module, x = sam.encoder(args, core_of(args, args.grid)), pixels(args)
     return lambda: module(pixel_values=x)
 

@@ -1,6 +1,7 @@
 //! Activations and their derivatives over slices.
 
-use super::buffer::Buffer;
+use super::buffer::Elements;
+use super::element::Element;
 use super::simd::{exp2_nonpositive, run, vectors_mut};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -21,29 +22,36 @@ pub fn relu(values: &mut [f32], derivative: bool) {
 const CHUNK: usize = 1 << 14;
 
 /// The activation of `x`.
-pub fn applied(activation: Activation, x: &[f32]) -> Buffer {
-    let mut y = Buffer::any(x.len());
+pub fn applied<T: Element>(activation: Activation, x: &[T]) -> Elements<T> {
+    let mut y = Elements::any(x.len());
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
         y.copy_from_slice(x);
-        activation(y, false);
+        T::update(y, &mut Vec::new(), |y| activation(y, false));
     });
     y
 }
 
 /// The gradient of the sum from that of the activation.
-pub fn gradient(activation: Activation, sum: &[f32], grad: &[f32]) -> Vec<f32> {
-    let mut derivative = sum.to_vec();
-    times_derivative(activation, &mut derivative, grad);
+pub fn gradient<T: Element>(activation: Activation, sum: &[T], grad: &[T]) -> Vec<f32> {
+    let mut wide = Vec::new();
+    let mut derivative = T::read(sum, &mut wide).to_vec();
+    times_derivative(activation, &mut derivative, T::read(grad, &mut wide));
     derivative
 }
 
 /// As [`gradient`], by all threads.
-pub fn gradient_in_parallel(activation: Activation, sum: &[f32], grad: &[f32]) -> Buffer {
-    let mut dx = Buffer::any(sum.len());
+pub fn gradient_in_parallel<T: Element>(
+    activation: Activation,
+    sum: &[T],
+    grad: &[T],
+) -> Elements<T> {
+    let mut dx = Elements::any(sum.len());
     let chunks = sum.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK));
     dx.par_chunks_mut(CHUNK).zip(chunks).for_each(|(dx, (sum, grad))| {
         dx.copy_from_slice(sum);
-        times_derivative(activation, dx, grad);
+        let mut wide = Vec::new();
+        let grad = T::read(grad, &mut wide);
+        T::update(dx, &mut Vec::new(), |dx| times_derivative(activation, dx, grad));
     });
     dx
 }

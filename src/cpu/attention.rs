@@ -15,116 +15,190 @@
 //!
 //! Where one weight is 1 and the others are 0, O is that key's value. The backward's scores have the forward's bits, and D
 //! those of the key's dP, so that dS is exactly 0. Keys of 1e4 would turn any rounding left in dS into a large
-//! gradient. Where one weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero,
-//! so their actual sum is taken off the largest weight's dS. That makes it as exact as the others' sum.
+//! gradient. In bf16 the weights are the forward's rounded ones, and D has the output's error of rounding, too. Where one
+//! weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero, so their actual sum
+//! is taken off the largest weight's dS. That makes it as exact as the others' sum.
 
-use super::buffer::Buffer;
+use super::bf16;
+use super::block::{Block, Tables};
+use super::buffer::{Buffer, Elements};
+use super::element::Element;
 pub use super::head::Inputs;
-use super::head::{Block, Head, Pass, Tables, Tile};
+use super::head::{Head, Pass, Tile};
 use super::math::{add, add_scaled, all_finite};
-use super::panel::{panel, row_dots, Into, Left, Right};
+use super::panel::{Into, Left, Right};
+use super::products::Products;
 use super::simd::padded;
 pub use super::softmax::Normalizer;
-use super::softmax::{apply, AboveHalf, Gradient, Online, Row};
+use super::softmax::{apply, AboveHalf, Gradient, Online, OnlineStep, Row};
+use super::weights::Weights;
 use crate::problem::AttentionProblem;
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 
 /// Queries of one block, at most. Every block reads all keys and values, and in the backward adds to all their
 /// gradients. These do not fit into a second-level cache: small blocks would wait for the third.
 const BLOCK_M: usize = 96;
 /// Rows of a register tile, see [`super::panel`].
 const TILE_M: usize = 6;
+/// As [`BLOCK_M`], for the backward of pairs: fewer blocks add to the gradients of the keys.
+const PAIRS_BLOCK_M: usize = 192;
+/// Queries whose scores of a tile stay in the first-level cache between the products.
+const GROUP: usize = 6;
 
 /// Queries of each block but the last: equal parts, in whole register tiles.
-fn block_rows(queries: usize) -> usize {
-    let blocks = queries.div_ceil(BLOCK_M).max(1);
+fn block_rows(queries: usize, most: usize) -> usize {
+    let blocks = queries.div_ceil(most).max(1);
     queries.div_ceil(blocks).next_multiple_of(TILE_M).max(TILE_M)
 }
 
 /// Gradients of [`Inputs`]; `tables` and `pad` are empty where the input is.
-pub struct Gradients {
+pub struct Gradients<T: Element> {
     /// Gradient of qkv.
-    pub qkv: Buffer,
+    pub qkv: Elements<T>,
     /// Gradient of the tables.
     pub tables: Vec<f32>,
     /// Gradient of the pad.
     pub pad: Vec<f32>,
 }
 
-/// Output `[batch, h, w, heads, d]` and the softmax' normalizers `[windows, heads, tokens]`, real tokens first, in order.
-pub fn forward(p: &AttentionProblem, inputs: &Inputs<'_>) -> (Buffer, Vec<Normalizer>) {
-    let (tokens, d) = (p.tokens(), p.head_dim);
-    let units = p.windows() * p.num_heads;
-    let tables = Tables::new(p, inputs.tables);
-    // Head-major, so that every block writes a contiguous part; permuted to the grid afterwards.
-    let mut out = Buffer::any(units * tokens * d);
-    let mut normalizers = vec![Normalizer { max: 0.0, sum: 0.0 }; units * tokens];
-    out.par_chunks_mut(tokens * d).zip(normalizers.par_chunks_mut(tokens)).enumerate().for_each(
-        |(unit, (out, normalizers))| {
-            let head = Head::gather(p, inputs, unit, Pass::Forward);
-            let rows = block_rows(head.real.len());
-            out.par_chunks_mut(rows * d)
-                .zip(normalizers.par_chunks_mut(rows))
-                .zip(head.real.par_chunks(rows))
-                .for_each(|((out, normalizers), real)| {
-                    forward_block(&head, &tables, real, out, normalizers)
-                });
-        },
-    );
-    (to_grid(p, &out, d, 1), normalizers)
+/// Values of the forward that the backward needs besides its inputs and output.
+pub struct Saved<T: Element> {
+    /// The softmax' normalizers `[windows, heads, tokens]`, real tokens first, in order.
+    pub normalizers: Vec<Normalizer>,
+    /// The output's error of rounding, for D; empty where there is none.
+    pub rounding: Elements<T>,
 }
 
-/// One block of queries against all keys. `out` and `normalizers` hold the block's real queries in order.
-fn forward_block(
-    head: &Head<'_>,
+/// Output `[batch, h, w, heads, d]`; the error of its rounding is kept only if `keep`.
+pub fn forward<T: Element>(
+    p: &AttentionProblem,
+    inputs: &Inputs<'_, T>,
+    keep: bool,
+) -> (Elements<T>, Saved<T>) {
+    let (tokens, d) = (p.tokens(), p.head_dim);
+    let units = p.windows() * p.num_heads;
+    let tables = Tables::new::<T>(p, inputs.tables);
+    // Head-major, so that every block writes a contiguous part; permuted to the grid afterwards.
+    let mut out = Elements::any(units * tokens * d);
+    let mut rounding = Elements::any(if keep && T::IS_BF16 { out.len() } else { 0 });
+    let mut normalizers = vec![Normalizer { max: 0.0, sum: 0.0 }; units * tokens];
+    let mut roundings: Vec<&mut [T]> = rounding.chunks_mut(tokens * d).collect();
+    roundings.resize_with(units, Default::default);
+    let outputs = out.par_chunks_mut(tokens * d).zip(roundings);
+    outputs.zip(normalizers.par_chunks_mut(tokens)).enumerate().for_each(
+        |(unit, ((out, rounding), normalizers))| {
+            let head = Head::gather(p, inputs, unit, Pass::Forward);
+            let rows = block_rows(head.real.len(), BLOCK_M);
+            let mut roundings: Vec<&mut [T]> = rounding.chunks_mut(rows * d).collect();
+            roundings.resize_with(tokens.div_ceil(rows), Default::default);
+            let outputs = out.par_chunks_mut(rows * d).zip(roundings);
+            outputs.zip(normalizers.par_chunks_mut(rows)).zip(head.real.par_chunks(rows)).for_each(
+                |((out, normalizers), real)| forward_block(&head, &tables, real, out, normalizers),
+            );
+        },
+    );
+    let rounding = match rounding.is_empty() {
+        true => rounding,
+        false => to_grid(p, &rounding, d, 1),
+    };
+    (to_grid(p, &out, d, 1), Saved { normalizers, rounding })
+}
+
+/// One block of queries against all keys. `out`, its error of rounding if that is kept, and `normalizers` hold the
+/// block's real queries in order.
+fn forward_block<T: Element>(
+    head: &Head<'_, T>,
     tables: &Tables,
     real: &[(usize, usize)],
-    out: &mut [f32],
+    (out, rounding): (&mut [T], &mut [T]),
     normalizers: &mut [Normalizer],
 ) {
     let (p, count, width) = (head.p, real.len(), padded(head.p.head_dim));
+    let products = head.products;
     let block = Block::new(head, tables, real);
+    let q = products.along_rows(&block.q);
     let mut max = vec![f32::NEG_INFINITY; count];
     let mut sum = vec![0f32; count];
     let mut acc = vec![0f32; count * width];
-    let mut scores = vec![0f32; count * head.stride()];
+    let mut scores = vec![0f32; GROUP * head.stride()];
+    let mut pairs = vec![0f32; if products == Products::Pairs { scores.len() / 2 } else { 0 }];
     for tile in head.tiles() {
-        multiply_keys(p, (&block.q, count), &tile, tile.k_t, &mut scores);
-        for (n, scores) in scores.chunks_exact_mut(tile.stride).enumerate() {
-            let scores = &mut scores[..tile.keys];
-            let row = score_row(p, &block, &tile, n, scores);
-            let step = apply(Online { row, max: max[n] });
-            if step.rescale != 1.0 {
-                sum[n] *= step.rescale;
-                acc[n * width..][..width].iter_mut().for_each(|o| *o *= step.rescale);
+        for first in (0..count).step_by(GROUP) {
+            let rows = GROUP.min(count - first);
+            multiply_keys(head, (&q, first..first + rows), &tile, tile.k_t, &mut scores);
+            let mut pairs_of_rows = pairs.chunks_exact_mut(tile.stride / 2);
+            for (n, scores) in (first..).zip(scores.chunks_exact_mut(tile.stride)).take(rows) {
+                let row = score_row(p, &block, &tile, n, &mut scores[..tile.keys]);
+                let pairs = pairs_of_rows.next().map(|pairs| &mut pairs[..tile.keys / 2]);
+                let step = weigh(head, &tile, (real[n].0, max[n]), row, pairs);
+                if step.rescale != 1.0 {
+                    sum[n] *= step.rescale;
+                    acc[n * width..][..width].iter_mut().for_each(|o| *o *= step.rescale);
+                }
+                (max[n], sum[n]) = (step.max, sum[n] + step.sum);
             }
-            (max[n], sum[n]) = (step.max, sum[n] + step.sum);
-            drop_weights(head, real[n].0, &tile, scores);
+            let weights = match products {
+                Products::F32 => Left::Rows(&scores, tile.stride),
+                Products::Pairs => Left::Rows(&pairs, tile.stride / 2),
+            };
+            let (acc, shape) = (&mut acc[first * width..], (rows, width, tile.keys));
+            products.multiply((acc, width), (Into::Add, 1.0), shape, weights, Right(tile.v, width));
         }
-        let weights = Left::Rows(&scores, tile.stride);
-        let shape = (count, width, tile.keys);
-        panel((&mut acc, width), (Into::Add, 1.0), shape, weights, Right(tile.v, width));
     }
+    let mut scratch = Vec::new();
     for (n, out) in out.chunks_exact_mut(p.head_dim).take(count).enumerate() {
-        for (o, acc) in out.iter_mut().zip(&acc[n * width..]) {
-            *o = acc / sum[n];
+        let acc = &mut acc[n * width..][..p.head_dim];
+        acc.iter_mut().for_each(|o| *o /= sum[n]);
+        T::write(out, &mut scratch, |out| out.copy_from_slice(acc));
+        if let Some(rounding) = rounding.get_mut(n * p.head_dim..(n + 1) * p.head_dim) {
+            for (rounding, (acc, out)) in rounding.iter_mut().zip(acc.iter().zip(out)) {
+                // Where the output is infinite or NaN, so is D without this.
+                let error = acc - out.widened();
+                *rounding = T::nearest(if error.is_finite() { error } else { 0.0 });
+            }
         }
         normalizers[n] = Normalizer { max: max[n], sum: sum[n] };
     }
 }
 
-/// `rows [count, d] x columns [d, keys]` for a tile's transposed keys or values.
-fn multiply_keys(
-    p: &AttentionProblem,
-    (rows, count): (&[f32], usize),
+/// Turns a token's scores of a tile into weights, dropped, in place or as `pairs`.
+fn weigh<T>(
+    head: &Head<'_, T>,
+    tile: &Tile<'_>,
+    (token, max): (usize, f32),
+    row: Row<'_>,
+    pairs: Option<&mut [f32]>,
+) -> OnlineStep {
+    match pairs {
+        Some(pairs) if head.p.dropout.is_none() => bf16::weights(row, max, pairs),
+        pairs => {
+            let Row { scores, rel_h, rel_w, scale } = row;
+            let row = Row { scores: &mut *scores, rel_h, rel_w, scale };
+            let step = apply(Online { row, max });
+            drop_weights(head, token, tile, scores);
+            if let Some(pairs) = pairs {
+                bf16::pairs_into(scores, pairs);
+            }
+            step
+        }
+    }
+}
+
+/// Some of `rows [count, d] x columns [d, keys]` for a tile's transposed keys or values.
+fn multiply_keys<T: Element>(
+    head: &Head<'_, T>,
+    (rows, some): (&[f32], Range<usize>),
     tile: &Tile<'_>,
     columns: &[f32],
     out: &mut [f32],
 ) {
-    let shape = (count, tile.keys, p.head_dim);
-    let rows = Left::Rows(rows, padded(p.head_dim));
-    panel((out, tile.stride), (Into::Store, 1.0), shape, rows, Right(columns, tile.stride));
+    let stride = head.products.depth(padded(head.p.head_dim));
+    let shape = (some.len(), tile.keys, head.p.head_dim);
+    let (rows, columns) =
+        (Left::Rows(&rows[some.start * stride..], stride), Right(columns, tile.stride));
+    head.products.multiply((out, tile.stride), (Into::Store, 1.0), shape, rows, columns);
 }
 
 /// Query `n` of the block with its biases for the key rows of the tile.
@@ -141,7 +215,7 @@ fn score_row<'a>(
 }
 
 /// Attention dropout on one query's weights of a tile.
-fn drop_weights(head: &Head<'_>, token: usize, tile: &Tile<'_>, weights: &mut [f32]) {
+fn drop_weights<T>(head: &Head<'_, T>, token: usize, tile: &Tile<'_>, weights: &mut [f32]) {
     let (p, Some(dropout)) = (head.p, head.p.dropout) else { return };
     let row = (head.unit * p.tokens() + token) as u64;
     for (y, weights) in tile.rows.clone().zip(weights.chunks_exact_mut(padded(p.side_w))) {
@@ -160,29 +234,29 @@ fn forget_padding(p: &AttentionProblem, grads: &mut [f32], drel_h: &mut [f32]) {
 }
 
 /// The gradients for the gradient `grad_out` of the output `out`, both `[batch, h, w, heads, d]`.
-pub fn backward(
+pub fn backward<T: Element>(
     p: &AttentionProblem,
-    inputs: &Inputs<'_>,
-    out: &[f32],
-    normalizers: &[Normalizer],
-    grad_out: &[f32],
-) -> Gradients {
+    inputs: &Inputs<'_, T>,
+    out: &[T],
+    saved: &Saved<T>,
+    grad_out: &[T],
+) -> Gradients<T> {
     let (tokens, d, heads) = (p.tokens(), p.head_dim, p.num_heads);
     let units = p.windows() * heads;
-    let tables = Tables::new(p, inputs.tables);
+    let tables = Tables::new::<T>(p, inputs.tables);
     // Per unit: dq, dk, dv of the real tokens; the tables' part and the pad's k and v, summed in order below.
-    let mut slabs = Buffer::any(units * 3 * tokens * d);
+    let mut slabs = Elements::any(units * 3 * tokens * d);
     let extra = inputs.tables.len() + 2 * d;
     let mut extras = vec![0f32; units * extra];
     slabs
         .par_chunks_mut(3 * tokens * d)
-        .zip(extras.par_chunks_mut(extra).zip(normalizers.par_chunks(tokens)))
+        .zip(extras.par_chunks_mut(extra).zip(saved.normalizers.par_chunks(tokens)))
         .enumerate()
         .for_each(|(unit, (slab, (extra, normalizers)))| {
             let head = Head::gather(p, inputs, unit, Pass::Backward);
             let (dtables, dpad) = extra.split_at_mut(inputs.tables.len());
-            let forward = (out, grad_out, normalizers);
-            backward_head(&head, &tables, forward, (slab, dtables, dpad));
+            let forward = (out, &*saved.rounding, normalizers);
+            backward_head(&head, &tables, forward, grad_out, (slab, dtables, dpad));
         });
     let mut dtables = vec![0f32; inputs.tables.len()];
     let mut dpad = vec![0f32; inputs.pad.len()];
@@ -199,28 +273,42 @@ pub fn backward(
 }
 
 /// All of one head in one window: `slab` is `[dq | dk | dv]` of the real tokens, `dpad` the k and v of the padding.
-fn backward_head(
-    head: &Head<'_>,
+fn backward_head<T: Element>(
+    head: &Head<'_, T>,
     tables: &Tables,
-    (out, grad_out, normalizers): (&[f32], &[f32], &[Normalizer]),
-    (slab, dtables, dpad): (&mut [f32], &mut [f32], &mut [f32]),
+    (out, rounding, normalizers): (&[T], &[T], &[Normalizer]),
+    grad_out: &[T],
+    (slab, dtables, dpad): (&mut [T], &mut [f32], &mut [f32]),
 ) {
     let (p, d, width) = (head.p, head.p.head_dim, padded(head.p.head_dim));
     let (dq, dkv) = slab.split_at_mut(p.tokens() * d);
     let mut dk = Buffer::zeros(head.keys() * width);
     let mut dv = Buffer::zeros(head.keys() * width);
     let mut dtables_padded = tables.zeros();
-    let block_rows = block_rows(head.real.len());
-    let mut weights = vec![0f32; block_rows * head.stride()];
-    let mut grads = weights.clone();
+    let products = head.products;
+    let block_rows = match products {
+        Products::F32 => block_rows(head.real.len(), BLOCK_M),
+        Products::Pairs => block_rows(head.real.len(), PAIRS_BLOCK_M),
+    };
+    let mut work = Weights::new(products, (block_rows, GROUP), head.stride());
+    let mut scratch = Vec::new();
     let blocks = head.real.chunks(block_rows).zip(normalizers.chunks(block_rows));
     let blocks = blocks.zip(dq.chunks_mut(block_rows * d));
     for ((real, normalizers), dq) in blocks {
         let count = real.len();
         let block = Block::new(head, tables, real);
         let grad = head.gather_grid(grad_out, real);
-        let o = head.gather_grid(out, real);
-        let mut delta = row_dots(&grad, &o, width);
+        let (q_rows, grad_rows) = (products.along_rows(&block.q), products.along_rows(&grad));
+        let dots = |out: &[T]| {
+            let out = head.gather_grid(out, real);
+            products.row_dots(&grad_rows, &products.along_rows(&out), products.depth(width))
+        };
+        let mut delta = dots(out);
+        if !rounding.is_empty() {
+            add(&mut delta, &dots(rounding));
+        }
+        let (q_right, grad_right) =
+            (products.down_rows(&block.q, width), products.down_rows(&grad, width));
         for (delta, grad) in delta.iter_mut().zip(grad.chunks_exact(width)) {
             // The sum of P dP, which is infinite both ways, as its product is not.
             if delta.is_infinite() && !all_finite(grad) {
@@ -231,45 +319,54 @@ fn backward_head(
         let mut dq_padded = vec![0f32; count * width];
         let mut largest = vec![None; count];
         for tile in head.tiles() {
-            multiply_keys(p, (&block.q, count), &tile, tile.k_t, &mut weights);
-            multiply_keys(p, (&grad, count), &tile, tile.v_t, &mut grads);
             let (keys, stride) = (tile.keys, tile.stride);
-            let rows = weights.chunks_exact_mut(stride).zip(grads.chunks_exact_mut(stride));
-            for (n, (weights, grads)) in rows.take(count).enumerate() {
-                let (weights, grads) = (&mut weights[..keys], &mut grads[..keys]);
-                drop_weights(head, real[n].0, &tile, grads);
-                let (rel_h, rel_w) = dbiases.of(n);
-                let rel_h = &mut rel_h[tile.rows.clone()];
-                let row = score_row(p, &block, &tile, n, weights);
-                let (normalizer, delta) = (normalizers[n], delta[n]);
-                apply(Gradient {
-                    row,
-                    normalizer,
-                    grads: &mut *grads,
-                    delta,
-                    rel_h: &mut *rel_h,
-                    rel_w,
-                });
-                if !delta.is_finite() {
-                    forget_padding(p, grads, rel_h);
+            for first in (0..count).step_by(GROUP) {
+                let some = first..count.min(first + GROUP);
+                let (weights, grads) = work.rows(first);
+                multiply_keys(head, (&q_rows, some.clone()), &tile, tile.k_t, weights);
+                multiply_keys(head, (&grad_rows, some.clone()), &tile, tile.v_t, grads);
+                let rows = weights.chunks_exact_mut(stride).zip(grads.chunks_exact_mut(stride));
+                for (n, (weights, grads)) in some.clone().zip(rows) {
+                    let (weights, grads) = (&mut weights[..keys], &mut grads[..keys]);
+                    drop_weights(head, real[n].0, &tile, grads);
+                    let (rel_h, rel_w) = dbiases.of(n);
+                    let rel_h = &mut rel_h[tile.rows.clone()];
+                    let row = score_row(p, &block, &tile, n, weights);
+                    let (normalizer, delta) = (normalizers[n], delta[n]);
+                    let gradient = Gradient {
+                        row,
+                        normalizer,
+                        grads: &mut *grads,
+                        delta,
+                        rel_h: &mut *rel_h,
+                        rel_w,
+                    };
+                    match products {
+                        Products::F32 => apply(gradient),
+                        Products::Pairs => bf16::gradient(gradient),
+                    }
+                    if !delta.is_finite() {
+                        forget_padding(p, grads, rel_h);
+                    }
+                    if normalizer.sum < 2.0 {
+                        largest[n] =
+                            largest[n].or_else(|| Some(tile.first + apply(AboveHalf(weights))?));
+                    }
+                    drop_weights(head, real[n].0, &tile, weights);
                 }
-                if normalizer.sum < 2.0 {
-                    largest[n] =
-                        largest[n].or_else(|| Some(tile.first + apply(AboveHalf(weights))?));
-                }
-                drop_weights(head, real[n].0, &tile, weights);
+                let ds = work.finish(some.clone(), keys);
+                let (dq, shape) = (&mut dq_padded[first * width..], (some.len(), width, keys));
+                let into = (Into::Add, p.softmax_scale);
+                products.multiply((dq, width), into, shape, ds, Right(tile.k, width));
             }
-            let k = Right(tile.k, width);
-            let ds = Left::Rows(&grads, stride);
-            let scale = p.softmax_scale;
-            panel((&mut dq_padded, width), (Into::Add, scale), (count, width, keys), ds, k);
+            let (weights_t, ds_t) = work.transposed();
             let shape = (keys, width, count);
-            let (ds_t, weights_t) =
-                (Left::Columns(&grads, stride), Left::Columns(&weights, stride));
             let at = tile.first * width..(tile.first + keys) * width;
-            let dk = (&mut dk[at.clone()], width);
-            panel(dk, (Into::Add, scale), shape, ds_t, Right(&block.q, width));
-            panel((&mut dv[at], width), (Into::Add, 1.0), shape, weights_t, Right(&grad, width));
+            let (dk, dv) = (&mut dk[at.clone()], &mut dv[at]);
+            let into = (Into::Add, p.softmax_scale);
+            products.multiply((dk, width), into, shape, ds_t, Right(&q_right, width));
+            let into = (Into::Add, 1.0);
+            products.multiply((dv, width), into, shape, weights_t, Right(&grad_right, width));
         }
         let pitch = padded(p.side_w);
         for (n, &key) in largest.iter().enumerate() {
@@ -282,13 +379,13 @@ fn backward_head(
             rel_h[key / pitch] -= excess;
             rel_w[key % pitch] -= excess;
             let factor = -p.softmax_scale * excess;
-            let (query, key) = (n * width..(n + 1) * width, key * width..(key + 1) * width);
-            add_scaled(&mut dq_padded[query.clone()], factor, &head.k()[key.clone()]);
-            add_scaled(&mut dk[key], factor, &block.q[query]);
+            let query = n * width..(n + 1) * width;
+            add_scaled(&mut dq_padded[query.clone()], factor, &head.key(key));
+            add_scaled(&mut dk[key * width..][..width], factor, &block.q[query]);
         }
         tables.backward(&block, &dbiases, &mut dq_padded, &mut dtables_padded);
         for (dq, padded) in dq.chunks_exact_mut(d).zip(dq_padded.chunks_exact(width)) {
-            dq.copy_from_slice(&padded[..d]);
+            T::write(dq, &mut scratch, |dq| dq.copy_from_slice(&padded[..d]));
         }
     }
     tables.unpad(&dtables_padded, dtables);
@@ -297,7 +394,7 @@ fn backward_head(
 
 /// `[windows, heads, part, real tokens, d]` -> `[grid tokens, part, heads, d]`: each unit's slab of `parts * tokens`
 /// rows holds, part by part, its real tokens in order.
-fn to_grid(p: &AttentionProblem, slabs: &[f32], d: usize, parts: usize) -> Buffer {
+fn to_grid<T: Element>(p: &AttentionProblem, slabs: &[T], d: usize, parts: usize) -> Elements<T> {
     let (tokens, heads) = (p.tokens(), p.num_heads);
     let mut place = vec![(0usize, 0usize); p.batch * p.h * p.w];
     for window in 0..p.windows() {
@@ -306,7 +403,7 @@ fn to_grid(p: &AttentionProblem, slabs: &[f32], d: usize, parts: usize) -> Buffe
             place[grid] = (window, index);
         }
     }
-    let mut grid = Buffer::any(place.len() * parts * heads * d);
+    let mut grid = Elements::any(place.len() * parts * heads * d);
     grid.par_chunks_mut(parts * heads * d).zip(&place).for_each(|(row, &(window, index))| {
         for (slot, out) in row.chunks_exact_mut(d).enumerate() {
             let (part, head) = (slot / heads, slot % heads);

@@ -59,6 +59,21 @@ impl Packed {
         Self { pairs: true, ..Self::from_transposed(rows, n, k / 2) }
     }
 
+    /// As [`from_rows`](Self::from_rows), of `rows [k, n / 2]` in pairs along n, which become pairs along k. Both are even.
+    pub fn from_rows_of_pairs(rows: &[f32], k: usize, n: usize) -> Self {
+        let packed = Self::pack(n, k / 2, |first, panel| {
+            let some = first / 2..n.min(first + PANEL) / 2;
+            for (line, rows) in panel.chunks_exact_mut(PANEL).zip(rows.chunks_exact(n)) {
+                let (upper, lower) = rows.split_at(n / 2);
+                let pairs = upper[some.clone()].iter().zip(&lower[some.clone()]);
+                for (out, (&upper, &lower)) in line.chunks_exact_mut(2).zip(pairs) {
+                    out.copy_from_slice(&bf16::transpose(upper, lower));
+                }
+            }
+        });
+        Self { pairs: true, ..packed }
+    }
+
     /// A matrix without elements.
     pub fn empty() -> Self {
         Self { k: 0, n: 0, data: Buffer::default(), pairs: false }
@@ -96,27 +111,21 @@ pub struct Term<'a> {
     pub scale: f32,
 }
 
-/// `acc [rows, PANEL] =` the sum of the terms, for the columns `column..column + PANEL`.
+/// `acc [rows, PANEL] =` the sum of the terms, for those of the columns `column..column + PANEL` that there are.
 pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>]) {
     let mut into = Into::Store;
     for term in terms {
-        let k = term.right.k;
+        let (k, width) = (term.right.k, padded(term.right.n - column).min(PANEL));
         let panel_data = &term.right.data[column / PANEL * k * PANEL..][..k * PANEL];
         for (depth, right) in panel_data.chunks(DEPTH * PANEL).enumerate() {
             let left = &term.left[depth * DEPTH..];
-            let k = right.len() / PANEL;
-            if term.right.pairs {
-                bf16::panel(acc, (into, term.scale), (rows, k), (left, term.stride), right);
-            } else {
-                let left = Left::Rows(left, term.stride);
-                panel(
-                    (acc, PANEL),
-                    (into, term.scale),
-                    (rows, PANEL, k),
-                    left,
-                    Right(right, PANEL),
-                );
-            }
+            let multiply = if term.right.pairs { bf16::product } else { panel };
+            let (left, right, shape) = (
+                Left::Rows(left, term.stride),
+                Right(right, PANEL),
+                (rows, width, right.len() / PANEL),
+            );
+            multiply((&mut *acc, PANEL), (into, term.scale), shape, left, right);
             into = Into::Add;
         }
     }
@@ -139,6 +148,20 @@ pub fn add_transposed_product(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pairs_change_their_direction() {
+        let (k, n) = (10, 70);
+        let value = |i: usize| ((i * 29 % 31) as f32 - 15.0) / 16.0;
+        let matrix: Vec<f32> = (0..k * n).map(value).collect();
+        let packed = Packed::from_rows_of_pairs(&bf16::pairs(&matrix), k, n);
+        for (index, &pair) in packed.data.iter().enumerate() {
+            let (panel, line) = (index / (k / 2 * PANEL), index / PANEL % (k / 2));
+            let column = panel * PANEL + index % PANEL;
+            let expected = |row: usize| if column < n { matrix[row * n + column] } else { 0.0 };
+            assert_eq!(bf16::split(pair), [expected(2 * line), expected(2 * line + 1)], "{index}");
+        }
+    }
 
     #[test]
     fn deep_and_ragged_sums() {

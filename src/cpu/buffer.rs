@@ -5,95 +5,142 @@
 //! `transparent_hugepage` at `madvise`). A dropped buffer waits for the next that needs its size. [`release`] gives
 //! back what waits.
 
+use bytemuck::Zeroable;
+use half::bf16;
+use std::fmt::Debug;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, PoisonError};
 
-/// Below this, in elements, a buffer is an ordinary vector.
-const LARGE: usize = 1 << 17;
-/// From this on, in elements, one asks for huge pages: two of them.
-const HUGE: usize = 1 << 20;
+/// Below this, in bytes, a buffer is an ordinary vector.
+const LARGE: usize = 1 << 19;
+/// From this on, in bytes, one asks for huge pages: two of them.
+const HUGE: usize = 1 << 22;
 
-/// Elements that wait, at most: 2 GiB.
-const MOST: usize = 1 << 29;
+/// Bytes that wait, at most: 2 GiB.
+const MOST: usize = 1 << 31;
 
 /// Dropped large buffers.
-static WAITING: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
+static WAITING: Mutex<Waiting> = Mutex::new(Waiting { f32: Vec::new(), bf16: Vec::new() });
 
-/// Numbers that go back to where they came from when dropped.
+/// Dropped large buffers of each type of element.
+pub struct Waiting {
+    f32: Vec<Vec<f32>>,
+    bf16: Vec<Vec<bf16>>,
+}
+
+/// An element of buffers.
+pub trait Pooled: Copy + Debug + Default + Send + Sync + Zeroable + 'static {
+    /// The buffers of this type that wait for their next use.
+    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<Self>>;
+}
+
+impl Pooled for f32 {
+    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<f32>> {
+        &mut waiting.f32
+    }
+}
+
+impl Pooled for bf16 {
+    fn waiting(waiting: &mut Waiting) -> &mut Vec<Vec<bf16>> {
+        &mut waiting.bf16
+    }
+}
+
+impl Waiting {
+    fn bytes(&self) -> usize {
+        self.f32.iter().map(bytes).sum::<usize>() + self.bf16.iter().map(bytes).sum::<usize>()
+    }
+}
+
+/// Bytes that a vector holds.
+fn bytes<T>(values: &Vec<T>) -> usize {
+    values.capacity() * size_of::<T>()
+}
+
+/// Elements that go back to where they came from when dropped.
 #[derive(Debug, Default)]
-pub struct Buffer(Vec<f32>);
+pub struct Elements<T: Pooled>(Vec<T>);
 
-impl Buffer {
+/// Elements in f32.
+pub type Buffer = Elements<f32>;
+
+impl<T: Pooled> Elements<T> {
     /// `len` zeros.
     pub fn zeros(len: usize) -> Self {
         let mut buffer = Self::any(len);
-        if buffer.0.len() >= LARGE {
-            buffer.0.fill(0.0);
+        if is_large::<T>(len) {
+            buffer.0.fill(T::default());
         }
         buffer
     }
 
     /// `len` numbers, whichever: to be overwritten.
     pub fn any(len: usize) -> Self {
-        if len < LARGE {
-            return Self(vec![0.0; len]);
+        if !is_large::<T>(len) {
+            return Self(bytemuck::zeroed_vec(len));
         }
-        let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = T::waiting(&mut guard);
         // The smallest that fits, if it wastes little.
         let fits = len..=len + len / 4;
         let fitting = waiting.iter().enumerate().filter(|(_, b)| fits.contains(&b.capacity()));
         if let Some((index, _)) = fitting.min_by_key(|(_, b)| b.capacity()) {
             let mut buffer = waiting.swap_remove(index);
-            buffer.resize(len, 0.0);
+            buffer.resize(len, T::default());
             return Self(buffer);
         }
-        drop(waiting);
-        let mut buffer = vec![0.0; len];
-        if len >= HUGE {
+        drop(guard);
+        let mut buffer = bytemuck::zeroed_vec(len);
+        if bytes(&buffer) >= HUGE {
             ask_for_huge_pages(&mut buffer);
         }
         Self(buffer)
     }
 
     /// The numbers, for good.
-    pub fn into_vec(mut self) -> Vec<f32> {
+    pub fn into_vec(mut self) -> Vec<T> {
         std::mem::take(&mut self.0)
     }
 }
 
-impl Drop for Buffer {
+/// Whether elements so many are a large buffer.
+fn is_large<T>(len: usize) -> bool {
+    len * size_of::<T>() >= LARGE
+}
+
+impl<T: Pooled> Drop for Elements<T> {
     fn drop(&mut self) {
-        if self.0.len() >= LARGE {
+        if is_large::<T>(self.0.len()) {
             let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
-            let elements: usize = waiting.iter().chain([&self.0]).map(Vec::capacity).sum();
-            if elements <= MOST {
-                waiting.push(std::mem::take(&mut self.0));
+            if waiting.bytes() + bytes(&self.0) <= MOST {
+                T::waiting(&mut waiting).push(std::mem::take(&mut self.0));
             }
         }
     }
 }
 
-impl Deref for Buffer {
-    type Target = [f32];
+impl<T: Pooled> Deref for Elements<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
+    fn deref(&self) -> &[T] {
         &self.0
     }
 }
 
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
+impl<T: Pooled> DerefMut for Elements<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
         &mut self.0
     }
 }
 
 /// Gives the memory that the CPU operations keep for their next buffers, 2 GiB at most, back to the system.
 pub fn release() {
-    WAITING.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    *waiting = Waiting { f32: Vec::new(), bf16: Vec::new() };
 }
 
 #[cfg(target_os = "linux")]
-fn ask_for_huge_pages(buffer: &mut [f32]) {
+fn ask_for_huge_pages<T>(buffer: &mut [T]) {
     use rustix::mm::{madvise, Advice};
     let page = rustix::param::page_size();
     let bytes = buffer.as_mut_ptr_range();
@@ -109,7 +156,7 @@ fn ask_for_huge_pages(buffer: &mut [f32]) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ask_for_huge_pages(_buffer: &mut [f32]) {}
+fn ask_for_huge_pages<T>(_buffer: &mut [T]) {}
 
 #[cfg(test)]
 mod tests {
@@ -117,12 +164,18 @@ mod tests {
 
     #[test]
     fn zeros_are_zero_however_often() {
-        for len in [0, 5, LARGE, LARGE + 3, 2 * LARGE + 1] {
+        fn check<T: Pooled + PartialEq>(len: usize, one: T) {
             for _ in 0..2 {
-                let mut buffer = Buffer::zeros(len);
-                assert!(buffer.len() == len && buffer.iter().all(|&x| x == 0.0), "{len}");
-                buffer.fill(1.0);
+                let mut buffer = Elements::zeros(len);
+                let zero = buffer.iter().all(|&x: &T| x == T::default());
+                assert!(buffer.len() == len && zero, "{len}");
+                buffer.fill(one);
             }
+        }
+        const LARGE: usize = super::LARGE / 4;
+        for len in [0, 5, LARGE, LARGE + 3, 2 * LARGE + 1] {
+            check(len, 1f32);
+            check(2 * len, bf16::ONE);
         }
         release();
     }

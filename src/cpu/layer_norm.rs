@@ -7,7 +7,8 @@
 //! A row's statistics are summed in f64, the variance around the mean, so a large common offset does not cancel;
 //! the backward recomputes them. Rows run in parallel, in blocks of fixed size.
 
-use super::buffer::Buffer;
+use super::buffer::Elements;
+use super::element::Element;
 use super::math::{add, dot};
 use super::simd::run;
 use pulp::{Simd, WithSimd};
@@ -67,44 +68,59 @@ fn sum(row: &[f32], f: impl Fn(f64) -> f64) -> f64 {
 }
 
 /// `y` for `x [rows, size]`.
-pub fn forward(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Buffer {
+pub fn forward<T: Element>(x: &[T], weight: &[f32], bias: &[f32], eps: f64) -> Elements<T> {
     let size = weight.len();
-    let mut y = Buffer::any(x.len());
+    let mut y = Elements::any(x.len());
     y.par_chunks_mut(ROWS * size).zip(x.par_chunks(ROWS * size)).for_each(|(y, x)| {
+        let (mut wide_x, mut wide_y) = (Vec::new(), Vec::new());
         for (y, x) in y.chunks_mut(size).zip(x.chunks(size)) {
-            let (mean, rstd) = statistics(x, eps);
-            for ((y, x), (w, b)) in y.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
-                *y = ((x - mean[0]) - mean[1]) * rstd * w + b;
-            }
+            let x = T::read(x, &mut wide_x);
+            T::write(y, &mut wide_y, |y| run(Normalized { x, y, weight, bias, eps }));
         }
     });
     y
 }
 
+struct Normalized<'a> {
+    x: &'a [f32],
+    y: &'a mut [f32],
+    weight: &'a [f32],
+    bias: &'a [f32],
+    eps: f64,
+}
+
+impl WithSimd for Normalized<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let (mean, rstd) = statistics(self.x, self.eps);
+        let parameters = self.weight.iter().zip(self.bias);
+        for ((y, x), (w, b)) in self.y.iter_mut().zip(self.x).zip(parameters) {
+            *y = ((x - mean[0]) - mean[1]) * rstd * w + b;
+        }
+    }
+}
+
 /// The gradients of x `[rows, size]`, weight `[size]` and bias `[size]`.
-pub fn backward(x: &[f32], weight: &[f32], grad: &[f32], eps: f64) -> (Buffer, Vec<f32>, Vec<f32>) {
+pub fn backward<T: Element>(
+    x: &[T],
+    weight: &[f32],
+    grad: &[T],
+    eps: f64,
+) -> (Elements<T>, Vec<f32>, Vec<f32>) {
     let size = weight.len();
-    let mut dx = Buffer::any(x.len());
+    let mut dx = Elements::any(x.len());
     let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
         .par_chunks_mut(ROWS * size)
         .zip(x.par_chunks(ROWS * size).zip(grad.par_chunks(ROWS * size)))
         .map(|(dx, (x, grad))| {
             let (mut dw, mut db) = (vec![0f32; size], vec![0f32; size]);
-            let (mut xhat, mut gw) = (vec![0f32; size], vec![0f32; size]);
-            for (dx, (x, grad)) in dx.chunks_mut(size).zip(x.chunks(size).zip(grad.chunks(size))) {
-                let (mean, rstd) = statistics(x, eps);
-                for i in 0..size {
-                    xhat[i] = ((x[i] - mean[0]) - mean[1]) * rstd;
-                    gw[i] = grad[i] * weight[i];
-                    dw[i] += grad[i] * xhat[i];
-                    db[i] += grad[i];
-                }
-                let mean_gw = gw.iter().sum::<f32>() / size as f32;
-                let mean_gwx = dot(&gw, &xhat) / size as f32;
-                for i in 0..size {
-                    dx[i] = rstd * (gw[i] - mean_gw - xhat[i] * mean_gwx);
-                }
-            }
+            let mut wide = [Vec::new(), Vec::new(), Vec::new()];
+            let [wide_dx, wide_x, wide_grad] = &mut wide;
+            let (x, grad) = (T::read(x, wide_x), T::read(grad, wide_grad));
+            let sums = (&mut dw[..], &mut db[..]);
+            T::write(dx, wide_dx, |dx| run(Gradient { x, weight, grad, eps, dx, sums }));
             (dw, db)
         })
         .collect();
@@ -114,4 +130,40 @@ pub fn backward(x: &[f32], weight: &[f32], grad: &[f32], eps: f64) -> (Buffer, V
         add(&mut db, part_b);
     }
     (dx, dw, db)
+}
+
+struct Gradient<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    grad: &'a [f32],
+    eps: f64,
+    dx: &'a mut [f32],
+    /// dw and db.
+    sums: (&'a mut [f32], &'a mut [f32]),
+}
+
+impl WithSimd for Gradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { x, weight, grad, eps, dx, sums: (dw, db) } = self;
+        let size = weight.len();
+        let (mut xhat, mut gw) = (vec![0f32; size], vec![0f32; size]);
+        let rows = x.chunks_exact(size).zip(grad.chunks_exact(size));
+        for (dx, (x, grad)) in dx.chunks_exact_mut(size).zip(rows) {
+            let (mean, rstd) = statistics(x, eps);
+            for i in 0..size {
+                xhat[i] = ((x[i] - mean[0]) - mean[1]) * rstd;
+                gw[i] = grad[i] * weight[i];
+                dw[i] += grad[i] * xhat[i];
+                db[i] += grad[i];
+            }
+            let mean_gw = gw.iter().sum::<f32>() / size as f32;
+            let mean_gwx = dot(&gw, &xhat) / size as f32;
+            for i in 0..size {
+                dx[i] = rstd * (gw[i] - mean_gw - xhat[i] * mean_gwx);
+            }
+        }
+    }
 }

@@ -1,32 +1,39 @@
-//! The CPU path: blocked, parallel over rayon's threads, O(N) in memory, in f32 whatever the storage is.
+//! The CPU path: blocked, parallel over rayon's threads, O(N) in memory, with all sums in f32. Elements are stored in f32 or bf16.
 //!
 //! Plain slices and shapes; no tensors. Results do not depend on the number of threads: every sum is taken in a
 //! fixed order.
 
+use element::Element;
 use rayon::prelude::*;
 
 pub mod activation;
 pub mod attention;
 mod bf16;
+mod block;
 mod blocked;
 pub mod broadcast;
 pub mod buffer;
 mod columns;
+pub mod element;
 mod head;
 pub mod image_side;
 pub mod layer_norm;
 mod math;
 pub mod multi_head;
 mod panel;
+mod products;
 pub mod projection;
 pub mod simd;
 mod softmax;
 pub mod upscale;
+mod weights;
 
 /// `sum += part`, by all threads.
-pub fn add_in_parallel(sum: &mut [f32], part: &[f32]) {
+pub fn add_in_parallel<T: Element>(sum: &mut [T], part: &[T]) {
     const CHUNK: usize = 1 << 16;
-    sum.par_chunks_mut(CHUNK)
-        .zip(part.par_chunks(CHUNK))
-        .for_each(|(sum, part)| math::add(sum, part));
+    sum.par_chunks_mut(CHUNK).zip(part.par_chunks(CHUNK)).for_each(|(sum, part)| {
+        let (mut wide_sum, mut wide_part) = (Vec::new(), Vec::new());
+        let part = T::read(part, &mut wide_part);
+        T::update(sum, &mut wide_sum, |sum| math::add(sum, part));
+    });
 }

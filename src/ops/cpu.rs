@@ -1,15 +1,17 @@
 //! The CPU engine: layers in a row as one node of candle's graph, `last(.. first(x))`, and a residual.
 //!
-//! A single operation is a chain of one layer. In a longer chain intermediates stay in f32, are freed once no backward
-//! needs them, and reuse buffers. Only the gradients of `x`, of the parameters and of a residual reach candle's store.
+//! A single operation is a chain of one layer. In a longer chain intermediates are freed once no backward needs
+//! them, and reuse buffers. They are stored in the dtype of `x`, those of f16 in f32. Only the gradients of `x`, of the parameters and of a residual reach candle's store.
 
 use super::computed::node;
-use super::custom::{from_f32, tensor_like, to_f32, with_f32};
+use super::custom::{tensor_like, to_f32, with_f32, Stored};
 use super::{params, Activation};
 use crate::cpu::projection::{Projections, Weight};
-use crate::cpu::{self, activation::Activation as Function, buffer::Buffer};
+use crate::cpu::{self, activation::Activation as Function, buffer::Elements};
 use crate::problem::{AttentionProblem, ProjectionProblem};
-use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
+use candle_core::op::BackpropOp;
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
+use half::bf16;
 use std::ops::Range;
 
 /// The computation of a layer; its parameters are in the chain.
@@ -80,22 +82,30 @@ impl<'a> Chain<'a> {
     /// - the chain adds its input and does not end in its shape;
     /// - a tensor is not on the CPU.
     pub fn run(self, residual: Residual<'_>) -> Result<Tensor> {
+        match self.x.dtype() {
+            DType::BF16 => self.run_in::<bf16>(residual),
+            _ => self.run_in::<f32>(residual),
+        }
+    }
+
+    /// [`run`](Self::run) with intermediates of type `T`.
+    fn run_in<T: Stored>(self, residual: Residual<'_>) -> Result<Tensor> {
         let Self { op, x, dims, stages, parameters, .. } = self;
         if matches!(residual, Residual::Input) && dims != x.dims() {
             bail!("{op}: a branch from {:?} must lead back to it, got {dims:?}", x.dims())
         }
         let parameters = params::pack(&parameters, x.device())?;
         let keep = x.track_op() || parameters.track_op();
-        let (out, kept) = with_f32(op, x, |x| {
+        let (out, kept) = T::with(op, x, |x| {
             with_f32(op, &parameters, |parameters| match residual {
-                Residual::None => forward(&stages, (&x, &parameters), None, keep),
+                Residual::None => forward::<T>(&stages, (&x, &parameters), None, keep),
                 Residual::Input => forward(&stages, (&x, &parameters), Some(&x), keep),
-                Residual::Other(tensor) => with_f32(op, tensor, |residual| {
+                Residual::Other(tensor) => T::with(op, tensor, |residual| {
                     forward(&stages, (&x, &parameters), Some(&residual), keep)
                 }),
             })
         })?;
-        let value = Storage::Cpu(from_f32(op, out.into_vec(), x.dtype())?);
+        let value = Storage::Cpu(T::storage(op, out.into_vec(), x.dtype())?);
         let other = match residual {
             Residual::Other(tensor) => Some(tensor),
             _ => None,
@@ -108,43 +118,49 @@ impl<'a> Chain<'a> {
             if !keep {
                 return Ok((None, None, dother));
             }
-            let (mut dx, dparameters) = with_f32(op, x, |rows| {
+            let (mut dx, dparameters) = T::with(op, x, |rows| {
                 with_f32(op, parameters, |parameters| {
-                    with_f32(op, grad, |grad| {
+                    T::with(op, grad, |grad| {
                         let values = (&*rows, &*parameters, &*grad);
-                        backward(&stages, &kept, values, value, x.track_op())
+                        backward::<T>(&stages, &kept, values, value, x.track_op())
                     })
                 })
             })?;
             if x.track_op() && adds_input {
-                with_f32(op, grad, |grad| {
+                T::with(op, grad, |grad| {
                     cpu::add_in_parallel(&mut dx, &grad);
                     Ok(())
                 })?;
             }
-            let wanted = |values, like: &Tensor| {
-                like.track_op().then(|| tensor_like(values, like)).transpose()
+            let dx = match x.track_op() {
+                true => {
+                    let storage = Storage::Cpu(T::storage(op, dx.into_vec(), x.dtype())?);
+                    Some(Tensor::from_storage(storage, x.shape(), BackpropOp::none(), false))
+                }
+                false => None,
             };
-            Ok((wanted(dx.into_vec(), x)?, wanted(dparameters, parameters)?, dother))
+            let dparameters =
+                parameters.track_op().then(|| tensor_like(dparameters, parameters)).transpose()?;
+            Ok((dx, dparameters, dother))
         })
     }
 }
 
 /// The output and, if `keep`, what the backward reads of each layer.
-fn forward(
+fn forward<T: Stored>(
     stages: &[Stage],
-    (x, parameters): (&[f32], &[f32]),
-    residual: Option<&[f32]>,
+    (x, parameters): (&[T], &[f32]),
+    residual: Option<&[T]>,
     keep: bool,
-) -> Result<(Buffer, Vec<Kept>)> {
-    let mut kept: Vec<Kept> = Vec::with_capacity(stages.len());
+) -> Result<(Elements<T>, Vec<Kept<T>>)> {
+    let mut kept: Vec<Kept<T>> = Vec::with_capacity(stages.len());
     for (index, stage) in stages.iter().enumerate() {
         let input = kept.last().map_or(x, |kept| &*kept.output);
         let residual = residual.filter(|_| index + 1 == stages.len());
         let done = stage.forward(input, parameters, residual, keep)?;
         let read = |last: &Stage| keep && (last.reads_output() || stage.reads_input());
         if let Some(last) = kept.last_mut().filter(|_| !read(&stages[index - 1])) {
-            last.output = Buffer::default();
+            last.output = Elements::default();
         }
         kept.push(done);
     }
@@ -153,15 +169,15 @@ fn forward(
 }
 
 /// The gradients of x, if wanted, and of the parameters, for x, the parameters and the gradient of `value`.
-fn backward(
+fn backward<T: Stored>(
     stages: &[Stage],
-    kept: &[Kept],
-    (x, parameters, grad): (&[f32], &[f32], &[f32]),
+    kept: &[Kept<T>],
+    (x, parameters, grad): (&[T], &[f32], &[T]),
     value: &Tensor,
     want_x: bool,
-) -> Result<(Buffer, Vec<f32>)> {
+) -> Result<(Elements<T>, Vec<f32>)> {
     let mut dparameters = vec![0f32; parameters.len()];
-    let mut grad_out: Option<Buffer> = None;
+    let mut grad_out: Option<Elements<T>> = None;
     for (index, (stage, done)) in stages.iter().zip(kept).enumerate().rev() {
         let before = want_x || stages[..index].iter().any(|stage| stage.trainable);
         if !before && !stage.trainable {
@@ -169,13 +185,13 @@ fn backward(
         }
         let input = if index == 0 { x } else { &kept[index - 1].output };
         let grad = grad_out.as_deref().unwrap_or(grad);
-        let mut run = |output: &[f32]| {
+        let mut run = |output: &[T]| {
             let values = (input, output, &done.saved);
             stage.backward(values, parameters, grad, before, &mut dparameters)
         };
         let last = index + 1 == stages.len();
         grad_out = Some(match last && stage.reads_output() {
-            true => with_f32(stage.op, value, |value| run(&value))?,
+            true => T::with(stage.op, value, |value| run(&value))?,
             false => run(&done.output)?,
         });
     }
@@ -193,16 +209,16 @@ struct Stage {
 }
 
 /// Values kept for a layer's backward.
-struct Kept {
+struct Kept<T: Stored> {
     /// Empty where no backward reads it, and for the last layer, whose output is the chain's.
-    output: Buffer,
-    saved: Saved,
+    output: Elements<T>,
+    saved: Saved<T>,
 }
 
-enum Saved {
+enum Saved<T: Stored> {
     Nothing,
-    Projections(cpu::projection::Saved),
-    Normalizers(Vec<cpu::attention::Normalizer>),
+    Projections(cpu::projection::Saved<T>),
+    Attention(cpu::attention::Saved<T>),
 }
 
 impl Stage {
@@ -217,13 +233,13 @@ impl Stage {
         matches!(self.layer, Layer::Attention { .. })
     }
 
-    fn forward(
+    fn forward<T: Stored>(
         &self,
-        x: &[f32],
+        x: &[T],
         parameters: &[f32],
-        residual: Option<&[f32]>,
+        residual: Option<&[T]>,
         keep: bool,
-    ) -> Result<Kept> {
+    ) -> Result<Kept<T>> {
         let parameters = &parameters[self.parameters.clone()];
         let (output, saved) = match &self.layer {
             Layer::Norm { eps } => {
@@ -237,22 +253,22 @@ impl Stage {
             Layer::Activation(function) => (cpu::activation::applied(*function, x), Saved::Nothing),
             Layer::Attention { problem, pad } => {
                 let inputs = attention_inputs(problem, *pad, x, parameters);
-                let (out, normalizers) = cpu::attention::forward(problem, &inputs);
-                (out, Saved::Normalizers(normalizers))
+                let (out, saved) = cpu::attention::forward(problem, &inputs, keep);
+                (out, Saved::Attention(saved))
             }
         };
         Ok(Kept { output, saved })
     }
 
     /// The gradient of the input, if wanted; that of the parameters, if one is trainable, goes to its place.
-    fn backward(
+    fn backward<T: Stored>(
         &self,
-        (x, out, saved): (&[f32], &[f32], &Saved),
+        (x, out, saved): (&[T], &[T], &Saved<T>),
         parameters: &[f32],
-        grad: &[f32],
+        grad: &[T],
         want_x: bool,
         dparameters: &mut [f32],
-    ) -> Result<Buffer> {
+    ) -> Result<Elements<T>> {
         let parameters = &parameters[self.parameters.clone()];
         let (dx, mine) = match (&self.layer, saved) {
             (Layer::Norm { eps }, _) => {
@@ -270,9 +286,9 @@ impl Stage {
                 })?;
                 (grads.x, grads.parameters)
             }
-            (Layer::Attention { problem, pad }, Saved::Normalizers(normalizers)) => {
+            (Layer::Attention { problem, pad }, Saved::Attention(saved)) => {
                 let inputs = attention_inputs(problem, *pad, x, parameters);
-                let grads = cpu::attention::backward(problem, &inputs, out, normalizers, grad);
+                let grads = cpu::attention::backward(problem, &inputs, out, saved, grad);
                 (grads.qkv, [grads.tables, grads.pad].concat())
             }
             _ => bail!("{}: backward without a forward", self.op),
@@ -331,13 +347,13 @@ fn weight<'a>(
     Ok(Weight::F32(to_f32(op, storage, layout)?))
 }
 
-fn attention_inputs<'a>(
+fn attention_inputs<'a, T: Stored>(
     p: &AttentionProblem,
     pad: bool,
-    qkv: &'a [f32],
+    qkv: &'a [T],
     parameters: &'a [f32],
-) -> cpu::attention::Inputs<'a> {
+) -> cpu::attention::Inputs<'a, T> {
     let pad_len = if pad { 3 * p.channels() } else { 0 };
     let (tables, pad) = parameters.split_at(parameters.len() - pad_len);
-    cpu::attention::Inputs { qkv, tables, pad }
+    cpu::attention::Inputs { qkv, tables, pad: T::rounded(pad) }
 }

@@ -1,5 +1,6 @@
 //! The computation behind an operation, and conversions between candle's storages and the f32 slices of [`crate::cpu`].
 
+use crate::cpu::element::Element;
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;
 #[cfg(feature = "cuda")]
@@ -112,6 +113,56 @@ pub(super) fn with_f32<R>(
     match &*storage {
         Storage::Cpu(storage) => f(to_f32(op, storage, layout)?),
         _ => bail!("{op}: expected a tensor on the CPU, got {:?}", tensor.device().location()),
+    }
+}
+
+/// An element of the CPU path as candle stores it.
+pub(super) trait Stored: Element {
+    /// Calls `f` with the elements of a tensor on the CPU, converted where they are of another type.
+    fn with<R>(
+        op: &'static str,
+        tensor: &Tensor,
+        f: impl FnOnce(Cow<'_, [Self]>) -> Result<R>,
+    ) -> Result<R>;
+
+    /// The values as `dtype`.
+    fn storage(op: &'static str, values: Vec<Self>, dtype: DType) -> Result<CpuStorage>;
+}
+
+impl Stored for f32 {
+    fn with<R>(
+        op: &'static str,
+        tensor: &Tensor,
+        f: impl FnOnce(Cow<'_, [f32]>) -> Result<R>,
+    ) -> Result<R> {
+        with_f32(op, tensor, f)
+    }
+
+    fn storage(op: &'static str, values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
+        from_f32(op, values, dtype)
+    }
+}
+
+impl Stored for bf16 {
+    fn with<R>(
+        op: &'static str,
+        tensor: &Tensor,
+        f: impl FnOnce(Cow<'_, [bf16]>) -> Result<R>,
+    ) -> Result<R> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match (&*storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::BF16(data)), Some((start, end))) => {
+                f(Cow::Borrowed(&data[start..end]))
+            }
+            _ => with_f32(op, tensor, |values| f(Cow::Owned(converted(&values, bf16::from_f32)))),
+        }
+    }
+
+    fn storage(op: &'static str, values: Vec<bf16>, dtype: DType) -> Result<CpuStorage> {
+        match dtype {
+            DType::BF16 => Ok(CpuStorage::BF16(values)),
+            dtype => from_f32(op, converted(&values, bf16::to_f32), dtype),
+        }
     }
 }
 

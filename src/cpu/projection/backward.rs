@@ -10,7 +10,8 @@ use super::{copy_columns, dropped, Projections, Ready, Saved, Weight};
 use crate::cpu::activation::gradient;
 use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, ROWS};
-use crate::cpu::buffer::Buffer;
+use crate::cpu::buffer::Elements;
+use crate::cpu::element::Element;
 use crate::cpu::math::add;
 use crate::cpu::panel::PANEL;
 use crate::cpu::simd::padded;
@@ -22,33 +23,35 @@ use std::borrow::Cow;
 const GROUPS: usize = 32;
 
 /// Gradients; each is empty where it was not asked for.
-pub struct Gradients {
+pub struct Gradients<T: Element> {
     /// Gradient of x, `[rows, in]`.
-    pub x: Buffer,
+    pub x: Elements<T>,
     /// Gradient of the parameters, in their layout.
     pub parameters: Vec<f32>,
 }
 
 /// The gradients of x and of the parameters, where wanted, for the gradient `grad` of the output. Only the parameters
 /// read x, which may be empty without them.
-pub fn backward(
+pub fn backward<T: Element>(
     layer: &Projections<'_>,
-    x: &[f32],
-    saved: &Saved,
-    grad: &[f32],
+    x: &[T],
+    saved: &Saved<T>,
+    grad: &[T],
     (want_x, want_parameters): (bool, bool),
-) -> Gradients {
+) -> Gradients<T> {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let rows = grad.len() / total;
     let pack: fn(&Weight<'_>, usize, usize) -> Packed = if want_x {
         |weight, n, k| match weight {
             Weight::F32(weight) => Packed::from_rows(weight, n, k),
-            Weight::Pairs(pairs) => Packed::from_rows(&bf16::unpair(pairs), n, k),
+            Weight::Pairs(pairs) => Packed::from_rows_of_pairs(pairs, n, k),
         }
     } else {
         |_, _, _| Packed::empty()
     };
     let parts = layer.ready(pack);
+    let in_pairs = parts.iter().any(|part| part.weight.in_pairs());
+    let in_f32 = want_parameters || parts.iter().any(|p| p.lora.is_some() || !p.weight.in_pairs());
     // B and A where there is LoRA, for dS = scaling g B and dx += dS A.
     let low_rank: Vec<_> = parts
         .iter()
@@ -58,7 +61,7 @@ pub fn backward(
             Some((b, Packed::from_rows(part.a(), rank, in_dim)))
         })
         .collect();
-    let mut dx = Buffer::any(rows * in_dim);
+    let mut dx = Elements::any(rows * in_dim);
     let group_rows = rows.div_ceil(GROUPS).next_multiple_of(ROWS);
     let partial: Vec<Vec<PartGradients>> = dx
         .par_chunks_mut(group_rows * in_dim)
@@ -66,23 +69,29 @@ pub fn backward(
         .map(|(group, dx)| {
             let mut sums: Vec<_> =
                 parts.iter().map(|part| PartGradients::new(part, in_dim)).collect();
+            let (mut wide_g, mut wide_x) = (Vec::new(), Vec::new());
             for (block, dx) in dx.chunks_mut(ROWS * in_dim).enumerate() {
                 let first = group * group_rows + block * ROWS;
                 let count = dx.len() / in_dim;
                 let at = first * total..(first + count) * total;
-                let g = match (layer.activation, saved.sum.get(at.clone())) {
+                let grad = &grad[at.clone()];
+                let (g, g_pairs) = match (layer.activation, saved.sum.get(at)) {
                     (Some(activation), Some(sum)) => {
-                        Cow::Owned(gradient(activation, sum, &grad[at]))
+                        let g = gradient(activation, sum, grad);
+                        let pairs = if in_pairs { bf16::pairs(&g) } else { Vec::new() };
+                        (Cow::Owned(g), Cow::Owned(pairs))
                     }
-                    _ => Cow::Borrowed(&grad[at]),
+                    _ => {
+                        let g = if in_f32 { T::read(grad, &mut wide_g) } else { &[] };
+                        let pairs = if in_pairs { T::pairs(grad) } else { Cow::Borrowed(&[][..]) };
+                        (Cow::Borrowed(g), pairs)
+                    }
                 };
-                let rows = BlockRows {
-                    first,
-                    count,
-                    x: if want_parameters { &x[first * in_dim..][..count * in_dim] } else { &[] },
-                    g: &g,
-                    total,
+                let x = match want_parameters {
+                    true => T::read(&x[first * in_dim..][..count * in_dim], &mut wide_x),
+                    false => &[],
                 };
+                let rows = BlockRows { first, count, x, g: &g, g_pairs: &g_pairs, total };
                 let ds: Vec<_> = parts
                     .iter()
                     .zip(&low_rank)
@@ -110,7 +119,7 @@ pub fn backward(
             }
         }
     }
-    Gradients { x: if want_x { dx } else { Buffer::default() }, parameters: dparameters }
+    Gradients { x: if want_x { dx } else { Elements::default() }, parameters: dparameters }
 }
 
 /// A block of rows in the backward.
@@ -121,6 +130,8 @@ struct BlockRows<'a> {
     x: &'a [f32],
     /// Gradient of the sum before the activation, `[count, total]`.
     g: &'a [f32],
+    /// The same in pairs, where a weight is.
+    g_pairs: &'a [f32],
     total: usize,
 }
 
@@ -141,17 +152,20 @@ impl BlockRows<'_> {
     }
 
     /// `dx = sum_p g_p W_p + drop_p(dS_p A_p)`
-    fn dx(
+    fn dx<T: Element>(
         &self,
-        dx: &mut [f32],
+        dx: &mut [T],
         in_dim: usize,
         parts: &[Ready<'_>],
         low_rank: &[Option<(Packed, Packed)>],
         ds: &[Vec<f32>],
     ) {
         let base = parts.iter().map(|part| {
-            let left = &self.g[part.columns.start..];
-            Term { left, stride: self.total, right: &part.weight, scale: 1.0 }
+            let (left, stride) = match part.weight.in_pairs() {
+                true => (&self.g_pairs[part.columns.start / 2..], self.total / 2),
+                false => (&self.g[part.columns.start..], self.total),
+            };
+            Term { left, stride, right: &part.weight, scale: 1.0 }
         });
         let ups = parts.iter().zip(low_rank).zip(ds).filter_map(|((part, low_rank), ds)| {
             let ((_, a), lora) = (low_rank.as_ref()?, part.lora?);

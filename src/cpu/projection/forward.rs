@@ -7,22 +7,23 @@
 //! Kept for the backward: S, and with an activation the sum before it.
 
 use super::{copy_columns, dropped, Projections, Ready, Saved, Weight};
-use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, Packed, Term, ROWS};
-use crate::cpu::buffer::Buffer;
-use crate::cpu::math::add;
+use crate::cpu::buffer::Elements;
+use crate::cpu::element::Element;
 use crate::cpu::panel::PANEL;
-use crate::cpu::simd::padded;
+use crate::cpu::simd::{padded, run};
 use crate::problem::LoraProblem;
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// `out [rows, sum of out_dim]` for `x [rows, in]`; what the backward needs is kept only if `keep`.
-pub fn forward(
+pub fn forward<T: Element>(
     layer: &Projections<'_>,
-    x: &[f32],
-    residual: Option<&[f32]>,
+    x: &[T],
+    residual: Option<&[T]>,
     keep: bool,
-) -> (Buffer, Saved) {
+) -> (Elements<T>, Saved<T>) {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let rows = x.len() / in_dim;
     let parts = layer.ready(|weight, n, k| match weight {
@@ -30,6 +31,7 @@ pub fn forward(
         Weight::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
     });
     let in_pairs = parts.iter().any(|part| part.weight.in_pairs());
+    let in_f32 = parts.iter().any(|part| part.lora.is_some() || !part.weight.in_pairs());
     let constants: Vec<_> = parts.iter().map(Ready::constant).collect();
     // A^T and B^T where there is LoRA.
     let low_rank: Vec<_> = parts
@@ -41,9 +43,9 @@ pub fn forward(
         })
         .collect();
     let keep_sum = keep && layer.activation.is_some();
-    let mut out = Buffer::any(rows * total);
-    let mut sum = Buffer::any(if keep_sum { out.len() } else { 0 });
-    let sums: Vec<Option<&mut [f32]>> = match keep_sum {
+    let mut out = Elements::any(rows * total);
+    let mut sum = Elements::any(if keep_sum { out.len() } else { 0 });
+    let sums: Vec<Option<&mut [T]>> = match keep_sum {
         true => sum.chunks_mut(ROWS * total).map(Some).collect(),
         false => (0..rows.div_ceil(ROWS)).map(|_| None).collect(),
     };
@@ -55,7 +57,9 @@ pub fn forward(
             let first = block * ROWS;
             let count = out.len() / total;
             let x_rows = &x[first * in_dim..][..count * in_dim];
-            let x_pairs = if in_pairs { bf16::pairs(x_rows) } else { Vec::new() };
+            let x_pairs = if in_pairs { T::pairs(x_rows) } else { Cow::Borrowed(&[][..]) };
+            let mut wide = Vec::new();
+            let x_rows = if in_f32 { T::read(x_rows, &mut wide) } else { &[] };
             let mut acc = vec![0f32; count * PANEL];
             let mut s_of_parts = Vec::new();
             for ((part, constant), low_rank) in parts.iter().zip(&constants).zip(&low_rank) {
@@ -64,7 +68,7 @@ pub fn forward(
                     _ => Vec::new(),
                 };
                 let (left, stride) = match part.weight.in_pairs() {
-                    true => (x_pairs.as_slice(), in_dim / 2),
+                    true => (&*x_pairs, in_dim / 2),
                     false => (x_rows, in_dim),
                 };
                 for column in part.weight.panels() {
@@ -78,28 +82,17 @@ pub fn forward(
                         _ => accumulate(&mut acc, count, column, &[base]),
                     }
                     let constant = &constant[column..part.out_dim().min(column + PANEL)];
-                    for acc in acc.chunks_exact_mut(PANEL) {
-                        add(acc, constant);
-                    }
-                    let start = part.columns.start + column;
-                    let place =
-                        |row: usize| row * total + start..row * total + start + constant.len();
-                    if let Some(sum) = &mut sum {
-                        for (row, acc) in acc.chunks_exact(PANEL).enumerate() {
-                            sum[place(row)].copy_from_slice(&acc[..constant.len()]);
-                        }
-                    }
+                    let place = part.columns.start + column;
+                    let sum = sum.as_mut().map(|sum| &mut sum[place..]);
+                    run(AddConstant { acc: &mut acc, constant, sum, total });
                     if let Some(activation) = layer.activation {
                         activation(&mut acc, false);
                     }
-                    for (row, acc) in acc.chunks_exact(PANEL).enumerate() {
-                        out[place(row)].copy_from_slice(&acc[..constant.len()]);
-                    }
+                    let residual = residual.map(|residual| &residual[first * total + place..]);
+                    let (acc, out) = (&acc, &mut out[place..]);
+                    run(Store { acc, residual, out, total, width: constant.len() });
                 }
                 s_of_parts.push(s);
-            }
-            if let Some(residual) = residual {
-                add(out, &residual[first * total..]);
             }
             if keep {
                 s_of_parts
@@ -140,4 +133,66 @@ fn low_rank_input(
         copy_columns(&acc, &mut s, width, column);
     }
     s
+}
+
+/// `acc += constant`, and a copy of it.
+struct AddConstant<'a, T> {
+    /// `[rows, PANEL]`
+    acc: &'a mut [f32],
+    constant: &'a [f32],
+    /// Rows `total` apart.
+    sum: Option<&'a mut [T]>,
+    total: usize,
+}
+
+impl<T: Element> WithSimd for AddConstant<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for acc in self.acc.chunks_exact_mut(PANEL) {
+            for (acc, constant) in acc.iter_mut().zip(self.constant) {
+                *acc += constant;
+            }
+        }
+        let Some(sum) = self.sum else { return };
+        for (sum, acc) in sum.chunks_mut(self.total).zip(self.acc.chunks_exact(PANEL)) {
+            for (sum, &acc) in sum.iter_mut().zip(&acc[..self.constant.len()]) {
+                *sum = T::nearest(acc);
+            }
+        }
+    }
+}
+
+/// `out = acc + residual`
+struct Store<'a, T> {
+    /// `[rows, PANEL]`, of which `width` columns count.
+    acc: &'a [f32],
+    /// Rows `total` apart.
+    residual: Option<&'a [T]>,
+    /// As `residual`.
+    out: &'a mut [T],
+    total: usize,
+    width: usize,
+}
+
+impl<T: Element> WithSimd for Store<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let rows = self.out.chunks_mut(self.total).zip(self.acc.chunks_exact(PANEL));
+        for (index, (out, acc)) in rows.enumerate() {
+            let out = out.iter_mut().zip(&acc[..self.width]);
+            match self.residual {
+                Some(residual) => {
+                    let residual = &residual[index * self.total..];
+                    for ((out, acc), residual) in out.zip(residual) {
+                        *out = T::nearest(acc + residual.widened());
+                    }
+                }
+                None => out.for_each(|(out, &acc)| *out = T::nearest(acc)),
+            }
+        }
+    }
 }

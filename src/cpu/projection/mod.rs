@@ -15,11 +15,11 @@ pub use forward::forward;
 use super::activation::Activation;
 use super::bf16;
 use super::blocked::Packed;
-use super::buffer::Buffer;
+use super::buffer::Elements;
+use super::element::Element;
 use super::math::add;
 use super::panel::PANEL;
 use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
-use half::slice::HalfFloatSliceExt;
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -46,21 +46,21 @@ pub enum Weight<'a> {
 }
 
 impl<'a> Weight<'a> {
-    /// From bf16; none where that is better converted.
+    /// From bf16; none where that is better converted. Both widths are even: the backward pairs the other one.
     pub fn from_bf16(values: &'a [half::bf16], in_dim: usize) -> Option<Self> {
-        let bits: &[u16] = values.reinterpret_cast();
-        let pairs = bytemuck::try_cast_slice(bits).ok();
-        pairs.filter(|_| in_dim.is_multiple_of(2) && bf16::available()).map(Self::Pairs)
+        let even = in_dim.is_multiple_of(2) && (values.len() / in_dim).is_multiple_of(2);
+        let pairs = bytemuck::try_cast_slice(values).ok();
+        pairs.filter(|_| even && bf16::available()).map(Self::Pairs)
     }
 }
 
 /// Values of the forward that the backward needs besides its inputs.
 #[derive(Debug, Default)]
-pub struct Saved {
+pub struct Saved<T: Element> {
     /// S of each projection, `[rows, padded rank]`; empty without LoRA.
     s: Vec<Vec<f32>>,
     /// The sum before the activation; empty where it is not needed.
-    sum: Buffer,
+    sum: Elements<T>,
 }
 
 /// One projection, ready for its products.
@@ -123,10 +123,12 @@ impl<'a> Projections<'a> {
 }
 
 /// Moves an accumulator into the columns from `column` on of rows `width` long.
-fn copy_columns(acc: &[f32], rows: &mut [f32], width: usize, column: usize) {
+fn copy_columns<T: Element>(acc: &[f32], rows: &mut [T], width: usize, column: usize) {
     let end = width.min(column + PANEL);
+    let mut scratch = Vec::new();
     for (row, acc) in rows.chunks_exact_mut(width).zip(acc.chunks_exact(PANEL)) {
-        row[column..end].copy_from_slice(&acc[..end - column]);
+        let acc = &acc[..end - column];
+        T::write(&mut row[column..end], &mut scratch, |row| row.copy_from_slice(acc));
     }
 }
 
