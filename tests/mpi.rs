@@ -3,6 +3,8 @@
 //! The program is its own worker: mpirun starts it with a job in the environment.
 
 mod common;
+#[path = "distributed/division.rs"]
+mod division;
 #[path = "distributed/run.rs"]
 mod run;
 
@@ -289,7 +291,19 @@ fn tests() -> ExitCode {
         let name = format!("finetune_tells_what_differs::{}", other.replace(' ', "_"));
         test(name, Box::new(move || finetune_tells_what_differs(other, told)))
     });
+    let divided = division::COMMANDS.map(|line| {
+        let name = format!("files_and_output_are_those_of_one::{}", line.replace(' ', "_"));
+        test(name, Box::new(move || division::files_and_output_are_those_of_one(line)))
+    });
+    let others: [(&str, fn() -> Result<()>); 4] = [
+        ("a_killed_job_is_resumed_by_others", division::a_killed_job_is_resumed_by_others),
+        ("an_unreadable_image_is_told_once", division::an_unreadable_image_is_told_once),
+        ("a_process_that_hangs_ends_the_job", division::a_process_that_hangs_ends_the_job),
+        ("processes_that_differ_do_not_begin", division::processes_that_differ_do_not_begin),
+    ];
+    let others = others.map(|(name, run)| test(name.to_string(), Box::new(run)));
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    let trials = bits.into_iter().chain(faults).chain([resumed, alike]).chain(differing).collect();
+    let trials = bits.into_iter().chain(faults).chain([resumed, alike]).chain(differing);
+    let trials = trials.chain(divided).chain(others).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -5,6 +5,7 @@
 
 mod arguments;
 mod console;
+mod division;
 mod draw;
 mod embeddings;
 mod encode;

@@ -4,6 +4,7 @@ use super::super::arguments::{Backend, ModelArguments};
 use super::super::console::Console;
 use super::super::embeddings::EmbeddingArguments;
 use super::super::photo::PhotoArguments;
+use super::super::processes::Processes;
 use super::calibration::CalibrationArguments;
 use crate::sam::{MaskGenerator, Tiling};
 use crate::train::Dataset;
@@ -37,6 +38,8 @@ pub struct Options {
     pub output: PathBuf,
     #[command(flatten)]
     pub files: FileArguments,
+    #[command(flatten)]
+    pub processes: Processes,
     #[command(flatten)]
     pub backend: Backend,
     #[command(flatten)]
