@@ -12,6 +12,7 @@ mod encode;
 mod export;
 pub mod finetune;
 mod import;
+mod listed;
 mod lora_arguments;
 mod masks;
 mod merge;

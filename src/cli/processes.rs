@@ -54,16 +54,21 @@ pub fn ended<T>(communicator: &dyn Communicator, result: anyhow::Result<T>) -> a
     result.map_err(|error| match communicator.size() {
         1 => error,
         _ if !names_a_rank(&error.to_string()) => {
-            let _ = writeln!(stderr(), "error: rank {rank}: {error}");
+            say(&format!("error: rank {rank}: {error}\n"));
             communicator.abort(1)
         }
         _ => {
             if rank == 0 {
-                let _ = writeln!(stderr(), "error: {error}");
+                say(&format!("error: {error}\n"));
             }
             Told.into()
         }
     })
+}
+
+/// Writes a message in one piece, or mpirun mixes it with what others say.
+fn say(message: &str) {
+    let _ = stderr().write_all(message.as_bytes());
 }
 
 /// Whether a message begins as "rank 2: ". An error about the rank of an adapter does not.

@@ -64,7 +64,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// What a run of one process writes and prints.
+/// The files and the output of one process.
 fn alone(folder: &Path, line: &str) -> Result<(BTreeMap<PathBuf, Vec<u8>>, Output)> {
     let output = program(0, folder, line).output()?;
     ensure!(output.status.success(), "{line}: {}", text(&output.stderr));
@@ -157,7 +157,7 @@ pub fn an_unreadable_image_is_told_once() -> Result<()> {
     ensure!(many.stdout == alone.stdout, "{}", text(&many.stdout));
     let done = folder.path().join("out/3.mask.png").exists();
     ensure!(done && !folder.path().join("out/4.mask.png").exists(), "3 is not done, or 4 is");
-    // What is wrong for all is told once, too.
+    // A fault of all is told once, too.
     fails(folder.path(), "masks nowhere.png --output none", "error: rank 0: nowhere.png: ")?;
     fails(folder.path(), "segment photos --output none", "error: rank 0: say what to cut out")
         .map(drop)

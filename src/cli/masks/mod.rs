@@ -262,7 +262,7 @@ fn open_journal(
             "{}: exists already; choose another --output, --resume or --overwrite",
             path.display()
         ),
-        _ => Ok(options.settings(truth)?),
+        _ => Ok(options.settings(truth)),
     })?;
     division.make_folder(folder)?;
     // The first process writes it only after all have read it, for they wait for each other below.

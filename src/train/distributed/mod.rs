@@ -100,13 +100,14 @@ impl Communicator for Alone {
 
 /// Says which ranks did not come, and ends the job.
 fn lost(communicator: &dyn Communicator, ranks: &[usize], waited: Duration) -> ! {
-    let _ = writeln!(
-        stderr(),
-        "error: rank {} of {} waited {:.0} s for rank {}, which did not come; the job ends",
+    let message = format!(
+        "error: rank {} of {} waited {:.0} s for rank {}, which did not come; the job ends\n",
         communicator.rank(),
         communicator.size(),
         waited.as_secs_f64(),
         ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
     );
+    // In one piece, or mpirun mixes it with what others say.
+    let _ = stderr().write_all(message.as_bytes());
     communicator.abort(LOST)
 }
