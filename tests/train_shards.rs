@@ -271,7 +271,7 @@ fn each_process_reads_its_share_and_knows_all() -> Result<()> {
             let rank = communicator.rank();
             let files = seen_by(rank, size, folder.path())?;
             let dataset = Dataset::open_together(&files, &options(), &*communicator)?;
-            // What it has not read it compares when it loads it.
+            // Images of other shares are compared when they are loaded.
             for index in 0..dataset.len() {
                 let loaded = dataset.load(index);
                 assert_eq!(loaded.is_ok(), index % size == rank, "{index} on {rank} of {size}");
