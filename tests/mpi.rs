@@ -3,6 +3,8 @@
 //! The program is its own worker: mpirun starts it with a job in the environment.
 
 mod common;
+#[path = "distributed/division.rs"]
+mod division;
 #[path = "distributed/run.rs"]
 mod run;
 
@@ -225,6 +227,76 @@ fn finetune_writes_the_files_of_one_process() -> Result<()> {
     Ok(())
 }
 
+/// A TAR in the making.
+struct TarWriter {
+    path: PathBuf,
+    builder: tar::Builder<Vec<u8>>,
+}
+
+impl TarWriter {
+    fn new(path: PathBuf) -> Self {
+        Self { path, builder: tar::Builder::new(vec![]) }
+    }
+
+    fn append(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        Ok(self.builder.append_data(&mut header, name, bytes)?)
+    }
+
+    fn write(self) -> Result<()> {
+        Ok(std::fs::write(self.path, self.builder.into_inner()?)?)
+    }
+}
+
+/// The data in one folder, in a list of folders and in TARs, by one process and by two.
+fn finetune_reads_shards_and_lists() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let here = folder.path();
+    let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei/heldout");
+    let mut tars = ["0.tar", "1.tar"].map(|name| TarWriter::new(here.join(name)));
+    for index in 0..8 {
+        let name = format!("nuclei_r{}c{}.png", 6 + index / 4, index % 4);
+        for (kind, ending) in [("images", "png"), ("masks", "mask.png")] {
+            let bytes = std::fs::read(nuclei.join(kind).join(&name))?;
+            for place in [format!("all/{kind}"), format!("part{}/{kind}", index % 2)] {
+                std::fs::create_dir_all(here.join(&place))?;
+                std::fs::write(here.join(place).join(&name), &bytes)?;
+            }
+            tars[index % 2].append(&name.replace("png", ending), &bytes)?;
+        }
+    }
+    for tar in tars {
+        tar.write()?;
+    }
+    std::fs::write(here.join("images.txt"), "# two disks\npart1/images\n\npart0/images\n")?;
+    let run = |size: usize, data: &str, output: &str| -> Result<_> {
+        let mut command = if size == 1 { Command::new(PROGRAM) } else { mpirun() };
+        if size > 1 {
+            command.args(["-n", &size.to_string(), PROGRAM]);
+        }
+        let accumulate = (2 / size).to_string();
+        command.args(FINETUNE.split(' ')).args(["--accumulate", &accumulate, "--output", output]);
+        let (ended, _) = ended(command.args(data.split(' ')).current_dir(here))?;
+        ensure!(ended.status.success(), "{data}: {}", String::from_utf8_lossy(&ended.stderr));
+        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+        Ok((files(&here.join(output), &here.join(output))?, said))
+    };
+    let (expected, _) = run(1, "--images all/images --masks all/masks", "folder")?;
+    let lists = "--images @images.txt --masks part0/masks --masks part1/masks";
+    let shards = "--images 0.tar --images 1.tar";
+    for (size, data, output) in
+        [(1, lists, "lists1"), (2, lists, "lists2"), (1, shards, "tars1"), (2, shards, "tars2")]
+    {
+        let (found, said) = run(size, data, output)?;
+        ensure!(found == expected, "{output}: other files or bytes");
+        let told = said.matches("8 samples in 2 shards").count();
+        ensure!(told == usize::from(data == shards), "{output}: {said}");
+    }
+    Ok(())
+}
+
 /// One message for all, whatever the processes disagree about.
 fn finetune_tells_what_differs(other: &str, told: &str) -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -272,16 +344,35 @@ fn tests() -> ExitCode {
         "finetune_writes_the_files_of_one_process".to_string(),
         Box::new(finetune_writes_the_files_of_one_process),
     );
+    let sharded = test(
+        "finetune_reads_shards_and_lists".to_string(),
+        Box::new(finetune_reads_shards_and_lists),
+    );
     let differing = [
         ("--lr 0.5", "error: rank 1: its run is not that of rank 0:\n  lr: 0.5"),
-        ("--min-area 60", "error: rank 1: its run is not that of rank 0:\n  data: "),
+        (
+            "--min-area 60",
+            "error: rank 1: its run is not that of rank 0:\n  data.reading.min_area: 60, on rank 0 20",
+        ),
         ("--images nowhere --masks nowhere", "error: rank 1: nowhere"),
     ];
     let differing = differing.map(|(other, told)| {
         let name = format!("finetune_tells_what_differs::{}", other.replace(' ', "_"));
         test(name, Box::new(move || finetune_tells_what_differs(other, told)))
     });
+    let divided = division::COMMANDS.map(|line| {
+        let name = format!("files_and_output_are_those_of_one::{}", line.replace(' ', "_"));
+        test(name, Box::new(move || division::files_and_output_are_those_of_one(line)))
+    });
+    let others: [(&str, fn() -> Result<()>); 4] = [
+        ("a_killed_job_is_resumed_by_others", division::a_killed_job_is_resumed_by_others),
+        ("an_unreadable_image_is_told_once", division::an_unreadable_image_is_told_once),
+        ("a_process_that_hangs_ends_the_job", division::a_process_that_hangs_ends_the_job),
+        ("processes_that_differ_do_not_begin", division::processes_that_differ_do_not_begin),
+    ];
+    let others = others.map(|(name, run)| test(name.to_string(), Box::new(run)));
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    let trials = bits.into_iter().chain(faults).chain([resumed, alike]).chain(differing).collect();
+    let trials = bits.into_iter().chain(faults).chain([resumed, alike, sharded]).chain(differing);
+    let trials = trials.chain(divided).chain(others).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -9,10 +9,13 @@ mod threads;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use candle_sam_lora::nn::set_trainable;
-use candle_sam_lora::train::{together, AdamWConfig, Alone, Communicator, Trainer, TrainerConfig};
+use candle_sam_lora::train::{
+    share, together, AdamWConfig, Alone, Communicator, Trainer, TrainerConfig,
+};
 use candle_sam_lora::Error;
 use run::{adapted, alone, bits, go_on, loss, trainer, KINDS, PARTS};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use threads::on_threads;
 
 const STEPS: u64 = 3;
@@ -181,4 +184,65 @@ fn work_alone_keeps_its_own_error() {
     let own = || Error::config("mine");
     let error = together(&Alone, Err::<(), _>(own()), |()| vec![]).expect_err("it failed");
     assert_eq!(error.to_string(), own().to_string());
+}
+
+/// Items and who did them, as rank 0 collected them, and how each rank ended; `work` gets rank and item.
+fn shared(
+    size: usize,
+    count: usize,
+    work: impl Fn(usize, usize) -> Result<(), Error> + Sync,
+) -> (Vec<(usize, usize)>, Vec<Result<(), String>>) {
+    let collected = Mutex::new(vec![]);
+    let ended = on_threads(size, |communicator| {
+        let rank = communicator.rank();
+        let work = |item: usize, alive: &dyn Fn()| {
+            alive();
+            work(rank, item).map(|()| vec![rank as u8])
+        };
+        let collect = |item: usize, told: Vec<u8>| {
+            assert_eq!(rank, 0, "results go to the first rank");
+            collected.lock().expect("no panic").push((item, usize::from(told[0])));
+            Ok(())
+        };
+        share(&*communicator, count, work, collect).map_err(|error| error.to_string())
+    });
+    (collected.into_inner().expect("no panic"), ended)
+}
+
+#[test]
+fn a_slow_item_holds_up_its_rank_alone() {
+    for size in [1, 2, 3] {
+        for count in [0, 1, 2, 30] {
+            let (mut found, ended) = shared(size, count, |rank, _| {
+                // The last rank is slow.
+                let slow = rank > 0 && rank + 1 == size;
+                std::thread::sleep(Duration::from_millis(if slow { 200 } else { 1 }));
+                Ok(())
+            });
+            assert!(ended.iter().all(Result::is_ok), "{ended:?}");
+            found.sort();
+            assert!(found.iter().map(|(item, _)| *item).eq(0..count), "{size} {count}: {found:?}");
+            let by_last = found.iter().filter(|(_, rank)| rank + 1 == size).count();
+            assert!(size == 1 || count < 30 || by_last < 5, "the slow rank did {by_last}");
+        }
+    }
+}
+
+#[test]
+fn the_first_item_that_fails_is_the_error_of_all() {
+    let (found, ended) = shared(3, 60, |rank, item| {
+        std::thread::sleep(Duration::from_millis(if item == 10 { 60 } else { 2 }));
+        match item {
+            // The later one fails sooner.
+            10 | 12 => Err(Error::config(format!("{item} on {rank}"))),
+            _ => Ok(()),
+        }
+    });
+    let before = found.iter().filter(|(item, _)| *item < 10).count();
+    assert!(before == 10 && found.len() < 59, "{found:?}");
+    for error in &ended {
+        let error = error.as_ref().expect_err("an item failed");
+        assert!(error.contains(": 10 on ") && error.starts_with("rank "), "{error}");
+        assert_eq!(Some(error), ended[0].as_ref().err());
+    }
 }

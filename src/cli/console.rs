@@ -2,10 +2,34 @@
 
 use super::processes::Told;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fmt::Display;
 use std::io::{stderr, stdout, Write};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+
+/// Lines that are kept until their turn. As standard output, there is one of a process.
+static KEPT: Mutex<Vec<Line>> = Mutex::new(vec![]);
+
+/// A line for standard output, or for standard error.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Line {
+    Out(String),
+    Err(String),
+}
+
+/// Whether and when lines are printed.
+#[derive(Clone, Copy, Debug, Default)]
+enum Voice {
+    /// At once.
+    #[default]
+    Aloud,
+    /// Never: another process speaks.
+    Mute,
+    /// When their turn has come.
+    Kept,
+}
 
 /// How the program speaks
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
@@ -16,40 +40,49 @@ pub struct Console {
     /// Print results and errors only: no notes, no progress
     #[arg(long, short)]
     quiet: bool,
-    /// One of many processes, of which another one speaks.
     #[arg(skip)]
-    mute: bool,
+    voice: Voice,
 }
 
 impl Console {
     /// Only the first process speaks.
     pub fn of(self, rank: usize) -> Self {
-        Self { mute: rank > 0, ..self }
+        Self { voice: if rank > 0 { Voice::Mute } else { Voice::Aloud }, ..self }
     }
 
-    /// Prints a line that explains: what was found in a file, what is left out. A closed pipe, as `head` leaves it, is
-    /// no reason to stop.
+    /// Keeps what is said until [`take_kept`], in whatever process.
+    pub fn kept(self) -> Self {
+        Self { voice: Voice::Kept, ..self }
+    }
+
+    /// Prints a line that explains: what was found in a file, what is left out.
     pub fn note(self, line: impl Display) {
-        let _ = match self {
-            Self { quiet: true, .. } | Self { mute: true, .. } => Ok(()),
-            Self { json: true, .. } => writeln!(stderr(), "{line}"),
-            _ => writeln!(stdout(), "{line}"),
-        };
+        match self {
+            Self { quiet: true, .. } => {}
+            Self { json: true, .. } => self.say(Line::Err(line.to_string())),
+            _ => self.say(Line::Out(line.to_string())),
+        }
     }
 
     /// Prints a result: the text for people, or the object for machines.
     pub fn result(self, text: impl Display, object: Value) {
-        let _ = match self.json {
-            _ if self.mute => Ok(()),
-            true => writeln!(stdout(), "{object}"),
-            false => writeln!(stdout(), "{text}"),
-        };
+        self.say(Line::Out(if self.json { object.to_string() } else { text.to_string() }));
+    }
+
+    /// Prints a line. A closed pipe, as `head` leaves it, is no reason to stop.
+    pub fn say(self, line: Line) {
+        match (self.voice, line) {
+            (Voice::Mute, _) => {}
+            (Voice::Kept, line) => KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(line),
+            (Voice::Aloud, Line::Out(line)) => drop(writeln!(stdout(), "{line}")),
+            (Voice::Aloud, Line::Err(line)) => drop(writeln!(stderr(), "{line}")),
+        }
     }
 
     /// A bar of `len` steps with the time left, drawn on standard error if that is a terminal. `template` is what
     /// stands after the bar, in indicatif's words.
     pub fn bar(self, len: u64, template: &str) -> ProgressBar {
-        let target = match self.quiet || self.mute {
+        let target = match self.quiet || !matches!(self.voice, Voice::Aloud) {
             true => ProgressDrawTarget::hidden(),
             false => ProgressDrawTarget::stderr(),
         };
@@ -61,6 +94,11 @@ impl Console {
         }
         bar
     }
+}
+
+/// The lines that were kept; none are then.
+pub fn take_kept() -> Vec<Line> {
+    std::mem::take(&mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// The exit code of `result`; prints the error, if it is one.

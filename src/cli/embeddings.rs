@@ -4,6 +4,7 @@ use super::console::Console;
 use super::photo::PhotoArguments;
 use crate::sam::{Embedded, EmbeddingStore, SamPredictor};
 use crate::Result;
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Where embeddings are kept
@@ -18,10 +19,26 @@ pub struct EmbeddingArguments {
 /// The embeddings of a run.
 pub struct Embeddings {
     store: Option<EmbeddingStore>,
+}
+
+/// Where the embedding of an image came from.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Origin {
+    /// Embeddings are not kept.
+    Unkept,
+    /// A file.
+    Read,
+    /// The model, and why.
+    Computed(String),
+}
+
+/// Counts of the images of a run by the origins of their embeddings.
+#[derive(Debug, Default)]
+pub struct Tally {
     read: usize,
     computed: usize,
     /// The first image that was embedded, and why.
-    first: Option<String>,
+    first: Option<(usize, String)>,
 }
 
 impl EmbeddingArguments {
@@ -31,32 +48,53 @@ impl EmbeddingArguments {
             Some("beside") => EmbeddingStore::beside(),
             _ => EmbeddingStore::in_folder(place),
         });
-        let store = store.map(|store| store.with_options(photo.options()));
-        Embeddings { store, read: 0, computed: 0, first: None }
+        Embeddings { store: store.map(|store| store.with_options(photo.options())) }
+    }
+
+    /// The folder that is named.
+    pub fn folder(&self) -> Option<&Path> {
+        self.embeddings.as_deref().filter(|place| *place != Path::new("beside"))
     }
 }
 
 impl Embeddings {
     /// The embedding of an image file; none where embeddings are not kept.
-    pub fn get(&mut self, predictor: &SamPredictor<'_>, image: &Path) -> Result<Option<Embedded>> {
-        let Some(store) = &self.store else { return Ok(None) };
-        let found = store.get_or_embed(predictor, image)?;
-        match &found.computed {
-            None => self.read += 1,
-            Some(why) => {
-                self.computed += 1;
-                self.first.get_or_insert_with(|| format!(" ({}: {why})", image.display()));
-            }
-        }
-        Ok(Some(found))
+    pub fn get(&self, predictor: &SamPredictor<'_>, image: &Path) -> Result<Option<Embedded>> {
+        self.store.as_ref().map(|store| store.get_or_embed(predictor, image)).transpose()
     }
 
     /// Says how many were read and how many computed, and why the first one was.
-    pub fn tell(&self, console: Console) {
-        let Self { store, read, computed, first } = self;
-        if store.is_some() {
-            let first = first.as_deref().unwrap_or_default();
+    pub fn tell(&self, Tally { read, computed, first }: &Tally, console: Console) {
+        if self.store.is_some() {
+            let first = first.as_ref().map_or("", |(_, first)| first);
             console.note(format!("embeddings: {read} read, {computed} computed{first}"));
+        }
+    }
+}
+
+impl Origin {
+    /// That of an embedding, if it is kept.
+    pub fn of(found: Option<&Embedded>) -> Self {
+        match found.map(|found| &found.computed) {
+            None => Self::Unkept,
+            Some(None) => Self::Read,
+            Some(Some(why)) => Self::Computed(why.clone()),
+        }
+    }
+}
+
+impl Tally {
+    /// Counts the image of a number, in any order.
+    pub fn add(&mut self, number: usize, image: &Path, origin: Origin) {
+        match origin {
+            Origin::Unkept => {}
+            Origin::Read => self.read += 1,
+            Origin::Computed(why) => {
+                self.computed += 1;
+                if self.first.as_ref().is_none_or(|(first, _)| number < *first) {
+                    self.first = Some((number, format!(" ({}: {why})", image.display())));
+                }
+            }
         }
     }
 }

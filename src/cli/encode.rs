@@ -2,15 +2,17 @@
 
 use super::arguments::{Backend, ModelArguments};
 use super::console::Console;
-use super::embeddings::EmbeddingArguments;
+use super::division::{Division, Turn};
+use super::embeddings::{EmbeddingArguments, Origin, Tally};
 use super::model::{Placement, Source};
 use super::photo::{images, PhotoArguments};
-use crate::nn::Mode;
+use super::processes::Processes;
+use crate::nn::{Mode, ModuleTree};
 use crate::sam::{
     model_type, DeepSeekOcrEncoder, ReadOptions, SamInput, SamModel, SamPredictor, SamVisionConfig,
     SamVisionEncoderOutput, SamVisionModel,
 };
-use crate::{files, read_tensors, write_tensors, TensorFile};
+use crate::{read_tensors, write_tensors, TensorFile};
 use anyhow::{anyhow, bail};
 use candle_core::{DType, Tensor};
 use serde_json::{json, Map, Value};
@@ -58,6 +60,8 @@ pub struct Options {
     #[arg(long, conflicts_with = "embeddings")]
     resume: bool,
     #[command(flatten)]
+    processes: Processes,
+    #[command(flatten)]
     backend: Backend,
     #[command(flatten)]
     console: Console,
@@ -72,68 +76,115 @@ struct Job {
 type Tensors = BTreeMap<String, Tensor>;
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    let console = options.console;
-    let place = options.backend.open()?;
-    let Some(output) = &options.output else { return embed_images(options, &place) };
-    if options.photo.options() != ReadOptions::default() {
-        bail!("--range and --page are for images, which --embeddings takes")
+    let division = Division::join(options.processes, options.console)?;
+    division.ended(match &options.output {
+        Some(output) => encode_files(options, output, &division),
+        None => embed_images(options, &division),
+    })
+}
+
+fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow::Result<()> {
+    let console = division.console;
+    let (place, mut jobs) = division.each(|| {
+        let place = options.backend.open()?;
+        if options.photo.options() != ReadOptions::default() {
+            bail!("--range and --page are for images, which --embeddings takes")
+        }
+        Ok((place, jobs(&options.input, output)?))
+    })?;
+    division.agree_on_inputs(jobs.iter().map(|job| job.input.as_path()))?;
+    if options.input.is_dir() {
+        division.make_folder(output)?;
     }
-    let mut jobs = jobs(&options.input, output)?;
     let all = jobs.len();
-    jobs.retain(|job| !(options.resume && TensorFile::open(&job.output).is_ok()));
+    // Inputs are looked at before the model is loaded, which may take long.
+    let is_done = division.survey(all, |index| {
+        let is_done = options.resume && TensorFile::open(&jobs[index].output).is_ok();
+        if !is_done {
+            TensorFile::open(&jobs[index].input)?;
+        }
+        Ok(is_done)
+    })?;
+    let mut is_done = is_done.into_iter();
+    jobs.retain(|_| !is_done.next().unwrap_or(false));
     if options.resume {
         console.note(format!("{} of {all} results are there already", all - jobs.len()));
     }
     if jobs.is_empty() {
         return Ok(());
     }
-    // Before the model is loaded, which may take long.
-    for job in &jobs {
-        TensorFile::open(&job.input)?;
-    }
-    let model = Model::load(options, &options.model.find(console)?, &place)?;
+    let model =
+        division.each(|| Model::load(options, &options.model.find(console)?, &place, console))?;
+    division.agree_on_model(model.tree())?;
     let bar = console.bar(jobs.len() as u64, "files");
-    for job in jobs {
-        let mut output = model.run(Request::read(&job.input, &place)?, options)?;
-        for tensor in output.values_mut() {
+    let work = |item: usize, turn: Turn<'_>| {
+        let Job { input, output } = &jobs[item];
+        let mut tensors = model.run(Request::read(input, &place)?, options)?;
+        for tensor in tensors.values_mut() {
             *tensor = tensor.to_dtype(DType::F32)?;
         }
-        write_tensors(&job.output, &output)?;
-        let shapes = output.iter().map(|(name, tensor)| (name.clone(), json!(tensor.dims())));
+        write_tensors(output, &tensors)?;
+        let shapes = tensors.iter().map(|(name, tensor)| (name.clone(), json!(tensor.dims())));
         let object = json!({
-            "input": job.input,
-            "output": job.output,
+            "input": input,
+            "output": output,
             "tensors": Value::Object(Map::from_iter(shapes)),
         });
-        let text = format!("{}: {} tensors", job.output.display(), output.len());
-        bar.suspend(|| console.result(text, object));
+        let text = format!("{}: {} tensors", output.display(), tensors.len());
+        turn.console.kept().result(text, object);
+        Ok(())
+    };
+    let collect = |_, ()| {
         bar.inc(1);
-    }
+        Ok(())
+    };
+    let names: Vec<String> = jobs.iter().map(|job| job.input.display().to_string()).collect();
+    division.divide(&names, &bar, work, collect)?;
     bar.finish_and_clear();
     Ok(())
 }
 
 /// Embeds the images that have no embedding yet.
-fn embed_images(options: &Options, place: &Placement) -> anyhow::Result<()> {
-    let console = options.console;
-    let images = images(std::slice::from_ref(&options.input))?;
-    let source = options.model.find(console)?;
-    let sam = source.load(place, console)?;
-    let predictor = SamPredictor::with_processor(&sam, source.processor(sam.config(), console)?);
-    let mut embeddings = options.embeddings.open(&options.photo);
+fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
+    let console = division.console;
+    let (place, images) = division
+        .each(|| Ok((options.backend.open()?, images(std::slice::from_ref(&options.input))?)))?;
+    division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;
+    if let Some(folder) = options.embeddings.folder() {
+        division.make_folder(folder)?;
+    }
+    let (source, sam) = division.each(|| {
+        let source = options.model.find(console)?;
+        let sam = source.load(&place, console)?;
+        Ok((source, sam))
+    })?;
+    division.agree_on_model(&sam)?;
+    let processor = division.each(|| Ok(source.processor(sam.config(), console)?))?;
+    let predictor = SamPredictor::with_processor(&sam, processor);
+    let embeddings = options.embeddings.open(&options.photo);
     let bar = console.bar(images.len() as u64, "images");
-    for image in &images {
-        if let Some(found) = embeddings.get(&predictor, image)? {
+    let mut tally = Tally::default();
+    let work = |item: usize, turn: Turn<'_>| {
+        let image = &images[item];
+        let found = embeddings.get(&predictor, image)?;
+        if let Some(found) = &found {
             let did = if found.computed.is_some() { "computed" } else { "read" };
             let text = format!("{}: embedding {did}, {}", image.display(), found.path.display());
             let object =
                 json!({ "input": image, "embedding": found.path, "computed": found.computed });
-            bar.suspend(|| console.result(text, object));
+            turn.console.kept().result(text, object);
         }
+        Ok(Origin::of(found.as_ref()))
+    };
+    let collect = |item: usize, origin: Origin| {
+        tally.add(item, &images[item], origin);
         bar.inc(1);
-    }
+        Ok(())
+    };
+    let names: Vec<String> = images.iter().map(|image| image.display().to_string()).collect();
+    division.divide(&names, &bar, work, collect)?;
     bar.finish_and_clear();
-    embeddings.tell(console);
+    embeddings.tell(&tally, console);
     Ok(())
 }
 
@@ -157,7 +208,6 @@ fn jobs(input: &Path, output: &Path) -> anyhow::Result<Vec<Job>> {
     if input.canonicalize().ok() == output.canonicalize().ok() {
         bail!("{}: --input and --output are one folder", output.display())
     }
-    files::create_dir(output)?;
     jobs.sort_by(|a, b| a.input.cmp(&b.input));
     Ok(jobs)
 }
@@ -231,9 +281,13 @@ enum Model {
 }
 
 impl Model {
-    fn load(options: &Options, source: &Source, place: &Placement) -> anyhow::Result<Self> {
-        let Placement { device, dtype } = place;
-        let (weights, console) = (&source.weights, options.console);
+    fn load(
+        options: &Options,
+        source: &Source,
+        place: &Placement,
+        console: Console,
+    ) -> anyhow::Result<Self> {
+        let (Placement { device, dtype }, weights) = (place, &source.weights);
         if options.deepseek_ocr {
             let mut encoder =
                 DeepSeekOcrEncoder::from_pretrained(weights, source.kind()?, *dtype, device)?;
@@ -248,6 +302,14 @@ impl Model {
             return Ok(Self::Vision(Box::new(model)));
         }
         Ok(Self::Sam(Box::new(source.load(place, console)?)))
+    }
+
+    fn tree(&self) -> &dyn ModuleTree {
+        match self {
+            Self::DeepSeekOcr(encoder) => &**encoder,
+            Self::Vision(model) => &**model,
+            Self::Sam(sam) => &**sam,
+        }
     }
 
     fn run(&self, request: Request<'_>, options: &Options) -> anyhow::Result<Tensors> {

@@ -5,12 +5,14 @@
 
 mod arguments;
 mod console;
+mod division;
 mod draw;
 mod embeddings;
 mod encode;
 mod export;
 pub mod finetune;
 mod import;
+mod listed;
 mod lora_arguments;
 mod masks;
 mod merge;

@@ -1,15 +1,14 @@
 //! The processes of a job that mpirun or a scheduler has started, or this one alone.
 
-use crate::train::{Alone, Communicator};
-use anyhow::anyhow;
+use crate::train::{together, Alone, Communicator};
 use std::io::{stderr, Write};
 use std::sync::Arc;
 
 /// How long processes wait for each other
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Processes {
-    /// Seconds after which a process that waits for another one ends the job. More than the slowest part of a step takes,
-    /// and one process's share of an evaluation
+    /// Seconds after which a process that waits for another one ends the job. More than the slowest image or part of a
+    /// step takes, and one process's share of an evaluation
     #[arg(long, default_value_t = 1800, value_name = "SECONDS")]
     wait: u64,
 }
@@ -45,22 +44,31 @@ pub fn on_first(
     work: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let own = if communicator.rank() == 0 { work() } else { Ok(()) };
-    crate::train::together(communicator, own, |()| vec![]).map(|_| ())
+    together(communicator, own, |()| vec![]).map(|_| ())
 }
 
-/// The result of this process. An error that names a rank is an error of all: the first process tells it. With an
-/// error of its own, a process ends the others.
+/// The result of this process. An error that names a rank is an error of all: the first process tells it, before MPI may
+/// end and mpirun with it. With an error of its own, a process ends the others.
 pub fn ended<T>(communicator: &dyn Communicator, result: anyhow::Result<T>) -> anyhow::Result<T> {
     let rank = communicator.rank();
     result.map_err(|error| match communicator.size() {
         1 => error,
         _ if !names_a_rank(&error.to_string()) => {
-            let _ = writeln!(stderr(), "error: rank {rank}: {error}");
+            say(&format!("error: rank {rank}: {error}\n"));
             communicator.abort(1)
         }
-        _ if rank == 0 => error,
-        _ => anyhow!(Told),
+        _ => {
+            if rank == 0 {
+                say(&format!("error: {error}\n"));
+            }
+            Told.into()
+        }
     })
+}
+
+/// Writes a message in one piece, or mpirun mixes it with what others say.
+fn say(message: &str) {
+    let _ = stderr().write_all(message.as_bytes());
 }
 
 /// Whether a message begins as "rank 2: ". An error about the rank of an adapter does not.
@@ -69,7 +77,7 @@ fn names_a_rank(message: &str) -> bool {
     number.is_some_and(|(number, _)| number.parse::<usize>().is_ok())
 }
 
-/// The error of a process whose message another one prints.
+/// The error of a process whose message is printed.
 #[derive(Debug, thiserror::Error)]
 #[error("told by the first process")]
 pub struct Told;

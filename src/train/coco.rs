@@ -9,7 +9,7 @@
 //! annotations of images that are not listed, and parts of fewer than three points, as in pycocotools. Categories do
 //! not matter here.
 
-use super::coco_json::{other_format, proper, Annotation, Id, Instances, Segmentation};
+use super::coco_json::{other_format, proper, Annotation, Id, Instances, OneImage, Segmentation};
 use super::summary::Named;
 use crate::file_kind::stand_in;
 use crate::sam::rle::{self, Runs, Size};
@@ -103,6 +103,62 @@ pub(super) struct Annotations {
     pub left_out: Vec<(String, Named)>,
 }
 
+const CROWDS: &str = "left out, annotations marked as crowds";
+const WITHOUT: &str = "left out, annotations without an outline";
+const BROKEN: &str = "left out, parts of outlines with fewer than three points";
+
+/// Annotations that are no single object.
+#[derive(Default)]
+struct LeftOut {
+    crowds: Named,
+    without: Named,
+    broken: Named,
+}
+
+impl LeftOut {
+    /// The object of an annotation; none if it is left out.
+    fn object(&mut self, annotation: Annotation) -> Option<Object> {
+        let is_crowd = annotation.is_crowd();
+        let Annotation { id, segmentation, .. } = annotation;
+        let name = format!("annotation {id}");
+        if is_crowd {
+            self.crowds.add(name);
+            return None;
+        }
+        let Some(mut segmentation) = segmentation.filter(|outline| !outline.is_empty()) else {
+            self.without.add(name);
+            return None;
+        };
+        if segmentation.without_broken_parts() > 0 {
+            self.broken.add(name.clone());
+        }
+        if segmentation.is_empty() {
+            self.without.add(name);
+            return None;
+        }
+        Some(Object { id, segmentation })
+    }
+}
+
+/// Reads the annotations of one image, as SA-1B has them: also how many were left out, by reason.
+///
+/// # Errors
+/// - the bytes are no such JSON, or the image's sides are impossible.
+pub(super) fn of_image(path: &Path, bytes: &[u8]) -> Result<(CocoImage, Vec<(String, usize)>)> {
+    let invalid = |why: String| Error::file(path, format!("no annotations of an image: {why}"));
+    let text = std::str::from_utf8(bytes).map_err(|_| invalid("it is no text in UTF-8".into()))?;
+    let OneImage { image, annotations } =
+        serde_json::from_str(&proper(text)).map_err(|e| invalid(e.to_string()))?;
+    let size = image.map_or(Ok(None), |image| image.size(MAX_SIDE)).map_err(invalid)?;
+    let mut left_out = LeftOut::default();
+    let objects = annotations.into_iter().filter_map(|found| left_out.object(found)).collect();
+    let LeftOut { crowds, without, broken } = left_out;
+    let counts = [(CROWDS, crowds), (WITHOUT, without), (BROKEN, broken)];
+    let counts = counts.into_iter().filter(|(_, named)| named.count() > 0);
+    let counts = counts.map(|(what, named)| (what.to_string(), named.count())).collect();
+    Ok((CocoImage { file_name: String::new(), size, annotations: path.into(), objects }, counts))
+}
+
 /// Reads a file of annotations.
 ///
 /// # Errors
@@ -146,32 +202,17 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
         read.images.push(CocoImage { file_name, size, annotations, objects: vec![] });
     }
     let total = annotations.len();
-    let [mut crowds, mut without, mut broken, mut strange] = [(); 4].map(|()| Named::default());
+    let (mut left_out, mut strange) = (LeftOut::default(), Named::default());
     for annotation in annotations {
-        let is_crowd = annotation.is_crowd();
-        let Annotation { id, image_id, segmentation, .. } = annotation;
-        let place = places.get(&image_id);
+        let Annotation { id, image_id, .. } = &annotation;
+        let place = places.get(image_id);
         let Some(image) = place.and_then(|place| read.images.get_mut(*place)) else {
             strange.add(format!("annotation {id}: there is no image {image_id}"));
             continue;
         };
-        let name = format!("annotation {id}");
-        if is_crowd {
-            crowds.add(name);
-            continue;
-        }
-        let Some(mut segmentation) = segmentation.filter(|outline| !outline.is_empty()) else {
-            without.add(name);
-            continue;
-        };
-        if segmentation.without_broken_parts() > 0 {
-            broken.add(name.clone());
-        }
-        match segmentation.is_empty() {
-            true => without.add(name),
-            false => image.objects.push(Object { id, segmentation }),
-        }
+        image.objects.extend(left_out.object(annotation));
     }
+    let LeftOut { crowds, without, broken } = left_out;
     // An image without an object needs no name.
     let has_object = |place: usize| !read.images[place].objects.is_empty();
     let faults = nameless.into_iter().filter(|(place, _)| has_object(*place)).map(|(_, e)| e);
@@ -199,10 +240,10 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
     // Images without a name were told above.
     read.images.retain(|image| !image.file_name.is_empty());
     read.left_out = [
-        ("left out, annotations marked as crowds", crowds),
-        ("left out, annotations without an outline", without),
+        (CROWDS, crowds),
+        (WITHOUT, without),
         ("left out, annotations of images that are not listed", strange),
-        ("left out, parts of outlines with fewer than three points", broken),
+        (BROKEN, broken),
         ("left out, images without an object", Named::counted(unlabelled)),
     ]
     .into_iter()

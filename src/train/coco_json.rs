@@ -12,6 +12,13 @@ pub(super) struct Instances {
     pub annotations: Vec<Annotation>,
 }
 
+/// The annotations of one image, in a file of its own.
+#[derive(Deserialize)]
+pub(super) struct OneImage {
+    pub image: Option<ImageEntry>,
+    pub annotations: Vec<Annotation>,
+}
+
 #[derive(Deserialize)]
 pub(super) struct ImageEntry {
     #[serde(default)]

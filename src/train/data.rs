@@ -1,14 +1,15 @@
 //! Images and their objects, visited in an order that is a function of (seed, step). A folder of images has a folder of
 //! masks, paired by name, or COCO's annotations.
 
-use super::coco;
-use super::folder::{on_disk, pairs, Named};
-use super::sample::{DatasetOptions, Loaded, Pair, Sample, Truth};
-use super::summary::{self, Summary};
+use super::distributed::{check_agreement, together, Alone, Communicator};
+use super::finding::Finding;
+use super::listing::{DataFiles, Listing, TruthFiles};
+use super::sample::{DatasetOptions, Loaded, Pair, Sample};
+use super::summary::Summary;
 use super::StepRng;
 use crate::files::Checksum;
 use crate::{Error, Result};
-use std::collections::BTreeMap;
+use serde_json::{json, Map};
 use std::path::Path;
 
 /// So many faults are listed.
@@ -23,111 +24,132 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Pairs the files of two folders by name, and reads each once. So all faults of the data are told before hours of
-    /// training. Images without an instance are left out; [`Self::summary`] tells what was understood.
+    /// The images of a folder or TAR, with the masks of another or the same: see [`open_files`](Self::open_files).
     ///
     /// # Errors
-    /// - a folder is unreadable or has no image;
-    /// - an image has no mask, a mask no image, or two files share a stem;
-    /// - a file is unreadable, is no mask, or sizes differ;
-    /// - no image has an instance, or one has none and the options are strict.
+    /// - as [`open_files`](Self::open_files).
     pub fn open(
         images: impl AsRef<Path>,
         masks: impl AsRef<Path>,
         options: &DatasetOptions,
     ) -> Result<Self> {
-        let (found, faults) = pairs(images.as_ref(), masks.as_ref(), &options.suffixes)?;
-        let pair = |Named { name, image, mask }| Pair {
-            name,
-            image,
-            transparent: false,
-            size: (0, 0),
-            truth: Truth::Mask(mask),
-        };
-        let (options, summary) = (options.clone(), Summary::new(options.min_area));
-        let dataset = Self { pairs: found.into_iter().map(pair).collect(), options, summary };
-        dataset.checked(masks.as_ref(), faults)
+        let truth = TruthFiles::Masks(vec![masks.as_ref().into()]);
+        Self::open_files(&DataFiles { images: vec![images.as_ref().into()], truth }, options)
     }
 
-    /// The images of a folder that have objects in a file of COCO's, and reads each once. Images without an instance
-    /// are left out.
+    /// The images of a folder that have objects in a file of COCO's: see [`open_files`](Self::open_files).
     ///
     /// # Errors
-    /// - the annotations are unreadable or damaged;
-    /// - an image is missing, unreadable or of another size, or two images have one name;
-    /// - no image has an instance; or something is left out, and the options are strict.
+    /// - as [`open_files`](Self::open_files).
     pub fn open_coco(
         images: impl AsRef<Path>,
         annotations: impl AsRef<Path>,
         options: &DatasetOptions,
     ) -> Result<Self> {
-        let (images, annotations) = (images.as_ref(), annotations.as_ref());
-        let coco::Annotations { images: found, mut faults, left_out } = coco::read(annotations)?;
-        let mut summary = Summary::new(options.min_area);
-        let mut by_last_part = summary::Named::default();
-        let (mut all, mut names) = (vec![], BTreeMap::new());
-        for coco in found {
-            let (image, moved) = on_disk(images, &coco.file_name);
-            if moved {
-                by_last_part.add(&coco.file_name);
-            }
-            let name = Path::new(&coco.file_name)
-                .with_extension("")
-                .to_string_lossy()
-                .replace(['/', '\\', ':'], "_");
-            if let Some(other) = names.insert(name.clone(), coco.file_name.clone()) {
-                let message =
-                    format!("two images are called {name}: {other} and {}", coco.file_name);
-                faults.push(Error::file(annotations, message));
-            }
-            let truth = Truth::Coco(coco);
-            all.push(Pair { name, image, transparent: false, size: (0, 0), truth });
-        }
-        summary.notes = left_out;
-        if options.strict {
-            faults.extend(summary.notes.iter().map(|(what, named)| {
-                Error::file(annotations, format!("{what}: {}", named.count()))
-            }));
-        }
-        if by_last_part.count() > 0 {
-            let what = "found under another path, case or ending than their file_name says, images";
-            summary.notes.push((what.into(), by_last_part));
-        }
-        let dataset = Self { pairs: all, options: options.clone(), summary };
-        dataset.checked(annotations, faults)
+        let truth = TruthFiles::Coco(annotations.as_ref().into());
+        Self::open_files(&DataFiles { images: vec![images.as_ref().into()], truth }, options)
     }
 
-    /// Reads all of it once; leaves out what has no instance.
-    fn checked(mut self, truth: &Path, mut faults: Vec<Error>) -> Result<Self> {
+    /// Pairs images with their truth, and reads each once. So all faults of the data are told before hours of training.
+    /// Images without an instance are left out; [`Self::summary`] tells what was understood.
+    ///
+    /// # Errors
+    /// - a folder, TAR or file of annotations is unreadable, damaged or has no image;
+    /// - an image has no mask, a mask no image, or two files share a name;
+    /// - a file is unreadable, is no mask, or sizes differ;
+    /// - no image has an instance; or something is left out, and the options are strict.
+    pub fn open_files(files: &DataFiles, options: &DatasetOptions) -> Result<Self> {
+        Self::open_together(files, options, &Alone)
+    }
+
+    /// As [`open_files`](Self::open_files), by several processes, each of which reads its share of the files.
+    ///
+    /// All must list the same names and sizes. Contents are compared when a sample is loaded, with what the process found
+    /// that read it first.
+    ///
+    /// # Errors
+    /// - as [`open_files`](Self::open_files), on every rank;
+    /// - a rank has other files, or reads them with other options.
+    pub fn open_together(
+        files: &DataFiles,
+        options: &DatasetOptions,
+        communicator: &dyn Communicator,
+    ) -> Result<Self> {
+        let (listing, _) = together(communicator, Listing::of(files, options), |_| vec![])?;
+        if communicator.size() > 1 {
+            let (names, _) = together(communicator, listing.checksum(), |_| vec![])?;
+            let images = listing.pairs.len();
+            let data = json!({ "images": images, "names and sizes": names, "reading": options });
+            check_agreement(communicator, &Map::from_iter([("data".to_string(), data)]))?;
+        }
+        let Listing { pairs, faults, truth, notes, shards } = listing;
+        let mut summary = Summary::new(options.min_area);
+        (summary.notes, summary.shards) = (notes, shards);
+        let dataset = Self { pairs, options: options.clone(), summary };
+        let findings = dataset.findings(communicator)?;
+        Ok(together(communicator, dataset.checked(findings, &truth, faults), |_| vec![])?.0)
+    }
+
+    /// The findings in each pair, of which every process reads its share.
+    fn findings(&self, communicator: &dyn Communicator) -> Result<Vec<Finding>> {
+        let (rank, size) = (communicator.rank(), communicator.size());
+        let find = |index: usize| Finding::of(&self.pairs[index], self.read(index));
+        let own: Vec<Finding> = (rank..self.len()).step_by(size).map(find).collect();
+        if size == 1 {
+            return Ok(own);
+        }
+        let told = |own: &Vec<Finding>| json!(own).to_string().into_bytes();
+        let (_, told) = together(communicator, Ok::<_, Error>(own), told)?;
+        let share = |(rank, told): (usize, &Vec<u8>)| {
+            let found = serde_json::from_slice::<Vec<Finding>>(told);
+            let found = found.map_err(|e| Error::Rank { rank, message: e.to_string() })?;
+            Ok(found.into_iter())
+        };
+        let mut shares = told.iter().enumerate().map(share).collect::<Result<Vec<_>>>()?;
+        let next = |index: usize| {
+            let rank = index % size;
+            let found = shares[rank].next();
+            found.ok_or_else(|| Error::Rank { rank, message: "did not read all it had to".into() })
+        };
+        (0..self.len()).map(next).collect()
+    }
+
+    /// Takes what was found; leaves out what has no instance.
+    fn checked(
+        mut self,
+        findings: Vec<Finding>,
+        truth: &Path,
+        mut faults: Vec<Error>,
+    ) -> Result<Self> {
         let mut kept = vec![];
-        for index in 0..self.len() {
-            let loaded = match self.read(index) {
-                Ok(loaded) => loaded,
-                Err(error) => {
-                    faults.extend(self.pairs[index].faults(error));
-                    kept.push(false);
-                    continue;
-                }
-            };
-            let file = self.pairs[index].truth_file();
+        for (found, pair) in findings.into_iter().zip(&mut self.pairs) {
+            kept.push(found.faults.is_empty() && !found.areas.is_empty());
+            if !found.faults.is_empty() {
+                faults.extend(found.faults);
+                continue;
+            }
+            let file = pair.truth_file();
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let Loaded { sample, picture, mask, small } = loaded;
-            let pair = &mut self.pairs[index];
-            (pair.transparent, pair.size) = (sample.transparent, sample.image.dimensions());
-            kept.push(!sample.instances.is_empty());
-            if sample.instances.is_empty() {
+            self.summary.add_left_out(&name, &found.left_out);
+            if self.options.strict && !found.left_out.is_empty() {
+                let told = found.left_out.iter().map(|(what, count)| format!("{what}: {count}"));
+                faults.push(Error::file(file, told.collect::<Vec<_>>().join("; ")));
+            }
+            if found.areas.is_empty() {
                 if self.options.strict {
-                    faults.push(self.pairs[index].without_instance(self.options.min_area, small));
+                    faults.push(pair.without_instance(self.options.min_area, found.small));
                 }
-                match small {
+                match found.small {
                     0 => self.summary.add_empty(&name),
                     small => self.summary.add_too_small(&name, small),
                 }
                 continue;
             }
-            self.summary.add_objects(sample.instances.iter().map(|found| found.area), small);
-            self.summary.add_picture(&name, &picture);
-            if let Some(mask) = &mask {
+            (pair.transparent, pair.size) = (found.transparent, found.size);
+            (pair.content, pair.runs) = (found.content, found.runs);
+            self.summary.add_objects(found.areas.into_iter(), found.small);
+            self.summary.add_picture(&name, &found.picture);
+            if let Some(mask) = &found.mask {
                 self.summary.add_mask(&name, mask);
             }
         }
@@ -169,7 +191,7 @@ impl Dataset {
 
     /// Name, width and height of each image.
     pub fn sizes(&self) -> impl Iterator<Item = (&Path, (u32, u32))> {
-        self.pairs.iter().map(|pair| (pair.image.as_path(), pair.size))
+        self.pairs.iter().map(|pair| (pair.image.path.as_path(), pair.size))
     }
 
     /// The number of images with transparent pixels, which are laid on white.
@@ -182,28 +204,14 @@ impl Dataset {
         self.pairs.is_empty()
     }
 
-    /// The number of images and a checksum of all files, for the settings of a run.
-    pub fn fingerprint(&self) -> Result<String> {
+    /// The number of images and a checksum of all files as they were when it was opened, for the settings of a run.
+    pub fn fingerprint(&self) -> String {
         let mut checksum = Checksum::new();
-        for pair in &self.pairs {
-            let mut add = |path: &Path| -> Result<()> {
-                let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-                checksum.add(&pair.name, &bytes);
-                Ok(())
-            };
-            add(&pair.image)?;
-            match &pair.truth {
-                Truth::Mask(mask) => add(mask)?,
-                Truth::Coco(coco) => {
-                    let (width, height) = pair.size;
-                    for (object, runs) in coco.objects((height, width)).enumerate() {
-                        let bytes = runs?.into_iter().flatten().flat_map(u32::to_le_bytes);
-                        checksum.add(&format!("{object}"), &bytes.collect::<Vec<u8>>());
-                    }
-                }
-            }
+        for Pair { name, content, runs, .. } in &self.pairs {
+            let content = [content.image, content.truth, *runs].map(u32::to_le_bytes);
+            checksum.add(name, content.as_flattened());
         }
-        Ok(format!("{} images, checksum {checksum}", self.len()))
+        format!("{} images, checksum {checksum}", self.len())
     }
 
     /// Sets aside about `fraction` of the pairs, at least one, chosen by `seed`: (the rest, those set aside).
@@ -236,11 +244,19 @@ impl Dataset {
     /// Reads the pair at `index`.
     ///
     /// # Errors
-    /// - a file became unreadable, or its mask has no instance any more.
+    /// - a file became unreadable, or another one than when the data set was opened.
     pub fn load(&self, index: usize) -> Result<Sample> {
-        let Loaded { sample, small, .. } = self.read(index)?;
+        let Loaded { sample, small, content, .. } = self.read(index)?;
+        let pair = &self.pairs[index];
+        if content != pair.content {
+            let file = match content.image == pair.content.image {
+                true => pair.truth_file(),
+                false => &pair.image.path,
+            };
+            return Err(Error::file(file, "is not the file that was read when the run began"));
+        }
         match sample.instances.is_empty() {
-            true => Err(self.pairs[index].without_instance(self.options.min_area, small)),
+            true => Err(pair.without_instance(self.options.min_area, small)),
             false => Ok(sample),
         }
     }

@@ -1,5 +1,7 @@
-//! Images and masks of two folders, or of one, paired by their names.
+//! Images and masks of folders and TARs, paired by their names, wherever each is.
 
+use super::stored::Stored;
+use super::tar_file;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,100 +26,132 @@ pub(super) struct Named {
     /// The stem of the image.
     pub name: String,
     /// The file.
-    pub image: PathBuf,
+    pub image: Stored,
     /// Its mask's.
-    pub mask: PathBuf,
+    pub mask: Stored,
 }
 
-/// The pairs of two folders, by the images' names, and everything that is wrong with their names.
+/// The pairs of images and masks, by the images' names, and everything that is wrong with their names. Several folders or
+/// TARs are read as one folder with all their files.
 ///
 /// # Errors
-/// - a folder cannot be read, or has no image;
+/// - a folder or TAR cannot be read, or has no image;
 /// - one folder is given for both, and nothing tells images from masks.
 pub(super) fn pairs(
-    images: &Path,
-    masks: &Path,
+    images: &[PathBuf],
+    masks: &[PathBuf],
     suffixes: &Suffixes,
 ) -> Result<(Vec<Named>, Vec<Error>)> {
     let mut faults = vec![];
     let (image_files, mask_files) = (files(images, &mut faults)?, files(masks, &mut faults)?);
-    let same = same_folder(images, masks);
-    if same && suffixes.mask == suffixes.image {
+    let of_images = |folder: &&PathBuf| images.iter().any(|other| same_folder(folder, other));
+    let same = masks.iter().find(of_images);
+    if let Some(folder) = same.filter(|_| suffixes.mask == suffixes.image) {
         return Err(Error::file(
-            masks,
+            folder,
             "is the folder of the images too: name that of the masks, or what their names end with (--mask-suffix)",
         ));
     }
-    let mut by_name: BTreeMap<String, PathBuf> = BTreeMap::new();
-    for path in mask_files {
-        let Some(key) = key(&path, &suffixes.mask) else { continue };
-        if same && suffixes.mask.is_empty() && stem(&path).ends_with(&suffixes.image) {
+    let same = same.is_some();
+    let mut by_name = BTreeMap::new();
+    for file in mask_files {
+        let Some(key) = key(&file.path, &suffixes.mask) else { continue };
+        if same && suffixes.mask.is_empty() && stem(&file.path).ends_with(&suffixes.image) {
             continue;
         }
-        insert(&mut by_name, key, path, &mut faults);
+        insert(&mut by_name, key, file, &mut faults);
     }
-    let mut wanted: BTreeMap<String, PathBuf> = BTreeMap::new();
-    for path in image_files {
-        let Some(key) = key(&path, &suffixes.image) else { continue };
-        if same && suffixes.image.is_empty() && stem(&path).ends_with(&suffixes.mask) {
+    let mut wanted = BTreeMap::new();
+    for file in image_files {
+        let Some(key) = key(&file.path, &suffixes.image) else { continue };
+        if same && suffixes.image.is_empty() && stem(&file.path).ends_with(&suffixes.mask) {
             continue;
         }
-        insert(&mut wanted, key, path, &mut faults);
+        insert(&mut wanted, key, file, &mut faults);
     }
+    let named = |places: &[PathBuf]| {
+        let names = places.iter().map(|place| place.display().to_string());
+        names.collect::<Vec<_>>().join(", ")
+    };
     if wanted.is_empty() && faults.is_empty() {
         let message = format!("has no image whose name ends with {}", suffixes.image);
-        return Err(Error::file(images, message));
+        return Err(Error::file(named(images), message));
     }
     let mut pairs = vec![];
     for (key, image) in wanted {
-        let full = image.file_name().map(|name| nfc(&name.to_string_lossy())).unwrap_or_default();
+        let full =
+            image.path.file_name().map(|name| nfc(&name.to_string_lossy())).unwrap_or_default();
         let found = [&key, &full].into_iter().find(|name| by_name.contains_key(*name)).cloned();
         match found.or_else(|| same_but_case(&by_name, &key)).and_then(|name| by_name.remove(&name))
         {
-            Some(mask) => pairs.push(Named { name: stem(&image), image, mask }),
+            Some(mask) => pairs.push(Named { name: stem(&image.path), image, mask }),
             None => {
                 let hint = suffix_hint(&by_name, &key, &suffixes.mask);
                 let stem = format!("{key}{}", suffixes.mask);
-                let message = format!(
-                    "has no mask: {} has no file of this stem, {stem}{hint}",
-                    masks.display()
-                );
-                faults.push(Error::file(&image, message));
+                let message =
+                    format!("has no mask: {} has no file of this stem, {stem}{hint}", named(masks));
+                faults.push(Error::file(&image.path, message));
             }
         }
     }
     for mask in by_name.values() {
-        let message = format!("has no image: {} has no file of this stem", images.display());
-        faults.push(Error::file(mask, message));
+        let message = format!("has no image: {} has no file of this stem", named(images));
+        faults.push(Error::file(&mask.path, message));
     }
     Ok((pairs, faults))
 }
 
 fn insert(
-    files: &mut BTreeMap<String, PathBuf>,
+    files: &mut BTreeMap<String, Stored>,
     key: String,
-    path: PathBuf,
+    file: Stored,
     faults: &mut Vec<Error>,
 ) {
     match files.get(&key) {
         Some(other) => {
-            faults.push(Error::file(&path, format!("has the same stem as {}", other.display())));
+            let message = format!("has the same stem as {}", other.path.display());
+            faults.push(Error::file(&file.path, message));
         }
         None => {
-            files.insert(key, path);
+            files.insert(key, file);
         }
     }
 }
 
+/// The image files of folders and TARs.
+fn files(places: &[PathBuf], faults: &mut Vec<Error>) -> Result<Vec<Stored>> {
+    let mut all = vec![];
+    for place in places {
+        if !place.is_file() {
+            all.extend(in_folder(place, faults)?.into_iter().map(Stored::file));
+            continue;
+        }
+        let files = tar_file::entries(place, faults)?.into_iter().map(|entry| entry.stored);
+        let ending = |path: &Path| path.extension().map(|e| e.to_string_lossy().to_lowercase());
+        let before = all.len();
+        all.extend(files.filter(|file| ending(&file.path).is_some_and(|e| is_image(&e))));
+        if all.len() == before {
+            let message = format!("the TAR has no image ({})", ENDINGS.join(", "));
+            return Err(Error::file(place, message));
+        }
+    }
+    Ok(all)
+}
+
+/// Whether a name's ending, in small letters, is an image's.
+pub(super) fn is_image(ending: &str) -> bool {
+    ENDINGS.contains(&ending)
+}
+
 /// The image files of a folder in the order of their names.
-fn files(folder: &Path, faults: &mut Vec<Error>) -> Result<Vec<PathBuf>> {
+fn in_folder(folder: &Path, faults: &mut Vec<Error>) -> Result<Vec<PathBuf>> {
     let mut files = vec![];
     for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
         let path = entry.map_err(|e| Error::io(folder, e))?.path();
         let ending = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
         let is_hidden = name.is_none_or(|name| name.starts_with('.'));
-        if is_hidden || !ending.is_some_and(|e| ENDINGS.contains(&e.as_str())) || path.is_dir() {
+        if is_hidden || !ending.is_some_and(|e| is_image(&e)) || path.is_dir() {
             continue;
         }
         if path.file_stem().and_then(|stem| stem.to_str()).is_none() {
@@ -159,13 +193,13 @@ fn same_folder(a: &Path, b: &Path) -> bool {
 }
 
 /// The one name that differs in case alone.
-fn same_but_case(names: &BTreeMap<String, PathBuf>, name: &str) -> Option<String> {
+fn same_but_case(names: &BTreeMap<String, Stored>, name: &str) -> Option<String> {
     let lower = name.to_lowercase();
     only(names.keys().filter(|other| other.to_lowercase() == lower)).cloned()
 }
 
 /// Which suffix would find a mask.
-fn suffix_hint(masks: &BTreeMap<String, PathBuf>, image: &str, suffix: &str) -> String {
+fn suffix_hint(masks: &BTreeMap<String, Stored>, image: &str, suffix: &str) -> String {
     let longer = masks.keys().filter_map(|mask| mask.strip_prefix(image));
     match longer.filter(|rest| rest.starts_with(['_', '-', '.', ' '])).min_by_key(|rest| rest.len())
     {
@@ -192,7 +226,7 @@ pub(super) fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
     };
     let is_image = |path: &Path| {
         let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
-        ending.is_some_and(|ending| ENDINGS.contains(&ending.as_str()))
+        ending.is_some_and(|ending| self::is_image(&ending))
     };
     // An image written in another format has the stem, or the name if that has no ending.
     let wanted = Path::new(last);
@@ -207,13 +241,6 @@ pub(super) fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
 /// The one item, if there is one alone.
 fn only<T>(mut items: impl Iterator<Item = T>) -> Option<T> {
     items.next().filter(|_| items.next().is_none())
-}
-
-/// Whether two files hold the same bytes.
-pub(super) fn same_content(a: &Path, b: &Path) -> bool {
-    let length = |path: &Path| std::fs::metadata(path).map(|file| file.len()).ok();
-    length(a) == length(b)
-        && std::fs::read(a).ok().is_some_and(|bytes| std::fs::read(b).ok() == Some(bytes))
 }
 
 #[cfg(test)]
@@ -233,7 +260,7 @@ mod tests {
     fn paired(images: &[&str], masks: &[&str], image: &str, mask: &str) -> (usize, Vec<String>) {
         let (_root, a, b) = tree(images, masks);
         let suffixes = Suffixes { image: image.into(), mask: mask.into() };
-        let (pairs, faults) = pairs(&a, &b, &suffixes).expect("folders");
+        let (pairs, faults) = pairs(&[a], &[b], &suffixes).expect("folders");
         (pairs.len(), faults.iter().map(Error::to_string).collect())
     }
 
@@ -276,12 +303,13 @@ mod tests {
     #[test]
     fn one_folder_needs_a_suffix() {
         let (_root, folder, _) = tree(&["x.tif", "x_masks.tif", "x_flows.tif"], &[]);
-        let error = pairs(&folder, &folder, &Suffixes::default()).expect_err("both").to_string();
+        let both = [folder];
+        let error = pairs(&both, &both, &Suffixes::default()).expect_err("both").to_string();
         assert!(error.contains("--mask-suffix"), "{error}");
         let masks = Suffixes { mask: "_masks".into(), ..Default::default() };
-        let (found, faults) = pairs(&folder, &folder, &masks).expect("a folder");
+        let (found, faults) = pairs(&both, &both, &masks).expect("a folder");
         assert_eq!((found.len(), faults.len()), (1, 1), "the flows have no mask");
-        assert!(found[0].mask.ends_with("x_masks.tif"));
+        assert!(found[0].mask.path.ends_with("x_masks.tif"));
     }
 
     #[cfg(unix)]
@@ -289,7 +317,7 @@ mod tests {
     fn broken_links_are_faults() {
         let (_root, a, b) = tree(&["x.png"], &["x.png"]);
         std::os::unix::fs::symlink("/nowhere.png", a.join("y.png")).expect("a link");
-        let (_, faults) = pairs(&a, &b, &Suffixes::default()).expect("folders");
+        let (_, faults) = pairs(&[a], &[b], &Suffixes::default()).expect("folders");
         assert!(faults[0].to_string().contains("y.png: is a link to a file that is not there"));
     }
 }

@@ -44,11 +44,17 @@ mod event_file;
 #[cfg(feature = "images")]
 mod exif;
 #[cfg(feature = "images")]
+mod facts;
+#[cfg(feature = "images")]
+mod finding;
+#[cfg(feature = "images")]
 mod folder;
 mod gradients;
 mod history;
 #[cfg(feature = "images")]
 mod labels;
+#[cfg(feature = "images")]
+mod listing;
 mod loss;
 mod lost_gradients;
 #[cfg(feature = "images")]
@@ -63,11 +69,17 @@ mod schedule;
 mod scores;
 #[cfg(feature = "images")]
 mod segmentation;
+#[cfg(feature = "images")]
+mod shards;
 // The check of gradients in `testing` uses all of it.
 #[cfg_attr(not(feature = "testing"), allow(dead_code))]
 pub(crate) mod slope;
 #[cfg(feature = "images")]
+mod stored;
+#[cfg(feature = "images")]
 mod summary;
+#[cfg(feature = "images")]
+mod tar_file;
 mod trainer;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
@@ -78,7 +90,7 @@ pub use checkpoint::{previous_state_path, TrainingState};
 pub use data::Dataset;
 #[cfg(feature = "mpi")]
 pub use distributed::Mpi;
-pub use distributed::{together, Alone, Communicator};
+pub use distributed::{check_agreement, share, together, Alone, Communicator};
 #[cfg(feature = "images")]
 pub use evaluation::{evaluate_image, Evaluator, FoundMask, ImageEvaluation};
 pub use event_file::EventFile;
@@ -88,6 +100,8 @@ pub use gradients::Gradients;
 pub use history::{best_evaluation, evaluations_since_best, StepScores};
 #[cfg(feature = "images")]
 pub use labels::{find_instances, mask_on_grid, Instance, LabelImage, IGNORED};
+#[cfg(feature = "images")]
+pub use listing::{DataFiles, TruthFiles};
 pub use loss::{bce_with_logits, dice_loss, mask_loss};
 #[cfg(feature = "images")]
 pub use mask::{interpret, read_mask, Mask, MaskOptions, Meaning};

@@ -1,17 +1,18 @@
 //! One image with its truth, and how both are read.
 
-use super::coco::CocoImage;
+use super::coco::{self, CocoImage};
 use super::exif;
-use super::folder::{same_content, Suffixes};
+use super::folder::Suffixes;
 use super::labels::{layered, layers_of, Instance, LabelImage};
-use super::mask::{read_mask, Mask, MaskOptions};
+use super::mask::{read_mask_bytes, Mask, MaskOptions};
+use super::stored::Stored;
 use crate::sam::rle;
 use crate::sam::{convert_to_rgb, is_transparent, Picture, ReadOptions};
 use crate::{Error, Result};
 use image::RgbImage;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::cell::Cell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// An image, its labels, and those of its instances that are large enough.
 #[derive(Clone, Debug)]
@@ -60,17 +61,31 @@ impl DatasetOptions {
 #[derive(Clone, Debug)]
 pub(super) struct Pair {
     pub name: String,
-    pub image: PathBuf,
-    pub transparent: bool,
-    /// Width and height, once it was read.
-    pub size: (u32, u32),
+    pub image: Stored,
     pub truth: Truth,
+    /// The rest is known once it was read.
+    pub transparent: bool,
+    /// Width and height.
+    pub size: (u32, u32),
+    pub content: Content,
+    /// Checksum of the runs of annotations.
+    pub runs: u32,
 }
 
 #[derive(Clone, Debug)]
 pub(super) enum Truth {
-    Mask(PathBuf),
+    Mask(Stored),
     Coco(CocoImage),
+    /// Annotations of this image alone.
+    Json(Stored),
+}
+
+/// Checksums of the files of a pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Content {
+    pub image: u32,
+    /// 0 of annotations that stand in a file of all images.
+    pub truth: u32,
 }
 
 /// A sample and how it was read.
@@ -80,21 +95,32 @@ pub(super) struct Loaded {
     pub mask: Option<Mask>,
     /// Instances that are too small.
     pub small: usize,
+    /// The annotations, if the truth is some.
+    pub objects: Option<CocoImage>,
+    /// Annotations that were left out, by reason.
+    pub left_out: Vec<(String, usize)>,
+    pub content: Content,
 }
 
 impl Pair {
-    /// The file of the mask, or the image where the truth is annotations.
+    /// One that was not read yet.
+    pub fn new(name: String, image: Stored, truth: Truth) -> Self {
+        let (transparent, size, content, runs) = (false, (0, 0), Content::default(), 0);
+        Self { name, image, truth, transparent, size, content, runs }
+    }
+
+    /// The file of the mask, or the image where the truth is annotations of several.
     pub fn truth_file(&self) -> &Path {
         match &self.truth {
-            Truth::Mask(mask) => mask,
-            Truth::Coco(_) => &self.image,
+            Truth::Mask(file) | Truth::Json(file) => &file.path,
+            Truth::Coco(_) => &self.image.path,
         }
     }
 
     /// Everything that is wrong with the pair, of which `first` was met first.
     pub fn faults(&self, first: Error) -> Vec<Error> {
         let Truth::Coco(coco) = &self.truth else { return vec![first] };
-        let of_annotations = matches!(&first, Error::File { path, .. } if *path != self.image);
+        let of_annotations = matches!(&first, Error::File { path, .. } if *path != self.image.path);
         let size = coco.size.filter(|_| of_annotations);
         let all: Vec<Error> = size
             .map(|size| coco.objects(size).filter_map(Result::err).collect())
@@ -122,72 +148,103 @@ impl Pair {
     /// # Errors
     /// - a file is unreadable, is no mask, or sizes differ.
     pub fn read(&self, options: &DatasetOptions) -> Result<Loaded> {
-        let picture = options.images.read(&self.image)?;
+        let path = &self.image.path;
+        let bytes = self.image.read()?;
+        let (length, mut content) = (bytes.len(), Content::default());
+        content.image = crc32c::crc32c(&bytes);
+        let picture = options.images.read_bytes(path, bytes)?;
         let transparent = is_transparent(&picture.image);
-        let image =
-            convert_to_rgb(&picture.image).map_err(|e| Error::file(&self.image, e.to_string()))?;
+        let image = convert_to_rgb(&picture.image).map_err(|e| Error::file(path, e.to_string()))?;
         let (width, height) = image.dimensions();
-        let small = Cell::new(0);
+        let small = Small { min_area: options.min_area, count: Cell::new(0) };
+        let (mut objects, mut left_out) = (None, vec![]);
         let (layers, mask) = match &self.truth {
-            Truth::Mask(path) => {
-                let mut mask = read_mask(path, &options.masks)?;
+            Truth::Mask(file) => {
+                let bytes = file.read()?;
+                content.truth = crc32c::crc32c(&bytes);
+                let is_alike = content.truth == content.image && bytes.len() == length;
+                let mut mask = read_mask_bytes(&file.path, bytes, &options.masks)?;
                 if mask.labels.dimensions() != (width, height) {
                     let message = format!(
                         "the mask is {:?} pixels, but {} is {:?}{}",
                         mask.labels.dimensions(),
-                        self.image.display(),
+                        path.display(),
                         image.dimensions(),
                         turned(&picture, mask.labels.dimensions())
                     );
-                    return Err(Error::file(path, message));
+                    return Err(Error::file(&file.path, message));
                 }
-                if same_content(&self.image, path) {
-                    let message =
-                        format!("is the image itself, {}, and no mask", self.image.display());
-                    return Err(Error::file(path, message));
+                if is_alike && self.image.read()? == file.read()? {
+                    let message = format!("is the image itself, {}, and no mask", path.display());
+                    return Err(Error::file(&file.path, message));
                 }
                 mask.remarks.extend(exif::remark(&image, picture.orientation, &mask.labels));
                 (vec![std::mem::take(&mut mask.labels)], Some(mask))
             }
             Truth::Coco(coco) => {
-                if let Some((rows, cols)) = coco.size.filter(|size| *size != (height, width)) {
-                    let message = format!(
-                        "is {width} x {height} pixels, but {cols} x {rows} in its annotations{}",
-                        turned(&picture, (cols, rows))
-                    );
-                    return Err(Error::file(&self.image, message));
-                }
-                let objects = drawn(coco, (height, width), options.min_area, &small);
-                let layers = layers_of(objects, width, height);
-                let layers = layers.map_err(|e| match e {
-                    Error::Config(message) => Error::file(&self.image, message),
-                    other => other,
-                })?;
+                objects = Some(coco.clone());
+                (self.outlines(coco, (height, width), &picture, &small)?, None)
+            }
+            Truth::Json(file) => {
+                let bytes = file.read()?;
+                content.truth = crc32c::crc32c(&bytes);
+                let (coco, counts) = coco::of_image(&file.path, &bytes)?;
+                left_out = counts;
+                let layers = self.outlines(&coco, (height, width), &picture, &small)?;
+                objects = Some(coco);
                 (layers, None)
             }
         };
         let mut instances = layered(&layers, 1);
         let all = instances.len();
         instances.retain(|instance| instance.area >= options.min_area);
-        let small = small.get() + all - instances.len();
+        let small = small.count.get() + all - instances.len();
         let name = self.name.clone();
         let sample = Sample { name, image, transparent, layers, instances };
-        Ok(Loaded { sample, picture, mask, small })
+        Ok(Loaded { sample, picture, mask, small, objects, left_out, content })
     }
+
+    /// The objects of annotations as label images; `small` gets the number of those that are too small.
+    fn outlines(
+        &self,
+        coco: &CocoImage,
+        (height, width): rle::Size,
+        picture: &Picture,
+        small: &Small,
+    ) -> Result<Vec<LabelImage>> {
+        let path = &self.image.path;
+        if let Some((rows, cols)) = coco.size.filter(|size| *size != (height, width)) {
+            let message = format!(
+                "is {width} x {height} pixels, but {cols} x {rows} in its annotations{}",
+                turned(picture, (cols, rows))
+            );
+            return Err(Error::file(path, message));
+        }
+        let layers = layers_of(drawn(coco, (height, width), small), width, height);
+        layers.map_err(|e| match e {
+            Error::Config(message) => Error::file(path, message),
+            other => other,
+        })
+    }
+}
+
+/// Objects of fewer than `min_area` pixels, which are counted.
+struct Small {
+    min_area: usize,
+    count: Cell<usize>,
 }
 
 /// The pixels of the objects, drawn one after another, without those that are too `small`, which are counted.
 fn drawn<'a>(
     coco: &'a CocoImage,
     size: rle::Size,
-    min_area: usize,
-    small: &'a Cell<usize>,
+    small: &'a Small,
 ) -> impl Iterator<Item = Result<Vec<usize>>> + 'a {
     let drawn = coco.objects(size).map(move |runs| Ok(rle::pixels(&runs?, size)));
     drawn.filter(move |pixels| {
-        let is_small = |pixels: &Vec<usize>| pixels.len() < min_area.max(1);
+        let is_small = |pixels: &Vec<usize>| pixels.len() < small.min_area.max(1);
         let is_small = pixels.as_ref().is_ok_and(is_small);
-        small.set(small.get() + usize::from(is_small));
+        small.count.set(small.count.get() + usize::from(is_small));
         !is_small
     })
 }

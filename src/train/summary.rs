@@ -1,7 +1,7 @@
 //! Summary of a data set: its reading and the parts left out, a line each.
 
-use super::mask::{Mask, Meaning};
-use crate::sam::{Picture, SampleType};
+use super::facts::{MaskFacts, PictureFacts, DARK};
+use super::mask::Meaning;
 use std::collections::BTreeMap;
 
 /// How many names stand for all.
@@ -28,6 +28,11 @@ impl Named {
         Self { count, first: vec![] }
     }
 
+    /// Some more.
+    pub fn extend(&mut self, names: impl IntoIterator<Item = String>) {
+        names.into_iter().for_each(|name| self.add(name));
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         self.count
@@ -39,9 +44,6 @@ impl Named {
         format!("{}{more}", self.first.join(", "))
     }
 }
-
-/// The brightest value of 8 bits in an image that is said to be nearly black.
-const DARK: u8 = 31;
 
 /// Summary of how a data set was read.
 #[derive(Clone, Debug, Default)]
@@ -65,6 +67,8 @@ pub struct Summary {
     remarked: usize,
     /// Notes about annotations.
     pub(super) notes: Vec<(String, Named)>,
+    /// The line of shards.
+    pub(super) shards: Option<String>,
 }
 
 impl Summary {
@@ -91,7 +95,7 @@ impl Summary {
     }
 
     /// How a mask was read.
-    pub(super) fn add_mask(&mut self, name: &str, mask: &Mask) {
+    pub(super) fn add_mask(&mut self, name: &str, mask: &MaskFacts) {
         if mask.meaning != Meaning::Empty {
             *self.meanings.entry(mask.meaning).or_default() += 1;
         }
@@ -101,7 +105,7 @@ impl Summary {
         if let Some(value) = mask.background {
             self.backgrounds.entry(value).or_default().add(name);
         }
-        if mask.scattered > 0 {
+        if mask.is_scattered {
             self.scattered.add(name);
         }
         for remark in &mask.remarks {
@@ -113,20 +117,31 @@ impl Summary {
     }
 
     /// How an image was read.
-    pub(super) fn add_picture(&mut self, name: &str, picture: &Picture) {
-        if let Some(range) = picture.range {
-            self.scaled.add(format!("{name}, {}, {} to {}", picture.sample_type, range.0, range.1));
-            self.ranges.push(range);
+    pub(super) fn add_picture(&mut self, name: &str, picture: &PictureFacts) {
+        if let Some([low, high]) = picture.range.map(|range| range.map(f64::from_bits)) {
+            self.scaled.add(format!("{name}, {}, {low} to {high}", picture.sample_type));
+            self.ranges.push((low, high));
         }
-        if picture.stored.is_some() {
+        if picture.is_turned {
             self.turned.add(name);
         }
-        if picture.not_numbers > 0 {
+        if picture.has_not_numbers {
             self.not_numbers.add(name);
         }
-        let is_dark = |bytes: &[u8]| bytes.iter().all(|byte| *byte <= DARK);
-        if picture.sample_type == SampleType::Unsigned(8) && is_dark(picture.image.as_bytes()) {
+        if picture.is_dark {
             self.dark.add(name);
+        }
+    }
+
+    /// Annotations of an image that were left out, by reason.
+    pub(super) fn add_left_out(&mut self, name: &str, left_out: &[(String, usize)]) {
+        for (what, count) in left_out {
+            let place = self.notes.iter().position(|(other, _)| other == what);
+            let place = place.unwrap_or_else(|| {
+                self.notes.push((what.clone(), Named::default()));
+                self.notes.len() - 1
+            });
+            self.notes[place].1.extend((0..*count).map(|_| name.to_string()));
         }
     }
 
@@ -138,6 +153,7 @@ impl Summary {
     /// The lines that tell all of it.
     pub fn lines(&self) -> Vec<String> {
         let mut lines = vec![self.objects_line()];
+        lines.extend(self.shards.clone());
         for (value, named) in &self.backgrounds {
             lines.push(format!(
                 "the value {value} is the background in {}: {}",
@@ -255,17 +271,16 @@ fn files(count: usize, what: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::LabelImage;
+    use crate::sam::{Picture, SampleType};
 
     #[test]
     fn the_first_line_tells_objects_masks_rule_and_areas() {
         let mut summary = Summary::new(20);
-        let mask = |meaning| Mask {
-            labels: LabelImage::new(1, 1),
+        let mask = |meaning| MaskFacts {
             meaning,
             ignored: vec![255],
             background: None,
-            scattered: 0,
+            is_scattered: false,
             remarks: vec![],
         };
         for areas in [vec![31, 80, 90], vec![210, 70, 75]] {
@@ -288,7 +303,7 @@ mod tests {
             let orientation = image::metadata::Orientation::NoTransforms;
             let (range, stored, not_numbers) = (None, None, usize::from(name == "bright.png"));
             let picture = Picture { image, range, sample_type, not_numbers, stored, orientation };
-            summary.add_picture(name, &picture);
+            summary.add_picture(name, &PictureFacts::of(&picture));
         }
         let black = "samples that are no numbers (NaN) are black in 1 image: bright.png";
         assert!(summary.lines().iter().any(|line| line == black));

@@ -9,6 +9,7 @@ mod everything;
 mod masks;
 mod params;
 mod segment;
+mod shards;
 
 use anyhow::{ensure, Context, Result};
 use candle_core::Device;

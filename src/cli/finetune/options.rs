@@ -25,22 +25,23 @@ pub struct Options {
     /// Face hub [default: the small SAM of this project]
     #[arg(long, value_name = "DIR|NAME")]
     pub model: Option<PathBuf>,
-    /// Folder of images to train on [default: the micrographs of this project]
-    #[arg(long, value_name = "DIR", requires = "truth")]
-    pub images: Option<PathBuf>,
-    /// Folder of their masks, with the same file stems: of one value beside 0, each connected part is an object; of
-    /// several, each value is one. docs/data.md has all rules, and the run says what it took
-    #[arg(long, value_name = "DIR", requires = "images", group = "truth")]
-    pub masks: Option<PathBuf>,
+    /// Folder or TAR of images to train on; may be repeated, or be @FILE with a path a line. Without --masks a TAR holds them,
+    /// too, as WebDataset has them: 12.jpg with 12.png, 12.mask.png or 12.json [default: the micrographs of this project]
+    #[arg(long, value_name = "DIR|TAR|@FILE")]
+    pub images: Vec<PathBuf>,
+    /// Folder or TAR of their masks, with the same file stems: of one value beside 0, each connected part is an object; of
+    /// several, each value is one. docs/data.md has all rules, and the run says what it took. As --images, may be several
+    #[arg(long, value_name = "DIR|TAR|@FILE", requires = "images", group = "truth")]
+    pub masks: Vec<PathBuf>,
     /// Instead of masks, COCO's instances JSON with polygons or run lengths
     #[arg(long, value_name = "FILE", requires = "images", group = "truth")]
     pub coco: Option<PathBuf>,
-    /// Folder of held-out images [default: some of --images]
-    #[arg(long, value_name = "DIR", requires = "val_truth", requires = "images")]
-    pub val_images: Option<PathBuf>,
-    /// Folder of their masks
-    #[arg(long, value_name = "DIR", requires = "val_images", group = "val_truth")]
-    pub val_masks: Option<PathBuf>,
+    /// Folder or TAR of held-out images, as --images [default: some of --images]
+    #[arg(long, value_name = "DIR|TAR|@FILE", requires = "images")]
+    pub val_images: Vec<PathBuf>,
+    /// Folder or TAR of their masks, as --masks
+    #[arg(long, value_name = "DIR|TAR|@FILE", requires = "val_images", group = "val_truth")]
+    pub val_masks: Vec<PathBuf>,
     /// Or their COCO JSON
     #[arg(long, value_name = "FILE", requires = "val_images", group = "val_truth")]
     pub val_coco: Option<PathBuf>,

@@ -2,6 +2,7 @@
 
 use super::super::console::Console;
 use super::super::draw::save_png;
+use super::super::listed::listed;
 use super::super::model::{self, Placement};
 use super::super::processes::{ended, on_first};
 use super::curve::loss_curve;
@@ -15,8 +16,8 @@ use crate::lora::{count_parameters, inject, save_adapter, unload, LoraConfig, Mo
 use crate::nn::set_trainable;
 use crate::sam::{SamModel, SamProcessor};
 use crate::train::{
-    together, Batch, BatchSource, Communicator, Dataset, DatasetOptions, Evaluator, PromptKind,
-    Trainer,
+    together, Batch, BatchSource, Communicator, DataFiles, Dataset, DatasetOptions, Evaluator,
+    PromptKind, Trainer, TruthFiles,
 };
 use crate::{write_atomic, Error, Result};
 use anyhow::bail;
@@ -50,7 +51,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     set_trainable(&mut sam, |_| false)?;
     let config = sam.config().clone();
     let processor = model::processor(&folder, &config, console)?;
-    let (train, held_out) = datasets(options)?;
+    let (train, held_out) = datasets(options, &**processes)?;
 
     for (path, (width, height)) in train.sizes().chain(held_out.sizes()) {
         // Before hours of training, and not in the step that meets it; turned it has the same sides.
@@ -82,7 +83,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         ("batch".to_string(), json!(batch)),
         ("lora".to_string(), serde_json::from_str(&lora.to_json()?)?),
         ("processor".to_string(), json!(format!("{processor:?}"))),
-        ("data".to_string(), json!(train.fingerprint()?)),
+        ("data".to_string(), json!(train.fingerprint())),
     ]);
     if options.data() != DatasetOptions::min_area(options.min_area) {
         settings.insert("reading".into(), json!(options.data()));
@@ -155,40 +156,48 @@ fn name_on_the_hub(options: &Options, folder: &Path) -> Option<String> {
     name.split('@').next().map(str::to_string)
 }
 
-/// The images to train on and those held out.
-fn datasets(options: &Options) -> anyhow::Result<(Dataset, Dataset)> {
-    let Options { images, masks, coco, .. } = options;
-    let Some(all) = dataset("", images, masks, coco, options)? else {
+/// The images to train on and those held out; each process reads its share.
+fn datasets(options: &Options, processes: &dyn Communicator) -> anyhow::Result<(Dataset, Dataset)> {
+    let open = |part: &str, images: &[PathBuf], truth: TruthFiles| -> anyhow::Result<Dataset> {
+        let files = DataFiles { images: images.to_vec(), truth };
+        let dataset = Dataset::open_together(&files, &options.data(), processes)?;
+        let lines = dataset.summary().lines();
+        lines.iter().for_each(|line| options.console.note(format!("{part}{line}")));
+        Ok(dataset)
+    };
+    let places = || -> Result<_> {
+        let Options { images, masks, coco, .. } = options;
+        let Options { val_images, val_masks, val_coco, .. } = options;
+        Ok([files(images, masks, coco)?, files(val_images, val_masks, val_coco)?])
+    };
+    let ([all, held_out], _) = together(processes, places(), |_| vec![])?;
+    let Some((images, truth)) = all else {
         let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
         let part = |said: &str, part: &str| {
-            let folder = |kind: &str| Some(nuclei.join(part).join(kind));
-            let found = dataset(said, &folder("images"), &folder("masks"), &None, options)?;
-            found.ok_or_else(|| Error::file(&nuclei, "the project's micrographs are not there"))
+            let folder = |kind: &str| nuclei.join(part).join(kind);
+            open(said, &[folder("images")], TruthFiles::Masks(vec![folder("masks")]))
         };
         return Ok((part("", "train")?, part("held out: ", "heldout")?));
     };
-    let Options { val_images, val_masks, val_coco, .. } = options;
-    match dataset("held out: ", val_images, val_masks, val_coco, options)? {
-        Some(held_out) => Ok((all, held_out)),
+    let all = open("", &images, truth)?;
+    match held_out {
+        Some((images, truth)) => Ok((all, open("held out: ", &images, truth)?)),
         None => Ok(all.split(options.val_fraction, options.seed)?),
     }
 }
 
-/// The images of a folder with their masks or their annotations, if they were named; says what was understood.
-fn dataset(
-    part: &str,
-    images: &Option<PathBuf>,
-    masks: &Option<PathBuf>,
+/// The places of images and of their truth, if they were named.
+fn files(
+    images: &[PathBuf],
+    masks: &[PathBuf],
     coco: &Option<PathBuf>,
-    options: &Options,
-) -> Result<Option<Dataset>> {
-    let dataset = match (images, masks, coco) {
-        (Some(images), Some(masks), _) => Dataset::open(images, masks, &options.data())?,
-        (Some(images), None, Some(coco)) => Dataset::open_coco(images, coco, &options.data())?,
-        _ => return Ok(None),
+) -> Result<Option<(Vec<PathBuf>, TruthFiles)>> {
+    let truth = match coco {
+        Some(coco) => TruthFiles::Coco(coco.clone()),
+        None if masks.is_empty() => TruthFiles::Beside,
+        None => TruthFiles::Masks(listed(masks)?),
     };
-    dataset.summary().lines().iter().for_each(|line| options.console.note(format!("{part}{line}")));
-    Ok(Some(dataset))
+    Ok(if images.is_empty() { None } else { Some((listed(images)?, truth)) })
 }
 
 /// Injects the adapters, into the image encoder alone; returns their configuration and number.

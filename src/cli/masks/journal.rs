@@ -5,12 +5,14 @@
 //!               {"image": .., "annotations": ..}   a line an image, appended when its files are written
 //! masks.json    all of them as COCO's JSON     at the end, and on the way as often as its writing costs little
 //! ```
-//! A line that a kill cut off is dropped. Numbers of images and annotations are those of their places.
+//! A line that a kill cut off is dropped. Lines are in the order in which images were done, at the end in that of the
+//! images of the run. Numbers of images and annotations are those of their places.
 
 use crate::sam::{CocoAnnotations, GeneratedMask};
 use crate::{write_atomic, Error, Result};
 use anyhow::bail;
 use serde_json::{json, Value};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -84,11 +86,14 @@ impl Journal {
         file.map_err(|e| Error::io(&self.path, e))
     }
 
-    /// Height and width of an image and how many masks it has, if it is done.
-    pub fn find(&self, name: &str) -> Option<((u32, u32), usize)> {
-        let entry = self.entries.iter().find(|entry| entry["image"]["file_name"] == name)?;
-        let side = |name: &str| u32::try_from(entry["image"][name].as_u64()?).ok();
-        Some(((side("height")?, side("width")?), entry["annotations"].as_array()?.len()))
+    /// Height and width of each image that is done, and how many masks it has, by its name.
+    pub fn done(&self) -> BTreeMap<String, ((u32, u32), usize)> {
+        let found = |entry: &Value| {
+            let side = |name: &str| u32::try_from(entry["image"][name].as_u64()?).ok();
+            let masks = entry["annotations"].as_array()?.len();
+            Some((name_of(entry)?.to_string(), ((side("height")?, side("width")?), masks)))
+        };
+        self.entries.iter().filter_map(found).collect()
     }
 
     /// The masks of all images.
@@ -96,13 +101,9 @@ impl Journal {
         self.entries.iter().filter_map(|entry| entry["annotations"].as_array()).map(Vec::len).sum()
     }
 
-    /// Adds an image of a height and width, in place of an earlier one of its name.
-    pub fn push(&mut self, name: &str, size: (u32, u32), masks: &[GeneratedMask]) -> Result<()> {
-        let mut single = CocoAnnotations::default();
-        single.push(name, size, masks);
-        // Through text, where an f32 has its own digits; as a value it would have those of an f64.
-        let text = serde_json::to_string(&single);
-        let value = text.and_then(|text| serde_json::from_str::<Value>(&text));
+    /// Adds an image from its [`coco_text`], in place of an earlier one of its name.
+    pub fn push(&mut self, text: &str) -> Result<()> {
+        let value = serde_json::from_str::<Value>(text);
         let mut value = value.map_err(|e| Error::file(&self.path, e.to_string()))?;
         let entry = json!({
             "image": value["images"][0].take(),
@@ -115,7 +116,7 @@ impl Journal {
         let written = writeln!(file, "{entry}").and_then(|()| file.sync_data());
         written.map_err(|e| Error::io(&self.path, e))?;
         self.file = Some(file);
-        self.entries.retain(|entry| entry["image"]["file_name"] != name);
+        self.entries.retain(|other| name_of(other) != name_of(&entry));
         self.entries.push(entry);
         if self.written.elapsed() >= self.pause {
             self.write_json()?;
@@ -123,8 +124,16 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes COCO's JSON; returns its path.
-    pub fn finish(mut self) -> Result<PathBuf> {
+    /// Writes COCO's JSON, and brings images into the order of `names`, those of other names first; returns its path.
+    pub fn finish(mut self, names: &[String]) -> Result<PathBuf> {
+        let places: BTreeMap<&str, usize> =
+            names.iter().enumerate().map(|(place, name)| (name.as_str(), place)).collect();
+        let place = |entry: &Value| name_of(entry).and_then(|name| places.get(name));
+        if !self.entries.is_sorted_by_key(place) {
+            self.entries.sort_by_key(|entry| place(entry).copied());
+            self.file = None;
+            self.open()?;
+        }
         self.write_json()?;
         Ok(self.json)
     }
@@ -153,4 +162,24 @@ impl Journal {
         self.pause = WRITING_SHARE * started.elapsed();
         Ok(())
     }
+}
+
+/// An image of a height and width with its masks, as COCO's JSON. It is text, where an f32 has its own digits; as a value
+/// it would have those of an f64.
+///
+/// # Errors
+/// - the JSON cannot be written.
+pub fn coco_text(
+    name: &str,
+    size: (u32, u32),
+    masks: &[GeneratedMask],
+) -> serde_json::Result<String> {
+    let mut single = CocoAnnotations::default();
+    single.push(name, size, masks);
+    serde_json::to_string(&single)
+}
+
+/// The name of an entry's image.
+fn name_of(entry: &Value) -> Option<&str> {
+    entry["image"]["file_name"].as_str()
 }

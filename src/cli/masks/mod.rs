@@ -8,83 +8,119 @@ mod results;
 
 pub use options::Options;
 
-use super::embeddings::Embeddings;
+use super::console::Console;
+use super::division::{Division, Turn};
+use super::embeddings::{Embeddings, Origin, Tally};
 use super::photo::images;
 use super::sheet;
-use crate::files;
 use crate::sam::{Generated, LargeImage, MaskGenerator, SamPredictor};
 use crate::train::Dataset;
 use anyhow::{anyhow, bail};
 use indicatif::ProgressBar;
-use journal::Journal;
+use journal::{coco_text, Journal};
 use results::{best_iou, is_large, Results};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    let console = options.console;
-    let place = options.backend.open()?;
-    let images = images(&options.images)?;
-    let truth = options.calibration.open(options.photo.options(), console)?;
+    let division = Division::join(options.processes, options.console)?;
+    division.ended(find_all(options, &division))
+}
+
+fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
+    let console = division.console;
+    let (place, images, truth) = division.each(|| {
+        let (place, images) = (options.backend.open()?, images(&options.images)?);
+        Ok((place, images, options.calibration.open(options.photo.options(), console)?))
+    })?;
+    division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;
     let journal = match images.is_empty() {
         true => None,
-        false => Some(open_journal(options, truth.as_ref())?),
+        false => Some(open_journal(options, truth.as_ref(), division)?),
     };
-    let source = options.model.find(console)?;
-    let sam = source.load(&place, console)?;
-    let processor = source.processor(sam.config(), console)?;
-    let predictor = SamPredictor::with_processor(&sam, processor);
-    let mut generator = options.generator.generator();
-    if let Some(truth) = &truth {
-        generator = calibration::calibrated(generator, &predictor, truth, console)?;
-    }
+    let (source, sam) = division.each(|| {
+        let source = options.model.find(console)?;
+        let sam = source.load(&place, console)?;
+        Ok((source, sam))
+    })?;
+    division.agree_on_model(&sam)?;
+    let (predictor, generator) = division.each(|| {
+        let processor = source.processor(sam.config(), console)?;
+        let predictor = SamPredictor::with_processor(&sam, processor);
+        let generator = options.generator.generator();
+        let generator = match &truth {
+            None => generator,
+            Some(truth) => calibration::calibrated(generator, &predictor, truth, console)?,
+        };
+        Ok((predictor, generator))
+    })?;
     let Some(mut journal) = journal else { return Ok(()) };
-    let embeddings = options.embeddings.open(&options.photo);
-    let unit = if options.tiles.tiling().is_some() { "tiles" } else { "points" };
+    let names: Vec<String> = images.iter().map(|path| name_of(path)).collect();
+    let done = journal.done();
+    let is_done = |index: usize| {
+        let results = options.results(&images[index]);
+        Ok(done.get(&names[index]).is_some_and(|(size, masks)| results.are_whole(*size, *masks)))
+    };
+    let is_done = division.survey(images.len(), is_done)?;
+    let left: Vec<usize> = (0..images.len()).filter(|index| !is_done[*index]).collect();
+    let skipped = images.len() - left.len();
+    let unit = match options.tiles.tiling() {
+        _ if division.is_divided() => "images",
+        Some(_) => "tiles",
+        None => "points",
+    };
     let bar = console.bar(0, &format!("{unit}  {{msg}}"));
-    let mut finder = Finder { options, generator, predictor, embeddings, bar: bar.clone() };
-    let (mut skipped, mut made, mut drawn) = (0, 0, vec![]);
-    for path in &images {
-        let started = Instant::now();
-        let name = name_of(path);
-        let results = options.results(path);
-        let done = journal.find(&name).filter(|(size, masks)| results.are_whole(*size, *masks));
-        if let Some((size, _)) = done {
-            drawn.extend(results.is_drawn(size).then_some(path));
-            skipped += 1;
-            continue;
+    let embeddings = options.embeddings.open(&options.photo);
+    let finder = Finder { options, generator, predictor, embeddings, bar: bar.clone() };
+    let mut tally = Tally::default();
+    let work = |item: usize, turn: Turn<'_>| {
+        let name = &names[left[item]];
+        if !division.is_divided() {
+            bar.set_message(format!("{name} ({} of {})", skipped + item + 1, images.len()));
         }
-        bar.set_message(format!("{name} ({} of {})", skipped + made + 1, images.len()));
-        let (mut image, found) = finder.find(path, |done, of| {
-            bar.set_length(((images.len() - skipped) * of) as u64);
-            bar.set_position((made * of + done) as u64);
-        })?;
-        let object = results.write(&mut image, &found)?;
-        let masks = &found.masks;
-        journal.push(&name, image.size(), masks)?;
-        drawn.extend(results.is_drawn(image.size()).then_some(path));
-        made += 1;
-        let best = best_iou(masks)
-            .map_or_else(String::new, |best| format!(", expected IoU up to {best:.3}"));
-        let text = format!(
-            "{name}: {} masks{best}, {:.1} s",
-            masks.len(),
-            started.elapsed().as_secs_f64()
-        );
-        bar.suspend(|| console.result(text, object));
-        if masks.is_empty() {
-            let advice = rejected::advice(&found.statistics, &finder.generator);
-            bar.suspend(|| console.note(format!("{name}: nothing was good enough; {advice}")));
-        }
-    }
+        finder.find_and_write(&images[left[item]], name, &turn, |done, of| {
+            (turn.alive)();
+            if !division.is_divided() {
+                bar.set_length((left.len() * of) as u64);
+                bar.set_position((item * of + done) as u64);
+            }
+        })
+    };
+    let collect = |item: usize, Found { coco, origin }: Found| {
+        tally.add(item, &images[left[item]], origin);
+        Ok(journal.push(&coco)?)
+    };
+    let left_names: Vec<String> = left.iter().map(|index| names[*index].clone()).collect();
+    division.divide(&left_names, &bar, work, collect)?;
     bar.finish_and_clear();
-    finder.embeddings.tell(console);
+    finder.embeddings.tell(&tally, console);
     if skipped > 0 {
         console.note(format!("{skipped} of {} images were done already", images.len()));
     }
-    let (total, json) = (journal.masks(), journal.finish()?);
-    let sheets = options.write_sheets(&drawn)?;
+    division.each(|| match division.is_first() {
+        true => finish(options, journal, &images, console, skipped),
+        false => Ok(()),
+    })
+}
+
+/// Writes what is of all images, and tells the results.
+fn finish(
+    options: &Options,
+    journal: Journal,
+    images: &[PathBuf],
+    console: Console,
+    skipped: usize,
+) -> anyhow::Result<()> {
+    let (total, done) = (journal.masks(), journal.done());
+    let names: Vec<String> = images.iter().map(|path| name_of(path)).collect();
+    let json = journal.finish(&names)?;
+    let is_drawn = |(path, name): &(&PathBuf, &String)| {
+        done.get(*name).is_some_and(|(size, _)| options.results(path).is_drawn(*size))
+    };
+    let drawn = images.iter().zip(&names).filter(is_drawn).map(|(path, _)| path);
+    let sheets = options.write_sheets(&drawn.collect::<Vec<_>>())?;
     let text = format!("{total} masks of {} images in {}", images.len(), json.display());
     let object = json!({
         "images": images.len(),
@@ -98,6 +134,14 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The results of one image, as processes tell them.
+#[derive(Serialize, Deserialize)]
+struct Found {
+    /// See [`coco_text`].
+    coco: String,
+    origin: Origin,
+}
+
 /// Finds the masks of one image after the other.
 struct Finder<'a> {
     options: &'a Options,
@@ -108,18 +152,49 @@ struct Finder<'a> {
 }
 
 impl Finder<'_> {
-    /// An image and its masks; `progress` hears of points or tiles done and of all.
-    fn find(
-        &mut self,
+    /// Finds the masks of an image, writes its files and tells the result.
+    fn find_and_write(
+        &self,
         path: &Path,
+        name: &str,
+        turn: &Turn<'_>,
         progress: impl FnMut(usize, usize),
-    ) -> anyhow::Result<(LargeImage, Generated)> {
+    ) -> anyhow::Result<Found> {
+        let started = Instant::now();
+        let (mut image, found, origin) = self.find(path, turn.console, progress)?;
+        let object = self.options.results(path).write(&mut image, &found)?;
+        let masks = &found.masks;
+        let coco = coco_text(name, image.size(), masks)?;
+        let best = best_iou(masks)
+            .map_or_else(String::new, |best| format!(", expected IoU up to {best:.3}"));
+        let text = format!(
+            "{name}: {} masks{best}, {:.1} s",
+            masks.len(),
+            started.elapsed().as_secs_f64()
+        );
+        // Told once the journal has the image.
+        let console = turn.console.kept();
+        console.result(text, object);
+        if masks.is_empty() {
+            let advice = rejected::advice(&found.statistics, &self.generator);
+            console.note(format!("{name}: nothing was good enough; {advice}"));
+        }
+        Ok(Found { coco, origin })
+    }
+
+    /// An image, its masks, and where its embedding came from; `progress` hears of points or tiles done and of all.
+    fn find(
+        &self,
+        path: &Path,
+        console: Console,
+        progress: impl FnMut(usize, usize),
+    ) -> anyhow::Result<(LargeImage, Generated, Origin)> {
         let Self { options, generator, predictor, embeddings, bar } = self;
-        let (photo, console) = (&options.photo, options.console);
+        let photo = &options.photo;
         if let Some(tiling) = options.tiles.tiling() {
             let mut image = bar.suspend(|| photo.open(path, &tiling, console))?;
             let found = generator.generate_tiled(predictor, &mut image, &tiling, progress)?;
-            return Ok((image, found));
+            return Ok((image, found, Origin::Unkept));
         }
         let read = bar.suspend(|| photo.read(path, console));
         let image = read.map_err(|error| {
@@ -138,11 +213,13 @@ impl Finder<'_> {
             );
             bar.suspend(|| console.note(remark));
         }
-        let found = match embeddings.get(predictor, path)? {
+        let kept = embeddings.get(predictor, path)?;
+        let origin = Origin::of(kept.as_ref());
+        let found = match kept {
             Some(kept) => generator.generate_embedded(predictor, &kept.embedding, progress)?,
             None => generator.generate_counted(predictor, &image, progress)?,
         };
-        Ok((image.into(), found))
+        Ok((image.into(), found, origin))
     }
 }
 
@@ -172,21 +249,25 @@ fn name_of(path: &Path) -> String {
 }
 
 /// Begins the record of a run, or goes on with that of an earlier one of the same settings.
-fn open_journal(options: &Options, truth: Option<&Dataset>) -> anyhow::Result<Journal> {
+fn open_journal(
+    options: &Options,
+    truth: Option<&Dataset>,
+    division: &Division,
+) -> anyhow::Result<Journal> {
     let folder = &options.output;
-    let settings = options.settings(truth)?;
-    if options.files.resume {
-        files::create_dir(folder)?;
-        return Journal::resume(folder, settings);
-    }
     let earlier =
         journal::FILES.map(|name| folder.join(name)).into_iter().find(|path| path.exists());
-    if let Some(path) = earlier.filter(|_| !options.files.overwrite) {
-        bail!(
+    let settings = division.each(|| match &earlier {
+        Some(path) if !options.files.overwrite && !options.files.resume => bail!(
             "{}: exists already; choose another --output, --resume or --overwrite",
             path.display()
-        )
-    }
-    files::create_dir(folder)?;
-    Ok(Journal::begin(folder, settings))
+        ),
+        _ => Ok(options.settings(truth)),
+    })?;
+    division.make_folder(folder)?;
+    // The first process writes it only after all have read it, for they wait for each other below.
+    division.each(|| match options.files.resume {
+        true => Journal::resume(folder, settings),
+        false => Ok(Journal::begin(folder, settings)),
+    })
 }

@@ -4,10 +4,10 @@ use super::super::arguments::{Backend, ModelArguments};
 use super::super::console::Console;
 use super::super::embeddings::EmbeddingArguments;
 use super::super::photo::PhotoArguments;
+use super::super::processes::Processes;
 use super::calibration::CalibrationArguments;
 use crate::sam::{MaskGenerator, Tiling};
 use crate::train::Dataset;
-use crate::Result;
 use serde_json::{json, Value};
 use std::path::PathBuf;
 
@@ -38,6 +38,8 @@ pub struct Options {
     #[command(flatten)]
     pub files: FileArguments,
     #[command(flatten)]
+    pub processes: Processes,
+    #[command(flatten)]
     pub backend: Backend,
     #[command(flatten)]
     pub console: Console,
@@ -45,18 +47,15 @@ pub struct Options {
 
 impl Options {
     /// The results depend on these, beside the images. `truth` has the images that thresholds are chosen on.
-    ///
-    /// # Errors
-    /// - a file of `truth` cannot be read.
-    pub fn settings(&self, truth: Option<&Dataset>) -> Result<Value> {
-        Ok(json!({
+    pub fn settings(&self, truth: Option<&Dataset>) -> Value {
+        json!({
             "model": format!("{:?}", self.model),
             "photo": format!("{:?}", self.photo),
             "generator": format!("{:?}", self.generator.generator()),
-            "calibration": truth.map(Dataset::fingerprint).transpose()?,
+            "calibration": truth.map(Dataset::fingerprint),
             "tiles": format!("{:?}", self.tiles.tiling()),
             "backend": format!("{:?}", self.backend),
-        }))
+        })
     }
 }
 

@@ -4,10 +4,11 @@ mod prompts;
 
 use super::arguments::{Backend, ModelArguments};
 use super::console::Console;
+use super::division::{Division, Turn};
 use super::draw;
-use super::embeddings::EmbeddingArguments;
+use super::embeddings::{EmbeddingArguments, Origin, Tally};
 use super::photo::{images, is_whole, PhotoArguments};
-use crate::files;
+use super::processes::Processes;
 use crate::sam::{convert_to_rgb, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use anyhow::{bail, Context};
 use image::{DynamicImage, GrayImage};
@@ -52,6 +53,8 @@ pub struct Options {
     #[arg(long, conflicts_with = "overwrite")]
     resume: bool,
     #[command(flatten)]
+    processes: Processes,
+    #[command(flatten)]
     backend: Backend,
     #[command(flatten)]
     console: Console,
@@ -65,57 +68,84 @@ struct Job {
 }
 
 impl Job {
+    fn name(&self) -> String {
+        self.image.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     fn is_done(&self) -> bool {
         is_whole(&self.mask) && is_whole(&self.overlay)
     }
 }
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    let console = options.console;
-    let place = options.backend.open()?;
-    let images = images(&options.images)?;
-    let (count, several) = (images.len(), images.len() > 1);
-    let mut jobs = images
-        .into_iter()
-        .map(|image| options.job(image, several))
-        .collect::<anyhow::Result<Vec<_>>>()?;
+    let division = Division::join(options.processes, options.console)?;
+    division.ended(segment_all(options, &division))
+}
+
+fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
+    let console = division.console;
+    let (place, mut jobs) = division.each(|| Ok((options.backend.open()?, options.jobs()?)))?;
+    division.agree_on_inputs(jobs.iter().map(|job| job.image.as_path()))?;
+    let (count, several) = (jobs.len(), jobs.len() > 1);
     if options.resume {
-        jobs.retain(|job| !job.is_done());
+        let is_done = division.survey(count, |index| Ok(jobs[index].is_done()))?;
+        let mut is_done = is_done.into_iter();
+        jobs.retain(|_| !is_done.next().unwrap_or(false));
         console.note(format!("{} of {count} results are there already", count - jobs.len()));
     }
     let Some(first) = jobs.first() else { return Ok(()) };
-    // A wrong prompt is told before the model is loaded, which may take long.
-    let mut first = Some(options.open(&first.image)?);
-    let source = options.model.find(console)?;
-    let sam = source.load(&place, console)?;
-    let processor = source.processor(sam.config(), console)?;
+    let (mut first, source, sam) = division.each(|| {
+        // A wrong prompt is told before the model is loaded, which may take long.
+        let first = division.is_first().then(|| options.open(&first.image, console)).transpose()?;
+        let source = options.model.find(console)?;
+        let sam = source.load(&place, console)?;
+        Ok((first, source, sam))
+    })?;
+    division.agree_on_model(&sam)?;
+    let processor = division.each(|| Ok(source.processor(sam.config(), console)?))?;
     let predictor = SamPredictor::with_processor(&sam, processor);
-    files::create_dir(&options.output)?;
-    let mut embeddings = options.embeddings.open(&options.photo);
+    division.make_folder(&options.output)?;
+    let embeddings = options.embeddings.open(&options.photo);
     let bar = console.bar(jobs.len() as u64, "images  {msg}");
-    for job in &jobs {
-        let name = job.image.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        bar.set_message(name.clone());
+    let names: Vec<String> = jobs.iter().map(Job::name).collect();
+    let mut tally = Tally::default();
+    let work = |item: usize, turn: Turn<'_>| {
+        let (job, console) = (&jobs[item], turn.console);
+        bar.set_message(names[item].clone());
         let opened = match first.take() {
             Some(opened) => opened,
-            None => bar.suspend(|| options.open(&job.image))?,
+            None => bar.suspend(|| options.open(&job.image, console))?,
         };
-        let embedding = match embeddings.get(&predictor, &job.image)? {
+        let kept = embeddings.get(&predictor, &job.image)?;
+        let origin = Origin::of(kept.as_ref());
+        let embedding = match kept {
             Some(kept) => kept.embedding,
             None => predictor.embed(&opened.0)?,
         };
         let objects = segment(&predictor, &embedding, &opened.1, options.multimask)?;
         write(opened, &objects, job)?;
-        let prefix = if several { format!("{name}: ") } else { String::new() };
-        bar.suspend(|| report(console, job, &objects, &prefix));
+        let prefix = if several { format!("{}: ", names[item]) } else { String::new() };
+        report(console.kept(), job, &objects, &prefix);
+        Ok(origin)
+    };
+    let collect = |item: usize, origin: Origin| {
+        tally.add(item, &jobs[item].image, origin);
         bar.inc(1);
-    }
+        Ok(())
+    };
+    division.divide(&names, &bar, work, collect)?;
     bar.finish_and_clear();
-    embeddings.tell(console);
+    embeddings.tell(&tally, console);
     Ok(())
 }
 
 impl Options {
+    fn jobs(&self) -> anyhow::Result<Vec<Job>> {
+        let images = images(&self.images)?;
+        let several = images.len() > 1;
+        images.into_iter().map(|image| self.job(image, several)).collect()
+    }
+
     fn job(&self, image: PathBuf, several: bool) -> anyhow::Result<Job> {
         if several && (self.mask.is_some() || self.overlay.is_some()) {
             bail!("--mask and --overlay are for one image; name a folder with --output")
@@ -150,10 +180,10 @@ impl Options {
         Ok(path)
     }
 
-    fn open(&self, path: &Path) -> anyhow::Result<(DynamicImage, Vec<Prompts>)> {
-        let image = self.photo.read(path, self.console)?;
+    fn open(&self, path: &Path, console: Console) -> anyhow::Result<(DynamicImage, Vec<Prompts>)> {
+        let image = self.photo.read(path, console)?;
         let size = (image.width(), image.height());
-        let objects = Prompts::parse(&self.prompts, size, self.console)?;
+        let objects = Prompts::parse(&self.prompts, size, console)?;
         Ok((image, objects))
     }
 }

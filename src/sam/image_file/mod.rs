@@ -205,8 +205,13 @@ impl Raster {
     /// - as [`ReadOptions::read`];
     /// - the file is compressed with loss.
     pub fn read(path: impl AsRef<Path>, page: Option<usize>) -> Result<Self> {
-        let bytes = read_file(path.as_ref())?;
-        guarded(path.as_ref(), || Self::decode(bytes, page))
+        let path = path.as_ref();
+        Self::read_bytes(path, read_file(path)?, page)
+    }
+
+    /// As [`read`](Self::read), of a file whose bytes are at hand.
+    pub(crate) fn read_bytes(path: &Path, bytes: Vec<u8>, page: Option<usize>) -> Result<Self> {
+        guarded(path, || Self::decode(bytes, page))
     }
 
     fn decode(bytes: Vec<u8>, page: Option<usize>) -> std::result::Result<Self, String> {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 /// # Errors
 /// - a rank has other settings than rank 0: every difference is told, on every rank;
 /// - the exchange failed.
-pub(in crate::train) fn check_agreement(
+pub fn check_agreement(
     communicator: &dyn Communicator,
     settings: &Map<String, Value>,
 ) -> Result<()> {

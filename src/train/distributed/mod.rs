@@ -16,15 +16,22 @@ mod agreement;
 mod mpi;
 mod ordered_sum;
 mod outcome;
+mod queue;
 
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 
-pub(super) use agreement::check_agreement;
+pub use agreement::check_agreement;
 pub(super) use ordered_sum::OrderedSum;
 pub use outcome::together;
+pub use queue::share;
 
-use crate::Result;
+use crate::{Error, Result};
+use std::io::{stderr, Write};
+use std::time::Duration;
+
+/// The exit status of a job that a lost rank has ended.
+const LOST: i32 = 75;
 
 /// Processes that work on one run together, and how they exchange bytes.
 ///
@@ -43,6 +50,25 @@ pub trait Communicator: std::fmt::Debug + Send + Sync {
     /// Exchanges bytes between all ranks: sends `pieces[r]` to rank `r`, and returns the bytes for this rank, by
     /// sender.
     fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>>;
+
+    /// Sends bytes to a rank, which takes them by [`receive`](Self::receive). Only [`share`] needs messages.
+    fn send(&self, _rank: usize, _bytes: &[u8]) -> Result<()> {
+        Err(Error::config(
+            "these processes exchange no messages, which the division of items needs",
+        ))
+    }
+
+    /// A message that has come, with its sender; none if there is none yet.
+    fn receive(&self) -> Result<Option<(usize, Vec<u8>)>> {
+        Err(Error::config(
+            "these processes exchange no messages, which the division of items needs",
+        ))
+    }
+
+    /// How long a rank waits for another one.
+    fn patience(&self) -> Duration {
+        Duration::MAX
+    }
 
     /// Ends this process and all others at once: for an error that others cannot learn of by an exchange.
     fn abort(&self, status: i32) -> ! {
@@ -70,4 +96,18 @@ impl Communicator for Alone {
     fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>> {
         Ok(pieces.iter().map(|piece| piece.to_vec()).collect())
     }
+}
+
+/// Says which ranks did not come, and ends the job.
+fn lost(communicator: &dyn Communicator, ranks: &[usize], waited: Duration) -> ! {
+    let message = format!(
+        "error: rank {} of {} waited {:.0} s for rank {}, which did not come; the job ends\n",
+        communicator.rank(),
+        communicator.size(),
+        waited.as_secs_f64(),
+        ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+    );
+    // In one piece, or mpirun mixes it with what others say.
+    let _ = stderr().write_all(message.as_bytes());
+    communicator.abort(LOST)
 }

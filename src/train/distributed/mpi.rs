@@ -8,7 +8,7 @@ use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator as _, Destination, Source};
 use mpi::Threading;
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Bytes of a message at most; MPI counts elements in 32 bits with a sign.
@@ -16,8 +16,8 @@ const MESSAGE: usize = 1 << 30;
 /// How long an exchange polls without sleeping.
 const SPIN: Duration = Duration::from_micros(200);
 const NAP: Duration = Duration::from_micros(100);
-/// The exit status of a job that a lost rank has ended.
-const LOST: i32 = 75;
+/// The tag of messages, which belong to no exchange.
+const MESSAGE_TAG: i32 = 1;
 
 /// The processes of one MPI job.
 pub struct Mpi {
@@ -63,10 +63,14 @@ impl Mpi {
         Ok(Self { rank, size, patience, universe: Mutex::new(universe) })
     }
 
+    fn universe(&self) -> MutexGuard<'_, Universe> {
+        self.universe.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sends to each rank and receives from each; `received` has the right lengths.
     fn exchange(&self, sent: &[&[u8]], received: &mut [Vec<u8>]) {
         // Two threads' exchanges would take each other's messages.
-        let universe = self.universe.lock().unwrap_or_else(PoisonError::into_inner);
+        let universe = self.universe();
         let world = universe.world();
         mpi::request::scope(|scope| {
             let mut requests = vec![];
@@ -86,16 +90,12 @@ impl Mpi {
                     requests.push((rank, peer.immediate_send(scope, message)));
                 }
             }
-            self.complete(&world, requests);
+            self.complete(requests);
         });
     }
 
     /// Polls until all are done, or aborts the job.
-    fn complete<'a>(
-        &self,
-        world: &SimpleCommunicator,
-        mut requests: Vec<(usize, Request<'a, [u8], &LocalScope<'a>>)>,
-    ) {
+    fn complete<'a>(&self, mut requests: Vec<(usize, Request<'a, [u8], &LocalScope<'a>>)>) {
         let start = Instant::now();
         loop {
             requests = requests
@@ -107,16 +107,8 @@ impl Mpi {
                 return;
             }
             if waited > self.patience {
-                let missing: BTreeSet<_> =
-                    requests.iter().map(|(rank, _)| rank.to_string()).collect();
-                eprintln!(
-                    "error: rank {} of {} waited {:.0} s for rank {}, which did not come; the job ends",
-                    self.rank,
-                    self.size,
-                    waited.as_secs_f64(),
-                    missing.into_iter().collect::<Vec<_>>().join(", ")
-                );
-                world.abort(LOST)
+                let missing: BTreeSet<usize> = requests.iter().map(|(rank, _)| *rank).collect();
+                super::lost(self, &missing.into_iter().collect::<Vec<_>>(), waited)
             }
             if waited > SPIN {
                 std::thread::sleep(NAP);
@@ -150,21 +142,71 @@ impl Communicator for Mpi {
         self.exchange(&lengths, &mut received);
         let mut buffers = vec![];
         for (rank, length) in received.iter().enumerate() {
-            let length = length.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
-            let mut buffer = vec![];
-            if buffer.try_reserve_exact(length as usize).is_err() {
-                let message = format!("sends {length} bytes, more than there is memory here");
-                return Err(Error::Rank { rank, message });
-            }
-            buffer.resize(length as usize, 0);
-            buffers.push(buffer);
+            buffers.push(buffer(rank, length)?);
         }
         self.exchange(pieces, &mut buffers);
         Ok(buffers)
+    }
+
+    fn send(&self, rank: usize, bytes: &[u8]) -> Result<()> {
+        let universe = self.universe();
+        let peer = universe.world();
+        let peer = peer.process_at_rank(rank as i32);
+        let length = (bytes.len() as u64).to_ne_bytes();
+        mpi::request::scope(|scope| {
+            let parts = [length.as_slice()].into_iter().chain(bytes.chunks(MESSAGE));
+            let sent = parts
+                .map(|part| (rank, peer.immediate_send_with_tag(scope, part, MESSAGE_TAG)))
+                .collect();
+            self.complete(sent);
+        });
+        Ok(())
+    }
+
+    fn receive(&self) -> Result<Option<(usize, Vec<u8>)>> {
+        let universe = self.universe();
+        let world = universe.world();
+        let Some(status) = world.any_process().immediate_probe_with_tag(MESSAGE_TAG) else {
+            return Ok(None);
+        };
+        let rank = status.source_rank() as usize;
+        let peer = world.process_at_rank(status.source_rank());
+        let receive = |bytes: &mut [u8]| {
+            mpi::request::scope(|scope| {
+                let received = bytes
+                    .chunks_mut(MESSAGE)
+                    .map(|part| {
+                        (rank, peer.immediate_receive_into_with_tag(scope, part, MESSAGE_TAG))
+                    })
+                    .collect();
+                self.complete(received);
+            });
+        };
+        let mut length = [0; size_of::<u64>()];
+        receive(&mut length);
+        let mut bytes = buffer(rank, &length)?;
+        receive(&mut bytes);
+        Ok(Some((rank, bytes)))
+    }
+
+    fn patience(&self) -> Duration {
+        self.patience
     }
 
     fn abort(&self, status: i32) -> ! {
         // Not by the universe, which an exchange that hangs may hold.
         SimpleCommunicator::world().abort(status)
     }
+}
+
+/// A buffer for as many bytes as a rank says it sends.
+fn buffer(rank: usize, length: &[u8]) -> Result<Vec<u8>> {
+    let length = length.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+    let mut buffer = vec![];
+    if buffer.try_reserve_exact(length as usize).is_err() {
+        let message = format!("sends {length} bytes, more than there is memory here");
+        return Err(Error::Rank { rank, message });
+    }
+    buffer.resize(length as usize, 0);
+    Ok(buffer)
 }

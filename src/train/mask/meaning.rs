@@ -3,6 +3,7 @@
 use crate::train::labels::LabelImage;
 use image::imageops;
 use image::metadata::Orientation;
+use serde::{Deserialize, Serialize};
 
 /// A mask, read.
 #[derive(Clone, Debug)]
@@ -22,7 +23,7 @@ pub struct Mask {
 }
 
 /// How a mask's pixels were read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Meaning {
     /// One value beside the background; its parts are objects.
     Binary,

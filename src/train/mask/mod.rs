@@ -35,7 +35,12 @@ use std::path::Path;
 /// - its pixels are not those of a mask, see [the rules](Meaning).
 pub fn read_mask(path: impl AsRef<Path>, options: &MaskOptions) -> Result<Mask> {
     let path = path.as_ref();
-    let raster = Raster::read(path, options.page)?;
+    read_mask_bytes(path, std::fs::read(path).map_err(|e| Error::io(path, e))?, options)
+}
+
+/// As [`read_mask`], of a file whose bytes are at hand.
+pub(super) fn read_mask_bytes(path: &Path, bytes: Vec<u8>, options: &MaskOptions) -> Result<Mask> {
+    let raster = Raster::read_bytes(path, bytes, options.page)?;
     interpret(&raster, options).map_err(|message| Error::file(path, message))
 }
 
