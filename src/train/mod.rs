@@ -78,7 +78,7 @@ pub use checkpoint::{previous_state_path, TrainingState};
 pub use data::Dataset;
 #[cfg(feature = "mpi")]
 pub use distributed::Mpi;
-pub use distributed::{together, Alone, Communicator};
+pub use distributed::{device_of_rank, threads_of_rank, together, Alone, Communicator, StepTimes};
 #[cfg(feature = "images")]
 pub use evaluation::{evaluate_image, Evaluator, FoundMask, ImageEvaluation};
 pub use event_file::EventFile;

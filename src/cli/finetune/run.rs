@@ -3,7 +3,7 @@
 use super::super::console::Console;
 use super::super::draw::save_png;
 use super::super::model::{self, Placement};
-use super::super::processes::{ended, on_first};
+use super::super::processes::{census, ended, on_first};
 use super::curve::loss_curve;
 use super::options::Options;
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
@@ -39,7 +39,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         bail!("--save-every must be at least 1")
     }
     let console = options.console;
-    let place = options.backend.open()?;
+    let place = options.backend.open_for(&**processes)?;
     let Placement { device, dtype } = &place;
     let batch = options.batch();
     batch.validate()?;
@@ -96,7 +96,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let mut trainer = trainer.with_communicator(processes.clone())?;
     if processes.size() > 1 {
         let parts = processes.size() as u64 * options.trainer().accumulation;
-        console.note(format!("{} processes, {parts} parts a step", processes.size()));
+        console.note(format!("{}; {parts} parts a step", census(&**processes)));
     }
     let source = BatchSource {
         dataset: &train,
@@ -116,6 +116,9 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let eval_steps = options.eval_steps(train.len());
     let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
     run.steps(&mut trainer, loss, evaluate)?;
+    if processes.size() > 1 && trainer.times().steps > 0 {
+        console.note(trainer.times());
+    }
 
     on_first(&**processes, || Ok(save_adapter(&sam, &lora, options.output.join(ADAPTER))?))?;
     set_trainable(&mut sam, |_| false)?;

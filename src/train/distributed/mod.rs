@@ -5,24 +5,29 @@
 //! rank      0        1        ..  N-1      0        1        ..      computes it
 //! gradient  ((g0   +   g1)  + ..    + gN-1)  +  gN)   + ..           added in this order, whoever computed it
 //! ```
-//! Floating-point sums depend on their order, so ranks send each part's gradient and not sums of their own. Rank r adds
-//! the r-th chunk of all gradients, and the chunks are gathered once a step. A parameter crosses the network twice,
-//! however many ranks there are. Norm, clipping and optimizer are then the same computation on every rank.
+//! Floating-point sums depend on their order, so ranks send each part's gradient and not sums of their own. Small
+//! gradients go to all ranks. Of large ones, rank r adds the r-th chunk of all, and the chunks are gathered once a step: a
+//! parameter crosses the network twice, however many ranks there are. Norm, clipping and optimizer are then the same
+//! computation on every rank.
 //!
 //! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names it.
 
 mod agreement;
+mod host;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod ordered_sum;
 mod outcome;
+mod step_times;
 
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 
 pub(super) use agreement::check_agreement;
+pub use host::{device_of_rank, threads_of_rank};
 pub(super) use ordered_sum::OrderedSum;
 pub use outcome::together;
+pub use step_times::StepTimes;
 
 use crate::Result;
 
@@ -43,6 +48,11 @@ pub trait Communicator: std::fmt::Debug + Send + Sync {
     /// Exchanges bytes between all ranks: sends `pieces[r]` to rank `r`, and returns the bytes for this rank, by
     /// sender.
     fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>>;
+
+    /// Ranks of the processes on this host, this one among them, ascending.
+    fn on_this_host(&self) -> Vec<usize> {
+        vec![self.rank()]
+    }
 
     /// Ends this process and all others at once: for an error that others cannot learn of by an exchange.
     fn abort(&self, status: i32) -> ! {
