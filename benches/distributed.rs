@@ -44,7 +44,7 @@ struct Options {
     threads: u64,
     #[command(subcommand)]
     work: Work,
-    /// What cargo says to benchmarks
+    /// Given by cargo to every benchmark
     #[arg(long, hide = true, global = true)]
     bench: bool,
 }
@@ -61,7 +61,7 @@ enum Work {
 
 #[derive(Args, Clone)]
 struct Step {
-    /// Side of the image in patches of 16 pixels, for ViT-B with LoRA of rank 16 on q and v; 0: a model of `bytes` alone
+    /// Side of the image in patches of 16 pixels, for ViT-B's encoder with LoRA of rank 16; 0 for a model of `bytes`
     #[arg(long, default_value_t = 32)]
     grid: usize,
     /// Bytes of gradients of the model without a grid

@@ -3,13 +3,15 @@
 
     step     = parts x (slowest of N computations)  +  exchange  +  update
     slowest  = compute x (1 + spread x e(N))        e(N): expected largest of N standard normal numbers
-    exchange = messages x (latency + (N - 1) x peer)  +  bytes sent / bandwidth  +  bytes added / memory
-               with A parts a rank and S bytes of gradients:
-    small      A messages,       A (N - 1) S bytes sent,         A N S bytes added     if N S <= 128 KiB
-    large      2 A + 1 messages, (A + 1) (N - 1) / N S sent,     A S added
+    exchange = messages x (latency + (N - 1) x peer)  +  bytes sent / bandwidth  +  bytes received / memory
 
-The fit finds latency, peer and bandwidth from exchanges, memory from steps without delays. Steps with delays, which it has
-not seen, then test it. `benches/distributed.rs` makes both files.
+With A parts a rank and S bytes of gradients:
+
+    N S <= 128 KiB:  A messages, A (N - 1) S sent, A N S received.
+    N S > 128 KiB:  2 A + 1 messages, (A + 1) (N - 1) / N S sent, (A + 1) S received.
+
+The fit takes latency and peer from exchanges of at most 1 KiB. Memory is the work of copying and adding, from steps of
+two without delays. Steps with delays, which it has not seen, then test it. `benches/distributed.rs` makes both files.
 
 usage: scale_model.py EXCHANGE.csv STEP.csv [--compute SECONDS ..] [--spread FRACTION]
 """
@@ -21,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist, fmean
 
+FRESH = 32 << 20  # glibc's largest M_MMAP_THRESHOLD
 SMALL = 128 << 10  # as in src/train/distributed/ordered_sum.rs
 LORA, DECODER, ALL = 589_824, 4_058_340, 93_735_472  # parameters of ViT-B; see docs/parameter-counts.md
 PAYLOADS = {"LoRA": 4 * LORA, "LoRA, `modules_to_save`": 4 * (LORA + DECODER), "all parameters": 4 * ALL}
@@ -34,15 +37,14 @@ class Network:
     latency: float  # seconds of an exchange of nothing between two
     peer: float  # seconds for each other rank
     bandwidth: float  # bytes a second that a process sends while it receives as many
-    memory: float  # bytes of gradients that a process adds a second
+    memory: float  # bytes of gradients that a process copies and adds a second, those that it received
+    fresh: float = float("inf")  # the same of gradients for which malloc maps fresh pages each time
 
     def exchange(self, ranks, size, parts=1, small=None):
         """Seconds of a step's exchanges of `size` bytes of gradients, with `parts` for each rank."""
-        terms = zip(coefficients(ranks, size, parts, small), self.costs())
-        return sum(count * cost for count, cost in terms)
-
-    def costs(self):
-        return self.latency, self.peer, 1 / self.bandwidth, 1 / self.memory
+        memory = self.fresh if size > FRESH else self.memory
+        costs = self.latency, self.peer, 1 / self.bandwidth, 1 / memory
+        return sum(count * cost for count, cost in zip(coefficients(ranks, size, parts, small), costs))
 
 
 # Latency as TCP has it on Ethernet and as InfiniBand has it; 94 % of the wire's bytes carry data.
@@ -50,14 +52,14 @@ NETWORKS = {"1 GbE": (100e-6, 0.94e9 / 8), "10 GbE": (50e-6, 9.4e9 / 8), "100 Gb
 
 
 def coefficients(ranks, size, parts=1, small=None):
-    """Exchanges, messages to peers, bytes sent and bytes added of a step."""
+    """Exchanges, messages to peers, bytes sent and bytes received of a step."""
     if ranks == 1:
         return 0, 0, 0, 0
     if ranks * size <= SMALL if small is None else small:
-        messages, sent, added = parts, parts * (ranks - 1) * size, parts * ranks * size
+        messages, sent, received = parts, parts * (ranks - 1) * size, parts * ranks * size
     else:
-        messages, sent, added = 2 * parts + 1, (parts + 1) * (ranks - 1) / ranks * size, parts * size
-    return messages, messages * (ranks - 1), sent, added
+        messages, sent, received = 2 * parts + 1, (parts + 1) * (ranks - 1) / ranks * size, (parts + 1) * size
+    return messages, messages * (ranks - 1), sent, received
 
 
 def largest_normal(ranks):
@@ -85,49 +87,44 @@ def efficiency(network, ranks, size, compute, spread=0.0):
 
 
 def fit(rows):
-    """The network that explains exchanges: least squares of the relative errors, no cost below zero."""
-    samples = []
+    """Latency and peer by least squares of the relative errors of exchanges that carry next to nothing."""
+    a, y = [], []
     for row in rows:
-        ranks, size = int(row["ranks"]), int(row["bytes"])
         for column, small in (("whole_s", True), ("chunks_s", False)):
-            *counts, _ = coefficients(ranks, size, small=small)
-            samples.append(([count / float(row[column]) for count in counts], 1.0))
-    used = [0, 1, 2]
-    while True:
-        costs = dict(zip(used, least_squares([([x[i] for i in used], y) for x, y in samples])))
-        negative = [i for i in used if costs[i] <= 0]
-        if not negative:
-            break
-        used = [i for i in used if i not in negative]
-    latency, peer, byte = (costs.get(i, 0.0) for i in range(3))
-    return Network(latency, peer, 1 / byte, float("inf"))
+            if int(row["bytes"]) <= 1024:
+                counts = coefficients(int(row["ranks"]), 4, small=small)
+                a.append([count / float(row[column]) for count in counts[:2]])
+                y.append(1.0)
+    latency, peer = nonnegative(a, y)
+    return Network(latency, peer, float("inf"), float("inf"))
+
+
+def nonnegative(a, y):
+    """The two numbers of least |a x - y| that are not below zero."""
+    dot = lambda u, v: sum(p * q for p, q in zip(u, v))
+    first, second = zip(*a)
+    alone = [(dot(first, y) / dot(first, first), 0.0), (0.0, dot(second, y) / dot(second, second))]
+    determinant = dot(first, first) * dot(second, second) - dot(first, second) ** 2
+    if determinant > 1e-9 * dot(first, first) * dot(second, second):
+        x = dot(second, second) * dot(first, y) - dot(first, second) * dot(second, y)
+        z = dot(first, first) * dot(second, y) - dot(first, second) * dot(first, y)
+        if x >= 0 and z >= 0:
+            return x / determinant, z / determinant
+    error = lambda x: sum((p * x[0] + q * x[1] - t) ** 2 for (p, q), t in zip(a, y))
+    return min(alone, key=error)
 
 
 def with_memory(network, rows):
-    """The network, and what adding costs: the rest of the time in steps without a delay."""
-    rest, added = 0.0, 0.0
+    """The network, and what bytes received cost: the rest of the time of exchanges in steps of two without a delay."""
+    rest, received = [0.0, 0.0], [0.0, 0.0]
     for row in rows:
-        ranks, size, parts = int(row["ranks"]), int(row["bytes"]), int(row["parts"]) // int(row["ranks"])
-        if row["latency_us"] == "0" and row["gbit"] == "inf" and row["spread"] == "0" and ranks * size > SMALL:
-            rest += float(row["exchange_s"]) - network.exchange(ranks, size, parts)
-            added += coefficients(ranks, size, parts)[3]
-    return replace(network, memory=added / rest) if rest > 0 else network
-
-
-def least_squares(samples):
-    """The x of least |A x - y|, by the normal equations; `samples` are rows of A with their y."""
-    size = len(samples[0][0])
-    matrix = [[sum(a[i] * a[j] for a, _ in samples) for j in range(size)] for i in range(size)]
-    for row, i in zip(matrix, range(size)):
-        row.append(sum(a[i] * y for a, y in samples))
-    for i in range(size):
-        pivot = max(range(i, size), key=lambda row: abs(matrix[row][i]))
-        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
-        matrix[i] = [value / matrix[i][i] for value in matrix[i]]
-        for j in range(size):
-            if j != i:
-                matrix[j] = [value - matrix[j][i] * own for value, own in zip(matrix[j], matrix[i])]
-    return [row[-1] for row in matrix]
+        size, parts = int(row["bytes"]), int(row["parts"]) // 2
+        undelayed = row["latency_us"] == "0" and row["gbit"] == "inf" and row["spread"] == "0"
+        if row["ranks"] == "2" and undelayed and 2 * size > SMALL:
+            rest[size > FRESH] += float(row["exchange_s"]) - network.exchange(2, size, parts)
+            received[size > FRESH] += coefficients(2, size, parts)[3]
+    memory, fresh = (count / time if time > 0 else float("inf") for count, time in zip(received, rest))
+    return replace(network, memory=memory, fresh=fresh)
 
 
 def predicted(network, row):
@@ -136,14 +133,14 @@ def predicted(network, row):
     injected = Network(float(row["latency_us"]) * 1e-6, 0.0, float(row["gbit"]) * 1e9 / 8, float("inf"))
     extra = injected.exchange(ranks, size, parts)
     compute, spread = float(row["base_s"]), float(row["spread"]) * float(row["compute_ms"]) / 1e3 / float(row["base_s"])
-    return step_time(network, ranks, size, compute, spread, parts, float(row["base_update_s"])) + extra
+    return step_time(network, ranks, size, compute, spread, parts, float(row["update_s"])) + extra
 
 
 def with_base(rows):
     """Steps of several ranks, each with the compute of a part of the single process of the same settings."""
     key = lambda row: (row["model"], row["bytes"], row["compute_ms"])
     alone = {key(row): row for row in rows if row["ranks"] == "1"}
-    base = lambda row: {"base_s": float(row["compute_s"]) / int(row["parts"]), "base_update_s": row["update_s"]}
+    base = lambda row: {"base_s": float(row["compute_s"]) / int(row["parts"])}
     return [row | base(alone[key(row)]) for row in rows if row["ranks"] != "1"]
 
 
@@ -172,7 +169,7 @@ def main():
     network = with_memory(fit(read(options.exchange)), steps)
     print(
         f"Fitted: an exchange takes {network.latency * 1e6:.0f} us and {network.peer * 1e6:.0f} us a peer, "
-        f"a process sends {network.bandwidth / 1e9:.2f} GB/s and adds {network.memory / 1e9:.2f} GB/s.\n"
+        f"a process takes in {network.memory / 1e9:.2f} GB/s, and {network.fresh / 1e9:.2f} GB/s above {FRESH >> 20} MiB.\n"
     )
     rows = []
     for row in steps:
@@ -186,7 +183,7 @@ def main():
         for name, size in PAYLOADS.items():
             for net, (latency, bandwidth) in NETWORKS.items():
                 # Two rounds an exchange, of lengths and of bytes, on top of the software's own time.
-                wire = Network(network.latency + 2 * latency, network.peer, bandwidth, network.memory)
+                wire = Network(network.latency + 2 * latency, network.peer, bandwidth, network.memory, network.fresh)
                 shares = [f"{efficiency(wire, ranks, size, compute, options.spread):.0%}" for ranks in RANKS]
                 exchanges = [f"{1e3 * wire.exchange(ranks, size):.3g}" for ranks in RANKS]
                 rows.append([name, net, *shares, ", ".join(exchanges)])

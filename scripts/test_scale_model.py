@@ -29,29 +29,36 @@ class ScaleModel(unittest.TestCase):
             simulated = scale_model.simulated_step_time(*arguments)
             self.assertAlmostEqual(scale_model.step_time(*arguments) / simulated, 1.0, delta=0.01)
 
-    def test_the_fit_finds_the_network_that_made_the_rows(self):
-        rows = [
-            {
-                "ranks": ranks,
-                "bytes": size,
-                "whole_s": self.network.exchange(ranks, size, small=True),
-                "chunks_s": self.network.exchange(ranks, size, small=False),
-            }
+    def rows(self, network):
+        exchange = lambda ranks, small: network.exchange(ranks, 4, small=small)
+        return [
+            {"ranks": ranks, "bytes": 4, "whole_s": exchange(ranks, True), "chunks_s": exchange(ranks, False)}
             for ranks in (2, 4)
-            for size in (4, 10**4, 10**6, 10**8)
         ]
-        for found, expected in zip(scale_model.fit(rows).costs(), self.network.costs()):
-            self.assertAlmostEqual(found, expected, delta=1e-6 * expected)
 
-    def test_the_rest_of_a_step_is_the_cost_of_adding(self):
-        row = {"ranks": 2, "bytes": 10**8, "parts": 4, "latency_us": "0", "gbit": "inf", "spread": "0"}
-        row["exchange_s"] = self.network.exchange(2, 10**8, 2) + 2 * 10**8 / 5e9
-        found = scale_model.with_memory(self.network, [row, row | {"gbit": "1"}])
-        self.assertAlmostEqual(found.memory, 5e9, delta=1.0)
+    def test_the_fit_finds_the_latencies_that_made_the_rows(self):
+        large = {"ranks": 2, "bytes": 10**6, "whole_s": 9.0, "chunks_s": 9.0}
+        found = scale_model.fit([*self.rows(Network(1e-3, 1e-4, 1e12, 1e12)), large])
+        self.assertAlmostEqual(found.latency, 1e-3, delta=1e-8)
+        self.assertAlmostEqual(found.peer, 1e-4, delta=1e-8)
 
     def test_a_cost_is_not_negative(self):
-        rows = [{"ranks": r, "bytes": b, "whole_s": b / 1e6, "chunks_s": b / 1e6} for r in (2, 4) for b in (10, 10**6)]
-        self.assertGreaterEqual(min(scale_model.fit(rows).costs()), 0.0)
+        found = scale_model.fit(self.rows(Network(-1e-5, 1e-4, 1e12, 1e12)))
+        self.assertEqual(found.latency, 0.0)
+        self.assertGreater(found.peer, 0.0)
+        # One number of ranks cannot tell the two apart.
+        found = scale_model.fit(self.rows(Network(1e-3, 1e-4, 1e12, 1e12))[:1])
+        self.assertGreater(found.latency + found.peer, 0.0)
+
+    def test_the_rest_of_a_step_is_the_cost_of_adding(self):
+        row = {"ranks": "2", "parts": "4", "latency_us": "0", "gbit": "inf", "spread": "0"}
+        rows = [
+            row | {"bytes": str(size), "exchange_s": self.network.exchange(2, size, 2) + 3 * size / rate}
+            for size, rate in ((10**6, 5e9), (10**8, 1e9))
+        ]
+        found = scale_model.with_memory(self.network, [*rows, rows[0] | {"gbit": "1"}, rows[0] | {"ranks": "4"}])
+        self.assertAlmostEqual(found.memory, 5e9, delta=1.0)
+        self.assertAlmostEqual(found.fresh, 1e9, delta=1.0)
 
     def test_faster_networks_and_longer_parts_scale_better(self):
         slow, fast = (Network(1e-4, 1e-6, bandwidth, float("inf")) for bandwidth in (1e8, 1e10))

@@ -31,8 +31,10 @@ fn gpu_of(neighbours: &[usize], rank: usize, gpus: usize) -> Result<usize> {
     })
 }
 
-/// Threads for this process, so that those of one host share its cores: an equal share of every core that its
-/// affinity allows, and of the control group's quota. Every rank must ask.
+/// Number of threads for this process, so that the processes of one host share its cores.
+///
+/// It is an equal share of every core that this process may run on, and of the control group's quota. Every rank must
+/// ask.
 ///
 /// # Errors
 /// - the exchange failed.

@@ -6,8 +6,8 @@
 //! gradient  ((g0   +   g1)  + ..    + gN-1)  +  gN)   + ..           added in this order, whoever computed it
 //! ```
 //! Floating-point sums depend on their order, so ranks send each part's gradient and not sums of their own. Small
-//! gradients go to all ranks. Of large ones, rank r adds the r-th chunk of all, and the chunks are gathered once a step: a
-//! parameter crosses the network twice, however many ranks there are. Norm, clipping and optimizer are then the same
+//! gradients go to all ranks. With large gradients, rank r adds the r-th chunk of all, and the chunks are gathered once a
+//! step. A parameter then crosses the network twice, however many ranks there are. Norm, clipping and optimizer are then the same
 //! computation on every rank.
 //!
 //! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names it.
