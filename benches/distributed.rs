@@ -144,11 +144,11 @@ fn exchange(processes: &dyn Communicator) -> Result<()> {
         let pieces: Vec<&[u8]> = vec![&own[..bytes / size]; size];
         let loss = [0u8; 12];
         let count = ((1 << 27) / bytes).clamp(5, 300);
-        let whole = median(count, processes, || Ok(drop(processes.all_gather(&own)?)))?;
+        let whole = median(count, processes, || processes.all_gather(&own).map(drop))?;
         let chunks = median(count, processes, || {
             processes.all_gather(&loss)?;
             processes.all_to_all(&pieces)?;
-            Ok(drop(processes.all_gather(pieces[0])?))
+            processes.all_gather(pieces[0]).map(drop)
         })?;
         if rank == 0 {
             println!("{size},{bytes},{whole:.3e},{chunks:.3e}");
