@@ -3,6 +3,8 @@
 # the middle of a step. Wants root, iproute2 and OpenMPI.
 #
 #   cargo build --release --features cli,mpi && scripts/mpi-two-hosts.sh
+#
+# RATE=1gbit in the environment slows the cable down. A delay would want the kernel's netem.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 program=$PWD/target/release/candle-sam-lora
@@ -23,6 +25,9 @@ for number in 1 2; do
   ip -n "$(host $number)" addr add "10.9.0.$number/24" dev "cable$number"
   ip -n "$(host $number)" link set "cable$number" up
   ip -n "$(host $number)" link set lo up
+  if [ -n "${RATE:-}" ]; then
+    tc -n "$(host $number)" qdisc add dev "cable$number" root tbf rate "$RATE" burst 256kb latency 100ms
+  fi
 done
 
 # Takes the place of ssh: `agent 10.9.0.2 command`.

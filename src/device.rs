@@ -19,6 +19,19 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
+/// Number of GPUs that this process sees.
+///
+/// # Errors
+/// - without the feature `cuda`, or without a driver.
+pub fn gpus() -> Result<usize> {
+    #[cfg(feature = "cuda")]
+    return candle_core::cuda_backend::cudarc::driver::CudaContext::device_count()
+        .map(|count| count as usize)
+        .map_err(|e| Error::config(format!("device cuda: the driver does not count GPUs: {e}")));
+    #[cfg(not(feature = "cuda"))]
+    Err(without_cuda("cuda"))
+}
+
 #[cfg(feature = "cuda")]
 fn cuda(name: &str, ordinal: usize) -> Result<Device> {
     let failed =
@@ -32,9 +45,13 @@ fn cuda(name: &str, ordinal: usize) -> Result<Device> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(name: &str, _ordinal: usize) -> Result<Device> {
-    Err(Error::config(format!(
-        "device {name}: this build runs on the CPU only; build with --features cuda, or use cpu"
-    )))
+    Err(without_cuda(name))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn without_cuda(name: &str) -> Error {
+    let message = "this build runs on the CPU only; build with --features cuda, or use cpu";
+    Error::config(format!("device {name}: {message}"))
 }
 
 #[cfg(test)]

@@ -72,7 +72,7 @@ pub mod cuda {
 }
 
 pub use cpu::buffer::release as release_buffers;
-pub use device::device;
+pub use device::{device, gpus};
 pub use error::{Error, Result, TensorMismatch};
 pub use files::{read_tensors, write_atomic, write_tensors, TensorFile};
 

@@ -216,7 +216,9 @@ fn finetune_writes_the_files_of_one_process() -> Result<()> {
         )?;
         ensure!(two.status.success(), "{}", String::from_utf8_lossy(&two.stderr));
         let said = String::from_utf8_lossy(&two.stdout);
-        ensure!(said.contains(&format!("{size} processes, 4 parts a step")), "{said}");
+        let shared = format!("{size} processes, {size} on this host (threads each: 1); 4 parts");
+        ensure!(said.contains(&shared), "{said}");
+        ensure!(said.contains(" % waiting for the slowest process, "), "no times: {said}");
         ensure!(said.matches("held-out IoU, mean").count() == 1, "said more than once: {said}");
         let found = files(&output(size), &output(size))?;
         ensure!(found.keys().eq(expected.keys()), "{:?}", found.keys());

@@ -1,6 +1,10 @@
 //! N ranks give the bits of one process with N times the accumulation, and a failure of one is told by all.
 
 mod common;
+#[path = "distributed/exchange.rs"]
+mod exchange;
+#[path = "distributed/network.rs"]
+mod network;
 #[path = "distributed/run.rs"]
 mod run;
 #[path = "distributed/threads.rs"]

@@ -2,6 +2,7 @@
 
 use super::console::Console;
 use super::model::{self, Placement, Source};
+use crate::train::{device_of_rank, Communicator};
 use candle_core::DType;
 use clap::ValueEnum;
 use std::path::PathBuf;
@@ -33,7 +34,7 @@ impl ModelArguments {
 /// Where a model runs
 #[derive(clap::Args, Clone, Debug)]
 pub struct Backend {
-    /// cpu, cuda or cuda:N
+    /// cpu, cuda or cuda:N; with several processes on a host, cuda is a GPU for each
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Storage of frozen weights and activations; adapters and their optimizer are f32 always
@@ -63,16 +64,16 @@ impl From<Storage> for DType {
 }
 
 impl Backend {
-    /// Opens the device.
+    /// Opens the device of this process.
     ///
-    /// On the CPU the heavy work is in this crate's operations, which have threads of their own. The threads
-    /// of candle's elementwise operations wait for each other by spinning. On a busy machine that takes several times
-    /// longer than one thread would, so they get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
-    pub fn open(&self) -> crate::Result<Placement> {
+    /// On the CPU the heavy work is in this crate's operations, which have threads of their own. Candle's elementwise
+    /// ones wait for each other by spinning, which on a busy machine takes several times longer than one thread would;
+    /// they get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
+    pub fn open(&self, processes: &dyn Communicator) -> crate::Result<Placement> {
         const THREADS: &str = "CANDLE_NUM_THREADS";
         if std::env::var_os(THREADS).is_none() {
             std::env::set_var(THREADS, "1");
         }
-        Ok(Placement { device: crate::device(&self.device)?, dtype: self.dtype.into() })
+        Ok(Placement { device: device_of_rank(&self.device, processes)?, dtype: self.dtype.into() })
     }
 }

@@ -43,6 +43,11 @@ impl Division {
         Ok(Self { processes, console })
     }
 
+    /// All processes.
+    pub fn processes(&self) -> &dyn Communicator {
+        &*self.processes
+    }
+
     /// Whether there are several processes.
     pub fn is_divided(&self) -> bool {
         self.processes.size() > 1

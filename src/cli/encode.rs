@@ -86,7 +86,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
     let (place, mut jobs) = division.each(|| {
-        let place = options.backend.open()?;
+        let place = options.backend.open(division.processes())?;
         if options.photo.options() != ReadOptions::default() {
             bail!("--range and --page are for images, which --embeddings takes")
         }
@@ -147,8 +147,12 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
 /// Embeds the images that have no embedding yet.
 fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
-    let (place, images) = division
-        .each(|| Ok((options.backend.open()?, images(std::slice::from_ref(&options.input))?)))?;
+    let (place, images) = division.each(|| {
+        Ok((
+            options.backend.open(division.processes())?,
+            images(std::slice::from_ref(&options.input))?,
+        ))
+    })?;
     division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;
     if let Some(folder) = options.embeddings.folder() {
         division.make_folder(folder)?;

@@ -1,6 +1,7 @@
 //! The processes of a job that mpirun or a scheduler has started, or this one alone.
 
-use crate::train::{together, Alone, Communicator};
+use crate::train::{threads_of_rank, together, Alone, Communicator};
+use anyhow::Context;
 use std::io::{stderr, Write};
 use std::sync::Arc;
 
@@ -11,11 +12,33 @@ pub struct Processes {
     /// step takes, and one process's share of an evaluation
     #[arg(long, default_value_t = 1800, value_name = "SECONDS")]
     wait: u64,
+    /// Threads of this process [default: RAYON_NUM_THREADS, or its share of the host's cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
 }
 
 impl Processes {
-    /// Joins the job that started this process, or stays alone.
+    /// Joins the job that started this process, or stays alone; starts this process's threads.
     pub fn join(self) -> anyhow::Result<Arc<dyn Communicator>> {
+        let processes = self.connect()?;
+        // All ask, whatever each was told.
+        let share = threads_of_rank(&*processes)?;
+        let shared = processes.on_this_host().len() > 1;
+        let threads = match self.threads {
+            Some(threads) => Some(usize::from(threads)),
+            None if shared && std::env::var_os("RAYON_NUM_THREADS").is_none() => Some(share),
+            None => None,
+        };
+        if let Some(threads) = threads {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build_global()
+                .with_context(|| format!("{threads} threads"))?;
+        }
+        Ok(processes)
+    }
+
+    fn connect(self) -> anyhow::Result<Arc<dyn Communicator>> {
         // OpenMPI and PMIx; MPICH, Intel MPI and Slurm's PMI-2.
         let sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].map(|name| std::env::var(name).ok());
         let in_job = sizes.iter().any(Option::is_some) || std::env::var_os("PMIX_RANK").is_some();
@@ -36,6 +59,13 @@ impl Processes {
             ),
         }
     }
+}
+
+/// Says how many processes there are, and how the first one's host is shared.
+pub fn census(communicator: &dyn Communicator) -> String {
+    let (all, here) = (communicator.size(), communicator.on_this_host().len());
+    let threads = rayon::current_num_threads();
+    format!("{all} processes, {here} on this host (threads each: {threads})")
 }
 
 /// Does what only the first process does; its error is the error of all.

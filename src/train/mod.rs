@@ -90,7 +90,8 @@ pub use checkpoint::{previous_state_path, TrainingState};
 pub use data::Dataset;
 #[cfg(feature = "mpi")]
 pub use distributed::Mpi;
-pub use distributed::{check_agreement, share, together, Alone, Communicator};
+pub use distributed::{check_agreement, device_of_rank, share, threads_of_rank, together};
+pub use distributed::{Alone, Communicator, StepTimes};
 #[cfg(feature = "images")]
 pub use evaluation::{evaluate_image, Evaluator, FoundMask, ImageEvaluation};
 pub use event_file::EventFile;

@@ -10,7 +10,7 @@
 //! parts of a step, see [`Communicator`].
 
 use super::checkpoint::previous_state_path;
-use super::distributed::{check_agreement, together, Alone, Communicator, OrderedSum};
+use super::distributed::{check_agreement, together, Alone, Communicator, OrderedSum, StepTimes};
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
 use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, StepRng, StepScores, TrainingState};
@@ -23,6 +23,7 @@ use candle_nn::Optimizer;
 use serde_json::{json, Map, Value};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// How the parameters are changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -119,6 +120,7 @@ pub struct Trainer {
     communicator: Arc<dyn Communicator>,
     /// Whether the ranks are known to have the same run.
     agreed: bool,
+    times: StepTimes,
 }
 
 impl Trainer {
@@ -143,6 +145,7 @@ impl Trainer {
             zeros_checked: false,
             communicator: Arc::new(Alone),
             agreed: false,
+            times: StepTimes::default(),
         })
     }
 
@@ -188,6 +191,11 @@ impl Trainer {
         &self.evaluations
     }
 
+    /// Where the time went, of the steps that this trainer made after its first one, which has more to do.
+    pub fn times(&self) -> &StepTimes {
+        &self.times
+    }
+
     /// Notes an evaluation after the steps made; it becomes part of the state.
     pub fn note(&mut self, scores: Scores) {
         self.evaluations.push(StepScores { step: self.steps(), scores });
@@ -219,26 +227,21 @@ impl Trainer {
         let communicator = self.communicator.clone();
         let (rank, size) = (communicator.rank() as u64, communicator.size() as u64);
         let parts = self.config.accumulation * size;
-        let (mut sum, mut gradients, mut first) = (0f32, OrderedSum::new(&*communicator), None);
+        let (mut sum, mut first) = (OrderedSum::new(&*communicator), None);
         for round in 0..self.config.accumulation {
             let part = step * parts + round * size + rank;
-            let own = self.part(part, parts, &mut loss);
-            let ((_, here, found), values) =
-                together(&*communicator, own, |(value, ..)| value.to_ne_bytes().to_vec())?;
-            for (rank, value) in values.iter().enumerate() {
-                let Ok(value) = value.as_slice().try_into() else {
-                    let message = format!("a loss of {} bytes", value.len());
-                    return Err(Error::Rank { rank, message }.into());
-                };
-                sum += f32::from_ne_bytes(value);
-            }
-            first.get_or_insert((part, here));
-            gradients.add(found)?;
+            let own = self.part(part, parts, &mut loss).map(|(value, here, found)| {
+                first.get_or_insert((part, here));
+                (value, found)
+            });
+            sum.add(own)?;
         }
-        let (Some(mut gradients), Some((part, here))) = (gradients.finish()?, first) else {
+        let (Some((sum, mut gradients, mut times)), Some((part, here))) = (sum.finish()?, first)
+        else {
             bail!("train: a step has no part")
         };
-        if !self.zeros_checked {
+        let (start, is_first) = (Instant::now(), !self.zeros_checked);
+        if is_first {
             // One rank's look is enough, and its first part is the one that a single process looks at.
             let looked = match rank {
                 0 => check_zeros(self.optimizer.parameters(), &gradients, here, || {
@@ -261,6 +264,10 @@ impl Trainer {
         self.optimizer.apply(&gradients)?;
         let loss = sum / parts as f32;
         self.losses.push(loss);
+        if !is_first {
+            (times.steps, times.update) = (1, start.elapsed());
+            self.times += times;
+        }
         Ok(StepMetrics { step: step + 1, loss, lr, grad_norm })
     }
 

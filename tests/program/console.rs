@@ -82,3 +82,26 @@ fn a_closed_pipe_is_no_error() -> Result<()> {
     ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     Ok(())
 }
+
+#[test]
+fn threads_do_not_change_a_run() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let line = "--steps 2 --batch 1 --prompts 2 --overlays 1 --lora-dropout 0.1 --quiet";
+    for threads in ["1", "3"] {
+        succeed(
+            temporary.path(),
+            "finetune",
+            &format!("{line} --threads {threads} --output {threads}"),
+        )?;
+    }
+    for file in
+        ["adapter/adapter_model.safetensors", "metrics.json", "metrics.csv", "state.safetensors"]
+    {
+        let [one, three] =
+            ["1", "3"].map(|run| std::fs::read(temporary.path().join(run).join(file)));
+        ensure!(one? == three?, "other bytes in {file}");
+    }
+    let Ended { code, err, .. } = run(temporary.path(), "finetune", "--threads 0")?;
+    ensure!(code == Some(2) && err.contains("--threads"), "{code:?}: {err}");
+    Ok(())
+}

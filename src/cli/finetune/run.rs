@@ -4,7 +4,7 @@ use super::super::console::Console;
 use super::super::draw::save_png;
 use super::super::listed::listed;
 use super::super::model::{self, Placement};
-use super::super::processes::{ended, on_first};
+use super::super::processes::{census, ended, on_first};
 use super::curve::loss_curve;
 use super::options::Options;
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
@@ -40,7 +40,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         bail!("--save-every must be at least 1")
     }
     let console = options.console;
-    let place = options.backend.open()?;
+    let place = options.backend.open(&**processes)?;
     let Placement { device, dtype } = &place;
     let batch = options.batch();
     batch.validate()?;
@@ -97,7 +97,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let mut trainer = trainer.with_communicator(processes.clone())?;
     if processes.size() > 1 {
         let parts = processes.size() as u64 * options.trainer().accumulation;
-        console.note(format!("{} processes, {parts} parts a step", processes.size()));
+        console.note(format!("{}; {parts} parts a step", census(&**processes)));
     }
     let source = BatchSource {
         dataset: &train,
@@ -117,6 +117,9 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let eval_steps = options.eval_steps(train.len());
     let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
     run.steps(&mut trainer, loss, evaluate)?;
+    if processes.size() > 1 && trainer.times().steps > 0 {
+        console.note(trainer.times());
+    }
 
     on_first(&**processes, || Ok(save_adapter(&sam, &lora, options.output.join(ADAPTER))?))?;
     set_trainable(&mut sam, |_| false)?;

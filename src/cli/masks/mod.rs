@@ -32,7 +32,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
     let (place, images, truth) = division.each(|| {
-        let (place, images) = (options.backend.open()?, images(&options.images)?);
+        let (place, images) =
+            (options.backend.open(division.processes())?, images(&options.images)?);
         Ok((place, images, options.calibration.open(options.photo.options(), console)?))
     })?;
     division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;

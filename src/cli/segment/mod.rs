@@ -84,7 +84,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 
 fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
-    let (place, mut jobs) = division.each(|| Ok((options.backend.open()?, options.jobs()?)))?;
+    let (place, mut jobs) =
+        division.each(|| Ok((options.backend.open(division.processes())?, options.jobs()?)))?;
     division.agree_on_inputs(jobs.iter().map(|job| job.image.as_path()))?;
     let (count, several) = (jobs.len(), jobs.len() > 1);
     if options.resume {

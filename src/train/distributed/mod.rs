@@ -5,26 +5,31 @@
 //! rank      0        1        ..  N-1      0        1        ..      computes it
 //! gradient  ((g0   +   g1)  + ..    + gN-1)  +  gN)   + ..           added in this order, whoever computed it
 //! ```
-//! Floating-point sums depend on their order, so ranks send each part's gradient and not sums of their own. Rank r adds
-//! the r-th chunk of all gradients, and the chunks are gathered once a step. A parameter crosses the network twice,
-//! however many ranks there are. Norm, clipping and optimizer are then the same computation on every rank.
+//! Floating-point sums depend on their order, so ranks send each part's gradient and not sums of their own. Small
+//! gradients go to all ranks. With large gradients, rank r adds the r-th chunk of all, and the chunks are gathered once a
+//! step. A parameter then crosses the network twice, however many ranks there are. Norm, clipping and optimizer are then the same
+//! computation on every rank.
 //!
 //! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names it.
 
 mod agreement;
+mod host;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod ordered_sum;
 mod outcome;
 mod queue;
+mod step_times;
 
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 
 pub use agreement::check_agreement;
+pub use host::{device_of_rank, threads_of_rank};
 pub(super) use ordered_sum::OrderedSum;
 pub use outcome::together;
 pub use queue::share;
+pub use step_times::StepTimes;
 
 use crate::{Error, Result};
 use std::io::{stderr, Write};
@@ -50,6 +55,11 @@ pub trait Communicator: std::fmt::Debug + Send + Sync {
     /// Exchanges bytes between all ranks: sends `pieces[r]` to rank `r`, and returns the bytes for this rank, by
     /// sender.
     fn all_to_all(&self, pieces: &[&[u8]]) -> Result<Vec<Vec<u8>>>;
+
+    /// Ranks of the processes on this host, this one among them, ascending.
+    fn on_this_host(&self) -> Vec<usize> {
+        vec![self.rank()]
+    }
 
     /// Sends bytes to a rank, which takes them by [`receive`](Self::receive). Only [`share`] needs messages.
     fn send(&self, _rank: usize, _bytes: &[u8]) -> Result<()> {

@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use mpi::environment::Universe;
 use mpi::request::{LocalScope, Request};
 use mpi::topology::SimpleCommunicator;
-use mpi::traits::{Communicator as _, Destination, Source};
+use mpi::traits::{Communicator as _, CommunicatorCollectives, Destination, Source};
 use mpi::Threading;
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,6 +23,7 @@ const MESSAGE_TAG: i32 = 1;
 pub struct Mpi {
     rank: usize,
     size: usize,
+    on_this_host: Vec<usize>,
     /// How long the other ranks may take to come to an exchange.
     patience: Duration,
     /// Ends MPI when dropped. One exchange at a time.
@@ -60,7 +61,11 @@ impl Mpi {
         }
         let world = universe.world();
         let (rank, size) = (world.rank() as usize, world.size() as usize);
-        Ok(Self { rank, size, patience, universe: Mutex::new(universe) })
+        let host = world.split_shared(world.rank());
+        let mut neighbours = vec![0; host.size() as usize];
+        host.all_gather_into(&world.rank(), &mut neighbours[..]);
+        let on_this_host = neighbours.into_iter().map(|rank| rank as usize).collect();
+        Ok(Self { rank, size, on_this_host, patience, universe: Mutex::new(universe) })
     }
 
     fn universe(&self) -> MutexGuard<'_, Universe> {
@@ -124,6 +129,10 @@ impl Communicator for Mpi {
 
     fn size(&self) -> usize {
         self.size
+    }
+
+    fn on_this_host(&self) -> Vec<usize> {
+        self.on_this_host.clone()
     }
 
     fn all_gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
