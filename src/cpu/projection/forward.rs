@@ -6,7 +6,7 @@
 //!
 //! Kept for the backward: S, and with an activation the sum before it.
 
-use super::{copy_columns, dropped, Projections, Ready, Saved, Weight};
+use super::{copy_columns, dropped, few_rows, Projections, Ready, Saved, Weight};
 use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, Packed, Term, ROWS};
 use crate::cpu::buffer::Buffer;
@@ -25,6 +25,9 @@ pub fn forward(
 ) -> (Buffer, Saved) {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let rows = x.len() / in_dim;
+    if !keep && few_rows::applies(rows, in_dim) {
+        return (few_rows::forward(layer, x, residual), Saved::default());
+    }
     let parts = layer.ready(|weight, n, k| match weight {
         Weight::F32(weight) => Packed::from_transposed(weight, n, k),
         Weight::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
