@@ -5,7 +5,7 @@
 
 Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), `sdpa_without_bias` (no relative
 positions: a bound, not SAM), and on CUDA `flex` (FlexAttention) and `triton` (a kernel of our own in the manner of the
-published ones). LoRA is PEFT's. `kept` is no implementation but the environment: see `benches/report/run.py`.
+published ones); of the mask decoder in evaluation, `openvino`. LoRA is PEFT's. `kept` is no implementation but the environment: see `benches/report/run.py`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sam
 from cores import CORES
 from measure import measure
 
-IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "flex", "triton"]
+IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "flex", "triton", "openvino"]
 
 
 def core_of(args, side):
@@ -125,7 +125,7 @@ def encoder_train_step(args):
 
 def decoder(args):
     forward, image = sam.decoder(args)
-    if args.case == "decoder_forward":
+    if args.case in ("decoder_forward", "decoder_prompt"):
         return forward
     return backward_of(forward, [image.requires_grad_()])
 
@@ -152,6 +152,7 @@ CASES = {
     "encoder_forward": encoder_forward,
     "encoder_train_step": encoder_train_step,
     "decoder_forward": decoder,
+    "decoder_prompt": decoder,
     "decoder_train": decoder,
     "gemm_peak": gemm_peak,
 }
