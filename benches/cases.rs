@@ -73,6 +73,8 @@ enum Case {
     EncoderTrainStepCheckpointed,
     /// The mask decoder on a stored embedding, a prompt of one point for each of the batch.
     DecoderForward,
+    /// As DecoderForward, of an embedding that is prepared for many prompts, as a predictor does it.
+    DecoderPrompt,
     /// As DecoderForward, forward and backward down to the embedding.
     DecoderTrain,
     /// The f32 product [4096, 768] x [768, 2304] into memory that is there: the machine's arithmetic.
@@ -278,6 +280,7 @@ impl Setup<'_> {
                 (self.encoder_train_step(checkpointed)?, train.encoder(vit, rank))
             }
             Case::DecoderForward => (self.decoder(false)?, forward.decoder()),
+            Case::DecoderPrompt => (self.decoder_prompt()?, forward.decoder()),
             Case::DecoderTrain => (self.decoder(true)?, train.decoder()),
             Case::GemmPeak => probe::gemm_peak(self.reps)?,
             Case::CopyBandwidth => probe::copy_bandwidth(self.reps)?,
@@ -497,6 +500,19 @@ impl Setup<'_> {
             if train {
                 masks.sqr()?.mean_all()?.backward()?;
             }
+            Ok(())
+        })
+    }
+
+    fn decoder_prompt(&self) -> Result<Measurement> {
+        if !self.ours()? {
+            bail!("the mask decoder has no composed twin")
+        }
+        let decoder = models::decoder(self.dtype, self.device)?;
+        let prompts = Prompts::new(self.batch, self.grid, self.dtype, self.device)?;
+        let images = prompts.prepare(&decoder)?;
+        self.run(|| {
+            decoder.prompt(&images, Some(&prompts.sparse), true, Mode::Eval)?;
             Ok(())
         })
     }

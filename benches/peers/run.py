@@ -4,9 +4,9 @@
     python benches/peers/run.py --case global_layer_forward --implementation sdpa --reps 5
 
 Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), `sdpa_without_bias` (no relative
-positions: a bound, not SAM), and `openvino` for the encoder on the CPU. On CUDA also `flex` (FlexAttention) and `triton` (a
-kernel of our own in the manner of the
-published ones). LoRA is PEFT's. `kept` is no implementation but the environment: see `benches/report/run.py`.
+positions: a bound, not SAM), and `openvino` for the encoder and the decoder in evaluation on the CPU. On CUDA also `flex`
+(FlexAttention) and `triton` (a kernel of our own in the manner of the published ones). LoRA is PEFT's. `kept` is no
+implementation but the environment: see `benches/report/run.py`.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def encoder_train_step(args):
 
 def decoder(args):
     forward, image = sam.decoder(args)
-    if args.case == "decoder_forward":
+    if args.case in ("decoder_forward", "decoder_prompt"):
         return forward
     return backward_of(forward, [image.requires_grad_()])
 
@@ -157,6 +157,7 @@ CASES = {
     "encoder_forward": encoder_forward,
     "encoder_train_step": encoder_train_step,
     "decoder_forward": decoder,
+    "decoder_prompt": decoder,
     "decoder_train": decoder,
     "gemm_peak": gemm_peak,
 }

@@ -153,7 +153,7 @@ def encoder(args, core=None):
 def decoder(args):
     """The mask decoder on a stored embedding: `batch` prompts of one point, two tokens each, three masks."""
     config = SamMaskDecoderConfig()
-    config._attn_implementation = args.implementation
+    config._attn_implementation = "sdpa" if args.implementation == "openvino" else args.implementation
     module = modeling_sam.SamMaskDecoder(config)
     randomize(module)
     module = module.to(args.device, args.torch_dtype).eval()
@@ -161,11 +161,45 @@ def decoder(args):
     image = random(1, 256, args.grid, args.grid)
     sparse, positions = random(1, args.batch, 2, 256), random(1, 256, args.grid, args.grid)
     dense = random(1, 256, 1, 1).expand(1, 256, args.grid, args.grid)
-    forward = lambda: module(
-        image_embeddings=image,
-        image_positional_embeddings=positions,
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=True,
-    )[0]
-    return forward, image
+    inputs = {
+        "image_embeddings": image,
+        "image_positional_embeddings": positions,
+        "sparse_prompt_embeddings": sparse,
+        "dense_prompt_embeddings": dense,
+    }
+    if args.implementation == "openvino":
+        return openvino_of(Masks(module), list(inputs.values()), args), image
+    return lambda: module(**inputs, multimask_output=True)[0], image
+
+
+class Masks(nn.Module):
+    """The decoder as a function of tensors alone."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, image, positions, sparse, dense):
+        return self.decoder(
+            image_embeddings=image,
+            image_positional_embeddings=positions,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+
+
+def openvino_of(module, inputs, args):
+    """The module by OpenVINO's CPU device, as many threads as PyTorch has, precision as asked for."""
+    import openvino
+
+    with torch.no_grad():
+        model = openvino.convert_model(module.float(), example_input=tuple(x.float() for x in inputs))
+    config = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": args.dtype,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.compile_model(model, "CPU", config).create_infer_request()
+    arrays = [x.float().contiguous().numpy() for x in inputs]
+    return lambda: request.infer(arrays)

@@ -85,7 +85,7 @@ def rows_of(runs, compared):
                 rows += rate_rows(comparison, ours)
                 rows += peak_rows(comparison, ours, of_case) if comparison.case.endswith("train_step") else []
                 rows += limit_rows(comparison, suffix, ours, samples)
-                if comparison is comparisons.BF16:
+                if comparison in comparisons.BF16:
                     rows += bf16_rows(comparison, suffix, ours, samples, allocator)
     return rows
 
@@ -146,9 +146,10 @@ def limit_rows(comparison, suffix, ours, samples):
 
 
 def bf16_rows(comparison, suffix, ours, samples, allocator):
-    f32 = samples.get(("encoder_forward", Config("candle", "ours", allocator).name))
+    exact = comparison.name.removesuffix(" dtype=bf16")
+    f32 = samples.get((exact, Config("candle", "ours", allocator).name))
     if f32 is not None:
-        ratio, bar = f32.time / ours.time, comparisons.BF16_BAR
+        ratio, bar = f32.time / ours.time, comparisons.BF16_BARS[exact]
         spreads = (spread(ours.wall), spread(f32.wall))
         name = f"candle ours f32 ({allocator})"
         yield row(

@@ -7,8 +7,8 @@ use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{randomize, Mode, ModuleTree, NodeMut};
 use candle_sam_lora::sam::{
-    AttentionKind, LayerContext, SamMaskDecoder, SamMaskDecoderConfig, SamMaskDecoderInput,
-    SamVisionAttentionSplit, SamVisionConfig, SamVisionEncoder,
+    AttentionKind, LayerContext, PreparedImages, SamMaskDecoder, SamMaskDecoderConfig,
+    SamMaskDecoderInput, SamVisionAttentionSplit, SamVisionConfig, SamVisionEncoder,
 };
 use candle_sam_lora::Result;
 
@@ -97,13 +97,21 @@ impl Prompts {
 
     /// Three masks for each prompt.
     pub fn decode(&self, decoder: &SamMaskDecoder, mode: Mode) -> candle_core::Result<Tensor> {
-        let input = SamMaskDecoderInput {
+        Ok(decoder.forward(&self.input(), true, mode)?.0)
+    }
+
+    /// The image, prepared for many prompts.
+    pub fn prepare(&self, decoder: &SamMaskDecoder) -> candle_core::Result<PreparedImages> {
+        decoder.prepare(&self.input(), usize::MAX, Mode::Eval)
+    }
+
+    fn input(&self) -> SamMaskDecoderInput<'_> {
+        SamMaskDecoderInput {
             image_embeddings: &self.image,
             image_positions: &self.positions,
             sparse: Some(&self.sparse),
             dense: &self.dense,
-        };
-        Ok(decoder.forward(&input, true, mode)?.0)
+        }
     }
 }
 

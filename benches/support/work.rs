@@ -107,7 +107,6 @@ impl Pass {
             + self.layer_norm(vit.dim) * 2.0
     }
 
-    /// Backward reaches every layer: the first adapters are in the first layer.
     /// The mask decoder on a stored embedding, a prompt an entry of the batch: the products with an image's rows, each
     /// projection by itself.
     pub fn decoder(&self) -> Work {
@@ -115,6 +114,7 @@ impl Pass {
         self.linear(256, 128) * 9.0 + self.linear(128, 256) * 2.0 + upscaling
     }
 
+    /// Backward reaches every layer: the first adapters are in the first layer.
     pub fn encoder(&self, vit: &Vit, rank: usize) -> Work {
         self.encoder_of(vit, vit.global.len(), rank)
     }

@@ -2,7 +2,7 @@
 
 use super::buffer::Elements;
 use super::element::Element;
-use super::simd::{exp2_nonpositive, run, vectors_mut};
+use super::simd::{exp2_nonpositive, run, vectors_mut, MAX_LANES};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -63,13 +63,64 @@ fn times_derivative(activation: Activation, sum: &mut [f32], grad: &[f32]) {
 
 /// GELU of every value, or its derivative `cdf(x) + x pdf(x)`, in place.
 pub fn gelu(values: &mut [f32], derivative: bool) {
-    let whole = values.len() / super::simd::MAX_LANES * super::simd::MAX_LANES;
+    in_vectors(values, |values| run(Gelu { values, derivative }));
+}
+
+/// GELU of every value at half the cost of [`gelu`] and slightly less accurate, without a derivative.
+pub fn gelu_of_inference(values: &mut [f32]) {
+    in_vectors(values, |values| run(RationalGelu(values)));
+}
+
+/// Calls `f` with all whole vectors, and with the rest in a vector.
+fn in_vectors(values: &mut [f32], f: impl Fn(&mut [f32])) {
+    let whole = values.len() / MAX_LANES * MAX_LANES;
     let (head, tail) = values.split_at_mut(whole);
-    run(Gelu { values: head, derivative });
-    let mut last = [0f32; super::simd::MAX_LANES];
+    f(head);
+    if tail.is_empty() {
+        return;
+    }
+    let mut last = [0f32; MAX_LANES];
     last[..tail.len()].copy_from_slice(tail);
-    run(Gelu { values: &mut last, derivative });
+    f(&mut last);
     tail.copy_from_slice(&last[..tail.len()]);
+}
+
+struct RationalGelu<'a>(&'a mut [f32]);
+
+impl WithSimd for RationalGelu<'_> {
+    type Output = ();
+
+    /// The error function is `t p(t^2) / q(t^2)`, absolute error below 4e-7, and 1 beyond 4.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        const P: [f32; 7] = [
+            -1.609_603_3e-2,
+            -2.954_599_8e-3,
+            -7.349_906e-4,
+            -5.692_506_4e-5,
+            -2.101_024e-6,
+            2.770_681_4e-8,
+            -2.726_142_3e-10,
+        ];
+        const Q: [f32; 5] =
+            [-1.426_473_9e-2, -7.373_329e-3, -1.682_827e-3, -2.133_740_6e-4, -1.456_607_2e-5];
+        let (half, limit) = (simd.splat_f32s(0.5), simd.splat_f32s(4.0));
+        for x in vectors_mut::<S>(self.0) {
+            let t = simd.mul_f32s(*x, simd.splat_f32s(std::f32::consts::FRAC_1_SQRT_2));
+            let t = simd.max_f32s(simd.min_f32s(t, limit), simd.neg_f32s(limit));
+            let square = simd.mul_f32s(t, t);
+            let (mut p, mut q) = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
+            for c in P.into_iter().rev() {
+                p = simd.mul_add_f32s(p, square, simd.splat_f32s(c));
+            }
+            for c in Q.into_iter().rev() {
+                q = simd.mul_add_f32s(q, square, simd.splat_f32s(c));
+            }
+            let erf = simd.div_f32s(simd.mul_f32s(t, p), q);
+            // NaN, which the limits may have lost, is in x.
+            *x = simd.mul_f32s(*x, simd.mul_add_f32s(half, erf, half));
+        }
+    }
 }
 
 struct Gelu<'a> {
@@ -152,6 +203,13 @@ mod tests {
         let mut values = inputs.clone();
         gelu(&mut values, false);
         let derivative = gradient(gelu, &inputs, &vec![1.0; inputs.len()]);
+        let mut rational = inputs.clone();
+        gelu_of_inference(&mut rational);
+        for (&x, &y) in inputs.iter().zip(&rational) {
+            let exact = 0.5 * f64::from(x) * (1.0 + erf_f64(f64::from(x) / 2f64.sqrt()));
+            let error = (f64::from(y) - exact).abs() / f64::from(x).abs().max(1.0);
+            assert!(error < 3e-7, "rational gelu({x}) = {y}: {error:e}");
+        }
         for ((&x, &y), &dy) in inputs.iter().zip(&values).zip(&derivative) {
             let x = f64::from(x);
             let cdf = 0.5 * (1.0 + erf_f64(x / 2f64.sqrt()));
@@ -171,5 +229,8 @@ mod tests {
             activation(&mut values, false);
             assert!(values.iter().all(|x| x.is_nan()), "{name}");
         }
+        let mut values = vec![f32::NAN; 19];
+        gelu_of_inference(&mut values);
+        assert!(values.iter().all(|x| x.is_nan()));
     }
 }

@@ -10,7 +10,8 @@
 use super::bf16;
 use super::buffer::Buffer;
 use super::panel::{panel, Into, Left, Right, PANEL};
-use super::simd::padded;
+use super::simd::{padded, run, MAX_LANES};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Rows of one block.
@@ -127,6 +128,46 @@ pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>
             );
             multiply((&mut *acc, PANEL), (into, term.scale), shape, left, right);
             into = Into::Add;
+        }
+    }
+}
+
+/// Adds a term to `out [rows, n]`; `acc` is scratch.
+pub fn add_term(out: &mut [f32], rows: usize, term: &Term<'_>, acc: &mut Vec<f32>) {
+    let Packed { k, n, pairs, ref data } = *term.right;
+    for column in term.right.panels() {
+        if !pairs && n.is_multiple_of(MAX_LANES) {
+            let data = &data[column / PANEL * k * PANEL..][..k * PANEL];
+            let (left, into) = (Left::Rows(term.left, term.stride), (Into::Add, term.scale));
+            let shape = (rows, PANEL.min(n - column), k);
+            panel((&mut out[column..], n), into, shape, left, Right(data, PANEL));
+        } else {
+            acc.resize(rows * PANEL, 0.0);
+            accumulate(acc, rows, column, &[*term]);
+            run(AddColumns { out, width: n, column, acc });
+        }
+    }
+}
+
+/// `out [rows, width] += acc [rows, PANEL]` in the columns from `column` on.
+struct AddColumns<'a> {
+    out: &'a mut [f32],
+    width: usize,
+    column: usize,
+    acc: &'a [f32],
+}
+
+impl WithSimd for AddColumns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let end = self.width.min(self.column + PANEL);
+        let rows = self.out.chunks_exact_mut(self.width).zip(self.acc.chunks_exact(PANEL));
+        for (out, acc) in rows {
+            for (out, acc) in out[self.column..end].iter_mut().zip(acc) {
+                *out += acc;
+            }
         }
     }
 }

@@ -10,12 +10,13 @@
 //! size exists but the output.
 
 use super::bf16;
+use super::blocked::{add_term, Packed, Term};
 use super::buffer::Buffer;
 use super::columns::Online;
 use super::layer_norm;
 use super::math::{add, add_scaled, dot};
 use super::panel::{panel, Into, Left, Right, PANEL};
-use super::simd::{exp2_nonpositive, padded, run, vectors_mut};
+use super::simd::{exp2_nonpositive, padded, run, vectors_mut, MAX_LANES};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -49,6 +50,15 @@ impl Shape {
     fn columns(&self) -> usize {
         self.tokens * self.heads
     }
+
+    /// Distance of two rows of scores: whole vectors, or a panel where that can be computed in bf16.
+    fn pitch(&self) -> usize {
+        let pitch = padded(self.columns()).max(MAX_LANES);
+        match self.bf16 && (PANEL / 2..PANEL).contains(&pitch) {
+            true => PANEL,
+            false => pitch,
+        }
+    }
 }
 
 /// The rows that tokens are multiplied with: `x + shift`, `[rows, depth]` for each entry of x.
@@ -80,21 +90,23 @@ fn entry(x: &[f32], size: usize, group: usize) -> &[f32] {
     }
 }
 
-/// `sum_i tokens[t, h d + i] weight[h d + i, :]` for each column, `[padded columns, depth]`; rows without a token are zero.
+/// `sum_i tokens[t, h d + i] weight[h d + i, :]` for each column, `[pitch, depth]`; rows without a token are zero.
 fn absorb(s: &Shape, tokens: &[f32], weight: &[f32], depth: usize) -> Vec<f32> {
     let d = s.inner / s.heads;
-    let mut out = vec![0f32; padded(s.columns()) * depth];
-    for (column, (out, token)) in
-        out.chunks_exact_mut(depth).zip(tokens.chunks_exact(d)).enumerate()
-    {
-        let first = column % s.heads * d;
+    let mut out = vec![0f32; s.pitch() * depth];
+    for head in 0..s.heads.min(s.columns()) {
+        let tokens = &tokens[head * d..];
         if weight.is_empty() {
-            out[first..first + d].copy_from_slice(token);
+            let columns = out.chunks_exact_mut(s.heads * depth).zip(tokens.chunks(s.inner));
+            for (out, token) in columns {
+                out[head * (depth + d)..][..d].copy_from_slice(&token[..d]);
+            }
             continue;
         }
-        for (&factor, row) in token.iter().zip(weight[first * depth..].chunks_exact(depth)) {
-            add_scaled(out, factor, row);
-        }
+        let (left, right) =
+            (Left::Rows(tokens, s.inner), Right(&weight[head * d * depth..], depth));
+        let shape = (s.tokens, depth, d);
+        panel((&mut out[head * depth..], s.heads * depth), (Into::Store, 1.0), shape, left, right);
     }
     out
 }
@@ -122,11 +134,32 @@ enum Tokens {
 impl Tokens {
     /// From [`absorb`]ed columns `[pitch, depth]`.
     fn new(s: &Shape, columns: &[f32], depth: usize) -> Self {
-        let pairs = s.bf16 && padded(s.columns()) == PANEL && depth.is_multiple_of(2);
+        let pairs = s.bf16 && s.pitch() == PANEL && depth.is_multiple_of(2);
         if pairs && bf16::available() {
             return Self::Pairs(transposed(&bf16::pairs(columns), depth / 2));
         }
         Self::F32(transposed(columns, depth))
+    }
+}
+
+/// `out = a + b`, b as often as it fits.
+struct Sum<'a> {
+    out: &'a mut [f32],
+    a: &'a [f32],
+    b: &'a [f32],
+}
+
+impl WithSimd for Sum<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let parts = self.out.chunks_mut(self.b.len()).zip(self.a.chunks(self.b.len()));
+        for (out, a) in parts {
+            for (out, (a, b)) in out.iter_mut().zip(a.iter().zip(self.b)) {
+                *out = a + b;
+            }
+        }
     }
 }
 
@@ -138,15 +171,15 @@ fn score(
     tokens: &Tokens,
     scores: &mut [f32],
 ) {
-    let pitch = padded(s.columns());
+    let pitch = s.pitch();
     let scale = s.softmax_scale * LOG2_E;
     let mut shifted = Vec::new();
     for (block, scores) in scores.chunks_mut(BLOCK * pitch).enumerate() {
         let (count, start) = (scores.len() / pitch, (first + block * BLOCK) * depth);
         let mut rows = &x[start..start + count * depth];
         if !shift.is_empty() {
-            shifted.clear();
-            shifted.extend(rows.iter().zip(&shift[start..]).map(|(x, p)| x + p));
+            shifted.resize(count * depth, 0.0);
+            run(Sum { out: &mut shifted, a: rows, b: &shift[start..start + count * depth] });
             rows = &shifted;
         }
         match tokens {
@@ -172,7 +205,7 @@ pub fn tokens_to_image(
     v: &Absorbed<'_>,
 ) -> Vec<f32> {
     let (c, d, size) = (s.channels, s.inner / s.heads, s.tokens * s.inner);
-    let (used, pitch) = (s.columns(), padded(s.columns()));
+    let (used, pitch) = (s.columns(), s.pitch());
     let groups = queries.len() / size;
     let absorbed: Vec<_> = queries
         .par_chunks_exact(size)
@@ -239,6 +272,9 @@ pub struct Output<'a> {
 
 /// The image `x [groups or 1, rows, channels]` looks at k and v, `[groups, tokens, inner]` each:
 /// `norm(x + out_proj(attention))`, `[groups, rows, channels]`.
+///
+/// Weights of a head add up to one, and a softmax knows differences alone. So scores and values are relative to those of
+/// the last token, which has no columns.
 pub fn image_to_tokens(
     s: &Shape,
     x: &[f32],
@@ -247,17 +283,19 @@ pub fn image_to_tokens(
     output: &Output<'_>,
 ) -> Buffer {
     let (c, d, size, depth) = (s.channels, s.inner / s.heads, s.tokens * s.inner, scored.depth);
-    let (used, pitch) = (s.columns(), padded(s.columns()));
+    let relative = Shape { tokens: s.tokens - 1, ..*s };
+    let (used, pitch) = (relative.columns(), relative.pitch());
     let mut out = Buffer::any(k.len() / size * s.rows * c);
     let groups = out.par_chunks_mut(s.rows * c).zip(k.par_chunks(size).zip(v.par_chunks(size)));
     groups.enumerate().for_each(|(group, (out, (k, v)))| {
-        let keys = Tokens::new(s, &absorb(s, k, q.weight, depth), depth);
-        let mut values = absorb(s, v, output.weight, c);
-        // The weights of the first head add up to one, and so carry the bias.
-        if !output.bias.is_empty() {
-            let of_first_head = values.chunks_exact_mut(c).step_by(s.heads).take(s.tokens);
-            of_first_head.for_each(|value| add(value, output.bias));
+        let ((k, _), (v, last)) = (from_last(k, s.inner), from_last(v, s.inner));
+        let keys = Tokens::new(&relative, &absorb(&relative, &k, q.weight, depth), depth);
+        let values = Values::new(&relative, absorb(&relative, &v, output.weight, c));
+        let mut base = vec![0f32; c];
+        for (&factor, row) in last.iter().zip(output.weight.chunks_exact(c)) {
+            add_scaled(&mut base, factor, row);
         }
+        add(&mut base, output.bias);
         // q's bias adds a constant to each column's scores.
         let mut constants = vec![0f32; pitch];
         if !q.bias.is_empty() {
@@ -269,14 +307,25 @@ pub fn image_to_tokens(
         let x = entry(x, s.rows * c, group);
         let scored_x = entry(scored.x, s.rows * depth, group);
         let blocks = out.par_chunks_mut(BLOCK * c).enumerate();
-        blocks.for_each_init(Vec::new, |weights, (block, out)| {
+        blocks.for_each_init(Scratch::default, |scratch, (block, out)| {
+            let Scratch { weights, last, acc } = scratch;
             let (first, count) = (block * BLOCK, out.len() / c);
             weights.resize(count * pitch, 0.0);
-            score(s, (scored_x, scored.shift, depth), first, &keys, weights);
-            run(OverTokens { scores: weights, constants: &constants, used, heads: s.heads });
-            out.copy_from_slice(&x[first * c..][..count * c]);
-            let (left, right) = (Left::Rows(weights, pitch), Right(&values, c));
-            panel((out, c), (Into::Add, 1.0), (count, c, used), left, right);
+            last.resize(padded(count * s.heads), 0.0);
+            score(&relative, (scored_x, scored.shift, depth), first, &keys, weights);
+            let heads = s.heads;
+            run(OverTokens { scores: weights, last, constants: &constants, used, heads });
+            run(Sum { out, a: &x[first * c..][..count * c], b: &base });
+            match &values {
+                Values::F32(values) => {
+                    let (left, right) = (Left::Rows(weights, pitch), Right(values, c));
+                    panel((out, c), (Into::Add, 1.0), (count, c, used), left, right);
+                }
+                Values::Pairs(right) => {
+                    let (left, stride) = (&bf16::pairs(weights), pitch / 2);
+                    add_term(out, count, &Term { left, stride, right, scale: 1.0 }, acc);
+                }
+            }
             let (weight, bias, eps) = output.norm;
             layer_norm::in_place(out, weight, bias, eps);
         });
@@ -284,9 +333,46 @@ pub fn image_to_tokens(
     out
 }
 
-/// The softmax of each row of scores, over the tokens of each head: columns `[tokens, heads]`.
+/// Buffers of a task, used again for the next.
+#[derive(Default)]
+struct Scratch {
+    weights: Vec<f32>,
+    last: Vec<f32>,
+    acc: Vec<f32>,
+}
+
+/// The tokens' side of the output, packed for one kind of product.
+enum Values {
+    /// `[columns, channels]`
+    F32(Vec<f32>),
+    /// Pairs of columns, see [`super::bf16`].
+    Pairs(Packed),
+}
+
+impl Values {
+    /// From [`absorb`]ed columns `[pitch, channels]`.
+    fn new(s: &Shape, columns: Vec<f32>) -> Self {
+        let used = s.columns();
+        if !(s.bf16 && bf16::available() && used.is_multiple_of(2)) {
+            return Self::F32(columns);
+        }
+        let rows = transposed(&columns[..used * s.channels], s.channels);
+        Self::Pairs(Packed::from_transposed_pairs(&bf16::pairs(&rows), s.channels, used))
+    }
+}
+
+/// All rows but the last relative to the last, and the last.
+fn from_last(rows: &[f32], width: usize) -> (Vec<f32>, &[f32]) {
+    let (others, last) = rows.split_at(rows.len().saturating_sub(width));
+    let differences = others.chunks_exact(width).flat_map(|row| row.iter().zip(last));
+    (differences.map(|(x, last)| x - last).collect(), last)
+}
+
+/// The softmax of each row of scores, over the tokens of each head: columns `[tokens, heads]`, and a token of score 0.
 struct OverTokens<'a> {
     scores: &'a mut [f32],
+    /// Scratch for the token of score 0, `[rows, heads]`.
+    last: &'a mut [f32],
     /// Added to every row; as long as one.
     constants: &'a [f32],
     used: usize,
@@ -306,42 +392,47 @@ impl WithSimd for OverTokens<'_> {
 }
 
 impl OverTokens<'_> {
-    /// A literal `heads` lets the compiler unroll the loops over heads.
+    /// A literal `heads` lets the compiler unroll the loops over heads. Three passes over rows that are in cache: a vector
+    /// is never loaded right after narrower stores.
     #[inline(always)]
     fn rows<S: Simd>(self, simd: S, heads: usize) {
-        let mut heads_max = vec![0f32; heads];
-        let mut heads_sum = vec![0f32; heads];
-        let (max, sum) = (&mut heads_max[..heads], &mut heads_sum[..heads]);
-        for scores in self.scores.chunks_exact_mut(self.constants.len()) {
-            for (score, constant) in scores.iter_mut().zip(self.constants) {
-                *score += constant;
-            }
-            max.fill(f32::MIN);
-            for token in scores[..self.used].chunks_exact(heads) {
+        let Self { scores, last, constants, used, .. } = self;
+        let pitch = constants.len();
+        for (scores, last) in scores.chunks_exact_mut(pitch).zip(last.chunks_exact_mut(heads)) {
+            let last = &mut last[..heads];
+            last.fill(0.0);
+            let tokens = scores[..used].chunks_exact_mut(heads);
+            for (token, constants) in tokens.zip(constants.chunks_exact(heads)) {
                 for h in 0..heads {
-                    max[h] = if token[h] > max[h] { token[h] } else { max[h] };
+                    token[h] += constants[h];
+                    last[h] = if token[h] > last[h] { token[h] } else { last[h] };
                 }
             }
-            for token in scores[..self.used].chunks_exact_mut(heads) {
+            for token in scores[..used].chunks_exact_mut(heads) {
                 for h in 0..heads {
-                    token[h] -= max[h];
+                    token[h] -= last[h];
                 }
             }
-            for score in vectors_mut::<S>(scores) {
-                *score = exp2_nonpositive(simd, *score);
+            for last in last.iter_mut() {
+                *last = -*last;
             }
-            sum.fill(0.0);
-            for token in scores[..self.used].chunks_exact(heads) {
+        }
+        for score in vectors_mut::<S>(scores).iter_mut().chain(vectors_mut::<S>(last)) {
+            *score = exp2_nonpositive(simd, *score);
+        }
+        for (scores, last) in scores.chunks_exact_mut(pitch).zip(last.chunks_exact_mut(heads)) {
+            let last = &mut last[..heads];
+            for token in scores[..used].chunks_exact(heads) {
                 for h in 0..heads {
-                    sum[h] += token[h];
+                    last[h] += token[h];
                 }
             }
-            for sum in sum.iter_mut() {
-                *sum = 1.0 / *sum;
+            for last in last.iter_mut() {
+                *last = 1.0 / *last;
             }
-            for token in scores[..self.used].chunks_exact_mut(heads) {
+            for token in scores[..used].chunks_exact_mut(heads) {
                 for h in 0..heads {
-                    token[h] *= sum[h];
+                    token[h] *= last[h];
                 }
             }
         }

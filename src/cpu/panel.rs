@@ -106,6 +106,7 @@ impl WithSimd for Panel<'_> {
             column += lanes
                 * match left {
                     4.. if S::REGISTER_COUNT >= 32 => self.rows::<S, 4>(simd, column),
+                    3 if S::REGISTER_COUNT >= 32 => self.rows::<S, 3>(simd, column),
                     2.. => self.rows::<S, 2>(simd, column),
                     _ => self.rows::<S, 1>(simd, column),
                 };

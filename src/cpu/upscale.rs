@@ -6,13 +6,13 @@
 //! ```
 //! The maps u and w are never whole; the masks lie as images.
 
-use super::activation::gelu;
+use super::activation::gelu_of_inference;
 use super::bf16;
-use super::blocked::{accumulate, Packed, Term};
+use super::blocked::{add_term, Packed, Term};
 use super::buffer::Buffer;
 use super::layer_norm;
-use super::panel::{panel, Into, Left, Right, PANEL};
-use super::simd::padded;
+use super::simd::run;
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -54,21 +54,16 @@ impl<'a> Layer<'a> {
     /// `x W^T + bias`, `[rows, in] -> [rows, out]`; `acc` is scratch.
     fn apply(&self, x: &[f32], out: &mut Vec<f32>, acc: &mut Vec<f32>) {
         let (rows, width) = (x.len() / self.in_dim, self.bias.len());
-        acc.resize(rows * PANEL, 0.0);
         out.resize(rows * width, 0.0);
+        for out in out.chunks_exact_mut(width) {
+            out.copy_from_slice(self.bias);
+        }
         let (left, stride) = match self.weight.in_pairs() {
             true => (Cow::Owned(bf16::pairs(x)), self.in_dim / 2),
             false => (Cow::Borrowed(x), self.in_dim),
         };
         let term = Term { left: &left, stride, right: &self.weight, scale: 1.0 };
-        for column in self.weight.panels() {
-            accumulate(acc, rows, column, &[term]);
-            let end = width.min(column + PANEL);
-            for (out, acc) in out.chunks_exact_mut(width).zip(acc.chunks_exact(PANEL)) {
-                let sums = acc.iter().zip(&self.bias[column..end]);
-                out[column..end].iter_mut().zip(sums).for_each(|(o, (acc, bias))| *o = acc + bias);
-            }
-        }
+        add_term(out, rows, &term, acc);
     }
 }
 
@@ -78,7 +73,6 @@ struct Scratch {
     acc: Vec<f32>,
     u: Vec<f32>,
     fine: Vec<f32>,
-    values: Vec<f32>,
 }
 
 /// Masks `[groups, masks, 4 h, 4 w]` of `x [groups, h, w, C]` by `hyper [groups, masks, E]`.
@@ -87,49 +81,65 @@ pub fn masks(up: &Upscale<'_>, x: &[f32], hyper: &[f32], masks: usize) -> Buffer
     let (conv1, conv2) = (Layer::new(up.conv1, up.bf16), Layer::new(up.conv2, up.bf16));
     let (c, eighth) = (conv1.in_dim, up.conv2.1.len() / TAPS);
     let groups = x.len() / (h * w * c);
-    let (row_pixels, pitch) = (TAPS * TAPS * w, padded(masks));
-    // The columns are the masks.
-    let mut hyper_t = vec![0f32; groups * eighth * pitch];
-    for (i, &value) in hyper.iter().enumerate() {
-        let (group, mask) = (i / (masks * eighth), i / eighth % masks);
-        hyper_t[(group * eighth + i % eighth) * pitch + mask] = value;
+    let row_pixels = TAPS * TAPS * w;
+    let mut out = Buffer::any(groups * masks * h * row_pixels);
+    // A row of positions gives four rows of pixels of each mask.
+    let mut tasks: Vec<Vec<&mut [f32]>> = (0..groups * h).map(|_| vec![]).collect();
+    for (index, rows) in out.chunks_exact_mut(row_pixels).enumerate() {
+        tasks[index / (masks * h) * h + index % h].push(rows);
     }
-    // A row of positions gives four rows of pixels, mask after mask.
-    let mut rows = Buffer::any(groups * h * masks * row_pixels);
-    let tasks = rows.par_chunks_mut(masks * row_pixels).enumerate();
+    let tasks = tasks.into_par_iter().enumerate();
     tasks.for_each_init(Scratch::default, |scratch, (index, out)| {
-        let Scratch { acc, u, fine, values } = scratch;
+        let Scratch { acc, u, fine } = scratch;
         conv1.apply(&x[index * w * c..][..w * c], u, acc);
         let (weight, bias, eps) = up.norm;
         layer_norm::in_place(u, weight, bias, eps);
-        gelu(u, false);
+        gelu_of_inference(u);
         conv2.apply(u, fine, acc);
-        gelu(fine, false);
-        values.resize(row_pixels * pitch, 0.0);
-        let hyper = &hyper_t[index / h * eighth * pitch..][..eighth * pitch];
-        let shape = (row_pixels, pitch, eighth);
-        let (left, right) = (Left::Rows(fine, eighth), Right(hyper, pitch));
-        panel((values, pitch), (Into::Store, 1.0), shape, left, right);
-        for (mask, out) in out.chunks_exact_mut(row_pixels).enumerate() {
-            for (y, out) in out.chunks_exact_mut(TAPS * w).enumerate() {
-                // Pixel (y, x) of a position: tap (y / 2, x / 2) of the first convolution, (y % 2, x % 2) of the second.
-                let first = (y / 2 * 2 * TAPS + y % 2 * 2) * pitch + mask;
-                let positions = values.chunks_exact(TAPS * TAPS * pitch);
-                for (out, values) in out.chunks_exact_mut(TAPS).zip(positions) {
-                    for (x, out) in out.iter_mut().enumerate() {
-                        *out = values[first + (x / 2 * TAPS + x % 2) * pitch];
-                    }
-                }
-            }
+        gelu_of_inference(fine);
+        let hyper = &hyper[index / h * masks * eighth..][..masks * eighth];
+        for (rows, hyper) in out.into_iter().zip(hyper.chunks_exact(eighth)) {
+            run(Mask { rows, fine, hyper });
         }
     });
-    if masks == 1 {
-        return rows;
-    }
-    let mut out = Buffer::any(rows.len());
-    out.par_chunks_mut(row_pixels).enumerate().for_each(|(index, out)| {
-        let (group, mask, y) = (index / (masks * h), index / h % masks, index % h);
-        out.copy_from_slice(&rows[((group * h + y) * masks + mask) * row_pixels..][..row_pixels]);
-    });
     out
+}
+
+/// One mask's four rows of pixels, of which each is the product of `hyper` and its features.
+struct Mask<'a> {
+    /// `[4, 4 w]`
+    rows: &'a mut [f32],
+    /// `[w, taps of the first convolution, taps of the second, E]`
+    fine: &'a [f32],
+    /// `[E]`
+    hyper: &'a [f32],
+}
+
+impl WithSimd for Mask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let eighth = self.hyper.len();
+        let (hyper, tail) = S::as_simd_f32s(self.hyper);
+        let width = self.rows.len() / TAPS;
+        let positions = self.fine.chunks_exact(TAPS * TAPS * eighth);
+        for (position, fine) in positions.enumerate() {
+            for (pixel, fine) in fine.chunks_exact(eighth).enumerate() {
+                let mut sums = simd.splat_f32s(0.0);
+                let (whole, rest) = S::as_simd_f32s(fine);
+                for (&x, &weight) in whole.iter().zip(hyper) {
+                    sums = simd.mul_add_f32s(x, weight, sums);
+                }
+                let mut sum = simd.reduce_sum_f32s(sums);
+                for (x, weight) in rest.iter().zip(tail) {
+                    sum += x * weight;
+                }
+                // Tap (y / 2, x / 2) of the first convolution, (y % 2, x % 2) of the second.
+                let (first, second) = (pixel / TAPS, pixel % TAPS);
+                let (y, x) = (first / 2 * 2 + second / 2, first % 2 * 2 + second % 2);
+                self.rows[y * width + position * TAPS + x] = sum;
+            }
+        }
+    }
 }

@@ -16,7 +16,7 @@ use crate::module_tree;
 use crate::nn::{module_in_evaluation, ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
 use crate::ops::image_side::{upscaled_masks, Upscaling};
 use crate::ops::{self, Activation};
-use candle_core::{bail, Result, Tensor};
+use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Range;
 
@@ -76,6 +76,22 @@ pub struct SamMaskDecoderInput<'a> {
     pub sparse: Option<&'a Tensor>,
     /// Added to the image: `[B, h, w, C]` or what broadcasts to it.
     pub dense: &'a Tensor,
+}
+
+/// Images as their prompts see them; made by [`SamMaskDecoder::prepare`].
+#[derive(Clone, Debug)]
+pub struct PreparedImages {
+    images: SharedImage,
+    batch: usize,
+    grid: (usize, usize),
+    dtype: DType,
+}
+
+impl PreparedImages {
+    /// Number of images.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
 }
 
 /// The mask decoder.
@@ -154,11 +170,24 @@ impl SamMaskDecoder {
         multimask_output: bool,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
-        let SamMaskDecoderInput { image_embeddings, image_positions, sparse, dense } = *input;
+        let prompts = input.sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
+        let images = self.prepare(input, prompts, mode)?;
+        self.prompt(&images, input.sparse, multimask_output, mode)
+    }
+
+    /// What all prompts of the images share; the prompts of `input` are not read. About `prompts` of an image are to
+    /// come.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn prepare(
+        &self,
+        input: &SamMaskDecoderInput<'_>,
+        prompts: usize,
+        mode: Mode,
+    ) -> Result<PreparedImages> {
+        let SamMaskDecoderInput { image_embeddings, image_positions, dense, .. } = *input;
         let (batch, size, h, w) = image_embeddings.dims4()?;
-        let prompts = sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
-        let groups = batch * prompts;
-        let masks = self.output_hypernetworks_mlps.len();
         if size != self.mask_tokens.weight.dim(1)? {
             bail!(
                 "mask_decoder: image_embeddings must have shape [B, {}, h, w], got {:?}",
@@ -166,9 +195,32 @@ impl SamMaskDecoder {
                 image_embeddings.dims()
             )
         }
+        let image = ops::broadcast_add(&image_embeddings.permute((0, 2, 3, 1))?, dense)?;
+        let image = image.reshape((batch, h * w, size))?;
+        let positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
+        let images = self.transformer.share(&image, &positions, prompts, mode)?;
+        Ok(PreparedImages { images, batch, grid: (h, w), dtype: image.dtype() })
+    }
 
+    /// As [`forward`](Self::forward), of images that were prepared in the same mode, and their prompts `[B, P, N, C]`.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn prompt(
+        &self,
+        prepared: &PreparedImages,
+        sparse: Option<&Tensor>,
+        multimask_output: bool,
+        mode: Mode,
+    ) -> Result<(Tensor, Tensor)> {
+        let PreparedImages { images, batch, grid: (h, w), dtype } = prepared;
+        let (batch, h, w) = (*batch, *h, *w);
+        let prompts = sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
+        let groups = batch * prompts;
+        let masks = self.output_hypernetworks_mlps.len();
+        let size = self.mask_tokens.weight.dim(1)?;
         let learned = Tensor::cat(&[&self.iou_token.weight, &self.mask_tokens.weight], 0)?;
-        let learned = learned.to_dtype(image_embeddings.dtype())?;
+        let learned = learned.to_dtype(*dtype)?;
         let learned = ops::repeat(&learned, (groups, 1 + masks, size))?;
         let tokens = match sparse {
             Some(sparse) => {
@@ -177,17 +229,13 @@ impl SamMaskDecoder {
             }
             None => learned,
         };
-        let image = ops::broadcast_add(&image_embeddings.permute((0, 2, 3, 1))?, dense)?;
-        let image = image.reshape((batch, h * w, size))?;
-        let positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
-        let images = self.transformer.share(&image, &positions, prompts, mode)?;
         let chosen = if multimask_output { 1..masks } else { 0..1 };
         let decode = |tokens: &Tensor, images: &SharedImage| {
             self.decode(tokens, images, (h, w), chosen.clone(), mode)
         };
         let (pred_masks, iou) = match mode {
             // One call: the rows of dropout are counted over all prompts.
-            Mode::Train { .. } => decode(&tokens, &images)?,
+            Mode::Train { .. } => decode(&tokens, images)?,
             Mode::Eval => {
                 let mut parts = vec![];
                 for index in 0..batch {
@@ -220,11 +268,24 @@ impl SamMaskDecoder {
         chosen: Range<usize>,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
-        let (tokens, image) = self.transformer.forward(tokens, images, mode)?;
         let (first, count) = (chosen.start, chosen.len());
+        let (queries, image) = self.transformer.layers(tokens, images, mode)?;
+        // Tokens that nobody reads need no last look. In training they count in the rows of dropout.
+        let few = mode == Mode::Eval && !queries.track_op();
+        let read = |tokens: &Tensor| match few {
+            false => Ok(tokens.clone()),
+            true => {
+                let [iou, masks] = [tokens.narrow(1, 0, 1)?, tokens.narrow(1, 1 + first, count)?];
+                Tensor::cat(&[iou, masks], 1)
+            }
+        };
+        let before_masks = if few { first } else { 0 };
+        let (queries, tokens) = (read(&queries)?, read(tokens)?);
+        let looked_at = (&image, images.positions());
+        let tokens = self.transformer.last_look([&queries, &tokens], looked_at, mode)?;
         let mlps = self.output_hypernetworks_mlps.iter().enumerate().skip(first).take(count);
         let weights = mlps
-            .map(|(i, mlp)| mlp.forward(&tokens.narrow(1, 1 + i, 1)?, mode))
+            .map(|(i, mlp)| mlp.forward(&tokens.narrow(1, 1 + i - before_masks, 1)?, mode))
             .collect::<Result<Vec<_>>>()?;
         let weights = Tensor::cat(&weights, 1)?;
         let ((weight1, bias1), (weight2, bias2)) =
@@ -238,6 +299,7 @@ impl SamMaskDecoder {
         let iou = self.iou_prediction_head.forward(&tokens.narrow(1, 0, 1)?.squeeze(1)?, mode)?;
         Ok((pred_masks, iou.narrow(1, first, count)?))
     }
+
     /// Masks `[G, M, 16 h w]` with a gradient, of the image `[G, h w, C]` and the hypernetworks' `[G, M, C/8]`.
     fn masks(&self, image: &Tensor, (h, w): (usize, usize), weights: &Tensor) -> Result<Tensor> {
         let (groups, count, _) = weights.dims3()?;

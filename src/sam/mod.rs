@@ -80,7 +80,7 @@ pub use image_file::{
     convert_to_rgb, is_transparent, read_image, LargeImage, Picture, Raster, RasterKind,
     ReadOptions, SampleType, Samples, ValueRange,
 };
-pub use mask_decoder::{SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
+pub use mask_decoder::{PreparedImages, SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]
 pub use predictor::{ImageEmbedding, Prediction, Prompt, PromptPoint, SamPredictor};

@@ -3,8 +3,9 @@
 //! Source: `SamModel` in `modeling_sam.py`.
 
 use super::{
-    checkpoint, AttentionKind, LayerContext, SamConfig, SamMaskDecoder, SamMaskDecoderInput,
-    SamPositionalEmbedding, SamPromptEncoder, SamPrompts, SamVisionEncoder, VisionAttention,
+    checkpoint, AttentionKind, LayerContext, PreparedImages, SamConfig, SamMaskDecoder,
+    SamMaskDecoderInput, SamPositionalEmbedding, SamPromptEncoder, SamPrompts, SamVisionEncoder,
+    VisionAttention,
 };
 use crate::nn::{self, Mode};
 use crate::{hub, module_tree, Result};
@@ -170,28 +171,73 @@ impl SamModel {
                 bail!("sam: neither pixel_values nor image_embeddings was given; expected one of them")
             }
         };
-        let prompts = SamPrompts {
-            input_points: input.input_points.as_ref(),
-            input_labels: input.input_labels.as_ref(),
-            input_boxes: input.input_boxes.as_ref(),
-            input_masks: input.input_masks.as_ref(),
-        };
-        let (sparse, dense) = self.prompt_encoder.forward(
-            &prompts,
-            &self.shared_image_embedding,
-            image_embeddings.dim(0)?,
-            mode,
-        )?;
-        let side = self.config.vision_config.grid_size();
+        let (sparse, dense) = self.prompts(input, image_embeddings.dim(0)?, mode)?;
         let looked_at = SamMaskDecoderInput {
             image_embeddings: &image_embeddings,
-            image_positions: &self.shared_image_embedding.grid(side)?,
+            image_positions: &self.image_positions()?,
             sparse: sparse.as_ref(),
             dense: &dense,
         };
         let (pred_masks, iou_scores) =
             self.mask_decoder.forward(&looked_at, input.multimask_output, mode)?;
         Ok(SamOutput { iou_scores, pred_masks })
+    }
+
+    /// Image embeddings `[B, C, h, w]` ready for many prompts without logits, in evaluation.
+    ///
+    /// # Errors
+    /// When the shape does not fit.
+    pub fn prepare(&self, image_embeddings: &Tensor) -> candle_core::Result<PreparedImages> {
+        self.check_embeddings(image_embeddings)?;
+        let batch = image_embeddings.dim(0)?;
+        let (_, dense) = self.prompts(&SamInput::default(), batch, Mode::Eval)?;
+        let input = SamMaskDecoderInput {
+            image_embeddings,
+            image_positions: &self.image_positions()?,
+            sparse: None,
+            dense: &dense,
+        };
+        self.mask_decoder.prepare(&input, usize::MAX, Mode::Eval)
+    }
+
+    /// As [`forward`](Self::forward) in evaluation, of images that [`prepare`](Self::prepare) made ready.
+    ///
+    /// # Errors
+    /// - `input` has `pixel_values`, `image_embeddings` or `input_masks`;
+    /// - a shape does not fit.
+    pub fn prompt(
+        &self,
+        images: &PreparedImages,
+        input: &SamInput,
+    ) -> candle_core::Result<SamOutput> {
+        let SamInput { pixel_values, image_embeddings, input_masks, multimask_output, .. } = input;
+        if [pixel_values, image_embeddings, input_masks].iter().any(|tensor| tensor.is_some()) {
+            bail!("sam: prepared images take points and boxes alone")
+        }
+        let (sparse, _) = self.prompts(input, images.batch(), Mode::Eval)?;
+        let (pred_masks, iou_scores) =
+            self.mask_decoder.prompt(images, sparse.as_ref(), *multimask_output, Mode::Eval)?;
+        Ok(SamOutput { iou_scores, pred_masks })
+    }
+
+    /// Sparse tokens and the dense map.
+    fn prompts(
+        &self,
+        input: &SamInput,
+        batch: usize,
+        mode: Mode,
+    ) -> candle_core::Result<(Option<Tensor>, Tensor)> {
+        let prompts = SamPrompts {
+            input_points: input.input_points.as_ref(),
+            input_labels: input.input_labels.as_ref(),
+            input_boxes: input.input_boxes.as_ref(),
+            input_masks: input.input_masks.as_ref(),
+        };
+        self.prompt_encoder.forward(&prompts, &self.shared_image_embedding, batch, mode)
+    }
+
+    fn image_positions(&self) -> candle_core::Result<Tensor> {
+        self.shared_image_embedding.grid(self.config.vision_config.grid_size())
     }
 
     fn check_embeddings(&self, embeddings: &Tensor) -> candle_core::Result<()> {

@@ -3,13 +3,13 @@
 //! Source: `SamPredictor` of segment-anything.
 
 use super::identity::{self, Identity};
-use super::{Frame, Rle, SamInput, SamModel, SamProcessor};
-use crate::nn::Mode;
+use super::{Frame, PreparedImages, Rle, SamInput, SamModel, SamProcessor};
+use crate::nn::{Mode, ModuleTree, Node};
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, TensorId};
 use image::DynamicImage;
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A model and its processor. The encoder runs once an image, the decoder once a call.
 ///
@@ -35,6 +35,14 @@ pub struct SamPredictor<'a> {
     model: &'a SamModel,
     processor: SamProcessor,
     identity: OnceLock<Identity>,
+    last: Arc<Mutex<Option<LastImage>>>,
+}
+
+/// The image that was prompted last, ready for its next prompts.
+#[derive(Clone, Debug)]
+struct LastImage {
+    embedding: TensorId,
+    prepared: PreparedImages,
 }
 
 /// An image as the prompts see it.
@@ -118,7 +126,7 @@ impl<'a> SamPredictor<'a> {
 
     /// With the processor that a folder describes, see [`SamProcessor::load`].
     pub fn with_processor(model: &'a SamModel, processor: SamProcessor) -> Self {
-        Self { model, processor, identity: OnceLock::new() }
+        Self { model, processor, identity: OnceLock::new(), last: Arc::default() }
     }
 
     /// The processor.
@@ -213,6 +221,28 @@ impl<'a> SamPredictor<'a> {
         Rle::from_mask(&inside, (height as u32, width as u32))
     }
 
+    /// The embedding, ready for prompts; that of the last call where it is the same and nothing is trained.
+    fn prepared(&self, embedding: &Tensor) -> candle_core::Result<PreparedImages> {
+        let mut trained = embedding.track_op();
+        self.model.visit("", &mut |_, node| {
+            if let Node::Parameter(tensor) = node {
+                trained |= tensor.track_op();
+            }
+        });
+        if trained {
+            return self.model.prepare(embedding);
+        }
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some(last) if last.embedding == embedding.id() => Ok(last.prepared.clone()),
+            _ => {
+                let prepared = self.model.prepare(embedding)?;
+                *last = Some(LastImage { embedding: embedding.id(), prepared: prepared.clone() });
+                Ok(prepared)
+            }
+        }
+    }
+
     /// One call of the decoder, for prompts of the same kind.
     fn run(
         &self,
@@ -220,13 +250,14 @@ impl<'a> SamPredictor<'a> {
         prompts: &[&Prompt],
         multimask_output: bool,
     ) -> Result<Vec<Prediction>> {
-        let device = image.tensor.device();
-        let input = SamInput {
-            image_embeddings: Some(image.tensor.clone()),
-            multimask_output,
-            ..tensors(prompts, &image.frame, device)?
+        let mut input = tensors(prompts, &image.frame, image.tensor.device())?;
+        input.multimask_output = multimask_output;
+        let output = if input.input_masks.is_none() {
+            self.model.prompt(&self.prepared(&image.tensor)?, &input)?
+        } else {
+            input.image_embeddings = Some(image.tensor.clone());
+            self.model.forward(&input, Mode::Eval)?
         };
-        let output = self.model.forward(&input, Mode::Eval)?;
         let scores = output.iou_scores.squeeze(0)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let masks = output.pred_masks.squeeze(0)?;
         let prediction =

@@ -16,8 +16,9 @@ use super::{SamConfig, SamPromptEncoderConfig};
 use crate::module_tree;
 use crate::nn::{module_in_evaluation, Conv2d, Embedding, Fixed, LayerNorm, Mode, Tied};
 use crate::ops::{self, Activation};
-use candle_core::{bail, DType, Result, Tensor, D};
+use candle_core::{bail, DType, Result, Tensor, TensorId, D};
 use candle_nn::{Init, VarBuilder};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Label of a point that is none: it pads a prompt that has no box.
 const NOT_A_POINT: f64 = -1.0;
@@ -29,7 +30,11 @@ const PADDING: f64 = -10.0;
 pub struct SamPositionalEmbedding {
     /// The frequencies G, `[2, num_pos_feats]`.
     pub positional_embedding: Fixed,
+    last_grid: LastGrid,
 }
+
+/// The last grid, with the frequencies and the side that it is made of.
+type LastGrid = Arc<Mutex<Option<(TensorId, usize, Tensor)>>>;
 
 module_tree!(SamPositionalEmbedding { positional_embedding });
 
@@ -44,7 +49,7 @@ impl SamPositionalEmbedding {
         let normal = Init::Randn { mean: 0.0, stdev: 1.0 };
         let frequencies =
             vb.get_with_hints((2, num_pos_feats), "positional_embedding", normal)?.detach();
-        Ok(Self { positional_embedding: Fixed(frequencies) })
+        Ok(Self::from(Fixed(frequencies)))
     }
 
     /// Positions in `[0, 1]^2`, as (x, y): `[.., 2] -> [.., 2 num_pos_feats]`, in f32.
@@ -59,14 +64,37 @@ impl SamPositionalEmbedding {
         Tensor::cat(&[phases.sin()?, phases.cos()?], D::Minus1)?.reshape(dims)
     }
 
-    /// The centres of an image's side x side patches: `[1, side, side, 2 num_pos_feats]`, in f32.
+    /// The centres of an image's side x side patches: `[1, side, side, 2 num_pos_feats]`, in f32. Kept for the next call
+    /// while the frequencies are fixed.
     pub fn grid(&self, side: usize) -> Result<Tensor> {
+        let frequencies = &self.positional_embedding.0;
+        if frequencies.track_op() {
+            return self.computed_grid(side);
+        }
+        let mut last = self.last_grid.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((id, of, grid)) if (*id, *of) == (frequencies.id(), side) => Ok(grid.clone()),
+            _ => {
+                let grid = self.computed_grid(side)?;
+                *last = Some((frequencies.id(), side, grid.clone()));
+                Ok(grid)
+            }
+        }
+    }
+
+    fn computed_grid(&self, side: usize) -> Result<Tensor> {
         let device = self.positional_embedding.0.device();
         let centres: Vec<f32> = (0..side).map(|i| (i as f32 + 0.5) / side as f32).collect();
         let centres = Tensor::from_vec(centres, side, device)?;
         let x = centres.reshape((1, side))?.broadcast_as((side, side))?;
         let y = centres.reshape((side, 1))?.broadcast_as((side, side))?;
         self.forward(&Tensor::stack(&[x, y], 2)?)?.unsqueeze(0)
+    }
+}
+
+impl From<Fixed> for SamPositionalEmbedding {
+    fn from(positional_embedding: Fixed) -> Self {
+        Self { positional_embedding, last_grid: LastGrid::default() }
     }
 }
 
@@ -194,7 +222,7 @@ impl SamPromptEncoder {
     ) -> Result<(Option<Tensor>, Tensor)> {
         self.check(prompts, batch)?;
         let own = self.shared_embedding.own.clone();
-        let own = own.map(|positional_embedding| SamPositionalEmbedding { positional_embedding });
+        let own = own.map(SamPositionalEmbedding::from);
         let shared = own.as_ref().unwrap_or(shared);
         let mut sparse = vec![];
         if let Some(points) = prompts.input_points {

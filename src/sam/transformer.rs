@@ -78,7 +78,15 @@ impl SamAttention {
     /// Projected `q [G or 1, N, inner]`, `k` and `v [G or 1, M, inner]` -> `[G, N, inner]`.
     fn attend(&self, q: &Tensor, kv: [&Tensor; 2]) -> Result<Tensor> {
         let head_dim = q.dim(D::Minus1)? / self.num_heads;
-        ops::multi_head_attention(q, kv, self.num_heads, (head_dim as f64).powf(-0.5))
+        let attend = |q: &Tensor| {
+            ops::multi_head_attention(q, kv, self.num_heads, (head_dim as f64).powf(-0.5))
+        };
+        // Keys that all share: all queries are those of one entry, and fill vectors together.
+        let is_plain = ![q, kv[0], kv[1]].iter().any(|tensor| tensor.track_op());
+        match is_plain && kv[0].dim(0)? == 1 {
+            true => attend(&q.flatten(0, 1)?.unsqueeze(0)?)?.reshape(q.shape()),
+            false => attend(q),
+        }
     }
 
     /// Calls `f` with the attention as one between an image and tokens. None in training, and with adapters that are no
@@ -301,6 +309,11 @@ pub struct SharedImage {
 }
 
 impl SharedImage {
+    /// Added to the images, `[1, h w, C]`.
+    pub(super) fn positions(&self) -> &Tensor {
+        &self.positions
+    }
+
     /// The images from `first` on.
     pub(super) fn narrow(&self, first: usize, count: usize) -> Result<Self> {
         let narrow = |x: &Tensor| x.narrow(0, first, count);
@@ -380,6 +393,18 @@ impl SamTwoWayTransformer {
         images: &SharedImage,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
+        let (queries, rows) = self.layers(tokens, images, mode)?;
+        let queries = self.last_look([&queries, tokens], (&rows, &images.positions), mode)?;
+        Ok((queries, rows))
+    }
+
+    /// As [`forward`](Self::forward), before the last look.
+    pub(super) fn layers(
+        &self,
+        tokens: &Tensor,
+        images: &SharedImage,
+        mode: Mode,
+    ) -> Result<(Tensor, Tensor)> {
         let batch = images.image.dim(0)?;
         let prompts = tokens.dim(0)? / batch.max(1);
         if prompts * batch != tokens.dim(0)? {
@@ -399,10 +424,20 @@ impl SamTwoWayTransformer {
         }
         // Without a layer one image still serves all prompts.
         let rows = repeat_for(&rows, tokens.dim(0)? / rows.dim(0)?)?;
-        let placed = (&queries + tokens)?;
+        Ok((queries, rows))
+    }
+
+    /// The tokens look at the image once more, each for itself: `queries` after the layers, and as they came.
+    pub(super) fn last_look(
+        &self,
+        [queries, tokens]: [&Tensor; 2],
+        (rows, positions): (&Tensor, &Tensor),
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let placed = (queries + tokens)?;
         let attention = &self.final_attn_token_to_image;
         let q = attention.q_proj.forward(&placed, mode)?;
-        let image = ImageTokens { rows: &rows, positions, heads: None };
+        let image = ImageTokens { rows, positions, heads: None };
         let attended = match image.absorbed(attention, &q, mode)? {
             Some(attended) => attended,
             None => {
@@ -414,7 +449,7 @@ impl SamTwoWayTransformer {
         };
         let out_proj = &attention.out_proj;
         let queries =
-            out_proj.forward_fused(&attended, Activation::Identity, Some(&queries), mode)?;
-        Ok((self.layer_norm_final_attn.forward(&queries)?, rows))
+            out_proj.forward_fused(&attended, Activation::Identity, Some(queries), mode)?;
+        self.layer_norm_final_attn.forward(&queries)
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! Kept for the backward: S, and with an activation the sum before it.
 
-use super::{copy_columns, dropped, Projections, Ready, Saved, Weight};
+use super::{copy_columns, dropped, few_rows, Projections, Ready, Saved, Weight};
 use crate::cpu::blocked::{accumulate, Packed, Term, ROWS};
 use crate::cpu::buffer::Elements;
 use crate::cpu::element::Element;
@@ -26,6 +26,15 @@ pub fn forward<T: Element>(
 ) -> (Elements<T>, Saved<T>) {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let rows = x.len() / in_dim;
+    if !keep && few_rows::applies(rows, in_dim) {
+        let (mut wide_x, mut wide_residual) = (Vec::new(), Vec::new());
+        let x = T::read(x, &mut wide_x);
+        let residual = residual.map(|residual| T::read(residual, &mut wide_residual));
+        let sums = few_rows::forward(layer, x, residual);
+        let mut out = Elements::any(sums.len());
+        T::write(&mut out, &mut Vec::new(), |out| out.copy_from_slice(&sums));
+        return (out, Saved::default());
+    }
     let parts = layer.ready(|weight, n, k| match weight {
         Weight::F32(weight) => Packed::from_transposed(weight, n, k),
         Weight::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),

@@ -4,9 +4,10 @@
 //! y_p = x W_p^T + b_p + scaling_p (S_p B_p^T + lora_bias_p),    S_p = drop_p(x) A_p^T     [rows, rank]
 //! out = act(cat_p y_p) + residual
 //! ```
-//! [`forward`] and [`backward`] go through the rows in blocks; what they share is here.
+//! [`forward`] and [`backward`] go through the rows in blocks, and `few_rows` does without; what they share is here.
 
 mod backward;
+mod few_rows;
 mod forward;
 
 pub use backward::backward;
