@@ -154,11 +154,28 @@ impl SamMaskDecoder {
         multimask_output: bool,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
+        let masks = self.output_hypernetworks_mlps.len();
+        self.forward_masks(input, if multimask_output { 1..masks } else { 0..1 }, mode)
+    }
+
+    /// As `forward`, of the masks `chosen`: 0 is the single one, the alternatives follow.
+    ///
+    /// # Errors
+    /// When shapes do not fit, or there are no such masks.
+    pub fn forward_masks(
+        &self,
+        input: &SamMaskDecoderInput<'_>,
+        chosen: Range<usize>,
+        mode: Mode,
+    ) -> Result<(Tensor, Tensor)> {
         let SamMaskDecoderInput { image_embeddings, image_positions, sparse, dense } = *input;
         let (batch, size, h, w) = image_embeddings.dims4()?;
         let prompts = sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
         let groups = batch * prompts;
         let masks = self.output_hypernetworks_mlps.len();
+        if chosen.is_empty() || chosen.end > masks {
+            bail!("mask_decoder: masks {chosen:?} of {masks}")
+        }
         if size != self.mask_tokens.weight.dim(1)? {
             bail!(
                 "mask_decoder: image_embeddings must have shape [B, {}, h, w], got {:?}",
@@ -181,7 +198,6 @@ impl SamMaskDecoder {
         let image = image.reshape((batch, h * w, size))?;
         let positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
         let images = self.transformer.share(&image, &positions, prompts, mode)?;
-        let chosen = if multimask_output { 1..masks } else { 0..1 };
         let decode = |tokens: &Tensor, images: &SharedImage| {
             self.decode(tokens, images, (h, w), chosen.clone(), mode)
         };

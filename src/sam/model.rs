@@ -10,6 +10,7 @@ use crate::nn::{self, Mode};
 use crate::{hub, module_tree, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use std::ops::Range;
 use std::path::Path;
 
 /// Segment Anything. The tree's names are those of Hugging Face's checkpoints; with the split attention, those of
@@ -155,6 +156,20 @@ impl SamModel {
     /// # Errors
     /// When there is not exactly one of `pixel_values` and `image_embeddings`, or a shape does not fit.
     pub fn forward(&self, input: &SamInput, mode: Mode) -> candle_core::Result<SamOutput> {
+        let masks = self.mask_decoder.output_hypernetworks_mlps.len();
+        self.forward_masks(input, if input.multimask_output { 1..masks } else { 0..1 }, mode)
+    }
+
+    /// As `forward`, with the masks `chosen` whatever `multimask_output` says: 0 is the single one, the alternatives follow.
+    ///
+    /// # Errors
+    /// As `forward`, or when there are no such masks.
+    pub fn forward_masks(
+        &self,
+        input: &SamInput,
+        chosen: Range<usize>,
+        mode: Mode,
+    ) -> candle_core::Result<SamOutput> {
         let image_embeddings = match (&input.pixel_values, &input.image_embeddings) {
             (Some(pixel_values), None) => self.vision_encoder.forward(pixel_values, mode)?,
             (None, Some(embeddings)) => {
@@ -189,8 +204,7 @@ impl SamModel {
             sparse: sparse.as_ref(),
             dense: &dense,
         };
-        let (pred_masks, iou_scores) =
-            self.mask_decoder.forward(&looked_at, input.multimask_output, mode)?;
+        let (pred_masks, iou_scores) = self.mask_decoder.forward_masks(&looked_at, chosen, mode)?;
         Ok(SamOutput { iou_scores, pred_masks })
     }
 
