@@ -141,8 +141,8 @@ fn weights_are_read_and_impossible_ones_refused() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The loss over all rounds, with the points that PyTorch's twin drew, and the gradients of prompt encoder, decoder and the
-/// encoder's first layer, which all rounds' gradients reach.
+/// The loss over all rounds, with the points that PyTorch's twin drew. The gradients of prompt encoder, decoder and the
+/// encoder's first layer, too.
 #[test]
 fn rounds_of_corrections_are_pytorchs() -> anyhow::Result<()> {
     for kind in ["points", "boxes"] {

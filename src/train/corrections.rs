@@ -94,7 +94,7 @@ pub(super) struct Script<'a> {
     pub rounds: &'a [Round],
     /// Whether the first round gives the alternatives, too, after the single mask.
     pub alternatives: bool,
-    /// Of the decoder.
+    /// Mode of the decoder.
     pub mode: Mode,
     /// Draws of the points.
     pub draws: &'a mut StepRng,

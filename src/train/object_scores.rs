@@ -31,7 +31,7 @@ impl ObjectScores {
     pub const NAMES: [&'static str; 6] =
         ["iou", "dice", "boundary_f1", "iou_at_3", "iou_at_5", "iou_error"];
 
-    /// Of a first prompt, before anything is corrected.
+    /// Scores of a first prompt, before anything is corrected.
     pub(super) fn first(Scores { iou, dice, boundary_f1 }: Scores, iou_error: f64) -> Self {
         Self { iou, dice, boundary_f1, iou_at_3: 0.0, iou_at_5: 0.0, iou_error }
     }
