@@ -95,6 +95,11 @@ impl Parts {
         let mut whole = config.modules_to_save.take().unwrap_or_default();
         let wanted = self.0.iter().filter_map(|part| part.module()).map(str::to_string);
         whole.extend(wanted.filter(|name| !whole.contains(name)).collect::<Vec<_>>());
+        // PEFT saves the frequencies with a whole prompt encoder.
+        let own = &mut sam.prompt_encoder.shared_embedding.own;
+        if own.is_none() && whole.iter().any(|name| name == "prompt_encoder") {
+            *own = Some(sam.shared_image_embedding.positional_embedding.clone());
+        }
         config.modules_to_save = (!whole.is_empty()).then_some(whole);
         set_trainable(sam, |name| {
             let part = Part::ALL.iter().map(|(_, part)| *part).find(|part| {
