@@ -6,6 +6,7 @@
 //! iou_error                  |predicted - true IoU|, the mean over the single mask and the alternatives for the first prompt
 //! ```
 
+#[cfg(feature = "images")]
 use super::Scores;
 use serde::Serialize;
 
@@ -32,6 +33,7 @@ impl ObjectScores {
         ["iou", "dice", "boundary_f1", "iou_at_3", "iou_at_5", "iou_error"];
 
     /// Scores of a first prompt, before anything is corrected.
+    #[cfg(feature = "images")]
     pub(super) fn first(Scores { iou, dice, boundary_f1 }: Scores, iou_error: f64) -> Self {
         Self { iou, dice, boundary_f1, iou_at_3: 0.0, iou_at_5: 0.0, iou_error }
     }
