@@ -512,7 +512,7 @@ impl Setup<'_> {
         let prompts = Prompts::new(self.batch, self.grid, self.dtype, self.device)?;
         let images = prompts.prepare(&decoder)?;
         self.run(|| {
-            decoder.prompt(&images, Some(&prompts.sparse), true, Mode::Eval)?;
+            decoder.prompt(&images, Some(&prompts.sparse), 1..4, Mode::Eval)?;
             Ok(())
         })
     }

@@ -5,8 +5,7 @@ use candle_core::{DType, Device};
 use candle_sam_lora::lora::{count_parameters, inject, save_adapter, LoraConfig};
 use candle_sam_lora::sam::{AttentionKind, SamModel, SamProcessor};
 use candle_sam_lora::train::{
-    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions, PromptKind, Trainer,
-    TrainerConfig,
+    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions, Trainer, TrainerConfig,
 };
 
 pub fn main() -> Result<()> {
@@ -26,7 +25,7 @@ pub fn main() -> Result<()> {
     let source = BatchSource {
         dataset: &dataset,
         processor: &processor,
-        config: BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true },
+        config: BatchConfig { prompts: 4, ..Default::default() },
         mask_size: 4 * model.config().vision_config.grid_size(),
         seed: 42,
         device: &device,

@@ -110,6 +110,16 @@ fn a_killed_run_with_everything_is_continued_to_the_same_bytes() -> anyhow::Resu
         "--warmup-steps",
         "2",
         "--gradient-checkpointing",
+        "--prompt",
+        "mixed",
+        "--corrections",
+        "2",
+        "--mask-probability",
+        "0.5",
+        "--mask-rounds",
+        "1",
+        "--train",
+        "all",
         "--tensorboard",
         "--overlays",
         "0",
@@ -153,6 +163,63 @@ fn a_killed_run_with_everything_is_continued_to_the_same_bytes() -> anyhow::Resu
         std::fs::read(plain.join("state.safetensors"))?
             == std::fs::read(whole.join("state.safetensors"))?
     );
+    Ok(())
+}
+
+/// The tensors of a run's adapter by the part they belong to: LoRA, decoder, prompt encoder.
+fn parts(output: &Path) -> anyhow::Result<[std::collections::BTreeMap<String, Vec<f32>>; 3]> {
+    let file = output.join("adapter/adapter_model.safetensors");
+    let mut parts: [std::collections::BTreeMap<String, Vec<f32>>; 3] = Default::default();
+    for (name, tensor) in candle_sam_lora::files::read_tensors(file, &Device::Cpu)? {
+        let part = match &name {
+            name if name.contains("lora_") => 0,
+            name if name.contains("mask_decoder.") => 1,
+            _ => 2,
+        };
+        parts[part].insert(name, tensor.flatten_all()?.to_vec1()?);
+    }
+    Ok(parts)
+}
+
+/// Whatever is trained moves, whatever is not stays, and an adapter is gone on from.
+#[test]
+fn parts_are_trained_alone_and_together() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let two = |more: &[&'static str]| {
+        short(&[&["--steps", "2", "--overlays", "0", "--mask-rounds", "1"], more].concat())
+    };
+    finetune(&at("still"), &two(&["--train", "all", "--lr", "0"]))?;
+    let still = parts(&at("still"))?;
+    assert!(still.iter().all(|part| !part.is_empty()));
+    for (train, moved) in [
+        ("adapters", [true, false, false]),
+        ("decoder", [false, true, false]),
+        ("prompt-encoder", [false, false, true]),
+        ("prompt-encoder,decoder", [false, true, true]),
+        ("all", [true, true, true]),
+    ] {
+        finetune(&at(train), &two(&["--train", train, "--prompt", "mixed"]))?;
+        let found = parts(&at(train))?;
+        for ((found, still), moved) in found.iter().zip(&still).zip(moved) {
+            // Parts that are saved with the adapter are those that are trained whole.
+            let changed = found.iter().filter(|(name, values)| still[*name] != **values).count();
+            assert_eq!(changed > 0, moved, "{train}: {changed} tensors moved");
+        }
+    }
+    let all = serde_json::from_str::<serde_json::Value>(&std::fs::read_to_string(
+        at("all").join("metrics.json"),
+    )?)?;
+    let adapter = at("all").join("adapter");
+    let adapter = adapter.to_str().expect("a path in Unicode");
+    let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
+    let on = two(&["--train", "adapters", "--model", shipped, "--adapter"]);
+    let outcome = finetune(&at("on"), &[&on[..], &[adapter]].concat())?;
+    assert_eq!(Some(outcome.before.iou), all["after"]["iou"].as_f64());
+    let (before, after) = (parts(&at("all"))?, parts(&at("on"))?);
+    assert!(before[0] != after[0] && before[1..] == after[1..]);
+    let message = finetune(&at("rank"), &["--adapter", adapter, "--rank", "4"]);
+    assert!(message.expect_err("its rank is that of the adapter").to_string().contains("--rank"));
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{trainable_variables, Linear, Mode};
 use candle_sam_lora::train::{
     best_evaluation, evaluations_since_best, previous_state_path, AdamW, AdamWConfig, Decay,
-    EventFile, MetricsCsv, Schedule, Scores, StepMetrics, StepScores, Trainer, TrainerConfig,
+    EventFile, MetricsCsv, ObjectScores, Schedule, StepMetrics, StepScores, Trainer, TrainerConfig,
     TrainingState,
 };
 use common::Case;
@@ -176,7 +176,8 @@ fn a_run_with_everything_is_continued_bit_for_bit() -> anyhow::Result<()> {
     let path = folder.path().join("state.safetensors");
     let problem = Problem::new();
     let (whole, mut trainer) = problem.start(problem.config)?;
-    let scores = |x: f64| Scores { iou: x / 3.0, dice: x / 7.0, boundary_f1: x / 11.0 };
+    let scores =
+        |x: f64| ObjectScores::from_values([3.0, 7.0, 11.0, 13.0, 17.0, 19.0].map(|part| x / part));
     for step in 0..6 {
         problem.step(&whole, &mut trainer)?;
         trainer.note(scores(f64::from(step)));
@@ -319,7 +320,7 @@ fn after_a_loss_that_is_no_number_the_last_good_state_is_found() -> anyhow::Resu
 }
 
 fn evaluated(step: u64, iou: f64) -> StepScores {
-    StepScores { step, scores: Scores { iou, ..Default::default() } }
+    StepScores { step, scores: ObjectScores { iou, ..Default::default() } }
 }
 
 #[test]
@@ -348,7 +349,7 @@ fn a_continued_table_has_the_bytes_of_an_uninterrupted_one() -> anyhow::Result<(
         for step in steps {
             let row =
                 StepMetrics { step: step + 1, loss: 0.1 + step as f32, lr: 1e-3, grad_norm: 0.5 };
-            let scores = Scores { iou: 0.25, dice: 0.4, boundary_f1: 1.0 };
+            let scores = ObjectScores::from_values([0.25, 0.4, 1.0, 0.5, 0.75, 0.125]);
             table.row(&row, (step % 2 == 1).then_some(&scores))?;
         }
         Ok(())
@@ -361,7 +362,7 @@ fn a_continued_table_has_the_bytes_of_an_uninterrupted_one() -> anyhow::Result<(
     write(&parts, 3..6)?;
     let text = std::fs::read_to_string(&whole)?;
     assert_eq!(text, std::fs::read_to_string(&parts)?);
-    assert!(text.starts_with("step,loss,lr,grad_norm,iou,dice,boundary_f1\n1,0.1,0.001,0.5,,,\n2,1.1,0.001,0.5,0.25,0.4,1\n"), "{text}");
+    assert!(text.starts_with("step,loss,lr,grad_norm,iou,dice,boundary_f1,iou_at_3,iou_at_5,iou_error\n1,0.1,0.001,0.5,,,,,,\n2,1.1,0.001,0.5,0.25,0.4,1,0.5,0.75,0.125\n"), "{text}");
     std::fs::write(&parts, "my,own,table\n1,2,3\n")?;
     assert!(MetricsCsv::open(&parts, 3)
         .expect_err("not ours")

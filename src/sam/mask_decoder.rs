@@ -170,9 +170,30 @@ impl SamMaskDecoder {
         multimask_output: bool,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
+        self.forward_masks(input, self.masks_of(multimask_output), mode)
+    }
+
+    /// The masks of an output: the single one, or the alternatives.
+    pub fn masks_of(&self, multimask_output: bool) -> Range<usize> {
+        match multimask_output {
+            true => 1..self.output_hypernetworks_mlps.len(),
+            false => 0..1,
+        }
+    }
+
+    /// As `forward`, of the masks `chosen`: 0 is the single one, the alternatives follow.
+    ///
+    /// # Errors
+    /// When shapes do not fit, or there are no such masks.
+    pub fn forward_masks(
+        &self,
+        input: &SamMaskDecoderInput<'_>,
+        chosen: Range<usize>,
+        mode: Mode,
+    ) -> Result<(Tensor, Tensor)> {
         let prompts = input.sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
         let images = self.prepare(input, prompts, mode)?;
-        self.prompt(&images, input.sparse, multimask_output, mode)
+        self.prompt(&images, input.sparse, chosen, mode)
     }
 
     /// What all prompts of the images share; the prompts of `input` are not read. About `prompts` of an image are to
@@ -202,15 +223,16 @@ impl SamMaskDecoder {
         Ok(PreparedImages { images, batch, grid: (h, w), dtype: image.dtype() })
     }
 
-    /// As [`forward`](Self::forward), of images that were prepared in the same mode, and their prompts `[B, P, N, C]`.
+    /// As [`forward_masks`](Self::forward_masks), of images that were prepared in the same mode, and their prompts
+    /// `[B, P, N, C]`.
     ///
     /// # Errors
-    /// When shapes do not fit.
+    /// When shapes do not fit, or there are no such masks.
     pub fn prompt(
         &self,
         prepared: &PreparedImages,
         sparse: Option<&Tensor>,
-        multimask_output: bool,
+        chosen: Range<usize>,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
         let PreparedImages { images, batch, grid: (h, w), dtype } = prepared;
@@ -218,6 +240,9 @@ impl SamMaskDecoder {
         let prompts = sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
         let groups = batch * prompts;
         let masks = self.output_hypernetworks_mlps.len();
+        if chosen.is_empty() || chosen.end > masks {
+            bail!("mask_decoder: masks {chosen:?} of {masks}")
+        }
         let size = self.mask_tokens.weight.dim(1)?;
         let learned = Tensor::cat(&[&self.iou_token.weight, &self.mask_tokens.weight], 0)?;
         let learned = learned.to_dtype(*dtype)?;
@@ -229,7 +254,6 @@ impl SamMaskDecoder {
             }
             None => learned,
         };
-        let chosen = if multimask_output { 1..masks } else { 0..1 };
         let decode = |tokens: &Tensor, images: &SharedImage| {
             self.decode(tokens, images, (h, w), chosen.clone(), mode)
         };

@@ -11,6 +11,7 @@ use crate::nn::{self, Mode};
 use crate::{hub, module_tree, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use std::ops::Range;
 use std::path::Path;
 
 /// Segment Anything. The tree's names are those of Hugging Face's checkpoints; with the split attention, those of
@@ -156,6 +157,19 @@ impl SamModel {
     /// # Errors
     /// When there is not exactly one of `pixel_values` and `image_embeddings`, or a shape does not fit.
     pub fn forward(&self, input: &SamInput, mode: Mode) -> candle_core::Result<SamOutput> {
+        self.forward_masks(input, self.mask_decoder.masks_of(input.multimask_output), mode)
+    }
+
+    /// As `forward`, with the masks `chosen` whatever `multimask_output` says: 0 is the single one, the alternatives follow.
+    ///
+    /// # Errors
+    /// As `forward`, or when there are no such masks.
+    pub fn forward_masks(
+        &self,
+        input: &SamInput,
+        chosen: Range<usize>,
+        mode: Mode,
+    ) -> candle_core::Result<SamOutput> {
         let image_embeddings = match (&input.pixel_values, &input.image_embeddings) {
             (Some(pixel_values), None) => self.vision_encoder.forward(pixel_values, mode)?,
             (None, Some(embeddings)) => {
@@ -178,8 +192,7 @@ impl SamModel {
             sparse: sparse.as_ref(),
             dense: &dense,
         };
-        let (pred_masks, iou_scores) =
-            self.mask_decoder.forward(&looked_at, input.multimask_output, mode)?;
+        let (pred_masks, iou_scores) = self.mask_decoder.forward_masks(&looked_at, chosen, mode)?;
         Ok(SamOutput { iou_scores, pred_masks })
     }
 
@@ -215,8 +228,9 @@ impl SamModel {
             bail!("sam: prepared images take points and boxes alone")
         }
         let (sparse, _) = self.prompts(input, images.batch(), Mode::Eval)?;
+        let chosen = self.mask_decoder.masks_of(*multimask_output);
         let (pred_masks, iou_scores) =
-            self.mask_decoder.prompt(images, sparse.as_ref(), *multimask_output, Mode::Eval)?;
+            self.mask_decoder.prompt(images, sparse.as_ref(), chosen, Mode::Eval)?;
         Ok(SamOutput { iou_scores, pred_masks })
     }
 

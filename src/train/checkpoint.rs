@@ -9,7 +9,7 @@
 //! and is what a run goes on from if the newest one is damaged. The checksum is that of `files/sealed.rs`. `settings` is whatever must
 //! not change between a run and its continuation: hyperparameters, the model's and the data's listing.
 
-use super::{Scores, StepScores};
+use super::{ObjectScores, StepScores};
 use crate::files::{Seal, TensorFile};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -120,18 +120,21 @@ pub fn previous_state_path(path: impl AsRef<Path>) -> PathBuf {
 
 fn evaluations_tensor(evaluations: &[StepScores]) -> candle_core::Result<Tensor> {
     let rows = evaluations.iter().flat_map(|StepScores { step, scores }| {
-        [*step as f64, scores.iou, scores.dice, scores.boundary_f1]
+        std::iter::once(*step as f64).chain(scores.values())
     });
-    Tensor::from_vec(rows.collect::<Vec<f64>>(), (evaluations.len(), 4), &Device::Cpu)
+    let columns = 1 + ObjectScores::NAMES.len();
+    Tensor::from_vec(rows.collect::<Vec<f64>>(), (evaluations.len(), columns), &Device::Cpu)
 }
 
 fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<StepScores>> {
     let rows = rows.to_dtype(DType::F64)?.to_vec2::<f64>()?;
     let evaluated = |row: Vec<f64>| match row[..] {
-        [step, iou, dice, boundary_f1] => {
-            Ok(StepScores { step: step as u64, scores: Scores { iou, dice, boundary_f1 } })
+        [step, ref scores @ ..] if scores.len() == ObjectScores::NAMES.len() => {
+            let mut values = [0.0; 6];
+            values.copy_from_slice(scores);
+            Ok(StepScores { step: step as u64, scores: ObjectScores::from_values(values) })
         }
-        _ => candle_core::bail!("an evaluation has {} numbers, not 4", row.len()),
+        _ => candle_core::bail!("an evaluation of {} numbers, not 7", row.len()),
     };
     rows.into_iter().map(evaluated).collect()
 }

@@ -2,19 +2,22 @@
 //!
 //! ```text
 //! every instance -> points on it, or its tight box -> low-resolution logits -> mask of the image's size -> scores
+//! first of these -> and four corrections, each a point where the mask is wrong                          -> their IoU
 //! ```
+//! Corrections are points alone: the logits are not fed back. They are the same in every run, as far as masks are.
 //! Masks and scores are computed in the window that holds the found and the true object. So an image of a thousand
 //! small objects takes the time and memory of small ones. Outside of it both masks are empty: a resized pixel is a
 //! weighted mean of logits, and positive only near a positive one.
 
-use super::labels::{Instance, IGNORED};
-use super::scores::{reach, Scores};
-use super::segmentation::{prompt_input, prompt_tensor};
-use super::{Prompt, PromptKind, Sample};
+use super::corrections::{PromptedObjects, Round, Script};
+use super::labels::{Instance, LabelImage, IGNORED};
+use super::scores::{iou_between, reach, Scores};
+use super::segmentation::{prompt_input, prompt_tensor, MaskWindow};
+use super::{ObjectScores, Prompt, PromptKind, Sample, StepRng};
 use crate::nn::Mode;
 use crate::sam::{Frame, MaskResizer, SamInput, SamModel, SamProcessor};
 use crate::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use image::DynamicImage;
 
 /// How well a model finds the instances of one image, in the order of [`Sample::instances`].
@@ -24,9 +27,12 @@ pub struct ImageEvaluation {
     pub prompts: Vec<Prompt>,
     /// Masks that the model found for that prompt.
     pub masks: Vec<FoundMask>,
-    /// How each fits the truth, the mean over all its prompts.
-    pub scores: Vec<Scores>,
+    /// How each is found, the mean over all its prompts.
+    pub scores: Vec<ObjectScores>,
 }
+
+/// Corrections of an object's first prompt.
+const CORRECTIONS: [Round; 4] = [Round { point: true, mask: false }; 4];
 
 /// A rectangle of pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,47 +152,107 @@ impl Evaluator<'_> {
         let mut found = ImageEvaluation { prompts: vec![], masks: vec![], scores: vec![] };
         for (index, instance) in sample.instances.iter().enumerate() {
             let prompts = self.kind.fixed(sample.labels(instance), instance);
-            let input = prompt_input(self.kind, &prompt_tensor(&prompts, &frame, self.device)?)?;
-            let input = SamInput { image_embeddings: Some(embeddings.clone()), ..input };
-            let logits = self.model.forward(&input, Mode::Eval)?.pred_masks.squeeze(0)?;
-            let logits = logits.squeeze(1)?.to_device(&Device::Cpu)?;
-            let (_, rows, cols) = logits.dims3()?;
+            let first = prompt_tensor(&prompts, &frame, self.device)?;
+            let input =
+                SamInput { image_embeddings: Some(embeddings.clone()), ..prompt_input(&first)? };
+            let masks = self.model.mask_decoder.output_hypernetworks_mlps.len();
+            let output = self.model.forward_masks(&input, 0..masks, Mode::Eval)?;
+            let logits = output.pred_masks.squeeze(0)?.to_device(&Device::Cpu)?;
+            let (_, _, rows, cols) = logits.dims4()?;
             let resizer = match &mut resizer {
                 Some(resizer) => resizer,
                 none => none.insert(Resizer::new(self.processor, (rows, cols), &frame)?),
             };
-            let (mask, scores) = compare(&logits, resizer, sample, instance)?;
+            let predicted = output.iou_scores.squeeze(0)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            let truth = Truth::new(sample, instance);
+            let (mut mask, mut scores) = (None, vec![]);
+            for (index, predicted) in predicted.iter().enumerate() {
+                let logits = logits.get(index)?;
+                let single = truth.beside(&logits.get(0)?, resizer)?;
+                let fit = single.scores(truth.reach());
+                mask.get_or_insert_with(|| FoundMask::of(single.window, &single.mask));
+                let mut error = (f64::from(predicted[0]) - fit.iou).abs();
+                for (alternative, predicted) in predicted.iter().enumerate().skip(1) {
+                    let iou = truth.beside(&logits.get(alternative)?, resizer)?.iou();
+                    error += (f64::from(*predicted) - iou).abs();
+                }
+                scores.push(ObjectScores::first(fit, error / predicted.len() as f64));
+            }
+            let mut scores = ObjectScores::mean(&scores);
+            let window = MaskWindow::new(&frame, self.processor.pad_size, rows);
+            let objects = PromptedObjects {
+                images: vec![0],
+                prompts: prompt_input(&first.narrow(1, 0, 1)?)?,
+                objects: vec![window.masks(sample, &[*instance], &Device::Cpu)?],
+            };
+            let corrected = self.corrected(&objects, &embeddings, &truth, resizer)?;
+            (scores.iou_at_3, scores.iou_at_5) = (corrected[2], corrected[4]);
             found.scores.push(scores);
-            found.masks.push(mask);
+            found.masks.extend(mask);
             found.prompts.extend(prompts.first().copied());
             progress(index + 1);
         }
         Ok(found)
     }
+
+    /// The IoU of one object after its first prompt, and after each of [`CORRECTIONS`].
+    fn corrected(
+        &self,
+        object: &PromptedObjects,
+        embeddings: &Tensor,
+        truth: &Truth<'_>,
+        resizer: &Resizer,
+    ) -> Result<Vec<f64>> {
+        let mut draws = StepRng::new(0, "evaluation corrections", u64::from(truth.instance.label));
+        let script = Script {
+            rounds: &CORRECTIONS,
+            alternatives: false,
+            mode: Mode::Eval,
+            draws: &mut draws,
+        };
+        let mut ious = vec![];
+        object.converse(self.model, embeddings, script, |output| {
+            let logits = output.pred_masks.flatten(0, 2)?.get(0)?.to_device(&Device::Cpu)?;
+            ious.push(truth.beside(&logits, resizer)?.iou());
+            Ok(())
+        })?;
+        Ok(ious)
+    }
 }
 
-/// The first found mask, and the mean of the scores.
-fn compare(
-    logits: &Tensor,
-    resizer: &Resizer,
-    sample: &Sample,
-    instance: &Instance,
-) -> Result<(FoundMask, Scores)> {
-    let labels = sample.labels(instance);
-    let size = (labels.height() as usize, labels.width() as usize);
-    let reach = reach(size.0, size.1);
-    let [x0, y0, x1, y1] = instance.bounds.map(|side| side as usize);
-    let truth_window = Window { x0, y0, x1: x1 + 1, y1: y1 + 1 };
-    let (mut first, mut scores) = (None, vec![]);
-    for index in 0..logits.dim(0)? {
-        let logits = logits.get(index)?;
+/// One object as it is.
+struct Truth<'a> {
+    labels: &'a LabelImage,
+    instance: &'a Instance,
+}
+
+impl<'a> Truth<'a> {
+    fn new(sample: &'a Sample, instance: &'a Instance) -> Self {
+        Self { labels: sample.labels(instance), instance }
+    }
+
+    fn size(&self) -> (usize, usize) {
+        (self.labels.height() as usize, self.labels.width() as usize)
+    }
+
+    /// How far a boundary may be off.
+    fn reach(&self) -> usize {
+        reach(self.size().0, self.size().1)
+    }
+
+    /// The mask of some logits beside the object.
+    fn beside(&self, logits: &Tensor, resizer: &Resizer) -> Result<Compared> {
+        let Self { labels, instance } = *self;
+        let size = self.size();
+        let [x0, y0, x1, y1] = instance.bounds.map(|side| side as usize);
+        let truth_window = Window { x0, y0, x1: x1 + 1, y1: y1 + 1 };
         // Two pixels more than the boundaries reach: a boundary lies a pixel beside its mask.
-        let window = match resizer.window(&logits)? {
+        let window = match resizer.window(logits)? {
             Some(found) => found.union(truth_window),
             None => truth_window,
         };
-        let window = window.widened(reach + 2, size);
-        let mut mask = resizer.mask(&logits, window)?;
+        let window = window.widened(self.reach() + 2, size);
+        let mut mask = resizer.mask(logits, window)?;
         let mut truth = Vec::with_capacity(mask.len());
         for y in window.y0..window.y1 {
             let row = &labels.as_raw()[y * size.1..(y + 1) * size.1];
@@ -196,11 +262,25 @@ fn compare(
                 mask[place + offset] &= *label != IGNORED;
             }
         }
-        scores.push(Scores::between(&mask, &truth, window.width(), reach));
-        first.get_or_insert_with(|| FoundMask::of(window, &mask));
+        Ok(Compared { window, mask, truth })
     }
-    let nothing = Window { x0: 0, y0: 0, x1: 0, y1: 0 };
-    Ok((first.unwrap_or(FoundMask { window: nothing, runs: vec![] }), Scores::mean(&scores)))
+}
+
+/// A found and a true mask, in a window that holds both.
+struct Compared {
+    window: Window,
+    mask: Vec<bool>,
+    truth: Vec<bool>,
+}
+
+impl Compared {
+    fn scores(&self, reach: usize) -> Scores {
+        Scores::between(&self.mask, &self.truth, self.window.width(), reach)
+    }
+
+    fn iou(&self) -> f64 {
+        iou_between(&self.mask, &self.truth)
+    }
 }
 
 /// From low-resolution logits to parts of masks of the image's size.

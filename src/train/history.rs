@@ -1,6 +1,6 @@
 //! History of the evaluations on the way: which was the best, and how long ago.
 
-use super::Scores;
+use super::ObjectScores;
 use serde::Serialize;
 
 /// One evaluation of a run.
@@ -10,7 +10,7 @@ pub struct StepScores {
     pub step: u64,
     /// The means over the held-out objects.
     #[serde(flatten)]
-    pub scores: Scores,
+    pub scores: ObjectScores,
 }
 
 /// The first of those with the highest IoU.

@@ -1,16 +1,17 @@
-//! A run's figures as CSV, a row a step: `step,loss,lr,grad_norm,iou,dice,boundary_f1`. The last three are empty but
-//! after an evaluation.
+//! A run's figures as CSV, a row a step: `step,loss,lr,grad_norm`, and after an evaluation the measures of
+//! [`ObjectScores`], which are empty else.
 //!
 //! Each row is on its way to the disk when its step is over. A continued run drops the rows of steps that it will make
 //! again. In the end its file has the bytes of an uninterrupted one.
 
-use super::{Scores, StepMetrics};
+use super::{ObjectScores, StepMetrics};
 use crate::{files, Error, Result};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-const HEADER: &str = "step,loss,lr,grad_norm,iou,dice,boundary_f1";
+/// The first columns.
+const STEP: &str = "step,loss,lr,grad_norm";
 
 /// An open table.
 #[derive(Debug)]
@@ -26,20 +27,22 @@ impl MetricsCsv {
     /// When a file is there that is no such table, or it cannot be written.
     pub fn open(path: impl AsRef<Path>, steps: u64) -> Result<Self> {
         let path = path.as_ref();
-        let mut text = format!("{HEADER}\n");
+        let header = format!("{STEP},{}", ObjectScores::NAMES.join(","));
+        let mut text = format!("{header}\n");
         if steps > 0 && path.exists() {
             let old = files::read_text(path)?;
             let mut lines = old.lines();
-            if lines.next() != Some(HEADER) {
+            if lines.next() != Some(header.as_str()) {
                 return Err(Error::file(
                     path,
-                    format!("is no table of metrics: expected {HEADER}"),
+                    format!("is no table of metrics: expected {header}"),
                 ));
             }
             // A kill may have cut the last row.
             let kept = lines.filter(|line| {
                 let step = line.split(',').next().and_then(|step| step.parse::<u64>().ok());
-                step.is_some_and(|step| step <= steps) && line.matches(',').count() == 6
+                let columns = |line: &str| line.matches(',').count();
+                step.is_some_and(|step| step <= steps) && columns(line) == columns(&header)
             });
             kept.for_each(|line| text.extend([line, "\n"]));
         }
@@ -52,12 +55,13 @@ impl MetricsCsv {
     ///
     /// # Errors
     /// When the file cannot be written to.
-    pub fn row(&mut self, step: &StepMetrics, scores: Option<&Scores>) -> Result<()> {
+    pub fn row(&mut self, step: &StepMetrics, scores: Option<&ObjectScores>) -> Result<()> {
         let StepMetrics { step, loss, lr, grad_norm } = step;
-        let scores = scores.map_or(",,".to_string(), |Scores { iou, dice, boundary_f1 }| {
-            format!("{iou},{dice},{boundary_f1}")
-        });
-        let row = format!("{step},{loss},{lr},{grad_norm},{scores}\n");
+        let scores = match scores {
+            Some(scores) => scores.values().map(|value| value.to_string()),
+            None => Default::default(),
+        };
+        let row = format!("{step},{loss},{lr},{grad_norm},{}\n", scores.join(","));
         self.file.write_all(row.as_bytes()).map_err(|e| Error::io(&self.path, e))
     }
 }

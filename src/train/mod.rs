@@ -36,6 +36,8 @@ mod coco;
 #[cfg(feature = "images")]
 mod coco_json;
 #[cfg(feature = "images")]
+mod corrections;
+#[cfg(feature = "images")]
 mod data;
 mod distributed;
 #[cfg(feature = "images")]
@@ -60,6 +62,7 @@ mod lost_gradients;
 #[cfg(feature = "images")]
 mod mask;
 mod metrics_csv;
+mod object_scores;
 #[cfg(feature = "images")]
 mod prompt;
 mod random;
@@ -87,6 +90,8 @@ pub use adamw::{AdamW, AdamWConfig, Parameter};
 pub use augment::{sample_indices, FlipRotate};
 pub use checkpoint::{previous_state_path, TrainingState};
 #[cfg(feature = "images")]
+pub use corrections::{Corrections, ObjectMasks, PromptedObjects, Round};
+#[cfg(feature = "images")]
 pub use data::Dataset;
 #[cfg(feature = "mpi")]
 pub use distributed::Mpi;
@@ -103,10 +108,11 @@ pub use history::{best_evaluation, evaluations_since_best, StepScores};
 pub use labels::{find_instances, mask_on_grid, Instance, LabelImage, IGNORED};
 #[cfg(feature = "images")]
 pub use listing::{DataFiles, TruthFiles};
-pub use loss::{bce_with_logits, dice_loss, mask_loss};
+pub use loss::{bce_with_logits, dice_loss, focal_loss, iou_loss, mask_loss, LossWeights};
 #[cfg(feature = "images")]
 pub use mask::{interpret, read_mask, Mask, MaskOptions, Meaning};
 pub use metrics_csv::MetricsCsv;
+pub use object_scores::ObjectScores;
 #[cfg(feature = "images")]
 pub use prompt::{jittered_box, random_point, Prompt, PromptKind};
 pub use random::StepRng;

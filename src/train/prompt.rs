@@ -1,10 +1,18 @@
 //! The prompt a user might give for an instance: a point anywhere on it, or a box around it.
+//!
+//! ```text
+//! a box's side moves by up to  min(jitter * its length, 20 pixels of an image 1024 pixels long)
+//! ```
 
 use super::{Instance, LabelImage, StepRng};
+use crate::{Error, Result};
 use serde::Serialize;
 
 /// Points that an evaluation tries on each instance; one alone says more of the point than of the model.
 const EVALUATION_POINTS: usize = 5;
+
+/// Most that a box's side moves, over the image's longer side: 20 pixels of SAM's 1024.
+const LARGEST_JITTER: f64 = 20.0 / 1024.0;
 
 /// Which prompts are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -15,6 +23,13 @@ pub enum PromptKind {
     /// A box around it.
     Box {
         /// How far a side may be from the object's, over the object's width or height.
+        jitter: f64,
+    },
+    /// The one or the other, for all objects of an image.
+    Mixed {
+        /// Probability of boxes.
+        boxes: f64,
+        /// As of boxes.
         jitter: f64,
     },
 }
@@ -29,18 +44,48 @@ pub enum Prompt {
 }
 
 impl PromptKind {
-    /// A random prompt, for training.
-    pub fn draw(self, labels: &LabelImage, instance: &Instance, draws: &mut StepRng) -> Prompt {
+    /// Refuses a jitter or a probability outside of 0..1.
+    ///
+    /// # Errors
+    /// As said.
+    pub fn validate(self) -> Result<()> {
+        let (boxes, jitter) = match self {
+            Self::Point => return Ok(()),
+            Self::Box { jitter } => (1.0, jitter),
+            Self::Mixed { boxes, jitter } => (boxes, jitter),
+        };
+        for (name, value) in [("probability of boxes", boxes), ("box jitter", jitter)] {
+            if !(0.0..=1.0).contains(&value) {
+                return Err(Error::config(format!("the {name} must be in [0, 1], got {value}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Points or boxes, the kind of one image's prompts.
+    pub fn of_image(self, draws: &mut StepRng) -> Self {
         match self {
-            Self::Point => Prompt::Point(random_point(labels, instance, draws)),
-            Self::Box { jitter } => Prompt::Box(jittered_box(labels, instance, jitter, draws)),
+            Self::Mixed { boxes, jitter } if draws.uniform() < boxes => Self::Box { jitter },
+            Self::Mixed { .. } => Self::Point,
+            one => one,
         }
     }
 
-    /// The prompts of an evaluation, the same in every run: some points on the instance, or the tight box.
+    /// A random prompt, for training.
+    pub fn draw(self, labels: &LabelImage, instance: &Instance, draws: &mut StepRng) -> Prompt {
+        match self.of_image(draws) {
+            Self::Point => Prompt::Point(random_point(labels, instance, draws)),
+            Self::Box { jitter } | Self::Mixed { jitter, .. } => {
+                Prompt::Box(jittered_box(labels, instance, jitter, draws))
+            }
+        }
+    }
+
+    /// The prompts of an evaluation, the same in every run: some points on the instance, or the tight box. A mixture is
+    /// evaluated by points.
     pub fn fixed(self, labels: &LabelImage, instance: &Instance) -> Vec<Prompt> {
         match self {
-            Self::Point => {
+            Self::Point | Self::Mixed { .. } => {
                 let mut draws = StepRng::new(0, "evaluation", u64::from(instance.label));
                 let point = |_| Prompt::Point(random_point(labels, instance, &mut draws));
                 (0..EVALUATION_POINTS).map(point).collect()
@@ -60,7 +105,7 @@ pub fn random_point(labels: &LabelImage, instance: &Instance, draws: &mut StepRn
 }
 
 /// The box `[x0, y0, x1, y1]` around the instance, each side moved by up to `jitter` times the box's width or
-/// height, within the image. With `jitter` 0 it is tight.
+/// height, within the image. No side moves further than 20 pixels of SAM's 1024. With `jitter` 0 it is tight.
 pub fn jittered_box(
     labels: &LabelImage,
     instance: &Instance,
@@ -69,8 +114,10 @@ pub fn jittered_box(
 ) -> [f32; 4] {
     let [x0, y0, x1, y1] = instance.bounds.map(f64::from);
     let (right, bottom) = (f64::from(labels.width()) - 1.0, f64::from(labels.height()) - 1.0);
+    let most = LARGEST_JITTER * f64::from(labels.width().max(labels.height()));
     let mut moved = |side: f64, length: f64, last: f64| {
-        (side + (2.0 * draws.uniform() - 1.0) * jitter * length).clamp(0.0, last)
+        let reach = (jitter * length).min(most);
+        (side + (2.0 * draws.uniform() - 1.0) * reach).clamp(0.0, last)
     };
     let (width, height) = (x1 - x0 + 1.0, y1 - y0 + 1.0);
     let xs = [moved(x0, width, right), moved(x1, width, right)];

@@ -66,8 +66,17 @@ impl Scores {
 /// Intersection over union of two masks `[height, width]` in which whatever is not 0 is inside.
 pub fn iou(mask: &Tensor, target: &Tensor) -> Result<f64> {
     let (mask, target, _) = masks("iou", mask, target)?;
-    let Overlap { both, any, .. } = Overlap::of(&mask, &target);
-    Ok(if any == 0 { 1.0 } else { both as f64 / any as f64 })
+    Ok(iou_between(&mask, &target))
+}
+
+/// Intersection over union of two masks, row by row.
+pub(super) fn iou_between(mask: &[bool], target: &[bool]) -> f64 {
+    let Overlap { both, any, .. } = Overlap::of(mask, target);
+    if any == 0 {
+        1.0
+    } else {
+        both as f64 / any as f64
+    }
 }
 
 /// Pixels in both masks, in any of them, and in each, added.

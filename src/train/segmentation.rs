@@ -1,21 +1,23 @@
-//! Training SAM on images with masks: one prompt, one mask.
+//! Training SAM on images with masks.
 //!
 //! ```text
-//! step     some images x some instances each -> random prompts -> low-resolution logits -> mask_loss
+//! step     some images x some instances each -> random prompts -> embedding of the images, once
+//! round    prompts, corrected after the first round -> low-resolution logits -> loss;   the mean over all rounds
 //! ```
 //! All prompts of an image share one pass of the image encoder. The loss looks at the low-resolution mask where it
 //! shows the image, not where it shows the padding. Its targets are the masks at that resolution. It does not look at
 //! pixels that masks tell to ignore.
 
+use super::corrections::{Corrections, ObjectMasks, PromptedObjects, Round, Script};
 use super::labels::ignored;
 use super::{
-    mask_loss, mask_on_grid, sample_indices, Dataset, FlipRotate, Prompt, PromptKind, Sample,
-    StepRng,
+    mask_on_grid, sample_indices, Dataset, FlipRotate, Instance, LossWeights, Prompt, PromptKind,
+    Sample, StepRng,
 };
-use crate::nn::Mode;
-use crate::sam::{Frame, SamInput, SamModel, SamProcessor};
+use crate::nn::{trainable_variables, Mode};
+use crate::sam::{Frame, SamInput, SamModel, SamOutput, SamProcessor};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use image::DynamicImage;
 use serde::Serialize;
 
@@ -30,10 +32,28 @@ pub struct BatchConfig {
     pub kind: PromptKind,
     /// Whether images are mirrored and turned at random.
     pub augment: bool,
+    /// Rounds after the first prompt.
+    pub corrections: Corrections,
+    /// The terms of the loss.
+    pub loss: LossWeights,
+}
+
+/// One image with six points, turned at random, without corrections, under [`mask_loss`](super::mask_loss).
+impl Default for BatchConfig {
+    fn default() -> Self {
+        Self {
+            images: 1,
+            prompts: 6,
+            kind: PromptKind::Point,
+            augment: true,
+            corrections: Corrections::NONE,
+            loss: LossWeights::MASK,
+        }
+    }
 }
 
 impl BatchConfig {
-    /// Refuses a step without images or prompts, and a jitter that is no number.
+    /// Refuses a step without images or prompts, probabilities outside of 0..1, and a loss that says nothing.
     ///
     /// # Errors
     /// As said.
@@ -45,12 +65,9 @@ impl BatchConfig {
             );
             return Err(Error::config(message));
         }
-        match self.kind {
-            PromptKind::Box { jitter } if !(0.0..=1.0).contains(&jitter) => {
-                Err(Error::config(format!("the box jitter must be in [0, 1], got {jitter}")))
-            }
-            _ => Ok(()),
-        }
+        self.kind.validate()?;
+        self.corrections.validate()?;
+        self.loss.validate()
     }
 }
 
@@ -71,15 +88,19 @@ pub struct BatchSource<'a> {
     pub device: &'a Device,
 }
 
-/// The input and the targets of one step.
+/// The images, prompts and targets of one step.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// B images with P prompts each; one mask for each prompt.
-    pub input: SamInput,
-    /// `[P, rows, cols]` of 0 and 1 for each image: the part of the low-resolution mask that shows the image.
-    pub targets: Vec<Tensor>,
-    /// 1 where a target is to be ignored, of its shape, for each image; `None` where nothing is.
-    pub ignored: Vec<Option<Tensor>>,
+    /// `[B, channels, S, S]`
+    pub pixel_values: Tensor,
+    /// The objects of all images: those with points, those with boxes.
+    pub groups: Vec<PromptedObjects>,
+    /// The rounds after the first.
+    pub rounds: Vec<Round>,
+    /// Draws of the corrections.
+    pub draws: StepRng,
+    /// The terms of the loss.
+    pub loss: LossWeights,
 }
 
 /// The logit of a pixel that is to be ignored: as background it adds nothing to the loss.
@@ -95,7 +116,7 @@ impl Batch {
         let BatchSource { dataset, processor, config, mask_size, seed, device } = *source;
         config.validate()?;
         let mut draws = StepRng::new(seed, "batch", step);
-        let (mut pixels, mut prompts, mut targets, mut ignored) = (vec![], vec![], vec![], vec![]);
+        let (mut pixels, mut prompted) = (vec![], vec![]);
         for index in sample_indices(dataset.len(), config.images, seed, step) {
             let mut sample = dataset.load(index)?;
             if config.augment {
@@ -104,37 +125,107 @@ impl Batch {
             let image = DynamicImage::ImageRgb8(sample.image.clone());
             let (pixel_values, frame) = processor.preprocess(&image, device)?;
             let window = MaskWindow::new(&frame, processor.pad_size, mask_size);
-            let (drawn, target, left) =
-                draw_prompts(&sample, &window, &config, &mut draws, device)?;
+            let kind = config.kind.of_image(&mut draws);
+            let chosen = choose(&sample, config.prompts, &mut draws)?;
+            let prompt = |found: &Instance| kind.draw(sample.labels(found), found, &mut draws);
+            let drawn: Vec<Prompt> = chosen.iter().map(prompt).collect();
+            let prompts = prompt_tensor(&drawn, &frame, device)?;
             pixels.push(pixel_values);
-            prompts.push(prompt_tensor(&drawn, &frame, device)?);
-            targets.push(target);
-            ignored.push(left);
+            prompted.push((prompts, window.masks(&sample, &chosen, device)?));
         }
-        let input = prompt_input(config.kind, &Tensor::cat(&prompts, 0)?)?;
-        let input = SamInput { pixel_values: Some(Tensor::cat(&pixels, 0)?), ..input };
-        Ok(Self { input, targets, ignored })
+        let mut groups = vec![];
+        for boxes in [false, true] {
+            let is_box = |prompts: &Tensor| prompts.rank() == 3;
+            let alike = prompted.iter().enumerate().filter(|(_, (p, _))| is_box(p) == boxes);
+            let (images, alike): (Vec<usize>, Vec<_>) = alike.unzip();
+            if images.is_empty() {
+                continue;
+            }
+            let prompts: Vec<&Tensor> = alike.iter().map(|(prompts, _)| prompts).collect();
+            let prompts = prompt_input(&Tensor::cat(&prompts, 0)?)?;
+            let objects = alike.into_iter().map(|(_, objects)| objects.clone()).collect();
+            groups.push(PromptedObjects { images, prompts, objects });
+        }
+        let mut draws = StepRng::new(seed, "corrections", step);
+        let rounds = config.corrections.draw(&mut draws);
+        let pixel_values = Tensor::cat(&pixels, 0)?;
+        Ok(Self { pixel_values, groups, rounds, draws, loss: config.loss })
     }
 
-    /// The mean over the images of [`mask_loss`].
+    /// The mean over images and rounds of the [`LossWeights::loss`].
+    ///
+    /// The alternatives for a first prompt add theirs, by [`LossWeights::multimask`]. Trained parameters of prompt encoder and
+    /// mask decoder that the draws leave out get gradients of zero.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
     pub fn loss(&self, model: &SamModel, mode: Mode) -> candle_core::Result<Tensor> {
-        let masks = model.forward(&self.input, mode)?.pred_masks;
-        let losses = self.targets.iter().enumerate().map(|(image, targets)| {
-            let (_, rows, cols) = targets.dims3()?;
-            let mut masks = masks.get(image)?.squeeze(1)?.narrow(1, 0, rows)?.narrow(2, 0, cols)?;
-            if let Some(Some(ignored)) = self.ignored.get(image) {
-                let nothing = Tensor::full(IGNORED_LOGIT, masks.shape(), masks.device())?;
-                masks = ignored.where_cond(&nothing.to_dtype(masks.dtype())?, &masks)?;
-            }
-            mask_loss(&masks, targets)
-        });
-        let losses = losses.collect::<candle_core::Result<Vec<_>>>()?;
-        Tensor::stack(&losses, 0)?.mean_all()
+        let embeddings = model.vision_encoder.forward(&self.pixel_values, mode)?;
+        let mut draws = self.draws.clone();
+        let mut losses = vec![];
+        for group in &self.groups {
+            let all = group.images.len() == embeddings.dim(0)?;
+            let embeddings = match all {
+                true => embeddings.clone(),
+                false => {
+                    let one = |image: &usize| embeddings.narrow(0, *image, 1);
+                    let own = group.images.iter().map(one).collect::<candle_core::Result<Vec<_>>>();
+                    Tensor::cat(&own?, 0)?
+                }
+            };
+            let script = Script {
+                rounds: &self.rounds,
+                alternatives: self.loss.multimask > 0.0,
+                mode,
+                draws: &mut draws,
+            };
+            group.converse(model, &embeddings, script, |output| {
+                for (index, objects) in group.objects.iter().enumerate() {
+                    losses.push(self.loss_of(index, objects, output)?);
+                }
+                Ok(())
+            })?;
+        }
+        let mut loss = Tensor::stack(&losses, 0)?.mean_all()?;
+        let decoder = trainable_variables(&model.mask_decoder)?;
+        for (_, left_out) in trainable_variables(&model.prompt_encoder)?.iter().chain(&decoder) {
+            // candle does not follow a product with the number 0.
+            let sum = left_out.as_tensor().sum_all()?;
+            let nothing = (&sum * sum.zeros_like()?)?;
+            loss = (&loss + nothing.to_dtype(loss.dtype())?)?;
+        }
+        Ok(loss)
+    }
+
+    /// The loss of an image's objects in one round.
+    fn loss_of(
+        &self,
+        image: usize,
+        objects: &ObjectMasks,
+        output: &SamOutput,
+    ) -> candle_core::Result<Tensor> {
+        let ObjectMasks { targets, ignored } = objects;
+        let (_, rows, cols) = targets.dims3()?;
+        let mut masks = output.pred_masks.get(image)?.narrow(2, 0, rows)?.narrow(3, 0, cols)?;
+        let scores = output.iou_scores.get(image)?;
+        if let Some(ignored) = ignored {
+            let nothing = Tensor::full(IGNORED_LOGIT, masks.shape(), masks.device())?;
+            let ignored = ignored.unsqueeze(1)?.broadcast_as(masks.shape())?;
+            masks = ignored.where_cond(&nothing.to_dtype(masks.dtype())?, &masks)?;
+        }
+        let part = |first: usize, count: usize| {
+            let scores = scores.narrow(1, first, count)?;
+            self.loss.loss(&masks.narrow(1, first, count)?, &scores, targets)
+        };
+        match masks.dim(1)? {
+            1 => part(0, 1),
+            all => part(0, 1)? + (part(1, all - 1)? * self.loss.multimask)?,
+        }
     }
 }
 
 /// The part of a low-resolution mask that shows the image.
-struct MaskWindow {
+pub(super) struct MaskWindow {
     rows: usize,
     cols: usize,
     /// Image pixels that a mask pixel is high and wide.
@@ -142,7 +233,7 @@ struct MaskWindow {
 }
 
 impl MaskWindow {
-    fn new(frame: &Frame, pad_size: usize, mask_size: usize) -> Self {
+    pub(super) fn new(frame: &Frame, pad_size: usize, mask_size: usize) -> Self {
         let step = pad_size as f64 / mask_size.max(1) as f64;
         // As many pixels as have their centre in the image.
         let count =
@@ -158,42 +249,40 @@ impl MaskWindow {
             ),
         }
     }
+
+    /// The masks of some of a sample's instances.
+    pub(super) fn masks(
+        &self,
+        sample: &Sample,
+        instances: &[Instance],
+        device: &Device,
+    ) -> Result<ObjectMasks> {
+        let Self { rows, cols, pitch } = *self;
+        let shape = (instances.len(), rows, cols);
+        let (mut targets, mut left, mut any) = (vec![], vec![], false);
+        for instance in instances {
+            let labels = sample.labels(instance);
+            let target = mask_on_grid(labels, instance.label, rows, cols, pitch);
+            let ignored = ignored(labels, rows, cols, pitch);
+            any |= ignored.is_some();
+            let ignored = ignored.unwrap_or_else(|| vec![0.0; rows * cols]);
+            left.extend(ignored.iter().zip(&target).map(|(out, inside)| u8::from(*out > *inside)));
+            targets.extend(target);
+        }
+        let ignored = any.then(|| Tensor::from_vec(left, shape, device)).transpose()?;
+        Ok(ObjectMasks { targets: Tensor::from_vec(targets, shape, device)?, ignored })
+    }
 }
 
-/// Prompts for random instances of an image, their targets, and what of these is to be ignored.
-fn draw_prompts(
-    sample: &Sample,
-    window: &MaskWindow,
-    config: &BatchConfig,
-    draws: &mut StepRng,
-    device: &Device,
-) -> Result<(Vec<Prompt>, Tensor, Option<Tensor>)> {
-    let MaskWindow { rows, cols, pitch } = *window;
-    let mut chosen = Vec::new();
-    for index in draws.permutation(sample.instances.len()) {
-        if chosen.len() == config.prompts {
-            break;
-        }
-        let instance = sample.instances[index];
-        let target = mask_on_grid(sample.labels(&instance), instance.label, rows, cols, pitch);
-        chosen.push((instance, target));
-    }
-    if chosen.is_empty() {
+/// Random instances of an image, as many as prompts; some again where there are fewer.
+fn choose(sample: &Sample, prompts: usize, draws: &mut StepRng) -> Result<Vec<Instance>> {
+    let order = draws.permutation(sample.instances.len());
+    if order.is_empty() {
         return Err(Error::config(format!("the image {} has no instance", sample.name)));
     }
-    let shape = (config.prompts, rows, cols);
-    let (mut prompts, mut targets, mut left, mut any) = (vec![], vec![], vec![], false);
-    for (instance, target) in chosen.iter().cycle().take(config.prompts) {
-        let labels = sample.labels(instance);
-        prompts.push(config.kind.draw(labels, instance, draws));
-        targets.extend_from_slice(target);
-        let ignored = ignored(labels, rows, cols, pitch);
-        any |= ignored.is_some();
-        let ignored = ignored.unwrap_or_else(|| vec![0.0; rows * cols]);
-        left.extend(ignored.iter().zip(target).map(|(out, inside)| u8::from(*out > *inside)));
-    }
-    let left = any.then(|| Tensor::from_vec(left, shape, device)).transpose()?;
-    Ok((prompts, Tensor::from_vec(targets, shape, device)?, left))
+    let chosen: Vec<Instance> =
+        order.into_iter().take(prompts).map(|index| sample.instances[index]).collect();
+    Ok(chosen.iter().cycle().take(prompts).copied().collect())
 }
 
 /// Prompts of one image and one kind, in pixels of the model's input: points `[1, P, 1, 2]` or boxes `[1, P, 4]`.
@@ -218,19 +307,18 @@ pub(super) fn prompt_tensor(
     }
 }
 
-/// The input with these prompts and one mask for each.
-pub(super) fn prompt_input(kind: PromptKind, prompts: &Tensor) -> candle_core::Result<SamInput> {
+/// The input with these points `[B, P, 1, 2]`, on the objects, or boxes `[B, P, 4]`, and one mask for each.
+pub(super) fn prompt_input(prompts: &Tensor) -> candle_core::Result<SamInput> {
     let input = SamInput { multimask_output: false, ..Default::default() };
-    Ok(match kind {
-        PromptKind::Point => SamInput {
-            input_labels: Some(Tensor::ones(
-                &prompts.dims()[..3],
-                candle_core::DType::F32,
-                prompts.device(),
-            )?),
-            input_points: Some(prompts.clone()),
-            ..input
-        },
-        PromptKind::Box { .. } => SamInput { input_boxes: Some(prompts.clone()), ..input },
+    Ok(match *prompts.dims() {
+        [images, count, points, 2] => {
+            let on_object = (images, count, points);
+            SamInput {
+                input_labels: Some(Tensor::ones(on_object, DType::F32, prompts.device())?),
+                input_points: Some(prompts.clone()),
+                ..input
+            }
+        }
+        _ => SamInput { input_boxes: Some(prompts.clone()), ..input },
     })
 }

@@ -13,7 +13,9 @@ use super::checkpoint::previous_state_path;
 use super::distributed::{check_agreement, together, Alone, Communicator, OrderedSum, StepTimes};
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
-use super::{AdamW, AdamWConfig, Gradients, Schedule, Scores, StepRng, StepScores, TrainingState};
+use super::{
+    AdamW, AdamWConfig, Gradients, ObjectScores, Schedule, StepRng, StepScores, TrainingState,
+};
 use crate::files::Checksum;
 use crate::files::TensorFile;
 use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
@@ -197,7 +199,7 @@ impl Trainer {
     }
 
     /// Notes an evaluation after the steps made; it becomes part of the state.
-    pub fn note(&mut self, scores: Scores) {
+    pub fn note(&mut self, scores: ObjectScores) {
         self.evaluations.push(StepScores { step: self.steps(), scores });
     }
 

@@ -6,7 +6,10 @@ use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
-use candle_sam_lora::train::{AdamWConfig, Alone, Communicator, StepRng, Trainer, TrainerConfig};
+use candle_sam_lora::train::{
+    AdamWConfig, Alone, Batch, Communicator, Corrections, LossWeights, ObjectMasks,
+    PromptedObjects, StepRng, Trainer, TrainerConfig,
+};
 use std::sync::Arc;
 
 use crate::common::model;
@@ -43,14 +46,35 @@ pub fn trainer(sam: &SamModel, communicator: Arc<dyn Communicator>) -> Result<Tr
     Ok(Trainer::new(sam, config)?.with_communicator(communicator)?)
 }
 
-/// The loss of a part: an image, a point and targets drawn from its number.
+/// A batch of an image with a point on each of two objects, corrected in rounds, drawn from the part's number.
+fn corrected(pixel_values: &Tensor, part: u64) -> candle_core::Result<Batch> {
+    let mut draws = StepRng::new(11, "corrections", part);
+    let corrections = Corrections { points: 2, mask_probability: 0.5, mask_rounds: 1 };
+    let rounds = corrections.draw(&mut draws);
+    let inside = |i: usize| f32::from(u8::from((i % 32).abs_diff(12 + i / 1024 * 8) < 6));
+    let targets: Vec<f32> = (0..2 * 32 * 32).map(inside).collect();
+    let targets = Tensor::from_vec(targets, (2, 32, 32), &Device::Cpu)?;
+    let prompts = SamInput {
+        input_points: Some(
+            Tensor::new(&[24f32, 30.0, 40.0, 30.0], &Device::Cpu)?.reshape((1, 2, 1, 2))?,
+        ),
+        input_labels: Some(Tensor::ones((1, 2, 1), DType::F32, &Device::Cpu)?),
+        ..Default::default()
+    };
+    let objects = vec![ObjectMasks { targets, ignored: None }];
+    let groups = vec![PromptedObjects { images: vec![0], prompts, objects }];
+    Ok(Batch { pixel_values: pixel_values.clone(), groups, rounds, draws, loss: LossWeights::SAM })
+}
+
+/// The loss of a part: an image, a point and targets drawn from its number, and SAM's loss over rounds of corrections.
 pub fn loss(sam: &SamModel, part: u64, mode: Mode) -> candle_core::Result<Tensor> {
     let mut draws = StepRng::new(11, "image", part);
     let pixels = (0..3 * 64 * 64).map(|_| draws.uniform() as f32 * 2.0 - 1.0).collect();
     let pixels = Tensor::from_vec::<_, f32>(pixels, (1, 3, 64, 64), &Device::Cpu)?;
     let dtype = sam.shared_image_embedding.positional_embedding.0.dtype();
     let point = [draws.uniform() as f32 * 64.0, draws.uniform() as f32 * 64.0];
-    let embeddings = sam.vision_encoder.forward(&pixels.to_dtype(dtype)?, mode)?;
+    let pixels = pixels.to_dtype(dtype)?;
+    let embeddings = sam.vision_encoder.forward(&pixels, mode)?;
     // Everything in the decoder is trained: the masks of both kinds and their scores.
     let mut sum = Tensor::zeros((), DType::F32, &Device::Cpu)?;
     for multimask_output in [true, false] {
@@ -66,7 +90,7 @@ pub fn loss(sam: &SamModel, part: u64, mode: Mode) -> candle_core::Result<Tensor
             sum = (sum + (found.to_dtype(DType::F32)? - draws.uniform())?.sqr()?.mean_all()?)?;
         }
     }
-    Ok(sum)
+    sum + corrected(&pixels, part)?.loss(sam, mode)?
 }
 
 /// Makes steps until `steps` are made.

@@ -9,8 +9,7 @@ use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::set_trainable;
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
 use candle_sam_lora::train::{
-    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions, PromptKind, Trainer,
-    TrainerConfig,
+    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions, Trainer, TrainerConfig,
 };
 use libtest_mimic::Trial;
 
@@ -44,7 +43,7 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     let source = BatchSource {
         dataset: &data,
         processor: &processor,
-        config: BatchConfig { images: 1, prompts: 4, kind: PromptKind::Point, augment: true },
+        config: BatchConfig { prompts: 4, ..Default::default() },
         mask_size: 4 * config.vision_config.grid_size(),
         seed: SEED,
         device,

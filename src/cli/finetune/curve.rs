@@ -8,7 +8,7 @@ use plotters::prelude::*;
 const SIZE: (u32, u32) = (900, 500);
 
 /// Each step's loss, and over it the mean of the steps around it.
-pub fn loss_curve(losses: &[f32]) -> anyhow::Result<RgbImage> {
+pub fn loss_curve(losses: &[f32], terms: &str) -> anyhow::Result<RgbImage> {
     register_font()?;
     let highest = losses.iter().copied().fold(0f32, f32::max).max(1e-3);
     let steps = losses.len().max(1);
@@ -20,7 +20,7 @@ pub fn loss_curve(losses: &[f32]) -> anyhow::Result<RgbImage> {
             .margin(16)
             .x_label_area_size(40)
             .y_label_area_size(56)
-            .caption("Loss (cross-entropy + dice)", ("sans-serif", 22))
+            .caption(format!("Loss ({terms})"), ("sans-serif", 22))
             .build_cartesian_2d(1..steps.max(2), 0f32..highest * 1.05)?;
         chart.configure_mesh().x_desc("step").y_desc("loss").light_line_style(WHITE).draw()?;
         let points = |values: Vec<f32>| (1..).zip(values);

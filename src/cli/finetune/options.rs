@@ -4,16 +4,17 @@ use super::super::arguments::Backend;
 use super::super::console::Console;
 use super::super::lora_arguments::LoraArguments;
 use super::super::processes::Processes;
+use super::parts::Parts;
 use crate::sam::{ReadOptions, ValueRange};
 use crate::train::{
-    AdamWConfig, BatchConfig, DatasetOptions, Decay, MaskOptions, PromptKind, Schedule, Suffixes,
-    TrainerConfig,
+    AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
+    PromptKind, Schedule, Suffixes, TrainerConfig,
 };
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Trains LoRA adapters of SAM's image encoder on images with masks
+/// Trains LoRA adapters of SAM's image encoder, and its decoder, on images with masks
 ///
 /// Without arguments: on the small SAM and the micrographs of cell nuclei that come with the project. Writes into the
 /// output folder: adapter/ (as PEFT does), loss.png, overlays/ (before on the left, after on the right; truth in
@@ -78,12 +79,39 @@ pub struct Options {
     /// Images without an object are errors, and not left out
     #[arg(long)]
     pub strict: bool,
-    /// How the object is pointed out
+    /// How the object is pointed out at first
     #[arg(long, value_enum, default_value_t = PromptArg::Point)]
     pub prompt: PromptArg,
-    /// How far a side of a training box may be off, over the box's size
+    /// Part of the images with boxes, of a mixture of prompts
+    #[arg(long, default_value_t = 0.5, value_name = "FRACTION")]
+    pub boxes: f64,
+    /// How far a side of a training box may be off, over the box's size; at most 20 pixels of SAM's 1024
     #[arg(long, default_value_t = 0.1, value_name = "FRACTION")]
     pub box_jitter: f64,
+    /// Rounds after the first prompt, each with one more point where the mask is wrong; the image encoder runs once for
+    /// all
+    #[arg(long, default_value_t = 0, value_name = "ROUNDS")]
+    pub corrections: usize,
+    /// Probability that such a round gets the last mask's logits too
+    #[arg(long, default_value_t = 0.0, value_name = "PROBABILITY")]
+    pub mask_probability: f64,
+    /// Rounds with nothing new but these logits, the last one and others at random places; SAM has 2
+    #[arg(long, default_value_t = 0, value_name = "ROUNDS")]
+    pub mask_rounds: usize,
+    /// Weights of the loss's terms: bce, focal, dice, iou (of the predicted IoU) and multimask. The last one repeats the
+    /// others for the best of the alternatives for a first prompt
+    #[arg(long, default_value_t, value_name = "TERM=WEIGHT,..")]
+    pub loss: LossWeights,
+    /// Trained parts, with commas: adapters (of the image encoder), decoder, prompt-encoder, or all
+    #[arg(long, default_value_t, value_name = "PART,..")]
+    pub train: Parts,
+    /// Go on from the adapter in this folder, on the model that it names, or on --model
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["rank", "alpha", "dropout", "target_modules", "use_dora", "lora_bias", "use_rslora"]
+    )]
+    pub adapter: Option<PathBuf>,
     #[command(flatten)]
     pub lora: LoraArguments,
     /// Optimizer steps
@@ -167,6 +195,8 @@ pub enum PromptArg {
     Point,
     /// A box around it
     Box,
+    /// The one for some images, the other for the rest; judged by points
+    Mixed,
 }
 
 /// Learning rates over a run.
@@ -259,11 +289,18 @@ impl Options {
         BatchConfig {
             images: self.batch,
             prompts: self.prompts,
-            kind: match self.prompt {
-                PromptArg::Point => PromptKind::Point,
-                PromptArg::Box => PromptKind::Box { jitter: self.box_jitter },
+            kind: match (self.prompt, self.box_jitter) {
+                (PromptArg::Point, _) => PromptKind::Point,
+                (PromptArg::Box, jitter) => PromptKind::Box { jitter },
+                (PromptArg::Mixed, jitter) => PromptKind::Mixed { boxes: self.boxes, jitter },
             },
             augment: !self.no_augment,
+            corrections: Corrections {
+                points: self.corrections,
+                mask_probability: self.mask_probability,
+                mask_rounds: self.mask_rounds,
+            },
+            loss: self.loss,
         }
     }
 

@@ -3,7 +3,7 @@
 use super::super::draw;
 use super::options::Options;
 
-use crate::train::{best_evaluation, ImageEvaluation, Prompt, Sample, Scores, StepScores};
+use crate::train::{best_evaluation, ImageEvaluation, ObjectScores, Prompt, Sample, StepScores};
 use image::{imageops, RgbImage};
 use serde_json::{json, Value};
 
@@ -11,9 +11,9 @@ use serde_json::{json, Value};
 #[derive(Debug)]
 pub struct Outcome {
     /// The mean over the held-out objects, without the adapter.
-    pub before: Scores,
+    pub before: ObjectScores,
     /// The same with it.
-    pub after: Scores,
+    pub after: ObjectScores,
     /// The same on the way.
     pub evaluations: Vec<StepScores>,
     /// The loss of each step.
@@ -28,7 +28,7 @@ pub struct Verdict {
     /// The image.
     pub name: String,
     /// How well each of its objects was found.
-    pub scores: Vec<Scores>,
+    pub scores: Vec<ObjectScores>,
     /// The found masks, if they were drawn.
     pub picture: Option<RgbImage>,
 }
@@ -40,12 +40,12 @@ impl Verdict {
 }
 
 /// A verdict as processes tell it: its image's number and name, the bits of each score, and the picture's width and pixels.
-type Told = (usize, String, Vec<[u64; 3]>, Option<(u32, Vec<u8>)>);
+type Told = (usize, String, Vec<[u64; 6]>, Option<(u32, Vec<u8>)>);
 
 /// Verdicts by their images' numbers, for another process.
 pub fn to_bytes(verdicts: &[(usize, Verdict)]) -> Vec<u8> {
     let told = verdicts.iter().map(|(index, Verdict { name, scores, picture })| {
-        let bits = |s: &Scores| [s.iou, s.dice, s.boundary_f1].map(f64::to_bits);
+        let bits = |scores: &ObjectScores| scores.values().map(f64::to_bits);
         let picture = picture.as_ref().map(|picture| (picture.width(), picture.as_raw().clone()));
         (*index, name.clone(), scores.iter().map(bits).collect(), picture)
     });
@@ -55,10 +55,7 @@ pub fn to_bytes(verdicts: &[(usize, Verdict)]) -> Vec<u8> {
 /// The verdicts that [`to_bytes`] wrote.
 pub fn from_bytes(bytes: &[u8]) -> serde_json::Result<Vec<(usize, Verdict)>> {
     let verdict = |(index, name, bits, picture): Told| {
-        let scores = |bits: [u64; 3]| {
-            let [iou, dice, boundary_f1] = bits.map(f64::from_bits);
-            Scores { iou, dice, boundary_f1 }
-        };
+        let scores = |bits: [u64; 6]| ObjectScores::from_values(bits.map(f64::from_bits));
         let scores = bits.into_iter().map(scores).collect();
         let picture = picture.and_then(|(width, pixels)| {
             let height = pixels.len() as u32 / (3 * width).max(1);
@@ -70,8 +67,8 @@ pub fn from_bytes(bytes: &[u8]) -> serde_json::Result<Vec<(usize, Verdict)>> {
 }
 
 /// The mean over all objects.
-pub fn mean(verdicts: &[Verdict]) -> Scores {
-    Scores::mean(verdicts.iter().flat_map(|verdict| &verdict.scores))
+pub fn mean(verdicts: &[Verdict]) -> ObjectScores {
+    ObjectScores::mean(verdicts.iter().flat_map(|verdict| &verdict.scores))
 }
 
 /// The text of `metrics.json`. It holds no times, so that equal runs give equal files.
@@ -89,6 +86,8 @@ pub fn metrics(
         "steps": outcome.losses.len(),
         "seed": options.seed,
         "prompt": format!("{:?}", options.prompt).to_lowercase(),
+        "batch": options.batch(),
+        "train": options.train.names(),
         "parameters": trainable,
         "mean_iou_before": outcome.before.iou,
         "mean_iou_after": outcome.after.iou,

@@ -8,12 +8,13 @@ use super::super::processes::{census, ended, on_first};
 use super::curve::loss_curve;
 use super::options::Options;
 use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
+use super::parts::Parts;
 use super::progress::Progress;
 use super::report;
 use super::report::{Outcome, Verdict};
 use super::training::Run;
 use crate::lora::{count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames};
-use crate::nn::set_trainable;
+use crate::nn::{set_trainable, ModuleTree, Node};
 use crate::sam::{SamModel, SamProcessor};
 use crate::train::{
     together, Batch, BatchSource, Communicator, DataFiles, Dataset, DatasetOptions, Evaluator,
@@ -46,9 +47,15 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     batch.validate()?;
     options.lora.config().validate()?;
     on_first(&**processes, || output::check(options))?;
-    let folder = model::folder(options.model.as_deref())?;
-    let mut sam = model::load(&folder, options.lora.attention(), &place, console)?;
+    let source = model::find(options.model.as_deref(), options.adapter.as_deref(), console)?;
+    let folder = source.weights.clone();
+    let kind = match &source.adapter {
+        Some(_) => source.kind()?,
+        None => options.lora.attention(),
+    };
+    let mut sam = model::load(&folder, kind, &place, console)?;
     set_trainable(&mut sam, |_| false)?;
+    let loaded = source.adapt(&mut sam, console)?;
     let config = sam.config().clone();
     let processor = model::processor(&folder, &config, console)?;
     let (train, held_out) = datasets(options, &**processes)?;
@@ -73,8 +80,13 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         processes: &**processes,
     };
     let before = judge.verdicts(&sam, options.overlays)?;
-    let (mut lora, names) = adapt_encoder(&mut sam, options)?;
-    console.note(format!("adapters on {names} linear layers of the image encoder"));
+    let lora = match loaded {
+        Some(config) => config,
+        None => adapt_encoder(&mut sam, options)?,
+    };
+    let mut lora = options.train.prepare(&mut sam, lora, &batch)?;
+    let layers = adapted_layers(&sam);
+    console.note(format!("adapters on {layers} linear layers of the image encoder"));
     let trainable = count_parameters(&sam).to_string();
     console.note(&trainable);
 
@@ -88,18 +100,27 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     if options.data() != DatasetOptions::min_area(options.min_area) {
         settings.insert("reading".into(), json!(options.data()));
     }
+    if options.train != Parts::default() {
+        console.note(format!("trained: {}", options.train));
+        settings.insert("train".into(), json!(options.train.names()));
+    }
+    if options.adapter.is_some() {
+        settings.insert("begun_with_an_adapter".into(), json!(true));
+    }
     if *dtype != DType::F32 {
         settings.insert("dtype".into(), json!(format!("{dtype:?}")));
     }
     // After the settings: a run may go on with the same model from a folder.
-    lora.base_model_name_or_path = name_on_the_hub(options, &folder);
+    if options.adapter.is_none() {
+        lora.base_model_name_or_path = name_on_the_hub(options, &folder);
+    }
     let trainer = Trainer::new(&sam, options.trainer())?.with_settings(settings);
     let mut trainer = trainer.with_communicator(processes.clone())?;
     if processes.size() > 1 {
         let parts = processes.size() as u64 * options.trainer().accumulation;
         console.note(format!("{}; {parts} parts a step", census(&**processes)));
     }
-    let source = BatchSource {
+    let batches = BatchSource {
         dataset: &train,
         processor: &processor,
         config: batch,
@@ -107,7 +128,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         seed: options.seed,
         device,
     };
-    let loss = |part, mode| Batch::draw(&source, part)?.loss(&sam, mode);
+    let loss = |part, mode| Batch::draw(&batches, part)?.loss(&sam, mode);
     // A frozen clone has the same tensors, but its evaluation builds no graph.
     let evaluate = || {
         let mut sam = sam.clone();
@@ -137,6 +158,12 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     })?;
     let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
     let (before, after) = (&outcome.before, &outcome.after);
+    let change = |what: &str, before: f64, after: f64| {
+        console.note(format!("{what}: {before:.4} before, {after:.4} after"));
+    };
+    change("held-out IoU with 3 prompts", before.iou_at_3, after.iou_at_3);
+    change("held-out IoU with 5 prompts", before.iou_at_5, after.iou_at_5);
+    change("predicted IoU off by", before.iou_error, after.iou_error);
     let text = format!(
         "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
         before.iou, after.iou
@@ -203,17 +230,28 @@ fn files(
     Ok(if images.is_empty() { None } else { Some((listed(images)?, truth)) })
 }
 
-/// Injects the adapters, into the image encoder alone; returns their configuration and number.
-fn adapt_encoder(sam: &mut SamModel, options: &Options) -> Result<(LoraConfig, usize)> {
+/// Injects the adapters, into the image encoder alone.
+fn adapt_encoder(sam: &mut SamModel, options: &Options) -> Result<LoraConfig> {
     let mut config = options.lora.config();
     let in_encoder = |name: &String| name.starts_with("vision_encoder.");
-    let mut adapted = inject(sam, &config, options.seed)?;
+    let adapted = inject(sam, &config, options.seed)?;
     if !adapted.iter().all(in_encoder) {
         unload(sam)?;
         config.exclude_modules = Some(ModuleNames::Regex(r"(?!vision_encoder\.).*".into()));
-        adapted = inject(sam, &config, options.seed)?;
+        inject(sam, &config, options.seed)?;
     }
-    Ok((config, adapted.len()))
+    Ok(config)
+}
+
+/// How many layers carry an adapter.
+fn adapted_layers(sam: &SamModel) -> usize {
+    let mut count = 0;
+    sam.visit("", &mut |_, node| {
+        if let Node::Layer(layer) = node {
+            count += usize::from(layer.adapters.iter().next().is_some());
+        }
+    });
+    count
 }
 
 /// How a model is judged: by the held-out images.
@@ -263,7 +301,8 @@ fn write_pictures(
     before: &[Verdict],
     after: &[Verdict],
 ) -> anyhow::Result<()> {
-    save_png(&options.output.join(LOSS), &loss_curve(losses)?.into())?;
+    let curve = loss_curve(losses, &options.loss.to_string())?;
+    save_png(&options.output.join(LOSS), &curve.into())?;
     let folder = options.output.join(OVERLAYS);
     std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
     for (before, after) in before.iter().zip(after) {

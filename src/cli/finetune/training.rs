@@ -7,7 +7,7 @@ use crate::lora::{save_adapter, LoraConfig};
 use crate::nn::Mode;
 use crate::sam::SamModel;
 use crate::train::{
-    best_evaluation, evaluations_since_best, Communicator, EventFile, MetricsCsv, Scores,
+    best_evaluation, evaluations_since_best, Communicator, EventFile, MetricsCsv, ObjectScores,
     StepMetrics, Trainer,
 };
 use crate::Result;
@@ -35,7 +35,7 @@ impl Run<'_> {
         &self,
         trainer: &mut Trainer,
         loss: impl Fn(u64, Mode) -> candle_core::Result<Tensor>,
-        evaluate: impl Fn() -> anyhow::Result<Scores>,
+        evaluate: impl Fn() -> anyhow::Result<ObjectScores>,
     ) -> anyhow::Result<()> {
         let (options, state) = (self.options, self.options.output.join(STATE));
         let console = options.console;
@@ -91,8 +91,13 @@ impl Run<'_> {
                     made.step, options.steps, made.loss
                 ));
             }
-            if let Some(Scores { iou, dice, boundary_f1 }) = scores {
-                let line = format!("IoU {iou:.4}, Dice {dice:.4}, boundary F1 {boundary_f1:.4}");
+            if let Some(ObjectScores { iou, dice, boundary_f1, iou_at_3, iou_at_5, iou_error }) =
+                scores
+            {
+                let line = format!(
+                    "IoU {iou:.4}, Dice {dice:.4}, boundary F1 {boundary_f1:.4}, IoU with 3 prompts {iou_at_3:.4}, \
+                     with 5 {iou_at_5:.4}; predicted IoU off by {iou_error:.4}"
+                );
                 bar.suspend(|| console.note(format!("step {}: held-out {line}", made.step)));
             }
         }
@@ -161,7 +166,7 @@ impl Log {
         })
     }
 
-    fn note(&mut self, step: &StepMetrics, scores: Option<&Scores>) -> Result<()> {
+    fn note(&mut self, step: &StepMetrics, scores: Option<&ObjectScores>) -> Result<()> {
         self.table.row(step, scores)?;
         let Some(events) = &mut self.events else { return Ok(()) };
         let mut values = vec![
@@ -169,10 +174,10 @@ impl Log {
             ("train/lr", step.lr as f32),
             ("train/grad_norm", step.grad_norm as f32),
         ];
+        let names = ObjectScores::NAMES.map(|name| format!("held_out/{name}"));
         if let Some(scores) = scores {
-            values.push(("held_out/iou", scores.iou as f32));
-            values.push(("held_out/dice", scores.dice as f32));
-            values.push(("held_out/boundary_f1", scores.boundary_f1 as f32));
+            let found = scores.values().map(|value| value as f32);
+            values.extend(names.iter().map(String::as_str).zip(found));
         }
         events.scalars(step.step, &values)
     }
