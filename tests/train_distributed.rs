@@ -190,12 +190,15 @@ fn work_alone_keeps_its_own_error() {
     assert_eq!(error.to_string(), own().to_string());
 }
 
-/// Items and who did them, as rank 0 collected them, and how each rank ended; `work` gets rank and item.
+/// Items and who did them, in the order in which rank 0 collected them.
+type Collected = Vec<(usize, usize)>;
+
+/// The items that were collected, and how each rank ended; `work` gets rank and item.
 fn shared(
     size: usize,
     count: usize,
     work: impl Fn(usize, usize) -> Result<(), Error> + Sync,
-) -> (Vec<(usize, usize)>, Vec<Result<(), String>>) {
+) -> (Collected, Vec<Result<(), String>>) {
     let collected = Mutex::new(vec![]);
     let ended = on_threads(size, |communicator| {
         let rank = communicator.rank();

@@ -3,8 +3,8 @@
     pip install -r benches/peers/requirements.txt
     python benches/peers/run.py --case global_layer_forward --implementation sdpa --reps 5
 
-Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), `sdpa_without_bias` (no relative
-positions: a bound, not SAM), and `openvino` for the encoder and the decoder in evaluation on the CPU. On CUDA also `flex`
+Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), and `sdpa_without_bias` (no relative
+positions: a bound, not SAM). On the CPU also `openvino`, for the encoder and the decoder in evaluation. On CUDA also `flex`
 (FlexAttention) and `triton` (a kernel of our own in the manner of the published ones). LoRA is PEFT's. `kept` is no
 implementation but the environment: see `benches/report/run.py`.
 """

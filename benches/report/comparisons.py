@@ -116,8 +116,8 @@ BARS = [
     ),
 ]
 
-# The mask decoder on a stored embedding: 64 prompts of one point; one prompt of an embedding that was prompted before,
-# which the peers compute as the first one. OpenVINO keeps its own memory, so the allocator does not matter to it.
+# The mask decoder on a stored embedding: 64 prompts of one point, and one prompt of an embedding that was prompted
+# before. The peers compute that as the first one. OpenVINO keeps its own memory, so the allocator does not matter to it.
 DECODER = [
     Comparison("decoder_forward", {"batch": 64}, [*SDPA, OPENVINO], 3.0, (3.0, SDPA[0]), reps=(3, 3)),
     Comparison("decoder_prompt", peers=[SDPA[1], OPENVINO], time_bar=2.0, reps=(20, 20)),

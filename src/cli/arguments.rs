@@ -67,8 +67,8 @@ impl Backend {
     /// Opens the device of this process.
     ///
     /// On the CPU the heavy work is in this crate's operations, which have threads of their own. Candle's elementwise
-    /// ones wait for each other by spinning, which on a busy machine takes several times longer than one thread would;
-    /// they get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
+    /// ones wait for each other by spinning, which on a busy machine takes several times longer than one thread would.
+    /// They get one, unless `CANDLE_NUM_THREADS` says otherwise. The results are the same, bit for bit.
     pub fn open(&self, processes: &dyn Communicator) -> crate::Result<Placement> {
         const THREADS: &str = "CANDLE_NUM_THREADS";
         if std::env::var_os(THREADS).is_none() {

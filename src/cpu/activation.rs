@@ -95,7 +95,7 @@ impl WithSimd for RationalGelu<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         const P: [f32; 7] = [
             -1.609_603_3e-2,
-            -2.954_599_8e-3,
+            -2.954_6e-3,
             -7.349_906e-4,
             -5.692_506_4e-5,
             -2.101_024e-6,

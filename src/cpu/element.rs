@@ -1,4 +1,4 @@
-//! What the CPU path stores: f32, or bf16 that is read and written once and computed with in f32.
+//! Elements that the CPU path stores: f32, or bf16 that is read and written once and computed with in f32.
 
 use super::bf16::pairs;
 use super::buffer::Pooled;

@@ -5,7 +5,7 @@ use super::element::Element;
 use super::panel::{self, Into, Left, Right};
 use std::borrow::Cow;
 
-/// What the elements of products are.
+/// Kinds of the elements of products.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Products {
     /// Numbers.

@@ -296,6 +296,24 @@ pub fn trainable_variables(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>
 /// A copy that shares every value and has no variables: its forward keeps no graph, so it takes the memory of an inference.
 /// It sees what an optimizer changes later, and what [`set_trainable`] and adapters' injection change it does not.
 ///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_sam_lora::nn::{without_gradients, Linear, Mode};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let weight = Var::ones((2, 3), candle_core::DType::F32, &Device::Cpu)?;
+/// let layer = Linear::new(weight.as_tensor().clone(), None);
+/// let copy = without_gradients(&layer).map_err(candle_core::Error::wrap)?;
+/// let x = Tensor::ones((1, 3), candle_core::DType::F32, &Device::Cpu)?;
+/// assert!(layer.forward(&x, Mode::Eval)?.track_op());
+/// assert!(!copy.forward(&x, Mode::Eval)?.track_op());
+///
+/// weight.set(&weight.affine(2.0, 0.0)?)?; // as an optimizer does
+/// assert_eq!(copy.forward(&x, Mode::Eval)?.to_vec2::<f32>()?, [[6.0, 6.0]]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - a module of the tree refuses a change.
 pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {

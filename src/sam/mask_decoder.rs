@@ -196,8 +196,8 @@ impl SamMaskDecoder {
         self.prompt(&images, input.sparse, chosen, mode)
     }
 
-    /// What all prompts of the images share; the prompts of `input` are not read. About `prompts` of an image are to
-    /// come.
+    /// Everything that all prompts of the images share; the prompts of `input` are not read. About `prompts` of an image
+    /// are to come.
     ///
     /// # Errors
     /// When shapes do not fit.

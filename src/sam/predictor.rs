@@ -4,7 +4,7 @@
 
 use super::identity::{self, Identity};
 use super::{Frame, PreparedImages, Rle, SamInput, SamModel, SamProcessor};
-use crate::nn::{Mode, ModuleTree, Node};
+use crate::nn::{without_gradients, Mode, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, TensorId};
 use image::DynamicImage;
@@ -167,7 +167,8 @@ impl<'a> SamPredictor<'a> {
         let (dtype, device) = self.place();
         let (pixel_values, frame) = self.processor.preprocess(image, device)?;
         let pixel_values = pixel_values.to_dtype(dtype)?;
-        let tensor = self.model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
+        let encoder = without_gradients(&self.model.vision_encoder)?;
+        let tensor = encoder.forward(&pixel_values, Mode::Eval)?;
         Ok(ImageEmbedding { tensor, frame })
     }
 

@@ -14,7 +14,7 @@ use super::labels::{Instance, LabelImage, IGNORED};
 use super::scores::{iou_between, reach, Scores};
 use super::segmentation::{prompt_input, prompt_tensor, MaskWindow};
 use super::{ObjectScores, Prompt, PromptKind, Sample, StepRng};
-use crate::nn::Mode;
+use crate::nn::{without_gradients, Mode};
 use crate::sam::{Frame, MaskResizer, SamInput, SamModel, SamProcessor};
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
@@ -141,6 +141,16 @@ impl Evaluator<'_> {
     /// - model and processor do not fit each other;
     /// - the image is too narrow.
     pub fn evaluate(
+        &self,
+        sample: &Sample,
+        progress: impl FnMut(usize),
+    ) -> Result<ImageEvaluation> {
+        // A graph would hold each layer's intermediates.
+        let model = &without_gradients(self.model)?;
+        Evaluator { model, ..*self }.prompted(sample, progress)
+    }
+
+    fn prompted(
         &self,
         sample: &Sample,
         mut progress: impl FnMut(usize),

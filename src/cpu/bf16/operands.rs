@@ -1,4 +1,4 @@
-//! What a product multiplies.
+//! Operands of a product.
 
 use super::super::panel::{Into, Left, Right};
 

@@ -146,7 +146,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// `2^x` for `x <= 0`, relative error below 9e-5, exact at 0: a cubic, in the interval above the next lower integer.
 #[target_feature(enable = "avx512f,avx512dq")]
 fn exp2_nonpositive(x: __m512) -> __m512 {
-    // What is left above the integer below; 0 for minus infinity.
+    // The rest above the integer below; 0 for minus infinity.
     const FRACTION: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
     let r = _mm512_reduce_ps::<FRACTION>(x);
     let mut p = _mm512_set1_ps(0.077_067_17);

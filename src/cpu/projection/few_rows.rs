@@ -1,6 +1,6 @@
 //! The forward for so few rows that packing a weight costs more than the product.
 //!
-//! Weights are read once, where they lie. A vector holds neighbours in depth; some rows of x meet some rows of the weight
+//! Weights are read once, where they lie. A vector holds neighbours in depth. Some rows of x meet some rows of the weight
 //! in registers, and each sum ends with one sum over a vector.
 
 use super::{dropped, Projections, Weight};
@@ -170,7 +170,8 @@ impl Product<'_> {
         }
         let whole = depth / S::F32_LANES;
         let mut sums = [[simd.splat_f32s(0.0); NW]; MR];
-        let (mut xs, mut ws): ([&[S::f32s]; MR], [&[S::f32s]; NW]) = ([&[]; MR], [&[]; NW]);
+        let mut xs: [&[S::f32s]; MR] = [&[]; MR];
+        let mut ws: [&[S::f32s]; NW] = [&[]; NW];
         for i in 0..MR {
             xs[i] = &vectors::<S>(x[i])[..whole];
         }

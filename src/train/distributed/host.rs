@@ -96,7 +96,7 @@ mod tests {
     fn cores_are_shared_by_those_that_may_run_on_them() {
         let free: Vec<u32> = (0..8).collect();
         assert_eq!(share_of_cores(&free, &vec![free.clone(); 3]), 2);
-        assert_eq!(share_of_cores(&free, &[free.clone()]), 8);
+        assert_eq!(share_of_cores(&free, std::slice::from_ref(&free)), 8);
         // mpirun and Slurm bind processes: each has its cores already.
         let bound = [vec![0, 1, 2, 3], vec![4, 5, 6, 7]];
         assert_eq!(share_of_cores(&bound[1], &bound), 4);
