@@ -366,13 +366,13 @@ fn tests() -> ExitCode {
         let name = format!("files_and_output_are_those_of_one::{}", line.replace(' ', "_"));
         test(name, Box::new(move || division::files_and_output_are_those_of_one(line)))
     });
-    let others: [(&str, fn() -> Result<()>); 4] = [
-        ("a_killed_job_is_resumed_by_others", division::a_killed_job_is_resumed_by_others),
-        ("an_unreadable_image_is_told_once", division::an_unreadable_image_is_told_once),
-        ("a_process_that_hangs_ends_the_job", division::a_process_that_hangs_ends_the_job),
-        ("processes_that_differ_do_not_begin", division::processes_that_differ_do_not_begin),
+    let other = |name: &str, run: fn() -> Result<()>| test(name.to_string(), Box::new(run));
+    let others = [
+        other("a_killed_job_is_resumed_by_others", division::a_killed_job_is_resumed_by_others),
+        other("an_unreadable_image_is_told_once", division::an_unreadable_image_is_told_once),
+        other("a_process_that_hangs_ends_the_job", division::a_process_that_hangs_ends_the_job),
+        other("processes_that_differ_do_not_begin", division::processes_that_differ_do_not_begin),
     ];
-    let others = others.map(|(name, run)| test(name.to_string(), Box::new(run)));
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     let trials = bits.into_iter().chain(faults).chain([resumed, alike, sharded]).chain(differing);
     let trials = trials.chain(divided).chain(others).collect();
