@@ -145,18 +145,18 @@ peer / ours for time and memory, adapted / frozen for the LoRA overhead.
 """
 
 ON_THE_CPU = """*kept* is glibc told to keep freed pages (`MALLOC_MMAP_MAX_=0
-MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864`): on many machines mapping and unmapping an N x N tensor
-costs as much as computing it, so programs that have such tensors gain by it, at the price of memory. Memory is the
+MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864`). On many machines mapping and unmapping an N x N tensor
+costs as much as computing it. Programs that have such tensors gain by keeping pages, at the price of memory. Memory is the
 growth of the peak of the resident memory over what was resident before the first run. A case alone is our process under
-the default allocator, `/kept` after it our process under the keeping one, so that `/kept` against *(kept)* and a case alone
-against *(default)* are like against like, and a case alone against *(kept)* is us as we are installed against the peer at
+the default allocator, `/kept` after it our process under the keeping one. So `/kept` against *(kept)*, and a case alone
+against *(default)*, are like against like. A case alone against *(kept)* is us as we are installed against the peer at
 its best. The bars on time are against the fastest peer with the keeping allocator, those on memory against the default one.
 
 *candle as published* is a program that does not have this crate. *candle with this crate's AVX-512* is candle beside
 it: the feature of `gemm` that this crate asks for reaches candle's own products, too. The bars are for the first; the
 second, which is faster by this crate's doing, stands among them with its ratio and no bar.
 
-For GFLOP/s and GB/s the ratio is the share of the machine's best; the work behind them is what the formulas need:
+For GFLOP/s and GB/s the ratio is the share of the machine's best. The work behind them is what the formulas need;
 recomputation is not counted.
 """
 

@@ -29,8 +29,8 @@ use std::path::{Path, PathBuf};
 ///
 /// The model may be an image encoder alone (SamVisionModel); it takes no prompts.
 ///
-/// With --deepseek-ocr the model is a checkpoint of DeepSeek-OCR, of which the SAM encoder runs: pixel_values
-/// [B,3,S,S] of any S that is a multiple of 16 become image_embeddings [B,1024,S/64,S/64].
+/// With --deepseek-ocr the model is a checkpoint of DeepSeek-OCR, of which the SAM encoder runs. For any S that is a
+/// multiple of 16, pixel_values [B,3,S,S] become image_embeddings [B,1024,S/64,S/64].
 #[derive(clap::Args)]
 pub struct Options {
     #[command(flatten)]

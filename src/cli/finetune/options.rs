@@ -16,10 +16,10 @@ use std::str::FromStr;
 
 /// Trains LoRA adapters of SAM's image encoder, and its decoder, on images with masks
 ///
-/// Without arguments: on the small SAM and the micrographs of cell nuclei that come with the project. Writes into the
-/// output folder: adapter/ (as PEFT does), loss.png, overlays/ (before on the left, after on the right; truth in
-/// white), metrics.json, metrics.csv with a row a step, and state.safetensors, from which --resume goes on; with
-/// --eval-every, best/, the adapter that did best on the held-out images.
+/// Without arguments: on the small SAM and the micrographs of cell nuclei that come with the project. The output folder
+/// gets adapter/ as PEFT writes it, metrics.json, metrics.csv with a row a step, and loss.png. In overlays/, before is
+/// on the left, after on the right, the truth in white. --resume goes on from state.safetensors. With --eval-every,
+/// best/ is the adapter that did best on the held-out images.
 #[derive(Parser, Clone, Debug)]
 pub struct Options {
     /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
@@ -30,7 +30,7 @@ pub struct Options {
     /// too, as WebDataset has them: 12.jpg with 12.png, 12.mask.png or 12.json [default: the micrographs of this project]
     #[arg(long, value_name = "DIR|TAR|@FILE")]
     pub images: Vec<PathBuf>,
-    /// Folder or TAR of their masks, with the same file stems: of one value beside 0, each connected part is an object; of
+    /// Folder or TAR of their masks, with the same file stems. Of one value beside 0, each connected part is an object; of
     /// several, each value is one. docs/data.md has all rules, and the run says what it took. As --images, may be several
     #[arg(long, value_name = "DIR|TAR|@FILE", requires = "images", group = "truth")]
     pub masks: Vec<PathBuf>,

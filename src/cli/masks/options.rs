@@ -13,8 +13,8 @@ use std::path::PathBuf;
 
 /// Finds everything in images: masks of all objects, without a prompt
 ///
-/// Writes masks.json (COCO, run lengths), and for each image its labels (16 bits, 0 is background) and the image with
-/// all masks drawn in. masks.jsonl gets a line after each image: from it --resume goes on, whatever stopped the run.
+/// Writes masks.json (COCO, run lengths). Each image gets its labels (16 bits, 0 is background) and a copy with all masks
+/// drawn in. masks.jsonl gets a line after each image. From it --resume goes on, whatever stopped the run.
 #[derive(clap::Args)]
 pub struct Options {
     /// Images, or folders of images

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 /// Cuts objects out of images of any size and format
 ///
 /// Points and a box of one object belong together; of several images each gets the same prompts. Writes for each image
-/// the mask (PNG; 0 and 255, or the number of the object where there are several) and the image with masks and prompts
-/// drawn in, and prints the IoU that the model expects.
+/// the mask (PNG; 0 and 255, or the number of the object where there are several). A copy of the image has masks and
+/// prompts drawn in. Prints the IoU that the model expects.
 #[derive(clap::Args)]
 pub struct Options {
     /// Images, or folders of images
