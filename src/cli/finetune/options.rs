@@ -30,8 +30,9 @@ pub struct Options {
     /// too, as WebDataset has them: 12.jpg with 12.png, 12.mask.png or 12.json [default: the micrographs of this project]
     #[arg(long, value_name = "DIR|TAR|@FILE")]
     pub images: Vec<PathBuf>,
-    /// Folder or TAR of their masks, with the same file stems. Of one value beside 0, each connected part is an object; of
-    /// several, each value is one. docs/data.md has all rules, and the run says what it took. As --images, may be several
+    /// Folder or TAR of their masks, with the same file stems. Where a mask has one value beside 0, each connected part is
+    /// an object; where it has several, each value is one. The run says what it took, and docs/data.md has all rules. As
+    /// --images, may be several
     #[arg(long, value_name = "DIR|TAR|@FILE", requires = "images", group = "truth")]
     pub masks: Vec<PathBuf>,
     /// Instead of masks, COCO's instances JSON with polygons or run lengths
