@@ -168,11 +168,9 @@ impl Finder<'_> {
         let coco = coco_text(name, image.size(), masks)?;
         let best = best_iou(masks)
             .map_or_else(String::new, |best| format!(", expected IoU up to {best:.3}"));
-        let text = format!(
-            "{name}: {} masks{best}, {:.1} s",
-            masks.len(),
-            started.elapsed().as_secs_f64()
-        );
+        let (count, seconds) = (masks.len(), started.elapsed().as_secs_f64());
+        let plural = if count == 1 { "" } else { "s" };
+        let text = format!("{name}: {count} mask{plural}{best}, {seconds:.1} s");
         // Told once the journal has the image.
         let console = turn.console.kept();
         console.result(text, object);
