@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
-# Lints what starts jobs: the script for Slurm by shellcheck, the manifest for Kubernetes by the schema of its kind.
+# Lints what starts jobs: the script for Slurm by shellcheck, the manifest for Kubernetes by the fields of its kind that
+# it uses, listed below. With deploy/v2beta1/mpi-operator.yaml of a release of the operator, by the operator's own schema.
 #
-# usage: check-deploy.sh [MPI-OPERATOR.yaml]      (default: fetched, of the version below)
+# usage: check-deploy.sh [MPI-OPERATOR.yaml]
 set -euo pipefail
+schema=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/.."
-schema=${1:-target/mpi-operator.yaml}
-if ! [ -e "$schema" ]; then
-  curl -fsSL -o "$schema" https://raw.githubusercontent.com/kubeflow/mpi-operator/v0.8.0/deploy/v2beta1/mpi-operator.yaml
-fi
 venv=target/deploy-venv
 if ! [ -e "$venv/complete" ]; then
   python3 -m venv --clear "$venv"
@@ -17,7 +15,7 @@ fi
 
 bash -n deploy/slurm.sh
 "$venv/bin/shellcheck" deploy/slurm.sh scripts/check-deploy.sh scripts/mpi-two-hosts.sh
-"$venv/bin/python" - "$schema" deploy/mpijob.yaml <<'PYTHON'
+"$venv/bin/python" - deploy/mpijob.yaml "$schema" <<'PYTHON'
 import sys
 
 import jsonschema
@@ -38,18 +36,63 @@ def strict(schema):
     return schema
 
 
-definitions, path = sys.argv[1:]
-with open(definitions) as file:
-    kinds = [part for part in yaml.safe_load_all(file) if part and part["kind"] == "CustomResourceDefinition"]
+def fields(required, **kinds):
+    """An object with these fields and no other."""
+    return {"type": "object", "required": required, "properties": kinds, "additionalProperties": False}
+
+
+TEXT, COUNT, TEXTS = {"type": "string"}, {"type": "integer", "minimum": 1}, {"type": "array", "items": {"type": "string"}}
+CONTAINER = fields(
+    ["name", "image", "command"],
+    name=TEXT,
+    image=TEXT,
+    command=TEXTS,
+    args=TEXTS,
+    securityContext=fields([], runAsUser=COUNT),
+    volumeMounts={"type": "array", "items": fields(["name", "mountPath"], name=TEXT, mountPath=TEXT)},
+    resources=fields(["limits"], limits={"type": "object", "additionalProperties": {"type": ["integer", "string"]}}),
+)
+VOLUME = fields(["name"], name=TEXT, persistentVolumeClaim=fields(["claimName"], claimName=TEXT))
+POD = fields(
+    ["containers"],
+    containers={"type": "array", "items": CONTAINER, "minItems": 1},
+    volumes={"type": "array", "items": VOLUME},
+)
+REPLICAS = fields(
+    ["replicas", "template"],
+    replicas=COUNT,
+    restartPolicy={"enum": ["Never", "OnFailure"]},
+    template=fields(["spec"], spec=POD),
+)
+USED = fields(
+    ["apiVersion", "kind", "metadata", "spec"],
+    apiVersion={"const": "kubeflow.org/v2beta1"},
+    kind={"const": "MPIJob"},
+    metadata=fields(["name"], name=TEXT),
+    spec=fields(
+        ["mpiReplicaSpecs"],
+        slotsPerWorker=COUNT,
+        sshAuthMountPath=TEXT,
+        launcherCreationPolicy={"enum": ["AtStartup", "WaitForWorkersReady"]},
+        runPolicy=fields([], cleanPodPolicy={"enum": ["None", "Running", "All"]}, backoffLimit=COUNT),
+        mpiReplicaSpecs=fields(["Launcher", "Worker"], Launcher=REPLICAS, Worker=REPLICAS),
+    ),
+)
+
+path, operator = sys.argv[1:]
 with open(path) as file:
     job = yaml.safe_load(file)
-version = job["apiVersion"].rpartition("/")[2]
-(schema,) = (v["schema"]["openAPIV3Schema"] for kind in kinds for v in kind["spec"]["versions"] if v["name"] == version)
-schema = strict(schema)
-schema["properties"]["metadata"] = {"type": "object"}  # the API server's own
+schema, whose = USED, "the fields listed here"
+if operator:
+    with open(operator) as file:
+        kinds = [part for part in yaml.safe_load_all(file) if part and part["kind"] == "CustomResourceDefinition"]
+    version = job["apiVersion"].rpartition("/")[2]
+    (schema,) = (v["schema"]["openAPIV3Schema"] for k in kinds for v in k["spec"]["versions"] if v["name"] == version)
+    schema, whose = strict(schema), operator
+    schema["properties"]["metadata"] = {"type": "object"}  # the API server's own
 errors = list(jsonschema.Draft202012Validator(schema).iter_errors(job))
 for error in errors:
     print(f"{path}: {error.json_path}: {error.message}", file=sys.stderr)
-print(f"{path}: {len(errors)} errors by the schema of {job['kind']} {version}")
+print(f"{path}: {len(errors)} errors by {whose}")
 sys.exit(bool(errors))
 PYTHON

@@ -11,7 +11,9 @@ use candle_sam_lora::lora::{
     merge_and_unload, named_adapter_state, read_adapter, save_adapter, unload, BiasTraining,
     LoraConfig, CONFIG_FILE, TENSORS_FILE,
 };
-use candle_sam_lora::nn::{named_parameters, set_trainable, trainable_variables, Mode};
+use candle_sam_lora::nn::{
+    named_parameters, set_trainable, trainable_variables, without_gradients, Mode,
+};
 use candle_sam_lora::sam::checkpoint::{self, Naming};
 use candle_sam_lora::sam::{AttentionKind, SamModel};
 use candle_sam_lora::{files, Error};
@@ -35,7 +37,8 @@ fn config() -> LoraConfig {
 
 fn masks(model: &SamModel) -> Result<Vec<u32>> {
     let inputs = read(folder("inputs.safetensors"), &Device::Cpu)?;
-    Ok(bits(&run(model, &inputs, Mode::Eval)?["pred_masks"]))
+    // With gradients the decoder sums in another order.
+    Ok(bits(&run(&without_gradients(model)?, &inputs, Mode::Eval)?["pred_masks"]))
 }
 
 /// The position features of the image, and those of the prompts where they have their own.
