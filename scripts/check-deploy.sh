@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lints what starts jobs: the script for Slurm by shellcheck, the manifest for Kubernetes by the fields of its kind that
-# it uses, listed below. With deploy/v2beta1/mpi-operator.yaml of a release of the operator, by the operator's own schema.
+# Lints what starts jobs. shellcheck reads the script for Slurm. The manifest for Kubernetes may have the fields listed
+# below. Given deploy/v2beta1/mpi-operator.yaml of a release of the operator, the operator's own schema counts.
 #
 # usage: check-deploy.sh [MPI-OPERATOR.yaml]
 set -euo pipefail
