@@ -21,7 +21,7 @@ BUDGETS = {
     "kernels/": (0, 0),
     "emulator/": (0, 0),
     "build": (0, 0),
-    "tests/": (0, 79),
+    "tests/": (0, 0),
     "tests/program/": (0, 0),
     "benches/": (0, 0),
     "examples/": (0, 0),

@@ -78,7 +78,7 @@ fn half_precision_follows_f32() -> Result<()> {
 }
 
 /// Gradients sum over up to 1024 tokens more than values do: sqrt(1024) times 2^-24 beside the values' error. The
-/// tables of the global layer are resized from 127 rows by weights that, as PyTorch's in f32, come from positions with
+/// tables of the global layer are resized from 127 rows. Their weights, as PyTorch's in f32, come from positions with
 /// three roundings of up to 127 * 2^-24.
 #[test]
 fn gradients_of_every_parameter_equal_pytorch() -> Result<()> {

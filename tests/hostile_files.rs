@@ -1,5 +1,5 @@
-//! Files made to hurt: whatever the bytes, a loader answers with an error that names the file, or with what the file
-//! truly holds; it neither panics nor allocates what a header merely claims.
+//! Files made to hurt. Whatever the bytes, a loader answers with an error that names the file, or with what the file
+//! truly holds. It neither panics nor allocates what a header merely claims.
 
 #[path = "common/property.rs"]
 mod property;

@@ -1,5 +1,5 @@
-//! Launches of SAM's layers, at the sizes of the published models: every kernel with its threads and the dynamic shared
-//! memory of a block, the most of all its launches. `scripts/check-kernels.sh` names a file for them in
+//! Launches of SAM's layers, at the sizes of the published models. Every kernel stands with its threads and the dynamic
+//! shared memory of a block, the most of all its launches. `scripts/check-kernels.sh` names a file for them in
 //! `CANDLE_SAM_LORA_LAUNCHES` and puts them beside the registers; a kernel that is not among them fails there.
 
 #[path = "../build/family.rs"]

@@ -1,5 +1,5 @@
-//! The residual branches, and an attention layer without norm and residual, as one operation: against the composed
-//! operations one after the other, values and every gradient, and against the fused ones, bit for bit.
+//! The residual branches, and an attention layer without norm and residual, as one operation. Values and every gradient
+//! are compared with the composed operations one after the other, and with the fused ones, bit for bit.
 
 mod common;
 

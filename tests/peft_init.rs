@@ -1,5 +1,5 @@
-//! Initialisations: what PEFT takes out of the base is taken out of it, adapters trained on the rest load with PEFT's
-//! outputs, and the random ones have their distribution.
+//! Initialisations. They take out of the base what PEFT does, and adapters trained on the rest load with PEFT's
+//! outputs. The random ones have their distribution.
 
 mod lora_support;
 

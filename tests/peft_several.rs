@@ -1,5 +1,5 @@
-//! Several adapters on one model against PEFT in f64: each alone, sums in any order, DoRA among them, dropout,
-//! gradients, merging, and a different adapter for each image.
+//! Several adapters on one model against PEFT in f64: each alone, and sums in any order, DoRA among them. Dropout,
+//! gradients, merging, and a different adapter for each image are compared too.
 
 mod lora_support;
 
@@ -158,7 +158,7 @@ fn assert_each_as_alone(
     }
 }
 
-/// A batch that is not mixed is run once and not copied, whatever strides the output has; those of an image encoder are
+/// A batch that is not mixed is run once and not copied, whatever strides the output has. An image encoder's output has
 /// those of a permutation.
 #[test]
 fn outputs_of_any_strides_are_put_in_order() {

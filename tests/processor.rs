@@ -47,9 +47,9 @@ fn pixels_and_sizes_equal_transformers() {
         let resized = values(get("reshaped_input_sizes"));
         assert_eq!(resized, [frame.resized.0 as f32, frame.resized.1 as f32], "{case}");
         let error = largest_difference(&found, get("pixel_values"));
-        // Both round to 8 bits after each of the two passes, but Pillow weighs in fixed point, which turns ties the
-        // other way, and begins with the vertical pass in tall images. Either moves a value that goes into the
-        // second pass by at most one level, so at most one level is seen, divided by the smallest std.
+        // Both round to 8 bits after each of the two passes. Pillow weighs in fixed point, which turns ties the other
+        // way, and begins with the vertical pass in tall images. Either moves a value that goes into the second pass by
+        // one level at most. So at most one level is seen, divided by the smallest std.
         let level = 1.0 / 255.0 / 0.224;
         let tolerance = if case == "same" { 1e-6 } else { level * 1.0001 };
         assert!(error <= tolerance, "{case}: {error} > {tolerance}");

@@ -50,8 +50,8 @@ fn with_active(layer: &Linear, active: &[&str], x: &Tensor) -> candle_core::Resu
     layer.forward(x, Mode::Eval)
 }
 
-/// Two adapters in use are one of the sum of their ranks to the attention's residual branch: bit for bit what the single
-/// operations give, and, but for rounding, what either adds by itself.
+/// To the attention's residual branch, two adapters in use are one of the sum of their ranks. It gives the bits of the
+/// single operations and, but for rounding, what either adds by itself.
 #[test]
 fn two_adapters_at_once_are_one_operation() -> Result<()> {
     let mut model = model::model("tiny", AttentionKind::Split, DType::F32)?;

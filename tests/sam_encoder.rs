@@ -1,5 +1,5 @@
-//! The image encoder against PyTorch in f64, in both forms of attention, in three models that differ in grid, head
-//! width, padding and positions; and attention that is not ours.
+//! The image encoder against PyTorch in f64, in both forms of attention. Three models differ in grid, head width, padding
+//! and positions. An attention that is not ours is among the tests.
 
 #[path = "common/model.rs"]
 mod common;
@@ -71,7 +71,7 @@ fn attention_weights_equal_pytorch() -> Result<()> {
 }
 
 /// Half precision rounds at every step to 2^-11 (f16) or 2^-8 (bf16) of an element. Errors of about 20 steps add up
-/// as a random walk, sqrt(20) = 4.5 units, with as much again for the elements that are larger inside than at the end.
+/// as a random walk, sqrt(20) = 4.5 units. As much again is for elements that are larger inside than at the end.
 #[test]
 fn half_precision_follows_f32() -> Result<()> {
     let io = read("tiny", "io.safetensors")?;

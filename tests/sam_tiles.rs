@@ -272,8 +272,8 @@ impl Scene {
     }
 }
 
-/// Discs within a core, across a border, on a corner of four tiles, in a halo alone, larger than a window; a bar through
-/// all tiles; a hole in a ring.
+/// Discs within a core, across a border, on a corner of four tiles, in a halo alone, larger than a window. A bar runs
+/// through all tiles, and a ring has a hole.
 fn scene() -> Scene {
     let disc = Scene::disc;
     Scene {

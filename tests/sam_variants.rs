@@ -1,5 +1,5 @@
-//! Configurations that no published SAM has, against transformers in f64 (tests/fixtures/gen/variants.py): activations,
-//! downsampling rates, missing layers, an image that is no whole number of patches, image encoders alone.
+//! Configurations that no published SAM has, against transformers in f64 (tests/fixtures/gen/variants.py). They differ in
+//! activations, downsampling rates and missing layers. An image is no whole number of patches; image encoders stand alone.
 
 #[path = "common/model.rs"]
 mod common;

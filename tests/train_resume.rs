@@ -1,5 +1,5 @@
-//! A run that was saved and continued has the bits of one that was not; a state that is damaged, or belongs to
-//! another run, is refused.
+//! A run that was saved and continued has the bits of one that was not. A state that is damaged, or belongs to another
+//! run, is refused.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;

@@ -56,7 +56,7 @@ fn five_steps_are_pytorchs() -> anyhow::Result<()> {
         errors[0], errors[1], errors[2]
     );
     assert_eq!(parameters.len(), case.tensors().keys().filter(|k| k.starts_with("final/")).count());
-    // f32 against f64: a loss is a mean of thousands of terms; a gradient has passed some thirty layers; Adam divides
+    // f32 against f64: a loss is a mean of thousands of terms; a gradient has passed some thirty layers. Adam divides
     // gradients by their own size, but moves no value by much more than lr, 1e-3 of the largest.
     assert!(errors[0] < 1e-6 && errors[1] < 2e-5 && errors[2] < 5e-6, "{errors:?}");
     Ok(())

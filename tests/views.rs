@@ -1,5 +1,5 @@
-//! Models whose parameters are views of variables that an existing program keeps in a `VarMap`: every parameter is
-//! trained, frozen, or refused by name, and the map keeps its variables.
+//! Models whose parameters are views of variables that an existing program keeps in a `VarMap`. Every parameter is
+//! trained, frozen, or refused by name. The map keeps its variables.
 
 #[path = "common/vit.rs"]
 mod vit;

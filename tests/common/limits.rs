@@ -106,8 +106,8 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Whether the error is more than so many times PyTorch's, a few roundings of the largest value, and what f64
-    /// itself leaves of terms that cancel.
+    /// Whether the error is more than `times` times PyTorch's. Added to the bound are a few roundings of the largest
+    /// value, and what f64 itself leaves of terms that cancel.
     pub fn failed(&self, times: f64) -> bool {
         let bound = times * self.pytorch + 5e-7 * self.largest + 1e-12;
         self.error.is_nan() || self.error > bound
@@ -176,8 +176,8 @@ impl NotFinite {
         cases("ops/attention_not_finite.safetensors").into_iter().map(make).collect()
     }
 
-    /// The first difference of a tensor from PyTorch's, if any: of the kind of an element, or of a number by more than
-    /// `bound`, of the largest if that is above 1.
+    /// The first difference of a tensor from PyTorch's, if any. An element differs by its kind (number, NaN, infinity), or
+    /// by more than `bound`. The bound is relative to the largest value if that is above 1.
     pub fn difference(&self, name: &str, got: &[f64], bound: f64, rule: Rule) -> Option<String> {
         let real = rule != Rule::FiniteWithPadding && self.settings.window.is_some();
         let real = if real { "real_" } else { "" };

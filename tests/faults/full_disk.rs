@@ -1,5 +1,5 @@
-//! A disk that is really full: a file system of one megabyte in the memory of a mount namespace of its own, filled up
-//! to the last pages. Where the system allows no such namespace there is nothing to run, which is said.
+//! A disk that is really full: a file system of one megabyte, filled up to the last pages. It lies in the memory of a
+//! mount namespace of its own. Where the system allows no such namespace there is nothing to run, which is said.
 
 use crate::run::{self, ADAPTER};
 use crate::trials::{command, undisturbed};

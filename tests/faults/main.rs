@@ -1,5 +1,5 @@
-//! A training run killed, or refused by the system, at each point where it writes: what is on disk stays whole, and the
-//! run goes on to the bits of one that was left alone.
+//! A training run is killed, or refused by the system, at each point where it writes. The files on disk stay whole, and
+//! the run goes on to the bits of one that was left alone.
 //!
 //! The run is a process of its own, stopped at every system call (ptrace). A point is a call that changes a file or a
 //! folder: open for writing, write, sync, rename, unlink, mkdir, chmod. `cargo test --test faults -- --ignored` takes

@@ -1,6 +1,6 @@
 //! CUDA graphs: what an operation and its backward launch is captured and replayed. An operation that copied from the
-//! host, waited for the GPU or used another stream could not be; the few numbers that candle's own operations copy there,
-//! as strides, candle keeps from a first run if it is asked to.
+//! host, waited for the GPU or used another stream could not be captured. The few numbers
+//! that candle's own operations copy, as strides, candle keeps from a first run if it is asked to.
 
 use crate::common::cases::{dropout, layer_norm, Attention, OnTensors, Op, DROPOUT};
 use crate::common::{gradients, random, values};

@@ -1,12 +1,12 @@
-//! The times that count, by CUDA events, all in one process: SAM's layers with each implementation and each tile, and the
-//! attention over several grids, with and without tables, whose slope is the loop and whose intercept the prologue.
+//! The times that count, by CUDA events, all in one process: SAM's layers with each implementation and each tile. The
+//! attention runs over several grids, with and without tables: the slope is the loop, the intercept the prologue.
 //!
 //! ```text
 //! headline --list
 //! headline --without attention_global_80 --only forward
 //! ```
-//! A line of JSON for each measurement: microseconds of a run, TFLOP/s, and from when to when it was measured, so that
-//! clocks read beside it can be told apart.
+//! A line of JSON for each measurement: microseconds of a run, TFLOP/s, and from when to when it was measured. By these
+//! times, clocks that are read beside it can be told apart.
 
 use crate::clock::{Clock, Times};
 use crate::layers::{family, By, Family, Layer, Size, REAL, SMALL};

@@ -1,9 +1,9 @@
-//! Everything that wants a GPU, in one binary: the operations against the f64 reference, the composed graph and the
-//! emulator, in every dtype, behind any strides, again and again, on two streams, in a CUDA graph; the model, and its
-//! training. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
+//! Everything that wants a GPU, in one binary. The operations run against the f64 reference, the composed graph and the
+//! emulator. They run in every dtype, behind any strides, again and again, on two streams, in a CUDA graph. The model and its
+//! training follow. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
 //!
-//! For scripts/gpu/, where one binary has to do, it is also the benchmark and the command of these names, and what
-//! compares and measures at SAM's sizes: called as `cases`, `finetune`, `smoke` or `headline`, that is what it is.
+//! scripts/gpu/ has one binary for all. Called as `cases` or `finetune`, this one is the benchmark or the command of that
+//! name. Called as `smoke` or `headline`, it compares or measures at SAM's sizes.
 //!
 //! | environment | meaning |
 //! |---|---|

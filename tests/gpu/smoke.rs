@@ -1,5 +1,5 @@
-//! Whether every kernel family is right at SAM's own sizes, in seconds: values and gradients of each implementation
-//! against the composed graph in f32, all of it on the GPU, and ten runs with the same bits.
+//! Whether every kernel family is right at SAM's own sizes, in seconds. Values and gradients of each implementation are
+//! compared with the composed graph in f32, all of it on the GPU. Ten runs must have the same bits.
 //!
 //! ```text
 //! smoke --list

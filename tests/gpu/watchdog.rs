@@ -1,5 +1,5 @@
-//! Ends a process whose GPU hangs. A kernel that waits for a barrier that nobody reaches never ends, and whoever waits for
-//! it waits as long: so a thread of the host looks at the clock.
+//! Ends a process whose GPU hangs. A kernel that waits for a barrier that nobody reaches never ends, nor does
+//! a wait for that kernel. So a thread of the host looks at the clock.
 //!
 //! `CANDLE_SAM_LORA_WATCHDOG` is the time without progress after which it acts, in seconds; unset, it never does.
 

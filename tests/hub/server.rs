@@ -1,5 +1,5 @@
-//! A hub of one repository each on a port of this machine: the addresses, status codes and headers that the Hugging Face
-//! hub answers with, as far as a client that reads meets them.
+//! A hub of one repository each on a port of this machine. Its addresses, status codes and headers are those of the
+//! Hugging Face hub, as far as a client that reads meets them.
 //!
 //! ```text
 //! /api/models/<name>/revision/<revision>       JSON with the commit and its files

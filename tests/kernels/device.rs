@@ -267,8 +267,8 @@ pub fn launch_all(device: &Device, launches: &[Launch]) -> Result<()> {
     Ok(())
 }
 
-/// The bound on the error of a result in `dtype`: f32 has its own; the others twice that of the eager graph, but one
-/// rounding is always allowed, since the eager graph may be exact by luck.
+/// The bound on the error of a result in `dtype`. f32 has its own. For the others it is twice the error of the eager
+/// graph. One rounding is always allowed, since the eager graph may be exact by luck.
 pub fn bound(dtype: DType, eager_error: f64) -> f64 {
     match dtype {
         DType::F32 => 1e-5,

@@ -1,4 +1,4 @@
-// For the tests of the emulator alone: y [m, n] = x [m, k] w [n, k]^T, k a multiple of 8, in 64 x 64 tiles whose operands
+// For the tests of the emulator alone: y [m, n] = x [m, k] w [n, k]^T, k a multiple of 8. Tiles are 64 x 64; their operands
 // are staged twice by cp.async. tests/planted_bugs/gemm.rs plants bugs in it.
 #include "common/kernel.cuh"
 

@@ -43,8 +43,8 @@ KERNEL(transpose, InstructionParams, 32) {
     for (int i = 0; i < 4; ++i) memcpy(global<__half>(p.out) + 64 * i + row * 8 + col, &r[i], 4);
 }
 
-// out [96] = in [96], but zero at every third element: copied by two warps, each the other's part, in units of one and
-// two f32, the last third by the reciprocal's reciprocal.
+// out [96] = in [96], but zero at every third element. Two warps copy, each the other's part, in units of one and two
+// f32; the last third goes by the reciprocal's reciprocal.
 struct CopyStorage {
     float at[64];
 };

@@ -1,5 +1,5 @@
-//! The projections' kernels: values and gradients against the f64 reference, for every dtype and tile, odd shapes, ranks
-//! from 1 to 256, any subset of q, k and v adapted.
+//! The projections' kernels: values and gradients against the f64 reference, for every dtype and tile. The cases have odd
+//! shapes, ranks from 1 to 256, and any subset of q, k and v adapted.
 
 use crate::common::{error, gradients, values, Worst};
 use crate::device::{bound, in_modes, launch_all, Memory, DTYPES};
@@ -210,8 +210,8 @@ fn the_reference_backward_agrees_with_finite_differences() -> Result<()> {
     Ok(())
 }
 
-/// Runs the backward that each plan makes, after the portable forward, in these modes, and checks all that it writes,
-/// and in the first one that each gradient has the same bits alone.
+/// Runs the backward that each plan makes, after the portable forward, in these modes, and checks all that it writes.
+/// In the first mode it also checks that each gradient has the same bits alone.
 pub fn check_backward(
     data: &Data,
     worst: &mut Worst,

@@ -1,5 +1,5 @@
-//! The projections' kernels for Hopper, every instance: the portable ones' cases as far as bulk copies take them, and
-//! cases whose blocks make several tiles and fill their rings more than once.
+//! The projections' kernels for Hopper, every instance. The portable ones' cases run as far as bulk copies take them.
+//! In other cases blocks make several tiles and fill their rings more than once.
 
 use crate::common::Worst;
 use crate::projection::{check_backward, check_forward, CASES};
@@ -25,8 +25,8 @@ const LARGE: [Case; 3] = [
 const IN_CLUSTERS: Case =
     Case { rows: 260, in_dim: 200, outs: &[72, 40], ranks: &[16, 0], residual: true, ..TRAINED };
 
-/// The low-rank products of the gradient of x, for every tile: ranks of less and more than the sixteen that are multiplied at
-/// once, of one to three projections, in tiles that end within 32 columns and 16 rows.
+/// The low-rank products of the gradient of x, for every tile. Ranks are less and more than the sixteen that are multiplied
+/// at once, of one to three projections. Tiles end within 32 columns and 16 rows.
 const LOW_RANKS: [Case; 3] = [
     Case { rows: 133, in_dim: 200, outs: &[40, 24, 8], ranks: &[1, 16, 4], p: 0.3, ..PLAIN },
     Case { rows: 133, outs: &[72, 40], ranks: &[33, 64], p: 0.1, ..PLAIN },

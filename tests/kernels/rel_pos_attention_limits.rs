@@ -115,7 +115,7 @@ fn bf16_not_finite_spreads_as_in_pytorch() -> Result<()> {
     check_not_finite(DType::BF16, 0.05, Rule::Finite)
 }
 
-/// A mask in one channel of one row of a table, under queries that are positive: those that read the row get NaN in that
+/// A mask in one channel of one row of a table, under queries that are positive. Queries that read the row get NaN in that
 /// channel, and nothing else does. Hopper's kernels beside the portable ones, which PyTorch's fixtures hold.
 #[test]
 fn hopper_masks_in_tables_touch_their_readers_alone() -> Result<()> {

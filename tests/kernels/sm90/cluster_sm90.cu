@@ -1,5 +1,5 @@
-// For the tests of the emulator alone: clusters of two blocks, each of which adds up all tiles [16, 32] of its cluster, of
-// which each loads half for both: in [clusters, steps, 16, 32], out [blocks, 16, 32]. The first warp loads, the second adds.
+// For the tests of the emulator alone: clusters of two blocks. Each block adds up all tiles [16, 32] of its cluster, and
+// loads half of them for both. Shapes: in [clusters, steps, 16, 32], out [blocks, 16, 32]. The first warp loads, the second adds.
 // tests/planted_bugs/cluster_sm90.rs plants bugs in it.
 #include "common/kernel.cuh"
 #include "common/ptx_sm90.cuh"

@@ -1,4 +1,4 @@
-// For the tests of the emulator alone: y [m, n] = x [m, k] w [n, k]^T, k a multiple of 8, in 64 x 64 tiles: a producer warp
+// For the tests of the emulator alone: y [m, n] = x [m, k] w [n, k]^T, k a multiple of 8, in 64 x 64 tiles. A producer warp
 // copies operands in bulk, a warpgroup multiplies them. tests/planted_bugs/gemm_sm90.rs plants bugs in it.
 #include "common/kernel.cuh"
 #include "common/descriptor.cuh"

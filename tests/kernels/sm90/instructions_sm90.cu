@@ -92,8 +92,8 @@ PRODUCT(f16_n64_128_ra_tb, __half, 64, false, true, 128, true)
 PRODUCT(tf32_n96_128, float, 96, false, false, 128, false)
 PRODUCT(tf32_n16_128_ra, float, 16, false, false, 128, true)
 
-// A tile of four dimensions, partly before and behind the tensor, into a tensor of three, of which it covers too much; and
-// 512 bytes as they are. Two warps: the first loads, the second stores.
+// A tile of four dimensions, partly before and behind the tensor, goes into a tensor of three that it exceeds. A copy of
+// 512 bytes is not changed. Two warps: the first loads, the second stores.
 struct CopyParams {
     EncodedTensorMap from, to;
     device_ptr in, out;
