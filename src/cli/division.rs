@@ -1,9 +1,12 @@
 //! Images and files that the processes of a job divide, with the output of one process.
 
+use super::arguments::ModelArguments;
 use super::console::{take_kept, Console, Line};
+use super::model::{Placement, Source};
 use super::processes::Processes;
 use crate::files::{create_dir, Checksum};
 use crate::nn::{ModuleTree, Node};
+use crate::sam::SamModel;
 use crate::train::{check_agreement, share, together, Communicator};
 use crate::Error;
 use anyhow::{anyhow, Result};
@@ -82,6 +85,17 @@ impl Division {
             ("command", command.join(" ")),
             ("inputs", format!("{count}, checksum of the names {names}")),
         ])
+    }
+
+    /// The SAM that the arguments name, in every process; fails unless it is one model.
+    pub fn load(&self, model: &ModelArguments, place: &Placement) -> Result<(Source, SamModel)> {
+        let loaded = self.each(|| {
+            let source = model.find(self.console)?;
+            let sam = source.load(place, self.console)?;
+            Ok((source, sam))
+        })?;
+        self.agree_on_model(&loaded.1)?;
+        Ok(loaded)
     }
 
     /// Fails unless all processes have the same model, by a checksum of its tensors.

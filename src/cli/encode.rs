@@ -157,12 +157,7 @@ fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
     if let Some(folder) = options.embeddings.folder() {
         division.make_folder(folder)?;
     }
-    let (source, sam) = division.each(|| {
-        let source = options.model.find(console)?;
-        let sam = source.load(&place, console)?;
-        Ok((source, sam))
-    })?;
-    division.agree_on_model(&sam)?;
+    let (source, sam) = division.load(&options.model, &place)?;
     let processor = division.each(|| Ok(source.processor(sam.config(), console)?))?;
     let predictor = SamPredictor::with_processor(&sam, processor);
     let embeddings = options.embeddings.open(&options.photo);

@@ -41,12 +41,7 @@ fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
         true => None,
         false => Some(open_journal(options, truth.as_ref(), division)?),
     };
-    let (source, sam) = division.each(|| {
-        let source = options.model.find(console)?;
-        let sam = source.load(&place, console)?;
-        Ok((source, sam))
-    })?;
-    division.agree_on_model(&sam)?;
+    let (source, sam) = division.load(&options.model, &place)?;
     let (predictor, generator) = division.each(|| {
         let processor = source.processor(sam.config(), console)?;
         let predictor = SamPredictor::with_processor(&sam, processor);

@@ -95,14 +95,10 @@ fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
         console.note(format!("{} of {count} results are there already", count - jobs.len()));
     }
     let Some(first) = jobs.first() else { return Ok(()) };
-    let (mut first, source, sam) = division.each(|| {
-        // A wrong prompt is told before the model is loaded, which may take long.
-        let first = division.is_first().then(|| options.open(&first.image, console)).transpose()?;
-        let source = options.model.find(console)?;
-        let sam = source.load(&place, console)?;
-        Ok((first, source, sam))
-    })?;
-    division.agree_on_model(&sam)?;
+    // A wrong prompt is told before the model is loaded, which may take long.
+    let mut first = division
+        .each(|| division.is_first().then(|| options.open(&first.image, console)).transpose())?;
+    let (source, sam) = division.load(&options.model, &place)?;
     let processor = division.each(|| Ok(source.processor(sam.config(), console)?))?;
     let predictor = SamPredictor::with_processor(&sam, processor);
     division.make_folder(&options.output)?;
