@@ -11,7 +11,8 @@
 | time, memory | ours without / with | the step with gradient checkpointing; no bar |
 | limit | ours / the machine's best | GFLOP/s over the GEMM's, GB/s over the copy's; no bar |
 
-`spread` is (q75 - q25) / median of each side's runs; of a side with less than three runs, (max - min) / median.
+`spread` is (q75 - q25) / median of each side's runs; of a side with less than three runs, (max - min) / median. A row of times is
+`withheld`, and stands in the results alone, if a side was disturbed by other processes or spreads too widely.
 A case measured with our process under the keeping allocator has "/kept" after its name; its bars are the same.
 """
 
@@ -21,6 +22,8 @@ import comparisons
 from comparisons import DEFAULT, KEPT, SPED_UP, Config
 
 MIB = 2**20
+# Other processes' share of the CPUs, and the spread of a side, that a published row has at most.
+MOST_LOAD, MOST_SPREAD = 0.06, 0.10
 
 
 class Samples:
@@ -34,6 +37,11 @@ class Samples:
         self.gpu_peak = [m["gpu_peak"] / MIB for m in measured if m.get("gpu_peak") is not None]
         self.flops, self.bytes = measured[0].get("flops"), measured[0].get("bytes")
         self.time = median(self.wall)
+        self.is_disturbed = any((run["others"] or 0) > MOST_LOAD for run in runs)
+
+    def of(self, metric):
+        """The values whose spread tells how sure the metric is."""
+        return {"memory": self.memory, "peak": self.gpu_peak}.get(metric, self.wall)
 
 
 def spread(values):
@@ -45,8 +53,21 @@ def spread(values):
     return round((high - low) / median(values), 3)
 
 
-def row(case, metric, unit, ours, peer, peer_name, ratio, spreads, bar=None, holds=None):
+def withheld(metric, sides):
+    """Why a row is not to be published, if so. Others take time, not memory."""
+    if metric in ("memory", "peak"):
+        return None
+    if any(side.is_disturbed for side in sides):
+        return f"other processes took more than {MOST_LOAD:.0%}"
+    if any((spread(side.wall) or 0) > MOST_SPREAD for side in sides):
+        return f"spread above {MOST_SPREAD:.0%}"
+    return None
+
+
+def row(case, metric, unit, numbers, sides, peer_name, ratio, bar=None, holds=None):
+    """`numbers` and `sides` are ours and the peer's; a number may have no peer."""
     number = lambda value: None if value is None else float(f"{value:.4g}")
+    ours, peer = numbers
     return {
         "case": case,
         "metric": metric,
@@ -55,9 +76,10 @@ def row(case, metric, unit, ours, peer, peer_name, ratio, spreads, bar=None, hol
         "peer": number(peer),
         "peer_name": peer_name,
         "ratio": number(ratio),
-        "spread": dict(zip(("ours", "peer"), spreads)),
+        "spread": dict(zip(("ours", "peer"), [*(spread(side.of(metric)) for side in sides), None])),
         "bar": bar,
         "holds": holds,
+        "withheld": withheld(metric, sides),
     }
 
 
@@ -102,8 +124,8 @@ def time_rows(comparison, suffix, ours, of_case):
         ratio = peer.time / ours.time
         bar = comparison.time_bar if name == best else None
         holds = None if bar is None else ratio >= bar
-        spreads = (spread(ours.wall), spread(peer.wall))
-        yield row(comparison.name + suffix, "time", "s", ours.time, peer.time, name, ratio, spreads, bar, holds)
+        times = (ours.time, peer.time)
+        yield row(comparison.name + suffix, "time", "s", times, (ours, peer), name, ratio, bar, holds)
 
 
 def memory_rows(comparison, suffix, ours, of_case):
@@ -115,21 +137,20 @@ def memory_rows(comparison, suffix, ours, of_case):
         asked = bar if barred is not None and name == barred.name else None
         ratio = theirs / max(mine, 1e-3)
         holds = None if asked is None else ratio >= asked
-        spreads = (spread(ours.memory), spread(peer.memory))
-        yield row(comparison.name + suffix, "memory", "MiB", mine, theirs, name, ratio, spreads, asked, holds)
+        yield row(comparison.name + suffix, "memory", "MiB", (mine, theirs), (ours, peer), name, ratio, asked, holds)
 
 
 def peak_rows(comparison, ours, of_case):
     for name, peer in others(of_case).items():
         if ours.gpu_peak and peer.gpu_peak:
             mine, theirs = max(ours.gpu_peak), max(peer.gpu_peak)
-            yield row(comparison.name, "peak", "MiB", mine, theirs, name, theirs / mine, (None, None))
+            yield row(comparison.name, "peak", "MiB", (mine, theirs), (ours, peer), name, theirs / mine)
 
 
 def rate_rows(comparison, ours):
     if ours.gpu_peak and ours.flops:
-        rate, spreads = ours.flops / ours.time / 1e12, (spread(ours.wall), None)
-        yield row(comparison.name, "rate", "TFLOP/s", rate, None, "", None, spreads)
+        rate = ours.flops / ours.time / 1e12
+        yield row(comparison.name, "rate", "TFLOP/s", (rate, None), (ours,), "", None)
 
 
 def limit_rows(comparison, suffix, ours, samples):
@@ -141,8 +162,8 @@ def limit_rows(comparison, suffix, ours, samples):
         if probe is not None and getattr(ours, work):
             rate = getattr(ours, work) / ours.time / 1e9
             peak = getattr(probe, work) / min(probe.wall) / 1e9
-            spreads = (spread(ours.wall), spread(probe.wall))
-            yield row(comparison.name + suffix, metric, unit, rate, peak, "the machine's best", rate / peak, spreads)
+            case, name = comparison.name + suffix, "the machine's best"
+            yield row(case, metric, unit, (rate, peak), (ours, probe), name, rate / peak)
 
 
 def bf16_rows(comparison, suffix, ours, samples, allocator):
@@ -150,11 +171,8 @@ def bf16_rows(comparison, suffix, ours, samples, allocator):
     f32 = samples.get((exact, Config("candle", "ours", allocator).name))
     if f32 is not None:
         ratio, bar = f32.time / ours.time, comparisons.BF16_BARS[exact]
-        spreads = (spread(ours.wall), spread(f32.wall))
-        name = f"candle ours f32 ({allocator})"
-        yield row(
-            comparison.name + suffix, "time", "s", ours.time, f32.time, name, ratio, spreads, bar, ratio >= bar
-        )
+        case, name = comparison.name + suffix, f"candle ours f32 ({allocator})"
+        yield row(case, "time", "s", (ours.time, f32.time), (ours, f32), name, ratio, bar, ratio >= bar)
 
 
 def checkpointed_rows(comparison, ours, samples):
@@ -162,13 +180,11 @@ def checkpointed_rows(comparison, ours, samples):
     plain = samples.get(("encoder_train_step", name))
     if plain is None:
         return
-    peer = "candle ours, not checkpointed"
-    spreads = (spread(ours.wall), spread(plain.wall))
-    yield row(comparison.name, "time", "s", ours.time, plain.time, peer, plain.time / ours.time, spreads)
+    peer, sides = "candle ours, not checkpointed", (ours, plain)
+    yield row(comparison.name, "time", "s", (ours.time, plain.time), sides, peer, plain.time / ours.time)
     if ours.memory and plain.memory:
         mine, theirs = max(ours.memory), max(plain.memory)
-        spreads = (spread(ours.memory), spread(plain.memory))
-        yield row(comparison.name, "memory", "MiB", mine, theirs, peer, theirs / mine, spreads)
+        yield row(comparison.name, "memory", "MiB", (mine, theirs), sides, peer, theirs / mine)
 
 
 def lora_rows(comparison, of_case):
@@ -178,8 +194,5 @@ def lora_rows(comparison, of_case):
         barred = comparison.case != "qkv_lora" and not comparison.options
         bar = comparisons.LORA_BAR if barred else None
         holds = None if bar is None else ratio <= bar
-        spreads = (spread(adapted.wall), spread(adapted.base))
-        frozen = median(adapted.base)
-        yield row(
-            comparison.name, "lora overhead", "s", adapted.time, frozen, "candle ours, frozen", ratio, spreads, bar, holds
-        )
+        times, name = (adapted.time, median(adapted.base)), "candle ours, frozen"
+        yield row(comparison.name, "lora overhead", "s", times, (adapted,), name, ratio, bar, holds)
