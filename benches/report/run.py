@@ -227,7 +227,7 @@ def head(args):
 
 
 def kept_runs(args, head, wanted):
-    """What the results hold of the cases that are not `wanted`; another machine or other versions are refused."""
+    """The runs of cases that are not `wanted`, from the results; another machine or another version is refused."""
     kept = json.loads(args.out.read_text())
     for group, key in (("machine", "cpu"), ("machine", "cores"), ("machine", "threads"), ("versions", "torch")):
         if kept["head"][group].get(key) != head[group].get(key):
