@@ -13,6 +13,7 @@
 //! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names it.
 
 mod agreement;
+mod broadcast;
 mod host;
 #[cfg(feature = "mpi")]
 mod mpi;
@@ -25,6 +26,7 @@ mod step_times;
 pub use mpi::Mpi;
 
 pub use agreement::check_agreement;
+pub(super) use broadcast::broadcast;
 pub use host::{device_of_rank, threads_of_rank};
 pub(super) use ordered_sum::OrderedSum;
 pub use outcome::together;
