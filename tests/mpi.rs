@@ -7,6 +7,8 @@ mod common;
 mod division;
 #[path = "distributed/finetune.rs"]
 mod finetune;
+#[path = "distributed/hosts.rs"]
+mod hosts;
 #[path = "distributed/run.rs"]
 mod run;
 
@@ -240,6 +242,8 @@ fn tests() -> ExitCode {
             "the_first_ranks_folder_is_enough_to_resume",
             finetune::the_first_ranks_folder_is_enough_to_resume,
         ),
+        other("a_slow_lossy_cable_changes_no_bits", hosts::a_slow_lossy_cable_changes_no_bits),
+        other("a_cable_cut_in_mid_step_ends_all", hosts::a_cable_cut_in_mid_step_ends_all),
         other("a_killed_job_is_resumed_by_others", division::a_killed_job_is_resumed_by_others),
         other("an_unreadable_image_is_told_once", division::an_unreadable_image_is_told_once),
         other("a_process_that_hangs_ends_the_job", division::a_process_that_hangs_ends_the_job),
