@@ -3,8 +3,8 @@
 
     program -- host 1 -- TUN device -- Cable, in this process -- TUN device -- host 2 -- program
 
-The seed says which packets are lost, in the order in which they come. With --cut-when the cable loses everything from
-the moment that a file is there; then it is told how long the program's processes take to end.
+The seed says which packets are lost, in the order in which they come. With --cut-when the cable loses everything once a
+file is there. A line then tells how long the program's processes took to end.
 
 Wants root, /dev/net/tun, iproute2 and OpenMPI. The exit status is mpirun's; after a cut 0, or 1 if processes are left; 77 if
 this machine forbids to make hosts.
@@ -165,7 +165,7 @@ def train(hosts, cable, options, agent):
                 return 1
             carry(hosts, cable, 0.1)
         print(f"the processes ended {time.monotonic() - start:.0f} s after the cut", file=sys.stderr)
-        # mpirun itself may wait for the host that it lost, until TCP gives it up. What was said comes first.
+        # mpirun itself may wait for the host that it lost, until TCP gives it up. It passes on first what the ranks said.
         carry(hosts, cable, 0.5)
         job.kill()
         job.wait()
