@@ -320,7 +320,7 @@ impl Trainer {
     }
 
     /// Changes the state on rank 0, then gives it to the others; an error of one is an error of all.
-    fn from_first<T: Default>(
+    fn through_first<T: Default>(
         &mut self,
         path: &Path,
         work: impl FnOnce(&mut Self) -> Result<T>,
@@ -376,7 +376,7 @@ impl Trainer {
     /// changed then.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<Option<Error>> {
         let path = path.as_ref();
-        self.from_first(path, |own| own.resume_alone(path))
+        self.through_first(path, |own| own.resume_alone(path))
     }
 
     fn resume_alone(&mut self, path: &Path) -> Result<Option<Error>> {
@@ -402,7 +402,7 @@ impl Trainer {
     /// As [`resume`](Self::resume).
     pub fn roll_back(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        self.from_first(path, |own| own.roll_back_alone(path))
+        self.through_first(path, |own| own.roll_back_alone(path))
     }
 
     fn roll_back_alone(&mut self, path: &Path) -> Result<()> {
