@@ -38,6 +38,7 @@ enum Fault {
     Killed,
     NotANumber,
     Asleep,
+    Stopped,
     OtherWeights,
     NoDisk,
 }
@@ -83,6 +84,10 @@ fn work(job: &Job) -> Result<()> {
                 Fault::Killed if failing => std::process::abort(),
                 Fault::NotANumber if failing => return Tensor::new(f32::NAN, &Device::Cpu),
                 Fault::Asleep if failing => std::thread::sleep(Duration::from_secs(600)),
+                Fault::Stopped if failing => {
+                    let own = std::process::id().to_string();
+                    Command::new("kill").args(["-STOP", &own]).status()?;
+                }
                 _ => (),
             }
             loss(&sam, part, mode)
@@ -171,6 +176,7 @@ fn ends_all(fault: Fault, told: &str, saved: Option<u64>) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success(), "{fault:?} went unnoticed");
     ensure!(said.contains(told), "{fault:?}: {said}");
+    ensure!(said.matches("which did not come").count() <= 1, "told more than once: {said}");
     ensure!(took < SOON, "{fault:?} took {took:?}");
     if let Some(steps) = saved {
         let sam = adapted("lora")?;
@@ -208,6 +214,7 @@ fn tests() -> ExitCode {
         (Fault::Killed, "signal", Some(1)),
         (Fault::NotANumber, "rank 2: train: step 2: the loss is NaN", Some(1)),
         (Fault::Asleep, "s for rank 2, which did not come; the job ends", Some(1)),
+        (Fault::Stopped, "s for rank 2, which did not come; the job ends", Some(1)),
         (Fault::OtherWeights, "rank 2: its run is not that of rank 0:\n  parameters: ", None),
         (Fault::NoDisk, "rank 0: ", Some(1)),
     ];
