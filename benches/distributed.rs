@@ -242,11 +242,13 @@ fn step(options: &Step, processes: Arc<dyn Communicator>) -> Result<()> {
     Ok(())
 }
 
-/// Prints the rows of both, and how many parts a second processes make over those that threads make.
+/// Prints the rows of both, and how many parts a second processes make over those that threads make. Each runs twice,
+/// in an order in which a machine that becomes slower favours neither.
 fn compare(count: u64, options: &Step) -> Result<()> {
     let parts = options.parts.unwrap_or(count);
-    let mut rates = vec![];
-    for (ranks, threads) in [(1, count), (count, 1)] {
+    let mut seconds = [0.0; 2];
+    for which in [0, 1, 1, 0] {
+        let (ranks, threads) = [(1, count), (count, 1)][which];
         let given: Vec<_> =
             std::env::args().skip(1).map(|word| word.replace("compare", "step")).collect();
         let mut command = mpirun(ranks, threads)?;
@@ -254,15 +256,14 @@ fn compare(count: u64, options: &Step) -> Result<()> {
         let output = command.output().context("mpirun")?;
         ensure!(output.status.success(), "mpirun: {}", output.status);
         let said = String::from_utf8(output.stdout)?;
-        let mut rows = said.lines().rev();
-        let row = rows.next().context("no row")?;
-        println!("{said}");
-        rates.push(row.rsplit(',').next().context("no rate")?.parse::<f64>()?);
+        print!("{said}");
+        let rate = said.trim().rsplit(',').next().context("no row")?;
+        seconds[which] += 1.0 / rate.parse::<f64>()?;
     }
-    let (threads, processes) = (rates[0], rates[1]);
+    let [threads, processes] = seconds;
     println!(
         "{count} processes of one thread over one of {count} threads: {:.3}",
-        processes / threads
+        threads / processes
     );
     Ok(())
 }

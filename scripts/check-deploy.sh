@@ -14,7 +14,7 @@ if ! [ -e "$venv/complete" ]; then
 fi
 
 bash -n deploy/slurm.sh
-"$venv/bin/shellcheck" deploy/slurm.sh scripts/check-deploy.sh scripts/mpi-two-hosts.sh
+"$venv/bin/shellcheck" deploy/slurm.sh scripts/check-deploy.sh
 "$venv/bin/python" - deploy/mpijob.yaml "$schema" <<'PYTHON'
 import sys
 

@@ -3,17 +3,20 @@
 
     step     = parts x (slowest of N computations)  +  exchange  +  update
     slowest  = compute x (1 + spread x e(N))        e(N): expected largest of N standard normal numbers
-    exchange = messages x (latency + (N - 1) x peer)  +  bytes sent / bandwidth  +  bytes received / memory
+    exchange = messages x (latency + (N - 1) x peer)  +  trips x wire  +  bytes sent / bandwidth  +  bytes received / memory
 
 With A parts a rank and S bytes of gradients:
 
     N S <= 128 KiB:  A messages, A (N - 1) S sent, A N S received.
     N S > 128 KiB:  2 A + 1 messages, (A + 1) (N - 1) / N S sent, (A + 1) S received.
 
-The fit takes latency and peer from exchanges of at most 1 KiB. Memory is the work of copying and adding, from steps of
-two without delays. Steps with delays, which it has not seen, then test it. `benches/distributed.rs` makes both files.
+A message makes two trips over the wire, lengths and bytes. A chunk of more than 64 KiB makes two more: MPI asks first.
 
-usage: scale_model.py EXCHANGE.csv STEP.csv [--compute SECONDS ..] [--spread FRACTION]
+The fit takes latency and peer from exchanges of at most 1 KiB. Memory is the work of copying and adding, from steps of
+two without delays. Steps with delays, which it has not seen, then test it. `benches/distributed.rs` makes both files, and
+under `scripts/mpi_two_hosts.py` the rows of a third, of steps over a cable with a delay.
+
+usage: scale_model.py EXCHANGE.csv STEP.csv [CABLE.csv] [--compute SECONDS ..] [--spread FRACTION]
 """
 
 import argparse
@@ -25,6 +28,7 @@ from statistics import NormalDist, fmean
 
 FRESH = 32 << 20  # glibc's largest M_MMAP_THRESHOLD
 SMALL = 128 << 10  # as in src/train/distributed/ordered_sum.rs
+EAGER = 64 << 10  # bytes that OpenMPI sends over TCP without asking: btl_tcp_eager_limit
 LORA, DECODER, ALL = 589_824, 4_058_340, 93_735_472  # parameters of ViT-B; see docs/parameter-counts.md
 PAYLOADS = {"LoRA": 4 * LORA, "LoRA, `modules_to_save`": 4 * (LORA + DECODER), "all parameters": 4 * ALL}
 RANKS = (8, 64, 1024)
@@ -39,12 +43,14 @@ class Network:
     bandwidth: float  # bytes a second that a process sends while it receives as many
     memory: float  # bytes of gradients that a process copies and adds a second, those that it received
     fresh: float = float("inf")  # the same of gradients for which malloc maps fresh pages each time
+    wire: float = 0.0  # seconds of a trip from one process to another
 
     def exchange(self, ranks, size, parts=1, small=None):
         """Seconds of a step's exchanges of `size` bytes of gradients, with `parts` for each rank."""
         memory = self.fresh if size > FRESH else self.memory
         costs = self.latency, self.peer, 1 / self.bandwidth, 1 / memory
-        return sum(count * cost for count, cost in zip(coefficients(ranks, size, parts, small), costs))
+        seconds = sum(count * cost for count, cost in zip(coefficients(ranks, size, parts, small), costs))
+        return seconds + trips(ranks, size, parts) * self.wire
 
 
 # Latency as TCP has it on Ethernet and as InfiniBand has it; 94 % of the wire's bytes carry data.
@@ -60,6 +66,13 @@ def coefficients(ranks, size, parts=1, small=None):
     else:
         messages, sent, received = 2 * parts + 1, (parts + 1) * (ranks - 1) / ranks * size, (parts + 1) * size
     return messages, messages * (ranks - 1), sent, received
+
+
+def trips(ranks, size, parts=1):
+    """One after another, of a step."""
+    messages, *_ = coefficients(ranks, size, parts)
+    asked = parts + 1 if ranks * size > SMALL and size / ranks > EAGER else 0
+    return 2 * messages + 2 * asked
 
 
 def largest_normal(ranks):
@@ -144,6 +157,14 @@ def with_base(rows):
     return [row | base(alone[key(row)]) for row in rows if row["ranks"] != "1"]
 
 
+def over_a_cable(rows):
+    """Rows with the predicted and the measured seconds of a step; the cable's own work is in the steps without delay and loss."""
+    start = {row["bytes"]: float(row["step_s"]) for row in rows if float(row["delay_ms"]) == float(row["loss"]) == 0}
+    for row in rows:
+        extra = trips(int(row["ranks"]), int(row["bytes"])) * float(row["delay_ms"]) / 1e3
+        yield row, start[row["bytes"]] + extra, float(row["step_s"])
+
+
 def read(path):
     """Rows of a file, which may hold the output of several runs."""
     lines = Path(path).read_text().splitlines()
@@ -162,6 +183,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exchange", help="rows of `distributed exchange`")
     parser.add_argument("step", help="rows of `distributed step`, those of one process among them")
+    parser.add_argument("cable", nargs="?", help="rows of `distributed step` after columns delay_ms and loss")
     parser.add_argument("--compute", type=float, nargs="*", default=[10.0, 0.1], help="seconds of a part")
     parser.add_argument("--spread", type=float, default=0.03, help="standard deviation of a part's time over its mean")
     options = parser.parse_args()
@@ -177,13 +199,19 @@ def main():
         delays = [row["latency_us"], row["gbit"], row["spread"]]
         rows.append([row["ranks"], row["bytes"], row["parts"], *delays, f"{guess:.4f}", f"{found:.4f}", f"{guess / found - 1:+.1%}"])
     table(["ranks", "bytes", "parts", "latency, us", "Gb/s", "spread", "predicted, s", "measured, s", "error"], rows)
+    if options.cable:
+        print("Over a cable, from the step without a delay:\n")
+        rows = [
+            [row["bytes"], row["delay_ms"], row["loss"], f"{guess:.4f}", f"{found:.4f}", f"{guess / found - 1:+.0%}"]
+            for row, guess, found in over_a_cable(read(options.cable))
+        ]
+        table(["bytes", "delay, ms", "loss", "predicted, s", "measured, s", "error"], rows)
     for compute in options.compute:
         print(f"Efficiency, {compute:g} s a part, spread {options.spread:g}:\n")
         rows = []
         for name, size in PAYLOADS.items():
             for net, (latency, bandwidth) in NETWORKS.items():
-                # Two rounds an exchange, of lengths and of bytes, on top of the software's own time.
-                wire = Network(network.latency + 2 * latency, network.peer, bandwidth, network.memory, network.fresh)
+                wire = replace(network, bandwidth=bandwidth, wire=latency)  # on top of the software's own time
                 shares = [f"{efficiency(wire, ranks, size, compute, options.spread):.0%}" for ranks in RANKS]
                 exchanges = [f"{1e3 * wire.exchange(ranks, size):.3g}" for ranks in RANKS]
                 rows.append([name, net, *shares, ", ".join(exchanges)])

@@ -23,6 +23,13 @@ class ScaleModel(unittest.TestCase):
         self.assertEqual(scale_model.coefficients(4, size, parts=3), (3, 9, 9 * size, 12 * size))
         self.assertEqual(scale_model.coefficients(4, size + 4, parts=3)[0], 7)
 
+    def test_large_chunks_make_more_trips_over_the_wire(self):
+        self.assertEqual(scale_model.trips(2, SMALL // 2), 2)
+        self.assertEqual(scale_model.trips(2, 2_359_296), 10)
+        self.assertEqual(scale_model.trips(64, 2_359_296), 6)
+        slow = Network(0.0, 0.0, float("inf"), float("inf"), wire=0.02)
+        self.assertAlmostEqual(slow.exchange(2, 2_359_296), 0.2)
+
     def test_paper_and_simulation_agree(self):
         for ranks in (2, 8, 64, 256):
             arguments = (self.network, ranks, 10**6, 1.0, 0.1, 2)

@@ -5,6 +5,10 @@
 mod common;
 #[path = "distributed/division.rs"]
 mod division;
+#[path = "distributed/finetune.rs"]
+mod finetune;
+#[path = "distributed/hosts.rs"]
+mod hosts;
 #[path = "distributed/run.rs"]
 mod run;
 
@@ -34,6 +38,7 @@ enum Fault {
     Killed,
     NotANumber,
     Asleep,
+    Stopped,
     OtherWeights,
     NoDisk,
 }
@@ -79,6 +84,10 @@ fn work(job: &Job) -> Result<()> {
                 Fault::Killed if failing => std::process::abort(),
                 Fault::NotANumber if failing => return Tensor::new(f32::NAN, &Device::Cpu),
                 Fault::Asleep if failing => std::thread::sleep(Duration::from_secs(600)),
+                Fault::Stopped if failing => {
+                    let own = std::process::id().to_string();
+                    Command::new("kill").args(["-STOP", &own]).status()?;
+                }
                 _ => (),
             }
             loss(&sam, part, mode)
@@ -167,6 +176,7 @@ fn ends_all(fault: Fault, told: &str, saved: Option<u64>) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success(), "{fault:?} went unnoticed");
     ensure!(said.contains(told), "{fault:?}: {said}");
+    ensure!(said.matches("which did not come").count() <= 1, "told more than once: {said}");
     ensure!(took < SOON, "{fault:?} took {took:?}");
     if let Some(steps) = saved {
         let sam = adapted("lora")?;
@@ -178,9 +188,6 @@ fn ends_all(fault: Fault, told: &str, saved: Option<u64>) -> Result<()> {
 }
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_candle-sam-lora");
-/// A short run of the program, on the micrographs that come with it.
-const FINETUNE: &str =
-    "finetune --steps 3 --batch 1 --prompts 2 --eval-every 2 --overlays 2 --lora-dropout 0.1";
 
 /// A folder's files with their bytes, by their paths in `root`.
 fn files(root: &Path, folder: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
@@ -195,131 +202,6 @@ fn files(root: &Path, folder: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
     Ok(found)
 }
 
-fn finetune_writes_the_files_of_one_process() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let output = |name: &str| folder.path().join(name);
-    let alone = Command::new(PROGRAM)
-        .args(FINETUNE.split(' '))
-        .args(["--accumulate", "4", "--output"])
-        .arg(output("alone"))
-        .output()?;
-    ensure!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stderr));
-    let expected = files(&output("alone"), &output("alone"))?;
-    ensure!(expected.contains_key(Path::new("best/adapter_model.safetensors")), "no best adapter");
-    for (size, accumulate) in [("2", "2"), ("4", "1")] {
-        let (two, _) = ended(
-            mpirun()
-                .args(["-n", size, PROGRAM])
-                .args(FINETUNE.split(' '))
-                .args(["--accumulate", accumulate, "--output"])
-                .arg(output(size)),
-        )?;
-        ensure!(two.status.success(), "{}", String::from_utf8_lossy(&two.stderr));
-        let said = String::from_utf8_lossy(&two.stdout);
-        let shared = format!("{size} processes, {size} on this host (threads each: 1); 4 parts");
-        ensure!(said.contains(&shared), "{said}");
-        ensure!(said.contains(" % waiting for the slowest process, "), "no times: {said}");
-        ensure!(said.matches("held-out IoU, mean").count() == 1, "said more than once: {said}");
-        let found = files(&output(size), &output(size))?;
-        ensure!(found.keys().eq(expected.keys()), "{:?}", found.keys());
-        for (path, bytes) in &expected {
-            ensure!(found[path] == *bytes, "{size} ranks: other bytes in {}", path.display());
-        }
-    }
-    Ok(())
-}
-
-/// A TAR in the making.
-struct TarWriter {
-    path: PathBuf,
-    builder: tar::Builder<Vec<u8>>,
-}
-
-impl TarWriter {
-    fn new(path: PathBuf) -> Self {
-        Self { path, builder: tar::Builder::new(vec![]) }
-    }
-
-    fn append(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(bytes.len() as u64);
-        header.set_mode(0o644);
-        Ok(self.builder.append_data(&mut header, name, bytes)?)
-    }
-
-    fn write(self) -> Result<()> {
-        Ok(std::fs::write(self.path, self.builder.into_inner()?)?)
-    }
-}
-
-/// The data in one folder, in a list of folders and in TARs, by one process and by two.
-fn finetune_reads_shards_and_lists() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let here = folder.path();
-    let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei/heldout");
-    let mut tars = ["0.tar", "1.tar"].map(|name| TarWriter::new(here.join(name)));
-    for index in 0..8 {
-        let name = format!("nuclei_r{}c{}.png", 6 + index / 4, index % 4);
-        for (kind, ending) in [("images", "png"), ("masks", "mask.png")] {
-            let bytes = std::fs::read(nuclei.join(kind).join(&name))?;
-            for place in [format!("all/{kind}"), format!("part{}/{kind}", index % 2)] {
-                std::fs::create_dir_all(here.join(&place))?;
-                std::fs::write(here.join(place).join(&name), &bytes)?;
-            }
-            tars[index % 2].append(&name.replace("png", ending), &bytes)?;
-        }
-    }
-    for tar in tars {
-        tar.write()?;
-    }
-    std::fs::write(here.join("images.txt"), "# two disks\npart1/images\n\npart0/images\n")?;
-    let run = |size: usize, data: &str, output: &str| -> Result<_> {
-        let mut command = if size == 1 { Command::new(PROGRAM) } else { mpirun() };
-        if size > 1 {
-            command.args(["-n", &size.to_string(), PROGRAM]);
-        }
-        let accumulate = (2 / size).to_string();
-        command.args(FINETUNE.split(' ')).args(["--accumulate", &accumulate, "--output", output]);
-        let (ended, _) = ended(command.args(data.split(' ')).current_dir(here))?;
-        ensure!(ended.status.success(), "{data}: {}", String::from_utf8_lossy(&ended.stderr));
-        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
-        Ok((files(&here.join(output), &here.join(output))?, said))
-    };
-    let (expected, _) = run(1, "--images all/images --masks all/masks", "folder")?;
-    let lists = "--images @images.txt --masks part0/masks --masks part1/masks";
-    let shards = "--images 0.tar --images 1.tar";
-    for (size, data, output) in
-        [(1, lists, "lists1"), (2, lists, "lists2"), (1, shards, "tars1"), (2, shards, "tars2")]
-    {
-        let (found, said) = run(size, data, output)?;
-        ensure!(found == expected, "{output}: other files or bytes");
-        let told = said.matches("8 samples in 2 shards").count();
-        ensure!(told == usize::from(data == shards), "{output}: {said}");
-    }
-    Ok(())
-}
-
-/// One message for all, whatever the processes disagree about.
-fn finetune_tells_what_differs(other: &str, told: &str) -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let output = folder.path().join("run");
-    let process = |command: &mut Command, more: &str| {
-        let more: Vec<_> = more.split(' ').filter(|word| !word.is_empty()).collect();
-        command.args(["-n", "1", PROGRAM]).args(FINETUNE.split(' ')).args(more);
-        command.arg("--output").arg(&output);
-    };
-    let mut command = mpirun();
-    process(&mut command, "");
-    command.arg(":");
-    process(&mut command, other);
-    let (ended, took) = ended(&mut command)?;
-    let said = String::from_utf8_lossy(&ended.stderr);
-    ensure!(!ended.status.success() && took < SOON, "{took:?}: {said}");
-    ensure!(said.contains(told), "{said}");
-    ensure!(said.matches("error: ").count() == 1, "{said}");
-    Ok(())
-}
-
 fn tests() -> ExitCode {
     let test = |name: String, run: Box<dyn FnOnce() -> Result<()> + Send>| {
         Trial::test(name, move || run().map_err(|error| Failed::from(format!("{error:#}"))))
@@ -332,24 +214,13 @@ fn tests() -> ExitCode {
         (Fault::Killed, "signal", Some(1)),
         (Fault::NotANumber, "rank 2: train: step 2: the loss is NaN", Some(1)),
         (Fault::Asleep, "s for rank 2, which did not come; the job ends", Some(1)),
+        (Fault::Stopped, "s for rank 2, which did not come; the job ends", Some(1)),
         (Fault::OtherWeights, "rank 2: its run is not that of rank 0:\n  parameters: ", None),
         (Fault::NoDisk, "rank 0: ", Some(1)),
     ];
     let faults = faults.map(|(fault, told, saved)| {
         test(format!("ends_all::{fault:?}"), Box::new(move || ends_all(fault, told, saved)))
     });
-    let resumed = test(
-        "a_run_goes_on_with_other_ranks".to_string(),
-        Box::new(a_run_goes_on_with_other_ranks),
-    );
-    let alike = test(
-        "finetune_writes_the_files_of_one_process".to_string(),
-        Box::new(finetune_writes_the_files_of_one_process),
-    );
-    let sharded = test(
-        "finetune_reads_shards_and_lists".to_string(),
-        Box::new(finetune_reads_shards_and_lists),
-    );
     let differing = [
         ("--lr 0.5", "error: rank 1: its run is not that of rank 0:\n  lr: 0.5"),
         (
@@ -360,7 +231,7 @@ fn tests() -> ExitCode {
     ];
     let differing = differing.map(|(other, told)| {
         let name = format!("finetune_tells_what_differs::{}", other.replace(' ', "_"));
-        test(name, Box::new(move || finetune_tells_what_differs(other, told)))
+        test(name, Box::new(move || finetune::finetune_tells_what_differs(other, told)))
     });
     let divided = division::COMMANDS.map(|line| {
         let name = format!("files_and_output_are_those_of_one::{}", line.replace(' ', "_"));
@@ -368,13 +239,24 @@ fn tests() -> ExitCode {
     });
     let other = |name: &str, run: fn() -> Result<()>| test(name.to_string(), Box::new(run));
     let others = [
+        other("a_run_goes_on_with_other_ranks", a_run_goes_on_with_other_ranks),
+        other(
+            "finetune_writes_the_files_of_one_process",
+            finetune::finetune_writes_the_files_of_one_process,
+        ),
+        other("finetune_reads_shards_and_lists", finetune::finetune_reads_shards_and_lists),
+        other(
+            "the_first_ranks_folder_is_enough_to_resume",
+            finetune::the_first_ranks_folder_is_enough_to_resume,
+        ),
+        other("a_slow_lossy_cable_changes_no_bits", hosts::a_slow_lossy_cable_changes_no_bits),
+        other("a_cable_cut_in_mid_step_ends_all", hosts::a_cable_cut_in_mid_step_ends_all),
         other("a_killed_job_is_resumed_by_others", division::a_killed_job_is_resumed_by_others),
         other("an_unreadable_image_is_told_once", division::an_unreadable_image_is_told_once),
         other("a_process_that_hangs_ends_the_job", division::a_process_that_hangs_ends_the_job),
         other("processes_that_differ_do_not_begin", division::processes_that_differ_do_not_begin),
     ];
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    let trials = bits.into_iter().chain(faults).chain([resumed, alike, sharded]).chain(differing);
-    let trials = trials.chain(divided).chain(others).collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let trials = bits.into_iter().chain(faults).chain(differing).chain(divided).chain(others);
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }

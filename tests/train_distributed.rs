@@ -97,6 +97,36 @@ fn a_run_goes_on_with_another_number_of_ranks() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn rank_0_alone_reads_the_state() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = |rank: usize| folder.path().join(rank.to_string()).join("state.safetensors");
+    std::fs::create_dir(folder.path().join("0"))?;
+    let run = |steps: u64, resumes: bool| -> Result<Vec<_>> {
+        let found = on_threads(3, |communicator| -> Result<_> {
+            let (sam, path) = (adapted("lora")?, path(communicator.rank()));
+            let mut run = trainer(&sam, communicator)?;
+            let damage = if resumes { run.resume(&path)? } else { None };
+            while run.steps() < steps {
+                let next = run.steps() + 1;
+                go_on(&mut run, &sam, next)?;
+                run.save(&path)?;
+            }
+            Ok((bits(&run, &sam)?, damage.is_some()))
+        });
+        found.into_iter().collect()
+    };
+    run(2, false)?;
+    std::fs::write(path(0), b"damaged")?;
+    let expected = alone("lora", STEPS)?;
+    for (rank, (found, damaged)) in run(STEPS, true)?.into_iter().enumerate() {
+        assert!(found == expected, "rank {rank}: other bits");
+        assert_eq!(damaged, rank == 0);
+    }
+    assert!(!path(1).exists() && !path(2).exists());
+    Ok(())
+}
+
 /// The errors of the ranks of a run of which one has something else.
 fn errors(
     size: usize,

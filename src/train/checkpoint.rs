@@ -12,10 +12,11 @@
 use super::{ObjectScores, StepScores};
 use crate::files::{Seal, TensorFile};
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{bail, DType, Device, Tensor};
+use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 const SEAL: Seal = Seal { key: "state", what: "a training state" };
@@ -53,13 +54,7 @@ impl TrainingState {
     /// When the file cannot be written; the old one remains then.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let mut tensors = self.tensors.clone();
-        let losses = Tensor::from_slice(&self.losses, self.losses.len(), &Device::Cpu)?;
-        tensors.insert(LOSSES.into(), losses);
-        tensors.insert(EVALUATIONS.into(), evaluations_tensor(&self.evaluations)?);
-        let header = Header { step: self.step, seed: self.seed, settings: self.settings.clone() };
-        let header = serde_json::to_string(&header)
-            .map_err(|e| Error::file(path, format!("cannot be serialized: {e}")))?;
+        let (header, tensors) = self.contents()?;
         let staged = SEAL.stage(path, &header, &tensors)?;
         if path.is_file() {
             std::fs::rename(path, previous_state_path(path)).map_err(|e| Error::io(path, e))?;
@@ -78,18 +73,53 @@ impl TrainingState {
 
     /// Reads the state in a file whose header has been looked at.
     pub(super) fn read(file: &TensorFile, device: &Device) -> Result<Self> {
-        let invalid = |e: &dyn std::fmt::Display| SEAL.invalid(file, e);
-        let (header, mut tensors) = SEAL.read(file, device)?;
+        let (header, tensors) = SEAL.read(file, device)?;
+        Self::of_contents(&header, tensors).map_err(|e| SEAL.invalid(file, e))
+    }
+
+    /// The state as one process of a run gives it to another.
+    pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let (header, tensors) = self.contents()?;
+        let metadata = HashMap::from([(SEAL.key.to_string(), header)]);
+        safetensors::serialize(&tensors, Some(metadata)).map_err(|e| Error::config(e.to_string()))
+    }
+
+    /// The state in the bytes of [`to_bytes`](Self::to_bytes).
+    pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let read = || -> candle_core::Result<Self> {
+            let (_, metadata) = SafeTensors::read_metadata(bytes)?;
+            let header = metadata.metadata().as_ref().and_then(|entries| entries.get(SEAL.key));
+            let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
+            Self::of_contents(header.map_or("", String::as_str), tensors.into_iter().collect())
+        };
+        read().map_err(|e| Error::config(format!("the state that rank 0 gave: {e}")))
+    }
+
+    /// The header and the tensors of the file.
+    fn contents(&self) -> Result<(String, BTreeMap<String, Tensor>)> {
+        let mut tensors = self.tensors.clone();
+        let losses = Tensor::from_slice(&self.losses, self.losses.len(), &Device::Cpu)?;
+        tensors.insert(LOSSES.into(), losses);
+        tensors.insert(EVALUATIONS.into(), evaluations_tensor(&self.evaluations)?);
+        let header = Header { step: self.step, seed: self.seed, settings: self.settings.clone() };
+        let header = serde_json::to_string(&header).map_err(|e| Error::config(e.to_string()))?;
+        Ok((header, tensors))
+    }
+
+    fn of_contents(
+        header: &str,
+        mut tensors: BTreeMap<String, Tensor>,
+    ) -> candle_core::Result<Self> {
         let Header { step, seed, settings } =
-            serde_json::from_str(&header).map_err(|e| invalid(&e))?;
-        let losses = tensors.remove(LOSSES).ok_or_else(|| invalid(&"`losses` is missing"))?;
+            serde_json::from_str(header).map_err(candle_core::Error::wrap)?;
+        let Some(losses) = tensors.remove(LOSSES) else { bail!("`losses` is missing") };
         let losses = losses.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
         let evaluations = match tensors.remove(EVALUATIONS) {
-            Some(rows) => evaluations_of(&rows).map_err(|e| invalid(&e))?,
+            Some(rows) => evaluations_of(&rows)?,
             None => vec![],
         };
         if losses.len() as u64 != step {
-            return Err(invalid(&format!("{} losses after {step} steps", losses.len())));
+            bail!("{} losses after {step} steps", losses.len())
         }
         Ok(Self { step, seed, settings, losses, evaluations, tensors })
     }
@@ -134,7 +164,7 @@ fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<StepScores>> {
             values.copy_from_slice(scores);
             Ok(StepScores { step: step as u64, scores: ObjectScores::from_values(values) })
         }
-        _ => candle_core::bail!("an evaluation of {} numbers, not 7", row.len()),
+        _ => bail!("an evaluation of {} numbers, not 7", row.len()),
     };
     rows.into_iter().map(evaluated).collect()
 }

@@ -10,7 +10,9 @@
 //! parts of a step, see [`Communicator`].
 
 use super::checkpoint::previous_state_path;
-use super::distributed::{check_agreement, together, Alone, Communicator, OrderedSum, StepTimes};
+use super::distributed::{
+    broadcast, check_agreement, together, Alone, Communicator, OrderedSum, StepTimes,
+};
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
 use super::{
@@ -153,7 +155,7 @@ impl Trainer {
 
     /// Shares the work of each step with other processes, which make the same calls with the same model and data.
     ///
-    /// N processes give the bits of one with N times the accumulation. Rank 0 writes the state; each reads it.
+    /// N processes give the bits of one with N times the accumulation. Rank 0 alone writes and reads the state.
     ///
     /// # Errors
     /// - a step has more than 2^64 parts.
@@ -317,16 +319,29 @@ impl Trainer {
         Ok(())
     }
 
-    /// Does it on rank 0, then on the others if that succeeded; an error of one is an error of all.
-    fn in_turn<T>(&mut self, work: impl Fn(&mut Self) -> Result<T>) -> Result<T> {
+    /// Changes the state on rank 0, then gives it to the others; an error of one is an error of all.
+    fn through_first<T: Default>(
+        &mut self,
+        path: &Path,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
         let communicator = self.communicator.clone();
-        if communicator.rank() == 0 {
-            let (done, _) = together(&*communicator, work(self), |_| vec![])?;
-            together(&*communicator, Ok::<_, Error>(()), |()| vec![])?;
-            return Ok(done);
+        if communicator.size() == 1 {
+            return work(self);
         }
-        together(&*communicator, Ok::<_, Error>(()), |()| vec![])?;
-        Ok(together(&*communicator, work(self), |_| vec![])?.0)
+        let is_first = communicator.rank() == 0;
+        let own = match is_first {
+            true => work(self).and_then(|done| Ok((done, self.state()?.to_bytes()?))),
+            false => Ok((T::default(), vec![])),
+        };
+        let ((done, bytes), _) = together(&*communicator, own, |_| vec![])?;
+        let bytes = broadcast(&*communicator, &bytes)?;
+        let taken = match is_first {
+            true => Ok(()),
+            false => TrainingState::from_bytes(&bytes).and_then(|state| self.go_on(path, state)),
+        };
+        together(&*communicator, taken, |()| vec![])?;
+        Ok(done)
     }
 
     /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one. Rank 0 writes it.
@@ -335,32 +350,33 @@ impl Trainer {
     /// - the file cannot be written, on every rank.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let saved = match self.communicator.rank() {
-            0 => self.write(path.as_ref()),
+            0 => self.state().and_then(|state| state.save(path)),
             _ => Ok(()),
         };
         together(&*self.communicator, saved, |()| vec![]).map(|_| ())
     }
 
-    fn write(&self, path: &Path) -> Result<()> {
-        TrainingState {
+    fn state(&self) -> Result<TrainingState> {
+        Ok(TrainingState {
             step: self.steps(),
             seed: self.config.seed,
             settings: self.settings.clone(),
             losses: self.losses.clone(),
             evaluations: self.evaluations.clone(),
             tensors: self.optimizer.state()?,
-        }
-        .save(path)
+        })
     }
 
     /// Goes on from the state at `path`, or, if that is missing or damaged, from the one before, which takes its place.
-    /// Returns what was wrong with the newest state, if the one before had to do.
+    /// Rank 0 reads it and gives it to the others. Returns, on rank 0, what was wrong with the newest state if the one
+    /// before had to do.
     ///
     /// # Errors
     /// When both are damaged, or the state was written with another seed, other settings or another model; nothing was
     /// changed then.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<Option<Error>> {
-        self.in_turn(|own| own.resume_alone(path.as_ref()))
+        let path = path.as_ref();
+        self.through_first(path, |own| own.resume_alone(path))
     }
 
     fn resume_alone(&mut self, path: &Path) -> Result<Option<Error>> {
@@ -385,7 +401,8 @@ impl Trainer {
     /// # Errors
     /// As [`resume`](Self::resume).
     pub fn roll_back(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        self.in_turn(|own| own.roll_back_alone(path.as_ref()))
+        let path = path.as_ref();
+        self.through_first(path, |own| own.roll_back_alone(path))
     }
 
     fn roll_back_alone(&mut self, path: &Path) -> Result<()> {

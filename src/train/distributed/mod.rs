@@ -13,6 +13,7 @@
 //! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names it.
 
 mod agreement;
+mod broadcast;
 mod host;
 #[cfg(feature = "mpi")]
 mod mpi;
@@ -25,6 +26,7 @@ mod step_times;
 pub use mpi::Mpi;
 
 pub use agreement::check_agreement;
+pub(super) use broadcast::broadcast;
 pub use host::{device_of_rank, threads_of_rank};
 pub(super) use ordered_sum::OrderedSum;
 pub use outcome::together;
@@ -37,6 +39,8 @@ use std::time::Duration;
 
 /// The exit status of a job that a lost rank has ended.
 const LOST: i32 = 75;
+/// How long a rank lets another one speak of a lost rank.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// Processes that work on one run together, and how they exchange bytes.
 ///
@@ -108,8 +112,13 @@ impl Communicator for Alone {
     }
 }
 
-/// Says which ranks did not come, and ends the job.
+/// Says which ranks did not come, and ends the job. The lowest of the ranks that came speaks for all.
 fn lost(communicator: &dyn Communicator, ranks: &[usize], waited: Duration) -> ! {
+    let speaker = (0..communicator.size()).find(|rank| !ranks.contains(rank));
+    if speaker != Some(communicator.rank()) {
+        // The speaker ends this process meanwhile, unless it hangs, too.
+        std::thread::sleep(GRACE);
+    }
     let message = format!(
         "error: rank {} of {} waited {:.0} s for rank {}, which did not come; the job ends\n",
         communicator.rank(),

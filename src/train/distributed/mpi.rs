@@ -16,6 +16,8 @@ const MESSAGE: usize = 1 << 30;
 /// How long an exchange polls without sleeping.
 const SPIN: Duration = Duration::from_micros(200);
 const NAP: Duration = Duration::from_micros(100);
+/// Time between two polls that counts as waiting, at most: a process that was stopped itself has not waited.
+const POLL: Duration = Duration::from_millis(500);
 /// The tag of messages, which belong to no exchange.
 const MESSAGE_TAG: i32 = 1;
 
@@ -101,16 +103,17 @@ impl Mpi {
 
     /// Polls until all are done, or aborts the job.
     fn complete<'a>(&self, mut requests: Vec<(usize, Request<'a, [u8], &LocalScope<'a>>)>) {
-        let start = Instant::now();
+        let (mut waited, mut last) = (Duration::ZERO, Instant::now());
         loop {
             requests = requests
                 .into_iter()
                 .filter_map(|(rank, request)| request.test().err().map(|request| (rank, request)))
                 .collect();
-            let waited = start.elapsed();
             if requests.is_empty() {
                 return;
             }
+            waited += last.elapsed().min(POLL);
+            last = Instant::now();
             if waited > self.patience {
                 let missing: BTreeSet<usize> = requests.iter().map(|(rank, _)| *rank).collect();
                 super::lost(self, &missing.into_iter().collect::<Vec<_>>(), waited)

@@ -174,7 +174,7 @@ fn are_small(len: usize, size: usize) -> bool {
 }
 
 /// Which of `len` elements a rank of `size` adds.
-fn chunk_of(len: usize, rank: usize, size: usize) -> Range<usize> {
+pub(super) fn chunk_of(len: usize, rank: usize, size: usize) -> Range<usize> {
     // Not len * rank / size, which may overflow.
     let (each, rest) = (len / size, len % size);
     let start = |rank: usize| rank * each + rank.min(rest);
