@@ -17,10 +17,10 @@
 
 mod support;
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_sam_lora::nn::{trainable_variables, Mode};
+use candle_sam_lora::nn::{quantize_int8, Linear, trainable_variables, Mode, ModuleTree};
 use candle_sam_lora::ops::{self, Activation};
 use candle_sam_lora::sam::{SamVisionAttentionSplit, VisionAttention};
 use candle_sam_lora::testing::composed as ops_composed;
@@ -102,6 +102,11 @@ enum Model {
     H,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Quantize {
+    Int8,
+}
+
 #[derive(Parser)]
 #[command(about = "Measures one case and prints it as JSON")]
 struct Args {
@@ -126,6 +131,9 @@ struct Args {
     /// f32, bf16 or f16
     #[arg(long, default_value = "f32")]
     dtype: String,
+    /// int8: frozen weights of the encoder's linear layers
+    #[arg(long)]
+    quantize: Option<Quantize>,
     /// Runs after the first.
     #[arg(long, default_value_t = 3)]
     reps: usize,
@@ -177,6 +185,7 @@ fn run() -> Result<()> {
         grid: args.grid,
         batch: args.batch,
         adapters: Adapters { rank: args.rank, dropout: args.dropout },
+        quantize: args.quantize,
         dtype,
         device: &device,
         reps: args.reps,
@@ -188,6 +197,7 @@ fn run() -> Result<()> {
         "config": {
             "model": setup.vit.name, "grid": args.grid, "batch": args.batch, "rank": args.rank,
             "dropout": args.dropout, "dtype": args.dtype,
+            "quantize": args.quantize.as_ref().map(name),
             "device": std::env::var("CANDLE_SAM_DEVICE").unwrap_or_else(|_| "cpu".into()),
             "threads": rayon::current_num_threads(),
         },
@@ -240,6 +250,7 @@ struct Setup<'a> {
     grid: usize,
     batch: usize,
     adapters: Adapters,
+    quantize: Option<Quantize>,
     dtype: DType,
     device: &'a Device,
     reps: usize,
@@ -309,7 +320,9 @@ impl Setup<'_> {
         let x = Rotating::new(self.tokens(dim)?)?;
         let weight = normal(&[times * dim, dim], self.dtype, self.device)?;
         let bias = normal(&[times * dim], self.dtype, self.device)?;
-        let projection = ops::Projection { weight: &weight, bias: Some(&bias), lora: None };
+        let mut layer = Linear::new(weight, Some(bias));
+        self.quantize(&mut layer)?;
+        let projection = layer.projection(&[]).context("no adapter")?;
         self.run(|| {
             let run = if ours { ops::lora_linear } else { ops_composed::lora_linear };
             run(x.next(), &projection, activation, None)?;
@@ -448,10 +461,18 @@ impl Setup<'_> {
         Ok(normal(&[self.batch, 3, side, side], self.dtype, self.device)?)
     }
 
+    fn quantize(&self, encoder: &mut dyn ModuleTree) -> Result<()> {
+        if let Some(Quantize::Int8) = self.quantize {
+            quantize_int8(encoder)?;
+        }
+        Ok(())
+    }
+
     fn encoder_forward(&self) -> Result<Measurement> {
         let pixels = self.pixels()?;
         let config = self.vit.config(self.grid);
-        let encoder = models::encoder(&config, FROZEN, self.dtype, self.device)?;
+        let mut encoder = models::encoder(&config, FROZEN, self.dtype, self.device)?;
+        self.quantize(&mut encoder)?;
         if self.implementation == Implementation::Graph {
             return self.replay(&pixels, |x| encoder.forward(x, Mode::Eval));
         }
@@ -526,6 +547,7 @@ impl Setup<'_> {
         let config = self.vit.config(self.grid);
         let mut encoder = models::encoder(&config, self.adapters, self.dtype, self.device)?;
         encoder.gradient_checkpointing = checkpointed;
+        self.quantize(&mut encoder)?;
         let mut optimizer = AdamW::new(trainable_variables(&encoder)?, AdamWConfig::default())?;
         let mut seed = 0;
         self.run(|| {

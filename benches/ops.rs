@@ -130,7 +130,7 @@ fn lora_qkv(c: &mut Criterion) -> Result<()> {
                 let dropout = setting.train.then_some(Dropout { p: 0.1, seed: 1, stream });
                 Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout }
             };
-            let part = |lora| Projection { weight: &weight, bias: Some(&bias), lora };
+            let part = |lora| Projection { weight: &weight, scales: None, bias: Some(&bias), lora };
             let adapted = |stream| part((rank > 0).then(|| lora(stream)));
             let projections = [adapted(1), part(None), adapted(2)];
             setting.compare(
@@ -152,7 +152,7 @@ fn lora_linear(c: &mut Criterion) -> Result<()> {
         for (name, input, output) in [("gelu", dim, 4 * dim), ("residual", 4 * dim, dim)] {
             let weight = (setting.normal(&[output, input])? * 0.02)?;
             let bias = setting.normal(&[output])?;
-            let projection = Projection { weight: &weight, bias: Some(&bias), lora: None };
+            let projection = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
             let residual = setting.normal(&[GRID * GRID, output])?;
             let (activation, residual) = match name {
                 "gelu" => (Activation::Gelu, None),
@@ -200,7 +200,7 @@ fn others(c: &mut Criterion) -> Result<()> {
     let (a, b) = (Var::from_tensor(&a)?, Var::from_tensor(&b)?);
     let magnitude = Var::from_tensor(&Tensor::ones(dim, DType::F32, &device)?)?;
     let lora = Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout: None };
-    let projection = Projection { weight: &weight, bias: None, lora: Some(lora) };
+    let projection = Projection { weight: &weight, scales: None, bias: None, lora: Some(lora) };
     let detached = x.as_tensor().detach();
     let forward = Pass::forward(1, GRID, 4);
     let work = |pass: Pass| pass.linear(dim, dim) + pass.lora(dim, dim, 16);

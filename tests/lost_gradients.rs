@@ -198,7 +198,7 @@ fn the_check_passes_this_crates_operations() -> Result<()> {
         [("x", x.clone()), ("weight", weight.clone()), ("a", a.clone()), ("b", b.clone())];
     let report = check_gradients(variables, || {
         let lora = Some(Lora { a: &a, b: &b, b_bias: None, scaling: 0.5, dropout: None });
-        let projection = Projection { weight: &weight, bias: None, lora };
+        let projection = Projection { weight: &weight, scales: None, bias: None, lora };
         lora_linear(&x, &projection, Activation::Gelu, None)?.sqr()?.mean_all()
     })?;
     assert!(report.checks.iter().all(|check| check.verdict == Verdict::Right), "{report}");

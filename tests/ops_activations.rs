@@ -62,7 +62,7 @@ fn a_projection_applies_every_activation() -> Result<()> {
     for case in cases("ops/activations.safetensors") {
         for dtype in [DType::F32, DType::BF16] {
             let weight = Tensor::ones((1, 1), dtype, &candle_core::Device::Cpu)?;
-            let projection = Projection { weight: &weight, bias: None, lora: None };
+            let projection = Projection { weight: &weight, scales: None, bias: None, lora: None };
             let run = |x: &Tensor, residual: Option<&Tensor>| {
                 ops::lora_linear(&x.unsqueeze(1)?, &projection, activation(&case.name), residual)
             };

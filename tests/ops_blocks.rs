@@ -91,12 +91,13 @@ fn attention(path: Path, shape: &Shape, inputs: &[Tensor]) -> Result<Tensor> {
         split
             .map(|(index, (weight, bias))| Projection {
                 weight,
+                scales: None,
                 bias: Some(bias),
                 lora: adapted(index),
             })
             .collect()
     } else {
-        vec![Projection { weight: &frozen, bias: Some(biases), lora: None }]
+        vec![Projection { weight: &frozen, scales: None, bias: Some(biases), lora: None }]
     };
     let config = RelPosAttention {
         num_heads: HEADS,
@@ -108,6 +109,7 @@ fn attention(path: Path, shape: &Shape, inputs: &[Tensor]) -> Result<Tensor> {
     };
     let proj = Projection {
         weight: &proj_weight,
+        scales: None,
         bias: Some(proj_bias),
         lora: shape.lora.then_some(Lora { dropout: None, ..lora }),
     };
@@ -152,8 +154,8 @@ fn mlp(path: Path, activation: Activation, lora: bool, inputs: &[Tensor]) -> Res
     let weight1 = self::weight(97, (HIDDEN, C), x.dtype())?;
     let weight2 = self::weight(96, (C, HIDDEN), x.dtype())?;
     let lora = lora.then_some(Lora { a, b, b_bias: None, scaling: 0.7, dropout: dropout(3) });
-    let lin1 = Projection { weight: &weight1, bias: Some(bias1), lora: None };
-    let lin2 = Projection { weight: &weight2, bias: Some(bias2), lora };
+    let lin1 = Projection { weight: &weight1, scales: None, bias: Some(bias1), lora: None };
+    let lin2 = Projection { weight: &weight2, scales: None, bias: Some(bias2), lora };
     match path {
         Path::Block => {
             ops::mlp_block(x, &Norm { weight, bias, eps: EPS }, &lin1, activation, &lin2)

@@ -78,7 +78,7 @@ fn lora_linear() {
     let op = "lora-linear";
     let (x, weight, bias) = (zeros(&[3, 4]), zeros(&[5, 4]), zeros(&[5]));
     let (a, b) = (zeros(&[2, 4]), zeros(&[5, 2]));
-    let base = Projection { weight: &weight, bias: Some(&bias), lora: None };
+    let base = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
     let run = |p: &Projection| ops::lora_linear(&x, p, Activation::Identity, None);
     let narrow = zeros(&[5, 3]);
     fails(run(&Projection { weight: &narrow, ..base }), &[op, "[out, 4]", "[5, 3]"]);
@@ -106,7 +106,7 @@ fn lora_linear() {
 #[test]
 fn lora_qkv() {
     let (x, weight, wide) = (zeros(&[3, 4]), zeros(&[4, 4]), zeros(&[8, 4]));
-    let p = Projection { weight: &weight, bias: None, lora: None };
+    let p = Projection { weight: &weight, scales: None, bias: None, lora: None };
     let other = Projection { weight: &wide, ..p };
     fails(ops::lora_qkv(&x, &[p, other, p]), &["lora-qkv", "equal", "4, 8"]);
 }
@@ -118,7 +118,7 @@ fn attention_layer() {
     let (narrow, weight, wide) = (zeros(&[2, 4]), zeros(&[4, 4]), zeros(&[6, 4]));
     let trained = candle_core::Var::from_tensor(&weight).unwrap();
     fn projection(weight: &Tensor) -> Projection<'_> {
-        Projection { weight, bias: None, lora: None }
+        Projection { weight, scales: None, bias: None, lora: None }
     }
     for proj in [&weight, trained.as_tensor()] {
         let run = |weights: &[&Tensor]| {
@@ -195,7 +195,7 @@ fn a_frozen_weight_behind_a_graph_is_not_cut_off() -> Result<()> {
     // A weight computed from a variable must receive its gradient, whatever path that takes.
     let scale = candle_core::Var::new(2f32, &Device::Cpu)?;
     let weight = random(1, (5, 4)).broadcast_mul(&scale)?;
-    let projection = Projection { weight: &weight, bias: None, lora: None };
+    let projection = Projection { weight: &weight, scales: None, bias: None, lora: None };
     let y = ops::lora_linear(&random(2, (3, 4)), &projection, Activation::Identity, None)?;
     let grads = y.sqr()?.sum_all()?.backward()?;
     let grad = grads.get(&scale).expect("the scale has a gradient").to_scalar::<f32>()?;
@@ -236,10 +236,10 @@ proptest! {
             scaling: scale,
             dropout,
         };
-        let projection = Projection { weight: &others[0], bias: Some(&others[3]), lora: Some(lora) };
+        let projection = Projection { weight: &others[0], scales: None, bias: Some(&others[3]), lora: Some(lora) };
         let residual = Some(&others[4]);
         let _ = ops::lora_linear(&x, &projection, Activation::Gelu, residual);
-        let plain = Projection { weight: &others[0], bias: None, lora: None };
+        let plain = Projection { weight: &others[0], scales: None, bias: None, lora: None };
         if let Ok(y) = ops::lora_linear(&x, &plain, Activation::Identity, None) {
             prop_assert_eq!(y.dims().last(), others[0].dims().first());
         }

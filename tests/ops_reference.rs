@@ -182,7 +182,7 @@ fn parameters_in_f32_beside_16_bits_are_not_rounded() -> Result<()> {
     type OnTensors = fn(&[Tensor]) -> Result<Tensor>;
     let layer_norm: OnTensors = |t| ops::layer_norm(&t[0], &t[1], &t[2], 1e-6);
     let linear: OnTensors = |t| {
-        let projection = Projection { weight: &t[1], bias: Some(&t[2]), lora: None };
+        let projection = Projection { weight: &t[1], scales: None, bias: Some(&t[2]), lora: None };
         ops::lora_linear(&t[0], &projection, Activation::Identity, None)
     };
     for (name, op, weight) in

@@ -277,6 +277,19 @@ fn a_bf16_base_trains_f32_adapters() -> anyhow::Result<()> {
 }
 
 #[test]
+fn an_int8_base_trains_f32_adapters() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = folder.path().join("run");
+    let outcome =
+        finetune(&output, &short(&["--steps", "30", "--quantize", "int8", "--overlays", "0"]))?;
+    let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
+    let (first, last) = (mean(&outcome.losses[..8]), mean(&outcome.losses[22..]));
+    assert!(last < 0.9 * first, "the loss went from {first} to {last}");
+    assert!(outcome.after.iou > outcome.before.iou, "{:?}", (outcome.before, outcome.after));
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let mine = folder.path().join("mine");

@@ -1,4 +1,7 @@
-"""SAM's encoder in OpenVINO: Hugging Face's module, converted by another process, whose memory is not measured."""
+"""SAM's encoder in OpenVINO: Hugging Face's module, converted by another process, whose memory is not measured.
+
+With `--quantize int8` NNCF quantizes it after training, weights and activations, as its guide does for a transformer.
+"""
 
 import copy
 import multiprocessing
@@ -10,15 +13,24 @@ import torch
 
 import sam
 
+# Images that NNCF takes the ranges of activations from. More change the ranges, not the speed.
+CALIBRATION_IMAGES = 2
+
 
 def convert(args, path):
-    """Writes the eager module as OpenVINO's own format, in f32: the precision is chosen where it is compiled."""
-    args = copy.copy(args)
+    """Writes the eager module as OpenVINO's own format, in f32 or int8: other precisions are chosen where it is compiled."""
+    args, quantize = copy.copy(args), args.quantize
     args.implementation, args.torch_dtype = "eager", torch.float32
     side = 16 * args.grid
     with torch.no_grad():
         example = {"pixel_values": torch.zeros(args.batch, 3, side, side)}
         model = openvino.convert_model(sam.encoder(args), example_input=example)
+    if quantize:
+        import nncf
+
+        model.reshape([args.batch, 3, side, side])
+        images = nncf.Dataset([torch.randn(args.batch, 3, side, side).numpy() for _ in range(CALIBRATION_IMAGES)])
+        model = nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION_IMAGES)
     openvino.save_model(model, path, compress_to_fp16=False)
 
 

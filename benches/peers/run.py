@@ -4,12 +4,14 @@
     python benches/peers/run.py --case global_layer_forward --implementation sdpa --reps 5
 
 Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), and `sdpa_without_bias` (no relative
-positions: a bound, not SAM). On the CPU also `openvino`, for the encoder and the decoder in evaluation. On CUDA also `flex`
+positions: a bound, not SAM). On the CPU also `openvino`, for the encoder and the decoder in evaluation, and `onnxruntime`
+for the encoder; these two have `--quantize int8`. On CUDA also `flex`
 (FlexAttention) and `triton` (a kernel of our own in the manner of the published ones). LoRA is PEFT's. `kept` is no
 implementation but the environment: see `benches/report/run.py`.
 """
 
 import argparse
+import importlib
 import json
 
 import torch
@@ -19,7 +21,7 @@ import sam
 from cores import CORES
 from measure import measure
 
-IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "openvino", "flex", "triton"]
+IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "openvino", "onnxruntime", "flex", "triton"]
 
 
 def core_of(args, side):
@@ -106,10 +108,8 @@ def pixels(args):
 
 
 def encoder_forward(args):
-    if args.implementation == "openvino":
-        import openvino_encoder
-
-        return openvino_encoder.forward(args, pixels(args))
+    if args.implementation in ("openvino", "onnxruntime"):
+        return importlib.import_module(f"{args.implementation}_encoder").forward(args, pixels(args))
     module, x = sam.encoder(args, core_of(args, args.grid)), pixels(args)
     return lambda: module(pixel_values=x)
 
@@ -173,15 +173,18 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16", "f16"])
+    parser.add_argument("--quantize", choices=["int8"])
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--reps", type=int, default=3)
     args = parser.parse_args()
     args.torch_dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[args.dtype]
+    if args.quantize and args.implementation not in ("openvino", "onnxruntime"):
+        raise SystemExit(f"{args.implementation}: has no --quantize")
     torch.manual_seed(0)
     run = CASES[args.case](args)
     with torch.set_grad_enabled("train" in args.case):
         measured = measure(args.device, args.reps, run)
-    config = {key: getattr(args, key) for key in ("grid", "batch", "rank", "dropout", "dtype")}
+    config = {key: getattr(args, key) for key in ("grid", "batch", "rank", "dropout", "dtype", "quantize")}
     config |= {"model": f"vit_{args.model}", "device": str(args.device), "threads": torch.get_num_threads()}
     print(json.dumps({"case": args.case, "implementation": args.implementation, "config": config, **measured}))
 

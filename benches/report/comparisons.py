@@ -66,6 +66,7 @@ COMPOSED, CANDLE_SAM = both("beside", "composed"), both("avx512", "candle-transf
 PUBLISHED_COMPOSED, PUBLISHED_SAM = both("published", "composed"), both("published", "candle-transformers")
 # The fastest way to run the encoder on a CPU that users are told of.
 OPENVINO = Config("pytorch", "openvino", KEPT)
+ONNXRUNTIME = Config("pytorch", "onnxruntime", KEPT)
 # Not SAM: what SDPA would take if there were no relative positions. Never the peer of a bar.
 BOUND = Config("pytorch", "sdpa_without_bias", KEPT)
 
@@ -100,11 +101,11 @@ BARS = [
     ),
     Comparison(
         "encoder_forward",
-        peers=[*EAGER, *SDPA, OPENVINO, BOUND, *PUBLISHED_SAM, *CANDLE_SAM],
+        peers=[*EAGER, *SDPA, OPENVINO, ONNXRUNTIME, BOUND, *PUBLISHED_SAM, *CANDLE_SAM],
         time_bar=1.3,
         memory_bar=(3.0, SDPA[0]),
         reps=(2, 2),
-        slow=(EAGER[0], PUBLISHED_SAM[0], CANDLE_SAM[0], BOUND),
+        slow=(EAGER[0], PUBLISHED_SAM[0], CANDLE_SAM[0], BOUND, ONNXRUNTIME),
     ),
     Comparison(
         "encoder_train_step",
@@ -153,6 +154,17 @@ BF16 = [
     Comparison("decoder_forward", {"batch": 64, "dtype": "bf16"}, [SDPA[1], OPENVINO], reps=(3, 3)),
 ]
 
+# The frozen linear layers in int8, the rest in bf16 or f32. ONNX Runtime's CPU kernels know no bf16.
+INT8 = [
+    Comparison(
+        "encoder_forward", {"dtype": "bf16", "quantize": "int8"}, peers=[OPENVINO], time_bar=1.0, reps=(1, 3)
+    ),
+    Comparison(
+        "encoder_forward", {"quantize": "int8"}, peers=[OPENVINO, ONNXRUNTIME], reps=(1, 3), slow=(ONNXRUNTIME,)
+    ),
+    Comparison("encoder_train_step", {"dtype": "bf16", "quantize": "int8"}, reps=(1, 2), rounds=(1, 1)),
+]
+
 PROBES = [Comparison("gemm_peak", reps=(20, 50)), Comparison("copy_bandwidth", reps=(5, 20))]
 
 # For the plots.
@@ -164,7 +176,7 @@ SWEEPS = [
     ),
 ]
 
-CPU = [*PROBES, *BARS, CHECKPOINTED, *DECODER, *BF16, *LORA, *SWEEPS]
+CPU = [*PROBES, *BARS, CHECKPOINTED, *DECODER, *BF16, *INT8, *LORA, *SWEEPS]
 
 
 # On a GPU, in the order in which they are run: time may end before the list does. No allocators of the host, no bars.

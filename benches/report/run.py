@@ -202,7 +202,7 @@ def head(args):
     if args.device != "cpu":
         machine["gpu"] = output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "openvino"):
+    for name in ("torch", "transformers", "peft", "openvino", "nncf", "onnxruntime"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     if args.executable:

@@ -145,6 +145,7 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
                     Lora { a: &t[3], b: &t[4], b_bias: o[1].then_some(&t[5]), scaling, dropout };
                 Projection {
                     weight: &t[1],
+                    scales: None,
                     bias: o[0].then_some(&t[2]),
                     lora: o[2].then_some(lora),
                 }
@@ -181,7 +182,7 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
                 )
             } else {
                 let three = move |t: &[Tensor], f: &dyn Fn(&[Projection; 3]) -> candle_core::Result<Tensor>| {
-                    let base = Projection { weight: &t[1], bias: o[0].then_some(&t[2]), lora: None };
+                    let base = Projection { weight: &t[1], scales: None, bias: o[0].then_some(&t[2]), lora: None };
                     let adapted = projection(t, o, scaling, dropout);
                     f(&[if o[3] { adapted } else { base }, base, if o[4] { adapted } else { base }])
                 };
@@ -204,7 +205,7 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
             Box::new(move |t| {
                 let lora = Lora { a: &t[3], b: &t[4], b_bias: None, scaling, dropout };
                 let projection =
-                    Projection { weight: &t[1], bias: a.then_some(&t[2]), lora: Some(lora) };
+                    Projection { weight: &t[1], scales: None, bias: a.then_some(&t[2]), lora: Some(lora) };
                 ops::dora_linear(&t[0], &projection, &t[5])
             }),
             None,

@@ -1,8 +1,9 @@
 //! Options that several commands share: the model, where it runs, what may be replaced.
 
 use super::console::Console;
-use super::model::{self, Placement, Source};
+use super::model::{self, Placement, Quantize, Source};
 use crate::train::{device_of_rank, Communicator};
+use crate::Error;
 use candle_core::DType;
 use clap::ValueEnum;
 use std::path::PathBuf;
@@ -40,6 +41,9 @@ pub struct Backend {
     /// Storage of frozen weights and activations; adapters and their optimizer are f32 always
     #[arg(long, value_enum, default_value_t = Storage::F32)]
     dtype: Storage,
+    /// Store the frozen weights of the encoder's linear layers in so many bits, and multiply in them; on the CPU
+    #[arg(long, value_enum, value_name = "TYPE")]
+    quantize: Option<Quantize>,
 }
 
 /// Types of stored numbers.
@@ -74,6 +78,10 @@ impl Backend {
         if std::env::var_os(THREADS).is_none() {
             std::env::set_var(THREADS, "1");
         }
-        Ok(Placement { device: device_of_rank(&self.device, processes)?, dtype: self.dtype.into() })
+        let device = device_of_rank(&self.device, processes)?;
+        if self.quantize.is_some() && !device.is_cpu() {
+            return Err(Error::config("--quantize is for --device cpu"));
+        }
+        Ok(Placement { device, dtype: self.dtype.into(), quantize: self.quantize })
     }
 }

@@ -286,10 +286,11 @@ impl Model {
         place: &Placement,
         console: Console,
     ) -> anyhow::Result<Self> {
-        let (Placement { device, dtype }, weights) = (place, &source.weights);
+        let (Placement { device, dtype, .. }, weights) = (place, &source.weights);
         if options.deepseek_ocr {
             let mut encoder =
                 DeepSeekOcrEncoder::from_pretrained(weights, source.kind()?, *dtype, device)?;
+            place.quantize(&mut encoder.sam, console)?;
             source.adapt(&mut encoder, console)?;
             return Ok(Self::DeepSeekOcr(Box::new(encoder)));
         }
@@ -297,6 +298,7 @@ impl Model {
         if config.exists() && model_type(&config)? == SamVisionConfig::MODEL_TYPE {
             let mut model =
                 SamVisionModel::from_pretrained(weights, source.kind()?, *dtype, device)?;
+            place.quantize(&mut model.vision_encoder, console)?;
             source.adapt(&mut model, console)?;
             return Ok(Self::Vision(Box::new(model)));
         }

@@ -10,7 +10,6 @@ use crate::nn::DEFAULT_ADAPTER;
 use crate::sam::checkpoint::{self, Naming};
 use crate::sam::AttentionKind;
 use anyhow::bail;
-use candle_core::{DType, Device};
 use clap::ValueEnum;
 use serde_json::json;
 use std::path::Path;
@@ -80,7 +79,7 @@ fn fused_adapter(source: &Source, output: &Path, console: Console) -> anyhow::Re
     if source.kind()? == AttentionKind::Fused {
         bail!("the adapter is on the fused qkv already")
     }
-    let place = Placement { device: Device::Cpu, dtype: DType::F32 };
+    let place = Placement::exact();
     let mut model = model::load(&source.weights, AttentionKind::Split, &place, console)?;
     let Some(config) = source.adapt(&mut model, console)? else {
         bail!("there is no adapter to export")

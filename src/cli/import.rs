@@ -14,7 +14,7 @@ use crate::nn::ModuleTree;
 use crate::sam::{checkpoint, AttentionKind, SamModel};
 use crate::Error;
 use anyhow::Context;
-use candle_core::{DType, Device};
+use candle_core::DType;
 use candle_nn::VarBuilder;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -113,7 +113,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 /// The model that the file means, q, k and v apart, and the path of the files it starts from.
 fn load(options: &Options, contents: &Contents) -> anyhow::Result<(SamModel, PathBuf)> {
     let (file, console) = (&options.file, options.console);
-    let place = Placement { device: Device::Cpu, dtype: DType::F32 };
+    let place = Placement::exact();
     if options.model.is_none() && contents.is_whole_model() {
         return Ok((model::load(file, AttentionKind::Split, &place, console)?, file.clone()));
     }

@@ -7,7 +7,6 @@ use super::model_folder::{self, Destination, StorageArgument};
 use crate::lora;
 use crate::sam::SamModel;
 use anyhow::bail;
-use candle_core::{DType, Device};
 use serde_json::json;
 
 /// Folds an adapter into its model: a folder that transformers and this program read, without any LoRA
@@ -40,7 +39,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 
 /// The model of `source` on the CPU, in f32, with its adapter merged if it has one.
 pub fn merged(source: &Source, console: Console) -> crate::Result<SamModel> {
-    let place = Placement { device: Device::Cpu, dtype: DType::F32 };
+    let place = Placement::exact();
     let mut model = source.load(&place, console)?;
     if source.adapter.is_some() {
         lora::safe_merge(&mut model)?;

@@ -5,12 +5,15 @@ use crate::lora::{
     adapter_keys, load_adapter_as, load_adapter_tensors, read_samed_adapter, LoraConfig,
     CONFIG_FILE,
 };
-use crate::nn::{set_trainable, ModuleTree, DEFAULT_ADAPTER};
-use crate::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
+use crate::nn::{quantize_int8, set_trainable, ModuleTree, DEFAULT_ADAPTER};
+use crate::sam::{
+    checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor, SamVisionEncoder,
+};
 use crate::{hub, Result};
 use anyhow::{anyhow, Context};
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
+use clap::ValueEnum;
 use std::path::{Path, PathBuf};
 
 /// Where a model's tensors are, and their type.
@@ -19,6 +22,30 @@ pub struct Placement {
     pub device: Device,
     /// The dtype of weights and activations.
     pub dtype: DType,
+    /// How the frozen weights of the encoder's linear layers are stored, if not in the dtype.
+    pub quantize: Option<Quantize>,
+}
+
+/// Types of quantized weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Quantize {
+    /// 8 bits, with a scale for each output channel
+    Int8,
+}
+
+impl Placement {
+    /// The CPU, in f32: where models are converted.
+    pub fn exact() -> Self {
+        Self { device: Device::Cpu, dtype: DType::F32, quantize: None }
+    }
+
+    /// Quantizes an encoder, if that is wanted, and says what became of its weights.
+    pub fn quantize(&self, encoder: &mut SamVisionEncoder, console: Console) -> Result<()> {
+        if let Some(Quantize::Int8) = self.quantize {
+            console.note(quantize_int8(encoder)?);
+        }
+        Ok(())
+    }
 }
 
 /// The files of a model.
@@ -94,6 +121,7 @@ pub fn load(
     let mut model = SamModel::new(&sizes.config, kind, vb)?;
     let loaded = checkpoint::load(&mut model, path)?;
     console.note(format!("model: {loaded}; {sizes}"));
+    place.quantize(&mut model.vision_encoder, console)?;
     Ok(model)
 }
 

@@ -71,6 +71,14 @@ pub fn gelu_of_inference(values: &mut [f32]) {
     in_vectors(values, |values| run(RationalGelu(values)));
 }
 
+/// [`gelu`], with the values of [`gelu_of_inference`].
+pub fn gelu_by_rational(values: &mut [f32], derivative: bool) {
+    match derivative {
+        true => gelu(values, true),
+        false => gelu_of_inference(values),
+    }
+}
+
 /// Calls `f` with all whole vectors, and with the rest in a vector.
 fn in_vectors(values: &mut [f32], f: impl Fn(&mut [f32])) {
     let whole = values.len() / MAX_LANES * MAX_LANES;

@@ -9,6 +9,7 @@
 
 use super::bf16;
 use super::buffer::Buffer;
+use super::int8::{self, dequantized};
 use super::panel::{panel, Into, Left, Right, PANEL};
 use super::simd::{padded, run, MAX_LANES};
 use pulp::{Simd, WithSimd};
@@ -24,8 +25,17 @@ pub struct Packed {
     k: usize,
     n: usize,
     data: Buffer,
-    /// Whether an element is a pair in bf16, see [`super::bf16`]; k then counts pairs.
-    pairs: bool,
+    kind: Kind,
+}
+
+/// What an element is; k counts elements.
+enum Kind {
+    /// A number.
+    Number,
+    /// A pair in bf16, see [`super::bf16`].
+    Pair,
+    /// Four bytes, see [`super::int8`], with the scale of each column, padded as the panels are.
+    Quad(Vec<f32>),
 }
 
 impl Packed {
@@ -57,7 +67,7 @@ impl Packed {
 
     /// As [`from_transposed`](Self::from_transposed), of pairs: `rows [n, k / 2]`.
     pub fn from_transposed_pairs(rows: &[f32], n: usize, k: usize) -> Self {
-        Self { pairs: true, ..Self::from_transposed(rows, n, k / 2) }
+        Self { kind: Kind::Pair, ..Self::from_transposed(rows, n, k / 2) }
     }
 
     /// As [`from_rows`](Self::from_rows), of `rows [k, n / 2]` in pairs along n, which become pairs along k. Both are even.
@@ -72,17 +82,62 @@ impl Packed {
                 }
             }
         });
-        Self { pairs: true, ..packed }
+        Self { kind: Kind::Pair, ..packed }
+    }
+
+    /// As [`from_transposed`](Self::from_transposed), of quads: `rows [n, k / 4]` and a scale for each.
+    pub fn from_transposed_quads(rows: &[f32], scales: &[f32], n: usize, k: usize) -> Self {
+        let mut scales = scales.to_vec();
+        scales.resize(n.next_multiple_of(PANEL), 0.0);
+        Self { kind: Kind::Quad(scales), ..Self::from_transposed(rows, n, k / 4) }
+    }
+
+    /// As [`from_rows`](Self::from_rows), of `rows [k, n / 4]` of quads along n with a scale for each, as numbers.
+    pub fn from_rows_of_quads(rows: &[f32], scales: &[f32], k: usize, n: usize) -> Self {
+        Self::pack(n, k, |first, panel| {
+            let width = PANEL.min(n - first);
+            let rows = bytemuck::cast_slice::<f32, u8>(rows).chunks_exact(n).zip(scales);
+            for (line, (row, &scale)) in panel.chunks_exact_mut(PANEL).zip(rows) {
+                for (out, &byte) in line.iter_mut().zip(&row[first..first + width]) {
+                    *out = dequantized(byte, scale);
+                }
+            }
+        })
+    }
+
+    /// As [`from_rows_of_quads`](Self::from_rows_of_quads), rounded to bf16 in pairs along k, which is even.
+    pub fn from_rows_of_quads_as_pairs(rows: &[f32], scales: &[f32], k: usize, n: usize) -> Self {
+        let packed = Self::pack(n, k / 2, |first, panel| {
+            let width = PANEL.min(n - first);
+            let rows = bytemuck::cast_slice::<f32, u8>(rows).chunks_exact(2 * n);
+            let mut both = [[0f32; PANEL]; 2];
+            for (line, (rows, scales)) in
+                panel.chunks_exact_mut(PANEL).zip(rows.zip(scales.chunks_exact(2)))
+            {
+                for ((out, row), &scale) in both.iter_mut().zip(rows.chunks_exact(n)).zip(scales) {
+                    for (out, &byte) in out.iter_mut().zip(&row[first..first + width]) {
+                        *out = dequantized(byte, scale);
+                    }
+                }
+                bf16::pairs_of_rows(&both[0], &both[1], line);
+            }
+        });
+        Self { kind: Kind::Pair, ..packed }
     }
 
     /// A matrix without elements.
     pub fn empty() -> Self {
-        Self { k: 0, n: 0, data: Buffer::default(), pairs: false }
+        Self { k: 0, n: 0, data: Buffer::default(), kind: Kind::Number }
     }
 
     /// Whether its elements are pairs; those of the left side must be, too.
     pub fn in_pairs(&self) -> bool {
-        self.pairs
+        matches!(self.kind, Kind::Pair)
+    }
+
+    /// Whether its elements are quads; the left side is then rows of [`int8::rows`].
+    pub fn in_quads(&self) -> bool {
+        matches!(self.kind, Kind::Quad(_))
     }
 
     fn pack(n: usize, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
@@ -90,7 +145,7 @@ impl Packed {
         data.par_chunks_mut(k * PANEL)
             .enumerate()
             .for_each(|(index, panel)| fill(index * PANEL, panel));
-        Self { k, n, data, pairs: false }
+        Self { k, n, data, kind: Kind::Number }
     }
 
     /// First columns of the panels.
@@ -118,9 +173,17 @@ pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>
     for term in terms {
         let (k, width) = (term.right.k, padded(term.right.n - column).min(PANEL));
         let panel_data = &term.right.data[column / PANEL * k * PANEL..][..k * PANEL];
+        if let Kind::Quad(scales) = &term.right.kind {
+            let (a, b, scales) = (term.left, panel_data, &scales[column..]);
+            let (how, shape) = ((into, term.scale), (rows, width, k));
+            let operands = int8::Operands { into: how, shape, a, b, b_stride: PANEL, scales };
+            int8::product((&mut *acc, PANEL), &operands);
+            into = Into::Add;
+            continue;
+        }
         for (depth, right) in panel_data.chunks(DEPTH * PANEL).enumerate() {
             let left = &term.left[depth * DEPTH..];
-            let multiply = if term.right.pairs { bf16::product } else { panel };
+            let multiply = if term.right.in_pairs() { bf16::product } else { panel };
             let (left, right, shape) = (
                 Left::Rows(left, term.stride),
                 Right(right, PANEL),
@@ -134,9 +197,9 @@ pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>
 
 /// Adds a term to `out [rows, n]`; `acc` is scratch.
 pub fn add_term(out: &mut [f32], rows: usize, term: &Term<'_>, acc: &mut Vec<f32>) {
-    let Packed { k, n, pairs, ref data } = *term.right;
+    let Packed { k, n, ref kind, ref data } = *term.right;
     for column in term.right.panels() {
-        if !pairs && n.is_multiple_of(MAX_LANES) {
+        if matches!(kind, Kind::Number) && n.is_multiple_of(MAX_LANES) {
             let data = &data[column / PANEL * k * PANEL..][..k * PANEL];
             let (left, into) = (Left::Rows(term.left, term.stride), (Into::Add, term.scale));
             let shape = (rows, PANEL.min(n - column), k);

@@ -17,6 +17,7 @@ mod columns;
 pub mod element;
 mod head;
 pub mod image_side;
+pub mod int8;
 pub mod layer_norm;
 mod math;
 pub mod multi_head;

@@ -10,7 +10,7 @@
 //!
 //! Source: PEFT 0.21, `merge` in `tuners/lora/layer.py` and `variants.py`.
 
-use crate::nn::{Adapters, Layer, LayerMut, ModuleTree, Node, NodeMut, Unmerged};
+use crate::nn::{refuse_int8, Adapters, Layer, LayerMut, ModuleTree, Node, NodeMut, Unmerged};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, D};
 use std::collections::BTreeMap;
@@ -57,6 +57,7 @@ fn is_finite(tensor: &Tensor) -> Result<bool> {
 }
 
 fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<()> {
+    refuse_int8(model, "merged with an adapter")?;
     let mut results = Vec::new();
     let mut has_adapter = false;
     model.visit("", &mut |path, node| {
@@ -84,7 +85,7 @@ fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<
         new.insert(path, (weight, bias, names));
     }
     model.visit_mut("", &mut |path, node| {
-        if let NodeMut::Layer(LayerMut { weight, bias, adapters }) = node {
+        if let NodeMut::Layer(LayerMut { weight, bias, adapters, .. }) = node {
             if let Some((new_weight, new_bias, names)) = new.remove(path) {
                 let weight = std::mem::replace(weight, new_weight);
                 let bias = std::mem::replace(bias, new_bias);
@@ -100,8 +101,8 @@ fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<
 /// Merged weights are new tensors: a `VarMap` keeps the base, which [`unmerge`] puts back.
 ///
 /// # Errors
-/// When the model carries no active adapter, or a LoRA bias meets a layer without bias, as in PEFT. The model is
-/// unchanged then.
+/// When the model carries no active adapter, a LoRA bias meets a layer without bias, as in PEFT, or a weight is in int8.
+/// The model is unchanged then.
 pub fn merge(model: &mut dyn ModuleTree) -> Result<()> {
     merge_checked(model, false)
 }

@@ -43,7 +43,7 @@ impl ModuleTree for Conv2d {
         f: &mut dyn FnMut(&str, NodeMut<'_>) -> crate::Result<()>,
     ) -> crate::Result<()> {
         let Self { weight, bias, adapters, .. } = self;
-        LayerMut { weight, bias, adapters }.visit(path, f)
+        LayerMut { weight, scales: None, bias, adapters }.visit(path, f)
     }
 }
 
@@ -89,7 +89,7 @@ impl Conv2d {
     /// When the channels differ, or kernel = stride does not divide H and W.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let weight = as_matrix(&self.weight)?;
-        let base = Projection { weight: &weight, bias: self.bias.as_ref(), lora: None };
+        let base = Projection { weight: &weight, scales: None, bias: self.bias.as_ref(), lora: None };
         let columns = self.columns(x)?;
         let low_rank = self.adapters.low_rank(mode)?;
         // Where windows overlap an input is in several columns, and dropped in all or in none of them.
@@ -261,7 +261,7 @@ impl ConvTranspose2d {
     pub fn forward_taps(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let (_, out_dim, kernel, _) = self.weight.dims4()?;
         let (weight, bias) = self.taps()?;
-        let projection = Projection { weight: &weight, bias: Some(&bias), lora: None };
+        let projection = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
         let out = ops::lora_linear(x, &projection, activation, None)?;
         let mut dims = x.dims().to_vec();
         dims.pop();

@@ -1,5 +1,6 @@
 //! Random weights that depend only on a seed and on each parameter's name.
 
+use super::int8::refuse_int8;
 use super::variables::{check_settable, set_values};
 use super::{ModuleTree, Node, NodeMut};
 use crate::philox::{philox4x32, stream_of};
@@ -15,6 +16,7 @@ use rayon::prelude::*;
 ///
 /// # Errors
 /// - `std` is negative or not finite;
+/// - a weight is in int8;
 /// - a tensor is computed from a variable, or is a broadcast view of one.
 ///
 /// The module is unchanged then.
@@ -22,6 +24,7 @@ pub fn randomize(module: &mut dyn ModuleTree, seed: u64, std: f64) -> Result<()>
     if !std.is_finite() || std < 0.0 {
         return Err(Error::config(format!("std of random weights must be >= 0, got {std}")));
     }
+    refuse_int8(module, "filled with random numbers")?;
     let mut settable = Ok(());
     module.visit("", &mut |name, node| {
         if let (Ok(()), Node::Parameter(tensor) | Node::Buffer(tensor)) = (&settable, node) {

@@ -10,7 +10,7 @@
 //! are in `low_rank.rs`; configuration, files and injection are in the `lora` module.
 
 use super::low_rank::{in_turn, LowRank};
-use super::tree::visit_layer;
+use super::tree::{join, visit_layer};
 use super::{Adapter, Adapters, LayerMut, Mode, ModuleTree, Node, NodeMut, DEFAULT_ADAPTER};
 use crate::ops::{self, Activation, Projection};
 use crate::{philox, Result};
@@ -22,6 +22,8 @@ use candle_nn::VarBuilder;
 pub struct Linear {
     /// `[out, in]`
     pub weight: Tensor,
+    /// With a weight in int8, see [`quantize_int8`](super::quantize_int8): `[out]` in f32.
+    pub scales: Option<Tensor>,
     /// `[out]`
     pub bias: Option<Tensor>,
     /// None at first.
@@ -31,7 +33,7 @@ pub struct Linear {
 impl Linear {
     /// A layer without adapters.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias, adapters: Adapters::default() }
+        Self { weight, scales: None, bias, adapters: Adapters::default() }
     }
 
     /// A layer with `weight` and `bias` of a `VarBuilder`; a `VarMap` draws them as for `candle_nn::linear`.
@@ -80,7 +82,13 @@ impl Linear {
             [part] if part.magnitude().is_none() => Some(part.lora()),
             _ => return None,
         };
-        Some(Projection { weight: &self.weight, bias: self.bias.as_ref(), lora })
+        Some(Projection { lora, ..self.base() })
+    }
+
+    /// This layer without adapters.
+    fn base(&self) -> Projection<'_> {
+        let Self { weight, scales, bias, .. } = self;
+        Projection { weight, scales: scales.as_ref(), bias: bias.as_ref(), lora: None }
     }
 
     /// The layer's output on a row of zeros, `[out]`: the bias, plus what the adapters make of it. None is zero.
@@ -92,7 +100,8 @@ impl Linear {
         if low_rank.iter().all(|part| part.lora().b_bias.is_none()) {
             return Ok(self.bias.clone());
         }
-        let zeros = Tensor::zeros((1, self.in_dim()), self.weight.dtype(), self.weight.device())?;
+        let dtype = if self.scales.is_some() { DType::F32 } else { self.weight.dtype() };
+        let zeros = Tensor::zeros((1, self.in_dim()), dtype, self.weight.device())?;
         self.forward(&zeros, mode)?.get(0).map(Some)
     }
 
@@ -113,7 +122,7 @@ impl Linear {
         if let Some(projection) = self.projection(&low_rank) {
             return ops::lora_linear(x, &projection, activation, residual);
         }
-        let base = Projection { weight: &self.weight, bias: self.bias.as_ref(), lora: None };
+        let base = self.base();
         let only = if let [part] = low_rank.as_slice() { Some(part) } else { None };
         let y = match only.and_then(|part| Some((part, part.magnitude()?))) {
             Some((part, magnitude)) => {
@@ -138,7 +147,10 @@ impl Linear {
 
 impl ModuleTree for Linear {
     fn visit(&self, path: &str, f: &mut dyn FnMut(&str, Node<'_>)) {
-        visit_layer(path, &self.weight, self.bias.as_ref(), &self.adapters, f)
+        visit_layer(path, &self.weight, self.bias.as_ref(), &self.adapters, f);
+        if let Some(scales) = &self.scales {
+            f(&join(path, "weight_scale"), Node::Buffer(scales));
+        }
     }
 
     fn visit_mut(
@@ -146,7 +158,11 @@ impl ModuleTree for Linear {
         path: &str,
         f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
     ) -> Result<()> {
-        let Self { weight, bias, adapters } = self;
-        LayerMut { weight, bias, adapters }.visit(path, f)
+        let Self { weight, scales, bias, adapters } = self;
+        LayerMut { weight, scales: Some(&mut *scales), bias, adapters }.visit(path, f)?;
+        match scales {
+            Some(scales) => f(&join(path, "weight_scale"), NodeMut::Buffer(scales)),
+            None => Ok(()),
+        }
     }
 }

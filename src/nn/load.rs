@@ -1,6 +1,7 @@
 //! A module filled from a `VarBuilder`.
 
 use super::adapters::is_adapter_tensor;
+use super::int8::refuse_int8;
 use super::{ModuleTree, Node, NodeMut};
 use crate::{Error, Result, TensorMismatch};
 use candle_nn::VarBuilder;
@@ -16,7 +17,8 @@ use std::collections::HashMap;
 /// # Errors
 /// - a parameter or buffer of the module is missing, or has another shape: all of them are listed;
 /// - a tensor cannot be read;
-/// - an adapter is merged.
+/// - an adapter is merged;
+/// - a weight is in int8.
 ///
 /// The module and the map are unchanged then.
 pub fn load(module: &mut dyn ModuleTree, vb: &VarBuilder<'_>) -> Result<()> {
@@ -24,6 +26,7 @@ pub fn load(module: &mut dyn ModuleTree, vb: &VarBuilder<'_>) -> Result<()> {
         prefix if prefix.is_empty() => "VarBuilder".to_string(),
         prefix => format!("VarBuilder at {prefix}"),
     };
+    refuse_int8(module, "loaded anew")?;
     let mut mismatch = TensorMismatch { source, ..Default::default() };
     let (mut values, mut refused, mut merged) = (HashMap::new(), String::new(), None);
     module.visit("", &mut |name, node| {

@@ -95,7 +95,7 @@ impl LowRank {
     /// `scaling (x A^T (g B)^T + lora_bias)` in f32, as `x` is, which is dropped already.
     fn product(&self, x: &Tensor, g: Option<&Tensor>) -> Result<Tensor> {
         let linear = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| {
-            let projection = Projection { weight, bias, lora: None };
+            let projection = Projection { weight, scales: None, bias, lora: None };
             ops::lora_linear(x, &projection, Activation::Identity, None)
         };
         let to_dtype = |tensor: &Tensor| tensor.to_dtype(DType::F32);
@@ -129,7 +129,7 @@ pub(super) fn in_turn(
         let g = (wide(magnitude)? / norm)?;
         let unscaled = match (part.dropout, base.bias) {
             (Some(_), _) => {
-                let weight = Projection { weight: &wide(base.weight)?, bias: None, lora: None };
+                let weight = Projection { weight: &wide(base.weight)?, scales: None, bias: None, lora: None };
                 ops::lora_linear(&dropped, &weight, Activation::Identity, None)?
             }
             (None, Some(bias)) => ops::broadcast_add(&y, &bias.neg()?)?,

@@ -6,8 +6,8 @@
 
 use super::variables::Training;
 use super::{adapter_tensor_name, Adapters};
-use crate::Result;
-use candle_core::{Tensor, Var};
+use crate::{Error, Result};
+use candle_core::{DType, Tensor, Var};
 use std::collections::{BTreeMap, HashSet};
 
 /// A node that a walk meets.
@@ -62,6 +62,8 @@ pub struct Layer<'a> {
 pub struct LayerMut<'a> {
     /// `[out, in]` or `[out, in, k, k]`
     pub weight: &'a mut Tensor,
+    /// Place of the scales of a weight in int8; none where the layer cannot have one.
+    pub scales: Option<&'a mut Option<Tensor>>,
     /// `[out]`
     pub bias: &'a mut Option<Tensor>,
     /// By name.
@@ -95,8 +97,8 @@ impl LayerMut<'_> {
         path: &str,
         f: &mut dyn FnMut(&str, NodeMut<'_>) -> Result<()>,
     ) -> Result<()> {
-        let Self { weight, bias, adapters } = self;
-        f(path, NodeMut::Layer(LayerMut { weight, bias, adapters }))?;
+        let Self { weight, scales, bias, adapters } = self;
+        f(path, NodeMut::Layer(LayerMut { weight, scales, bias, adapters }))?;
         f(&join(path, "weight"), NodeMut::Parameter(weight))?;
         if let Some(bias) = bias {
             f(&join(path, "bias"), NodeMut::Parameter(bias))?;
@@ -334,7 +336,8 @@ pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {
 /// computed from a variable, or that shares its variable with a parameter to be frozen.
 ///
 /// # Errors
-/// When a tensor cannot be allocated.
+/// - a parameter to be trained is in int8;
+/// - a tensor cannot be allocated.
 pub fn set_trainable(
     module: &mut dyn ModuleTree,
     mut wanted: impl FnMut(&str) -> bool,
@@ -343,6 +346,9 @@ pub fn set_trainable(
     let mut frozen = HashSet::new();
     for (name, tensor) in named_parameters(module) {
         let train = wanted(&name);
+        if train && tensor.dtype() == DType::U8 {
+            return Err(Error::config(format!("{name} is in int8 and cannot be trained")));
+        }
         if let (false, Training::Trained(variable)) = (train, Training::of(&tensor)?) {
             frozen.insert(variable.id());
         }

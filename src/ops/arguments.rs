@@ -1,9 +1,10 @@
 //! The tensors and numbers that norms, projections and attention take besides their input, and what does not fit.
 
 use super::check;
+use crate::cpu;
 use crate::philox::Dropout;
 use crate::problem::{AttentionProblem, LoraProblem, ProjectionProblem};
-use candle_core::{bail, Result, Tensor};
+use candle_core::{bail, DType, Result, Tensor};
 
 /// Largest side of a window.
 const MAX_WINDOW: usize = 1024;
@@ -40,8 +41,10 @@ pub struct Lora<'a> {
 /// One projection: base weight, bias, adapter.
 #[derive(Clone, Copy, Debug)]
 pub struct Projection<'a> {
-    /// `[out, in]`
+    /// `[out, in]`; in int8 bytes, see `scales`.
     pub weight: &'a Tensor,
+    /// With them the weight is a frozen one in int8, `(byte - 128) * scale`, on the CPU: `[out]` in f32.
+    pub scales: Option<&'a Tensor>,
     /// `[out]`
     pub bias: Option<&'a Tensor>,
     /// The adapter, if any.
@@ -73,7 +76,10 @@ impl<'a> Projection<'a> {
         check::not_empty(op, "x", x)?;
         let weight = self.weight;
         check::not_empty(op, "weight", weight)?;
-        check::parameter(op, "weight", weight, x)?;
+        match self.scales {
+            Some(scales) => check::int8_weight(op, weight, scales, x)?,
+            None => check::parameter(op, "weight", weight, x)?,
+        }
         let in_dim = x.dims()[x.rank() - 1];
         if weight.rank() != 2 || weight.dims()[1] != in_dim {
             bail!("{op}: weight must have shape [out, {in_dim}], got {:?}", weight.dims())
@@ -106,6 +112,13 @@ impl<'a> Projection<'a> {
         }
         check::finite(op, "scaling", lora.scaling)?;
         lora.dropout.map_or(Ok(()), |dropout| dropout.validate(op))
+    }
+
+    /// The weight as floating-point numbers, in f32 where it is in int8.
+    pub(super) fn float_weight(&self) -> Result<Tensor> {
+        let Some(scales) = self.scales else { return Ok(self.weight.clone()) };
+        let integers = (self.weight.to_dtype(DType::F32)? - f64::from(cpu::int8::OFFSET))?;
+        integers.broadcast_mul(&scales.unsqueeze(1)?)
     }
 
     /// Everything differentiable but the weight, in the order of `small_layout`.

@@ -1,5 +1,6 @@
 //! Checks shared by the operations; every message names the operation, what it expected and what it got.
 
+use crate::cpu::int8;
 use candle_core::{bail, DType, Result, Tensor};
 
 /// The dtype is one the operations take.
@@ -52,6 +53,31 @@ pub(super) fn parameter(
         DType::F32 => same_device(op, name, tensor, like),
         _ => same_kind(op, name, tensor, like),
     }
+}
+
+/// `weight` is one in int8 with a scale for each row, and `like` is on the CPU, too.
+pub(super) fn int8_weight(
+    op: &'static str,
+    weight: &Tensor,
+    scales: &Tensor,
+    like: &Tensor,
+) -> Result<()> {
+    if weight.dtype() != DType::U8 || scales.dtype() != DType::F32 {
+        let (weight, scales) = (weight.dtype(), scales.dtype());
+        bail!("{op}: an int8 weight is u8 with scales in f32, got {weight:?} and {scales:?}")
+    }
+    if !like.device().is_cpu() {
+        bail!("{op}: int8 weights are for the CPU, x is on {:?}", like.device().location())
+    }
+    same_device(op, "weight", weight, like)?;
+    same_device(op, "scales", scales, like)?;
+    shape(op, "scales", scales, &weight.dims()[..1])?;
+    let depth = weight.dims().get(1).copied().unwrap_or(0);
+    if depth % 4 != 0 || depth > int8::MAX_DEPTH {
+        let most = int8::MAX_DEPTH;
+        bail!("{op}: an int8 weight's rows are multiples of 4 up to {most} long, got {depth}")
+    }
+    Ok(())
 }
 
 /// `tensor` has exactly the shape `expected`.

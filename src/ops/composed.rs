@@ -31,7 +31,7 @@ pub fn lora_linear(
     let in_dim = out_dims.pop().unwrap_or(1);
     out_dims.push(projection.weight.dim(0)?);
     let rows = x.reshape(((), in_dim))?;
-    let mut y = product(&rows, &projection.weight.t()?, None, x.dtype())?;
+    let mut y = product(&rows, &projection.float_weight()?.t()?, None, x.dtype())?;
     if let Some(bias) = projection.bias {
         y = broadcast_add(&y, bias)?;
     }

@@ -12,6 +12,7 @@ use crate::problem::{AttentionProblem, ProjectionProblem};
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use half::bf16;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// The computation of a layer; its parameters are in the chain.
@@ -19,7 +20,12 @@ pub(super) enum Layer {
     /// Parameters: weight, bias.
     Norm { eps: f64 },
     /// Parameters: those of each projection in turn, see [`crate::problem::small_layout`].
-    Projections { problems: Vec<ProjectionProblem>, weights: Vec<Tensor>, activation: Activation },
+    Projections {
+        problems: Vec<ProjectionProblem>,
+        /// With the scales of those in int8.
+        weights: Vec<(Tensor, Option<Tensor>)>,
+        activation: Activation,
+    },
     /// No parameters.
     Activation(Function),
     /// Parameters: the tables, then the pad if there is one.
@@ -308,16 +314,30 @@ impl Stage {
         let Layer::Projections { problems, weights, activation } = &self.layer else {
             bail!("{}: the layer is no projection", self.op)
         };
+        let in_int8 = weights.iter().any(|(_, scales)| scales.is_some());
         let activation = match (activation, function(*activation)) {
             (Activation::Identity, _) => None,
+            // Activations of int8 weights are rounded by far more than this is off.
+            (Activation::Gelu, _) if in_int8 => Some(cpu::activation::gelu_by_rational as Function),
             (other, None) => bail!("{}: {other:?} is not fused", self.op),
             (_, function) => function,
         };
-        let guards: Vec<_> = weights.iter().map(Tensor::storage_and_layout).collect();
-        let in_dim = weights[0].dims()[1];
-        let weights = guards.iter().map(|(storage, layout)| match &**storage {
-            Storage::Cpu(storage) => weight(self.op, storage, layout, in_dim),
-            _ => bail!("{}: the weight left the CPU", self.op),
+        let guards: Vec<_> = weights
+            .iter()
+            .map(|(weight, scales)| {
+                (weight.storage_and_layout(), scales.as_ref().map(Tensor::storage_and_layout))
+            })
+            .collect();
+        let in_dim = weights[0].0.dims()[1];
+        let weights = guards.iter().map(|((storage, layout), scales)| {
+            let storage = on_the_cpu(self.op, storage)?;
+            match scales {
+                None => weight(self.op, storage, layout, in_dim),
+                Some((scales, at)) => {
+                    let scales = to_f32(self.op, on_the_cpu(self.op, scales)?, at)?;
+                    int8_weight(self.op, storage, layout, scales)
+                }
+            }
         });
         let weights = weights.collect::<Result<_>>()?;
         Ok(f(&Projections { in_dim, projections: problems, weights, parameters, activation }))
@@ -345,6 +365,27 @@ fn weight<'a>(
         }
     }
     Ok(Weight::F32(to_f32(op, storage, layout)?))
+}
+
+fn on_the_cpu<'a>(op: &'static str, storage: &'a Storage) -> Result<&'a CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => bail!("{op}: the weight left the CPU"),
+    }
+}
+
+fn int8_weight<'a>(
+    op: &'static str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+    scales: Cow<'a, [f32]>,
+) -> Result<Weight<'a>> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::U8(bytes), Some((start, end))) => {
+            Ok(Weight::from_int8(&bytes[start..end], scales))
+        }
+        _ => bail!("{op}: an int8 weight must be contiguous"),
+    }
 }
 
 fn attention_inputs<'a, T: Stored>(

@@ -17,6 +17,7 @@ use candle_core::{bail, DType, Result, Tensor, D};
 
 /// The row norms `|| W + scaling B A ||_2`, `[out]`, in f32 and without a gradient.
 pub fn dora_weight_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
+    check::float("dora-weight-norm", "weight", weight)?;
     let to_f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
     #[cfg(feature = "cuda")]
     if super::custom::has_kernels(weight.device()) && a.dims()[0] <= crate::launch::dora::MOST_RANK
@@ -36,6 +37,9 @@ pub fn dora_linear(x: &Tensor, projection: &Projection<'_>, magnitude: &Tensor) 
     let Projection { weight, lora: Some(lora), .. } = *projection else {
         bail!("{OP}: the projection has no lora part")
     };
+    if projection.scales.is_some() {
+        bail!("{OP}: DoRA scales the weight's rows, which is not done to one in int8")
+    }
     if lora.b_bias.is_some() {
         bail!("{OP}: a lora bias cannot be combined with DoRA")
     }

@@ -29,7 +29,7 @@
 //! // Seed, stream and place say whether an element is dropped: equal on every device.
 //! let dropout = Some(Dropout { p: 0.1, seed: 1, stream: 0 });
 //! let lora = Some(Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout });
-//! let projection = Projection { weight: &weight, bias: None, lora };
+//! let projection = Projection { weight: &weight, scales: None, bias: None, lora };
 //! let y = lora_linear(&x, &projection, Activation::Gelu, None)?;
 //! assert_eq!(y.dims(), [4, 6]);
 //! assert!(y.sum_all()?.backward()?.get(&a).is_some());

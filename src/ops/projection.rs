@@ -53,7 +53,7 @@ pub(super) fn layer(
     activation: Activation,
 ) -> (Layer, Vec<Tensor>) {
     let problems = projections.iter().map(Projection::problem).collect();
-    let weights = projections.iter().map(|p| p.weight.clone()).collect();
+    let weights = projections.iter().map(|p| (p.weight.clone(), p.scales.cloned())).collect();
     let layer = Layer::Projections { problems, weights, activation };
     (layer, projections.iter().flat_map(Projection::parameters).cloned().collect())
 }
@@ -151,7 +151,7 @@ mod tests {
         let (weight, bias) = (zeros(&[6, 4], DType::BF16)?, zeros(&[6], DType::BF16)?);
         let (a, b) = (zeros(&[2, 4], DType::F32)?, zeros(&[6, 2], DType::F32)?);
         let lora = Lora { a: &a, b: &b, b_bias: Some(&bias), scaling: 1.0, dropout: None };
-        let base = Projection { weight: &weight, bias: Some(&bias), lora: None };
+        let base = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
         let adapted = Projection { lora: Some(lora), ..base };
         let read = |projections: &[Projection<'_>]| {
             in_place(&layer(projections, Activation::Identity).1, DType::BF16)

@@ -54,7 +54,7 @@
 //! check_gradients(variables, || run()?.sqr()?.sum_all())?;
 //!
 //! // A graph of candle's operations, and its gradients.
-//! let projection = Projection { weight: &w, bias: None, lora: None };
+//! let projection = Projection { weight: &w, scales: None, bias: None, lora: None };
 //! let graph = composed::lora_linear(&x, &projection, Activation::Relu, None)?;
 //! let (ours, theirs) = (run()?.sqr()?.sum_all()?.backward()?, graph.sqr()?.sum_all()?.backward()?);
 //! for var in [&x, &w] {

@@ -90,7 +90,7 @@ fn projection(device: &Device) -> Result<()> {
     let (bias, a, b) = (tensor(3, &[1152])?, tensor(4, &[8, 64])?, tensor(5, &[1152, 8])?);
     let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
     let lora = Lora { a: &a, b: &b, b_bias: None, scaling: 1.0, dropout: None };
-    let part = Projection { weight: &weight, bias: Some(&bias), lora: Some(lora) };
+    let part = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: Some(lora) };
     let calls = repeated(|| ops::lora_linear(&x, &part, Activation::Identity, None))?;
     assert_eq!(ONCE.map(&calls), [0; 5]);
     // x, the weight and b are where they were; the output and S may be somewhere else.
@@ -109,7 +109,7 @@ fn set_kernels_before_a_backward(device: &Device) -> Result<()> {
     let (x, weight) = (Var::from_tensor(&tensor(1, &[1793, 64])?)?, tensor(2, &[1152, 64])?);
     let (a, b) = (tensor(3, &[8, 64])?, tensor(4, &[1152, 8])?);
     let lora = Lora { a: &a, b: &b, b_bias: None, scaling: 1.0, dropout: None };
-    let part = Projection { weight: &weight, bias: None, lora: Some(lora) };
+    let part = Projection { weight: &weight, scales: None, bias: None, lora: Some(lora) };
     let early = || calls("CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC").unwrap_or_default();
     for (forward, backward, expected) in
         [(Kernels::Native, Kernels::NativeInTurn, 1), (Kernels::NativeInTurn, Kernels::Native, 0)]

@@ -313,7 +313,7 @@ fn projection<'a>(
         scaling: SCALING,
         dropout,
     });
-    Projection { weight: &base[0], bias: Some(&base[1]), lora }
+    Projection { weight: &base[0], scales: None, bias: Some(&base[1]), lora }
 }
 
 /// Roughly normal numbers. They repeat after a prime number of them, so that no two rows are alike and the host makes

@@ -240,7 +240,7 @@ fn a_wrong_projection_is_replaced(device: &Device) -> Result<()> {
     let run = |t: &[Tensor]| {
         let weight =
             weight.to_dtype(DType::F16)?.to_dtype(t[0].dtype())?.to_device(t[0].device())?;
-        let part = Projection { weight: &weight, bias: Some(&t[1]), lora: None };
+        let part = Projection { weight: &weight, scales: None, bias: Some(&t[1]), lora: None };
         ops::lora_linear(&t[0], &part, Activation::Identity, None)
     };
     let inputs = [random(1, (1793, 64)), random(2, 1152)];

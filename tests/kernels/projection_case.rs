@@ -183,7 +183,7 @@ impl Data {
                 let b_bias = part.lora_bias.as_ref().and_then(|_| small.next());
                 Lora { a, b, b_bias, scaling: scaling.into(), dropout }
             });
-            Projection { weight: &part.weight, bias, lora }
+            Projection { weight: &part.weight, scales: None, bias, lora }
         };
         self.parts.iter().map(of_part).collect()
     }

@@ -59,6 +59,30 @@ fn gives_the_tensors_of_pytorch() -> Result<()> {
     Ok(())
 }
 
+/// The weights in int8 are told of, and change the results a little.
+#[test]
+fn quantizes_and_says_so() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    let io = read(folder("tiny").join("io.safetensors"))?;
+    write_tensors(here.join("in"), &inputs(&io, &["encoder/"]))?;
+    let model = folder("tiny");
+    for dtype in ["f32", "bf16"] {
+        let command = format!(
+            "--input in --output out --model {} --quantize int8 --dtype {dtype}",
+            model.display()
+        );
+        let out = succeed(here, "encode", &command)?;
+        ensure!(out.lines().any(|line| line.starts_with("int8: ")), "{out}");
+        let got = &read(here.join("out"))?["image_embeddings"];
+        let error = relative_error(got, &io["encoder/image_embeddings"])?;
+        ensure!(error > BOUND && error < 0.1, "{dtype}: {error:e}");
+    }
+    let line = "--input in --output out --quantize int8 --device cuda:0";
+    let words = if cfg!(feature = "cuda") { ["--quantize", "cpu"] } else { ["cuda", ""] };
+    fail(here, "encode", line, 1, &words)
+}
+
 #[test]
 fn with_an_adapter_gives_those_of_peft() -> Result<()> {
     let temporary = tempfile::tempdir()?;

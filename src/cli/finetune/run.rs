@@ -42,7 +42,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     }
     let console = options.console;
     let place = options.backend.open(&**processes)?;
-    let Placement { device, dtype } = &place;
+    let Placement { device, dtype, quantize } = &place;
     let batch = options.batch();
     batch.validate()?;
     options.lora.config().validate()?;
@@ -109,6 +109,9 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     }
     if *dtype != DType::F32 {
         settings.insert("dtype".into(), json!(format!("{dtype:?}")));
+    }
+    if let Some(quantize) = quantize {
+        settings.insert("quantize".into(), json!(format!("{quantize:?}")));
     }
     // After the settings: a run may go on with the same model from a folder.
     if options.adapter.is_none() {

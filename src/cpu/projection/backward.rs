@@ -6,7 +6,7 @@
 //! ```
 //! Gradients of the parameters are summed within a group of consecutive rows, then over the groups, in order.
 
-use super::{copy_columns, dropped, Projections, Ready, Saved, Weight};
+use super::{copy_columns, dropped, Projections, Ready, Saved};
 use crate::cpu::activation::gradient;
 use crate::cpu::bf16;
 use crate::cpu::blocked::{accumulate, add_transposed_product, Packed, Term, ROWS};
@@ -41,15 +41,10 @@ pub fn backward<T: Element>(
 ) -> Gradients<T> {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let rows = grad.len() / total;
-    let pack: fn(&Weight<'_>, usize, usize) -> Packed = if want_x {
-        |weight, n, k| match weight {
-            Weight::F32(weight) => Packed::from_rows(weight, n, k),
-            Weight::Pairs(pairs) => Packed::from_rows_of_pairs(pairs, n, k),
-        }
-    } else {
-        |_, _, _| Packed::empty()
-    };
-    let parts = layer.ready(pack);
+    let parts = layer.ready(|weight, n, k| match want_x {
+        true => weight.by_rows::<T>(n, k),
+        false => Packed::empty(),
+    });
     let in_pairs = parts.iter().any(|part| part.weight.in_pairs());
     let in_f32 = want_parameters || parts.iter().any(|p| p.lora.is_some() || !p.weight.in_pairs());
     // B and A where there is LoRA, for dS = scaling g B and dx += dS A.

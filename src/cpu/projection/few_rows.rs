@@ -25,8 +25,13 @@ pub fn applies(rows: usize, in_dim: usize) -> bool {
     (1..=MOST).contains(&rows) && in_dim >= WIDE
 }
 
-/// `out [rows, sum of out_dim]` for `x [rows, in]` where [`applies`] and no backward follows.
-pub fn forward(layer: &Projections<'_>, x: &[f32], residual: Option<&[f32]>) -> Buffer {
+/// `out [rows, sum of out_dim]` for `x [rows, in]` where [`applies`] and no backward follows. None where a weight is in int8: its
+/// products are of packed weights alone.
+pub fn forward(
+    layer: &Projections<'_>,
+    x: &[f32],
+    residual: Option<&[f32]>,
+) -> Option<Buffer> {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let mut out = Buffer::any(x.len() / in_dim * total);
     for (part, weight) in layer.ready(|_, _, _| Packed::empty()).iter().zip(&layer.weights) {
@@ -38,6 +43,7 @@ pub fn forward(layer: &Projections<'_>, x: &[f32], residual: Option<&[f32]>) -> 
         match weight {
             Weight::F32(weight) => add_product(sums, total, (x, in_dim), weight, 1.0),
             Weight::Pairs(pairs) => add_product_of_pairs(sums, total, (x, in_dim), pairs),
+            Weight::Quads(..) => return None,
         }
         if let Some(lora) = part.lora {
             let x = dropped(x, in_dim, in_dim, 0, lora);
@@ -52,7 +58,7 @@ pub fn forward(layer: &Projections<'_>, x: &[f32], residual: Option<&[f32]>) -> 
     if let Some(residual) = residual {
         add(&mut out, residual);
     }
-    out
+    Some(out)
 }
 
 /// `sums [rows, n] += scale * x weight^T`, rows of the sums `stride` apart, `x [rows, depth]`, `weight [n, depth]`.

@@ -6,16 +6,20 @@
 //!
 //! Kept for the backward: S, and with an activation the sum before it.
 
-use super::{copy_columns, dropped, few_rows, Projections, Ready, Saved, Weight};
+use super::{copy_columns, dropped, few_rows, Projections, Ready, Saved};
 use crate::cpu::blocked::{accumulate, Packed, Term, ROWS};
 use crate::cpu::buffer::Elements;
 use crate::cpu::element::Element;
+use crate::cpu::int8;
 use crate::cpu::panel::PANEL;
 use crate::cpu::simd::{padded, run};
 use crate::problem::LoraProblem;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::borrow::Cow;
+
+/// Rows whose sums stay in the first-level cache through the epilogue.
+const EPILOGUE: usize = 48;
 
 /// `out [rows, sum of out_dim]` for `x [rows, in]`; what the backward needs is kept only if `keep`.
 pub fn forward<T: Element>(
@@ -30,17 +34,17 @@ pub fn forward<T: Element>(
         let (mut wide_x, mut wide_residual) = (Vec::new(), Vec::new());
         let x = T::read(x, &mut wide_x);
         let residual = residual.map(|residual| T::read(residual, &mut wide_residual));
-        let sums = few_rows::forward(layer, x, residual);
-        let mut out = Elements::any(sums.len());
-        T::write(&mut out, &mut Vec::new(), |out| out.copy_from_slice(&sums));
-        return (out, Saved::default());
+        if let Some(sums) = few_rows::forward(layer, x, residual) {
+            let mut out = Elements::any(sums.len());
+            T::write(&mut out, &mut Vec::new(), |out| out.copy_from_slice(&sums));
+            return (out, Saved::default());
+        }
     }
-    let parts = layer.ready(|weight, n, k| match weight {
-        Weight::F32(weight) => Packed::from_transposed(weight, n, k),
-        Weight::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
-    });
-    let in_pairs = parts.iter().any(|part| part.weight.in_pairs());
-    let in_f32 = parts.iter().any(|part| part.lora.is_some() || !part.weight.in_pairs());
+    let parts = layer.ready(|weight, n, k| weight.transposed(n, k));
+    let any = |test: fn(&Ready<'_>) -> bool| parts.iter().any(test);
+    let (in_pairs, in_quads) = (any(|p| p.weight.in_pairs()), any(|p| p.weight.in_quads()));
+    let in_f32 =
+        any(|p| p.lora.is_some() || !(p.weight.in_pairs() || p.weight.in_quads()));
     let constants: Vec<_> = parts.iter().map(Ready::constant).collect();
     // A^T and B^T where there is LoRA.
     let low_rank: Vec<_> = parts
@@ -67,38 +71,47 @@ pub fn forward<T: Element>(
             let count = out.len() / total;
             let x_rows = &x[first * in_dim..][..count * in_dim];
             let x_pairs = if in_pairs { T::pairs(x_rows) } else { Cow::Borrowed(&[][..]) };
+            let x_quads = if in_quads { int8::rows(x_rows, in_dim) } else { Vec::new() };
             let mut wide = Vec::new();
             let x_rows = if in_f32 { T::read(x_rows, &mut wide) } else { &[] };
-            let mut acc = vec![0f32; count * PANEL];
+            let mut acc = vec![0f32; count.min(EPILOGUE) * PANEL];
             let mut s_of_parts = Vec::new();
             for ((part, constant), low_rank) in parts.iter().zip(&constants).zip(&low_rank) {
                 let s = match (low_rank, part.lora) {
                     (Some((a, _)), Some(lora)) => low_rank_input(x_rows, in_dim, first, a, lora),
                     _ => Vec::new(),
                 };
-                let (left, stride) = match part.weight.in_pairs() {
-                    true => (&*x_pairs, in_dim / 2),
-                    false => (x_rows, in_dim),
+                let (left, stride) = match &part.weight {
+                    weight if weight.in_pairs() => (&*x_pairs, in_dim / 2),
+                    weight if weight.in_quads() => (&x_quads[..], in_dim / 4 + int8::TAIL),
+                    _ => (x_rows, in_dim),
                 };
-                for column in part.weight.panels() {
+                let rows = (0..count).step_by(EPILOGUE);
+                for (column, row) in
+                    part.weight.panels().flat_map(|column| rows.clone().map(move |r| (column, r)))
+                {
+                    let count = EPILOGUE.min(count - row);
+                    let acc = &mut acc[..count * PANEL];
+                    let left = &left[row * stride..];
                     let base = Term { left, stride, right: &part.weight, scale: 1.0 };
                     match (low_rank, part.lora) {
                         (Some((_, b)), Some(lora)) => {
                             let stride = padded(lora.rank);
-                            let up = Term { left: &s, stride, right: b, scale: lora.scaling };
-                            accumulate(&mut acc, count, column, &[base, up]);
+                            let left = &s[row * stride..];
+                            let up = Term { left, stride, right: b, scale: lora.scaling };
+                            accumulate(acc, count, column, &[base, up]);
                         }
-                        _ => accumulate(&mut acc, count, column, &[base]),
+                        _ => accumulate(acc, count, column, &[base]),
                     }
                     let constant = &constant[column..part.out_dim().min(column + PANEL)];
-                    let place = part.columns.start + column;
+                    let place = row * total + part.columns.start + column;
                     let sum = sum.as_mut().map(|sum| &mut sum[place..]);
-                    run(AddConstant { acc: &mut acc, constant, sum, total });
+                    run(AddConstant { acc: &mut *acc, constant, sum, total });
                     if let Some(activation) = layer.activation {
-                        activation(&mut acc, false);
+                        activation(acc, false);
                     }
                     let residual = residual.map(|residual| &residual[first * total + place..]);
-                    let (acc, out) = (&acc, &mut out[place..]);
+                    let (acc, out) = (&*acc, &mut out[place..]);
                     run(Store { acc, residual, out, total, width: constant.len() });
                 }
                 s_of_parts.push(s);

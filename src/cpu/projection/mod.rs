@@ -44,6 +44,8 @@ pub enum Weight<'a> {
     F32(Cow<'a, [f32]>),
     /// In bf16, on a machine that multiplies that: a row's neighbours in pairs, see `cpu/bf16.rs`.
     Pairs(&'a [f32]),
+    /// In int8, see [`super::int8`]: a row's neighbours in fours, and the scales of the rows.
+    Quads(Cow<'a, [f32]>, Cow<'a, [f32]>),
 }
 
 impl<'a> Weight<'a> {
@@ -52,6 +54,39 @@ impl<'a> Weight<'a> {
         let even = in_dim.is_multiple_of(2) && (values.len() / in_dim).is_multiple_of(2);
         let pairs = bytemuck::try_cast_slice(values).ok();
         pairs.filter(|_| even && bf16::available()).map(Self::Pairs)
+    }
+
+    /// From bytes that are 128 too large; the width of the input is a multiple of 4.
+    pub fn from_int8(bytes: &'a [u8], scales: Cow<'a, [f32]>) -> Self {
+        // Tensors may begin anywhere.
+        let quads = match bytemuck::try_cast_slice(bytes) {
+            Ok(quads) => Cow::Borrowed(quads),
+            Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
+        };
+        Self::Quads(quads, scales)
+    }
+
+    /// Packed for products with x.
+    fn transposed(&self, n: usize, k: usize) -> Packed {
+        match self {
+            Self::F32(weight) => Packed::from_transposed(weight, n, k),
+            Self::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
+            Self::Quads(quads, scales) => Packed::from_transposed_quads(quads, scales, n, k),
+        }
+    }
+
+    /// Packed for products with a gradient of type `T`. An int8 weight has the values of its integers times their scales.
+    fn by_rows<T: Element>(&self, k: usize, n: usize) -> Packed {
+        match self {
+            Self::F32(weight) => Packed::from_rows(weight, k, n),
+            Self::Pairs(pairs) => Packed::from_rows_of_pairs(pairs, k, n),
+            Self::Quads(quads, scales) => {
+                match T::IS_BF16 && k.is_multiple_of(2) && bf16::available() {
+                    true => Packed::from_rows_of_quads_as_pairs(quads, scales, k, n),
+                    false => Packed::from_rows_of_quads(quads, scales, k, n),
+                }
+            }
+        }
     }
 }
 
@@ -108,7 +143,7 @@ impl<'a> Projections<'a> {
         self.projections.iter().map(|p| p.out_dim).sum()
     }
 
-    fn ready(&self, pack: fn(&Weight<'_>, usize, usize) -> Packed) -> Vec<Ready<'a>> {
+    fn ready(&self, pack: impl Fn(&Weight<'_>, usize, usize) -> Packed) -> Vec<Ready<'a>> {
         let (layouts, _) = small_layout(self.in_dim, self.projections);
         let mut end = 0;
         let parts = self.projections.iter().zip(layouts).zip(&self.weights);

@@ -65,6 +65,7 @@ impl<'a> Plan<'a> {
                 )));
             }
         }
+        refuse_int8(config, &targets, &base)?;
         Ok(Self { config, name, active, targets, base, unknown_modules })
     }
 
@@ -141,6 +142,26 @@ impl<'a> Plan<'a> {
         let mut values = self.initial_values(0)?;
         values.retain(|name, _| !is_adapter_tensor(name));
         Ok(values)
+    }
+}
+
+/// Refuses what reads or replaces a weight in int8.
+fn refuse_int8(
+    config: &LoraConfig,
+    targets: &BTreeMap<String, Target>,
+    base: &BTreeMap<String, (String, Tensor)>,
+) -> Result<()> {
+    let is_int8 = |tensor: &Tensor| tensor.dtype() == DType::U8;
+    if let Some((name, _)) = base.iter().find(|(_, (_, tensor))| is_int8(tensor)) {
+        return Err(Error::config(format!("{name} is in int8 and cannot be trained")));
+    }
+    let reads = config.use_dora || config.init_lora_weights.changes_base();
+    let target = targets.iter().find(|(_, target)| is_int8(&target.weight));
+    match target.filter(|_| reads) {
+        Some((path, _)) => Err(Error::config(format!(
+            "{path}: its weight is in int8; DoRA, PiSSA and OLoRA need one in floating point"
+        ))),
+        None => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Writing a model as a checkpoint other tools read.
 
 use super::names::Names;
-use crate::nn::{is_adapter_tensor, ModuleTree, Node};
+use crate::nn::{is_adapter_tensor, refuse_int8, ModuleTree, Node};
 use crate::{files, Error, Result};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
@@ -14,6 +14,7 @@ use std::path::Path;
 /// is replaced only by a complete one.
 ///
 /// # Errors
+/// - a weight is in int8;
 /// - the file cannot be written;
 /// - two tensors have one name in the file, and differ.
 pub fn save(
@@ -22,6 +23,7 @@ pub fn save(
     names: &Names,
     dtype: Option<DType>,
 ) -> Result<()> {
+    refuse_int8(model, "saved as a checkpoint")?;
     let mut split = BTreeMap::new();
     model.visit(names.root(model), &mut |name, node| {
         if let Node::Parameter(tensor) | Node::Buffer(tensor) = node {

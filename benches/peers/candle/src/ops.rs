@@ -23,6 +23,13 @@ pub struct Projection<'a> {
     pub lora: Option<Lora<'a>>,
 }
 
+impl Projection<'_> {
+    /// The weight, which is never quantized here.
+    pub fn float_weight(&self) -> Result<Tensor> {
+        Ok(self.weight.clone())
+    }
+}
+
 /// None of the layers measured here has another one.
 pub enum Activation {
     Identity,

@@ -250,7 +250,7 @@ impl Problem {
             }
             Self::Qkv { .. } => {
                 let part =
-                    |i: usize, lora| Projection { weight: &frozen[i], bias: Some(&t[1 + i]), lora };
+                    |i: usize, lora| Projection { weight: &frozen[i], scales: None, bias: Some(&t[1 + i]), lora };
                 let of_v = Dropout { stream: DROPOUT.stream + 1, ..DROPOUT };
                 let parts = [
                     part(0, lora(&t[4], &t[5], Some(DROPOUT))),
@@ -266,7 +266,7 @@ impl Problem {
             }
             Self::Gelu { .. } => {
                 let lora = lora(&t[2], &t[3], None);
-                let part = Projection { weight: &frozen[0], bias: Some(&t[1]), lora };
+                let part = Projection { weight: &frozen[0], scales: None, bias: Some(&t[1]), lora };
                 let residual = Some(&frozen[1]);
                 match by {
                     By::Composed => composed::lora_linear(&t[0], &part, Activation::Gelu, residual),
