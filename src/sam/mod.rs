@@ -27,6 +27,7 @@
 //! ```
 
 mod attention;
+pub mod candle_transformers;
 pub mod checkpoint;
 mod config;
 mod deepseek;
