@@ -38,6 +38,8 @@ mod embedding_store;
 mod encoder;
 #[cfg(feature = "images")]
 mod generate;
+mod got_ocr2;
+mod hq;
 #[cfg(feature = "images")]
 mod identity;
 #[cfg(feature = "images")]
@@ -76,6 +78,8 @@ pub use generate::{
     Calibrator, CocoAnnotations, Crop, Generated, GeneratedMask, GenerationStatistics,
     MaskGenerator, ScoredCandidate, Tile, Tiling,
 };
+pub use got_ocr2::{GotOcr2Encoder, GotOcr2Projector};
+pub use hq::{SamHqImages, SamHqModel, SamHqParts};
 #[cfg(feature = "images")]
 pub use image_file::{
     convert_to_rgb, is_transparent, read_image, LargeImage, Picture, Raster, RasterKind,
