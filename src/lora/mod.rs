@@ -71,8 +71,3 @@ pub use switch::{
 };
 pub use task_arithmetic::{MajoritySign, Prune, TaskArithmetic};
 pub use weighted::{add_weighted_adapter, Combination};
-
-/// The code of docs/peft.md, compiled.
-#[cfg(doctest)]
-#[doc = include_str!("../../docs/peft.md")]
-struct Guide;

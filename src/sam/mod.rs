@@ -4,7 +4,7 @@
 //! has exactly the tensor names of its checkpoints. Tokens and feature maps are channels last, `[B, H, W, C]`,
 //! everywhere inside; only what Hugging Face shows its users as `[B, C, H, W]` is so here too.
 //!
-//! The attention of the image encoder is a trait, [`VisionAttention`]; `docs/hack-your-own.md` shows how to put
+//! The attention of the image encoder is a trait, [`VisionAttention`]; [`guide::hack_your_own`](crate::guide::hack_your_own) shows how to put
 //! one's own into some or all layers.
 //!
 //! ```
@@ -98,13 +98,3 @@ pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEnco
 pub use rle::{Polygon, Ring, Rle};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;
-
-/// The code of the document, compiled and run.
-#[cfg(doctest)]
-#[doc = include_str!("../../docs/hack-your-own.md")]
-struct HackYourOwn;
-
-/// The code of the document, compiled and run.
-#[cfg(all(doctest, feature = "images"))]
-#[doc = include_str!("../../docs/everything.md")]
-struct Everything;
