@@ -8,8 +8,8 @@
 //! ```
 //! SAM's weights are the frozen ones of a SAM; the HQ parts are what was trained.
 //!
-//! Masks are those of SAM-HQ's own code. transformers 5.23 upscales the image as it was before the transformer, its sides
-//! exchanged, so its masks are others. As there, several masks come in the order of their scores.
+//! Masks are those of SAM-HQ's own code. Those of transformers 5.23 differ: it upscales the image as it was before the
+//! transformer, its sides exchanged. As there, several masks come in the order of their scores.
 //!
 //! Source: `mask_decoder_hq.py` of SAM-HQ, names of `modeling_sam_hq.py`; Ke et al., "Segment Anything in High Quality",
 //! NeurIPS 2023.
