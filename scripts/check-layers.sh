@@ -16,7 +16,7 @@ from pathlib import Path
 
 # Lowest first. A module imports modules of the rows before its own.
 LAYERS = """
-error philox file_kind weights_file
+error philox file_kind weights_file guide
 problem files hub
 cpu launch
 driver

@@ -41,6 +41,7 @@ MARK = re.compile(r'\s*(//[/!]?|/\*|\*(?!\*)|#|"""|)(.*?)(?:\*/|""")?')
 ONE_WORD = re.compile(r"``.+?``|`[^`]+`|\]\([^)]*\)")
 FORMULA = re.compile(r"\S+(?: (?:[-+*/=<>]+|x) \S+)+")
 ITEM = re.compile(r"^\s*(?:[-*+]|\d+\.)\s+")
+LABEL = re.compile(r"\[[^\]]+\]: \S+$")  # where a link leads
 PUBLIC_ITEM = re.compile(r"(?:\s*///[^\n]*|\s*#\[[^\n]*)*\s*pub ")
 
 
@@ -60,7 +61,7 @@ def sentences(path, text):
     for number, mark, line in marked_lines(path, text):
         fence = line.lstrip().startswith("```")
         fenced ^= fence
-        is_prose = line.strip() and not fence and not fenced and not line.lstrip().startswith(("|", "#", "<"))
+        is_prose = line.strip() and not fence and not fenced and not (line.lstrip().startswith(("|", "#", "<")) or LABEL.match(line))
         if not is_prose or ITEM.match(line) or last != (number - 1, mark):
             paragraphs.append((mark, []))
         if is_prose:

@@ -1,16 +1,7 @@
 #![warn(missing_docs)]
-//! Segment Anything with LoRA, fast and small in memory, for the candle ML framework.
-//!
-//! - [`ops`]: the operations, each a free function with true gradients.
-//! - [`nn`]: layers, and the tree of named tensors they form.
-//! - [`sam`]: the model, its checkpoints and its image processor.
-//! - [`lora`]: PEFT-compatible adapters on any linear layer.
-//! - [`train`]: losses, AdamW, data, resumable runs.
-//! - [`hub`]: models and adapters by their names on the Hugging Face hub.
-//! - `cuda` (feature `cuda`): whose kernels run on a GPU, their self-test, CUDA graphs.
-//! - `testing` (feature `testing`): numerical tests of operations of your own.
-//!
-//! `docs/library.md` shows how they go together, `docs/hack-your-own.md` how to put an attention of your own into the model.
+// The front page is the README. Its links are labels, of which the first definition counts: pages here, files there.
+#![doc = include_str!("guide_links.md")]
+#![doc = include_str!("../README.md")]
 
 #[cfg(feature = "cli")]
 #[doc(hidden)]
@@ -22,6 +13,7 @@ mod device;
 mod driver;
 mod error;
 mod file_kind;
+pub mod guide;
 pub mod hub;
 pub mod lora;
 pub mod nn;
@@ -75,18 +67,3 @@ pub use cpu::buffer::release as release_buffers;
 pub use device::{device, gpus};
 pub use error::{Error, Result, TensorMismatch};
 pub use files::{read_tensors, write_atomic, write_tensors, TensorFile};
-
-/// The code of the README, compiled and run.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
-/// The code of the document, compiled and run.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/library.md")]
-struct Library;
-
-/// The code of the document, compiled and run.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/gradients.md")]
-struct Gradients;

@@ -1,5 +1,7 @@
 //! The examples run.
 
+#[path = "../examples/any_model.rs"]
+mod any_model;
 #[path = "../examples/encode.rs"]
 mod encode;
 #[path = "../examples/hack_gated_attention.rs"]
@@ -10,6 +12,11 @@ mod masks;
 mod segment;
 #[path = "../examples/train.rs"]
 mod train;
+
+#[test]
+fn lora_adapts_a_model_that_is_not_sam() -> anyhow::Result<()> {
+    any_model::main()
+}
 
 #[test]
 fn encode_gives_an_embedding() -> anyhow::Result<()> {

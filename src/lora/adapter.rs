@@ -26,6 +26,25 @@ pub const PICKLED_TENSORS_FILE: &str = "adapter_model.bin";
 
 /// Writes the adapter of `model`, injected with `config`, to the folder `dir`, which is created if need be.
 ///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_sam_lora::lora::{inject, load_adapter, merge_and_unload, save_adapter, LoraConfig};
+/// use candle_sam_lora::sam::{AttentionKind, SamModel};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let sam = || SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Split, DType::F32, &Device::Cpu);
+/// let (mut trained, config) = (sam()?, LoraConfig::new(4).target_modules(["q", "v"]));
+/// inject(&mut trained, &config, 0)?;
+/// let folder = std::env::temp_dir().join("save-adapter"); // PeftModel.from_pretrained(sam, folder)
+/// save_adapter(&trained, &config, &folder)?;
+///
+/// let mut loaded = sam()?;
+/// load_adapter(&mut loaded, &folder)?;
+/// merge_and_unload(&mut loaded)?; // a plain SAM again, its weights with the adapter's part
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - the model carries no adapter or a merged one;
 /// - the folder cannot be written.

@@ -36,6 +36,7 @@ mod inject;
 mod keys;
 #[cfg(feature = "decompositions")]
 mod linalg;
+mod linear;
 mod merge;
 mod mixed;
 mod model_card;
@@ -57,6 +58,7 @@ pub use convert::convert_to_lora;
 pub use hotswap::hotswap_adapter;
 pub use import::read_samed_adapter;
 pub use inject::{add_adapter, inject, unload};
+pub use linear::LoraLinear;
 pub use merge::{merge, merge_and_unload, safe_merge, unmerge};
 pub use mixed::forward_mixed_batch;
 pub use model_card::{model_card, save_pretrained, CARD_FILE};
@@ -69,8 +71,3 @@ pub use switch::{
 };
 pub use task_arithmetic::{MajoritySign, Prune, TaskArithmetic};
 pub use weighted::{add_weighted_adapter, Combination};
-
-/// The code of docs/peft.md, compiled.
-#[cfg(doctest)]
-#[doc = include_str!("../../docs/peft.md")]
-struct Guide;

@@ -47,6 +47,23 @@ pub fn lora_linear(
 ///
 /// Any subset may carry LoRA, each with its own rank, scaling and dropout mask. Gradients as in [`lora_linear`].
 ///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sam_lora::ops::{lora_qkv, Lora, Projection};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let normal = |dims: (usize, usize)| Tensor::randn(0f32, 1f32, dims, &Device::Cpu);
+/// let (x, weight) = (normal((5, 8))?, normal((3 * 8, 8))?);
+/// let (a, b) = (normal((2, 8))?, normal((8, 2))?);
+/// let lora = Some(Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout: None });
+/// let [q, k, v] = [weight.narrow(0, 0, 8)?, weight.narrow(0, 8, 8)?, weight.narrow(0, 16, 8)?];
+/// let part = |weight, lora| Projection { weight, bias: None, lora };
+/// let packed = lora_qkv(&x, &[part(&q, lora), part(&k, None), part(&v, lora)])?;
+/// assert_eq!(packed.dims(), [5, 3 * 8]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// As [`lora_linear`]; besides, the three projections must have equal output widths.
 pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor> {
@@ -64,6 +81,26 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 /// Gradients go to `qkv`, the tables and `pad`. On the CPU, and on a GPU whose kernels cover the shape, nothing of size
 /// N x N is allocated. A graph of candle's operations, which holds the N x N weights, runs on Metal, on GPUs before
 /// 8.0, and for shapes without a kernel. A head dim above 80 is such a shape. A process is warned of that once.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sam_lora::ops::{rel_pos_attention, RelPosAttention};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let qkv = Tensor::randn(0f32, 1f32, (1, 20, 20, 3 * 64), &Device::Cpu)?; // q's channels, then k's, then v's
+/// let table = Tensor::randn(0f32, 1f32, (2 * 14 - 1, 16), &Device::Cpu)?; // of windows of 14 x 14, head dim 16
+/// let config = RelPosAttention {
+///     num_heads: 4,
+///     softmax_scale: 0.25,
+///     rel_pos: Some((&table, &table)),
+///     window: Some(14), // None: global
+///     pad: None,        // the projection's bias, where windows hang over the grid
+///     dropout: None,
+/// };
+/// assert_eq!(rel_pos_attention(&qkv, &config)?.dims(), [1, 20, 20, 64]);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, a window of 0, non-finite scale, impossible dropout.

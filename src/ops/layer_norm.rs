@@ -26,7 +26,10 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         }
         #[cfg(feature = "cuda")]
         device if super::custom::has_kernels(device) => on_gpu(x, weight, bias, eps),
-        _ => composed::layer_norm(x, weight, bias, eps),
+        _ => {
+            composed::tell(OP, x, composed::NO_KERNEL);
+            composed::layer_norm(x, weight, bias, eps)
+        }
     }
 }
 

@@ -31,6 +31,7 @@ pub fn multi_head_attention(
 ) -> Result<Tensor> {
     let p = problem(q, [k, v], num_heads, softmax_scale)?;
     if !matches!(q.device(), Device::Cpu) {
+        composed::tell(OP, q, composed::NO_KERNEL);
         return composed::multi_head_attention([q, k, v], num_heads, softmax_scale);
     }
     let (out, normalizers) = with_inputs([q, k, v], |inputs| Ok(forward(&p, inputs)))?;

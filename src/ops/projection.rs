@@ -71,11 +71,16 @@ impl Call<'_> {
         match engine {
             #[cfg(feature = "cuda")]
             Engine::Gpu(gpu) => self.on_gpu(gpu),
-            Engine::Composed => match *self.projections {
-                [q, k, v] => composed::lora_qkv(self.x, &[q, k, v]),
-                [one] => composed::lora_linear(self.x, &one, self.activation, self.residual),
-                ref other => bail!("projections are one or three, got {}", other.len()),
-            },
+            Engine::Composed => {
+                let trained = self.projections.iter().any(|p| p.weight.track_op());
+                let reason = if trained { "a base weight is trained" } else { composed::NO_KERNEL };
+                composed::tell(ProjectionProblem::op(self.projections.len()), self.x, reason);
+                match *self.projections {
+                    [q, k, v] => composed::lora_qkv(self.x, &[q, k, v]),
+                    [one] => composed::lora_linear(self.x, &one, self.activation, self.residual),
+                    ref other => bail!("projections are one or three, got {}", other.len()),
+                }
+            }
             Engine::Cpu => {
                 let op = ProjectionProblem::op(self.projections.len());
                 let mut chain = Chain::new(op, self.x);

@@ -68,6 +68,7 @@ pub(super) fn run(
             let (problem, tables, pad) = prepared;
             let config =
                 RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
+            composed::tell(OP, qkv, composed::NO_KERNEL);
             tell_of_weights(qkv, &problem);
             Ok(composed::rel_pos_attention(qkv, &config)?.0)
         }

@@ -27,6 +27,10 @@ use std::fmt::Debug;
 /// Attention of one layer of the image encoder. `Any` lets a user get the own type back from the encoder:
 /// `(layer.attn.as_ref() as &dyn Any).downcast_ref::<Mine>()`. A clone shares its tensors with the original;
 /// `#[derive(Clone)]` does that.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no attention of a SAM's image encoder",
+    note = "implement `VisionAttention::forward` for it, and its names with `candle_sam_lora::module_tree!`; it must be `Clone + Debug + Send + Sync`"
+)]
 pub trait VisionAttention: ModuleTree + DynClone + Any + Debug + Send + Sync {
     /// From the layer-normed tokens, the whole unpadded grid: `[B, H, W, C] -> [B, H, W, C]`
     fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor>;

@@ -213,6 +213,23 @@ impl SamVisionEncoder {
         self.encode(self.embed(pixel_values, mode)?, mode)?.permute((0, 3, 1, 2))
     }
 
+    /// As `forward`, and the output of one layer, `[B, h, w, C]`; none without an index.
+    pub(super) fn forward_with_layer(
+        &self,
+        pixel_values: &Tensor,
+        index: Option<usize>,
+        mode: Mode,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (mut x, mut output) = (self.embed(pixel_values, mode)?, None);
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = self.run(layer, &x, mode)?;
+            if index == Some(i) {
+                output = Some(x.clone());
+            }
+        }
+        Ok((self.neck.forward(&x, mode)?.permute((0, 3, 1, 2))?, output))
+    }
+
     /// Layers and neck: embedded patches `[B, h, w, C]`, of a grid of any size, to `[B, h, w, output_channels]`.
     pub(super) fn encode(&self, mut x: Tensor, mode: Mode) -> Result<Tensor> {
         for layer in &self.layers {

@@ -46,7 +46,11 @@ module_in_evaluation! {
 }
 
 impl SamFeedForward {
-    fn new([input, hidden, output]: [usize; 3], depth: usize, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn new(
+        [input, hidden, output]: [usize; 3],
+        depth: usize,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
         let between = |i: usize| Linear::load(hidden, hidden, vb.pp("layers").pp(i));
         Ok(Self {
             proj_in: Linear::load(input, hidden, vb.pp("proj_in"))?,

@@ -4,7 +4,7 @@
 //! has exactly the tensor names of its checkpoints. Tokens and feature maps are channels last, `[B, H, W, C]`,
 //! everywhere inside; only what Hugging Face shows its users as `[B, C, H, W]` is so here too.
 //!
-//! The attention of the image encoder is a trait, [`VisionAttention`]; `docs/hack-your-own.md` shows how to put
+//! The attention of the image encoder is a trait, [`VisionAttention`]; [`guide::hack_your_own`](crate::guide::hack_your_own) shows how to put
 //! one's own into some or all layers.
 //!
 //! ```
@@ -27,6 +27,7 @@
 //! ```
 
 mod attention;
+pub mod candle_transformers;
 pub mod checkpoint;
 mod config;
 mod deepseek;
@@ -37,6 +38,8 @@ mod embedding_store;
 mod encoder;
 #[cfg(feature = "images")]
 mod generate;
+mod got_ocr2;
+mod hq;
 #[cfg(feature = "images")]
 mod identity;
 #[cfg(feature = "images")]
@@ -75,6 +78,8 @@ pub use generate::{
     Calibrator, CocoAnnotations, Crop, Generated, GeneratedMask, GenerationStatistics,
     MaskGenerator, ScoredCandidate, Tile, Tiling,
 };
+pub use got_ocr2::{GotOcr2Encoder, GotOcr2Projector};
+pub use hq::{SamHqImages, SamHqModel, SamHqParts};
 #[cfg(feature = "images")]
 pub use image_file::{
     convert_to_rgb, is_transparent, read_image, LargeImage, Picture, Raster, RasterKind,
@@ -93,13 +98,3 @@ pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEnco
 pub use rle::{Polygon, Ring, Rle};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;
-
-/// The code of the document, compiled and run.
-#[cfg(doctest)]
-#[doc = include_str!("../../docs/hack-your-own.md")]
-struct HackYourOwn;
-
-/// The code of the document, compiled and run.
-#[cfg(all(doctest, feature = "images"))]
-#[doc = include_str!("../../docs/everything.md")]
-struct Everything;

@@ -235,7 +235,7 @@ impl SamModel {
     }
 
     /// Sparse tokens and the dense map.
-    fn prompts(
+    pub(super) fn prompts(
         &self,
         input: &SamInput,
         batch: usize,
@@ -250,7 +250,7 @@ impl SamModel {
         self.prompt_encoder.forward(&prompts, &self.shared_image_embedding, batch, mode)
     }
 
-    fn image_positions(&self) -> candle_core::Result<Tensor> {
+    pub(super) fn image_positions(&self) -> candle_core::Result<Tensor> {
         self.shared_image_embedding.grid(self.config.vision_config.grid_size())
     }
 

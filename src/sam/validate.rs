@@ -79,7 +79,7 @@ impl SamConfig {
                 true => ": an image encoder alone, without the prompt encoder and the mask decoder that masks need",
                 false => "",
             };
-            require(kind == "sam", || {
+            require(["sam", "sam_hq"].contains(&kind.as_str()), || {
                 format!("model_type is {kind:?}, expected \"sam\"{missing}")
             })?;
         }

@@ -12,6 +12,18 @@ use std::path::Path;
 /// An image encoder under the name that it has in a SAM, `vision_encoder`. Its tree is that of Hugging Face's
 /// `SamVisionModel`, of its checkpoints and of adapters trained on it. A clone shares its tensors.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::sam::{AttentionKind, SamVisionModel};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let encoder = SamVisionModel::from_pretrained("assets/tiny-sam", AttentionKind::Fused, DType::F32, &Device::Cpu)?;
+/// let images = Tensor::zeros((1, 3, 128, 128), DType::F32, &Device::Cpu)?;
+/// let embeddings = images.apply(&encoder)?; // it is a candle_nn::Module
+/// # Ok(())
+/// # }
+/// ```
+///
 /// [`checkpoint::load`](super::checkpoint::load) fills it from a checkpoint of `SamVisionModel`, or with the image
 /// encoder of a whole SAM.
 #[derive(Clone, Debug)]

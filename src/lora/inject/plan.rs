@@ -99,7 +99,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The tensors that training starts from, by their name in the model; base weights that change among them.
-    pub(super) fn initial_values(&self, seed: u64) -> Result<BTreeMap<String, Tensor>> {
+    pub(in crate::lora) fn initial_values(&self, seed: u64) -> Result<BTreeMap<String, Tensor>> {
         let init = &self.config.init_lora_weights;
         let values_of = |(path, target): (&String, &Target)| {
             let tree_name = |leaf| adapter_tensor_name(path, self.name, leaf);

@@ -21,7 +21,7 @@ mod names;
 mod sizes;
 
 pub use crate::nn::checkpoint::split_prefix;
-pub use names::{DEEPSEEK_OCR, SAM};
+pub use names::{DEEPSEEK_OCR, GOT_OCR2, SAM};
 pub use sizes::{sizes, vision_sizes, Sizes};
 
 use super::SamConfig;

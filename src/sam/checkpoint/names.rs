@@ -8,7 +8,11 @@ use crate::nn::checkpoint::{Fused, Names, Part};
 /// Files of SAM: Hugging Face's, the original's, SAMed's and micro-sam's.
 pub const SAM: Names = Names {
     renamed: RENAMED,
-    heads: &["mask_decoder.output_hypernetworks_mlps.#", "mask_decoder.iou_prediction_head"],
+    heads: &[
+        "mask_decoder.output_hypernetworks_mlps.#",
+        "mask_decoder.iou_prediction_head",
+        "mask_decoder.hq_mask_mlp",
+    ],
     parts: &[
         Part { path: "vision_encoder", first: "patch_embed." },
         Part { path: "prompt_encoder", first: "not_a_point_embed." },
@@ -19,6 +23,8 @@ pub const SAM: Names = Names {
         (".attn.qkv.qkv_proj.", ".attn.qkv."),
         (".attn.qkv.qkv.", ".attn.qkv."),
         (".mlp.mlp_layer.", ".mlp."),
+        // The original's name of SAM-HQ's head.
+        ("mask_decoder.hf_mlp.", "mask_decoder.hq_mask_mlp."),
     ],
     ignored: &[
         // Constants of the image processor.
@@ -43,10 +49,14 @@ pub const SAM: Names = Names {
 pub const DEEPSEEK_OCR: Names =
     Names { ignored: &["vision_encoder.net_2.weight", "vision_encoder.net_3.weight"], ..SAM };
 
+/// Files of GOT-OCR 2.0, as transformers writes them. The encoder and the projector are read, the language model is not.
+pub const GOT_OCR2: Names =
+    Names { ignored: &["language_model.*", "lm_head.*"], fused: &[Fused::QKV], ..Names::PLAIN };
+
 /// Tensors that models made of SAM have beside SAM's.
 const RELATIVES: &[(&str, &str)] = &[
-    ("*mask_decoder.hf_token.*", "SAM-HQ, which this crate does not run"),
-    ("*hq_token.*", "SAM-HQ, which this crate does not run"),
+    ("*mask_decoder.hf_token.*", "SAM-HQ; load it into a sam::SamHqModel"),
+    ("*hq_token.*", "SAM-HQ; load it into a sam::SamHqModel"),
     ("*memory_attention.*", "SAM 2, which this crate does not run"),
     ("*image_encoder.trunk.*", "SAM 2, which this crate does not run"),
     ("*vision_encoder.backbone.*", "SAM 2, which this crate does not run"),
@@ -102,6 +112,17 @@ const RENAMED: &[(&str, &str)] = &[
     ("mask_decoder.output_upscaling.0.*", "mask_decoder.upscale_conv1.*"),
     ("mask_decoder.output_upscaling.1.*", "mask_decoder.upscale_layer_norm.*"),
     ("mask_decoder.output_upscaling.3.*", "mask_decoder.upscale_conv2.*"),
+    // SAM-HQ's.
+    ("mask_decoder.hf_token.*", "mask_decoder.hq_token.*"),
+    ("mask_decoder.compress_vit_feat.0.*", "mask_decoder.compress_vit_conv1.*"),
+    ("mask_decoder.compress_vit_feat.1.*", "mask_decoder.compress_vit_norm.*"),
+    ("mask_decoder.compress_vit_feat.3.*", "mask_decoder.compress_vit_conv2.*"),
+    ("mask_decoder.embedding_encoder.0.*", "mask_decoder.encoder_conv1.*"),
+    ("mask_decoder.embedding_encoder.1.*", "mask_decoder.encoder_norm.*"),
+    ("mask_decoder.embedding_encoder.3.*", "mask_decoder.encoder_conv2.*"),
+    ("mask_decoder.embedding_maskfeature.0.*", "mask_decoder.mask_conv1.*"),
+    ("mask_decoder.embedding_maskfeature.1.*", "mask_decoder.mask_norm.*"),
+    ("mask_decoder.embedding_maskfeature.3.*", "mask_decoder.mask_conv2.*"),
     // Last, so that the other direction reads Hugging Face's second name of this tensor too.
     ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", PROMPT_EMBEDDING),
     ("*", "*"),
