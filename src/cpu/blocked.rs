@@ -136,11 +136,12 @@ pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>
 pub fn add_term(out: &mut [f32], rows: usize, term: &Term<'_>, acc: &mut Vec<f32>) {
     let Packed { k, n, pairs, ref data } = *term.right;
     for column in term.right.panels() {
-        if !pairs && n.is_multiple_of(MAX_LANES) {
+        if n.is_multiple_of(MAX_LANES) {
             let data = &data[column / PANEL * k * PANEL..][..k * PANEL];
             let (left, into) = (Left::Rows(term.left, term.stride), (Into::Add, term.scale));
             let shape = (rows, PANEL.min(n - column), k);
-            panel((&mut out[column..], n), into, shape, left, Right(data, PANEL));
+            let multiply = if pairs { bf16::product } else { panel };
+            multiply((&mut out[column..], n), into, shape, left, Right(data, PANEL));
         } else {
             acc.resize(rows * PANEL, 0.0);
             accumulate(acc, rows, column, &[*term]);
