@@ -1,16 +1,20 @@
-//! The mask decoder's order of products in evaluation against the plain one, which runs where a gradient is wanted.
+//! The mask decoder's order of products against the plain one, which runs where adapters drop in training.
 
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
-use candle_sam_lora::nn::{randomize, Mode, ModuleTree, NodeMut};
+use candle_sam_lora::nn::{named_parameters, randomize, set_trainable, Mode, ModuleTree, NodeMut};
 use candle_sam_lora::sam::{SamMaskDecoder, SamMaskDecoderConfig, SamMaskDecoderInput};
-use common::{error, random, values};
+use common::{error, model, random, values};
+use std::collections::BTreeMap;
 
 const SIZE: usize = 256;
 const GRID: (usize, usize) = (9, 12);
+/// With this probability of a dropout nothing is dropped, but the plain order of products runs.
+const NEVER: f64 = 1e-9;
+const TRAIN: Mode = Mode::Train { seed: 1 };
 
 fn decoder(dtype: DType) -> Result<SamMaskDecoder> {
     let config = SamMaskDecoderConfig::default();
@@ -19,54 +23,80 @@ fn decoder(dtype: DType) -> Result<SamMaskDecoder> {
     Ok(decoder)
 }
 
-/// LoRA on every attention, of which no B is zero.
-fn adapt(decoder: &mut SamMaskDecoder) {
+/// LoRA on every attention, with B of this size.
+fn adapt(decoder: &mut SamMaskDecoder, size: f64, dropout: f64) {
     let config = LoraConfig::new(3).target_modules(["q_proj", "k_proj", "v_proj", "out_proj"]);
-    inject(decoder, &config, 0).unwrap();
+    inject(decoder, &config.dropout(dropout), 0).unwrap();
+    let mut seed = 100;
     let fill = &mut |name: &str, node: NodeMut<'_>| {
         if let (true, NodeMut::Parameter(b)) = (name.ends_with("lora_B.weight"), node) {
-            *b = b.randn_like(0.0, 0.05)?;
+            seed += 1;
+            *b = (random(seed, b.dims()).to_dtype(b.dtype())? * size)?;
         }
         Ok(())
     };
     decoder.visit_mut("", fill).unwrap();
 }
 
-/// Masks and scores of `prompts` prompts, each of `tokens` tokens; `plain` asks for a gradient of the image.
+/// A decoder with adapters of this size, and its twin that runs in the plain order in training.
+fn twins(dtype: DType, size: f64) -> Result<[SamMaskDecoder; 2]> {
+    let (mut absorbing, mut plain) = (decoder(dtype)?, decoder(dtype)?);
+    if size > 0.0 {
+        adapt(&mut absorbing, size, 0.0);
+    }
+    adapt(&mut plain, size, NEVER);
+    Ok([absorbing, plain])
+}
+
+/// An image, positions, prompts and the dense prompt.
+fn inputs((prompts, tokens): (usize, usize), dtype: DType) -> Result<[Tensor; 4]> {
+    let input = |seed, dims: &[usize]| random(seed, dims).to_dtype(dtype);
+    Ok([
+        input(1, &[1, SIZE, GRID.0, GRID.1])?,
+        input(2, &[1, GRID.0, GRID.1, SIZE])?,
+        input(3, &[1, prompts, tokens, SIZE])?,
+        input(4, &[1, 1, 1, SIZE])?,
+    ])
+}
+
+fn run(
+    decoder: &SamMaskDecoder,
+    [image, positions, sparse, dense]: &[Tensor; 4],
+    multimask: bool,
+    mode: Mode,
+) -> Result<[Tensor; 2]> {
+    let input = SamMaskDecoderInput {
+        image_embeddings: image,
+        image_positions: positions,
+        sparse: Some(sparse),
+        dense,
+    };
+    let (masks, scores) = decoder.forward(&input, multimask, mode)?;
+    assert_eq!(masks.dtype(), image.dtype());
+    Ok([masks, scores])
+}
+
+/// Masks and scores of `prompts` prompts, each of `tokens` tokens.
 fn decode(
     decoder: &SamMaskDecoder,
-    (prompts, tokens): (usize, usize),
-    (plain, dtype): (bool, DType),
+    sizes: (usize, usize),
+    dtype: DType,
     multimask: bool,
+    mode: Mode,
 ) -> Result<[Vec<f64>; 2]> {
-    let input = |seed, dims: &[usize]| random(seed, dims).to_dtype(dtype);
-    let mut image = input(1, &[1, SIZE, GRID.0, GRID.1])?;
-    if plain {
-        image = Var::from_tensor(&image)?.into_inner();
-    }
-    let positions = input(2, &[1, GRID.0, GRID.1, SIZE])?;
-    let sparse = input(3, &[1, prompts, tokens, SIZE])?;
-    let dense = input(4, &[1, 1, 1, SIZE])?;
-    let input = SamMaskDecoderInput {
-        image_embeddings: &image,
-        image_positions: &positions,
-        sparse: Some(&sparse),
-        dense: &dense,
-    };
-    let (masks, scores) = decoder.forward(&input, multimask, Mode::Eval)?;
-    assert_eq!(masks.dtype(), dtype);
+    let [masks, scores] = run(decoder, &inputs(sizes, dtype)?, multimask, mode)?;
     Ok([values(&masks), values(&scores)])
 }
 
 #[test]
 fn evaluation_agrees_with_the_plain_order_of_products() -> Result<()> {
-    let mut adapted = decoder(DType::F32)?;
-    adapt(&mut adapted);
-    for decoder in [decoder(DType::F32)?, adapted] {
+    for size in [0.0, 0.05] {
+        let [absorbing, plain] = twins(DType::F32, size)?;
         // One prompt absorbs all projections, three share the first layer's, 30 tokens are too many to absorb.
         for (sizes, multimask) in [((1, 2), true), ((3, 1), false), ((2, 30), true)] {
-            let run = |plain| decode(&decoder, sizes, (plain, DType::F32), multimask);
-            for (got, expected) in run(false)?.iter().zip(&run(true)?) {
+            let got = decode(&absorbing, sizes, DType::F32, multimask, Mode::Eval)?;
+            let expected = decode(&plain, sizes, DType::F32, multimask, TRAIN)?;
+            for (got, expected) in got.iter().zip(&expected) {
                 let error = error(got, expected);
                 // Sums of some hundred products in f32, through two layers.
                 assert!(error < 2e-5, "{sizes:?}: {error:e}");
@@ -76,10 +106,52 @@ fn evaluation_agrees_with_the_plain_order_of_products() -> Result<()> {
     Ok(())
 }
 
+/// The gradients of the image, of the prompts and of every parameter, by name.
+fn gradients(
+    decoder: &mut SamMaskDecoder,
+    sizes: (usize, usize),
+    multimask: bool,
+) -> Result<BTreeMap<String, Tensor>> {
+    set_trainable(decoder, |_| true).unwrap();
+    let mut inputs = inputs(sizes, DType::F32)?;
+    for index in [0, 2] {
+        inputs[index] = Var::from_tensor(&inputs[index])?.into_inner();
+    }
+    let outputs = run(decoder, &inputs, multimask, TRAIN)?;
+    let loss = |seed, output: &Tensor| (random(seed, output.dims()) * output)?.sum_all();
+    let gradients = (loss(5, &outputs[0])? + loss(6, &outputs[1])?)?.backward()?;
+    let parameters = named_parameters(&*decoder).into_iter();
+    let inputs = [("image".to_string(), &inputs[0]), ("prompts".to_string(), &inputs[2])];
+    let inputs = inputs.map(|(name, tensor)| (name, tensor.clone()));
+    let gradient = |(name, tensor): (String, Tensor)| Some((name, gradients.get(&tensor)?.clone()));
+    Ok(parameters.chain(inputs).filter_map(gradient).collect())
+}
+
+#[test]
+fn gradients_agree_with_the_plain_order_of_products() -> Result<()> {
+    for (sizes, multimask) in [((1, 2), true), ((4, 2), true), ((3, 1), false)] {
+        let [mut absorbing, mut plain] = twins(DType::F32, 0.05)?;
+        let got = gradients(&mut absorbing, sizes, multimask)?;
+        let expected = gradients(&mut plain, sizes, multimask)?;
+        let alone: Vec<_> = got.keys().filter(|name| !expected.contains_key(*name)).collect();
+        let missing: Vec<_> = expected.keys().filter(|name| !got.contains_key(*name)).collect();
+        assert!(got.len() > 150 && alone.is_empty() && missing.is_empty(), "{alone:?} {missing:?}");
+        for (name, got) in &got {
+            // A bias of all keys is without effect; that of the queries measures what rounding makes of it.
+            let scale = model::largest(&expected[&model::measured_by(name)]).unwrap();
+            let difference = model::largest(&(got - &expected[name])?).unwrap();
+            // As the values, and back.
+            let error = difference / scale.max(f64::MIN_POSITIVE);
+            assert!(difference == 0.0 || error < 1e-4, "{sizes:?} {name}: {error:e}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn half_precision_is_no_worse_than_twice_the_plain_order() -> Result<()> {
     for dtype in [DType::BF16, DType::F16] {
-        let half = decoder(dtype)?;
+        let [absorbing, plain] = twins(dtype, 0.0)?;
         let mut exact = decoder(DType::F32)?;
         // The truth has the weights that the halves have.
         exact
@@ -91,11 +163,12 @@ fn half_precision_is_no_worse_than_twice_the_plain_order() -> Result<()> {
             })
             .unwrap();
         for sizes in [(1, 2), (3, 2)] {
-            let truth = decode(&exact, sizes, (true, DType::F32), true)?;
-            let plain = decode(&half, sizes, (true, dtype), true)?;
-            let absorbed = decode(&half, sizes, (false, dtype), true)?;
+            let truth = decode(&exact, sizes, DType::F32, true, Mode::Eval)?;
+            let plain = decode(&plain, sizes, dtype, true, TRAIN)?;
+            let absorbed = decode(&absorbing, sizes, dtype, true, Mode::Eval)?;
             for ((truth, plain), absorbed) in truth.iter().zip(&plain).zip(&absorbed) {
                 let (plain, absorbed) = (error(plain, truth), error(absorbed, truth));
+                println!("{dtype:?} {sizes:?}: absorbed {absorbed:.2e}, plain {plain:.2e}");
                 assert!(absorbed <= 2.0 * plain, "{dtype:?} {sizes:?}: {absorbed:e}, {plain:e}");
             }
         }
@@ -105,10 +178,19 @@ fn half_precision_is_no_worse_than_twice_the_plain_order() -> Result<()> {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
-    let decoder = decoder(DType::F32)?;
+    let decoder_of_all = decoder(DType::F32)?;
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| decode(&decoder, (3, 2), (false, DType::F32), true))
+        pool.install(|| decode(&decoder_of_all, (3, 2), DType::F32, true, Mode::Eval))
+    };
+    let expected = run(1)?;
+    assert!(run(2)? == expected && run(5)? == expected);
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let mut decoder = decoder(DType::F32)?;
+        let gradients = pool.install(|| gradients(&mut decoder, (3, 2), true))?;
+        let bits = gradients.values().map(model::bits).collect::<Result<Vec<_>>>()?;
+        Ok::<_, candle_core::Error>(bits)
     };
     let expected = run(1)?;
     assert!(run(2)? == expected && run(5)? == expected);

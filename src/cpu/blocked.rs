@@ -199,11 +199,12 @@ pub fn accumulate(acc: &mut [f32], rows: usize, column: usize, terms: &[Term<'_>
 pub fn add_term(out: &mut [f32], rows: usize, term: &Term<'_>, acc: &mut Vec<f32>) {
     let Packed { k, n, ref kind, ref data } = *term.right;
     for column in term.right.panels() {
-        if matches!(kind, Kind::Number) && n.is_multiple_of(MAX_LANES) {
+        if !matches!(kind, Kind::Quad(_)) && n.is_multiple_of(MAX_LANES) {
             let data = &data[column / PANEL * k * PANEL..][..k * PANEL];
             let (left, into) = (Left::Rows(term.left, term.stride), (Into::Add, term.scale));
             let shape = (rows, PANEL.min(n - column), k);
-            panel((&mut out[column..], n), into, shape, left, Right(data, PANEL));
+            let multiply = if matches!(kind, Kind::Pair) { bf16::product } else { panel };
+            multiply((&mut out[column..], n), into, shape, left, Right(data, PANEL));
         } else {
             acc.resize(rows * PANEL, 0.0);
             accumulate(acc, rows, column, &[*term]);

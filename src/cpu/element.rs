@@ -83,20 +83,20 @@ impl Element for bf16 {
 
     fn read<'a>(values: &'a [bf16], scratch: &'a mut Vec<f32>) -> &'a [f32] {
         scratch.resize(values.len(), 0.0);
-        run(Widen { from: values, to: scratch });
+        widen(values, scratch);
         scratch
     }
 
     fn write(values: &mut [bf16], scratch: &mut Vec<f32>, fill: impl FnOnce(&mut [f32])) {
         scratch.resize(values.len(), 0.0);
         fill(scratch);
-        run(Round { from: scratch, to: values });
+        round(scratch, values);
     }
 
     fn update(values: &mut [bf16], scratch: &mut Vec<f32>, change: impl FnOnce(&mut [f32])) {
         Self::read(values, scratch);
         change(scratch);
-        run(Round { from: scratch, to: values });
+        round(scratch, values);
     }
 
     fn pairs(values: &[bf16]) -> Cow<'_, [f32]> {
@@ -110,6 +110,16 @@ impl Element for bf16 {
             }
         }
     }
+}
+
+/// f32 from bf16.
+pub fn widen(from: &[bf16], to: &mut [f32]) {
+    run(Widen { from, to });
+}
+
+/// The nearest bf16 of each number.
+pub fn round(from: &[f32], to: &mut [bf16]) {
+    run(Round { from, to });
 }
 
 // Plain loops, which the compiler turns into vectors of the instruction set that `run` chose.

@@ -61,6 +61,16 @@ fn normalize<S: Simd>(
     (weight, bias): (&[S::f32s], &[S::f32s]),
     eps: f32,
 ) {
+    let (left, rstd) = centred(simd, row, eps);
+    for (x, (&weight, &bias)) in row.iter_mut().zip(weight.iter().zip(bias)) {
+        let normed = simd.mul_f32s(simd.sub_f32s(*x, left), rstd);
+        *x = simd.mul_add_f32s(normed, weight, bias);
+    }
+}
+
+/// Takes the mean from a row; returns what is left of it, and the reciprocal standard deviation.
+#[inline(always)]
+fn centred<S: Simd>(simd: S, row: &mut [S::f32s], eps: f32) -> (S::f32s, S::f32s) {
     let inverse = 1.0 / (row.len() * S::F32_LANES) as f32;
     let mut sum = simd.splat_f32s(0.0);
     for x in row.iter() {
@@ -75,11 +85,64 @@ fn normalize<S: Simd>(
     }
     let left = simd.reduce_sum_f32s(sum) * inverse;
     let variance = simd.reduce_sum_f32s(squares) * inverse - left * left;
-    let left = simd.splat_f32s(left);
-    let rstd = simd.splat_f32s(1.0 / (variance + eps).sqrt());
-    for (x, (&weight, &bias)) in row.iter_mut().zip(weight.iter().zip(bias)) {
-        let normed = simd.mul_f32s(simd.sub_f32s(*x, left), rstd);
-        *x = simd.mul_add_f32s(normed, weight, bias);
+    (simd.splat_f32s(left), simd.splat_f32s(1.0 / (variance + eps).sqrt()))
+}
+
+/// `grad` becomes the gradient of `x [rows, size]`, and x its normalised rows; for blocks that are in cache. Those of the
+/// weight and the bias are added to `sums`.
+pub fn gradient_in_place(
+    x: &mut [f32],
+    grad: &mut [f32],
+    (weight, eps): (&[f32], f64),
+    sums: (&mut [f32], &mut [f32]),
+) {
+    run(GradientInPlace { x, grad, weight, eps, sums });
+}
+
+struct GradientInPlace<'a> {
+    x: &'a mut [f32],
+    grad: &'a mut [f32],
+    weight: &'a [f32],
+    eps: f64,
+    sums: (&'a mut [f32], &'a mut [f32]),
+}
+
+impl WithSimd for GradientInPlace<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { x, grad, weight, eps, sums: (dw, db) } = self;
+        let size = weight.len();
+        if !size.is_multiple_of(MAX_LANES) {
+            let given = grad.to_vec();
+            let sums = (dw, db);
+            return Gradient { x, weight, grad: &given, eps, dx: grad, sums }.with_simd(simd);
+        }
+        let (weight, dw, db) = (vectors::<S>(weight), vectors_mut::<S>(dw), vectors_mut::<S>(db));
+        let inverse = 1.0 / size as f32;
+        let rows = vectors_mut::<S>(x).chunks_exact_mut(weight.len());
+        for (x, grad) in rows.zip(vectors_mut::<S>(grad).chunks_exact_mut(weight.len())) {
+            let (left, rstd) = centred(simd, x, eps as f32);
+            let (mut sum, mut along) = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
+            let parameters = weight.iter().zip(dw.iter_mut().zip(db.iter_mut()));
+            for ((x, grad), (&weight, (dw, db))) in
+                x.iter_mut().zip(grad.iter_mut()).zip(parameters)
+            {
+                *x = simd.mul_f32s(simd.sub_f32s(*x, left), rstd);
+                *dw = simd.mul_add_f32s(*grad, *x, *dw);
+                *db = simd.add_f32s(*db, *grad);
+                *grad = simd.mul_f32s(*grad, weight);
+                sum = simd.add_f32s(sum, *grad);
+                along = simd.mul_add_f32s(*grad, *x, along);
+            }
+            let mean = simd.splat_f32s(simd.reduce_sum_f32s(sum) * inverse);
+            let along = simd.splat_f32s(simd.reduce_sum_f32s(along) * inverse);
+            for (x, grad) in x.iter().zip(grad) {
+                let rest = simd.negate_mul_add_f32s(*x, along, simd.sub_f32s(*grad, mean));
+                *grad = simd.mul_f32s(rest, rstd);
+            }
+        }
     }
 }
 

@@ -27,6 +27,7 @@ pub mod projection;
 pub mod simd;
 mod softmax;
 pub mod upscale;
+pub mod upscale_gradient;
 mod weights;
 
 /// `sum += part`, by all threads.

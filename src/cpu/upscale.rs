@@ -6,7 +6,7 @@
 //! ```
 //! The maps u and w are never whole; the masks lie as images.
 
-use super::activation::gelu_of_inference;
+use super::activation::{gelu_of_bf16, gelu_of_inference};
 use super::bf16;
 use super::blocked::{add_term, Packed, Term};
 use super::buffer::Buffer;
@@ -14,10 +14,9 @@ use super::layer_norm;
 use super::simd::run;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
-use std::borrow::Cow;
 
 /// Taps of a 2x2 convolution.
-const TAPS: usize = 4;
+pub(super) const TAPS: usize = 4;
 
 /// The weights; a convolution's is `[taps x out, in]`, its bias `[taps x out]`.
 #[derive(Clone, Copy)]
@@ -35,14 +34,14 @@ pub struct Upscale<'a> {
 }
 
 /// A linear layer, ready for blocks.
-struct Layer<'a> {
+pub(super) struct Layer<'a> {
     weight: Packed,
     bias: &'a [f32],
-    in_dim: usize,
+    pub in_dim: usize,
 }
 
 impl<'a> Layer<'a> {
-    fn new((weight, bias): (&'a [f32], &'a [f32]), in_bf16: bool) -> Self {
+    pub fn new((weight, bias): (&'a [f32], &'a [f32]), in_bf16: bool) -> Self {
         let (out_dim, in_dim) = (bias.len(), weight.len() / bias.len());
         let weight = match in_bf16 && bf16::available() && in_dim.is_multiple_of(2) {
             true => Packed::from_transposed_pairs(&bf16::pairs(weight), out_dim, in_dim),
@@ -51,26 +50,27 @@ impl<'a> Layer<'a> {
         Self { weight, bias, in_dim }
     }
 
-    /// `x W^T + bias`, `[rows, in] -> [rows, out]`; `acc` is scratch.
-    fn apply(&self, x: &[f32], out: &mut Vec<f32>, acc: &mut Vec<f32>) {
+    /// `x W^T + bias`, `[rows, in] -> [rows, out]`; the buffers are scratch.
+    pub fn apply(&self, x: &[f32], out: &mut Vec<f32>, [acc, pairs]: &mut [Vec<f32>; 2]) {
         let (rows, width) = (x.len() / self.in_dim, self.bias.len());
         out.resize(rows * width, 0.0);
         for out in out.chunks_exact_mut(width) {
             out.copy_from_slice(self.bias);
         }
-        let (left, stride) = match self.weight.in_pairs() {
-            true => (Cow::Owned(bf16::pairs(x)), self.in_dim / 2),
-            false => (Cow::Borrowed(x), self.in_dim),
-        };
-        let term = Term { left: &left, stride, right: &self.weight, scale: 1.0 };
-        add_term(out, rows, &term, acc);
+        let right = &self.weight;
+        if right.in_pairs() {
+            let (left, stride) = (bf16::pairs_in(x, pairs), self.in_dim / 2);
+            add_term(out, rows, &Term { left, stride, right, scale: 1.0 }, acc);
+        } else {
+            add_term(out, rows, &Term { left: x, stride: self.in_dim, right, scale: 1.0 }, acc);
+        }
     }
 }
 
 /// Buffers of a task, used again for the next.
 #[derive(Default)]
 struct Scratch {
-    acc: Vec<f32>,
+    of_layers: [Vec<f32>; 2],
     u: Vec<f32>,
     fine: Vec<f32>,
 }
@@ -82,6 +82,7 @@ pub fn masks(up: &Upscale<'_>, x: &[f32], hyper: &[f32], masks: usize) -> Buffer
     let (c, eighth) = (conv1.in_dim, up.conv2.1.len() / TAPS);
     let groups = x.len() / (h * w * c);
     let row_pixels = TAPS * TAPS * w;
+    let gelu = if up.bf16 { gelu_of_bf16 } else { gelu_of_inference };
     let mut out = Buffer::any(groups * masks * h * row_pixels);
     // A row of positions gives four rows of pixels of each mask.
     let mut tasks: Vec<Vec<&mut [f32]>> = (0..groups * h).map(|_| vec![]).collect();
@@ -90,13 +91,13 @@ pub fn masks(up: &Upscale<'_>, x: &[f32], hyper: &[f32], masks: usize) -> Buffer
     }
     let tasks = tasks.into_par_iter().enumerate();
     tasks.for_each_init(Scratch::default, |scratch, (index, out)| {
-        let Scratch { acc, u, fine } = scratch;
-        conv1.apply(&x[index * w * c..][..w * c], u, acc);
+        let Scratch { of_layers, u, fine } = scratch;
+        conv1.apply(&x[index * w * c..][..w * c], u, of_layers);
         let (weight, bias, eps) = up.norm;
         layer_norm::in_place(u, weight, bias, eps);
-        gelu_of_inference(u);
-        conv2.apply(u, fine, acc);
-        gelu_of_inference(fine);
+        gelu(u);
+        conv2.apply(u, fine, of_layers);
+        gelu(fine);
         let hyper = &hyper[index / h * masks * eighth..][..masks * eighth];
         for (rows, hyper) in out.into_iter().zip(hyper.chunks_exact(eighth)) {
             run(Mask { rows, fine, hyper });
@@ -135,11 +136,17 @@ impl WithSimd for Mask<'_> {
                 for (x, weight) in rest.iter().zip(tail) {
                     sum += x * weight;
                 }
-                // Tap (y / 2, x / 2) of the first convolution, (y % 2, x % 2) of the second.
-                let (first, second) = (pixel / TAPS, pixel % TAPS);
-                let (y, x) = (first / 2 * 2 + second / 2, first % 2 * 2 + second % 2);
-                self.rows[y * width + position * TAPS + x] = sum;
+                self.rows[place(width, position, pixel)] = sum;
             }
         }
     }
+}
+
+/// Where a pixel of a position lies in the four rows of pixels of its row of positions.
+#[inline(always)]
+pub(super) fn place(width: usize, position: usize, pixel: usize) -> usize {
+    // Tap (y / 2, x / 2) of the first convolution, (y % 2, x % 2) of the second.
+    let (first, second) = (pixel / TAPS, pixel % TAPS);
+    let (y, x) = (first / 2 * 2 + second / 2, first % 2 * 2 + second % 2);
+    y * width + position * TAPS + x
 }

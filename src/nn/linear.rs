@@ -105,6 +105,16 @@ impl Linear {
         self.forward(&zeros, mode)?.get(0).map(Some)
     }
 
+    /// Every tensor that the output in evaluation depends on; of the adapters those in use.
+    pub(crate) fn reads(&self) -> candle_core::Result<Vec<Tensor>> {
+        let mut tensors = vec![self.weight.clone()];
+        tensors.extend(self.bias.clone());
+        for part in self.low_rank(Mode::Eval)? {
+            tensors.extend(part.tensors()?);
+        }
+        Ok(tensors)
+    }
+
     /// `[.., in] -> [.., out]`
     pub fn forward(&self, x: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
         self.forward_fused(x, Activation::Identity, None, mode)

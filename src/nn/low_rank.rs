@@ -87,8 +87,16 @@ impl LowRank {
         self.magnitude.as_ref()
     }
 
+    /// Every tensor of it, and the scaling as one.
+    pub(super) fn tensors(&self) -> Result<Vec<Tensor>> {
+        let mut tensors = vec![self.a.clone(), self.b.clone()];
+        tensors.extend([&self.b_bias, &self.magnitude].into_iter().flatten().cloned());
+        tensors.push(Tensor::new(self.scaling, self.a.device())?);
+        Ok(tensors)
+    }
+
     /// True when part of the input is dropped.
-    pub(super) fn drops(&self) -> bool {
+    pub(crate) fn drops(&self) -> bool {
         self.dropout.is_some()
     }
 

@@ -1,6 +1,6 @@
 //! The computation behind an operation, and conversions between candle's storages and the f32 slices of [`crate::cpu`].
 
-use crate::cpu::element::Element;
+use crate::cpu::element::{self, Element};
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;
 #[cfg(feature = "cuda")]
@@ -60,9 +60,31 @@ pub(super) fn to_f32<'a>(
             None => Cow::Owned(gather(data, layout, |x| x)),
         },
         CpuStorage::F16(data) => Cow::Owned(gather(data, layout, f16::to_f32)),
-        CpuStorage::BF16(data) => Cow::Owned(gather(data, layout, bf16::to_f32)),
+        CpuStorage::BF16(data) => Cow::Owned(match layout.contiguous_offsets() {
+            Some((start, end)) => widened(&data[start..end]),
+            None => gather(data, layout, bf16::to_f32),
+        }),
         _ => bail!("{op}: tensors must be f32, f16 or bf16"),
     })
+}
+
+/// Elements that one task converts.
+const CHUNK: usize = 1 << 14;
+
+/// f32 from bf16, by all threads.
+fn widened(data: &[bf16]) -> Vec<f32> {
+    let mut values = vec![0f32; data.len()];
+    let chunks = values.par_chunks_mut(CHUNK).zip(data.par_chunks(CHUNK));
+    chunks.for_each(|(values, data)| element::widen(data, values));
+    values
+}
+
+/// bf16 from f32, by all threads.
+fn rounded(values: &[f32]) -> Vec<bf16> {
+    let mut data = vec![bf16::ZERO; values.len()];
+    let chunks = data.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
+    chunks.for_each(|(data, values)| element::round(values, data));
+    data
 }
 
 /// By all threads.
@@ -70,7 +92,7 @@ fn converted<T: Copy + Sync, U: Send>(
     data: &[T],
     convert: impl Fn(T) -> U + Sync + Send,
 ) -> Vec<U> {
-    data.par_iter().with_min_len(1 << 14).map(|&x| convert(x)).collect()
+    data.par_iter().with_min_len(CHUNK).map(|&x| convert(x)).collect()
 }
 
 /// The offsets of a layout's elements in row-major order, for any strides.
@@ -98,7 +120,7 @@ pub(super) fn from_f32(op: &'static str, values: Vec<f32>, dtype: DType) -> Resu
     Ok(match dtype {
         DType::F32 => CpuStorage::F32(values),
         DType::F16 => CpuStorage::F16(converted(&values, f16::from_f32)),
-        DType::BF16 => CpuStorage::BF16(converted(&values, bf16::from_f32)),
+        DType::BF16 => CpuStorage::BF16(rounded(&values)),
         dtype => bail!("{op}: tensors must be f32, f16 or bf16, got {dtype:?}"),
     })
 }
@@ -154,14 +176,14 @@ impl Stored for bf16 {
             (Storage::Cpu(CpuStorage::BF16(data)), Some((start, end))) => {
                 f(Cow::Borrowed(&data[start..end]))
             }
-            _ => with_f32(op, tensor, |values| f(Cow::Owned(converted(&values, bf16::from_f32)))),
+            _ => with_f32(op, tensor, |values| f(Cow::Owned(rounded(&values)))),
         }
     }
 
     fn storage(op: &'static str, values: Vec<bf16>, dtype: DType) -> Result<CpuStorage> {
         match dtype {
             DType::BF16 => Ok(CpuStorage::BF16(values)),
-            dtype => from_f32(op, converted(&values, bf16::to_f32), dtype),
+            dtype => from_f32(op, widened(&values), dtype),
         }
     }
 }

@@ -1,12 +1,13 @@
-//! The image side of the mask decoder in evaluation, on the CPU: no gradient, and nothing of the image's size in memory but
-//! the output.
+//! The image side of the mask decoder on the CPU: nothing of the image's size is in memory but the output, and in a backward
+//! the gradient of the rows.
 //!
-//! Each function returns none on another device, where a gradient is wanted, and for adapters that are no single sum.
-//! It also returns none for so many tokens that the plain order of products is cheaper. Then
+//! Each function returns none on another device, and for adapters that drop or are no single sum. It also returns none
+//! for so many tokens that the plain order of products is cheaper. Then
 //! [`multi_head_attention`](super::multi_head_attention) and the projections compute the same.
 
+use super::absorbed::{self, Merged, UpscaleShape};
 use super::custom::{from_f32, with_f32};
-use super::{Norm, Projection};
+use super::{params, Norm, Projection};
 use crate::cpu::image_side::{self as cpu, Absorbed, Output, Scored, Shape};
 use crate::cpu::simd::MAX_LANES;
 use crate::cpu::upscale::{masks, Upscale};
@@ -24,26 +25,20 @@ pub(crate) struct CrossAttention<'a> {
     pub num_heads: usize,
 }
 
-/// An image as rows of channels.
+/// An image as rows of channels; a single entry, or several, serve equally many groups of tokens each.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Image<'a> {
-    /// `[G or 1, n, C]`
+    /// `[entries, n, C]`
     pub rows: &'a Tensor,
     /// Added to what is scored, `[1, n, C]`.
     pub positions: &'a Tensor,
-    /// `q_proj(rows + positions) [1, n, inner]`, where it is there already.
+    /// `q_proj(rows + positions) [entries, n, inner]`, where it is there already.
     pub q: Option<&'a Tensor>,
-}
-
-/// A projection's weight with its adapter, and its bias, in f32.
-struct Merged {
-    weight: Tensor,
-    bias: Option<Tensor>,
 }
 
 impl Merged {
     fn new(projection: &Projection<'_>) -> Result<Self> {
-        let f32s = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
+        let f32s = |tensor: &Tensor| tensor.to_dtype(DType::F32);
         let mut weight = f32s(projection.weight)?;
         let mut bias = projection.bias.map(f32s).transpose()?;
         if let Some(lora) = &projection.lora {
@@ -65,34 +60,43 @@ impl Merged {
     }
 }
 
-/// The shapes, where the absorbed order of products applies and pays.
+/// The shapes, where the absorbed order of products applies and pays, and whether a gradient is wanted.
 fn shape(
     tokens: &Tensor,
     image: &Image<'_>,
     attention: &CrossAttention<'_>,
     others: &[&Tensor],
-) -> Result<Option<Shape>> {
-    let (_, rows, channels) = image.rows.dims3()?;
-    let (_, count, inner) = tokens.dims3()?;
+) -> Result<Option<(Shape, bool)>> {
+    let (entries, rows, channels) = image.rows.dims3()?;
+    let (groups, count, inner) = tokens.dims3()?;
     let heads = attention.num_heads;
-    let inputs = [tokens, image.rows, image.positions].into_iter().chain(image.q);
-    let parameters = attention.projections.iter().flat_map(|projection| {
-        let dropped = projection.lora.is_some_and(|lora| lora.dropout.is_some());
-        projection.parameters().into_iter().chain([projection.weight]).map(move |p| (p, dropped))
-    });
-    let applies = inputs.chain(others.iter().copied()).all(plain)
-        && parameters.into_iter().all(|(tensor, dropped)| plain(tensor) && !dropped)
+    let projections = attention.projections;
+    let dropped = |p: &&Projection<'_>| p.lora.is_some_and(|lora| lora.dropout.is_some());
+    let parameters = projections.iter().flat_map(|p| p.parameters().into_iter().chain([p.weight]));
+    let inputs = [tokens, image.rows].into_iter().chain(image.q).chain(parameters);
+    let (mut on_cpu, mut tracked) = (is_plain(image.positions), false);
+    for tensor in inputs.chain(others.iter().copied()) {
+        on_cpu &= tensor.device().is_cpu();
+        tracked |= tensor.track_op();
+    }
+    let applies = on_cpu
+        && !projections.iter().any(dropped)
         && channels.is_multiple_of(MAX_LANES)
         && inner.is_multiple_of(heads)
-        && count * heads <= inner;
+        && count * heads <= inner
+        && entries > 0
+        && groups.is_multiple_of(entries)
+        && image.q.is_none_or(|q| q.dims() == [entries, rows, inner])
+        // The backward has the projected rows' channels in vectors, and no column for the last token.
+        && !(tracked && (count < 2 || !inner.is_multiple_of(MAX_LANES)));
     let softmax_scale = ((inner / heads) as f32).powf(-0.5);
-    let bf16 = attention.projections[0].weight.dtype() == DType::BF16;
+    let bf16 = !tracked && projections[0].weight.dtype() == DType::BF16;
     let shape = Shape { rows, channels, tokens: count, heads, inner, softmax_scale, bf16 };
-    Ok(applies.then_some(shape))
+    Ok(applies.then_some((shape, tracked)))
 }
 
 /// Whether a tensor is on the CPU and wants no gradient.
-fn plain(tensor: &Tensor) -> bool {
+fn is_plain(tensor: &Tensor) -> bool {
     matches!(tensor.device(), Device::Cpu) && !tensor.track_op()
 }
 
@@ -107,9 +111,13 @@ pub(crate) fn tokens_to_image(
     image: &Image<'_>,
     attention: &CrossAttention<'_>,
 ) -> Result<Option<Tensor>> {
-    let Some(shape) = shape(q, image, attention, &[])? else { return Ok(None) };
+    let Some((shape, tracked)) = shape(q, image, attention, &[])? else { return Ok(None) };
     let [_, k, v, _] = attention.projections.map(Merged::new);
     let (k, v) = (k?, v?);
+    if tracked {
+        let rows = (image.rows, image.positions);
+        return absorbed::tokens_to_image(shape, q, rows, &[k, v]).map(Some);
+    }
     let out = with_f32(OP, q, |q| {
         with_f32(OP, image.rows, |x| {
             with_f32(OP, image.positions, |positions| {
@@ -129,9 +137,13 @@ pub(crate) fn image_to_tokens(
     norm: &Norm<'_>,
 ) -> Result<Option<Tensor>> {
     let others = [v, norm.weight, norm.bias];
-    let Some(shape) = shape(k, image, attention, &others)? else { return Ok(None) };
+    let Some((shape, tracked)) = shape(k, image, attention, &others)? else { return Ok(None) };
     let [q, _, _, out] = attention.projections.map(Merged::new);
     let (mut q, mut out) = (q?, out?);
+    if tracked {
+        let rows = (image.rows, image.positions, image.q);
+        return absorbed::image_to_tokens(shape, rows, [k, v], &[q, out], norm).map(Some);
+    }
     out.weight = out.weight.t()?.contiguous()?;
     // Rows that are projected need no weight.
     let (scored, depth) = match image.q {
@@ -201,8 +213,20 @@ pub(crate) fn upscaled_masks(
 ) -> Result<Option<Tensor>> {
     let (groups, count, eighth) = hyper.dims3()?;
     let parameters = [up.conv1.0, up.conv1.1, up.conv2.0, up.conv2.1, up.norm.weight, up.norm.bias];
-    if ![image, hyper].into_iter().chain(parameters).all(plain) {
+    let tensors = || [image, hyper].into_iter().chain(parameters);
+    if !tensors().all(|tensor| tensor.device().is_cpu()) {
         return Ok(None);
+    }
+    if tensors().any(Tensor::track_op) {
+        if !UpscaleShape::applies(8 * eighth) {
+            return Ok(None);
+        }
+        let [conv1, bias1, conv2, bias2, weight, bias] = parameters;
+        let order = [conv1, bias1, weight, bias, conv2, bias2];
+        let lengths = order.map(Tensor::elem_count);
+        let shape = UpscaleShape { grid, lengths, eps: up.norm.eps, masks: count };
+        let parameters = params::pack(order, image.device())?;
+        return absorbed::upscaled_masks(shape, image, hyper, &parameters).map(Some);
     }
     let inputs = parameters.map(|tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1());
     let [conv1, bias1, conv2, bias2, weight, bias] = inputs;

@@ -37,6 +37,7 @@
 //! # }
 //! ```
 
+mod absorbed;
 mod activation;
 mod arguments;
 mod broadcast;

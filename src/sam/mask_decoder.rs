@@ -89,6 +89,8 @@ pub struct PreparedImages {
     batch: usize,
     grid: (usize, usize),
     dtype: DType,
+    /// Copies of the parameters that the images were prepared with, where a later change of them has to be noticed.
+    pub(super) made_with: Vec<Tensor>,
 }
 
 impl PreparedImages {
@@ -224,7 +226,8 @@ impl SamMaskDecoder {
         let image = image.reshape((batch, h * w, size))?;
         let positions = image_positions.to_dtype(image.dtype())?.flatten(1, 2)?;
         let images = self.transformer.share(&image, &positions, prompts, mode)?;
-        Ok(PreparedImages { images, batch, grid: (h, w), dtype: image.dtype() })
+        let (grid, dtype) = ((h, w), image.dtype());
+        Ok(PreparedImages { images, batch, grid, dtype, made_with: vec![] })
     }
 
     /// As [`forward_masks`](Self::forward_masks), of images that were prepared in the same mode, and their prompts
@@ -239,7 +242,7 @@ impl SamMaskDecoder {
         chosen: Range<usize>,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
-        let PreparedImages { images, batch, grid: (h, w), dtype } = prepared;
+        let PreparedImages { images, batch, grid: (h, w), dtype, .. } = prepared;
         let (batch, h, w) = (*batch, *h, *w);
         let prompts = sparse.map_or(Ok(1), |sparse| sparse.dim(1))?;
         let groups = batch * prompts;

@@ -11,6 +11,7 @@ use crate::nn::{self, Mode};
 use crate::{hub, module_tree, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use safetensors::View;
 use std::ops::Range;
 use std::path::Path;
 
@@ -196,7 +197,8 @@ impl SamModel {
         Ok(SamOutput { iou_scores, pred_masks })
     }
 
-    /// Image embeddings `[B, C, h, w]` ready for many prompts without logits, in evaluation.
+    /// Image embeddings `[B, C, h, w]` ready for many prompts without logits, in evaluation. On the CPU the result remembers
+    /// the parameters that it was made with: 400 kB in a published SAM.
     ///
     /// # Errors
     /// When the shape does not fit.
@@ -210,13 +212,40 @@ impl SamModel {
             sparse: None,
             dense: &dense,
         };
-        self.mask_decoder.prepare(&input, usize::MAX, Mode::Eval)
+        let mut images = self.mask_decoder.prepare(&input, usize::MAX, Mode::Eval)?;
+        if image_embeddings.device().is_cpu() {
+            let copies = self.prepare_reads()?;
+            images.made_with =
+                copies.iter().map(Tensor::copy).collect::<candle_core::Result<_>>()?;
+        }
+        Ok(images)
+    }
+
+    /// Whether [`prepare`](Self::prepare) would give these images again: no weight or adapter that it reads has changed since.
+    /// Always false on a GPU, where making them costs less than asking.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn is_current(&self, images: &PreparedImages) -> candle_core::Result<bool> {
+        let (reads, made_with) = (self.prepare_reads()?, &images.made_with);
+        let same = |(a, b): (&Tensor, &Tensor)| {
+            a.dtype() == b.dtype() && a.dims() == b.dims() && a.data() == b.data()
+        };
+        Ok(reads.len() == made_with.len() && reads.iter().zip(made_with).all(same))
+    }
+
+    /// Every parameter that [`prepare`](Self::prepare) reads.
+    fn prepare_reads(&self) -> candle_core::Result<Vec<Tensor>> {
+        let mut reads = self.mask_decoder.transformer.shared_reads()?;
+        reads.push(self.prompt_encoder.no_mask_embed.weight.clone());
+        Ok(reads.iter().map(Tensor::detach).collect())
     }
 
     /// As [`forward`](Self::forward) in evaluation, of images that [`prepare`](Self::prepare) made ready.
     ///
     /// # Errors
     /// - `input` has `pixel_values`, `image_embeddings` or `input_masks`;
+    /// - on the CPU, a weight or an adapter has changed since the images were prepared;
     /// - a shape does not fit.
     pub fn prompt(
         &self,
@@ -226,6 +255,9 @@ impl SamModel {
         let SamInput { pixel_values, image_embeddings, input_masks, multimask_output, .. } = input;
         if [pixel_values, image_embeddings, input_masks].iter().any(|tensor| tensor.is_some()) {
             bail!("sam: prepared images take points and boxes alone")
+        }
+        if !images.made_with.is_empty() && !self.is_current(images)? {
+            bail!("sam: a weight or an adapter has changed since the images were prepared")
         }
         let (sparse, _) = self.prompts(input, images.batch(), Mode::Eval)?;
         let chosen = self.mask_decoder.masks_of(*multimask_output);

@@ -222,7 +222,8 @@ impl<'a> SamPredictor<'a> {
         Rle::from_mask(&inside, (height as u32, width as u32))
     }
 
-    /// The embedding, ready for prompts; that of the last call where it is the same and nothing is trained.
+    /// The embedding, ready for prompts; that of the last call where it is the same, nothing is trained, and no other owner
+    /// of the model's memory has changed it.
     fn prepared(&self, embedding: &Tensor) -> candle_core::Result<PreparedImages> {
         let mut trained = embedding.track_op();
         self.model.visit("", &mut |_, node| {
@@ -234,14 +235,14 @@ impl<'a> SamPredictor<'a> {
             return self.model.prepare(embedding);
         }
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*last {
-            Some(last) if last.embedding == embedding.id() => Ok(last.prepared.clone()),
-            _ => {
-                let prepared = self.model.prepare(embedding)?;
-                *last = Some(LastImage { embedding: embedding.id(), prepared: prepared.clone() });
-                Ok(prepared)
+        if let Some(last) = last.as_ref().filter(|last| last.embedding == embedding.id()) {
+            if self.model.is_current(&last.prepared)? {
+                return Ok(last.prepared.clone());
             }
         }
+        let prepared = self.model.prepare(embedding)?;
+        *last = Some(LastImage { embedding: embedding.id(), prepared: prepared.clone() });
+        Ok(prepared)
     }
 
     /// One call of the decoder, for prompts of the same kind.

@@ -14,10 +14,10 @@ use super::config::CROSS_DOWNSAMPLE_RATE;
 use super::validate::require_dtype;
 use super::SamMaskDecoderConfig;
 use crate::module_tree;
-use crate::nn::{LayerNorm, Linear, MlpBlock, Mode};
+use crate::nn::{LayerNorm, Linear, LowRank, MlpBlock, Mode};
 use crate::ops::image_side::{self, CrossAttention, Image};
 use crate::ops::{self, Activation};
-use candle_core::{bail, Result, Tensor, D};
+use candle_core::{bail, DType, Result, Tensor, D};
 use candle_nn::VarBuilder;
 
 /// Epsilon of the final norm: torch's default, where all others have the configuration's.
@@ -82,23 +82,18 @@ impl SamAttention {
             ops::multi_head_attention(q, kv, self.num_heads, (head_dim as f64).powf(-0.5))
         };
         // Keys that all share: all queries are those of one entry, and fill vectors together.
-        let is_plain = ![q, kv[0], kv[1]].iter().any(|tensor| tensor.track_op());
-        match is_plain && kv[0].dim(0)? == 1 {
+        match kv[0].dim(0)? == 1 {
             true => attend(&q.flatten(0, 1)?.unsqueeze(0)?)?.reshape(q.shape()),
             false => attend(q),
         }
     }
 
-    /// Calls `f` with the attention as one between an image and tokens. None in training, and with adapters that are no
-    /// single sum.
+    /// Calls `f` with the attention as one between an image and tokens. None with adapters that are no single sum.
     fn with_image(
         &self,
         mode: Mode,
         f: impl FnOnce(&CrossAttention<'_>) -> Result<Option<Tensor>>,
     ) -> Result<Option<Tensor>> {
-        if mode != Mode::Eval {
-            return Ok(None);
-        }
         let parts = [&self.q_proj, &self.k_proj, &self.v_proj, &self.out_proj];
         let [q, k, v, out] = parts.map(|part| part.low_rank(mode));
         let low_rank = [q?, k?, v?, out?];
@@ -170,15 +165,31 @@ impl SamTwoWayAttentionBlock {
         })
     }
 
+    /// Whether adapters drop parts of the image, differently for each prompt.
+    fn drops_image(&self, mode: Mode) -> Result<bool> {
+        for linear in self.of_image() {
+            if linear.low_rank(mode)?.iter().any(LowRank::drops) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The projections k, v and q of the image.
+    fn of_image(&self) -> [&Linear; 3] {
+        let (to_image, to_tokens) =
+            (&self.cross_attn_token_to_image, &self.cross_attn_image_to_token);
+        [&to_image.k_proj, &to_image.v_proj, &to_tokens.q_proj]
+    }
+
     /// Heads of the image that several prompts share.
     fn share(&self, image: &Tensor, positions: &Tensor, mode: Mode) -> Result<SharedHeads> {
         let placed = ops::broadcast_add(image, positions)?;
-        let (to_image, to_tokens) =
-            (&self.cross_attn_token_to_image, &self.cross_attn_image_to_token);
+        let [k, v, q] = self.of_image();
         Ok(SharedHeads {
-            k: to_image.k_proj.forward(&placed, mode)?,
-            v: to_image.v_proj.forward(image, mode)?,
-            q: to_tokens.q_proj.forward(&placed, mode)?,
+            k: k.forward(&placed, mode)?,
+            v: v.forward(image, mode)?,
+            q: q.forward(&placed, mode)?,
         })
     }
 
@@ -190,6 +201,7 @@ impl SamTwoWayAttentionBlock {
         image: &ImageTokens<'_>,
         mode: Mode,
     ) -> Result<(Tensor, Tensor)> {
+        let groups = queries.dim(0)?;
         let queries = if self.skip_first_layer_pe {
             self.self_attn.forward([queries, queries, queries], None, mode)?
         } else {
@@ -207,11 +219,12 @@ impl SamTwoWayAttentionBlock {
                 let heads = match image.heads {
                     Some(heads) => heads.clone(),
                     None => {
-                        let rows = image.rows.to_dtype(queries.dtype())?;
+                        let rows = image.plain_rows(groups, queries.dtype(), mode)?;
                         self.share(&rows, image.positions, mode)?
                     }
                 };
-                (to_image.attend(&q, [&heads.k, &heads.v])?, Some(heads))
+                let [k, v] = [several_for(&heads.k, groups)?, several_for(&heads.v, groups)?];
+                (to_image.attend(&q, [&k, &v])?, Some(heads))
             }
         };
         let out_proj = &to_image.out_proj;
@@ -228,17 +241,19 @@ impl SamTwoWayAttentionBlock {
         let v = to_tokens.v_proj.forward(&queries, mode)?;
         let q = heads.map(|heads| heads.q);
         let (rows, positions) = (image.rows, image.positions);
+        let entries = rows.dim(0)?;
         let fused = to_tokens.with_image(mode, |attention| {
-            let image = Image { rows, positions, q: q.as_ref() };
+            let q = q.as_ref().filter(|q| q.dims()[0] == entries);
+            let image = Image { rows, positions, q };
             let norm = self.layer_norm4.parameters();
             image_side::image_to_tokens(&image, [&k, &v], attention, &norm)
         })?;
         if let Some(rows) = fused {
             return Ok((queries, rows));
         }
-        let rows = &rows.to_dtype(queries.dtype())?;
+        let rows = &image.plain_rows(groups, queries.dtype(), mode)?;
         let q = match q {
-            Some(q) => q,
+            Some(q) => several_for(&q, groups)?,
             None => to_tokens.q_proj.forward(&ops::broadcast_add(rows, positions)?, mode)?,
         };
         let attended = to_tokens.attend(&q, [&k, &v])?;
@@ -252,7 +267,7 @@ impl SamTwoWayAttentionBlock {
 
 /// The image as a layer sees it.
 struct ImageTokens<'a> {
-    /// `[G or 1, h w, C]`
+    /// `[B or G, h w, C]`
     rows: &'a Tensor,
     /// `[1, h w, C]`
     positions: &'a Tensor,
@@ -261,6 +276,16 @@ struct ImageTokens<'a> {
 }
 
 impl ImageTokens<'_> {
+    /// The rows as the plain order of products takes them, in the dtype of the tokens: one image for all groups, or one
+    /// for each. In training each has its own, since dropout counts rows.
+    fn plain_rows(&self, groups: usize, dtype: DType, mode: Mode) -> Result<Tensor> {
+        let rows = self.rows.to_dtype(dtype)?;
+        match (rows.dim(0)?, mode) {
+            (1, Mode::Eval) => Ok(rows),
+            (entries, _) => repeat_for(&rows, groups / entries.max(1)),
+        }
+    }
+
     /// Projected queries look at the image, which is not projected; none where that does not apply.
     fn absorbed(&self, attention: &SamAttention, q: &Tensor, mode: Mode) -> Result<Option<Tensor>> {
         if self.heads.is_some() {
@@ -279,14 +304,11 @@ struct SharedHeads {
     q: Tensor,
 }
 
-impl SharedHeads {
-    /// For each of `prompts` prompts, `[B, ..] -> [B P, ..]`; a single image serves all prompts as it is.
-    fn repeat(&self, prompts: usize) -> Result<Self> {
-        if self.k.dim(0)? == 1 {
-            return Ok(self.clone());
-        }
-        let repeat = |x: &Tensor| repeat_for(x, prompts);
-        Ok(Self { k: repeat(&self.k)?, v: repeat(&self.v)?, q: repeat(&self.q)? })
+/// Entries of an image `[B, ..]` for each of its prompts `[B P, ..]`; a single one serves all prompts as it is.
+fn several_for(image: &Tensor, groups: usize) -> Result<Tensor> {
+    match image.dim(0)? {
+        1 => Ok(image.clone()),
+        entries => repeat_for(image, groups / entries.max(1)),
     }
 }
 
@@ -361,7 +383,7 @@ impl SamTwoWayTransformer {
         })
     }
 
-    /// Heads of the first layer that all `prompts` of an image share, in evaluation. Images are `[B, h w, C]`, positions
+    /// Heads of the first layer that all `prompts` of an image share, unless adapters drop. Images are `[B, h w, C]`, positions
     /// `[1, h w, C]`.
     ///
     /// # Errors
@@ -373,14 +395,22 @@ impl SamTwoWayTransformer {
         prompts: usize,
         mode: Mode,
     ) -> Result<SharedImage> {
-        // In training every prompt has dropout of its own on the image's projections.
-        let shared = mode == Mode::Eval && prompts >= SHARED_FROM;
-        let first = self.layers.first().filter(|_| shared);
+        let first = match self.layers.first() {
+            Some(layer) if prompts >= SHARED_FROM && !layer.drops_image(mode)? => Some(layer),
+            _ => None,
+        };
         Ok(SharedImage {
             image: image.clone(),
             positions: positions.clone(),
             first: first.map(|layer| layer.share(image, positions, mode)).transpose()?,
         })
+    }
+
+    /// Every tensor that [`share`](Self::share) reads in evaluation.
+    pub(super) fn shared_reads(&self) -> Result<Vec<Tensor>> {
+        let linears = self.layers.first().map(SamTwoWayAttentionBlock::of_image);
+        let reads = linears.into_iter().flatten().map(Linear::reads).collect::<Result<Vec<_>>>()?;
+        Ok(reads.concat())
     }
 
     /// Tokens `[B P, N, C]`, P prompts of each of B images -> new tokens and images `[B P, h w, C]`.
@@ -411,18 +441,14 @@ impl SamTwoWayTransformer {
             bail!("mask_decoder: {} groups of tokens for {batch} images", tokens.dim(0)?)
         }
         let mut queries = tokens.clone();
-        let mut rows = match (batch, mode) {
-            (1, Mode::Eval) => images.image.clone(),
-            _ => repeat_for(&images.image, prompts)?,
-        };
+        let mut rows = images.image.clone();
         let positions = &images.positions;
         for (index, layer) in self.layers.iter().enumerate() {
             let heads = images.first.as_ref().filter(|_| index == 0);
-            let heads = heads.map(|heads| heads.repeat(prompts)).transpose()?;
-            let image = ImageTokens { rows: &rows, positions, heads: heads.as_ref() };
+            let image = ImageTokens { rows: &rows, positions, heads };
             (queries, rows) = layer.forward(&queries, tokens, &image, mode)?;
         }
-        // Without a layer one image still serves all prompts.
+        // Without a layer an image still serves all its prompts.
         let rows = repeat_for(&rows, tokens.dim(0)? / rows.dim(0)?)?;
         Ok((queries, rows))
     }

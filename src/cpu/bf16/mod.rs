@@ -6,7 +6,7 @@
 //! Two neighbours in k make a pair of 32 bits. A pair travels as the f32 of the same bits, which is never computed
 //! with. So packing and blocking are those of f32 with half the depth.
 
-use super::panel::{Into, Left, Right, PANEL};
+use super::panel::{Into, Left, Right};
 use super::softmax::{Gradient, OnlineStep, Row};
 
 mod operands;
@@ -32,6 +32,13 @@ pub fn pairs(values: &[f32]) -> Vec<f32> {
     let mut out = vec![0f32; values.len() / 2];
     pairs_into(values, &mut out);
     out
+}
+
+/// As [`pairs`], into a buffer that is used again.
+pub fn pairs_in<'a>(values: &[f32], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    buffer.resize(values.len() / 2, 0.0);
+    pairs_into(values, buffer);
+    buffer
 }
 
 /// As [`pairs`], into a place.
@@ -69,18 +76,6 @@ pub fn product(
         return unsafe { x86::product(c, &operands) };
     }
     portable::product(c, &operands);
-}
-
-/// `acc [rows, PANEL] (+)= scale * left right`: rows of left pairs `stride` apart, `right [depth, PANEL]` pairs.
-pub fn panel(
-    acc: &mut [f32],
-    into: (Into, f32),
-    (rows, depth): (usize, usize),
-    (left, stride): (&[f32], usize),
-    right: &[f32],
-) {
-    let (left, right) = (Left::Rows(left, stride), Right(right, PANEL));
-    product((acc, PANEL), into, (rows, PANEL, depth), left, right);
 }
 
 /// The dot product of each row of `a` with the same row of `b`, rows of `width` pairs. Order and bits are those that

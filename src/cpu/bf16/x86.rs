@@ -66,7 +66,8 @@ pub fn product(c: &mut [f32], operands: &Operands<'_>) {
     while column < operands.n {
         column += match (operands.n - column) / 16 {
             4.. => all_rows::<4>(c, operands, column),
-            2.. => all_rows::<2>(c, operands, column),
+            3 => all_rows::<3>(c, operands, column),
+            2 => all_rows::<2>(c, operands, column),
             _ => all_rows::<1>(c, operands, column),
         };
     }
