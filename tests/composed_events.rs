@@ -52,7 +52,7 @@ fn a_trained_weight_is_told_and_a_frozen_one_is_not() -> Result<()> {
     let seen = Seen::default();
     tracing::subscriber::with_default(seen.clone(), || {
         for weight in [&weight.detach(), weight.as_tensor()] {
-            let projection = Projection { weight, bias: None, lora: None };
+            let projection = Projection { weight, scales: None, bias: None, lora: None };
             lora_linear(&x, &projection, Activation::Identity, None)?;
         }
         Result::Ok(())

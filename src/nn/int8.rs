@@ -43,7 +43,8 @@ impl fmt::Display for Quantized {
 /// A few layers with their reasons, and how many more there are.
 fn shown(left: &[(String, &'static str)]) -> String {
     const MOST: usize = 4;
-    let some: Vec<_> = left.iter().take(MOST).map(|(path, why)| format!("{path} ({why})")).collect();
+    let some: Vec<_> =
+        left.iter().take(MOST).map(|(path, why)| format!("{path} ({why})")).collect();
     match left.len().saturating_sub(MOST) {
         0 => some.join(", "),
         more => format!("{} and {more} more", some.join(", ")),

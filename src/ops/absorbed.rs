@@ -314,7 +314,7 @@ mod tests {
     }
 
     fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-        let projection = Projection { weight, bias: Some(bias), lora: None };
+        let projection = Projection { weight, scales: None, bias: Some(bias), lora: None };
         lora_linear(x, &projection, Activation::Identity, None)
     }
 

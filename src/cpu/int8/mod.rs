@@ -168,7 +168,9 @@ mod tests {
         /// A in rows of quads and B in lines of quads, `b_stride` apart.
         fn operands(&self, b_stride: usize) -> (Vec<f32>, Vec<f32>) {
             let (m, n, k) = self.shape;
-            let quad = |bytes: &[u8]| f32::from_bits(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+            let quad = |bytes: &[u8]| {
+                f32::from_bits(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+            };
             let mut a = Vec::new();
             for (i, row) in self.x.chunks_exact(k).enumerate() {
                 let bytes: Vec<u8> = row.iter().map(|x| x.cast_unsigned()).collect();
@@ -223,8 +225,14 @@ mod tests {
             let scales: Vec<f32> = (0..n).map(|j| (j as f32 % 3.0 - 1.0).exp2()).collect();
             for (into, start) in [(Into::Store, f32::NAN), (Into::Add, 3.0)] {
                 let shape = (m, n, k / 4);
-                let operands =
-                    Operands { into: (into, 2.0), shape, a: &a, b: &b, b_stride: n + 16, scales: &scales };
+                let operands = Operands {
+                    into: (into, 2.0),
+                    shape,
+                    a: &a,
+                    b: &b,
+                    b_stride: n + 16,
+                    scales: &scales,
+                };
                 let mut first: Option<Vec<u32>> = None;
                 for (name, multiply) in engines() {
                     let mut c = vec![start; m * (n + 5)];
@@ -235,7 +243,10 @@ mod tests {
                         let value = sum as f64 * row * 2.0 * f64::from(scales[j]);
                         let expected = if into == Into::Add { 3.0 + value } else { value };
                         let error = (f64::from(c[i * (n + 5) + j]) - expected).abs();
-                        assert!(error <= 2e-7 * expected.abs(), "{name} {shape:?} {i} {j}: {error}");
+                        assert!(
+                            error <= 2e-7 * expected.abs(),
+                            "{name} {shape:?} {i} {j}: {error}"
+                        );
                     }
                     let bits: Vec<u32> = c.iter().map(|x| x.to_bits()).collect();
                     assert!(*first.get_or_insert_with(|| bits.clone()) == bits, "{name} {shape:?}");
