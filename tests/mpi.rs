@@ -249,6 +249,10 @@ fn tests() -> ExitCode {
             "the_first_ranks_folder_is_enough_to_resume",
             finetune::the_first_ranks_folder_is_enough_to_resume,
         ),
+        other(
+            "another_librarys_launcher_is_refused",
+            finetune::another_librarys_launcher_is_refused,
+        ),
         other("a_slow_lossy_cable_changes_no_bits", hosts::a_slow_lossy_cable_changes_no_bits),
         other("a_cable_cut_in_mid_step_ends_all", hosts::a_cable_cut_in_mid_step_ends_all),
         other("a_killed_job_is_resumed_by_others", division::a_killed_job_is_resumed_by_others),

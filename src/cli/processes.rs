@@ -46,9 +46,19 @@ impl Processes {
             return Ok(Arc::new(Alone));
         }
         #[cfg(feature = "mpi")]
-        return Ok(Arc::new(crate::train::Mpi::initialize(std::time::Duration::from_secs(
-            self.wait,
-        ))?));
+        {
+            let patience = std::time::Duration::from_secs(self.wait);
+            let processes = crate::train::Mpi::initialize(patience)?;
+            let found = processes.size().to_string();
+            // Under another library's launcher each process would be alone, and all would do the same work.
+            match sizes.into_iter().flatten().next() {
+                Some(size) if size != found => anyhow::bail!(
+                    "started as one of {size} processes, and MPI says {found}: start it by the launcher of the MPI library \
+                     that it was built with"
+                ),
+                _ => Ok(Arc::new(processes)),
+            }
+        }
         #[cfg(not(feature = "mpi"))]
         match sizes.into_iter().flatten().next() {
             Some(size) if size == "1" => Ok(Arc::new(Alone)),

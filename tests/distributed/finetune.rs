@@ -148,6 +148,19 @@ pub fn the_first_ranks_folder_is_enough_to_resume() -> Result<()> {
     Ok(())
 }
 
+/// MPICH's launcher says how many processes there are by PMI_SIZE, which OpenMPI does not know.
+pub fn another_librarys_launcher_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = folder.path().join("run");
+    let mut command = Command::new(PROGRAM);
+    command.args(FINETUNE.split(' ')).arg("--output").arg(&output).env("PMI_SIZE", "2");
+    let (ended, _) = ended(&mut command)?;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    ensure!(!ended.status.success() && !output.exists(), "it went on alone");
+    ensure!(said.contains("started as one of 2 processes, and MPI says 1"), "{said}");
+    Ok(())
+}
+
 /// One message for all, whatever the processes disagree about.
 pub fn finetune_tells_what_differs(other: &str, told: &str) -> Result<()> {
     let folder = tempfile::tempdir()?;
