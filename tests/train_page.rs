@@ -63,7 +63,7 @@ fn a_run_is_on_one_page() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a browser sees on the page.
+/// Counts of the things that a browser sees on the page.
 fn seen(browser: &str, page: &str, folder: &Path) -> anyhow::Result<String> {
     let file = folder.join("looked-at.html");
     std::fs::write(&file, page.replace("</body>", &format!("{LOOK}</body>")))?;

@@ -43,7 +43,7 @@ impl MaskMatches {
                 .collect();
             let mut matched = 0;
             for (bit, least) in IOUS.iter().enumerate() {
-                // Of objects with equal IoU pycocotools takes the last one.
+                // pycocotools takes the last of objects with equal IoU.
                 let mut best = (None, f64::from(*least) / 100.0);
                 for (object, iou) in ious.iter().enumerate() {
                     if free[object] & (1 << bit) != 0 && *iou >= best.1 {

@@ -43,7 +43,7 @@ pub struct Verdict {
     pub predicted_ious: Vec<(f32, f64)>,
     /// How the masks found without a prompt match its objects, if there are some.
     pub matches: Option<MaskMatches>,
-    /// What was found, of an image that is shown.
+    /// The masks, of an image that is shown.
     pub shown: Option<Shown>,
 }
 
@@ -169,5 +169,41 @@ impl Told {
             matches,
             shown,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_are_told_bit_for_bit() -> anyhow::Result<()> {
+        let mask = Rle::from_mask(&[false, true, true, false, true, false], (2, 3))?;
+        let verdict = Verdict {
+            name: "a \"name\"".into(),
+            scores: vec![ObjectScores::from_values([
+                0.1,
+                1.0 / 3.0,
+                0.7,
+                0.2,
+                0.6,
+                f64::MIN_POSITIVE,
+            ])],
+            predicted_ious: vec![(0.1, 0.3), (f32::INFINITY, 2.0 / 3.0)],
+            matches: Some(MaskMatches { objects: 2, found: vec![(-0.25, 0), (0.1, 1023)] }),
+            shown: Some(Shown {
+                prompted: RgbImage::from_fn(2, 3, |x, y| image::Rgb([x as u8, y as u8, 255])),
+                automatic: vec![(0.3, mask)],
+            }),
+        };
+        let told = json!(Told::of(&(5, verdict))).to_string();
+        let heard: Told = serde_json::from_str(&told)?;
+        assert_eq!(heard.index, 5);
+        let again = json!(Told::of(&(5, heard.verdict()))).to_string();
+        assert_eq!(again, told);
+        for part in ["[-0.25", "0.1]"] {
+            assert!(!told.contains(part), "numbers are told as bits: {told}");
+        }
+        Ok(())
     }
 }

@@ -18,11 +18,11 @@ use serde_json::json;
 /// Pictures in a row of the contact sheet.
 const COLUMNS: usize = 3;
 
-/// What a run found.
+/// The results of a run.
 pub struct Results<'a> {
     /// Its options.
     pub options: &'a Options,
-    /// What was trained, in one line.
+    /// The trained part, in one line.
     pub trainable: &'a str,
     /// The images it was judged by.
     pub held_out: &'a Dataset,
