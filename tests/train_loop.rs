@@ -254,17 +254,16 @@ fn a_plateau_lowers_the_next_steps_rate() -> anyhow::Result<()> {
     let problem = Problem::new();
     let decay = Decay::Plateau(Plateau { factor: 0.5, patience: 1 });
     let config = TrainerConfig { schedule: Schedule { warmup_steps: 0, decay }, ..problem.config };
-    let ious = [0.5, 0.4, 0.5, 0.6, 0.6, 0.1];
     let (_, mut trainer) = problem.start(config)?;
     let mut rates = vec![];
-    for step in 0..6 {
+    for (step, iou) in [0.5, 0.4, 0.5, 0.6, 0.6, 0.1].into_iter().enumerate() {
         let (model, mut resumed) = problem.start(config)?;
         if step > 0 {
             resumed.resume(&path)?;
         }
         let made = problem.step(&model, &mut resumed)?;
         rates.push(made.lr / config.optimizer.lr);
-        resumed.note(ObjectScores { iou: ious[step], ..Default::default() });
+        resumed.note(ObjectScores { iou, ..Default::default() });
         resumed.save(&path)?;
         trainer = resumed;
     }
