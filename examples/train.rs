@@ -29,6 +29,7 @@ pub fn main() -> Result<()> {
         mask_size: 4 * model.config().vision_config.grid_size(),
         seed: 42,
         device: &device,
+        embeddings: None,
     };
     let optimizer = AdamWConfig { lr: 1e-3, ..Default::default() };
     let mut trainer = Trainer::new(&model, TrainerConfig { seed: 42, ..optimizer.into() })?;

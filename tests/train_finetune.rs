@@ -1,21 +1,16 @@
 //! The command `finetune`, shortened: the loss falls, everything is written, a continued run has the bits of an
 //! uninterrupted one, and nobody's files are lost.
 
+#[path = "common/finetune.rs"]
+mod finetune;
+
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
-use candle_sam_lora::cli::finetune::{run, Options, Outcome};
+use candle_sam_lora::cli::finetune::Outcome;
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
-use clap::Parser;
+use finetune::{finetune, SHORT};
 use std::path::Path;
-
-fn finetune(output: &Path, arguments: &[&str]) -> anyhow::Result<Outcome> {
-    let mut all = vec!["finetune", "--output", output.to_str().expect("a path in Unicode")];
-    all.extend_from_slice(arguments);
-    run(&Options::try_parse_from(all)?)
-}
-
-const SHORT: [&str; 4] = ["--batch", "1", "--prompts", "4"];
 
 fn short<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&SHORT, more].concat()
@@ -29,7 +24,7 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
     let (first, last) = (mean(&outcome.losses[..8]), mean(&outcome.losses[22..]));
     assert!(last < 0.9 * first, "the loss went from {first} to {last}");
-    let (before, after) = (outcome.before.iou, outcome.after.iou);
+    let (before, after) = (outcome.before.objects.iou, outcome.after.objects.iou);
     assert!(after > before, "IoU {before} became {after}");
 
     for picture in ["loss.png", "overlays/nuclei_r6c0.png", "overlays/nuclei_r6c7.png"] {
@@ -150,7 +145,8 @@ fn a_killed_run_with_everything_is_continued_to_the_same_bytes() -> anyhow::Resu
     assert!(rows.iter().zip(1..).all(|(row, step)| row[4].is_empty() == (step % 3 != 0)));
     let best = std::fs::read(whole.join("best/adapter_model.safetensors"))?;
     let last = std::fs::read(whole.join("adapter/adapter_model.safetensors"))?;
-    let last_is_best = outcome.evaluations[1].scores.iou > outcome.evaluations[0].scores.iou;
+    let last_is_best =
+        outcome.evaluations[1].scores.objects.iou > outcome.evaluations[0].scores.objects.iou;
     assert_eq!(best == last, last_is_best);
     assert_eq!(std::fs::read_dir(whole.join("tensorboard"))?.count(), 1);
 
@@ -215,7 +211,7 @@ fn parts_are_trained_alone_and_together() -> anyhow::Result<()> {
     let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny-sam");
     let on = two(&["--train", "adapters", "--model", shipped, "--adapter"]);
     let outcome = finetune(&at("on"), &[&on[..], &[adapter]].concat())?;
-    assert_eq!(Some(outcome.before.iou), all["after"]["iou"].as_f64());
+    assert_eq!(Some(outcome.before.objects.iou), all["after"]["iou"].as_f64());
     let (before, after) = (parts(&at("all"))?, parts(&at("on"))?);
     assert!(before[0] != after[0] && before[1..] == after[1..]);
     let message = finetune(&at("rank"), &["--adapter", adapter, "--rank", "4"]);
@@ -269,7 +265,8 @@ fn a_bf16_base_trains_f32_adapters() -> anyhow::Result<()> {
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
     let (first, last) = (mean(&outcome.losses[..8]), mean(&outcome.losses[22..]));
     assert!(last < 0.9 * first, "the loss went from {first} to {last}");
-    assert!(outcome.after.iou > outcome.before.iou, "{:?}", (outcome.before, outcome.after));
+    let (before, after) = (outcome.before.objects.iou, outcome.after.objects.iou);
+    assert!(after > before, "{before} became {after}");
     let adapter = output.join("adapter/adapter_model.safetensors");
     let adapter = candle_sam_lora::files::read_tensors(&adapter, &Device::Cpu)?;
     assert!(adapter.values().all(|tensor| tensor.dtype() == DType::F32));
@@ -429,7 +426,7 @@ fn coco_annotations_train_as_masks_do() -> anyhow::Result<()> {
     };
     let (masks, coco) = (train("by-masks", &by_masks)?, train("by-coco", &by_coco)?);
     assert_eq!(masks.losses, coco.losses);
-    assert_eq!((masks.before.iou, masks.after.iou), (coco.before.iou, coco.after.iou));
+    assert_eq!((masks.before, masks.after), (coco.before, coco.after));
     let adapter = |name: &str| std::fs::read(at(name).join("adapter/adapter_model.safetensors"));
     assert!(adapter("by-masks")? == adapter("by-coco")?, "the adapters differ");
     Ok(())

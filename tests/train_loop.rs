@@ -8,8 +8,8 @@ use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{trainable_variables, Linear, Mode};
 use candle_sam_lora::train::{
     best_evaluation, evaluations_since_best, previous_state_path, AdamW, AdamWConfig, Decay,
-    EventFile, MetricsCsv, ObjectScores, Schedule, StepMetrics, StepScores, Trainer, TrainerConfig,
-    TrainingState,
+    EventFile, HeldOutScores, MaskScores, MetricsCsv, ObjectScores, Plateau, Schedule, StepMetrics,
+    StepScores, Trainer, TrainerConfig, TrainingState,
 };
 use common::Case;
 use std::path::Path;
@@ -35,7 +35,7 @@ fn schedules_are_transformers() {
             let schedule = Schedule { warmup_steps: case.integer("warmup"), decay };
             schedule.validate().expect("a schedule that transformers takes");
             for (step, expected) in common::values(&case.tensor("factor")).into_iter().enumerate() {
-                let found = schedule.factor(step as u64);
+                let found = schedule.factor(step as u64, &[]);
                 // The fixture holds f32.
                 assert!(
                     (found - expected).abs() <= 6e-8,
@@ -48,7 +48,7 @@ fn schedules_are_transformers() {
     }
     assert_eq!(compared, 3 * (12 + 30 + 2));
     for decay in [Decay::Linear { total_steps: 4 }, Decay::Cosine { total_steps: 4 }] {
-        assert_eq!(Schedule { warmup_steps: 1, decay }.factor(9), 0.0);
+        assert_eq!(Schedule { warmup_steps: 1, decay }.factor(9, &[]), 0.0);
         assert!(Schedule { warmup_steps: 4, decay }.validate().is_err());
     }
 }
@@ -104,6 +104,7 @@ impl Problem {
             schedule: Schedule { warmup_steps: case.integer("warmup"), decay },
             accumulation: case.integer("parts"),
             max_grad_norm: Some(case.number("max_norm")),
+            ema: None,
             seed: 1,
         };
         Self { case, config }
@@ -171,6 +172,107 @@ fn accumulation_clipping_and_schedule_together_are_pytorchs() -> anyhow::Result<
 }
 
 #[test]
+fn averages_are_pytorchs() -> anyhow::Result<()> {
+    let problem = Problem::new();
+    let config = TrainerConfig { ema: Some(problem.case.number("ema")), ..problem.config };
+    let (model, mut trainer) = problem.start(config)?;
+    let (plain, mut without) = problem.start(problem.config)?;
+    for _ in 0..6 {
+        problem.step(&model, &mut trainer)?;
+        problem.step(&plain, &mut without)?;
+    }
+    let last = bits(&model);
+    assert_eq!(last, bits(&plain), "averages change no step");
+    let bias = model.linear.bias.as_ref().expect("a bias");
+    trainer.with_averages(|| {
+        for (found, name) in [(&model.linear.weight, "average_weight"), (bias, "average_bias")] {
+            let error = common::tensor_error(found, &problem.case.tensor(name));
+            assert!(error <= 1e-6, "{name}: {error:e}");
+        }
+        assert_ne!(bits(&model), last);
+    })?;
+    assert_eq!(bits(&model), last, "the parameters are back");
+    Ok(())
+}
+
+#[test]
+fn averages_are_continued_bit_for_bit() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let problem = Problem::new();
+    let config = TrainerConfig { ema: Some(0.9), ..problem.config };
+    let (whole, mut trainer) = problem.start(config)?;
+    for step in 0..6 {
+        problem.step(&whole, &mut trainer)?;
+        if step == 2 {
+            trainer.save(&path)?;
+        }
+    }
+    let (model, mut resumed) = problem.start(config)?;
+    assert!(resumed.resume(&path)?.is_none());
+    for _ in 3..6 {
+        problem.step(&model, &mut resumed)?;
+    }
+    assert_eq!(bits(&model), bits(&whole));
+    let averages = |model: &Fit, trainer: &Trainer| trainer.with_averages(|| bits(model));
+    assert_eq!(averages(&model, &resumed)?, averages(&whole, &trainer)?);
+    let (_, mut other) = problem.start(problem.config)?;
+    let message = other.resume(&path).expect_err("no averages").to_string();
+    assert!(message.contains("ema: was 0.9, is nothing"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn plateaus_are_pytorchs() {
+    let cases = cases("plateau");
+    assert_eq!(cases.len(), 3);
+    for case in cases {
+        let plateau = Plateau { factor: case.number("factor"), patience: case.integer("patience") };
+        let schedule = Schedule { warmup_steps: 0, decay: Decay::Plateau(plateau) };
+        schedule.validate().expect("a plateau that PyTorch takes");
+        let scores = common::values(&case.tensor("score"));
+        let run: Vec<_> = scores.iter().zip(1..).map(|(iou, step)| evaluated(step, *iou)).collect();
+        let factors = common::values(&case.tensor("factor"));
+        assert!(factors.last().is_some_and(|last| *last < 0.1));
+        for (seen, expected) in (1..).zip(factors) {
+            let found = schedule.factor(9, &run[..seen]);
+            // The fixture holds f32.
+            assert!((found - expected).abs() <= 6e-8 * expected, "{seen}: {found}, {expected}");
+        }
+    }
+    for factor in [0.0, 1.0, f64::NAN] {
+        let decay = Decay::Plateau(Plateau { factor, patience: 1 });
+        assert!(Schedule { warmup_steps: 0, decay }.validate().is_err());
+    }
+}
+
+/// The rate of a step follows the evaluations before it, in a continued run too.
+#[test]
+fn a_plateau_lowers_the_next_steps_rate() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let problem = Problem::new();
+    let decay = Decay::Plateau(Plateau { factor: 0.5, patience: 1 });
+    let config = TrainerConfig { schedule: Schedule { warmup_steps: 0, decay }, ..problem.config };
+    let (_, mut trainer) = problem.start(config)?;
+    let mut rates = vec![];
+    for (step, iou) in [0.5, 0.4, 0.5, 0.6, 0.6, 0.1].into_iter().enumerate() {
+        let (model, mut resumed) = problem.start(config)?;
+        if step > 0 {
+            resumed.resume(&path)?;
+        }
+        let made = problem.step(&model, &mut resumed)?;
+        rates.push(made.lr / config.optimizer.lr);
+        resumed.note(ObjectScores { iou, ..Default::default() });
+        resumed.save(&path)?;
+        trainer = resumed;
+    }
+    assert_eq!(rates, [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]);
+    assert_eq!(trainer.evaluations().len(), 6);
+    Ok(())
+}
+
+#[test]
 fn a_run_with_everything_is_continued_bit_for_bit() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("state.safetensors");
@@ -180,7 +282,10 @@ fn a_run_with_everything_is_continued_bit_for_bit() -> anyhow::Result<()> {
         |x: f64| ObjectScores::from_values([3.0, 7.0, 11.0, 13.0, 17.0, 19.0].map(|part| x / part));
     for step in 0..6 {
         problem.step(&whole, &mut trainer)?;
-        trainer.note(scores(f64::from(step)));
+        trainer.note(HeldOutScores {
+            objects: scores(f64::from(step)),
+            masks: (step % 2 == 0).then(|| MaskScores::from_values([0.1, 0.7, 0.3, 0.9])),
+        });
         if step == 2 {
             trainer.save(&path)?;
         }
@@ -190,7 +295,10 @@ fn a_run_with_everything_is_continued_bit_for_bit() -> anyhow::Result<()> {
     assert_eq!((resumed.steps(), resumed.evaluations().len()), (3, 3));
     for step in 3..6 {
         problem.step(&model, &mut resumed)?;
-        resumed.note(scores(f64::from(step)));
+        resumed.note(HeldOutScores {
+            objects: scores(f64::from(step)),
+            masks: (step % 2 == 0).then(|| MaskScores::from_values([0.1, 0.7, 0.3, 0.9])),
+        });
     }
     assert_eq!(bits(&model), bits(&whole));
     assert_eq!(resumed.losses(), trainer.losses());
@@ -219,6 +327,7 @@ fn impossible_configurations_are_refused() -> anyhow::Result<()> {
     for (config, expected) in [
         (TrainerConfig { accumulation: 0, ..problem.config }, "an accumulation of 0"),
         (TrainerConfig { max_grad_norm: Some(0.0), ..problem.config }, "must be positive, got 0"),
+        (TrainerConfig { ema: Some(1.0), ..problem.config }, "must be in [0, 1), got 1"),
         (
             TrainerConfig { max_grad_norm: Some(f64::NAN), ..problem.config },
             "must be positive, got NaN",
@@ -320,7 +429,7 @@ fn after_a_loss_that_is_no_number_the_last_good_state_is_found() -> anyhow::Resu
 }
 
 fn evaluated(step: u64, iou: f64) -> StepScores {
-    StepScores { step, scores: ObjectScores { iou, ..Default::default() } }
+    StepScores { step, scores: ObjectScores { iou, ..Default::default() }.into() }
 }
 
 #[test]
@@ -350,6 +459,7 @@ fn a_continued_table_has_the_bytes_of_an_uninterrupted_one() -> anyhow::Result<(
             let row =
                 StepMetrics { step: step + 1, loss: 0.1 + step as f32, lr: 1e-3, grad_norm: 0.5 };
             let scores = ObjectScores::from_values([0.25, 0.4, 1.0, 0.5, 0.75, 0.125]);
+            let scores = HeldOutScores::from(scores);
             table.row(&row, (step % 2 == 1).then_some(&scores))?;
         }
         Ok(())
@@ -362,7 +472,7 @@ fn a_continued_table_has_the_bytes_of_an_uninterrupted_one() -> anyhow::Result<(
     write(&parts, 3..6)?;
     let text = std::fs::read_to_string(&whole)?;
     assert_eq!(text, std::fs::read_to_string(&parts)?);
-    assert!(text.starts_with("step,loss,lr,grad_norm,iou,dice,boundary_f1,iou_at_3,iou_at_5,iou_error\n1,0.1,0.001,0.5,,,,,,\n2,1.1,0.001,0.5,0.25,0.4,1,0.5,0.75,0.125\n"), "{text}");
+    assert!(text.starts_with("step,loss,lr,grad_norm,iou,dice,boundary_f1,iou_at_3,iou_at_5,iou_error,ap,ap_50,sa,sa_cut\n1,0.1,0.001,0.5,,,,,,,,,,\n2,1.1,0.001,0.5,0.25,0.4,1,0.5,0.75,0.125,,,,\n"), "{text}");
     std::fs::write(&parts, "my,own,table\n1,2,3\n")?;
     assert!(MetricsCsv::open(&parts, 3)
         .expect_err("not ours")

@@ -6,8 +6,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_sam_lora::nn::{set_trainable, trainable_variables, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamInput};
 use candle_sam_lora::train::{
-    focal_loss, iou_loss, Batch, Corrections, LossWeights, ObjectMasks, PromptedObjects, Round,
-    StepRng,
+    focal_loss, iou_loss, Batch, BatchImages, Corrections, LossWeights, ObjectMasks,
+    PromptedObjects, Round, StepRng,
 };
 
 const NONE: LossWeights = LossWeights { bce: 0.0, focal: 0.0, dice: 0.0, iou: 0.0, multimask: 0.0 };
@@ -166,7 +166,7 @@ fn rounds_of_corrections_are_pytorchs() -> anyhow::Result<()> {
         };
         let rounds = [(1, 1), (1, 0), (0, 1), (1, 1), (0, 1)];
         let batch = Batch {
-            pixel_values: case.tensor("pixel_values"),
+            images: BatchImages::Pixels(case.tensor("pixel_values")),
             groups: vec![PromptedObjects { images: vec![0, 1], prompts, objects }],
             rounds: rounds
                 .map(|(point, mask)| Round { point: point == 1, mask: mask == 1 })
@@ -222,9 +222,10 @@ fn points_and_boxes_in_one_batch_are_the_mean_of_both() -> anyhow::Result<()> {
         })
     };
     let pixels = |kind: &str| case(kind).tensor("pixel_values").narrow(0, 0, 1);
-    let loss = |pixel_values: Tensor, groups: Vec<PromptedObjects>| {
+    let loss = |pixels: Tensor, groups: Vec<PromptedObjects>| {
         let draws = StepRng::new(1, "corrections", 2);
-        let batch = Batch { pixel_values, groups, rounds: vec![], draws, loss: LossWeights::SAM };
+        let images = BatchImages::Pixels(pixels);
+        let batch = Batch { images, groups, rounds: vec![], draws, loss: LossWeights::SAM };
         batch.loss(&model, Mode::Eval)?.to_scalar::<f32>()
     };
     let points = loss(pixels("points")?, vec![group("points", vec![0])?])?;

@@ -2,7 +2,7 @@
 
 use crate::{write_atomic, Error, Result};
 use anyhow::anyhow;
-use image::{ImageFormat, Rgb, RgbImage};
+use image::{DynamicImage, ImageFormat, ImageResult, Rgb, RgbImage};
 use plotters::style::{register_font as register, FontStyle};
 use std::io::Cursor;
 use std::path::Path;
@@ -79,13 +79,18 @@ fn dot(image: &mut RgbImage, x: i64, y: i64, colour: [u8; 3]) {
     }
 }
 
-/// Writes a PNG, atomically.
-pub fn save_png(path: &Path, image: &image::DynamicImage) -> Result<()> {
+/// The bytes of a PNG.
+pub fn png(image: &DynamicImage) -> ImageResult<Vec<u8>> {
     let mut bytes = Cursor::new(Vec::new());
-    image
-        .write_to(&mut bytes, ImageFormat::Png)
-        .map_err(|e| Error::file(path, format!("cannot be written as PNG: {e}")))?;
-    write_atomic(path, |file| file.write_all(bytes.get_ref()))
+    image.write_to(&mut bytes, ImageFormat::Png)?;
+    Ok(bytes.into_inner())
+}
+
+/// Writes a PNG, atomically.
+pub fn save_png(path: &Path, image: &DynamicImage) -> Result<()> {
+    let bytes =
+        png(image).map_err(|e| Error::file(path, format!("cannot be written as PNG: {e}")))?;
+    write_atomic(path, |file| file.write_all(&bytes))
 }
 
 /// Makes the font of pictures known as `sans-serif`. It comes with a crate, so a machine without fonts draws too.

@@ -3,6 +3,7 @@
 //! ```text
 //! beside      photo.jpg -> photo.jpg.embedding.safetensors
 //! in a folder photo.jpg -> FOLDER/photo.jpg.<checksum of the image>.embedding.safetensors
+//!             pixels    -> FOLDER/<name>.<checksum of the pixels>.embedding.safetensors
 //! ```
 
 use super::embedding::{load, EmbeddingOrigin, EmbeddingPrecision};
@@ -10,6 +11,7 @@ use super::{ImageEmbedding, ReadOptions, SamPredictor};
 use crate::files::{self, Checksum};
 use crate::{Error, Result};
 use candle_core::DType;
+use image::{DynamicImage, RgbImage};
 use serde::Serialize;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -86,9 +88,42 @@ impl EmbeddingStore {
     ) -> Result<Embedded> {
         let image = image.as_ref();
         let bytes = std::fs::read(image).map_err(|e| Error::io(image, e))?;
-        let origin = self.origin(predictor, &bytes)?;
-        let path = self.path(image, &origin);
-        let computed = match self.read(predictor, &path, &origin) {
+        let origin = Self::origin(predictor, json(&self.options)?, &[&bytes])?;
+        let picture = || Ok(self.options.read_bytes(image, bytes)?.image);
+        self.kept(predictor, (image, &origin), picture)
+    }
+
+    /// The embedding of pixels, whatever file they came from: a turned image, or the entry of an archive. Files that are
+    /// there serve as in [`get_or_embed`](Self::get_or_embed).
+    ///
+    /// # Errors
+    /// - the store has no folder: pixels lie beside nothing;
+    /// - as [`get_or_embed`](Self::get_or_embed).
+    pub fn get_or_embed_pixels(
+        &self,
+        predictor: &SamPredictor<'_>,
+        name: &str,
+        image: &RgbImage,
+    ) -> Result<Embedded> {
+        if self.folder.is_none() {
+            return Err(Error::config("embeddings of pixels need a store in a folder"));
+        }
+        let size = [image.width(), image.height()].map(u32::to_le_bytes);
+        let bytes = [size.as_flattened(), image.as_raw()];
+        let origin = Self::origin(predictor, json(&"pixels")?, &bytes)?;
+        let picture = || Ok(DynamicImage::ImageRgb8(image.clone()));
+        self.kept(predictor, (Path::new(name), &origin), picture)
+    }
+
+    /// The embedding of a name and an origin: that in its file, or else that of `picture`.
+    fn kept(
+        &self,
+        predictor: &SamPredictor<'_>,
+        (image, origin): (&Path, &EmbeddingOrigin),
+        picture: impl FnOnce() -> Result<DynamicImage>,
+    ) -> Result<Embedded> {
+        let path = self.path(image, origin);
+        let computed = match self.read(predictor, &path, origin) {
             Ok(Ok(embedding)) => return Ok(Embedded { embedding, path, computed: None }),
             Ok(Err(reason)) => reason,
             Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
@@ -98,29 +133,29 @@ impl EmbeddingStore {
             Err(error) => return Err(error),
         };
         tracing::info!("{}: embedding computed: {computed}", image.display());
-        let picture = self.options.read_bytes(image, bytes)?;
-        let mut embedding = predictor.embed(&picture.image)?;
+        let mut embedding = predictor.embed(&picture()?)?;
         if let Some(folder) = &self.folder {
             files::create_dir(folder)?;
         }
-        embedding.save(&path, &origin, self.precision)?;
+        embedding.save(&path, origin, self.precision)?;
         let dtype = embedding.tensor.dtype();
         embedding.tensor =
             embedding.tensor.to_dtype(self.precision.dtype(dtype))?.to_dtype(dtype)?;
         Ok(Embedded { embedding, path, computed: Some(computed) })
     }
 
-    /// Origin of the embedding of an image file's bytes.
-    fn origin(&self, predictor: &SamPredictor<'_>, bytes: &[u8]) -> Result<EmbeddingOrigin> {
-        fn json(value: &impl Serialize) -> Result<String> {
-            serde_json::to_string(value).map_err(|e| Error::Config(e.to_string()))
-        }
+    /// Origin of the embedding of an image's bytes, which are read as `reading` says.
+    fn origin(
+        predictor: &SamPredictor<'_>,
+        reading: String,
+        bytes: &[&[u8]],
+    ) -> Result<EmbeddingOrigin> {
         let mut image = Checksum::new();
-        image.add("image", bytes);
+        bytes.iter().for_each(|bytes| image.add("image", bytes));
         let identity = predictor.identity()?;
         Ok(EmbeddingOrigin {
             image: image.to_string(),
-            reading: json(&self.options)?,
+            reading,
             processor: json(predictor.processor())?,
             model: identity.model,
             adapter: identity.adapter,
@@ -165,4 +200,8 @@ impl EmbeddingStore {
             false => Ok(Err(format!("the shape is another: expected {shape:?}, found {dims:?}"))),
         }
     }
+}
+
+fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::Config(e.to_string()))
 }

@@ -158,6 +158,15 @@ impl<'a> SamPredictor<'a> {
         Ok([1, self.model.mask_decoder.mask_tokens.weight.dim(1)?, side, side])
     }
 
+    /// Bytes of an embedding in memory.
+    ///
+    /// # Errors
+    /// - the model's configuration has no embedding.
+    pub(crate) fn embedding_bytes(&self) -> Result<u64> {
+        let elements: usize = self.embedding_shape()?.iter().product();
+        Ok((elements * self.place().0.size_in_bytes()) as u64)
+    }
+
     /// Runs the image encoder.
     ///
     /// # Errors

@@ -19,13 +19,18 @@ pub fn sample_indices(len: usize, batch: usize, seed: u64, step: u64) -> Vec<usi
 }
 
 /// One of the eight ways to turn and mirror a square: the augmentation that changes no pixel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FlipRotate {
     quarter_turns: u8,
     mirrored: bool,
 }
 
 impl FlipRotate {
+    /// The image as it is.
+    pub const NONE: Self = Self { quarter_turns: 0, mirrored: false };
+    /// All ways.
+    pub const COUNT: usize = 8;
+
     /// One of the eight, at random.
     pub fn draw(draws: &mut StepRng) -> Self {
         Self { quarter_turns: draws.below(4) as u8, mirrored: draws.below(2) == 1 }

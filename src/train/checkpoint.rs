@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! tensors     what the optimizer gives (parameters and moments), `losses` [steps],
-//!             `evaluations` [evaluations, 4] in f64: step, IoU, dice, boundary F1
+//!             `evaluations` [evaluations, 11] in f64: step and scores; NaN of masks that were not made
 //! metadata    "state": "<checksum> <JSON of step, seed, settings>"
 //! ```
 //! A run killed at any instant leaves a complete file. The state before is kept beside it, in `<stem>.previous.<ending>`,
 //! and is what a run goes on from if the newest one is damaged. The checksum is that of `files/sealed.rs`. `settings` is whatever must
 //! not change between a run and its continuation: hyperparameters, the model's and the data's listing.
 
-use super::{ObjectScores, StepScores};
+use super::{HeldOutScores, StepScores};
 use crate::files::{Seal, TensorFile};
 use crate::{Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
@@ -150,21 +150,25 @@ pub fn previous_state_path(path: impl AsRef<Path>) -> PathBuf {
 
 fn evaluations_tensor(evaluations: &[StepScores]) -> candle_core::Result<Tensor> {
     let rows = evaluations.iter().flat_map(|StepScores { step, scores }| {
-        std::iter::once(*step as f64).chain(scores.values())
+        std::iter::once(*step as f64).chain(scores.values().map(|value| value.unwrap_or(f64::NAN)))
     });
-    let columns = 1 + ObjectScores::NAMES.len();
+    let columns = 1 + HeldOutScores::COUNT;
     Tensor::from_vec(rows.collect::<Vec<f64>>(), (evaluations.len(), columns), &Device::Cpu)
 }
 
 fn evaluations_of(rows: &Tensor) -> candle_core::Result<Vec<StepScores>> {
     let rows = rows.to_dtype(DType::F64)?.to_vec2::<f64>()?;
     let evaluated = |row: Vec<f64>| match row[..] {
-        [step, ref scores @ ..] if scores.len() == ObjectScores::NAMES.len() => {
-            let mut values = [0.0; 6];
-            values.copy_from_slice(scores);
-            Ok(StepScores { step: step as u64, scores: ObjectScores::from_values(values) })
+        [step, ref scores @ ..] if scores.len() == HeldOutScores::COUNT => {
+            let mut values = [None; HeldOutScores::COUNT];
+            let found = scores.iter().map(|value| Some(*value).filter(|value| !value.is_nan()));
+            values.iter_mut().zip(found).for_each(|(place, value)| *place = value);
+            Ok(StepScores { step: step as u64, scores: HeldOutScores::from_values(values) })
         }
-        _ => bail!("an evaluation of {} numbers, not 7", row.len()),
+        _ => {
+            let expected = 1 + HeldOutScores::COUNT;
+            candle_core::bail!("an evaluation of {} numbers, not {expected}", row.len())
+        }
     };
     rows.into_iter().map(evaluated).collect()
 }

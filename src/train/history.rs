@@ -1,6 +1,6 @@
 //! History of the evaluations on the way: which was the best, and how long ago.
 
-use super::ObjectScores;
+use super::HeldOutScores;
 use serde::Serialize;
 
 /// One evaluation of a run.
@@ -8,16 +8,18 @@ use serde::Serialize;
 pub struct StepScores {
     /// Steps made before it.
     pub step: u64,
-    /// The means over the held-out objects.
+    /// The scores of the held-out images.
     #[serde(flatten)]
-    pub scores: ObjectScores,
+    pub scores: HeldOutScores,
 }
 
 /// The first of those with the highest IoU.
 pub fn best_evaluation(evaluations: &[StepScores]) -> Option<&StepScores> {
-    evaluations.iter().reduce(|best, next| match next.scores.iou > best.scores.iou {
-        true => next,
-        false => best,
+    evaluations.iter().reduce(|best, next| {
+        match next.scores.objects.iou > best.scores.objects.iou {
+            true => next,
+            false => best,
+        }
     })
 }
 

@@ -1,10 +1,10 @@
 //! A run's figures as CSV, a row a step: `step,loss,lr,grad_norm`, and after an evaluation the measures of
-//! [`ObjectScores`], which are empty else.
+//! [`HeldOutScores`], which are empty else.
 //!
 //! Each row is on its way to the disk when its step is over. A continued run drops the rows of steps that it will make
 //! again. In the end its file has the bytes of an uninterrupted one.
 
-use super::{ObjectScores, StepMetrics};
+use super::{HeldOutScores, StepMetrics};
 use crate::{files, Error, Result};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -27,7 +27,8 @@ impl MetricsCsv {
     /// When a file is there that is no such table, or it cannot be written.
     pub fn open(path: impl AsRef<Path>, steps: u64) -> Result<Self> {
         let path = path.as_ref();
-        let header = format!("{STEP},{}", ObjectScores::NAMES.join(","));
+        let names: Vec<&str> = HeldOutScores::names().collect();
+        let header = format!("{STEP},{}", names.join(","));
         let mut text = format!("{header}\n");
         if steps > 0 && path.exists() {
             let old = files::read_text(path)?;
@@ -55,12 +56,10 @@ impl MetricsCsv {
     ///
     /// # Errors
     /// When the file cannot be written to.
-    pub fn row(&mut self, step: &StepMetrics, scores: Option<&ObjectScores>) -> Result<()> {
+    pub fn row(&mut self, step: &StepMetrics, scores: Option<&HeldOutScores>) -> Result<()> {
         let StepMetrics { step, loss, lr, grad_norm } = step;
-        let scores = match scores {
-            Some(scores) => scores.values().map(|value| value.to_string()),
-            None => Default::default(),
-        };
+        let scores = scores.map_or([None; HeldOutScores::COUNT], HeldOutScores::values);
+        let scores = scores.map(|value| value.map_or_else(String::new, |value| value.to_string()));
         let row = format!("{step},{loss},{lr},{grad_norm},{}\n", scores.join(","));
         self.file.write_all(row.as_bytes()).map_err(|e| Error::io(&self.path, e))
     }

@@ -30,6 +30,7 @@
 mod adamw;
 #[cfg(feature = "images")]
 mod augment;
+mod averages;
 mod checkpoint;
 #[cfg(feature = "images")]
 mod coco;
@@ -52,7 +53,10 @@ mod finding;
 #[cfg(feature = "images")]
 mod folder;
 mod gradients;
+mod held_out_scores;
 mod history;
+#[cfg(feature = "images")]
+mod kept_embeddings;
 #[cfg(feature = "images")]
 mod labels;
 #[cfg(feature = "images")]
@@ -61,6 +65,9 @@ mod loss;
 mod lost_gradients;
 #[cfg(feature = "images")]
 mod mask;
+mod mask_scores;
+#[cfg(feature = "images")]
+mod mask_window;
 mod metrics_csv;
 mod object_scores;
 #[cfg(feature = "images")]
@@ -84,6 +91,7 @@ mod summary;
 #[cfg(feature = "images")]
 mod tar_file;
 mod trainer;
+mod trainer_config;
 
 pub use adamw::{AdamW, AdamWConfig, Parameter};
 #[cfg(feature = "images")]
@@ -98,12 +106,15 @@ pub use distributed::Mpi;
 pub use distributed::{check_agreement, device_of_rank, share, threads_of_rank, together};
 pub use distributed::{Alone, Communicator, StepTimes};
 #[cfg(feature = "images")]
-pub use evaluation::{evaluate_image, Evaluator, FoundMask, ImageEvaluation};
+pub use evaluation::{evaluate_image, AutomaticMasks, Evaluator, ImageEvaluation};
 pub use event_file::EventFile;
 #[cfg(feature = "images")]
 pub use folder::Suffixes;
 pub use gradients::Gradients;
+pub use held_out_scores::HeldOutScores;
 pub use history::{best_evaluation, evaluations_since_best, StepScores};
+#[cfg(feature = "images")]
+pub use kept_embeddings::KeptEmbeddings;
 #[cfg(feature = "images")]
 pub use labels::{find_instances, mask_on_grid, Instance, LabelImage, IGNORED};
 #[cfg(feature = "images")]
@@ -111,6 +122,9 @@ pub use listing::{DataFiles, TruthFiles};
 pub use loss::{bce_with_logits, dice_loss, focal_loss, iou_loss, mask_loss, LossWeights};
 #[cfg(feature = "images")]
 pub use mask::{interpret, read_mask, Mask, MaskOptions, Meaning};
+pub use mask_scores::{MaskMatches, MaskScores};
+#[cfg(feature = "images")]
+pub use mask_window::FoundMask;
 pub use metrics_csv::MetricsCsv;
 pub use object_scores::ObjectScores;
 #[cfg(feature = "images")]
@@ -118,10 +132,11 @@ pub use prompt::{jittered_box, random_point, Prompt, PromptKind};
 pub use random::StepRng;
 #[cfg(feature = "images")]
 pub use sample::{DatasetOptions, Sample};
-pub use schedule::{Decay, Schedule};
+pub use schedule::{Decay, Plateau, Schedule};
 pub use scores::{iou, Scores};
 #[cfg(feature = "images")]
-pub use segmentation::{Batch, BatchConfig, BatchSource};
+pub use segmentation::{Batch, BatchConfig, BatchImages, BatchSource};
 #[cfg(feature = "images")]
 pub use summary::Summary;
-pub use trainer::{StepMetrics, Trainer, TrainerConfig};
+pub use trainer::{StepMetrics, Trainer};
+pub use trainer_config::TrainerConfig;

@@ -6,7 +6,7 @@ use super::folder::Suffixes;
 use super::labels::{layered, layers_of, Instance, LabelImage};
 use super::mask::{read_mask_bytes, Mask, MaskOptions};
 use super::stored::Stored;
-use crate::sam::rle;
+use crate::sam::rle::{self, Rle};
 use crate::sam::{convert_to_rgb, is_transparent, Picture, ReadOptions};
 use crate::{Error, Result};
 use image::RgbImage;
@@ -33,6 +33,16 @@ impl Sample {
     /// The mask that has one of the instances.
     pub fn labels(&self, instance: &Instance) -> &LabelImage {
         &self.layers[instance.layer]
+    }
+
+    /// The mask of one of the instances.
+    ///
+    /// # Errors
+    /// - the image has more than 2^32 pixels.
+    pub fn object(&self, instance: &Instance) -> Result<Rle> {
+        let labels = self.labels(instance);
+        let inside: Vec<bool> = labels.iter().map(|label| *label == instance.label).collect();
+        Rle::from_mask(&inside, (labels.height(), labels.width()))
     }
 }
 

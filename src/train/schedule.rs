@@ -5,16 +5,18 @@
 //! constant     1
 //! linear       (total - t) / (total - warmup)                    t is the number of steps made before
 //! cosine       (1 + cos(pi (t - warmup) / (total - warmup))) / 2
+//! plateau      factor^n after n times more than `patience` evaluations in a row without a higher held-out IoU
 //! ```
-//! A function of the step alone: a continued run needs no state of it.
+//! A function of the step and of the evaluations before it, which are in a run's state: a continued run needs no other.
 //!
-//! Source: `transformers/optimization.py`.
+//! Source: `transformers/optimization.py`; `ReduceLROnPlateau` of PyTorch.
 
+use super::StepScores;
 use crate::{Error, Result};
 use serde::Serialize;
 
 /// The rate after the warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
     /// The full rate.
@@ -30,10 +32,42 @@ pub enum Decay {
         /// Steps of the whole run, warm-up included.
         total_steps: u64,
     },
+    /// Lower whenever the held-out IoU has not grown for a while.
+    Plateau(Plateau),
+}
+
+/// Growth of the IoU that counts, over the best one before: PyTorch's default.
+const LEAST_GROWTH: f64 = 1e-4;
+
+/// When the rate becomes lower, and by how much.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Plateau {
+    /// Factor of the rate each time, below 1.
+    pub factor: f64,
+    /// Evaluations without a higher IoU that are suffered in a row.
+    pub patience: u64,
+}
+
+impl Plateau {
+    /// The factor of the learning rate after these evaluations.
+    fn factor(&self, evaluations: &[StepScores]) -> f64 {
+        let (mut factor, mut best, mut worse) = (1.0, f64::NEG_INFINITY, 0);
+        for iou in evaluations.iter().map(|evaluated| evaluated.scores.objects.iou) {
+            if iou > best * (1.0 + LEAST_GROWTH) {
+                (best, worse) = (iou, 0);
+            } else {
+                worse += 1;
+            }
+            if worse > self.patience {
+                (factor, worse) = (factor * self.factor, 0);
+            }
+        }
+        factor
+    }
 }
 
 /// A warm-up from 0 and a decay. The default is a constant rate.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Schedule {
     /// Steps before the full rate is reached.
     pub warmup_steps: u64,
@@ -42,11 +76,18 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Refuses a warm-up that fills the whole run.
+    /// Refuses a warm-up that fills the whole run, and a plateau's factor that lowers nothing.
     ///
     /// # Errors
     /// As said.
     pub fn validate(&self) -> Result<()> {
+        if let Decay::Plateau(Plateau { factor, .. }) = self.decay {
+            if !(factor > 0.0 && factor < 1.0) {
+                let message =
+                    format!("schedule: the plateau's factor must be in (0, 1), got {factor}");
+                return Err(Error::config(message));
+            }
+        }
         let (Decay::Linear { total_steps } | Decay::Cosine { total_steps }) = self.decay else {
             return Ok(());
         };
@@ -59,8 +100,8 @@ impl Schedule {
         Ok(())
     }
 
-    /// The factor of the learning rate for the step after `step` steps.
-    pub fn factor(&self, step: u64) -> f64 {
+    /// The factor of the learning rate for the step after `step` steps, with the evaluations before it.
+    pub fn factor(&self, step: u64, evaluations: &[StepScores]) -> f64 {
         let warmup = self.warmup_steps;
         if step < warmup {
             return step as f64 / warmup.max(1) as f64;
@@ -68,6 +109,7 @@ impl Schedule {
         let length = |total: u64| total.saturating_sub(warmup).max(1) as f64;
         match self.decay {
             Decay::Constant => 1.0,
+            Decay::Plateau(plateau) => plateau.factor(evaluations),
             Decay::Linear { total_steps } => {
                 total_steps.saturating_sub(step) as f64 / length(total_steps)
             }

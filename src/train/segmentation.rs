@@ -1,18 +1,18 @@
 //! Training SAM on images with masks.
 //!
 //! ```text
-//! step     some images x some instances each -> random prompts -> embedding of the images, once
+//! step     some images x some instances each -> random prompts -> embedding of the images, once, or kept ones
 //! round    prompts, corrected after the first round -> low-resolution logits -> loss;   the mean over all rounds
 //! ```
 //! All prompts of an image share one pass of the image encoder. The loss looks at the low-resolution mask where it
 //! shows the image, not where it shows the padding. Its targets are the masks at that resolution. It does not look at
-//! pixels that masks tell to ignore.
+//! pixels that masks tell to ignore. An image encoder of which nothing is trained runs without dropout.
 
 use super::corrections::{Corrections, ObjectMasks, PromptedObjects, Round, Script};
 use super::labels::ignored;
 use super::{
-    mask_on_grid, sample_indices, Dataset, FlipRotate, Instance, LossWeights, Prompt, PromptKind,
-    Sample, StepRng,
+    mask_on_grid, sample_indices, Dataset, FlipRotate, Instance, KeptEmbeddings, LossWeights,
+    Prompt, PromptKind, Sample, StepRng,
 };
 use crate::nn::{trainable_variables, Mode};
 use crate::sam::{Frame, SamInput, SamModel, SamOutput, SamProcessor};
@@ -86,13 +86,24 @@ pub struct BatchSource<'a> {
     pub seed: u64,
     /// Device of the model.
     pub device: &'a Device,
+    /// Embeddings that are computed once, if nothing of the image encoder is trained.
+    pub embeddings: Option<&'a KeptEmbeddings<'a>>,
+}
+
+/// The images of a step, as the model takes them.
+#[derive(Clone, Debug)]
+pub enum BatchImages {
+    /// `[B, channels, S, S]`
+    Pixels(Tensor),
+    /// `[B, C, h, w]`, of an image encoder of which nothing is trained.
+    Embeddings(Tensor),
 }
 
 /// The images, prompts and targets of one step.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// `[B, channels, S, S]`
-    pub pixel_values: Tensor,
+    /// B images.
+    pub images: BatchImages,
     /// The objects of all images: those with points, those with boxes.
     pub groups: Vec<PromptedObjects>,
     /// The rounds after the first.
@@ -113,43 +124,55 @@ impl Batch {
     /// # Errors
     /// - a file became unreadable.
     pub fn draw(source: &BatchSource<'_>, step: u64) -> Result<Self> {
-        let BatchSource { dataset, processor, config, mask_size, seed, device } = *source;
+        let BatchSource { dataset, processor, config, mask_size, seed, device, embeddings } =
+            *source;
         config.validate()?;
         let mut draws = StepRng::new(seed, "batch", step);
-        let (mut pixels, mut prompted) = (vec![], vec![]);
+        let (mut images, mut prompted) = (vec![], vec![]);
         for index in sample_indices(dataset.len(), config.images, seed, step) {
             let mut sample = dataset.load(index)?;
+            let mut way = FlipRotate::NONE;
             if config.augment {
-                sample = FlipRotate::draw(&mut draws).apply(sample);
+                way = FlipRotate::draw(&mut draws);
+                sample = way.apply(sample);
             }
-            let image = DynamicImage::ImageRgb8(sample.image.clone());
-            let (pixel_values, frame) = processor.preprocess(&image, device)?;
+            let (image, frame) = match embeddings {
+                Some(kept) => kept.get(index, way, &sample)?,
+                None => {
+                    let image = DynamicImage::ImageRgb8(sample.image.clone());
+                    processor.preprocess(&image, device)?
+                }
+            };
             let window = MaskWindow::new(&frame, processor.pad_size, mask_size);
             let kind = config.kind.of_image(&mut draws);
             let chosen = choose(&sample, config.prompts, &mut draws)?;
             let prompt = |found: &Instance| kind.draw(sample.labels(found), found, &mut draws);
             let drawn: Vec<Prompt> = chosen.iter().map(prompt).collect();
             let prompts = prompt_tensor(&drawn, &frame, device)?;
-            pixels.push(pixel_values);
+            images.push(image);
             prompted.push((prompts, window.masks(&sample, &chosen, device)?));
         }
         let mut groups = vec![];
         for boxes in [false, true] {
             let is_box = |prompts: &Tensor| prompts.rank() == 3;
             let alike = prompted.iter().enumerate().filter(|(_, (p, _))| is_box(p) == boxes);
-            let (images, alike): (Vec<usize>, Vec<_>) = alike.unzip();
-            if images.is_empty() {
+            let (places, alike): (Vec<usize>, Vec<_>) = alike.unzip();
+            if places.is_empty() {
                 continue;
             }
             let prompts: Vec<&Tensor> = alike.iter().map(|(prompts, _)| prompts).collect();
             let prompts = prompt_input(&Tensor::cat(&prompts, 0)?)?;
             let objects = alike.into_iter().map(|(_, objects)| objects.clone()).collect();
-            groups.push(PromptedObjects { images, prompts, objects });
+            groups.push(PromptedObjects { images: places, prompts, objects });
         }
         let mut draws = StepRng::new(seed, "corrections", step);
         let rounds = config.corrections.draw(&mut draws);
-        let pixel_values = Tensor::cat(&pixels, 0)?;
-        Ok(Self { pixel_values, groups, rounds, draws, loss: config.loss })
+        let images = Tensor::cat(&images, 0)?;
+        let images = match embeddings {
+            Some(_) => BatchImages::Embeddings(images),
+            None => BatchImages::Pixels(images),
+        };
+        Ok(Self { images, groups, rounds, draws, loss: config.loss })
     }
 
     /// The mean over images and rounds of the [`LossWeights::loss`].
@@ -160,7 +183,14 @@ impl Batch {
     /// # Errors
     /// When shapes do not fit.
     pub fn loss(&self, model: &SamModel, mode: Mode) -> candle_core::Result<Tensor> {
-        let embeddings = model.vision_encoder.forward(&self.pixel_values, mode)?;
+        let encoder = &model.vision_encoder;
+        let embeddings = match &self.images {
+            BatchImages::Embeddings(kept) => kept.clone(),
+            BatchImages::Pixels(pixels) => match trainable_variables(encoder)?.is_empty() {
+                true => encoder.forward(pixels, Mode::Eval)?,
+                false => encoder.forward(pixels, mode)?,
+            },
+        };
         let mut draws = self.draws.clone();
         let mut losses = vec![];
         for group in &self.groups {

@@ -9,94 +9,25 @@
 //! the bits of one that was not. With one part a step, part and step are the same number. Many processes share the
 //! parts of a step, see [`Communicator`].
 
+use super::averages::Averages;
 use super::checkpoint::previous_state_path;
 use super::distributed::{
     broadcast, check_agreement, together, Alone, Communicator, OrderedSum, StepTimes,
 };
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
-use super::{
-    AdamW, AdamWConfig, Gradients, ObjectScores, Schedule, StepRng, StepScores, TrainingState,
-};
+use super::{AdamW, Gradients, HeldOutScores, StepRng, StepScores, TrainerConfig, TrainingState};
 use crate::files::Checksum;
 use crate::files::TensorFile;
 use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
 use crate::{Error, Result};
-use candle_core::{bail, Device, Tensor};
+use candle_core::{bail, Device, Tensor, Var};
 use candle_nn::Optimizer;
-use serde_json::{json, Map, Value};
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
-
-/// How the parameters are changed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct TrainerConfig {
-    /// The optimizer, with the full learning rate.
-    pub optimizer: AdamWConfig,
-    /// Factors of the learning rate.
-    pub schedule: Schedule,
-    /// Parts of a step's batch, each with a forward and backward of its own; their mean gradient makes the step. With
-    /// several processes, each computes so many.
-    pub accumulation: u64,
-    /// Largest norm of all gradients together; longer ones are shortened to it.
-    pub max_grad_norm: Option<f64>,
-    /// Whatever is random is drawn from it and from the step.
-    pub seed: u64,
-}
-
-/// As [`TrainerConfig::new`], with this optimizer.
-impl From<AdamWConfig> for TrainerConfig {
-    fn from(optimizer: AdamWConfig) -> Self {
-        let schedule = Schedule::default();
-        Self { optimizer, schedule, accumulation: 1, max_grad_norm: None, seed: 0 }
-    }
-}
-
-impl TrainerConfig {
-    /// AdamW at this constant learning rate, a step in one part, without clipping, seed 0.
-    pub fn new(learning_rate: f64) -> Self {
-        AdamWConfig { lr: learning_rate, ..Default::default() }.into()
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.schedule.validate()?;
-        if self.accumulation == 0 {
-            return Err(Error::config("a step needs a part at least, got an accumulation of 0"));
-        }
-        match self.max_grad_norm {
-            Some(norm) if !(norm.is_finite() && norm > 0.0) => {
-                let message = format!("the largest gradient norm must be positive, got {norm}");
-                Err(Error::config(message))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Settings, besides the seed, that must be equal when a run is continued. Unused settings are left out.
-    fn settings(&self) -> Map<String, Value> {
-        let AdamWConfig { lr, beta1, beta2, eps, weight_decay } = self.optimizer;
-        let mut settings = Map::new();
-        let optimizer = [
-            ("lr", lr),
-            ("beta1", beta1),
-            ("beta2", beta2),
-            ("eps", eps),
-            ("weight_decay", weight_decay),
-        ];
-        settings.extend(optimizer.map(|(name, value)| (name.to_string(), value.into())));
-        if self.schedule != Schedule::default() {
-            settings.insert("schedule".into(), json!(self.schedule));
-        }
-        if self.accumulation > 1 {
-            settings.insert("accumulation".into(), self.accumulation.into());
-        }
-        if let Some(norm) = self.max_grad_norm {
-            settings.insert("max_grad_norm".into(), norm.into());
-        }
-        settings
-    }
-}
 
 /// Metrics of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,6 +46,7 @@ pub struct StepMetrics {
 #[derive(Debug)]
 pub struct Trainer {
     optimizer: AdamW,
+    averages: Option<Averages>,
     config: TrainerConfig,
     settings: Map<String, Value>,
     losses: Vec<f32>,
@@ -138,10 +70,13 @@ impl Trainer {
         let config = config.into();
         config.validate()?;
         let optimizer = AdamW::new(trainable_variables(model)?, config.optimizer)?;
+        let averages = config.ema.map(|decay| Averages::new(optimizer.parameters(), decay));
+        let averages = averages.transpose()?;
         let model = ("model".to_string(), frozen_checksum(model).to_string().into());
         let settings = [model].into_iter().chain(config.settings()).collect();
         Ok(Self {
             optimizer,
+            averages,
             config,
             settings,
             losses: vec![],
@@ -201,8 +136,27 @@ impl Trainer {
     }
 
     /// Notes an evaluation after the steps made; it becomes part of the state.
-    pub fn note(&mut self, scores: ObjectScores) {
-        self.evaluations.push(StepScores { step: self.steps(), scores });
+    pub fn note(&mut self, scores: impl Into<HeldOutScores>) {
+        self.evaluations.push(StepScores { step: self.steps(), scores: scores.into() });
+    }
+
+    /// Does some work while the parameters are their averages, if [`TrainerConfig::ema`] is set, and puts them back.
+    ///
+    /// # Errors
+    /// - memory for the parameters is lacking.
+    pub fn with_averages<T>(&self, work: impl FnOnce() -> T) -> candle_core::Result<T> {
+        let before = self.take_averages()?;
+        let done = work();
+        before.iter().try_for_each(|(var, value)| var.set(value))?;
+        Ok(done)
+    }
+
+    /// Gives the parameters their averages, if there are some. Returns what the parameters were.
+    ///
+    /// # Errors
+    /// - memory for the parameters is lacking.
+    pub fn take_averages(&self) -> candle_core::Result<Vec<(Var, Tensor)>> {
+        self.averages.as_ref().map_or(Ok(vec![]), Averages::apply)
     }
 
     /// Makes one step; `loss` gets the number of the part and the mode with its dropout masks, and returns a scalar.
@@ -263,9 +217,12 @@ impl Trainer {
         if let Some(max_norm) = self.config.max_grad_norm {
             gradients = gradients.clipped(grad_norm, max_norm)?;
         }
-        let lr = self.config.optimizer.lr * self.config.schedule.factor(step);
+        let lr = self.config.optimizer.lr * self.config.schedule.factor(step, &self.evaluations);
         self.optimizer.set_learning_rate(lr);
         self.optimizer.apply(&gradients)?;
+        if let Some(averages) = &mut self.averages {
+            averages.update(step + 1)?;
+        }
         let loss = sum / parts as f32;
         self.losses.push(loss);
         if !is_first {
@@ -306,7 +263,7 @@ impl Trainer {
             return Ok(());
         }
         let mut parameters = Checksum::new();
-        for (name, tensor) in self.optimizer.state()? {
+        for (name, tensor) in self.tensors()? {
             parameters.add(&name, &safetensors::View::data(&tensor));
         }
         let mut run = self.settings.clone();
@@ -363,8 +320,15 @@ impl Trainer {
             settings: self.settings.clone(),
             losses: self.losses.clone(),
             evaluations: self.evaluations.clone(),
-            tensors: self.optimizer.state()?,
+            tensors: self.tensors()?,
         })
+    }
+
+    /// Every tensor that a continued run needs, by name.
+    fn tensors(&self) -> candle_core::Result<BTreeMap<String, Tensor>> {
+        let mut state = self.optimizer.state()?;
+        state.extend(self.averages.iter().flat_map(Averages::state));
+        Ok(state)
     }
 
     /// Goes on from the state at `path`, or, if that is missing or damaged, from the one before, which takes its place.
@@ -430,11 +394,15 @@ impl Trainer {
         TrainingState::read(&file, &Device::Cpu)
     }
 
-    fn go_on(&mut self, path: &Path, state: TrainingState) -> Result<()> {
+    fn go_on(&mut self, path: &Path, mut state: TrainingState) -> Result<()> {
         state.check_settings(path, &self.settings)?;
         if state.seed != self.config.seed {
             let message = format!("this run has seed {}, not {}", state.seed, self.config.seed);
             return Err(Error::file(path, message));
+        }
+        // An optimizer's state is known whole before anything of it is put back, so the averages may go first.
+        if let Some(averages) = &mut self.averages {
+            averages.load(&mut state.tensors)?;
         }
         self.optimizer.load_state(state.step, &state.tensors)?;
         (self.losses, self.evaluations) = (state.losses, state.evaluations);

@@ -7,7 +7,7 @@ use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{trainable_variables, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
 use candle_sam_lora::train::{
-    AdamWConfig, Alone, Batch, Communicator, Corrections, LossWeights, ObjectMasks,
+    AdamWConfig, Alone, Batch, BatchImages, Communicator, Corrections, LossWeights, ObjectMasks,
     PromptedObjects, StepRng, Trainer, TrainerConfig,
 };
 use std::sync::Arc;
@@ -63,7 +63,8 @@ fn corrected(pixel_values: &Tensor, part: u64) -> candle_core::Result<Batch> {
     };
     let objects = vec![ObjectMasks { targets, ignored: None }];
     let groups = vec![PromptedObjects { images: vec![0], prompts, objects }];
-    Ok(Batch { pixel_values: pixel_values.clone(), groups, rounds, draws, loss: LossWeights::SAM })
+    let images = BatchImages::Pixels(pixel_values.clone());
+    Ok(Batch { images, groups, rounds, draws, loss: LossWeights::SAM })
 }
 
 /// The loss of a part: an image, a point and targets drawn from its number, and SAM's loss over rounds of corrections.

@@ -47,6 +47,7 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
         mask_size: 4 * config.vision_config.grid_size(),
         seed: SEED,
         device,
+        embeddings: None,
     };
     let adamw = AdamWConfig { lr: 1e-3, ..Default::default() };
     let mut trainer = Trainer::new(&model, TrainerConfig { seed: SEED, ..adamw.into() })?;

@@ -1,11 +1,17 @@
 //! `finetune`: LoRA adapters of SAM's image encoder, and its decoder, trained on images with masks.
 
-mod curve;
+mod calibration;
+mod data;
+mod judge;
 mod options;
 mod output;
+mod page;
 mod parts;
+mod pictures;
+mod plots;
 mod progress;
 mod report;
+mod results;
 mod run;
 mod training;
 

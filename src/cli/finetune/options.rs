@@ -5,10 +5,10 @@ use super::super::console::Console;
 use super::super::lora_arguments::LoraArguments;
 use super::super::processes::Processes;
 use super::parts::Parts;
-use crate::sam::{ReadOptions, ValueRange};
+use crate::sam::{MaskGenerator, ReadOptions, ValueRange};
 use crate::train::{
     AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
-    PromptKind, Schedule, Suffixes, TrainerConfig,
+    Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
 };
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -17,8 +17,9 @@ use std::str::FromStr;
 /// Trains LoRA adapters of SAM's image encoder, and its decoder, on images with masks
 ///
 /// Without arguments: on the small SAM and the micrographs of cell nuclei that come with the project. The output folder
-/// gets adapter/ as PEFT writes it, metrics.json, metrics.csv with a row a step, and loss.png. In overlays/, before is
-/// on the left, after on the right, the truth in white. --resume goes on from state.safetensors. With --eval-every,
+/// gets adapter/ as PEFT writes it, metrics.json, metrics.csv with a row a step, and report.html with all plots and
+/// pictures. In overlays/, before is on the left, after on the right, the truth in white. So it is in automatic/, which
+/// has the masks that are found without a prompt. --resume goes on from state.safetensors. With --eval-every,
 /// best/ is the adapter that did best on the held-out images.
 #[derive(Parser, Clone, Debug)]
 pub struct Options {
@@ -115,6 +116,13 @@ pub struct Options {
     pub adapter: Option<PathBuf>,
     #[command(flatten)]
     pub lora: LoraArguments,
+    /// Place of the training images' embeddings if nothing of the image encoder is trained. A folder, `memory`, or `none`
+    /// [default: memory, up to 4 GiB]
+    #[arg(long, value_name = "DIR|memory|none")]
+    pub embeddings: Option<PathBuf>,
+    /// Embeddings of turned and mirrored images
+    #[arg(long, value_enum, default_value_t = Symmetries::Stored)]
+    pub symmetries: Symmetries,
     /// Optimizer steps
     #[arg(long, default_value_t = 300)]
     pub steps: u64,
@@ -133,6 +141,16 @@ pub struct Options {
     /// Steps in which the learning rate rises from 0
     #[arg(long, default_value_t = 0, value_name = "STEPS")]
     pub warmup_steps: u64,
+    /// Factor of the rate after a plateau
+    #[arg(long, default_value_t = 0.1, value_name = "FACTOR")]
+    pub plateau_factor: f64,
+    /// Evaluations without a higher held-out IoU before the rate falls
+    #[arg(long, default_value_t = 10, value_name = "EVALUATIONS")]
+    pub plateau_patience: u64,
+    /// Keep averages of the trained parameters, an older one's weight falling by this factor a step; they are evaluated and
+    /// saved
+    #[arg(long, value_name = "DECAY")]
+    pub ema: Option<f64>,
     /// Largest norm of all gradients together; longer ones are shortened to it [default: no limit]
     #[arg(long, value_name = "NORM")]
     pub max_grad_norm: Option<f64>,
@@ -178,6 +196,9 @@ pub struct Options {
     /// Write the figures for TensorBoard, too, into tensorboard/
     #[arg(long)]
     pub tensorboard: bool,
+    /// Points along each side of a held-out image for its automatic masks; 0 makes none
+    #[arg(long, default_value_t = 16, value_name = "POINTS")]
+    pub automatic: usize,
     /// Held-out images to draw before and after
     #[arg(long, default_value_t = 8, value_name = "IMAGES")]
     pub overlays: usize,
@@ -209,6 +230,17 @@ pub enum ScheduleArg {
     Linear,
     /// Down to 0 along half a cosine
     Cosine,
+    /// Lower after evaluations that get no better, see --eval-every
+    Plateau,
+}
+
+/// Fates of the embeddings of turned and mirrored images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Symmetries {
+    /// Kept, eight to an image
+    Stored,
+    /// Computed in every step
+    Recomputed,
 }
 
 /// Values of masks to ignore.
@@ -271,6 +303,10 @@ impl Options {
             ScheduleArg::Constant => Decay::Constant,
             ScheduleArg::Linear => Decay::Linear { total_steps },
             ScheduleArg::Cosine => Decay::Cosine { total_steps },
+            ScheduleArg::Plateau => Decay::Plateau(Plateau {
+                factor: self.plateau_factor,
+                patience: self.plateau_patience,
+            }),
         };
         TrainerConfig {
             optimizer: AdamWConfig {
@@ -281,6 +317,7 @@ impl Options {
             schedule: Schedule { warmup_steps: self.warmup_steps, decay },
             accumulation: self.accumulate,
             max_grad_norm: self.max_grad_norm,
+            ema: self.ema,
             seed: self.seed,
         }
     }
@@ -303,6 +340,16 @@ impl Options {
             },
             loss: self.loss,
         }
+    }
+
+    /// Makes the masks of everything whose precision is judged, if it is: all candidates, less the doubles.
+    pub fn generator(&self) -> Option<MaskGenerator> {
+        (self.automatic > 0).then(|| MaskGenerator {
+            points_per_side: self.automatic,
+            pred_iou_thresh: 0.0,
+            stability_score_thresh: 0.0,
+            ..MaskGenerator::original()
+        })
     }
 
     /// Steps between two evaluations on the way, if there are any, with `images` to train on.

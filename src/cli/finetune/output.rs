@@ -9,10 +9,18 @@ use std::path::Path;
 pub const ADAPTER: &str = "adapter";
 /// The adapter with the best evaluation.
 pub const BEST: &str = "best";
+/// Masks found without a prompt, before and after.
+pub const AUTOMATIC: &str = "automatic";
+/// How predicted IoUs follow the true ones.
+pub const CALIBRATION: &str = "calibration.png";
 /// The loss curve.
 pub const LOSS: &str = "loss.png";
 /// Pictures before and after.
 pub const OVERLAYS: &str = "overlays";
+/// Everything on one page.
+pub const PAGE: &str = "report.html";
+/// Contact sheet of the masks found without a prompt.
+pub const SHEET: &str = "automatic.png";
 /// Written last: a folder with a state and without it holds a run that is not finished.
 pub const METRICS: &str = "metrics.json";
 /// A row a step.
@@ -24,8 +32,21 @@ pub const STATE: &str = "state.safetensors";
 const PREVIOUS: &str = "state.previous.safetensors";
 
 /// A run may find these in its output folder and replace them.
-const OUTPUTS: [&str; 9] =
-    [ADAPTER, BEST, LOSS, OVERLAYS, METRICS, TABLE, TENSORBOARD, STATE, PREVIOUS];
+const OUTPUTS: [&str; 13] = [
+    ADAPTER,
+    AUTOMATIC,
+    BEST,
+    CALIBRATION,
+    LOSS,
+    OVERLAYS,
+    METRICS,
+    PAGE,
+    SHEET,
+    TABLE,
+    TENSORBOARD,
+    STATE,
+    PREVIOUS,
+];
 /// A new run must not find these: they would be taken for its own.
 const LEFTOVERS: [&str; 5] = [BEST, TABLE, TENSORBOARD, STATE, PREVIOUS];
 

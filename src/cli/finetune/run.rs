@@ -1,32 +1,28 @@
 //! The run: load, evaluate, inject, train, evaluate, write.
 
-use super::super::console::Console;
-use super::super::draw::save_png;
-use super::super::listed::listed;
 use super::super::model::{self, Placement};
 use super::super::processes::{census, ended, on_first};
-use super::curve::loss_curve;
-use super::options::Options;
-use super::output::{self, ADAPTER, LOSS, METRICS, OVERLAYS};
-use super::parts::Parts;
-use super::progress::Progress;
-use super::report;
-use super::report::{Outcome, Verdict};
+use super::data::datasets;
+use super::judge::{self, Judge};
+use super::options::{Options, Symmetries};
+use super::output::{self, ADAPTER};
+use super::parts::{Part, Parts};
+use super::report::Outcome;
+use super::results::{tell, Results};
 use super::training::Run;
 use crate::lora::{count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames};
-use crate::nn::{set_trainable, ModuleTree, Node};
+use crate::nn::{set_trainable, trainable_variables, ModuleTree, Node};
 use crate::sam::{SamModel, SamProcessor};
-use crate::train::{
-    together, Batch, BatchSource, Communicator, DataFiles, Dataset, DatasetOptions, Evaluator,
-    PromptKind, Trainer, TruthFiles,
-};
-use crate::{write_atomic, Error, Result};
+use crate::train::{Batch, BatchSource, Communicator, DatasetOptions, KeptEmbeddings, Trainer};
+use crate::{Error, Result};
 use anyhow::bail;
-use candle_core::{DType, Device};
+use candle_core::DType;
 use serde_json::{json, Map};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
+
+/// Bytes of embeddings that are kept in memory without being told to.
+const MOST_IN_MEMORY: u64 = 4 << 30;
 
 /// Does what `options` say, together with the other processes of a job.
 pub fn run(options: &Options) -> anyhow::Result<Outcome> {
@@ -39,6 +35,14 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
 fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result<Outcome> {
     if options.save_every == 0 {
         bail!("--save-every must be at least 1")
+    }
+    if options.train.has(Part::Adapters)
+        && options.embeddings.as_deref().is_some_and(|place| place != Path::new("none"))
+    {
+        bail!(
+            "--embeddings: the image encoder is trained, so embeddings change in every step; choose a --train without \
+             adapters"
+        )
     }
     let console = options.console;
     let place = options.backend.open(&**processes)?;
@@ -75,6 +79,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         processor: &processor,
         held_out: &held_out,
         kind: batch.kind,
+        generator: options.generator(),
         device,
         console,
         processes: &**processes,
@@ -123,6 +128,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         let parts = processes.size() as u64 * options.trainer().accumulation;
         console.note(format!("{}; {parts} parts a step", census(&**processes)));
     }
+    let embeddings = kept_embeddings(options, &sam, &processor, train.len())?;
     let batches = BatchSource {
         dataset: &train,
         processor: &processor,
@@ -130,13 +136,14 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         mask_size: 4 * config.vision_config.grid_size(),
         seed: options.seed,
         device,
+        embeddings: embeddings.as_ref(),
     };
     let loss = |part, mode| Batch::draw(&batches, part)?.loss(&sam, mode);
     // A frozen clone has the same tensors, but its evaluation builds no graph.
     let evaluate = || {
         let mut sam = sam.clone();
         set_trainable(&mut sam, |_| false)?;
-        Ok(report::mean(&judge.verdicts(&sam, 0)?))
+        Ok(judge::scores(&judge.verdicts(&sam, 0)?))
     };
     let eval_steps = options.eval_steps(train.len());
     let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
@@ -145,41 +152,25 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         console.note(trainer.times());
     }
 
+    trainer.take_averages()?;
     on_first(&**processes, || Ok(save_adapter(&sam, &lora, options.output.join(ADAPTER))?))?;
     set_trainable(&mut sam, |_| false)?;
     let after = judge.verdicts(&sam, options.overlays)?;
     let outcome = Outcome {
-        before: report::mean(&before),
-        after: report::mean(&after),
+        before: judge::scores(&before),
+        after: judge::scores(&after),
         evaluations: trainer.evaluations().to_vec(),
         losses: trainer.losses().to_vec(),
     };
-    on_first(&**processes, || {
-        write_pictures(options, trainer.losses(), &before, &after)?;
-        let metrics = report::metrics(options, &trainable, &outcome, &before, &after)?;
-        Ok(write_atomic(options.output.join(METRICS), |file| file.write_all(metrics.as_bytes()))?)
-    })?;
-    let objects: usize = before.iter().map(|verdict| verdict.scores.len()).sum();
-    let (before, after) = (&outcome.before, &outcome.after);
-    let change = |what: &str, before: f64, after: f64| {
-        console.note(format!("{what}: {before:.4} before, {after:.4} after"));
+    let results = Results {
+        options,
+        trainable: &trainable,
+        held_out: &held_out,
+        outcome: &outcome,
+        verdicts: [&before, &after],
     };
-    change("held-out IoU with 3 prompts", before.iou_at_3, after.iou_at_3);
-    change("held-out IoU with 5 prompts", before.iou_at_5, after.iou_at_5);
-    change("predicted IoU off by", before.iou_error, after.iou_error);
-    let text = format!(
-        "held-out IoU, mean over {objects} objects: {:.4} before, {:.4} after",
-        before.iou, after.iou
-    );
-    let object = json!({
-        "output": options.output,
-        "steps": outcome.losses.len(),
-        "objects": objects,
-        "before": before,
-        "after": after,
-    });
-    console.result(text, object);
-    console.note(format!("results in {}", options.output.display()));
+    on_first(&**processes, || results.write())?;
+    tell(options, &outcome, before.iter().map(|verdict| verdict.scores.len()).sum());
     Ok(outcome)
 }
 
@@ -189,48 +180,45 @@ fn name_on_the_hub(options: &Options, folder: &Path) -> Option<String> {
     name.split('@').next().map(str::to_string)
 }
 
-/// The images to train on and those held out; each process reads its share.
-fn datasets(options: &Options, processes: &dyn Communicator) -> anyhow::Result<(Dataset, Dataset)> {
-    let open = |part: &str, images: &[PathBuf], truth: TruthFiles| -> anyhow::Result<Dataset> {
-        let files = DataFiles { images: images.to_vec(), truth };
-        let dataset = Dataset::open_together(&files, &options.data(), processes)?;
-        let lines = dataset.summary().lines();
-        lines.iter().for_each(|line| options.console.note(format!("{part}{line}")));
-        Ok(dataset)
-    };
-    let places = || -> Result<_> {
-        let Options { images, masks, coco, .. } = options;
-        let Options { val_images, val_masks, val_coco, .. } = options;
-        Ok([files(images, masks, coco)?, files(val_images, val_masks, val_coco)?])
-    };
-    let ([all, held_out], _) = together(processes, places(), |_| vec![])?;
-    let Some((images, truth)) = all else {
-        let nuclei = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/photos/nuclei");
-        let part = |said: &str, part: &str| {
-            let folder = |kind: &str| nuclei.join(part).join(kind);
-            open(said, &[folder("images")], TruthFiles::Masks(vec![folder("masks")]))
-        };
-        return Ok((part("", "train")?, part("held out: ", "heldout")?));
-    };
-    let all = open("", &images, truth)?;
-    match held_out {
-        Some((images, truth)) => Ok((all, open("held out: ", &images, truth)?)),
-        None => Ok(all.split(options.val_fraction, options.seed)?),
+/// The embeddings of the training images, if they are computed once. Says what is kept.
+fn kept_embeddings<'a>(
+    options: &Options,
+    sam: &'a SamModel,
+    processor: &SamProcessor,
+    images: usize,
+) -> anyhow::Result<Option<KeptEmbeddings<'a>>> {
+    let place = options.embeddings.as_deref();
+    let named = place.and_then(Path::to_str);
+    if !trainable_variables(&sam.vision_encoder)?.is_empty() {
+        return Ok(None);
     }
-}
-
-/// The places of images and of their truth, if they were named.
-fn files(
-    images: &[PathBuf],
-    masks: &[PathBuf],
-    coco: &Option<PathBuf>,
-) -> Result<Option<(Vec<PathBuf>, TruthFiles)>> {
-    let truth = match coco {
-        Some(coco) => TruthFiles::Coco(coco.clone()),
-        None if masks.is_empty() => TruthFiles::Beside,
-        None => TruthFiles::Masks(listed(masks)?),
+    let kept = match (place, named) {
+        (_, Some("none")) => return Ok(None),
+        (None, _) | (_, Some("memory")) => KeptEmbeddings::in_memory(sam, processor),
+        (Some(folder), _) => KeptEmbeddings::in_folder(sam, processor, folder),
     };
-    Ok(if images.is_empty() { None } else { Some((listed(images)?, truth)) })
+    let kept = match options.symmetries {
+        Symmetries::Stored => kept,
+        Symmetries::Recomputed => kept.recompute_turned(),
+    };
+    let bytes = kept.bytes(images, !options.no_augment)?;
+    let size = format!("{:.1} MiB at most, {images} images", bytes as f64 / f64::from(1 << 20));
+    let ways = match (options.no_augment, options.symmetries) {
+        (true, _) => "as they are",
+        (false, Symmetries::Stored) => "turned and mirrored in eight ways",
+        (false, Symmetries::Recomputed) => "as they are; turned ones are computed in every step",
+    };
+    let said = match place {
+        None if bytes > MOST_IN_MEMORY => {
+            let advice = "--embeddings DIR or memory computes them once";
+            options.console.note(format!("embeddings computed in every step: {size}; {advice}"));
+            return Ok(None);
+        }
+        Some(folder) if named != Some("memory") => format!("in {}", folder.display()),
+        _ => "in memory".into(),
+    };
+    options.console.note(format!("embeddings computed once and kept {said}: {size} {ways}"));
+    Ok(Some(kept))
 }
 
 /// Injects the adapters, into the image encoder alone.
@@ -255,64 +243,4 @@ fn adapted_layers(sam: &SamModel) -> usize {
         }
     });
     count
-}
-
-/// How a model is judged: by the held-out images.
-struct Judge<'a> {
-    processor: &'a SamProcessor,
-    held_out: &'a Dataset,
-    kind: PromptKind,
-    device: &'a Device,
-    console: Console,
-    processes: &'a dyn Communicator,
-}
-
-impl Judge<'_> {
-    /// Prompts every object of the held-out images, which the processes divide; the first `overlays` images are drawn.
-    fn verdicts(&self, sam: &SamModel, overlays: usize) -> anyhow::Result<Vec<Verdict>> {
-        let Self { processor, held_out, kind, device, console, processes } = *self;
-        let evaluator = Evaluator { model: sam, processor, kind, device };
-        let progress = Progress::new(held_out.len(), console);
-        let verdict = |index: usize| {
-            let sample = held_out.load(index)?;
-            let objects = sample.instances.len();
-            let evaluation =
-                evaluator.evaluate(&sample, |done| progress.at(index, done, objects))?;
-            let picture = (index < overlays).then(|| report::picture(&sample, &evaluation));
-            Ok((index, Verdict { name: sample.name, scores: evaluation.scores, picture }))
-        };
-        let share = |index: &usize| index % processes.size() == processes.rank();
-        let own =
-            (0..held_out.len()).filter(share).map(verdict).collect::<anyhow::Result<Vec<_>>>();
-        progress.end();
-        if processes.size() == 1 {
-            return Ok(own?.into_iter().map(|(_, verdict)| verdict).collect());
-        }
-        let (_, told) = together(processes, own, |own| report::to_bytes(own))?;
-        let mut all: BTreeMap<usize, Verdict> = BTreeMap::new();
-        for (rank, told) in told.iter().enumerate() {
-            let told = report::from_bytes(told);
-            all.extend(told.map_err(|e| Error::Rank { rank, message: e.to_string() })?);
-        }
-        Ok(all.into_values().collect())
-    }
-}
-
-fn write_pictures(
-    options: &Options,
-    losses: &[f32],
-    before: &[Verdict],
-    after: &[Verdict],
-) -> anyhow::Result<()> {
-    let curve = loss_curve(losses, &options.loss.to_string())?;
-    save_png(&options.output.join(LOSS), &curve.into())?;
-    let folder = options.output.join(OVERLAYS);
-    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
-    for (before, after) in before.iter().zip(after) {
-        if let (Some(left), Some(right)) = (&before.picture, &after.picture) {
-            let both = report::side_by_side(left, right);
-            save_png(&folder.join(format!("{}.png", before.name)), &both.into())?;
-        }
-    }
-    Ok(())
 }

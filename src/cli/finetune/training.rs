@@ -7,8 +7,8 @@ use crate::lora::{save_adapter, LoraConfig};
 use crate::nn::Mode;
 use crate::sam::SamModel;
 use crate::train::{
-    best_evaluation, evaluations_since_best, Communicator, EventFile, MetricsCsv, ObjectScores,
-    StepMetrics, Trainer,
+    best_evaluation, evaluations_since_best, Communicator, EventFile, HeldOutScores, MetricsCsv,
+    ObjectScores, StepMetrics, Trainer,
 };
 use crate::Result;
 use anyhow::{anyhow, bail};
@@ -35,7 +35,7 @@ impl Run<'_> {
         &self,
         trainer: &mut Trainer,
         loss: impl Fn(u64, Mode) -> candle_core::Result<Tensor>,
-        evaluate: impl Fn() -> anyhow::Result<ObjectScores>,
+        evaluate: impl Fn() -> anyhow::Result<HeldOutScores>,
     ) -> anyhow::Result<()> {
         let (options, state) = (self.options, self.options.output.join(STATE));
         let console = options.console;
@@ -64,14 +64,13 @@ impl Run<'_> {
             };
             let last = made.step == options.steps;
             let due = self.eval_steps.is_some_and(|every| made.step.is_multiple_of(every) || last);
-            let scores = due.then(|| bar.suspend(&evaluate)).transpose()?;
+            let judged = || trainer.with_averages(|| bar.suspend(&evaluate));
+            let scores = due.then(judged).transpose()?.transpose()?;
             if let Some(scores) = scores {
                 trainer.note(scores);
                 if best_evaluation(trainer.evaluations()).is_some_and(|best| best.step == made.step)
                 {
-                    self.on_first(|| {
-                        Ok(save_adapter(self.sam, self.lora, options.output.join(BEST))?)
-                    })?;
+                    trainer.with_averages(|| self.save(BEST))??;
                 }
             }
             self.on_first(|| match &mut log {
@@ -91,13 +90,8 @@ impl Run<'_> {
                     made.step, options.steps, made.loss
                 ));
             }
-            if let Some(ObjectScores { iou, dice, boundary_f1, iou_at_3, iou_at_5, iou_error }) =
-                scores
-            {
-                let line = format!(
-                    "IoU {iou:.4}, Dice {dice:.4}, boundary F1 {boundary_f1:.4}, IoU with 3 prompts {iou_at_3:.4}, \
-                     with 5 {iou_at_5:.4}; predicted IoU off by {iou_error:.4}"
-                );
+            if let Some(scores) = scores {
+                let line = line(&scores);
                 bar.suspend(|| console.note(format!("step {}: held-out {line}", made.step)));
             }
         }
@@ -110,10 +104,17 @@ impl Run<'_> {
                     best.step
                 ));
             }
-            console
-                .note(format!("best: step {}, IoU {:.4}, in {BEST}/", best.step, best.scores.iou));
+            console.note(format!(
+                "best: step {}, IoU {:.4}, in {BEST}/",
+                best.step, best.scores.objects.iou
+            ));
         }
         Ok(())
+    }
+
+    /// Saves the adapter as it is.
+    fn save(&self, folder: &str) -> anyhow::Result<()> {
+        self.on_first(|| Ok(save_adapter(self.sam, self.lora, self.options.output.join(folder))?))
     }
 
     fn on_first(&self, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
@@ -138,7 +139,7 @@ impl Run<'_> {
         if let Err(other) = trainer.roll_back(output.join(STATE)) {
             bail!("{error}\nand the state before it could not be read: {other}")
         }
-        self.on_first(|| Ok(save_adapter(self.sam, self.lora, output.join(ADAPTER))?))?;
+        trainer.with_averages(|| self.save(ADAPTER))??;
         Ok(anyhow!(
             "{error}\nkept in {}: the adapter as it was after step {}, in {ADAPTER}/{}",
             output.display(),
@@ -166,7 +167,7 @@ impl Log {
         })
     }
 
-    fn note(&mut self, step: &StepMetrics, scores: Option<&ObjectScores>) -> Result<()> {
+    fn note(&mut self, step: &StepMetrics, scores: Option<&HeldOutScores>) -> Result<()> {
         self.table.row(step, scores)?;
         let Some(events) = &mut self.events else { return Ok(()) };
         let mut values = vec![
@@ -174,13 +175,25 @@ impl Log {
             ("train/lr", step.lr as f32),
             ("train/grad_norm", step.grad_norm as f32),
         ];
-        let names = ObjectScores::NAMES.map(|name| format!("held_out/{name}"));
-        if let Some(scores) = scores {
-            let found = scores.values().map(|value| value as f32);
-            values.extend(names.iter().map(String::as_str).zip(found));
-        }
+        let names: Vec<String> =
+            HeldOutScores::names().map(|name| format!("held_out/{name}")).collect();
+        let found = scores.map(HeldOutScores::values).into_iter().flatten();
+        values.extend(
+            names.iter().zip(found).filter_map(|(name, value)| Some((&**name, value? as f32))),
+        );
         events.scalars(step.step, &values)
     }
+}
+
+/// The scores of an evaluation in one line.
+fn line(HeldOutScores { objects, masks }: &HeldOutScores) -> String {
+    let ObjectScores { iou, dice, boundary_f1, iou_at_3, iou_at_5, iou_error } = objects;
+    let masks =
+        masks.map_or_else(String::new, |masks| format!("; automatic masks, AP {:.4}", masks.ap));
+    format!(
+        "IoU {iou:.4}, Dice {dice:.4}, boundary F1 {boundary_f1:.4}, IoU with 3 prompts {iou_at_3:.4}, \
+         with 5 {iou_at_5:.4}; predicted IoU off by {iou_error:.4}{masks}"
+    )
 }
 
 fn progress_bar(options: &Options, done: u64) -> ProgressBar {

@@ -72,13 +72,7 @@ pub fn calibrated(
 
 fn image_and_objects(truth: &Dataset, index: usize) -> Result<(DynamicImage, Vec<Rle>)> {
     let sample = truth.load(index)?;
-    let (width, height) = sample.image.dimensions();
-    let object = |instance| {
-        let labels = sample.labels(instance);
-        let inside: Vec<bool> = labels.iter().map(|label| *label == instance.label).collect();
-        Rle::from_mask(&inside, (height, width))
-    };
-    let objects = sample.instances.iter().map(object).collect::<Result<_>>()?;
+    let objects = sample.instances.iter().map(|i| sample.object(i)).collect::<Result<_>>()?;
     Ok((sample.image.into(), objects))
 }
 

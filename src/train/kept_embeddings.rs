@@ -1,0 +1,84 @@
+//! Embeddings of training images, computed once for a run that trains nothing of the image encoder.
+//!
+//! ```text
+//! an image, as it is or turned  ->  [1, C, h, w]     in memory, or a file each in a folder
+//! ```
+//! An embedding is computed when a step first draws its image. So a short run computes no more than it needs, and a
+//! resumed one no more than it lost. The files are those of [`EmbeddingStore`]: a damaged one, or one of another model
+//! or adapter, is computed anew.
+
+use super::{FlipRotate, Sample};
+use crate::sam::{EmbeddingStore, Frame, SamModel, SamPredictor, SamProcessor};
+use crate::Result;
+use candle_core::Tensor;
+use image::DynamicImage;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+/// The embeddings of a data set's images.
+#[derive(Debug)]
+pub struct KeptEmbeddings<'a> {
+    predictor: SamPredictor<'a>,
+    store: Option<EmbeddingStore>,
+    keeps_turned: bool,
+    memory: Mutex<BTreeMap<(usize, FlipRotate), Tensor>>,
+}
+
+impl<'a> KeptEmbeddings<'a> {
+    /// In memory.
+    pub fn in_memory(model: &'a SamModel, processor: &SamProcessor) -> Self {
+        let predictor = SamPredictor::with_processor(model, processor.clone());
+        Self { predictor, store: None, keeps_turned: true, memory: Mutex::default() }
+    }
+
+    /// In files of a folder, which is made when it is needed. Processes and runs may share it.
+    pub fn in_folder(
+        model: &'a SamModel,
+        processor: &SamProcessor,
+        folder: impl Into<PathBuf>,
+    ) -> Self {
+        let store = Some(EmbeddingStore::in_folder(folder));
+        Self { store, ..Self::in_memory(model, processor) }
+    }
+
+    /// Computes those of turned and mirrored images in every step. These are seven of eight images of a run that
+    /// augments them.
+    pub fn recompute_turned(self) -> Self {
+        Self { keeps_turned: false, ..self }
+    }
+
+    /// Bytes of the embeddings of `images` images.
+    ///
+    /// # Errors
+    /// - the model has no embeddings.
+    pub fn bytes(&self, images: usize, augmented: bool) -> Result<u64> {
+        let ways = if augmented && self.keeps_turned { FlipRotate::COUNT } else { 1 };
+        Ok((images * ways) as u64 * self.predictor.embedding_bytes()?)
+    }
+
+    /// The embedding `[1, C, h, w]` of the image of a number, which is turned in this way in `sample`.
+    ///
+    /// # Errors
+    /// - as [`SamPredictor::embed`];
+    /// - a file cannot be read or written.
+    pub fn get(&self, index: usize, way: FlipRotate, sample: &Sample) -> Result<(Tensor, Frame)> {
+        let (width, height) = sample.image.dimensions();
+        let frame = self.predictor.processor().frame(height as usize, width as usize)?;
+        let image = || DynamicImage::ImageRgb8(sample.image.clone());
+        if way != FlipRotate::NONE && !self.keeps_turned {
+            return Ok((self.predictor.embed(&image())?.tensor, frame));
+        }
+        if let Some(store) = &self.store {
+            let kept = store.get_or_embed_pixels(&self.predictor, &sample.name, &sample.image)?;
+            return Ok((kept.embedding.tensor, frame));
+        }
+        let memory = || self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = memory().get(&(index, way)) {
+            return Ok((kept.clone(), frame));
+        }
+        let computed = self.predictor.embed(&image())?.tensor;
+        memory().insert((index, way), computed.clone());
+        Ok((computed, frame))
+    }
+}
