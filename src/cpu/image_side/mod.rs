@@ -88,8 +88,8 @@ fn entry(x: &[f32], size: usize, (group, groups): (usize, usize)) -> &[f32] {
     &x[group * (x.len() / size) / groups * size..][..size]
 }
 
-/// A stretch of the rows of one entry, for gradients: the groups that meet it, its first row, and places for its
-/// gradients, one for each of `N` tensors.
+/// A stretch of the rows of one entry, for gradients. The groups meet it, `first` is its first row, and `grads` are the
+/// places of `N` tensors' gradients.
 struct Stretch<'a, const N: usize> {
     groups: Range<usize>,
     first: usize,
