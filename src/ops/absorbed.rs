@@ -47,8 +47,8 @@ pub(super) fn tokens_to_image(
         Some(bias) => broadcast_add(&out, bias)?,
         None => out,
     };
-    // k's bias has a gradient of zero, not none: an optimizer does more with a parameter than follow its gradient. candle
-    // drops a factor of zero from the graph, but no tensor of zeros.
+    // k's bias has a gradient of zero. With none an optimizer would not decay it. candle drops a factor of zero from the
+    // graph, but no tensor of zeros.
     if let Some(bias) = k.bias.as_ref().filter(|bias| bias.track_op()) {
         out = broadcast_add(&out, &(bias * bias.zeros_like()?)?.sum_all()?)?;
     }
