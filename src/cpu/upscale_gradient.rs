@@ -24,8 +24,8 @@ pub struct Gradients {
     pub x: Buffer,
     /// Shaped as hyper.
     pub hyper: Vec<f32>,
-    /// Weight and bias of the first convolution, of the norm and of the second convolution, one after the other; those of
-    /// the convolutions' weights are zero unless they were asked for.
+    /// Weight and bias of the first convolution, the norm and the second convolution, one after the other. Those of the
+    /// convolutions are zero unless they were asked for.
     pub parameters: Vec<f32>,
 }
 

@@ -47,8 +47,8 @@ pub(super) fn tokens_to_image(
         Some(bias) => broadcast_add(&out, bias)?,
         None => out,
     };
-    // k's bias has a gradient, if of zero: an optimizer does more with a parameter than follow it. candle drops a factor of
-    // zero from the graph, but no tensor of zeros.
+    // k's bias has a gradient of zero. With none an optimizer would not decay it. candle drops a factor of zero from the
+    // graph, but no tensor of zeros.
     if let Some(bias) = k.bias.as_ref().filter(|bias| bias.track_op()) {
         out = broadcast_add(&out, &(bias * bias.zeros_like()?)?.sum_all()?)?;
     }
@@ -191,7 +191,7 @@ pub(super) struct UpscaleShape {
     pub grid: (usize, usize),
     /// Lengths of the first convolution's weight and bias, the norm's, and the second convolution's.
     pub lengths: [usize; 6],
-    /// Of the norm.
+    /// The norm's epsilon.
     pub eps: f64,
     /// Masks of a group.
     pub masks: usize,

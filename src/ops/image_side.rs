@@ -1,5 +1,5 @@
-//! The image side of the mask decoder on the CPU: nothing of the image's size is in memory but the output, and in a backward
-//! the gradient of the rows.
+//! The image side of the mask decoder on the CPU. Nothing of the image's size is in memory but the output, and in a
+//! backward the gradient of the rows.
 //!
 //! Each function returns none on another device, and for adapters that drop or are no single sum. It also returns none
 //! for so many tokens that the plain order of products is cheaper. Then

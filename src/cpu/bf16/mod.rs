@@ -41,6 +41,19 @@ pub fn pairs_in<'a>(values: &[f32], buffer: &'a mut Vec<f32>) -> &'a [f32] {
     buffer
 }
 
+/// As [`pairs_in`], of the sums of two arrays.
+pub fn pairs_of_sums<'a>(a: &[f32], b: &[f32], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    buffer.resize(a.len() / 2, 0.0);
+    #[cfg(target_arch = "x86_64")]
+    if available() {
+        // SAFETY: the features that the function is compiled for have just been detected.
+        unsafe { x86::pairs_of_sums(a, b, buffer) };
+        return buffer;
+    }
+    portable::pairs_of_sums(a, b, buffer);
+    buffer
+}
+
 /// As [`pairs`], into a place.
 pub fn pairs_into(values: &[f32], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
@@ -169,6 +182,8 @@ mod tests {
         assert_eq!(bits(&fast), bits(&slow));
         portable::pairs(&a, &mut slow[..40]);
         assert_eq!(bits(&pairs(&a)), bits(&slow[..40]));
+        portable::pairs_of_sums(&a, &b, &mut slow[..40]);
+        assert_eq!(bits(pairs_of_sums(&a, &b, &mut fast)), bits(&slow[..40]));
     }
 
     #[test]

@@ -27,6 +27,13 @@ pub fn pairs(values: &[f32], out: &mut [f32]) {
     }
 }
 
+pub fn pairs_of_sums(a: &[f32], b: &[f32], out: &mut [f32]) {
+    let terms = a.chunks_exact(2).zip(b.chunks_exact(2));
+    for (out, (a, b)) in out.iter_mut().zip(terms) {
+        *out = pair(a[0] + b[0], a[1] + b[1]);
+    }
+}
+
 pub fn pairs_of_rows(first: &[f32], second: &[f32], out: &mut [f32]) {
     for (out, (&first, &second)) in out.iter_mut().zip(first.iter().zip(second)) {
         *out = pair(first, second);

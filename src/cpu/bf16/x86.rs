@@ -44,6 +44,17 @@ pub fn pairs(values: &[f32], out: &mut [f32]) {
     portable::pairs(&values[whole * 32..], &mut out[whole * 16..]);
 }
 
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub fn pairs_of_sums(a: &[f32], b: &[f32], out: &mut [f32]) {
+    let whole = a.len() / 32;
+    let terms = a.chunks_exact(32).zip(b.chunks_exact(32));
+    for (out, (a, b)) in out.chunks_exact_mut(16).zip(terms) {
+        let low = _mm512_add_ps(load(a), load(b));
+        store(out, rounded(_mm512_add_ps(load(&a[16..]), load(&b[16..])), low));
+    }
+    portable::pairs_of_sums(&a[whole * 32..], &b[whole * 32..], &mut out[whole * 16..]);
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub fn pairs_of_rows(first: &[f32], second: &[f32], out: &mut [f32]) {
     // Numbers 0 and 16, 1 and 17, ..

@@ -88,8 +88,8 @@ fn entry(x: &[f32], size: usize, (group, groups): (usize, usize)) -> &[f32] {
     &x[group * (x.len() / size) / groups * size..][..size]
 }
 
-/// A stretch of the rows of one entry, for gradients: the groups that meet it, its first row, and places for its
-/// gradients, one for each of `N` tensors.
+/// A stretch of the rows of one entry, for gradients. The groups meet it, `first` is its first row, and `grads` are the
+/// places of `N` tensors' gradients.
 struct Stretch<'a, const N: usize> {
     groups: Range<usize>,
     first: usize,
@@ -207,23 +207,31 @@ fn score(
 ) {
     let pitch = s.pitch();
     let scale = s.softmax_scale * LOG2_E;
-    let (mut shifted, mut pairs) = (Vec::new(), Vec::new());
+    let mut scratch = Vec::new();
     for (block, scores) in scores.chunks_mut(BLOCK * pitch).enumerate() {
         let (count, start) = (scores.len() / pitch, (first + block * BLOCK) * depth);
-        let mut rows = &x[start..start + count * depth];
-        if !shift.is_empty() {
-            shifted.resize(count * depth, 0.0);
-            run(Sum { out: &mut shifted, a: rows, b: &shift[start..start + count * depth] });
-            rows = &shifted;
-        }
+        let rows = &x[start..start + count * depth];
+        let shift = (!shift.is_empty()).then(|| &shift[start..start + count * depth]);
         match tokens {
             Tokens::F32(tokens) => {
+                let rows = match shift {
+                    Some(shift) => {
+                        scratch.resize(rows.len(), 0.0);
+                        run(Sum { out: &mut scratch, a: rows, b: shift });
+                        &scratch
+                    }
+                    None => rows,
+                };
                 let (left, right) = (Left::Rows(rows, depth), Right(tokens, pitch));
                 panel((scores, pitch), (Into::Store, scale), (count, pitch, depth), left, right);
             }
             Tokens::Pairs(tokens) => {
-                let left = Left::Rows(bf16::pairs_in(rows, &mut pairs), depth / 2);
-                let (shape, right) = ((count, pitch, depth / 2), Right(tokens, pitch));
+                let pairs = match shift {
+                    Some(shift) => bf16::pairs_of_sums(rows, shift, &mut scratch),
+                    None => bf16::pairs_in(rows, &mut scratch),
+                };
+                let (left, right) = (Left::Rows(pairs, depth / 2), Right(tokens, pitch));
+                let shape = (count, pitch, depth / 2);
                 bf16::product((scores, pitch), (Into::Store, scale), shape, left, right);
             }
         }

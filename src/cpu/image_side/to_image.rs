@@ -133,7 +133,7 @@ pub fn means(
     (out, normalizers)
 }
 
-/// What the backward of a group reads for every block of rows.
+/// Values of a group that its backward reads for every block of rows.
 struct Group<'a> {
     /// A `[columns, channels]`, and turned `[channels, pitch]`.
     columns: (&'a [f32], Vec<f32>),

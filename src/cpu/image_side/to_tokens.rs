@@ -236,8 +236,8 @@ struct Block {
 }
 
 impl Group<'_> {
-    /// Adds to the gradients of the rows x from `first` on and of z, which is x where there is one place alone, and to
-    /// those of the tokens and the norm.
+    /// Adds to the gradients of the rows x from `first` on, of z, of the tokens and of the norm. Without a place for dz, z is
+    /// x and a shift.
     fn add_gradients(
         &self,
         (s, norm): (&Shape, (&[f32], f64)),
@@ -282,7 +282,7 @@ pub struct Gradients {
     pub x: Buffer,
     /// Shaped as the scored rows; empty where those are `x + shift`.
     pub scored: Buffer,
-    /// Of the flat array of the [`TokenSide`].
+    /// Gradient of the [`TokenSide`]'s flat array.
     pub side: Vec<f32>,
 }
 
