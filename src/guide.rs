@@ -30,6 +30,7 @@ guides! {
     everything "everything.md"
     gradients "gradients.md"
     hack_your_own "hack-your-own.md"
+    int8 "int8.md"
     library "library.md"
     link "link.md"
     parameter_counts "parameter-counts.md"
