@@ -113,11 +113,14 @@ struct Scratch {
     dfine: Vec<f32>,
 }
 
-/// One row of positions; `masks` are the gradient of each mask's four rows of pixels and its features' factors.
+/// The gradient of a mask's pixels `[4, 4 w]` at a row of positions, and the factors of its features `[E]`.
+type MaskRows<'a> = (&'a [f32], &'a [f32]);
+
+/// One row of positions.
 fn backward_row(
     up: &Upscale<'_>,
     [conv1, conv2]: &[Layer<'_>; 2],
-    (x, masks): (&[f32], &[(&[f32], &[f32])]),
+    (x, masks): (&[f32], &[MaskRows<'_>]),
     dx: &mut [f32],
     (sums, want_weights): (&mut Sums, bool),
     scratch: &mut Scratch,
@@ -167,8 +170,7 @@ fn backward_row(
 
 /// `dfine *=` the sum over the masks of `dmask hyper`, and `sums += dmask fine`.
 struct Pixels<'a> {
-    /// The gradient of each mask's pixels `[4, 4 w]`, and its factors `[E]`.
-    masks: &'a [(&'a [f32], &'a [f32])],
+    masks: &'a [MaskRows<'a>],
     /// `[w, taps of the first convolution, taps of the second, E]`
     fine: &'a [f32],
     /// As `fine`.
