@@ -20,7 +20,7 @@ mod support;
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_sam_lora::nn::{quantize_int8, Linear, trainable_variables, Mode, ModuleTree};
+use candle_sam_lora::nn::{quantize_int8, trainable_variables, Linear, Mode, ModuleTree};
 use candle_sam_lora::ops::{self, Activation};
 use candle_sam_lora::sam::{SamVisionAttentionSplit, VisionAttention};
 use candle_sam_lora::testing::composed as ops_composed;

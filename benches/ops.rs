@@ -152,7 +152,8 @@ fn lora_linear(c: &mut Criterion) -> Result<()> {
         for (name, input, output) in [("gelu", dim, 4 * dim), ("residual", 4 * dim, dim)] {
             let weight = (setting.normal(&[output, input])? * 0.02)?;
             let bias = setting.normal(&[output])?;
-            let projection = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
+            let projection =
+                Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
             let residual = setting.normal(&[GRID * GRID, output])?;
             let (activation, residual) = match name {
                 "gelu" => (Activation::Gelu, None),

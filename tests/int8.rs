@@ -1,5 +1,5 @@
-//! Frozen weights in int8: the integers beside NumPy's, values and gradients beside f64 loops, the error beside PyTorch's
-//! dynamic int8 (tests/fixtures/gen/int8.py), and what a quantized model refuses.
+//! Frozen weights in int8: the integers beside NumPy's, values and gradients beside f64 loops. The error is compared with
+//! that of PyTorch's dynamic int8 (tests/fixtures/gen/int8.py). A quantized model refuses by name what it cannot do.
 
 mod common;
 
@@ -88,7 +88,10 @@ fn errors_are_no_worse_than_pytorchs() -> Result<()> {
             let x = case.tensor("x").to_dtype(dtype)?;
             let ours = off(&layer.forward(&x, Mode::Eval)?, &case.tensor("out"));
             let (pytorch, weights) = (case.number("pytorch"), case.number("per_channel_weights"));
-            println!("{} {dtype:?}: {ours:.5}, PyTorch {pytorch:.5}, weights {weights:.5}", case.name);
+            println!(
+                "{} {dtype:?}: {ours:.5}, PyTorch {pytorch:.5}, weights {weights:.5}",
+                case.name
+            );
             assert!(ours <= pytorch, "{} {dtype:?}: {ours} {pytorch}", case.name);
         }
     }
@@ -135,9 +138,8 @@ fn values_and_gradients_agree_with_f64_loops() -> Result<()> {
         let off = error(&values(&out), &reference(&t));
         assert!(off < 1e-6, "{rows} {in_dim} {out_dim}: {off:e}");
         let weights = values(&grad_out);
-        let loss = |t: &[Vec<f64>]| -> f64 {
-            reference(t).iter().zip(&weights).map(|(y, g)| y * g).sum()
-        };
+        let loss =
+            |t: &[Vec<f64>]| -> f64 { reference(t).iter().zip(&weights).map(|(y, g)| y * g).sum() };
         const STEP: f64 = 1e-5;
         for (index, grad) in grads.iter().enumerate() {
             let grad = values(grad);
@@ -161,14 +163,15 @@ fn values_and_gradients_agree_with_f64_loops() -> Result<()> {
 #[test]
 fn bf16_and_packed_projections_agree_with_the_composed_graph() -> Result<()> {
     const C: usize = 96;
-    let layers = [1, 2, 3].map(|seed| quantized(&random(seed, (C, C)), Some(&random(seed + 10, C))));
+    let layers =
+        [1, 2, 3].map(|seed| quantized(&random(seed, (C, C)), Some(&random(seed + 10, C))));
     for (dtype, bound) in [(DType::F32, 2e-2), (DType::BF16, 3e-2)] {
-        let x = random(5, (2, 7, 11, C)).to_dtype(dtype)?;
+        let x = [random(5, (2, 7, 11, C)).to_dtype(dtype)?];
         let grad_out = random(6, (2, 7, 11, 3 * C)).to_dtype(dtype)?;
         let [q, k, v] = layers.each_ref().map(|layer| layer.projection(&[]).unwrap());
-        let (out, grads) = gradients(&[x.clone()], &grad_out, |t| ops::lora_qkv(&t[0], &[q, k, v]))?;
+        let (out, grads) = gradients(&x, &grad_out, |t| ops::lora_qkv(&t[0], &[q, k, v]))?;
         let (exact, expected) =
-            gradients(&[x], &grad_out, |t| composed::lora_qkv(&t[0], &[q, k, v]))?;
+            gradients(&x, &grad_out, |t| composed::lora_qkv(&t[0], &[q, k, v]))?;
         assert_eq!(out.dtype(), dtype);
         assert!(tensor_error(&out, &exact) < bound, "{dtype:?}: {}", tensor_error(&out, &exact));
         let off = tensor_error(&grads[0], &expected[0]);
@@ -242,10 +245,7 @@ fn what_a_layer_in_int8_cannot_do_is_refused_by_name() -> anyhow::Result<()> {
     let zeros = VarBuilder::zeros(DType::F32, &candle_core::Device::Cpu);
     refused(nn::load(&mut sam, &zeros), &[first]);
     let adapted = |config: LoraConfig| config.target_modules(["q"]);
-    for config in [
-        adapted(LoraConfig::new(2)).dora(),
-        adapted(LoraConfig::new(2)).init("pissa"),
-    ] {
+    for config in [adapted(LoraConfig::new(2)).dora(), adapted(LoraConfig::new(2)).init("pissa")] {
         refused(inject(&mut sam, &config, 1).map(drop), &[first]);
     }
     let config = LoraConfig::new(2).target_modules(["q"]).modules_to_save(["mlp"]);

@@ -146,7 +146,8 @@ fn lora_linear(train_weight: bool) -> Result<()> {
                 dropout: dropout(&case, "dropout_"),
             });
             let weight = inputs.pick(t, "weight").unwrap_or(&frozen);
-            let projection = Projection { weight, scales: None, bias: inputs.pick(t, "bias"), lora };
+            let projection =
+                Projection { weight, scales: None, bias: inputs.pick(t, "bias"), lora };
             let activation = if gelu { Activation::Gelu } else { Activation::Identity };
             ops::lora_linear(&t[0], &projection, activation, inputs.pick(t, "residual"))
         })?;
@@ -224,7 +225,8 @@ fn dora() -> Result<()> {
         inputs.compare(&mut worst, &case, |t| {
             let dropout = dropout(&case, "dropout_");
             let lora = Lora { a: &t[1], b: &t[2], b_bias: None, scaling, dropout };
-            let base = Projection { weight: &weight, scales: None, bias: bias.as_ref(), lora: Some(lora) };
+            let base =
+                Projection { weight: &weight, scales: None, bias: bias.as_ref(), lora: Some(lora) };
             ops::dora_linear(&t[0], &base, &t[3])
         })?;
     }

@@ -310,7 +310,8 @@ fn magnitudes_near_the_norm_take_effect() -> Result<()> {
             let weight = weight.to_dtype(dtype)?;
             let lora = ops::Lora { a: &a, b: &b, b_bias: None, scaling: 1.0, dropout };
             let norm = ops::dora_weight_norm(&weight, &a, &b, 1.0)?;
-            let projection = ops::Projection { weight: &weight, scales: None, bias: None, lora: Some(lora) };
+            let projection =
+                ops::Projection { weight: &weight, scales: None, bias: None, lora: Some(lora) };
             ops::dora_linear(&x.to_dtype(dtype)?, &projection, &(norm * factor)?)?
                 .to_dtype(DType::F32)
         };

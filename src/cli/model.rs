@@ -6,9 +6,7 @@ use crate::lora::{
     CONFIG_FILE,
 };
 use crate::nn::{quantize_int8, set_trainable, ModuleTree, DEFAULT_ADAPTER};
-use crate::sam::{
-    checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor, SamVisionEncoder,
-};
+use crate::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor, SamVisionEncoder};
 use crate::{hub, Result};
 use anyhow::{anyhow, Context};
 use candle_core::{DType, Device};

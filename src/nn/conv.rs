@@ -89,7 +89,8 @@ impl Conv2d {
     /// When the channels differ, or kernel = stride does not divide H and W.
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let weight = as_matrix(&self.weight)?;
-        let base = Projection { weight: &weight, scales: None, bias: self.bias.as_ref(), lora: None };
+        let base =
+            Projection { weight: &weight, scales: None, bias: self.bias.as_ref(), lora: None };
         let columns = self.columns(x)?;
         let low_rank = self.adapters.low_rank(mode)?;
         // Where windows overlap an input is in several columns, and dropped in all or in none of them.
@@ -261,7 +262,8 @@ impl ConvTranspose2d {
     pub fn forward_taps(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let (_, out_dim, kernel, _) = self.weight.dims4()?;
         let (weight, bias) = self.taps()?;
-        let projection = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
+        let projection =
+            Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
         let out = ops::lora_linear(x, &projection, activation, None)?;
         let mut dims = x.dims().to_vec();
         dims.pop();

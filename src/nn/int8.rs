@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// What [`quantize_int8`] did.
+/// The layers that [`quantize_int8`] changed, and those that it left.
 #[derive(Clone, Debug, Default)]
 pub struct Quantized {
     /// Layers that have a weight in int8 now.
@@ -43,7 +43,8 @@ impl fmt::Display for Quantized {
 /// A few layers with their reasons, and how many more there are.
 fn shown(left: &[(String, &'static str)]) -> String {
     const MOST: usize = 4;
-    let some: Vec<_> = left.iter().take(MOST).map(|(path, why)| format!("{path} ({why})")).collect();
+    let some: Vec<_> =
+        left.iter().take(MOST).map(|(path, why)| format!("{path} ({why})")).collect();
     match left.len().saturating_sub(MOST) {
         0 => some.join(", "),
         more => format!("{} and {more} more", some.join(", ")),

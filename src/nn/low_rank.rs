@@ -129,7 +129,12 @@ pub(super) fn in_turn(
         let g = (wide(magnitude)? / norm)?;
         let unscaled = match (part.dropout, base.bias) {
             (Some(_), _) => {
-                let weight = Projection { weight: &wide(base.weight)?, scales: None, bias: None, lora: None };
+                let weight = Projection {
+                    weight: &wide(base.weight)?,
+                    scales: None,
+                    bias: None,
+                    lora: None,
+                };
                 ops::lora_linear(&dropped, &weight, Activation::Identity, None)?
             }
             (None, Some(bias)) => ops::broadcast_add(&y, &bias.neg()?)?,

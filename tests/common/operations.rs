@@ -120,7 +120,8 @@ impl LoraLinear {
             let [x, bias, a, b, b_bias, residual] = t else { panic!("six inputs") };
             let lora = Lora { a, b, b_bias: Some(b_bias), scaling: SCALING, dropout };
             let weight = &beside(&weight, x)?;
-            let projection = Projection { weight, scales: None, bias: Some(bias), lora: Some(lora) };
+            let projection =
+                Projection { weight, scales: None, bias: Some(bias), lora: Some(lora) };
             op(x, &projection, activation, Some(residual))
         };
         let composed_run = run.clone();
@@ -176,7 +177,8 @@ impl DoraLinear {
             let [x, bias, a, b, magnitude] = t else { panic!("five inputs") };
             let lora = Lora { a, b, b_bias: None, scaling: SCALING, dropout };
             let weight = &beside(&weight, x)?;
-            let projection = Projection { weight, scales: None, bias: Some(bias), lora: Some(lora) };
+            let projection =
+                Projection { weight, scales: None, bias: Some(bias), lora: Some(lora) };
             ops::dora_linear(x, &projection, magnitude)
         };
         // PEFT's formula in f32, rounded once.
@@ -255,7 +257,8 @@ impl LoraQkv {
             };
             let lora_q = lora(a_q, b_q, 2.0, DROPOUT);
             let lora_v = lora(a_v, b_v, 0.5, dropout_v);
-            let part = |weight, bias, lora| Projection { weight, scales: None, bias: Some(bias), lora };
+            let part =
+                |weight, bias, lora| Projection { weight, scales: None, bias: Some(bias), lora };
             op(x, &[part(q, bias_q, lora_q), part(k, bias_k, None), part(v, bias_v, lora_v)])
         };
         let composed_run = run.clone();

@@ -135,8 +135,12 @@ impl Inputs {
         let weights: Vec<_> =
             (0..4).map(|i| self.frozen(40 + i, &[C, C])).collect::<Result<_>>()?;
         let biases: Vec<_> = (0..4).map(|i| self.frozen(50 + i, &[C])).collect::<Result<_>>()?;
-        let part =
-            |i: usize, lora| Projection { weight: &weights[i], scales: None, bias: Some(&biases[i]), lora };
+        let part = |i: usize, lora| Projection {
+            weight: &weights[i],
+            scales: None,
+            bias: Some(&biases[i]),
+            lora,
+        };
         let qkv = [part(0, self.lora(0, 1)), part(1, None), part(2, self.lora(0, 2))];
         let proj = part(3, self.lora(1, 3));
         let side = window.map_or([5, 7], |side| [side; 2]);
@@ -170,8 +174,18 @@ impl Inputs {
     fn mlp(&self, norm: &Norm<'_>, fused: bool) -> Result<Tensor> {
         let (weight1, weight2) = (self.frozen(70, &[C, C])?, self.frozen(71, &[C, C])?);
         let (bias1, bias2) = (self.frozen(72, &[C])?, self.frozen(73, &[C])?);
-        let lin1 = Projection { weight: &weight1, scales: None, bias: Some(&bias1), lora: self.lora(0, 5) };
-        let lin2 = Projection { weight: &weight2, scales: None, bias: Some(&bias2), lora: self.lora(1, 6) };
+        let lin1 = Projection {
+            weight: &weight1,
+            scales: None,
+            bias: Some(&bias1),
+            lora: self.lora(0, 5),
+        };
+        let lin2 = Projection {
+            weight: &weight2,
+            scales: None,
+            bias: Some(&bias2),
+            lora: self.lora(1, 6),
+        };
         if fused {
             return ops::mlp_block(&self.x, norm, &lin1, Activation::Gelu, &lin2);
         }

@@ -33,7 +33,8 @@ fn lora_linear() -> Captured {
     let (rows, in_dim, out_dim, rank) = (65, 96, 72, 16);
     let run = |t: &[Tensor]| {
         let lora = Lora { a: &t[3], b: &t[4], b_bias: None, scaling: 0.7, dropout: Some(DROPOUT) };
-        let projection = Projection { weight: &t[1], scales: None, bias: Some(&t[2]), lora: Some(lora) };
+        let projection =
+            Projection { weight: &t[1], scales: None, bias: Some(&t[2]), lora: Some(lora) };
         ops::lora_linear(&t[0], &projection, Activation::Gelu, Some(&t[5]))
     };
     Captured {

@@ -27,11 +27,7 @@ pub fn applies(rows: usize, in_dim: usize) -> bool {
 
 /// `out [rows, sum of out_dim]` for `x [rows, in]` where [`applies`] and no backward follows. None where a weight is in int8: its
 /// products are of packed weights alone.
-pub fn forward(
-    layer: &Projections<'_>,
-    x: &[f32],
-    residual: Option<&[f32]>,
-) -> Option<Buffer> {
+pub fn forward(layer: &Projections<'_>, x: &[f32], residual: Option<&[f32]>) -> Option<Buffer> {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let mut out = Buffer::any(x.len() / in_dim * total);
     for (part, weight) in layer.ready(|_, _, _| Packed::empty()).iter().zip(&layer.weights) {

@@ -43,8 +43,7 @@ pub fn forward<T: Element>(
     let parts = layer.ready(|weight, n, k| weight.transposed(n, k));
     let any = |test: fn(&Ready<'_>) -> bool| parts.iter().any(test);
     let (in_pairs, in_quads) = (any(|p| p.weight.in_pairs()), any(|p| p.weight.in_quads()));
-    let in_f32 =
-        any(|p| p.lora.is_some() || !(p.weight.in_pairs() || p.weight.in_quads()));
+    let in_f32 = any(|p| p.lora.is_some() || !(p.weight.in_pairs() || p.weight.in_quads()));
     let constants: Vec<_> = parts.iter().map(Ready::constant).collect();
     // A^T and B^T where there is LoRA.
     let low_rank: Vec<_> = parts

@@ -249,8 +249,12 @@ impl Problem {
                 }
             }
             Self::Qkv { .. } => {
-                let part =
-                    |i: usize, lora| Projection { weight: &frozen[i], scales: None, bias: Some(&t[1 + i]), lora };
+                let part = |i: usize, lora| Projection {
+                    weight: &frozen[i],
+                    scales: None,
+                    bias: Some(&t[1 + i]),
+                    lora,
+                };
                 let of_v = Dropout { stream: DROPOUT.stream + 1, ..DROPOUT };
                 let parts = [
                     part(0, lora(&t[4], &t[5], Some(DROPOUT))),
