@@ -1,5 +1,5 @@
-//! Frozen weights in int8: the integers beside NumPy's, values and gradients beside f64 loops, the error beside PyTorch's
-//! dynamic int8 (tests/fixtures/gen/int8.py), and what a quantized model refuses.
+//! Frozen weights in int8: the integers beside NumPy's, values and gradients beside f64 loops. The error is compared with
+//! that of PyTorch's dynamic int8 (tests/fixtures/gen/int8.py). A quantized model refuses by name what it cannot do.
 
 mod common;
 
@@ -166,13 +166,12 @@ fn bf16_and_packed_projections_agree_with_the_composed_graph() -> Result<()> {
     let layers =
         [1, 2, 3].map(|seed| quantized(&random(seed, (C, C)), Some(&random(seed + 10, C))));
     for (dtype, bound) in [(DType::F32, 2e-2), (DType::BF16, 3e-2)] {
-        let x = random(5, (2, 7, 11, C)).to_dtype(dtype)?;
+        let x = [random(5, (2, 7, 11, C)).to_dtype(dtype)?];
         let grad_out = random(6, (2, 7, 11, 3 * C)).to_dtype(dtype)?;
         let [q, k, v] = layers.each_ref().map(|layer| layer.projection(&[]).unwrap());
-        let (out, grads) =
-            gradients(&[x.clone()], &grad_out, |t| ops::lora_qkv(&t[0], &[q, k, v]))?;
+        let (out, grads) = gradients(&x, &grad_out, |t| ops::lora_qkv(&t[0], &[q, k, v]))?;
         let (exact, expected) =
-            gradients(&[x], &grad_out, |t| composed::lora_qkv(&t[0], &[q, k, v]))?;
+            gradients(&x, &grad_out, |t| composed::lora_qkv(&t[0], &[q, k, v]))?;
         assert_eq!(out.dtype(), dtype);
         assert!(tensor_error(&out, &exact) < bound, "{dtype:?}: {}", tensor_error(&out, &exact));
         let off = tensor_error(&grads[0], &expected[0]);

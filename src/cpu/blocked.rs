@@ -28,7 +28,7 @@ pub struct Packed {
     kind: Kind,
 }
 
-/// What an element is; k counts elements.
+/// The kind of a packed matrix's elements; k counts elements.
 enum Kind {
     /// A number.
     Number,

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// What [`quantize_int8`] did.
+/// The layers that [`quantize_int8`] changed, and those that it left.
 #[derive(Clone, Debug, Default)]
 pub struct Quantized {
     /// Layers that have a weight in int8 now.

@@ -1,7 +1,7 @@
 //! The products without an instruction for them.
 
 use super::super::panel::Into;
-use super::Operands;
+use super::operands::Operands;
 
 /// The bytes of a quad.
 fn bytes(quad: f32) -> [u8; 4] {

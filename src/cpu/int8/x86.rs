@@ -1,7 +1,7 @@
 //! The products by AVX512-VNNI, and by AVX2 with pairs of 16 bits: four products of bytes overflow its own instruction.
 
 use super::super::panel::Into;
-use super::Operands;
+use super::operands::Operands;
 use std::arch::x86_64::*;
 
 pub fn has_vnni() -> bool {
