@@ -10,6 +10,7 @@
 //!
 //! Source: `COCOeval` of pycocotools; the metric `mSA` of micro-sam.
 
+#[cfg(feature = "images")]
 use crate::sam::Rle;
 use serde::Serialize;
 
@@ -25,6 +26,7 @@ pub struct MaskMatches {
     pub found: Vec<(f32, u16)>,
 }
 
+#[cfg(feature = "images")]
 impl MaskMatches {
     /// Matches scored masks with objects of the same size.
     pub fn new(masks: &[(f32, Rle)], objects: &[Rle]) -> Self {
