@@ -282,7 +282,11 @@ fn an_int8_base_trains_f32_adapters() -> anyhow::Result<()> {
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
     let (first, last) = (mean(&outcome.losses[..8]), mean(&outcome.losses[22..]));
     assert!(last < 0.9 * first, "the loss went from {first} to {last}");
-    assert!(outcome.after.objects.iou > outcome.before.objects.iou, "{:?}", (outcome.before, outcome.after));
+    assert!(
+        outcome.after.objects.iou > outcome.before.objects.iou,
+        "{:?}",
+        (outcome.before, outcome.after)
+    );
     Ok(())
 }
 

@@ -11,15 +11,6 @@ use super::{broadcast_add, repeat, scale_shift};
 use super::{resize_linear, Activation, Projection, RelPosAttention};
 use candle_core::{bail, DType, Result, Tensor, D};
 
-/// Tells that an operation's composed graph runs and why, as an event of `tracing`.
-pub(super) fn tell(op: &'static str, x: &Tensor, reason: &'static str) {
-    let (dtype, shape) = (x.dtype().as_str(), x.dims());
-    tracing::debug!(target: "candle_sam_lora::composed", op, reason, dtype, ?shape);
-}
-
-/// The reason where a device has no kernel of this crate's for the problem.
-pub(super) const NO_KERNEL: &str = "no kernel of this device computes it";
-
 /// LayerNorm over the last dimension; statistics in f32.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let x32 = x.to_dtype(DType::F32)?;

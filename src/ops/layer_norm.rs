@@ -5,7 +5,7 @@
 //! ```
 
 use super::cpu::{Chain, Layer, Residual};
-use super::{check, composed};
+use super::{check, composed, fallback};
 use crate::problem::LayerNormProblem;
 use candle_core::{bail, Device, Result, Tensor};
 
@@ -27,7 +27,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         #[cfg(feature = "cuda")]
         device if super::custom::has_kernels(device) => on_gpu(x, weight, bias, eps),
         _ => {
-            composed::tell(OP, x, composed::NO_KERNEL);
+            fallback::tell(OP, x, fallback::NO_KERNEL);
             composed::layer_norm(x, weight, bias, eps)
         }
     }

@@ -49,6 +49,7 @@ mod cpu;
 mod custom;
 mod dora;
 mod dropout;
+mod fallback;
 mod fused;
 #[cfg(feature = "cuda")]
 mod gpu;

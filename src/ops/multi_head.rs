@@ -8,7 +8,7 @@
 
 use super::computed::node;
 use super::custom::{from_f32, tensor_like, with_f32};
-use super::{check, composed};
+use super::{check, composed, fallback};
 use crate::cpu::multi_head::{backward, forward, Inputs};
 use crate::problem::MultiHeadProblem;
 use candle_core::{bail, DType, Device, Result, Storage, Tensor};
@@ -31,7 +31,7 @@ pub fn multi_head_attention(
 ) -> Result<Tensor> {
     let p = problem(q, [k, v], num_heads, softmax_scale)?;
     if !matches!(q.device(), Device::Cpu) {
-        composed::tell(OP, q, composed::NO_KERNEL);
+        fallback::tell(OP, q, fallback::NO_KERNEL);
         return composed::multi_head_attention([q, k, v], num_heads, softmax_scale);
     }
     let (out, normalizers) = with_inputs([q, k, v], |inputs| Ok(forward(&p, inputs)))?;

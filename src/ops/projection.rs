@@ -13,7 +13,7 @@ use super::cpu::{Chain, Layer, Residual};
 use super::custom::Engine;
 #[cfg(any(test, feature = "cuda"))]
 use super::params;
-use super::{composed, Activation};
+use super::{composed, fallback, Activation};
 #[cfg(feature = "cuda")]
 use super::{computed, custom::operand, gpu::projection::Projections};
 #[cfg(feature = "cuda")]
@@ -73,8 +73,8 @@ impl Call<'_> {
             Engine::Gpu(gpu) => self.on_gpu(gpu),
             Engine::Composed => {
                 let trained = self.projections.iter().any(|p| p.weight.track_op());
-                let reason = if trained { "a base weight is trained" } else { composed::NO_KERNEL };
-                composed::tell(ProjectionProblem::op(self.projections.len()), self.x, reason);
+                let reason = if trained { "a base weight is trained" } else { fallback::NO_KERNEL };
+                fallback::tell(ProjectionProblem::op(self.projections.len()), self.x, reason);
                 match *self.projections {
                     [q, k, v] => composed::lora_qkv(self.x, &[q, k, v]),
                     [one] => composed::lora_linear(self.x, &one, self.activation, self.residual),
@@ -123,8 +123,8 @@ pub(super) fn of_gpu(
     let Layer::Projections { problems, weights, .. } = layer else {
         bail!("{op}: the layer is no projection")
     };
-    // Kernels take one dtype.
-    let weights = weights.iter().map(|weight| operand(&weight.to_dtype(x.dtype())?));
+    // Kernels take one dtype; weights in int8, with scales, were refused before.
+    let weights = weights.iter().map(|(weight, _)| operand(&weight.to_dtype(x.dtype())?));
     let weights = weights.collect::<Result<Vec<_>>>()?;
     let in_place = in_place(&parameters, x.dtype())?;
     let packed = match in_place {

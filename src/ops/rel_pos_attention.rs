@@ -13,7 +13,7 @@
 use super::arguments::RelPosAttention;
 use super::cpu::{Chain, Layer, Residual};
 use super::custom::Engine;
-use super::{composed, resize_linear};
+use super::{composed, fallback, resize_linear};
 #[cfg(feature = "cuda")]
 use super::{computed, custom::operand, gpu::rel_pos_attention::Attention, params};
 #[cfg(feature = "cuda")]
@@ -68,7 +68,7 @@ pub(super) fn run(
             let (problem, tables, pad) = prepared;
             let config =
                 RelPosAttention { rel_pos: tables.as_ref().map(|[h, w]| (h, w)), pad, ..*config };
-            composed::tell(OP, qkv, composed::NO_KERNEL);
+            fallback::tell(OP, qkv, fallback::NO_KERNEL);
             tell_of_weights(qkv, &problem);
             Ok(composed::rel_pos_attention(qkv, &config)?.0)
         }
