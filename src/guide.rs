@@ -22,12 +22,14 @@ macro_rules! guides {
 }
 
 guides! {
+    any_model "any-model.md"
     clusters "clusters.md"
     correctness "correctness.md"
     cuda "cuda.md"
     data "data.md"
     distributed "distributed.md"
     everything "everything.md"
+    failures "failures.md"
     gradients "gradients.md"
     hack_your_own "hack-your-own.md"
     int8 "int8.md"
