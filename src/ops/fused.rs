@@ -57,7 +57,7 @@ pub fn lora_linear(
 /// let (a, b) = (normal((2, 8))?, normal((8, 2))?);
 /// let lora = Some(Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout: None });
 /// let [q, k, v] = [weight.narrow(0, 0, 8)?, weight.narrow(0, 8, 8)?, weight.narrow(0, 16, 8)?];
-/// let part = |weight, lora| Projection { weight, bias: None, lora };
+/// let part = |weight, lora| Projection { weight, scales: None, bias: None, lora };
 /// let packed = lora_qkv(&x, &[part(&q, lora), part(&k, None), part(&v, lora)])?;
 /// assert_eq!(packed.dims(), [5, 3 * 8]);
 /// # Ok(())
