@@ -162,8 +162,8 @@ fn photographs(folder: &str, config: &Config) -> Result<(Tensor, Tensor)> {
     Ok((Tensor::from_vec(images, (count, 1, side, side), &Device::Cpu)?, masks))
 }
 
-/// Sets matrices to values between -1 and 1 over the square root of their inputs, by `seed` alone, and biases to zero. candle's
-/// own initial values are others in every run.
+/// Sets matrices to values between -1 and 1 over the square root of their inputs, and biases to zero. The values depend on
+/// `seed` alone; candle's own are others in every run.
 fn initialise(map: &VarMap, mut seed: u64) -> Result<()> {
     let mut uniform = || {
         // Steele, Lea and Flood's splitmix64.
