@@ -16,7 +16,7 @@ use crate::module_tree;
 use crate::nn::{module_in_evaluation, ConvTranspose2d, Embedding, LayerNorm, Linear, Mode};
 use crate::ops::image_side::{upscaled_masks, Upscaling};
 use crate::ops::{self, Activation};
-use candle_core::{bail, DType, Result, Tensor};
+use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Range;
 
@@ -261,6 +261,7 @@ impl SamMaskDecoder {
             }
             None => learned,
         };
+        let device = tokens.device();
         let decode = |tokens: &Tensor, images: &SharedImage| {
             self.decode(tokens, images, (h, w), chosen.clone(), mode)
         };
@@ -271,13 +272,11 @@ impl SamMaskDecoder {
                 let mut parts = vec![];
                 for index in 0..batch {
                     let image = images.narrow(index, 1)?;
-                    for first in (0..prompts).step_by(PROMPTS_TOGETHER) {
+                    let starts: Vec<_> = (0..prompts).step_by(PROMPTS_TOGETHER).collect();
+                    parts.extend(two_at_a_time(device, &starts, &|first| {
                         let count = PROMPTS_TOGETHER.min(prompts - first);
-                        parts.push(decode(
-                            &tokens.narrow(0, index * prompts + first, count)?,
-                            &image,
-                        )?);
-                    }
+                        decode(&tokens.narrow(0, index * prompts + first, count)?, &image)
+                    })?);
                 }
                 let (masks, iou): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
                 (Tensor::cat(&masks, 0)?, Tensor::cat(&iou, 0)?)
@@ -345,4 +344,20 @@ impl SamMaskDecoder {
             .permute(vec![0, 1, 3, 5, 2, 4, 6])?
             .reshape((groups, count, 16 * h * w))
     }
+}
+
+/// `f` of each start, in order; on the CPU two at a time, so that what one computes alone does not let the others wait.
+fn two_at_a_time<T: Send>(
+    device: &Device,
+    starts: &[usize],
+    f: &(impl Fn(usize) -> Result<T> + Sync),
+) -> Result<Vec<T>> {
+    let in_turn =
+        |starts: &[usize]| starts.iter().map(|&first| f(first)).collect::<Result<Vec<_>>>();
+    if !device.is_cpu() || starts.len() < 2 {
+        return in_turn(starts);
+    }
+    let (front, back) = starts.split_at(starts.len().div_ceil(2));
+    let (front, back) = rayon::join(|| in_turn(front), || in_turn(back));
+    Ok([front?, back?].into_iter().flatten().collect())
 }

@@ -75,17 +75,20 @@ impl SamAttention {
         self.out_proj.forward_fused(&attended, Activation::Identity, residual, mode)
     }
 
-    /// Projected `q [G or 1, N, inner]`, `k` and `v [G or 1, M, inner]` -> `[G, N, inner]`.
+    /// Projected `q [G or 1, N, inner]`, `k` and `v [G or 1, M, inner]` -> `[G, N, inner]` in q's dtype; k and v may be
+    /// in f32 beside q in 16 bits.
     fn attend(&self, q: &Tensor, kv: [&Tensor; 2]) -> Result<Tensor> {
         let head_dim = q.dim(D::Minus1)? / self.num_heads;
         let attend = |q: &Tensor| {
             ops::multi_head_attention(q, kv, self.num_heads, (head_dim as f64).powf(-0.5))
         };
+        let wide = q.to_dtype(kv[0].dtype())?;
         // Keys that all share: all queries are those of one entry, and fill vectors together.
-        match kv[0].dim(0)? == 1 {
-            true => attend(&q.flatten(0, 1)?.unsqueeze(0)?)?.reshape(q.shape()),
-            false => attend(q),
-        }
+        let attended = match kv[0].dim(0)? == 1 {
+            true => attend(&wide.flatten(0, 1)?.unsqueeze(0)?)?.reshape(q.shape())?,
+            false => attend(&wide)?,
+        };
+        attended.to_dtype(q.dtype())
     }
 
     /// Calls `f` with the attention as one between an image and tokens. None with adapters that are no single sum.
@@ -184,7 +187,7 @@ impl SamTwoWayAttentionBlock {
 
     /// Heads of the image that several prompts share.
     fn share(&self, image: &Tensor, positions: &Tensor, mode: Mode) -> Result<SharedHeads> {
-        let placed = ops::broadcast_add(image, positions)?;
+        let placed = ops::broadcast_add(image, &positions.to_dtype(image.dtype())?)?;
         let [k, v, q] = self.of_image();
         Ok(SharedHeads {
             k: k.forward(&placed, mode)?,
@@ -253,8 +256,11 @@ impl SamTwoWayAttentionBlock {
         }
         let rows = &image.plain_rows(groups, queries.dtype(), mode)?;
         let q = match q {
-            Some(q) => several_for(&q, groups)?,
-            None => to_tokens.q_proj.forward(&ops::broadcast_add(rows, positions)?, mode)?,
+            Some(q) => several_for(&q.to_dtype(rows.dtype())?, groups)?,
+            None => {
+                let positions = positions.to_dtype(rows.dtype())?;
+                to_tokens.q_proj.forward(&ops::broadcast_add(rows, &positions)?, mode)?
+            }
         };
         let attended = to_tokens.attend(&q, [&k, &v])?;
         let residual = repeat_for(rows, attended.dim(0)? / rows.dim(0)?)?;
@@ -338,15 +344,16 @@ impl SharedImage {
 
     /// The images from `first` on.
     pub(super) fn narrow(&self, first: usize, count: usize) -> Result<Self> {
-        let narrow = |x: &Tensor| x.narrow(0, first, count);
+        self.map_images(|x| x.narrow(0, first, count))
+    }
+
+    /// `f` of every tensor of the images.
+    fn map_images(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let heads = |SharedHeads { k, v, q }: &SharedHeads| {
-            Ok::<_, candle_core::Error>(SharedHeads { k: narrow(k)?, v: narrow(v)?, q: narrow(q)? })
+            Ok::<_, candle_core::Error>(SharedHeads { k: f(k)?, v: f(v)?, q: f(q)? })
         };
-        Ok(Self {
-            image: narrow(&self.image)?,
-            positions: self.positions.clone(),
-            first: self.first.as_ref().map(heads).transpose()?,
-        })
+        let first = self.first.as_ref().map(heads).transpose()?;
+        Ok(Self { image: f(&self.image)?, positions: self.positions.clone(), first })
     }
 }
 
@@ -384,7 +391,7 @@ impl SamTwoWayTransformer {
     }
 
     /// Heads of the first layer that all `prompts` of an image share, unless adapters drop. Images are `[B, h w, C]`, positions
-    /// `[1, h w, C]`.
+    /// `[1, h w, C]`. Without gradients on the CPU, 16 bits are widened here, once for all prompts.
     ///
     /// # Errors
     /// When shapes do not fit.
@@ -399,11 +406,13 @@ impl SamTwoWayTransformer {
             Some(layer) if prompts >= SHARED_FROM && !layer.drops_image(mode)? => Some(layer),
             _ => None,
         };
-        Ok(SharedImage {
-            image: image.clone(),
-            positions: positions.clone(),
-            first: first.map(|layer| layer.share(image, positions, mode)).transpose()?,
-        })
+        let first = first.map(|layer| layer.share(image, positions, mode)).transpose()?;
+        let shared = SharedImage { image: image.clone(), positions: positions.clone(), first };
+        if mode != Mode::Eval || !image.device().is_cpu() {
+            return Ok(shared);
+        }
+        let positions = positions.to_dtype(DType::F32)?;
+        Ok(SharedImage { positions, ..shared.map_images(|x| x.to_dtype(DType::F32))? })
     }
 
     /// Every tensor that [`share`](Self::share) reads in evaluation.
@@ -468,7 +477,7 @@ impl SamTwoWayTransformer {
             Some(attended) => attended,
             None => {
                 let rows = rows.to_dtype(queries.dtype())?;
-                let placed = ops::broadcast_add(&rows, positions)?;
+                let placed = ops::broadcast_add(&rows, &positions.to_dtype(rows.dtype())?)?;
                 let k = attention.k_proj.forward(&placed, mode)?;
                 attention.attend(&q, [&k, &attention.v_proj.forward(&rows, mode)?])?
             }
