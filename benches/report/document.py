@@ -243,8 +243,8 @@ def write(results, source, path):
             headline=headline(published),
             commits=commits(results),
             seconds=head["seconds"],
-            machine="Machine: " + facts(head["machine"]) + ".",
-            versions="Versions: " + facts(head["versions"]) + ".",
+            machine="Machine: `" + facts(head["machine"]) + "`.",
+            versions="Versions: `" + facts(head["versions"]) + "`.",
         ),
         ON_A_GPU if gpu else ON_THE_CPU,
     ]
