@@ -29,6 +29,11 @@ pub struct SamPatchEmbeddings {
 module_tree!(SamPatchEmbeddings { projection });
 
 impl SamPatchEmbeddings {
+    /// Side of the input image.
+    pub(super) fn image_size(&self) -> usize {
+        self.image_size
+    }
+
     /// `[B, channels, S, S] -> [B, h, w, C]`, from any float dtype to that of the weights.
     pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
         let (channels, side) = (self.projection.weight.dim(1)?, self.image_size);

@@ -28,6 +28,7 @@
 
 mod attention;
 pub mod candle_transformers;
+mod cellpose;
 pub mod checkpoint;
 mod config;
 mod deepseek;
@@ -61,6 +62,9 @@ pub use attention::{
     in_windows, AttentionKind, LayerContext, RelPosCore, SamVisionAttention,
     SamVisionAttentionSplit, VisionAttention,
 };
+#[cfg(feature = "images")]
+pub use cellpose::normalized_image;
+pub use cellpose::{CellDynamics, CellFlows, CellposeSam};
 pub use config::{
     model_type, HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
 };
