@@ -67,7 +67,7 @@ pub struct SamVisionLayer {
 module_tree!(SamVisionLayer { layer_norm1, attn, layer_norm2, mlp });
 
 impl SamVisionLayer {
-    fn new(
+    pub(super) fn new(
         config: &SamVisionConfig,
         attn: Box<dyn VisionAttention>,
         vb: VarBuilder<'_>,
@@ -112,7 +112,7 @@ pub struct SamVisionNeck {
 module_tree!(SamVisionNeck { conv1, layer_norm1, conv2, layer_norm2 });
 
 impl SamVisionNeck {
-    fn new(config: &SamVisionConfig, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn new(config: &SamVisionConfig, vb: VarBuilder<'_>) -> Result<Self> {
         let (size, out) = (config.hidden_size, config.output_channels);
         Ok(Self {
             conv1: Conv2d::load_no_bias(size, out, 1, 1, vb.pp("conv1"))?,

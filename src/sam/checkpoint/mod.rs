@@ -21,7 +21,7 @@ mod names;
 mod sizes;
 
 pub use crate::nn::checkpoint::split_prefix;
-pub use names::{CELLPOSE_SAM, DEEPSEEK_OCR, GOT_OCR2, SAM};
+pub use names::{CELLPOSE_SAM, DEEPSEEK_OCR, DEEPSEEK_VL, GOT_OCR2, SAM, VITDET};
 pub use sizes::{sizes, vision_sizes, Sizes};
 
 use super::SamConfig;

@@ -63,9 +63,36 @@ pub const SAM: Names = Names {
     ..Names::PLAIN
 };
 
-/// Files of DeepSeek-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from them too.
-pub const DEEPSEEK_OCR: Names =
-    Names { ignored: &["vision_encoder.net_2.weight", "vision_encoder.net_3.weight"], ..SAM };
+/// Files of DeepSeek-OCR and Unlimited-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from
+/// them too.
+pub const DEEPSEEK_OCR: Names = Names {
+    // Transformers' names.
+    wrapped: &[("proj.conv1.", "net_2."), ("proj.conv2.", "net_3.")],
+    ignored: &["vision_encoder.net_2.weight", "vision_encoder.net_3.weight"],
+    ..SAM
+};
+
+/// Files of DeepSeek-VL's hybrid models, as transformers writes them. The high-resolution tower is read, the other parts
+/// are not.
+pub const DEEPSEEK_VL: Names = Names {
+    ignored: &["vision_model.*", "aligner.*", "language_model.*", "lm_head.*"],
+    fused: &[Fused::QKV],
+    ..Names::PLAIN
+};
+
+/// Files of ViTDet, as transformers writes them.
+pub const VITDET: Names = Names {
+    renamed: &[
+        ("encoder.layer.#.norm1.*", "encoder.layer.#.layer_norm1.*"),
+        ("encoder.layer.#.norm2.*", "encoder.layer.#.layer_norm2.*"),
+        ("encoder.layer.#.attention.*", "encoder.layer.#.attn.*"),
+        ("encoder.layer.#.mlp.fc1.*", "encoder.layer.#.mlp.lin1.*"),
+        ("encoder.layer.#.mlp.fc2.*", "encoder.layer.#.mlp.lin2.*"),
+    ],
+    fused: &[Fused::QKV],
+    save_renamed: true,
+    ..Names::PLAIN
+};
 
 /// Files of GOT-OCR 2.0, as transformers writes them. The encoder and the projector are read, the language model is not.
 pub const GOT_OCR2: Names =
