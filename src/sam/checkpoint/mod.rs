@@ -22,7 +22,7 @@ mod sizes;
 
 pub use crate::nn::checkpoint::split_prefix;
 pub use names::{CELLPOSE_SAM, DEEPSEEK_OCR, DEEPSEEK_VL, GOT_OCR2, SAM, VITDET};
-pub use sizes::{sizes, vision_sizes, Sizes};
+pub use sizes::{is_sam_hq, sizes, vision_sizes, Sizes};
 
 use super::SamConfig;
 use crate::nn::checkpoint::{Loaded, Names};
