@@ -229,12 +229,12 @@ fn files_keep_embedding_and_origin() -> Result<()> {
     let path = folder.path().join("one.safetensors");
     let tensor = candle_core::Tensor::randn(0f32, 1.0, (1, 4, 3, 3), &Device::Cpu)?;
     let frame = Frame { original: (30, 40), resized: (48, 64) };
-    let embedding = ImageEmbedding { tensor, frame };
+    let embedding = ImageEmbedding { tensor, hq_features: None, frame };
     embedding.save(&path, &origin(), EmbeddingPrecision::Exact)?;
     let (read, found) = ImageEmbedding::load(&path, &Device::Cpu)?;
     ensure!(found == origin() && read.frame == frame && bits(&read)? == bits(&embedding)?);
     ensure!(found.difference(&origin()).is_none());
-    let large = ImageEmbedding { tensor: (&embedding.tensor * 1e9)?, frame };
+    let large = ImageEmbedding { tensor: (&embedding.tensor * 1e9)?, hq_features: None, frame };
     let error = large.save(&path, &origin(), EmbeddingPrecision::F16).err().context("saved")?;
     ensure!(error.to_string().contains("too large for its precision"), "{error}");
     // The old file stays.

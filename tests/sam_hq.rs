@@ -5,11 +5,14 @@
 mod common;
 
 use anyhow::Result;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, load_adapter, save_adapter, LoraConfig};
 use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
-use candle_sam_lora::sam::{checkpoint, AttentionKind, SamHqModel, SamInput, SamModel};
+use candle_sam_lora::sam::{
+    checkpoint, AttentionKind, MaskGenerator, Prompt, SamHqModel, SamInput, SamModel, SamPredictor,
+    SamProcessor,
+};
 use common::{below, bits, folder, gradient_errors, read, relative_error, scalars, Tensors, Worst};
 
 /// As in tests/sam_model.rs.
@@ -136,6 +139,43 @@ fn an_adapter_comes_back() -> Result<()> {
     let (input, hq_only) = input(&io, "single")?;
     let masks = |model: &SamHqModel| bits(&model.forward(&input, hq_only, Mode::Eval)?.pred_masks);
     assert_eq!(masks(&loaded)?, masks(&adapted)?);
+    Ok(())
+}
+
+#[test]
+fn a_predictor_gives_the_masks_of_the_model() -> Result<()> {
+    let model = model(AttentionKind::Fused, DType::F32)?;
+    let side = model.sam.config().vision_config.image_size;
+    let processor = SamProcessor::new(side);
+    let predictor = SamPredictor::of_hq(&model, processor.clone());
+    let pixels = |x: u32, y: u32| image::Rgb([(x * 5) as u8, (y * 7) as u8, (x * y) as u8]);
+    let picture = image::DynamicImage::from(image::RgbImage::from_fn(50, 40, pixels));
+    let embedding = predictor.embed(&picture)?;
+    let prompt = Prompt::at(20.0, 30.0);
+    let found = predictor.predict(&embedding, &[prompt.clone()], true)?;
+    let (pixel_values, frame) = processor.preprocess(&picture, &Device::Cpu)?;
+    let point = Tensor::new(&[[[[20f32, 30.0]]]], &Device::Cpu)?;
+    let input = SamInput {
+        pixel_values: Some(pixel_values),
+        input_points: Some(frame.scale_points(&point)?),
+        input_labels: Some(Tensor::ones((1, 1, 1), DType::F32, &Device::Cpu)?),
+        ..Default::default()
+    };
+    let expected = model.forward(&input, false, Mode::Eval)?;
+    assert_eq!(bits(&found[0].logits)?, bits(&expected.pred_masks)?);
+    let all = MaskGenerator { points_per_side: 2, pred_iou_thresh: -9.0, ..Default::default() };
+    all.generate(&predictor, &picture)?;
+
+    // The SAM inside has no HQ features, and files have none.
+    let plain = SamPredictor::new(&model.sam).embed(&picture)?;
+    let error = predictor.predict(&plain, &[prompt], true).unwrap_err().to_string();
+    assert!(error.contains("another model"), "{error}");
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("picture.png");
+    picture.save(&file)?;
+    let store = candle_sam_lora::sam::EmbeddingStore::in_folder(dir.path());
+    let error = store.get_or_embed(&predictor, &file).unwrap_err().to_string();
+    assert!(error.contains("cannot be kept"), "{error}");
     Ok(())
 }
 

@@ -125,7 +125,7 @@ fn embedding(model: &SamModel, seed: u64) -> Result<ImageEmbedding> {
     let channels = model.config().vision_config.output_channels;
     let tensor = random(seed, &[1, channels, side, side]);
     let size = (model.config().vision_config.image_size, model.config().vision_config.image_size);
-    Ok(ImageEmbedding { tensor, frame: Frame { original: size, resized: size } })
+    Ok(ImageEmbedding { tensor, hq_features: None, frame: Frame { original: size, resized: size } })
 }
 
 fn predict(predictor: &SamPredictor<'_>, image: &ImageEmbedding, x: f32) -> Result<Vec<u32>> {

@@ -258,3 +258,65 @@ fn a_whole_sam_is_not_made_of_an_encoder_alone() -> Result<()> {
     );
     Ok(())
 }
+
+/// Configurations of SlimSAM as the hub has them, and MedSAM's, which is ViT-B's. Values of a head 14 wide are checked
+/// with the fixture `slim`.
+#[test]
+fn pruned_and_medical_sams_are_configurations() -> Result<()> {
+    let here = tempfile::tempdir()?;
+    for (vision, head_dim) in [
+        (r#"{"hidden_size": 168, "mlp_dim": 696, "model_type": ""}"#, 14),
+        (r#"{"hidden_size": 384, "mlp_dim": 1536, "model_type": ""}"#, 32),
+        (r#"{"model_type": "sam_vision_model"}"#, 64),
+    ] {
+        let file = here.path().join("config.json");
+        let empty = r#"{"model_type": ""}"#;
+        std::fs::write(
+            &file,
+            format!(
+                r#"{{"model_type": "sam", "vision_config": {vision}, "mask_decoder_config": {empty},
+                "prompt_encoder_config": {empty}}}"#
+            ),
+        )?;
+        let mut config = SamConfig::load(&file)?;
+        ensure!(config.vision_config.head_dim() == head_dim, "{vision}");
+        ensure!(
+            config.vision_config.num_hidden_layers == 12 && config.vision_config.grid_size() == 64
+        );
+        // Two layers and small images keep the test short.
+        let vision = &mut config.vision_config;
+        (vision.num_hidden_layers, vision.global_attn_indexes) = (2, vec![1]);
+        (vision.image_size, config.prompt_encoder_config.image_size) = (320, 320);
+        let zeros = VarBuilder::zeros(DType::F32, &Device::Cpu);
+        let mut model = SamModel::new(&config, AttentionKind::Split, zeros)?;
+        model.randomize(1, 0.02)?;
+        let weights = here.path().join("weights.safetensors");
+        checkpoint::save(&model, &weights, checkpoint::Naming::Original, None)?;
+        std::fs::remove_file(file)?;
+        let told = checkpoint::sizes(&weights)?.config.vision_config;
+        let sizes = |vision: &SamVisionConfig| {
+            let (heads, windows) = (vision.num_attention_heads, vision.window_size);
+            (vision.hidden_size, heads, vision.mlp_dim(), windows, vision.image_size)
+        };
+        ensure!(sizes(&told) == sizes(&config.vision_config), "{told:?}");
+        let pixels = Tensor::randn(0f32, 1.0, (1, 3, 320, 320), &Device::Cpu)?;
+        let embedding = model.vision_encoder.forward(&pixels, Mode::Eval)?;
+        ensure!(embedding.dims() == [1, 256, 20, 20] && largest(&embedding)? > 0.0);
+    }
+    Ok(())
+}
+
+/// SlimSAM before its uniform pruning: an attention narrower than the tokens is no configuration of SAM.
+#[test]
+fn an_attention_of_another_width_is_refused_by_name() -> Result<()> {
+    let here = tempfile::tempdir()?;
+    let path = here.path().join("model.safetensors");
+    let mut tensors = common::read("slim", "model.safetensors")?;
+    let name = "vision_encoder.layers.0.attn.qkv.weight";
+    tensors.insert(name.into(), tensors[name].narrow(0, 0, 60)?);
+    write_tensors(&path, &tensors)?;
+    let mut model = common::zeros(&common::config("slim")?, AttentionKind::Fused)?;
+    let message = checkpoint::load(&mut model, &path).unwrap_err().to_string();
+    ensure!(message.contains(name) && message.contains("60"), "{message}");
+    Ok(())
+}

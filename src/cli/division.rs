@@ -2,11 +2,10 @@
 
 use super::arguments::ModelArguments;
 use super::console::{take_kept, Console, Line};
-use super::model::{Placement, Source};
+use super::model::{Placement, Prompted, Source};
 use super::processes::Processes;
 use crate::files::{create_dir, Checksum};
 use crate::nn::{ModuleTree, Node};
-use crate::sam::SamModel;
 use crate::train::{check_agreement, share, together, Communicator};
 use crate::Error;
 use anyhow::{anyhow, Result};
@@ -87,14 +86,14 @@ impl Division {
         ])
     }
 
-    /// The SAM that the arguments name, in every process; fails unless it is one model.
-    pub fn load(&self, model: &ModelArguments, place: &Placement) -> Result<(Source, SamModel)> {
+    /// The model that the arguments name, in every process; fails unless it is one model.
+    pub fn load(&self, model: &ModelArguments, place: &Placement) -> Result<(Source, Prompted)> {
         let loaded = self.each(|| {
             let source = model.find(self.console)?;
-            let sam = source.load(place, self.console)?;
-            Ok((source, sam))
+            let prompted = source.load_prompted(place, self.console)?;
+            Ok((source, prompted))
         })?;
-        self.agree_on_model(&loaded.1)?;
+        self.agree_on_model(loaded.1.tree())?;
         Ok(loaded)
     }
 

@@ -9,7 +9,7 @@ use super::photo::{images, PhotoArguments};
 use super::processes::Processes;
 use crate::nn::{Mode, ModuleTree};
 use crate::sam::{
-    model_type, DeepSeekOcrEncoder, ReadOptions, SamInput, SamModel, SamPredictor, SamVisionConfig,
+    model_type, DeepSeekOcrEncoder, ReadOptions, SamInput, SamModel, SamVisionConfig,
     SamVisionEncoderOutput, SamVisionModel,
 };
 use crate::{read_tensors, write_tensors, TensorFile};
@@ -157,9 +157,9 @@ fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
     if let Some(folder) = options.embeddings.folder() {
         division.make_folder(folder)?;
     }
-    let (source, sam) = division.load(&options.model, &place)?;
-    let processor = division.each(|| Ok(source.processor(sam.config(), console)?))?;
-    let predictor = SamPredictor::with_processor(&sam, processor);
+    let (source, model) = division.load(&options.model, &place)?;
+    let processor = division.each(|| Ok(source.processor(model.sam().config(), console)?))?;
+    let predictor = model.predictor(processor);
     let embeddings = options.embeddings.open(&options.photo);
     let bar = console.bar(images.len() as u64, "images");
     let mut tally = Tally::default();

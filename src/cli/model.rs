@@ -6,7 +6,10 @@ use crate::lora::{
     CONFIG_FILE,
 };
 use crate::nn::{quantize_int8, set_trainable, ModuleTree, DEFAULT_ADAPTER};
-use crate::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor, SamVisionEncoder};
+use crate::sam::{
+    checkpoint, AttentionKind, SamConfig, SamHqModel, SamModel, SamPredictor, SamProcessor,
+    SamVisionEncoder,
+};
 use crate::{hub, Result};
 use anyhow::{anyhow, Context};
 use candle_core::{DType, Device};
@@ -107,6 +110,40 @@ fn is_foreign(adapter: &Path) -> bool {
     adapter.is_file() && !adapter.with_file_name(CONFIG_FILE).exists()
 }
 
+/// A model that points and boxes prompt.
+pub enum Prompted {
+    /// Segment Anything.
+    Sam(Box<SamModel>),
+    /// SAM-HQ.
+    Hq(Box<SamHqModel>),
+}
+
+impl Prompted {
+    /// The SAM, or that inside.
+    pub fn sam(&self) -> &SamModel {
+        match self {
+            Self::Sam(sam) => sam,
+            Self::Hq(hq) => &hq.sam,
+        }
+    }
+
+    /// All tensors.
+    pub fn tree(&self) -> &dyn ModuleTree {
+        match self {
+            Self::Sam(sam) => sam.as_ref(),
+            Self::Hq(hq) => hq.as_ref(),
+        }
+    }
+
+    /// The predictor of the model.
+    pub fn predictor(&self, processor: SamProcessor) -> SamPredictor<'_> {
+        match self {
+            Self::Sam(sam) => SamPredictor::with_processor(sam, processor),
+            Self::Hq(hq) => SamPredictor::of_hq(hq, processor),
+        }
+    }
+}
+
 /// The model in a file of weights or in a folder with one. Says what was found there.
 pub fn load(
     path: &Path,
@@ -152,6 +189,22 @@ impl Source {
         let mut model = load(&self.weights, self.kind()?, place, console)?;
         self.adapt(&mut model, console)?;
         Ok(model)
+    }
+
+    /// The model, frozen, with its adapter: a SAM or a SAM-HQ. Says which it is.
+    pub fn load_prompted(&self, place: &Placement, console: Console) -> Result<Prompted> {
+        // `load` tells why a file cannot be read.
+        if !checkpoint::is_sam_hq(&self.weights).unwrap_or(false) {
+            return Ok(Prompted::Sam(Box::new(self.load(place, console)?)));
+        }
+        let sizes = checkpoint::sizes(&self.weights)?;
+        let vb = VarBuilder::zeros(place.dtype, &place.device);
+        let mut model = SamHqModel::new(&sizes.config, self.kind()?, vb)?;
+        let loaded = checkpoint::load(&mut model, &self.weights)?;
+        console.note(format!("model: SAM-HQ, {loaded}; {sizes}"));
+        place.quantize(&mut model.sam.vision_encoder, console)?;
+        self.adapt(&mut model, console)?;
+        Ok(Prompted::Hq(Box::new(model)))
     }
 
     /// The image processor of the model.

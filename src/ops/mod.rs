@@ -81,7 +81,10 @@ pub use layer_norm::layer_norm;
 pub use multi_head::multi_head_attention;
 pub(crate) use params::pack;
 pub use product::matmul;
-pub use resize::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};
+pub(crate) use resize::resize_cubic;
+pub use resize::{
+    bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_bilinear, resize_linear,
+};
 
 /// The gradients of a custom operation's three inputs.
 type Gradients =

@@ -86,17 +86,64 @@ pub fn bicubic_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> 
     Tensor::from_vec(matrix, (len_out, len_in), device)
 }
 
+/// The matrix `[len_out, len_in]` of the cubic resizing of a vector without antialiasing, in f32. Beyond the ends, the last
+/// element is repeated.
+fn cubic_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result<Tensor> {
+    const A: f64 = -0.75;
+    if len_in == 0 || len_out == 0 {
+        bail!("resize: lengths must be positive, got {len_in} -> {len_out}")
+    }
+    let weight = |distance: f64| match distance {
+        x if x <= 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+        x => ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A,
+    };
+    let mut matrix = vec![0f64; len_in * len_out];
+    for (i, row) in matrix.chunks_mut(len_in).enumerate() {
+        let centre = (i as f64 + 0.5) * len_in as f64 / len_out as f64 - 0.5;
+        for tap in -1..=2 {
+            let place = centre.floor() + f64::from(tap);
+            let clamped = place.clamp(0.0, (len_in - 1) as f64) as usize;
+            row[clamped] += weight((centre - place).abs());
+        }
+    }
+    let matrix = matrix.into_iter().map(|weight| weight as f32).collect();
+    Tensor::from_vec::<_, f32>(matrix, (len_out, len_in), device)
+}
+
 /// Resizes a grid of vectors bicubically, antialiased: `[1, H, W, C] -> [1, side, side, C]`, computed in f32. A grid of
 /// that size is given back as it is.
 pub fn resize_bicubic(grid: &Tensor, side: usize) -> Result<Tensor> {
-    let (_, h, w, channels) = grid.dims4()?;
-    if (h, w) == (side, side) {
-        return Ok(grid.clone());
+    resize_grids(grid, [side; 2], bicubic_resize_matrix)
+}
+
+/// Resizes grids of vectors bilinearly: `[B, H, W, C] -> [B, h, w, C]`, computed in f32. Grids of that size are given back
+/// as they are.
+pub fn resize_bilinear(grids: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+    resize_grids(grids, size, linear_resize_matrix)
+}
+
+/// Resizes grids of vectors with Keys' kernel for a = -3/4, not antialiased, as `torch.nn.functional.interpolate(mode="bicubic")`
+/// by default: `[B, H, W, C] -> [B, h, w, C]`, computed in f32. Grids of that size are given back as they are.
+pub(crate) fn resize_cubic(grids: &Tensor, size: [usize; 2]) -> Result<Tensor> {
+    resize_grids(grids, size, cubic_resize_matrix)
+}
+
+/// Resizes rows and columns of grids with the matrices of a kernel.
+fn resize_grids(
+    grids: &Tensor,
+    [height, width]: [usize; 2],
+    matrix: impl Fn(usize, usize, &Device) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let (batch, h, w, channels) = grids.dims4()?;
+    if [h, w] == [height, width] {
+        return Ok(grids.clone());
     }
-    let rows = bicubic_resize_matrix(h, side, grid.device())?;
-    let columns = bicubic_resize_matrix(w, side, grid.device())?;
-    let x = grid.to_dtype(DType::F32)?.reshape((h, w * channels))?;
-    let x = rows.matmul(&x)?.reshape((side, w, channels))?;
-    let x = columns.broadcast_left(side)?.contiguous()?.matmul(&x)?;
-    x.unsqueeze(0)?.to_dtype(grid.dtype())
+    let rows = matrix(h, height, grids.device())?;
+    let columns = matrix(w, width, grids.device())?.broadcast_left(height)?.contiguous()?;
+    let resized = |index: usize| {
+        let x = grids.get(index)?.to_dtype(DType::F32)?.reshape((h, w * channels))?;
+        columns.matmul(&rows.matmul(&x)?.reshape((height, w, channels))?)
+    };
+    let resized = (0..batch).map(resized).collect::<Result<Vec<_>>>()?;
+    Tensor::stack(&resized, 0)?.to_dtype(grids.dtype())
 }

@@ -382,13 +382,15 @@ pub fn model_type(path: impl AsRef<Path>) -> Result<String> {
     Ok(header.model_type.unwrap_or_else(|| "sam".into()))
 }
 
-fn read<T: serde::de::DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
+pub(super) fn read<T: serde::de::DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
     serde_json::from_str(&files::read_text(path)?)
         .map_err(|e| Error::file(path, format!("not {kind}: {e}")))
 }
 
 /// Reads a side given as `S` or, as Hugging Face allows, `[S, S]`.
-fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
+pub(super) fn side<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<usize, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Side {
@@ -398,9 +400,9 @@ fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize
     match Side::deserialize(deserializer) {
         Ok(Side::One(side)) => Ok(side),
         Ok(Side::Two([height, width])) if height == width => Ok(width),
-        Ok(Side::Two([height, width])) => Err(serde::de::Error::custom(format!(
-            "a size of [{height}, {width}] is not square, which SAM's prompt encoder needs"
-        ))),
+        Ok(Side::Two([height, width])) => {
+            Err(serde::de::Error::custom(format!("a size of [{height}, {width}] is not square")))
+        }
         Err(_) => Err(serde::de::Error::custom("expected a size as a number or two equal numbers")),
     }
 }

@@ -1,4 +1,4 @@
-//! The SAM of DeepSeek-OCR: SAM's image encoder, made to take images of several sizes and to give fewer, wider tokens.
+//! The SAM of DeepSeek-OCR and Unlimited-OCR: SAM's image encoder, made to take images of several sizes and to give fewer, wider tokens.
 //!
 //! ```text
 //! x = patch_embed(pixel_values) + bicubic(pos_embed)         [B, h, h, C]      any h; 32, 40, 64, 80 in use
@@ -8,7 +8,7 @@
 //! `net_2` and `net_3` are 3x3 convolutions of stride 2 without bias or activation, one after the other.
 //!
 //! Source: `ImageEncoderViT` in `deepencoder.py` of DeepSeek-OCR (`deepencoderv2.py` of DeepSeek-OCR-2, whose `net_3`
-//! is 896 wide).
+//! is 896 wide); `UnlimitedOcrSamVisionEncoder` in `modeling_unlimited_ocr.py`.
 
 use super::checkpoint;
 use super::{AttentionKind, LayerContext, SamVisionConfig, SamVisionEncoder, VisionAttention};
@@ -83,8 +83,8 @@ impl DeepSeekOcrEncoder {
         })
     }
 
-    /// The encoder in a checkpoint of DeepSeek-OCR: a file, a folder, or a name on the Hugging Face hub (feature `hub`).
-    /// `net_2` and `net_3` get the widths that they have there; the rest of the checkpoint is left alone.
+    /// The encoder in a checkpoint of DeepSeek-OCR or Unlimited-OCR: a file, a folder, or a name on the Hugging Face hub
+    /// (feature `hub`). The names in it are the makers' or transformers'. `net_2` and `net_3` get the widths that they have there; the rest of the checkpoint is left alone.
     ///
     /// # Errors
     /// - there is no such path, and the hub does not give it;
@@ -99,14 +99,21 @@ impl DeepSeekOcrEncoder {
         const WIDEST: usize = 1 << 13;
         let path = hub::folder(name)?;
         let path = path.as_path();
-        let width = |name: &str| match nn::checkpoint::shape_of(path, name)?[..] {
-            [width @ 1..=WIDEST, _, 3, 3] => Ok(width),
-            ref other => Err(Error::file(
-                path,
-                format!("{name}: expected [1 to {WIDEST}, channels, 3, 3], found {other:?}"),
-            )),
+        let width = |name: &str, in_transformers: &str| {
+            let shape = nn::checkpoint::shape_of;
+            let shape = shape(path, name).or_else(|e| shape(path, in_transformers).map_err(|_| e));
+            match shape?[..] {
+                [width @ 1..=WIDEST, _, 3, 3] => Ok(width),
+                ref other => Err(Error::file(
+                    path,
+                    format!("{name}: expected [1 to {WIDEST}, channels, 3, 3], found {other:?}"),
+                )),
+            }
         };
-        let widths = [width("net_2.weight")?, width("net_3.weight")?];
+        let widths = [
+            width("net_2.weight", "proj.conv1.weight")?,
+            width("net_3.weight", "proj.conv2.weight")?,
+        ];
         let vb = VarBuilder::zeros(dtype, device);
         let mut encoder = Self::new(&SamVisionConfig::default(), widths, kind, vb)?;
         nn::checkpoint::load(&mut encoder, path, &checkpoint::DEEPSEEK_OCR)?;

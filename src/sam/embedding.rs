@@ -172,7 +172,7 @@ pub(super) fn load(path: &Path, device: &Device) -> Result<StoredEmbedding> {
     let dtype = DType::from_str(&header.dtype).map_err(|e| SEAL.invalid(&file, e))?;
     let (stored, tensor) = (tensor.dtype(), tensor.to_dtype(dtype)?);
     Ok(StoredEmbedding {
-        embedding: ImageEmbedding { tensor, frame },
+        embedding: ImageEmbedding { tensor, hq_features: None, frame },
         origin: header.origin,
         stored,
     })

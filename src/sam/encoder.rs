@@ -29,6 +29,11 @@ pub struct SamPatchEmbeddings {
 module_tree!(SamPatchEmbeddings { projection });
 
 impl SamPatchEmbeddings {
+    /// Side of the input image.
+    pub(super) fn image_size(&self) -> usize {
+        self.image_size
+    }
+
     /// `[B, channels, S, S] -> [B, h, w, C]`, from any float dtype to that of the weights.
     pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
         let (channels, side) = (self.projection.weight.dim(1)?, self.image_size);
@@ -62,7 +67,7 @@ pub struct SamVisionLayer {
 module_tree!(SamVisionLayer { layer_norm1, attn, layer_norm2, mlp });
 
 impl SamVisionLayer {
-    fn new(
+    pub(super) fn new(
         config: &SamVisionConfig,
         attn: Box<dyn VisionAttention>,
         vb: VarBuilder<'_>,
@@ -107,7 +112,7 @@ pub struct SamVisionNeck {
 module_tree!(SamVisionNeck { conv1, layer_norm1, conv2, layer_norm2 });
 
 impl SamVisionNeck {
-    fn new(config: &SamVisionConfig, vb: VarBuilder<'_>) -> Result<Self> {
+    pub(super) fn new(config: &SamVisionConfig, vb: VarBuilder<'_>) -> Result<Self> {
         let (size, out) = (config.hidden_size, config.output_channels);
         Ok(Self {
             conv1: Conv2d::load_no_bias(size, out, 1, 1, vb.pp("conv1"))?,

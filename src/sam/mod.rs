@@ -28,9 +28,11 @@
 
 mod attention;
 pub mod candle_transformers;
+mod cellpose;
 pub mod checkpoint;
 mod config;
 mod deepseek;
+mod deepseek_vl;
 #[cfg(feature = "images")]
 mod embedding;
 #[cfg(feature = "images")]
@@ -56,15 +58,20 @@ pub(crate) mod rle;
 mod transformer;
 mod validate;
 mod vision_model;
+mod vitdet;
 
 pub use attention::{
     in_windows, AttentionKind, LayerContext, RelPosCore, SamVisionAttention,
     SamVisionAttentionSplit, VisionAttention,
 };
+#[cfg(feature = "images")]
+pub use cellpose::normalized_image;
+pub use cellpose::{CellDynamics, CellFlows, CellposeSam};
 pub use config::{
     model_type, HiddenAct, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig,
 };
 pub use deepseek::DeepSeekOcrEncoder;
+pub use deepseek_vl::{DeepseekVlHighRes, DeepseekVlProjection};
 #[cfg(feature = "images")]
 pub use embedding::{EmbeddingOrigin, EmbeddingPrecision};
 #[cfg(feature = "images")]
@@ -98,3 +105,4 @@ pub use prompt_encoder::{SamMaskEmbedding, SamPositionalEmbedding, SamPromptEnco
 pub use rle::{Polygon, Ring, Rle};
 pub use transformer::{SamAttention, SamTwoWayAttentionBlock, SamTwoWayTransformer, SharedImage};
 pub use vision_model::SamVisionModel;
+pub use vitdet::{VitDetBackbone, VitDetConfig, VitDetLayer, VitDetResBottleneckBlock};

@@ -3,7 +3,9 @@
 //! Source: `SamPredictor` of segment-anything.
 
 use super::identity::{self, Identity};
-use super::{Frame, PreparedImages, Rle, SamInput, SamModel, SamProcessor};
+use super::{
+    Frame, PreparedImages, Rle, SamHqImages, SamHqModel, SamInput, SamModel, SamProcessor,
+};
 use crate::nn::{without_gradients, Mode, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor, TensorId};
@@ -33,6 +35,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 #[derive(Clone, Debug)]
 pub struct SamPredictor<'a> {
     model: &'a SamModel,
+    /// The SAM-HQ that `model` is in.
+    hq: Option<&'a SamHqModel>,
     processor: SamProcessor,
     identity: OnceLock<Identity>,
     last: Arc<Mutex<Option<LastImage>>>,
@@ -50,6 +54,8 @@ struct LastImage {
 pub struct ImageEmbedding {
     /// `[1, C, h, w]`, as [`SamVisionEncoder::forward`](super::SamVisionEncoder::forward) gives it.
     pub tensor: Tensor,
+    /// `[1, 4h, 4w, C/8]` of a SAM-HQ, as [`SamHqModel::encode`] gives them.
+    pub hq_features: Option<Tensor>,
     /// Where the image lies in the model's input.
     pub frame: Frame,
 }
@@ -126,7 +132,12 @@ impl<'a> SamPredictor<'a> {
 
     /// With the processor that a folder describes, see [`SamProcessor::load`].
     pub fn with_processor(model: &'a SamModel, processor: SamProcessor) -> Self {
-        Self { model, processor, identity: OnceLock::new(), last: Arc::default() }
+        Self { model, hq: None, processor, identity: OnceLock::new(), last: Arc::default() }
+    }
+
+    /// With a SAM-HQ. Its masks are SAM's and the HQ mask together.
+    pub fn of_hq(model: &'a SamHqModel, processor: SamProcessor) -> Self {
+        Self { hq: Some(model), ..Self::with_processor(&model.sam, processor) }
     }
 
     /// The processor.
@@ -135,7 +146,13 @@ impl<'a> SamPredictor<'a> {
     }
 
     /// Checksums of the image encoder and its adapters, computed once unless the encoder is trainable.
+    ///
+    /// # Errors
+    /// - the model is a SAM-HQ, whose features an embedding's file has not.
     pub(super) fn identity(&self) -> Result<Identity> {
+        if self.hq.is_some() {
+            return Err(Error::config("sam-hq: its image embeddings cannot be kept in files"));
+        }
         if let Some(identity) = self.identity.get() {
             return Ok(identity.clone());
         }
@@ -176,9 +193,14 @@ impl<'a> SamPredictor<'a> {
         let (dtype, device) = self.place();
         let (pixel_values, frame) = self.processor.preprocess(image, device)?;
         let pixel_values = pixel_values.to_dtype(dtype)?;
+        if let Some(hq) = self.hq {
+            let images = without_gradients(hq)?.encode(&pixel_values, Mode::Eval)?;
+            let hq_features = Some(images.hq_features);
+            return Ok(ImageEmbedding { tensor: images.image_embeddings, hq_features, frame });
+        }
         let encoder = without_gradients(&self.model.vision_encoder)?;
         let tensor = encoder.forward(&pixel_values, Mode::Eval)?;
-        Ok(ImageEmbedding { tensor, frame })
+        Ok(ImageEmbedding { tensor, hq_features: None, frame })
     }
 
     /// The masks of each prompt, in the prompts' order: the three alternatives of an ambiguous prompt, or one.
@@ -263,7 +285,13 @@ impl<'a> SamPredictor<'a> {
     ) -> Result<Vec<Prediction>> {
         let mut input = tensors(prompts, &image.frame, image.tensor.device())?;
         input.multimask_output = multimask_output;
-        let output = if input.input_masks.is_none() {
+        let output = if let Some(hq) = self.hq {
+            let Some(hq_features) = image.hq_features.clone() else {
+                return Err(Error::config("sam-hq: the embedding is of another model"));
+            };
+            let images = SamHqImages { image_embeddings: image.tensor.clone(), hq_features };
+            hq.prompt(&images, &input, false, Mode::Eval)?
+        } else if input.input_masks.is_none() {
             self.model.prompt(&self.prepared(&image.tensor)?, &input)?
         } else {
             input.image_embeddings = Some(image.tensor.clone());

@@ -157,7 +157,7 @@ impl Evaluator<'_> {
             progress(index + 1);
         }
         if let Some(generator) = self.generator {
-            let embedding = ImageEmbedding { tensor: embeddings, frame };
+            let embedding = ImageEmbedding { tensor: embeddings, hq_features: None, frame };
             found.automatic = Some(self.everything(generator, &embedding, sample)?);
         }
         Ok(found)

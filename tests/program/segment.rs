@@ -54,6 +54,21 @@ fn chooses_pages_and_ranges() -> Result<()> {
 }
 
 #[test]
+fn takes_sam_hq_and_says_so() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let here = temporary.path();
+    let (image, _) = micrograph();
+    let model = root().join("tests/fixtures/models/hq/original.safetensors");
+    let (image, model) = (image.display(), model.display());
+    // The width of the fixture's mask decoder is no published one, so its heads are in the folder's configuration.
+    let line = format!("{image} --point 30,30 --model {model}");
+    let out = succeed(here, "segment", &line)?;
+    ensure!(out.contains("model: SAM-HQ, original.safetensors"), "{out}");
+    fail(here, "segment", &format!("{line} --overwrite --embeddings kept"), 1, &["sam-hq"])?;
+    Ok(())
+}
+
+#[test]
 fn cuts_out_the_nucleus() -> Result<()> {
     let temporary = tempfile::tempdir()?;
     let here = temporary.path();

@@ -41,10 +41,10 @@ fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
         true => None,
         false => Some(open_journal(options, truth.as_ref(), division)?),
     };
-    let (source, sam) = division.load(&options.model, &place)?;
+    let (source, model) = division.load(&options.model, &place)?;
     let (predictor, generator) = division.each(|| {
-        let processor = source.processor(sam.config(), console)?;
-        let predictor = SamPredictor::with_processor(&sam, processor);
+        let processor = source.processor(model.sam().config(), console)?;
+        let predictor = model.predictor(processor);
         let generator = options.generator.generator();
         let generator = match &truth {
             None => generator,

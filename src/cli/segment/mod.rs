@@ -98,9 +98,9 @@ fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     // A wrong prompt is told before the model is loaded, which may take long.
     let mut first = division
         .each(|| division.is_first().then(|| options.open(&first.image, console)).transpose())?;
-    let (source, sam) = division.load(&options.model, &place)?;
-    let processor = division.each(|| Ok(source.processor(sam.config(), console)?))?;
-    let predictor = SamPredictor::with_processor(&sam, processor);
+    let (source, model) = division.load(&options.model, &place)?;
+    let processor = division.each(|| Ok(source.processor(model.sam().config(), console)?))?;
+    let predictor = model.predictor(processor);
     division.make_folder(&options.output)?;
     let embeddings = options.embeddings.open(&options.photo);
     let bar = console.bar(jobs.len() as u64, "images  {msg}");

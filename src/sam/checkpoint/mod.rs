@@ -2,7 +2,7 @@
 //! whole or sharded, with q, k and v fused or split. They are written in either naming with q, k and v fused, as other
 //! tools expect them.
 //!
-//! [`nn::checkpoint`] does the work; the tables [`SAM`] and [`DEEPSEEK_OCR`] hold the names.
+//! [`nn::checkpoint`] does the work; the tables [`SAM`], [`CELLPOSE_SAM`] and so on hold the names.
 //!
 //! ```
 //! use candle_core::{DType, Device};
@@ -21,8 +21,8 @@ mod names;
 mod sizes;
 
 pub use crate::nn::checkpoint::split_prefix;
-pub use names::{DEEPSEEK_OCR, GOT_OCR2, SAM};
-pub use sizes::{sizes, vision_sizes, Sizes};
+pub use names::{CELLPOSE_SAM, DEEPSEEK_OCR, DEEPSEEK_VL, GOT_OCR2, SAM, VITDET};
+pub use sizes::{is_sam_hq, sizes, vision_sizes, Sizes};
 
 use super::SamConfig;
 use crate::nn::checkpoint::{Loaded, Names};

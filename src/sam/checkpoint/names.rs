@@ -1,9 +1,27 @@
-//! The names of SAM's tensors in files, and of DeepSeek-OCR's: those of Hugging Face, which this crate's modules use, and
-//! those of the original segment-anything.
+//! The names of tensors in files of SAM and of models made of it. Modules use Hugging Face's; files have these, or their
+//! makers'.
 //!
 //! Source: `transformers/models/sam/convert_sam_to_hf.py`.
 
 use crate::nn::checkpoint::{Fused, Names, Part};
+
+/// Rows of an image encoder, whose paths in the file and in the tree are given, and further ones.
+macro_rules! renamed {
+    ($file:literal, $tree:literal, $($more:expr),* $(,)?) => {
+        &[
+            (concat!($file, ".patch_embed.proj.*"), concat!($tree, ".patch_embed.projection.*")),
+            (concat!($file, ".blocks.#.norm1.*"), concat!($tree, ".layers.#.layer_norm1.*")),
+            (concat!($file, ".blocks.#.norm2.*"), concat!($tree, ".layers.#.layer_norm2.*")),
+            (concat!($file, ".blocks.#.*"), concat!($tree, ".layers.#.*")),
+            (concat!($file, ".neck.0.*"), concat!($tree, ".neck.conv1.*")),
+            (concat!($file, ".neck.1.*"), concat!($tree, ".neck.layer_norm1.*")),
+            (concat!($file, ".neck.2.*"), concat!($tree, ".neck.conv2.*")),
+            (concat!($file, ".neck.3.*"), concat!($tree, ".neck.layer_norm2.*")),
+            (concat!($file, ".*"), concat!($tree, ".*")),
+            $($more),*
+        ]
+    };
+}
 
 /// Files of SAM: Hugging Face's, the original's, SAMed's and micro-sam's.
 pub const SAM: Names = Names {
@@ -45,18 +63,60 @@ pub const SAM: Names = Names {
     ..Names::PLAIN
 };
 
-/// Files of DeepSeek-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from them too.
-pub const DEEPSEEK_OCR: Names =
-    Names { ignored: &["vision_encoder.net_2.weight", "vision_encoder.net_3.weight"], ..SAM };
+/// Files of DeepSeek-OCR and Unlimited-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from
+/// them too.
+pub const DEEPSEEK_OCR: Names = Names {
+    // Transformers' names.
+    wrapped: &[("proj.conv1.", "net_2."), ("proj.conv2.", "net_3.")],
+    ignored: &["vision_encoder.net_2.weight", "vision_encoder.net_3.weight"],
+    ..SAM
+};
+
+/// Files of DeepSeek-VL's hybrid models, as transformers writes them. The high-resolution tower is read, the other parts
+/// are not.
+pub const DEEPSEEK_VL: Names = Names {
+    ignored: &["vision_model.*", "aligner.*", "language_model.*", "lm_head.*"],
+    fused: &[Fused::QKV],
+    ..Names::PLAIN
+};
+
+/// Files of ViTDet, as transformers writes them.
+pub const VITDET: Names = Names {
+    renamed: &[
+        ("encoder.layer.#.norm1.*", "encoder.layer.#.layer_norm1.*"),
+        ("encoder.layer.#.norm2.*", "encoder.layer.#.layer_norm2.*"),
+        ("encoder.layer.#.attention.*", "encoder.layer.#.attn.*"),
+        ("encoder.layer.#.mlp.fc1.*", "encoder.layer.#.mlp.lin1.*"),
+        ("encoder.layer.#.mlp.fc2.*", "encoder.layer.#.mlp.lin2.*"),
+    ],
+    fused: &[Fused::QKV],
+    save_renamed: true,
+    ..Names::PLAIN
+};
 
 /// Files of GOT-OCR 2.0, as transformers writes them. The encoder and the projector are read, the language model is not.
 pub const GOT_OCR2: Names =
     Names { ignored: &["language_model.*", "lm_head.*"], fused: &[Fused::QKV], ..Names::PLAIN };
 
+/// Files of Cellpose 4, as `torch.save` writes them.
+pub const CELLPOSE_SAM: Names = Names {
+    renamed: renamed!["encoder", "encoder", ("*", "*")],
+    // Diameters of cells in the training data, which nothing reads.
+    ignored: &["diam_labels", "diam_mean"],
+    fused: &[Fused::QKV],
+    relatives: &[(
+        "encoder.cls_token",
+        "Cellpose's network on DINOv3, which this crate does not run",
+    )],
+    save_renamed: true,
+    ..Names::PLAIN
+};
+
 /// Tensors that models made of SAM have beside SAM's.
 const RELATIVES: &[(&str, &str)] = &[
     ("*mask_decoder.hf_token.*", "SAM-HQ; load it into a sam::SamHqModel"),
     ("*hq_token.*", "SAM-HQ; load it into a sam::SamHqModel"),
+    ("W2", "Cellpose-SAM; load it into a sam::CellposeSam"),
     ("*memory_attention.*", "SAM 2, which this crate does not run"),
     ("*image_encoder.trunk.*", "SAM 2, which this crate does not run"),
     ("*vision_encoder.backbone.*", "SAM 2, which this crate does not run"),
@@ -72,16 +132,9 @@ const SHARED_EMBEDDING: &str = "shared_image_embedding.positional_embedding";
 const PROMPT_EMBEDDING: &str = "prompt_encoder.shared_embedding.positional_embedding";
 
 /// Original and Hugging Face name.
-const RENAMED: &[(&str, &str)] = &[
-    ("image_encoder.patch_embed.proj.*", "vision_encoder.patch_embed.projection.*"),
-    ("image_encoder.blocks.#.norm1.*", "vision_encoder.layers.#.layer_norm1.*"),
-    ("image_encoder.blocks.#.norm2.*", "vision_encoder.layers.#.layer_norm2.*"),
-    ("image_encoder.blocks.#.*", "vision_encoder.layers.#.*"),
-    ("image_encoder.neck.0.*", "vision_encoder.neck.conv1.*"),
-    ("image_encoder.neck.1.*", "vision_encoder.neck.layer_norm1.*"),
-    ("image_encoder.neck.2.*", "vision_encoder.neck.conv2.*"),
-    ("image_encoder.neck.3.*", "vision_encoder.neck.layer_norm2.*"),
-    ("image_encoder.*", "vision_encoder.*"),
+const RENAMED: &[(&str, &str)] = renamed![
+    "image_encoder",
+    "vision_encoder",
     ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", SHARED_EMBEDDING),
     ("prompt_encoder.point_embeddings.#.*", "prompt_encoder.point_embed.#.*"),
     ("prompt_encoder.mask_downscaling.0.*", "prompt_encoder.mask_embed.conv1.*"),

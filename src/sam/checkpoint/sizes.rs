@@ -61,6 +61,16 @@ pub fn sizes(path: impl AsRef<Path>) -> Result<Sizes> {
     Ok(Sizes { config, file })
 }
 
+/// Whether a checkpoint is a SAM-HQ's.
+///
+/// # Errors
+/// - the weights cannot be read.
+pub fn is_sam_hq(path: impl AsRef<Path>) -> Result<bool> {
+    let token = "mask_decoder.hq_token.weight";
+    let models = shapes(path.as_ref(), &SAM, token)?;
+    Ok(models.iter().any(|(_, shapes)| shapes.contains_key(token)))
+}
+
 /// The configuration of the image encoder in a checkpoint of a whole SAM or of the encoder alone; see [`sizes`].
 ///
 /// # Errors
