@@ -436,6 +436,65 @@ ABI_SIZE(RelPosAttentionBwdKeySm90Params, 1216);
 /** Threads of a block of the sum over partials. */
 #define SUM_PARTIALS_THREADS 256
 
+/** Attention of `queries` tokens to `keys` tokens in each of `batch` entries; of q there is a single one if `shared_q`.
+ * The tiles of keys, or of queries in the key pass, are split over the blocks in y: `split_tiles` for each. */
+typedef struct MultiHeadShape {
+  uint32_t batch;
+  uint32_t shared_q;
+  uint32_t queries;
+  uint32_t keys;
+  uint32_t num_heads;
+  uint32_t head_dim;
+  float softmax_scale;
+  uint32_t split_tiles;
+} MultiHeadShape;
+ABI_SIZE(MultiHeadShape, 32);
+
+#define MULTI_HEAD_THREADS 256
+
+/** `q [batch or 1, queries, heads, head_dim]`, `k` and `v [batch, keys, heads, head_dim]`; `out [batch, queries, heads,
+ * head_dim]`. For a backward also `statistics` f32 `[batch, heads, queries, 2]`, the maximum in base 2 and the sum, and
+ * `exact`, out in f32; else 0. With `splits` > 1 a block leaves its sum, maximum and sum of weights, `partials` f32
+ * `[splits, batch, heads, queries, head_dim + 2]`, and the combining kernel writes the rest. */
+typedef struct MultiHeadFwdParams {
+  device_ptr q;
+  device_ptr k;
+  device_ptr v;
+  device_ptr out;
+  device_ptr statistics;
+  device_ptr exact;
+  device_ptr partials;
+  uint64_t splits;
+  MultiHeadShape shape;
+} MultiHeadFwdParams;
+ABI_SIZE(MultiHeadFwdParams, 96);
+
+/** Numbers of a row of weights for both passes of the backward, `rows` f32 `[batch, heads, queries, 4]`: the maximum in
+ * base 2, 1 / the sum, `dout . out`, and one that is not used. `exact` is 0 if `out` is exact itself. */
+typedef struct MultiHeadBwdRowsParams {
+  device_ptr out;
+  device_ptr exact;
+  device_ptr dout;
+  device_ptr statistics;
+  device_ptr rows;
+  MultiHeadShape shape;
+} MultiHeadBwdRowsParams;
+ABI_SIZE(MultiHeadBwdRowsParams, 72);
+
+/** The query pass writes dq, the key pass dk and dv. With `split_stride` > 0 they are f32, and those of the splits lie
+ * so many elements apart. */
+typedef struct MultiHeadBwdParams {
+  device_ptr q;
+  device_ptr k;
+  device_ptr v;
+  device_ptr dout;
+  device_ptr rows;
+  device_ptr grads[2];
+  uint64_t split_stride;
+  MultiHeadShape shape;
+} MultiHeadBwdParams;
+ABI_SIZE(MultiHeadBwdParams, 96);
+
 /** `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32. */
 typedef struct SumPartialsParams {
   device_ptr partials;

@@ -64,6 +64,18 @@
 /* Attention in windows on Hopper: X(element, type, head_dim). */
 #define REL_POS_ATTENTION_WINDOW_SM90_TILES(X) HALF(X, 64) HALF(X, 80)
 
+/* Attention between two sets of tokens: X(element, type, head_dim, rows that a block holds, columns of a tile that
+ * streams past them). Rows are queries, in the key pass keys.
+ *
+ * - 16 x 32: a prompt's few tokens against an image, by many blocks of one warp.
+ * - 64 x 16: an image against a prompt's few tokens.
+ * - 64 x 32: many against many.
+ */
+#define MULTI_HEAD_TILES(X)            \
+    HEADS_TO_32(X, ANY_FLOAT, 16, 32) \
+    HEADS_TO_32(X, ANY_FLOAT, 64, 16) \
+    HEADS_TO_32(X, ANY_FLOAT, 64, 32)
+
 /* Projections: X(element, type, rows and columns of a block's output, warps that share its rows and its columns).
  *
  * - 128 x 128: each operand element is used 128 times, which keeps the tensor cores busy.

@@ -93,7 +93,7 @@ impl AttentionProblem {
 }
 
 /// Attention of `queries` tokens to `keys` tokens, heads last.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MultiHeadProblem {
     /// Entries of the output.
     pub batch: usize,
@@ -219,6 +219,7 @@ macro_rules! key {
 key! {
     LayerNormProblem { rows, size }
     AttentionProblem { batch, h, w, num_heads, head_dim, side_h, side_w, rel_pos }
+    MultiHeadProblem { batch, q_batch, kv_batch, queries, keys, num_heads, head_dim }
     LoraProblem { rank, bias }
 }
 

@@ -20,7 +20,8 @@ use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_
 use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as windows_sm90;
 use candle_sam_lora::launch::{
-    dora, dropout, file_of, layer_norm, AttentionProblem, Gpu, Launch, LayerNormProblem,
+    dora, dropout, file_of, layer_norm, multi_head, AttentionProblem, Gpu, Launch,
+    LayerNormProblem, MultiHeadProblem,
 };
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
@@ -53,6 +54,11 @@ fn launches(dtype: DType) -> Result<Vec<Launch>> {
     ] {
         launches.extend(attention_of(grid, side, head_dim, dtype)?);
     }
+    for (queries, keys) in [(7, 4096), (4096, 7), (448, 4096)] {
+        for head_dim in [16, 32] {
+            launches.extend(multi_head_of((queries, keys), head_dim, dtype)?);
+        }
+    }
     for rank in [16, 64] {
         for tile in TILES {
             launches.extend(projection_of(rank, tile, dtype)?);
@@ -74,6 +80,30 @@ fn rows(dtype: DType) -> Result<Vec<Launch>> {
     launches.extend(dropout::plan((4096, 768), dtype)?.steps);
     let norm = dora::DoraNorm { out_dim: 768, in_dim: 768, rank: 16, scaling: 1.0 };
     launches.extend(dora::plan(&norm, dtype)?.steps);
+    Ok(launches)
+}
+
+/// The mask decoder's attention: few tokens to an image's, back, and the tokens of many prompts.
+fn multi_head_of(
+    (queries, keys): (usize, usize),
+    head_dim: usize,
+    dtype: DType,
+) -> Result<Vec<Launch>> {
+    use multi_head::Pass;
+    let problem = MultiHeadProblem {
+        batch: 1,
+        q_batch: 1,
+        kv_batch: 1,
+        queries,
+        keys,
+        num_heads: 8,
+        head_dim,
+        softmax_scale: 0.25,
+    };
+    let mut launches = vec![];
+    for pass in [Pass::Forward { saves: true }, Pass::Backward { q: true, kv: true }] {
+        launches.extend(multi_head::plan(&problem, pass, dtype, GPU).map(steps)?);
+    }
     Ok(launches)
 }
 

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "low_rank/low_rank.cuh"
+#include "multi_head/common.cuh"
 #include "projection/common.cuh"
 #include "projection/sm90/common.cuh"
 #include "rel_pos_attention/bwd_key.cuh"
@@ -58,6 +59,12 @@ static std::string capitalised(std::string word) {
     row("attention_sm90::WindowTile { head_dim: %d, forward_bytes: %zu, backward_bytes: %zu }", dim, \
         sizeof(WindowForwardStorage<WindowTile<T, dim>>), sizeof(WindowBackwardStorage<WindowTile<T, dim>>));
 
+#define MULTI_HEAD(suffix, T, dim, rows, columns)                                                                   \
+    row("multi_head::Tile { element_bytes: %zu, head_dim: %d, rows: %d, columns: %d, forward_bytes: %zu, "         \
+        "backward_bytes: %zu }",                                                                                   \
+        sizeof(T), dim, rows, columns, sizeof(MultiHeadTile<T, dim, rows, columns>::ForwardStorage),               \
+        sizeof(MultiHeadTile<T, dim, rows, columns>::BackwardStorage));
+
 #define PROJECTION(suffix, T, rows, cols, warps_m, warps_n)                                                    \
     row("projection::Tile { rows: %d, cols: %d, threads: %d, forward_bytes: %zu, backward_bytes: %zu }", rows, \
         cols, 32 * warps_m * warps_n, sizeof(ProjectionTile<T, rows, cols, warps_m, warps_n, false>::Storage), \
@@ -79,6 +86,7 @@ static std::string capitalised(std::string word) {
 int main() {
     printf(
         "// Made from kernels/tiles.h by scripts/bindings.sh; not edited by hand.\n\n"
+        "use super::multi_head::tile as multi_head;\n"
         "use super::projection::sm90::tile::{self as projection_sm90, Schedule};\n"
         "use super::projection::tile::{self as projection, LowRankTile, Product};\n"
         "use super::rel_pos_attention::sm90::tile as attention_sm90;\n"
@@ -90,6 +98,7 @@ int main() {
           ATTENTION_BWD_QUERY_SM90)
     TABLE(ATTENTION_BWD_KEY_SM90, "attention_sm90::KeyBlock", REL_POS_ATTENTION_BWD_KEY_SM90_TILES, ATTENTION_BWD_KEY_SM90)
     TABLE(ATTENTION_WINDOW_SM90, "attention_sm90::WindowTile", REL_POS_ATTENTION_WINDOW_SM90_TILES, ATTENTION_WINDOW_SM90)
+    TABLE(MULTI_HEAD, "multi_head::Tile", MULTI_HEAD_TILES, MULTI_HEAD)
     TABLE(PROJECTION, "projection::Tile", PROJECTION_TILES, PROJECTION)
     TABLE(PROJECTION_FWD_SM90, "projection_sm90::Tile", PROJECTION_FWD_SM90_TILES, PROJECTION_SM90)
     TABLE(PROJECTION_BWD_INPUT_SM90, "projection_sm90::Tile", PROJECTION_BWD_INPUT_SM90_TILES, PROJECTION_SM90)

@@ -8,13 +8,8 @@
 // row), and its tiles have the same columns. So rel_w is one register fragment for all of them, and rel_h one number
 // per query and key row. As kCols is a multiple of 8, each 8 columns of an accumulator belong to one key row.
 #pragma once
-#include "common/fragment.cuh"
 #include "common/philox.cuh"
-
-// Padding of a row of channels in shared memory, in elements: no bank conflicts.
-constexpr int kRowPad = 8;
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+#include "common/softmax.cuh"
 
 // The softmax in f32 keeps max and sum apart, P = exp2(S - max) / sum, where in 16 bits it has lse = max + log(sum). At
 // a score of 1e3, lse has lost all below 1e-4, and so have all of the row's weights, more than f32 may lose. In f32
@@ -238,9 +233,6 @@ template <class T> struct Tables {
     }
 };
 
-// The maximum that weights are relative to. While all scores are minus infinity, their weights are zero, not NaN.
-__device__ __forceinline__ float finite_maximum(float max) { return max == -INFINITY ? 0.0f : max; }
-
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
 // Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is.
@@ -315,16 +307,4 @@ __device__ __forceinline__ KeptKeys<Tile> kept_keys(const RelPosAttentionShape& 
 
 template <class Kept> __device__ __forceinline__ float dropout_factor(const DropoutMask& mask, Kept kept, int bit) {
     return kept >> bit & 1 ? mask.scale : 0.0f;
-}
-
-// Writes channels column and column + 1 of a row, as far as they exist.
-template <class T>
-__device__ __forceinline__ void store_pair(T* row, uint32_t column, uint32_t head_dim, float first, float second) {
-    if constexpr (sizeof(T) == 2) {
-        // The host sees to it that head_dim is even, and rows aligned to pairs.
-        if (column < head_dim) store(row + column, {first, second});
-    } else {
-        if (column < head_dim) row[column] = first;
-        if (column + 1 < head_dim) row[column + 1] = second;
-    }
 }

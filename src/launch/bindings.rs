@@ -28,6 +28,7 @@ pub const REL_POS_ATTENTION_KEY_WARPS: u32 = 4;
 pub const REL_POS_ATTENTION_SM90_BWD_KEYS: u32 = 128;
 pub const REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES: u32 = 64;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
+pub const MULTI_HEAD_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
 #[doc = " How a tensor lies in memory and which tile of it is copied at once, encoded by the driver\n (src/launch/tensor_map.rs)."]
@@ -961,6 +962,140 @@ impl Default for RelPosAttentionBwdKeySm90Params {
         }
     }
 }
+#[doc = " Attention of `queries` tokens to `keys` tokens in each of `batch` entries; of q there is a single one if `shared_q`.\n The tiles of keys, or of queries in the key pass, are split over the blocks in y: `split_tiles` for each."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MultiHeadShape {
+    pub batch: u32,
+    pub shared_q: u32,
+    pub queries: u32,
+    pub keys: u32,
+    pub num_heads: u32,
+    pub head_dim: u32,
+    pub softmax_scale: f32,
+    pub split_tiles: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MultiHeadShape"][::std::mem::size_of::<MultiHeadShape>() - 32usize];
+    ["Alignment of MultiHeadShape"][::std::mem::align_of::<MultiHeadShape>() - 4usize];
+    ["Offset of field: MultiHeadShape::batch"]
+        [::std::mem::offset_of!(MultiHeadShape, batch) - 0usize];
+    ["Offset of field: MultiHeadShape::shared_q"]
+        [::std::mem::offset_of!(MultiHeadShape, shared_q) - 4usize];
+    ["Offset of field: MultiHeadShape::queries"]
+        [::std::mem::offset_of!(MultiHeadShape, queries) - 8usize];
+    ["Offset of field: MultiHeadShape::keys"]
+        [::std::mem::offset_of!(MultiHeadShape, keys) - 12usize];
+    ["Offset of field: MultiHeadShape::num_heads"]
+        [::std::mem::offset_of!(MultiHeadShape, num_heads) - 16usize];
+    ["Offset of field: MultiHeadShape::head_dim"]
+        [::std::mem::offset_of!(MultiHeadShape, head_dim) - 20usize];
+    ["Offset of field: MultiHeadShape::softmax_scale"]
+        [::std::mem::offset_of!(MultiHeadShape, softmax_scale) - 24usize];
+    ["Offset of field: MultiHeadShape::split_tiles"]
+        [::std::mem::offset_of!(MultiHeadShape, split_tiles) - 28usize];
+};
+#[doc = " `q [batch or 1, queries, heads, head_dim]`, `k` and `v [batch, keys, heads, head_dim]`; `out [batch, queries, heads,\n head_dim]`. For a backward also `statistics` f32 `[batch, heads, queries, 2]`, the maximum in base 2 and the sum, and\n `exact`, out in f32; else 0. With `splits` > 1 a block leaves its sum, maximum and sum of weights, `partials` f32\n `[splits, batch, heads, queries, head_dim + 2]`, and the combining kernel writes the rest."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MultiHeadFwdParams {
+    pub q: device_ptr,
+    pub k: device_ptr,
+    pub v: device_ptr,
+    pub out: device_ptr,
+    pub statistics: device_ptr,
+    pub exact: device_ptr,
+    pub partials: device_ptr,
+    pub splits: u64,
+    pub shape: MultiHeadShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MultiHeadFwdParams"][::std::mem::size_of::<MultiHeadFwdParams>() - 96usize];
+    ["Alignment of MultiHeadFwdParams"][::std::mem::align_of::<MultiHeadFwdParams>() - 8usize];
+    ["Offset of field: MultiHeadFwdParams::q"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, q) - 0usize];
+    ["Offset of field: MultiHeadFwdParams::k"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, k) - 8usize];
+    ["Offset of field: MultiHeadFwdParams::v"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, v) - 16usize];
+    ["Offset of field: MultiHeadFwdParams::out"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, out) - 24usize];
+    ["Offset of field: MultiHeadFwdParams::statistics"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, statistics) - 32usize];
+    ["Offset of field: MultiHeadFwdParams::exact"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, exact) - 40usize];
+    ["Offset of field: MultiHeadFwdParams::partials"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, partials) - 48usize];
+    ["Offset of field: MultiHeadFwdParams::splits"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, splits) - 56usize];
+    ["Offset of field: MultiHeadFwdParams::shape"]
+        [::std::mem::offset_of!(MultiHeadFwdParams, shape) - 64usize];
+};
+#[doc = " Numbers of a row of weights for both passes of the backward, `rows` f32 `[batch, heads, queries, 4]`: the maximum in\n base 2, 1 / the sum, `dout . out`, and one that is not used. `exact` is 0 if `out` is exact itself."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MultiHeadBwdRowsParams {
+    pub out: device_ptr,
+    pub exact: device_ptr,
+    pub dout: device_ptr,
+    pub statistics: device_ptr,
+    pub rows: device_ptr,
+    pub shape: MultiHeadShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MultiHeadBwdRowsParams"][::std::mem::size_of::<MultiHeadBwdRowsParams>() - 72usize];
+    ["Alignment of MultiHeadBwdRowsParams"]
+        [::std::mem::align_of::<MultiHeadBwdRowsParams>() - 8usize];
+    ["Offset of field: MultiHeadBwdRowsParams::out"]
+        [::std::mem::offset_of!(MultiHeadBwdRowsParams, out) - 0usize];
+    ["Offset of field: MultiHeadBwdRowsParams::exact"]
+        [::std::mem::offset_of!(MultiHeadBwdRowsParams, exact) - 8usize];
+    ["Offset of field: MultiHeadBwdRowsParams::dout"]
+        [::std::mem::offset_of!(MultiHeadBwdRowsParams, dout) - 16usize];
+    ["Offset of field: MultiHeadBwdRowsParams::statistics"]
+        [::std::mem::offset_of!(MultiHeadBwdRowsParams, statistics) - 24usize];
+    ["Offset of field: MultiHeadBwdRowsParams::rows"]
+        [::std::mem::offset_of!(MultiHeadBwdRowsParams, rows) - 32usize];
+    ["Offset of field: MultiHeadBwdRowsParams::shape"]
+        [::std::mem::offset_of!(MultiHeadBwdRowsParams, shape) - 40usize];
+};
+#[doc = " The query pass writes dq, the key pass dk and dv. With `split_stride` > 0 they are f32, and those of the splits lie\n so many elements apart."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct MultiHeadBwdParams {
+    pub q: device_ptr,
+    pub k: device_ptr,
+    pub v: device_ptr,
+    pub dout: device_ptr,
+    pub rows: device_ptr,
+    pub grads: [device_ptr; 2usize],
+    pub split_stride: u64,
+    pub shape: MultiHeadShape,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of MultiHeadBwdParams"][::std::mem::size_of::<MultiHeadBwdParams>() - 96usize];
+    ["Alignment of MultiHeadBwdParams"][::std::mem::align_of::<MultiHeadBwdParams>() - 8usize];
+    ["Offset of field: MultiHeadBwdParams::q"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, q) - 0usize];
+    ["Offset of field: MultiHeadBwdParams::k"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, k) - 8usize];
+    ["Offset of field: MultiHeadBwdParams::v"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, v) - 16usize];
+    ["Offset of field: MultiHeadBwdParams::dout"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, dout) - 24usize];
+    ["Offset of field: MultiHeadBwdParams::rows"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, rows) - 32usize];
+    ["Offset of field: MultiHeadBwdParams::grads"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, grads) - 40usize];
+    ["Offset of field: MultiHeadBwdParams::split_stride"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, split_stride) - 56usize];
+    ["Offset of field: MultiHeadBwdParams::shape"]
+        [::std::mem::offset_of!(MultiHeadBwdParams, shape) - 64usize];
+};
 #[doc = " `out [size] = sum over parts of partials [parts, size]`, in order; partials are f32."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
@@ -1075,6 +1210,15 @@ impl Params for RelPosAttentionBwdQuerySm90Params {
 }
 impl Params for RelPosAttentionBwdKeySm90Params {
     const SLOTS: Slots = Slots { addresses: &[1152], masks: &[1196] };
+}
+impl Params for MultiHeadFwdParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32, 40, 48], masks: &[] };
+}
+impl Params for MultiHeadBwdRowsParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32], masks: &[] };
+}
+impl Params for MultiHeadBwdParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32, 40, 48], masks: &[] };
 }
 impl Params for SumPartialsParams {
     const SLOTS: Slots = Slots { addresses: &[0, 8], masks: &[] };

@@ -19,6 +19,7 @@ pub mod dropout;
 pub mod family;
 pub mod gpu;
 pub mod layer_norm;
+pub mod multi_head;
 pub mod plan;
 pub mod projection;
 pub mod rel_pos_attention;
@@ -29,7 +30,7 @@ pub mod tensor_map;
 mod tile_table;
 pub mod tiles;
 
-pub use crate::problem::{AttentionProblem, LayerNormProblem};
+pub use crate::problem::{AttentionProblem, LayerNormProblem, MultiHeadProblem};
 pub use bindings::{device_ptr, Slots};
 pub use gpu::{Architecture, Gpu};
 

@@ -1,5 +1,6 @@
 // Made from kernels/tiles.h by scripts/bindings.sh; not edited by hand.
 
+use super::multi_head::tile as multi_head;
 use super::projection::sm90::tile::{self as projection_sm90, Schedule};
 use super::projection::tile::{self as projection, LowRankTile, Product};
 use super::rel_pos_attention::sm90::tile as attention_sm90;
@@ -67,6 +68,22 @@ pub const ATTENTION_BWD_KEY_SM90: &[attention_sm90::KeyBlock] = &[
 pub const ATTENTION_WINDOW_SM90: &[attention_sm90::WindowTile] = &[
     attention_sm90::WindowTile { head_dim: 64, forward_bytes: 191264, backward_bytes: 210048 },
     attention_sm90::WindowTile { head_dim: 80, forward_bytes: 231328, backward_bytes: 231104 },
+];
+
+#[rustfmt::skip]
+pub const MULTI_HEAD: &[multi_head::Tile] = &[
+    multi_head::Tile { element_bytes: 4, head_dim: 16, rows: 16, columns: 32, forward_bytes: 13824, backward_bytes: 16384 },
+    multi_head::Tile { element_bytes: 2, head_dim: 16, rows: 16, columns: 32, forward_bytes: 6912, backward_bytes: 8704 },
+    multi_head::Tile { element_bytes: 4, head_dim: 32, rows: 16, columns: 32, forward_bytes: 23040, backward_bytes: 26624 },
+    multi_head::Tile { element_bytes: 2, head_dim: 32, rows: 16, columns: 32, forward_bytes: 11520, backward_bytes: 13824 },
+    multi_head::Tile { element_bytes: 4, head_dim: 16, rows: 64, columns: 16, forward_bytes: 12288, backward_bytes: 18944 },
+    multi_head::Tile { element_bytes: 2, head_dim: 16, rows: 64, columns: 16, forward_bytes: 6144, backward_bytes: 9728 },
+    multi_head::Tile { element_bytes: 4, head_dim: 32, rows: 64, columns: 16, forward_bytes: 20480, backward_bytes: 31232 },
+    multi_head::Tile { element_bytes: 2, head_dim: 32, rows: 64, columns: 16, forward_bytes: 10240, backward_bytes: 15872 },
+    multi_head::Tile { element_bytes: 4, head_dim: 16, rows: 64, columns: 32, forward_bytes: 18432, backward_bytes: 25600 },
+    multi_head::Tile { element_bytes: 2, head_dim: 16, rows: 64, columns: 32, forward_bytes: 9216, backward_bytes: 13312 },
+    multi_head::Tile { element_bytes: 4, head_dim: 32, rows: 64, columns: 32, forward_bytes: 30720, backward_bytes: 41984 },
+    multi_head::Tile { element_bytes: 2, head_dim: 32, rows: 64, columns: 32, forward_bytes: 15360, backward_bytes: 21504 },
 ];
 
 #[rustfmt::skip]

@@ -3,13 +3,17 @@
 //! ```text
 //! out_n = sum_m softmax_m(softmax_scale q_n . k_m) v_m      for each head
 //! ```
-//! On the CPU nothing of size queries x keys is allocated, and q, k and v are read in place. There are no kernels for a GPU:
-//! the composed graph runs there.
+//! On the CPU and by the kernels of a GPU nothing of size queries x keys is allocated, and q, k and v are read in place.
+//! Heads of more than 32 channels are the composed graph's on a GPU.
 
 use super::computed::node;
 use super::custom::{from_f32, tensor_like, with_f32};
 use super::{check, composed, fallback};
+#[cfg(feature = "cuda")]
+use super::{computed, custom::operand, gpu::multi_head::MultiHead};
 use crate::cpu::multi_head::{backward, forward, Inputs};
+#[cfg(feature = "cuda")]
+use crate::launch::{self, Gpu};
 use crate::problem::MultiHeadProblem;
 use candle_core::{bail, DType, Device, Result, Storage, Tensor};
 
@@ -30,10 +34,33 @@ pub fn multi_head_attention(
     softmax_scale: f64,
 ) -> Result<Tensor> {
     let p = problem(q, [k, v], num_heads, softmax_scale)?;
-    if !matches!(q.device(), Device::Cpu) {
-        fallback::tell(OP, q, fallback::NO_KERNEL);
-        return composed::multi_head_attention([q, k, v], num_heads, softmax_scale);
+    match q.device() {
+        Device::Cpu => return on_cpu(p, [q, k, v]),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let covers = |gpu: &Gpu| launch::multi_head::covers(&p, q.dtype(), gpu).then_some(None);
+            if let Some(gpu) = super::gpu::choice::gpu(device, q.dtype(), covers)? {
+                return on_gpu(MultiHead { problem: p, gpu }, [q, k, v]);
+            }
+        }
+        _ => {}
     }
+    fallback::tell(OP, q, fallback::NO_KERNEL);
+    composed::multi_head_attention([q, k, v], num_heads, softmax_scale)
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(attention: MultiHead, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+    let (q, k, v) = (operand(q)?, operand(k)?, operand(v)?);
+    let inputs = (&q, Some(&k), Some(&v));
+    let (out, shape, saved) = attention.forward(computed::three(inputs))?;
+    let out = (Storage::Cuda(out), shape);
+    node(OP, inputs, out, move |inputs, value, grad| {
+        attention.backward(inputs, (value, &saved), grad)
+    })
+}
+
+fn on_cpu(p: MultiHeadProblem, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
     let (out, normalizers) = with_inputs([q, k, v], |inputs| Ok(forward(&p, inputs)))?;
     let out = out.into_vec();
     // The backward's sums cancel, so an output that was rounded to 16 bits is too coarse for them.

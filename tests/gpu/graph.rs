@@ -2,7 +2,7 @@
 //! host, waited for the GPU or used another stream could not be captured. The few numbers
 //! that candle's own operations copy, as strides, candle keeps from a first run if it is asked to.
 
-use crate::common::cases::{dropout, layer_norm, Attention, OnTensors, Op, DROPOUT};
+use crate::common::cases::{dropout, layer_norm, Attention, MultiHead, OnTensors, Op, DROPOUT};
 use crate::common::{gradients, random, values};
 use crate::{trial, with_each};
 use candle_core::backend::BackendDevice;
@@ -62,8 +62,10 @@ fn captured() -> Vec<Captured> {
         tables: (27, 27),
         dropout: None,
     };
-    let ops = [layer_norm(&[2, 14, 14, 768]), dropout(&[3, 100, 77]), attention.op()];
-    ops.map(Captured::from).into_iter().chain([lora_linear()]).collect()
+    let tokens = MultiHead { batch: (2, 2), queries: 7, keys: 300, heads: 2, dim: 16 };
+    let rows = [layer_norm(&[2, 14, 14, 768]), dropout(&[3, 100, 77])];
+    let ops = rows.into_iter().chain([attention.op(), tokens.op()]);
+    ops.map(Captured::from).chain([lora_linear()]).collect()
 }
 
 pub fn trials() -> Vec<Trial> {

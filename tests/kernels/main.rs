@@ -12,6 +12,7 @@ mod dropout;
 mod instructions;
 mod instructions_sm90;
 mod layer_norm;
+mod multi_head;
 mod projection;
 mod projection_case;
 mod projection_sm90;

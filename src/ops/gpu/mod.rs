@@ -5,6 +5,7 @@ pub mod choice;
 pub mod dora;
 pub mod dropout;
 pub mod layer_norm;
+pub mod multi_head;
 pub mod projection;
 pub mod rel_pos_attention;
 mod self_test;

@@ -1,0 +1,54 @@
+//! Attention between two sets of tokens by its kernels; the statistics of the softmax stay on the GPU for the backward.
+
+use crate::driver::{self, Job};
+use crate::launch::multi_head::{self as kernels, Pass};
+use crate::launch::Gpu;
+use crate::ops::Gradients;
+use crate::problem::MultiHeadProblem;
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
+
+const OP: &str = MultiHeadProblem::OP;
+
+/// Attention by the kernels of a GPU.
+pub struct MultiHead {
+    pub problem: MultiHeadProblem,
+    /// The GPU with the kernels that may be used.
+    pub gpu: Gpu,
+}
+
+impl MultiHead {
+    /// Inputs: q, k, v. Returns the output, and what a backward needs.
+    pub fn forward(&self, inputs: [Tensor; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
+        let (p, dtype) = (&self.problem, inputs[0].dtype());
+        let saves = inputs.iter().any(Tensor::track_op);
+        let plan = kernels::plan(p, Pass::Forward { saves }, dtype, &self.gpu)?;
+        let shape = Shape::from((p.batch, p.queries, p.channels()));
+        // One element where nothing is kept: there is no empty memory on the device.
+        let saved_shape = Shape::from(plan.saved.max(1));
+        let job = Job { op: OP, plan: &plan, dropouts: &[] };
+        let outputs = [(dtype, &shape), (DType::F32, &saved_shape)];
+        let [out, saved] = driver::with_storages(OP, &inputs, |inputs| job.run(inputs, outputs))?;
+        let saved = Storage::Cuda(saved);
+        Ok((out, shape, Tensor::from_storage(saved, saved_shape, BackpropOp::none(), false)))
+    }
+
+    /// Inputs: q, k, v; the output and what the forward saved; the output's gradient.
+    pub fn backward(
+        &self,
+        inputs: [&Tensor; 3],
+        (out, saved): (&Tensor, &Tensor),
+        grad: &Tensor,
+    ) -> Result<Gradients> {
+        let [q, k, v] = inputs;
+        let [of_q, of_k, of_v] = inputs.map(Tensor::track_op);
+        let (dtype, pass) = (q.dtype(), Pass::Backward { q: of_q, kv: of_k || of_v });
+        let plan = kernels::plan(&self.problem, pass, dtype, &self.gpu)?;
+        let job = Job { op: OP, plan: &plan, dropouts: &[] };
+        let none = Shape::from(1);
+        let shape = |wanted, tensor| (dtype, if wanted { Tensor::shape(tensor) } else { &none });
+        let outputs = [shape(of_q, q), shape(of_k || of_v, k), shape(of_k || of_v, v)];
+        let [dq, dk, dv] = job.run_on_tensors(&[q, k, v, out, saved, grad], outputs)?;
+        Ok((of_q.then_some(dq), of_k.then_some(dk), of_v.then_some(dv)))
+    }
+}
