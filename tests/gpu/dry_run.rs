@@ -122,13 +122,12 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
 
 /// A training step, as a trainer makes it.
 fn step(encoder: &SamVisionEncoder, pixels: &Tensor, optimizer: &mut AdamW) -> Result<()> {
-    let loss = encoder.forward(pixels, Mode::Train { seed: 1 })?.sqr()?.mean_all()?;
-    loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
-    let store = loss.backward()?;
-    let gradients = optimizer.gradients(&store)?;
-    drop((store, loss));
-    gradients.norm()?;
-    Ok(optimizer.apply(&gradients)?)
+    let (loss, gradients) = optimizer.backward(|| {
+        let out = encoder.forward(pixels, Mode::Train { seed: 1 })?;
+        out.sqr()?.mean_all()?.to_dtype(DType::F32)
+    })?;
+    optimizer.apply(&gradients, Some(&loss), Some(1.0))?;
+    Ok(())
 }
 
 fn counted(names: &[&str]) -> u64 {
