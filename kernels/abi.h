@@ -504,4 +504,70 @@ typedef struct SumPartialsParams {
 } SumPartialsParams;
 ABI_SIZE(SumPartialsParams, 32);
 
+/** A block of the kernels of AdamW takes ADAMW_CHUNK elements of one tensor. */
+#define ADAMW_THREADS 256
+#define ADAMW_CHUNK 2048
+#define ADAMW_SHARED_BYTES 36
+#define ADAMW_OUTCOME_SHARED_BYTES 3072
+
+/** The dtype of a parameter. */
+#define ADAMW_F32 0
+#define ADAMW_F16 1
+#define ADAMW_BF16 2
+
+/** A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors
+ * before it. */
+typedef struct AdamWTensor {
+  device_ptr parameter;
+  device_ptr gradient;
+  device_ptr exp_avg;
+  device_ptr exp_avg_sq;
+  uint64_t size;
+  uint32_t first_chunk;
+  uint32_t dtype;
+} AdamWTensor;
+ABI_SIZE(AdamWTensor, 48);
+
+/** A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an
+ * f32 or 0. `outcome` f32 `[4]`: the norm of all gradients; 0, or which tensor, from 1, has the first gradient that is
+ * not finite; the loss; the factor of the gradients, NaN if nothing may change. */
+typedef struct AdamWParams {
+  device_ptr tensors;
+  device_ptr partials;
+  device_ptr loss;
+  device_ptr outcome;
+  uint32_t tensor_count;
+  uint32_t chunks;
+  float max_norm;
+  float decay;
+  float beta1_rest;
+  float beta2;
+  float beta2_rest;
+  float root_correction;
+  float eps;
+  float rate;
+} AdamWParams;
+ABI_SIZE(AdamWParams, 72);
+
+/** Threads of a block of the kernels of a convolution's columns; a thread makes a vector of channels. */
+#define CONV_COLUMNS_THREADS 256
+
+/** The `kernel x kernel` neighbourhood of every position of x `[batch, h, w, channels]`, or of one in each `stride x
+ * stride`, zero outside: columns `[batch, rows, cols, kernel, kernel, channels]`. The backward makes the gradient x of
+ * that of columns. `vectors` of channels, or `channels` single ones; `count` of what is made. */
+typedef struct ConvColumnsParams {
+  device_ptr x;
+  device_ptr columns;
+  uint32_t h;
+  uint32_t w;
+  uint32_t channels;
+  uint32_t rows;
+  uint32_t cols;
+  uint32_t kernel;
+  uint32_t stride;
+  uint32_t vectors;
+  uint64_t count;
+} ConvColumnsParams;
+ABI_SIZE(ConvColumnsParams, 56);
+
 #endif

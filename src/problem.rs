@@ -223,6 +223,70 @@ key! {
     LoraProblem { rank, bias }
 }
 
+/// The neighbourhoods that a convolution multiplies, padded by half the kernel: `[batch, h, w, channels]` ->
+/// `[batch, rows, cols, kernel kernel channels]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConvColumns {
+    /// Images.
+    pub batch: usize,
+    /// Rows of positions.
+    pub h: usize,
+    /// Columns of positions.
+    pub w: usize,
+    /// Channels of a position.
+    pub channels: usize,
+    /// Side of a neighbourhood.
+    pub kernel: usize,
+    /// Distance of neighbourhoods along an axis.
+    pub stride: usize,
+}
+
+impl ConvColumns {
+    /// The operation's name, as errors give it.
+    pub const OP: &'static str = "conv-columns";
+
+    /// Rows of neighbourhoods.
+    pub fn rows(&self) -> usize {
+        self.h.div_ceil(self.stride)
+    }
+
+    /// Columns of neighbourhoods.
+    pub fn cols(&self) -> usize {
+        self.w.div_ceil(self.stride)
+    }
+
+    /// Length of a neighbourhood.
+    pub fn width(&self) -> usize {
+        self.kernel * self.kernel * self.channels
+    }
+}
+
+/// A step of AdamW, without its parameters:
+///
+/// ```text
+/// m <- m + (g - m) beta1_rest        v <- v beta2 + g^2 beta2_rest
+/// p <- p decay - rate m / (sqrt(v) root_correction + eps)
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    /// `1 - lr weight_decay`
+    pub decay: f64,
+    /// `1 - beta1`
+    pub beta1_rest: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// `1 - beta2`
+    pub beta2_rest: f64,
+    /// `1 / sqrt(1 - beta2^t)`
+    pub root_correction: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// `lr / (1 - beta1^t)`
+    pub rate: f64,
+    /// Largest norm of all gradients together; longer ones are shortened to it.
+    pub max_norm: Option<f64>,
+}
+
 /// Where the small tensors of one projection lie in the flat vector that holds those of all.
 ///
 /// `[bias? | A | B | lora_bias?]` for each projection in turn: one differentiable input instead of a dozen.
@@ -238,12 +302,31 @@ pub struct SmallLayout {
     pub lora_bias: Option<std::ops::Range<usize>>,
 }
 
+impl SmallLayout {
+    /// Those that are there, in their order.
+    pub fn ranges(&self) -> impl Iterator<Item = &std::ops::Range<usize>> {
+        let all = [self.bias.as_ref(), Some(&self.a), Some(&self.b), self.lora_bias.as_ref()];
+        all.into_iter().flatten().filter(|range| !range.is_empty())
+    }
+}
+
 /// The layout of every projection's small tensors, and their total length.
 pub fn small_layout(in_dim: usize, projections: &[ProjectionProblem]) -> (Vec<SmallLayout>, usize) {
+    small_layout_of(in_dim, projections, || true)
+}
+
+/// The layout of those small tensors for which `is_in` says so, asked for each in its order. The others' ranges are empty.
+pub fn small_layout_of(
+    in_dim: usize,
+    projections: &[ProjectionProblem],
+    mut is_in: impl FnMut() -> bool,
+) -> (Vec<SmallLayout>, usize) {
     let mut end = 0;
     let mut take = |length: usize| {
         let start = end;
-        end += length;
+        if length > 0 && is_in() {
+            end += length;
+        }
         start..end
     };
     let layouts = projections

@@ -20,8 +20,8 @@ use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_
 use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as windows_sm90;
 use candle_sam_lora::launch::{
-    dora, dropout, file_of, layer_norm, multi_head, AttentionProblem, Gpu, Launch,
-    LayerNormProblem, MultiHeadProblem,
+    adamw, conv_columns, dora, dropout, file_of, layer_norm, multi_head, AdamWStep,
+    AttentionProblem, ConvColumns, Gpu, Launch, LayerNormProblem, MultiHeadProblem,
 };
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
@@ -80,6 +80,11 @@ fn rows(dtype: DType) -> Result<Vec<Launch>> {
     launches.extend(dropout::plan((4096, 768), dtype)?.steps);
     let norm = dora::DoraNorm { out_dim: 768, in_dim: 768, rank: 16, scaling: 1.0 };
     launches.extend(dora::plan(&norm, dtype)?.steps);
+    launches.extend(optimizer(dtype)?);
+    let neck = ConvColumns { batch: 1, h: 64, w: 64, channels: 256, kernel: 3, stride: 1 };
+    for pass in [conv_columns::Pass::Forward, conv_columns::Pass::Backward] {
+        launches.extend(conv_columns::plan(&neck, pass, dtype)?.steps);
+    }
     Ok(launches)
 }
 
@@ -105,6 +110,21 @@ fn multi_head_of(
         launches.extend(multi_head::plan(&problem, pass, dtype, GPU).map(steps)?);
     }
     Ok(launches)
+}
+
+/// A step over the adapters of ViT-B.
+fn optimizer(dtype: DType) -> Result<Vec<Launch>> {
+    let step = AdamWStep {
+        decay: 1.0,
+        beta1_rest: 0.1,
+        beta2: 0.999,
+        beta2_rest: 0.001,
+        root_correction: 1.0,
+        eps: 1e-8,
+        rate: 1e-3,
+        max_norm: None,
+    };
+    Ok(adamw::plan(&[(12288, dtype); 48], true, &step)?.steps)
 }
 
 /// Attention in windows of `side x side` over a grid of `grid x grid` tokens.
@@ -200,9 +220,10 @@ fn frozen_layer(window: usize, rank: Option<usize>, gpu: Gpu) -> Result<Vec<Stri
         let part = |&out_dim: &usize| ProjectionProblem { out_dim, bias: true, lora };
         let projections: Vec<_> = outs.iter().map(part).collect();
         let problem = Problem { rows: 4096, in_dim, projections: &projections, activation };
-        let in_place = vec![true; 3 * outs.len()];
+        let frozen = projection::Parameter { packed: false, typed: true, trained: false };
+        let frozen = vec![frozen; 3 * outs.len()];
         let pass = projection::Pass::Forward { residual: true, sum: false };
-        projection::plan(&problem, pass, Some(&in_place), DTYPE, &gpu).map(steps)
+        projection::plan(&problem, pass, Some(&frozen), DTYPE, &gpu).map(steps)
     };
     let norm = || {
         let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };

@@ -6,6 +6,7 @@
 
 mod context;
 mod graphed;
+mod in_place;
 mod kernels;
 mod modules;
 mod pool;
@@ -19,8 +20,9 @@ pub use kernels::{available_kernels, kernels, set_kernels, Kernels};
 pub use trust::self_test;
 
 pub(crate) use context::{gpu, keep_test, tested};
+pub(crate) use in_place::InPlace;
 pub(crate) use modules::COMPILER;
 pub(crate) use pool::keep_freed_memory;
-pub(crate) use run::{operand, with_storages, Job};
+pub(crate) use run::{operand, tensor, with_storages, Job};
 pub(crate) use stream::is_capturing;
 pub(crate) use trust::{self_test_is_on, Key};

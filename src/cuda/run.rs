@@ -19,7 +19,23 @@ pub(crate) struct Job<'a> {
     pub dropouts: &'a [Option<Dropout>],
 }
 
+/// Dtype and shape of an output; none where the plan does not write it.
+pub(crate) type Output<'a> = Option<(DType, &'a Shape)>;
+
 impl Job<'_> {
+    /// [`run_some`](Self::run_some), with all outputs.
+    ///
+    /// # Errors
+    /// As [`run_some`](Self::run_some).
+    pub fn run<const OUTPUTS: usize>(
+        &self,
+        inputs: &[(&CudaStorage, &Layout)],
+        outputs: [(DType, &Shape); OUTPUTS],
+    ) -> Result<[CudaStorage; OUTPUTS]> {
+        let made: Option<Vec<_>> = self.run_some(inputs, outputs.map(Some))?.into_iter().collect();
+        made.and_then(|made| made.try_into().ok()).ok_or_else(|| Error::msg("an output is missing"))
+    }
+
     /// Launches the plan on the stream of the inputs' device; returns its outputs, new contiguous tensors that the kernels
     /// write entirely. Inputs are contiguous f32, f16 or bf16 tensors, as [`operand`] makes them.
     ///
@@ -30,11 +46,11 @@ impl Job<'_> {
     ///
     /// The message names operation, shapes and kernel. A failure while a kernel runs is reported by whoever waits for
     /// it.
-    pub fn run<const OUTPUTS: usize>(
+    pub fn run_some<const OUTPUTS: usize>(
         &self,
         inputs: &[(&CudaStorage, &Layout)],
-        outputs: [(DType, &Shape); OUTPUTS],
-    ) -> Result<[CudaStorage; OUTPUTS]> {
+        outputs: [Output<'_>; OUTPUTS],
+    ) -> Result<[Option<CudaStorage>; OUTPUTS]> {
         self.launch_all(inputs, outputs).map_err(|e| {
             let shapes: Vec<_> = inputs.iter().map(|(_, layout)| layout.dims()).collect();
             e.context(format!("{} of {shapes:?} on the GPU", self.op))
@@ -44,13 +60,15 @@ impl Job<'_> {
     fn launch_all<const OUTPUTS: usize>(
         &self,
         inputs: &[(&CudaStorage, &Layout)],
-        outputs: [(DType, &Shape); OUTPUTS],
-    ) -> Result<[CudaStorage; OUTPUTS]> {
+        outputs: [Output<'_>; OUTPUTS],
+    ) -> Result<[Option<CudaStorage>; OUTPUTS]> {
         let Some((first, _)) = inputs.first() else { bail!("no inputs") };
         let device = &first.device;
         let stream = Stream(device.cuda_stream());
         // SAFETY: the kernels write every element of an output.
-        let new = |(dtype, shape): (DType, &Shape)| unsafe { device.alloc_uninit(shape, dtype) };
+        let new = |output: Output<'_>| {
+            output.map(|(dtype, shape)| unsafe { device.alloc_uninit(shape, dtype) }).transpose()
+        };
         let mut outputs = outputs.into_iter().map(new).collect::<Result<Vec<_>>>()?;
         let bytes = self.plan.workspace_bytes;
         let workspace = (bytes > 0).then(|| stream.alloc(bytes)).transpose()?;
@@ -58,14 +76,19 @@ impl Job<'_> {
             // The guards tell other streams when the memory is ready; they do so when dropped, after the launches.
             let read = |&(storage, layout): &(_, _)| read(storage, layout, &stream.0);
             let inputs = inputs.iter().map(read).collect::<Result<Vec<_>>>()?;
-            let write = |storage| write(storage, &stream.0);
-            let written = outputs.iter_mut().map(write).collect::<Result<Vec<_>>>()?;
-            let addresses = |of: &[(device_ptr, SyncOnDrop<'_>)]| -> Vec<_> {
-                of.iter().map(|(address, _)| *address).collect()
-            };
+            let inputs_at: Vec<_> = inputs.iter().map(|(address, _)| *address).collect();
+            let mut written = Vec::with_capacity(OUTPUTS);
+            let mut outputs_at = [0; OUTPUTS]; // null where there is none
+            for (storage, at) in outputs.iter_mut().zip(&mut outputs_at) {
+                if let Some(storage) = storage {
+                    let (address, guard) = write(storage, &stream.0)?;
+                    *at = address;
+                    written.push(guard);
+                }
+            }
             let operands = Operands {
-                inputs: &addresses(&inputs),
-                outputs: &addresses(&written),
+                inputs: &inputs_at,
+                outputs: &outputs_at,
                 workspace: workspace.as_ref().map(|memory| stream.address(memory)),
                 dropouts: self.dropouts,
             };
@@ -81,20 +104,25 @@ impl Job<'_> {
     /// Runs a job whose inputs and outputs are tensors, as a backward's are.
     ///
     /// # Errors
-    /// As [`run`](Self::run).
+    /// As [`run_some`](Self::run_some).
     pub fn run_on_tensors<const OUTPUTS: usize>(
         &self,
         inputs: &[&Tensor],
-        outputs: [(DType, &Shape); OUTPUTS],
-    ) -> Result<[Tensor; OUTPUTS]> {
+        outputs: [Output<'_>; OUTPUTS],
+    ) -> Result<[Option<Tensor>; OUTPUTS]> {
         let inputs = inputs.iter().map(|t| operand(t)).collect::<Result<Vec<_>>>()?;
-        let storages = with_storages(self.op, &inputs, |inputs| self.run(inputs, outputs))?;
+        let storages = with_storages(self.op, &inputs, |inputs| self.run_some(inputs, outputs))?;
         let mut shapes = outputs.into_iter();
         Ok(storages.map(|storage| {
-            let shape = shapes.next().map_or_else(|| Shape::from(0), |(_, shape)| shape.clone());
-            Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+            let (storage, (_, shape)) = storage.zip(shapes.next().flatten())?;
+            Some(tensor(storage, shape))
         }))
     }
+}
+
+/// A tensor of a kernel's output.
+pub(crate) fn tensor(storage: CudaStorage, shape: &Shape) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape.clone(), BackpropOp::none(), false)
 }
 
 /// Calls `f` with the tensors' memory on the GPU.
@@ -127,7 +155,7 @@ macro_rules! address {
     };
 }
 
-fn read<'a>(
+pub(super) fn read<'a>(
     storage: &'a CudaStorage,
     layout: &Layout,
     stream: &'a CudaStream,
@@ -150,7 +178,7 @@ fn read<'a>(
     Ok((address, guard))
 }
 
-fn write<'a>(
+pub(super) fn write<'a>(
     storage: &'a mut CudaStorage,
     stream: &'a CudaStream,
 ) -> Result<(device_ptr, SyncOnDrop<'a>)> {

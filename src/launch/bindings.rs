@@ -29,6 +29,14 @@ pub const REL_POS_ATTENTION_SM90_BWD_KEYS: u32 = 128;
 pub const REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES: u32 = 64;
 pub const SUM_PARTIALS_THREADS: u32 = 256;
 pub const MULTI_HEAD_THREADS: u32 = 256;
+pub const ADAMW_THREADS: u32 = 256;
+pub const ADAMW_CHUNK: u32 = 2048;
+pub const ADAMW_SHARED_BYTES: u32 = 36;
+pub const ADAMW_OUTCOME_SHARED_BYTES: u32 = 3072;
+pub const ADAMW_F32: u32 = 0;
+pub const ADAMW_F16: u32 = 1;
+pub const ADAMW_BF16: u32 = 2;
+pub const CONV_COLUMNS_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
 #[doc = " How a tensor lies in memory and which tile of it is copied at once, encoded by the driver\n (src/launch/tensor_map.rs)."]
@@ -1118,6 +1126,124 @@ const _: () = {
     ["Offset of field: SumPartialsParams::size"]
         [::std::mem::offset_of!(SumPartialsParams, size) - 24usize];
 };
+#[doc = " A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors\n before it."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWTensor {
+    pub parameter: device_ptr,
+    pub gradient: device_ptr,
+    pub exp_avg: device_ptr,
+    pub exp_avg_sq: device_ptr,
+    pub size: u64,
+    pub first_chunk: u32,
+    pub dtype: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWTensor"][::std::mem::size_of::<AdamWTensor>() - 48usize];
+    ["Alignment of AdamWTensor"][::std::mem::align_of::<AdamWTensor>() - 8usize];
+    ["Offset of field: AdamWTensor::parameter"]
+        [::std::mem::offset_of!(AdamWTensor, parameter) - 0usize];
+    ["Offset of field: AdamWTensor::gradient"]
+        [::std::mem::offset_of!(AdamWTensor, gradient) - 8usize];
+    ["Offset of field: AdamWTensor::exp_avg"]
+        [::std::mem::offset_of!(AdamWTensor, exp_avg) - 16usize];
+    ["Offset of field: AdamWTensor::exp_avg_sq"]
+        [::std::mem::offset_of!(AdamWTensor, exp_avg_sq) - 24usize];
+    ["Offset of field: AdamWTensor::size"][::std::mem::offset_of!(AdamWTensor, size) - 32usize];
+    ["Offset of field: AdamWTensor::first_chunk"]
+        [::std::mem::offset_of!(AdamWTensor, first_chunk) - 40usize];
+    ["Offset of field: AdamWTensor::dtype"][::std::mem::offset_of!(AdamWTensor, dtype) - 44usize];
+};
+#[doc = " A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an\n f32 or 0. `outcome` f32 `[4]`: the norm of all gradients; 0, or which tensor, from 1, has the first gradient that is\n not finite; the loss; the factor of the gradients, NaN if nothing may change."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct AdamWParams {
+    pub tensors: device_ptr,
+    pub partials: device_ptr,
+    pub loss: device_ptr,
+    pub outcome: device_ptr,
+    pub tensor_count: u32,
+    pub chunks: u32,
+    pub max_norm: f32,
+    pub decay: f32,
+    pub beta1_rest: f32,
+    pub beta2: f32,
+    pub beta2_rest: f32,
+    pub root_correction: f32,
+    pub eps: f32,
+    pub rate: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AdamWParams"][::std::mem::size_of::<AdamWParams>() - 72usize];
+    ["Alignment of AdamWParams"][::std::mem::align_of::<AdamWParams>() - 8usize];
+    ["Offset of field: AdamWParams::tensors"]
+        [::std::mem::offset_of!(AdamWParams, tensors) - 0usize];
+    ["Offset of field: AdamWParams::partials"]
+        [::std::mem::offset_of!(AdamWParams, partials) - 8usize];
+    ["Offset of field: AdamWParams::loss"][::std::mem::offset_of!(AdamWParams, loss) - 16usize];
+    ["Offset of field: AdamWParams::outcome"]
+        [::std::mem::offset_of!(AdamWParams, outcome) - 24usize];
+    ["Offset of field: AdamWParams::tensor_count"]
+        [::std::mem::offset_of!(AdamWParams, tensor_count) - 32usize];
+    ["Offset of field: AdamWParams::chunks"][::std::mem::offset_of!(AdamWParams, chunks) - 36usize];
+    ["Offset of field: AdamWParams::max_norm"]
+        [::std::mem::offset_of!(AdamWParams, max_norm) - 40usize];
+    ["Offset of field: AdamWParams::decay"][::std::mem::offset_of!(AdamWParams, decay) - 44usize];
+    ["Offset of field: AdamWParams::beta1_rest"]
+        [::std::mem::offset_of!(AdamWParams, beta1_rest) - 48usize];
+    ["Offset of field: AdamWParams::beta2"][::std::mem::offset_of!(AdamWParams, beta2) - 52usize];
+    ["Offset of field: AdamWParams::beta2_rest"]
+        [::std::mem::offset_of!(AdamWParams, beta2_rest) - 56usize];
+    ["Offset of field: AdamWParams::root_correction"]
+        [::std::mem::offset_of!(AdamWParams, root_correction) - 60usize];
+    ["Offset of field: AdamWParams::eps"][::std::mem::offset_of!(AdamWParams, eps) - 64usize];
+    ["Offset of field: AdamWParams::rate"][::std::mem::offset_of!(AdamWParams, rate) - 68usize];
+};
+#[doc = " The `kernel x kernel` neighbourhood of every position of x `[batch, h, w, channels]`, or of one in each `stride x\n stride`, zero outside: columns `[batch, rows, cols, kernel, kernel, channels]`. The backward makes the gradient x of\n that of columns. `vectors` of channels, or `channels` single ones; `count` of what is made."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ConvColumnsParams {
+    pub x: device_ptr,
+    pub columns: device_ptr,
+    pub h: u32,
+    pub w: u32,
+    pub channels: u32,
+    pub rows: u32,
+    pub cols: u32,
+    pub kernel: u32,
+    pub stride: u32,
+    pub vectors: u32,
+    pub count: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ConvColumnsParams"][::std::mem::size_of::<ConvColumnsParams>() - 56usize];
+    ["Alignment of ConvColumnsParams"][::std::mem::align_of::<ConvColumnsParams>() - 8usize];
+    ["Offset of field: ConvColumnsParams::x"]
+        [::std::mem::offset_of!(ConvColumnsParams, x) - 0usize];
+    ["Offset of field: ConvColumnsParams::columns"]
+        [::std::mem::offset_of!(ConvColumnsParams, columns) - 8usize];
+    ["Offset of field: ConvColumnsParams::h"]
+        [::std::mem::offset_of!(ConvColumnsParams, h) - 16usize];
+    ["Offset of field: ConvColumnsParams::w"]
+        [::std::mem::offset_of!(ConvColumnsParams, w) - 20usize];
+    ["Offset of field: ConvColumnsParams::channels"]
+        [::std::mem::offset_of!(ConvColumnsParams, channels) - 24usize];
+    ["Offset of field: ConvColumnsParams::rows"]
+        [::std::mem::offset_of!(ConvColumnsParams, rows) - 28usize];
+    ["Offset of field: ConvColumnsParams::cols"]
+        [::std::mem::offset_of!(ConvColumnsParams, cols) - 32usize];
+    ["Offset of field: ConvColumnsParams::kernel"]
+        [::std::mem::offset_of!(ConvColumnsParams, kernel) - 36usize];
+    ["Offset of field: ConvColumnsParams::stride"]
+        [::std::mem::offset_of!(ConvColumnsParams, stride) - 40usize];
+    ["Offset of field: ConvColumnsParams::vectors"]
+        [::std::mem::offset_of!(ConvColumnsParams, vectors) - 44usize];
+    ["Offset of field: ConvColumnsParams::count"]
+        [::std::mem::offset_of!(ConvColumnsParams, count) - 48usize];
+};
 
 /// Where what a launch fills stands in a params struct: the offsets of its addresses, and of its dropout masks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -1221,5 +1347,11 @@ impl Params for MultiHeadBwdParams {
     const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32, 40, 48], masks: &[] };
 }
 impl Params for SumPartialsParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8], masks: &[] };
+}
+impl Params for AdamWParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24], masks: &[] };
+}
+impl Params for ConvColumnsParams {
     const SLOTS: Slots = Slots { addresses: &[0, 8], masks: &[] };
 }

@@ -10,10 +10,12 @@
 //! Backend::launch(launch)
 //! ```
 
+pub mod adamw;
 // Their documentation stands in kernels/abi.h.
 #[allow(missing_docs, non_camel_case_types)]
 mod bindings;
 pub mod cache;
+pub mod conv_columns;
 pub mod dora;
 pub mod dropout;
 pub mod family;
@@ -30,7 +32,9 @@ pub mod tensor_map;
 mod tile_table;
 pub mod tiles;
 
-pub use crate::problem::{AttentionProblem, LayerNormProblem, MultiHeadProblem};
+pub use crate::problem::{
+    AdamWStep, AttentionProblem, ConvColumns, LayerNormProblem, MultiHeadProblem,
+};
 pub use bindings::{device_ptr, Slots};
 pub use gpu::{Architecture, Gpu};
 

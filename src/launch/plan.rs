@@ -152,7 +152,9 @@ mod tests {
             let (rows, in_dim) = (draw.of(&[1, 196, 1793, 4096]), draw.of(&[63, 64, 768]));
             let problem = Problem { rows, in_dim, projections: &parts, activation };
             let (dtype, gpu) = (draw.of(&DTYPES), draw.gpu());
-            let typed: Option<Vec<bool>> = draw.coin().then(|| vec![draw.coin(); 4 * parts.len()]);
+            let [typed, trained] = [draw.coin(), draw.coin()];
+            let parameter = projection::Parameter { packed: false, typed, trained };
+            let parameters = draw.coin().then(|| vec![parameter; 4 * parts.len()]);
             let [first, second] = [draw.coin(), draw.coin()];
             let keeps = activation != Activation::Identity;
             let forward = Pass::Forward { residual: first, sum: second && keeps };
@@ -164,8 +166,8 @@ mod tests {
                 let Memory([inputs, outputs], workspace) = &memory;
                 let in_place = |named: usize| -> Option<Vec<_>> {
                     let at = &inputs[named + parts.len()..];
-                    let small = |(&typed, &at)| SmallTensor { at, typed };
-                    typed.as_ref().map(|typed| typed.iter().zip(at).map(small).collect())
+                    let small = |&at| SmallTensor { at, typed, trained };
+                    parameters.as_ref().map(|all| at.iter().take(all.len()).map(small).collect())
                 };
                 let (ahead, behind) = (in_place(3), in_place(5));
                 let [ahead, behind] = [&ahead, &behind].map(|tensors| {
@@ -195,7 +197,8 @@ mod tests {
                 let behind = projection::backward_of(&problem, dtype, &operands, &gpu)?;
                 for (pass, expected) in [(forward, ahead), (backward, behind)] {
                     native += expected.iter().filter(|l| !l.tensor_maps.is_empty()).count();
-                    let plan = projection::plan(&problem, pass, typed.as_deref(), dtype, &gpu)?;
+                    let plan =
+                        projection::plan(&problem, pass, parameters.as_deref(), dtype, &gpu)?;
                     assert_eq!(memory.fill(&plan, &dropouts)?, expected, "{problem:?} {pass:?}");
                 }
             }

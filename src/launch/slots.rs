@@ -65,7 +65,7 @@ pub(super) fn mask(dropout: Option<Dropout>) -> DropoutMask {
 pub struct Operands<'a> {
     /// The addresses of the inputs.
     pub inputs: &'a [device_ptr],
-    /// The addresses of the outputs.
+    /// The addresses of the outputs; null where there is none.
     pub outputs: &'a [device_ptr],
     /// The address of the scratch memory.
     pub workspace: Option<device_ptr>,
@@ -79,7 +79,7 @@ impl Operands<'_> {
         let index = (address >> OFFSET) as usize & ((1 << INDEX) - 1);
         let (name, base) = match address >> (OFFSET + INDEX) {
             INPUT => ("input", self.inputs.get(index).copied()),
-            OUTPUT => ("output", self.outputs.get(index).copied()),
+            OUTPUT => ("output", self.outputs.get(index).copied().filter(|base| *base != 0)),
             SCRATCH => ("workspace", self.workspace),
             _ => return Ok(address),
         };
@@ -117,7 +117,8 @@ mod tests {
         ] {
             assert_eq!(operands.at(slot)?, address);
         }
-        for missing in [input(2), output(1)] {
+        let operands = Operands { outputs: &[0x3000, 0], ..operands };
+        for missing in [input(2), output(1), output(2)] {
             assert!(operands.at(missing).unwrap_err().to_string().contains("the call has none"));
         }
         assert!(Operands { workspace: None, ..operands }.at(WORKSPACE).is_err());

@@ -16,7 +16,7 @@ use super::tree::visit_layer;
 use super::{Adapters, LayerMut, Mode, ModuleTree, Node, NodeMut};
 use crate::module_tree;
 use crate::ops::{self, Activation, Projection};
-use candle_core::{bail, DType, Result, Tensor, D};
+use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::{Conv2dConfig, ConvTranspose2dConfig, VarBuilder};
 
 /// A convolution over `[B, H, W, in]`, with kernel = stride or with an odd kernel padded by half of it.
@@ -131,7 +131,7 @@ impl Conv2d {
         match (kernel, self.stride) {
             (1, 1) => Ok(x.clone()),
             (kernel, stride) if kernel == stride => patches(x, kernel),
-            (kernel, stride) => overlapping(x, kernel, stride),
+            (kernel, stride) => ops::conv_columns(x, kernel, stride),
         }
     }
 }
@@ -149,80 +149,6 @@ fn patches(x: &Tensor, kernel: usize) -> Result<Tensor> {
     x.reshape(vec![batch, rows, kernel, cols, kernel, channels])?
         .permute(vec![0, 1, 3, 2, 4, 5])?
         .reshape((batch, rows, cols, kernel * kernel * channels))
-}
-
-/// [`neighbourhoods`] as one node, whose gradient adds up each input's places in f32.
-fn overlapping(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
-    let value = neighbourhoods(&x.detach(), kernel, stride)?;
-    ops::with_backward("conv2d-columns", (x, None, None), value, move |[x, ..], grad| {
-        let dx = scattered(grad, x.dims(), kernel, stride)?.to_dtype(x.dtype())?;
-        Ok((Some(dx), None, None))
-    })
-}
-
-/// The gradient of [`neighbourhoods`] for that of its value: every tap's part goes back to where it was read. In f32.
-fn scattered(grad: &Tensor, dims: &[usize], kernel: usize, stride: usize) -> Result<Tensor> {
-    let (channels, half) = (dims[3], kernel / 2);
-    // Along an axis, output i read at s i + t - half for tap t.
-    let along = |part: Tensor, axis: usize, tap: usize| -> Result<Tensor> {
-        let (outputs, length) = (part.dim(axis)?, dims[axis]);
-        let spread = match stride {
-            1 => part,
-            _ => {
-                let lanes = part.unsqueeze(axis + 1)?.pad_with_zeros(axis + 1, 0, stride - 1)?;
-                lanes.flatten(axis, axis + 1)?
-            }
-        };
-        let (before, skipped) = (tap.saturating_sub(half), half.saturating_sub(tap));
-        let read = (stride * outputs).saturating_sub(skipped).min(length.saturating_sub(before));
-        if read == 0 {
-            let mut dims = spread.dims().to_vec();
-            dims[axis] = length;
-            return Tensor::zeros(dims, spread.dtype(), spread.device());
-        }
-        spread.narrow(axis, skipped, read)?.pad_with_zeros(axis, before, length - before - read)
-    };
-    let mut sum: Option<Tensor> = None;
-    for tap in 0..kernel * kernel {
-        let part = grad.narrow(D::Minus1, tap * channels, channels)?.to_dtype(DType::F32)?;
-        let part = along(along(part, 1, tap / kernel)?, 2, tap % kernel)?;
-        sum = Some(match sum {
-            Some(sum) => (sum + part)?,
-            None => part,
-        });
-    }
-    sum.map_or_else(|| bail!("conv2d: a kernel of 0"), Ok)
-}
-
-/// The k x k neighbourhood of every position, or of one in each s x s, zero outside:
-/// `[B, H, W, C] -> [B, H / s, W / s, k k C]`, rounded up.
-fn neighbourhoods(x: &Tensor, kernel: usize, stride: usize) -> Result<Tensor> {
-    let (batch, h, w, channels) = x.dims4()?;
-    let (rows, cols, half) = (h.div_ceil(stride), w.div_ceil(stride), kernel / 2);
-    // Tap t of output i is the padded input at s i + t: lane t % s of block i + t / s.
-    let blocks = |outputs: usize| outputs + (kernel - 1) / stride;
-    let padded = x.pad_with_zeros(1, half, stride * blocks(rows) - h - half)?.pad_with_zeros(
-        2,
-        half,
-        stride * blocks(cols) - w - half,
-    )?;
-    let lanes = (batch, blocks(rows), stride, blocks(cols), stride * channels);
-    let padded = padded.reshape(lanes)?;
-    let tap = |down: usize, right: usize| {
-        padded
-            .narrow(1, down / stride, rows)?
-            .narrow(2, down % stride, 1)?
-            .narrow(3, right / stride, cols)?
-            .narrow(4, right % stride * channels, channels)?
-            .squeeze(2)
-    };
-    // Written in place: a concatenation along the last axis would be a transposed one of the first, to be copied again.
-    let width = kernel * kernel * channels;
-    let columns = Tensor::zeros((batch, rows, cols, width), x.dtype(), x.device())?;
-    for i in 0..kernel * kernel {
-        columns.slice_set(&tap(i / kernel, i % kernel)?.contiguous()?, 3, i * channels)?;
-    }
-    Ok(columns)
 }
 
 /// A transposed convolution with kernel = stride: every input position becomes a k x k block of outputs.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! forward    y = f(x), and its graph is dropped
-//! backward   x' = a variable with the values of x;  f(x') with a graph;  (dx, dp) = gradients of sum(f(x') * dy)
+//! backward   x' = a variable with the values of x;  f(x') with a graph;  (dx, dp) = gradients of f(x') from dy
 //! ```
 //! The graph sees one operation of x and of all trainable parameters, flattened into one tensor. The second run does
 //! what the first did, dropout masks included, so the gradients have the bits of those without checkpointing.
@@ -10,10 +10,21 @@
 //! Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; `torch.utils.checkpoint`.
 
 use super::{trainable_variables, ModuleTree, ENDS_THE_GRAPH};
-use crate::ops;
+use crate::ops::{self, without_collector, Collector};
+use candle_core::backprop::GradStore;
 use candle_core::{bail, Device, Result, Tensor, Var};
+use std::sync::Arc;
 
 const OP: &str = "gradient-checkpoint";
+
+/// The gradients where that of `y` is `grad`.
+fn backward_from(y: &Tensor, grad: Tensor) -> Result<GradStore> {
+    let end = Tensor::zeros((), y.dtype(), y.device())?;
+    let end = ops::with_backward(OP, (y, None, None), end, move |_, _| {
+        Ok((Some(grad.clone()), None, None))
+    });
+    end?.backward()
+}
 
 /// `f(module, x)`, whose intermediates the graph does not keep.
 ///
@@ -41,32 +52,39 @@ where
     }
     // With the parameters as they are, so that operations take the paths that they take in the second run. Any graph
     // goes with the detached value.
-    let value = f(module, &x.detach())?;
+    let value = without_collector(|| f(module, &x.detach()))?;
     let known = |node: &Tensor| parameters.iter().any(|(_, p)| p.id() == node.id());
     if value.sorted_nodes().into_iter().any(|node| node.is_variable() && !known(node)) {
         bail!("{OP}: the module depends on a variable that its tree of parameters does not show")
     }
     let value = value.detach();
-    let flat = ops::pack(parameters.iter().map(|(_, p)| p.as_tensor()), x.device())?;
+    // With an open collector, the graph need not know of the parameters.
+    let takes_all = |c: &Arc<Collector>| x.track_op() && parameters.iter().all(|(_, p)| c.takes(p));
+    let collector = Collector::open().filter(takes_all);
+    let pack = || ops::pack(parameters.iter().map(|(_, p)| p.as_tensor()), x.device());
+    let flat = collector.is_none().then(pack).transpose()?;
     let module = module.clone();
-    ops::with_backward(OP, (x, Some(&flat), None), value, move |[x, ..], grad| {
+    ops::with_backward(OP, (x, flat.as_ref(), None), value, move |[x, ..], grad| {
         let input = match x.track_op() {
             true => Var::from_tensor(&x.detach())?.into_inner(),
             false => x.clone(),
         };
-        let gradients = (f(&module, &input)? * grad.detach())?.sum_all()?.backward()?;
+        let own = Collector::of(parameters.iter().map(|(_, p)| p.as_tensor()));
+        let again = own.during(|| f(&module, &input))?;
+        let gradients = backward_from(&again, grad.detach())?;
         let mut of_parameters = Vec::with_capacity(parameters.len());
         for (name, parameter) in &parameters {
-            match gradients.get(parameter) {
-                Some(gradient) => of_parameters.push(gradient),
-                None => bail!(
+            match (own.total(parameter, gradients.get(parameter))?, &collector) {
+                (Some(gradient), Some(collector)) => collector.add(parameter, gradient)?,
+                (Some(gradient), None) => of_parameters.push(gradient),
+                (None, _) => bail!(
                     "{OP}: the trainable parameter {name} got no gradient; freeze it if the module does not depend \
                      on it, else look for an operation without a backward: {ENDS_THE_GRAPH}"
                 ),
             }
         }
         let any = !of_parameters.is_empty();
-        let flat = any.then(|| ops::pack(of_parameters, x.device())).transpose()?;
+        let flat = any.then(|| ops::pack(&of_parameters, x.device())).transpose()?;
         Ok((gradients.get(&input).cloned(), flat, None))
     })
 }

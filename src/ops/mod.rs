@@ -43,8 +43,10 @@ mod arguments;
 mod broadcast;
 mod chain;
 mod check;
+mod collector;
 pub(crate) mod composed;
 mod computed;
+mod conv_columns;
 mod cpu;
 mod custom;
 mod dora;
@@ -70,10 +72,14 @@ pub use crate::problem::Activation;
 pub use arguments::{Lora, Norm, Projection, RelPosAttention};
 pub use broadcast::{broadcast_add, repeat, scale_shift};
 pub use chain::{attention_block, attention_layer, mlp_block};
+pub(crate) use collector::{without_collector, Collector};
 pub(crate) use computed::with_backward;
+pub(crate) use conv_columns::conv_columns;
 pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 pub use fused::{lora_linear, lora_qkv, rel_pos_attention};
+#[cfg(feature = "cuda")]
+pub(crate) use gpu::adamw;
 #[cfg(feature = "cuda")]
 #[doc(hidden)] // its place is `cuda`
 pub use gpu::self_test_report;

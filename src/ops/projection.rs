@@ -10,18 +10,24 @@
 
 use super::arguments::Projection;
 use super::cpu::{Chain, Layer, Residual};
-use super::custom::Engine;
 #[cfg(any(test, feature = "cuda"))]
-use super::params;
-use super::{composed, fallback, Activation};
+use super::custom::operand;
+use super::custom::Engine;
 #[cfg(feature = "cuda")]
-use super::{computed, custom::operand, gpu::projection::Projections};
+use super::gpu::projection::{Collected, Projections};
+#[cfg(feature = "cuda")]
+use super::{collector::Collector, computed, params};
+use super::{composed, fallback, Activation};
+#[cfg(any(test, feature = "cuda"))]
+use crate::launch::projection::Parameter;
 #[cfg(feature = "cuda")]
 use crate::launch::Gpu;
 use crate::problem::ProjectionProblem;
 #[cfg(any(test, feature = "cuda"))]
 use candle_core::DType;
 use candle_core::{bail, Result, Tensor};
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 
 /// Projections by one engine: shapes are not checked.
 ///
@@ -101,47 +107,81 @@ impl Call<'_> {
         let out = (candle_core::Storage::Cuda(out), shape);
         computed::node(op, inputs, out, move |[x, parameters, residual], _, grad| {
             let dresidual = (has_residual && residual.track_op()).then(|| grad.clone());
-            let wanted = [x, parameters].map(Tensor::track_op);
-            let (dx, dparameters) = call.backward([x, parameters], wanted, &saved, grad)?;
+            let (dx, dparameters) = call.backward([x, parameters], x.track_op(), &saved, grad)?;
             Ok((dx, dparameters, dresidual))
         })
     }
 }
 
-/// The projections as a GPU's kernels compute them for a contiguous x; their parameters as one input if one of them wants a
-/// gradient. `keep` says whether a backward comes in any case.
+/// The projections as a GPU's kernels compute them for a contiguous x; their trained parameters as one input, as far as no
+/// collector takes the gradients. `tracked` says whether a gradient goes to what comes before.
 #[cfg(feature = "cuda")]
 pub(super) fn of_gpu(
     x: &Tensor,
     projections: &[Projection<'_>],
     activation: Activation,
-    keep: bool,
+    tracked: bool,
     gpu: Gpu,
 ) -> Result<(Projections, Option<Tensor>)> {
     let op = ProjectionProblem::op(projections.len());
-    let (layer, parameters) = layer(projections, activation);
+    let (layer, tensors) = layer(projections, activation);
     let Layer::Projections { problems, weights, .. } = layer else {
         bail!("{op}: the layer is no projection")
     };
     // Kernels take one dtype; weights in int8, with scales, were refused before.
     let weights = weights.iter().map(|(weight, _)| operand(&weight.to_dtype(x.dtype())?));
     let weights = weights.collect::<Result<Vec<_>>>()?;
-    let in_place = in_place(&parameters, x.dtype())?;
-    let packed = match in_place {
-        Some(_) => None,
-        None => Some(params::pack(&parameters, x.device())?),
+    let trained: Vec<_> = tensors.iter().filter(|tensor| tensor.track_op()).cloned().collect();
+    let is_trained = !trained.is_empty();
+    let takes_all = |collector: &Arc<Collector>| trained.iter().all(|t| collector.takes(t));
+    let collector = Collector::open().filter(|collector| is_trained && takes_all(collector));
+    // One trained parameter has to be an input where nothing else ties the operation to the graph.
+    let (packed, packs) = match (&collector, trained.first()) {
+        (_, None) => (None, 0),
+        (Some(_), _) if tracked => (None, 0),
+        (Some(_), Some(first)) => (Some(first.clone()), 1),
+        (None, _) => (Some(params::pack(&trained, x.device())?), trained.len()),
     };
-    let (dims, keep) = (x.dims().to_vec(), keep || packed.is_some());
-    Ok((Projections { op, dims, problems, activation, weights, in_place, keep, gpu }, packed))
+    let (parameters, in_place) = places(&tensors, x.dtype(), packs)?;
+    let collected =
+        collector.map(|collector| Collected { collector, tensors: trained, but_first: packs > 0 });
+    let (dims, keep) = (x.dims().to_vec(), tracked || is_trained);
+    let call = Projections {
+        op,
+        dims,
+        problems,
+        activation,
+        weights,
+        parameters,
+        in_place,
+        collected,
+        keep,
+        gpu,
+    };
+    Ok((call, packed))
 }
 
-/// The parameters for kernels that read them in place: biases in `dtype` or f32, adapters in f32.
+/// Where kernels find each parameter, and those that they read in place: biases in `dtype` or f32, adapters in f32. The first
+/// `packs` trained ones are packed.
 #[cfg(any(test, feature = "cuda"))]
-fn in_place(parameters: &[Tensor], dtype: DType) -> Result<Option<Vec<Tensor>>> {
-    params::in_place(parameters, |tensor| match (tensor.rank(), tensor.dtype() == dtype) {
-        (1, true) => dtype,
-        _ => DType::F32,
-    })
+fn places(
+    tensors: &[Tensor],
+    dtype: DType,
+    mut packs: usize,
+) -> Result<(Vec<Parameter>, Vec<Tensor>)> {
+    let (mut parameters, mut in_place) = (vec![], vec![]);
+    for tensor in tensors {
+        let trained = tensor.track_op();
+        let (packed, typed) = (trained && packs > 0, tensor.rank() == 1 && tensor.dtype() == dtype);
+        packs -= usize::from(packed);
+        let typed = typed && dtype != DType::F32;
+        parameters.push(Parameter { packed, typed, trained });
+        if !packed {
+            let read_as = if typed { dtype } else { DType::F32 };
+            in_place.push(operand(&tensor.detach().to_dtype(read_as)?)?);
+        }
+    }
+    Ok((parameters, in_place))
 }
 
 #[cfg(test)]
@@ -158,24 +198,32 @@ mod tests {
         let lora = Lora { a: &a, b: &b, b_bias: Some(&bias), scaling: 1.0, dropout: None };
         let base = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
         let adapted = Projection { lora: Some(lora), ..base };
-        let read = |projections: &[Projection<'_>]| {
-            in_place(&layer(projections, Activation::Identity).1, DType::BF16)
+        let read = |projections: &[Projection<'_>], packs| {
+            places(&layer(projections, Activation::Identity).1, DType::BF16, packs)
         };
+        let ids = |tensors: &[Tensor]| tensors.iter().map(Tensor::dtype).collect::<Vec<_>>();
 
-        let frozen = read(&[base, adapted])?.unwrap_or_default();
-        let expected = [&bias, &bias, &a, &b, &bias].map(Tensor::id);
-        assert_eq!(frozen.iter().map(Tensor::id).collect::<Vec<_>>(), expected);
+        let (frozen, in_place) = read(&[base, adapted], 1)?;
+        let typed: Vec<_> = frozen.iter().map(|parameter| parameter.typed).collect();
+        assert_eq!(typed, [true, true, false, false, true]);
+        assert!(frozen.iter().all(|parameter| !parameter.packed && !parameter.trained));
+        let (half, full) = (DType::BF16, DType::F32);
+        assert_eq!(ids(&in_place), [half, half, full, full, half]);
 
         // A dtype that kernels do not read is converted.
         let a16 = a.to_dtype(DType::BF16)?;
-        let frozen = read(&[Projection { lora: Some(Lora { a: &a16, ..lora }), ..base }])?;
-        let frozen = frozen.unwrap_or_default();
-        assert_eq!((frozen[1].dtype(), frozen[2].id()), (DType::F32, b.id()));
+        let (_, in_place) =
+            read(&[Projection { lora: Some(Lora { a: &a16, ..lora }), ..base }], 1)?;
+        assert_eq!(ids(&in_place), [half, full, full, half]);
 
-        // A trained parameter is packed, for its gradient.
+        // A trained parameter alone is packed, for its gradient, unless a collector takes it.
         let trained = Var::from_tensor(&b)?;
         let adapted = Projection { lora: Some(Lora { b: &trained, ..lora }), ..base };
-        assert!(read(&[adapted])?.is_none());
+        for (packs, expected) in [(1, 3), (0, 4)] {
+            let (parameters, in_place) = read(&[adapted], packs)?;
+            let [_, _, b, _] = parameters[..] else { panic!("{parameters:?}") };
+            assert_eq!((b.packed, b.trained, in_place.len()), (packs > 0, true, expected));
+        }
         Ok(())
     }
 }

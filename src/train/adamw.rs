@@ -5,7 +5,8 @@
 //! m   <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
 //! p   <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //! ```
-//! The moments m and v (`exp_avg`, `exp_avg_sq`) are f32 whatever the parameter's dtype, and so is the update.
+//! The moments m and v (`exp_avg`, `exp_avg_sq`) are f32 whatever the parameter's dtype, and so is the update. On a GPU three
+//! kernels check, measure, clip and update all parameters at once, and the host waits once.
 //!
 //! A trainable parameter without a gradient is an error, not a parameter left alone. Wherever an operation has no
 //! gradient, candle drops it silently. A run that trains half of its parameters looks like one that trains them all. A
@@ -14,11 +15,14 @@
 //! Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; `torch/optim/adam.py`.
 
 use super::Gradients;
+use crate::ops::Collector;
+use crate::problem::AdamWStep;
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{backprop::GradStore, bail, DType, Tensor, Var};
 use candle_nn::Optimizer;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// The hyperparameters, with PyTorch's defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -67,6 +71,23 @@ impl AdamWConfig {
     }
 }
 
+impl AdamWConfig {
+    fn at(&self, step: u64, max_norm: Option<f64>) -> AdamWStep {
+        let Self { lr, beta1, beta2, eps, weight_decay } = *self;
+        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+        AdamWStep {
+            decay: 1.0 - lr * weight_decay,
+            beta1_rest: 1.0 - beta1,
+            beta2,
+            beta2_rest: 1.0 - beta2,
+            root_correction: 1.0 / correction(beta2).sqrt(),
+            eps,
+            rate: lr / correction(beta1),
+            max_norm,
+        }
+    }
+}
+
 /// A parameter and its moments.
 #[derive(Debug)]
 struct Slot {
@@ -104,6 +125,18 @@ pub struct AdamW {
     config: AdamWConfig,
     steps: u64,
     slots: Vec<Slot>,
+    /// Whether kernels of a GPU make the steps.
+    #[cfg(feature = "cuda")]
+    by_kernels: bool,
+}
+
+/// Measures of a step, from before it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepMeasures {
+    /// The norm of all gradients together, before clipping.
+    pub grad_norm: f64,
+    /// The loss; 0 if none was given.
+    pub loss: f32,
 }
 
 impl AdamW {
@@ -138,7 +171,13 @@ impl AdamW {
             let (exp_avg, exp_avg_sq) = (zeros()?, zeros()?);
             slots.push(Slot { name, var, exp_avg, exp_avg_sq });
         }
-        Ok(Self { config, steps: 0, slots })
+        Ok(Self {
+            config,
+            steps: 0,
+            #[cfg(feature = "cuda")]
+            by_kernels: crate::ops::adamw::takes(slots.iter().map(|slot| &slot.var)),
+            slots,
+        })
     }
 
     /// How many steps were made.
@@ -154,11 +193,47 @@ impl AdamW {
     /// The gradients of a backward pass for the parameters, in their order.
     ///
     /// # Errors
-    /// When parameters have none, or one is not finite.
+    /// When parameters have none.
     pub fn gradients(&self, grads: &GradStore) -> candle_core::Result<Gradients> {
-        Gradients::of(self.parameters(), grads).map_err(|error| {
-            candle_core::Error::msg(format!("adamw: step {}: {error}", self.steps + 1))
-        })
+        Gradients::of(self.parameters(), |var| Ok(grads.get(var).cloned()))
+            .map_err(|error| self.failed(error))
+    }
+
+    /// The value of a loss, and the gradients of its backward, in the parameters' order. On a GPU its operations hand over
+    /// most of them past candle's store, with fewer launches than [`gradients`](Self::gradients) takes.
+    ///
+    /// # Errors
+    /// - `loss` fails;
+    /// - parameters have no gradient.
+    pub fn backward(
+        &self,
+        loss: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<(Tensor, Gradients)> {
+        let collector = self.collector();
+        let loss = collector.during(loss)?;
+        let store = loss.backward()?;
+        let gradients = Gradients::of(self.parameters(), |v| collector.total(v, store.get(v)));
+        Ok((loss.detach(), gradients.map_err(|error| self.failed(error))?))
+    }
+
+    /// For the gradients of one backward.
+    pub(super) fn collector(&self) -> Arc<Collector> {
+        Collector::of(self.parameters().map(|(_, var)| var.as_tensor()))
+    }
+
+    fn failed(&self, error: candle_core::Error) -> candle_core::Error {
+        candle_core::Error::msg(format!("adamw: step {}: {error}", self.steps + 1))
+    }
+
+    /// The error on the gradient of the parameter in this place.
+    fn not_finite(&self, place: usize) -> candle_core::Error {
+        let name = self.slots.get(place).map_or("?", |slot| &slot.name);
+        self.failed(candle_core::Error::msg(format!("the gradient of {name} is not finite")))
+    }
+
+    /// Fails unless all gradients are finite, as a step does.
+    pub(super) fn check(&self, gradients: &Gradients) -> candle_core::Result<()> {
+        gradients.first_not_finite()?.map_or(Ok(()), |place| Err(self.not_finite(place)))
     }
 
     /// Names and variables, in their order.
@@ -166,26 +241,81 @@ impl AdamW {
         self.slots.iter().map(|slot| (slot.name.as_str(), &slot.var))
     }
 
-    /// Makes one step with gradients of [`gradients`](Self::gradients).
+    /// Makes one step with gradients of [`gradients`](Self::gradients), shortened to `max_norm` if they are longer.
+    ///
+    /// On a GPU the step is launched before the host sees the gradients and `loss`, a scalar in f32.
     ///
     /// # Errors
+    /// - the loss or a gradient is not finite; nothing was changed then;
     /// - a gradient does not fit its parameter;
     /// - the learning rate was set to a negative number, or to one that is not finite.
-    pub fn apply(&mut self, gradients: &Gradients) -> candle_core::Result<()> {
+    pub fn apply(
+        &mut self,
+        gradients: &Gradients,
+        loss: Option<&Tensor>,
+        max_norm: Option<f64>,
+    ) -> candle_core::Result<StepMeasures> {
         self.config.validate()?;
-        let step = self.steps + 1;
-        if gradients.tensors().len() != self.slots.len() {
-            bail!(
-                "adamw: step {step}: {} gradients for {} parameters",
-                gradients.tensors().len(),
-                self.slots.len()
-            )
+        let (step, found) = (self.steps + 1, gradients.tensors().len());
+        if found != self.slots.len() {
+            bail!("adamw: step {step}: {found} gradients for {} parameters", self.slots.len())
         }
-        for (slot, gradient) in self.slots.iter_mut().zip(gradients.tensors()) {
-            slot.update(gradient, step, &self.config)?;
-        }
+        let numbers = self.config.at(step, max_norm);
+        #[cfg(feature = "cuda")]
+        let measures = match self.by_kernels {
+            true => self.apply_by_kernels(gradients, loss, &numbers)?,
+            false => self.apply_alone(gradients, loss, &numbers)?,
+        };
+        #[cfg(not(feature = "cuda"))]
+        let measures = self.apply_alone(gradients, loss, &numbers)?;
         self.steps = step;
-        Ok(())
+        Ok(measures)
+    }
+
+    /// One parameter after the other, by candle's operations.
+    fn apply_alone(
+        &mut self,
+        gradients: &Gradients,
+        loss: Option<&Tensor>,
+        step: &AdamWStep,
+    ) -> candle_core::Result<StepMeasures> {
+        let loss = loss.map_or(Ok(0.0), Tensor::to_scalar::<f32>)?;
+        check_loss(loss, self.steps)?;
+        let grad_norm = gradients.norm()?;
+        if !grad_norm.is_finite() {
+            self.check(gradients)?; // or only the squares are infinite
+        }
+        let clipped = step.max_norm.map(|most| gradients.clone().clipped(grad_norm, most));
+        let clipped = clipped.transpose()?;
+        let gradients = clipped.as_ref().unwrap_or(gradients).tensors();
+        for (slot, gradient) in self.slots.iter_mut().zip(gradients) {
+            slot.update(gradient, step)?;
+        }
+        Ok(StepMeasures { grad_norm, loss })
+    }
+
+    /// All parameters at once.
+    #[cfg(feature = "cuda")]
+    fn apply_by_kernels(
+        &self,
+        gradients: &Gradients,
+        loss: Option<&Tensor>,
+        step: &AdamWStep,
+    ) -> candle_core::Result<StepMeasures> {
+        use crate::ops::adamw::{self, Outcome};
+        let loss = match (loss, self.slots.first()) {
+            (Some(loss), Some(slot)) => Some(loss.to_device(slot.var.device())?),
+            _ => None,
+        };
+        let rows: Vec<_> =
+            self.slots.iter().map(|slot| slot.tensors().map(|(_, tensor)| tensor)).collect();
+        let Outcome { grad_norm, not_finite, loss } =
+            adamw::step(&rows, gradients.tensors(), loss.as_ref(), step)?;
+        check_loss(loss, self.steps)?;
+        match not_finite {
+            Some(place) => Err(self.not_finite(place)),
+            None => Ok(StepMeasures { grad_norm, loss }),
+        }
     }
 
     /// Every parameter and its moments, copied: `parameter.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`.
@@ -235,7 +365,7 @@ impl AdamW {
         for slot in &mut self.slots {
             let get = |kind: &str| -> candle_core::Result<Tensor> {
                 let tensor = &state[&format!("{kind}.{}", slot.name)];
-                tensor.to_device(slot.var.device())?.copy()
+                tensor.to_device(slot.var.device())?.force_contiguous()
             };
             slot.var.set(&get("parameter")?.to_dtype(slot.var.dtype())?)?;
             slot.exp_avg = get("exp_avg")?.to_dtype(DType::F32)?;
@@ -256,11 +386,11 @@ impl Optimizer for AdamW {
     /// Makes one step with the gradients of a backward pass.
     ///
     /// # Errors
-    /// - a parameter has no gradient, or one that is not finite; nothing was changed then;
+    /// - a parameter has no gradient; nothing was changed then;
     /// - as [`apply`](AdamW::apply).
     fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
         let gradients = self.gradients(grads)?;
-        self.apply(&gradients)
+        self.apply(&gradients, None, None).map(|_| ())
     }
 
     fn learning_rate(&self) -> f64 {
@@ -282,20 +412,22 @@ impl Slot {
         ]
     }
 
-    fn update(
-        &mut self,
-        gradient: &Tensor,
-        step: u64,
-        config: &AdamWConfig,
-    ) -> candle_core::Result<()> {
-        let AdamWConfig { lr, beta1, beta2, eps, weight_decay } = *config;
-        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+    fn update(&mut self, gradient: &Tensor, step: &AdamWStep) -> candle_core::Result<()> {
         let p = self.var.as_detached_tensor().to_dtype(DType::F32)?;
-        let p = (p * (1.0 - lr * weight_decay))?;
-        self.exp_avg = (&self.exp_avg + ((gradient - &self.exp_avg)? * (1.0 - beta1))?)?;
-        self.exp_avg_sq = ((&self.exp_avg_sq * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-        let denominator = ((self.exp_avg_sq.sqrt()? / correction(beta2).sqrt())? + eps)?;
-        let update = ((&self.exp_avg / denominator)? * (lr / correction(beta1)))?;
+        let p = (p * step.decay)?;
+        self.exp_avg = (&self.exp_avg + ((gradient - &self.exp_avg)? * step.beta1_rest)?)?;
+        self.exp_avg_sq =
+            ((&self.exp_avg_sq * step.beta2)? + (gradient.sqr()? * step.beta2_rest)?)?;
+        let denominator = ((self.exp_avg_sq.sqrt()? * step.root_correction)? + step.eps)?;
+        let update = ((&self.exp_avg / denominator)? * step.rate)?;
         self.var.set(&(p - update)?.to_dtype(self.var.dtype())?)
     }
+}
+
+/// Fails unless the loss of the step after `steps` is finite.
+pub(super) fn check_loss(loss: f32, steps: u64) -> candle_core::Result<()> {
+    if !loss.is_finite() {
+        bail!("train: step {}: the loss is {loss}; try a lower learning rate", steps + 1)
+    }
+    Ok(())
 }

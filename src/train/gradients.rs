@@ -8,7 +8,7 @@
 //! Source: `torch.nn.utils.clip_grad_norm_`.
 
 use crate::nn::ENDS_THE_GRAPH;
-use candle_core::{backprop::GradStore, bail, DType, Result, Tensor, Var, D};
+use candle_core::{bail, DType, Result, Tensor, Var, D};
 
 /// Added to the norm by PyTorch.
 const EPS: f64 = 1e-6;
@@ -20,17 +20,17 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// The gradients of `parameters` from a backward pass.
+    /// The gradients of `parameters`, which `find` finds.
     ///
     /// # Errors
-    /// When parameters have none, or one is not finite; they are named.
+    /// When parameters have none; they are named.
     pub fn of<'a>(
         parameters: impl Iterator<Item = (&'a str, &'a Var)>,
-        store: &GradStore,
+        find: impl Fn(&Var) -> Result<Option<Tensor>>,
     ) -> Result<Self> {
         let (mut names, mut tensors, mut missing) = (vec![], vec![], vec![]);
         for (name, var) in parameters {
-            match store.get(var) {
+            match find(var)? {
                 Some(gradient) => {
                     names.push(name);
                     tensors.push(gradient.to_dtype(DType::F32)?);
@@ -47,13 +47,15 @@ impl Gradients {
                 causes()
             )
         }
+        Ok(Self { tensors })
+    }
+
+    /// The place of the first one that is not finite.
+    pub(super) fn first_not_finite(&self) -> Result<Option<usize>> {
         // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
-        let zeros = tensors.iter().map(|gradient| (gradient * 0.0)?.sum_all());
+        let zeros = self.tensors.iter().map(|gradient| (gradient * 0.0)?.flatten_all()?.sum_all());
         let zeros = Tensor::stack(&zeros.collect::<Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
-        match zeros.iter().zip(&names).find(|(zero, _)| zero.is_nan()) {
-            Some((_, name)) => bail!("the gradient of {name} is not finite"),
-            None => Ok(Self { tensors }),
-        }
+        Ok(zeros.iter().position(|zero| zero.is_nan()))
     }
 
     /// In the order of the parameters.
@@ -101,6 +103,7 @@ impl Gradients {
         // By rows first, so that no sum of millions loses its small terms.
         let squares = self.tensors.iter().map(|g| match g.rank() {
             0 => g.sqr(),
+            1 => g.sqr()?.sum_all(), // candle cannot sum a scalar on a GPU
             _ => g.sqr()?.sum(D::Minus1)?.sum_all(),
         });
         let squares = Tensor::stack(&squares.collect::<Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;

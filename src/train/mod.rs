@@ -93,7 +93,7 @@ mod tar_file;
 mod trainer;
 mod trainer_config;
 
-pub use adamw::{AdamW, AdamWConfig, Parameter};
+pub use adamw::{AdamW, AdamWConfig, Parameter, StepMeasures};
 #[cfg(feature = "images")]
 pub use augment::{sample_indices, FlipRotate};
 pub use checkpoint::{previous_state_path, TrainingState};

@@ -9,6 +9,7 @@
 //! the bits of one that was not. With one part a step, part and step are the same number. Many processes share the
 //! parts of a step, see [`Communicator`].
 
+use super::adamw::check_loss;
 use super::averages::Averages;
 use super::checkpoint::previous_state_path;
 use super::distributed::{
@@ -16,7 +17,10 @@ use super::distributed::{
 };
 use super::lost_gradients::{check_zeros, missing};
 use super::slope::Loss;
-use super::{AdamW, Gradients, HeldOutScores, StepRng, StepScores, TrainerConfig, TrainingState};
+use super::{
+    AdamW, Gradients, HeldOutScores, StepMeasures, StepRng, StepScores, TrainerConfig,
+    TrainingState,
+};
 use crate::files::Checksum;
 use crate::files::TensorFile;
 use crate::nn::{trainable_variables, Mode, ModuleTree, Node};
@@ -181,29 +185,28 @@ impl Trainer {
         let step = self.steps();
         let mode =
             |part| Mode::Train { seed: StepRng::new(self.config.seed, "dropout", part).bits64() };
-        let mut loss = |part: u64| checked(loss(part, mode(part))?, step);
+        let mut loss = |part: u64| scalar(loss(part, mode(part))?, step);
         let communicator = self.communicator.clone();
         let (rank, size) = (communicator.rank() as u64, communicator.size() as u64);
         let parts = self.config.accumulation * size;
         let (mut sum, mut first) = (OrderedSum::new(&*communicator), None);
         for round in 0..self.config.accumulation {
             let part = step * parts + round * size + rank;
-            let own = self.part(part, parts, &mut loss).map(|(value, here, found)| {
-                first.get_or_insert((part, here));
-                (value, found)
+            let own = self.part(part, parts, &mut loss).inspect(|(value, _)| {
+                first.get_or_insert((part, value.clone()));
             });
             sum.add(own)?;
         }
-        let (Some((sum, mut gradients, mut times)), Some((part, here))) = (sum.finish()?, first)
-        else {
+        let (Some((sum, gradients, mut times)), Some((part, here))) = (sum.finish()?, first) else {
             bail!("train: a step has no part")
         };
         let (start, is_first) = (Instant::now(), !self.zeros_checked);
         if is_first {
             // One rank's look is enough, and its first part is the one that a single process looks at.
             let looked = match rank {
-                0 => check_zeros(self.optimizer.parameters(), &gradients, here, || {
-                    Loss::of(&loss(part)?)
+                0 => Loss::of(&here).and_then(|here| {
+                    let parameters = self.optimizer.parameters();
+                    check_zeros(parameters, &gradients, here, || Loss::of(&loss(part)?))
                 }),
                 _ => Ok(()),
             };
@@ -213,17 +216,14 @@ impl Trainer {
             together(&*communicator, looked, |()| vec![])?;
             self.zeros_checked = true;
         }
-        let grad_norm = gradients.norm()?;
-        if let Some(max_norm) = self.config.max_grad_norm {
-            gradients = gradients.clipped(grad_norm, max_norm)?;
-        }
         let lr = self.config.optimizer.lr * self.config.schedule.factor(step, &self.evaluations);
         self.optimizer.set_learning_rate(lr);
-        self.optimizer.apply(&gradients)?;
+        let StepMeasures { grad_norm, loss } =
+            self.optimizer.apply(&gradients, Some(&sum), self.config.max_grad_norm)?;
         if let Some(averages) = &mut self.averages {
             averages.update(step + 1)?;
         }
-        let loss = sum / parts as f32;
+        let loss = loss / parts as f32;
         self.losses.push(loss);
         if !is_first {
             (times.steps, times.update) = (1, start.elapsed());
@@ -232,26 +232,38 @@ impl Trainer {
         Ok(StepMetrics { step: step + 1, loss, lr, grad_norm })
     }
 
-    /// The loss of a part and its share of the step's gradients.
+    /// The loss of a part, without its graph, and its share of the step's gradients.
+    ///
+    /// One process alone leaves the look at them to the optimizer, but for its first step: a GPU need not wait for it.
     fn part(
         &self,
         part: u64,
         parts: u64,
         loss: &mut impl FnMut(u64) -> candle_core::Result<Tensor>,
-    ) -> candle_core::Result<(f32, Loss, Gradients)> {
-        let value = loss(part)?;
-        let here = Loss::of(&value)?;
-        let scalar = value.to_scalar::<f32>()?;
+    ) -> candle_core::Result<(Tensor, Gradients)> {
+        let collector = self.optimizer.collector();
+        let value = collector.during(|| loss(part))?;
+        let looks = !self.zeros_checked || self.communicator.size() > 1;
+        if looks {
+            check_loss(value.to_scalar()?, self.steps())?;
+        }
+        let here = value.detach();
         let share = if parts > 1 { (value / parts as f64)? } else { value };
         let store = share.backward()?;
-        let lost: Vec<_> =
-            self.optimizer.parameters().filter(|(_, var)| store.get(var).is_none()).collect();
+        let found = |var: &Var| collector.total(var, store.get(var));
+        let is_lost = |var: &Var| found(var).is_ok_and(|gradient| gradient.is_none());
+        let parameters = self.optimizer.parameters();
+        let lost: Vec<_> = parameters.filter(|(_, var)| is_lost(var)).collect();
         if !lost.is_empty() {
             let of = self.optimizer.parameters().count();
-            let error = missing(&lost, of, here, || Loss::of(&loss(part)?));
+            let error = missing(&lost, of, Loss::of(&here)?, || Loss::of(&loss(part)?));
             bail!("train: step {}: {error}", self.steps() + 1)
         }
-        Ok((scalar, here, self.optimizer.gradients(&store)?))
+        let gradients = Gradients::of(self.optimizer.parameters(), found)?;
+        if looks {
+            self.optimizer.check(&gradients)?;
+        }
+        Ok((here, gradients))
     }
 
     /// Fails unless all ranks have the same version, settings, parameters and step. A step asks it, too, if nobody has.
@@ -412,16 +424,11 @@ impl Trainer {
 }
 
 /// The loss of a part as an f32 scalar.
-fn checked(loss: Tensor, step: u64) -> candle_core::Result<Tensor> {
+fn scalar(loss: Tensor, step: u64) -> candle_core::Result<Tensor> {
     if loss.elem_count() != 1 {
         bail!("train: step {}: the loss must be a scalar, has shape {:?}", step + 1, loss.dims())
     }
-    let loss = loss.to_dtype(candle_core::DType::F32)?.reshape(())?;
-    let value = loss.to_scalar::<f32>()?;
-    if !value.is_finite() {
-        bail!("train: step {}: the loss is {value}; try a lower learning rate", step + 1)
-    }
-    Ok(loss)
+    loss.to_dtype(candle_core::DType::F32)?.reshape(())
 }
 
 /// Over every tensor of the model that training leaves as it is.

@@ -169,13 +169,10 @@ fn step(
     forward: impl Fn(Mode) -> candle_core::Result<Tensor>,
     optimizer: &mut AdamW,
 ) -> Result<()> {
-    let loss = forward(Mode::Train { seed: 1 })?.sqr()?.mean_all()?;
-    loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
-    let store = loss.backward()?;
-    let gradients = optimizer.gradients(&store)?;
-    drop((store, loss));
-    gradients.norm()?;
-    Ok(optimizer.apply(&gradients)?)
+    let (loss, gradients) = optimizer
+        .backward(|| forward(Mode::Train { seed: 1 })?.sqr()?.mean_all()?.to_dtype(DType::F32))?;
+    optimizer.apply(&gradients, Some(&loss), Some(1.0))?;
+    Ok(())
 }
 
 fn counted(names: &[&str]) -> u64 {

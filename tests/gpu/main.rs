@@ -12,6 +12,7 @@
 //! | `CANDLE_SAM_LORA_TEST_KERNELS` | `portable`: the tests do without the kernels for the GPU's own architecture |
 //! | `CANDLE_SAM_LORA_TEST_NAMES` | a file with the names of the tests to run, one a line, in this order |
 
+mod adamw;
 mod blocks;
 #[path = "../../benches/cases.rs"]
 mod cases;
@@ -124,6 +125,7 @@ fn tests() -> ExitCode {
         graphed::trials(),
         emulated::trials(),
         model::trials(),
+        adamw::trials(),
         train::trials(),
         driver_calls::trials(),
         dry_run::trials(),

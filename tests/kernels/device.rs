@@ -148,8 +148,11 @@ impl Memory {
 
     /// The elements of a tensor, `offset` elements into the memory (0: aligned).
     pub fn from_tensor_at(tensor: &Tensor, offset: usize) -> Self {
-        let bytes = bytes(tensor);
-        let skip = offset * tensor.dtype().size_in_bytes();
+        Self::from_bytes_at(&bytes(tensor), offset * tensor.dtype().size_in_bytes())
+    }
+
+    /// These bytes, behind `skip` others.
+    pub fn from_bytes_at(bytes: &[u8], skip: usize) -> Self {
         let memory = Self::new(skip + bytes.len());
         // SAFETY: the memory is that long, and nobody else's.
         unsafe { memory.start.add(skip).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };

@@ -3,9 +3,11 @@
 //! Each family of kernels is a module here, and nothing else has to know of it: the sanitized runs are this suite too
 //! (`scripts/sanitize-kernels.sh`). Every case runs late and early with three seeds and must give the same bits.
 
+mod adamw;
 mod attention_case;
 #[path = "../common/mod.rs"]
 mod common;
+mod conv_columns;
 mod device;
 mod dora;
 mod dropout;

@@ -197,9 +197,11 @@ impl Data {
             false => Tensor::cat(&tensors.iter().map(wide).collect::<Result<Vec<_>>>()?, 0)?,
         };
         let small: Vec<_> = tensors.iter().map(Memory::from_tensor).collect();
-        let typed = |tensor: &Tensor| tensor.dtype() != DType::F32;
-        let separate = tensors.iter().zip(&small);
-        let separate = separate.map(|(t, m)| SmallTensor { at: m.address(), typed: typed(t) });
+        let separate = tensors.iter().zip(&small).map(|(tensor, memory)| SmallTensor {
+            at: memory.address(),
+            typed: tensor.dtype() != DType::F32,
+            trained: true,
+        });
         let weights: Vec<_> = self.parts.iter().map(|part| memory(&part.weight)).collect();
         Ok(OnDevice {
             data: self,

@@ -14,7 +14,8 @@ use super::cache::Plans;
 use super::family::Family;
 use super::plan::Plan;
 use super::slots::{self, input, output, present, WORKSPACE};
-use super::{Architecture, Gpu, Launch};
+use super::{device_ptr, Architecture, Gpu, Launch};
+use crate::problem::small_layout;
 use candle_core::{bail, DType, Result};
 use native::Native;
 use std::sync::{Arc, LazyLock};
@@ -44,13 +45,24 @@ pub enum Pass {
         /// Whether the sum is kept.
         sum: bool,
     },
-    /// Inputs x, packed parameters, S, the sum, the gradient of out; outputs dx, that of the packed parameters.
+    /// Inputs x, packed parameters, S, the sum, the gradient of out; outputs dx, those of the trained parameters, packed.
     Backward {
         /// Whether dx is wanted.
         dx: bool,
-        /// Whether the gradient of the parameters is.
+        /// Whether the gradients of the trained parameters are.
         parameters: bool,
     },
+}
+
+/// A small tensor of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Parameter {
+    /// Whether it is one of the packed ones, in f32. Else kernels read it in place.
+    pub packed: bool,
+    /// Whether it is of the problem's dtype, else f32, where it is read in place.
+    pub typed: bool,
+    /// Whether it has a gradient.
+    pub trained: bool,
 }
 
 /// All that determines a plan.
@@ -61,13 +73,13 @@ struct Key {
     projections: Vec<ProjectionProblem>,
     activation: Activation,
     pass: Pass,
-    in_place: Option<Vec<bool>>,
+    parameters: Option<Vec<Parameter>>,
     dtype: DType,
     gpu: Gpu,
 }
 
-/// The launches of a pass. `in_place` says of each parameter that is read in place whether it is of the problem's dtype; none
-/// if they are packed. A call has a dropout for each projection.
+/// The launches of a pass, with `parameters` in the order of `problem::small_layout`; none if all are packed and trained. A
+/// call has a dropout for each projection.
 ///
 /// # Errors
 /// - no kernel covers the problem;
@@ -75,15 +87,15 @@ struct Key {
 pub fn plan(
     problem: &Problem<'_>,
     pass: Pass,
-    in_place: Option<&[bool]>,
+    parameters: Option<&[Parameter]>,
     dtype: DType,
     gpu: &Gpu,
 ) -> Result<Arc<Plan>> {
     static PLANS: LazyLock<Plans<Key>> = LazyLock::new(Plans::default);
     let &Problem { rows, in_dim, activation, .. } = problem;
-    let in_place = in_place.map(<[bool]>::to_vec);
+    let parameters = parameters.map(<[Parameter]>::to_vec);
     let projections = with_dropout_slots(problem.projections);
-    let key = Key { rows, in_dim, projections, activation, pass, in_place, dtype, gpu: *gpu };
+    let key = Key { rows, in_dim, projections, activation, pass, parameters, dtype, gpu: *gpu };
     PLANS.get_or(&key, |key| key.plan().map(Arc::new))
 }
 
@@ -110,11 +122,9 @@ impl Key {
         };
         let mut others = (named..).map(input);
         let weights: Vec<_> = others.by_ref().take(projections.len()).collect();
-        let small = |(&typed, at)| SmallTensor { at, typed };
-        let in_place = self.in_place.as_ref().map(|typed| typed.iter().zip(others).map(small));
-        let in_place: Option<Vec<_>> = in_place.map(Iterator::collect);
+        let separate = self.parameters.as_ref().map(|all| self.small_tensors(all, others));
         let (x, weights) = (input(0), &weights[..]);
-        let small = in_place.as_deref().map_or(Small::Flat(input(1)), Small::Separate);
+        let small = separate.as_deref().map_or(Small::Flat(input(1)), Small::Separate);
         let saved = low_rank_len(problem);
         match pass {
             Pass::Forward { residual, sum } => {
@@ -142,6 +152,28 @@ impl Key {
                 Ok(Plan { steps, workspace_bytes, saved: 0 })
             }
         }
+    }
+}
+
+impl Key {
+    /// The packed parameters one after the other, those read in place in `own`.
+    fn small_tensors(
+        &self,
+        parameters: &[Parameter],
+        mut own: impl Iterator<Item = device_ptr>,
+    ) -> Vec<SmallTensor> {
+        let (layouts, _) = small_layout(self.in_dim, &self.projections);
+        let lengths = layouts.iter().flat_map(SmallLayout::ranges).map(ExactSizeIterator::len);
+        let mut packed = input(1);
+        let small = |(&Parameter { packed: is_packed, typed, trained }, length): (_, usize)| {
+            if !is_packed {
+                return Some(SmallTensor { at: own.next()?, typed, trained });
+            }
+            let at = packed;
+            packed += 4 * length as u64;
+            Some(SmallTensor { at, typed: false, trained })
+        };
+        parameters.iter().zip(lengths).map_while(small).collect()
     }
 }
 
@@ -276,9 +308,9 @@ mod tests {
             assert!(!Arc::ptr_eq(&other, &first));
         }
         let Problem { rows, in_dim, activation, .. } = LARGE;
-        let (pass, in_place, dtype, gpu) = (FORWARD, None, DType::F16, Gpu::A100);
+        let (pass, parameters, dtype, gpu) = (FORWARD, None, DType::F16, Gpu::A100);
         let projections = PARTS.to_vec();
-        let key = Key { rows, in_dim, projections, activation, pass, in_place, dtype, gpu };
+        let key = Key { rows, in_dim, projections, activation, pass, parameters, dtype, gpu };
         assert_eq!(key.plan()?, *of(None, 1.0, FORWARD)?);
         Ok(())
     }

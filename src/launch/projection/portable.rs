@@ -10,7 +10,7 @@ use crate::launch::bindings::{
 use crate::launch::projection::tiles::{self, LowRankTile, Product, Tile};
 use crate::launch::slots::mask;
 use crate::launch::{Gpu, Launch};
-use crate::problem::small_layout;
+use crate::problem::{small_layout, small_layout_of};
 use candle_core::{bail, DType, Result};
 use std::ops::Range;
 
@@ -156,6 +156,17 @@ impl<'a> Shapes<'a> {
         Ok(parts)
     }
 
+    /// Where the gradients of the trained small tensors lie in one flat tensor, and their length.
+    pub(in crate::launch) fn gradients(&self, small: Small<'_>) -> (Vec<SmallLayout>, usize) {
+        let mut tensors = match small {
+            Small::Flat(_) => &[],
+            Small::Separate(tensors) => tensors,
+        }
+        .iter();
+        let is_trained = || tensors.next().is_none_or(|tensor| tensor.trained);
+        small_layout_of(self.problem.in_dim, self.problem.projections, is_trained)
+    }
+
     /// The params that both directions share.
     pub(in crate::launch) fn params(&self) -> ProjectionParams {
         ProjectionParams {
@@ -248,7 +259,7 @@ pub fn low_rank_len(problem: &Problem<'_>) -> usize {
 /// Where the projections' small tensors lie.
 #[derive(Clone, Copy, Debug)]
 pub enum Small<'a> {
-    /// As one tensor in f32, as `problem::small_layout` has them.
+    /// As one tensor in f32, as `problem::small_layout` has them, all of them trained.
     Flat(device_ptr),
     /// Each by itself, those that are there in the order of `problem::small_layout`.
     Separate(&'a [SmallTensor]),
@@ -261,6 +272,8 @@ pub struct SmallTensor {
     pub at: device_ptr,
     /// Whether its elements are of the problem's dtype, which biases' may be; else they are f32.
     pub typed: bool,
+    /// Whether its gradient is wanted.
+    pub trained: bool,
 }
 
 /// The addresses of the forward's operands; 0 is absent.

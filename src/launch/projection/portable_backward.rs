@@ -17,7 +17,9 @@ use crate::launch::projection::portable::{low_rank, Activation, Problem, Shapes,
 use crate::launch::projection::tiles::{self, Product, Tile};
 use crate::launch::slots::mask;
 use crate::launch::{sum_partials, Gpu, Launch};
+use crate::problem::SmallLayout;
 use candle_core::{bail, DType, Result};
+use std::ops::Range;
 
 const WARP: u64 = 32;
 /// Fewer rows are not worth a split of their own.
@@ -44,7 +46,7 @@ pub struct BackwardOperands<'a> {
     pub dout: device_ptr,
     /// Output, as `x`; absent if it is not wanted.
     pub dx: device_ptr,
-    /// Output, as `small`; absent if it is not wanted.
+    /// Output: the gradients of the trained small tensors, in order, f32; absent if they are not wanted.
     pub dsmall: device_ptr,
     /// [`workspace_bytes`] bytes.
     pub workspace: device_ptr,
@@ -146,7 +148,8 @@ pub(in crate::launch) fn backward_by(
     bwd_input: impl FnOnce(&Shapes<'_>, &InputGrad) -> Result<Launch>,
 ) -> Result<Vec<Launch>> {
     let shapes = Shapes::new(problem)?;
-    let want_small = operands.dsmall != 0 && shapes.small_len > 0;
+    let (layouts, small_len) = shapes.gradients(operands.small);
+    let want_small = operands.dsmall != 0 && small_len > 0;
     let space = Workspace::new(&shapes, dtype);
     let parts = shapes.parts(operands.weights, operands.small)?;
     let mut launches = Vec::new();
@@ -193,16 +196,17 @@ pub(in crate::launch) fn backward_by(
         return Ok(launches);
     }
     let partials = operands.workspace + space.partials;
-    let small_len = shapes.small_len as u64;
+    let small_len = small_len as u64;
     let partial = |start: usize| partials + 4 * start as u64;
     let split = (space.splits, space.split_rows as u32, small_len);
     // dA, transposed: the wide side first.
     let a_grads: Vec<_> = shapes
         .adapted()
+        .filter(|(index, _)| !layouts[*index].a.is_empty())
         .map(|(index, lora)| LowRankPart {
             left: operands.x,
             right: ds + 4 * u64::from(parts[index].s_column),
-            out: partial(shapes.layouts[index].a.start),
+            out: partial(layouts[index].a.start),
             size_i: shapes.in_dim,
             size_j: lora.rank as u32,
             out_j: lora.rank as u32,
@@ -219,10 +223,11 @@ pub(in crate::launch) fn backward_by(
     // dB: S carries the scaling.
     let b_grads: Vec<_> = shapes
         .adapted()
+        .filter(|(index, _)| !layouts[*index].b.is_empty())
         .map(|(index, lora)| LowRankPart {
             left: g_of(parts[index].column),
             right: operands.low_rank + 4 * u64::from(parts[index].s_column),
-            out: partial(shapes.layouts[index].b.start),
+            out: partial(layouts[index].b.start),
             size_i: parts[index].out_dim,
             size_j: lora.rank as u32,
             out_j: lora.rank as u32,
@@ -236,7 +241,8 @@ pub(in crate::launch) fn backward_by(
         })
         .collect();
     launches.extend(low_rank(Product::Weight, dtype, &b_grads, split)?);
-    launches.extend(bias_grad(&shapes, dtype, g, partials, &space)?);
+    let biases = BiasGrads { layouts: &layouts, small_len, g, partials };
+    launches.extend(bias_grad(&shapes, dtype, &biases, &space)?);
     launches.push(sum_partials::launch(
         DType::F32,
         partials,
@@ -266,25 +272,32 @@ fn activation_grad(
     Launch::new("projection_bwd_activation", dtype, grid, ACTIVATION_GRAD_THREADS, &params)
 }
 
-/// The partial sums of the biases' gradients; none where no projection has a bias.
+/// The gradients of the sums, and where those of the biases go.
+struct BiasGrads<'a> {
+    layouts: &'a [SmallLayout],
+    small_len: u64,
+    g: device_ptr,
+    partials: device_ptr,
+}
+
+/// The partial sums of the biases' gradients; none where no bias is trained.
 fn bias_grad(
     shapes: &Shapes<'_>,
     dtype: DType,
-    g: device_ptr,
-    partials: device_ptr,
+    &BiasGrads { layouts, small_len, g, partials }: &BiasGrads<'_>,
     space: &Workspace,
 ) -> Result<Option<Launch>> {
-    let at = |range: &Option<std::ops::Range<usize>>| {
-        range.as_ref().map_or(0, |range| partials + 4 * range.start as u64)
+    let at = |range: &Option<Range<usize>>| {
+        let trained = range.as_ref().filter(|range| !range.is_empty());
+        trained.map_or(0, |range| partials + 4 * range.start as u64)
     };
     let mut parts = Vec::new();
-    for (index, (problem, layout)) in
-        shapes.problem.projections.iter().zip(&shapes.layouts).enumerate()
-    {
-        if layout.bias.is_some() || layout.lora_bias.is_some() {
+    for (index, (problem, layout)) in shapes.problem.projections.iter().zip(layouts).enumerate() {
+        let (bias, lora_bias) = (at(&layout.bias), at(&layout.lora_bias));
+        if bias != 0 || lora_bias != 0 {
             parts.push(BiasGradPart {
-                bias: at(&layout.bias),
-                lora_bias: at(&layout.lora_bias),
+                bias,
+                lora_bias,
                 column: shapes.column(index),
                 out_dim: problem.out_dim as u32,
                 scaling: problem.lora.map_or(1.0, |lora| lora.scaling),
@@ -302,7 +315,7 @@ fn bias_grad(
         g,
         rows: shapes.rows(),
         split_rows: space.split_rows,
-        split_stride: shapes.small_len as u64,
+        split_stride: small_len,
         total: shapes.total.into(),
         ..Default::default()
     };

@@ -17,7 +17,7 @@ pub struct Chain {
     stages: Vec<Stage>,
     /// Output of the last layer, unless that is attention, which keeps it.
     out: Option<(CudaStorage, Shape)>,
-    /// Packed parameters of the layers that are trained.
+    /// Trained parameters of layers, packed.
     packed: Vec<Tensor>,
 }
 
@@ -34,7 +34,7 @@ enum Layer {
         weight: Tensor,
         bias: Tensor,
     },
-    /// The place of its parameters among the packed ones, if it is trained.
+    /// With the place of its trained parameters among the packed ones, if they are packed.
     Projections {
         call: Projections,
         saved: Saved,
@@ -95,8 +95,8 @@ impl Chain {
         let inputs = three((&input, parameters.as_ref(), residual.then_some(&x)));
         let (out, shape, saved) = call.forward(inputs, residual)?;
         self.out = Some((out, shape));
-        let trained = packed.is_some();
-        let index = trained.then_some(self.packed.len());
+        let trained = call.is_trained();
+        let index = packed.is_some().then_some(self.packed.len());
         self.packed.extend(packed);
         self.push(Layer::Projections { call, saved, packed: index }, input, trained);
         Ok(())
@@ -150,8 +150,10 @@ type Gradients = (Option<Tensor>, [Option<Tensor>; 2]);
 fn backward(stages: &[Stage], x: &Tensor, packed: &[&Tensor], grad: &Tensor) -> Result<Gradients> {
     let (mut grad, mut of_packed) = (grad.detach(), [None, None]);
     for (index, Stage { layer, input }) in stages.iter().enumerate().rev() {
-        let is_trained =
-            |stage: &Stage| matches!(stage.layer, Layer::Projections { packed: Some(_), .. });
+        let is_trained = |stage: &Stage| match &stage.layer {
+            Layer::Projections { call, .. } => call.is_trained(),
+            _ => false,
+        };
         let before = x.track_op() || stages[..index].iter().any(is_trained);
         // Where nobody reads the input, the gradient stands in for it.
         let input = match (index, input) {
@@ -166,9 +168,8 @@ fn backward(stages: &[Stage], x: &Tensor, packed: &[&Tensor], grad: &Tensor) -> 
             }
             Layer::Projections { call, saved, packed: at } => {
                 let parameters = at.map_or(&input, |at| packed[at]);
-                let wanted = [before, at.is_some()];
                 let (dx, dparameters) =
-                    call.backward([&input, parameters], wanted, saved, &grad)?;
+                    call.backward([&input, parameters], before, saved, &grad)?;
                 if let Some(at) = at {
                     of_packed[*at] = dparameters;
                 }

@@ -40,7 +40,7 @@ impl CustomOp1 for FusedDropout {
     fn bwd(&self, x: &Tensor, _res: &Tensor, grad_res: &Tensor) -> Result<Option<Tensor>> {
         let plan = kernels::plan(self.size, x.dtype())?;
         let job = Job { op: OP, plan: &plan, dropouts: &[Some(self.dropout)] };
-        let [dx] = job.run_on_tensors(&[grad_res], [(x.dtype(), x.shape())])?;
-        Ok(Some(dx))
+        let [dx] = job.run_on_tensors(&[grad_res], [Some((x.dtype(), x.shape()))])?;
+        Ok(dx)
     }
 }

@@ -30,10 +30,10 @@ pub fn backward(eps: f64, inputs: [&Tensor; 3], grad: &Tensor) -> Result<Gradien
     let plan = kernels::plan(&problem(x.shape(), eps), Pass::Backward { trained }, dtype)?;
     let (job, inputs) = (Job { op: OP, plan: &plan, dropouts: &[] }, [x, weight, grad]);
     if !trained {
-        let [dx] = job.run_on_tensors(&inputs, [(dtype, x.shape())])?;
-        return Ok((Some(dx), None, None));
+        let [dx] = job.run_on_tensors(&inputs, [Some((dtype, x.shape()))])?;
+        return Ok((dx, None, None));
     }
-    let outputs = [x, weight, bias].map(|t| (dtype, t.shape()));
+    let outputs = [x, weight, bias].map(|t| Some((dtype, t.shape())));
     let [dx, dweight, dbias] = job.run_on_tensors(&inputs, outputs)?;
-    Ok((Some(dx), Some(dweight), Some(dbias)))
+    Ok((dx, dweight, dbias))
 }

@@ -1,7 +1,9 @@
 //! The fused operations on the GPU: what each hands to [`crate::launch`], and what comes back.
 
+pub mod adamw;
 pub mod chain;
 pub mod choice;
+pub mod conv_columns;
 pub mod dora;
 pub mod dropout;
 pub mod layer_norm;

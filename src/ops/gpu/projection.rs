@@ -2,18 +2,26 @@
 
 use crate::driver::{self, Job};
 use crate::launch::plan::Plan;
-use crate::launch::projection::{self as kernels, Pass, Problem};
+use crate::launch::projection::{self as kernels, Parameter, Pass, Problem};
 use crate::launch::Gpu;
+use crate::ops::collector::Collector;
 use crate::philox::Dropout;
 use crate::problem::{Activation, ProjectionProblem};
-use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{bail, CudaStorage, DType, Result, Shape, Tensor};
 use std::sync::Arc;
 
 /// Kept for the backward: S, and the sum before an activation.
 pub struct Saved {
-    low_rank: Tensor,
-    sum: Tensor,
+    low_rank: Option<Tensor>,
+    sum: Option<Tensor>,
+}
+
+/// Trained parameters whose gradients a collector gets.
+pub struct Collected {
+    pub collector: Arc<Collector>,
+    pub tensors: Vec<Tensor>,
+    /// Whether candle's store gets that of the first one, which is an input of the operation.
+    pub but_first: bool,
 }
 
 /// Projections by the kernels of a GPU.
@@ -26,8 +34,12 @@ pub struct Projections {
     pub activation: Activation,
     /// Frozen weights, of the dtype of x.
     pub weights: Vec<Tensor>,
-    /// The parameters, if they are frozen too: kernels read them in place.
-    pub in_place: Option<Vec<Tensor>>,
+    /// Biases and adapters, in the order of `small_layout`.
+    pub parameters: Vec<Parameter>,
+    /// Those of them that kernels read in place.
+    pub in_place: Vec<Tensor>,
+    /// None where candle's store gets the gradients of all trained parameters, packed.
+    pub collected: Option<Collected>,
     /// Whether there may be a backward.
     pub keep: bool,
     /// The GPU with the kernels that may be used.
@@ -37,16 +49,12 @@ pub struct Projections {
 impl Projections {
     fn plan(&self, pass: Pass, dtype: DType) -> Result<Arc<Plan>> {
         let problem = Problem::of(&self.dims, &self.problems, self.activation);
-        let typed = |tensors: &Vec<Tensor>| -> Vec<_> {
-            tensors.iter().map(|tensor| tensor.dtype() != DType::F32).collect()
-        };
-        let in_place = self.in_place.as_ref().map(typed);
-        kernels::plan(&problem, pass, in_place.as_deref(), dtype, &self.gpu)
+        kernels::plan(&problem, pass, Some(&self.parameters), dtype, &self.gpu)
     }
 
     /// The tensors that are no input of the operation: the weights, then parameters.
     fn captured(&self) -> impl Iterator<Item = &Tensor> {
-        self.weights.iter().chain(self.in_place.iter().flatten())
+        self.weights.iter().chain(&self.in_place)
     }
 
     fn dropouts(&self) -> Vec<Option<Dropout>> {
@@ -67,40 +75,63 @@ impl Projections {
             *last = self.problems.iter().map(|part| part.out_dim).sum();
         }
         let shape = Shape::from(dims);
-        // One element where nothing is kept: there is no empty memory on the device.
-        let low_rank_shape = Shape::from(plan.saved.max(1));
-        let sum_shape = if sum { shape.clone() } else { Shape::from(1) };
+        let low_rank_shape = Shape::from(plan.saved);
+        let low_rank = (plan.saved > 0).then_some((DType::F32, &low_rank_shape));
+        let sum = sum.then_some((dtype, &shape));
         let all: Vec<_> = inputs.into_iter().chain(self.captured().cloned()).collect();
         let job = Job { op: self.op, plan: &plan, dropouts: &self.dropouts() };
-        let outputs = [(dtype, &shape), (DType::F32, &low_rank_shape), (dtype, &sum_shape)];
+        let outputs = [Some((dtype, &shape)), low_rank, sum];
         let [out, low_rank, sum] =
-            driver::with_storages(self.op, &all, |inputs| job.run(inputs, outputs))?;
-        let tensor = |storage, shape| {
-            Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
-        };
-        let saved =
-            Saved { low_rank: tensor(low_rank, low_rank_shape), sum: tensor(sum, sum_shape) };
-        Ok((out, shape, saved))
+            driver::with_storages(self.op, &all, |inputs| job.run_some(inputs, outputs))?;
+        let Some(out) = out else { bail!("{}: no output", self.op) };
+        let low_rank = low_rank.map(|storage| driver::tensor(storage, &low_rank_shape));
+        let sum = sum.map(|storage| driver::tensor(storage, &shape));
+        Ok((out, shape, Saved { low_rank, sum }))
     }
 
-    /// The gradients of x and of the packed parameters, as far as they are wanted. Without that of the parameters nobody
-    /// reads x, and any tensor of its dtype may take its place.
+    /// Whether a parameter is trained.
+    pub fn is_trained(&self) -> bool {
+        self.parameters.iter().any(|parameter| parameter.trained)
+    }
+
+    /// The gradients of x, if it is wanted, and of the parameters that are an input, if there are some; a collector gets those
+    /// that it takes. Without trained parameters nobody reads x, and any tensor of its dtype may take its place.
     pub fn backward(
         &self,
         [x, parameters]: [&Tensor; 2],
-        [dx, dparameters]: [bool; 2],
+        dx: bool,
         saved: &Saved,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dparameters = self.is_trained();
         let plan = self.plan(Pass::Backward { dx, parameters: dparameters }, x.dtype())?;
-        let mut inputs = vec![x, parameters, &saved.low_rank, &saved.sum, grad];
+        // Where nothing was kept nobody reads, and the gradient stands in for it.
+        let kept = |tensor: &'_ Option<Tensor>| tensor.clone().unwrap_or_else(|| grad.clone());
+        let (low_rank, sum) = (kept(&saved.low_rank), kept(&saved.sum));
+        let mut inputs = vec![x, parameters, &low_rank, &sum, grad];
         inputs.extend(self.captured());
-        let unwanted = Shape::from(1);
-        let shape = if dparameters { parameters.shape() } else { &unwanted };
+        let length = match &self.collected {
+            Some(Collected { tensors, .. }) => tensors.iter().map(Tensor::elem_count).sum(),
+            None => parameters.elem_count(),
+        };
+        let shape = &Shape::from(length);
         let x_shape = Shape::from(self.dims.as_slice());
-        let outputs = [(x.dtype(), &x_shape), (DType::F32, shape)];
+        let outputs =
+            [dx.then_some((x.dtype(), &x_shape)), dparameters.then_some((DType::F32, shape))];
         let job = Job { op: self.op, plan: &plan, dropouts: &self.dropouts() };
         let [of_x, of_parameters] = job.run_on_tensors(&inputs, outputs)?;
-        Ok((dx.then_some(of_x), dparameters.then_some(of_parameters)))
+        let (Some(collected), Some(all)) = (&self.collected, &of_parameters) else {
+            return Ok((of_x, of_parameters));
+        };
+        let (mut start, mut of_first) = (0, None);
+        for tensor in &collected.tensors {
+            let gradient = all.narrow(0, start, tensor.elem_count())?.reshape(tensor.shape())?;
+            match collected.but_first && start == 0 {
+                true => of_first = Some(gradient),
+                false => collected.collector.add(tensor, gradient)?,
+            }
+            start += tensor.elem_count();
+        }
+        Ok((of_x, of_first))
     }
 }

@@ -6,8 +6,7 @@ use crate::launch::rel_pos_attention::{self as kernels, Given, Pass};
 use crate::launch::Gpu;
 use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
-use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{CudaStorage, DType, Result, Shape, Tensor};
 use std::sync::Arc;
 
 const OP: &str = AttentionProblem::OP;
@@ -37,8 +36,7 @@ impl Attention {
         let job = Job { op: OP, plan: &plan, dropouts: &[p.dropout] };
         let outputs = [(dtype, &shape), (DType::F32, &lse_shape)];
         let [out, lse] = driver::with_storages(OP, &all, |inputs| job.run(inputs, outputs))?;
-        let lse = Tensor::from_storage(Storage::Cuda(lse), lse_shape, BackpropOp::none(), false);
-        Ok((out, shape, lse))
+        Ok((out, shape, driver::tensor(lse, &lse_shape)))
     }
 
     /// Inputs: qkv, both tables, pad; the output and lse; the output's gradient.
@@ -55,13 +53,10 @@ impl Attention {
         let plan = self.plan(Pass::Backward { tables: tables_wanted, pad: pad_wanted }, dtype)?;
         let mut inputs = vec![qkv, tables, pad, out, lse, grad];
         inputs.extend(self.tables.iter().flatten());
-        // One element where nothing is wanted: there is no empty memory on the device.
-        let none = Shape::from(1);
-        let shape = |wanted, tensor| if wanted { Tensor::shape(tensor) } else { &none };
-        let shapes = [qkv.shape(), shape(tables_wanted, tables), shape(pad_wanted, pad)];
         let job = Job { op: OP, plan: &plan, dropouts: &[self.problem.dropout] };
-        let outputs = shapes.map(|shape| (dtype, shape));
+        let outputs = [(true, qkv), (tables_wanted, tables), (pad_wanted, pad)];
+        let outputs = outputs.map(|(wanted, like)| wanted.then_some((dtype, like.shape())));
         let [dqkv, dtables, dpad] = job.run_on_tensors(&inputs, outputs)?;
-        Ok((Some(dqkv), tables_wanted.then_some(dtables), pad_wanted.then_some(dpad)))
+        Ok((dqkv, dtables, dpad))
     }
 }

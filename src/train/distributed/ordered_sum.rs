@@ -9,6 +9,7 @@
 use super::{together, Communicator, StepTimes};
 use crate::train::Gradients;
 use crate::{Error, Result};
+use candle_core::{Device, Tensor};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ const SMALL: usize = 128 << 10;
 /// The sums in the making, and the time that the parts took.
 pub(in crate::train) struct OrderedSum<'a> {
     communicator: &'a dyn Communicator,
+    /// Of all ranks' parts, where there are several.
     loss: f32,
     gradients: Sum,
     times: StepTimes,
@@ -29,8 +31,8 @@ pub(in crate::train) struct OrderedSum<'a> {
 }
 
 enum Sum {
-    /// In one process, on the device.
-    Alone(Option<Gradients>),
+    /// In one process, on the device, with the losses.
+    Alone(Option<(Tensor, Gradients)>),
     /// In main memory: all elements, or this rank's chunk. With gradients of the shapes of the sum.
     Shared(Option<(Vec<f32>, Gradients)>),
 }
@@ -59,15 +61,17 @@ impl<'a> OrderedSum<'a> {
     /// # Errors
     /// - the part of a rank failed, on every rank;
     /// - the exchange failed.
-    pub fn add(&mut self, own: candle_core::Result<(f32, Gradients)>) -> candle_core::Result<()> {
+    pub fn add(
+        &mut self,
+        own: candle_core::Result<(Tensor, Gradients)>,
+    ) -> candle_core::Result<()> {
         let compute = self.begun.elapsed();
         match &mut self.gradients {
             Sum::Alone(sum) => {
                 let (loss, found) = own?;
-                self.loss += loss;
                 *sum = Some(match sum.take() {
-                    Some(before) => before.plus(&found)?,
-                    None => found,
+                    Some((losses, before)) => ((losses + loss)?, before.plus(&found)?),
+                    None => (loss, found),
                 });
                 self.times.part(&[compute], compute, compute);
             }
@@ -79,11 +83,12 @@ impl<'a> OrderedSum<'a> {
 
     fn exchange(
         &mut self,
-        own: candle_core::Result<(f32, Gradients)>,
+        own: candle_core::Result<(Tensor, Gradients)>,
         compute: Duration,
     ) -> candle_core::Result<()> {
         let communicator = self.communicator;
-        let own = own.and_then(|(loss, found)| Ok((loss, found.to_vec()?, found)));
+        let own =
+            own.and_then(|(loss, found)| Ok((loss.to_scalar::<f32>()?, found.to_vec()?, found)));
         let size = communicator.size();
         let ((_, values, found), told) = together(communicator, own, |(loss, values, _)| {
             let gradients = if are_small(values.len(), size) { values } else { &[][..] };
@@ -116,9 +121,11 @@ impl<'a> OrderedSum<'a> {
     }
 
     /// The sum of the losses, the gradients' and where the time went, on every rank; nothing if nothing was added.
-    pub fn finish(mut self) -> Result<Option<(f32, Gradients, StepTimes)>> {
+    pub fn finish(mut self) -> Result<Option<(Tensor, Gradients, StepTimes)>> {
         let gradients = match self.gradients {
-            Sum::Alone(sum) => sum,
+            Sum::Alone(sum) => {
+                return Ok(sum.map(|(loss, gradients)| (loss, gradients, self.times)));
+            }
             Sum::Shared(None) => None,
             Sum::Shared(Some((sum, like))) if are_small(like.len(), self.communicator.size()) => {
                 Some(like.with_values(sum)?)
@@ -133,7 +140,8 @@ impl<'a> OrderedSum<'a> {
                 Some(like.with_values(sum)?)
             }
         };
-        Ok(gradients.map(|gradients| (self.loss, gradients, self.times)))
+        let loss = Tensor::new(self.loss, &Device::Cpu)?;
+        Ok(gradients.map(|gradients| (loss, gradients, self.times)))
     }
 }
 

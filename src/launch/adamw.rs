@@ -1,0 +1,123 @@
+//! AdamW over all parameters of an optimizer: `kernels/adamw/adamw.cuh`.
+
+use super::bindings::{
+    device_ptr, AdamWParams, AdamWTensor, ADAMW_BF16, ADAMW_CHUNK, ADAMW_F16, ADAMW_F32,
+    ADAMW_OUTCOME_SHARED_BYTES, ADAMW_SHARED_BYTES, ADAMW_THREADS,
+};
+use super::plan::Plan;
+use super::slots::{input, output, present, WORKSPACE};
+use super::{narrow, AdamWStep, Launch};
+use candle_core::{bail, DType, Result};
+
+const OP: &str = "adamw";
+
+/// Elements of the outcome: the norm of all gradients; 0, or the place, from 1, of the first tensor with a gradient that is
+/// not finite; the loss; the factor of the gradients.
+pub const OUTCOME: usize = 4;
+
+/// Size and dtype of a parameter.
+pub type Parameter = (usize, DType);
+
+/// The launches of a step: sums of squares, their norm, the update. Inputs: the [`table`], and the loss in f32, if there is
+/// one; output: the outcome, [`OUTCOME`] f32.
+///
+/// # Errors
+/// - there is no element;
+/// - there are 2^32 parameters or chunks.
+pub fn plan(parameters: &[Parameter], has_loss: bool, step: &AdamWStep) -> Result<Plan> {
+    let chunks = parameters.iter().map(|&(size, _)| chunks(size)).sum::<usize>();
+    let params = AdamWParams {
+        tensors: input(0),
+        partials: WORKSPACE,
+        loss: present(has_loss, input(1)),
+        outcome: output(0),
+        tensor_count: narrow(OP, "the number of parameters", parameters.len())?,
+        chunks: narrow(OP, "the number of chunks", chunks)?,
+        max_norm: step.max_norm.map_or(f32::INFINITY, |norm| norm as f32),
+        decay: step.decay as f32,
+        beta1_rest: step.beta1_rest as f32,
+        beta2: step.beta2 as f32,
+        beta2_rest: step.beta2_rest as f32,
+        root_correction: step.root_correction as f32,
+        eps: step.eps as f32,
+        rate: step.rate as f32,
+    };
+    let launch = |family, blocks: usize, shared_bytes| -> Result<Launch> {
+        let grid = [blocks as u64, 1, 1];
+        let launch = Launch::new(family, DType::F32, grid, ADAMW_THREADS, &params)?;
+        Ok(Launch { shared_bytes, ..launch })
+    };
+    let steps = vec![
+        launch("adamw_partials", chunks, ADAMW_SHARED_BYTES)?,
+        launch("adamw_outcome", 1, ADAMW_OUTCOME_SHARED_BYTES)?,
+        launch("adamw_update", chunks, ADAMW_SHARED_BYTES)?,
+    ];
+    Ok(Plan { steps, workspace_bytes: size_of::<f32>() * chunks, saved: 0 })
+}
+
+/// The table of the tensors: a parameter's row has the addresses of it, its gradient, `exp_avg` and `exp_avg_sq`.
+///
+/// # Errors
+/// - a dtype is not f32, f16 or bf16.
+pub fn table(parameters: &[Parameter], addresses: &[[device_ptr; 4]]) -> Result<Vec<u8>> {
+    let mut first_chunk = 0;
+    let rows = parameters.iter().zip(addresses).map(|(&(size, dtype), addresses)| {
+        let [parameter, gradient, exp_avg, exp_avg_sq] = *addresses;
+        let dtype = match dtype {
+            DType::F32 => ADAMW_F32,
+            DType::F16 => ADAMW_F16,
+            DType::BF16 => ADAMW_BF16,
+            _ => bail!("{OP}: parameters must be f32, f16 or bf16, got {dtype:?}"),
+        };
+        let size = size as u64;
+        let row =
+            AdamWTensor { parameter, gradient, exp_avg, exp_avg_sq, size, first_chunk, dtype };
+        first_chunk += chunks(size as usize) as u32;
+        Ok(bytemuck::bytes_of(&row).to_vec())
+    });
+    Ok(rows.collect::<Result<Vec<_>>>()?.concat())
+}
+
+fn chunks(size: usize) -> usize {
+    size.div_ceil(ADAMW_CHUNK as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEP: AdamWStep = AdamWStep {
+        decay: 0.99,
+        beta1_rest: 0.1,
+        beta2: 0.999,
+        beta2_rest: 0.001,
+        root_correction: 30.0,
+        eps: 1e-8,
+        rate: 1e-3,
+        max_norm: None,
+    };
+
+    #[test]
+    fn every_chunk_has_a_block() -> Result<()> {
+        let chunk = ADAMW_CHUNK as usize;
+        let parameters = [(1, DType::F32), (0, DType::F32), (2 * chunk + 1, DType::BF16)];
+        let plan = plan(&parameters, true, &STEP)?;
+        let blocks: Vec<_> = plan.steps.iter().map(|step| step.grid[0]).collect();
+        assert_eq!((blocks, plan.workspace_bytes), (vec![4, 1, 4], 16));
+        let bytes = table(&parameters, &[[16; 4]; 3])?;
+        let rows: Vec<AdamWTensor> = bytes
+            .chunks_exact(size_of::<AdamWTensor>())
+            .map(bytemuck::pod_read_unaligned)
+            .collect();
+        let first: Vec<_> = rows.iter().map(|row| (row.first_chunk, row.dtype)).collect();
+        assert_eq!(first, [(0, ADAMW_F32), (1, ADAMW_F32), (1, ADAMW_BF16)]);
+        Ok(())
+    }
+
+    #[test]
+    fn no_element_and_other_dtypes_are_refused() {
+        assert!(plan(&[(0, DType::F32)], false, &STEP).is_err());
+        let message = table(&[(1, DType::F64)], &[[16; 4]]).unwrap_err().to_string();
+        assert!(message.contains("F64"), "{message}");
+    }
+}

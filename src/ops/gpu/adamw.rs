@@ -1,0 +1,67 @@
+//! A step of AdamW over all parameters by its kernels.
+
+use crate::driver::{operand, InPlace, Job};
+use crate::launch::adamw::{plan, table, OUTCOME};
+use crate::ops::custom::has_kernels;
+use crate::problem::AdamWStep;
+use candle_core::{bail, DType, Result, Shape, Tensor, Var};
+use std::collections::HashSet;
+
+/// What a step reads back.
+pub struct Outcome {
+    /// The norm of all gradients together, before clipping.
+    pub grad_norm: f64,
+    /// The place of the first parameter whose gradient is not finite; nothing was changed then.
+    pub not_finite: Option<usize>,
+    /// The loss, 0 if there is none. Nothing was changed if it is not finite.
+    pub loss: f32,
+}
+
+/// Whether the kernels take these parameters: several tensors of one GPU, each once.
+pub fn takes<'a>(parameters: impl Iterator<Item = &'a Var> + Clone) -> bool {
+    let Some(first) = parameters.clone().next() else { return false };
+    let mut known = HashSet::new();
+    has_kernels(first.device())
+        && parameters.clone().any(|var| var.elem_count() > 0)
+        && parameters.into_iter().all(|var| {
+            matches!(var.dtype(), DType::F32 | DType::F16 | DType::BF16)
+                && var.device().same_device(first.device())
+                && known.insert(var.id())
+        })
+}
+
+/// Makes a step with the parameters' gradients in f32, and waits for it. Each row is a parameter and its moments.
+pub fn step(
+    rows: &[[&Tensor; 3]],
+    gradients: &[Tensor],
+    loss: Option<&Tensor>,
+    step: &AdamWStep,
+) -> Result<Outcome> {
+    if let Some(([parameter, ..], gradient)) =
+        rows.iter().zip(gradients).find(|([parameter, ..], g)| parameter.shape() != g.shape())
+    {
+        bail!("adamw: a gradient {:?} of a parameter {:?}", gradient.dims(), parameter.dims())
+    }
+    if let Some(loss) = loss.filter(|loss| loss.dtype() != DType::F32 || loss.elem_count() != 1) {
+        bail!("adamw: the loss must be one f32, got {:?} {:?}", loss.dims(), loss.dtype())
+    }
+    let parameters: Vec<_> =
+        rows.iter().map(|[parameter, ..]| (parameter.elem_count(), parameter.dtype())).collect();
+    let plan = plan(&parameters, loss.is_some(), step)?;
+    let read = loss.into_iter().chain(gradients).map(operand).collect::<Result<Vec<_>>>()?;
+    let tensors = InPlace { changed: rows.as_flattened(), read: &read };
+    let job = Job { op: "adamw", plan: &plan, dropouts: &[] };
+    let outcome = job.run_in_place(
+        &tensors,
+        |changed, read| {
+            let (gradients, rows) = (&read[read.len() - rows.len()..], changed.as_chunks::<3>().0);
+            let rows = rows.iter().zip(gradients).map(|(&[p, m, v], &g)| [p, g, m, v]);
+            table(&parameters, &rows.collect::<Vec<_>>())
+        },
+        (DType::F32, &Shape::from(OUTCOME)),
+    )?;
+    let outcome = outcome.to_vec1::<f32>()?;
+    let [grad_norm, wrong, loss, _] = outcome[..] else { bail!("adamw: no outcome") };
+    let not_finite = (wrong as usize).checked_sub(1);
+    Ok(Outcome { grad_norm: grad_norm.into(), not_finite, loss })
+}
