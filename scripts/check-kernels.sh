@@ -74,4 +74,5 @@ done
 
 printf '\nmachine code\n'
 python3 tests/sass/test_check_sass.py --nvdisasm "$nvdisasm" "$out/wrong"/*
+python3 tests/sass/test_scheduler_model.py
 python3 scripts/check-sass.py --nvdisasm "$nvdisasm" "$budget" scripts/sass-budget.tsv "${folders[@]}"

@@ -33,9 +33,8 @@ import sys
 from collections import Counter, namedtuple
 from typing import NamedTuple
 
-from sass import disassemble
+from sass import PRODUCTS, disassemble
 
-PRODUCTS = ("HGMMA", "HMMA")
 PIPES = {
     "xu": "MUFU I2F F2I",
     "fma": "FFMA FMUL FADD IMAD HFMA2 HADD2 HMUL2",
@@ -236,39 +235,13 @@ def check_registers(function):
                 stack.extend((then, function.blocks[then][0]) for then in fresh)
 
 
-def hot_loops(function):
-    """The innermost loops with products, in the order of the code."""
-    makers = {
-        block for block, span in enumerate(function.blocks) if any(function.code[at].base in PRODUCTS for at in span)
-    }
-    found = []
-    for loop in function.loops:
-        if loop.blocks & makers and not any(inner.blocks <= loop.blocks for inner in found):
-            found.append(loop)
-    return sorted(found, key=lambda loop: function.blocks[loop.head][0])
-
-
 def count(function, loop):
     """Products and what is counted, along the shortest way through a loop that makes all of its products."""
-    ways = {loop.head: (0, 0, ())}
-    best = None
-    for block in sorted(loop.blocks):
-        if block not in ways:
-            continue
-        products, slots, way = ways[block]
-        code = [function.code[index] for index in function.blocks[block]]
-        products -= sum(instruction.base in PRODUCTS for instruction in code)
-        reached = (products, slots + len(code), (*way, block))
-        for then in function.after[block]:
-            if then == loop.head:
-                best = min(best or reached, reached)
-            elif then in loop.blocks and then > block:
-                ways[then] = min(ways.get(then, reached), reached)
-    _, slots, way = best
-    bases = Counter(function.code[index].base for block in way for index in function.blocks[block])
+    way = function.shortest_way(loop)
+    bases = Counter(instruction.base for instruction in way)
     products = sum(bases[base] for base in PRODUCTS)
     gathered = sum(instruction.base == "WARPSYNC" for instruction in function.instructions(loop))
-    return Counts(products, slots, *(sum(bases[base] for base in of.split()) for of in PIPES.values()), gathered)
+    return Counts(products, len(way), *(sum(bases[base] for base in of.split()) for of in PIPES.values()), gathered)
 
 
 def check_code(name, functions):
@@ -304,7 +277,7 @@ def examine(nvdisasm, cubin):
             bad += [f"{function.name}: {message}" for message in found]
             if any(loop and not left.in_loop for _, loop, _, left in lefts):
                 keepers.append(function.name)
-        for number, loop in enumerate(hot_loops(function)):
+        for number, loop in enumerate(function.hot_loops):
             loops[function.name, number] = count(function, loop)
     return loops, bad, keepers
 

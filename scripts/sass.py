@@ -1,7 +1,7 @@
 """Machine code as nvdisasm lists it: instructions, basic blocks, loops and reaching definitions.
 
 The listing has the live ranges (`-plr`), so which registers an instruction reads and writes is the tool's word. Sets of
-registers are integers: bit n is Rn.
+registers are integers: bit n is Rn. With encodings (`-hex`), an instruction has its scheduling control too.
 """
 
 import re
@@ -12,10 +12,25 @@ from typing import NamedTuple
 SECTION = re.compile(r"\.text\.(\w+):")
 LABEL = re.compile(r"(\.L_x_\w+|\$\S+):")
 CODE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:\(\*.*\*\))?;")
+# The upper half of an instruction's 128 bits, on the line below it.
+UPPER = re.compile(r"\s+/\* (0x[0-9a-f]{16}) \*/\s*$")
 # Above the columns of the live ranges stands the last digit of each register's number.
 COLUMNS = re.compile(r"// \|\s+# ((?:0123456789)*\d*)")
 TARGET = re.compile(r"`\((\S+)\)$")
 REGISTER = re.compile(r"R(\d+)")
+
+
+PRODUCTS = ("HGMMA", "HMMA")
+
+
+class Control(NamedTuple):
+    """What the compiler tells the scheduler of an instruction: clocks until the warp's next one, the scoreboards (or None)
+    that are set until the result is written and until the operands are read, and a mask of those to wait for."""
+
+    stall: int
+    written: int | None
+    read: int | None
+    waits: int
 
 
 class Instruction(NamedTuple):
@@ -28,6 +43,7 @@ class Instruction(NamedTuple):
     writes: int = 0
     reads: int = 0
     target: int | None = None
+    control: Control | None = None
 
     @property
     def base(self):
@@ -37,9 +53,9 @@ class Instruction(NamedTuple):
         return f"{self.address:#06x} {self.opcode} {self.operands}"
 
 
-def disassemble(nvdisasm, cubin, live_ranges):
+def disassemble(nvdisasm, cubin, live_ranges=False, encodings=False):
     """The functions of a cubin, by name. Live ranges take a quarter of a minute for a large one."""
-    command = [nvdisasm, "-c", *(["-plr", "-lrm", "narrow"] if live_ranges else []), cubin]
+    command = [nvdisasm, "-c", *(["-plr", "-lrm", "narrow"] if live_ranges else []), *(["-hex"] if encodings else []), cubin]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return parse(listing.splitlines())
 
@@ -58,6 +74,8 @@ def parse(lines):
                     reads |= bit if mark[0] != "^" else 0
             address, predicate, opcode, operands = found.groups()
             raw.append(Instruction(int(address, 16), predicate, opcode, operands, writes, reads))
+        elif raw and (found := UPPER.match(line)):
+            raw[-1] = raw[-1]._replace(control=control(int(found[1], 16)))
         elif found := SECTION.match(line):
             raw, labels = [], {}
             functions[found[1]] = (raw, labels)
@@ -66,6 +84,15 @@ def parse(lines):
         if "//" in line and (found := COLUMNS.search(line)):
             start, count = found.start(1), len(found[1])
     return {name: Function(name, link(raw, labels)) for name, (raw, labels) in functions.items() if raw}
+
+
+def control(upper):
+    """The scheduling control in the upper half of an encoding: bits 105 to 121 of it all."""
+    written, read = (upper >> shift & 7 for shift in (46, 49))
+    none = 7
+    return Control(
+        upper >> 41 & 15, None if written == none else written, None if read == none else read, upper >> 52 & 63
+    )
 
 
 def link(instructions, labels):
@@ -175,6 +202,37 @@ class Function:
     def instructions(self, loop):
         """A loop's, in the order of the code."""
         return [self.code[index] for block in sorted(loop.blocks) for index in self.blocks[block]]
+
+    @cached_property
+    def hot_loops(self):
+        """The innermost loops with products, in the order of the code."""
+        makers = {
+            block for block, span in enumerate(self.blocks) if any(self.code[at].base in PRODUCTS for at in span)
+        }
+        found = []
+        for loop in self.loops:
+            if loop.blocks & makers and not any(inner.blocks <= loop.blocks for inner in found):
+                found.append(loop)
+        return sorted(found, key=lambda loop: self.blocks[loop.head][0])
+
+    def shortest_way(self, loop):
+        """The instructions of the shortest way through a loop that makes all of its products. An inner loop is gone through
+        once."""
+        ways = {loop.head: (0, 0, ())}
+        best = None
+        for block in sorted(loop.blocks):
+            if block not in ways:
+                continue
+            products, slots, way = ways[block]
+            code = [self.code[index] for index in self.blocks[block]]
+            products -= sum(instruction.base in PRODUCTS for instruction in code)
+            reached = (products, slots + len(code), (*way, block))
+            for then in self.after[block]:
+                if then == loop.head:
+                    best = min(best or reached, reached)
+                elif then in loop.blocks and then > block:
+                    ways[then] = min(ways.get(then, reached), reached)
+        return [self.code[index] for block in best[2] for index in self.blocks[block]]
 
     @cached_property
     def written(self):

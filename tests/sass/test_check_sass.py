@@ -202,7 +202,7 @@ class HotLoops(unittest.TestCase):
     """
 
     def loop(self, text=TEXT):
-        loops = check.hot_loops(function(text))
+        loops = function(text).hot_loops
         self.assertEqual(len(loops), 1)
         return check.count(function(text), loops[0])
 
