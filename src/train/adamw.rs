@@ -13,7 +13,8 @@
 //!
 //! Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; `torch/optim/adam.py`.
 
-use super::Gradients;
+use super::groups::Factors;
+use super::{Gradients, ParameterGroups};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{backprop::GradStore, bail, DType, Tensor, Var};
 use candle_nn::Optimizer;
@@ -74,6 +75,8 @@ struct Slot {
     var: Var,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    /// Of learning rate and weight decay.
+    factors: Factors,
 }
 
 /// A variable to optimize, and the name that its moments are saved under.
@@ -136,9 +139,21 @@ impl AdamW {
             }
             let zeros = || Tensor::zeros(var.dims(), DType::F32, var.device());
             let (exp_avg, exp_avg_sq) = (zeros()?, zeros()?);
-            slots.push(Slot { name, var, exp_avg, exp_avg_sq });
+            slots.push(Slot { name, var, exp_avg, exp_avg_sq, factors: Factors::default() });
         }
         Ok(Self { config, steps: 0, slots })
+    }
+
+    /// Gives parameters the learning rates and weight decays of their groups.
+    ///
+    /// # Errors
+    /// - as [`ParameterGroups::validate`].
+    pub fn set_groups(&mut self, groups: &ParameterGroups) -> Result<()> {
+        groups.validate(self.slots.iter().map(|slot| slot.name.as_str()))?;
+        for slot in &mut self.slots {
+            slot.factors = groups.factors(&slot.name, &slot.var);
+        }
+        Ok(())
     }
 
     /// How many steps were made.
@@ -182,7 +197,13 @@ impl AdamW {
             )
         }
         for (slot, gradient) in self.slots.iter_mut().zip(gradients.tensors()) {
-            slot.update(gradient, step, &self.config)?;
+            let Factors { lr, weight_decay } = slot.factors;
+            let config = AdamWConfig {
+                lr: self.config.lr * lr,
+                weight_decay: self.config.weight_decay * weight_decay,
+                ..self.config
+            };
+            slot.update(gradient, step, &config)?;
         }
         self.steps = step;
         Ok(())

@@ -63,6 +63,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let config = sam.config().clone();
     let processor = model::processor(&folder, &config, console)?;
     let (train, held_out) = datasets(options, &**processes)?;
+    let options = &options.with_epochs(train.len(), processes.size());
 
     for (path, (width, height)) in train.sizes().chain(held_out.sizes()) {
         // Before hours of training, and not in the step that meets it; turned it has the same sides.
@@ -122,8 +123,8 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     if options.adapter.is_none() {
         lora.base_model_name_or_path = name_on_the_hub(options, &folder);
     }
-    let trainer = Trainer::new(&sam, options.trainer())?.with_settings(settings);
-    let mut trainer = trainer.with_communicator(processes.clone())?;
+    let trainer = Trainer::new(&sam, options.trainer())?.with_groups(&options.groups())?;
+    let mut trainer = trainer.with_settings(settings).with_communicator(processes.clone())?;
     if processes.size() > 1 {
         let parts = processes.size() as u64 * options.trainer().accumulation;
         console.note(format!("{}; {parts} parts a step", census(&**processes)));
@@ -141,7 +142,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     };
     let loss = |part, mode| Batch::draw(&batches, part)?.loss(&sam, mode);
     let evaluate = || Ok(judge::scores(&judge.verdicts(&sam, of_held_out.as_ref(), 0)?));
-    let eval_steps = options.eval_steps(train.len());
+    let eval_steps = options.eval_steps(train.len(), processes.size());
     let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
     run.steps(&mut trainer, loss, evaluate)?;
     if processes.size() > 1 && trainer.times().steps > 0 {
