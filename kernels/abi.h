@@ -516,7 +516,7 @@ ABI_SIZE(SumPartialsParams, 32);
 #define ADAMW_BF16 2
 
 /** A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors
- * before it. */
+ * before it. A step multiplies it by `decay` and subtracts `rate` times its direction. */
 typedef struct AdamWTensor {
   device_ptr parameter;
   device_ptr gradient;
@@ -525,8 +525,10 @@ typedef struct AdamWTensor {
   uint64_t size;
   uint32_t first_chunk;
   uint32_t dtype;
+  float decay;
+  float rate;
 } AdamWTensor;
-ABI_SIZE(AdamWTensor, 48);
+ABI_SIZE(AdamWTensor, 56);
 
 /** A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an
  * f32 or 0. `outcome` f32 `[4]`: the norm of all gradients; 0, or which tensor, from 1, has the first gradient that is
@@ -539,15 +541,13 @@ typedef struct AdamWParams {
   uint32_t tensor_count;
   uint32_t chunks;
   float max_norm;
-  float decay;
   float beta1_rest;
   float beta2;
   float beta2_rest;
   float root_correction;
   float eps;
-  float rate;
 } AdamWParams;
-ABI_SIZE(AdamWParams, 72);
+ABI_SIZE(AdamWParams, 64);
 
 /** Threads of a block of the kernels of a convolution's columns; a thread makes a vector of channels. */
 #define CONV_COLUMNS_THREADS 256

@@ -269,8 +269,6 @@ impl ConvColumns {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWStep {
-    /// `1 - lr weight_decay`
-    pub decay: f64,
     /// `1 - beta1`
     pub beta1_rest: f64,
     /// Decay of the second moment.
@@ -281,10 +279,17 @@ pub struct AdamWStep {
     pub root_correction: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// `lr / (1 - beta1^t)`
-    pub rate: f64,
     /// Largest norm of all gradients together; longer ones are shortened to it.
     pub max_norm: Option<f64>,
+}
+
+/// The numbers of a step of AdamW that a parameter may have for itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWRates {
+    /// `1 - lr weight_decay`
+    pub decay: f64,
+    /// `lr / (1 - beta1^t)`
+    pub rate: f64,
 }
 
 /// Where the small tensors of one projection lie in the flat vector that holds those of all.

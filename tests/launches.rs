@@ -20,7 +20,7 @@ use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_
 use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as windows_sm90;
 use candle_sam_lora::launch::{
-    adamw, conv_columns, dora, dropout, file_of, layer_norm, multi_head, AdamWStep,
+    adamw, conv_columns, dora, dropout, file_of, layer_norm, multi_head, AdamWRates, AdamWStep,
     AttentionProblem, ConvColumns, Gpu, Launch, LayerNormProblem, MultiHeadProblem,
 };
 use candle_sam_lora::philox::Dropout;
@@ -114,17 +114,17 @@ fn multi_head_of(
 
 /// A step over the adapters of ViT-B.
 fn optimizer(dtype: DType) -> Result<Vec<Launch>> {
+    let rates = AdamWRates { decay: 1.0, rate: 1e-3 };
+    let parameter = adamw::Parameter { size: 12288, dtype, rates };
     let step = AdamWStep {
-        decay: 1.0,
         beta1_rest: 0.1,
         beta2: 0.999,
         beta2_rest: 0.001,
         root_correction: 1.0,
         eps: 1e-8,
-        rate: 1e-3,
         max_norm: None,
     };
-    Ok(adamw::plan(&[(12288, dtype); 48], true, &step)?.steps)
+    Ok(adamw::plan(&[parameter; 48], true, &step)?.steps)
 }
 
 /// Attention in windows of `side x side` over a grid of `grid x grid` tokens.

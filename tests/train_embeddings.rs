@@ -26,10 +26,11 @@ fn four_images(folder: &Path) -> anyhow::Result<Vec<String>> {
     Ok(arguments)
 }
 
-/// The bytes of all that a run computed.
-fn bytes(output: &Path) -> anyhow::Result<[Vec<u8>; 2]> {
+/// The bytes of all that a run computed, scores of held-out images included.
+fn bytes(output: &Path) -> anyhow::Result<[Vec<u8>; 3]> {
     let read = |name: &str| std::fs::read(output.join(name));
-    Ok([read("state.safetensors")?, read("adapter/adapter_model.safetensors")?])
+    let state = read("state.safetensors")?;
+    Ok([state, read("adapter/adapter_model.safetensors")?, read("metrics.json")?])
 }
 
 #[test]
@@ -40,7 +41,7 @@ fn kept_embeddings_change_no_bit() -> anyhow::Result<()> {
     let kept = kept.to_str().expect("a path in Unicode");
     let images = four_images(folder.path())?;
     let images: Vec<&str> = images.iter().map(String::as_str).collect();
-    let mixed = ["--prompt", "mixed", "--corrections", "1", "--steps", "12"];
+    let mixed = ["--prompt", "mixed", "--corrections", "1", "--steps", "12", "--eval-every", "6"];
     for (name, more) in [
         ("still", vec!["--no-augment"]),
         ("turned", vec![]),

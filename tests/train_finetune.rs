@@ -6,9 +6,10 @@ mod finetune;
 
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
-use candle_sam_lora::cli::finetune::Outcome;
+use candle_sam_lora::cli::finetune::{Options, Outcome};
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
+use clap::Parser;
 use finetune::{finetune, SHORT};
 use std::path::Path;
 
@@ -433,5 +434,28 @@ fn coco_annotations_train_as_masks_do() -> anyhow::Result<()> {
     assert_eq!((masks.before, masks.after), (coco.before, coco.after));
     let adapter = |name: &str| std::fs::read(at(name).join("adapter/adapter_model.safetensors"));
     assert!(adapter("by-masks")? == adapter("by-coco")?, "the adapters differ");
+    Ok(())
+}
+
+/// Three epochs of two photographs, two a step; factors of 1 leave the bits as they are.
+#[test]
+fn epochs_are_steps_that_show_every_image() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let coins = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/photos/coins/train");
+    let [images, masks] = ["images", "masks"].map(|kind| format!("{coins}/{kind}"));
+    let run = |name: &str, more: &[&str]| {
+        let output = folder.path().join(name);
+        let data = ["--images", &images, "--masks", &masks, "--val-fraction", "0.5"];
+        let cheap = ["--prompts", "1", "--overlays", "0", "--automatic", "0"];
+        let steps = ["--batch", "1", "--accumulate", "2", "--lr-schedule", "linear"];
+        finetune(&output, &[&data[..], &cheap, &steps, more].concat())?;
+        Ok::<_, anyhow::Error>(std::fs::read(output.join("adapter/adapter_model.safetensors"))?)
+    };
+    let by_steps = run("steps", &["--steps", "3"])?;
+    let groups = ["--loraplus-lr-ratio", "1", "--lr-factors", "q.lora_A=1,lora_B=1"];
+    assert!(run("epochs", &[&["--epochs", "3"][..], &groups].concat())? == by_steps);
+    let arguments = ["finetune", "--epochs", "3", "--steps", "3"];
+    let message = Options::try_parse_from(arguments).expect_err("both").to_string();
+    assert!(message.contains("cannot be used with"), "{message}");
     Ok(())
 }

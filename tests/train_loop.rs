@@ -8,8 +8,8 @@ use candle_sam_lora::module_tree;
 use candle_sam_lora::nn::{trainable_variables, Linear, Mode};
 use candle_sam_lora::train::{
     best_evaluation, evaluations_since_best, previous_state_path, AdamW, AdamWConfig, Decay,
-    EventFile, HeldOutScores, MaskScores, MetricsCsv, ObjectScores, Plateau, Schedule, StepMetrics,
-    StepScores, Trainer, TrainerConfig, TrainingState,
+    EventFile, HeldOutScores, MaskScores, MetricsCsv, ObjectScores, ParameterGroups, Plateau,
+    Schedule, StepMetrics, StepScores, Trainer, TrainerConfig, TrainingState,
 };
 use common::Case;
 use std::path::Path;
@@ -219,6 +219,111 @@ fn averages_are_continued_bit_for_bit() -> anyhow::Result<()> {
     let (_, mut other) = problem.start(problem.config)?;
     let message = other.resume(&path).expect_err("no averages").to_string();
     assert!(message.contains("ema: was 0.9, is nothing"), "{message}");
+    Ok(())
+}
+
+/// The variables of the case `loraplus`, as they were before.
+fn adapted(case: &Case) -> Result<Vec<(String, Var)>> {
+    ["first.lora_A.weight", "first.lora_B.weight", "first.lora_B.bias"]
+        .into_iter()
+        .chain(["norm.weight", "norm.bias", "second.weight", "second.bias"])
+        .map(|name| Ok((name.into(), Var::from_tensor(&case.tensor(&format!("before.{name}")))?)))
+        .collect()
+}
+
+/// Makes all steps of that case with these groups.
+fn fit(case: &Case, groups: Option<ParameterGroups>) -> anyhow::Result<Vec<(String, Var)>> {
+    let parameters = adapted(case)?;
+    let (lr, weight_decay) = (case.number("lr"), case.number("weight_decay"));
+    let config = AdamWConfig { lr, weight_decay, ..Default::default() };
+    let mut optimizer = AdamW::new(parameters.clone(), config)?;
+    groups.map_or(Ok(()), |groups| optimizer.set_groups(&groups))?;
+    for step in 0..case.tensor("gradients.norm.bias").dim(0)? {
+        // Each gradient is that of sum(p g).
+        let term = |(name, var): &(String, Var)| {
+            let gradient = case.tensor(&format!("gradients.{name}")).get(step)?;
+            (var.as_tensor() * gradient)?.sum_all()
+        };
+        let terms = parameters.iter().map(term).collect::<Result<Vec<_>>>()?;
+        let gradients = optimizer.gradients(&Tensor::stack(&terms, 0)?.sum_all()?.backward()?)?;
+        optimizer.apply(&gradients, None, None)?;
+    }
+    Ok(parameters)
+}
+
+#[test]
+fn loraplus_is_pefts() -> anyhow::Result<()> {
+    let case = cases("loraplus").remove(0);
+    let no_decay = vec!["bias".into(), "norm".into()];
+    let ratio = Some(case.number("ratio"));
+    let groups =
+        ParameterGroups { no_decay, loraplus_lr_ratio: ratio, ..ParameterGroups::default() };
+    for (name, found) in fit(&case, Some(groups))? {
+        let expected = case.tensor(&format!("after.{name}"));
+        let error = common::tensor_error(found.as_tensor(), &expected);
+        // 6 steps of 0.16 at most; the fixture holds f32.
+        assert!(error <= 1e-6, "{name}: {error:e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn groups_of_factor_one_change_no_bit() -> anyhow::Result<()> {
+    let case = cases("loraplus").remove(0);
+    let values = |groups| -> anyhow::Result<Vec<Vec<u32>>> {
+        let bits = |(_, var): (String, Var)| {
+            let values = var.flatten_all()?.to_vec1::<f32>()?;
+            Ok(values.into_iter().map(f32::to_bits).collect())
+        };
+        fit(&case, groups)?.into_iter().map(bits).collect()
+    };
+    let plain = values(None)?;
+    let lr_factors = vec![("second".into(), 1.0), ("lora_A".into(), 1.0)];
+    let loraplus_lr_ratio = Some(1.0);
+    let one = ParameterGroups { lr_factors, loraplus_lr_ratio, no_decay: vec![] };
+    assert_eq!(values(Some(one.clone()))?, plain);
+    // The last name that fits counts, and a rate of 0 leaves a parameter as it was.
+    let lr_factors = vec![("second".into(), 0.0), ("second.bias".into(), 1.0)];
+    let still = values(Some(ParameterGroups { lr_factors, ..one }))?;
+    for (index, (name, before)) in adapted(&case)?.into_iter().enumerate() {
+        let before = before.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits);
+        match name.as_str() {
+            "second.weight" => assert_eq!(still[index], before.collect::<Vec<_>>()),
+            _ => assert_eq!(still[index], plain[index], "{name}"),
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn groups_are_checked_and_are_settings_of_a_run() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let problem = Problem::new();
+    let (_, trainer) = problem.start(problem.config)?;
+    trainer.save(&path)?;
+    let groups = ParameterGroups { no_decay: vec!["bias".into()], ..Default::default() };
+    let (_, other) = problem.start(problem.config)?;
+    let message = other.with_groups(&groups)?.resume(&path).expect_err("groups").to_string();
+    assert!(message.contains("groups: was nothing"), "{message}");
+    for (groups, expected) in [
+        (
+            ParameterGroups { no_decay: vec!["norm".into()], ..Default::default() },
+            "no trained parameter's name holds \"norm\"",
+        ),
+        (
+            ParameterGroups { lr_factors: vec![("bias".into(), -1.0)], ..Default::default() },
+            "bias must be at least 0, got -1",
+        ),
+        (
+            ParameterGroups { loraplus_lr_ratio: Some(f64::NAN), ..Default::default() },
+            "LoRA+'s ratio must be at least 0, got NaN",
+        ),
+    ] {
+        let (_, trainer) = problem.start(problem.config)?;
+        let message = trainer.with_groups(&groups).map(drop).expect_err(expected).to_string();
+        assert!(message.contains(expected), "{message}");
+    }
     Ok(())
 }
 

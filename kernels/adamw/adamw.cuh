@@ -3,7 +3,7 @@
 //   partials   sum of g^2 of each chunk of each gradient; NaN where a gradient is not finite
 //   outcome    norm = sqrt(sum of partials), in f64; factor = min(1, max_norm / (norm + 1e-6))
 //   update     m <- m + (factor g - m) (1 - beta1)      v <- beta2 v + (factor g)^2 (1 - beta2)
-//              p <- p decay - rate m / (sqrt(v) root_correction + eps)
+//              p <- p decay - rate m / (sqrt(v) root_correction + eps)              decay and rate of each parameter
 //
 // A chunk is a block, wherever it runs, so no sum depends on the grid. The update rounds after every operation, as the
 // CPU's does: equal gradients make equal parameters. Nothing changes if the loss or a gradient is not finite.
@@ -130,7 +130,7 @@ __device__ __forceinline__ void adamw_update_chunk(const AdamWParams& p, const A
             m[i] = __fadd_rn(m[i], __fmul_rn(__fsub_rn(g[i], m[i]), p.beta1_rest));
             v[i] = __fadd_rn(__fmul_rn(v[i], p.beta2), __fmul_rn(__fmul_rn(g[i], g[i]), p.beta2_rest));
             const float denominator = __fadd_rn(__fmul_rn(sqrtf(v[i]), p.root_correction), p.eps);
-            w[i] = __fsub_rn(__fmul_rn(w[i], p.decay), __fmul_rn(m[i] / denominator, p.rate));
+            w[i] = __fsub_rn(__fmul_rn(w[i], tensor.decay), __fmul_rn(m[i] / denominator, tensor.rate));
         }
         store(parameter + at, w);
         store(exp_avg + at, m);

@@ -6,7 +6,7 @@ use super::bindings::{
 };
 use super::plan::Plan;
 use super::slots::{input, output, present, WORKSPACE};
-use super::{narrow, AdamWStep, Launch};
+use super::{narrow, AdamWRates, AdamWStep, Launch};
 use candle_core::{bail, DType, Result};
 
 const OP: &str = "adamw";
@@ -15,8 +15,16 @@ const OP: &str = "adamw";
 /// not finite; the loss; the factor of the gradients.
 pub const OUTCOME: usize = 4;
 
-/// Size and dtype of a parameter.
-pub type Parameter = (usize, DType);
+/// A parameter of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameter {
+    /// Elements.
+    pub size: usize,
+    /// f32, f16 or bf16.
+    pub dtype: DType,
+    /// Its own numbers.
+    pub rates: AdamWRates,
+}
 
 /// The launches of a step: sums of squares, their norm, the update. Inputs: the [`table`], and the loss in f32, if there is
 /// one; output: the outcome, [`OUTCOME`] f32.
@@ -25,7 +33,7 @@ pub type Parameter = (usize, DType);
 /// - there is no element;
 /// - there are 2^32 parameters or chunks.
 pub fn plan(parameters: &[Parameter], has_loss: bool, step: &AdamWStep) -> Result<Plan> {
-    let chunks = parameters.iter().map(|&(size, _)| chunks(size)).sum::<usize>();
+    let chunks = parameters.iter().map(|parameter| chunks(parameter.size)).sum::<usize>();
     let params = AdamWParams {
         tensors: input(0),
         partials: WORKSPACE,
@@ -34,13 +42,11 @@ pub fn plan(parameters: &[Parameter], has_loss: bool, step: &AdamWStep) -> Resul
         tensor_count: narrow(OP, "the number of parameters", parameters.len())?,
         chunks: narrow(OP, "the number of chunks", chunks)?,
         max_norm: step.max_norm.map_or(f32::INFINITY, |norm| norm as f32),
-        decay: step.decay as f32,
         beta1_rest: step.beta1_rest as f32,
         beta2: step.beta2 as f32,
         beta2_rest: step.beta2_rest as f32,
         root_correction: step.root_correction as f32,
         eps: step.eps as f32,
-        rate: step.rate as f32,
     };
     let launch = |family, blocks: usize, shared_bytes| -> Result<Launch> {
         let grid = [blocks as u64, 1, 1];
@@ -61,7 +67,8 @@ pub fn plan(parameters: &[Parameter], has_loss: bool, step: &AdamWStep) -> Resul
 /// - a dtype is not f32, f16 or bf16.
 pub fn table(parameters: &[Parameter], addresses: &[[device_ptr; 4]]) -> Result<Vec<u8>> {
     let mut first_chunk = 0;
-    let rows = parameters.iter().zip(addresses).map(|(&(size, dtype), addresses)| {
+    let rows = parameters.iter().zip(addresses).map(|(own, addresses)| {
+        let Parameter { size, dtype, rates } = *own;
         let [parameter, gradient, exp_avg, exp_avg_sq] = *addresses;
         let dtype = match dtype {
             DType::F32 => ADAMW_F32,
@@ -69,10 +76,18 @@ pub fn table(parameters: &[Parameter], addresses: &[[device_ptr; 4]]) -> Result<
             DType::BF16 => ADAMW_BF16,
             _ => bail!("{OP}: parameters must be f32, f16 or bf16, got {dtype:?}"),
         };
-        let size = size as u64;
-        let row =
-            AdamWTensor { parameter, gradient, exp_avg, exp_avg_sq, size, first_chunk, dtype };
-        first_chunk += chunks(size as usize) as u32;
+        let row = AdamWTensor {
+            parameter,
+            gradient,
+            exp_avg,
+            exp_avg_sq,
+            size: size as u64,
+            first_chunk,
+            dtype,
+            decay: rates.decay as f32,
+            rate: rates.rate as f32,
+        };
+        first_chunk += chunks(size) as u32;
         Ok(bytemuck::bytes_of(&row).to_vec())
     });
     Ok(rows.collect::<Result<Vec<_>>>()?.concat())
@@ -87,20 +102,23 @@ mod tests {
     use super::*;
 
     const STEP: AdamWStep = AdamWStep {
-        decay: 0.99,
         beta1_rest: 0.1,
         beta2: 0.999,
         beta2_rest: 0.001,
         root_correction: 30.0,
         eps: 1e-8,
-        rate: 1e-3,
         max_norm: None,
     };
+
+    fn parameter((size, dtype): (usize, DType)) -> Parameter {
+        Parameter { size, dtype, rates: AdamWRates { decay: 0.99, rate: 1e-3 } }
+    }
 
     #[test]
     fn every_chunk_has_a_block() -> Result<()> {
         let chunk = ADAMW_CHUNK as usize;
-        let parameters = [(1, DType::F32), (0, DType::F32), (2 * chunk + 1, DType::BF16)];
+        let parameters =
+            [(1, DType::F32), (0, DType::F32), (2 * chunk + 1, DType::BF16)].map(parameter);
         let plan = plan(&parameters, true, &STEP)?;
         let blocks: Vec<_> = plan.steps.iter().map(|step| step.grid[0]).collect();
         assert_eq!((blocks, plan.workspace_bytes), (vec![4, 1, 4], 16));
@@ -116,8 +134,8 @@ mod tests {
 
     #[test]
     fn no_element_and_other_dtypes_are_refused() {
-        assert!(plan(&[(0, DType::F32)], false, &STEP).is_err());
-        let message = table(&[(1, DType::F64)], &[[16; 4]]).unwrap_err().to_string();
+        assert!(plan(&[parameter((0, DType::F32))], false, &STEP).is_err());
+        let message = table(&[parameter((1, DType::F64))], &[[16; 4]]).unwrap_err().to_string();
         assert!(message.contains("F64"), "{message}");
     }
 }

@@ -1126,7 +1126,7 @@ const _: () = {
     ["Offset of field: SumPartialsParams::size"]
         [::std::mem::offset_of!(SumPartialsParams, size) - 24usize];
 };
-#[doc = " A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors\n before it."]
+#[doc = " A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors\n before it. A step multiplies it by `decay` and subtracts `rate` times its direction."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct AdamWTensor {
@@ -1137,10 +1137,12 @@ pub struct AdamWTensor {
     pub size: u64,
     pub first_chunk: u32,
     pub dtype: u32,
+    pub decay: f32,
+    pub rate: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AdamWTensor"][::std::mem::size_of::<AdamWTensor>() - 48usize];
+    ["Size of AdamWTensor"][::std::mem::size_of::<AdamWTensor>() - 56usize];
     ["Alignment of AdamWTensor"][::std::mem::align_of::<AdamWTensor>() - 8usize];
     ["Offset of field: AdamWTensor::parameter"]
         [::std::mem::offset_of!(AdamWTensor, parameter) - 0usize];
@@ -1154,6 +1156,8 @@ const _: () = {
     ["Offset of field: AdamWTensor::first_chunk"]
         [::std::mem::offset_of!(AdamWTensor, first_chunk) - 40usize];
     ["Offset of field: AdamWTensor::dtype"][::std::mem::offset_of!(AdamWTensor, dtype) - 44usize];
+    ["Offset of field: AdamWTensor::decay"][::std::mem::offset_of!(AdamWTensor, decay) - 48usize];
+    ["Offset of field: AdamWTensor::rate"][::std::mem::offset_of!(AdamWTensor, rate) - 52usize];
 };
 #[doc = " A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an\n f32 or 0. `outcome` f32 `[4]`: the norm of all gradients; 0, or which tensor, from 1, has the first gradient that is\n not finite; the loss; the factor of the gradients, NaN if nothing may change."]
 #[repr(C)]
@@ -1166,17 +1170,15 @@ pub struct AdamWParams {
     pub tensor_count: u32,
     pub chunks: u32,
     pub max_norm: f32,
-    pub decay: f32,
     pub beta1_rest: f32,
     pub beta2: f32,
     pub beta2_rest: f32,
     pub root_correction: f32,
     pub eps: f32,
-    pub rate: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AdamWParams"][::std::mem::size_of::<AdamWParams>() - 72usize];
+    ["Size of AdamWParams"][::std::mem::size_of::<AdamWParams>() - 64usize];
     ["Alignment of AdamWParams"][::std::mem::align_of::<AdamWParams>() - 8usize];
     ["Offset of field: AdamWParams::tensors"]
         [::std::mem::offset_of!(AdamWParams, tensors) - 0usize];
@@ -1190,16 +1192,14 @@ const _: () = {
     ["Offset of field: AdamWParams::chunks"][::std::mem::offset_of!(AdamWParams, chunks) - 36usize];
     ["Offset of field: AdamWParams::max_norm"]
         [::std::mem::offset_of!(AdamWParams, max_norm) - 40usize];
-    ["Offset of field: AdamWParams::decay"][::std::mem::offset_of!(AdamWParams, decay) - 44usize];
     ["Offset of field: AdamWParams::beta1_rest"]
-        [::std::mem::offset_of!(AdamWParams, beta1_rest) - 48usize];
-    ["Offset of field: AdamWParams::beta2"][::std::mem::offset_of!(AdamWParams, beta2) - 52usize];
+        [::std::mem::offset_of!(AdamWParams, beta1_rest) - 44usize];
+    ["Offset of field: AdamWParams::beta2"][::std::mem::offset_of!(AdamWParams, beta2) - 48usize];
     ["Offset of field: AdamWParams::beta2_rest"]
-        [::std::mem::offset_of!(AdamWParams, beta2_rest) - 56usize];
+        [::std::mem::offset_of!(AdamWParams, beta2_rest) - 52usize];
     ["Offset of field: AdamWParams::root_correction"]
-        [::std::mem::offset_of!(AdamWParams, root_correction) - 60usize];
-    ["Offset of field: AdamWParams::eps"][::std::mem::offset_of!(AdamWParams, eps) - 64usize];
-    ["Offset of field: AdamWParams::rate"][::std::mem::offset_of!(AdamWParams, rate) - 68usize];
+        [::std::mem::offset_of!(AdamWParams, root_correction) - 56usize];
+    ["Offset of field: AdamWParams::eps"][::std::mem::offset_of!(AdamWParams, eps) - 60usize];
 };
 #[doc = " The `kernel x kernel` neighbourhood of every position of x `[batch, h, w, channels]`, or of one in each `stride x\n stride`, zero outside: columns `[batch, rows, cols, kernel, kernel, channels]`. The backward makes the gradient x of\n that of columns. `vectors` of channels, or `channels` single ones; `count` of what is made."]
 #[repr(C)]

@@ -33,7 +33,7 @@ mod tile_table;
 pub mod tiles;
 
 pub use crate::problem::{
-    AdamWStep, AttentionProblem, ConvColumns, LayerNormProblem, MultiHeadProblem,
+    AdamWRates, AdamWStep, AttentionProblem, ConvColumns, LayerNormProblem, MultiHeadProblem,
 };
 pub use bindings::{device_ptr, Slots};
 pub use gpu::{Architecture, Gpu};

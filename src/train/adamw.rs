@@ -14,9 +14,10 @@
 //!
 //! Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; `torch/optim/adam.py`.
 
-use super::Gradients;
+use super::groups::Factors;
+use super::{Gradients, ParameterGroups};
 use crate::ops::Collector;
-use crate::problem::AdamWStep;
+use crate::problem::{AdamWRates, AdamWStep};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{backprop::GradStore, bail, DType, Tensor, Var};
 use candle_nn::Optimizer;
@@ -73,19 +74,29 @@ impl AdamWConfig {
 
 impl AdamWConfig {
     fn at(&self, step: u64, max_norm: Option<f64>) -> AdamWStep {
-        let Self { lr, beta1, beta2, eps, weight_decay } = *self;
-        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+        let Self { beta1, beta2, eps, .. } = *self;
         AdamWStep {
-            decay: 1.0 - lr * weight_decay,
             beta1_rest: 1.0 - beta1,
             beta2,
             beta2_rest: 1.0 - beta2,
-            root_correction: 1.0 / correction(beta2).sqrt(),
+            root_correction: 1.0 / correction(beta2, step).sqrt(),
             eps,
-            rate: lr / correction(beta1),
             max_norm,
         }
     }
+
+    fn rates(&self, step: u64, factors: Factors) -> AdamWRates {
+        let lr = self.lr * factors.lr;
+        AdamWRates {
+            decay: 1.0 - lr * (self.weight_decay * factors.weight_decay),
+            rate: lr / correction(self.beta1, step),
+        }
+    }
+}
+
+/// How far a mean that decays by `beta` from zero is from its end after `step` steps.
+fn correction(beta: f64, step: u64) -> f64 {
+    1.0 - beta.powf(step as f64)
 }
 
 /// A parameter and its moments.
@@ -95,6 +106,8 @@ struct Slot {
     var: Var,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    /// Of learning rate and weight decay.
+    factors: Factors,
 }
 
 /// A variable to optimize, and the name that its moments are saved under.
@@ -169,7 +182,7 @@ impl AdamW {
             }
             let zeros = || Tensor::zeros(var.dims(), DType::F32, var.device());
             let (exp_avg, exp_avg_sq) = (zeros()?, zeros()?);
-            slots.push(Slot { name, var, exp_avg, exp_avg_sq });
+            slots.push(Slot { name, var, exp_avg, exp_avg_sq, factors: Factors::default() });
         }
         Ok(Self {
             config,
@@ -178,6 +191,18 @@ impl AdamW {
             by_kernels: crate::ops::adamw::takes(slots.iter().map(|slot| &slot.var)),
             slots,
         })
+    }
+
+    /// Gives parameters the learning rates and weight decays of their groups.
+    ///
+    /// # Errors
+    /// - as [`ParameterGroups::validate`].
+    pub fn set_groups(&mut self, groups: &ParameterGroups) -> Result<()> {
+        groups.validate(self.slots.iter().map(|slot| slot.name.as_str()))?;
+        for slot in &mut self.slots {
+            slot.factors = groups.factors(&slot.name, &slot.var);
+        }
+        Ok(())
     }
 
     /// How many steps were made.
@@ -289,7 +314,8 @@ impl AdamW {
         let clipped = clipped.transpose()?;
         let gradients = clipped.as_ref().unwrap_or(gradients).tensors();
         for (slot, gradient) in self.slots.iter_mut().zip(gradients) {
-            slot.update(gradient, step)?;
+            let rates = self.config.rates(self.steps + 1, slot.factors);
+            slot.update(gradient, step, rates)?;
         }
         Ok(StepMeasures { grad_norm, loss })
     }
@@ -307,8 +333,9 @@ impl AdamW {
             (Some(loss), Some(slot)) => Some(loss.to_device(slot.var.device())?),
             _ => None,
         };
-        let rows: Vec<_> =
-            self.slots.iter().map(|slot| slot.tensors().map(|(_, tensor)| tensor)).collect();
+        let rates = self.slots.iter().map(|slot| self.config.rates(self.steps + 1, slot.factors));
+        let tensors = self.slots.iter().map(|slot| slot.tensors().map(|(_, tensor)| tensor));
+        let rows: Vec<_> = tensors.zip(rates).collect();
         let Outcome { grad_norm, not_finite, loss } =
             adamw::step(&rows, gradients.tensors(), loss.as_ref(), step)?;
         check_loss(loss, self.steps)?;
@@ -412,14 +439,19 @@ impl Slot {
         ]
     }
 
-    fn update(&mut self, gradient: &Tensor, step: &AdamWStep) -> candle_core::Result<()> {
+    fn update(
+        &mut self,
+        gradient: &Tensor,
+        step: &AdamWStep,
+        rates: AdamWRates,
+    ) -> candle_core::Result<()> {
         let p = self.var.as_detached_tensor().to_dtype(DType::F32)?;
-        let p = (p * step.decay)?;
+        let p = (p * rates.decay)?;
         self.exp_avg = (&self.exp_avg + ((gradient - &self.exp_avg)? * step.beta1_rest)?)?;
         self.exp_avg_sq =
             ((&self.exp_avg_sq * step.beta2)? + (gradient.sqr()? * step.beta2_rest)?)?;
         let denominator = ((self.exp_avg_sq.sqrt()? * step.root_correction)? + step.eps)?;
-        let update = ((&self.exp_avg / denominator)? * step.rate)?;
+        let update = ((&self.exp_avg / denominator)? * rates.rate)?;
         self.var.set(&(p - update)?.to_dtype(self.var.dtype())?)
     }
 }

@@ -91,19 +91,39 @@ impl Evaluator<'_> {
         sample: &Sample,
         progress: impl FnMut(usize),
     ) -> Result<ImageEvaluation> {
+        let image = DynamicImage::ImageRgb8(sample.image.clone());
+        let (pixel_values, frame) = self.processor.preprocess(&image, self.device)?;
         // A graph would hold each layer's intermediates.
+        let model = without_gradients(self.model)?;
+        let tensor = model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
+        self.evaluate_embedded(
+            sample,
+            &ImageEmbedding { tensor, hq_features: None, frame },
+            progress,
+        )
+    }
+
+    /// As [`evaluate`](Self::evaluate), with the image's embedding by this model.
+    ///
+    /// # Errors
+    /// - the embedding does not fit the model.
+    pub fn evaluate_embedded(
+        &self,
+        sample: &Sample,
+        embedding: &ImageEmbedding,
+        progress: impl FnMut(usize),
+    ) -> Result<ImageEvaluation> {
         let model = &without_gradients(self.model)?;
-        Evaluator { model, ..*self }.prompted(sample, progress)
+        Evaluator { model, ..*self }.prompted(sample, embedding, progress)
     }
 
     fn prompted(
         &self,
         sample: &Sample,
+        embedding: &ImageEmbedding,
         mut progress: impl FnMut(usize),
     ) -> Result<ImageEvaluation> {
-        let image = DynamicImage::ImageRgb8(sample.image.clone());
-        let (pixel_values, frame) = self.processor.preprocess(&image, self.device)?;
-        let embeddings = self.model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
+        let ImageEmbedding { tensor: embeddings, frame, .. } = embedding;
         let mut resizer = None;
         let mut found = ImageEvaluation {
             prompts: vec![],
@@ -114,7 +134,7 @@ impl Evaluator<'_> {
         };
         for (index, instance) in sample.instances.iter().enumerate() {
             let prompts = self.kind.fixed(sample.labels(instance), instance);
-            let first = prompt_tensor(&prompts, &frame, self.device)?;
+            let first = prompt_tensor(&prompts, frame, self.device)?;
             let input =
                 SamInput { image_embeddings: Some(embeddings.clone()), ..prompt_input(&first)? };
             let masks = self.model.mask_decoder.output_hypernetworks_mlps.len();
@@ -123,7 +143,7 @@ impl Evaluator<'_> {
             let (_, _, rows, cols) = logits.dims4()?;
             let resizer = match &mut resizer {
                 Some(resizer) => resizer,
-                none => none.insert(Resizer::new(self.processor, (rows, cols), &frame)?),
+                none => none.insert(Resizer::new(self.processor, (rows, cols), frame)?),
             };
             let predicted = output.iou_scores.squeeze(0)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
             let truth = Truth::new(sample, instance);
@@ -143,13 +163,13 @@ impl Evaluator<'_> {
                 scores.push(ObjectScores::first(fit, error / predicted.len() as f64));
             }
             let mut scores = ObjectScores::mean(&scores);
-            let window = MaskWindow::new(&frame, self.processor.pad_size, rows);
+            let window = MaskWindow::new(frame, self.processor.pad_size, rows);
             let objects = PromptedObjects {
                 images: vec![0],
                 prompts: prompt_input(&first.narrow(1, 0, 1)?)?,
                 objects: vec![window.masks(sample, &[*instance], &Device::Cpu)?],
             };
-            let corrected = self.corrected(&objects, &embeddings, &truth, resizer)?;
+            let corrected = self.corrected(&objects, embeddings, &truth, resizer)?;
             (scores.iou_at_3, scores.iou_at_5) = (corrected[2], corrected[4]);
             found.scores.push(scores);
             found.masks.extend(mask);
@@ -157,8 +177,7 @@ impl Evaluator<'_> {
             progress(index + 1);
         }
         if let Some(generator) = self.generator {
-            let embedding = ImageEmbedding { tensor: embeddings, hq_features: None, frame };
-            found.automatic = Some(self.everything(generator, &embedding, sample)?);
+            found.automatic = Some(self.everything(generator, embedding, sample)?);
         }
         Ok(found)
     }

@@ -1,4 +1,4 @@
-//! Embeddings of training images, computed once for a run that trains nothing of the image encoder.
+//! Embeddings of images, computed once for a run that trains nothing of the image encoder.
 //!
 //! ```text
 //! an image, as it is or turned  ->  [1, C, h, w]     in memory, or a file each in a folder
@@ -8,7 +8,7 @@
 //! or adapter, is computed anew.
 
 use super::{FlipRotate, Sample};
-use crate::sam::{EmbeddingStore, Frame, SamModel, SamPredictor, SamProcessor};
+use crate::sam::{EmbeddingStore, ImageEmbedding, SamModel, SamPredictor, SamProcessor};
 use crate::Result;
 use candle_core::Tensor;
 use image::DynamicImage;
@@ -62,23 +62,23 @@ impl<'a> KeptEmbeddings<'a> {
     /// # Errors
     /// - as [`SamPredictor::embed`];
     /// - a file cannot be read or written.
-    pub fn get(&self, index: usize, way: FlipRotate, sample: &Sample) -> Result<(Tensor, Frame)> {
+    pub fn get(&self, index: usize, way: FlipRotate, sample: &Sample) -> Result<ImageEmbedding> {
         let (width, height) = sample.image.dimensions();
         let frame = self.predictor.processor().frame(height as usize, width as usize)?;
         let image = || DynamicImage::ImageRgb8(sample.image.clone());
         if way != FlipRotate::NONE && !self.keeps_turned {
-            return Ok((self.predictor.embed(&image())?.tensor, frame));
+            return self.predictor.embed(&image());
         }
         if let Some(store) = &self.store {
             let kept = store.get_or_embed_pixels(&self.predictor, &sample.name, &sample.image)?;
-            return Ok((kept.embedding.tensor, frame));
+            return Ok(kept.embedding);
         }
         let memory = || self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kept) = memory().get(&(index, way)) {
-            return Ok((kept.clone(), frame));
+            return Ok(ImageEmbedding { tensor: kept.clone(), hq_features: None, frame });
         }
         let computed = self.predictor.embed(&image())?.tensor;
         memory().insert((index, way), computed.clone());
-        Ok((computed, frame))
+        Ok(ImageEmbedding { tensor: computed, hq_features: None, frame })
     }
 }

@@ -53,6 +53,7 @@ mod finding;
 #[cfg(feature = "images")]
 mod folder;
 mod gradients;
+mod groups;
 mod held_out_scores;
 mod history;
 #[cfg(feature = "images")]
@@ -111,6 +112,7 @@ pub use event_file::EventFile;
 #[cfg(feature = "images")]
 pub use folder::Suffixes;
 pub use gradients::Gradients;
+pub use groups::ParameterGroups;
 pub use held_out_scores::HeldOutScores;
 pub use history::{best_evaluation, evaluations_since_best, StepScores};
 #[cfg(feature = "images")]

@@ -15,7 +15,7 @@ use super::{
     Prompt, PromptKind, Sample, StepRng,
 };
 use crate::nn::{trainable_variables, Mode};
-use crate::sam::{Frame, SamInput, SamModel, SamOutput, SamProcessor};
+use crate::sam::{Frame, ImageEmbedding, SamInput, SamModel, SamOutput, SamProcessor};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use image::DynamicImage;
@@ -137,7 +137,10 @@ impl Batch {
                 sample = way.apply(sample);
             }
             let (image, frame) = match embeddings {
-                Some(kept) => kept.get(index, way, &sample)?,
+                Some(kept) => {
+                    let ImageEmbedding { tensor, frame, .. } = kept.get(index, way, &sample)?;
+                    (tensor, frame)
+                }
                 None => {
                     let image = DynamicImage::ImageRgb8(sample.image.clone());
                     processor.preprocess(&image, device)?

@@ -3,10 +3,10 @@
 use crate::common::{error, random, values};
 use crate::device::{in_every_mode, launch_plan, Memory};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_sam_lora::launch::adamw::{plan, table, OUTCOME};
+use candle_sam_lora::launch::adamw::{plan, table, Parameter, OUTCOME};
 use candle_sam_lora::launch::slots::Operands;
-use candle_sam_lora::launch::AdamWStep;
-use candle_sam_lora::train::{AdamW, AdamWConfig};
+use candle_sam_lora::launch::{AdamWRates, AdamWStep};
+use candle_sam_lora::train::{AdamW, AdamWConfig, ParameterGroups};
 
 /// Elements, dtype, and by how many elements the memory begins late. Chunks have 2048.
 const PARAMETERS: [(usize, DType, usize); 6] = [
@@ -22,17 +22,31 @@ const CONFIG: AdamWConfig =
 const LOSS: f32 = 1.5;
 
 fn numbers(t: i32, max_norm: Option<f64>) -> AdamWStep {
-    let AdamWConfig { lr, beta1, beta2, eps, weight_decay } = CONFIG;
+    let AdamWConfig { beta1, beta2, eps, .. } = CONFIG;
     AdamWStep {
-        decay: 1.0 - lr * weight_decay,
         beta1_rest: 1.0 - beta1,
         beta2,
         beta2_rest: 1.0 - beta2,
         root_correction: 1.0 / (1.0 - beta2.powi(t)).sqrt(),
         eps,
-        rate: lr / (1.0 - beta1.powi(t)),
         max_norm,
     }
+}
+
+/// Parameters by their places: one learns faster than the others, one is not decayed.
+const FASTER: (usize, f64) = (2, 3.0);
+const NOT_DECAYED: usize = 4;
+
+/// The table's parameters in step `t`.
+fn parameters(t: i32) -> [Parameter; PARAMETERS.len()] {
+    let AdamWConfig { lr, beta1, weight_decay, .. } = CONFIG;
+    std::array::from_fn(|place| {
+        let (size, dtype, _) = PARAMETERS[place];
+        let lr = if place == FASTER.0 { lr * FASTER.1 } else { lr };
+        let weight_decay = if place == NOT_DECAYED { 0.0 } else { weight_decay };
+        let rates = AdamWRates { decay: 1.0 - lr * weight_decay, rate: lr / (1.0 - beta1.powi(t)) };
+        Parameter { size, dtype, rates }
+    })
 }
 
 fn tensors(seed: u64) -> Result<Vec<Tensor>> {
@@ -49,6 +63,11 @@ fn gradients() -> Result<[Vec<Tensor>; 2]> {
 fn on_the_cpu(max_norm: Option<f64>) -> Result<(Vec<[Vec<f64>; 3]>, Vec<f64>)> {
     let vars: Vec<_> = tensors(1)?.iter().map(Var::from_tensor).collect::<Result<_>>()?;
     let mut optimizer = AdamW::new(vars.clone(), CONFIG)?;
+    optimizer.set_groups(&ParameterGroups {
+        lr_factors: vec![(FASTER.0.to_string(), FASTER.1)],
+        no_decay: vec![NOT_DECAYED.to_string()],
+        ..Default::default()
+    })?;
     let mut norms = vec![];
     for step in gradients()? {
         let products = vars.iter().zip(&step).map(|(v, g)| (v.as_tensor() * g)?.sum_all());
@@ -68,7 +87,6 @@ fn on_the_cpu(max_norm: Option<f64>) -> Result<(Vec<[Vec<f64>; 3]>, Vec<f64>)> {
 type Stepped = (Vec<[Vec<f64>; 3]>, Vec<Vec<f64>>);
 
 fn by_kernels(steps: &[Vec<Tensor>], loss: f32, max_norm: Option<f64>) -> Result<Stepped> {
-    let parameters = PARAMETERS.map(|(size, dtype, _)| (size, dtype));
     let memory = |tensors: &[Tensor]| -> Vec<Memory> {
         let late = PARAMETERS.iter().map(|(.., late)| *late);
         tensors.iter().zip(late).map(|(t, late)| Memory::from_tensor_at(t, late)).collect()
@@ -92,6 +110,7 @@ fn by_kernels(steps: &[Vec<Tensor>], loss: f32, max_norm: Option<f64>) -> Result
                 let [g, m, v] = [&g[i], &m[i], &v[i]].map(|memory| at(memory, i, DType::F32));
                 [at(&p[i], i, dtype), g, m, v]
             });
+            let parameters = parameters(t);
             let table = table(&parameters, &rows.collect::<Vec<_>>())?;
             let table = Memory::from_bytes_at(&table, 0);
             let plan = plan(&parameters, true, &numbers(t, max_norm))?;

@@ -5,8 +5,8 @@ use super::pictures::picture;
 use super::progress::Progress;
 use crate::sam::{MaskGenerator, Rle, SamModel, SamProcessor};
 use crate::train::{
-    together, Communicator, Dataset, Evaluator, HeldOutScores, MaskMatches, MaskScores,
-    ObjectScores, PromptKind,
+    together, Communicator, Dataset, Evaluator, FlipRotate, HeldOutScores, KeptEmbeddings,
+    MaskMatches, MaskScores, ObjectScores, PromptKind,
 };
 use crate::Error;
 use candle_core::Device;
@@ -71,8 +71,14 @@ pub fn scores(verdicts: &[Verdict]) -> HeldOutScores {
 }
 
 impl Judge<'_> {
-    /// Prompts every object of the held-out images; the first `shown` images are drawn.
-    pub fn verdicts(&self, sam: &SamModel, shown: usize) -> anyhow::Result<Vec<Verdict>> {
+    /// Prompts every object of the held-out images; the first `shown` images are drawn. `kept` has the images' embeddings by
+    /// this model.
+    pub fn verdicts(
+        &self,
+        sam: &SamModel,
+        kept: Option<&KeptEmbeddings<'_>>,
+        shown: usize,
+    ) -> anyhow::Result<Vec<Verdict>> {
         let Self { processor, held_out, kind, device, console, processes, ref generator } = *self;
         let generator = generator.as_ref();
         let evaluator = Evaluator { model: sam, processor, kind, device, generator };
@@ -80,7 +86,14 @@ impl Judge<'_> {
         let verdict = |index: usize| {
             let sample = held_out.load(index)?;
             let objects = sample.instances.len();
-            let found = evaluator.evaluate(&sample, |done| progress.at(index, done, objects))?;
+            let step = |done| progress.at(index, done, objects);
+            let found = match kept {
+                Some(kept) => {
+                    let embedding = kept.get(index, FlipRotate::NONE, &sample)?;
+                    evaluator.evaluate_embedded(&sample, &embedding, step)?
+                }
+                None => evaluator.evaluate(&sample, step)?,
+            };
             let prompted = (index < shown).then(|| picture(&sample, &found));
             let (automatic, matches) =
                 found.automatic.map(|automatic| (automatic.masks, automatic.matches)).unzip();

@@ -8,7 +8,7 @@ use super::parts::Parts;
 use crate::sam::{MaskGenerator, ReadOptions, ValueRange};
 use crate::train::{
     AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
-    Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
+    ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
 };
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -126,6 +126,9 @@ pub struct Options {
     /// Optimizer steps
     #[arg(long, default_value_t = 300)]
     pub steps: u64,
+    /// Instead of --steps, as many as show every image so often
+    #[arg(long, value_name = "EPOCHS", conflicts_with = "steps")]
+    pub epochs: Option<u64>,
     /// Images in a step
     #[arg(long, default_value_t = 2, value_name = "IMAGES")]
     pub batch: usize,
@@ -169,6 +172,15 @@ pub struct Options {
     /// Weight decay
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,
+    /// Learning rate of the adapters' B and of vectors over that of the rest, as LoRA+ has it; 16 is usual
+    #[arg(long, value_name = "RATIO")]
+    pub loraplus_lr_ratio: Option<f64>,
+    /// Factors of the learning rate of parameters whose names hold these, as mask_decoder=0.1; the last one counts
+    #[arg(long, value_name = "NAME=FACTOR,..", value_delimiter = ',')]
+    pub lr_factors: Vec<LrFactor>,
+    /// Parts of the names of parameters without weight decay, as bias,norm
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    pub no_decay: Vec<String>,
     /// Do not mirror and turn the training images
     #[arg(long)]
     pub no_augment: bool,
@@ -258,6 +270,22 @@ impl FromStr for Ignore {
     }
 }
 
+/// A part of parameters' names, and the factor of their learning rate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LrFactor(String, f64);
+
+impl FromStr for LrFactor {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('=').map(|(name, factor)| (name, factor.parse()));
+        match parts {
+            Some((name, Ok(factor))) => Ok(Self(name.into(), factor)),
+            _ => Err(format!("expected NAME=FACTOR, got {text:?}")),
+        }
+    }
+}
+
 /// How often is evaluated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EvalEvery {
@@ -322,6 +350,15 @@ impl Options {
         }
     }
 
+    /// Parameters with rates of their own.
+    pub fn groups(&self) -> ParameterGroups {
+        ParameterGroups {
+            lr_factors: self.lr_factors.iter().map(|LrFactor(n, f)| (n.clone(), *f)).collect(),
+            no_decay: self.no_decay.clone(),
+            loraplus_lr_ratio: self.loraplus_lr_ratio,
+        }
+    }
+
     /// The batch of a step.
     pub fn batch(&self) -> BatchConfig {
         BatchConfig {
@@ -352,11 +389,23 @@ impl Options {
         })
     }
 
-    /// Steps between two evaluations on the way, if there are any, with `images` to train on.
-    pub fn eval_steps(&self, images: usize) -> Option<u64> {
+    /// Steps that show each of `images` images so often, to `processes` together.
+    fn steps_of(&self, epochs: u64, images: usize, processes: usize) -> u64 {
+        let of_a_step = self.batch as u64 * self.accumulate * processes as u64;
+        (epochs * images as u64).div_ceil(of_a_step)
+    }
+
+    /// The same options with the steps of all epochs.
+    pub fn with_epochs(&self, images: usize, processes: usize) -> Self {
+        let steps = self.epochs.map(|epochs| self.steps_of(epochs, images, processes));
+        Self { steps: steps.unwrap_or(self.steps), ..self.clone() }
+    }
+
+    /// Steps between two evaluations on the way, if there are any.
+    pub fn eval_steps(&self, images: usize, processes: usize) -> Option<u64> {
         self.eval_every.map(|every| match every {
             EvalEvery::Steps(steps) => steps,
-            EvalEvery::Epoch => (images as u64).div_ceil(self.batch as u64 * self.accumulate),
+            EvalEvery::Epoch => self.steps_of(1, images, processes),
         })
     }
 }

@@ -63,6 +63,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let config = sam.config().clone();
     let processor = model::processor(&folder, &config, console)?;
     let (train, held_out) = datasets(options, &**processes)?;
+    let options = &options.with_epochs(train.len(), processes.size());
 
     for (path, (width, height)) in train.sizes().chain(held_out.sizes()) {
         // Before hours of training, and not in the step that meets it; turned it has the same sides.
@@ -84,7 +85,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         console,
         processes: &**processes,
     };
-    let before = judge.verdicts(&sam, options.overlays)?;
+    let before = judge.verdicts(&sam, None, options.overlays)?;
     let lora = match loaded {
         Some(config) => config,
         None => adapt_encoder(&mut sam, options)?,
@@ -122,13 +123,14 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     if options.adapter.is_none() {
         lora.base_model_name_or_path = name_on_the_hub(options, &folder);
     }
-    let trainer = Trainer::new(&sam, options.trainer())?.with_settings(settings);
-    let mut trainer = trainer.with_communicator(processes.clone())?;
+    let trainer = Trainer::new(&sam, options.trainer())?.with_groups(&options.groups())?;
+    let mut trainer = trainer.with_settings(settings).with_communicator(processes.clone())?;
     if processes.size() > 1 {
         let parts = processes.size() as u64 * options.trainer().accumulation;
         console.note(format!("{}; {parts} parts a step", census(&**processes)));
     }
-    let embeddings = kept_embeddings(options, &sam, &processor, train.len())?;
+    let [embeddings, of_held_out] =
+        kept_embeddings(options, &sam, &processor, [train.len(), held_out.len()])?;
     let batches = BatchSource {
         dataset: &train,
         processor: &processor,
@@ -139,13 +141,8 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         embeddings: embeddings.as_ref(),
     };
     let loss = |part, mode| Batch::draw(&batches, part)?.loss(&sam, mode);
-    // A frozen clone has the same tensors, but its evaluation builds no graph.
-    let evaluate = || {
-        let mut sam = sam.clone();
-        set_trainable(&mut sam, |_| false)?;
-        Ok(judge::scores(&judge.verdicts(&sam, 0)?))
-    };
-    let eval_steps = options.eval_steps(train.len());
+    let evaluate = || Ok(judge::scores(&judge.verdicts(&sam, of_held_out.as_ref(), 0)?));
+    let eval_steps = options.eval_steps(train.len(), processes.size());
     let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
     run.steps(&mut trainer, loss, evaluate)?;
     if processes.size() > 1 && trainer.times().steps > 0 {
@@ -154,8 +151,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
 
     trainer.take_averages()?;
     on_first(&**processes, || Ok(save_adapter(&sam, &lora, options.output.join(ADAPTER))?))?;
-    set_trainable(&mut sam, |_| false)?;
-    let after = judge.verdicts(&sam, options.overlays)?;
+    let after = judge.verdicts(&sam, of_held_out.as_ref(), options.overlays)?;
     let outcome = Outcome {
         before: judge::scores(&before),
         after: judge::scores(&after),
@@ -180,29 +176,33 @@ fn name_on_the_hub(options: &Options, folder: &Path) -> Option<String> {
     name.split('@').next().map(str::to_string)
 }
 
-/// The embeddings of the training images, if they are computed once. Says what is kept.
+/// The embeddings of the images to train on and of those held out, if they are computed once. Says what is kept.
 fn kept_embeddings<'a>(
     options: &Options,
     sam: &'a SamModel,
     processor: &SamProcessor,
-    images: usize,
-) -> anyhow::Result<Option<KeptEmbeddings<'a>>> {
+    [images, held_out]: [usize; 2],
+) -> anyhow::Result<[Option<KeptEmbeddings<'a>>; 2]> {
     let place = options.embeddings.as_deref();
     let named = place.and_then(Path::to_str);
-    if !trainable_variables(&sam.vision_encoder)?.is_empty() {
-        return Ok(None);
+    if named == Some("none") || !trainable_variables(&sam.vision_encoder)?.is_empty() {
+        return Ok([None, None]);
     }
-    let kept = match (place, named) {
-        (_, Some("none")) => return Ok(None),
-        (None, _) | (_, Some("memory")) => KeptEmbeddings::in_memory(sam, processor),
-        (Some(folder), _) => KeptEmbeddings::in_folder(sam, processor, folder),
+    let kept = || {
+        let kept = match place.filter(|_| named != Some("memory")) {
+            Some(folder) => KeptEmbeddings::in_folder(sam, processor, folder),
+            None => KeptEmbeddings::in_memory(sam, processor),
+        };
+        match options.symmetries {
+            Symmetries::Stored => kept,
+            Symmetries::Recomputed => kept.recompute_turned(),
+        }
     };
-    let kept = match options.symmetries {
-        Symmetries::Stored => kept,
-        Symmetries::Recomputed => kept.recompute_turned(),
-    };
-    let bytes = kept.bytes(images, !options.no_augment)?;
-    let size = format!("{:.1} MiB at most, {images} images", bytes as f64 / f64::from(1 << 20));
+    let [of_images, of_held_out] = [kept(), kept()];
+    let bytes =
+        of_images.bytes(images, !options.no_augment)? + of_held_out.bytes(held_out, false)?;
+    let count = format!("{images} images and {held_out} held out");
+    let size = format!("{:.1} MiB at most, {count}", bytes as f64 / f64::from(1 << 20));
     let ways = match (options.no_augment, options.symmetries) {
         (true, _) => "as they are",
         (false, Symmetries::Stored) => "turned and mirrored in eight ways",
@@ -212,13 +212,13 @@ fn kept_embeddings<'a>(
         None if bytes > MOST_IN_MEMORY => {
             let advice = "--embeddings DIR or memory computes them once";
             options.console.note(format!("embeddings computed in every step: {size}; {advice}"));
-            return Ok(None);
+            return Ok([None, None]);
         }
         Some(folder) if named != Some("memory") => format!("in {}", folder.display()),
         _ => "in memory".into(),
     };
     options.console.note(format!("embeddings computed once and kept {said}: {size} {ways}"));
-    Ok(Some(kept))
+    Ok([Some(of_images), Some(of_held_out)])
 }
 
 /// Injects the adapters, into the image encoder alone.

@@ -1,9 +1,9 @@
 //! A step of AdamW over all parameters by its kernels.
 
 use crate::driver::{operand, InPlace, Job};
-use crate::launch::adamw::{plan, table, OUTCOME};
+use crate::launch::adamw::{plan, table, Parameter, OUTCOME};
 use crate::ops::custom::has_kernels;
-use crate::problem::AdamWStep;
+use crate::problem::{AdamWRates, AdamWStep};
 use candle_core::{bail, DType, Result, Shape, Tensor, Var};
 use std::collections::HashSet;
 
@@ -30,26 +30,34 @@ pub fn takes<'a>(parameters: impl Iterator<Item = &'a Var> + Clone) -> bool {
         })
 }
 
-/// Makes a step with the parameters' gradients in f32, and waits for it. Each row is a parameter and its moments.
+/// Makes a step with the parameters' gradients in f32, and waits for it. Each row is a parameter and its moments, and the
+/// parameter's own numbers.
 pub fn step(
-    rows: &[[&Tensor; 3]],
+    rows: &[([&Tensor; 3], AdamWRates)],
     gradients: &[Tensor],
     loss: Option<&Tensor>,
     step: &AdamWStep,
 ) -> Result<Outcome> {
-    if let Some(([parameter, ..], gradient)) =
-        rows.iter().zip(gradients).find(|([parameter, ..], g)| parameter.shape() != g.shape())
+    if let Some((([parameter, ..], _), gradient)) = rows
+        .iter()
+        .zip(gradients)
+        .find(|(([parameter, ..], _), gradient)| parameter.shape() != gradient.shape())
     {
         bail!("adamw: a gradient {:?} of a parameter {:?}", gradient.dims(), parameter.dims())
     }
     if let Some(loss) = loss.filter(|loss| loss.dtype() != DType::F32 || loss.elem_count() != 1) {
         bail!("adamw: the loss must be one f32, got {:?} {:?}", loss.dims(), loss.dtype())
     }
-    let parameters: Vec<_> =
-        rows.iter().map(|[parameter, ..]| (parameter.elem_count(), parameter.dtype())).collect();
+    let parameters = rows.iter().map(|&([parameter, ..], rates)| Parameter {
+        size: parameter.elem_count(),
+        dtype: parameter.dtype(),
+        rates,
+    });
+    let parameters: Vec<_> = parameters.collect();
+    let changed: Vec<_> = rows.iter().flat_map(|(tensors, _)| *tensors).collect();
     let plan = plan(&parameters, loss.is_some(), step)?;
     let read = loss.into_iter().chain(gradients).map(operand).collect::<Result<Vec<_>>>()?;
-    let tensors = InPlace { changed: rows.as_flattened(), read: &read };
+    let tensors = InPlace { changed: &changed, read: &read };
     let job = Job { op: "adamw", plan: &plan, dropouts: &[] };
     let outcome = job.run_in_place(
         &tensors,

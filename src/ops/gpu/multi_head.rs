@@ -45,10 +45,9 @@ impl MultiHead {
         let (dtype, pass) = (q.dtype(), Pass::Backward { q: of_q, kv: of_k || of_v });
         let plan = kernels::plan(&self.problem, pass, dtype, &self.gpu)?;
         let job = Job { op: OP, plan: &plan, dropouts: &[] };
-        let none = Shape::from(1);
-        let shape = |wanted, tensor| (dtype, if wanted { Tensor::shape(tensor) } else { &none });
-        let outputs = [shape(of_q, q), shape(of_k || of_v, k), shape(of_k || of_v, v)];
+        let output = |wanted: bool, like| wanted.then_some((dtype, Tensor::shape(like)));
+        let outputs = [output(of_q, q), output(of_k || of_v, k), output(of_k || of_v, v)];
         let [dq, dk, dv] = job.run_on_tensors(&[q, k, v, out, saved, grad], outputs)?;
-        Ok((of_q.then_some(dq), of_k.then_some(dk), of_v.then_some(dv)))
+        Ok((dq, dk.filter(|_| of_k), dv.filter(|_| of_v)))
     }
 }
