@@ -156,6 +156,7 @@ IN_SMOKE = {
     "dora_linear": ["dora_linear"],
     "layer_norm": ["layer_norm"],
     "dropout": ["dropout"],
+    "multi-head": ["tokens_to_image", "image_to_tokens"],
 }
 
 

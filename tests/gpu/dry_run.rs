@@ -1,5 +1,5 @@
 //! Memory, launches, allocations and copies of a training step and of an inference. The driver's stand-in counts them in a dry
-//! run (emulator/driver/src/dry_run.rs), where the models have their real sizes and every value is zero.
+//! run (emulator/driver/src/dry_run.rs), where the encoders have their real sizes and every value is zero.
 //!
 //! The counts are those of scripts/launch-budget.tsv, or the test fails. `CANDLE_SAM_LORA_WRITE_BUDGET` in the environment makes
 //! the file anew.
@@ -12,9 +12,7 @@ use candle_nn::VarBuilder;
 use candle_sam_lora::cuda;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{set_trainable, trainable_variables, without_gradients, Mode};
-use candle_sam_lora::sam::{
-    AttentionKind, SamConfig, SamMaskDecoder, SamMaskDecoderInput, SamVisionEncoder,
-};
+use candle_sam_lora::sam::{AttentionKind, SamConfig, SamVisionEncoder};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use libtest_mimic::Trial;
 use std::fmt::Write as _;
@@ -30,9 +28,6 @@ const KINDS: [(&str, &[&str]); 7] = [
     ("waits", &["cuMemcpyDtoH"]),
     ("allocations", &["cuMemAlloc"]),
 ];
-
-/// Prompts of the decoder's rows.
-const PROMPTS: usize = 16;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Pass {
@@ -62,7 +57,7 @@ pub fn trials() -> Vec<Trial> {
 fn run(device: &Device) -> Result<()> {
     cuda::self_test(false); // it compares values
     let kinds = KINDS.map(|(kind, _)| kind).join("\t");
-    let mut table = format!("# model\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\n");
+    let mut table = format!("# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\n");
     let sizes = [
         ("vit_b", DType::F32),
         ("vit_b", DType::BF16),
@@ -76,12 +71,6 @@ fn run(device: &Device) -> Result<()> {
             writeln!(table, "{name}\t{}\t{pass_name}\t{}", dtype.as_str(), counts.join("\t"))?;
         }
     }
-    for dtype in [DType::F32, DType::BF16] {
-        for (pass_name, trains) in [("inference", false), ("training", true)] {
-            let counts = decoder_counts(PROMPTS, dtype, trains, device)?;
-            writeln!(table, "decoder\t{}\t{pass_name}\t{}", dtype.as_str(), counts.join("\t"))?;
-        }
-    }
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/launch-budget.tsv");
     println!("{table}");
     if std::env::var_os("CANDLE_SAM_LORA_WRITE_BUDGET").is_some() {
@@ -92,7 +81,7 @@ fn run(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// The row of an encoder's pass, see [`measured`].
+/// Memory in use and at most, then a number for each of [`KINDS`], of the second of two equal passes.
 fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Result<Vec<String>> {
     let config = &config.vision_config;
     let weights = VarBuilder::zeros(dtype, device);
@@ -109,50 +98,17 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
     let mut optimizer =
         if trains { Some(AdamW::new(variables, AdamWConfig::default())?) } else { None };
     let pixels = Tensor::zeros((1, 3, config.image_size, config.image_size), DType::F32, device)?;
-    measured(|| match &mut optimizer {
-        None if pass == Pass::Evaluation => {
-            drop(without_gradients(&encoder)?.forward(&pixels, Mode::Eval)?);
-            Ok(())
-        }
-        None => Ok(drop(encoder.forward(&pixels, Mode::Eval)?)),
-        Some(optimizer) => step(|mode| encoder.forward(&pixels, mode), optimizer),
-    })
-}
-
-/// As [`counts`], of a mask decoder with the sizes of all published models, and so many prompts of a point; it trains whole.
-fn decoder_counts(
-    prompts: usize,
-    dtype: DType,
-    trains: bool,
-    device: &Device,
-) -> Result<Vec<String>> {
-    let config = SamConfig::by_name("vit_b")?.mask_decoder_config;
-    let mut decoder = SamMaskDecoder::new(&config, VarBuilder::zeros(dtype, device))?;
-    set_trainable(&mut decoder, |_| trains)?;
-    let variables = trainable_variables(&decoder)?;
-    let mut optimizer = AdamW::new(variables, AdamWConfig::default())?;
-    let (size, grid) = (config.hidden_size, 64);
-    let zeros = |dims: &[usize]| Tensor::zeros(dims, dtype, device);
-    let input = SamMaskDecoderInput {
-        image_embeddings: &zeros(&[1, size, grid, grid])?,
-        image_positions: &zeros(&[1, grid, grid, size])?,
-        sparse: Some(&zeros(&[1, prompts, 2, size])?),
-        dense: &zeros(&[1, 1, 1, size])?,
-    };
-    let masks = |mode| Ok(decoder.forward(&input, false, mode)?.0);
-    measured(|| match trains {
-        true => step(masks, &mut optimizer),
-        false => Ok(drop(masks(Mode::Eval)?)),
-    })
-}
-
-/// Memory in use and at most, then a number for each of [`KINDS`], of the second of two equal passes.
-fn measured(mut pass: impl FnMut() -> Result<()>) -> Result<Vec<String>> {
     let mut both = [vec![], vec![]];
     for found in &mut both {
         let before = KINDS.map(|(_, names)| counted(names));
         let [resident, _] = bytes()?;
-        pass()?;
+        match &mut optimizer {
+            None if pass == Pass::Evaluation => {
+                drop(without_gradients(&encoder)?.forward(&pixels, Mode::Eval)?);
+            }
+            None => drop(encoder.forward(&pixels, Mode::Eval)?),
+            Some(optimizer) => step(&encoder, &pixels, optimizer)?,
+        }
         let [after, peak] = bytes()?;
         ensure!(after == resident, "{} bytes are left behind", after.abs_diff(resident));
         let mebibytes =
@@ -165,12 +121,11 @@ fn measured(mut pass: impl FnMut() -> Result<()>) -> Result<Vec<String>> {
 }
 
 /// A training step, as a trainer makes it.
-fn step(
-    forward: impl Fn(Mode) -> candle_core::Result<Tensor>,
-    optimizer: &mut AdamW,
-) -> Result<()> {
-    let (loss, gradients) = optimizer
-        .backward(|| forward(Mode::Train { seed: 1 })?.sqr()?.mean_all()?.to_dtype(DType::F32))?;
+fn step(encoder: &SamVisionEncoder, pixels: &Tensor, optimizer: &mut AdamW) -> Result<()> {
+    let (loss, gradients) = optimizer.backward(|| {
+        let out = encoder.forward(pixels, Mode::Train { seed: 1 })?;
+        out.sqr()?.mean_all()?.to_dtype(DType::F32)
+    })?;
     optimizer.apply(&gradients, Some(&loss), Some(1.0))?;
     Ok(())
 }

@@ -24,6 +24,8 @@ pub const REAL: Size = Size { batch: 1, grid: 64, heads: None, tables: true };
 pub const SMALL: Size = Size { grid: 16, heads: Some(1), ..REAL };
 
 const WINDOW: usize = 14;
+/// A prompt's: a score's, four masks', and two of a point.
+const TOKENS: usize = 7;
 const RANK: usize = 16;
 const SCALING: f64 = 2.0;
 const DROPOUT: Dropout = Dropout { p: 0.1, seed: 11, stream: 5 };
@@ -36,6 +38,10 @@ enum Kind {
     /// Inputs: qkv, both tables, and what a padded token projects to if windows hang over the grid.
     Attention {
         windowed: bool,
+    },
+    /// The mask decoder's: q of the tokens, k and v of the image, or the other way round.
+    MultiHead {
+        to_image: bool,
     },
     /// Inputs: x, A and B of q, A and B of v; then frozen: weight and bias of q, k and v.
     Qkv,
@@ -57,13 +63,17 @@ pub struct Family {
     heads: usize,
 }
 
-/// The families, those that matter most first. ViT-B has 12 heads of 64 channels, ViT-H 16 of 80.
-pub const FAMILIES: [Family; 10] = {
+/// The families, those that matter most first. ViT-B has 12 heads of 64 channels, ViT-H 16 of 80, and the mask decoder 8
+/// of 16.
+pub const FAMILIES: [Family; 12] = {
     const fn vit_b(name: &'static str, kind: Kind) -> Family {
         Family { name, kind, head_dim: 64, heads: 12 }
     }
     const fn vit_h(name: &'static str, kind: Kind) -> Family {
         Family { name, kind, head_dim: 80, heads: 16 }
+    }
+    const fn decoder(name: &'static str, to_image: bool) -> Family {
+        Family { name, kind: Kind::MultiHead { to_image }, head_dim: 16, heads: 8 }
     }
     [
         vit_b("attention_global_64", Kind::Attention { windowed: false }),
@@ -76,6 +86,8 @@ pub const FAMILIES: [Family; 10] = {
         vit_b("layer_norm", Kind::LayerNorm),
         vit_b("dropout", Kind::Dropout),
         vit_b("dora_linear", Kind::Dora),
+        decoder("tokens_to_image", true),
+        decoder("image_to_tokens", false),
     ]
 };
 
@@ -142,6 +154,14 @@ impl Layer {
                 }
                 (inputs.len(), dim)
             }
+            Kind::MultiHead { to_image } => {
+                let (tokens, image) = ([batch, TOKENS, dim], [batch, grid * grid, dim]);
+                let [of_q, of_kv] = if to_image { [tokens, image] } else { [image, tokens] };
+                for shape in [of_q, of_kv, of_kv] {
+                    inputs.push(noise(&shape, 1.0)?);
+                }
+                (3, dim)
+            }
             Kind::Qkv | Kind::Lin1 | Kind::Lin2 | Kind::Dora => {
                 let (in_dim, out_dim) = match family.kind {
                     Kind::Lin1 => (dim, 4 * dim),
@@ -168,7 +188,10 @@ impl Layer {
                 (trainable, weights * out_dim)
             }
         };
-        let grad = noise(&[batch, grid, grid, out_dim], 1.0)?;
+        let grad = match family.kind {
+            Kind::MultiHead { .. } => noise(inputs[0].dims(), 1.0)?,
+            _ => noise(&[batch, grid, grid, out_dim], 1.0)?,
+        };
         Ok(Self { family, size, inputs, trainable, grad })
     }
 
@@ -212,6 +235,14 @@ impl Layer {
                     By::Kernels => ops::rel_pos_attention(&t[0], &config),
                     By::These(gpu) => ops::native::rel_pos_attention(&t[0], &config, gpu),
                     By::ComposedGraph => Ok(composed::rel_pos_attention(&t[0], &config)?.0),
+                }
+            }
+            Kind::MultiHead { .. } => {
+                let heads = self.size.heads.unwrap_or(self.family.heads);
+                let scale = (self.family.head_dim as f64).powf(-0.5);
+                match fused {
+                    true => ops::multi_head_attention(&t[0], [&t[1], &t[2]], heads, scale),
+                    false => composed::multi_head_attention([&t[0], &t[1], &t[2]], heads, scale),
                 }
             }
             Kind::Qkv => {
@@ -287,6 +318,10 @@ impl Layer {
             Kind::Attention { windowed } => {
                 let keys = if windowed { WINDOW * WINDOW } else { grid * grid } as f64;
                 let product = 2.0 * keys * out_dim;
+                [2.0 * product, 5.0 * product]
+            }
+            Kind::MultiHead { .. } => {
+                let product = 2.0 * self.inputs[1].dims()[1] as f64 * out_dim;
                 [2.0 * product, 5.0 * product]
             }
             Kind::Qkv | Kind::Lin1 | Kind::Lin2 | Kind::Dora => {
