@@ -531,8 +531,9 @@ typedef struct AdamWTensor {
 ABI_SIZE(AdamWTensor, 56);
 
 /** A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an
- * f32 or 0. `outcome` f32 `[4]`: the norm of all gradients; 0, or which tensor, from 1, has the first gradient that is
- * not finite; the loss; the factor of the gradients, NaN if nothing may change. */
+ * f32 or 0. `outcome` f32 `[4]` has the norm of all gradients first. The second is 0, or says which tensor, from 1, has
+ * the first gradient that is not finite. The third is the loss. The fourth is the factor of the gradients: NaN if
+ * nothing may change. */
 typedef struct AdamWParams {
   device_ptr tensors;
   device_ptr partials;

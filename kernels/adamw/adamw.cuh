@@ -1,9 +1,10 @@
 // AdamW over all parameters at once: check of finiteness, norm, clipping and update.
 //
-//   partials   sum of g^2 of each chunk of each gradient; NaN where a gradient is not finite
-//   outcome    norm = sqrt(sum of partials), in f64; factor = min(1, max_norm / (norm + 1e-6))
-//   update     m <- m + (factor g - m) (1 - beta1)      v <- beta2 v + (factor g)^2 (1 - beta2)
-//              p <- p decay - rate m / (sqrt(v) root_correction + eps)              decay and rate of each parameter
+// `partials` has the sum of g^2 of each chunk of each gradient, NaN where a gradient is not finite. `outcome` has the
+// root of their sum, in f64, and the factor min(1, max_norm / (norm + 1e-6)) of the gradients. Then the update:
+//
+//   m <- m + (g - m) beta1_rest        v <- v beta2 + g^2 beta2_rest
+//   p <- p decay - rate m / (sqrt(v) root_correction + eps)               decay and rate of each parameter
 //
 // A chunk is a block, wherever it runs, so no sum depends on the grid. The update rounds after every operation, as the
 // CPU's does: equal gradients make equal parameters. Nothing changes if the loss or a gradient is not finite.
@@ -116,7 +117,8 @@ __device__ __forceinline__ void adamw_update_chunk(const AdamWParams& p, const A
     const AdamWTensor& tensor = *chunk.tensor;
     T* parameter = global<T>(tensor.parameter) + chunk.begin;
     const float* gradient = global<const float>(tensor.gradient) + chunk.begin;
-    float *exp_avg = global<float>(tensor.exp_avg) + chunk.begin, *exp_avg_sq = global<float>(tensor.exp_avg_sq) + chunk.begin;
+    float* exp_avg = global<float>(tensor.exp_avg) + chunk.begin;
+    float* exp_avg_sq = global<float>(tensor.exp_avg_sq) + chunk.begin;
     const bool vectors = (tensor.parameter | tensor.gradient | tensor.exp_avg | tensor.exp_avg_sq) % 16 == 0;
     adamw_elements(chunk.length, vectors, [&](uint32_t at, auto count) {
         float w[count.value], g[count.value], m[count.value], v[count.value];

@@ -1,7 +1,7 @@
 // The neighbourhoods that a convolution multiplies, and their gradient: one thread a vector of channels.
 //
 //   columns[i, j, (a, b)] = x[s i + a - half, s j + b - half], zero outside
-//   dx[y, x] = sum over (a, b), in order, of dcolumns[(y + half - a) / s, (x + half - b) / s, (a, b)] where that divides
+//   dx[y, x] = sum over (a, b), in order, of dcolumns[(y + half - a) / s, (x + half - b) / s, (a, b)] if it divides
 #include "common/kernel.cuh"
 
 // Batch, row, column, and channel of a vector of a tensor `[batch, h, w, vectors]`.

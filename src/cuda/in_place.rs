@@ -73,8 +73,7 @@ impl Job<'_> {
     }
 }
 
-/// The address of a tensor that changes. What follows on this stream waits for all uses so far; what uses the tensor later on
-/// another stream waits for this one.
+/// The address of a tensor that changes. This stream waits for all uses so far. Later uses on other streams wait for this one.
 fn touch(tensor: &Tensor, stream: &CudaStream) -> Result<device_ptr> {
     let touch = Touch { stream, address: Cell::new(0) };
     tensor.inplace_op1(&touch)?;

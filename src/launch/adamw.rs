@@ -11,8 +11,8 @@ use candle_core::{bail, DType, Result};
 
 const OP: &str = "adamw";
 
-/// Elements of the outcome: the norm of all gradients; 0, or the place, from 1, of the first tensor with a gradient that is
-/// not finite; the loss; the factor of the gradients.
+/// Elements of the outcome, as `AdamWParams` in `kernels/abi.h` has them: norm, place of a gradient that is not finite, loss,
+/// factor of the gradients.
 pub const OUTCOME: usize = 4;
 
 /// A parameter of a step.

@@ -1159,7 +1159,7 @@ const _: () = {
     ["Offset of field: AdamWTensor::decay"][::std::mem::offset_of!(AdamWTensor, decay) - 48usize];
     ["Offset of field: AdamWTensor::rate"][::std::mem::offset_of!(AdamWTensor, rate) - 52usize];
 };
-#[doc = " A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an\n f32 or 0. `outcome` f32 `[4]`: the norm of all gradients; 0, or which tensor, from 1, has the first gradient that is\n not finite; the loss; the factor of the gradients, NaN if nothing may change."]
+#[doc = " A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an\n f32 or 0. `outcome` f32 `[4]` has the norm of all gradients first. The second is 0, or says which tensor, from 1, has\n the first gradient that is not finite. The third is the loss. The fourth is the factor of the gradients: NaN if\n nothing may change."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct AdamWParams {

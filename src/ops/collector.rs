@@ -43,7 +43,6 @@ impl Collector {
     }
 
     /// The innermost one on this thread.
-    #[cfg_attr(not(any(test, feature = "cuda")), allow(dead_code))]
     pub fn open() -> Option<Arc<Self>> {
         OPEN.with_borrow(|open| open.last().cloned().flatten())
     }

@@ -113,7 +113,7 @@ impl Call<'_> {
     }
 }
 
-/// The projections as a GPU's kernels compute them for a contiguous x; their trained parameters as one input, as far as no
+/// The projections as a GPU's kernels compute them for a contiguous x. Their trained parameters are one input, unless a
 /// collector takes the gradients. `tracked` says whether a gradient goes to what comes before.
 #[cfg(feature = "cuda")]
 pub(super) fn of_gpu(

@@ -28,6 +28,7 @@
 //! ```
 
 mod adamw;
+mod adamw_config;
 #[cfg(feature = "images")]
 mod augment;
 mod averages;
@@ -94,7 +95,8 @@ mod tar_file;
 mod trainer;
 mod trainer_config;
 
-pub use adamw::{AdamW, AdamWConfig, Parameter, StepMeasures};
+pub use adamw::{AdamW, Parameter, StepMeasures};
+pub use adamw_config::AdamWConfig;
 #[cfg(feature = "images")]
 pub use augment::{sample_indices, FlipRotate};
 pub use checkpoint::{previous_state_path, TrainingState};

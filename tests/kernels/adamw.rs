@@ -59,8 +59,11 @@ fn gradients() -> Result<[Vec<Tensor>; 2]> {
     Ok([tensors(20)?, tensors(40)?])
 }
 
-/// Parameters and moments after the steps on the CPU, in the order of [`PARAMETERS`], and the norms.
-fn on_the_cpu(max_norm: Option<f64>) -> Result<(Vec<[Vec<f64>; 3]>, Vec<f64>)> {
+/// Each tensor's parameter and moments, in the order of [`PARAMETERS`].
+type Tensors = Vec<[Vec<f64>; 3]>;
+
+/// The tensors after the steps on the CPU, and the norms.
+fn on_the_cpu(max_norm: Option<f64>) -> Result<(Tensors, Vec<f64>)> {
     let vars: Vec<_> = tensors(1)?.iter().map(Var::from_tensor).collect::<Result<_>>()?;
     let mut optimizer = AdamW::new(vars.clone(), CONFIG)?;
     optimizer.set_groups(&ParameterGroups {
@@ -83,10 +86,12 @@ fn on_the_cpu(max_norm: Option<f64>) -> Result<(Vec<[Vec<f64>; 3]>, Vec<f64>)> {
     Ok(((0..vars.len()).map(of).collect(), norms))
 }
 
-/// By tensor: its parameter and moments; by step: its outcome. By the kernels, in every mode.
-type Stepped = (Vec<[Vec<f64>; 3]>, Vec<Vec<f64>>);
-
-fn by_kernels(steps: &[Vec<Tensor>], loss: f32, max_norm: Option<f64>) -> Result<Stepped> {
+/// The tensors after the steps by the kernels, in every mode, and the outcome of each step.
+fn by_kernels(
+    steps: &[Vec<Tensor>],
+    loss: f32,
+    max_norm: Option<f64>,
+) -> Result<(Tensors, Vec<Vec<f64>>)> {
     let memory = |tensors: &[Tensor]| -> Vec<Memory> {
         let late = PARAMETERS.iter().map(|(.., late)| *late);
         tensors.iter().zip(late).map(|(t, late)| Memory::from_tensor_at(t, late)).collect()

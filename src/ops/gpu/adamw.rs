@@ -7,7 +7,7 @@ use crate::problem::{AdamWRates, AdamWStep};
 use candle_core::{bail, DType, Result, Shape, Tensor, Var};
 use std::collections::HashSet;
 
-/// What a step reads back.
+/// Read back after a step.
 pub struct Outcome {
     /// The norm of all gradients together, before clipping.
     pub grad_norm: f64,

@@ -22,7 +22,7 @@ const SMALL: usize = 128 << 10;
 /// The sums in the making, and the time that the parts took.
 pub(in crate::train) struct OrderedSum<'a> {
     communicator: &'a dyn Communicator,
-    /// Of all ranks' parts, where there are several.
+    /// Losses of all ranks' parts, where there are several ranks.
     loss: f32,
     gradients: Sum,
     times: StepTimes,
