@@ -19,9 +19,9 @@ from collections import Counter, namedtuple
 
 from sass import disassemble
 
-# Clocks that a pipe takes for a warp's instruction: 32 lanes, by a scheduler's lanes in that pipe. The rates are those of
-# NVIDIA's CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions", by clock and multiprocessor. f32 has
-# 64 on 8.0 and 128 on 9.0. Integers, comparisons and conversions to 16 bits have 64, special functions 16. The integer
+# Clocks that a pipe takes for a warp's instruction: 32 lanes, by a scheduler's lanes in that pipe. The rates are
+# in the table "Throughput of Native Arithmetic Instructions" of NVIDIA's CUDA C++ Programming Guide. By clock and
+# multiprocessor, f32 has 64 on compute capability 8.0 and 128 on 9.0. Integers, comparisons and conversions to 16 bits have 64, special functions 16. The integer
 # multiplier (64) stands beside the f32 pipe. NVIDIA's A100 white paper: 1024 multiply-adds of 16 bits; m16n8k16 has 2048.
 CLOCKS = {
     "sm_80": {"xu": 8, "alu": 2, "fma": 2, "imad": 2, "hmma": 8},
