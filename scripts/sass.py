@@ -21,11 +21,12 @@ REGISTER = re.compile(r"R(\d+)")
 
 
 PRODUCTS = ("HGMMA", "HMMA")
+WIDE_COPY = "BYPASS.128"  # LDGSTS, as cp.async
 
 
 class Control(NamedTuple):
-    """What the compiler tells the scheduler of an instruction: clocks until the warp's next one, the scoreboards (or None)
-    that are set until the result is written and until the operands are read, and a mask of those to wait for."""
+    """The compiler's word to the scheduler: clocks until the warp's next instruction, and scoreboards. One (or None) is set until
+    the result is written, one until the operands are read; a mask has those to wait for."""
 
     stall: int
     written: int | None
@@ -216,8 +217,8 @@ class Function:
         return sorted(found, key=lambda loop: self.blocks[loop.head][0])
 
     def shortest_way(self, loop):
-        """The instructions of the shortest way through a loop that makes all of its products. An inner loop is gone through
-        once."""
+        """The instructions of the shortest way through a loop that makes all of its products and most copies of 16 bytes. An
+        inner loop is gone through once."""
         ways = {loop.head: (0, 0, ())}
         best = None
         for block in sorted(loop.blocks):
@@ -225,7 +226,7 @@ class Function:
                 continue
             products, slots, way = ways[block]
             code = [self.code[index] for index in self.blocks[block]]
-            products -= sum(instruction.base in PRODUCTS for instruction in code)
+            products -= sum(instruction.base in PRODUCTS or WIDE_COPY in instruction.opcode for instruction in code)
             reached = (products, slots + len(code), (*way, block))
             for then in self.after[block]:
                 if then == loop.head:

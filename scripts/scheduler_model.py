@@ -4,7 +4,7 @@
 usage: scheduler_model.py [--nvdisasm PROGRAM] [--arch sm_80|sm_90] [--warps N] [--kernel EXPRESSION] CUBIN..
 
 One of a multiprocessor's four schedulers issues the shortest way through each loop (Function.shortest_way), again and
-again, for N warps: on Hopper one of each consumer warpgroup. The warps issue in order, as the encoded control says: stall
+again. It does so for N warps: on Hopper one of each consumer warpgroup. The warps issue in order, as the encoded control says: stall
 clocks and scoreboards. A pipe takes one instruction in so many clocks, and the tensor cores work through a queue. The other
 three schedulers are taken to do the same, so shared memory serves each a quarter of the time.
 
@@ -19,11 +19,10 @@ from collections import Counter, namedtuple
 
 from sass import disassemble
 
-# Clocks that a pipe takes for a warp's instruction: 32 lanes, by a scheduler's lanes in that pipe. From NVIDIA's CUDA C++
-# Programming Guide, "Throughput of Native Arithmetic Instructions", results per clock and multiprocessor (four schedulers):
-# f32 64 on 8.0 and 128 on 9.0; integers, comparisons and conversions to 16 bits 64; special functions 16.
-# The integer multiplier (64) stands beside the f32 pipe. Products on 8.0: 1024 multiply-adds of 16 bits a clock and
-# multiprocessor (NVIDIA A100 white paper), 2048 of m16n8k16 in an instruction.
+# Clocks that a pipe takes for a warp's instruction: 32 lanes, by a scheduler's lanes in that pipe. The rates are
+# in the table "Throughput of Native Arithmetic Instructions" of NVIDIA's CUDA C++ Programming Guide. By clock and
+# multiprocessor, f32 has 64 on compute capability 8.0 and 128 on 9.0. Integers, comparisons and conversions to 16 bits have 64, special functions 16. The integer
+# multiplier (64) stands beside the f32 pipe. NVIDIA's A100 white paper: 1024 multiply-adds of 16 bits; m16n8k16 has 2048.
 CLOCKS = {
     "sm_80": {"xu": 8, "alu": 2, "fma": 2, "imad": 2, "hmma": 8},
     # H100 white paper: 2048 multiply-adds. mma.sync reaches about 0.62 of it (Luo et al., arXiv 2402.13499, table 8).
@@ -41,8 +40,8 @@ PIPES = {
 PIPE = {base: pipe for pipe, bases in PIPES.items() for base in bases.split()}
 # Shared memory moves 128 bytes a clock for the whole multiprocessor, 32 for one of four busy schedulers.
 SHARED_BYTES, SCHEDULERS = 128, 4
-# Clocks until the result: shared memory and special functions from "Dissecting the NVIDIA Volta GPU" (Jia et al., arXiv
-# 1804.06826, table 4.1) and its successors; global memory is read long before it is used, so its latency does not count.
+# Clocks until the result, as in "Dissecting the NVIDIA Volta GPU" (Jia et al., arXiv 1804.06826, table 4.1). Global memory
+# is read long before it is used, so its latency does not count.
 LATENCY = {"shared": 30, "xu": 22, None: 20}
 # From the issue of wgmma to its start, and from its end to the wait that sees it.
 START, END = 8, 32
@@ -111,9 +110,9 @@ class Warp:
         self.ready, self.issued = now + max(1, control.stall), now
         if instruction.base == "HGMMA":
             clocks, size = wgmma(instruction)
-            # Its operands stream from shared memory while it runs, four warps together.
-            sm.take("shared", now, size / SHARED_BYTES)
-            done = sm.take("tensor", max(now + START, sm.free["shared"] - clocks), clocks) + END
+            # Its operands stream between other reads: they count for the bound alone.
+            sm.busy["shared"] += size / SHARED_BYTES
+            done = sm.take("tensor", now + START, clocks) + END
             if "gsb0" in instruction.operands:
                 self.groups = [*self.groups, done][-8:]
         elif pipe:

@@ -83,3 +83,12 @@ template <class T> T __shfl_down_sync(unsigned mask, T value, int delta, int wid
 template <class T> T __shfl_up_sync(unsigned mask, T value, int delta, int width = 32, EMULATOR_LOCATION) {
     return emulator::shuffle("shfl.up", mask, value, delta, width, [](int lane, int d) { return lane - d; }, at);
 }
+inline int __any_sync(unsigned mask, int predicate, EMULATOR_LOCATION) {
+    if (mask != ~0u) emulator::fail("votes: only whole warps are emulated", at);
+    emulator::meet_warp("vote.any", &predicate, [](void** p) {
+        int any = 0;
+        for (int lane = 0; lane < 32; ++lane) any |= *static_cast<int*>(p[lane]) != 0;
+        for (int lane = 0; lane < 32; ++lane) *static_cast<int*>(p[lane]) = any;
+    }, at);
+    return predicate;
+}

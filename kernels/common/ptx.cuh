@@ -118,6 +118,7 @@ PTX void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(i
 template <class T> PTX T shfl_xor(T value, int lane_mask) { return __shfl_xor_sync(~0u, value, lane_mask); }
 template <class T> PTX T shfl_idx(T value, int lane) { return __shfl_sync(~0u, value, lane); }
 template <class T> PTX T shfl_down(T value, int delta) { return __shfl_down_sync(~0u, value, delta); }
+PTX bool any(bool value) { return __any_sync(~0u, value); }
 
 // --- programmatic dependent launch, docs/kernels.md; before Hopper nothing: there kernels follow one another ---------
 

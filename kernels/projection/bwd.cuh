@@ -6,13 +6,7 @@
 // The sums go down the columns of one block of rows into partial sums, which sum_partials/sum_partials.cu adds in
 // order.
 #pragma once
-#include "common/kernel.cuh"
-
-__device__ __forceinline__ float activation_derivative(float x, uint64_t activation) {
-    if (activation == ACTIVATION_RELU) return x > 0.0f ? 1.0f : 0.0f;
-    // GELU: cdf(x) + x pdf(x)
-    return fmaf(x, 0.39894228f * expf(-0.5f * x * x), 0.5f * (1.0f + erff(x * 0.70710678f)));
-}
+#include "projection/activation.cuh"
 
 template <class T, int N>
 __device__ __forceinline__ void activation_grad_at(const ActivationGradParams& p, uint64_t at) {
@@ -20,8 +14,7 @@ __device__ __forceinline__ void activation_grad_at(const ActivationGradParams& p
     float grad[N], sum[N];
     load(grad, global<const T>(p.grad) + at);
     load(sum, global<const T>(p.sum) + at);
-#pragma unroll
-    for (int i = 0; i < N; ++i) grad[i] *= activation_derivative(sum[i], p.activation);
+    scale_by_derivative(grad, sum, p.activation);
     store(global<T>(p.g) + at, grad);
 }
 

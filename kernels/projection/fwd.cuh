@@ -6,18 +6,8 @@
 // product is a further block of depth in its loop (projection/common.cuh). The sum is f32 until the one rounding of the
 // output.
 #pragma once
+#include "projection/activation.cuh"
 #include "projection/common.cuh"
-
-// act of N values. Decided once for all of them: the compiler would make a branch of each, one after the other.
-template <int N> __device__ __forceinline__ void activate(float (&v)[N], uint32_t activation) {
-    if (activation == ACTIVATION_GELU) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) v[i] = 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
-    } else if (activation == ACTIVATION_RELU) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];  // NaN stays NaN
-    }
-}
 
 // The depth of x, then the rank.
 template <class Tile> struct ForwardSteps {

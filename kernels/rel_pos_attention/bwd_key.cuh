@@ -43,6 +43,46 @@ template <class Element, int Dim, int Queries> struct KeyTile {
     static_assert(sizeof(Stages) >= 2 * kKeys * kStride * sizeof(T) || !kKeysInRegisters);
 };
 
+// The vectors of a block of queries that a thread copies. From block to block the thread's queries move on by as many
+// tokens, so the division that finds them is made once.
+template <class Tile> struct QueryVectors {
+    using T = typename Tile::T;
+    static constexpr int kPieces = Tile::kDim / kVec<T>, kCount = ceil_div(Tile::kQueries * kPieces, Tile::kThreads);
+    static_assert(Tile::kQueries * kPieces % Tile::kThreads == 0);
+    Token query[kCount];
+    uint32_t token[kCount];  // from the unit's first one
+
+    __device__ __forceinline__ explicit QueryVectors(const AttentionUnit& unit) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+            query[k] = unit.query(index(k) / kPieces);
+            token[k] = query[k].y * unit.s.w + query[k].x;
+        }
+    }
+    static __device__ __forceinline__ uint32_t index(int k) { return threadIdx.x + k * Tile::kThreads; }
+
+    // Starts copying this block's rows from `q` and `dout`, of the unit's first token, and moves on to the next block.
+    __device__ __forceinline__ void copy(typename Tile::Stage& to, const AttentionUnit& unit, const T* q,
+                                         const T* dout) {
+        const RelPosAttentionShape& s = unit.s;
+        const uint32_t channels = s.num_heads * s.head_dim;
+        const Token step = unit.query(Tile::kQueries);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+            const uint32_t row = index(k) / kPieces, column = index(k) % kPieces * kVec<T>;
+            const bool valid = query[k].y < unit.valid_h && column < s.head_dim;
+            ptx::cp_async<16>(&to.q[row][column], q + (uint64_t(token[k]) * (3 * channels) + column), valid);
+            ptx::cp_async<16>(&to.dout[row][column], dout + (uint64_t(token[k]) * channels + column), valid);
+            query[k] = {query[k].y + step.y, query[k].x + step.x};
+            token[k] += step.y * s.w + step.x;
+            if (query[k].x >= unit.valid_w) {
+                query[k] = {query[k].y + 1, query[k].x - unit.valid_w};
+                token[k] += s.w - unit.valid_w;
+            }
+        }
+    }
+};
+
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(const RelPosAttentionBwdKeyParams& p) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kQueries = Tile::kQueries, kKeys = Tile::kKeys, kSide = Tile::kSide,
@@ -84,17 +124,27 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_bwd_key(
     const float* bias = global<const float>(p.bias) + unit.first_row() * pitch;
     constexpr int kStatistics = kRowStatistics<T>;
     const float* statistics = global<const float>(p.delta) + unit.first_row() * kStatistics;
-    const auto copy_block = [&](uint32_t first, int stage) {
-        auto& to = shared.stages[stage];
+    QueryVectors<Tile> vectors(unit);
+    const T *first_q = qkv + unit.first_token * (3 * channels) + head_column,
+            *first_dout = dout + unit.first_token * channels + head_column;
+    const auto copy_rows_of = [&](uint32_t first, typename Tile::Stage& to) {
         const auto source = [&](const T* array, uint64_t stride) {
             return [=, &unit](int row) -> const T* {
                 const uint32_t n = first + row;
                 return n < queries ? array + unit.token(unit.query(n)) * stride : nullptr;
             };
         };
-        copy_rows<Tile>(wide, to.q, kQueries, s.head_dim, qkv, source(qkv + head_column, 3 * channels));
-        copy_rows<Tile>(wide, to.dout, kQueries, s.head_dim, dout, source(dout + head_column, channels));
-        for (uint32_t i = threadIdx.x; i < kQueries * 4; i += Tile::kThreads) {
+        const bool in_vectors = !Tile::kKeysInRegisters && wide;
+        copy_rows<Tile>(in_vectors, to.q, kQueries, s.head_dim, qkv, source(qkv + head_column, 3 * channels));
+        copy_rows<Tile>(in_vectors, to.dout, kQueries, s.head_dim, dout, source(dout + head_column, channels));
+    };
+    const auto copy_block = [&](uint32_t first, int stage) {
+        auto& to = shared.stages[stage];
+        if (Tile::kKeysInRegisters && wide) vectors.copy(to, unit, first_q, first_dout);
+        else copy_rows_of(first, to);
+#pragma unroll
+        for (int piece = 0; piece < kQueries * 4 / Tile::kThreads; ++piece) {
+            const uint32_t i = threadIdx.x + piece * Tile::kThreads;
             const uint32_t row = i / 4, n = first + row, column = i % 2 * 4;
             const bool is_h = i % 4 < 2, valid = n < queries;
             float* at = is_h ? &to.rel_h[row][column] : &to.rel_w[row][column];

@@ -127,6 +127,13 @@ __device__ __forceinline__ bool dropout_keeps(const DropoutMask& mask, uint64_t 
     return dropout_factor(mask, dropout_words(mask, row, col / 8), col % 8) > 0.0f;
 }
 
+// Calls loop(std::true_type) with dropout and loop(std::false_type) without. A loop that asks in each step spends issue
+// slots on factors of 1.
+template <class Loop> __device__ __forceinline__ void compile_twice(const DropoutMask& mask, Loop loop) {
+    if (mask.threshold != 0) loop(std::true_type{});
+    else loop(std::false_type{});
+}
+
 // Starts copying the rows of the key tile with first key (y, x), of part 1 (keys) or 2 (values) of qkv.
 template <class Tile, class T>
 __device__ __forceinline__ void copy_keys(T (*rows)[Tile::kStride], const RelPosAttentionShape& s,

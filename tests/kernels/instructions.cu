@@ -1,5 +1,6 @@
 // For the tests of the emulator alone: conversions and single instructions, by one warp.
 #include "common/reduce.cuh"
+#include "projection/activation.cuh"
 
 struct InstructionParams {
     device_ptr in, out;
@@ -63,7 +64,7 @@ KERNEL(copies, InstructionParams, 64) {
     if (i < 32) out[64 + i] = i % 3 != 1 ? ptx::rcp_approx(ptx::rcp_approx(in[64 + i])) : 0.0f;
 }
 
-// out [5, 32]: sum and maximum over the warp, shuffles by index and down, 2^x.
+// out [7, 32]: sum and maximum over the warp, shuffles by index and down, 2^x, whether any is above 1, and above 100.
 KERNEL(shuffle, InstructionParams, 32) {
     const int lane = threadIdx.x;
     const float x = global<const float>(p.in)[lane];
@@ -73,4 +74,14 @@ KERNEL(shuffle, InstructionParams, 32) {
     out[64] = ptx::shfl_idx(x, (lane + 5) % 32);
     out[96] = ptx::shfl_down(x, 3);
     out[128] = ptx::ex2_approx(x);
+    out[160] = ptx::any(x > 1.0f);
+    out[192] = ptx::any(x > 100.0f);
+}
+
+// out [2, 32 blocks]: GELU and its derivative.
+KERNEL(gelus, InstructionParams, 32) {
+    const uint32_t at = blockIdx.x * 32 + threadIdx.x;
+    const float x = global<const float>(p.in)[at];
+    global<float>(p.out)[at] = gelu(x);
+    global<float>(p.out)[gridDim.x * 32 + at] = gelu_derivative(x);
 }

@@ -94,7 +94,7 @@ fn copies_of_every_width_and_zeros_where_there_is_nothing_to_copy() -> Result<()
 #[test]
 fn shuffles_and_reductions() -> Result<()> {
     let input = random(3, 32);
-    let output = Memory::for_elements(5 * 32, DType::F32);
+    let output = Memory::for_elements(7 * 32, DType::F32);
     run("shuffle", 1, 0, &Memory::from_tensor(&input), &output);
     let (x, out) = (values(&input), output.values(DType::F32));
     let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -106,7 +106,8 @@ fn shuffles_and_reductions() -> Result<()> {
         assert_eq!(out[96 + lane], if lane + 3 < 32 { x[lane + 3] } else { x[lane] });
     }
     let powers: Vec<f64> = x.iter().map(|x| x.exp2()).collect();
-    assert!(error(&out[128..], &powers) < 1e-6);
+    assert!(error(&out[128..160], &powers) < 1e-6);
+    assert_eq!(out[160..], [[f64::from(u8::from(max > 1.0)); 32], [0.0; 32]].concat());
     Ok(())
 }
 
@@ -150,5 +151,42 @@ fn staged_products() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// The largest errors, in units of 2^-23: of GELU by `max(1, |x|)`, of its derivative, and of GELU by itself where `|x|` is at
+/// most 3.
+#[test]
+fn gelu_is_accurate_over_the_whole_range() -> Result<()> {
+    use candle_sam_lora::testing::reference::gelu;
+    let mut inputs: Vec<f32> = (-30_000..30_000).map(|i| i as f32 * 5e-4).collect();
+    inputs.extend((0..254u32).flat_map(|e| [f32::from_bits(e << 23 | 0x12_3456), -f32::from_bits(e << 23)]));
+    inputs.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN]);
+    inputs.resize(inputs.len().next_multiple_of(32), 0.0);
+    let input = Tensor::new(inputs.as_slice(), &candle_core::Device::Cpu)?;
+    let output = Memory::for_elements(2 * inputs.len(), DType::F32);
+    run("gelus", inputs.len() / 32, 0, &Memory::from_tensor(&input), &output);
+    let outputs = output.values(DType::F32);
+    let (values, derivatives) = outputs.split_at(inputs.len());
+    let ulp = f64::from(f32::EPSILON);
+    let mut worst = [0f64; 3];
+    for ((&x, &y), &dy) in inputs.iter().zip(values).zip(derivatives) {
+        if !x.is_finite() {
+            let limits = (f64::from(x).max(0.0), f64::from(u8::from(x > 0.0)));
+            let right = if x.is_nan() { y.is_nan() && dy.is_nan() } else { (y, dy) == limits };
+            assert!(right, "{x}: {y}, {dy}");
+            continue;
+        }
+        let (x, exact) = (f64::from(x), gelu(x.into()));
+        let pdf = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+        let slope = if x == 0.0 { 0.5 } else { exact / x + x * pdf };
+        worst[0] = worst[0].max((y - exact).abs() / x.abs().max(1.0) / ulp);
+        worst[1] = worst[1].max((dy - slope).abs() / ulp);
+        if x.abs() <= 3.0 && exact.abs() > 1e-30 {
+            worst[2] = worst[2].max((y / exact - 1.0).abs() / ulp);
+        }
+    }
+    println!("GELU, its derivative, GELU relative to itself up to 3: {worst:.2?} ulp");
+    assert!(worst[0] <= 1.0 && worst[1] <= 2.0 && worst[2] <= 40.0, "{worst:?} ulp");
     Ok(())
 }

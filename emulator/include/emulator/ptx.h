@@ -148,6 +148,7 @@ inline void bar_sync(int id, int threads, EMULATOR_LOCATION) {
 template <class T> T shfl_xor(T value, int lane_mask, EMULATOR_LOCATION) { return __shfl_xor_sync(~0u, value, lane_mask, 32, at); }
 template <class T> T shfl_idx(T value, int lane, EMULATOR_LOCATION) { return __shfl_sync(~0u, value, lane, 32, at); }
 template <class T> T shfl_down(T value, int delta, EMULATOR_LOCATION) { return __shfl_down_sync(~0u, value, delta, 32, at); }
+inline bool any(bool value, EMULATOR_LOCATION) { return __any_sync(~0u, value, at) != 0; }
 
 // Who waits is told apart, not who lets others begin: that is a permission.
 inline void griddepcontrol_launch_dependents() {}

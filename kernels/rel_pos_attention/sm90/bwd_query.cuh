@@ -180,83 +180,96 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
         const auto rel_w_at = [&](uint32_t x, int j, int half) {
             return reinterpret_cast<Vec<float, 2>*>(rel_w + 8 * half * bias.stride_w + x + 8 * j + 2 * t);
         };
-        for (uint32_t tile = 0; tile < work.tiles; ++tile) {
-            const Token key = work.key(tile);
-            const unsigned char* keys = ring.wait();
-            const unsigned char* values = ring.wait();
-            ptx::wgmma_fence();
-            multiply_rows<T, kDim, kKeys, kQueries, kKeys>(scores, shared.queries, group * kGroupRows, keys);
-            multiply_rows<T, kDim, kKeys, kQueries, kKeys>(dweights, shared.dout, group * kGroupRows, values);
-            if (key.y == 0) {
+        const auto pass_keys = [&](auto with_dropout) {
+            constexpr bool kDropout = decltype(with_dropout)::value;
+            Token key{0, 0};
+            for (uint32_t tile = 0; tile < work.tiles; ++tile, key = work.key_after(key)) {
+                const unsigned char* keys = ring.wait();
+                const unsigned char* values = ring.wait();
+                ptx::wgmma_fence();
+                multiply_rows<T, kDim, kKeys, kQueries, kKeys>(scores, shared.queries, group * kGroupRows, keys);
+                multiply_rows<T, kDim, kKeys, kQueries, kKeys>(dweights, shared.dout, group * kGroupRows, values);
+                if (key.y == 0) {
 #pragma unroll
-                for (int j = 0; j < kCols / 8; ++j)
+                    for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const auto pair = *rel_w_at(key.x, j, half);
-                        fragment_w[4 * j + 2 * half] = pair.at[0];
-                        fragment_w[4 * j + 2 * half + 1] = pair.at[1];
-                        fragment_dw[4 * j + 2 * half] = fragment_dw[4 * j + 2 * half + 1] = 0.0f;
+                        for (int half = 0; half < 2; ++half) {
+                            const auto pair = *rel_w_at(key.x, j, half);
+                            fragment_w[4 * j + 2 * half] = pair.at[0];
+                            fragment_w[4 * j + 2 * half + 1] = pair.at[1];
+                            fragment_dw[4 * j + 2 * half] = fragment_dw[4 * j + 2 * half + 1] = 0.0f;
+                        }
+                }
+                ptx::wgmma_wait_group<1>();  // the scores, and the product of the tile before
+                ptx::wgmma_pin(scores);
+                dq.pin();
+                if (tile > 0) ring.release(ring.next - 4);
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int r = 0; r < kRows; ++r) {
+                        const float bias_h = rel_h[8 * half * bias.stride_h + key.y + r];
+#pragma unroll
+                        for (int j = 0; j < kCols / 8; ++j)
+#pragma unroll
+                            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                                float& score = scores[4 * (r * (kCols / 8) + j) + i];
+                                score = ptx::ex2_approx(fmaf(score, scale, fragment_w[4 * j + i]) + bias_h);
+                            }
                     }
-            }
-            ptx::wgmma_wait_group<1>();  // the scores, and the product of the tile before
-            ptx::wgmma_pin(scores);
-            dq.pin();
-            if (tile > 0) ring.release(ring.next - 4);
+                [[maybe_unused]] KeptKeys<Tile> kept[2] = {};
+                if constexpr (kDropout) {
+                    kept[0] = kept_keys<Tile>(s, unit.dropout_row(query[0]), key.y, key.x);
+                    kept[1] = kept_keys<Tile>(s, unit.dropout_row(query[1]), key.y, key.x);
+                }
+                ptx::wgmma_wait_group<0>();
+                ptx::wgmma_pin(dweights);
+                ring.release(ring.next - 1);
+                float sums[2][kRows];
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+                for (int half = 0; half < 2; ++half)
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    const float bias_h = rel_h[8 * half * bias.stride_h + key.y + r];
+                    for (int r = 0; r < kRows; ++r) {
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int j = 0; j < kCols / 8; ++j)
+#pragma unroll
+                            for (int c = 0; c < 2; ++c) {
+                                const int column = r * (kCols / 8) + j, n = 4 * column + 2 * half + c;
+                                float dweight = dweights[n];
+                                if constexpr (kDropout)
+                                    dweight *= dropout_factor(s.dropout, kept[half], 2 * column + c);
+                                scores[n] *= dweight - delta[half];
+                                fragment_dw[4 * j + 2 * half + c] += scores[n];
+                                sum += scores[n];
+                            }
+                        sums[half][r] = sum;
+                    }
+                pack_weights<T, kKeys>(dscores, scores);
+                ptx::wgmma_fence();
+                add_weighted<T, kDim, kKeys>(dq, dscores, keys);
+                // Beside that product.
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int r = 0; r < kRows; ++r) {
+                        // All of a query's four lanes have read its rel_h.
+                        const float sum = quad_sum(sums[half][r]);
+                        float& total = drel_h[8 * half * bias.stride_h + key.y + r];
+                        if (t == 0) total = key.x == 0 ? sum : total + sum;
+                    }
+                // Only this lane has read what was here.
+                if (key.y + kRows >= s.side_h) {
 #pragma unroll
                     for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
-                        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                            float& score = scores[4 * (r * (kCols / 8) + j) + i];
-                            score = ptx::ex2_approx(fmaf(score, scale, fragment_w[4 * j + i]) + bias_h);
-                        }
+                        for (int half = 0; half < 2; ++half)
+                            *rel_w_at(key.x, j, half) = {fragment_dw[4 * j + 2 * half],
+                                                         fragment_dw[4 * j + 2 * half + 1]};
                 }
-            KeptKeys<Tile> kept[2] = {};
-            if (s.dropout.threshold != 0) {
-                kept[0] = kept_keys<Tile>(s, unit.dropout_row(query[0]), key.y, key.x);
-                kept[1] = kept_keys<Tile>(s, unit.dropout_row(query[1]), key.y, key.x);
             }
-            ptx::wgmma_wait_group<0>();
-            ptx::wgmma_pin(dweights);
-            ring.release(ring.next - 1);
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int j = 0; j < kCols / 8; ++j)
-#pragma unroll
-                        for (int c = 0; c < 2; ++c) {
-                            const int column = r * (kCols / 8) + j, n = 4 * column + 2 * half + c;
-                            float dweight = dweights[n];
-                            if (s.dropout.threshold != 0)
-                                dweight *= dropout_factor(s.dropout, kept[half], 2 * column + c);
-                            scores[n] *= dweight - delta[half];
-                            fragment_dw[4 * j + 2 * half + c] += scores[n];
-                            sum += scores[n];
-                        }
-                    // All of a query's four lanes have read its rel_h.
-                    sum = quad_sum(sum);
-                    float& total = drel_h[8 * half * bias.stride_h + key.y + r];
-                    if (t == 0) total = key.x == 0 ? sum : total + sum;
-                }
-            pack_weights<T, kKeys>(dscores, scores);
-            ptx::wgmma_fence();
-            add_weighted<T, kDim, kKeys>(dq, dscores, keys);
-            // Only this lane has read what was here.
-            if (key.y + kRows >= s.side_h) {
-#pragma unroll
-                for (int j = 0; j < kCols / 8; ++j)
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        *rel_w_at(key.x, j, half) = {fragment_dw[4 * j + 2 * half], fragment_dw[4 * j + 2 * half + 1]};
-            }
-        }
+        };
+        compile_twice(s.dropout, pass_keys);
         ptx::wgmma_wait_group<0>();
         dq.pin();
         ring.release(ring.next - 2);

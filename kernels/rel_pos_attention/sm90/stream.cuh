@@ -77,6 +77,11 @@ template <class Tile> struct StreamWork {
     __device__ __forceinline__ Token key(uint32_t tile) const {
         return {tile % tiles_of_stripe * Tile::kRows, tile / tiles_of_stripe * Tile::kCols};
     }
+    // The first key of the next tile, without a division.
+    __device__ __forceinline__ Token key_after(Token key) const {
+        if (key.y + Tile::kRows < unit.s.side_h) return {key.y + Tile::kRows, key.x};
+        return {0, key.x + Tile::kCols};
+    }
 };
 
 // The ring as the loading thread sees it.
