@@ -152,7 +152,7 @@ fn a_predictor_gives_the_masks_of_the_model() -> Result<()> {
     let picture = image::DynamicImage::from(image::RgbImage::from_fn(50, 40, pixels));
     let embedding = predictor.embed(&picture)?;
     let prompt = Prompt::at(20.0, 30.0);
-    let found = predictor.predict(&embedding, &[prompt.clone()], true)?;
+    let found = predictor.predict(&embedding, std::slice::from_ref(&prompt), true)?;
     let (pixel_values, frame) = processor.preprocess(&picture, &Device::Cpu)?;
     let point = Tensor::new(&[[[[20f32, 30.0]]]], &Device::Cpu)?;
     let input = SamInput {

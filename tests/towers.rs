@@ -69,9 +69,12 @@ fn vitdet(kind: AttentionKind) -> Result<VitDetBackbone> {
     Ok(VitDetBackbone::new(&config, kind, zeros())?)
 }
 
-/// Every tower with its weights, its names and its folder.
-fn towers(kind: AttentionKind) -> Result<Vec<(Box<dyn Tower>, Names, &'static str)>> {
-    let mut towers: Vec<(Box<dyn Tower>, Names, &'static str)> = vec![
+/// A tower, its names and its folder.
+type Named = (Box<dyn Tower>, Names, &'static str);
+
+/// Every tower with its weights.
+fn towers(kind: AttentionKind) -> Result<Vec<Named>> {
+    let mut towers: Vec<Named> = vec![
         (Box::new(deepseek_vl(kind)?), DEEPSEEK_VL, "deepseek_vl"),
         (Box::new(unlimited(kind)?), DEEPSEEK_OCR, "unlimited"),
         (Box::new(vitdet(kind)?), VITDET, "vitdet"),

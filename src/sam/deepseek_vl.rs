@@ -1,5 +1,5 @@
-//! The high-resolution vision tower of DeepSeek-VL's hybrid models: SAM's image encoder, its image embedding and the output
-//! of its first global layer made tokens of the language model's aligner.
+//! The high-resolution vision tower of DeepSeek-VL's hybrid models: SAM's image encoder and a projection. Its tokens are made
+//! of the image embedding and of the output of the first global layer.
 //!
 //! ```text
 //! proj(x) = conv2(conv1(bilinear(x)))                       [B, C, h, h] -> [B, 4C, side, side]

@@ -229,8 +229,8 @@ impl VitDetBackbone {
         Ok(Self { position_embeddings, projection, layers })
     }
 
-    /// The backbone in a folder with `config.json` and weights, or by a name on the Hugging Face hub (feature `hub`). What
-    /// else the checkpoint holds is left alone.
+    /// The backbone in a folder with `config.json` and weights, or by a name on the Hugging Face hub (feature `hub`). Other
+    /// tensors of the checkpoint are left alone.
     ///
     /// # Errors
     /// - there is no such folder, and the hub does not give it;

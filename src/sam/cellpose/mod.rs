@@ -89,8 +89,8 @@ impl CellposeSam {
         Ok(model)
     }
 
-    /// With the tensors of a `VarBuilder`, from the configuration of the SAM whose tables it has, and its own sides of the
-    /// image and of a patch.
+    /// With the tensors of a `VarBuilder`. `sam` is the SAM whose tables the network has; the sides of the image and of a
+    /// patch are its own.
     ///
     /// # Errors
     /// - as [`SamVisionEncoder::new`].

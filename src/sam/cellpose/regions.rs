@@ -39,8 +39,8 @@ pub(super) fn regions(labels: &[u32], width: usize) -> Vec<Region> {
     regions
 }
 
-/// Drops the labels that `keep` does not want, by label and number of pixels; numbers the others from 1 in the order of
-/// their first pixels.
+/// Drops the labels that `keep` does not want, by label and number of pixels. The others are numbered from 1, in the order
+/// of their first pixels.
 pub(super) fn retain(labels: &mut [u32], keep: impl Fn(usize, usize) -> bool) {
     let mut sizes: HashMap<u32, usize> = HashMap::new();
     labels

@@ -116,7 +116,6 @@ pub const CELLPOSE_SAM: Names = Names {
 const RELATIVES: &[(&str, &str)] = &[
     ("*mask_decoder.hf_token.*", "SAM-HQ; load it into a sam::SamHqModel"),
     ("*hq_token.*", "SAM-HQ; load it into a sam::SamHqModel"),
-    ("W2", "Cellpose-SAM; load it into a sam::CellposeSam"),
     ("*memory_attention.*", "SAM 2, which this crate does not run"),
     ("*image_encoder.trunk.*", "SAM 2, which this crate does not run"),
     ("*vision_encoder.backbone.*", "SAM 2, which this crate does not run"),
