@@ -459,3 +459,16 @@ fn epochs_are_steps_that_show_every_image() -> anyhow::Result<()> {
     assert!(message.contains("cannot be used with"), "{message}");
     Ok(())
 }
+
+/// Doubles go by boxes, and by masks where that is wanted.
+#[test]
+fn automatic_masks_go_by_their_overlap_if_told() -> anyhow::Result<()> {
+    let generator = |more: &[&str]| {
+        let options = Options::try_parse_from([&["finetune"], more].concat())?;
+        options.generator().ok_or_else(|| anyhow::anyhow!("no automatic masks"))
+    };
+    assert_eq!(generator(&[])?.mask_nms_thresh, None);
+    let found = generator(&["--automatic-nms", "0.3"])?;
+    assert_eq!((found.box_nms_thresh, found.mask_nms_thresh), (Some(0.7), Some(0.3)));
+    Ok(())
+}

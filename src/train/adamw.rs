@@ -31,7 +31,7 @@ struct Slot {
     var: Var,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    /// Of learning rate and weight decay.
+    /// Factors of the learning rate and the weight decay.
     factors: Factors,
 }
 

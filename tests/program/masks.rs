@@ -105,8 +105,11 @@ fn a_killed_run_is_continued_to_the_same_bytes() -> Result<()> {
     std::fs::write(&overlay, &bytes[..bytes.len() / 2])?;
     let out = succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
     ensure!(out.contains("1 of 2 images were done") && std::fs::read(&overlay)? == bytes, "{out}");
-    let other = "photos --output whole --resume --points-per-side 4";
-    fail(here, "masks", other, 1, &["masks.jsonl", "other settings (generator)"])
+    for other in ["--points-per-side 4".to_string(), format!("{QUICK} --mask-nms 0.3")] {
+        let line = format!("photos --output whole --resume {other}");
+        fail(here, "masks", &line, 1, &["masks.jsonl", "other settings (generator)"])?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -211,6 +211,10 @@ pub struct Options {
     /// Points along each side of a held-out image for its automatic masks; 0 makes none
     #[arg(long, default_value_t = 16, value_name = "POINTS")]
     pub automatic: usize,
+    /// The worse of two automatic masks goes that overlap by a higher IoU. The value 0.3 suits objects that do not cover each
+    /// other [default: boxes alone, 0.7]
+    #[arg(long, value_name = "IOU")]
+    pub automatic_nms: Option<f64>,
     /// Held-out images to draw before and after
     #[arg(long, default_value_t = 8, value_name = "IMAGES")]
     pub overlays: usize,
@@ -385,6 +389,7 @@ impl Options {
             points_per_side: self.automatic,
             pred_iou_thresh: 0.0,
             stability_score_thresh: 0.0,
+            mask_nms_thresh: self.automatic_nms,
             ..MaskGenerator::original()
         })
     }

@@ -36,6 +36,7 @@ pub fn metrics(
         "prompt": format!("{:?}", options.prompt).to_lowercase(),
         "batch": options.batch(),
         "train": options.train.names(),
+        "automatic": { "points_per_side": options.automatic, "nms": options.automatic_nms },
         "parameters": trainable,
         "mean_iou_before": outcome.before.objects.iou,
         "mean_iou_after": outcome.after.objects.iou,

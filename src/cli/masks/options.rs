@@ -77,6 +77,10 @@ pub struct GeneratorArguments {
     /// One of two masks goes whose boxes overlap by a higher IoU
     #[arg(long, default_value_t = 0.7)]
     nms: f64,
+    /// The worse of two masks goes that overlap by a higher IoU. The value 0.3 suits objects that do not cover each other
+    /// [default: boxes alone]
+    #[arg(long, value_name = "IOU")]
+    mask_nms: Option<f64>,
     /// Layers of crops, for small objects: layer n has 4^n crops, each encoded by itself
     #[arg(long, default_value_t = 0, conflicts_with = "embeddings")]
     crop_layers: u32,
@@ -94,6 +98,7 @@ impl GeneratorArguments {
             pred_iou_thresh: self.iou,
             stability_score_thresh: self.stability,
             crop_nms_thresh: self.nms,
+            mask_nms_thresh: self.mask_nms,
             crop_n_layers: self.crop_layers,
             min_mask_region_area: self.min_area,
             ..MaskGenerator::default()
