@@ -6,6 +6,8 @@
 use crate::nn::checkpoint::{Fused, Names, Part};
 
 /// Files of SAM: Hugging Face's, the original's, SAMed's and micro-sam's.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const SAM: Names = Names {
     renamed: RENAMED,
     heads: &[
@@ -46,10 +48,14 @@ pub const SAM: Names = Names {
 };
 
 /// Files of DeepSeek-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from them too.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const DEEPSEEK_OCR: Names =
     Names { ignored: &["vision_encoder.net_2.weight", "vision_encoder.net_3.weight"], ..SAM };
 
 /// Files of GOT-OCR 2.0, as transformers writes them. The encoder and the projector are read, the language model is not.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const GOT_OCR2: Names =
     Names { ignored: &["language_model.*", "lm_head.*"], fused: &[Fused::QKV], ..Names::PLAIN };
 
