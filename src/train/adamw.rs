@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The hyperparameters, with PyTorch's defaults.
+///
+/// [Example](crate::train)
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamWConfig {
     /// Learning rate.
@@ -77,6 +79,8 @@ struct Slot {
 }
 
 /// A variable to optimize, and the name that its moments are saved under.
+///
+/// [Example](crate::train)
 #[derive(Clone, Debug)]
 pub struct Parameter {
     /// Without a name, the variable's position stands for it.
@@ -99,6 +103,8 @@ impl From<(String, Var)> for Parameter {
 /// The optimizer. It updates its variables in place, always in the order they were given.
 ///
 /// It is a [`candle_nn::Optimizer`], so a candle program can take it in the place of candle's own.
+///
+/// [Example](crate::train)
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
