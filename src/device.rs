@@ -6,6 +6,19 @@ use candle_core::Device;
 /// `cpu`, or `cuda` / `cuda:N`: the first or the N-th GPU, if the crate was built with the `cuda` feature. The GPU's
 /// memory that tensors give back stays with this process, for the tensors of the next step.
 ///
+/// ```
+/// use candle_sam_lora::{device, gpus, release_buffers};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let first = if gpus().unwrap_or(0) > 0 { "cuda" } else { "cpu" };
+/// println!("on {first}: {:?}", device(first)?);
+/// assert!(device("cpu")?.is_cpu());
+/// assert!(device("tpu").is_err());
+/// release_buffers(); // the CPU's, after the last operation
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// For any other name; for `cuda` without the feature, without a driver, or without such a device.
 pub fn device(name: &str) -> Result<Device> {
@@ -20,6 +33,8 @@ pub fn device(name: &str) -> Result<Device> {
 }
 
 /// Number of GPUs that this process sees.
+///
+/// [Example](crate::device())
 ///
 /// # Errors
 /// - without the feature `cuda`, or without a driver.

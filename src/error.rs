@@ -6,6 +6,25 @@
 use std::path::{Path, PathBuf};
 
 /// A failure outside an operation: files, configurations, names.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_nn::VarBuilder;
+/// use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel};
+/// use candle_sam_lora::Error;
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let zeros = VarBuilder::zeros(DType::F32, &Device::Cpu);
+/// let mut config = SamConfig::load("assets/tiny-sam/config.json")?;
+/// config.vision_config.num_hidden_layers += 1;
+/// let mut sam = SamModel::new(&config, AttentionKind::Fused, zeros)?;
+/// match checkpoint::load(&mut sam, "assets/tiny-sam") {
+///     Err(Error::Mismatch(all)) => assert!(all.missing[0].starts_with("vision_encoder.layers.4.")),
+///     _ => panic!("the checkpoint has four layers"),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -56,6 +75,8 @@ pub enum Error {
 }
 
 /// The result of everything that touches files, configurations or names.
+///
+/// [Example](crate::Error)
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
@@ -85,6 +106,8 @@ impl From<Error> for candle_core::Error {
 }
 
 /// How a set of named tensors differs from what a model wants.
+///
+/// [Example](crate::Error)
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct TensorMismatch {
     /// Where the tensors come from, for the message.

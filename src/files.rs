@@ -99,6 +99,8 @@ fn temporary() -> tempfile::Builder<'static, 'static> {
 
 /// Replaces the file at `path` by what `write` produces, or leaves it as it was.
 ///
+/// [Example](crate::write_tensors)
+///
 /// # Errors
 /// When the folder cannot be written to, the disk is full, or `write` fails; no partial file remains.
 pub fn write_atomic(
@@ -128,6 +130,8 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
 }
 
 /// An open safetensors file whose header has been read and checked; its tensors are read one at a time.
+///
+/// [Example](crate::write_tensors)
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
@@ -270,6 +274,8 @@ impl TensorFile {
 
 /// Reads every tensor of a safetensors file, in the dtype it has there.
 ///
+/// [Example](crate::write_tensors)
+///
 /// # Errors
 /// When the file cannot be read, is truncated, lies about its sizes, or holds a dtype candle lacks.
 pub fn read_tensors(path: impl AsRef<Path>, device: &Device) -> Result<BTreeMap<String, Tensor>> {
@@ -278,6 +284,23 @@ pub fn read_tensors(path: impl AsRef<Path>, device: &Device) -> Result<BTreeMap<
 
 /// Writes tensors as a safetensors file, atomically, with `{"format": "pt"}` as Python libraries expect it. One
 /// tensor at a time is copied.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sam_lora::{read_tensors, write_atomic, write_tensors, TensorFile};
+/// use std::{collections::BTreeMap, io::Write};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let path = std::env::temp_dir().join("candle-sam-lora-tensors.safetensors");
+/// let table = Tensor::new(&[1f32, 2.0], &Device::Cpu)?;
+/// write_tensors(&path, &BTreeMap::from([("table".to_string(), table)]))?;
+/// assert_eq!(read_tensors(&path, &Device::Cpu)?["table"].to_vec1::<f32>()?, [1.0, 2.0]);
+/// let file = TensorFile::open(&path)?; // the header alone
+/// assert_eq!(file.read("table", &Device::Cpu)?.dims(), [2]);
+/// write_atomic(path.with_extension("txt"), |file| file.write_all(b"a table of two numbers"))?;
+/// # Ok(())
+/// # }
+/// ```
 pub fn write_tensors(path: impl AsRef<Path>, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     stage_tensors(path, tensors)?.commit()
 }

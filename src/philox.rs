@@ -95,6 +95,8 @@ impl WithSimd for Groups<'_> {
 }
 
 /// Dropout as the operations take it: a probability and the address of the mask.
+///
+/// [Example](crate::ops::dropout())
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     /// Probability that an element is dropped, in `[0, 1)`; rounded to a multiple of 2^-16.
@@ -172,6 +174,8 @@ impl Dropout {
 }
 
 /// The stream of a layer: 32-bit FNV-1a of its dotted name.
+///
+/// [Example](crate::ops::dropout())
 pub fn stream_of(name: &str) -> u32 {
     name.bytes().fold(0x811C_9DC5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }

@@ -137,6 +137,8 @@ pub struct LoraProblem {
 }
 
 /// An elementwise function without parameters.
+///
+/// [Example](crate::ops)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `x`

@@ -134,6 +134,8 @@ impl<T: Pooled> DerefMut for Elements<T> {
 }
 
 /// Gives the memory that the CPU operations keep for their next buffers, 2 GiB at most, back to the system.
+///
+/// [Example](crate::device())
 pub fn release() {
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
     *waiting = Waiting { f32: Vec::new(), bf16: Vec::new() };

@@ -21,6 +21,8 @@ const OP: &str = "cuda::Graphed";
 /// random draws and the active adapter. The graph reads the weights where they were then, so it keeps the function and
 /// all that the function owns or borrows. [`Var::set`] writes a variable in its place, and the next replay reads the
 /// new values. The graph's memory is not the pool's. A graph stays on its thread, whose stream it was recorded from.
+///
+/// [Example](crate::guide::cuda)
 pub struct Graphed<F> {
     // Fields are dropped in this order: the graph before what it reads.
     graph: CudaGraph,

@@ -8,6 +8,8 @@ use candle_core::Device;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Implementations of the operations on a GPU.
+///
+/// [Example](crate::cuda)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Kernels {
     /// Those for the GPU's own architecture, as far as there are any; else the portable ones.
@@ -35,11 +37,15 @@ static CHOICE: AtomicU8 = AtomicU8::new(Kernels::Native as u8);
 
 /// Takes these kernels in every forward from now on, in the whole process. A backward goes on with those of its forward, a
 /// graph with those that it was captured with.
+///
+/// [Example](crate::cuda)
 pub fn set_kernels(kernels: Kernels) {
     CHOICE.store(kernels as u8, Ordering::Relaxed);
 }
 
 /// The kernels that are taken.
+///
+/// [Example](crate::cuda)
 pub fn kernels() -> Kernels {
     let choice = CHOICE.load(Ordering::Relaxed);
     let all = [Kernels::Native, Kernels::NativeInTurn, Kernels::Portable];
@@ -47,6 +53,8 @@ pub fn kernels() -> Kernels {
 }
 
 /// The implementations that differ on this device: two on Hopper, one on any other.
+///
+/// [Example](crate::cuda)
 pub fn available_kernels(device: &Device) -> &'static [Kernels] {
     match device {
         Device::Cuda(device) if context::gpu(device).is_some_and(|gpu| gpu.native.is_some()) => {

@@ -13,6 +13,8 @@ static ON: AtomicBool = AtomicBool::new(true);
 
 /// Whether native kernels are tested before their first use, in the whole process; they are, unless told otherwise. A family
 /// that was refused stays refused, and one whose use began untested is tested at its next use once tests are on.
+///
+/// [Example](crate::cuda)
 pub fn self_test(on: bool) {
     ON.store(on, Ordering::Relaxed);
 }

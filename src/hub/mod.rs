@@ -33,6 +33,8 @@ use std::path::{Path, PathBuf};
 /// `owner/name@revision` on the hub. A revision is a branch, a tag or a commit, by default `main`. A `#prefix` behind
 /// either names one of several models in its file, and stays.
 ///
+/// [Example](crate::hub)
+///
 /// # Errors
 /// [`Error::Hub`] if there is no such folder, and
 /// - the name is none of the hub's, or the feature `hub` is off;

@@ -5,6 +5,8 @@ use std::fmt;
 
 /// An architecture's own kernels for an operation's forward and backward: tested, trusted and refused together, for each
 /// dtype.
+///
+/// [Example](crate::guide::cuda)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
     /// `rel_pos_attention_{fwd,bwd_query,bwd_key}_sm90`

@@ -17,6 +17,8 @@ const MOST_ROUNDINGS: f64 = 32.0;
 const MOST_FAULTS: usize = 3;
 
 /// Who computes a family's problems, from the first choice to the last.
+///
+/// [Example](crate::guide::cuda)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Choice {
     /// The kernels for the GPU's own architecture.
@@ -65,6 +67,8 @@ pub fn error(got: &[f32], truth: &[f32]) -> f64 {
 }
 
 /// One result of an operation: its output or a gradient.
+///
+/// [Example](crate::guide::cuda)
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     /// Its name, after the problem that it is a result of.
@@ -94,6 +98,8 @@ impl fmt::Display for Comparison {
 }
 
 /// A row of the table: a family's kernels of one implementation in one dtype.
+///
+/// [Example](crate::guide::cuda)
 #[derive(Clone, Debug, PartialEq)]
 pub struct SelfTestRow {
     /// The tested family; `portable` rows are of the kernels that stand in for this family.
@@ -160,6 +166,8 @@ pub fn refusal(rows: &[SelfTestRow], compiler: &str) -> Option<String> {
 }
 
 /// A table of every family: its errors beside their bounds.
+///
+/// [Example](crate::guide::cuda)
 #[derive(Clone, Debug, PartialEq)]
 pub struct SelfTestReport {
     /// The GPU's name.

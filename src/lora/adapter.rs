@@ -18,10 +18,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Name of the configuration in an adapter folder.
+///
+/// [Example](crate::lora::save_adapter)
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the tensors in an adapter folder.
+///
+/// [Example](crate::lora::save_adapter)
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// Name of the tensors in a folder of an older PEFT, a file of `torch.save`.
+///
+/// [Example](crate::lora::save_adapter)
 pub const PICKLED_TENSORS_FILE: &str = "adapter_model.bin";
 
 /// Writes the adapter of `model`, injected with `config`, to the folder `dir`, which is created if need be.
@@ -62,6 +68,8 @@ pub fn save_adapter(
 /// As [`save_adapter`], of the adapter called `name`. The name is not in the files; PEFT's `save_pretrained` gives
 /// every adapter but "default" a folder of its name.
 ///
+/// [Example](crate::lora::add_adapter)
+///
 /// # Errors
 /// As [`save_adapter`].
 pub fn save_named_adapter(
@@ -74,6 +82,8 @@ pub fn save_named_adapter(
 }
 
 /// Makes an adapter folder of a configuration and tensors under PEFT's keys.
+///
+/// [Example](crate::lora::LoraLinear)
 ///
 /// # Errors
 /// As [`save_adapter`], for the folder.
@@ -103,6 +113,8 @@ pub fn write_adapter(
 /// adapter is trainable and in f32, the rest frozen; for inference alone freeze all with
 /// [`set_trainable`](crate::nn::set_trainable).
 ///
+/// [Example](crate::lora::save_adapter)
+///
 /// # Errors
 /// - a file cannot be read or is damaged;
 /// - the configuration is not supported or does not fit this model;
@@ -117,6 +129,8 @@ pub fn load_adapter(model: &mut dyn ModuleTree, dir: impl AsRef<Path>) -> Result
 /// in use and the loaded one waits, frozen.
 ///
 /// PEFT passes over names in `modules_to_save` that no module has: a line on standard error tells of each.
+///
+/// [Example](crate::lora::add_adapter)
 ///
 /// # Errors
 /// As [`load_adapter`] and [`add_adapter`](super::add_adapter).
@@ -133,6 +147,8 @@ pub fn load_named_adapter(
 }
 
 /// The finds of [`load_adapter_as`] in an adapter. Its `Display` is one line for a user.
+///
+/// [Example](crate::lora::save_adapter)
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LoadedAdapter {
@@ -174,6 +190,8 @@ impl std::fmt::Display for LoadedAdapter {
 /// one that fits.
 ///
 /// `dir` is a folder, or the file of tensors in it.
+///
+/// [Example](crate::lora::save_adapter)
 ///
 /// # Errors
 /// As [`load_named_adapter`]; when several spellings fit.
@@ -221,6 +239,8 @@ pub fn load_adapter_as(
 
 /// As [`load_named_adapter`], from a configuration and tensors under PEFT's keys.
 ///
+/// [Example](crate::guide::peft)
+///
 /// # Errors
 /// As [`load_named_adapter`], but for files.
 pub fn load_adapter_tensors(
@@ -258,6 +278,8 @@ fn fill(
 
 /// The configuration in the adapter folder `dir`, and its tensors by their keys.
 ///
+/// [Example](crate::lora::LoraLinear)
+///
 /// # Errors
 /// When a file cannot be read or is not what it should be.
 pub fn read_adapter(dir: impl AsRef<Path>) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
@@ -267,6 +289,8 @@ pub fn read_adapter(dir: impl AsRef<Path>) -> Result<(LoraConfig, BTreeMap<Strin
 }
 
 /// The keys of the tensors in an adapter's file, as they are there.
+///
+/// [Example](crate::lora::LoraLinear)
 ///
 /// # Errors
 /// When a file cannot be read or is not what it should be.

@@ -16,6 +16,8 @@ use std::collections::BTreeMap;
 /// From the states after initialisation and after training, as [`adapter_state`](super::adapter_state) gives them, the
 /// configuration and state of an adapter that [`write_adapter`](super::write_adapter) makes a folder of.
 ///
+/// [Example](crate::lora::adapter_state)
+///
 /// # Errors
 /// When the two states are not of one configuration, with DoRA, or with rank stabilisation together with patterns.
 pub fn convert_to_lora(

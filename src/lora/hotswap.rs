@@ -26,6 +26,38 @@ use std::path::Path;
 /// Replaces the adapter called `name` by the one in the folder `dir`, whose configuration is returned. The name, what
 /// is active and what is trainable stay. Save the result with that configuration only if both have the same layers.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::lora::{hotswap_adapter, inject, save_adapter, LoraConfig};
+/// use candle_sam_lora::{module_tree, nn::{Linear, Mode, DEFAULT_ADAPTER}};
+///
+/// struct Head {
+///     project: Linear,
+/// }
+/// module_tree!(Head { project });
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let config = LoraConfig::new(2).target_modules(["project"]);
+/// let adapted = |seed| -> candle_sam_lora::Result<Head> {
+///     let project = Linear::new(Tensor::ones((3, 4), DType::F32, &Device::Cpu)?, None);
+///     let mut head = Head { project };
+///     inject(&mut head, &config, seed)?;
+///     Ok(head)
+/// };
+/// let (mut served, mut other) = (adapted(0)?, adapted(1)?);
+/// let b = &mut other.project.adapters.get_mut(DEFAULT_ADAPTER).unwrap().b;
+/// *b = b.ones_like()?; // stands for training
+/// let folder = std::env::temp_dir().join("candle-sam-lora-hotswap-adapter");
+/// save_adapter(&other, &config, &folder)?;
+///
+/// hotswap_adapter(&mut served, DEFAULT_ADAPTER, &folder)?;
+/// let x = Tensor::ones((1, 4), DType::F32, &Device::Cpu)?;
+/// let [served, other] = [served, other].map(|head| head.project.forward(&x, Mode::Eval));
+/// assert_eq!(served?.to_vec2::<f32>()?, other?.to_vec2::<f32>()?);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - there is no such adapter, or it is merged;
 /// - one of the two has DoRA or a LoRA bias and the other has not;

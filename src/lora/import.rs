@@ -109,6 +109,8 @@ fn model_blocks(model: &dyn ModuleTree) -> Result<BTreeMap<usize, String>> {
 /// [`write_adapter`](super::write_adapter). SAMed's files do not say which blocks are adapted: without `blocks` all
 /// are. Tensors of the base in the same file are left to `sam::checkpoint::load`, which reads such files too.
 ///
+/// [Example](crate::guide::peft)
+///
 /// # Errors
 /// When the file cannot be read or holds no such adapter, or tensors of another kind; when `blocks` or the model do not
 /// fit it.

@@ -100,6 +100,33 @@ fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<
 ///
 /// Merged weights are new tensors: a `VarMap` keeps the base, which [`unmerge`] puts back.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::lora::{inject, merge, unmerge, LoraConfig};
+/// use candle_sam_lora::{module_tree, nn::{randomize, Linear, Mode}};
+///
+/// struct Head {
+///     project: Linear,
+/// }
+/// module_tree!(Head { project });
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let project = Linear::new(Tensor::ones((3, 4), DType::F32, &Device::Cpu)?, None);
+/// let mut head = Head { project };
+/// inject(&mut head, &LoraConfig::new(2).target_modules(["project"]), 0)?;
+/// randomize(&mut head, 0, 0.1)?; // stands for training
+/// let x = Tensor::ones((1, 4), DType::F32, &Device::Cpu)?;
+/// let adapted = head.project.forward(&x, Mode::Eval)?;
+/// let weight = head.project.weight.to_vec2::<f32>()?;
+///
+/// merge(&mut head)?; // safe_merge refuses a result that is not finite
+/// assert!((head.project.forward(&x, Mode::Eval)? - adapted)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-5);
+/// unmerge(&mut head)?;
+/// assert_eq!(head.project.weight.to_vec2::<f32>()?, weight);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// When the model carries no active adapter, a LoRA bias meets a layer without bias, as in PEFT, or a weight is in int8.
 /// The model is unchanged then.
@@ -109,6 +136,8 @@ pub fn merge(model: &mut dyn ModuleTree) -> Result<()> {
 
 /// As [`merge`], but refuses a result that is not finite throughout.
 ///
+/// [Example](crate::lora::merge())
+///
 /// # Errors
 /// As [`merge`], and on NaN or infinity in a merged weight or bias. The model is unchanged then.
 pub fn safe_merge(model: &mut dyn ModuleTree) -> Result<()> {
@@ -116,6 +145,8 @@ pub fn safe_merge(model: &mut dyn ModuleTree) -> Result<()> {
 }
 
 /// Takes merged adapters out again: weights and biases are, bit for bit, those from before [`merge`].
+///
+/// [Example](crate::lora::merge())
 ///
 /// # Errors
 /// None of its own.
@@ -131,6 +162,8 @@ pub fn unmerge(model: &mut dyn ModuleTree) -> Result<()> {
 }
 
 /// Merges and then forgets the adapters, inactive ones too: a plain model with adapted weights remains.
+///
+/// [Example](crate::lora::save_adapter)
 ///
 /// # Errors
 /// As [`merge`].

@@ -16,6 +16,8 @@ use crate::{files, Error, Result};
 use std::path::Path;
 
 /// Name of the model card in an adapter folder.
+///
+/// [Example](crate::lora::model_card())
 pub const CARD_FILE: &str = "README.md";
 
 const VERSIONS: &str = "### Framework versions";
@@ -23,6 +25,8 @@ const FENCE: &str = "---";
 
 /// Writes the adapter called `name`, made with `config`, and a model card to the folder `dir`. As in PEFT, an adapter
 /// not called "default" goes to the folder of its name in `dir`.
+///
+/// [Example](crate::lora::model_card())
 ///
 /// # Errors
 /// As [`save_adapter`](super::save_adapter); when there is a card that is no text.
@@ -47,6 +51,17 @@ pub fn save_pretrained(
 }
 
 /// The model card of an adapter: a new one, or `old` brought up to date.
+///
+/// ```
+/// use candle_sam_lora::lora::{model_card, LoraConfig};
+///
+/// let mut config = LoraConfig::new(4);
+/// config.base_model_name_or_path = Some("facebook/sam-vit-base".into());
+/// let card = model_card(&config, None);
+/// assert!(card.contains("base_model: facebook/sam-vit-base"));
+/// let mine = card + "Trained on nuclei.\n";
+/// assert!(model_card(&config, Some(&mine)).ends_with("Trained on nuclei.\n")); // the text stays
+/// ```
 pub fn model_card(config: &LoraConfig, old: Option<&str>) -> String {
     let new = || (String::new(), text(config));
     let (header, text) = old.map_or_else(new, |old| {

@@ -71,6 +71,25 @@ fn whole(key: &str) -> Error {
 /// configuration and state, from which [`write_adapter`](super::write_adapter) makes a folder. `config` is the one it
 /// was made with. Adapters of other layers stay what they are.
 ///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_sam_lora::lora::{fuse_qkv, inject, split_qkv, LoraConfig};
+/// use candle_sam_lora::sam::{AttentionKind, SamModel};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let mut sam = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Split, DType::F32, &Device::Cpu)?;
+/// let config = LoraConfig::new(4).target_modules(["q", "v"]);
+/// inject(&mut sam, &config, 0)?;
+///
+/// // For tools whose SAM has the fused qkv of its checkpoint, and back.
+/// let (config, fused) = fuse_qkv(&sam, "default", &config)?;
+/// assert!(fused.keys().all(|key| key.contains(".attn.qkv.lora_")));
+/// let (_, split) = split_qkv(&sam, &config, &fused)?;
+/// assert!(split.keys().any(|key| key.contains(".attn.q.lora_A")));
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - there is no such adapter, or it is merged;
 /// - it is on no q, k or v that stand together, or took its start out of the base;
@@ -177,6 +196,8 @@ fn block(projections: &[Projection; 3], parts: &[Option<Adapter>; 3]) -> Result<
 /// An adapter of a model with `qkv`, as [`read_adapter`](super::read_adapter) gives it, as one for `model` with q, k
 /// and v in its place. Returns configuration and tensors for [`load_adapter_tensors`](super::load_adapter_tensors) or
 /// [`write_adapter`](super::write_adapter).
+///
+/// [Example](crate::lora::fuse_qkv)
 ///
 /// # Errors
 /// - the adapter is on no `qkv` of this model, or took its start out of the base;

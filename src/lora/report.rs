@@ -9,6 +9,8 @@ use crate::Result;
 use std::fmt;
 
 /// Numbers of parameters; buffers and fixed parameters are not counted.
+///
+/// [Example](crate::lora)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParameterCount {
     /// Elements of the trainable parameters.
@@ -38,6 +40,8 @@ fn thousands(number: usize) -> String {
 }
 
 /// Counts the parameters of `model` as they are.
+///
+/// [Example](crate::lora)
 pub fn count_parameters(model: &dyn ModuleTree) -> ParameterCount {
     let mut report = ParameterCount { trainable: 0, all: 0 };
     for (_, tensor) in named_parameters(model) {
@@ -51,6 +55,8 @@ pub fn count_parameters(model: &dyn ModuleTree) -> ParameterCount {
 
 /// Counts as PEFT does: it trains a copy of every module in `modules_to_save` and counts the frozen original too.
 /// Without such modules this is [`count_parameters`].
+///
+/// [Example](crate::lora)
 ///
 /// # Errors
 /// On a regular expression that does not compile.

@@ -120,6 +120,36 @@ pub(super) fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
 /// A copy of every tensor that belongs to the adapter of `model`, under PEFT's keys. `config` is the one it was
 /// injected with.
 ///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sam_lora::lora::{adapter_state, convert_to_lora, inject, set_adapter_state, LoraConfig};
+/// use candle_sam_lora::{module_tree, nn::Linear};
+///
+/// struct Head {
+///     project: Linear,
+/// }
+/// module_tree!(Head { project });
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let project = Linear::new(Tensor::randn(0f32, 1f32, (6, 8), &Device::Cpu)?, None);
+/// let mut head = Head { project };
+/// let config = LoraConfig::new(2).target_modules(["project"]).init("pissa"); // wants the feature `decompositions`
+/// # if !cfg!(feature = "decompositions") {
+/// #     return Ok(());
+/// # }
+/// inject(&mut head, &config, 0)?;
+/// let initial = adapter_state(&head, &config)?;
+/// let [a, b] = ["A", "B"].map(|matrix| format!("base_model.model.project.lora_{matrix}.weight"));
+/// assert!(initial.keys().eq([&a, &b]));
+/// // ... training ...
+/// let trained = adapter_state(&head, &config)?;
+/// let (plain, tensors) = convert_to_lora(&config, &initial, &trained)?; // PiSSA took its start out of the base
+/// assert_eq!((plain.rank, tensors[&a].dims()), (4, &[4, 8][..]));
+/// set_adapter_state(&mut head, &config, &initial)?; // back to the start
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// When the model carries no adapter, or a merged one.
 pub fn adapter_state(
@@ -130,6 +160,8 @@ pub fn adapter_state(
 }
 
 /// As [`adapter_state`], of the adapter called `name`.
+///
+/// [Example](crate::lora::adapter_state)
 ///
 /// # Errors
 /// When the model carries no such adapter, or a merged one.
@@ -147,6 +179,8 @@ pub fn named_adapter_state(
 
 /// Puts `tensors`, as [`adapter_state`] gave them, into a model injected with the same configuration. Variables
 /// are overwritten in place, so an optimizer that holds them goes on with the new values.
+///
+/// [Example](crate::lora::adapter_state)
 ///
 /// # Errors
 /// [`Error::Mismatch`] with every missing, surplus and mis-shaped tensor; when the model carries no adapter or a

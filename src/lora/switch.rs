@@ -12,9 +12,13 @@ use candle_core::{Tensor, Var};
 use std::collections::BTreeSet;
 
 /// The name that stands for no adapter, in [`forward_mixed_batch`](super::forward_mixed_batch).
+///
+/// [Example](crate::lora::forward_mixed_batch)
 pub const NO_ADAPTER: &str = "__base__";
 
 /// The names of the model's adapters, sorted.
+///
+/// [Example](crate::lora::add_adapter)
 pub fn adapter_names(model: &dyn ModuleTree) -> Vec<String> {
     let mut names = BTreeSet::new();
     model.visit("", &mut |_, node| {
@@ -26,6 +30,8 @@ pub fn adapter_names(model: &dyn ModuleTree) -> Vec<String> {
 }
 
 /// The names of the active adapters, in the order they are applied; disabling and merging do not change them.
+///
+/// [Example](crate::lora::add_adapter)
 pub fn active_adapters(model: &dyn ModuleTree) -> Vec<String> {
     let mut active = None;
     model.visit("", &mut |_, node| {
@@ -67,6 +73,8 @@ pub(super) fn activate(model: &mut dyn ModuleTree, names: &[String]) -> Result<(
 /// weights first.
 ///
 /// An adapter that is frozen and made trainable again has new variables: an optimizer made before holds the old ones.
+///
+/// [Example](crate::lora::add_adapter)
 ///
 /// # Errors
 /// On a name that no adapter has, or one given twice. The model is unchanged then.
@@ -112,6 +120,8 @@ fn set_disabled(model: &mut dyn ModuleTree, disabled: bool) -> Result<()> {
 /// Has the model compute without adapters until [`enable_adapters`]; merged ones are taken out of the weights. Base
 /// biases and modules that were trained along keep their trained values.
 ///
+/// [Example](crate::lora::add_adapter)
+///
 /// # Errors
 /// None of its own.
 pub fn disable_adapters(model: &mut dyn ModuleTree) -> Result<()> {
@@ -121,6 +131,8 @@ pub fn disable_adapters(model: &mut dyn ModuleTree) -> Result<()> {
 
 /// Undoes [`disable_adapters`].
 ///
+/// [Example](crate::lora::add_adapter)
+///
 /// # Errors
 /// None of its own.
 pub fn enable_adapters(model: &mut dyn ModuleTree) -> Result<()> {
@@ -128,6 +140,8 @@ pub fn enable_adapters(model: &mut dyn ModuleTree) -> Result<()> {
 }
 
 /// Removes an adapter. If it was the last active one, the first of those that remain becomes active.
+///
+/// [Example](crate::lora::add_adapter)
 ///
 /// # Errors
 /// When there is no such adapter, or it is merged. The model is unchanged then.

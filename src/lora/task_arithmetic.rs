@@ -17,6 +17,8 @@ use candle_core::{DType, Device, Tensor};
 const SMALLEST: f64 = 1.0 / 65536.0;
 
 /// Which elements of each tensor stay.
+///
+/// [Example](crate::lora::add_weighted_adapter)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Prune {
     /// All.
@@ -36,6 +38,8 @@ pub enum Prune {
 }
 
 /// The rule that elects the sign of an element; values of the opposite sign are not added.
+///
+/// [Example](crate::lora::add_weighted_adapter)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MajoritySign {
     /// The sum of the values.
@@ -45,6 +49,8 @@ pub enum MajoritySign {
 }
 
 /// How tensors are added: what of each, and whether their signs have to agree.
+///
+/// [Example](crate::lora::add_weighted_adapter)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TaskArithmetic {
     /// The elements of each that stay.

@@ -24,6 +24,8 @@ use nalgebra::DMatrix;
 use std::collections::BTreeMap;
 
 /// How [`add_weighted_adapter`] adds.
+///
+/// [Example](crate::lora::add_weighted_adapter)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Combination {
     /// A's and B's by themselves; the adapters must have one rank. PEFT's "linear", and, with the arithmetic of that
@@ -64,6 +66,34 @@ struct Part {
 /// Adds to the model the adapter `name`, the weighted sum of others that it carries. As after
 /// [`add_adapter`](super::add_adapter) the adapters in use stay so and the new one waits, frozen. Returns the
 /// configuration to save it with; its dropout is that of the first.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::lora::{add_adapter, add_weighted_adapter, adapter_names, set_adapter};
+/// use candle_sam_lora::lora::{Combination, LoraConfig, TaskArithmetic};
+/// use candle_sam_lora::{module_tree, nn::Linear};
+///
+/// struct Head {
+///     project: Linear,
+/// }
+/// module_tree!(Head { project });
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let project = Linear::new(Tensor::ones((3, 4), DType::F32, &Device::Cpu)?, None);
+/// let mut head = Head { project };
+/// let config = LoraConfig::new(2).target_modules(["project"]);
+/// add_adapter(&mut head, "cells", &config, 0)?;
+/// add_adapter(&mut head, "nuclei", &config, 1)?;
+/// let both = [("cells", 0.7), ("nuclei", 0.3)];
+/// add_weighted_adapter(&mut head, "sum", &both, Combination::LINEAR)?;
+/// add_weighted_adapter(&mut head, "ties", &both, Combination::Factors(TaskArithmetic::ties(0.5)))?;
+/// let config = add_weighted_adapter(&mut head, "cat", &both, Combination::Cat)?;
+/// assert_eq!(config.rank, 2 + 2);
+/// set_adapter(&mut head, &["sum"])?;
+/// assert_eq!(adapter_names(&head).len(), 5);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// As [`add_adapter`](super::add_adapter); besides,

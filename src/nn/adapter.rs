@@ -11,6 +11,8 @@
 use candle_core::{DType, Result, Tensor};
 
 /// The low-rank part of an adapted [`Linear`](super::Linear) or [`Conv2d`](super::Conv2d).
+///
+/// [Example](crate::nn::Adapters)
 #[derive(Clone, Debug)]
 pub struct Adapter {
     /// `[rank, in]`; of a convolution `[rank, in, k, k]`.

@@ -11,9 +11,13 @@ use super::{Adapter, Mode};
 use candle_core::Tensor;
 
 /// The name of an adapter that was given none.
+///
+/// [Example](crate::lora::hotswap_adapter)
 pub const DEFAULT_ADAPTER: &str = "default";
 
 /// The base's weight and bias as they were before adapters were merged into them.
+///
+/// [Example](crate::nn::Adapters)
 #[derive(Clone, Debug)]
 pub struct Unmerged {
     /// The adapters in the weight.
@@ -25,6 +29,35 @@ pub struct Unmerged {
 }
 
 /// The named adapters of a layer.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::nn::{adapter_tensor_name, is_adapter_tensor, Adapter, Linear, Mode};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let zeros = |dims: (usize, usize)| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+/// let mut layer = Linear::new(zeros((3, 4))?, None);
+/// let (a, b) = (zeros((2, 4))? + 1.0, zeros((3, 2))? + 1.0);
+/// let adapter = Adapter {
+///     a: a?,
+///     b: b?,
+///     b_bias: None,
+///     magnitude: None,
+///     scaling: 0.5,
+///     dropout: 0.0,
+///     stream: 0,
+///     changes_base: false,
+/// };
+/// layer.adapters.insert("cells", adapter);
+/// layer.adapters.active = vec!["cells".to_string()];
+/// let y = layer.forward(&(zeros((1, 4))? + 1.0)?, Mode::Eval)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[4.0; 3]]); // 0.5 B A x
+/// let name = adapter_tensor_name("head", "cells", "lora_A.weight");
+/// assert_eq!(name, "head.lora_A.cells.weight");
+/// assert!(is_adapter_tensor(&name));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Adapters {
     named: Vec<(String, Adapter)>,
@@ -93,6 +126,8 @@ impl Adapters {
 }
 
 /// The name in the tree of an adapter's tensor, which files call `<path>.<leaf>`.
+///
+/// [Example](crate::nn::Adapters)
 pub fn adapter_tensor_name(path: &str, adapter: &str, leaf: &str) -> String {
     match leaf.split_once('.') {
         _ if adapter == DEFAULT_ADAPTER => format!("{path}.{leaf}"),
@@ -102,6 +137,8 @@ pub fn adapter_tensor_name(path: &str, adapter: &str, leaf: &str) -> String {
 }
 
 /// Whether the tensor with this name in the tree belongs to an adapter.
+///
+/// [Example](crate::nn::Adapters)
 pub fn is_adapter_tensor(name: &str) -> bool {
     name.split('.').any(|part| matches!(part, "lora_A" | "lora_B" | "lora_magnitude_vector"))
 }

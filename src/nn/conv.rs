@@ -20,6 +20,25 @@ use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::{Conv2dConfig, ConvTranspose2dConfig, VarBuilder};
 
 /// A convolution over `[B, H, W, in]`, with kernel = stride or with an odd kernel padded by half of it.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_sam_lora::{nn::{Conv2d, ConvTranspose2d, Embedding, Mode}, ops::Activation};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let conv = Conv2d::load(3, 8, 3, 1, vb.pp("conv"))?;
+/// let x = Tensor::zeros((1, 6, 6, 3), DType::F32, &Device::Cpu)?; // channels last
+/// let y = conv.forward(&x, Mode::Eval)?;
+/// assert_eq!(y.dims(), [1, 6, 6, 8]);
+/// let up = ConvTranspose2d::load(8, 4, 2, vb.pp("up"))?;
+/// assert_eq!(up.forward(&y, Activation::Gelu)?.dims(), [1, 12, 12, 4]);
+/// let tokens = Embedding::load(2, 8, vb.pp("tokens"))?;
+/// assert_eq!(tokens.weight.dims(), [2, 8]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     /// `[out, in, k, k]`
@@ -152,6 +171,8 @@ fn patches(x: &Tensor, kernel: usize) -> Result<Tensor> {
 }
 
 /// A transposed convolution with kernel = stride: every input position becomes a k x k block of outputs.
+///
+/// [Example](crate::nn::Conv2d)
 #[derive(Clone, Debug)]
 pub struct ConvTranspose2d {
     /// `[in, out, k, k]`

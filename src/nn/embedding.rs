@@ -5,6 +5,8 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 /// A table of learned vectors; the model takes rows of it as they are.
+///
+/// [Example](crate::nn::Conv2d)
 #[derive(Clone, Debug)]
 pub struct Embedding {
     /// `[count, size]`

@@ -29,6 +29,8 @@ impl ModuleTree for Fixed {
 }
 
 /// A [`Fixed`] parameter that has the value of another until it gets its own.
+///
+/// [Example](crate::nn::ModuleTree)
 #[derive(Clone, Debug)]
 pub struct Tied {
     /// Its own value; none while it is tied.

@@ -31,6 +31,22 @@ fn backward_from(y: &Tensor, grad: Tensor) -> Result<GradStore> {
 /// Where neither `x` nor a parameter has a gradient to come, this is just `f`. On devices other than the CPU and CUDA
 /// it is, too.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_sam_lora::nn::{gradient_checkpoint, Linear, Mode};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let weight = Var::ones((2, 3), DType::F32, &Device::Cpu)?;
+/// let layer = Linear::new(weight.as_tensor().clone(), None);
+/// let x = Tensor::ones((1, 3), DType::F32, &Device::Cpu)?;
+/// // The backward runs the closure again, because the graph keeps no result inside it.
+/// let y = gradient_checkpoint(&layer, &x, |layer, x| layer.forward(x, Mode::Eval)?.sqr())?;
+/// let gradients = y.sum_all()?.backward()?;
+/// assert_eq!(gradients.get(&weight).unwrap().to_vec2::<f32>()?, [[6.0; 3]; 2]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - `f` fails;
 /// - `f` depends on a variable that is not in the module's tree, which would get no gradient;

@@ -14,6 +14,8 @@ use rayon::prelude::*;
 /// of positional encodings, get a `std` of 1. Variables, and those behind views, stay the same variables with new
 /// values. The same seed gives the same values for a parameter whatever else the module holds.
 ///
+/// [Example](crate::nn::checkpoint)
+///
 /// # Errors
 /// - `std` is negative or not finite;
 /// - a weight is in int8;

@@ -16,6 +16,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 /// The layers that [`quantize_int8`] changed, and those that it left.
+///
+/// [Example](crate::nn::quantize_int8)
 #[derive(Clone, Debug, Default)]
 pub struct Quantized {
     /// Layers that have a weight in int8 now.

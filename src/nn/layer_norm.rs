@@ -6,6 +6,8 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 /// `(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
+///
+/// [Example](crate::nn)
 #[derive(Clone, Debug)]
 pub struct LayerNorm {
     /// `[C]`

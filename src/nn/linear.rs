@@ -18,6 +18,8 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 /// `y = x W^T + b`, plus adapters where they were injected.
+///
+/// [Example](crate::nn)
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// `[out, in]`

@@ -14,6 +14,25 @@ use std::collections::HashMap;
 /// those of [`named_parameters`](super::named_parameters); `vb.pp("..")` puts a prefix before them. Adapters stay as they
 /// are, and must not be merged.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_sam_lora::{nn::{load, trainable_variables, MlpBlock, Mode}, ops::Activation};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let map = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu).pp("mlp");
+/// let first = MlpBlock::load(8, 32, Activation::Gelu, vb.clone())?; // the map makes its variables
+/// let mut second = MlpBlock::load(8, 32, Activation::Gelu, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
+/// load(&mut second, &vb)?;
+/// assert_eq!(trainable_variables(&second)?.len(), map.all_vars().len());
+/// let x = Tensor::ones((2, 8), DType::F32, &Device::Cpu)?;
+/// let mode = Mode::Train { seed: 1 }; // the seed is for adapters with dropout
+/// assert_eq!(first.forward(&x, mode)?.to_vec2::<f32>()?, second.forward(&x, mode)?.to_vec2::<f32>()?);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - a parameter or buffer of the module is missing, or has another shape: all of them are listed;
 /// - a tensor cannot be read;

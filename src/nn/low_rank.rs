@@ -18,6 +18,8 @@ use crate::philox::Dropout;
 use candle_core::{DType, Result, Tensor};
 
 /// The low-rank part of a forward pass, over rows of `in` values.
+///
+/// [Example](crate::nn::Adapters)
 #[derive(Clone, Debug)]
 pub struct LowRank {
     a: Tensor,

@@ -7,6 +7,8 @@ use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 /// `lin2(act(lin1(x)))`
+///
+/// [Example](crate::nn::load())
 #[derive(Clone, Debug)]
 pub struct MlpBlock {
     /// `[C] -> [mlp_dim]`

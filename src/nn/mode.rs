@@ -5,6 +5,8 @@ use crate::philox::Dropout;
 /// Passed to every `forward`: evaluation, or training with the seed of this pass's dropout masks.
 ///
 /// The same seed gives the same masks, so a pass can be repeated exactly; take a new seed for every step.
+///
+/// [Example](crate::nn::load())
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// No dropout.

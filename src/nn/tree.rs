@@ -11,6 +11,8 @@ use candle_core::{DType, Tensor, Var};
 use std::collections::{BTreeMap, HashSet};
 
 /// A node that a walk meets.
+///
+/// [Example](crate::nn::ModuleTree)
 #[derive(Debug)]
 pub enum Node<'a> {
     /// A parameter; trainable if [`Tensor::track_op`], see [`trainable_variables`].
@@ -29,10 +31,14 @@ pub enum Node<'a> {
 
 /// A parameter that is neither trained nor counted, unless an adapter saves its module. A constant shows as a buffer; a
 /// variable and a view of one show as a parameter.
+///
+/// [Example](crate::nn::ModuleTree)
 #[derive(Clone, Debug)]
 pub struct Fixed(pub Tensor);
 
 /// A node that a mutable walk meets; see [`Node`].
+///
+/// [Example](crate::nn::ModuleTree)
 #[derive(Debug)]
 pub enum NodeMut<'a> {
     /// A parameter.
@@ -47,6 +53,8 @@ pub enum NodeMut<'a> {
 
 /// A layer that can be adapted: a [`Linear`](super::Linear), or a [`Conv2d`](super::Conv2d) where the weight has four
 /// dimensions.
+///
+/// [Example](crate::nn::ModuleTree)
 #[derive(Clone, Copy, Debug)]
 pub struct Layer<'a> {
     /// `[out, in]` or `[out, in, k, k]`
@@ -58,6 +66,8 @@ pub struct Layer<'a> {
 }
 
 /// A [`Layer`] to change.
+///
+/// [Example](crate::nn::ModuleTree)
 #[derive(Debug)]
 pub struct LayerMut<'a> {
     /// `[out, in]` or `[out, in, k, k]`
@@ -113,6 +123,32 @@ impl LayerMut<'_> {
 }
 
 /// A tree of named tensors.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::module_tree;
+/// use candle_sam_lora::nn::{Buffer, Linear, ModuleTree, Node};
+///
+/// struct Head {
+///     mean: Buffer,
+///     project: Linear,
+/// }
+/// module_tree!(Head { mean, project });
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let project = Linear::new(Tensor::ones((3, 4), DType::F32, &Device::Cpu)?, None);
+/// let head = Head { mean: Buffer(Tensor::zeros(4, DType::F32, &Device::Cpu)?), project };
+/// let mut seen = Vec::new();
+/// head.visit("", &mut |name, node| match node {
+///     Node::Parameter(_) => seen.push(format!("parameter {name}")),
+///     Node::Buffer(_) => seen.push(format!("buffer {name}")),
+///     Node::Layer(_) => seen.push(format!("layer {name}")),
+///     _ => {}
+/// });
+/// assert_eq!(seen, ["buffer mean", "layer project", "parameter project.weight"]);
+/// # Ok(())
+/// # }
+/// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no tree of named tensors",
     note = "implement it for a struct of yours by naming the fields that hold parameters: `candle_sam_lora::module_tree!(MyLayer {{ qkv, norm }})`",
@@ -131,6 +167,8 @@ pub trait ModuleTree {
 }
 
 /// `path.name`, or `name` at the root.
+///
+/// [Example](crate::nn::ModuleTree)
 pub fn join(path: &str, name: &str) -> String {
     if path.is_empty() {
         name.to_string()
@@ -142,6 +180,8 @@ pub fn join(path: &str, name: &str) -> String {
 /// Implements [`ModuleTree`] for a struct by naming its fields: `module_tree!(Mlp { lin1, lin2 })`. A field
 /// whose checkpoint name is no Rust identifier gives it after an arrow: `{ layers => "0.layers" }`; an empty
 /// name adds no path component.
+///
+/// [Example](crate::nn)
 #[macro_export]
 macro_rules! module_tree {
     (@name $field:ident) => { stringify!($field) };
@@ -175,6 +215,8 @@ macro_rules! module_tree {
 }
 
 /// The path of a child; an empty name adds no component. Used by [`module_tree!`](crate::module_tree).
+///
+/// [Example](crate::nn::ModuleTree)
 pub fn child(path: &str, name: &str) -> String {
     if name.is_empty() {
         path.to_string()
@@ -198,6 +240,8 @@ impl ModuleTree for Tensor {
 }
 
 /// A tensor that belongs to the checkpoint but is never trained nor counted.
+///
+/// [Example](crate::nn::ModuleTree)
 #[derive(Clone, Debug)]
 pub struct Buffer(pub Tensor);
 
@@ -266,6 +310,8 @@ impl<T: ModuleTree + ?Sized> ModuleTree for Box<T> {
 }
 
 /// Every parameter with its name, adapters included, in checkpoint order. Buffers are left out.
+///
+/// [Example](crate::nn)
 pub fn named_parameters(module: &dyn ModuleTree) -> Vec<(String, Tensor)> {
     let mut parameters = Vec::new();
     module.visit("", &mut |name, node| {
@@ -280,6 +326,8 @@ pub fn named_parameters(module: &dyn ModuleTree) -> Vec<(String, Tensor)> {
 ///
 /// A parameter may be a view of a variable, as q, k and v are of a fused `qkv`. The variable behind it is trained
 /// whole. Parameters that share one variable give it once, under their names joined by `+`.
+///
+/// [Example](crate::nn)
 ///
 /// # Errors
 /// When a parameter is computed from a variable, as by a cast: a step would not change it.
@@ -334,6 +382,8 @@ pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {
 /// A parameter that is trainable already keeps its variable, which a `VarMap` may hold too. One that was frozen becomes a
 /// new variable with a copy of its values, because candle cannot make a tensor a variable in place. So does one that is
 /// computed from a variable, or that shares its variable with a parameter to be frozen.
+///
+/// [Example](crate::nn)
 ///
 /// # Errors
 /// - a parameter to be trained is in int8;

@@ -13,6 +13,8 @@ const MAX_WINDOW: usize = 1024;
 pub(super) const CHAIN: &str = "layer-chain";
 
 /// A LayerNorm's parameters.
+///
+/// [Example](crate::ops::attention_block)
 #[derive(Clone, Copy, Debug)]
 pub struct Norm<'a> {
     /// `[C]`
@@ -24,6 +26,8 @@ pub struct Norm<'a> {
 }
 
 /// The low-rank part of a projection.
+///
+/// [Example](crate::ops)
 #[derive(Clone, Copy, Debug)]
 pub struct Lora<'a> {
     /// `[rank, in]`
@@ -39,6 +43,8 @@ pub struct Lora<'a> {
 }
 
 /// One projection: base weight, bias, adapter.
+///
+/// [Example](crate::ops)
 #[derive(Clone, Copy, Debug)]
 pub struct Projection<'a> {
     /// `[out, in]`; in int8 bytes, see `scales`.
@@ -52,6 +58,8 @@ pub struct Projection<'a> {
 }
 
 /// Everything of [`rel_pos_attention`](super::rel_pos_attention()) but its input.
+///
+/// [Example](crate::ops::rel_pos_attention())
 #[derive(Clone, Copy, Debug)]
 pub struct RelPosAttention<'a> {
     /// Number of heads; it divides C.

@@ -17,6 +17,8 @@ use candle_core::{bail, DType, Device, Result, Shape, Storage, Tensor};
 
 /// `x * scale + shift` in the dtype of `x`; both broadcast to the shape of `x`.
 ///
+/// [Example](crate::ops::broadcast_add)
+///
 /// # Errors
 /// - `x` is empty;
 /// - `x`, `scale` or `shift` is not f32, f16 or bf16;
@@ -52,6 +54,23 @@ pub fn scale_shift(x: &Tensor, scale: Option<&Tensor>, shift: Option<&Tensor>) -
 
 /// `x + shift`, which broadcasts to the shape of `x`.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_sam_lora::ops::{broadcast_add, repeat, scale_shift};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let shift = Var::ones(1, DType::BF16, &Device::Cpu)?;
+/// let y = broadcast_add(&Tensor::zeros((1000, 1), DType::BF16, &Device::Cpu)?, &shift)?.to_dtype(DType::F32)?;
+/// assert_eq!(y.to_vec2::<f32>()?, repeat(&shift, (1000, 1))?.to_dtype(DType::F32)?.to_vec2::<f32>()?);
+/// let gradients = y.sum_all()?.backward()?;
+/// let gradient = gradients.get(&shift).unwrap().to_dtype(DType::F32)?.to_vec1::<f32>()?;
+/// assert_eq!(gradient, [1000.0]); // a sum in bf16 ends at 256
+/// let row = Tensor::new(&[1f32, 2.0], &Device::Cpu)?;
+/// assert_eq!(scale_shift(&row, Some(&row), Some(&row))?.to_vec1::<f32>()?, [2.0, 6.0]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// As [`scale_shift`].
 pub fn broadcast_add(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
@@ -59,6 +78,8 @@ pub fn broadcast_add(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
 }
 
 /// `t` as often as `shape` asks for, as candle's `broadcast_as`, but in memory of its own.
+///
+/// [Example](crate::ops::broadcast_add)
 ///
 /// # Errors
 /// - `t` or `shape` is empty;

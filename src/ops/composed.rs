@@ -12,6 +12,8 @@ use super::{resize_linear, Activation, Projection, RelPosAttention};
 use candle_core::{bail, DType, Result, Tensor, D};
 
 /// LayerNorm over the last dimension; statistics in f32.
+///
+/// [Example](crate::testing::composed)
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let x32 = x.to_dtype(DType::F32)?;
     let centred = x32.broadcast_sub(&x32.mean_keepdim(D::Minus1)?)?;
@@ -21,6 +23,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 }
 
 /// One projection with LoRA, activation and residual.
+///
+/// [Example](crate::testing)
 pub fn lora_linear(
     x: &Tensor,
     projection: &Projection<'_>,
@@ -48,6 +52,8 @@ pub fn lora_linear(
 }
 
 /// Three projections, concatenated along the last dimension.
+///
+/// [Example](crate::testing::composed)
 pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor> {
     let parts = projections
         .iter()
@@ -58,6 +64,8 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 
 /// Attention with partition, padding and crop as copies. Returns the output `[B, H, W, C]` and the attention weights
 /// `[B * windows, heads, N, N]`.
+///
+/// [Example](crate::testing::composed)
 ///
 /// # Errors
 /// As [`rel_pos_attention`](super::rel_pos_attention()).
@@ -116,6 +124,8 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(
 }
 
 /// Attention between two sets of tokens; q, k and v in `[batch, heads, tokens, d]` as copies.
+///
+/// [Example](crate::testing::composed)
 pub fn multi_head_attention(
     [q, k, v]: [&Tensor; 3],
     num_heads: usize,
@@ -146,6 +156,8 @@ fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
 /// Splits a grid into square windows, filling what hangs over with `pad` (zero if none):
 /// `[B, H, W, X] -> [B * windows, side, side, X]`.
 ///
+/// [Example](crate::testing::composed)
+///
 /// # Errors
 /// When the side is 0, or shapes do not fit.
 pub fn partition(x: &Tensor, side: usize, pad: Option<&Tensor>) -> Result<Tensor> {
@@ -171,6 +183,8 @@ pub fn partition(x: &Tensor, side: usize, pad: Option<&Tensor>) -> Result<Tensor
 }
 
 /// Undoes [`partition`], cropping what hung over: `[B * windows, side, side, X] -> [B, H, W, X]`.
+///
+/// [Example](crate::testing::composed)
 ///
 /// # Errors
 /// As [`partition`].

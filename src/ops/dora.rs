@@ -16,6 +16,8 @@ use super::{check, lora_linear, scale_shift, Activation, Lora, Projection};
 use candle_core::{bail, DType, Result, Tensor, D};
 
 /// The row norms `|| W + scaling B A ||_2`, `[out]`, in f32 and without a gradient.
+///
+/// [Example](crate::ops::dora_linear)
 pub fn dora_weight_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Tensor> {
     check::float("dora-weight-norm", "weight", weight)?;
     let to_f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
@@ -29,6 +31,24 @@ pub fn dora_weight_norm(weight: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -
 }
 
 /// A linear layer with a DoRA adapter: `x [.., in] -> [.., out]`, `magnitude [out]`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sam_lora::ops::{dora_linear, dora_weight_norm, lora_linear, Activation, Lora, Projection};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let normal = |dims: (usize, usize)| Tensor::randn(0f32, 1f32, dims, &Device::Cpu);
+/// let (x, weight, a, b) = (normal((4, 8))?, normal((6, 8))?, normal((2, 8))?, normal((6, 2))?);
+/// let lora = Some(Lora { a: &a, b: &b, b_bias: None, scaling: 2.0, dropout: None });
+/// let projection = Projection { weight: &weight, scales: None, bias: None, lora };
+/// // With the norm itself as the magnitude, DoRA is LoRA.
+/// let magnitude = dora_weight_norm(&weight, &a, &b, 2.0)?;
+/// let dora = dora_linear(&x, &projection, &magnitude)?;
+/// let lora = lora_linear(&x, &projection, Activation::Identity, None)?;
+/// assert!((dora - lora)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-3);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// As [`lora_linear`]; besides, on a LoRA bias, which PEFT refuses together with DoRA.

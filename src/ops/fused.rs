@@ -16,6 +16,8 @@ use candle_core::{DType, Device, Result, Tensor};
 /// slower composed path. Every parameter may be f32 while `x` is f16 or bf16. A weight in f32 is rounded to the dtype
 /// of `x` for the kernels of a GPU.
 ///
+/// [Example](crate::ops)
+///
 /// # Errors
 /// On shapes that do not fit, mixed dtypes or devices, non-finite scaling, impossible dropout.
 pub fn lora_linear(

@@ -14,6 +14,19 @@ const OP: &str = LayerNormProblem::OP;
 /// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three. Weight and bias may be f32
 /// beside an `x` in 16 bits.
 ///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sam_lora::ops::layer_norm;
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let x = Tensor::new(&[[1f32, 3.0], [0.0, 4.0]], &Device::Cpu)?;
+/// let (weight, bias) = (Tensor::new(&[1f32, 1.0], &Device::Cpu)?, Tensor::new(&[0f32, 10.0], &Device::Cpu)?);
+/// let y = layer_norm(&x, &weight, &bias, 1e-12)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[-1.0, 11.0], [-1.0, 11.0]]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// On empty tensors, shapes that do not fit, mixed dtypes or devices, an `eps` that is not a positive number.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {

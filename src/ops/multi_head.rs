@@ -22,6 +22,20 @@ const OP: &str = MultiHeadProblem::OP;
 /// Attention of `q [B, N, heads d]` to `k` and `v [B, M, heads d]` -> `[B, N, heads d]`, with gradients for all three.
 /// An entry that all of the batch share comes once: `q [1, ..]`, or `k` and `v [1, ..]`.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::ops::multi_head_attention;
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let q = Tensor::ones((1, 3, 2), DType::F32, &Device::Cpu)?; // three tokens, two heads of one channel
+/// let k = Tensor::zeros((1, 2, 2), DType::F32, &Device::Cpu)?;
+/// let v = Tensor::new(&[[[0f32, 1.0], [2.0, 3.0]]], &Device::Cpu)?;
+/// let mean = multi_head_attention(&q, [&k, &v], 2, 1.0)?; // equal keys: the mean of the values
+/// assert_eq!(mean.to_vec3::<f32>()?, [[[1.0, 2.0]; 3]]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - a tensor is empty, or none of f32, f16 and bf16;
 /// - shapes do not fit, or `num_heads` does not divide the channels;

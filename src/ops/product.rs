@@ -12,6 +12,18 @@ use candle_core::{DType, Result, Tensor, D};
 
 /// `a b` in the dtype of `a`, `[.., rows, k] [.., k, n] -> [.., rows, n]`, summed in f32.
 ///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::ops::matmul;
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let ones = Tensor::ones((1, 4096), DType::F16, &Device::Cpu)?;
+/// let y = matmul(&ones, &ones.t()?)?.to_dtype(DType::F32)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[4096.0]]); // a sum of ones in f16 ends at 2048
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// When the shapes do not fit, or the tensors are on several devices.
 pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {

@@ -28,6 +28,8 @@ fn linear_rows(len_in: usize, len_out: usize) -> Result<impl Iterator<Item = (us
 }
 
 /// The matrix `[len_out, len_in]` that resizes a vector of `len_in` to `len_out`, in f32.
+///
+/// [Example](crate::ops::resize_linear)
 pub fn linear_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result<Tensor> {
     let rows = linear_rows(len_in, len_out)?;
     let mut matrix = vec![0f32; len_in * len_out];
@@ -41,6 +43,22 @@ pub fn linear_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> R
 /// Resizes the rows of a table, `[len_in, d] -> [len_out, d]`; equal lengths give the table itself.
 ///
 /// A row is made of two and no others: in a product with the matrix, one that is not finite would reach every row.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::ops::{bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_linear};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let table = Tensor::new(&[[0f32], [2.0]], &Device::Cpu)?;
+/// assert_eq!(resize_linear(&table, 4)?.to_vec2::<f32>()?, [[0.0], [0.5], [1.5], [2.0]]);
+/// let matrix = linear_resize_matrix(2, 4, &Device::Cpu)?;
+/// assert_eq!(matrix.matmul(&table)?.to_vec2::<f32>()?, [[0.0], [0.5], [1.5], [2.0]]);
+/// let grid = Tensor::ones((1, 4, 4, 8), DType::F32, &Device::Cpu)?;
+/// assert_eq!(resize_bicubic(&grid, 6)?.dims(), [1, 6, 6, 8]);
+/// assert_eq!(bicubic_resize_matrix(4, 6, &Device::Cpu)?.dims(), [6, 4]);
+/// # Ok(())
+/// # }
+/// ```
 pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
     let (len_in, _) = table.dims2()?;
     if len_in == len_out {
@@ -70,6 +88,8 @@ fn keys(x: f64) -> f64 {
 }
 
 /// The matrix `[len_out, len_in]` of the antialiased bicubic resizing of a vector, in f32.
+///
+/// [Example](crate::ops::resize_linear)
 pub fn bicubic_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result<Tensor> {
     if len_in == 0 || len_out == 0 {
         bail!("resize: lengths must be positive, got {len_in} -> {len_out}")
@@ -112,6 +132,8 @@ fn cubic_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result
 
 /// Resizes a grid of vectors bicubically, antialiased: `[1, H, W, C] -> [1, side, side, C]`, computed in f32. A grid of
 /// that size is given back as it is.
+///
+/// [Example](crate::ops::resize_linear)
 pub fn resize_bicubic(grid: &Tensor, side: usize) -> Result<Tensor> {
     resize_grids(grid, [side; 2], bicubic_resize_matrix)
 }

@@ -27,6 +27,8 @@ use std::fmt::Debug;
 /// Attention of one layer of the image encoder. `Any` lets a user get the own type back from the encoder:
 /// `(layer.attn.as_ref() as &dyn Any).downcast_ref::<Mine>()`. A clone shares its tensors with the original;
 /// `#[derive(Clone)]` does that.
+///
+/// [Example](crate::guide::hack_your_own)
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no attention of a SAM's image encoder",
     note = "implement `VisionAttention::forward` for it, and its names with `candle_sam_lora::module_tree!`; it must be `Clone + Debug + Send + Sync`"
@@ -54,6 +56,8 @@ pub trait VisionAttention: ModuleTree + DynClone + Any + Debug + Send + Sync {
 dyn_clone::clone_trait_object!(VisionAttention);
 
 /// The parts that an attention is built from: the configuration, the place in the encoder, and its tensors.
+///
+/// [Example](crate::guide::hack_your_own)
 #[derive(Clone)]
 pub struct LayerContext<'a> {
     /// The encoder's configuration.
@@ -97,6 +101,8 @@ impl<'a> LayerContext<'a> {
 }
 
 /// Which of our attentions an encoder gets in every layer.
+///
+/// [Example](crate::sam)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AttentionKind {
     /// [`SamVisionAttention`]: one `qkv`, as checkpoints have it.
@@ -117,6 +123,8 @@ impl AttentionKind {
 }
 
 /// The part between the projections: softmax attention with the layer's tables, window and dropout.
+///
+/// [Example](crate::guide::hack_your_own)
 #[derive(Clone, Debug)]
 pub struct RelPosCore {
     /// `[2 side - 1, head_dim]`, side of the window or the grid; none without relative positions.
@@ -212,6 +220,8 @@ impl RelPosCore {
 }
 
 /// SAM's attention with the fused `qkv` projection of its checkpoints.
+///
+/// [Example](crate::guide::hack_your_own)
 #[derive(Clone, Debug)]
 pub struct SamVisionAttention {
     /// The attention proper, with the tables.
@@ -258,6 +268,8 @@ impl SamVisionAttention {
 }
 
 /// SAM's attention with `q`, `k` and `v` as layers of their own, so that LoRA can adapt each.
+///
+/// [Example](crate::guide::hack_your_own)
 #[derive(Clone, Debug)]
 pub struct SamVisionAttentionSplit {
     /// The attention proper, with the tables.
@@ -394,6 +406,8 @@ projections_around_the_core!(SamVisionAttentionSplit);
 /// Runs `attention` on the windows of a grid, as Hugging Face's layer runs its own. The grid is zero-padded after the
 /// layer norm, partitioned to `[B * windows, side, side, C]`, put together again, and cropped. Without a window, on the
 /// grid.
+///
+/// [Example](crate::guide::hack_your_own)
 pub fn in_windows(
     x: &Tensor,
     window: Option<usize>,

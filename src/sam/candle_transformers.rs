@@ -19,12 +19,16 @@ use candle_nn::VarBuilder;
 use std::collections::HashMap;
 
 /// Side of the model's images.
+///
+/// [Example](crate::guide::link)
 pub const IMAGE_SIZE: usize = 1024;
 
 /// Mean and standard deviation of the pixels of each channel.
 const PIXELS: [[f32; 3]; 2] = [[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]];
 
 /// As candle-transformers' `Sam`, in evaluation.
+///
+/// [Example](crate::guide::link)
 #[derive(Clone, Debug)]
 pub struct Sam {
     /// The model, for all else: LoRA, training, boxes and masks as prompts.

@@ -13,6 +13,8 @@ pub(super) const CROSS_DOWNSAMPLE_RATE: usize = 2;
 
 /// The activation between two layers, `hidden_act`: the names in transformers' `ACT2FN` whose function has no
 /// parameters. Names of one function are kept apart, so that a file is written as it was read.
+///
+/// [Example](crate::sam::SamConfig)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
@@ -68,6 +70,8 @@ impl From<HiddenAct> for ops::Activation {
 }
 
 /// The image encoder, `SamVisionConfig`.
+///
+/// [Example](crate::sam::SamConfig)
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamVisionConfig {
@@ -194,6 +198,8 @@ impl SamVisionConfig {
 }
 
 /// The prompt encoder, `SamPromptEncoderConfig`.
+///
+/// [Example](crate::sam::SamConfig)
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamPromptEncoderConfig {
@@ -241,6 +247,8 @@ impl SamPromptEncoderConfig {
 }
 
 /// The mask decoder, `SamMaskDecoderConfig`.
+///
+/// [Example](crate::sam::SamConfig)
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamMaskDecoderConfig {
@@ -289,6 +297,21 @@ impl Default for SamMaskDecoderConfig {
 }
 
 /// The whole model, `SamConfig`. The default is ViT-B.
+///
+/// ```
+/// use candle_sam_lora::sam::{checkpoint, model_type, SamConfig};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let vision = SamConfig::vit_b().vision_config;
+/// assert_eq!((vision.head_dim(), vision.grid_size()), (64, 64));
+/// assert_eq!((vision.window(0), vision.window(2)), (Some(14), None)); // layer 2 attends to the whole grid
+/// let tiny = SamConfig::load("assets/tiny-sam/config.json")?;
+/// assert_eq!(tiny.vision_config.image_size, 128);
+/// assert_eq!(model_type("assets/tiny-sam/config.json")?, "sam");
+/// assert_eq!(checkpoint::sizes("assets/tiny-sam")?.config, tiny); // the sizes of the tensors without a config.json
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamConfig {
@@ -370,6 +393,8 @@ impl SamConfig {
 
 /// The `model_type` of a `config.json`: `sam` for a whole SAM and where the file names none,
 /// [`SamVisionConfig::MODEL_TYPE`] for an image encoder alone.
+///
+/// [Example](crate::sam::SamConfig)
 ///
 /// # Errors
 /// - the file cannot be read or is no JSON object.

@@ -22,6 +22,25 @@ use std::path::Path;
 
 /// The image encoder of DeepSeek-OCR. Its names are those of a SAM's image encoder, so adapters and
 /// [`checkpoint::load`] take it as one.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::VarBuilder;
+/// use candle_sam_lora::nn::Mode;
+/// use candle_sam_lora::sam::{AttentionKind::Fused, DeepSeekOcrEncoder, GotOcr2Encoder, SamConfig};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// // The default configuration, and the widths [512, 1024] and 1024, are the published models'.
+/// let config = SamConfig::load("assets/tiny-sam/config.json")?.vision_config;
+/// let zeros = VarBuilder::zeros(DType::F32, &Device::Cpu);
+/// let page = Tensor::zeros((1, 3, 128, 128), DType::F32, &Device::Cpu)?;
+/// let deepseek = DeepSeekOcrEncoder::new(&config, [64, 128], Fused, zeros.clone())?;
+/// assert_eq!(deepseek.forward(&page, Mode::Eval)?.dims(), [1, 128, 4, 4]);
+/// let got = GotOcr2Encoder::new(&config, 64, Fused, zeros)?;
+/// assert_eq!(got.forward(&page, Mode::Eval)?.dims(), [1, 4 * 4, 64]); // tokens
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct DeepSeekOcrEncoder {
     /// SAM's encoder.

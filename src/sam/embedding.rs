@@ -21,6 +21,8 @@ const SEAL: Seal = Seal { key: "embedding", what: "an image embedding" };
 const TENSOR: &str = "embedding";
 
 /// The numbers that a file holds.
+///
+/// [Example](crate::sam::EmbeddingStore)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EmbeddingPrecision {
     /// Those that the encoder computed, bit for bit.
@@ -47,6 +49,8 @@ impl EmbeddingPrecision {
 /// another machine.
 ///
 /// An attention of your own is known by its tensors alone: a change of its code does not change the origin.
+///
+/// [Example](crate::sam::EmbeddingStore)
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EmbeddingOrigin {
     /// Checksum of the image file's bytes.

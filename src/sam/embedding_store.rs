@@ -43,6 +43,8 @@ pub struct EmbeddingStore {
 }
 
 /// An embedding from a store.
+///
+/// [Example](crate::sam::EmbeddingStore)
 #[derive(Clone, Debug)]
 pub struct Embedded {
     /// The embedding, in the model's dtype.

@@ -19,6 +19,8 @@ use candle_nn::VarBuilder;
 const NECK_EPS: f64 = 1e-6;
 
 /// Splits the image into patches and projects each.
+///
+/// [Example](crate::sam::SamVisionModel)
 #[derive(Clone, Debug)]
 pub struct SamPatchEmbeddings {
     /// `[C, channels, patch, patch]`
@@ -52,6 +54,8 @@ impl SamPatchEmbeddings {
 }
 
 /// One layer: attention and MLP, each after a layer norm and with a residual.
+///
+/// [Example](crate::sam::SamVisionModel)
 #[derive(Clone, Debug)]
 pub struct SamVisionLayer {
     /// Before the attention.
@@ -97,6 +101,8 @@ impl SamVisionLayer {
 }
 
 /// From the encoder's width to that of the image embedding.
+///
+/// [Example](crate::sam::SamVisionModel)
 #[derive(Clone, Debug)]
 pub struct SamVisionNeck {
     /// 1x1
@@ -141,6 +147,8 @@ module_in_evaluation! {
 }
 
 /// The image encoder.
+///
+/// [Example](crate::sam::SamVisionModel)
 #[derive(Clone, Debug)]
 pub struct SamVisionEncoder {
     /// `[1, h, w, C]`; none without `use_abs_pos`.
@@ -159,6 +167,8 @@ pub struct SamVisionEncoder {
 module_tree!(SamVisionEncoder { pos_embed, patch_embed, layers, neck });
 
 /// Output of [`SamVisionEncoder::forward_with_states`].
+///
+/// [Example](crate::sam::SamVisionModel)
 #[derive(Clone, Debug)]
 pub struct SamVisionEncoderOutput {
     /// `[B, output_channels, h, w]`

@@ -18,6 +18,8 @@ use candle_nn::VarBuilder;
 use std::path::Path;
 
 /// From the image embedding to tokens of the language model.
+///
+/// [Example](crate::sam::DeepSeekOcrEncoder)
 #[derive(Clone, Debug)]
 pub struct GotOcr2Projector {
     /// `C -> 2 C` of half the side.
@@ -32,6 +34,8 @@ module_tree!(GotOcr2Projector { conv_upsampler1, conv_upsampler2, multimodal_pro
 
 /// The images' side of GOT-OCR 2.0: images to tokens. Its names are those of transformers'
 /// `GotOcr2ForConditionalGeneration`, and adapters on it are PEFT's for that model.
+///
+/// [Example](crate::sam::DeepSeekOcrEncoder)
 #[derive(Clone, Debug)]
 pub struct GotOcr2Encoder {
     /// SAM's encoder.

@@ -27,6 +27,8 @@ use std::path::Path;
 const EPS: f64 = 1e-6;
 
 /// The parts of SAM-HQ's mask decoder that SAM's has not.
+///
+/// [Example](crate::sam::SamHqModel)
 #[derive(Clone, Debug)]
 pub struct SamHqParts {
     /// `[1, C]`
@@ -138,6 +140,8 @@ pub struct SamHqModel {
 module_tree!(SamHqModel { sam => "", hq => "mask_decoder" });
 
 /// Images as the prompts see them, from [`SamHqModel::encode`].
+///
+/// [Example](crate::sam::SamHqModel)
 #[derive(Clone, Debug)]
 pub struct SamHqImages {
     /// `[B, C, h, w]`

@@ -28,6 +28,8 @@ const PROMPTS_TOGETHER: usize = 4;
 const UPSCALE_EPS: f64 = 1e-6;
 
 /// A perceptron of several layers with ReLU between them.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SamFeedForward {
     /// First layer.
@@ -70,6 +72,8 @@ impl SamFeedForward {
 }
 
 /// Input of the mask decoder: B images, P prompts for each, of N tokens.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Copy, Debug)]
 pub struct SamMaskDecoderInput<'a> {
     /// `[B, C, h, w]`
@@ -83,6 +87,8 @@ pub struct SamMaskDecoderInput<'a> {
 }
 
 /// Images as their prompts see them; made by [`SamMaskDecoder::prepare`].
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct PreparedImages {
     images: SharedImage,
@@ -101,6 +107,32 @@ impl PreparedImages {
 }
 
 /// The mask decoder.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::nn::Mode;
+/// use candle_sam_lora::sam::{AttentionKind, SamMaskDecoderInput, SamModel, SamPrompts};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let sam = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Fused, DType::F32, &Device::Cpu)?;
+/// let vision = &sam.config().vision_config;
+/// let side = vision.grid_size();
+/// let image_embeddings = Tensor::zeros((1, vision.output_channels, side, side), DType::F32, &Device::Cpu)?;
+/// let points = Tensor::new(&[[[[30f32, 30.0]]]], &Device::Cpu)?; // image, object, point, (x, y)
+/// let prompts = SamPrompts { input_points: Some(&points), ..SamPrompts::default() };
+/// let shared = &sam.shared_image_embedding;
+/// let (sparse, dense) = sam.prompt_encoder.forward(&prompts, shared, 1, Mode::Eval)?;
+/// let input = SamMaskDecoderInput {
+///     image_embeddings: &image_embeddings,
+///     image_positions: &shared.grid(side)?,
+///     sparse: sparse.as_ref(),
+///     dense: &dense,
+/// };
+/// let (masks, scores) = sam.mask_decoder.forward(&input, true, Mode::Eval)?;
+/// assert_eq!((masks.dims(), scores.dims()), (&[1, 1, 3, 4 * side, 4 * side][..], &[1, 1, 3][..]));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct SamMaskDecoder {
     /// `[1, C]`

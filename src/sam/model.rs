@@ -17,6 +17,8 @@ use std::path::Path;
 
 /// Segment Anything. The tree's names are those of Hugging Face's checkpoints; with the split attention, those of
 /// checkpoints that hold q, k and v apart. A clone shares its tensors.
+///
+/// [Example](crate::sam)
 #[derive(Clone, Debug)]
 pub struct SamModel {
     /// The positional encoding that image and prompts share, unless the prompts have their own.
@@ -33,6 +35,8 @@ pub struct SamModel {
 module_tree!(SamModel { shared_image_embedding, vision_encoder, prompt_encoder, mask_decoder });
 
 /// Input of [`SamModel::forward`]: an image (or its embedding) and any prompts. B images, P masks wanted of each.
+///
+/// [Example](crate::sam)
 #[derive(Clone, Debug)]
 pub struct SamInput {
     /// `[B, channels, S, S]`, normalised; or else `image_embeddings`.
@@ -67,6 +71,8 @@ impl Default for SamInput {
 }
 
 /// Output of [`SamModel::forward`].
+///
+/// [Example](crate::sam)
 #[derive(Clone, Debug)]
 pub struct SamOutput {
     /// Expected IoU of each mask, `[B, P, M]`.

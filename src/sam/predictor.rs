@@ -50,6 +50,8 @@ struct LastImage {
 }
 
 /// An image as the prompts see it.
+///
+/// [Example](crate::sam::SamPredictor)
 #[derive(Clone, Debug)]
 pub struct ImageEmbedding {
     /// `[1, C, h, w]`, as [`SamVisionEncoder::forward`](super::SamVisionEncoder::forward) gives it.
@@ -61,6 +63,8 @@ pub struct ImageEmbedding {
 }
 
 /// A point of a prompt, in pixels of the image.
+///
+/// [Example](crate::sam::SamPredictor)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PromptPoint {
     /// From the left.
@@ -72,6 +76,8 @@ pub struct PromptPoint {
 }
 
 /// Any prompts that mean one object.
+///
+/// [Example](crate::sam::SamPredictor)
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
     /// Points on the object and off it.
@@ -107,6 +113,8 @@ impl Prompt {
 }
 
 /// The M masks that the model takes for the object of one prompt.
+///
+/// [Example](crate::sam::SamPredictor)
 #[derive(Clone, Debug)]
 pub struct Prediction {
     /// `[M, 4h, 4w]`, of the model's whole input; [`SamPredictor::mask`] brings them to the image's size.

@@ -16,6 +16,8 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Where an image lies in SAM's square input; sizes are height and width.
+///
+/// [Example](crate::guide::library)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
     /// Size of the image as it came.
@@ -56,6 +58,8 @@ pub(crate) struct MaskResizer {
 }
 
 /// SAM's image processor.
+///
+/// [Example](crate::guide::library)
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SamProcessor {
     /// Length of the longest side after resizing.

@@ -26,6 +26,8 @@ const NOT_A_POINT: f64 = -1.0;
 const PADDING: f64 = -10.0;
 
 /// Random Fourier features of positions, shared by the image and the prompts.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SamPositionalEmbedding {
     /// The frequencies G, `[2, num_pos_feats]`.
@@ -99,6 +101,8 @@ impl From<Fixed> for SamPositionalEmbedding {
 }
 
 /// Shrinks a mask prompt to the image embedding's grid.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SamMaskEmbedding {
     /// 2x2, `1 -> mask_input_channels / 4`
@@ -146,6 +150,8 @@ impl SamMaskEmbedding {
 }
 
 /// The prompts of a batch, each optional.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SamPrompts<'a> {
     /// `[B, P, N, 2]`: (x, y) of N points for each of P masks.
@@ -159,6 +165,8 @@ pub struct SamPrompts<'a> {
 }
 
 /// The prompt encoder. The frequencies it shares with the image belong to the model.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SamPromptEncoder {
     /// Frequencies of the prompts alone, where they are no longer those of the image.

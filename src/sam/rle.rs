@@ -16,6 +16,8 @@ pub use outline::{Polygon, Ring};
 use crate::{Error, Result};
 
 /// A mask as COCO's run lengths.
+///
+/// [Example](crate::sam::label_image)
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rle {
     /// Height and width in pixels.

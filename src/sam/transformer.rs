@@ -27,6 +27,8 @@ const FINAL_EPS: f64 = 1e-5;
 const SHARED_FROM: usize = 3;
 
 /// Multi-head attention inside `hidden_size / downsample_rate` channels.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SamAttention {
     /// Projection of the queries.
@@ -112,6 +114,8 @@ impl SamAttention {
 }
 
 /// One two-way layer.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SamTwoWayAttentionBlock {
     /// Among the tokens.
@@ -329,6 +333,8 @@ fn repeat_for(image: &Tensor, prompts: usize) -> Result<Tensor> {
 }
 
 /// An image that prompts share, as the first layer sees it; made once by [`SamTwoWayTransformer::share`].
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SharedImage {
     image: Tensor,
@@ -358,6 +364,8 @@ impl SharedImage {
 }
 
 /// The layers and a last look of the tokens at the image.
+///
+/// [Example](crate::sam::SamMaskDecoder)
 #[derive(Clone, Debug)]
 pub struct SamTwoWayTransformer {
     /// The two-way layers.

@@ -18,6 +18,8 @@ const LEAST_PRECISION: f64 = 0.1;
 const LEAST_ERROR: f64 = 1e-5;
 
 /// How a gradient and the losses agree.
+///
+/// [Example](crate::guide::gradients)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// They agree.
@@ -42,6 +44,8 @@ impl Verdict {
 }
 
 /// The check of a variable, or of some of its elements.
+///
+/// [Example](crate::guide::gradients)
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientCheck {
     /// Name of the variable.
@@ -76,6 +80,8 @@ impl fmt::Display for GradientCheck {
 }
 
 /// The checks of all variables, sorted by name.
+///
+/// [Example](crate::guide::gradients)
 #[derive(Clone, Debug, PartialEq)]
 pub struct GradientReport {
     /// One for each variable; two where only some of its elements have a gradient of exactly zero.

@@ -97,6 +97,8 @@ pub mod composed {
 ///
 /// Below a magnitude of 1e-6 the difference itself: such a result cancels from terms of order one.
 ///
+/// [Example](crate::testing)
+///
 /// # Errors
 /// - the lengths differ;
 /// - a result is not finite.

@@ -11,9 +11,13 @@
 //! ```
 
 /// A row-major f64 array.
+///
+/// [Example](mod@crate::testing::reference)
 pub type Array = Vec<f64>;
 
 /// LayerNorm of each row of `x [rows, size]`.
+///
+/// [Example](mod@crate::testing::reference)
 pub fn layer_norm(x: &[f64], weight: &[f64], bias: &[f64], eps: f64) -> Array {
     let size = weight.len();
     let mut y = Vec::with_capacity(x.len());
@@ -28,6 +32,8 @@ pub fn layer_norm(x: &[f64], weight: &[f64], bias: &[f64], eps: f64) -> Array {
 }
 
 /// `x [rows, in] -> [rows, out]` through `weight [out, in]`.
+///
+/// [Example](mod@crate::testing::reference)
 pub fn linear(x: &[f64], weight: &[f64], in_dim: usize) -> Array {
     let mut y = Vec::new();
     for row in x.chunks(in_dim) {
@@ -39,6 +45,8 @@ pub fn linear(x: &[f64], weight: &[f64], in_dim: usize) -> Array {
 }
 
 /// The low-rank part of [`lora_linear`]; `mask` is dropout's mask times its scale, shaped as x.
+///
+/// [Example](mod@crate::testing::reference)
 #[derive(Clone, Debug)]
 pub struct Lora {
     /// `[rank, in]`
@@ -54,6 +62,8 @@ pub struct Lora {
 }
 
 /// `x W^T + b + scaling * ((x mask) A^T B^T + lora_bias)`, before activation and residual.
+///
+/// [Example](mod@crate::testing::reference)
 pub fn lora_linear(
     x: &[f64],
     weight: &[f64],
@@ -84,6 +94,8 @@ pub fn lora_linear(
 }
 
 /// The exact GELU; the error function by its series, continued fraction in the tail.
+///
+/// [Example](mod@crate::testing::reference)
 pub fn gelu(x: f64) -> f64 {
     0.5 * x * erfc(-x / std::f64::consts::SQRT_2)
 }
@@ -109,6 +121,8 @@ fn erfc(x: f64) -> f64 {
 }
 
 /// The attention of SAM's image encoder, by its shapes.
+///
+/// [Example](mod@crate::testing::reference)
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {
     /// Images.
@@ -187,6 +201,8 @@ impl Attention {
 }
 
 /// Attention between two sets of tokens, by its shapes.
+///
+/// [Example](mod@crate::testing::reference)
 #[derive(Clone, Copy, Debug)]
 pub struct MultiHead {
     /// Tokens of an entry of q.
@@ -239,6 +255,8 @@ impl MultiHead {
 }
 
 /// Linear interpolation of the rows of `table [len, d]` to `len_out` rows, `align_corners=False`.
+///
+/// [Example](mod@crate::testing::reference)
 pub fn resize_linear(table: &[f64], d: usize, len_out: usize) -> Array {
     let len = table.len() / d;
     let mut out = Vec::with_capacity(len_out * d);

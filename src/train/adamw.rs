@@ -36,6 +36,8 @@ struct Slot {
 }
 
 /// A variable to optimize, and the name that its moments are saved under.
+///
+/// [Example](crate::train)
 #[derive(Clone, Debug)]
 pub struct Parameter {
     /// Without a name, the variable's position stands for it.
@@ -58,6 +60,8 @@ impl From<(String, Var)> for Parameter {
 /// The optimizer. It updates its variables in place, always in the order they were given.
 ///
 /// It is a [`candle_nn::Optimizer`], so a candle program can take it in the place of candle's own.
+///
+/// [Example](crate::train)
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,

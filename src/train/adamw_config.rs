@@ -6,6 +6,8 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// The hyperparameters, with PyTorch's defaults.
+///
+/// [Example](crate::train)
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamWConfig {
     /// Learning rate.

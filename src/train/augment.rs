@@ -5,6 +5,8 @@ use super::{Sample, StepRng};
 use image::imageops;
 
 /// Which of `len` images make up the batch of `step`: every image once, in an order of its own, per epoch.
+///
+/// [Example](crate::train::Dataset)
 pub fn sample_indices(len: usize, batch: usize, seed: u64, step: u64) -> Vec<usize> {
     if len == 0 {
         return Vec::new();
@@ -19,6 +21,8 @@ pub fn sample_indices(len: usize, batch: usize, seed: u64, step: u64) -> Vec<usi
 }
 
 /// One of the eight ways to turn and mirror a square: the augmentation that changes no pixel.
+///
+/// [Example](crate::train::KeptEmbeddings)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FlipRotate {
     quarter_turns: u8,

@@ -24,6 +24,8 @@ const LOSSES: &str = "losses";
 const EVALUATIONS: &str = "evaluations";
 
 /// A run after some steps.
+///
+/// [Example](crate::train::Trainer)
 #[derive(Clone, Debug)]
 pub struct TrainingState {
     /// Steps made.
@@ -142,6 +144,8 @@ impl TrainingState {
 }
 
 /// Where the state before that at `path` is kept.
+///
+/// [Example](crate::train::Trainer)
 pub fn previous_state_path(path: impl AsRef<Path>) -> PathBuf {
     let path = path.as_ref();
     let ending = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));

@@ -19,6 +19,8 @@ use candle_core::{bail, DType, Device, Tensor};
 use serde::Serialize;
 
 /// How often a prompt is corrected. Each round is one pass of the decoder; the encoder runs once for all.
+///
+/// [Example](crate::train::Batch)
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Corrections {
     /// Rounds with a new point.
@@ -30,6 +32,8 @@ pub struct Corrections {
 }
 
 /// A round after the first.
+///
+/// [Example](crate::train::Batch)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
     /// Whether a point is added.
@@ -69,6 +73,8 @@ impl Corrections {
 }
 
 /// The P objects of an image, in the part of the low-resolution mask that shows the image.
+///
+/// [Example](crate::train::Batch)
 #[derive(Clone, Debug)]
 pub struct ObjectMasks {
     /// `[P, rows, cols]` of 0 and 1.
@@ -78,6 +84,8 @@ pub struct ObjectMasks {
 }
 
 /// Objects that are prompted alike, P in each of G images.
+///
+/// [Example](crate::train::Batch)
 #[derive(Clone, Debug)]
 pub struct PromptedObjects {
     /// The images' places in their batch.

@@ -16,6 +16,26 @@ use std::path::Path;
 const MOST_FAULTS: usize = 20;
 
 /// Image files, each with a mask file or with objects.
+///
+/// ```
+/// use candle_sam_lora::train::{sample_indices, DataFiles, Dataset, DatasetOptions, TruthFiles};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let folders = |kind| ["coins", "nuclei"].map(|set| format!("assets/photos/{set}/train/{kind}").into()).to_vec();
+/// let files = DataFiles { images: folders("images"), truth: TruthFiles::Masks(folders("masks")) };
+/// let dataset = Dataset::open_files(&files, &DatasetOptions::min_area(20))?; // smaller objects are left out
+/// for line in dataset.summary().lines() {
+///     println!("{line}");
+/// }
+/// let (training, held_out) = dataset.split(0.25, 0)?;
+/// assert_eq!(training.len() + held_out.len(), dataset.len());
+/// for index in sample_indices(training.len(), 2, 42, 0) {
+///     let sample = training.load(index)?; // of step 0
+///     assert!(sample.object(&sample.instances[0])?.area() >= 20);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Dataset {
     pairs: Vec<Pair>,

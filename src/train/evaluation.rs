@@ -25,6 +25,8 @@ use candle_core::{DType, Device, Tensor};
 use image::DynamicImage;
 
 /// How well a model finds the instances of one image, in the order of [`Sample::instances`].
+///
+/// [Example](crate::train::evaluate_image)
 #[derive(Clone, Debug)]
 pub struct ImageEvaluation {
     /// The first prompt of each.
@@ -40,6 +42,8 @@ pub struct ImageEvaluation {
 }
 
 /// The masks that a model finds in an image without a prompt.
+///
+/// [Example](crate::train::evaluate_image)
 #[derive(Clone, Debug)]
 pub struct AutomaticMasks {
     /// Each with its predicted IoU, without pixels that the truth ignores.
@@ -52,6 +56,8 @@ pub struct AutomaticMasks {
 const CORRECTIONS: [Round; 4] = [Round { point: true, mask: false }; 4];
 
 /// Prompts a model for the instances of images, without dropout, and compares.
+///
+/// [Example](crate::train::evaluate_image)
 #[derive(Clone, Copy, Debug)]
 pub struct Evaluator<'a> {
     /// The model.
@@ -67,6 +73,25 @@ pub struct Evaluator<'a> {
 }
 
 /// Prompts every instance of an image, without dropout, and compares.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_sam_lora::sam::{AttentionKind, SamModel, SamProcessor};
+/// use candle_sam_lora::train::{evaluate_image, Dataset, DatasetOptions, ObjectScores, PromptKind};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let model = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Fused, DType::F32, &Device::Cpu)?;
+/// let processor = SamProcessor::load("assets/tiny-sam", 128)?;
+/// let folder = "assets/photos/coins/heldout";
+/// let dataset = Dataset::open(format!("{folder}/images"), format!("{folder}/masks"), &DatasetOptions::min_area(20))?;
+/// let sample = dataset.load(0)?;
+/// let found = evaluate_image(&model, &processor, &sample, PromptKind::Box { jitter: 0.0 }, &Device::Cpu)?;
+/// assert_eq!(found.scores.len(), sample.instances.len());
+/// assert_eq!(found.masks.len(), found.prompts.len());
+/// assert!(ObjectScores::mean(&found.scores).iou > 0.5);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// - as [`Evaluator::evaluate`].

@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// An event file to which scalars are added.
+///
+/// [Example](crate::train::MetricsCsv)
 #[derive(Debug)]
 pub struct EventFile {
     file: File,

@@ -12,6 +12,8 @@ const ENDINGS: [&str; 13] =
     ["png", "apng", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pbm", "pgm", "ppm", "pnm"];
 
 /// Suffixes of file names, before their endings.
+///
+/// [Example](crate::train::Dataset)
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Suffixes {
     /// Suffix of images, as `_image`.

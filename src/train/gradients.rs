@@ -14,6 +14,22 @@ use candle_core::{bail, DType, Result, Tensor, Var, D};
 const EPS: f64 = 1e-6;
 
 /// A gradient for every parameter of an optimizer, in its order.
+///
+/// ```
+/// use candle_core::{DType, Device, Var};
+/// use candle_sam_lora::train::{AdamW, AdamWConfig};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let weight = Var::ones(4, DType::F32, &Device::Cpu)?;
+/// let mut optimizer = AdamW::new(vec![weight.clone()], AdamWConfig::default())?;
+/// let gradients = optimizer.gradients(&weight.sqr()?.sum_all()?.backward()?)?;
+/// let norm = gradients.norm()?;
+/// assert_eq!(norm, 4.0); // of [2, 2, 2, 2]
+/// optimizer.apply(&gradients.clipped(norm, 1.0)?)?;
+/// assert_eq!(optimizer.steps(), 1);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Gradients {
     tensors: Vec<Tensor>,

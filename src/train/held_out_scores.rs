@@ -7,6 +7,8 @@ const OBJECTS: usize = ObjectScores::NAMES.len();
 const MASKS: usize = MaskScores::NAMES.len();
 
 /// The scores of all held-out images.
+///
+/// [Example](crate::train::Schedule)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct HeldOutScores {
     /// The means over the objects.

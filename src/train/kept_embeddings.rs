@@ -17,6 +17,25 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 /// The embeddings of a data set's images.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_sam_lora::sam::{AttentionKind, SamModel, SamProcessor};
+/// use candle_sam_lora::train::{Dataset, DatasetOptions, FlipRotate, KeptEmbeddings};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let model = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Fused, DType::F32, &Device::Cpu)?;
+/// let processor = SamProcessor::load("assets/tiny-sam", 128)?;
+/// let (images, masks) = ("assets/photos/coins/train/images", "assets/photos/coins/train/masks");
+/// let sample = Dataset::open(images, masks, &DatasetOptions::min_area(20))?.load(0)?;
+/// let kept = KeptEmbeddings::in_memory(&model, &processor); // for BatchSource::embeddings
+/// let (embedding, _) = kept.get(0, FlipRotate::NONE, &sample)?; // the encoder runs
+/// let (again, _) = kept.get(0, FlipRotate::NONE, &sample)?; // the encoder does not
+/// assert_eq!(embedding.dims(), again.dims());
+/// assert_eq!(kept.bytes(1, false)?, 4 * embedding.elem_count() as u64);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct KeptEmbeddings<'a> {
     predictor: SamPredictor<'a>,

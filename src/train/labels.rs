@@ -5,12 +5,18 @@ use image::{ImageBuffer, Luma};
 use std::collections::BTreeMap;
 
 /// A label for each pixel, 0 for the background.
+///
+/// [Example](crate::train::PromptKind)
 pub type LabelImage = ImageBuffer<Luma<u32>, Vec<u32>>;
 
 /// The label of a pixel that is neither object nor background: it is not trained and not scored.
+///
+/// [Example](crate::train::interpret)
 pub const IGNORED: u32 = u32::MAX;
 
 /// One object of a label image.
+///
+/// [Example](crate::train::PromptKind)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Instance {
     /// The value of its pixels.
@@ -24,6 +30,8 @@ pub struct Instance {
 }
 
 /// The instances of at least `min_area` pixels, by ascending label.
+///
+/// [Example](crate::train::PromptKind)
 pub fn find_instances(labels: &LabelImage, min_area: usize) -> Vec<Instance> {
     let mut found: BTreeMap<u32, Instance> = BTreeMap::new();
     for (x, y, pixel) in labels.enumerate_pixels() {
@@ -94,6 +102,8 @@ pub(super) fn layers_of(
 /// The mask of `label` on a coarser grid of `rows` x `cols`, 0 or 1, row-major. Each pixel of the grid shows the source
 /// pixel that holds its centre. `pitch` is how many source pixels a grid pixel is high and wide. An object between all
 /// centres gets the pixel of the grid that has most of it, so that no object vanishes.
+///
+/// [Example](crate::train::PromptKind)
 pub fn mask_on_grid(
     labels: &LabelImage,
     label: u32,

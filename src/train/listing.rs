@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 /// Where the images of a data set are and their truth. Several places are read as one with all their files, in the order
 /// of the names.
+///
+/// [Example](crate::train::Dataset)
 #[derive(Clone, Debug)]
 pub struct DataFiles {
     /// Folders or TARs.
@@ -22,6 +24,8 @@ pub struct DataFiles {
 }
 
 /// Where the truth of images is.
+///
+/// [Example](crate::train::Dataset)
 #[derive(Clone, Debug)]
 pub enum TruthFiles {
     /// Masks in folders or TARs, paired with the images by their names.

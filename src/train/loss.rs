@@ -22,18 +22,24 @@ use std::str::FromStr;
 const FOCAL_ALPHA: f64 = 0.25;
 
 /// Binary cross-entropy of logits against targets of the same shape, averaged over all elements: a scalar.
+///
+/// [Example](crate::train::LossWeights)
 pub fn bce_with_logits(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let (x, t) = checked("bce-with-logits", logits, targets)?;
     bce_pixels(&x, &t)?.mean_all()
 }
 
 /// Focal loss of logits against targets of the same shape, averaged over all elements: a scalar. Alpha is 0.25, gamma 2.
+///
+/// [Example](crate::train::LossWeights)
 pub fn focal_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let (x, t) = checked("focal-loss", logits, targets)?;
     focal_pixels(&x, &t)?.mean_all()
 }
 
 /// Dice loss of logits `[N, h, w]` against targets `[N, h, w]`, averaged over the masks: a scalar.
+///
+/// [Example](crate::train::LossWeights)
 pub fn dice_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     const OP: &str = "dice-loss";
     let (x, t) = checked(OP, logits, targets)?;
@@ -44,11 +50,15 @@ pub fn dice_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 }
 
 /// Cross-entropy plus dice, the mean over masks `[N, h, w]`: a scalar.
+///
+/// [Example](crate::train)
 pub fn mask_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     dice_loss(logits, targets)? + bce_with_logits(logits, targets)?
 }
 
 /// Squared error of predicted IoUs `[N]` for logits and targets `[N, h, w]`, averaged over the masks: a scalar.
+///
+/// [Example](crate::train::LossWeights)
 pub fn iou_loss(scores: &Tensor, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     const OP: &str = "iou-loss";
     let (x, t) = checked(OP, logits, targets)?;
@@ -71,6 +81,22 @@ pub fn iou_loss(scores: &Tensor, logits: &Tensor, targets: &Tensor) -> Result<Te
 }
 
 /// Weights of a loss's terms. A term of weight 0 is left out. As text: `focal=20,dice=1,iou=1`.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::train::{dice_loss, focal_loss, LossWeights};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let weights: LossWeights = "focal=20,dice=1".parse()?;
+/// let targets = Tensor::new(&[[[1f32, 0.0], [0.0, 1.0]]], &Device::Cpu)?; // object, row, column
+/// let logits = ((&targets - 0.5)? * 8.0)?;
+/// let scores = Tensor::ones((1, 1), DType::F32, &Device::Cpu)?; // predicted IoUs, here without weight
+/// let loss = weights.loss(&logits.unsqueeze(1)?, &scores, &targets)?.to_scalar::<f32>()?;
+/// let terms = (focal_loss(&logits, &targets)? * 20.0)? + dice_loss(&logits, &targets)?;
+/// assert!((loss - terms?.to_scalar::<f32>()?).abs() < 1e-5);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct LossWeights {
     /// Cross-entropy.

@@ -18,6 +18,8 @@ use serde::Serialize;
 const IOUS: [u8; 10] = [50, 55, 60, 65, 70, 75, 80, 85, 90, 95];
 
 /// Matches of one image.
+///
+/// [Example](crate::train::Scores)
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MaskMatches {
     /// True objects.
@@ -64,6 +66,8 @@ impl MaskMatches {
 }
 
 /// Measures of the masks of several images.
+///
+/// [Example](crate::train::Scores)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct MaskScores {
     /// Mean average precision at IoU 0.5 to 0.95.

@@ -41,6 +41,8 @@ impl Window {
 }
 
 /// A found mask, as lengths of runs within a window of the image.
+///
+/// [Example](crate::train::evaluate_image)
 #[derive(Clone, Debug)]
 pub struct FoundMask {
     window: Window,

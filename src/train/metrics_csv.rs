@@ -14,6 +14,23 @@ use std::path::{Path, PathBuf};
 const STEP: &str = "step,loss,lr,grad_norm";
 
 /// An open table.
+///
+/// ```
+/// use candle_sam_lora::train::{EventFile, HeldOutScores, MetricsCsv, ObjectScores, StepMetrics};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let folder = tempfile::tempdir()?;
+/// let mut table = MetricsCsv::open(folder.path().join("metrics.csv"), 0)?;
+/// let mut events = EventFile::create(folder.path(), 0)?; // for TensorBoard
+/// let step = StepMetrics { step: 1, loss: 0.5, lr: 1e-3, grad_norm: 2.0 };
+/// let scores = HeldOutScores::from(ObjectScores { iou: 0.75, ..Default::default() });
+/// table.row(&step, Some(&scores))?;
+/// events.scalars(step.step, &[("loss", step.loss)])?;
+/// let text = std::fs::read_to_string(folder.path().join("metrics.csv"))?;
+/// assert_eq!(text.lines().count(), 2); // names, and the row
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct MetricsCsv {
     file: File,

@@ -11,6 +11,8 @@ use super::Scores;
 use serde::Serialize;
 
 /// Measures of one object, or their means over several.
+///
+/// [Example](crate::train::evaluate_image)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct ObjectScores {
     /// Intersection over union for the first prompt.

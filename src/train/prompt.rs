@@ -15,6 +15,23 @@ const EVALUATION_POINTS: usize = 5;
 const LARGEST_JITTER: f64 = 20.0 / 1024.0;
 
 /// Which prompts are drawn.
+///
+/// ```
+/// use candle_sam_lora::train::{find_instances, jittered_box, mask_on_grid, random_point};
+/// use candle_sam_lora::train::{LabelImage, Prompt, PromptKind, StepRng};
+///
+/// let labels = LabelImage::from_fn(8, 4, |x, _| image::Luma([(x < 4).into()])); // label 1 on the left
+/// let instance = &find_instances(&labels, 1)[0];
+/// assert_eq!(instance.area, 16);
+/// let mut draws = StepRng::new(42, "prompts", 0); // seed, stream, step
+/// let Prompt::Point([x, _]) = PromptKind::Point.draw(&labels, instance, &mut draws) else { panic!() };
+/// assert!(x < 4.0);
+/// let Prompt::Box(around) = PromptKind::Box { jitter: 0.1 }.draw(&labels, instance, &mut draws) else { panic!() };
+/// assert!(around[0] < around[2]);
+/// assert!(random_point(&labels, instance, &mut draws)[0] < 4.0);
+/// assert!(jittered_box(&labels, instance, 0.0, &mut draws)[2] <= 4.0); // the tight box
+/// assert_eq!(mask_on_grid(&labels, 1, 2, 4, (2.0, 2.0)), [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PromptKind {
@@ -35,6 +52,8 @@ pub enum PromptKind {
 }
 
 /// A prompt for one instance, in pixels of the image.
+///
+/// [Example](crate::train::PromptKind)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Prompt {
     /// `[x, y]`, on the object.
@@ -96,6 +115,8 @@ impl PromptKind {
 }
 
 /// A random pixel `[x, y]` of the instance.
+///
+/// [Example](crate::train::PromptKind)
 pub fn random_point(labels: &LabelImage, instance: &Instance, draws: &mut StepRng) -> [f32; 2] {
     let [x0, y0, x1, y1] = instance.bounds;
     let pixels = (y0..=y1).flat_map(|y| (x0..=x1).map(move |x| (x, y)));
@@ -106,6 +127,8 @@ pub fn random_point(labels: &LabelImage, instance: &Instance, draws: &mut StepRn
 
 /// The box `[x0, y0, x1, y1]` around the instance, each side moved by up to `jitter` times the box's width or
 /// height, within the image. No side moves further than 20 pixels of SAM's 1024. With `jitter` 0 it is tight.
+///
+/// [Example](crate::train::PromptKind)
 pub fn jittered_box(
     labels: &LabelImage,
     instance: &Instance,

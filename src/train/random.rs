@@ -6,6 +6,8 @@
 use crate::philox::{philox4x32, stream_of};
 
 /// The draws of one step of one stream.
+///
+/// [Example](crate::train::PromptKind)
 #[derive(Clone, Debug)]
 pub struct StepRng {
     key: [u32; 2],

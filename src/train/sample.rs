@@ -15,6 +15,8 @@ use std::cell::Cell;
 use std::path::Path;
 
 /// An image, its labels, and those of its instances that are large enough.
+///
+/// [Example](crate::train::Dataset)
 #[derive(Clone, Debug)]
 pub struct Sample {
     /// The stem of both files; of COCO's, the file's name within its folder without its ending.
@@ -47,6 +49,8 @@ impl Sample {
 }
 
 /// How a data set is read.
+///
+/// [Example](crate::train::Dataset)
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct DatasetOptions {
     /// Instances of fewer pixels are left out.

@@ -16,6 +16,8 @@ use crate::{Error, Result};
 use serde::Serialize;
 
 /// The rate after the warm-up.
+///
+/// [Example](crate::train::Schedule)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
@@ -40,6 +42,8 @@ pub enum Decay {
 const LEAST_GROWTH: f64 = 1e-4;
 
 /// When the rate becomes lower, and by how much.
+///
+/// [Example](crate::train::Schedule)
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Plateau {
     /// Factor of the rate each time, below 1.
@@ -67,6 +71,24 @@ impl Plateau {
 }
 
 /// A warm-up from 0 and a decay. The default is a constant rate.
+///
+/// ```
+/// use candle_sam_lora::train::{best_evaluation, evaluations_since_best, Decay, Plateau, Schedule};
+/// use candle_sam_lora::train::{HeldOutScores, ObjectScores, StepScores};
+///
+/// let cosine = Schedule { warmup_steps: 10, decay: Decay::Cosine { total_steps: 100 } };
+/// assert!(cosine.factor(0, &[]) < cosine.factor(9, &[]));
+/// assert!(cosine.factor(20, &[]) > cosine.factor(90, &[]));
+///
+/// let scored = |step, iou| {
+///     StepScores { step, scores: HeldOutScores::from(ObjectScores { iou, ..Default::default() }) }
+/// };
+/// let evaluations = [scored(100, 0.8), scored(200, 0.7)];
+/// assert_eq!(best_evaluation(&evaluations).unwrap().step, 100);
+/// assert_eq!(evaluations_since_best(&evaluations), 1);
+/// let plateau = Schedule { warmup_steps: 0, decay: Decay::Plateau(Plateau { factor: 0.5, patience: 1 }) };
+/// assert!(plateau.factor(200, &evaluations) <= plateau.factor(100, &evaluations[..1]));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Schedule {
     /// Steps before the full rate is reached.

@@ -18,6 +18,27 @@ use serde::Serialize;
 const TOLERANCE: f64 = 0.008;
 
 /// Measures of one mask, or their means over several.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_sam_lora::sam::Rle;
+/// use candle_sam_lora::train::{iou, MaskMatches, MaskScores, Scores};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let mask = Tensor::new(&[[1u8, 1], [1, 0]], &Device::Cpu)?;
+/// let target = Tensor::new(&[[1u8, 1], [0, 0]], &Device::Cpu)?;
+/// assert_eq!(iou(&mask, &target)?, 2.0 / 3.0);
+/// let scores = Scores::of(&mask, &target)?;
+/// assert_eq!((scores.iou, scores.dice), (2.0 / 3.0, 0.8));
+///
+/// // Automatic masks: one with its predicted IoU, and the two objects of the image.
+/// let left = Rle::from_mask(&[true, false, true, false], (2, 2))?;
+/// let right = Rle::from_mask(&[false, true, false, true], (2, 2))?;
+/// let matches = MaskMatches::new(&[(0.9, left.clone())], &[left, right]);
+/// assert!((MaskScores::of([&matches]).ap_50 - 0.5).abs() < 0.01);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Scores {
     /// Intersection over union.
@@ -64,6 +85,8 @@ impl Scores {
 }
 
 /// Intersection over union of two masks `[height, width]` in which whatever is not 0 is inside.
+///
+/// [Example](crate::train::Scores)
 pub fn iou(mask: &Tensor, target: &Tensor) -> Result<f64> {
     let (mask, target, _) = masks("iou", mask, target)?;
     Ok(iou_between(&mask, &target))

@@ -22,6 +22,8 @@ use image::DynamicImage;
 use serde::Serialize;
 
 /// Composition of one step.
+///
+/// [Example](crate::train::Batch)
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct BatchConfig {
     /// Images of a step.
@@ -72,6 +74,8 @@ impl BatchConfig {
 }
 
 /// Source of the batches of a run.
+///
+/// [Example](crate::train::Batch)
 #[derive(Clone, Copy, Debug)]
 pub struct BatchSource<'a> {
     /// Images and masks.
@@ -91,6 +95,8 @@ pub struct BatchSource<'a> {
 }
 
 /// The images of a step, as the model takes them.
+///
+/// [Example](crate::train::Batch)
 #[derive(Clone, Debug)]
 pub enum BatchImages {
     /// `[B, channels, S, S]`
@@ -100,6 +106,34 @@ pub enum BatchImages {
 }
 
 /// The images, prompts and targets of one step.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_sam_lora::nn::Mode;
+/// use candle_sam_lora::sam::{AttentionKind, SamModel, SamProcessor};
+/// use candle_sam_lora::train::{Batch, BatchConfig, BatchSource, Corrections, Dataset, DatasetOptions};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let model = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Split, DType::F32, &Device::Cpu)?;
+/// let processor = SamProcessor::load("assets/tiny-sam", 128)?;
+/// let (images, masks) = ("assets/photos/coins/train/images", "assets/photos/coins/train/masks");
+/// let dataset = Dataset::open(images, masks, &DatasetOptions::min_area(20))?;
+/// let corrections = Corrections { points: 1, ..Corrections::NONE }; // a second click where the mask is wrong
+/// let source = BatchSource {
+///     dataset: &dataset,
+///     processor: &processor,
+///     config: BatchConfig { prompts: 2, augment: true, corrections, ..BatchConfig::default() },
+///     mask_size: 4 * model.config().vision_config.grid_size(),
+///     seed: 42,
+///     device: &Device::Cpu,
+///     embeddings: None,
+/// };
+/// let batch = Batch::draw(&source, 0)?; // a function of seed and step; Trainer::step counts
+/// assert_eq!(batch.rounds.len(), 1);
+/// assert!(batch.loss(&model, Mode::Eval)?.to_scalar::<f32>()?.is_finite());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Batch {
     /// B images.

@@ -240,6 +240,8 @@ impl Loss {
 
 /// The elements of a tensor, row-major, in f64.
 ///
+/// [Example](crate::testing)
+///
 /// # Errors
 /// When the tensor cannot be copied to the CPU.
 pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {

@@ -46,6 +46,8 @@ impl Named {
 }
 
 /// Summary of how a data set was read.
+///
+/// [Example](crate::train::Dataset)
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
     areas: Vec<usize>,

@@ -30,6 +30,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Metrics of a step.
+///
+/// [Example](crate::train::Trainer)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepMetrics {
     /// Its number, from 1.
@@ -43,6 +45,33 @@ pub struct StepMetrics {
 }
 
 /// The trainable parameters of a model on their way.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_sam_lora::nn::Linear;
+/// use candle_sam_lora::train::{Trainer, TrainerConfig, TrainingState};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let model = Linear::load(4, 2, vb)?;
+/// let x = Tensor::randn(0f32, 1f32, (8, 4), &Device::Cpu)?;
+/// let config = TrainerConfig { accumulation: 2, ..TrainerConfig::new(1e-2) };
+/// let mut trainer = Trainer::new(&model, config)?;
+/// for _ in 0..3 {
+///     // `part` and `mode` are for what is random: the batch and dropout.
+///     let step = trainer.step(|_part, _mode| (x.apply(&model)? - 1.0)?.sqr()?.mean_all())?;
+///     assert!(step.loss.is_finite() && step.grad_norm > 0.0);
+/// }
+/// let path = std::env::temp_dir().join("candle-sam-lora-trainer.safetensors");
+/// trainer.save(&path)?;
+/// let mut continued = Trainer::new(&model, config)?;
+/// continued.resume(&path)?;
+/// assert_eq!((continued.steps(), continued.losses()), (3, trainer.losses()));
+/// assert_eq!(TrainingState::load(&path, &Device::Cpu)?.step, 3);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Trainer {
     optimizer: AdamW,

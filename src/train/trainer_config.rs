@@ -5,6 +5,8 @@ use crate::{Error, Result};
 use serde_json::{json, Map, Value};
 
 /// How the parameters are changed.
+///
+/// [Example](crate::train::Trainer)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainerConfig {
     /// The optimizer, with the full learning rate.

@@ -160,7 +160,9 @@ fn staged_products() -> Result<()> {
 fn gelu_is_accurate_over_the_whole_range() -> Result<()> {
     use candle_sam_lora::testing::reference::gelu;
     let mut inputs: Vec<f32> = (-30_000..30_000).map(|i| i as f32 * 5e-4).collect();
-    inputs.extend((0..254u32).flat_map(|e| [f32::from_bits(e << 23 | 0x12_3456), -f32::from_bits(e << 23)]));
+    inputs.extend(
+        (0..254u32).flat_map(|e| [f32::from_bits(e << 23 | 0x12_3456), -f32::from_bits(e << 23)]),
+    );
     inputs.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN]);
     inputs.resize(inputs.len().next_multiple_of(32), 0.0);
     let input = Tensor::new(inputs.as_slice(), &candle_core::Device::Cpu)?;

@@ -20,6 +20,20 @@ pub(super) use validate::{is_neutral, UNSUPPORTED};
 pub use values::{BiasTraining, InitLoraWeights, ModuleNames, ValueOrList};
 
 /// The configuration of a LoRA adapter, as PEFT's class of the same name.
+///
+/// ```
+/// use candle_sam_lora::lora::{BiasTraining, LoraConfig};
+///
+/// # fn main() -> serde_json::Result<()> {
+/// let config = LoraConfig::new(16).alpha(32.0).target_modules(["q", "v"]).bias(BiasTraining::LoraOnly);
+/// assert_eq!(config.scaling(config.rank, config.alpha), 2.0);
+/// let json = serde_json::to_string(&config)?; // as PEFT's adapter_config.json
+/// assert!(json.contains(r#""bias":"lora_only""#));
+/// let read: LoraConfig = serde_json::from_str(&json)?;
+/// assert_eq!(read.target_modules, config.target_modules);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
     pub(super) peft_type: String,

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// Module names: whole dotted components at the end of a path, or one regular expression for the whole path.
+///
+/// [Example](crate::lora::LoraConfig)
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ModuleNames {
@@ -23,6 +25,8 @@ impl ModuleNames {
 }
 
 /// One value, or a list of them.
+///
+/// [Example](crate::lora::LoraConfig)
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ValueOrList<T> {
@@ -43,6 +47,8 @@ impl<T> ValueOrList<T> {
 }
 
 /// Which of the base model's biases are trained and saved with the adapter.
+///
+/// [Example](crate::lora::LoraConfig)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BiasTraining {
@@ -57,6 +63,8 @@ pub enum BiasTraining {
 
 /// How the adapter is initialised. "pissa", `pissa_niter_<number>` and "olora" take the adapter's start out of the
 /// base's weights, and do so again on loading. The base must be the one of the training.
+///
+/// [Example](crate::lora::LoraConfig)
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum InitLoraWeights {

@@ -22,6 +22,8 @@ pub(super) use plan::Plan;
 /// Frozen tensors keep their memory, so a `VarMap` that holds the base still saves it. A tensor that is trained besides
 /// keeps its variable. A view, or one that a frozen tensor shares, becomes a variable of its own.
 ///
+/// [Example](crate::lora)
+///
 /// # Errors
 /// - the configuration is invalid, or a regular expression does not compile;
 /// - nothing is targeted, or something that is no linear layer;
@@ -37,6 +39,40 @@ pub fn inject(model: &mut dyn ModuleTree, config: &LoraConfig, seed: u64) -> Res
 
 /// As [`inject`], under a name, beside other adapters. Where there are any, they stay in use and the new one waits,
 /// frozen, for [`set_adapter`](super::set_adapter).
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::lora::{self, add_adapter, LoraConfig};
+/// use candle_sam_lora::{module_tree, nn::Linear};
+///
+/// struct Head {
+///     project: Linear,
+/// }
+/// module_tree!(Head { project });
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let project = Linear::new(Tensor::ones((3, 4), DType::F32, &Device::Cpu)?, None);
+/// let mut head = Head { project };
+/// let config = LoraConfig::new(2).target_modules(["project"]);
+/// add_adapter(&mut head, "cells", &config, 0)?;
+/// add_adapter(&mut head, "nuclei", &config, 1)?;
+/// assert_eq!(lora::adapter_names(&head), ["cells", "nuclei"]);
+/// assert_eq!(lora::active_adapters(&head), ["cells"]);
+///
+/// lora::set_adapter(&mut head, &["nuclei"])?;
+/// lora::disable_adapters(&mut head)?; // the base alone
+/// lora::enable_adapters(&mut head)?;
+/// lora::delete_adapter(&mut head, "cells")?;
+/// assert_eq!(lora::adapter_names(&head), ["nuclei"]);
+/// let folder = std::env::temp_dir().join("candle-sam-lora-nuclei");
+/// lora::save_named_adapter(&head, "nuclei", &config, &folder)?;
+/// lora::load_named_adapter(&mut head, "again", &folder)?;
+/// assert_eq!(lora::adapter_names(&head), ["again", "nuclei"]); // by name
+/// lora::unload(&mut head)?;
+/// assert!(head.project.adapters.is_empty());
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// As [`inject`]; besides,
@@ -57,6 +93,8 @@ pub fn add_adapter(
 
 /// Removes every adapter and, where any was merged, restores the weights from before. Base biases and modules that
 /// were trained along keep their trained values, and weights that an initialisation took a part from stay without it.
+///
+/// [Example](crate::lora::add_adapter)
 ///
 /// # Errors
 /// None of its own.

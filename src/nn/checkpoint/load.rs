@@ -25,6 +25,8 @@ const MAX_PLACES: usize = 16;
 /// stay so with new values in place. Adapters stay as they are, and must not be merged. `names` says which tensors are
 /// fused, renamed and ignored.
 ///
+/// [Example](crate::nn::checkpoint)
+///
 /// # Errors
 /// The model is unchanged after an error:
 /// - [`Error::Mismatch`] lists every missing, surplus and mis-shaped tensor;

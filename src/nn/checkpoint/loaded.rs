@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// The finds of [`load`](super::load) in a checkpoint. Its `Display` is one line for a user.
+///
+/// [Example](crate::nn::checkpoint)
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loaded {

@@ -49,6 +49,8 @@ pub struct Names {
 }
 
 /// A module of a model that may be loaded alone.
+///
+/// [Example](Names)
 #[derive(Clone, Copy, Debug)]
 pub struct Part {
     /// Its path in the whole model.
@@ -58,6 +60,8 @@ pub struct Part {
 }
 
 /// Layers of one shape whose weights, and biases, a file stacks along the rows.
+///
+/// [Example](Names)
 #[derive(Clone, Copy, Debug)]
 pub struct Fused {
     /// The end of the stacked layer's path.

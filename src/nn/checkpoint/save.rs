@@ -13,6 +13,8 @@ use std::path::Path;
 /// Adapters are left out: the file holds the base model, or, where adapters are merged, the merged one. An existing file
 /// is replaced only by a complete one.
 ///
+/// [Example](crate::nn::checkpoint)
+///
 /// # Errors
 /// - a weight is in int8;
 /// - the file cannot be written;

@@ -23,6 +23,8 @@ mod on_gpu;
 /// `proj(rel_pos_attention(qkv(x)))`: `[B, H, W, C] -> [B, H, W, C']`, with the gradients of the operations it consists
 /// of. `qkv` is one projection, or those of q, k and v.
 ///
+/// [Example](crate::ops::attention_block)
+///
 /// # Errors
 /// As [`lora_linear`], [`lora_qkv`] and [`rel_pos_attention`](crate::ops::rel_pos_attention()).
 pub fn attention_layer(
@@ -36,6 +38,39 @@ pub fn attention_layer(
 
 /// `x + proj(rel_pos_attention(qkv(layer_norm(x))))`: `[B, H, W, C] -> [B, H, W, C]`, with the gradients of the
 /// operations it consists of. `qkv` is one projection, or those of q, k and v.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_sam_lora::ops::{attention_block, attention_layer, layer_norm, mlp_block, Activation};
+/// use candle_sam_lora::ops::{Norm, Projection, RelPosAttention};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let x = Tensor::randn(0f32, 1f32, (1, 4, 4, 8), &Device::Cpu)?;
+/// let normal = |dims: (usize, usize)| Tensor::randn(0f32, 0.1f32, dims, &Device::Cpu);
+/// let (qkv, proj) = (normal((24, 8))?, normal((8, 8))?);
+/// let (weight, bias) = (Tensor::ones(8, DType::F32, &Device::Cpu)?, Tensor::zeros(8, DType::F32, &Device::Cpu)?);
+/// let norm = Norm { weight: &weight, bias: &bias, eps: 1e-6 };
+/// let linear = |weight| Projection { weight, scales: None, bias: None, lora: None };
+/// let config = RelPosAttention {
+///     num_heads: 2,
+///     softmax_scale: 0.5,
+///     rel_pos: None,
+///     window: None,
+///     pad: None,
+///     dropout: None,
+/// };
+/// let block = attention_block(&x, &norm, &[linear(&qkv)], &config, &linear(&proj))?;
+///
+/// let normed = layer_norm(&x, &weight, &bias, 1e-6)?;
+/// let steps = (&x + attention_layer(&normed, &[linear(&qkv)], &config, &linear(&proj))?)?;
+/// assert!((&block - steps)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-5);
+///
+/// let (lin1, lin2) = (normal((32, 8))?, normal((8, 32))?);
+/// let layer = mlp_block(&block, &norm, &linear(&lin1), Activation::Gelu, &linear(&lin2))?;
+/// assert_eq!(layer.dims(), [1, 4, 4, 8]);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// As [`layer_norm`], [`lora_linear`], [`lora_qkv`] and [`rel_pos_attention`](crate::ops::rel_pos_attention()).
@@ -90,6 +125,8 @@ fn attend(
 }
 
 /// `x + lin2(act(lin1(layer_norm(x))))`: `[.., C] -> [.., C]`, with the gradients of the operations it consists of.
+///
+/// [Example](crate::ops::attention_block)
 ///
 /// # Errors
 /// As [`layer_norm`] and [`lora_linear`].

@@ -9,10 +9,13 @@
 //! use candle_sam_lora::sam::{checkpoint, checkpoint::Naming, AttentionKind, SamModel};
 //!
 //! # fn main() -> candle_sam_lora::Result<()> {
-//! let sam = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Split, DType::F32, &Device::Cpu)?;
+//! let mut sam = SamModel::from_pretrained("assets/tiny-sam", AttentionKind::Split, DType::F32, &Device::Cpu)?;
 //! // For the original segment-anything: q, k and v fused, in f16.
 //! let path = std::env::temp_dir().join("candle-sam-lora-original.safetensors");
-//! checkpoint::save(&sam, path, Naming::Original, Some(DType::F16))?;
+//! checkpoint::save(&sam, &path, Naming::Original, Some(DType::F16))?;
+//! checkpoint::load(&mut sam, &path)?;
+//! let names = checkpoint::to_original(&["vision_encoder.layers.0.attn.qkv.weight"]);
+//! assert_eq!(names, ["image_encoder.blocks.0.attn.qkv.weight"]);
 //! # Ok(())
 //! # }
 //! ```
@@ -32,6 +35,8 @@ use candle_core::DType;
 use std::path::Path;
 
 /// The naming of tensors in a file.
+///
+/// [Example](crate::sam::checkpoint)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Naming {
     /// `vision_encoder.layers.0.attn.qkv.weight`, as Hugging Face's `SamModel`.
@@ -46,6 +51,8 @@ pub enum Naming {
 /// encoder, prompt encoder or mask decoder alone, bare or in a [`SamVisionModel`](crate::sam::SamVisionModel), takes its
 /// part of a whole SAM. From SAMed's and micro-sam's files it takes all but the adapters.
 ///
+/// [Example](crate::sam::checkpoint)
+///
 /// # Errors
 /// As [`nn::checkpoint::load`].
 pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<Loaded> {
@@ -53,6 +60,8 @@ pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>) -> Result<Loaded
 }
 
 /// Writes a SAM, or a part of one, to one safetensors file, q, k and v fused into `qkv`; see [`nn::checkpoint::save`].
+///
+/// [Example](crate::sam::checkpoint)
 ///
 /// # Errors
 /// - the file cannot be written;
@@ -70,6 +79,8 @@ pub fn save(
 /// Writes `model.safetensors` and `config.json` into a folder, as Hugging Face's `save_pretrained` does; the folder
 /// is made where there is none.
 ///
+/// [Example](crate::sam::checkpoint)
+///
 /// # Errors
 /// - a file or the folder cannot be written.
 pub fn save_pretrained(
@@ -85,11 +96,15 @@ pub fn save_pretrained(
 }
 
 /// Original names as Hugging Face names, in the same order; see [`Names::to_tree`].
+///
+/// [Example](crate::sam::checkpoint)
 pub fn to_hugging_face(names: &[&str]) -> Vec<String> {
     SAM.to_tree(names)
 }
 
 /// Hugging Face names as original names, in the same order; see [`Names::to_file`].
+///
+/// [Example](crate::sam::checkpoint)
 pub fn to_original(names: &[&str]) -> Vec<String> {
     SAM.to_file(names)
 }

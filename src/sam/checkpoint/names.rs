@@ -24,6 +24,8 @@ macro_rules! renamed {
 }
 
 /// Files of SAM: Hugging Face's, the original's, SAMed's and micro-sam's.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const SAM: Names = Names {
     renamed: RENAMED,
     heads: &[
@@ -65,6 +67,8 @@ pub const SAM: Names = Names {
 
 /// Files of DeepSeek-OCR and Unlimited-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from
 /// them too.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const DEEPSEEK_OCR: Names = Names {
     // Transformers' names.
     wrapped: &[("proj.conv1.", "net_2."), ("proj.conv2.", "net_3.")],
@@ -74,6 +78,8 @@ pub const DEEPSEEK_OCR: Names = Names {
 
 /// Files of DeepSeek-VL's hybrid models, as transformers writes them. The high-resolution tower is read, the other parts
 /// are not.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const DEEPSEEK_VL: Names = Names {
     ignored: &["vision_model.*", "aligner.*", "language_model.*", "lm_head.*"],
     fused: &[Fused::QKV],
@@ -81,6 +87,8 @@ pub const DEEPSEEK_VL: Names = Names {
 };
 
 /// Files of ViTDet, as transformers writes them.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const VITDET: Names = Names {
     renamed: &[
         ("encoder.layer.#.norm1.*", "encoder.layer.#.layer_norm1.*"),
@@ -95,6 +103,8 @@ pub const VITDET: Names = Names {
 };
 
 /// Files of GOT-OCR 2.0, as transformers writes them. The encoder and the projector are read, the language model is not.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const GOT_OCR2: Names =
     Names { ignored: &["language_model.*", "lm_head.*"], fused: &[Fused::QKV], ..Names::PLAIN };
 

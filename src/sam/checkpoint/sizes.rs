@@ -17,6 +17,8 @@ const DECODER_HEADS: [(usize, usize); 2] = [(256, 8), (64, 4)];
 const CONFIG_FILE: &str = "config.json";
 
 /// The configuration of a checkpoint. Its `Display` is a few words for a user.
+///
+/// [Example](crate::sam::SamConfig)
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Sizes {
@@ -52,6 +54,8 @@ impl std::fmt::Display for Sizes {
 /// The configuration of the SAM in a checkpoint: `config.json` in its folder, or else the sizes of its tensors. For a single
 /// file the `config.json` beside it counts only if it has the sizes of the tensors.
 ///
+/// [Example](crate::sam::SamConfig)
+///
 /// # Errors
 /// - the folder's `config.json` cannot be read or is impossible;
 /// - the weights cannot be read, or are of no SAM;
@@ -72,6 +76,8 @@ pub fn is_sam_hq(path: impl AsRef<Path>) -> Result<bool> {
 }
 
 /// The configuration of the image encoder in a checkpoint of a whole SAM or of the encoder alone; see [`sizes`].
+///
+/// [Example](crate::sam::SamConfig)
 ///
 /// # Errors
 /// - as [`sizes`].

@@ -21,6 +21,8 @@ const LEAST_RANK_CORRELATION: f64 = 0.3;
 const LARGEST_MEAN_GAP: f64 = 0.2;
 
 /// A candidate's scores, and how good it is.
+///
+/// [Example](crate::sam::Calibrator)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScoredCandidate {
     /// The IoU that the model expects.
@@ -34,6 +36,24 @@ pub struct ScoredCandidate {
 }
 
 /// Collects candidates of images with true masks.
+///
+/// ```
+/// use candle_sam_lora::sam::{Calibrator, ScoredCandidate};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let candidate = |predicted_iou, true_iou, object| {
+///     ScoredCandidate { predicted_iou, stability_score: 0.9, true_iou, object }
+/// };
+/// let mut calibrator = Calibrator::default();
+/// // Candidates of one image with two objects; MaskGenerator::calibrate makes them.
+/// let found = [candidate(0.9, 0.8, Some(0)), candidate(0.8, 0.7, Some(1)), candidate(0.5, 0.1, None)];
+/// calibrator.add_scored(&found, 2);
+/// let calibration = calibrator.finish()?;
+/// assert_eq!((calibration.kept, calibration.found), (2, 2));
+/// assert!(calibration.pred_iou_thresh > 0.5 && calibration.pred_iou_thresh < 0.8);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Calibrator {
     candidates: Vec<ScoredCandidate>,
@@ -41,6 +61,8 @@ pub struct Calibrator {
 }
 
 /// The thresholds with the highest F1, and how they do on the images they were chosen on.
+///
+/// [Example](crate::sam::Calibrator)
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Calibration {
     /// For [`MaskGenerator::pred_iou_thresh`]: halfway between the lowest score kept and the next one; 0 keeps all.

@@ -1,6 +1,8 @@
 //! Where the model looks: the image, overlapping crops of it, and a grid of points in each.
 
 /// A part of the image, its sides in pixels, `right` and `bottom` beyond the last.
+///
+/// [Example](crate::sam::label_image)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Crop {
     /// The first column.
@@ -31,6 +33,8 @@ impl Crop {
 }
 
 /// A part of an image that is segmented at a time.
+///
+/// [Example](crate::guide::everything)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
     /// The part that no other tile has.

@@ -10,6 +10,8 @@ use std::path::Path;
 ///
 /// Coordinates are pixels, y downward. The properties are `id`, `predicted_iou`, `stability_score`, `area` in pixels, and
 /// `bbox` as `[x0, y0, x1, y1]`, the outer edges of the first and last pixels.
+///
+/// [Example](crate::sam::label_image)
 pub fn geojson_feature(id: usize, mask: &GeneratedMask) -> Value {
     let mut polygons = mask.mask.polygons();
     let geometry = match polygons.len() {
@@ -32,6 +34,8 @@ pub fn geojson_feature(id: usize, mask: &GeneratedMask) -> Value {
 }
 
 /// Writes masks as a `FeatureCollection`, numbered from 1, or leaves what was there. One feature at a time is in memory.
+///
+/// [Example](crate::guide::everything)
 ///
 /// # Errors
 /// - the file cannot be written.

@@ -15,6 +15,28 @@ const STRIP_ROWS: u32 = 64;
 
 /// A number for each pixel of an image of a height and width. It is 0 where there is no mask, else the place of the
 /// smallest mask on it, from 1.
+///
+/// ```
+/// use candle_sam_lora::sam::{geojson_feature, label_image, save_labels};
+/// use candle_sam_lora::sam::{CocoAnnotations, Crop, GeneratedMask, Rle};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let mask = |pixels: &[bool]| -> candle_sam_lora::Result<GeneratedMask> {
+///     let mask = Rle::from_mask(pixels, (2, 2))?;
+///     let (bounds, crop) = (mask.bounds().unwrap(), Crop { left: 0, top: 0, right: 2, bottom: 2 });
+///     Ok(GeneratedMask { mask, bounds, iou_score: 0.9, stability_score: 0.95, point: [0.0, 0.0], crop })
+/// };
+/// let masks = [mask(&[true, true, true, false])?, mask(&[true, false, false, false])?]; // MaskGenerator finds them
+/// let labels = label_image(&masks, (2, 2));
+/// assert_eq!(labels, [2, 1, 1, 0]); // the smaller mask lies above
+/// save_labels(std::env::temp_dir().join("candle-sam-lora-labels.tif"), &labels, (2, 2))?;
+/// assert_eq!(geojson_feature(1, &masks[0])["properties"]["area"], 3);
+/// let mut coco = CocoAnnotations::default();
+/// coco.push("photo.png", (2, 2), &masks);
+/// coco.save(std::env::temp_dir().join("candle-sam-lora-annotations.json"))?;
+/// # Ok(())
+/// # }
+/// ```
 pub fn label_image(masks: &[GeneratedMask], (height, width): (u32, u32)) -> Vec<u32> {
     label_rows(masks, &largest_first(masks), (0..height, width))
 }
@@ -48,6 +70,8 @@ fn label_rows(
 }
 
 /// Writes labels of rows as an image of one channel, by the ending of `path`: a PNG of 16 bits or a TIFF of 32.
+///
+/// [Example](crate::sam::label_image)
 ///
 /// # Errors
 /// - the ending is neither `png` nor `tif` nor `tiff`;
@@ -96,6 +120,8 @@ fn ending(path: &Path) -> String {
 
 /// Writes the [`label_image`] of masks as a TIFF of 32 bits, or a BigTIFF where the labels need more than 4 GiB. It has
 /// 64 rows in memory at a time.
+///
+/// [Example](crate::guide::everything)
 ///
 /// # Errors
 /// - the ending of `path` is neither `tif` nor `tiff`;

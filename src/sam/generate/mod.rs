@@ -113,6 +113,8 @@ impl Default for MaskGenerator {
 }
 
 /// One of an image's masks.
+///
+/// [Example](crate::sam::MaskGenerator)
 #[derive(Clone, Debug)]
 pub struct GeneratedMask {
     /// In the image's size.
@@ -130,6 +132,8 @@ pub struct GeneratedMask {
 }
 
 /// Masks, and what became of the other candidates.
+///
+/// [Example](crate::guide::everything)
 #[derive(Clone, Debug, Default)]
 pub struct Generated {
     /// Best first; of several tiles, in the order of the tiles.

@@ -9,6 +9,8 @@ use std::path::Path;
 ///
 /// Beside COCO's fields an annotation has those of segment-anything: `predicted_iou`, `stability_score`,
 /// `point_coords`, `crop_box`.
+///
+/// [Example](crate::sam::label_image)
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct CocoAnnotations {
     images: Vec<CocoImage>,

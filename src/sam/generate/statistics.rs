@@ -6,6 +6,8 @@ use std::ops::AddAssign;
 /// How many candidates each filter dropped, in the order of the filters, and the best scores seen.
 ///
 /// `candidates` is the sum of the six counts after it.
+///
+/// [Example](crate::guide::everything)
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct GenerationStatistics {
     /// Masks that the decoder gave, three a point.

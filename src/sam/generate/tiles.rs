@@ -13,6 +13,8 @@ use crate::{Error, Result};
 use image::DynamicImage;
 
 /// How an image is cut into tiles.
+///
+/// [Example](crate::guide::everything)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tiling {
     /// The longest side of a core, in pixels.

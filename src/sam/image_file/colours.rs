@@ -28,6 +28,8 @@ pub(super) fn unassociated(image: DynamicImage) -> DynamicImage {
 /// Equals transformers' `convert_to_rgb` of an image that Pillow reads, but for grey of 16 bits. There Pillow takes the
 /// lower 8, and white above.
 ///
+/// [Example](crate::sam::read_image)
+///
 /// # Errors
 /// - a float is not in 0 to 1.
 pub fn convert_to_rgb(image: &DynamicImage) -> Result<RgbImage> {
@@ -63,6 +65,8 @@ pub fn convert_to_rgb(image: &DynamicImage) -> Result<RgbImage> {
 }
 
 /// Whether an image has pixels that are not opaque, which [`convert_to_rgb`] lays on white.
+///
+/// [Example](crate::sam::read_image)
 pub fn is_transparent(image: &DynamicImage) -> bool {
     image.color().has_alpha() && rgba8(image).pixels().any(|pixel| pixel.0[3] < u8::MAX)
 }

@@ -28,6 +28,8 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 
 /// How image files are read.
+///
+/// [Example](crate::sam::read_image)
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct ReadOptions {
     /// Which values are black and white.
@@ -37,6 +39,8 @@ pub struct ReadOptions {
 }
 
 /// An image as a viewer shows it, and how it came to be.
+///
+/// [Example](crate::sam::read_image)
 #[derive(Clone, Debug)]
 pub struct Picture {
     /// The image.
@@ -54,6 +58,24 @@ pub struct Picture {
 }
 
 /// Reads an image with the default options: see [`ReadOptions::read`].
+///
+/// ```
+/// use candle_sam_lora::sam::{convert_to_rgb, is_transparent, read_image, Raster, ReadOptions, ValueRange};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let path = "assets/photos/nuclei/heldout/images/nuclei_r6c0.png";
+/// let image = read_image(path)?;
+/// assert!(!is_transparent(&image));
+/// assert_eq!(convert_to_rgb(&image)?.dimensions(), (image.width(), image.height()));
+///
+/// let options = ReadOptions { range: ValueRange::MinMax, ..ReadOptions::default() };
+/// let picture = options.read(path)?; // and how it was read
+/// assert_eq!(picture.image.width(), image.width());
+/// let stored = Raster::read(path, None)?; // the values in the file
+/// assert_eq!(stored.samples.len(), stored.channels() * (stored.width * stored.height) as usize);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// - as [`ReadOptions::read`].

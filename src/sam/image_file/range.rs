@@ -22,6 +22,8 @@ pub(super) const PERCENTILES: (f64, f64) = (0.1, 99.9);
 pub(super) const MOST_VALUES: usize = 1 << 22;
 
 /// Which values of an image are black and white.
+///
+/// [Example](crate::sam::read_image)
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ValueRange {

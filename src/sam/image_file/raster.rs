@@ -4,6 +4,8 @@ use image::metadata::Orientation;
 use image::DynamicImage;
 
 /// Kind of the samples of a pixel.
+///
+/// [Example](crate::train::interpret)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RasterKind {
     /// One value.
@@ -34,6 +36,8 @@ impl RasterKind {
 }
 
 /// The type of a sample, with its bits.
+///
+/// [Example](crate::train::interpret)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SampleType {
     /// Whole numbers from 0.
@@ -65,6 +69,8 @@ impl std::fmt::Display for SampleType {
 }
 
 /// The samples of all pixels.
+///
+/// [Example](crate::train::interpret)
 #[derive(Clone, Debug, PartialEq)]
 pub enum Samples {
     /// Unsigned, up to 8 bits.
@@ -101,6 +107,8 @@ impl Samples {
 }
 
 /// An image as its file stores it: rows of pixels, the samples of a pixel side by side.
+///
+/// [Example](crate::train::interpret)
 #[derive(Clone, Debug, PartialEq)]
 pub struct Raster {
     /// Pixels of a row.

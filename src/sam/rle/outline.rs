@@ -13,9 +13,13 @@ use super::Rle;
 use std::collections::{BTreeMap, HashMap};
 
 /// Corners of pixels `[x, y]`; the last equals the first.
+///
+/// [Example](crate::sam::Rle::polygons)
 pub type Ring = Vec<[u32; 2]>;
 
 /// A 4-connected part of a mask: its outer ring, then the rings of its holes.
+///
+/// [Example](crate::sam::Rle::polygons)
 pub type Polygon = Vec<Ring>;
 
 /// The edges that leave a corner, by direction: to growing x, to growing y, and back.

@@ -7,6 +7,8 @@ use serde_json::{Map, Value};
 
 /// Fails unless `settings` are the same on all ranks.
 ///
+/// [Example](crate::train::share)
+///
 /// # Errors
 /// - a rank has other settings than rank 0: every difference is told, on every rank;
 /// - the exchange failed.

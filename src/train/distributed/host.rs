@@ -7,6 +7,8 @@ use candle_core::Device;
 /// Opens a device by its name, as [`device`](crate::device()) does. `cuda` is the GPU whose number is that of this process
 /// among those of its host.
 ///
+/// [Example](crate::train::share)
+///
 /// # Errors
 /// - `cuda`, with more processes on this host than GPUs that this process sees;
 /// - those of [`device`](crate::device()).
@@ -35,6 +37,8 @@ fn gpu_of(neighbours: &[usize], rank: usize, gpus: usize) -> Result<usize> {
 ///
 /// It is an equal share of every core that this process may run on, and of the control group's quota. Every rank must
 /// ask.
+///
+/// [Example](crate::train::share)
 ///
 /// # Errors
 /// - the exchange failed.

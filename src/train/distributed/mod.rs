@@ -46,6 +46,8 @@ const GRACE: Duration = Duration::from_secs(1);
 ///
 /// Every rank makes the same calls in the same order. An error means that the exchange failed, not that another rank's work
 /// did; the run ends then, because ranks may have stopped at different calls.
+///
+/// [Example](crate::train::share)
 pub trait Communicator: std::fmt::Debug + Send + Sync {
     /// The number of this process, from 0.
     fn rank(&self) -> usize;
@@ -91,6 +93,8 @@ pub trait Communicator: std::fmt::Debug + Send + Sync {
 }
 
 /// A process by itself.
+///
+/// [Example](crate::train::share)
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Alone;
 

@@ -22,6 +22,8 @@ const POLL: Duration = Duration::from_millis(500);
 const MESSAGE_TAG: i32 = 1;
 
 /// The processes of one MPI job.
+///
+/// [Example](crate::guide::distributed)
 pub struct Mpi {
     rank: usize,
     size: usize,

@@ -10,6 +10,8 @@ const FAILED: u8 = 1;
 
 /// Result of this rank's work, and `told` of every rank's, by rank, if all ranks succeeded.
 ///
+/// [Example](crate::train::share)
+///
 /// # Errors
 /// - the work of a rank failed: the same error on every rank, which names the lowest such rank and its reason;
 /// - the exchange failed.

@@ -32,6 +32,30 @@ const END: u8 = 6;
 /// `work` calls its second argument now and then, as a sign of life: a rank that gives none within the communicator's
 /// patience ends the job.
 ///
+/// ```
+/// use candle_sam_lora::train::{device_of_rank, share, threads_of_rank, together, Alone, Communicator};
+/// use candle_sam_lora::Error;
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let ranks = Alone; // or `Mpi`, with the feature `mpi`
+/// assert!(device_of_rank("cpu", &ranks)?.is_cpu() && threads_of_rank(&ranks)? > 0);
+/// let mut squares = vec![0; 4];
+/// share::<Error>(
+///     &ranks,
+///     squares.len(),
+///     |item, _alive| Ok(vec![(item * item) as u8]),
+///     |item, result| {
+///         squares[item] = result[0];
+///         Ok(())
+///     },
+/// )?;
+/// assert_eq!(squares, [0, 1, 4, 9]);
+/// let (own, all) = together(&ranks, Ok::<_, Error>(7u8), |seven| vec![*seven])?;
+/// assert_eq!((own, all.len()), (7, ranks.size()));
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// - an item fails: no more are given out, those before it are still done, and all ranks return the error of the first;
 /// - a result cannot be collected: as if its item had failed;

@@ -5,6 +5,8 @@ use std::ops::AddAssign;
 use std::time::Duration;
 
 /// Times of one step or the sum over several, means over the ranks.
+///
+/// [Example](crate::train::Trainer)
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepTimes {
     /// Number of steps.

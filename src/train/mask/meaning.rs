@@ -6,6 +6,8 @@ use image::metadata::Orientation;
 use serde::{Deserialize, Serialize};
 
 /// A mask, read.
+///
+/// [Example](crate::train::interpret)
 #[derive(Clone, Debug)]
 pub struct Mask {
     /// A label a pixel: 0 the background, [`IGNORED`](crate::train::labels::IGNORED) what is neither.
@@ -23,6 +25,8 @@ pub struct Mask {
 }
 
 /// How a mask's pixels were read.
+///
+/// [Example](crate::train::interpret)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Meaning {
     /// One value beside the background; its parts are objects.

@@ -29,6 +29,8 @@ use std::path::Path;
 
 /// Reads a mask: grey, labels of any integer or float type, a palette, colours, or opacity.
 ///
+/// [Example](crate::train::interpret)
+///
 /// # Errors
 /// - the file is no image, or stored with loss as a JPEG is;
 /// - it has several pages and none is chosen;
@@ -45,6 +47,23 @@ pub(super) fn read_mask_bytes(path: &Path, bytes: Vec<u8>, options: &MaskOptions
 }
 
 /// Interprets the pixels of a mask.
+///
+/// ```
+/// use candle_sam_lora::sam::{Raster, RasterKind, SampleType, Samples};
+/// use candle_sam_lora::train::{interpret, read_mask, MaskOptions, Meaning, IGNORED};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let samples = Samples::U8(vec![0, 1, 2, 9]);
+/// let raster = Raster::new(2, 2, RasterKind::Grey, SampleType::Unsigned(8), samples).unwrap();
+/// let options = MaskOptions { ignore: Some(vec![9]), ..MaskOptions::default() };
+/// let mask = interpret(&raster, &options)?;
+/// assert_eq!((mask.meaning, mask.labels.as_raw()), (Meaning::Labels, &vec![0, 1, 2, IGNORED]));
+///
+/// let mask = read_mask("assets/photos/coins/train/masks/coins_r0c0.png", &MaskOptions::default())?;
+/// assert_eq!(mask.meaning, Meaning::Labels);
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// - they are not those of a mask, see [the rules](Meaning).

@@ -3,6 +3,8 @@
 use serde::Serialize;
 
 /// How masks are read. The default decides by what the masks hold.
+///
+/// [Example](crate::train::interpret)
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct MaskOptions {
     /// Values that are neither object nor background; without it they are told by the rules.
