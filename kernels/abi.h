@@ -67,19 +67,20 @@ typedef struct LayerNormFwdParams {
 } LayerNormFwdParams;
 ABI_SIZE(LayerNormFwdParams, 48);
 
-/** The gradient of x, and the rows' statistics for the column pass: `[3, rows]` f32, mean high, mean low, rstd; 0 if
- * they are not wanted. */
+/** The gradient of x, plus `residual`, the gradient of what is added to y, if it is not 0. The rows' statistics for the
+ * column pass: `[3, rows]` f32, mean high, mean low, rstd; 0 if they are not wanted. */
 typedef struct LayerNormBwdParams {
   device_ptr x;
   device_ptr weight;
   device_ptr dy;
+  device_ptr residual;
   device_ptr dx;
   device_ptr statistics;
   uint64_t rows;
   uint32_t size;
   float eps;
 } LayerNormBwdParams;
-ABI_SIZE(LayerNormBwdParams, 56);
+ABI_SIZE(LayerNormBwdParams, 64);
 
 /** The column pass: a block of 32 x LAYER_NORM_COLUMN_WARPS threads sums 32 columns over LAYER_NORM_COLUMN_ROWS
  * rows. */
@@ -570,5 +571,24 @@ typedef struct ConvColumnsParams {
   uint64_t count;
 } ConvColumnsParams;
 ABI_SIZE(ConvColumnsParams, 56);
+
+/** Most vectors that a launch puts one behind the other. */
+#define CONCAT_PARTS 8
+#define CONCAT_THREADS 256
+
+/** A vector, and where it ends in `out`, in elements. */
+typedef struct ConcatPart {
+  device_ptr from;
+  uint64_t end;
+} ConcatPart;
+ABI_SIZE(ConcatPart, 16);
+
+/** `out` is all parts in a row; the last one that is used ends at `size`. */
+typedef struct ConcatParams {
+  ConcatPart parts[CONCAT_PARTS];
+  device_ptr out;
+  uint64_t size;
+} ConcatParams;
+ABI_SIZE(ConcatParams, 144);
 
 #endif

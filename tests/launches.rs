@@ -20,8 +20,8 @@ use candle_sam_lora::launch::rel_pos_attention::sm90::backward as attention_bwd_
 use candle_sam_lora::launch::rel_pos_attention::sm90::forward as attention_sm90;
 use candle_sam_lora::launch::rel_pos_attention::sm90::windows as windows_sm90;
 use candle_sam_lora::launch::{
-    adamw, conv_columns, dora, dropout, file_of, layer_norm, multi_head, AdamWRates, AdamWStep,
-    AttentionProblem, ConvColumns, Gpu, Launch, LayerNormProblem, MultiHeadProblem,
+    adamw, concat, conv_columns, dora, dropout, file_of, layer_norm, multi_head, AdamWRates,
+    AdamWStep, AttentionProblem, ConvColumns, Gpu, Launch, LayerNormProblem, MultiHeadProblem,
 };
 use candle_sam_lora::philox::Dropout;
 use std::collections::BTreeMap;
@@ -75,12 +75,13 @@ fn steps(plan: Arc<Plan>) -> Vec<Launch> {
 fn rows(dtype: DType) -> Result<Vec<Launch>> {
     let problem = LayerNormProblem { rows: 4096, size: 768, eps: 1e-6 };
     let norm = |pass| layer_norm::plan(&problem, pass, dtype).map(steps);
-    let mut launches = norm(layer_norm::Pass::Backward { trained: true })?;
+    let mut launches = norm(layer_norm::Pass::Backward { trained: true, residual: true })?;
     launches.extend(norm(layer_norm::Pass::Forward)?);
     launches.extend(dropout::plan((4096, 768), dtype)?.steps);
     let norm = dora::DoraNorm { out_dim: 768, in_dim: 768, rank: 16, scaling: 1.0 };
     launches.extend(dora::plan(&norm, dtype)?.steps);
     launches.extend(optimizer(dtype)?);
+    launches.extend(concat::plan(&[768; 3], dtype)?.steps);
     let neck = ConvColumns { batch: 1, h: 64, w: 64, channels: 256, kernel: 3, stride: 1 };
     for pass in [conv_columns::Pass::Forward, conv_columns::Pass::Backward] {
         launches.extend(conv_columns::plan(&neck, pass, dtype)?.steps);

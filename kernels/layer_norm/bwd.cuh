@@ -3,9 +3,9 @@
 //   dx = rstd (g - mean(g) - xhat mean(g xhat)),   g = dy weight,   xhat = (x - mean) rstd
 //   dweight = sum over rows of dy xhat,   dbias = sum over rows of dy
 //
-// Two kernels, since weight and bias are mostly frozen. `bwd` goes along rows: dx, and the statistics if asked for.
-// `bwd_weight` goes down the columns of one block of rows, into partial sums that sum_partials/sum_partials.cu adds in
-// order.
+// Two kernels, since weight and bias are mostly frozen. `bwd` goes along rows: dx, plus the gradient of a residual, and
+// the statistics if asked for. `bwd_weight` goes down the columns of one block of rows, into partial sums that
+// sum_partials/sum_partials.cu adds in order.
 #pragma once
 #include "layer_norm/common.cuh"
 
@@ -13,6 +13,7 @@ template <class T, int N>
 __device__ __forceinline__ void layer_norm_bwd_row(const LayerNormBwdParams& p, uint64_t row) {
     const T *x = global<const T>(p.x) + row * p.size, *dy = global<const T>(p.dy) + row * p.size;
     const T* weight = global<const T>(p.weight);
+    const T* residual = p.residual != 0 ? global<const T>(p.residual) + row * p.size : nullptr;
     T* dx = global<T>(p.dx) + row * p.size;
     const RowStatistics s = row_statistics<N>(x, p.size, p.eps);
     float sum_g = 0.0f, sum_gx = 0.0f;
@@ -33,6 +34,13 @@ __device__ __forceinline__ void layer_norm_bwd_row(const LayerNormBwdParams& p, 
         load(w, weight + column);
 #pragma unroll
         for (int i = 0; i < N; ++i) out[i] = s.rstd * (g[i] * w[i] - mean_g - normalise(v[i], s) * mean_gx);
+        if (residual != nullptr) {
+            float r[N];
+            load(r, residual + column);
+            // Rounded twice, as an addition of its own would be.
+#pragma unroll
+            for (int i = 0; i < N; ++i) out[i] = r[i] + to_float(from_float<T>(out[i]));
+        }
         store(dx + column, out);
     });
     if (p.statistics != 0 && threadIdx.x % kWarp == 0) {
@@ -46,7 +54,7 @@ __device__ __forceinline__ void layer_norm_bwd_row(const LayerNormBwdParams& p, 
 template <class T> __device__ __forceinline__ void layer_norm_bwd(const LayerNormBwdParams& p) {
     const uint64_t row = row_of_warp();
     if (row >= p.rows) return;
-    if (vectorisable<T>(p.size, p.x, p.weight, p.dy, p.dx)) layer_norm_bwd_row<T, kVec<T>>(p, row);
+    if (vectorisable<T>(p.size, p.x, p.weight, p.dy, p.residual, p.dx)) layer_norm_bwd_row<T, kVec<T>>(p, row);
     else layer_norm_bwd_row<T, 1>(p, row);
 }
 

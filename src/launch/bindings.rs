@@ -37,6 +37,8 @@ pub const ADAMW_F32: u32 = 0;
 pub const ADAMW_F16: u32 = 1;
 pub const ADAMW_BF16: u32 = 2;
 pub const CONV_COLUMNS_THREADS: u32 = 256;
+pub const CONCAT_PARTS: u32 = 8;
+pub const CONCAT_THREADS: u32 = 256;
 #[doc = " An address in device memory."]
 pub type device_ptr = u64;
 #[doc = " How a tensor lies in memory and which tile of it is copied at once, encoded by the driver\n (src/launch/tensor_map.rs)."]
@@ -136,13 +138,14 @@ const _: () = {
     ["Offset of field: LayerNormFwdParams::eps"]
         [::std::mem::offset_of!(LayerNormFwdParams, eps) - 44usize];
 };
-#[doc = " The gradient of x, and the rows' statistics for the column pass: `[3, rows]` f32, mean high, mean low, rstd; 0 if\n they are not wanted."]
+#[doc = " The gradient of x, plus `residual`, the gradient of what is added to y, if it is not 0. The rows' statistics for the\n column pass: `[3, rows]` f32, mean high, mean low, rstd; 0 if they are not wanted."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct LayerNormBwdParams {
     pub x: device_ptr,
     pub weight: device_ptr,
     pub dy: device_ptr,
+    pub residual: device_ptr,
     pub dx: device_ptr,
     pub statistics: device_ptr,
     pub rows: u64,
@@ -151,7 +154,7 @@ pub struct LayerNormBwdParams {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of LayerNormBwdParams"][::std::mem::size_of::<LayerNormBwdParams>() - 56usize];
+    ["Size of LayerNormBwdParams"][::std::mem::size_of::<LayerNormBwdParams>() - 64usize];
     ["Alignment of LayerNormBwdParams"][::std::mem::align_of::<LayerNormBwdParams>() - 8usize];
     ["Offset of field: LayerNormBwdParams::x"]
         [::std::mem::offset_of!(LayerNormBwdParams, x) - 0usize];
@@ -159,16 +162,18 @@ const _: () = {
         [::std::mem::offset_of!(LayerNormBwdParams, weight) - 8usize];
     ["Offset of field: LayerNormBwdParams::dy"]
         [::std::mem::offset_of!(LayerNormBwdParams, dy) - 16usize];
+    ["Offset of field: LayerNormBwdParams::residual"]
+        [::std::mem::offset_of!(LayerNormBwdParams, residual) - 24usize];
     ["Offset of field: LayerNormBwdParams::dx"]
-        [::std::mem::offset_of!(LayerNormBwdParams, dx) - 24usize];
+        [::std::mem::offset_of!(LayerNormBwdParams, dx) - 32usize];
     ["Offset of field: LayerNormBwdParams::statistics"]
-        [::std::mem::offset_of!(LayerNormBwdParams, statistics) - 32usize];
+        [::std::mem::offset_of!(LayerNormBwdParams, statistics) - 40usize];
     ["Offset of field: LayerNormBwdParams::rows"]
-        [::std::mem::offset_of!(LayerNormBwdParams, rows) - 40usize];
+        [::std::mem::offset_of!(LayerNormBwdParams, rows) - 48usize];
     ["Offset of field: LayerNormBwdParams::size"]
-        [::std::mem::offset_of!(LayerNormBwdParams, size) - 48usize];
+        [::std::mem::offset_of!(LayerNormBwdParams, size) - 56usize];
     ["Offset of field: LayerNormBwdParams::eps"]
-        [::std::mem::offset_of!(LayerNormBwdParams, eps) - 52usize];
+        [::std::mem::offset_of!(LayerNormBwdParams, eps) - 60usize];
 };
 #[doc = " Partial sums of the gradients of weight and bias: `partials [2, ceil(rows / LAYER_NORM_COLUMN_ROWS), size]` f32."]
 #[repr(C)]
@@ -1244,6 +1249,36 @@ const _: () = {
     ["Offset of field: ConvColumnsParams::count"]
         [::std::mem::offset_of!(ConvColumnsParams, count) - 48usize];
 };
+#[doc = " A vector, and where it ends in `out`, in elements."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ConcatPart {
+    pub from: device_ptr,
+    pub end: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ConcatPart"][::std::mem::size_of::<ConcatPart>() - 16usize];
+    ["Alignment of ConcatPart"][::std::mem::align_of::<ConcatPart>() - 8usize];
+    ["Offset of field: ConcatPart::from"][::std::mem::offset_of!(ConcatPart, from) - 0usize];
+    ["Offset of field: ConcatPart::end"][::std::mem::offset_of!(ConcatPart, end) - 8usize];
+};
+#[doc = " `out` is all parts in a row; the last one that is used ends at `size`."]
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
+pub struct ConcatParams {
+    pub parts: [ConcatPart; 8usize],
+    pub out: device_ptr,
+    pub size: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ConcatParams"][::std::mem::size_of::<ConcatParams>() - 144usize];
+    ["Alignment of ConcatParams"][::std::mem::align_of::<ConcatParams>() - 8usize];
+    ["Offset of field: ConcatParams::parts"][::std::mem::offset_of!(ConcatParams, parts) - 0usize];
+    ["Offset of field: ConcatParams::out"][::std::mem::offset_of!(ConcatParams, out) - 128usize];
+    ["Offset of field: ConcatParams::size"][::std::mem::offset_of!(ConcatParams, size) - 136usize];
+};
 
 /// Where what a launch fills stands in a params struct: the offsets of its addresses, and of its dropout masks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -1264,7 +1299,7 @@ impl Params for LayerNormFwdParams {
     const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24], masks: &[] };
 }
 impl Params for LayerNormBwdParams {
-    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32], masks: &[] };
+    const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24, 32, 40], masks: &[] };
 }
 impl Params for LayerNormBwdWeightParams {
     const SLOTS: Slots = Slots { addresses: &[0, 8, 16, 24], masks: &[] };
@@ -1354,4 +1389,7 @@ impl Params for AdamWParams {
 }
 impl Params for ConvColumnsParams {
     const SLOTS: Slots = Slots { addresses: &[0, 8], masks: &[] };
+}
+impl Params for ConcatParams {
+    const SLOTS: Slots = Slots { addresses: &[0, 16, 32, 48, 64, 80, 96, 112, 128], masks: &[] };
 }

@@ -29,10 +29,13 @@ fn row_blocks(problem: &LayerNormProblem) -> u64 {
 pub enum Pass {
     /// Inputs x, weight, bias; output y.
     Forward,
-    /// Inputs x, weight, the gradient of y; output dx, and, if they are trained, those of weight and bias.
+    /// Inputs x, weight, the gradient of y, that of a residual, which is added to dx. Outputs dx, and the gradients of weight
+    /// and bias if they are trained.
     Backward {
         /// Whether weight and bias are.
         trained: bool,
+        /// Whether there is a residual.
+        residual: bool,
     },
 }
 
@@ -44,7 +47,9 @@ pub fn plan(problem: &LayerNormProblem, pass: Pass, dtype: DType) -> Result<Arc<
     static PLANS: LazyLock<Plans<(LayerNormProblem, Pass, DType)>> = LazyLock::new(Plans::default);
     PLANS.get_or(&(*problem, pass, dtype), |_| match pass {
         Pass::Forward => forward(problem, dtype).map(Arc::new),
-        Pass::Backward { trained } => backward(problem, dtype, trained).map(Arc::new),
+        Pass::Backward { trained, residual } => {
+            backward(problem, dtype, [trained, residual]).map(Arc::new)
+        }
     })
 }
 
@@ -63,13 +68,18 @@ fn forward(problem: &LayerNormProblem, dtype: DType) -> Result<Plan> {
     Ok(launch.into())
 }
 
-fn backward(problem: &LayerNormProblem, dtype: DType, trained: bool) -> Result<Plan> {
+fn backward(
+    problem: &LayerNormProblem,
+    dtype: DType,
+    [trained, residual]: [bool; 2],
+) -> Result<Plan> {
     let (rows, size) = (problem.rows as u64, problem.size as u64);
     let [x, weight, dy] = [0, 1, 2].map(input);
     let params = LayerNormBwdParams {
         x,
         weight,
         dy,
+        residual: present(residual, input(3)),
         dx: output(0),
         statistics: present(trained, WORKSPACE),
         rows,
@@ -116,7 +126,8 @@ mod tests {
 
     #[test]
     fn frozen_weights_cost_no_column_pass() -> Result<()> {
-        let backward = |trained| plan(&PROBLEM, Pass::Backward { trained }, DType::F32);
+        let backward =
+            |trained| plan(&PROBLEM, Pass::Backward { trained, residual: false }, DType::F32);
         let frozen = backward(false)?;
         assert_eq!((frozen.steps.len(), frozen.workspace_bytes), (1, 0));
         let Plan { steps: launches, workspace_bytes, .. } = &*backward(true)?;

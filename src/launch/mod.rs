@@ -15,6 +15,7 @@ pub mod adamw;
 #[allow(missing_docs, non_camel_case_types)]
 mod bindings;
 pub mod cache;
+pub mod concat;
 pub mod conv_columns;
 pub mod dora;
 pub mod dropout;

@@ -64,7 +64,7 @@ fn on_gpu(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor
     let inputs = (&x, Some(&weight), Some(&bias));
     let (out, shape) = gpu::forward(eps, computed::three(inputs))?;
     let out = (candle_core::Storage::Cuda(out), shape);
-    computed::node(OP, inputs, out, move |inputs, _, grad| gpu::backward(eps, inputs, grad))
+    computed::node(OP, inputs, out, move |inputs, _, grad| gpu::backward(eps, inputs, grad, None))
 }
 
 /// Checks everything.

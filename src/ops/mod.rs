@@ -85,7 +85,7 @@ pub(crate) use gpu::adamw;
 pub use gpu::self_test_report;
 pub use layer_norm::layer_norm;
 pub use multi_head::multi_head_attention;
-pub(crate) use params::pack;
+pub(crate) use params::{concat, pack};
 pub use product::matmul;
 pub(crate) use resize::resize_cubic;
 pub use resize::{

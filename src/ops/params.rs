@@ -18,6 +18,18 @@ pub(crate) fn pack<'a>(
     }
 }
 
+/// The vectors one behind the other: one launch on a GPU, where none wants a gradient.
+///
+/// # Errors
+/// As [`Tensor::cat`].
+pub(crate) fn concat(vectors: &[Tensor]) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(out) = super::gpu::concat::concat(vectors)? {
+        return Ok(out);
+    }
+    Tensor::cat(vectors, 0)
+}
+
 /// The parameters for kernels that read each in place, in the dtype that `read_as` names. None if one wants a gradient:
 /// only an input gets one.
 #[cfg(any(test, feature = "cuda"))]

@@ -340,7 +340,7 @@ impl SamVisionAttentionSplit {
             let zeros = || Tensor::zeros(part.out_dim(), dtype, device);
             output.map_or_else(zeros, |output| output.to_dtype(dtype))
         });
-        Tensor::cat(&filled.collect::<Result<Vec<_>>>()?, 0).map(Some)
+        ops::concat(&filled.collect::<Result<Vec<_>>>()?).map(Some)
     }
 }
 

@@ -147,13 +147,14 @@ fn backward() -> Result<()> {
         let count = case.x.elem_count();
         let [x, weight, dy] =
             [&case.x, &case.weight, &case.dy].map(|t| Memory::from_tensor_at(t, case.offset));
-        let plan =
-            |trained| layer_norm::plan(&case.problem, Pass::Backward { trained }, case.dtype);
+        let plan = |trained, residual| {
+            layer_norm::plan(&case.problem, Pass::Backward { trained, residual }, case.dtype)
+        };
         let outputs = in_every_mode(&case.name, |device| {
             let dx = Memory::for_elements(case.offset + count, case.dtype);
             let [dweight, dbias] =
                 [0, 1].map(|_| Memory::for_elements(case.problem.size, case.dtype));
-            let plan = plan(true)?;
+            let plan = plan(true, false)?;
             let workspace = Memory::new(plan.workspace_bytes);
             let operands = Operands {
                 inputs: &[&x, &weight, &dy].map(|memory| at(memory, &case)),
@@ -169,10 +170,23 @@ fn backward() -> Result<()> {
             let dx = Memory::for_elements(case.offset + count, case.dtype);
             let inputs = &[&x, &weight, &dy].map(|memory| at(memory, &case));
             let operands = Operands { inputs, outputs: &[at(&dx, &case)], ..Default::default() };
-            launch_plan(device, &*plan(false)?, &operands)?;
+            launch_plan(device, &*plan(false, false)?, &operands)?;
             Ok(vec![dx])
         });
         assert!(frozen[0].bytes() == outputs[0].bytes(), "{}: dx differs when frozen", case.name);
+        // A residual's gradient is added to the rounded dx; here it is dy.
+        let summed = in_every_mode(&case.name, |device| {
+            let sum = Memory::for_elements(case.offset + count, case.dtype);
+            let inputs = &[&x, &weight, &dy, &dy].map(|memory| at(memory, &case));
+            let operands = Operands { inputs, outputs: &[at(&sum, &case)], ..Default::default() };
+            launch_plan(device, &*plan(false, true)?, &operands)?;
+            Ok(vec![sum])
+        });
+        let dx = frozen[0].values(case.dtype);
+        let dx = dx[case.offset..].iter().map(|dx| *dx as f32);
+        let dx = Tensor::from_iter(dx, case.x.device())?.to_dtype(case.dtype)?;
+        let sum = values(&(dx + case.dy.flatten_all()?)?);
+        assert_eq!(summed[0].values(case.dtype)[case.offset..], sum, "{}", case.name);
 
         let [x, weight, dy] = [&case.x, &case.weight, &case.dy].map(values);
         let expected = reference_backward(&x, &weight, &dy);

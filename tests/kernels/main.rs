@@ -7,6 +7,7 @@ mod adamw;
 mod attention_case;
 #[path = "../common/mod.rs"]
 mod common;
+mod concat;
 mod conv_columns;
 mod device;
 mod dora;

@@ -129,25 +129,30 @@ impl Chain {
         let (Some((storage, shape)), true) = (out, packed.len() <= 2) else {
             bail!("{op}: a chain has a layer, and at most two trained ones")
         };
+        if residual && !matches!(stages.first(), Some(Stage { layer: Layer::Norm { .. }, .. })) {
+            bail!("{op}: a chain with a residual begins with a norm")
+        }
         let inputs = (&x, packed.first(), packed.get(1));
         let trained = packed.len();
         node(op, inputs, (Storage::Cuda(storage), shape), move |[x, packed @ ..], _, grad| {
             let packed = &packed[..trained];
-            let (dx, [first, second]) = backward(&stages, x, packed, grad)?;
-            let dx = dx.filter(|_| x.track_op());
-            let dx = match residual {
-                true => dx.map(|dx| grad + dx).transpose()?,
-                false => dx,
-            };
-            Ok((dx, first, second))
+            let residual = residual.then_some(grad);
+            let (dx, [first, second]) = backward(&stages, x, packed, (grad, residual))?;
+            Ok((dx.filter(|_| x.track_op()), first, second))
         })
     }
 }
 
 type Gradients = (Option<Tensor>, [Option<Tensor>; 2]);
 
-/// The gradients of x, if it or anything before a layer wants one, and of the packed parameters.
-fn backward(stages: &[Stage], x: &Tensor, packed: &[&Tensor], grad: &Tensor) -> Result<Gradients> {
+/// The gradients of x, if it or anything before a layer wants one, and of the packed parameters. That of a residual is added
+/// to the one of x by the first layer, a norm.
+fn backward(
+    stages: &[Stage],
+    x: &Tensor,
+    packed: &[&Tensor],
+    (grad, residual): (&Tensor, Option<&Tensor>),
+) -> Result<Gradients> {
     let (mut grad, mut of_packed) = (grad.detach(), [None, None]);
     for (index, Stage { layer, input }) in stages.iter().enumerate().rev() {
         let is_trained = |stage: &Stage| match &stage.layer {
@@ -164,7 +169,8 @@ fn backward(stages: &[Stage], x: &Tensor, packed: &[&Tensor], grad: &Tensor) -> 
         let dx = match layer {
             _ if !before && !is_trained(&stages[index]) => return Ok((None, of_packed)),
             Layer::Norm { eps, weight, bias } => {
-                super::layer_norm::backward(*eps, [&input, weight, bias], &grad)?.0
+                let residual = residual.filter(|_| index == 0);
+                super::layer_norm::backward(*eps, [&input, weight, bias], &grad, residual)?.0
             }
             Layer::Projections { call, saved, packed: at } => {
                 let parameters = at.map_or(&input, |at| packed[at]);

@@ -22,13 +22,20 @@ pub fn forward(eps: f64, inputs: [Tensor; 3]) -> Result<(CudaStorage, Shape)> {
     Ok((y, shape.clone()))
 }
 
-/// Inputs: x, weight, bias; the output's gradient.
-pub fn backward(eps: f64, inputs: [&Tensor; 3], grad: &Tensor) -> Result<Gradients> {
+/// Inputs: x, weight, bias; the output's gradient; that of a residual, which is added to the one of x.
+pub fn backward(
+    eps: f64,
+    inputs: [&Tensor; 3],
+    grad: &Tensor,
+    residual: Option<&Tensor>,
+) -> Result<Gradients> {
     let [x, weight, bias] = inputs;
     let dtype = x.dtype();
     let trained = weight.track_op() || bias.track_op();
-    let plan = kernels::plan(&problem(x.shape(), eps), Pass::Backward { trained }, dtype)?;
-    let (job, inputs) = (Job { op: OP, plan: &plan, dropouts: &[] }, [x, weight, grad]);
+    let pass = Pass::Backward { trained, residual: residual.is_some() };
+    let plan = kernels::plan(&problem(x.shape(), eps), pass, dtype)?;
+    let (job, mut inputs) = (Job { op: OP, plan: &plan, dropouts: &[] }, vec![x, weight, grad]);
+    inputs.extend(residual);
     if !trained {
         let [dx] = job.run_on_tensors(&inputs, [Some((dtype, x.shape()))])?;
         return Ok((dx, None, None));

@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod chain;
 pub mod choice;
+pub mod concat;
 pub mod conv_columns;
 pub mod dora;
 pub mod dropout;
