@@ -4,7 +4,8 @@ use crate::{Error, Result};
 use candle_core::Device;
 
 /// `cpu`, or `cuda` / `cuda:N`: the first or the N-th GPU, if the crate was built with the `cuda` feature. The GPU's
-/// memory that tensors give back stays with this process, for the tensors of the next step.
+/// memory that tensors give back stays with this process, for the tensors of the next step. `metal` / `metal:N` is a GPU
+/// of Apple's, if the crate was built with `metal`.
 ///
 /// ```
 /// use candle_sam_lora::{device, gpus, release_buffers};
@@ -20,14 +21,20 @@ use candle_core::Device;
 /// ```
 ///
 /// # Errors
-/// For any other name; for `cuda` without the feature, without a driver, or without such a device.
+/// - any other name;
+/// - `cuda` or `metal` without the feature, without a driver, or without such a device.
 pub fn device(name: &str) -> Result<Device> {
-    let unknown =
-        || Error::config(format!("unknown device {name:?}; expected cpu, cuda or cuda:N"));
+    let unknown = || {
+        Error::config(format!(
+            "unknown device {name:?}; expected cpu, cuda, cuda:N, metal or metal:N"
+        ))
+    };
     match name.split_once(':').unwrap_or((name, "")) {
         ("cpu", "") if name == "cpu" => Ok(Device::Cpu),
         ("cuda", "") if name == "cuda" => cuda(name, 0),
         ("cuda", ordinal) => cuda(name, ordinal.parse().map_err(|_| unknown())?),
+        ("metal", "") if name == "metal" => metal(name, 0),
+        ("metal", ordinal) => metal(name, ordinal.parse().map_err(|_| unknown())?),
         _ => Err(unknown()),
     }
 }
@@ -44,7 +51,7 @@ pub fn gpus() -> Result<usize> {
         .map(|count| count as usize)
         .map_err(|e| Error::config(format!("device cuda: the driver does not count GPUs: {e}")));
     #[cfg(not(feature = "cuda"))]
-    Err(without_cuda("cuda"))
+    Err(without("cuda", "cuda"))
 }
 
 #[cfg(feature = "cuda")]
@@ -60,13 +67,21 @@ fn cuda(name: &str, ordinal: usize) -> Result<Device> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(name: &str, _ordinal: usize) -> Result<Device> {
-    Err(without_cuda(name))
+    Err(without("cuda", name))
 }
 
-#[cfg(not(feature = "cuda"))]
-fn without_cuda(name: &str) -> Error {
-    let message = "this build runs on the CPU only; build with --features cuda, or use cpu";
-    Error::config(format!("device {name}: {message}"))
+fn metal(name: &str, ordinal: usize) -> Result<Device> {
+    if !cfg!(feature = "metal") {
+        return Err(without("metal", name));
+    }
+    Device::new_metal(ordinal).map_err(|e| Error::config(format!("device {name}: {e}")))
+}
+
+/// This build lacks the feature that the device `name` needs.
+fn without(feature: &str, name: &str) -> Error {
+    Error::config(format!(
+        "device {name}: this build has no {feature}; build with --features {feature}, or use cpu"
+    ))
 }
 
 #[cfg(test)]
@@ -76,18 +91,21 @@ mod tests {
     #[test]
     fn names_that_are_no_device_are_refused() {
         assert!(device("cpu").is_ok());
-        for name in ["", "CPU", "cpu:0", "cpu:", "metal", "cuda:", "cuda:x", "cuda:-1", "cuda0"] {
+        for name in ["", "CPU", "cpu:0", "cpu:", "metal:", "cuda:", "cuda:x", "cuda:-1", "cuda0"] {
             let message = device(name).map(|_| ()).unwrap_err().to_string();
-            assert!(message.contains("expected cpu, cuda or cuda:N"), "{name}: {message}");
+            assert!(message.contains("expected cpu, cuda, cuda:N"), "{name}: {message}");
         }
     }
 
     #[test]
-    #[cfg(not(feature = "cuda"))]
     fn without_the_feature_the_error_says_how_to_get_it() {
-        for name in ["cuda", "cuda:1"] {
-            let message = device(name).map(|_| ()).unwrap_err().to_string();
-            assert!(message.contains(name) && message.contains("--features cuda"), "{message}");
+        let without = [("cuda", cfg!(feature = "cuda")), ("metal", cfg!(feature = "metal"))];
+        for (feature, _) in without.into_iter().filter(|(_, built)| !built) {
+            for name in [feature.to_string(), format!("{feature}:1")] {
+                let message = device(&name).map(|_| ()).unwrap_err().to_string();
+                let advice = format!("--features {feature}");
+                assert!(message.contains(&name) && message.contains(&advice), "{message}");
+            }
         }
     }
 
