@@ -140,6 +140,8 @@ pub fn resize_bicubic(grid: &Tensor, side: usize) -> Result<Tensor> {
 
 /// Resizes grids of vectors bilinearly: `[B, H, W, C] -> [B, h, w, C]`, computed in f32. Grids of that size are given back
 /// as they are.
+///
+/// [Example](crate::ops::resize_linear)
 pub fn resize_bilinear(grids: &Tensor, size: [usize; 2]) -> Result<Tensor> {
     resize_grids(grids, size, linear_resize_matrix)
 }

@@ -18,6 +18,8 @@ use candle_nn::VarBuilder;
 use std::path::Path;
 
 /// From a feature map of SAM to the grid of the low-resolution tower.
+///
+/// [Example](crate::sam::DeepseekVlHighRes)
 #[derive(Clone, Debug)]
 pub struct DeepseekVlProjection {
     /// `C -> 2 C` of half the side.
@@ -39,6 +41,23 @@ impl DeepseekVlProjection {
 
 /// The high-resolution images' side of DeepSeek-VL. Names are those of transformers'
 /// `DeepseekVLHybridForConditionalGeneration`, and adapters on it are PEFT's for that model.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::VarBuilder;
+/// use candle_sam_lora::nn::Mode;
+/// use candle_sam_lora::sam::{AttentionKind::Fused, DeepseekVlHighRes, SamConfig};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// // The default configuration and a side of 24 are the published models'.
+/// let config = SamConfig::load("assets/tiny-sam/config.json")?.vision_config;
+/// let tower = DeepseekVlHighRes::new(&config, 4, Fused, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
+/// let side = config.image_size;
+/// let pixels = Tensor::zeros((1, 3, side, side), DType::F32, &Device::Cpu)?;
+/// assert_eq!(tower.forward(&pixels, Mode::Eval)?.dims()[..2], [1, 4 * 4]); // tokens
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct DeepseekVlHighRes {
     /// SAM's encoder.

@@ -22,6 +22,8 @@ use std::path::Path;
 const BLOCK_EPS: f64 = 1e-6;
 
 /// ViTDet's configuration; fields and defaults are those of transformers' `VitDetConfig`.
+///
+/// [Example](crate::sam::VitDetBackbone)
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 #[allow(missing_docs)]
@@ -123,6 +125,8 @@ impl VitDetConfig {
 }
 
 /// The bottleneck block behind some layers.
+///
+/// [Example](crate::sam::VitDetBackbone)
 #[derive(Clone, Debug)]
 pub struct VitDetResBottleneckBlock {
     /// 1x1, `C -> C/2`
@@ -168,6 +172,8 @@ impl VitDetResBottleneckBlock {
 }
 
 /// A layer, and the block behind it if there is one.
+///
+/// [Example](crate::sam::VitDetBackbone)
 #[derive(Clone, Debug)]
 pub struct VitDetLayer {
     /// SAM's.
@@ -179,6 +185,21 @@ pub struct VitDetLayer {
 module_tree!(VitDetLayer { layer => "", residual });
 
 /// ViTDet's backbone, transformers' `VitDetBackbone` and `VitDetModel`. A clone shares its tensors.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::VarBuilder;
+/// use candle_sam_lora::nn::Mode;
+/// use candle_sam_lora::sam::{AttentionKind::Fused, VitDetBackbone, VitDetConfig};
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let config = VitDetConfig { hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 2, ..Default::default() };
+/// let backbone = VitDetBackbone::new(&config, Fused, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
+/// let image = Tensor::zeros((1, 3, 64, 96), DType::F32, &Device::Cpu)?; // of any size
+/// assert_eq!(backbone.forward(&image, Mode::Eval)?.dims(), [1, 32, 4, 6]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct VitDetBackbone {
     /// `[1, 1 + n * n, C]`, the class token first; none without absolute positions.

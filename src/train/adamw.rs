@@ -73,6 +73,8 @@ pub struct AdamW {
 }
 
 /// Measures of a step, from before it.
+///
+/// [Example](crate::train::AdamW)
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepMeasures {
     /// The norm of all gradients together, before clipping.

@@ -13,6 +13,24 @@ use candle_core::Var;
 use serde::Serialize;
 
 /// Rules by which parameters get their learning rate and weight decay. Names are any part of a parameter's path.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_sam_lora::nn::{named_parameters, Linear};
+/// use candle_sam_lora::train::ParameterGroups;
+///
+/// # fn main() -> candle_sam_lora::Result<()> {
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let model = Linear::load(8, 4, vb)?;
+/// let names: Vec<_> = named_parameters(&model).into_iter().map(|(name, _)| name).collect();
+/// let groups = ParameterGroups { no_decay: vec!["bias".into()], ..Default::default() };
+/// groups.validate(names.iter().map(String::as_str))?;
+/// let groups = ParameterGroups { lr_factors: vec![("head".into(), 0.1)], ..groups };
+/// assert!(groups.validate(names.iter().map(String::as_str)).is_err()); // there is no head
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ParameterGroups {
     /// Names, and the factor of the learning rate of each.

@@ -30,6 +30,8 @@ const GROWTH: usize = 5;
 const FLOW_SCALE: f32 = 5.0;
 
 /// How cells are found in a flow field. The default is Cellpose's.
+///
+/// [Example](crate::sam::CellposeSam)
 #[derive(Clone, Debug, PartialEq)]
 pub struct CellDynamics {
     /// Pixels with a higher logit are cell.

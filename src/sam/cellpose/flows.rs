@@ -3,6 +3,8 @@
 use crate::{Error, Result};
 
 /// A flow field of an image, with values row by row.
+///
+/// [Example](crate::sam::CellposeSam)
 #[derive(Clone, Debug, PartialEq)]
 pub struct CellFlows {
     /// Flow down, 5 for a step of one pixel.

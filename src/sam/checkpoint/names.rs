@@ -109,6 +109,8 @@ pub const GOT_OCR2: Names =
     Names { ignored: &["language_model.*", "lm_head.*"], fused: &[Fused::QKV], ..Names::PLAIN };
 
 /// Files of Cellpose 4, as `torch.save` writes them.
+///
+/// [Example](crate::nn::checkpoint::Names)
 pub const CELLPOSE_SAM: Names = Names {
     renamed: renamed!["encoder", "encoder", ("*", "*")],
     // Diameters of cells in the training data, which nothing reads.

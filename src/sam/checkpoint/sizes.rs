@@ -67,6 +67,8 @@ pub fn sizes(path: impl AsRef<Path>) -> Result<Sizes> {
 
 /// Whether a checkpoint is a SAM-HQ's.
 ///
+/// [Example](crate::sam::SamHqModel)
+///
 /// # Errors
 /// - the weights cannot be read.
 pub fn is_sam_hq(path: impl AsRef<Path>) -> Result<bool> {
