@@ -20,12 +20,13 @@ template <class T, int N> __device__ void conv_columns_fwd(const ConvColumnsPara
     const Place to = place_of(row / taps, p.rows, p.cols, 1);
     // Left of the grid or above it, these wrap around and are too large.
     const uint32_t y = to.y * p.stride + tap / p.kernel - half, x = to.x * p.stride + tap % p.kernel - half;
-    Vec<T, N> value = {};
+    // As floats, which is exact: on a vector of one element that is copied or zero, nvcc 13.0 never ends.
+    float values[N] = {};
     if (y < p.h && x < p.w) {
         const uint64_t from = ((uint64_t(to.batch) * p.h + y) * p.w + x) * p.vectors + vector;
-        value = global<const Vec<T, N>>(p.x)[from];
+        load(values, global<const T>(p.x) + from * N);
     }
-    global<Vec<T, N>>(p.columns)[index] = value;
+    store(global<T>(p.columns) + index * N, values);
 }
 
 template <class T, int N> __device__ void conv_columns_bwd(const ConvColumnsParams& p, uint64_t index) {
