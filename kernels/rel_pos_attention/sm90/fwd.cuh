@@ -60,8 +60,8 @@ __device__ __forceinline__ void consume_stream(const RelPosAttentionFwdSm90Param
     uint32_t weights[kKeys / 16][4];
     ChannelSums<kDim> out;
     OnlineSoftmax state;
-    Token key{0, 0};
-    const auto softmax = [&](auto with_dropout) {
+    const auto softmax = [&](uint32_t tile) {
+        const Token key = work.key(tile);
         if (key.y == 0) {
 #pragma unroll
             for (int j = 0; j < kCols / 8; ++j)
@@ -70,8 +70,7 @@ __device__ __forceinline__ void consume_stream(const RelPosAttentionFwdSm90Param
                     fragment_w[4 * j + i] = rel_w[8 * (i / 2) * bias.stride_w + key.x + 8 * j + 2 * t + i % 2];
         }
         softmax_of_tile<Tile>(rescale, scores, state, fragment_w, rel_h + key.y, bias.stride_h, scale);
-        if constexpr (decltype(with_dropout)::value) drop_weights<Tile>(scores, s, unit, query, key);
-        key = work.key_after(key);
+        drop_weights<Tile>(scores, s, unit, query, key);
     };
     const auto multiply_keys = [&](const unsigned char* keys) {
         multiply_rows<T, kDim, kKeys, kQueries, kKeys>(scores, shared.queries, group * kGroupRows, keys);
@@ -83,37 +82,31 @@ __device__ __forceinline__ void consume_stream(const RelPosAttentionFwdSm90Param
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_pin(scores);
     ring.release(ring.next - 1);
-    const auto pass_keys = [&](auto with_dropout) {
-        softmax(with_dropout);
+    softmax(0);
+    pack_weights<T, kKeys>(weights, scores);
+    // Barrier 1 + group: the turn of that warpgroup, which the other one gives to it. The first has it.
+    for (uint32_t tile = 1; tile < work.tiles; ++tile) {
+        keys = ring.wait();
+        if (tile > 1 || group == 1) ptx::bar_sync(1 + group, 2 * kGroup);
+        ptx::wgmma_fence();
+        multiply_keys(keys);
+        const unsigned char* values = ring.wait();
+        ptx::wgmma_fence();
+        add_weighted<T, kDim, kKeys>(out, weights, values);
+        if (tile + 1 < work.tiles || group == 0) ptx::bar_arrive(2 - group, 2 * kGroup);
+        ptx::wgmma_wait_group<1>();
+        ptx::wgmma_pin(scores);
+        ring.release(ring.next - 2);
+        softmax(tile);
+        ptx::wgmma_wait_group<0>();
+        out.pin();
+        ring.release(ring.next - 1);
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out.at(n, i) *= rescale[i / 2];
         pack_weights<T, kKeys>(weights, scores);
-        // Barrier 1 + group: the turn of that warpgroup, which the other one gives to it. The first has it.
-        for (uint32_t tile = 1; tile < work.tiles; ++tile) {
-            keys = ring.wait();
-            if (tile > 1 || group == 1) ptx::bar_sync(1 + group, 2 * kGroup);
-            ptx::wgmma_fence();
-            multiply_keys(keys);
-            const unsigned char* values = ring.wait();
-            ptx::wgmma_fence();
-            add_weighted<T, kDim, kKeys>(out, weights, values);
-            if (tile + 1 < work.tiles || group == 0) ptx::bar_arrive(2 - group, 2 * kGroup);
-            ptx::wgmma_wait_group<1>();
-            ptx::wgmma_pin(scores);
-            ring.release(ring.next - 2);
-            softmax(with_dropout);
-            ptx::wgmma_wait_group<0>();
-            out.pin();
-            ring.release(ring.next - 1);
-            // The maximum of most rows stands after the first tiles.
-            if (ptx::any(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
-#pragma unroll
-                for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) out.at(n, i) *= rescale[i / 2];
-            }
-            pack_weights<T, kKeys>(weights, scores);
-        }
-    };
-    compile_twice(s.dropout, pass_keys);
+    }
     const unsigned char* values = ring.wait();
     ptx::wgmma_fence();
     add_weighted<T, kDim, kKeys>(out, weights, values);
