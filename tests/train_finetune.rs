@@ -13,8 +13,9 @@ use clap::Parser;
 use finetune::{finetune, SHORT};
 use std::path::Path;
 
+/// Few points of held-out images, too.
 fn short<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    [&SHORT, more].concat()
+    [&SHORT[..], &["--automatic", "4"], more].concat()
 }
 
 #[test]

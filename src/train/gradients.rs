@@ -25,7 +25,7 @@ const EPS: f64 = 1e-6;
 /// let gradients = optimizer.gradients(&weight.sqr()?.sum_all()?.backward()?)?;
 /// let norm = gradients.norm()?;
 /// assert_eq!(norm, 4.0); // of [2, 2, 2, 2]
-/// optimizer.apply(&gradients.clipped(norm, 1.0)?)?;
+/// optimizer.apply(&gradients, None, Some(1.0))?; // shortened to a norm of 1
 /// assert_eq!(optimizer.steps(), 1);
 /// # Ok(())
 /// # }

@@ -29,8 +29,8 @@ use std::sync::{Mutex, PoisonError};
 /// let (images, masks) = ("assets/photos/coins/train/images", "assets/photos/coins/train/masks");
 /// let sample = Dataset::open(images, masks, &DatasetOptions::min_area(20))?.load(0)?;
 /// let kept = KeptEmbeddings::in_memory(&model, &processor); // for BatchSource::embeddings
-/// let (embedding, _) = kept.get(0, FlipRotate::NONE, &sample)?; // the encoder runs
-/// let (again, _) = kept.get(0, FlipRotate::NONE, &sample)?; // the encoder does not
+/// let embedding = kept.get(0, FlipRotate::NONE, &sample)?.tensor; // the encoder runs
+/// let again = kept.get(0, FlipRotate::NONE, &sample)?.tensor; // the encoder does not
 /// assert_eq!(embedding.dims(), again.dims());
 /// assert_eq!(kept.bytes(1, false)?, 4 * embedding.elem_count() as u64);
 /// # Ok(())

@@ -4,9 +4,9 @@ use candle_sam_lora::cli::finetune::{run, Options, Outcome};
 use clap::Parser;
 use std::path::Path;
 
-/// Few prompts of one image a step, and few points of held-out images.
+/// Few prompts of one image a step.
 #[allow(dead_code)] // not of every test
-pub const SHORT: [&str; 6] = ["--batch", "1", "--prompts", "4", "--automatic", "4"];
+pub const SHORT: [&str; 4] = ["--batch", "1", "--prompts", "4"];
 
 /// Runs it with these arguments.
 pub fn finetune(output: &Path, arguments: &[&str]) -> anyhow::Result<Outcome> {
