@@ -20,8 +20,9 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Range;
 
-/// Prompts of an image that are decoded at one time when nothing is trained. Each has an image of its own, 4 MB, which
-/// stays in the third-level cache. The prompts share the work that a call prepares, such as packed weights.
+/// Prompts of an image that are decoded in one call when nothing is trained; on the CPU two calls run at a time. Each
+/// prompt has an image of its own, 4 MB, which stays in the third-level cache. The prompts of a call share the work that
+/// it prepares, such as packed weights.
 const PROMPTS_TOGETHER: usize = 4;
 
 /// Epsilon of the norm between the upscaling convolutions, whatever the configuration says.

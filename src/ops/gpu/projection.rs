@@ -94,7 +94,8 @@ impl Projections {
         self.parameters.iter().any(|parameter| parameter.trained)
     }
 
-    /// The gradients of x, if it is wanted, and of parameters that are an input. A collector gets those that it takes. Without trained parameters nobody reads x, and any tensor of its dtype may take its place.
+    /// The gradients of x, if it is wanted, and of parameters that are an input. A collector gets those that it takes.
+    /// Without trained parameters nobody reads x, and any tensor of its dtype may take its place.
     pub fn backward(
         &self,
         [x, parameters]: [&Tensor; 2],
