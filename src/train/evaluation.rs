@@ -119,13 +119,10 @@ impl Evaluator<'_> {
         let image = DynamicImage::ImageRgb8(sample.image.clone());
         let (pixel_values, frame) = self.processor.preprocess(&image, self.device)?;
         // A graph would hold each layer's intermediates.
-        let model = without_gradients(self.model)?;
+        let model = &without_gradients(self.model)?;
         let tensor = model.vision_encoder.forward(&pixel_values, Mode::Eval)?;
-        self.evaluate_embedded(
-            sample,
-            &ImageEmbedding { tensor, hq_features: None, frame },
-            progress,
-        )
+        let embedding = ImageEmbedding { tensor, hq_features: None, frame };
+        Evaluator { model, ..*self }.prompted(sample, &embedding, progress)
     }
 
     /// As [`evaluate`](Self::evaluate), with the image's embedding by this model.
