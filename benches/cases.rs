@@ -12,6 +12,7 @@
 //! | `first_s` | the first run, which pays for fresh pages |
 //! | `wall_s`, `cpu_s` | each further run |
 //! | `memory` | bytes by which the peak of the resident memory grew since before the first run; on a GPU, of the tensors' memory |
+//! | `resident` | on the CPU, bytes resident at the peak: weights too, and the program itself; peers' without their imports |
 //! | `gpu_peak` | on a GPU, the peak itself, weights and all |
 //! | `flops`, `bytes` | see `support/work.rs` |
 
@@ -206,6 +207,7 @@ fn run() -> Result<()> {
         "base_wall_s": measured.base_wall_s,
         "cpu_s": measured.cpu_s,
         "memory": measured.memory,
+        "resident": measured.resident,
         "gpu_peak": measured.gpu_peak,
         "flops": work.flops,
         "bytes": work.bytes,

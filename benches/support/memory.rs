@@ -34,6 +34,15 @@ impl Memory {
         }
     }
 
+    /// The peak since, of all that is resident; none on a GPU.
+    pub fn resident_peak(&self) -> Option<u64> {
+        match self {
+            Self::Resident(_) => status("VmHWM"),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(..) => None,
+        }
+    }
+
     /// How far the peak has risen since.
     pub fn growth(&self) -> Option<u64> {
         match self {
