@@ -14,6 +14,10 @@ implementation but the environment: see `benches/report/run.py`.
 import argparse
 import importlib
 import json
+import sys
+
+# OpenVINO and NNCF do without it. It starts processes that take the CPUs from the measurement.
+sys.modules["openvino_telemetry"] = None
 
 import torch
 import torch.nn.functional as F
