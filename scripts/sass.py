@@ -271,8 +271,8 @@ class Function:
         return found
 
     def origins(self, index, register, sources):
-        """The same through the copies, as pairs of a place and an origin. sources(instruction) has the registers that it
-        copies, none if it does anything else. If it joins the halves of several, it is the place of their origins."""
+        """The same through the copies, as pairs of a place and an origin. sources(instruction) are the registers that it
+        copies, none if it does more. One that joins the halves of several is the place of their origins."""
         found, seen, stack = set(), set(), [(index, register, None)]
         while stack:
             index, register, joined = stack.pop()
