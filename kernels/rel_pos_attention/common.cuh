@@ -148,7 +148,8 @@ __device__ __forceinline__ void copy_keys(T (*rows)[Tile::kStride], const RelPos
 }
 
 // The 16-byte vectors of a key tile that a thread copies, as many of its keys as of its values. They lie in one column
-// of channels and move on by whole key rows, so no step divides or looks a token up.
+// of channels and move on by whole key rows, so no step divides or looks a token up. They take registers, which only
+// tiles of one key row have to spare.
 template <class Tile> struct KeyVectors {
     using T = typename Tile::T;
     static constexpr int kPieces = Tile::kDim / kVec<T>, kRowsAtOnce = Tile::kThreads / kPieces,
@@ -207,7 +208,11 @@ template <class Tile> struct KeyTiles {
     const uint32_t x;
     uint32_t next = 0;  // the first key row of the tile that is copied next
     bool wide, in_vectors;
-    KeyVectors<Tile> vectors;
+    struct None {
+        __device__ __forceinline__ None(const AttentionUnit&, const T*, uint32_t) {}
+    };
+    static constexpr bool kInVectors = Tile::kRows == 1;
+    std::conditional_t<kInVectors, KeyVectors<Tile>, None> vectors;
 
     // Starts the first one.
     __device__ __forceinline__ KeyTiles(const RelPosAttentionShape& s, const AttentionUnit& unit,
@@ -215,7 +220,7 @@ template <class Tile> struct KeyTiles {
                                         bool wide)
         : s(s), unit(unit), shared(shared), qkv(qkv), pad(pad), x(x), wide(wide), vectors(unit, qkv, x) {
         // A key outside the grid is the pad, or zeros.
-        in_vectors = wide && (pad == nullptr || (unit.valid_h == s.side_h && unit.valid_w == s.side_w));
+        in_vectors = kInVectors && wide && (pad == nullptr || (unit.valid_h == s.side_h && unit.valid_w == s.side_w));
         copy();
     }
     // Starts the next tile, if there is one, and gives the one before it: its keys, and behind them its values. Before
@@ -237,7 +242,7 @@ template <class Tile> struct KeyTiles {
         if (next < s.side_h) {
             T(*rows)[Tile::kStride] = stage(next);
             if (in_vectors) {
-                vectors.copy(rows, unit, next);
+                if constexpr (kInVectors) vectors.copy(rows, unit, next);
             } else {
                 copy_keys<Tile>(rows, s, unit, next, x, wide, qkv, pad, 1);
                 copy_keys<Tile>(rows + Tile::kKeys, s, unit, next, x, wide, qkv, pad, 2);
