@@ -2,8 +2,8 @@
 #include "rel_pos_attention/fwd.cuh"
 #include "tiles.h"
 
-// Blocks that a multiprocessor is asked to have room for; f32 would spill to have more than one. Windows have more warps,
-// which would take the registers of a second block.
+// Blocks that a multiprocessor is asked to have room for; f32 would spill to have more than one. Tiles for windows have
+// more warps, which would take the registers of a second block.
 constexpr int min_blocks(int bytes, int warps) { return bytes == 4 ? 1 : warps > 4 ? 2 : 0; }
 
 #define INSTANCE(suffix, T, dim, cols, rows, warps)                                                     \
