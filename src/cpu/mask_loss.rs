@@ -23,9 +23,9 @@ const SHORT: usize = 32;
 pub struct Sums {
     bce: f64,
     focal: f64,
-    /// Of `p t`.
+    /// The sum of `p t`.
     both: f64,
-    /// Of `p + t`.
+    /// The sum of `p + t`.
     each: f64,
 }
 
@@ -91,8 +91,8 @@ pub fn ious(x: &[f32], t: &[f32], pixels: usize) -> Vec<f32> {
     masks.map(of_mask).collect()
 }
 
-/// Calls `f` with all whole vectors of two slices, and with the rest filled up with pixels far outside of any object,
-/// whose every term is zero.
+/// Calls `f` with all whole vectors of two slices, and with the rest. The rest is filled up with pixels far outside of any
+/// object: their terms are zero.
 #[inline(always)]
 fn in_vectors(x: &[f32], t: &[f32], mut f: impl FnMut(&[f32], &[f32])) {
     let whole = x.len() / MAX_LANES * MAX_LANES;
@@ -105,7 +105,7 @@ fn in_vectors(x: &[f32], t: &[f32], mut f: impl FnMut(&[f32], &[f32])) {
     }
 }
 
-/// What both passes compute of a vector of pixels.
+/// A vector of pixels as both passes need it.
 struct Pixels<V> {
     bce: V,
     /// `sigmoid(x)`
@@ -183,9 +183,9 @@ impl WithSimd for SumPixels<'_> {
 struct Factors {
     bce: f32,
     focal: f32,
-    /// Of dp/dx.
+    /// Factor of dp/dx.
     p: f32,
-    /// Of t dp/dx.
+    /// Factor of t dp/dx.
     p_inside: f32,
 }
 
