@@ -4,10 +4,9 @@
     python benches/peers/run.py --case global_layer_forward --implementation sdpa --reps 5
 
 Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), and `sdpa_without_bias` (no relative
-positions: a bound, not SAM). `compile` is `sdpa` under torch.compile, for the encoder.
-On the CPU also `openvino`, for the encoder and the decoder in evaluation, and `onnxruntime`
-for the encoder; these two have `--quantize int8`. On CUDA also `flex`
-(FlexAttention) and `triton` (a kernel of our own in the manner of the published ones). LoRA is PEFT's. `kept` is no
+positions: a bound, not SAM). `compiled`, for the encoder, is `sdpa` by torch.compile. On the CPU also `openvino`, for the
+encoder and the decoder in evaluation, and `onnxruntime` for the encoder; these two have `--quantize int8`. On CUDA also
+`flex` (FlexAttention) and `triton` (a kernel of our own in the manner of the published ones). LoRA is PEFT's. `kept` is no
 implementation but the environment: see `benches/report/run.py`.
 """
 
@@ -26,7 +25,7 @@ import sam
 from cores import CORES
 from measure import measure, status
 
-IMPLEMENTATIONS = ["eager", "sdpa", "compile", "sdpa_without_bias", "openvino", "onnxruntime", "flex", "triton"]
+IMPLEMENTATIONS = ["eager", "sdpa", "compiled", "sdpa_without_bias", "openvino", "onnxruntime", "flex", "triton"]
 
 
 def core_of(args, side):
@@ -116,8 +115,6 @@ def encoder_forward(args):
     if args.implementation in ("openvino", "onnxruntime"):
         return importlib.import_module(f"{args.implementation}_encoder").forward(args, pixels(args))
     module, x = sam.encoder(args, core_of(args, args.grid)), pixels(args)
-    if args.implementation == "compile":
-        module = torch.compile(module)
     return lambda: module(pixel_values=x)
 
 
@@ -193,7 +190,7 @@ def main():
     with torch.set_grad_enabled("train" in args.case):
         measured = measure(args.device, args.reps, run)
     peak = status("VmHWM")
-    measured["resident"] = peak - before if args.device.type == "cpu" and peak and before else None
+    measured["resident"] = None if before is None or peak is None else peak - before
     config = {key: getattr(args, key) for key in ("grid", "batch", "rank", "dropout", "dtype", "quantize")}
     config |= {"model": f"vit_{args.model}", "device": str(args.device), "threads": torch.get_num_threads()}
     print(json.dumps({"case": args.case, "implementation": args.implementation, "config": config, **measured}))

@@ -4,11 +4,11 @@
 |---|---|---|
 | time | peer / ours | the medians; bar: at least, against the fastest kept peer |
 | memory | peer / ours | bar: at least, against the named peer with the default allocator |
-| resident | peer / ours | all memory that is resident at the peak, weights too; bar: at least, against the named peer |
+| resident | peer / ours | weights and all; bar: at least, against the named peer |
 | peak | peer / ours | a training step's on a GPU, weights and all; no bar |
 | rate | none | a GPU's arithmetic, counted on the operation's products |
 | lora | adapted / frozen | median of the ratios of neighbouring runs; bar: at most |
-| time, memory of bf16 | our f32 / our bf16 | bar: at least |
+| time, memory | our f32 / our bf16 | bar: at least |
 | time, memory | ours without / with | the step with gradient checkpointing; no bar |
 | limit | ours / the machine's best | GFLOP/s over the GEMM's, GB/s over the copy's; no bar |
 
@@ -145,12 +145,11 @@ def memory_rows(comparison, suffix, ours, of_case):
 
 def resident_rows(comparison, ours, of_case):
     bar, barred = comparison.resident_bar or (None, None)
-    peer = of_case.get(barred.name) if barred is not None else None
-    if peer is not None and ours.resident and peer.resident:
+    peer = barred and of_case.get(barred.name)
+    if peer and peer.resident and ours.resident:
         mine, theirs = max(ours.resident), max(peer.resident)
-        ratio = theirs / mine
-        numbers, sides = (mine, theirs), (ours, peer)
-        yield row(comparison.name, "resident", "MiB", numbers, sides, barred.name, ratio, bar, ratio >= bar)
+        ratio, name = theirs / mine, barred.name
+        yield row(comparison.name, "resident", "MiB", (mine, theirs), (ours, peer), name, ratio, bar, ratio >= bar)
 
 
 def peak_rows(comparison, ours, of_case):
@@ -182,14 +181,16 @@ def limit_rows(comparison, suffix, ours, samples):
 def bf16_rows(comparison, suffix, ours, samples, allocator):
     exact = comparison.name.removesuffix(" dtype=bf16")
     f32 = samples.get((exact, Config("candle", "ours", allocator).name))
-    if f32 is not None:
-        ratio, (bar, memory_bar) = f32.time / ours.time, comparisons.BF16_BARS[exact]
-        case, name, sides = comparison.name + suffix, f"candle ours f32 ({allocator})", (ours, f32)
-        yield row(case, "time", "s", (ours.time, f32.time), sides, name, ratio, bar, ratio >= bar)
-        if memory_bar is not None and allocator == DEFAULT and ours.memory and f32.memory:
-            mine, theirs = max(ours.memory), max(f32.memory)
-            ratio = theirs / mine
-            yield row(case, "memory", "MiB", (mine, theirs), sides, name, ratio, memory_bar, ratio >= memory_bar)
+    if f32 is None:
+        return
+    case, name, sides = comparison.name + suffix, f"candle ours f32 ({allocator})", (ours, f32)
+    ratio, bar = f32.time / ours.time, comparisons.BF16_BARS[exact]
+    yield row(case, "time", "s", (ours.time, f32.time), sides, name, ratio, bar, ratio >= bar)
+    bar = comparisons.BF16_MEMORY_BARS.get(exact)
+    if bar and allocator == DEFAULT and ours.memory and f32.memory:
+        mine, theirs = max(ours.memory), max(f32.memory)
+        ratio = theirs / mine
+        yield row(case, "memory", "MiB", (mine, theirs), sides, name, ratio, bar, ratio >= bar)
 
 
 def checkpointed_rows(comparison, ours, samples):

@@ -183,7 +183,8 @@ class Runner:
         if comparison in comparisons.PROBES:
             peers = [Config("pytorch", "eager")] if comparison.case == "gemm_peak" else []
             return [Config("candle", "ours"), *peers]
-        if comparison in [*comparisons.LORA, *comparisons.SWEEPS, comparisons.CHECKPOINTED]:
+        single = [*comparisons.LORA, *comparisons.SWEEPS, *comparisons.AVX2, comparisons.CHECKPOINTED]
+        if comparison in single or "cpu" in comparison.options:
             return [Config("candle", "ours"), *peers]
         return [Config("candle", "ours", DEFAULT), *peers, Config("candle", "ours", KEPT)]
 

@@ -15,8 +15,6 @@ pub struct Measurement {
     pub cpu_s: Vec<f64>,
     /// Growth of the peak of memory in use; none where the system does not tell.
     pub memory: Option<u64>,
-    /// The peak of all resident memory, weights and program too; none on a GPU.
-    pub resident: Option<u64>,
     /// On a GPU the peak itself, weights and all.
     pub gpu_peak: Option<u64>,
 }
@@ -61,7 +59,6 @@ fn measure_all(
         measured.cpu_s.extend(cpu);
     }
     measured.gpu_peak = memory.as_ref().and_then(Memory::gpu_peak);
-    measured.resident = memory.as_ref().and_then(Memory::resident_peak);
     measured.memory = memory.and_then(|memory| memory.growth());
     Ok(measured)
 }

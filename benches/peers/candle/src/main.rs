@@ -82,7 +82,6 @@ fn main() -> Result<()> {
         "wall_s": measured.wall_s,
         "cpu_s": measured.cpu_s,
         "memory": measured.memory,
-        "resident": measured.resident,
     });
     println!("{line}");
     Ok(())
