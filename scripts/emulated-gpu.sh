@@ -3,11 +3,15 @@
 # stand-in (emulator/driver) runs the kernels in the emulator. It plays a Hopper GPU or, with EMULATED_CAPABILITY=80, an
 # older one.
 #
+# EMULATED_CARGO_FLAGS are more words for cargo, say `--features hub`.
+#
 # With EMULATOR_SANITIZE=address,undefined a kernel that reaches past a tensor or its workspace is reported.
 #
 # usage: emulated-gpu.sh [part of the tests' names] [other arguments of cargo test]
 #
 #        emulated-gpu.sh --dry-run [--write]         counts launches and memory, against scripts/launch-budget.tsv or into it
+#
+#        emulated-gpu.sh --cargo COMMAND [arguments]      cargo alone: what it builds serves the other calls, and finds no GPU
 #
 #        emulated-gpu.sh --kit [arguments of scripts/gpu/kit.py]     the GPU kit, small and with time to spare
 set -euo pipefail
@@ -28,6 +32,9 @@ printf '\x50\xed\x55\xba' >"\$2" # a fat binary's magic number
 EOF
 chmod +x "$cuda/nvcc"
 export CANDLE_SAM_LORA_NVCC=$cuda/nvcc CANDLE_SAM_LORA_KERNEL_CACHE=$cuda/kernels CANDLE_SAM_LORA_CUDA_ARCHS='80;90'
+
+read -ra flags <<<"--release --features cuda ${EMULATED_CARGO_FLAGS:-}"
+if [ "${1:-}" = --cargo ]; then exec cargo "$2" "${flags[@]}" "${@:3}"; fi
 
 cargo build --release -p candle-sam-lora-driver
 preload=$target/release/libcandle_sam_lora_driver.so
@@ -50,4 +57,4 @@ if [ "${1:-}" = --dry-run ]; then
   export EMULATED_DRY_RUN=1
   set -- 'dry run'
 fi
-CANDLE_SAM_LORA_REQUIRE_GPU=1 cargo test --release --features cuda --test gpu -- "$@"
+CANDLE_SAM_LORA_REQUIRE_GPU=1 cargo test "${flags[@]}" --test gpu -- "$@"
