@@ -44,6 +44,11 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// Objects of fewer pixels are left out.
+    pub(super) fn min_area(&self) -> usize {
+        self.options.min_area
+    }
+
     /// The images of a folder or TAR, with the masks of another or the same: see [`open_files`](Self::open_files).
     ///
     /// # Errors

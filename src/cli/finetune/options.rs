@@ -7,8 +7,8 @@ use super::super::processes::Processes;
 use super::parts::Parts;
 use crate::sam::{MaskGenerator, ReadOptions, ValueRange};
 use crate::train::{
-    AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
-    ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
+    AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, Distortion, LossWeights,
+    MaskOptions, ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
 };
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -100,6 +100,10 @@ pub struct Options {
     /// Rounds with nothing new but these logits, the last one and others at random places; SAM has 2
     #[arg(long, default_value_t = 0, value_name = "ROUNDS")]
     pub mask_rounds: usize,
+    /// Further points of each image, anywhere in it, as automatic masks have them. Their masks learn no shape, only their
+    /// predicted IoU: the best with any object. Needs the term iou of --loss
+    #[arg(long, default_value_t = 0, value_name = "POINTS")]
+    pub anywhere: usize,
     /// Weights of the loss's terms: bce, focal, dice, iou (of the predicted IoU) and multimask. The last one repeats the
     /// others for the best of the alternatives for a first prompt
     #[arg(long, default_value_t, value_name = "TERM=WEIGHT,..")]
@@ -184,6 +188,10 @@ pub struct Options {
     /// Do not mirror and turn the training images
     #[arg(long)]
     pub no_augment: bool,
+    /// Strengths of further changes of the training images: geometry (turned, scaled, stretched, moved) and intensity
+    /// (brightness, contrast, gamma, blur, noise), as geometry=1,intensity=1
+    #[arg(long, value_name = "KIND=STRENGTH,..")]
+    pub distort: Option<Distortion>,
     /// Seed of everything random; the same seed gives the same adapter, bit for bit
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -374,11 +382,13 @@ impl Options {
                 (PromptArg::Mixed, jitter) => PromptKind::Mixed { boxes: self.boxes, jitter },
             },
             augment: !self.no_augment,
+            distortion: self.distort.unwrap_or(Distortion::NONE),
             corrections: Corrections {
                 points: self.corrections,
                 mask_probability: self.mask_probability,
                 mask_rounds: self.mask_rounds,
             },
+            anywhere: self.anywhere,
             loss: self.loss,
         }
     }

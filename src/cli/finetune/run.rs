@@ -199,6 +199,11 @@ fn kept_embeddings<'a>(
         }
     };
     let [of_images, of_held_out] = [kept(), kept()];
+    if options.distort.is_some_and(|distortion| !distortion.is_none()) {
+        let why = "each training image is another in every step";
+        options.console.note(format!("embeddings computed in every step: {why}"));
+        return Ok([None, Some(of_held_out)]);
+    }
     let bytes =
         of_images.bytes(images, !options.no_augment)? + of_held_out.bytes(held_out, false)?;
     let count = format!("{images} images and {held_out} held out");
