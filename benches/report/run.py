@@ -83,12 +83,16 @@ def children_seconds():
 
 
 class Runner:
-    def __init__(self, args, start, commit):
+    def __init__(self, args, compared, start, commit):
         self.args, self.executable, self.commit = args, args.executable or build(), commit
         # Its comparisons are on the CPU; a machine that only has our executable does without.
         peers = {"published": (), "avx512": ("avx512",)} if args.device == "cpu" and not args.executable else {}
-        self.peers = {program: build_peer(*features) for program, features in peers.items()}
+        wanted = {peer.program for comparison in compared for peer in comparison.peers if self.is_wanted(peer)}
+        self.peers = {program: build_peer(*features) for program, features in peers.items() if program in wanted}
         self.end = start + args.seconds if args.seconds else float("inf")
+
+    def is_wanted(self, peer):
+        return not self.args.peers or any(word in peer.name for word in self.args.peers)
 
     def out_of_time(self):
         # A process takes some seconds to start.
@@ -174,13 +178,13 @@ class Runner:
         if self.args.device != "cpu":
             return [Config("candle", "ours"), *comparison.peers]
         skipped = comparison.slow if self.args.quick else ()
-        peers = [peer for peer in comparison.peers if peer not in skipped]
-        if not self.peers:
-            peers = [peer for peer in peers if peer.program not in ("published", "avx512")]
+        peers = [peer for peer in comparison.peers if peer not in skipped and self.is_wanted(peer)]
+        peers = [peer for peer in peers if peer.program not in ("published", "avx512") or peer.program in self.peers]
         if comparison in comparisons.PROBES:
             peers = [Config("pytorch", "eager")] if comparison.case == "gemm_peak" else []
             return [Config("candle", "ours"), *peers]
-        if comparison in [*comparisons.LORA, *comparisons.SWEEPS, comparisons.CHECKPOINTED]:
+        single = [*comparisons.LORA, *comparisons.SWEEPS, *comparisons.AVX2, comparisons.CHECKPOINTED]
+        if comparison in single or "cpu" in comparison.options:
             return [Config("candle", "ours"), *peers]
         return [Config("candle", "ours", DEFAULT), *peers, Config("candle", "ours", KEPT)]
 
@@ -243,6 +247,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one process each, few repetitions")
     parser.add_argument("--cases", nargs="*", help="only the cases that contain one of these words")
     parser.add_argument("--without", action="append", default=[], help="not the cases that contain this; may be repeated")
+    parser.add_argument("--peers", nargs="*", help="only the peers whose name contains one of these words")
     parser.add_argument("--update", action="store_true", help="keep what --out has of the cases that are not run")
     parser.add_argument("--reps", type=int, help="repetitions, in one process each")
     parser.add_argument("--grid", type=int, help="all cases on small grids, say 8: to see that everything runs")
@@ -263,7 +268,7 @@ def main():
         parser.error("no case has such a name")
     start = time.monotonic()
     before = head(args)
-    runner, runs = Runner(args, start, before["commit"]), kept_runs(args, before, wanted) if args.update else []
+    runner, runs = Runner(args, wanted, start, before["commit"]), kept_runs(args, before, wanted) if args.update else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for comparison in wanted:
         if runner.out_of_time():
