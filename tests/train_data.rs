@@ -2,7 +2,7 @@
 
 use candle_sam_lora::train::{
     find_instances, jittered_box, mask_on_grid, random_point, sample_indices, Dataset,
-    DatasetOptions, Distortion, FlipRotate, LabelImage, PromptKind, Sample, StepRng, IGNORED,
+    DatasetOptions, FlipRotate, LabelImage, PromptKind, StepRng,
 };
 use image::{GrayImage, ImageBuffer, Luma, RgbImage};
 use std::path::Path;
@@ -163,105 +163,6 @@ fn symmetries_move_image_and_labels_together() -> anyhow::Result<()> {
     }
     assert_eq!(seen.len(), 8);
     Ok(())
-}
-
-/// An image of 60 x 50 pixels that shows its labels as greys: a large block of 200 and a smaller one of 100.
-fn painted() -> Sample {
-    let label = |x, y| match ((5..30).contains(&x) && (8..40).contains(&y), x >= 40 && y < 15) {
-        (true, _) => 200,
-        (_, true) => 100,
-        _ => 0u32,
-    };
-    let labels = LabelImage::from_fn(60, 50, |x, y| Luma([label(x, y)]));
-    let image = RgbImage::from_fn(60, 50, |x, y| image::Rgb([label(x, y) as u8; 3]));
-    let instances = find_instances(&labels, 1);
-    let (name, layers) = (String::new(), vec![labels]);
-    Sample { name, image, transparent: false, layers, instances }
-}
-
-/// Where all labels around a pixel are the same, so are the greys that the image had there.
-#[test]
-fn geometry_moves_image_and_labels_together() {
-    let geometry = Distortion { geometry: 1.0, ..Distortion::NONE };
-    let before = painted();
-    let (mut smallest, mut largest, mut beyond) = (f64::MAX, 0f64, 0);
-    for step in 0..60 {
-        let draws = || StepRng::new(3, "distortion", step);
-        let after = geometry.apply(before.clone(), 30, &mut draws());
-        assert_eq!(after.image, geometry.apply(before.clone(), 30, &mut draws()).image);
-        let labels = &after.layers[0];
-        let (mut alike, mut edges) = (0, 0);
-        for (x, y, pixel) in after.image.enumerate_pixels() {
-            let label = labels.get_pixel(x, y).0[0];
-            beyond += usize::from(label == IGNORED);
-            let around = (0..25u32).map(|i| (x + i % 5, y + i / 5));
-            let mut around = around.map(|(x, y)| (x.wrapping_sub(2), y.wrapping_sub(2)));
-            let same = |(x, y)| labels.get_pixel_checked(x, y).is_some_and(|l| l.0[0] == label);
-            if label != IGNORED && around.all(same) {
-                assert_eq!(pixel.0.map(u32::from), [label; 3], "step {step}, {x} {y}");
-                alike += 1;
-            } else {
-                edges += 1;
-            }
-        }
-        assert!(alike > 500 && edges > 100, "{alike} {edges}");
-        let found: Vec<_> = find_instances(labels, 30);
-        assert_eq!(after.instances, found);
-        let area = found.iter().find(|i| i.label == 200).map_or(0, |i| i.area) as f64 / 800.0;
-        (smallest, largest) = (smallest.min(area), largest.max(area));
-    }
-    assert!(smallest < 0.65 && smallest > 0.4, "the smallest is {smallest} of the size");
-    assert!(largest > 1.4 && largest < 2.1, "the largest is {largest} of the size");
-    assert!(beyond > 1000, "{beyond} pixels beyond the image");
-}
-
-#[test]
-fn intensity_changes_no_label_and_keeps_greys_grey() {
-    let intensity = Distortion { intensity: 1.0, ..Distortion::NONE };
-    let before = painted();
-    let mut means = vec![];
-    for step in 0..40 {
-        let mut draws = StepRng::new(3, "distortion", step);
-        let after = intensity.apply(before.clone(), 30, &mut draws);
-        assert_eq!((&after.layers, &after.instances), (&before.layers, &before.instances));
-        assert!(after.image.pixels().all(|pixel| pixel.0 == [pixel.0[0]; 3]));
-        let of = |label: u32| {
-            let pixels = after.image.pixels().zip(before.layers[0].pixels());
-            let own: Vec<f64> =
-                pixels.filter(|(_, l)| l.0[0] == label).map(|(p, _)| f64::from(p.0[0])).collect();
-            own.iter().sum::<f64>() / own.len() as f64
-        };
-        // Objects stay as bright as they are to each other.
-        assert!(of(0) < of(100) && of(100) < of(200), "{} {} {}", of(0), of(100), of(200));
-        means.push(of(100));
-    }
-    let (low, high) = means.iter().fold((f64::MAX, 0f64), |(l, h), m| (l.min(*m), h.max(*m)));
-    assert!(low < 80.0 && high > 125.0, "{low} {high}");
-    assert_eq!(
-        Distortion::NONE.apply(before.clone(), 30, &mut StepRng::new(3, "distortion", 0)).image,
-        before.image
-    );
-}
-
-/// An object that is out of sight is no object, and one stays in sight.
-#[test]
-fn distorted_images_have_an_object() {
-    let strongest = Distortion { geometry: 2.0, intensity: 2.0 };
-    let corner = LabelImage::from_fn(60, 50, |x, y| Luma([u32::from(x < 5 && y < 4)]));
-    let instances = find_instances(&corner, 1);
-    let before = Sample { layers: vec![corner], instances, ..painted() };
-    let (mut seen, mut kept) = (0, 0);
-    for step in 0..60 {
-        let mut draws = StepRng::new(5, "distortion", step);
-        let after = strongest.apply(before.clone(), 15, &mut draws);
-        assert!(after.instances.len() == 1 && after.instances[0].area >= 15);
-        seen += usize::from(after.layers != before.layers);
-        kept += usize::from(after.layers == before.layers);
-    }
-    assert!(seen > 10 && kept > 10, "{seen} {kept}");
-    for text in ["geometry=3", "intensity=-1", "speed=1", "geometry", "geometry=NaN"] {
-        assert!(text.parse::<Distortion>().is_err(), "{text}");
-    }
 }
 
 #[test]

@@ -47,6 +47,17 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An alternative that is no prompt's best learns no shape, though the loss follows it by its true IoU.
+#[test]
+fn a_step_may_leave_alternatives_out() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let loss = ["--loss", "bce=1,dice=1,iou=1,multimask=1", "--train", "decoder"];
+    let few = ["--batch", "1", "--prompts", "1", "--steps", "1"];
+    let outcome = finetune(&folder.path().join("run"), &short(&[&loss[..], &few].concat()))?;
+    assert_eq!(outcome.losses.len(), 1);
+    Ok(())
+}
+
 /// An image encoder alone is no model to train with masks.
 #[test]
 fn an_encoder_alone_is_refused() -> anyhow::Result<()> {
@@ -115,12 +126,6 @@ fn a_killed_run_with_everything_is_continued_to_the_same_bytes() -> anyhow::Resu
         "0.5",
         "--mask-rounds",
         "1",
-        "--loss",
-        "bce=1,dice=1,iou=1",
-        "--anywhere",
-        "3",
-        "--distort",
-        "geometry=1,intensity=1",
         "--train",
         "all",
         "--tensorboard",
@@ -469,13 +474,38 @@ fn epochs_are_steps_that_show_every_image() -> anyhow::Result<()> {
 
 /// Doubles go by boxes, and by masks where that is wanted.
 #[test]
-fn automatic_masks_go_by_their_overlap_if_told() -> anyhow::Result<()> {
-    let generator = |more: &[&str]| {
+fn doubles_go_by_their_overlap_where_no_objects_do() -> anyhow::Result<()> {
+    let generator = |may_overlap: bool, more: &[&str]| {
         let options = Options::try_parse_from([&["finetune"], more].concat())?;
-        options.generator().ok_or_else(|| anyhow::anyhow!("no automatic masks"))
+        options.generator(may_overlap).ok_or_else(|| anyhow::anyhow!("no automatic masks"))
     };
-    assert_eq!(generator(&[])?.mask_nms_thresh, None);
-    let found = generator(&["--automatic-nms", "0.3"])?;
+    let found = generator(false, &[])?;
     assert_eq!((found.box_nms_thresh, found.mask_nms_thresh), (Some(0.7), Some(0.3)));
+    assert_eq!(generator(true, &[])?.mask_nms_thresh, None);
+    assert_eq!(generator(true, &["--automatic-nms", "0.5"])?.mask_nms_thresh, Some(0.5));
+    assert_eq!(generator(false, &["--automatic-nms", "1"])?.mask_nms_thresh, None);
+    Ok(())
+}
+
+/// The thorough recipe sets defaults, and flags that are given win.
+#[test]
+fn a_recipe_sets_defaults_of_other_flags() -> anyhow::Result<()> {
+    let options = |more: &[&str]| Options::try_parse_from([&["finetune"], more].concat());
+    let long = "--prompts 12 --loss bce=1,dice=1,iou=1,multimask=1 --train adapters,decoder --lr-schedule cosine \
+                --warmup-steps 20 --ema 0.98 --target-modules q,k,v,proj,lin1,lin2";
+    let written = options(&long.split_whitespace().collect::<Vec<_>>())?;
+    let named = options(&["--recipe", "thorough"])?;
+    let all = |options: &Options| {
+        let config = options.lora.config().to_json()?;
+        let (batch, trainer) = (options.batch(), options.trainer());
+        anyhow::Ok(format!("{batch:?} {trainer:?} {config} {}", options.train))
+    };
+    assert_eq!(all(&named)?, all(&written)?);
+    assert_ne!(all(&named)?, all(&options(&[])?)?);
+    let own = options(&["--recipe", "thorough", "--prompts", "3", "--target-modules", "q"])?;
+    assert_eq!((own.batch().prompts, own.lora.target_modules.as_str()), (3, "q"));
+    assert_eq!(own.trainer().ema, Some(0.98));
+    // An adapter to go on from brings its own layers.
+    assert!(options(&["--recipe", "thorough", "--adapter", "run/adapter"]).is_ok());
     Ok(())
 }

@@ -4,10 +4,10 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_sam_lora::nn::{set_trainable, trainable_variables, Mode};
-use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel, SamProcessor};
+use candle_sam_lora::sam::{AttentionKind, SamInput};
 use candle_sam_lora::train::{
-    best_iou_loss, focal_loss, iou_loss, Batch, BatchConfig, BatchImages, BatchSource, Corrections,
-    Dataset, DatasetOptions, LossWeights, ObjectMasks, PromptedObjects, Round, StepRng,
+    focal_loss, iou_loss, Batch, BatchImages, Corrections, LossWeights, ObjectMasks,
+    PromptedObjects, Round, StepRng,
 };
 
 const NONE: LossWeights = LossWeights { bce: 0.0, focal: 0.0, dice: 0.0, iou: 0.0, multimask: 0.0 };
@@ -94,96 +94,6 @@ fn the_best_mask_alone_learns_its_shape_and_all_their_iou() -> Result<()> {
     Ok(())
 }
 
-/// Naive loops over the pixels; the gradient is that of a mean of squares.
-#[test]
-fn the_best_iou_of_any_object_is_learned() -> Result<()> {
-    let (masks, objects, side) = (5usize, 3usize, 6usize);
-    let value = |i: usize| ((i * 7919 + 13) % 101) as f32 / 50.0 - 1.0;
-    let values =
-        |count: usize, from: usize| (0..count).map(|i| value(i + from)).collect::<Vec<_>>();
-    let shape = |count: usize| (count, side, side);
-    let pixels = side * side;
-    let logits = Tensor::from_vec(values(masks * pixels, 0), shape(masks), &Device::Cpu)?;
-    let truth = Tensor::from_vec(values(objects * pixels, 500), shape(objects), &Device::Cpu)?;
-    let truth = truth.gt(0.2)?.to_dtype(DType::F32)?;
-    let scores = Var::from_tensor(&Tensor::from_vec(values(masks, 900), masks, &Device::Cpu)?)?;
-    let loss = best_iou_loss(&scores, &logits, &truth)?;
-    let (found, inside) = (common::values(&logits), common::values(&truth));
-    let iou = |mask: usize, object: usize| {
-        let pair = |p: usize| (found[mask * pixels + p] > 0.0, inside[object * pixels + p] > 0.5);
-        let both = (0..pixels).filter(|p| pair(*p) == (true, true)).count();
-        let any = (0..pixels).filter(|p| pair(*p) != (false, false)).count();
-        both as f64 / any as f64
-    };
-    let best = |mask: usize| (0..objects).map(|object| iou(mask, object)).fold(0.0, f64::max);
-    let errors: Vec<f64> =
-        common::values(&scores).iter().enumerate().map(|(m, s)| s - best(m)).collect();
-    let expected = errors.iter().map(|e| e * e).sum::<f64>() / masks as f64;
-    assert!((f64::from(loss.to_scalar::<f32>()?) - expected).abs() < 1e-6);
-    let gradients = loss.backward()?;
-    let gradient = common::values(gradients.get(&scores).expect("a gradient"));
-    for (gradient, error) in gradient.iter().zip(errors) {
-        assert!((gradient - 2.0 * error / masks as f64).abs() < 1e-6);
-    }
-    assert!(best_iou_loss(&scores, &logits, &truth.narrow(1, 0, 5)?).is_err());
-    Ok(())
-}
-
-/// Points anywhere add their term, leave all other draws as they are, and never lie on pixels to ignore.
-#[test]
-fn points_anywhere_are_drawn_beside_the_rest() -> anyhow::Result<()> {
-    let folder = tempfile::tempdir()?;
-    let (images, masks) = (folder.path().join("images"), folder.path().join("masks"));
-    [&images, &masks].into_iter().try_for_each(std::fs::create_dir_all)?;
-    image::RgbImage::from_fn(64, 64, |x, y| image::Rgb([x as u8, y as u8, 9]))
-        .save(images.join("a.png"))?;
-    let label = |x: u32, y: u32| match (x < 20, x < 40, y < 30) {
-        (true, ..) => 255,
-        (_, true, true) => 1,
-        (.., false) if x > 50 => 2,
-        _ => 0u8,
-    };
-    image::GrayImage::from_fn(64, 64, |x, y| image::Luma([label(x, y)]))
-        .save(masks.join("a.png"))?;
-    let dataset = Dataset::open(&images, &masks, &DatasetOptions::min_area(20))?;
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny-sam");
-    let model = SamModel::from_pretrained(&root, AttentionKind::Fused, DType::F32, &Device::Cpu)?;
-    let processor = SamProcessor::load(&root, 128)?;
-    let draw = |anywhere: usize, text: &str| {
-        let loss: LossWeights = text.parse().map_err(anyhow::Error::msg)?;
-        let config = BatchConfig { anywhere, loss, augment: false, ..BatchConfig::default() };
-        let (seed, device, embeddings) = (4, &Device::Cpu, None);
-        let (dataset, processor) = (&dataset, &processor);
-        let source =
-            BatchSource { dataset, processor, config, mask_size: 64, seed, device, embeddings };
-        anyhow::Ok(Batch::draw(&source, 3)?)
-    };
-    let (with, without) = (draw(200, "bce=1,iou=2")?, draw(0, "bce=1,iou=2")?);
-    let points = |batch: &Batch| {
-        batch.groups[0].prompts.input_points.as_ref().map(common::values).expect("points")
-    };
-    assert_eq!(points(&with), points(&without));
-    assert!(without.anywhere.is_none() && draw(200, "bce=1")?.anywhere.is_none());
-    let anywhere = with.anywhere.as_ref().expect("points anywhere");
-    assert_eq!(anywhere.objects[0].targets.dims(), [2, 64, 64]);
-    let places = common::values(anywhere.prompts.input_points.as_ref().expect("points"));
-    let [mut on, mut off] = [0, 0];
-    for place in places.chunks(2) {
-        match label((place[0] / 2.0) as u32, (place[1] / 2.0) as u32) {
-            255 => panic!("a point on a pixel to ignore: {place:?}"),
-            0 => off += 1,
-            _ => on += 1,
-        }
-    }
-    assert!(on > 50 && off > 50, "{on} on objects, {off} on none");
-    let loss = |batch: &Batch| batch.loss(&model, Mode::Eval)?.to_scalar::<f32>();
-    let own = Batch { loss: "bce=1,iou=1".parse().map_err(anyhow::Error::msg)?, ..with.clone() };
-    let plain = Batch { anywhere: None, ..own.clone() };
-    let (twice, plain_twice) = (loss(&with)? - loss(&without)?, loss(&own)? - loss(&plain)?);
-    assert!(plain_twice > 0.0 && (twice / plain_twice - 2.0).abs() < 1e-3, "{twice} {plain_twice}");
-    Ok(())
-}
-
 #[test]
 fn extreme_logits_give_finite_losses_and_gradients() -> Result<()> {
     let logits = Tensor::new(&[[[[-1e30f32, 1e30], [500.0, -500.0]]]], &Device::Cpu)?;
@@ -258,7 +168,6 @@ fn rounds_of_corrections_are_pytorchs() -> anyhow::Result<()> {
         let batch = Batch {
             images: BatchImages::Pixels(case.tensor("pixel_values")),
             groups: vec![PromptedObjects { images: vec![0, 1], prompts, objects }],
-            anywhere: None,
             rounds: rounds
                 .map(|(point, mask)| Round { point: point == 1, mask: mask == 1 })
                 .to_vec(),
@@ -316,8 +225,7 @@ fn points_and_boxes_in_one_batch_are_the_mean_of_both() -> anyhow::Result<()> {
     let loss = |pixels: Tensor, groups: Vec<PromptedObjects>| {
         let draws = StepRng::new(1, "corrections", 2);
         let images = BatchImages::Pixels(pixels);
-        let (anywhere, rounds) = (None, vec![]);
-        let batch = Batch { images, groups, anywhere, rounds, draws, loss: LossWeights::SAM };
+        let batch = Batch { images, groups, rounds: vec![], draws, loss: LossWeights::SAM };
         batch.loss(&model, Mode::Eval)?.to_scalar::<f32>()
     };
     let points = loss(pixels("points")?, vec![group("points", vec![0])?])?;

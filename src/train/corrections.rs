@@ -10,7 +10,7 @@
 //!
 //! Source: Kirillov et al., "Segment Anything", 2023, appendix A: eight points, two mask rounds, logits in every round.
 
-use super::{best_iou_loss, StepRng};
+use super::StepRng;
 use crate::nn::Mode;
 use crate::ops;
 use crate::sam::{SamInput, SamModel, SamOutput};
@@ -148,32 +148,6 @@ impl PromptedObjects {
             round(&output)?;
         }
         Ok(())
-    }
-
-    /// The error of the alternatives' predicted IoUs, where the true one is the best with any of the image's objects.
-    pub(super) fn iou_loss(
-        &self,
-        model: &SamModel,
-        embeddings: &Tensor,
-        mode: Mode,
-    ) -> candle_core::Result<Tensor> {
-        let masks = model.mask_decoder.output_hypernetworks_mlps.len();
-        let input = SamInput { image_embeddings: Some(embeddings.clone()), ..self.prompts.clone() };
-        let SamOutput { iou_scores, pred_masks } = model.forward_masks(&input, 1..masks, mode)?;
-        let mut losses = vec![];
-        for (image, ObjectMasks { targets, ignored }) in self.objects.iter().enumerate() {
-            let (_, rows, cols) = targets.dims3()?;
-            let mut logits = (pred_masks.get(image)?.detach().flatten_to(1)?)
-                .narrow(1, 0, rows)?
-                .narrow(2, 0, cols)?;
-            if let Some(ignored) = ignored {
-                let counts = ignored.max(0)?.eq(0u8)?.to_dtype(logits.dtype())?;
-                // No pixel of a logit 0 belongs to the mask.
-                logits = logits.broadcast_mul(&counts)?;
-            }
-            losses.push(best_iou_loss(&iou_scores.get(image)?.flatten_all()?, &logits, targets)?);
-        }
-        Tensor::stack(&losses, 0)?.mean_all()
     }
 
     /// A point for each object where its logits `[G P, 4h, 4w]` are wrong, in pixels of the model's input: `[G P, 1, 1, 2]`

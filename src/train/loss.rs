@@ -83,33 +83,6 @@ pub fn iou_loss(scores: &Tensor, logits: &Tensor, targets: &Tensor) -> Result<Te
     (scores - iou)?.sqr()?.mean_all()
 }
 
-/// Squared error of predicted IoUs `[N]` of logits `[N, h, w]`, averaged over the masks: a scalar. The true IoU of a mask is
-/// its best with any of the objects `[O, h, w]`.
-///
-/// [Example](crate::train::LossWeights)
-pub fn best_iou_loss(scores: &Tensor, logits: &Tensor, objects: &Tensor) -> Result<Tensor> {
-    const OP: &str = "best-iou-loss";
-    let ((masks, h, w), (count, rows, cols)) = (logits.dims3()?, objects.dims3()?);
-    if scores.dims() != [masks] || (rows, cols) != (h, w) || count * h * w == 0 {
-        bail!(
-            "{OP}: scores [N] and logits [N, h, w] need objects [O, h, w], got {:?}, {:?} and {:?}",
-            scores.dims(),
-            logits.dims(),
-            objects.dims()
-        )
-    }
-    let dtype = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let inside = |values: Tensor| values.to_dtype(dtype)?.flatten_from(1);
-    let found = inside(logits.detach().gt(0.0)?)?;
-    let truth = inside(objects.gt(0.5)?)?;
-    let both = found.matmul(&truth.t()?)?;
-    let areas = found.sum_keepdim(1)?.broadcast_add(&truth.sum(1)?.unsqueeze(0)?)?;
-    let any = (areas - &both)?;
-    // An object has a pixel, so no union is empty.
-    let best = (both / any)?.max(1)?;
-    (scores.to_dtype(dtype)? - best)?.sqr()?.mean_all()
-}
-
 /// Weights of a loss's terms. A term of weight 0 is left out. As text: `focal=20,dice=1,iou=1`.
 ///
 /// ```

@@ -41,8 +41,6 @@ mod coco_json;
 mod corrections;
 #[cfg(feature = "images")]
 mod data;
-#[cfg(feature = "images")]
-mod distortion;
 mod distributed;
 #[cfg(feature = "images")]
 mod evaluation;
@@ -106,8 +104,6 @@ pub use checkpoint::{previous_state_path, TrainingState};
 pub use corrections::{Corrections, ObjectMasks, PromptedObjects, Round};
 #[cfg(feature = "images")]
 pub use data::Dataset;
-#[cfg(feature = "images")]
-pub use distortion::Distortion;
 #[cfg(feature = "mpi")]
 pub use distributed::Mpi;
 pub use distributed::{check_agreement, device_of_rank, share, threads_of_rank, together};
@@ -127,9 +123,7 @@ pub use kept_embeddings::KeptEmbeddings;
 pub use labels::{find_instances, mask_on_grid, Instance, LabelImage, IGNORED};
 #[cfg(feature = "images")]
 pub use listing::{DataFiles, TruthFiles};
-pub use loss::{
-    bce_with_logits, best_iou_loss, dice_loss, focal_loss, iou_loss, mask_loss, LossWeights,
-};
+pub use loss::{bce_with_logits, dice_loss, focal_loss, iou_loss, mask_loss, LossWeights};
 #[cfg(feature = "images")]
 pub use mask::{interpret, read_mask, Mask, MaskOptions, Meaning};
 pub use mask_scores::{MaskMatches, MaskScores};

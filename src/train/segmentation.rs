@@ -9,10 +9,10 @@
 //! pixels that masks tell to ignore. An image encoder of which nothing is trained runs without dropout.
 
 use super::corrections::{Corrections, ObjectMasks, PromptedObjects, Round, Script};
-use super::labels::{ignored, IGNORED};
+use super::labels::ignored;
 use super::{
-    mask_on_grid, sample_indices, Dataset, Distortion, FlipRotate, Instance, KeptEmbeddings,
-    LossWeights, Prompt, PromptKind, Sample, StepRng,
+    mask_on_grid, sample_indices, Dataset, FlipRotate, Instance, KeptEmbeddings, LossWeights,
+    Prompt, PromptKind, Sample, StepRng,
 };
 use crate::nn::{trainable_variables, Mode};
 use crate::sam::{Frame, ImageEmbedding, SamInput, SamModel, SamOutput, SamProcessor};
@@ -34,14 +34,8 @@ pub struct BatchConfig {
     pub kind: PromptKind,
     /// Whether images are mirrored and turned at random.
     pub augment: bool,
-    /// How else they are changed at random.
-    #[serde(skip_serializing_if = "Distortion::is_none")]
-    pub distortion: Distortion,
     /// Rounds after the first prompt.
     pub corrections: Corrections,
-    /// Further points of each image, anywhere in it. The alternatives for such a point learn the best IoU with any object.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub anywhere: usize,
     /// The terms of the loss.
     pub loss: LossWeights,
 }
@@ -54,16 +48,10 @@ impl Default for BatchConfig {
             prompts: 6,
             kind: PromptKind::Point,
             augment: true,
-            distortion: Distortion::NONE,
             corrections: Corrections::NONE,
-            anywhere: 0,
             loss: LossWeights::MASK,
         }
     }
-}
-
-fn is_zero(count: &usize) -> bool {
-    *count == 0
 }
 
 impl BatchConfig {
@@ -80,7 +68,6 @@ impl BatchConfig {
             return Err(Error::config(message));
         }
         self.kind.validate()?;
-        self.distortion.validate()?;
         self.corrections.validate()?;
         self.loss.validate()
     }
@@ -153,8 +140,6 @@ pub struct Batch {
     pub images: BatchImages,
     /// The objects of all images: those with points, those with boxes.
     pub groups: Vec<PromptedObjects>,
-    /// Points anywhere in the images, with all objects of each.
-    pub anywhere: Option<PromptedObjects>,
     /// The rounds after the first.
     pub rounds: Vec<Round>,
     /// Draws of the corrections.
@@ -171,17 +156,12 @@ impl Batch {
     /// prompted again.
     ///
     /// # Errors
-    /// - a file became unreadable;
-    /// - images are distorted, and embeddings kept.
+    /// - a file became unreadable.
     pub fn draw(source: &BatchSource<'_>, step: u64) -> Result<Self> {
         let BatchSource { dataset, processor, config, mask_size, seed, device, embeddings } =
             *source;
         config.validate()?;
-        if embeddings.is_some() && !config.distortion.is_none() {
-            return Err(Error::config("embeddings of distorted images cannot be kept"));
-        }
         let mut draws = StepRng::new(seed, "batch", step);
-        let mut anywhere = Anywhere::new(&config, seed, step);
         let (mut images, mut prompted) = (vec![], vec![]);
         for index in sample_indices(dataset.len(), config.images, seed, step) {
             let mut sample = dataset.load(index)?;
@@ -190,7 +170,6 @@ impl Batch {
                 way = FlipRotate::draw(&mut draws);
                 sample = way.apply(sample);
             }
-            sample = config.distortion.apply(sample, dataset.min_area(), &mut draws);
             let (image, frame) = match embeddings {
                 Some(kept) => {
                     let ImageEmbedding { tensor, frame, .. } = kept.get(index, way, &sample)?;
@@ -208,7 +187,6 @@ impl Batch {
             let drawn: Vec<Prompt> = chosen.iter().map(prompt).collect();
             let prompts = prompt_tensor(&drawn, &frame, device)?;
             images.push(image);
-            anywhere.draw(&sample, &frame, &window, device)?;
             prompted.push((prompts, window.masks(&sample, &chosen, device)?));
         }
         let mut groups = vec![];
@@ -224,7 +202,6 @@ impl Batch {
             let objects = alike.into_iter().map(|(_, objects)| objects.clone()).collect();
             groups.push(PromptedObjects { images: places, prompts, objects });
         }
-        let anywhere = anywhere.finish()?;
         let mut draws = StepRng::new(seed, "corrections", step);
         let rounds = config.corrections.draw(&mut draws);
         let images = Tensor::cat(&images, 0)?;
@@ -232,7 +209,7 @@ impl Batch {
             Some(_) => BatchImages::Embeddings(images),
             None => BatchImages::Pixels(images),
         };
-        Ok(Self { images, groups, anywhere, rounds, draws, loss: config.loss })
+        Ok(Self { images, groups, rounds, draws, loss: config.loss })
     }
 
     /// The mean over images and rounds of the [`LossWeights::loss`].
@@ -277,9 +254,6 @@ impl Batch {
             })?;
         }
         let mut loss = Tensor::stack(&losses, 0)?.mean_all()?;
-        if let Some(anywhere) = &self.anywhere {
-            loss = (loss + (anywhere.iou_loss(model, &embeddings, mode)? * self.loss.iou)?)?;
-        }
         let decoder = trainable_variables(&model.mask_decoder)?;
         for (_, left_out) in trainable_variables(&model.prompt_encoder)?.iter().chain(&decoder) {
             // candle does not follow a product with the number 0.
@@ -314,59 +288,6 @@ impl Batch {
             1 => part(0, 1),
             all => part(0, 1)? + (part(1, all - 1)? * self.loss.multimask)?,
         }
-    }
-}
-
-/// Draws points anywhere in the images of a batch.
-struct Anywhere {
-    count: usize,
-    draws: StepRng,
-    points: Vec<Tensor>,
-    objects: Vec<ObjectMasks>,
-}
-
-impl Anywhere {
-    fn new(config: &BatchConfig, seed: u64, step: u64) -> Self {
-        let count = if config.loss.iou > 0.0 { config.anywhere } else { 0 };
-        let draws = StepRng::new(seed, "anywhere", step);
-        Self { count, draws, points: vec![], objects: vec![] }
-    }
-
-    /// Draws those of one image, none on a pixel that is to be ignored if there are others.
-    fn draw(
-        &mut self,
-        sample: &Sample,
-        frame: &Frame,
-        window: &MaskWindow,
-        device: &Device,
-    ) -> Result<()> {
-        if self.count == 0 {
-            return Ok(());
-        }
-        let (width, height) = sample.image.dimensions();
-        let counts =
-            |x: u32, y: u32| sample.layers.iter().all(|l| l.get_pixel(x, y).0[0] != IGNORED);
-        let places: Vec<[u32; 2]> = (0..height)
-            .flat_map(|y| (0..width).map(move |x| [x, y]))
-            .filter(|[x, y]| counts(*x, *y))
-            .collect();
-        let point = |_| {
-            let place = places.get(self.draws.below(places.len().max(1)));
-            Prompt::Point(place.map_or([0.0; 2], |place| place.map(|side| side as f32)))
-        };
-        let points: Vec<Prompt> = (0..self.count).map(point).collect();
-        self.points.push(prompt_tensor(&points, frame, device)?);
-        self.objects.push(window.masks(sample, &sample.instances, device)?);
-        Ok(())
-    }
-
-    fn finish(self) -> Result<Option<PromptedObjects>> {
-        if self.points.is_empty() {
-            return Ok(None);
-        }
-        let prompts = prompt_input(&Tensor::cat(&self.points, 0)?)?;
-        let images = (0..self.objects.len()).collect();
-        Ok(Some(PromptedObjects { images, prompts, objects: self.objects }))
     }
 }
 

@@ -7,12 +7,15 @@ use super::super::processes::Processes;
 use super::parts::Parts;
 use crate::sam::{MaskGenerator, ReadOptions, ValueRange};
 use crate::train::{
-    AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, Distortion, LossWeights,
-    MaskOptions, ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
+    AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
+    ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
 };
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
+
+/// IoU from which one of two masks is a double, where objects do not overlap.
+const AUTOMATIC_NMS: f64 = 0.3;
 
 /// Trains LoRA adapters of SAM's image encoder, and its decoder, on images with masks
 ///
@@ -81,6 +84,9 @@ pub struct Options {
     /// Images without an object are errors, and not left out
     #[arg(long)]
     pub strict: bool,
+    /// Defaults of the flags that make a recipe; each may still be given
+    #[arg(long, value_enum, default_value_t = Recipe::Plain)]
+    pub recipe: Recipe,
     /// How the object is pointed out at first
     #[arg(long, value_enum, default_value_t = PromptArg::Point)]
     pub prompt: PromptArg,
@@ -100,16 +106,22 @@ pub struct Options {
     /// Rounds with nothing new but these logits, the last one and others at random places; SAM has 2
     #[arg(long, default_value_t = 0, value_name = "ROUNDS")]
     pub mask_rounds: usize,
-    /// Further points of each image, anywhere in it, as automatic masks have them. Their masks learn no shape, only their
-    /// predicted IoU: the best with any object. Needs the term iou of --loss
-    #[arg(long, default_value_t = 0, value_name = "POINTS")]
-    pub anywhere: usize,
     /// Weights of the loss's terms: bce, focal, dice, iou (of the predicted IoU) and multimask. The last one repeats the
     /// others for the best of the alternatives for a first prompt
-    #[arg(long, default_value_t, value_name = "TERM=WEIGHT,..")]
+    #[arg(
+        long,
+        default_value_t,
+        default_value_if("recipe", "thorough", "bce=1,dice=1,iou=1,multimask=1"),
+        value_name = "TERM=WEIGHT,.."
+    )]
     pub loss: LossWeights,
     /// Trained parts, with commas: adapters (of the image encoder), decoder, prompt-encoder, or all
-    #[arg(long, default_value_t, value_name = "PART,..")]
+    #[arg(
+        long,
+        default_value_t,
+        default_value_if("recipe", "thorough", "adapters,decoder"),
+        value_name = "PART,.."
+    )]
     pub train: Parts,
     /// Go on from the adapter in this folder, on the model that it names, or on --model
     #[arg(
@@ -137,16 +149,27 @@ pub struct Options {
     #[arg(long, default_value_t = 2, value_name = "IMAGES")]
     pub batch: usize,
     /// Prompts for each image of a step; they share one pass of the image encoder
-    #[arg(long, default_value_t = 6)]
+    #[arg(long, default_value_t = 6, default_value_if("recipe", "thorough", "12"))]
     pub prompts: usize,
     /// Learning rate
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
     /// The learning rate's way after the warm-up
-    #[arg(long, value_enum, default_value_t = ScheduleArg::Constant, value_name = "SCHEDULE")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = ScheduleArg::Constant,
+        default_value_if("recipe", "thorough", "cosine"),
+        value_name = "SCHEDULE"
+    )]
     pub lr_schedule: ScheduleArg,
     /// Steps in which the learning rate rises from 0
-    #[arg(long, default_value_t = 0, value_name = "STEPS")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        default_value_if("recipe", "thorough", "20"),
+        value_name = "STEPS"
+    )]
     pub warmup_steps: u64,
     /// Factor of the rate after a plateau
     #[arg(long, default_value_t = 0.1, value_name = "FACTOR")]
@@ -156,7 +179,7 @@ pub struct Options {
     pub plateau_patience: u64,
     /// Keep averages of the trained parameters, an older one's weight falling by this factor a step; they are evaluated and
     /// saved
-    #[arg(long, value_name = "DECAY")]
+    #[arg(long, default_value_if("recipe", "thorough", "0.98"), value_name = "DECAY")]
     pub ema: Option<f64>,
     /// Largest norm of all gradients together; longer ones are shortened to it [default: no limit]
     #[arg(long, value_name = "NORM")]
@@ -188,10 +211,6 @@ pub struct Options {
     /// Do not mirror and turn the training images
     #[arg(long)]
     pub no_augment: bool,
-    /// Strengths of further changes of the training images: geometry (turned, scaled, stretched, moved) and intensity
-    /// (brightness, contrast, gamma, blur, noise), as geometry=1,intensity=1
-    #[arg(long, value_name = "KIND=STRENGTH,..")]
-    pub distort: Option<Distortion>,
     /// Seed of everything random; the same seed gives the same adapter, bit for bit
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -219,8 +238,8 @@ pub struct Options {
     /// Points along each side of a held-out image for its automatic masks; 0 makes none
     #[arg(long, default_value_t = 16, value_name = "POINTS")]
     pub automatic: usize,
-    /// The worse of two automatic masks goes that overlap by a higher IoU. The value 0.3 suits objects that do not cover each
-    /// other [default: boxes alone, 0.7]
+    /// The worse of two automatic masks goes that overlap by a higher IoU; 1 compares boxes alone, by 0.7 [default: 0.3
+    /// where masks hold the truth, 1 for annotations, whose objects may overlap]
     #[arg(long, value_name = "IOU")]
     pub automatic_nms: Option<f64>,
     /// Held-out images to draw before and after
@@ -232,6 +251,16 @@ pub struct Options {
     pub backend: Backend,
     #[command(flatten)]
     pub console: Console,
+}
+
+/// Recipes of training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Recipe {
+    /// Adapters of the attention alone learn, by the loss of the single mask
+    Plain,
+    /// Adapters of all linear layers and the decoder learn, by the loss of all masks and of their predicted IoUs; about
+    /// twice the time
+    Thorough,
 }
 
 /// Kinds of prompts.
@@ -382,24 +411,23 @@ impl Options {
                 (PromptArg::Mixed, jitter) => PromptKind::Mixed { boxes: self.boxes, jitter },
             },
             augment: !self.no_augment,
-            distortion: self.distort.unwrap_or(Distortion::NONE),
             corrections: Corrections {
                 points: self.corrections,
                 mask_probability: self.mask_probability,
                 mask_rounds: self.mask_rounds,
             },
-            anywhere: self.anywhere,
             loss: self.loss,
         }
     }
 
     /// Makes the masks of everything whose precision is judged, if it is: all candidates, less the doubles.
-    pub fn generator(&self) -> Option<MaskGenerator> {
+    pub fn generator(&self, may_overlap: bool) -> Option<MaskGenerator> {
+        let default = if may_overlap { 1.0 } else { AUTOMATIC_NMS };
         (self.automatic > 0).then(|| MaskGenerator {
             points_per_side: self.automatic,
             pred_iou_thresh: 0.0,
             stability_score_thresh: 0.0,
-            mask_nms_thresh: self.automatic_nms,
+            mask_nms_thresh: Some(self.automatic_nms.unwrap_or(default)).filter(|iou| *iou < 1.0),
             ..MaskGenerator::original()
         })
     }

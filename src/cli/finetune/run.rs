@@ -80,7 +80,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         processor: &processor,
         held_out: &held_out,
         kind: batch.kind,
-        generator: options.generator(),
+        generator: options.generator(train.may_overlap()),
         device,
         console,
         processes: &**processes,
@@ -123,7 +123,10 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     if options.adapter.is_none() {
         lora.base_model_name_or_path = name_on_the_hub(options, &folder);
     }
-    let trainer = Trainer::new(&sam, options.trainer())?.with_groups(&options.groups())?;
+    let mut trainer = Trainer::new(&sam, options.trainer())?.with_groups(&options.groups())?;
+    if batch.loss.iou > 0.0 {
+        trainer = trainer.with_zero_gradients();
+    }
     let mut trainer = trainer.with_settings(settings).with_communicator(processes.clone())?;
     if processes.size() > 1 {
         let parts = processes.size() as u64 * options.trainer().accumulation;
@@ -199,11 +202,6 @@ fn kept_embeddings<'a>(
         }
     };
     let [of_images, of_held_out] = [kept(), kept()];
-    if options.distort.is_some_and(|distortion| !distortion.is_none()) {
-        let why = "each training image is another in every step";
-        options.console.note(format!("embeddings computed in every step: {why}"));
-        return Ok([None, Some(of_held_out)]);
-    }
     let bytes =
         of_images.bytes(images, !options.no_augment)? + of_held_out.bytes(held_out, false)?;
     let count = format!("{images} images and {held_out} held out");
