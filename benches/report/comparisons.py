@@ -168,7 +168,7 @@ BF16 = [
         {"dtype": "bf16"},
         peers=[SDPA[1], OPENVINO],
         time_bar=1.1,
-        reps=(1, 2),
+        reps=(3, 3),
         slow=(SDPA[1],),
     ),
     Comparison("encoder_train_step", {"dtype": "bf16"}, peers=[SDPA[1]], reps=(1, 2), slow=(SDPA[1],)),
@@ -181,10 +181,10 @@ AVX2 = [Comparison(case, {"cpu": "avx2"}, reps=reps) for case, reps in WITHOUT_B
 # The frozen linear layers in int8, the rest in bf16 or f32. ONNX Runtime's CPU kernels know no bf16.
 INT8 = [
     Comparison(
-        "encoder_forward", {"dtype": "bf16", "quantize": "int8"}, peers=[OPENVINO], time_bar=1.0, reps=(1, 3)
+        "encoder_forward", {"dtype": "bf16", "quantize": "int8"}, peers=[OPENVINO], time_bar=1.0, reps=(3, 3)
     ),
     Comparison(
-        "encoder_forward", {"quantize": "int8"}, peers=[OPENVINO, ONNXRUNTIME], reps=(1, 3), slow=(ONNXRUNTIME,)
+        "encoder_forward", {"quantize": "int8"}, peers=[OPENVINO, ONNXRUNTIME], reps=(3, 3), slow=(ONNXRUNTIME,)
     ),
     Comparison("encoder_train_step", {"dtype": "bf16", "quantize": "int8"}, reps=(1, 2), rounds=(1, 1)),
 ]

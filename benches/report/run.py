@@ -8,11 +8,11 @@
     venv/bin/python benches/report/run.py --device cuda --out benches/results/gpu.json
 
 Every measurement is a fresh process. On the CPU, each implementation runs under glibc's default allocator and under one that
-keeps freed pages (`kept`). Mapping and unmapping large tensors can cost as much as the arithmetic. `--cases`
-restricts to the cases whose name contains one of the words; with `--update` the others stay as they are in the results. The
-machine should be idle: a process that had to share the CPUs is run again, and the calmest of three is taken. The
-results are written after each comparison; `--seconds` ends the run in good order. With `--executable`, the case runner that
-is there, neither Rust nor git is needed: the version is read from the file VERSION beside it.
+keeps freed pages (`kept`). Mapping and unmapping large tensors can cost as much as the arithmetic. `--cases` restricts to
+the cases whose name contains one of the words, `--peers` to such peers. With `--update` the results keep what is not
+measured again. The machine should be idle: a process that had to share the CPUs is run again, and the calmest of three is
+taken. The results are written after each comparison; `--seconds` ends the run in good order. With `--executable`, the case
+runner that is there, neither Rust nor git is needed: the version is read from the file VERSION beside it.
 """
 
 import argparse
@@ -230,15 +230,21 @@ def head(args):
     }
 
 
-def kept_runs(args, head, wanted):
-    """The runs of cases that are not `wanted`, from the results; another machine or another version is refused."""
+def earlier_runs(args, head):
+    """The runs that the results hold; those of another machine or with another version are refused."""
     kept = json.loads(args.out.read_text())
     for group, key in (("machine", "cpu"), ("machine", "cores"), ("machine", "threads"), ("versions", "torch")):
         if kept["head"][group].get(key) != head[group].get(key):
             sys.exit(f"{args.out}: {key} was {kept['head'][group].get(key)}, here it is {head[group].get(key)}")
-    names = {comparison.name for comparison in wanted}
     commit = kept["head"]["commit"]
-    return [{"commit": commit, **run} for run in kept["runs"] if run["comparison"] not in names]
+    return [{"commit": commit, **run} for run in kept["runs"]]
+
+
+def joined(earlier, runs):
+    """The earlier ones that were not made again, and all new ones."""
+    key = lambda run: (run["comparison"], run["config"])
+    again = {key(run) for run in runs}
+    return [run for run in earlier if key(run) not in again] + runs
 
 
 def main():
@@ -248,7 +254,7 @@ def main():
     parser.add_argument("--cases", nargs="*", help="only the cases that contain one of these words")
     parser.add_argument("--without", action="append", default=[], help="not the cases that contain this; may be repeated")
     parser.add_argument("--peers", nargs="*", help="only the peers whose name contains one of these words")
-    parser.add_argument("--update", action="store_true", help="keep what --out has of the cases that are not run")
+    parser.add_argument("--update", action="store_true", help="keep what --out has and this run does not measure again")
     parser.add_argument("--reps", type=int, help="repetitions, in one process each")
     parser.add_argument("--grid", type=int, help="all cases on small grids, say 8: to see that everything runs")
     parser.add_argument("--threads", type=int, default=2)
@@ -268,7 +274,8 @@ def main():
         parser.error("no case has such a name")
     start = time.monotonic()
     before = head(args)
-    runner, runs = Runner(args, wanted, start, before["commit"]), kept_runs(args, before, wanted) if args.update else []
+    runner, runs = Runner(args, wanted, start, before["commit"]), []
+    earlier = earlier_runs(args, before) if args.update else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for comparison in wanted:
         if runner.out_of_time():
@@ -276,11 +283,12 @@ def main():
             continue
         runs += runner.compare(comparison)
         before["seconds"] = round(time.monotonic() - start)
-        rows = rows_of(runs, compared)
+        measured = joined(earlier, runs)
+        rows = rows_of(measured, compared)
         if args.grid is not None:
             # The bars are for the cases' own shapes.
             rows = [row | {"bar": None, "holds": None} for row in rows]
-        results = {"head": before, "rows": rows, "runs": runs}
+        results = {"head": before, "rows": rows, "runs": measured}
         # Whole, whoever ends this process.
         part = args.out.with_suffix(".part")
         part.write_text(json.dumps(results, indent=1) + "\n")
