@@ -37,6 +37,7 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
         serde_json::from_str(&std::fs::read_to_string(output.join("metrics.json"))?)?;
     assert_eq!(metrics["mean_iou_after"].as_f64(), Some(after));
     assert_eq!(metrics["held_out"].as_array().map(Vec::len), Some(16));
+    assert_eq!(metrics["automatic"]["nms"].as_f64(), Some(0.3));
 
     // The adapter is one for the shipped model.
     let config =
@@ -477,35 +478,13 @@ fn epochs_are_steps_that_show_every_image() -> anyhow::Result<()> {
 fn doubles_go_by_their_overlap_where_no_objects_do() -> anyhow::Result<()> {
     let generator = |may_overlap: bool, more: &[&str]| {
         let options = Options::try_parse_from([&["finetune"], more].concat())?;
-        options.generator(may_overlap).ok_or_else(|| anyhow::anyhow!("no automatic masks"))
+        let options = Options { automatic_nms: Some(options.nms(may_overlap)), ..options };
+        options.generator().ok_or_else(|| anyhow::anyhow!("no automatic masks"))
     };
     let found = generator(false, &[])?;
     assert_eq!((found.box_nms_thresh, found.mask_nms_thresh), (Some(0.7), Some(0.3)));
     assert_eq!(generator(true, &[])?.mask_nms_thresh, None);
     assert_eq!(generator(true, &["--automatic-nms", "0.5"])?.mask_nms_thresh, Some(0.5));
     assert_eq!(generator(false, &["--automatic-nms", "1"])?.mask_nms_thresh, None);
-    Ok(())
-}
-
-/// The thorough recipe sets defaults, and flags that are given win.
-#[test]
-fn a_recipe_sets_defaults_of_other_flags() -> anyhow::Result<()> {
-    let options = |more: &[&str]| Options::try_parse_from([&["finetune"], more].concat());
-    let long = "--prompts 12 --loss bce=1,dice=1,iou=1,multimask=1 --train adapters,decoder --lr-schedule cosine \
-                --warmup-steps 20 --ema 0.98 --target-modules q,k,v,proj,lin1,lin2";
-    let written = options(&long.split_whitespace().collect::<Vec<_>>())?;
-    let named = options(&["--recipe", "thorough"])?;
-    let all = |options: &Options| {
-        let config = options.lora.config().to_json()?;
-        let (batch, trainer) = (options.batch(), options.trainer());
-        anyhow::Ok(format!("{batch:?} {trainer:?} {config} {}", options.train))
-    };
-    assert_eq!(all(&named)?, all(&written)?);
-    assert_ne!(all(&named)?, all(&options(&[])?)?);
-    let own = options(&["--recipe", "thorough", "--prompts", "3", "--target-modules", "q"])?;
-    assert_eq!((own.batch().prompts, own.lora.target_modules.as_str()), (3, "q"));
-    assert_eq!(own.trainer().ema, Some(0.98));
-    // An adapter to go on from brings its own layers.
-    assert!(options(&["--recipe", "thorough", "--adapter", "run/adapter"]).is_ok());
     Ok(())
 }

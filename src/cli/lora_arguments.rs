@@ -17,13 +17,7 @@ pub struct LoraArguments {
     #[arg(long, visible_alias = "lora-dropout", default_value_t = 0.1)]
     pub dropout: f64,
     /// Linear layers to adapt: names separated by commas, or a regular expression for their whole path, as in PEFT
-    // Commands without recipes have no such argument, and keep the default.
-    #[arg(
-        long,
-        default_value = "q,v",
-        default_value_if("recipe", "thorough", "q,k,v,proj,lin1,lin2"),
-        value_name = "NAMES"
-    )]
+    #[arg(long, default_value = "q,v", value_name = "NAMES")]
     pub target_modules: String,
     /// Weight-decomposed adapters (DoRA)
     #[arg(long)]

@@ -84,9 +84,6 @@ pub struct Options {
     /// Images without an object are errors, and not left out
     #[arg(long)]
     pub strict: bool,
-    /// Defaults of the flags that make a recipe; each may still be given
-    #[arg(long, value_enum, default_value_t = Recipe::Plain)]
-    pub recipe: Recipe,
     /// How the object is pointed out at first
     #[arg(long, value_enum, default_value_t = PromptArg::Point)]
     pub prompt: PromptArg,
@@ -108,20 +105,10 @@ pub struct Options {
     pub mask_rounds: usize,
     /// Weights of the loss's terms: bce, focal, dice, iou (of the predicted IoU) and multimask. The last one repeats the
     /// others for the best of the alternatives for a first prompt
-    #[arg(
-        long,
-        default_value_t,
-        default_value_if("recipe", "thorough", "bce=1,dice=1,iou=1,multimask=1"),
-        value_name = "TERM=WEIGHT,.."
-    )]
+    #[arg(long, default_value_t, value_name = "TERM=WEIGHT,..")]
     pub loss: LossWeights,
     /// Trained parts, with commas: adapters (of the image encoder), decoder, prompt-encoder, or all
-    #[arg(
-        long,
-        default_value_t,
-        default_value_if("recipe", "thorough", "adapters,decoder"),
-        value_name = "PART,.."
-    )]
+    #[arg(long, default_value_t, value_name = "PART,..")]
     pub train: Parts,
     /// Go on from the adapter in this folder, on the model that it names, or on --model
     #[arg(
@@ -149,27 +136,16 @@ pub struct Options {
     #[arg(long, default_value_t = 2, value_name = "IMAGES")]
     pub batch: usize,
     /// Prompts for each image of a step; they share one pass of the image encoder
-    #[arg(long, default_value_t = 6, default_value_if("recipe", "thorough", "12"))]
+    #[arg(long, default_value_t = 6)]
     pub prompts: usize,
     /// Learning rate
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
     /// The learning rate's way after the warm-up
-    #[arg(
-        long,
-        value_enum,
-        default_value_t = ScheduleArg::Constant,
-        default_value_if("recipe", "thorough", "cosine"),
-        value_name = "SCHEDULE"
-    )]
+    #[arg(long, value_enum, default_value_t = ScheduleArg::Constant, value_name = "SCHEDULE")]
     pub lr_schedule: ScheduleArg,
     /// Steps in which the learning rate rises from 0
-    #[arg(
-        long,
-        default_value_t = 0,
-        default_value_if("recipe", "thorough", "20"),
-        value_name = "STEPS"
-    )]
+    #[arg(long, default_value_t = 0, value_name = "STEPS")]
     pub warmup_steps: u64,
     /// Factor of the rate after a plateau
     #[arg(long, default_value_t = 0.1, value_name = "FACTOR")]
@@ -179,7 +155,7 @@ pub struct Options {
     pub plateau_patience: u64,
     /// Keep averages of the trained parameters, an older one's weight falling by this factor a step; they are evaluated and
     /// saved
-    #[arg(long, default_value_if("recipe", "thorough", "0.98"), value_name = "DECAY")]
+    #[arg(long, value_name = "DECAY")]
     pub ema: Option<f64>,
     /// Largest norm of all gradients together; longer ones are shortened to it [default: no limit]
     #[arg(long, value_name = "NORM")]
@@ -251,16 +227,6 @@ pub struct Options {
     pub backend: Backend,
     #[command(flatten)]
     pub console: Console,
-}
-
-/// Recipes of training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Recipe {
-    /// Adapters of the attention alone learn, by the loss of the single mask
-    Plain,
-    /// Adapters of all linear layers and the decoder learn, by the loss of all masks and of their predicted IoUs; about
-    /// twice the time
-    Thorough,
 }
 
 /// Kinds of prompts.
@@ -420,14 +386,18 @@ impl Options {
         }
     }
 
+    /// IoU from which one of two automatic masks is a double; 1 where boxes alone tell.
+    pub fn nms(&self, may_overlap: bool) -> f64 {
+        self.automatic_nms.unwrap_or(if may_overlap { 1.0 } else { AUTOMATIC_NMS })
+    }
+
     /// Makes the masks of everything whose precision is judged, if it is: all candidates, less the doubles.
-    pub fn generator(&self, may_overlap: bool) -> Option<MaskGenerator> {
-        let default = if may_overlap { 1.0 } else { AUTOMATIC_NMS };
+    pub fn generator(&self) -> Option<MaskGenerator> {
         (self.automatic > 0).then(|| MaskGenerator {
             points_per_side: self.automatic,
             pred_iou_thresh: 0.0,
             stability_score_thresh: 0.0,
-            mask_nms_thresh: Some(self.automatic_nms.unwrap_or(default)).filter(|iou| *iou < 1.0),
+            mask_nms_thresh: self.automatic_nms.filter(|iou| *iou < 1.0),
             ..MaskGenerator::original()
         })
     }

@@ -63,7 +63,10 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let config = sam.config().clone();
     let processor = model::processor(&folder, &config, console)?;
     let (train, held_out) = datasets(options, &**processes)?;
-    let options = &options.with_epochs(train.len(), processes.size());
+    let options = &Options {
+        automatic_nms: Some(options.nms(train.may_overlap())),
+        ..options.with_epochs(train.len(), processes.size())
+    };
 
     for (path, (width, height)) in train.sizes().chain(held_out.sizes()) {
         // Before hours of training, and not in the step that meets it; turned it has the same sides.
@@ -80,7 +83,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         processor: &processor,
         held_out: &held_out,
         kind: batch.kind,
-        generator: options.generator(train.may_overlap()),
+        generator: options.generator(),
         device,
         console,
         processes: &**processes,
