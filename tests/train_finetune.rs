@@ -52,9 +52,10 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
 #[test]
 fn a_step_may_leave_alternatives_out() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
-    let loss = ["--loss", "bce=1,dice=1,iou=1,multimask=1", "--train", "decoder"];
-    let few = ["--batch", "1", "--prompts", "1", "--steps", "1"];
-    let outcome = finetune(&folder.path().join("run"), &short(&[&loss[..], &few].concat()))?;
+    let few = "--batch 1 --prompts 1 --steps 1 --automatic 0 --overlays 0 --train decoder";
+    let loss = ["--loss", "bce=1,dice=1,iou=1,multimask=1"];
+    let arguments: Vec<&str> = few.split(' ').chain(loss).collect();
+    let outcome = finetune(&folder.path().join("run"), &arguments)?;
     assert_eq!(outcome.losses.len(), 1);
     Ok(())
 }

@@ -214,8 +214,8 @@ pub struct Options {
     /// Points along each side of a held-out image for its automatic masks; 0 makes none
     #[arg(long, default_value_t = 16, value_name = "POINTS")]
     pub automatic: usize,
-    /// The worse of two automatic masks goes that overlap by a higher IoU. 1 compares boxes alone, by 0.7 [default: 0.3 if
-    /// the truth is in masks, 1 if it is in annotations, for their objects may overlap]
+    /// The worse of two automatic masks goes that overlap by a higher IoU; 1 compares boxes alone [default: 0.3, with
+    /// annotations 1]
     #[arg(long, value_name = "IOU")]
     pub automatic_nms: Option<f64>,
     /// Held-out images to draw before and after
