@@ -37,6 +37,7 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
         serde_json::from_str(&std::fs::read_to_string(output.join("metrics.json"))?)?;
     assert_eq!(metrics["mean_iou_after"].as_f64(), Some(after));
     assert_eq!(metrics["held_out"].as_array().map(Vec::len), Some(16));
+    assert_eq!(metrics["automatic"]["nms"].as_f64(), Some(0.3));
 
     // The adapter is one for the shipped model.
     let config =
@@ -44,6 +45,18 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     let mut sam =
         SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
     assert_eq!(load_adapter(&mut sam, output.join("adapter"))?.rank, 16);
+    Ok(())
+}
+
+/// An alternative that is no prompt's best learns no shape, though the loss follows it by its true IoU.
+#[test]
+fn a_step_may_leave_alternatives_out() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let few = "--batch 1 --prompts 1 --steps 1 --automatic 0 --overlays 0 --train decoder";
+    let loss = ["--loss", "bce=1,dice=1,iou=1,multimask=1"];
+    let arguments: Vec<&str> = few.split(' ').chain(loss).collect();
+    let outcome = finetune(&folder.path().join("run"), &arguments)?;
+    assert_eq!(outcome.losses.len(), 1);
     Ok(())
 }
 
@@ -463,13 +476,16 @@ fn epochs_are_steps_that_show_every_image() -> anyhow::Result<()> {
 
 /// Doubles go by boxes, and by masks where that is wanted.
 #[test]
-fn automatic_masks_go_by_their_overlap_if_told() -> anyhow::Result<()> {
-    let generator = |more: &[&str]| {
+fn doubles_go_by_their_overlap_where_no_objects_do() -> anyhow::Result<()> {
+    let generator = |may_overlap: bool, more: &[&str]| {
         let options = Options::try_parse_from([&["finetune"], more].concat())?;
+        let options = Options { automatic_nms: Some(options.nms(may_overlap)), ..options };
         options.generator().ok_or_else(|| anyhow::anyhow!("no automatic masks"))
     };
-    assert_eq!(generator(&[])?.mask_nms_thresh, None);
-    let found = generator(&["--automatic-nms", "0.3"])?;
+    let found = generator(false, &[])?;
     assert_eq!((found.box_nms_thresh, found.mask_nms_thresh), (Some(0.7), Some(0.3)));
+    assert_eq!(generator(true, &[])?.mask_nms_thresh, None);
+    assert_eq!(generator(true, &["--automatic-nms", "0.5"])?.mask_nms_thresh, Some(0.5));
+    assert_eq!(generator(false, &["--automatic-nms", "1"])?.mask_nms_thresh, None);
     Ok(())
 }

@@ -4,7 +4,7 @@
 use super::distributed::{check_agreement, together, Alone, Communicator};
 use super::finding::Finding;
 use super::listing::{DataFiles, Listing, TruthFiles};
-use super::sample::{DatasetOptions, Loaded, Pair, Sample};
+use super::sample::{DatasetOptions, Loaded, Pair, Sample, Truth};
 use super::summary::Summary;
 use super::StepRng;
 use crate::files::Checksum;
@@ -217,6 +217,11 @@ impl Dataset {
     /// The number of images with transparent pixels, which are laid on white.
     pub fn transparent(&self) -> usize {
         self.pairs.iter().filter(|pair| pair.transparent).count()
+    }
+
+    /// Whether objects may overlap: annotations allow it, masks do not.
+    pub fn may_overlap(&self) -> bool {
+        self.pairs.iter().any(|pair| !matches!(pair.truth, Truth::Mask(_)))
     }
 
     /// Never, of a dataset that was opened.

@@ -117,6 +117,13 @@ impl Trainer {
         })
     }
 
+    /// Does not look at gradients of zero in the first step. The predicted IoU's target is such a case: it follows masks
+    /// that learn no shape, on purpose without a gradient.
+    pub fn with_zero_gradients(mut self) -> Self {
+        self.zeros_checked = true;
+        self
+    }
+
     /// Shares the work of each step with other processes, which make the same calls with the same model and data.
     ///
     /// N processes give the bits of one with N times the accumulation. Rank 0 alone writes and reads the state.

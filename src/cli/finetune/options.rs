@@ -14,6 +14,9 @@ use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+/// IoU from which one of two masks is a double, where objects do not overlap.
+const AUTOMATIC_NMS: f64 = 0.3;
+
 /// Trains LoRA adapters of SAM's image encoder, and its decoder, on images with masks
 ///
 /// Without arguments: on the small SAM and the micrographs of cell nuclei that come with the project. The output folder
@@ -211,8 +214,8 @@ pub struct Options {
     /// Points along each side of a held-out image for its automatic masks; 0 makes none
     #[arg(long, default_value_t = 16, value_name = "POINTS")]
     pub automatic: usize,
-    /// The worse of two automatic masks goes that overlap by a higher IoU. The value 0.3 suits objects that do not cover each
-    /// other [default: boxes alone, 0.7]
+    /// The worse of two automatic masks goes that overlap by a higher IoU; 1 compares boxes alone [default: 0.3, with
+    /// annotations 1]
     #[arg(long, value_name = "IOU")]
     pub automatic_nms: Option<f64>,
     /// Held-out images to draw before and after
@@ -383,13 +386,18 @@ impl Options {
         }
     }
 
+    /// IoU from which one of two automatic masks is a double; 1 where boxes alone tell.
+    pub fn nms(&self, may_overlap: bool) -> f64 {
+        self.automatic_nms.unwrap_or(if may_overlap { 1.0 } else { AUTOMATIC_NMS })
+    }
+
     /// Makes the masks of everything whose precision is judged, if it is: all candidates, less the doubles.
     pub fn generator(&self) -> Option<MaskGenerator> {
         (self.automatic > 0).then(|| MaskGenerator {
             points_per_side: self.automatic,
             pred_iou_thresh: 0.0,
             stability_score_thresh: 0.0,
-            mask_nms_thresh: self.automatic_nms,
+            mask_nms_thresh: self.automatic_nms.filter(|iou| *iou < 1.0),
             ..MaskGenerator::original()
         })
     }

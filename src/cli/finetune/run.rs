@@ -63,7 +63,10 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let config = sam.config().clone();
     let processor = model::processor(&folder, &config, console)?;
     let (train, held_out) = datasets(options, &**processes)?;
-    let options = &options.with_epochs(train.len(), processes.size());
+    let options = &Options {
+        automatic_nms: Some(options.nms(train.may_overlap())),
+        ..options.with_epochs(train.len(), processes.size())
+    };
 
     for (path, (width, height)) in train.sizes().chain(held_out.sizes()) {
         // Before hours of training, and not in the step that meets it; turned it has the same sides.
@@ -123,7 +126,10 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     if options.adapter.is_none() {
         lora.base_model_name_or_path = name_on_the_hub(options, &folder);
     }
-    let trainer = Trainer::new(&sam, options.trainer())?.with_groups(&options.groups())?;
+    let mut trainer = Trainer::new(&sam, options.trainer())?.with_groups(&options.groups())?;
+    if batch.loss.iou > 0.0 {
+        trainer = trainer.with_zero_gradients();
+    }
     let mut trainer = trainer.with_settings(settings).with_communicator(processes.clone())?;
     if processes.size() > 1 {
         let parts = processes.size() as u64 * options.trainer().accumulation;
