@@ -13,13 +13,13 @@ use candle_sam_lora::cuda;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{set_trainable, trainable_variables, without_gradients, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamVisionEncoder};
-use candle_sam_lora::train::{AdamW, AdamWConfig};
+use candle_sam_lora::train::{AdamW, AdamWConfig, StepGraphs, Trainer, TrainerConfig};
 use libtest_mimic::Trial;
 use std::fmt::Write as _;
 use std::path::Path;
 
 /// Kinds of events, and the beginnings of the names that are counted as such.
-const KINDS: [(&str, &[&str]); 7] = [
+const KINDS: [(&str, &[&str]); 8] = [
     ("launches", &["cuLaunchKernel"]),
     ("of candle", &["candle::"]),
     ("cuBLAS", &["cublasGemm"]),
@@ -27,7 +27,10 @@ const KINDS: [(&str, &[&str]); 7] = [
     ("copies", &["cuMemcpyHtoD", "cuMemcpyDtoD"]),
     ("waits", &["cuMemcpyDtoH"]),
     ("allocations", &["cuMemAlloc"]),
+    ("graphs", &["cuGraphLaunch"]),
 ];
+/// Names of bytes moved beside products and attention.
+const MOVED: &[&str] = &["moved::"];
 
 #[derive(Clone, Copy, PartialEq)]
 enum Pass {
@@ -37,13 +40,16 @@ enum Pass {
     Evaluation,
     Training,
     Checkpointed,
+    /// A training step by a CUDA graph.
+    Replayed,
 }
 
-const PASSES: [(&str, Pass); 4] = [
+const PASSES: [(&str, Pass); 5] = [
     ("inference", Pass::Inference),
     ("evaluation", Pass::Evaluation),
     ("training", Pass::Training),
     ("checkpointed", Pass::Checkpointed),
+    ("replayed", Pass::Replayed),
 ];
 
 pub fn trials() -> Vec<Trial> {
@@ -57,7 +63,9 @@ pub fn trials() -> Vec<Trial> {
 fn run(device: &Device) -> Result<()> {
     cuda::self_test(false); // it compares values
     let kinds = KINDS.map(|(kind, _)| kind).join("\t");
-    let mut table = format!("# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\n");
+    let mut table = format!(
+        "# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\tMiB moved beside products\n"
+    );
     let sizes = [
         ("vit_b", DType::F32),
         ("vit_b", DType::BF16),
@@ -81,7 +89,8 @@ fn run(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Memory in use and at most, then a number for each of [`KINDS`], of the second of two equal passes.
+/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products, of the second of two equal
+/// passes.
 fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Result<Vec<String>> {
     let config = &config.vision_config;
     let weights = VarBuilder::zeros(dtype, device);
@@ -93,6 +102,9 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
         set_trainable(&mut encoder, |_| false)?;
     }
     encoder.gradient_checkpointing = pass == Pass::Checkpointed;
+    if pass == Pass::Replayed {
+        return replayed(&encoder, config.image_size, device);
+    }
     let trains = matches!(pass, Pass::Training | Pass::Checkpointed);
     let variables = if trains { trainable_variables(&encoder)? } else { vec![] };
     let mut optimizer =
@@ -100,7 +112,7 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
     let pixels = Tensor::zeros((1, 3, config.image_size, config.image_size), DType::F32, device)?;
     let mut both = [vec![], vec![]];
     for found in &mut both {
-        let before = KINDS.map(|(_, names)| counted(names));
+        let events = events();
         let [resident, _] = bytes()?;
         match &mut optimizer {
             None if pass == Pass::Evaluation => {
@@ -111,13 +123,42 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
         }
         let [after, peak] = bytes()?;
         ensure!(after == resident, "{} bytes are left behind", after.abs_diff(resident));
-        let mebibytes =
-            [resident, peak].map(|bytes| format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
-        let events = KINDS.iter().zip(before).map(|((_, names), before)| counted(names) - before);
-        *found = mebibytes.into_iter().chain(events.map(|count| count.to_string())).collect();
+        *found = [resident, peak].map(mebibytes).into_iter().chain(events()).collect();
     }
     let [_, second] = both;
     Ok(second)
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / f64::from(1 << 20))
+}
+
+/// Tells the number of each of [`KINDS`] since now, and the bytes moved.
+fn events() -> impl Fn() -> Vec<String> {
+    let before = (KINDS.map(|(_, names)| counted(names)), counted(MOVED));
+    move || {
+        let events = KINDS.iter().zip(before.0).map(|((_, names), before)| counted(names) - before);
+        let moved = mebibytes(counted(MOVED) - before.1);
+        events.map(|count| count.to_string()).chain([moved]).collect()
+    }
+}
+
+/// The fourth step of a trainer: the first replay of a graph that is there. The stand-in keeps all memory of a graph, so its
+/// bytes say nothing.
+fn replayed(encoder: &SamVisionEncoder, side: usize, device: &Device) -> Result<Vec<String>> {
+    let config = TrainerConfig { max_grad_norm: Some(1.0), ..TrainerConfig::new(1e-3) };
+    let mut trainer = Trainer::new(encoder, config)?;
+    let mut graphs = StepGraphs::new(|x: &Vec<Tensor>, mode| {
+        encoder.forward(&x[0], mode)?.sqr()?.mean_all()?.to_dtype(DType::F32)
+    });
+    let pixels = Tensor::zeros((1, 3, side, side), DType::F32, device)?;
+    let mut step = || trainer.step_by_graph(&mut graphs, |_| Ok(vec![pixels.clone()]));
+    for _ in 0..3 {
+        step()?;
+    }
+    let events = events();
+    step()?;
+    Ok(["-", "-"].map(String::from).into_iter().chain(events()).collect())
 }
 
 /// A training step, as a trainer makes it.
