@@ -12,6 +12,7 @@
 //! | `first_s` | the first run, which pays for fresh pages |
 //! | `wall_s`, `cpu_s` | each further run |
 //! | `memory` | bytes by which the peak of the resident memory grew since before the first run; on a GPU, of the tensors' memory |
+//! | `resident` | the peak of the resident memory, less what was resident before the model was made: weights and all |
 //! | `gpu_peak` | on a GPU, the peak itself, weights and all |
 //! | `flops`, `bytes` | see `support/work.rs` |
 
@@ -23,12 +24,13 @@ use candle_nn::Optimizer;
 use candle_sam_lora::nn::{quantize_int8, trainable_variables, Linear, Mode, ModuleTree};
 use candle_sam_lora::ops::{self, Activation};
 use candle_sam_lora::sam::{SamVisionAttentionSplit, VisionAttention};
-use candle_sam_lora::testing::composed as ops_composed;
+use candle_sam_lora::testing::{allow_instructions, composed as ops_composed, Instructions};
 use candle_sam_lora::train::{AdamW, AdamWConfig};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
 use std::process::ExitCode;
 use support::clock::{self, Measurement};
+use support::memory::{peak_resident, resident};
 use support::models::{self, Adapters, Prompts, FROZEN};
 use support::probe;
 use support::vit::{Vit, VIT_B, VIT_H, VIT_L};
@@ -107,6 +109,17 @@ enum Quantize {
     Int8,
 }
 
+/// Instructions of the CPU that this crate's operations may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Cpu {
+    /// All that this machine has.
+    Native,
+    /// As on a machine without AVX-512.
+    Avx2,
+    /// As on a machine without vectors that this crate knows.
+    Scalar,
+}
+
 #[derive(Parser)]
 #[command(about = "Measures one case and prints it as JSON")]
 struct Args {
@@ -134,6 +147,9 @@ struct Args {
     /// int8: frozen weights of the encoder's linear layers
     #[arg(long)]
     quantize: Option<Quantize>,
+    /// avx2 or scalar: as on a machine without AVX-512, or without vectors
+    #[arg(long, default_value = "native")]
+    cpu: Cpu,
     /// Runs after the first.
     #[arg(long, default_value_t = 3)]
     reps: usize,
@@ -170,6 +186,11 @@ fn run() -> Result<()> {
         }
         return Ok(());
     };
+    allow_instructions(match args.cpu {
+        Cpu::Native => Instructions::All,
+        Cpu::Avx2 => Instructions::Avx2,
+        Cpu::Scalar => Instructions::Scalar,
+    });
     let device = support::device()?;
     if args.implementation == Implementation::Portable {
         portable(&device)?;
@@ -190,7 +211,9 @@ fn run() -> Result<()> {
         device: &device,
         reps: args.reps,
     };
+    let before = resident();
     let (measured, work) = setup.measure(case)?;
+    let resident = peak_resident().zip(before).map(|(peak, before)| peak.saturating_sub(before));
     let line = json!({
         "case": name(&case),
         "implementation": name(&args.implementation),
@@ -198,6 +221,7 @@ fn run() -> Result<()> {
             "model": setup.vit.name, "grid": args.grid, "batch": args.batch, "rank": args.rank,
             "dropout": args.dropout, "dtype": args.dtype,
             "quantize": args.quantize.as_ref().map(name),
+            "cpu": name(&args.cpu),
             "device": std::env::var("CANDLE_SAM_DEVICE").unwrap_or_else(|_| "cpu".into()),
             "threads": rayon::current_num_threads(),
         },
@@ -206,6 +230,7 @@ fn run() -> Result<()> {
         "base_wall_s": measured.base_wall_s,
         "cpu_s": measured.cpu_s,
         "memory": measured.memory,
+        "resident": resident,
         "gpu_peak": measured.gpu_peak,
         "flops": work.flops,
         "bytes": work.bytes,

@@ -301,10 +301,7 @@ typedef struct RelPosAttentionFwdParams {
 } RelPosAttentionFwdParams;
 ABI_SIZE(RelPosAttentionFwdParams, 104);
 
-/** The kernels for whole grids on sm_90a: queries and threads of a block. */
-#define REL_POS_ATTENTION_SM90_QUERIES 128
-#define REL_POS_ATTENTION_SM90_THREADS 384
-/** Rows of both tables that a bulk copy brings. */
+/** The kernels for whole grids on sm_90a: rows of both tables that a bulk copy brings. */
 #define REL_POS_ATTENTION_SM90_TABLE_ROWS 64
 
 /** Rows of channels for bulk copies: maps of the first 64 channels of a head and, if it has more, of the others. */
@@ -400,7 +397,8 @@ typedef struct RelPosAttentionBwdKeyParams {
 } RelPosAttentionBwdKeyParams;
 ABI_SIZE(RelPosAttentionBwdKeyParams, 112);
 
-/** The backward on sm_90a, for whole grids. The key pass: keys of a block, queries of a step. */
+/** The backward on sm_90a, for whole grids. The key pass: threads and keys of a block, queries of a step. */
+#define REL_POS_ATTENTION_SM90_BWD_KEY_THREADS 384
 #define REL_POS_ATTENTION_SM90_BWD_KEYS 128
 #define REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES 64
 

@@ -37,27 +37,29 @@
     HEADS(X, HALF, 64)                     \
     HEADS(X, FLOAT, 32)
 
-/* Attention on Hopper, a row a width; among equals the first one is taken. W(X, columns of a key tile; then of the
- * forward and of the query pass: key rows, rows that a bulk copy brings, tiles in flight for heads of 64 and of 80
- * channels). The key pass has the same widths.
+/* Attention on Hopper, a row a width; among equals the first one is taken. The key pass has the same widths.
  *
- * - 64: rel_w is one fragment for all tiles of the forward; SAM's grid of 64 x 64.
+ * W(X, columns of a key tile; then five numbers of the forward and five of the query pass). The five are key rows, rows
+ * that a bulk copy brings, tiles in flight for heads of 64 and of 80 channels, and warpgroups. Each has 64 queries.
+ *
+ * - 64: rel_w is one fragment for all tiles of the forward; SAM's grid of 64 x 64. The forward's three warpgroups hide
+ *   more of each other's softmax; with wider tiles they would not have registers enough.
  * - 16: grids of 32 and 48.
  * - 40: grids of 40 and 80.
  */
 #define REL_POS_ATTENTION_SM90_WIDTHS(W, X) \
-    W(X, 64, 2, 2, 6, 5, 1, 1, 8, 8)        \
-    W(X, 16, 8, 8, 6, 5, 4, 4, 8, 8)        \
-    W(X, 40, 4, 1, 5, 4, 2, 1, 5, 4)
+    W(X, 64, 1, 1, 6, 6, 3, 1, 1, 8, 8, 2)  \
+    W(X, 16, 8, 8, 6, 5, 2, 4, 4, 8, 8, 2)  \
+    W(X, 40, 4, 1, 5, 4, 2, 2, 1, 5, 4, 2)
 
-/* X(element, type, head_dim, columns, key rows, rows of a bulk copy, tiles in flight), and for the key pass X(element,
- * type, head_dim, columns). */
+/* X(element, type, head_dim, columns, key rows, rows of a bulk copy, tiles in flight, warpgroups of queries), and for
+ * the key pass X(element, type, head_dim, columns). */
 #define REL_POS_ATTENTION_FWD_SM90_TILES(X) REL_POS_ATTENTION_SM90_WIDTHS(FWD_SM90_TILES, X)
 #define REL_POS_ATTENTION_BWD_QUERY_SM90_TILES(X) REL_POS_ATTENTION_SM90_WIDTHS(BWD_QUERY_SM90_TILES, X)
 #define REL_POS_ATTENTION_BWD_KEY_SM90_TILES(X) REL_POS_ATTENTION_SM90_WIDTHS(BWD_KEY_SM90_TILES, X)
-#define FWD_SM90_TILES(X, cols, rows, box_rows, slots_64, slots_80, ...) \
-    HALF(X, 64, cols, rows, box_rows, slots_64) HALF(X, 80, cols, rows, box_rows, slots_80)
-#define BWD_QUERY_SM90_TILES(X, cols, rows, box_rows, slots_64, slots_80, ...) \
+#define FWD_SM90_TILES(X, cols, rows, box_rows, slots_64, slots_80, groups, ...) \
+    HALF(X, 64, cols, rows, box_rows, slots_64, groups) HALF(X, 80, cols, rows, box_rows, slots_80, groups)
+#define BWD_QUERY_SM90_TILES(X, cols, rows, box_rows, slots_64, slots_80, groups, ...) \
     FWD_SM90_TILES(X, cols, __VA_ARGS__, unused)
 #define BWD_KEY_SM90_TILES(X, cols, ...) LARGE_HEADS(X, HALF, cols)
 

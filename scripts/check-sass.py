@@ -31,9 +31,10 @@ import pathlib
 import re
 import sys
 from collections import Counter, namedtuple
+from operator import attrgetter
 from typing import NamedTuple
 
-from sass import PRODUCTS, disassemble
+from sass import PRODUCTS, Function, Instruction, copies, disassemble
 
 PIPES = {
     "xu": "MUFU I2F F2I",
@@ -62,10 +63,15 @@ SERIALISED = re.compile(r"\(C751[0-8]\).*")
 KINDS = {"LDSM": "ldmatrix", "F2FP": "cvt", "CS2R": "cvt"}
 ENTRY = re.compile(r"\.entry (\w+)\((.*?)\n\}", re.DOTALL)
 WGMMA = re.compile(r"wgmma\.mma_async\S*\.m64n(\d+)k\d+\S* \{[^}]*\}, (\{[^}]*\})?")
-WRITES = re.compile(r"(?:\{ *)?(?:@!?%p\d+\s+)?([a-z]\w*)[\w.:]*\s+(\{[^}]*\}|%\w+)(?:\|%\w+)?, *(.*);")
 PTX_LABEL = re.compile(r"(\$\w+):")
-PTX_BRANCH = re.compile(r"bra\S*\s+(\$\w+);")
+PTX_CODE = re.compile(r"(?:\{ *)?(?:@(!?%p\d+)\s+)?([a-z]\w*)([\w.:]*)\s*(.*?);")
+PTX_WRITES = re.compile(r"(\{[^}]*\}|%\w+)(?:\|%\w+)?, *(.*)")
 PTX_REGISTER = re.compile(r"%[a-z]+\d+")
+
+
+def kind_in_ptx(instruction):
+    """The kind of a machine's instruction."""
+    return KINDS.get(instruction.base, instruction.base)
 
 
 class Left(NamedTuple):
@@ -82,40 +88,57 @@ class Left(NamedTuple):
         return f"n{self.columns} of {self.number} {'/'.join(sorted(self.kinds))} from {where}"
 
 
+def function_of_ptx(body):
+    """A kernel's PTX as a flow of instructions, and the number of each register. Only copies say which registers they read.
+
+    The flow is needed, since a register may have a value in one loop and another one in the next."""
+    code, labels, numbers = [], {}, {}
+
+    def mask(registers):
+        return sum({1 << numbers.setdefault(register, len(numbers)) for register in registers})
+
+    for line in map(str.strip, body.splitlines()):
+        if found := PTX_LABEL.match(line):
+            labels[found[1]] = len(code)
+        elif "wgmma.mma_async" in line:
+            code.append(Instruction(len(code), None, "wgmma", line))
+        elif found := PTX_CODE.match(line):
+            predicate, base, modifiers, operands = found.groups()
+            written = PTX_WRITES.fullmatch(operands)
+            writes = mask(PTX_REGISTER.findall(written[1])) if written else 0
+            reads = mask(PTX_REGISTER.findall(written[2])) if written and base == "mov" else 0
+            code.append(Instruction(len(code), predicate, base + modifiers, operands, writes, reads))
+    for at, instruction in enumerate(code):
+        if instruction.base in ("bra", "ret", "exit"):
+            flow = instruction._replace(opcode=instruction.base.upper(), operands="")
+            code[at] = flow._replace(target=labels[instruction.operands]) if instruction.base == "bra" else flow
+    return Function("ptx", code), numbers
+
+
+def members(copy):
+    """The registers that an instruction of the PTX copies."""
+    return [number for number in range(copy.reads.bit_length()) if copy.reads >> number & 1]
+
+
+def left(function, index, columns, register, sources, kind):
+    """Where a register of the left operand of a product comes from."""
+    origins = function.origins(index, register, sources)
+    loop, places = function.innermost(index), {place for place, _ in origins}
+    kinds = frozenset("nothing" if at is None else kind(function.code[at]) for _, at in origins)
+    inside = any(at is not None and loop and function.block_of[at] in loop.blocks for at in places)
+    return Left(columns, kinds, len(places), inside)
+
+
 def lefts_of_ptx(body):
     """The left operands in registers of a kernel's PTX."""
-    lines = [line.strip() for line in body.splitlines()]
-    writes, labels, loops, products = {}, {}, [], []
-    for at, line in enumerate(lines):
-        if found := PTX_LABEL.match(line):
-            labels[found[1]] = at
-        elif found := WGMMA.search(line):
-            if found[2]:
-                products.append((at, int(found[1]), PTX_REGISTER.findall(found[2])))
-        elif found := WRITES.match(line):
-            kind, to, sources = found.groups()
-            for register in PTX_REGISTER.findall(to):
-                writes.setdefault(register, []).append((at, kind, PTX_REGISTER.findall(sources)))
-        if (found := PTX_BRANCH.search(line)) and found[1] in labels:
-            loops.append(range(labels[found[1]], at))
-
-    def origins(register, seen=frozenset()):
-        for at, kind, sources in writes.get(register, []):
-            if kind != "mov":
-                yield at, kind
-            elif len(sources) == 1 and at not in seen:
-                yield from origins(sources[0], seen | {at})
-            elif len(sources) > 1:  # halves, which the machine converts and packs by one instruction
-                yield from ((at, of_half) for source in sources for _, of_half in origins(source))
-
+    function, numbers = function_of_ptx(body)
     lefts = set()
-    for product, columns, registers in products:
-        loop = min((loop for loop in loops if product in loop), key=len, default=range(0))
-        for register in registers:
-            found = list(origins(register))
-            places = {at for at, _ in found}
-            kinds = frozenset(kind for _, kind in found)
-            lefts.add(Left(columns, kinds, len(places), any(at in loop for at in places)))
+    for index, instruction in enumerate(function.code):
+        found = instruction.base == "wgmma" and WGMMA.search(instruction.operands)
+        if found and found[2] and index in function.block_of:
+            for register in PTX_REGISTER.findall(found[2]):
+                origin = left(function, index, int(found[1]), numbers[register], members, attrgetter("base"))
+                lefts.add(origin)
     return lefts
 
 
@@ -139,11 +162,7 @@ def lefts_of_code(function):
             continue
         columns, loop = int(re.search(r"64x(\d+)x", instruction.opcode)[1]), function.innermost(index)
         for register in range(first, first + 4):
-            origins = function.origins(index, register)
-            bases = ("nothing" if at is None else function.code[at].base for at in origins)
-            kinds = frozenset(KINDS.get(base, base) for base in bases)
-            inside = any(at is not None and loop and function.block_of[at] in loop.blocks for at in origins)
-            yield instruction, loop, register, Left(columns, kinds, len(origins), inside)
+            yield instruction, loop, register, left(function, index, columns, register, copies, kind_in_ptx)
 
 
 def check_lefts(found, lefts):

@@ -270,27 +270,35 @@ class Function:
                     stack.append((before, self.blocks[before][-1] + 1))
         return found
 
-    def origins(self, index, register):
-        """The same through copies between registers."""
-        found, seen, stack = set(), set(), [(index, register)]
+    def origins(self, index, register, sources):
+        """The same through the copies, as pairs of a place and an origin. sources(instruction) are the registers that it
+        copies, none if it does more. One that joins the halves of several is the place of their origins."""
+        found, seen, stack = set(), set(), [(index, register, None)]
         while stack:
-            for at in self.definitions(*stack.pop()):
-                source = at is not None and copied(self.code[at])
-                if source is False or source is None:
-                    found.add(at)
-                elif (at, source) not in seen:
-                    seen.add((at, source))
-                    stack.append((at, source))
+            index, register, joined = stack.pop()
+            for at in self.definitions(index, register):
+                place = at if joined is None else joined
+                copied = [] if at is None else sources(self.code[at])
+                if not copied:
+                    found.add((place, at))
+                for source in copied:
+                    item = (at, source, place if len(copied) > 1 else joined)
+                    if item not in seen:
+                        seen.add(item)
+                        stack.append(item)
         return found
 
 
-def copied(instruction):
-    """The register that an instruction copies, if that is all it does."""
+def copies(instruction):
+    """The registers that an instruction of the machine copies, or joins the lower halves of, if that is all it does."""
     operands = instruction.operands.replace(".reuse", "").split(", ")
     if instruction.base == "MOV":
-        found = REGISTER.fullmatch(operands[1])
+        copied = operands[1:2]
     elif instruction.opcode.startswith("IMAD.MOV") and operands[1:3] == ["RZ", "RZ"]:
-        found = REGISTER.fullmatch(operands[3])
+        copied = operands[3:4]
+    elif instruction.base == "PRMT" and operands[2] == "0x5410":
+        copied = [operands[1], operands[3]]
     else:
-        found = None
-    return int(found[1]) if found else None
+        copied = []
+    found = [REGISTER.fullmatch(operand) for operand in copied]
+    return [int(register[1]) for register in found] if all(found) else []

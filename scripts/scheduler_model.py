@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Predicts the clocks of a kernel's hot loops from its machine code; needs no GPU.
 
-usage: scheduler_model.py [--nvdisasm PROGRAM] [--arch sm_80|sm_90] [--warps N] [--kernel EXPRESSION] CUBIN..
+usage: scheduler_model.py [--nvdisasm PROGRAM] [--arch sm_80|sm_86|sm_90] [--warps N] [--kernel EXPRESSION] CUBIN..
 
 One of a multiprocessor's four schedulers issues the shortest way through each loop (Function.shortest_way), again and
 again. It does so for N warps: on Hopper one of each consumer warpgroup. The warps issue in order, as the encoded control says: stall
@@ -10,7 +10,7 @@ three schedulers are taken to do the same, so shared memory serves each a quarte
 
 Two rules of choice between ready warps bracket the hardware's: the one that has waited longest, and the one that issued last.
 The clocks are those in which every warp makes one step. No GPU has calibrated them: compare two codes by them, or a code with
-its bounds. Copies to shared memory, bank conflicts and missing data are left out.
+its bounds. Copies occupy shared memory when they are issued. Bank conflicts and missing data are left out.
 """
 
 import argparse
@@ -21,10 +21,14 @@ from sass import disassemble
 
 # Clocks that a pipe takes for a warp's instruction: 32 lanes, by a scheduler's lanes in that pipe. The rates are
 # in the table "Throughput of Native Arithmetic Instructions" of NVIDIA's CUDA C++ Programming Guide. By clock and
-# multiprocessor, f32 has 64 on compute capability 8.0 and 128 on 9.0. Integers, comparisons and conversions to 16 bits have 64, special functions 16. The integer
-# multiplier (64) stands beside the f32 pipe. NVIDIA's A100 white paper: 1024 multiply-adds of 16 bits; m16n8k16 has 2048.
+# multiprocessor, f32 has 64 on compute capability 8.0 and 128 on 8.6, 8.9 and 9.0. Integers, comparisons and conversions to
+# 16 bits have 64, special functions 16. The integer multiplier (64) stands beside the f32 pipe. NVIDIA's A100 white paper:
+# 1024 multiply-adds of 16 bits; m16n8k16 has 2048.
 CLOCKS = {
     "sm_80": {"xu": 8, "alu": 2, "fma": 2, "imad": 2, "hmma": 8},
+    # GeForce of compute capability 8.6 and 8.9: 256 multiply-adds of 16 bits with sums in f32. White papers of GA102 (RTX 3080:
+    # 59.5 TFLOP/s, 68 multiprocessors, 1.71 GHz) and of Ada (RTX 4090: 165.2, 128, 2.52 GHz).
+    "sm_86": {"xu": 8, "alu": 2, "fma": 1, "imad": 2, "hmma": 32},
     # H100 white paper: 2048 multiply-adds. mma.sync reaches about 0.62 of it (Luo et al., arXiv 2402.13499, table 8).
     "sm_90": {"xu": 8, "alu": 2, "fma": 1, "imad": 2, "hmma": 6.5},
 }

@@ -294,6 +294,20 @@ pub struct AdamWRates {
     pub rate: f64,
 }
 
+/// Share of the object's pixels in the focal loss.
+pub const FOCAL_ALPHA: f32 = 0.25;
+
+/// Weights of a mask's losses.
+#[derive(Clone, Copy, Debug)]
+pub struct MaskTerms {
+    /// Cross-entropy.
+    pub bce: f64,
+    /// Focal loss.
+    pub focal: f64,
+    /// Dice loss.
+    pub dice: f64,
+}
+
 /// Where the small tensors of one projection lie in the flat vector that holds those of all.
 ///
 /// `[bias? | A | B | lora_bias?]` for each projection in turn: one differentiable input instead of a dozen.

@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Result, Tensor};
 use candle_sam_lora::ops::{self, Activation, Projection};
-use common::cases::{all, assert_any_strides, dora};
+use common::cases::{all, assert_any_strides, dora, INSTRUCTIONS};
 use common::{error, gradients, random, tensor_error, values, Worst};
 
 #[test]
@@ -159,6 +159,26 @@ fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
     let expected = run(1)?;
     for threads in [2, 3, 16] {
         assert!(run(threads)? == expected, "{threads} threads give other bits");
+    }
+    Ok(())
+}
+
+/// The tests above in a process of their own, as on machines without AVX-512 and without vectors.
+#[test]
+fn narrower_instruction_sets_agree_too() -> Result<()> {
+    const TESTS: [&str; 5] = [
+        "values_agree_with_the_reference",
+        "gradients_agree_with_the_composed_graph",
+        "half_precision_is_no_worse_than_twice_the_eager_error",
+        "any_strides_give_the_same_bits",
+        "results_do_not_depend_on_the_number_of_threads",
+    ];
+    for instructions in ["avx2", "scalar"] {
+        let mut command = std::process::Command::new(std::env::current_exe()?);
+        command.arg("--exact").args(TESTS).env(INSTRUCTIONS, instructions);
+        let output = command.output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("5 passed"), "{instructions}: {text}");
     }
     Ok(())
 }

@@ -184,10 +184,16 @@ fn calibrated_generator_finds_what_was_counted() -> Result<()> {
     let generator = MaskGenerator { points_per_side: 8, ..MaskGenerator::default() };
     let chosen = generator.calibrate(&predictor, [Ok(squares()?)])?;
     ensure!(chosen.objects == 2 && chosen.found > 0, "{chosen:?}");
+    for threshold in [0.1, 0.3, 0.7] {
+        let own = MaskGenerator { mask_nms_thresh: Some(threshold), ..generator.clone() };
+        let own = own.calibrate(&predictor, [Ok(squares()?)])?;
+        ensure!(own.mask_nms_thresh == Some(threshold) && own.f1() <= chosen.f1(), "{own:?}");
+    }
     let (image, truth) = squares()?;
     let generator = MaskGenerator {
         pred_iou_thresh: chosen.pred_iou_thresh,
         stability_score_thresh: chosen.stability_score_thresh,
+        mask_nms_thresh: chosen.mask_nms_thresh,
         ..generator
     };
     let masks = generator.generate(&predictor, &image)?;

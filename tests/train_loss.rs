@@ -1,8 +1,11 @@
 //! Losses and the optimizer against PyTorch's numbers (torch 2.15, float64), and what they refuse.
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Optimizer;
-use candle_sam_lora::train::{bce_with_logits, dice_loss, iou, mask_loss, AdamW, AdamWConfig};
+use candle_sam_lora::testing::{relative_error, values};
+use candle_sam_lora::train::{
+    bce_with_logits, dice_loss, iou, mask_loss, AdamW, AdamWConfig, LossWeights,
+};
 
 fn close(found: &[f32], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len());
@@ -37,6 +40,35 @@ fn mask_loss_and_its_gradient_are_pytorchs() -> anyhow::Result<()> {
         0.10523505134194938,
     ];
     close(&flat(grads.get(&logits).expect("a gradient"))?, &expected, 3e-8);
+    Ok(())
+}
+
+/// Logits in f64 take candle's operations, those in f32 one operation of this crate's.
+#[test]
+fn one_operation_agrees_with_the_graph_in_f64() -> anyhow::Result<()> {
+    let (objects, masks, h, w) = (3, 2, 131, 67); // more than a task, and no whole vectors
+    let random = |shape: &[usize]| Tensor::randn(0f32, 3f32, shape, &Device::Cpu);
+    let logits = random(&[objects, masks, h, w])?;
+    let scores = random(&[objects, masks])?;
+    let soft = candle_nn::ops::sigmoid(&random(&[objects, h, w])?)?;
+    for targets in [soft.clone(), soft.gt(0.5)?.to_dtype(DType::F32)?] {
+        for weights in ["bce=1", "focal=20", "dice=1", "iou=1,bce=0.5", "focal=20,dice=1,iou=1"] {
+            let weights: LossWeights = weights.parse().map_err(anyhow::Error::msg)?;
+            let run = |dtype: DType| -> Result<(Vec<f64>, Vec<f64>)> {
+                let logits = Var::from_tensor(&logits.to_dtype(dtype)?)?;
+                let (scores, targets) = (scores.to_dtype(dtype)?, targets.to_dtype(dtype)?);
+                let loss = weights.loss(&logits, &scores, &targets)?;
+                let grads = loss.backward()?;
+                Ok((values(&loss)?, values(grads.get(&logits).expect("a gradient"))?))
+            };
+            let ((loss, gradient), (expected, expected_gradient)) =
+                (run(DType::F32)?, run(DType::F64)?);
+            let error = relative_error(&loss, &expected)?;
+            assert!(error < 1e-6, "{weights}: {error:e}");
+            let error = relative_error(&gradient, &expected_gradient)?;
+            assert!(error < 1e-6, "{weights}: gradient {error:e}");
+        }
+    }
     Ok(())
 }
 

@@ -4,24 +4,28 @@
     python benches/peers/run.py --case global_layer_forward --implementation sdpa --reps 5
 
 Implementations: Hugging Face's `eager` and `sdpa` (the N x N bias as a mask), and `sdpa_without_bias` (no relative
-positions: a bound, not SAM). On the CPU also `openvino`, for the encoder and the decoder in evaluation, and `onnxruntime`
-for the encoder; these two have `--quantize int8`. On CUDA also `flex`
-(FlexAttention) and `triton` (a kernel of our own in the manner of the published ones). LoRA is PEFT's. `kept` is no
+positions: a bound, not SAM). `compiled`, for the encoder, is `sdpa` by torch.compile. On the CPU also `openvino`, for the
+encoder and the decoder in evaluation, and `onnxruntime` for the encoder; these two have `--quantize int8`. On CUDA also
+`flex` (FlexAttention) and `triton` (a kernel of our own in the manner of the published ones). LoRA is PEFT's. `kept` is no
 implementation but the environment: see `benches/report/run.py`.
 """
 
 import argparse
 import importlib
 import json
+import sys
+
+# OpenVINO and NNCF do without it. It starts processes that take the CPUs from the measurement.
+sys.modules["openvino_telemetry"] = None
 
 import torch
 import torch.nn.functional as F
 
 import sam
 from cores import CORES
-from measure import measure
+from measure import measure, status
 
-IMPLEMENTATIONS = ["eager", "sdpa", "sdpa_without_bias", "openvino", "onnxruntime", "flex", "triton"]
+IMPLEMENTATIONS = ["eager", "sdpa", "compiled", "sdpa_without_bias", "openvino", "onnxruntime", "flex", "triton"]
 
 
 def core_of(args, side):
@@ -181,9 +185,12 @@ def main():
     if args.quantize and args.implementation not in ("openvino", "onnxruntime"):
         raise SystemExit(f"{args.implementation}: has no --quantize")
     torch.manual_seed(0)
+    before = status("VmRSS")
     run = CASES[args.case](args)
     with torch.set_grad_enabled("train" in args.case):
         measured = measure(args.device, args.reps, run)
+    peak = status("VmHWM")
+    measured["resident"] = None if before is None or peak is None else peak - before
     config = {key: getattr(args, key) for key in ("grid", "batch", "rank", "dropout", "dtype", "quantize")}
     config |= {"model": f"vit_{args.model}", "device": str(args.device), "threads": torch.get_num_threads()}
     print(json.dumps({"case": args.case, "implementation": args.implementation, "config": config, **measured}))

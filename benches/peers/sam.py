@@ -145,9 +145,8 @@ def encoder(args, core=None):
             if part.window_size == 0:
                 part.attn = Adapted(part.attn, core)
     module = module.to(args.device, args.torch_dtype)
-    if args.case.endswith("train_step"):
-        return adapt(module, args.rank, args.dropout).train()
-    return module.eval()
+    module = adapt(module, args.rank, args.dropout).train() if args.case.endswith("train_step") else module.eval()
+    return torch.compile(module, dynamic=False) if args.implementation == "compiled" else module
 
 
 def decoder(args):

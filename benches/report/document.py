@@ -35,12 +35,12 @@ def table(rows):
 # The ten numbers that the document opens with: their words, the case and the metric.
 HEADLINE = [
     ("image encoder", "encoder_forward", "time"),
-    ("its memory", "encoder_forward", "memory"),
     ("image encoder in bf16", "encoder_forward dtype=bf16", "time"),
+    ("image encoder in bf16, weights in int8", "encoder_forward dtype=bf16 quantize=int8", "time"),
+    ("memory of the image encoder", "encoder_forward", "memory"),
     ("global attention layer", "global_layer_forward", "time"),
-    ("windowed attention layer", "windowed_layer_forward", "time"),
     ("LoRA training step of the encoder", "encoder_train_step", "time"),
-    ("its memory", "encoder_train_step", "memory"),
+    ("memory of that step", "encoder_train_step", "memory"),
     ("mask decoder, 64 prompts", "decoder_forward batch=64", "time"),
     ("one prompt on a stored embedding", "decoder_prompt", "time"),
     ("training step of the mask decoder, 16 prompts", "decoder_train batch=16", "time"),
@@ -53,15 +53,29 @@ def is_rival(row):
     return not name.startswith((SPED_UP, "candle ours")) and "without_bias" not in name
 
 
+# Peers as people call them.
+PEERS = {
+    "eager": "PyTorch",
+    "sdpa": "PyTorch, SDPA",
+    "compiled": "PyTorch, torch.compile",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
 def headline(rows):
-    """A row for each of HEADLINE: ours as installed beside the fastest peer, or the one that needs the least memory."""
+    """A row for each of HEADLINE: ours as installed beside the fastest peer, or the one that needs the least memory.
+
+    No row where that peer's is withheld: the next one would flatter us.
+    """
     lines = ["| | ours | the best peer | | times |", "| --- | --- | --- | --- | --- |"]
     for words, case, metric in HEADLINE:
         rivals = [row for row in rows if (row["case"], row["metric"]) == (case, metric) and is_rival(row)]
-        if rivals:
-            row = min(rivals, key=lambda row: row["peer"])
-            unit = row["unit"]
-            cells = [words, f"{number(row['ours'])} {unit}", f"{number(row['peer'])} {unit}", row["peer_name"]]
+        row = min(rivals, key=lambda row: row["peer"], default=None)
+        if row and row["withheld"] is None:
+            unit, peer = row["unit"], row["peer_name"]
+            peer = PEERS.get(peer.split()[1], peer) if peer.startswith("pytorch ") else peer
+            cells = [words, f"{number(row['ours'])} {unit}", f"{number(row['peer'])} {unit}", peer]
             lines.append("| " + " | ".join([*cells, number(row["ratio"])]) + " |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
@@ -240,7 +254,7 @@ def write(results, source, path):
             source=relative,
             command=head["command"],
             date=head["date"],
-            headline=headline(published),
+            headline=headline(rows),
             commits=commits(results),
             seconds=head["seconds"],
             machine="Machine: `" + facts(head["machine"]) + "`.",

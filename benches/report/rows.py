@@ -4,10 +4,11 @@
 |---|---|---|
 | time | peer / ours | the medians; bar: at least, against the fastest kept peer |
 | memory | peer / ours | bar: at least, against the named peer with the default allocator |
+| resident | peer / ours | weights and all; bar: at least, against the named peer |
 | peak | peer / ours | a training step's on a GPU, weights and all; no bar |
 | rate | none | a GPU's arithmetic, counted on the operation's products |
 | lora | adapted / frozen | median of the ratios of neighbouring runs; bar: at most |
-| bf16 | our f32 / our bf16 | bar: at least |
+| time, memory | our f32 / our bf16 | bar: at least |
 | time, memory | ours without / with | the step with gradient checkpointing; no bar |
 | limit | ours / the machine's best | GFLOP/s over the GEMM's, GB/s over the copy's; no bar |
 
@@ -34,6 +35,7 @@ class Samples:
         self.wall = [s for m in measured for s in (m["wall_s"] or [m["first_s"]])]
         self.base = [s for m in measured for s in m.get("base_wall_s", [])]
         self.memory = [m["memory"] / MIB for m in measured if m.get("memory") is not None]
+        self.resident = [m["resident"] / MIB for m in measured if m.get("resident") is not None]
         self.gpu_peak = [m["gpu_peak"] / MIB for m in measured if m.get("gpu_peak") is not None]
         self.flops, self.bytes = measured[0].get("flops"), measured[0].get("bytes")
         self.time = median(self.wall)
@@ -41,7 +43,7 @@ class Samples:
 
     def of(self, metric):
         """The values whose spread tells how sure the metric is."""
-        return {"memory": self.memory, "peak": self.gpu_peak}.get(metric, self.wall)
+        return {"memory": self.memory, "resident": self.resident, "peak": self.gpu_peak}.get(metric, self.wall)
 
 
 def spread(values):
@@ -55,7 +57,7 @@ def spread(values):
 
 def withheld(metric, sides):
     """Why a row is not to be published, if so. Others take time, not memory."""
-    if metric in ("memory", "peak"):
+    if metric in ("memory", "resident", "peak"):
         return None
     if any(side.is_disturbed for side in sides):
         return f"other processes took more than {MOST_LOAD:.0%}"
@@ -102,6 +104,7 @@ def rows_of(runs, compared):
                 suffix = "/kept" if allocator == KEPT else ""
                 rows += time_rows(comparison, suffix, ours, of_case)
                 rows += memory_rows(comparison, suffix, ours, of_case) if allocator == DEFAULT else []
+                rows += resident_rows(comparison, ours, of_case) if allocator == DEFAULT else []
                 if comparison is comparisons.CHECKPOINTED:
                     rows += checkpointed_rows(comparison, ours, samples)
                 rows += rate_rows(comparison, ours)
@@ -140,6 +143,15 @@ def memory_rows(comparison, suffix, ours, of_case):
         yield row(comparison.name + suffix, "memory", "MiB", (mine, theirs), (ours, peer), name, ratio, asked, holds)
 
 
+def resident_rows(comparison, ours, of_case):
+    bar, barred = comparison.resident_bar or (None, None)
+    peer = barred and of_case.get(barred.name)
+    if peer and peer.resident and ours.resident:
+        mine, theirs = max(ours.resident), max(peer.resident)
+        ratio, name = theirs / mine, barred.name
+        yield row(comparison.name, "resident", "MiB", (mine, theirs), (ours, peer), name, ratio, bar, ratio >= bar)
+
+
 def peak_rows(comparison, ours, of_case):
     for name, peer in others(of_case).items():
         if ours.gpu_peak and peer.gpu_peak:
@@ -169,10 +181,16 @@ def limit_rows(comparison, suffix, ours, samples):
 def bf16_rows(comparison, suffix, ours, samples, allocator):
     exact = comparison.name.removesuffix(" dtype=bf16")
     f32 = samples.get((exact, Config("candle", "ours", allocator).name))
-    if f32 is not None:
-        ratio, bar = f32.time / ours.time, comparisons.BF16_BARS[exact]
-        case, name = comparison.name + suffix, f"candle ours f32 ({allocator})"
-        yield row(case, "time", "s", (ours.time, f32.time), (ours, f32), name, ratio, bar, ratio >= bar)
+    if f32 is None:
+        return
+    case, name, sides = comparison.name + suffix, f"candle ours f32 ({allocator})", (ours, f32)
+    ratio, bar = f32.time / ours.time, comparisons.BF16_BARS[exact]
+    yield row(case, "time", "s", (ours.time, f32.time), sides, name, ratio, bar, ratio >= bar)
+    bar = comparisons.BF16_MEMORY_BARS.get(exact)
+    if bar and allocator == DEFAULT and ours.memory and f32.memory:
+        mine, theirs = max(ours.memory), max(f32.memory)
+        ratio = theirs / mine
+        yield row(case, "memory", "MiB", (mine, theirs), sides, name, ratio, bar, ratio >= bar)
 
 
 def checkpointed_rows(comparison, ours, samples):

@@ -8,11 +8,11 @@
     venv/bin/python benches/report/run.py --device cuda --out benches/results/gpu.json
 
 Every measurement is a fresh process. On the CPU, each implementation runs under glibc's default allocator and under one that
-keeps freed pages (`kept`). Mapping and unmapping large tensors can cost as much as the arithmetic. `--cases`
-restricts to the cases whose name contains one of the words; with `--update` the others stay as they are in the results. The
-machine should be idle: a process that had to share the CPUs is run again, and the calmest of three is taken. The
-results are written after each comparison; `--seconds` ends the run in good order. With `--executable`, the case runner that
-is there, neither Rust nor git is needed: the version is read from the file VERSION beside it.
+keeps freed pages (`kept`). Mapping and unmapping large tensors can cost as much as the arithmetic. `--cases` restricts to
+the cases whose name contains one of the words, `--peers` to such peers. With `--update` the results keep what is not
+measured again. The machine should be idle: a process that had to share the CPUs is run again, and the calmest of three is
+taken. The results are written after each comparison; `--seconds` ends the run in good order. With `--executable`, the case
+runner that is there, neither Rust nor git is needed: the version is read from the file VERSION beside it.
 """
 
 import argparse
@@ -83,12 +83,16 @@ def children_seconds():
 
 
 class Runner:
-    def __init__(self, args, start, commit):
+    def __init__(self, args, compared, start, commit):
         self.args, self.executable, self.commit = args, args.executable or build(), commit
         # Its comparisons are on the CPU; a machine that only has our executable does without.
         peers = {"published": (), "avx512": ("avx512",)} if args.device == "cpu" and not args.executable else {}
-        self.peers = {program: build_peer(*features) for program, features in peers.items()}
+        wanted = {peer.program for comparison in compared for peer in comparison.peers if self.is_wanted(peer)}
+        self.peers = {program: build_peer(*features) for program, features in peers.items() if program in wanted}
         self.end = start + args.seconds if args.seconds else float("inf")
+
+    def is_wanted(self, peer):
+        return not self.args.peers or any(word in peer.name for word in self.args.peers)
 
     def out_of_time(self):
         # A process takes some seconds to start.
@@ -174,13 +178,13 @@ class Runner:
         if self.args.device != "cpu":
             return [Config("candle", "ours"), *comparison.peers]
         skipped = comparison.slow if self.args.quick else ()
-        peers = [peer for peer in comparison.peers if peer not in skipped]
-        if not self.peers:
-            peers = [peer for peer in peers if peer.program not in ("published", "avx512")]
+        peers = [peer for peer in comparison.peers if peer not in skipped and self.is_wanted(peer)]
+        peers = [peer for peer in peers if peer.program not in ("published", "avx512") or peer.program in self.peers]
         if comparison in comparisons.PROBES:
             peers = [Config("pytorch", "eager")] if comparison.case == "gemm_peak" else []
             return [Config("candle", "ours"), *peers]
-        if comparison in [*comparisons.LORA, *comparisons.SWEEPS, comparisons.CHECKPOINTED]:
+        single = [*comparisons.LORA, *comparisons.SWEEPS, *comparisons.AVX2, comparisons.CHECKPOINTED]
+        if comparison in single or "cpu" in comparison.options:
             return [Config("candle", "ours"), *peers]
         return [Config("candle", "ours", DEFAULT), *peers, Config("candle", "ours", KEPT)]
 
@@ -226,15 +230,21 @@ def head(args):
     }
 
 
-def kept_runs(args, head, wanted):
-    """The runs of cases that are not `wanted`, from the results; another machine or another version is refused."""
+def earlier_runs(args, head):
+    """The runs that the results hold; those of another machine or with another version are refused."""
     kept = json.loads(args.out.read_text())
     for group, key in (("machine", "cpu"), ("machine", "cores"), ("machine", "threads"), ("versions", "torch")):
         if kept["head"][group].get(key) != head[group].get(key):
             sys.exit(f"{args.out}: {key} was {kept['head'][group].get(key)}, here it is {head[group].get(key)}")
-    names = {comparison.name for comparison in wanted}
     commit = kept["head"]["commit"]
-    return [{"commit": commit, **run} for run in kept["runs"] if run["comparison"] not in names]
+    return [{"commit": commit, **run} for run in kept["runs"]]
+
+
+def joined(earlier, runs):
+    """The earlier ones that were not made again, and all new ones."""
+    key = lambda run: (run["comparison"], run["config"])
+    again = {key(run) for run in runs}
+    return [run for run in earlier if key(run) not in again] + runs
 
 
 def main():
@@ -243,7 +253,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one process each, few repetitions")
     parser.add_argument("--cases", nargs="*", help="only the cases that contain one of these words")
     parser.add_argument("--without", action="append", default=[], help="not the cases that contain this; may be repeated")
-    parser.add_argument("--update", action="store_true", help="keep what --out has of the cases that are not run")
+    parser.add_argument("--peers", nargs="*", help="only the peers whose name contains one of these words")
+    parser.add_argument("--update", action="store_true", help="keep what --out has and this run does not measure again")
     parser.add_argument("--reps", type=int, help="repetitions, in one process each")
     parser.add_argument("--grid", type=int, help="all cases on small grids, say 8: to see that everything runs")
     parser.add_argument("--threads", type=int, default=2)
@@ -263,7 +274,8 @@ def main():
         parser.error("no case has such a name")
     start = time.monotonic()
     before = head(args)
-    runner, runs = Runner(args, start, before["commit"]), kept_runs(args, before, wanted) if args.update else []
+    runner, runs = Runner(args, wanted, start, before["commit"]), []
+    earlier = earlier_runs(args, before) if args.update else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for comparison in wanted:
         if runner.out_of_time():
@@ -271,11 +283,12 @@ def main():
             continue
         runs += runner.compare(comparison)
         before["seconds"] = round(time.monotonic() - start)
-        rows = rows_of(runs, compared)
+        measured = joined(earlier, runs)
+        rows = rows_of(measured, compared)
         if args.grid is not None:
             # The bars are for the cases' own shapes.
             rows = [row | {"bar": None, "holds": None} for row in rows]
-        results = {"head": before, "rows": rows, "runs": runs}
+        results = {"head": before, "rows": rows, "runs": measured}
         # Whole, whoever ends this process.
         part = args.out.with_suffix(".part")
         part.write_text(json.dumps(results, indent=1) + "\n")

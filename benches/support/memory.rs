@@ -22,7 +22,7 @@ impl Memory {
             return None;
         }
         std::fs::write("/proc/self/clear_refs", "5").ok()?;
-        status("VmRSS").map(Self::Resident)
+        resident().map(Self::Resident)
     }
 
     /// The peak since, of all that tensors take of a GPU; none on the CPU.
@@ -37,11 +37,21 @@ impl Memory {
     /// How far the peak has risen since.
     pub fn growth(&self) -> Option<u64> {
         match self {
-            Self::Resident(before) => Some(status("VmHWM")?.saturating_sub(*before)),
+            Self::Resident(before) => Some(peak_resident()?.saturating_sub(*before)),
             #[cfg(feature = "cuda")]
             Self::Gpu(pool, before) => Some(pool.peak()?.saturating_sub(*before)),
         }
     }
+}
+
+/// Bytes of this process in memory now.
+pub fn resident() -> Option<u64> {
+    status("VmRSS")
+}
+
+/// The most bytes of this process in memory since [`Memory::now`].
+pub fn peak_resident() -> Option<u64> {
+    status("VmHWM")
 }
 
 /// A line of `/proc/self/status`, in bytes.

@@ -45,13 +45,17 @@ static std::string capitalised(std::string word) {
     row("attention::KeyTile { element_bytes: %zu, head_dim: %d, bytes: %zu }", \
         sizeof(T), dim, sizeof(KeyTile<T, dim, queries>::Storage));
 
-#define STREAM(dim, cols, rows, box_rows, ...)                                                                        \
-    row("attention_sm90::StreamTile { head_dim: %d, cols: %d, rows: %d, box_rows: %d, bytes: %zu }", dim, cols, rows, \
-        box_rows, sizeof(__VA_ARGS__));
-#define ATTENTION_FWD_SM90(suffix, T, dim, cols, rows, box_rows, slots) \
-    STREAM(dim, cols, rows, box_rows, StreamTile<T, dim, cols, rows, box_rows, slots>::Storage)
-#define ATTENTION_BWD_QUERY_SM90(suffix, T, dim, cols, rows, box_rows, slots) \
-    STREAM(dim, cols, rows, box_rows, QueryPassStorage<StreamTile<T, dim, cols, rows, box_rows, slots>>)
+template <class Tile> static void stream(size_t bytes) {
+    row("attention_sm90::StreamTile { head_dim: %d, cols: %d, rows: %d, box_rows: %d, queries: %d, threads: %d, "
+        "bytes: %zu }",
+        Tile::kDim, Tile::kCols, Tile::kRows, Tile::kBoxRows, Tile::kQueries, Tile::kThreads, bytes);
+}
+template <class Tile> static void stream_forward() { stream<Tile>(sizeof(typename Tile::Storage)); }
+template <class Tile> static void stream_query_pass() { stream<Tile>(sizeof(QueryPassStorage<Tile>)); }
+#define ATTENTION_FWD_SM90(suffix, T, dim, cols, rows, box_rows, slots, groups) \
+    stream_forward<StreamTile<T, dim, cols, rows, box_rows, slots, groups>>();
+#define ATTENTION_BWD_QUERY_SM90(suffix, T, dim, cols, rows, box_rows, slots, groups) \
+    stream_query_pass<StreamTile<T, dim, cols, rows, box_rows, slots, groups>>();
 #define ATTENTION_BWD_KEY_SM90(suffix, T, dim, cols)                                  \
     row("attention_sm90::KeyBlock { head_dim: %d, cols: %d, bytes: %zu }", dim, cols, \
         sizeof(KeyBlock<T, dim, cols, true>::Storage));

@@ -18,8 +18,8 @@ class Prediction(NamedTuple):
 
 # On an H200 in bf16.
 PREDICTIONS = [
-    Prediction("attention_global_64 forward batch 1 grid 64", 120, 170, "the attention's forward"),
-    Prediction("attention_global_64 backward batch 1 grid 64", 300, 450, "the attention's backward"),
+    Prediction("attention_global_64 forward batch 1 grid 64", 95, 140, "the attention's forward"),
+    Prediction("attention_global_64 backward batch 1 grid 64", 260, 400, "the attention's backward"),
     Prediction("attention_windows_64 forward batch 8 grid 64", 8 * 12, 8 * 16, "in windows: 12 to 16 an image"),
     Prediction("attention_windows_64 backward batch 8 grid 64", 8 * 35, 8 * 50, "in windows: 35 to 50 an image"),
     Prediction("qkv_lora forward batch 4 grid 64", 94, 115, "the projections: 84 to 100, and 10 to 15 for S"),

@@ -9,6 +9,7 @@
 
 use super::bf16;
 use super::buffer::Buffer;
+use super::element::Element;
 use super::int8::{self, dequantized};
 use super::panel::{panel, Into, Left, Right, PANEL};
 use super::simd::{padded, run, MAX_LANES};
@@ -39,8 +40,8 @@ enum Kind {
 }
 
 impl Packed {
-    /// From the transpose, `rows [n, k]`.
-    pub fn from_transposed(rows: &[f32], n: usize, k: usize) -> Self {
+    /// From the transpose, `rows [n, k]`, as numbers.
+    pub fn from_transposed<T: Element>(rows: &[T], n: usize, k: usize) -> Self {
         Self::pack(n, k, |first, panel| {
             // Sixteen lines at a time stay in the first-level cache while all their columns are filled.
             for (group, lines) in panel.chunks_mut(16 * PANEL).enumerate() {
@@ -48,19 +49,21 @@ impl Packed {
                 for (column, row) in rows.chunks_exact(k).skip(first).take(PANEL).enumerate() {
                     let values = &row[group * 16..][..depth];
                     for (line, &value) in lines.chunks_exact_mut(PANEL).zip(values) {
-                        line[column] = value;
+                        line[column] = value.widened();
                     }
                 }
             }
         })
     }
 
-    /// From the matrix itself, `rows [k, n]`.
-    pub fn from_rows(rows: &[f32], k: usize, n: usize) -> Self {
+    /// From the matrix itself, `rows [k, n]`, as numbers.
+    pub fn from_rows<T: Element>(rows: &[T], k: usize, n: usize) -> Self {
         Self::pack(n, k, |first, panel| {
             let width = PANEL.min(n - first);
             for (line, row) in panel.chunks_exact_mut(PANEL).zip(rows.chunks_exact(n)) {
-                line[..width].copy_from_slice(&row[first..first + width]);
+                line.iter_mut()
+                    .zip(&row[first..first + width])
+                    .for_each(|(out, x)| *out = x.widened());
             }
         })
     }
@@ -141,10 +144,13 @@ impl Packed {
     }
 
     fn pack(n: usize, k: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let mut data = Buffer::zeros(n.div_ceil(PANEL) * k * PANEL);
-        data.par_chunks_mut(k * PANEL)
-            .enumerate()
-            .for_each(|(index, panel)| fill(index * PANEL, panel));
+        let mut data = Buffer::any(n.div_ceil(PANEL) * k * PANEL);
+        data.par_chunks_mut(k * PANEL).enumerate().for_each(|(index, panel)| {
+            if n < (index + 1) * PANEL {
+                panel.fill(0.0);
+            }
+            fill(index * PANEL, panel);
+        });
         Self { k, n, data, kind: Kind::Number }
     }
 

@@ -7,6 +7,7 @@ use element::Element;
 use rayon::prelude::*;
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
 mod bf16;
 mod block;
@@ -14,11 +15,13 @@ mod blocked;
 pub mod broadcast;
 pub mod buffer;
 mod columns;
+pub mod conv_columns;
 pub mod element;
 mod head;
 pub mod image_side;
 pub mod int8;
 pub mod layer_norm;
+pub mod mask_loss;
 mod math;
 pub mod multi_head;
 mod panel;
@@ -29,6 +32,16 @@ mod softmax;
 pub mod upscale;
 pub mod upscale_gradient;
 mod weights;
+
+/// The sum of squares, by all threads and in a fixed order: in f32 over rows of 16, in f64 over those.
+pub fn sum_of_squares(values: &[f32]) -> f64 {
+    const CHUNK: usize = 1 << 14;
+    let of_chunk = |chunk: &[f32]| -> f64 {
+        chunk.chunks(16).map(|row| f64::from(row.iter().map(|x| x * x).sum::<f32>())).sum()
+    };
+    let parts: Vec<f64> = values.par_chunks(CHUNK).map(of_chunk).collect();
+    parts.iter().sum()
+}
 
 /// `sum += part`, by all threads.
 pub fn add_in_parallel<T: Element>(sum: &mut [T], part: &[T]) {

@@ -4,13 +4,62 @@
 //! best is chosen at run time. Everything below a [`run`] must be `#[inline(always)]` to be compiled for it.
 
 use pulp::{Arch, Simd, WithSimd};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// The widest vector of any instruction set, in f32 lanes: buffers are padded to multiples of it.
 pub const MAX_LANES: usize = 16;
 
-/// Runs a kernel with the best instruction set of this machine.
+/// Instructions that the CPU path may use, the most first.
+///
+/// [Example](crate::testing::allow_instructions)
+#[cfg_attr(not(feature = "testing"), allow(dead_code))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instructions {
+    /// All that this machine has.
+    All,
+    /// AVX2 and FMA: no AVX-512, neither its products of bf16 nor those of int8.
+    Avx2,
+    /// No vectors.
+    Scalar,
+}
+
+/// The number of the [`Instructions`] that are allowed.
+static ALLOWED: AtomicU8 = AtomicU8::new(0);
+
+/// Makes the CPU path run as on a machine that has fewer instructions, for all threads of the process.
+///
+/// Tests and benchmarks run other machines' code by this. Call it before the first operation. Candle's own operations
+/// keep all instructions.
+///
+/// ```
+/// use candle_sam_lora::testing::{allow_instructions, Instructions};
+///
+/// allow_instructions(Instructions::Avx2);
+/// ```
+#[cfg(feature = "testing")]
+pub fn allow_instructions(allowed: Instructions) {
+    ALLOWED.store(allowed as u8, Ordering::Relaxed);
+}
+
+/// Whether the CPU path may use these instructions, if the machine has them.
+pub fn allowed(instructions: Instructions) -> bool {
+    ALLOWED.load(Ordering::Relaxed) <= instructions as u8
+}
+
+/// Runs a kernel with the best instruction set of this machine that is allowed.
 pub fn run<K: WithSimd>(kernel: K) -> K::Output {
-    Arch::new().dispatch(kernel)
+    best().dispatch(kernel)
+}
+
+fn best() -> Arch {
+    if allowed(Instructions::All) {
+        return Arch::new();
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = pulp::x86::V3::try_new().filter(|_| allowed(Instructions::Avx2)) {
+        return Arch::V3(avx2);
+    }
+    Arch::Scalar
 }
 
 /// `n` rounded up to whole vectors of any instruction set.

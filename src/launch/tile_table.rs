@@ -36,22 +36,22 @@ pub const ATTENTION_KEY: &[attention::KeyTile] = &[
 
 #[rustfmt::skip]
 pub const ATTENTION_FWD_SM90: &[attention_sm90::StreamTile] = &[
-    attention_sm90::StreamTile { head_dim: 64, cols: 64, rows: 2, box_rows: 2, bytes: 115712 },
-    attention_sm90::StreamTile { head_dim: 80, cols: 64, rows: 2, box_rows: 2, bytes: 123904 },
-    attention_sm90::StreamTile { head_dim: 64, cols: 16, rows: 8, box_rows: 8, bytes: 115712 },
-    attention_sm90::StreamTile { head_dim: 80, cols: 16, rows: 8, box_rows: 8, bytes: 123904 },
-    attention_sm90::StreamTile { head_dim: 64, cols: 40, rows: 4, box_rows: 1, bytes: 119808 },
-    attention_sm90::StreamTile { head_dim: 80, cols: 40, rows: 4, box_rows: 1, bytes: 123904 },
+    attention_sm90::StreamTile { head_dim: 64, cols: 64, rows: 1, box_rows: 1, queries: 192, threads: 512, bytes: 74752 },
+    attention_sm90::StreamTile { head_dim: 80, cols: 64, rows: 1, box_rows: 1, queries: 192, threads: 512, bytes: 93184 },
+    attention_sm90::StreamTile { head_dim: 64, cols: 16, rows: 8, box_rows: 8, queries: 128, threads: 384, bytes: 115712 },
+    attention_sm90::StreamTile { head_dim: 80, cols: 16, rows: 8, box_rows: 8, queries: 128, threads: 384, bytes: 123904 },
+    attention_sm90::StreamTile { head_dim: 64, cols: 40, rows: 4, box_rows: 1, queries: 128, threads: 384, bytes: 119808 },
+    attention_sm90::StreamTile { head_dim: 80, cols: 40, rows: 4, box_rows: 1, queries: 128, threads: 384, bytes: 123904 },
 ];
 
 #[rustfmt::skip]
 pub const ATTENTION_BWD_QUERY_SM90: &[attention_sm90::StreamTile] = &[
-    attention_sm90::StreamTile { head_dim: 64, cols: 64, rows: 1, box_rows: 1, bytes: 100352 },
-    attention_sm90::StreamTile { head_dim: 80, cols: 64, rows: 1, box_rows: 1, bytes: 124928 },
-    attention_sm90::StreamTile { head_dim: 64, cols: 16, rows: 4, box_rows: 4, bytes: 100352 },
-    attention_sm90::StreamTile { head_dim: 80, cols: 16, rows: 4, box_rows: 4, bytes: 124928 },
-    attention_sm90::StreamTile { head_dim: 64, cols: 40, rows: 2, box_rows: 1, bytes: 86016 },
-    attention_sm90::StreamTile { head_dim: 80, cols: 40, rows: 2, box_rows: 1, bytes: 96256 },
+    attention_sm90::StreamTile { head_dim: 64, cols: 64, rows: 1, box_rows: 1, queries: 128, threads: 384, bytes: 100352 },
+    attention_sm90::StreamTile { head_dim: 80, cols: 64, rows: 1, box_rows: 1, queries: 128, threads: 384, bytes: 124928 },
+    attention_sm90::StreamTile { head_dim: 64, cols: 16, rows: 4, box_rows: 4, queries: 128, threads: 384, bytes: 100352 },
+    attention_sm90::StreamTile { head_dim: 80, cols: 16, rows: 4, box_rows: 4, queries: 128, threads: 384, bytes: 124928 },
+    attention_sm90::StreamTile { head_dim: 64, cols: 40, rows: 2, box_rows: 1, queries: 128, threads: 384, bytes: 86016 },
+    attention_sm90::StreamTile { head_dim: 80, cols: 40, rows: 2, box_rows: 1, queries: 128, threads: 384, bytes: 96256 },
 ];
 
 #[rustfmt::skip]

@@ -3,15 +3,20 @@
 //! ```text
 //! columns[i, j, (a, b)] = x[s i + a - half, s j + b - half], zero outside       a, b = 0 .. k
 //! ```
-//! The gradient adds up each position's places in f32, tap by tap. On a GPU each direction is one kernel.
+//! The gradient adds up each position's places in f32, tap by tap. On the CPU and on a GPU with kernels each direction is
+//! one pass.
 
-use super::computed::with_backward;
+use super::computed::{node, with_backward};
+use super::custom::Stored;
 #[cfg(feature = "cuda")]
-use super::{computed::node, custom::has_kernels, gpu::conv_columns as gpu};
+use super::{custom::has_kernels, gpu::conv_columns as gpu};
+use crate::cpu::conv_columns as cpu;
 #[cfg(feature = "cuda")]
 use crate::launch::conv_columns::covers;
 use crate::problem::ConvColumns;
-use candle_core::{bail, DType, Result, Tensor, D};
+use candle_core::op::BackpropOp;
+use candle_core::{bail, DType, Result, Storage, Tensor, D};
+use half::bf16;
 
 /// The k x k neighbourhood of every position, or of one in each s x s, zero outside:
 /// `[B, H, W, C] -> [B, H / s, W / s, k k C]`, rounded up.
@@ -24,9 +29,37 @@ pub(crate) fn conv_columns(x: &Tensor, kernel: usize, stride: usize) -> Result<T
             Ok((gpu::backward(&problem, grad)?, None, None))
         });
     }
+    if let Some(problem) = on_the_cpu(x, kernel, stride)? {
+        return match x.dtype() {
+            DType::BF16 => by_the_cpu::<bf16>(problem, x),
+            _ => by_the_cpu::<f32>(problem, x),
+        };
+    }
     let value = neighbourhoods(&x.detach(), kernel, stride)?;
     with_backward(ConvColumns::OP, (x, None, None), value, move |[x, ..], grad| {
         let dx = scattered(grad, x.dims(), kernel, stride)?.to_dtype(x.dtype())?;
+        Ok((Some(dx), None, None))
+    })
+}
+
+/// The problem, if the CPU's code computes it.
+fn on_the_cpu(x: &Tensor, kernel: usize, stride: usize) -> Result<Option<ConvColumns>> {
+    let (batch, h, w, channels) = x.dims4()?;
+    let problem = ConvColumns { batch, h, w, channels, kernel, stride };
+    let is_float = matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16);
+    let covered = x.device().is_cpu() && is_float && x.elem_count() * kernel * stride > 0;
+    Ok(covered.then_some(problem))
+}
+
+fn by_the_cpu<T: Stored>(problem: ConvColumns, x: &Tensor) -> Result<Tensor> {
+    const OP: &str = ConvColumns::OP;
+    let columns = T::with(OP, x, |x| Ok(cpu::gather(&problem, &x)))?;
+    let storage = Storage::Cpu(T::storage(OP, columns.into_vec(), x.dtype())?);
+    let shape = (problem.batch, problem.rows(), problem.cols(), problem.width()).into();
+    node(OP, (x, None, None), (storage, shape), move |[x, ..], _, grad| {
+        let dx = T::with(OP, grad, |grad| Ok(cpu::scatter(&problem, &grad)))?;
+        let storage = Storage::Cpu(T::storage(OP, dx.into_vec(), x.dtype())?);
+        let dx = Tensor::from_storage(storage, x.shape(), BackpropOp::none(), false);
         Ok((Some(dx), None, None))
     })
 }

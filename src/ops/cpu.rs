@@ -360,9 +360,7 @@ fn weight<'a>(
     in_dim: usize,
 ) -> Result<Weight<'a>> {
     if let (CpuStorage::BF16(values), Some((start, end))) = (storage, layout.contiguous_offsets()) {
-        if let Some(weight) = Weight::from_bf16(&values[start..end], in_dim) {
-            return Ok(weight);
-        }
+        return Ok(Weight::from_bf16(&values[start..end], in_dim));
     }
     Ok(Weight::F32(to_f32(op, storage, layout)?))
 }

@@ -57,10 +57,12 @@ mod fused;
 mod gpu;
 pub(crate) mod image_side;
 mod layer_norm;
+pub(crate) mod mask_loss;
 mod multi_head;
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub mod native;
+pub(crate) mod optimizer;
 mod params;
 mod product;
 mod projection;

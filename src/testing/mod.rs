@@ -68,6 +68,7 @@
 mod gradients;
 pub mod reference;
 
+pub use crate::cpu::simd::{allow_instructions, Instructions};
 pub use crate::train::slope::values;
 pub use gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 

@@ -19,7 +19,7 @@ mod by_kernels;
 
 use super::groups::Factors;
 use super::{AdamWConfig, Gradients, ParameterGroups};
-use crate::ops::Collector;
+use crate::ops::{optimizer, Collector};
 use crate::problem::{AdamWRates, AdamWStep};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{backprop::GradStore, bail, DType, Tensor, Var};
@@ -355,6 +355,12 @@ impl Slot {
         rates: AdamWRates,
     ) -> candle_core::Result<()> {
         let p = self.var.as_detached_tensor().to_dtype(DType::F32)?;
+        if p.device().is_cpu() {
+            let tensors = [&p, &self.exp_avg, &self.exp_avg_sq];
+            let [p, m, v] = optimizer::adamw(tensors, gradient, step, rates)?;
+            (self.exp_avg, self.exp_avg_sq) = (m, v);
+            return self.var.set(&p.to_dtype(self.var.dtype())?);
+        }
         let p = (p * rates.decay)?;
         self.exp_avg = (&self.exp_avg + ((gradient - &self.exp_avg)? * step.beta1_rest)?)?;
         self.exp_avg_sq =

@@ -8,6 +8,7 @@
 //! Source: `torch.nn.utils.clip_grad_norm_`.
 
 use crate::nn::ENDS_THE_GRAPH;
+use crate::ops::optimizer::sum_of_squares;
 use candle_core::{bail, DType, Result, Tensor, Var, D};
 
 /// Added to the norm by PyTorch.
@@ -116,6 +117,10 @@ impl Gradients {
 
     /// The 2-norm of all of them together.
     pub fn norm(&self) -> Result<f64> {
+        if self.tensors.iter().all(|g| g.device().is_cpu()) {
+            let squares = self.tensors.iter().map(sum_of_squares).collect::<Result<Vec<_>>>()?;
+            return Ok(squares.iter().sum::<f64>().sqrt());
+        }
         // By rows first, so that no sum of millions loses its small terms.
         let squares = self.tensors.iter().map(|g| match g.rank() {
             0 => g.sqr(),

@@ -12,21 +12,20 @@
 //!
 //! Source: Kirillov et al., "Segment Anything", 2023, appendix A: focal to dice 20:1, IoU 1, the best of three masks.
 
+use crate::ops::mask_loss::{mask_ious, mask_losses};
+use crate::problem::{MaskTerms, FOCAL_ALPHA};
 use crate::{Error, Result as CrateResult};
 use candle_core::{bail, DType, Result, Tensor};
 use serde::Serialize;
 use std::fmt;
 use std::str::FromStr;
 
-/// Share of the object's pixels in the focal loss.
-const FOCAL_ALPHA: f64 = 0.25;
-
 /// Binary cross-entropy of logits against targets of the same shape, averaged over all elements: a scalar.
 ///
 /// [Example](crate::train::LossWeights)
 pub fn bce_with_logits(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let (x, t) = checked("bce-with-logits", logits, targets)?;
-    bce_pixels(&x, &t)?.mean_all()
+    over_all_pixels(&x, &t, MaskTerms { bce: 1.0, ..NOTHING })
 }
 
 /// Focal loss of logits against targets of the same shape, averaged over all elements: a scalar. Alpha is 0.25, gamma 2.
@@ -34,7 +33,7 @@ pub fn bce_with_logits(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// [Example](crate::train::LossWeights)
 pub fn focal_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let (x, t) = checked("focal-loss", logits, targets)?;
-    focal_pixels(&x, &t)?.mean_all()
+    over_all_pixels(&x, &t, MaskTerms { focal: 1.0, ..NOTHING })
 }
 
 /// Dice loss of logits `[N, h, w]` against targets `[N, h, w]`, averaged over the masks: a scalar.
@@ -46,7 +45,7 @@ pub fn dice_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if x.rank() != 3 {
         bail!("{OP}: logits must have shape [masks, height, width], got {:?}", x.dims())
     }
-    dice_masks(&x, &t)?.mean_all()
+    of_masks(&x, &t, MaskTerms { dice: 1.0, ..NOTHING })?.mean_all()
 }
 
 /// Cross-entropy plus dice, the mean over masks `[N, h, w]`: a scalar.
@@ -70,6 +69,10 @@ pub fn iou_loss(scores: &Tensor, logits: &Tensor, targets: &Tensor) -> Result<Te
         )
     }
     let dtype = x.dtype();
+    let scores = scores.to_dtype(dtype)?;
+    if let Some(iou) = mask_ious(&x, &t)? {
+        return (scores - iou)?.sqr()?.mean_all();
+    }
     let area = |inside: &Tensor| inside.to_dtype(dtype)?.sum((1, 2));
     let (mask, truth) = (x.detach().gt(0.0)?.to_dtype(dtype)?, t.gt(0.5)?.to_dtype(dtype)?);
     let both = area(&(&mask * &truth)?)?;
@@ -77,7 +80,7 @@ pub fn iou_loss(scores: &Tensor, logits: &Tensor, targets: &Tensor) -> Result<Te
     // Two empty masks agree.
     let neither = any.eq(0.0)?.to_dtype(dtype)?;
     let iou = ((both + &neither)? / (any + neither)?)?;
-    (scores.to_dtype(dtype)? - iou)?.sqr()?.mean_all()
+    (scores - iou)?.sqr()?.mean_all()
 }
 
 /// Weights of a loss's terms. A term of weight 0 is left out. As text: `focal=20,dice=1,iou=1`.
@@ -164,28 +167,14 @@ impl LossWeights {
             _ => targets.unsqueeze(1)?.repeat((1, masks, 1, 1))?.reshape(logits.shape())?,
         };
         let (x, t) = checked(OP, &logits, &targets)?;
-        // One mask needs no choice, so its loss is a mean at once.
-        let alone = masks == 1;
-        let over_pixels = |pixels: Tensor| match alone {
-            true => pixels.mean_all(),
-            false => pixels.mean((1, 2)),
-        };
-        let mut shape = Sum(None);
-        if self.dice > 0.0 {
-            let dice = dice_masks(&x, &t)?;
-            shape.add(if alone { dice.mean_all()? } else { dice }, self.dice)?;
-        }
-        if self.bce > 0.0 {
-            shape.add(over_pixels(bce_pixels(&x, &t)?)?, self.bce)?;
-        }
-        if self.focal > 0.0 {
-            shape.add(over_pixels(focal_pixels(&x, &t)?)?, self.focal)?;
-        }
         let mut sum = Sum(None);
-        if let Some(each) = shape.0 {
-            let best = match alone {
-                true => each,
-                false => {
+        let terms = MaskTerms { bce: self.bce, focal: self.focal, dice: self.dice };
+        if terms.bce + terms.focal + terms.dice > 0.0 {
+            let each = of_masks(&x, &t, terms)?;
+            let best = match masks {
+                // One mask needs no choice.
+                1 => each.mean_all()?,
+                _ => {
                     let each = each.reshape((objects, masks))?;
                     let best = each.detach().argmin_keepdim(1)?;
                     each.gather(&best, 1)?.mean_all()?
@@ -254,6 +243,35 @@ impl Sum {
     }
 }
 
+const NOTHING: MaskTerms = MaskTerms { bce: 0.0, focal: 0.0, dice: 0.0 };
+
+/// As [`of_masks`], of all pixels as those of one mask: a scalar.
+fn over_all_pixels(x: &Tensor, t: &Tensor, terms: MaskTerms) -> Result<Tensor> {
+    let one = (1, x.elem_count(), 1);
+    of_masks(&x.reshape(one)?, &t.reshape(one)?, terms)?.squeeze(0)
+}
+
+/// The weighted sum of the terms for each mask, `[N, h, w] -> [N]`.
+fn of_masks(x: &Tensor, t: &Tensor, terms: MaskTerms) -> Result<Tensor> {
+    if let Some(losses) = mask_losses(x, t, terms)? {
+        return Ok(losses);
+    }
+    let mut sum = Sum(None);
+    if terms.dice > 0.0 {
+        sum.add(dice_masks(x, t)?, terms.dice)?;
+    }
+    if terms.bce > 0.0 {
+        sum.add(bce_pixels(x, t)?.mean((1, 2))?, terms.bce)?;
+    }
+    if terms.focal > 0.0 {
+        sum.add(focal_pixels(x, t)?.mean((1, 2))?, terms.focal)?;
+    }
+    match sum.0 {
+        Some(losses) => Ok(losses),
+        None => x.zeros_like()?.mean((1, 2)),
+    }
+}
+
 fn bce_pixels(x: &Tensor, t: &Tensor) -> Result<Tensor> {
     let softplus = (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
     (x.relu()? - (x * t)?)? + softplus
@@ -262,7 +280,8 @@ fn bce_pixels(x: &Tensor, t: &Tensor) -> Result<Tensor> {
 fn focal_pixels(x: &Tensor, t: &Tensor) -> Result<Tensor> {
     let p = candle_nn::ops::sigmoid(x)?;
     let miss = ((&p + t)? - ((&p * t)? * 2.0)?)?;
-    let alpha = t.affine(2.0 * FOCAL_ALPHA - 1.0, 1.0 - FOCAL_ALPHA)?;
+    let alpha = f64::from(FOCAL_ALPHA);
+    let alpha = t.affine(2.0 * alpha - 1.0, 1.0 - alpha)?;
     (alpha * miss.sqr()?)? * bce_pixels(x, t)?
 }
 

@@ -4,8 +4,22 @@ pub use super::operations::*;
 use super::values;
 use candle_core::{Result, Tensor};
 use candle_sam_lora::ops::Activation;
+use candle_sam_lora::testing::{allow_instructions, Instructions};
+
+/// The environment's name of the instructions that the CPU path may use in these cases.
+pub const INSTRUCTIONS: &str = "INSTRUCTIONS_OF_TESTS";
+
+fn allow_the_environments_instructions() {
+    match std::env::var(INSTRUCTIONS).as_deref() {
+        Err(_) => {}
+        Ok("avx2") => allow_instructions(Instructions::Avx2),
+        Ok("scalar") => allow_instructions(Instructions::Scalar),
+        Ok(other) => panic!("{INSTRUCTIONS}={other}"),
+    }
+}
 
 pub fn all() -> Vec<Op<'static>> {
+    allow_the_environments_instructions();
     use Activation::{Gelu, GeluTanh, Relu, Silu};
     let dropped = LoraLinear { dropout: Some(DROPOUT), ..PLAIN };
     let attention = Attention {

@@ -24,7 +24,7 @@ const QUERY: Subject = Subject {
         r#"
 #include "rel_pos_attention/sm90/bwd_query.cuh"
 KERNEL(rel_pos_attention_bwd_query_sm90_hd64_cols40_f16, RelPosAttentionBwdQuerySm90Params, 384, 1) {
-    rel_pos_attention_bwd_query_sm90<StreamTile<__half, 64, 40, 2, 1, 5>>(p);
+    rel_pos_attention_bwd_query_sm90<StreamTile<__half, 64, 40, 2, 1, 5, 2>>(p);
 }
 "#,
     ),

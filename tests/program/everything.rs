@@ -173,8 +173,9 @@ fn calibration_chooses_thresholds_and_uses_them() -> Result<()> {
     let image = micrograph().0;
     let image = image.display();
     let out = succeed(here, "masks", &format!("{image} {truth} --output chosen"))?;
+    let nms = calibration["mask_nms_thresh"].as_f64().context("doubles need no suppression")?;
     let flags = format!(
-        "--iou {} --stability {}",
+        "--iou {} --stability {} --mask-nms {nms}",
         calibration["pred_iou_thresh"], calibration["stability_score_thresh"]
     );
     ensure!(out.contains(&format!("images: {flags}: precision ")), "{flags}: {out}");

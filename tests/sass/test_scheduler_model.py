@@ -38,6 +38,8 @@ class SchedulerModel(unittest.TestCase):
         self.assertEqual((found.fair, found.greedy, found.bound, found.pipe), (64, 64, 64, "xu"))
         on_ampere = model.predict(way(*["FFMA R0, R1, R2, R3"] * 8), "sm_80", 2)
         self.assertEqual((on_ampere.fair, on_ampere.bound), (32, 32))
+        products = way(*["HMMA.16816.F32.BF16 R0, R4, R8, R0"] * 4)
+        self.assertEqual([model.predict(products, arch, 2).bound for arch in ("sm_80", "sm_86")], [64, 256])
 
     def test_a_scoreboard_holds_a_result_back(self):
         code = way("LDS R0, [R1] | 1 | 0 | ", "FADD R2, R0, R0 | 1 | | 1")

@@ -17,7 +17,7 @@
 
 #define INSTANCE(suffix, T, dim, cols)                                                                      \
     KERNEL(rel_pos_attention_bwd_key_sm90_hd##dim##_cols##cols##_##suffix, RelPosAttentionBwdKeySm90Params, \
-           REL_POS_ATTENTION_SM90_THREADS, 1) {                                                             \
+           REL_POS_ATTENTION_SM90_BWD_KEY_THREADS, 1) {                                                             \
         rel_pos_attention_bwd_key_sm90<KeyBlock<T, dim, cols, KEYS_IN_REGISTERS>>(p);                       \
     }
 REL_POS_ATTENTION_BWD_KEY_SM90_TILES(INSTANCE)

@@ -22,7 +22,7 @@ template <class Element, int Dim, int Cols, bool InRegisters> struct KeyBlock {
     static constexpr int kKeys = kGroups * kGroupRows, kRows = kKeys / Cols, kBoxRows = kRows,
                          kThreads = kGroup * (kGroups + 1);
     static constexpr int kQueries = REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES;
-    static_assert(kKeys == REL_POS_ATTENTION_SM90_BWD_KEYS && kThreads == REL_POS_ATTENTION_SM90_THREADS);
+    static_assert(kKeys == REL_POS_ATTENTION_SM90_BWD_KEYS && kThreads == REL_POS_ATTENTION_SM90_BWD_KEY_THREADS);
     static_assert(Cols % 8 == 0,
                   "the eight rows of an accumulator must belong to one key row: rel_h is read once for them");
     static constexpr bool kKeysInRegisters = InRegisters;
@@ -117,62 +117,65 @@ __device__ __forceinline__ void consume_queries_for_keys(const RelPosAttentionBw
     ChannelSums<kDim> dk, dv;
     float scores[kQueries / 2], dweights[kQueries / 2];
     uint32_t weights[kQueries / 16][4], dscores[kQueries / 16][4];
-    for (uint32_t step = 0; step < work.steps; ++step) {
-        const auto& stage = shared.stages[step % Block::kStages];
-        ptx::mbarrier_wait_parity(shared.full[step % Block::kStages], step / Block::kStages % 2);
-        ptx::wgmma_fence();
-        if constexpr (Block::kKeysInRegisters) multiply_rows<T, kDim, kQueries>(scores, keys, stage.queries);
-        else multiply_rows<T, kDim, kQueries, kKeys, kQueries>(scores, shared.keys, group * kGroupRows, stage.queries);
-        if constexpr (Block::kValuesInRegisters) multiply_rows<T, kDim, kQueries>(dweights, values, stage.dout);
-        else multiply_rows<T, kDim, kQueries, kKeys, kQueries>(dweights, shared.values, group * kGroupRows, stage.dout);
-        ptx::wgmma_wait_group<1>();  // the scores, and all products of the step before
-        ptx::wgmma_pin(scores);
-        dk.pin();
-        dv.pin();
-        if (step > 0 && lane == 0) ptx::mbarrier_arrive(shared.empty[(step - 1) % Block::kStages]);
+    [[maybe_unused]] const uint32_t first_key = group * kGroupRows;
+    const auto pass_queries = [&](auto with_dropout) {
+        constexpr bool kDropout = decltype(with_dropout)::value;
+        for (uint32_t step = 0; step < work.steps; ++step) {
+            const auto& stage = shared.stages[step % Block::kStages];
+            ptx::mbarrier_wait_parity(shared.full[step % Block::kStages], step / Block::kStages % 2);
+            ptx::wgmma_fence();
+            if constexpr (Block::kKeysInRegisters) multiply_rows<T, kDim, kQueries>(scores, keys, stage.queries);
+            else multiply_rows<T, kDim, kQueries, kKeys, kQueries>(scores, shared.keys, first_key, stage.queries);
+            if constexpr (Block::kValuesInRegisters) multiply_rows<T, kDim, kQueries>(dweights, values, stage.dout);
+            else multiply_rows<T, kDim, kQueries, kKeys, kQueries>(dweights, shared.values, first_key, stage.dout);
+            ptx::wgmma_wait_group<1>();  // the scores, and all products of the step before
+            ptx::wgmma_pin(scores);
+            dk.pin();
+            dv.pin();
+            if (step > 0 && lane == 0) ptx::mbarrier_arrive(shared.empty[(step - 1) % Block::kStages]);
 
 #pragma unroll
-        for (int n = 0; n < kQueries / 2; ++n) {
-            const uint32_t query = query_of(n), half = n / 2 % 2;
-            scores[n] = ptx::ex2_approx(
-                fmaf(scores[n], scale, stage.rel_w[query][column[half]] + stage.rel_h[query][row[half]]));
-        }
-        const uint32_t begin = step * kQueries;
-        if (begin + kQueries > work.queries) {
+            for (int n = 0; n < kQueries / 2; ++n) {
+                const uint32_t query = query_of(n), half = n / 2 % 2;
+                scores[n] = ptx::ex2_approx(
+                    fmaf(scores[n], scale, stage.rel_w[query][column[half]] + stage.rel_h[query][row[half]]));
+            }
+            const uint32_t begin = step * kQueries;
+            if (begin + kQueries > work.queries) {
+#pragma unroll
+                for (int n = 0; n < kQueries / 2; ++n)
+                    if (begin + query_of(n) >= work.queries) scores[n] = 0.0f;
+            }
+            [[maybe_unused]] uint32_t kept = 0;
+            if constexpr (kDropout) {
+#pragma unroll 1
+                for (uint32_t n = 0; n < kQueries / 2; ++n) {
+                    const Token at = n / 2 % 2 == 0 ? key[0] : key[1];
+                    const uint64_t row = unit.first_row() + begin + query_of(n);
+                    kept |= uint32_t(dropout_keeps(s.dropout, row, at.y * s.side_w + at.x)) << n;
+                }
+            }
+            const auto dropped = [&](float x, int n) { return kDropout ? x * dropout_factor(s.dropout, kept, n) : x; };
+#pragma unroll
+            for (int k = 0; k < kQueries / 16; ++k)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int n = 8 * k + 2 * i;
+                    weights[k][i] = pack<T>(dropped(scores[n], n), dropped(scores[n + 1], n + 1));
+                }
+            ptx::wgmma_fence();
+            add_weighted<T, kDim, kQueries>(dv, weights, stage.dout);
+            ptx::wgmma_wait_group<1>();  // the weights' gradients
+            ptx::wgmma_pin(dweights);
 #pragma unroll
             for (int n = 0; n < kQueries / 2; ++n)
-                if (begin + query_of(n) >= work.queries) scores[n] = 0.0f;
+                dweights[n] = scores[n] * (dropped(dweights[n], n) - stage.delta[query_of(n)]);
+            pack_weights<T, kQueries>(dscores, dweights);
+            ptx::wgmma_fence();
+            add_weighted<T, kDim, kQueries>(dk, dscores, stage.queries);
         }
-        uint32_t kept = ~0u;
-        if (s.dropout.threshold != 0) {
-            kept = 0;
-#pragma unroll 1
-            for (uint32_t n = 0; n < kQueries / 2; ++n) {
-                const Token at = n / 2 % 2 == 0 ? key[0] : key[1];
-                kept |=
-                    uint32_t(dropout_keeps(s.dropout, unit.first_row() + begin + query_of(n), at.y * s.side_w + at.x))
-                    << n;
-            }
-        }
-        const auto factor = [&](int n) { return s.dropout.threshold != 0 ? dropout_factor(s.dropout, kept, n) : 1.0f; };
-#pragma unroll
-        for (int k = 0; k < kQueries / 16; ++k)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int n = 8 * k + 2 * i;
-                weights[k][i] = pack<T>(scores[n] * factor(n), scores[n + 1] * factor(n + 1));
-            }
-        ptx::wgmma_fence();
-        add_weighted<T, kDim, kQueries>(dv, weights, stage.dout);
-        ptx::wgmma_wait_group<1>();  // the weights' gradients
-        ptx::wgmma_pin(dweights);
-#pragma unroll
-        for (int n = 0; n < kQueries / 2; ++n)
-            dweights[n] = scores[n] * (dweights[n] * factor(n) - stage.delta[query_of(n)]);
-        pack_weights<T, kQueries>(dscores, dweights);
-        ptx::wgmma_fence();
-        add_weighted<T, kDim, kQueries>(dk, dscores, stage.queries);
-    }
+    };
+    compile_twice(s.dropout, pass_queries);
     ptx::wgmma_wait_group<0>();
     dk.pin();
     dv.pin();

@@ -145,6 +145,7 @@ __device__ __forceinline__ void consume_query_pass(const RelPosAttentionBwdQuery
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys,
                   kQueries = Tile::kQueries;
+    static_assert(Tile::kGroups == 2, "the two take turns at the tables' boxes");
     const RelPosAttentionShape& s = p.shape;
     const uint32_t group = ptx::shfl_idx(threadIdx.x / kGroup, 0), warp = threadIdx.x / kWarp,
                    g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
@@ -376,10 +377,10 @@ __device__ __forceinline__ void rel_pos_attention_bwd_query_sm90(const RelPosAtt
     __syncthreads();
     // From one lane, so that the compiler knows it to be the same for the warp.
     if (ptx::shfl_idx(threadIdx.x / kGroup, 0) == Tile::kGroups) {
-        ptx::setmaxnreg_dec<24>();
+        ptx::setmaxnreg_dec<Tile::kLoaderRegisters>();
         if (threadIdx.x % kGroup == 0) load_query_pass<Tile>(p, shared);
     } else {
-        ptx::setmaxnreg_inc<240>();
+        ptx::setmaxnreg_inc<Tile::kRegisters>();
         consume_query_pass<Tile>(p, shared);
     }
 }

@@ -234,7 +234,6 @@ __device__ __forceinline__ void softmax_of_tile(float (&rescale)[2], float (&sco
 template <class Tile>
 __device__ __forceinline__ void drop_weights(float (&weights)[Tile::kKeys / 2], const RelPosAttentionShape& s,
                                              const AttentionUnit& unit, const Token (&query)[2], Token key) {
-    if (s.dropout.threshold == 0) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const auto kept = kept_keys<Tile>(s, unit.dropout_row(query[half]), key.y, key.x);

@@ -1,20 +1,23 @@
 // A block of queries and the keys that stream past it, on sm_90a: what the forward and the backward's query pass share.
 //
-// A block holds 128 queries of a unit, whole stretches of kCols of grid rows, 64 for each of two warpgroups. The first
-// thread of a third warpgroup fills a ring of slots in the order of use: rows of the tables, then key tiles.
+// A block holds queries of a unit, whole stretches of kCols of grid rows, 64 for each of two or three warpgroups. The
+// first thread of one more warpgroup fills a ring of slots in the order of use: rows of the tables, then key tiles.
 //
 // For the tables, q R^T is the same product as q k^T, for the rows that the block's queries need, 64 at a time. Each
 // product goes to its key's place in shared memory.
 #pragma once
 #include "rel_pos_attention/sm90/common.cuh"
 
-template <class Element, int Dim, int Cols, int Rows, int BoxRows, int Slots> struct StreamTile {
+template <class Element, int Dim, int Cols, int Rows, int BoxRows, int Slots, int Groups>
+struct StreamTile {
     using T = Element;
     static constexpr int kDim = Dim, kCols = Cols, kRows = Rows, kKeys = Cols * Rows, kBoxRows = BoxRows,
-                         kSlots = Slots, kGroups = 2;
+                         kSlots = Slots, kGroups = Groups;
     static constexpr int kQueries = kGroups * kGroupRows, kQueryRows = kQueries / Cols,
                          kThreads = kGroup * (kGroups + 1);
-    static_assert(kQueries == REL_POS_ATTENTION_SM90_QUERIES && kThreads == REL_POS_ATTENTION_SM90_THREADS);
+    // Registers of a thread that loads, and of one that computes. All of a block's are those of a multiprocessor.
+    static_assert(Groups == 2 || Groups == 3);
+    static constexpr int kLoaderRegisters = Groups == 2 ? 24 : 32, kRegisters = Groups == 2 ? 240 : 160;
     static_assert(Cols % 8 == 0, "an accumulator's 8 columns must belong to one key row: rel_h is read once for them");
     static_assert(kKeys % 16 == 0 && kKeys <= 256, "a tile is the width of one wgmma, and a whole depth of products");
     static_assert(Rows % BoxRows == 0 && kQueryRows % BoxRows == 0);

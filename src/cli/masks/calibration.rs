@@ -14,7 +14,8 @@ const MIN_AREA: usize = 20;
 /// Images that thresholds are chosen on
 #[derive(clap::Args, Clone, Debug)]
 pub struct CalibrationArguments {
-    /// Choose --iou and --stability on the images of this folder, print them and use them; without IMAGES print them only
+    /// Choose --iou, --stability and --mask-nms on the images of this folder, print them and use them; without IMAGES print
+    /// them only. A --mask-nms that is given stays
     #[arg(
         long,
         value_name = "DIR",
@@ -66,6 +67,7 @@ pub fn calibrated(
     Ok(MaskGenerator {
         pred_iou_thresh: found.pred_iou_thresh,
         stability_score_thresh: found.stability_score_thresh,
+        mask_nms_thresh: found.mask_nms_thresh,
         ..generator
     })
 }
@@ -79,8 +81,9 @@ fn image_and_objects(truth: &Dataset, index: usize) -> Result<(DynamicImage, Vec
 fn tell(found: &Calibration, images: usize, console: Console) {
     let (precision, recall, warning) = (found.precision(), found.recall(), found.warning());
     let said = warning.as_ref().map_or_else(String::new, |why| format!("\nwarning: {why}"));
+    let nms = found.mask_nms_thresh.map_or_else(String::new, |iou| format!(" --mask-nms {iou}"));
     let text = format!(
-        "calibrated on {images} images: --iou {} --stability {}: precision {precision:.3} ({} masks), recall {recall:.3} ({} \
+        "calibrated on {images} images: --iou {} --stability {}{nms}: precision {precision:.3} ({} masks), recall {recall:.3} ({} \
          of {} objects){said}",
         found.pred_iou_thresh, found.stability_score_thresh, found.kept, found.found, found.objects
     );

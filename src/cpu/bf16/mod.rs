@@ -7,6 +7,7 @@
 //! with. So packing and blocking are those of f32 with half the depth.
 
 use super::panel::{Into, Left, Right};
+use super::simd::{allowed, Instructions};
 use super::softmax::{Gradient, OnlineStep, Row};
 
 mod operands;
@@ -19,7 +20,8 @@ mod x86;
 /// Whether this machine has the instruction; without it f32 is faster.
 pub fn available() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512f")
+    return allowed(Instructions::All)
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512bf16");

@@ -1,15 +1,18 @@
 //! The products by AVX512-VNNI, and by AVX2 with pairs of 16 bits: four products of bytes overflow its own instruction.
 
 use super::super::panel::Into;
+use super::super::simd::{allowed, Instructions};
 use super::operands::Operands;
 use std::arch::x86_64::*;
 
 pub fn has_vnni() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni")
+    allowed(Instructions::All)
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512vnni")
 }
 
 pub fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2")
+    allowed(Instructions::Avx2) && is_x86_feature_detected!("avx2")
 }
 
 /// All tiles of C, of up to `ROWS` x `WIDTH` vectors of `LANES` columns.

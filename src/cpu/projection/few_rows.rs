@@ -6,6 +6,7 @@
 use super::{dropped, Projections, Weight};
 use crate::cpu::blocked::Packed;
 use crate::cpu::buffer::Buffer;
+use crate::cpu::element::Element;
 use crate::cpu::math::add;
 use crate::cpu::simd::{run, vectors};
 use pulp::{Simd, WithSimd};
@@ -38,7 +39,11 @@ pub fn forward(layer: &Projections<'_>, x: &[f32], residual: Option<&[f32]>) -> 
         let sums = &mut out[part.columns.start..];
         match weight {
             Weight::F32(weight) => add_product(sums, total, (x, in_dim), weight, 1.0),
-            Weight::Pairs(pairs) => add_product_of_pairs(sums, total, (x, in_dim), pairs),
+            Weight::Bf16(weight) => add_product(sums, total, (x, in_dim), weight, 1.0),
+            Weight::Pairs(pairs) => {
+                let weight: &[half::bf16] = bytemuck::cast_slice(pairs);
+                add_product(sums, total, (x, in_dim), weight, 1.0);
+            }
             Weight::Quads(..) => return None,
         }
         if let Some(lora) = part.lora {
@@ -58,17 +63,21 @@ pub fn forward(layer: &Projections<'_>, x: &[f32], residual: Option<&[f32]>) -> 
 }
 
 /// `sums [rows, n] += scale * x weight^T`, rows of the sums `stride` apart, `x [rows, depth]`, `weight [n, depth]`.
-fn add_product(
+fn add_product<T: Element>(
     sums: &mut [f32],
     stride: usize,
     (x, depth): (&[f32], usize),
-    weight: &[f32],
+    weight: &[T],
     scale: f32,
 ) {
     let rows = x.len() / depth;
     let mut columns = vec![0f32; weight.len() / depth * rows];
     let tasks = columns.par_chunks_mut(TASK * rows).zip(weight.par_chunks(TASK * depth));
-    tasks.for_each(|(columns, weight)| run(Product { columns, rows, x, depth, weight }));
+    tasks.for_each(|(columns, weight)| {
+        let mut wide = Vec::new();
+        let weight = T::read(weight, &mut wide);
+        run(Product { columns, rows, x, depth, weight });
+    });
     add_columns(sums, stride, (&columns, rows), scale);
 }
 
@@ -81,28 +90,6 @@ fn add_columns(sums: &mut [f32], stride: usize, (columns, rows): (&[f32], usize)
             sums[block * 16..].iter_mut().zip(values).for_each(|(sum, x)| *sum += scale * x);
         }
     }
-}
-
-/// As [`add_product`], of a weight in pairs: the even depths and the odd ones are a product each.
-fn add_product_of_pairs(
-    sums: &mut [f32],
-    stride: usize,
-    (x, depth): (&[f32], usize),
-    pairs: &[f32],
-) {
-    let halves = [0, 1].map(|half| x.iter().skip(half).step_by(2).copied().collect::<Vec<f32>>());
-    let (rows, depth) = (x.len() / depth, depth / 2);
-    let mut columns = vec![0f32; pairs.len() / depth * rows];
-    let tasks = columns.par_chunks_mut(TASK * rows).zip(pairs.par_chunks(TASK * depth));
-    tasks.for_each(|(columns, pairs)| {
-        // Two plain loops, which the compiler turns into vectors.
-        let low: Vec<f32> = pairs.iter().map(|x| f32::from_bits(x.to_bits() << 16)).collect();
-        let high = pairs.iter().map(|x| f32::from_bits(x.to_bits() & 0xffff_0000));
-        for (x, weight) in halves.iter().zip([low, high.collect()]) {
-            run(Product { columns: &mut *columns, rows, x, depth, weight: &weight });
-        }
-    });
-    add_columns(sums, stride, (&columns, rows), 1.0);
 }
 
 /// `columns [n, rows] += weight [n, depth] x [rows, depth]^T`
@@ -211,19 +198,19 @@ mod tests {
             let x: Vec<f32> = (0..rows * depth).map(value).collect();
             let weight: Vec<f32> = (0..n * depth).map(|i| value(i + 7)).collect();
             let stride = n + 2;
-            let (mut sums, mut of_pairs) = (vec![1f32; rows * stride], vec![1f32; rows * stride]);
+            let (mut sums, mut of_bf16) = (vec![1f32; rows * stride], vec![1f32; rows * stride]);
             add_product(&mut sums, stride, (&x, depth), &weight, 0.5);
             // The weight's values are exact in bf16.
-            let pairs = crate::cpu::bf16::pairs(&weight);
-            add_product_of_pairs(&mut of_pairs, stride, (&x, depth), &pairs);
+            let weight_bf16 = half::bf16::rounded(&weight);
+            add_product(&mut of_bf16, stride, (&x, depth), &weight_bf16, 0.5);
             for i in 0..rows {
                 for j in 0..stride {
                     let product =
                         |p| f64::from(x[i * depth + p]) * f64::from(weight[j * depth + p]);
                     let dot: f64 = if j < n { (0..depth).map(product).sum() } else { 0.0 };
                     let error = (f64::from(sums[i * stride + j]) - 1.0 - 0.5 * dot).abs();
-                    let error_pairs = (f64::from(of_pairs[i * stride + j]) - 1.0 - dot).abs();
-                    assert!(error < 1e-5 && error_pairs < 1e-5, "{rows} {n} {depth}: {i} {j}");
+                    assert!(error < 1e-5, "{rows} {n} {depth}: {i} {j}");
+                    assert_eq!(of_bf16[i * stride + j], sums[i * stride + j]);
                 }
             }
         }

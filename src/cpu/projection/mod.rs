@@ -14,13 +14,14 @@ pub use backward::backward;
 pub use forward::forward;
 
 use super::activation::Activation;
-use super::bf16;
+use super::bf16::available as has_bf16_products;
 use super::blocked::Packed;
 use super::buffer::Elements;
 use super::element::Element;
 use super::math::add;
 use super::panel::PANEL;
 use crate::problem::{small_layout, LoraProblem, ProjectionProblem, SmallLayout};
+use half::bf16;
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -42,6 +43,8 @@ pub struct Projections<'a> {
 pub enum Weight<'a> {
     /// As it is, or converted.
     F32(Cow<'a, [f32]>),
+    /// In bf16, on a machine that multiplies f32 alone.
+    Bf16(&'a [bf16]),
     /// In bf16, on a machine that multiplies that: a row's neighbours in pairs, see `cpu/bf16.rs`.
     Pairs(&'a [f32]),
     /// In int8, see [`super::int8`]: a row's neighbours in fours, and the scales of the rows.
@@ -49,11 +52,14 @@ pub enum Weight<'a> {
 }
 
 impl<'a> Weight<'a> {
-    /// From bf16; none where that is better converted. Both widths are even: the backward pairs the other one.
-    pub fn from_bf16(values: &'a [half::bf16], in_dim: usize) -> Option<Self> {
+    /// From bf16: in pairs where the machine has the products and both widths are even, since the backward pairs the
+    /// other one.
+    pub fn from_bf16(values: &'a [bf16], in_dim: usize) -> Self {
         let even = in_dim.is_multiple_of(2) && (values.len() / in_dim).is_multiple_of(2);
-        let pairs = bytemuck::try_cast_slice(values).ok();
-        pairs.filter(|_| even && bf16::available()).map(Self::Pairs)
+        match bytemuck::try_cast_slice(values) {
+            Ok(pairs) if even && has_bf16_products() => Self::Pairs(pairs),
+            _ => Self::Bf16(values),
+        }
     }
 
     /// From bytes that are 128 too large; the width of the input is a multiple of 4.
@@ -70,6 +76,7 @@ impl<'a> Weight<'a> {
     fn transposed(&self, n: usize, k: usize) -> Packed {
         match self {
             Self::F32(weight) => Packed::from_transposed(weight, n, k),
+            Self::Bf16(weight) => Packed::from_transposed(weight, n, k),
             Self::Pairs(pairs) => Packed::from_transposed_pairs(pairs, n, k),
             Self::Quads(quads, scales) => Packed::from_transposed_quads(quads, scales, n, k),
         }
@@ -79,9 +86,10 @@ impl<'a> Weight<'a> {
     fn by_rows<T: Element>(&self, k: usize, n: usize) -> Packed {
         match self {
             Self::F32(weight) => Packed::from_rows(weight, k, n),
+            Self::Bf16(weight) => Packed::from_rows(weight, k, n),
             Self::Pairs(pairs) => Packed::from_rows_of_pairs(pairs, k, n),
             Self::Quads(quads, scales) => {
-                match T::IS_BF16 && k.is_multiple_of(2) && bf16::available() {
+                match T::IS_BF16 && k.is_multiple_of(2) && has_bf16_products() {
                     true => Packed::from_rows_of_quads_as_pairs(quads, scales, k, n),
                     false => Packed::from_rows_of_quads(quads, scales, k, n),
                 }

@@ -5,6 +5,7 @@
 //! found object      one that a kept true candidate shows; others that show it too count as wrong
 //! F1                2 found / (kept + objects), the harmonic mean of found / kept and found / objects
 //! ```
+//! The suppression of doubles by their masks is chosen first, of a few thresholds, by the F1 that it allows.
 //! The maximum lies where the last candidate kept by either threshold is a true one. So the search looks at these pairs
 //! alone, and at all of them.
 
@@ -12,6 +13,7 @@ use super::{GeneratedMask, MaskGenerator};
 use crate::sam::{Rle, SamPredictor};
 use crate::{Error, Result};
 use image::DynamicImage;
+use rayon::prelude::*;
 
 /// The IoU with a true object from which a candidate is true.
 const TRUE_IOU: f64 = 0.5;
@@ -19,6 +21,10 @@ const TRUE_IOU: f64 = 0.5;
 const LEAST_RANK_CORRELATION: f64 = 0.3;
 /// Predicted IoUs that lie further from the true ones on average need thresholds of their own.
 const LARGEST_MEAN_GAP: f64 = 0.2;
+
+/// Thresholds of the masks' suppression that are tried, the gentlest first.
+const MASK_NMS: [Option<f64>; 8] =
+    [None, Some(0.7), Some(0.6), Some(0.5), Some(0.4), Some(0.3), Some(0.2), Some(0.1)];
 
 /// A candidate's scores, and how good it is.
 ///
@@ -69,6 +75,8 @@ pub struct Calibration {
     pub pred_iou_thresh: f64,
     /// For [`MaskGenerator::stability_score_thresh`], as `pred_iou_thresh`.
     pub stability_score_thresh: f64,
+    /// For [`MaskGenerator::mask_nms_thresh`].
+    pub mask_nms_thresh: Option<f64>,
     /// Candidates seen.
     pub candidates: usize,
     /// Candidates kept.
@@ -97,6 +105,11 @@ impl Calibration {
     /// The harmonic mean of precision and recall.
     pub fn f1(&self) -> f64 {
         2.0 * self.found as f64 / (self.kept + self.objects) as f64
+    }
+
+    /// Whether F1 is higher; compared without a division.
+    fn is_better(&self, other: &Self) -> bool {
+        self.found * (other.kept + other.objects) > other.found * (self.kept + self.objects)
     }
 
     /// Why the predicted IoUs are a poor guide, in one line. Their order follows the true IoUs too little, or they lie
@@ -219,6 +232,7 @@ impl Calibrator {
         Ok(Calibration {
             pred_iou_thresh: halfway(best.predicted),
             stability_score_thresh: halfway((levels[best.level], next)),
+            mask_nms_thresh: None,
             candidates: self.candidates.len(),
             kept: best.kept,
             objects: self.objects,
@@ -287,11 +301,12 @@ fn correlation(a: &[f64], b: &[f64]) -> Option<f64> {
 }
 
 impl MaskGenerator {
-    /// The thresholds of predicted IoU and stability with the highest F1 on images with true masks, the other settings
-    /// as they are.
+    /// The thresholds of predicted IoU, stability and the masks' overlap with the highest F1 on images with true masks. The
+    /// other settings stay as they are, and so does a `mask_nms_thresh` that is set.
     ///
-    /// Doubles are suppressed among all candidates, before the thresholds. With a stability threshold the generator may
-    /// so keep some masks more than the calibration counts.
+    /// Without one, none and 0.7 to 0.1 are tried. The gentlest of equal ones is taken. Doubles are suppressed among all
+    /// candidates, before the thresholds. With a stability threshold the generator may so keep some masks more than the
+    /// calibration counts.
     ///
     /// # Errors
     /// - as [`generate`](Self::generate), or an image cannot be had;
@@ -302,11 +317,33 @@ impl MaskGenerator {
         images: impl IntoIterator<Item = Result<(DynamicImage, Vec<Rle>)>>,
     ) -> Result<Calibration> {
         let all = Self { pred_iou_thresh: 0.0, stability_score_thresh: 0.0, ..self.clone() };
-        let mut calibrator = Calibrator::default();
+        let tried = match self.mask_nms_thresh {
+            None => MASK_NMS.to_vec(),
+            own => vec![own],
+        };
+        let mut tried: Vec<(Self, Calibrator)> = (tried.into_iter())
+            .map(|mask_nms_thresh| (Self { mask_nms_thresh, ..all.clone() }, Calibrator::default()))
+            .collect();
         for image in images {
             let (image, truth) = image?;
-            calibrator.add(&all.generate(predictor, &image)?, &truth);
+            let found = all.candidates_of(predictor, &image)?;
+            tried.par_iter_mut().try_for_each(|(generator, calibrator)| {
+                calibrator.add(&generator.without_doubles(found.clone())?, &truth);
+                Ok::<(), Error>(())
+            })?;
         }
-        calibrator.finish()
+        let mut best: Option<Calibration> = None;
+        let mut error = None;
+        for (generator, calibrator) in &tried {
+            match calibrator.finish() {
+                Ok(found) if best.as_ref().is_none_or(|best| found.is_better(best)) => {
+                    best =
+                        Some(Calibration { mask_nms_thresh: generator.mask_nms_thresh, ..found });
+                }
+                Ok(_) => {}
+                Err(none) => error = error.or(Some(none)),
+            }
+        }
+        best.ok_or_else(|| error.unwrap_or_else(|| Error::config("calibration: nothing to try")))
     }
 }

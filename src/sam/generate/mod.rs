@@ -187,11 +187,18 @@ impl MaskGenerator {
         image: &DynamicImage,
         progress: impl FnMut(usize, usize),
     ) -> Result<Generated> {
-        let embed = |crop: &Crop| {
-            let part = image.crop_imm(crop.left, crop.top, crop.width(), crop.height());
-            predictor.embed(&part)
-        };
-        self.generate_from(predictor, (image.height(), image.width()), embed, progress)
+        let size = (image.height(), image.width());
+        self.generate_from(predictor, size, embedder(predictor, image), progress)
+    }
+
+    /// The masks before the masks themselves are compared.
+    fn candidates_of(
+        &self,
+        predictor: &SamPredictor<'_>,
+        image: &DynamicImage,
+    ) -> Result<Vec<GeneratedMask>> {
+        let size = (image.height(), image.width());
+        Ok(self.candidates(predictor, size, embedder(predictor, image), |_, _| {})?.masks)
     }
 
     /// As [`generate_counted`](Self::generate_counted), of an image that is embedded already.
@@ -217,6 +224,23 @@ impl MaskGenerator {
 
     /// The masks of an image of a height and width, whose crops `embed` embeds.
     fn generate_from(
+        &self,
+        predictor: &SamPredictor<'_>,
+        size: (u32, u32),
+        embed: impl Fn(&Crop) -> Result<ImageEmbedding>,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<Generated> {
+        let Generated { masks, mut statistics } =
+            self.candidates(predictor, size, embed, progress)?;
+        let passed = statistics.masks;
+        let masks = self.without_doubles(masks)?;
+        statistics.masks = masks.len();
+        statistics.doubles = passed - masks.len();
+        Ok(Generated { masks, statistics })
+    }
+
+    /// The masks before the masks themselves are compared. The statistics count doubles as masks.
+    fn candidates(
         &self,
         predictor: &SamPredictor<'_>,
         size: (u32, u32),
@@ -260,6 +284,11 @@ impl MaskGenerator {
                 |mask: &GeneratedMask| 1.0 / (mask.crop.width() as f32 * mask.crop.height() as f32);
             found = keep(found, |masks| by_boxes(masks, self.crop_nms_thresh, smallness));
         }
+        Ok(Generated { masks: found, statistics })
+    }
+
+    /// The masks without those that overlap a better one, and without small regions.
+    fn without_doubles(&self, mut found: Vec<GeneratedMask>) -> Result<Vec<GeneratedMask>> {
         if let Some(threshold) = self.mask_nms_thresh {
             found = keep(found, |masks| {
                 let scores: Vec<f32> = masks.iter().map(|mask| mask.iou_score).collect();
@@ -267,11 +296,7 @@ impl MaskGenerator {
                 suppress::by_masks(&masks, &scores, threshold)
             });
         }
-        let passed = statistics.masks;
-        let masks = self.without_small_regions(found)?;
-        statistics.masks = masks.len();
-        statistics.doubles = passed - masks.len();
-        Ok(Generated { masks, statistics })
+        self.without_small_regions(found)
     }
 
     fn validate(&self) -> Result<()> {
@@ -395,6 +420,14 @@ impl MaskGenerator {
         let threshold = self.box_nms_thresh.unwrap_or(0.0).max(self.crop_nms_thresh);
         Ok(keep(masks, |masks| suppress::by_boxes(&boxes(masks), &unchanged, threshold)))
     }
+}
+
+/// Embeds the crops of an image.
+fn embedder<'a>(
+    predictor: &'a SamPredictor<'_>,
+    image: &'a DynamicImage,
+) -> impl Fn(&Crop) -> Result<ImageEmbedding> + 'a {
+    |crop| predictor.embed(&image.crop_imm(crop.left, crop.top, crop.width(), crop.height()))
 }
 
 /// Prompt and mask of what the model expects a higher IoU of; all where the threshold is not positive.

@@ -38,13 +38,23 @@ pub(super) fn by_boxes(boxes: &[[f32; 4]], scores: &[f32], threshold: f64) -> Ve
 /// By the masks themselves.
 pub(super) fn by_masks(masks: &[&Rle], scores: &[f32], threshold: f64) -> Vec<usize> {
     let areas: Vec<u64> = masks.iter().map(|mask| mask.area()).collect();
+    let bounds: Vec<Option<[u32; 4]>> = masks.iter().map(|mask| mask.bounds()).collect();
     suppressed(scores, threshold, |a, b| {
+        // Most pairs are far apart.
+        if !bounds[a].zip(bounds[b]).is_some_and(|(a, b)| touch(a, b)) {
+            return 0.0;
+        }
         let both = masks[a].intersection(masks[b]);
         match areas[a] + areas[b] - both {
             0 => 0.0,
             either => (both as f64 / either as f64) as f32,
         }
     })
+}
+
+/// Whether two boxes of pixels share one.
+fn touch(a: [u32; 4], b: [u32; 4]) -> bool {
+    a[0] <= b[2] && b[0] <= a[2] && a[1] <= b[3] && b[1] <= a[3]
 }
 
 #[cfg(test)]

@@ -4,12 +4,13 @@
 use crate::launch::bindings::{
     RelPosAttentionBwdKeySm90Params, RelPosAttentionBwdQuerySm90Params,
     REL_POS_ATTENTION_SM90_BWD_KEYS, REL_POS_ATTENTION_SM90_BWD_KEY_QUERIES,
-    REL_POS_ATTENTION_SM90_QUERIES, REL_POS_ATTENTION_SM90_THREADS,
+    REL_POS_ATTENTION_SM90_BWD_KEY_THREADS,
 };
 use crate::launch::rel_pos_attention::portable::{self, BackwardOperands, BetweenPasses, Inputs};
 use crate::launch::rel_pos_attention::sm90::forward::{
-    covers, grid_maps, panel_maps, table_maps, Maps, SHARED_BYTES,
+    covers, grid_maps, panel_maps, table_maps, Maps,
 };
+use crate::launch::rel_pos_attention::sm90::tile::SHARED_BYTES;
 use crate::launch::rel_pos_attention::sm90::tiles::{self, KeyBlock, StreamTile};
 use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
 use crate::launch::{narrow, AttentionProblem, Gpu, Launch};
@@ -62,7 +63,7 @@ pub fn backward(
 fn query_shared_bytes(p: &AttentionProblem, tile: &StreamTile) -> usize {
     let [h, w] = tile.bias_strides(p);
     let gradients = if p.side_w <= tile.cols { 0 } else { h };
-    tile.bytes + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w + gradients)
+    tile.bytes + 4 * tile.queries * (h + w + gradients)
 }
 
 /// A backward whose operands the two passes share.
@@ -100,8 +101,7 @@ impl Passes<'_> {
             ..Params::zeroed()
         };
         let family = format!("{BY_QUERY}_hd{}_cols{}", p.head_dim, tile.cols);
-        let threads = REL_POS_ATTENTION_SM90_THREADS;
-        let launch = Launch::new(&family, dtype, [blocks, 1, 1], threads, &params)?;
+        let launch = Launch::new(&family, dtype, [blocks, 1, 1], tile.threads, &params)?;
         let shared_bytes = query_shared_bytes(p, tile) as u32;
         Ok(Launch { shared_bytes, tensor_maps: maps, ..launch })
     }
@@ -129,7 +129,8 @@ impl Passes<'_> {
         let family = format!("{BY_KEY}_hd{}_cols{cols}", p.head_dim);
         let units = p.windows() * p.num_heads;
         let grid = [(units * p.side_h.div_ceil(rows) * p.side_w.div_ceil(cols)) as u64, 1, 1];
-        let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
+        let launch =
+            Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_BWD_KEY_THREADS, &params)?;
         Ok(Launch { shared_bytes: bytes as u32, tensor_maps: maps, ..launch })
     }
 }

@@ -2,8 +2,7 @@
 //! fill one. The portable kernels serve the other problems.
 
 use crate::launch::bindings::{
-    device_ptr, PanelMaps, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_QUERIES,
-    REL_POS_ATTENTION_SM90_TABLE_ROWS, REL_POS_ATTENTION_SM90_THREADS,
+    device_ptr, PanelMaps, RelPosAttentionFwdSm90Params, REL_POS_ATTENTION_SM90_TABLE_ROWS,
 };
 use crate::launch::rel_pos_attention::portable::{shape, Inputs};
 use crate::launch::rel_pos_attention::sm90::tiles::{self, StreamTile, Tiles};
@@ -14,8 +13,6 @@ use std::mem::offset_of;
 use std::sync::Arc;
 
 const FAMILY: &str = "rel_pos_attention_fwd_sm90";
-/// Shared memory that a block may have on Hopper.
-pub(in crate::launch) const SHARED_BYTES: usize = 227 << 10;
 /// Channels of the first part of a panel; a head of 80 has a second one.
 const WIDE: usize = 64;
 
@@ -96,11 +93,6 @@ pub(in crate::launch) fn table_maps(
 }
 
 impl StreamTile {
-    fn shared_bytes(&self, p: &AttentionProblem) -> usize {
-        let [h, w] = self.bias_strides(p);
-        self.bytes + 4 * REL_POS_ATTENTION_SM90_QUERIES as usize * (h + w)
-    }
-
     /// Tensor maps of qkv or the output's gradient as grids, with `channels` a token.
     pub(in crate::launch) fn grid_maps(
         &self,
@@ -114,7 +106,7 @@ impl StreamTile {
 
     /// Blocks of a window's head.
     pub fn blocks(&self, problem: &AttentionProblem) -> usize {
-        let rows = REL_POS_ATTENTION_SM90_QUERIES as usize / self.cols;
+        let rows = self.queries / self.cols;
         problem.side_h.div_ceil(rows) * problem.side_w.div_ceil(self.cols)
     }
 }
@@ -137,11 +129,7 @@ pub fn forward(
     // A bulk copy makes zeros of tokens outside the grid, so no window may hang over it.
     let whole =
         problem.h.is_multiple_of(problem.side_h) && problem.w.is_multiple_of(problem.side_w);
-    let shared_bytes = tile.shared_bytes(problem);
-    if !whole
-        || !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out])
-        || shared_bytes > SHARED_BYTES
-    {
+    if !whole || !covers(problem, dtype, &[qkv, tables[0], tables[1], pad, out]) {
         return Ok(None);
     }
     let params = RelPosAttentionFwdSm90Params {
@@ -155,12 +143,13 @@ pub fn forward(
     let family = format!("{FAMILY}_hd{}_cols{}", problem.head_dim, tile.cols);
     let units = problem.windows() * problem.num_heads;
     let grid = [units as u64 * tile.blocks(problem) as u64, 1, 1];
-    let launch = Launch::new(&family, dtype, grid, REL_POS_ATTENTION_SM90_THREADS, &params)?;
+    let launch = Launch::new(&family, dtype, grid, tile.threads, &params)?;
     let at = offset_of!(RelPosAttentionFwdSm90Params, qkv_maps);
     let mut tensor_maps = tile.grid_maps(problem, qkv, 3 * problem.channels(), at)?;
     let at = offset_of!(RelPosAttentionFwdSm90Params, table_maps);
     tensor_maps.extend(table_maps(problem, tables, at)?);
-    Ok(Some(Launch { shared_bytes: shared_bytes as u32, tensor_maps, ..launch }))
+    let shared_bytes = tile.forward_bytes(problem) as u32;
+    Ok(Some(Launch { shared_bytes, tensor_maps, ..launch }))
 }
 
 #[cfg(test)]
@@ -178,9 +167,13 @@ mod tests {
     fn a_grid_streams_through_its_blocks() -> Result<()> {
         let global = launch(GLOBAL)?.unwrap();
         assert_eq!(global.kernel, "rel_pos_attention_fwd_sm90_hd64_cols64_bf16");
-        // Two grid rows a block; q, six slots of 128 keys, barriers, and 65 + 72 biases of 128 queries.
-        assert_eq!((global.grid, global.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
-        assert_eq!(global.shared_bytes, (7 << 14) + 1024 + 128 * (65 + 72) * 4);
+        // Three grid rows a block; q, six slots of 64 keys, barriers, and 65 + 72 biases of 192 queries.
+        assert_eq!((global.grid, global.block), ([4 * 12 * 22, 1, 1], [512, 1, 1]));
+        assert_eq!(global.shared_bytes, (9 << 13) + 1024 + 192 * (65 + 72) * 4);
+        // Two of 16 columns, where the biases of 192 queries do not fit.
+        let tall = launch(AttentionProblem { h: 140, side_h: 140, ..GLOBAL })?.unwrap();
+        assert_eq!(tall.kernel, "rel_pos_attention_fwd_sm90_hd64_cols16_bf16");
+        assert_eq!((tall.grid, tall.block), ([4 * 12 * 4 * 18, 1, 1], [384, 1, 1]));
         Ok(())
     }
 
@@ -188,7 +181,7 @@ mod tests {
     fn tensor_maps_stand_where_the_kernel_reads_them() -> Result<()> {
         let maps = launch(AttentionProblem { head_dim: 80, ..GLOBAL })?.unwrap().tensor_maps;
         let found: Vec<_> = maps.iter().map(|(at, map)| (*at, map.tile.to_vec())).collect();
-        let tokens = |channels| vec![channels, 64, 2, 1];
+        let tokens = |channels| vec![channels, 64, 1, 1];
         let table = |at| [(at, vec![64, 64]), (at + 128, vec![16, 64])];
         let expected =
             [vec![(0, tokens(64)), (128, tokens(16))], table(256).into(), table(512).into()];

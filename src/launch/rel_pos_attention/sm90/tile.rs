@@ -3,6 +3,9 @@
 use crate::launch::rel_pos_attention::tile::bias_strides;
 use crate::launch::AttentionProblem;
 
+/// Shared memory that a block may have on Hopper.
+pub(in crate::launch) const SHARED_BYTES: usize = 227 << 10;
+
 /// A key tile of whole rows of `cols` columns, for a block of queries that it streams past: the forward, and the backward's
 /// query pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +18,10 @@ pub struct StreamTile {
     pub rows: usize,
     /// Grid rows that one bulk copy brings.
     pub box_rows: usize,
+    /// Queries of a block.
+    pub queries: usize,
+    /// Threads of a block.
+    pub threads: u32,
     /// Shared memory of a block, without the biases.
     pub bytes: usize,
 }
@@ -45,5 +52,11 @@ impl StreamTile {
     /// Floats of a query's rel_h and rel_w.
     pub fn bias_strides(&self, problem: &AttentionProblem) -> [usize; 2] {
         bias_strides(problem, self.rows, self.cols)
+    }
+
+    /// Shared memory of a block of the forward, with the biases.
+    pub(in crate::launch) fn forward_bytes(&self, problem: &AttentionProblem) -> usize {
+        let [h, w] = self.bias_strides(problem);
+        self.bytes + 4 * self.queries * (h + w)
     }
 }

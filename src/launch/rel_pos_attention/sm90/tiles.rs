@@ -1,5 +1,6 @@
 //! The tiles of the attention's kernels for Hopper (`kernels/tiles.h`), and which ones a problem gets.
 
+use crate::launch::rel_pos_attention::sm90::tile::SHARED_BYTES;
 use crate::launch::rel_pos_attention::tiles::by_width;
 use crate::launch::tile_table::{
     ATTENTION_BWD_KEY_SM90, ATTENTION_BWD_QUERY_SM90, ATTENTION_FWD_SM90, ATTENTION_WINDOW_SM90,
@@ -26,18 +27,18 @@ pub fn widths(head_dim: usize) -> impl Iterator<Item = usize> {
 }
 
 /// The tiles of a problem, none for other heads. They are those of `cols` columns, if any are given and there are such; else
-/// those whose stripes leave least of the window's width empty.
+/// those whose stripes leave least of the window's width empty. The forward's is one whose biases fit in shared memory.
 pub fn pick(problem: &AttentionProblem, cols: Option<usize>) -> Option<Tiles> {
     let (head_dim, width) = (problem.head_dim, problem.side_w);
-    let stream = |tiles: &'static [StreamTile]| {
-        let of_head = tiles.iter().filter(move |tile| tile.head_dim == head_dim);
-        by_width(of_head, width, cols, |tile| tile.cols)
-    };
-    let of_head = ATTENTION_BWD_KEY_SM90.iter().filter(move |block| block.head_dim == head_dim);
+    let stream =
+        |tiles: &'static [StreamTile]| tiles.iter().filter(move |tile| tile.head_dim == head_dim);
+    let fitting =
+        stream(ATTENTION_FWD_SM90).filter(|tile| tile.forward_bytes(problem) <= SHARED_BYTES);
+    let of_key = ATTENTION_BWD_KEY_SM90.iter().filter(move |block| block.head_dim == head_dim);
     Some(Tiles {
-        forward: stream(ATTENTION_FWD_SM90)?,
-        query: stream(ATTENTION_BWD_QUERY_SM90)?,
-        key: by_width(of_head, width, cols, |block| block.cols)?,
+        forward: by_width(fitting, width, cols, |tile| tile.cols)?,
+        query: by_width(stream(ATTENTION_BWD_QUERY_SM90), width, cols, |tile| tile.cols)?,
+        key: by_width(of_key, width, cols, |block| block.cols)?,
     })
 }
 
