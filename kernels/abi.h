@@ -28,11 +28,12 @@ typedef struct EncodedTensorMap {
 } __attribute__((aligned(64))) EncodedTensorMap;
 ABI_SIZE(EncodedTensorMap, 128);
 
-/** Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at
- * least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. A threshold plus DROPOUT_SEED_AT
- * says that the seed's words are its address in device memory, where each replay of a graph finds another seed. The
- * attention's kernels take no such mask. */
+/** Added to a mask's threshold: its seed lies in device memory, where each replay of a graph finds another one. */
 #define DROPOUT_SEED_AT 0x10000
+
+/** Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at
+ * least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. With DROPOUT_SEED_AT in the
+ * threshold, the seed's words are its address. The attention's kernels take no such mask. */
 typedef struct DropoutMask {
   uint32_t seed_low;
   uint32_t seed_high;

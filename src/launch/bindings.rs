@@ -64,6 +64,7 @@ impl Default for EncodedTensorMap {
         }
     }
 }
+#[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at\n least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. With DROPOUT_SEED_AT in the\n threshold, the seed's words are its address. The attention's kernels take no such mask."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct DropoutMask {
