@@ -32,6 +32,9 @@ const KINDS: [(&str, &[&str]); 8] = [
 /// Names of bytes moved beside products and attention.
 const MOVED: &[&str] = &["moved::"];
 
+/// The rank of the adapters, on q and v.
+const RANK: usize = 16;
+
 #[derive(Clone, Copy, PartialEq)]
 enum Pass {
     /// With an adapter that nothing trains.
@@ -64,7 +67,7 @@ fn run(device: &Device) -> Result<()> {
     cuda::self_test(false); // it compares values
     let kinds = KINDS.map(|(kind, _)| kind).join("\t");
     let mut table = format!(
-        "# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\tMiB moved beside products\n"
+        "# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\tMiB moved beside products\tneeded\n"
     );
     let sizes = [
         ("vit_b", DType::F32),
@@ -76,7 +79,12 @@ fn run(device: &Device) -> Result<()> {
         for (pass_name, pass) in PASSES {
             let config = SamConfig::by_name(name)?;
             let counts = counts(&config, dtype, pass, device)?;
-            writeln!(table, "{name}\t{}\t{pass_name}\t{}", dtype.as_str(), counts.join("\t"))?;
+            let needed = match pass {
+                Pass::Training => format!("{:.1}", mebibytes_needed(&config, dtype)),
+                _ => "-".to_string(),
+            };
+            let (dtype, counts) = (dtype.as_str(), counts.join("\t"));
+            writeln!(table, "{name}\t{dtype}\t{pass_name}\t{counts}\t{needed}")?;
         }
     }
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/launch-budget.tsv");
@@ -96,7 +104,7 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
     let weights = VarBuilder::zeros(dtype, device);
     let mut encoder = SamVisionEncoder::new(config, AttentionKind::Split, weights)?;
     set_trainable(&mut encoder, |_| false)?;
-    let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
+    let lora = LoraConfig::new(RANK).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
     inject(&mut encoder, &lora, 1)?;
     if pass == Pass::Inference {
         set_trainable(&mut encoder, |_| false)?;
@@ -129,6 +137,28 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
     Ok(second)
 }
 
+/// MiB of a training step beside products and attention, if each formula reads its tensors and writes its result once.
+fn mebibytes_needed(config: &SamConfig, dtype: DType) -> f64 {
+    let config = &config.vision_config;
+    let (tokens, layers) = (config.grid_size().pow(2), config.num_hidden_layers);
+    let (hidden, mlp, neck) = (config.hidden_size, config.mlp_dim(), config.output_channels);
+    // Two layer norms: x and y; the gradients of y and of the residual, x and its gradient. GELU's sum and both gradients.
+    let layer = tokens * (2 * (2 + 4) * hidden + 3 * mlp);
+    // The image as rows of patches; the sum with positions.
+    let embedding = tokens * (2 * 3 * config.patch_size.pow(2) + 3 * hidden);
+    // Two layer norms without residuals, the columns of 3 x 3 and their gradient, the change of layout and back.
+    let end = tokens * neck * (2 * (2 + 3) + 2 * (9 + 1) + 2 * 2);
+    // The loss: its input; that and the gradient.
+    let loss = tokens * neck * 3;
+    let typed = (layers * layer + embedding + end + loss) * dtype.size_in_bytes();
+    // A cast reads f32.
+    let cast = if dtype == DType::F32 { 0 } else { 4 + dtype.size_in_bytes() };
+    let pixels = 3 * config.image_size.pow(2) * cast;
+    // The norm reads gradients; AdamW reads them again, and reads and writes parameters and moments.
+    let adapters = layers * 2 * 2 * RANK * hidden * (4 + 28);
+    (typed + pixels + adapters) as f64 / f64::from(1 << 20)
+}
+
 fn mebibytes(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
@@ -144,7 +174,7 @@ fn events() -> impl Fn() -> Vec<String> {
 }
 
 /// The fourth step of a trainer: the first replay of a graph that is there. The stand-in keeps all memory of a graph, so its
-/// bytes say nothing.
+/// bytes in use say nothing; those that a graph moves are not counted.
 fn replayed(encoder: &SamVisionEncoder, side: usize, device: &Device) -> Result<Vec<String>> {
     let config = TrainerConfig { max_grad_norm: Some(1.0), ..TrainerConfig::new(1e-3) };
     let mut trainer = Trainer::new(encoder, config)?;
@@ -158,7 +188,9 @@ fn replayed(encoder: &SamVisionEncoder, side: usize, device: &Device) -> Result<
     }
     let events = events();
     step()?;
-    Ok(["-", "-"].map(String::from).into_iter().chain(events()).collect())
+    let mut events = events();
+    events.pop();
+    Ok(["-"; 2].map(String::from).into_iter().chain(events).chain(["-".to_string()]).collect())
 }
 
 /// A training step, as a trainer makes it.
