@@ -28,8 +28,12 @@ typedef struct EncodedTensorMap {
 } __attribute__((aligned(64))) EncodedTensorMap;
 ABI_SIZE(EncodedTensorMap, 128);
 
+/** Added to a mask's threshold: its seed lies in device memory, where each replay of a graph finds another one. */
+#define DROPOUT_SEED_AT 0x10000
+
 /** Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at
- * least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. */
+ * least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. With DROPOUT_SEED_AT in the
+ * threshold, the seed's words are its address. The attention's kernels take no such mask. */
 typedef struct DropoutMask {
   uint32_t seed_low;
   uint32_t seed_high;
@@ -515,7 +519,8 @@ ABI_SIZE(SumPartialsParams, 32);
 #define ADAMW_BF16 2
 
 /** A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors
- * before it. A step multiplies it by `decay` and subtracts `rate` times its direction. */
+ * before it. A step multiplies it by `decay` and subtracts `rate` times its direction. All that differs from step to
+ * step is in this table, so a graph of the kernels makes every step. */
 typedef struct AdamWTensor {
   device_ptr parameter;
   device_ptr gradient;
@@ -526,8 +531,10 @@ typedef struct AdamWTensor {
   uint32_t dtype;
   float decay;
   float rate;
+  float root_correction;
+  float eps;
 } AdamWTensor;
-ABI_SIZE(AdamWTensor, 56);
+ABI_SIZE(AdamWTensor, 64);
 
 /** A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an
  * f32 or 0. `outcome` f32 `[4]` has the norm of all gradients first. The second is 0, or says which tensor, from 1, has
@@ -544,10 +551,8 @@ typedef struct AdamWParams {
   float beta1_rest;
   float beta2;
   float beta2_rest;
-  float root_correction;
-  float eps;
 } AdamWParams;
-ABI_SIZE(AdamWParams, 64);
+ABI_SIZE(AdamWParams, 56);
 
 /** Threads of a block of the kernels of a convolution's columns; a thread makes a vector of channels. */
 #define CONV_COLUMNS_THREADS 256

@@ -128,7 +128,7 @@ def ring():
 def step_memory():
     """The most memory of SAM's encoders on a GPU, batch 1, from the counts of the dry run."""
     rows = [line.split("\t") for line in (ROOT / "scripts/launch-budget.tsv").read_text().splitlines()]
-    counted = {(row[0], row[1], row[2]): (float(row[3]), float(row[4])) for row in rows[1:]}
+    counted = {tuple(row[:3]): (float(row[3]), float(row[4])) for row in rows[1:] if row[3] != "-"}
     passes = [("inference", GREEN), ("checkpointed", BLUE), ("training", RED)]
     encoders = [("vit_b", "f32"), ("vit_b", "bf16"), ("vit_l", "bf16"), ("vit_h", "bf16")]
     d = Drawing(720, 56 + 78 * len(encoders))

@@ -4,7 +4,7 @@
 // root of their sum, in f64, and the factor min(1, max_norm / (norm + 1e-6)) of the gradients. Then the update:
 //
 //   m <- m + (g - m) beta1_rest        v <- v beta2 + g^2 beta2_rest
-//   p <- p decay - rate m / (sqrt(v) root_correction + eps)               decay and rate of each parameter
+//   p <- p decay - rate m / (sqrt(v) root_correction + eps)               decay, rate, .. of each parameter
 //
 // A chunk is a block, wherever it runs, so no sum depends on the grid. The update rounds after every operation, as the
 // CPU's does: equal gradients make equal parameters. Nothing changes if the loss or a gradient is not finite.
@@ -131,7 +131,7 @@ __device__ __forceinline__ void adamw_update_chunk(const AdamWParams& p, const A
             g[i] = __fmul_rn(g[i], factor);
             m[i] = __fadd_rn(m[i], __fmul_rn(__fsub_rn(g[i], m[i]), p.beta1_rest));
             v[i] = __fadd_rn(__fmul_rn(v[i], p.beta2), __fmul_rn(__fmul_rn(g[i], g[i]), p.beta2_rest));
-            const float denominator = __fadd_rn(__fmul_rn(sqrtf(v[i]), p.root_correction), p.eps);
+            const float denominator = __fadd_rn(__fmul_rn(sqrtf(v[i]), tensor.root_correction), tensor.eps);
             w[i] = __fsub_rn(__fmul_rn(w[i], tensor.decay), __fmul_rn(m[i] / denominator, tensor.rate));
         }
         store(parameter + at, w);

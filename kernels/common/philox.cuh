@@ -13,6 +13,17 @@ __device__ __forceinline__ uint4 philox4x32(uint4 counter, uint2 key) {
     return counter;
 }
 
+// The mask with its seed, which a graph's kernels find in memory.
+__device__ __forceinline__ DropoutMask seeded(const DropoutMask& mask) {
+    DropoutMask own = mask;
+    if (mask.threshold < DROPOUT_SEED_AT) return own;
+    const auto* seed = global<const uint32_t>(uint64_t(mask.seed_high) << 32 | mask.seed_low);
+    own.seed_low = seed[0];
+    own.seed_high = seed[1];
+    own.threshold -= DROPOUT_SEED_AT;
+    return own;
+}
+
 // The random words of the columns 8 * group .. 8 * group + 7 of a row.
 __device__ __forceinline__ uint4 dropout_words(const DropoutMask& mask, uint64_t row, uint32_t group) {
     return philox4x32(make_uint4(group, uint32_t(row), uint32_t(row >> 32), mask.stream),

@@ -101,7 +101,7 @@ template <class Tile> __device__ __forceinline__ void low_rank(const LowRankPara
         auto& stage = shared.stages[step % kStages];
         if (p.mask.threshold != 0) {
             const uint32_t k = begin + step * Tile::kDepth;
-            drop_tile<Tile>(stage, p.mask, Tile::kLeftColumns ? k : i0, Tile::kLeftColumns ? i0 : k);
+            drop_tile<Tile>(stage, seeded(p.mask), Tile::kLeftColumns ? k : i0, Tile::kLeftColumns ? i0 : k);
             __syncthreads();  // the mask is on
         }
         product_tf32<Tile::kDepth, sizeof(T) == 4, true, Tile::kM, Tile::kN>(

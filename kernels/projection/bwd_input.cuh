@@ -65,7 +65,8 @@ template <class Tile> __device__ __forceinline__ void projection_bwd_input(const
         if (step.k == 0) {
 #pragma unroll
             for (int m = 0; m < Tile::kM; ++m) {
-                const uint32_t bits = keep_bits(mask, row0 + Tile::warp_row() + m * 16, (col0 + Tile::warp_col()) / 8);
+                const uint32_t row = row0 + Tile::warp_row() + m * 16, group = (col0 + Tile::warp_col()) / 8;
+                const uint32_t bits = keep_bits(seeded(mask), row, group);
                 keep[m / 2] = m % 2 == 0 ? bits : keep[m / 2] | bits << 16;
             }
         }

@@ -10,7 +10,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
 use candle_core::cuda_backend::cudarc::driver::CudaGraph;
-use candle_core::{bail, CudaDevice, DType, Error, Result, Shape, Tensor, Var};
+use candle_core::{bail, CudaDevice, DType, Device, Error, Result, Shape, Tensor, Var};
 
 const OP: &str = "cuda::Graphed";
 
@@ -39,7 +39,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Graphed<F> {
     /// - the device tracks events between several streams;
     /// - the function fails, reads a tensor on the host or copies anything large to the GPU: no graph can hold that.
     pub fn capture(example: &Tensor, function: F) -> Result<Self> {
-        let device = gpu(example)?;
+        let device = gpu(example.device())?;
         let input = Var::from_tensor(&example.detach())?;
         // candle keeps the strides of this run on the device, for the next.
         let _kept = device.enable_cuda_graph_htod_cache();
@@ -71,9 +71,10 @@ impl<F: Fn(&Tensor) -> Result<Tensor>> Graphed<F> {
     }
 }
 
-fn gpu(example: &Tensor) -> Result<&CudaDevice> {
-    let Ok(device) = example.device().as_cuda_device() else {
-        bail!("{OP}: CUDA graphs want a tensor on a GPU, got one on {:?}", example.device())
+/// The GPU, if its stream can be captured.
+pub(super) fn gpu(device: &Device) -> Result<&CudaDevice> {
+    let Ok(device) = device.as_cuda_device() else {
+        bail!("{OP}: CUDA graphs want a tensor on a GPU, got one on {device:?}")
     };
     if device.cuda_stream().context().is_managing_stream_synchronization() {
         bail!(
@@ -92,7 +93,7 @@ fn check(x: &Tensor, shape: &Shape, dtype: DType) -> Result<()> {
 }
 
 /// The launches of `work` on the device's stream.
-fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+pub(super) fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     let stream = device.cuda_stream();
     device.synchronize()?;
     stream
@@ -111,7 +112,6 @@ fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<Cuda
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn a_tensor_on_the_cpu_is_refused() -> Result<()> {

@@ -1,5 +1,6 @@
 //! A job over any number of tensors, some changed in place. Its kernels find them by a table in device memory.
 
+use super::replay;
 use super::run::{read, tensor, write, Job};
 use super::stream::Stream;
 use crate::launch::slots::Operands;
@@ -50,14 +51,19 @@ impl Job<'_> {
                 });
                 let guards = guards.collect::<Result<Vec<_>>>()?;
                 let inputs: Vec<_> = guards.iter().map(|(address, _)| *address).collect();
-                let table = device.clone_htod(&table(&addresses, &inputs)?)?;
-                let inputs = [&[table.device_ptr(&stream.0).0], inputs.as_slice()].concat();
+                let rows = table(&addresses, &inputs)?;
+                // A recorded step finds one in memory, at every replay another.
+                let kept = replay::table();
+                let copied = kept.is_none().then(|| device.clone_htod(&rows)).transpose()?;
+                let table = copied.as_ref().map(|rows| rows.device_ptr(&stream.0).0).or(kept);
+                let inputs: Vec<_> = table.into_iter().chain(inputs).collect();
                 let (out, _written) = write(&mut out, &stream.0)?;
                 let operands = Operands {
                     inputs: &inputs,
                     outputs: &[out],
                     workspace: workspace.as_ref().map(|memory| stream.address(memory)),
                     dropouts: self.dropouts,
+                    ..Default::default()
                 };
                 for step in &self.plan.steps {
                     // SAFETY: as in `run`; the table has the addresses of tensors that live until the launches are

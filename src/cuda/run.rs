@@ -1,5 +1,6 @@
 //! One operation on the GPU: its inputs, new outputs and scratch memory fill the slots of its plan, whose launches run.
 
+use super::replay;
 use super::stream::Stream;
 use crate::launch::plan::Plan;
 use crate::launch::slots::Operands;
@@ -91,6 +92,7 @@ impl Job<'_> {
                 outputs: &outputs_at,
                 workspace: workspace.as_ref().map(|memory| stream.address(memory)),
                 dropouts: self.dropouts,
+                replayed: replay::seed(),
             };
             for step in &self.plan.steps {
                 // SAFETY: the addresses are those of this job's memory, as long as the shapes from which

@@ -15,6 +15,9 @@ const OP: &str = "adamw";
 /// factor of the gradients.
 pub const OUTCOME: usize = 4;
 
+/// Bytes of a row of the table.
+pub const ROW_BYTES: usize = size_of::<AdamWTensor>();
+
 /// A parameter of a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Parameter {
@@ -45,8 +48,6 @@ pub fn plan(parameters: &[Parameter], has_loss: bool, step: &AdamWStep) -> Resul
         beta1_rest: step.beta1_rest as f32,
         beta2: step.beta2 as f32,
         beta2_rest: step.beta2_rest as f32,
-        root_correction: step.root_correction as f32,
-        eps: step.eps as f32,
     };
     let launch = |family, blocks: usize, shared_bytes| -> Result<Launch> {
         let grid = [blocks as u64, 1, 1];
@@ -61,11 +62,16 @@ pub fn plan(parameters: &[Parameter], has_loss: bool, step: &AdamWStep) -> Resul
     Ok(Plan { steps, workspace_bytes: size_of::<f32>() * chunks, saved: 0 })
 }
 
-/// The table of the tensors: a parameter's row has the addresses of it, its gradient, `exp_avg` and `exp_avg_sq`.
+/// The table of the tensors: a parameter's row has the addresses of it, its gradient, `exp_avg` and `exp_avg_sq`. Beside these
+/// are the numbers that differ from step to step.
 ///
 /// # Errors
 /// - a dtype is not f32, f16 or bf16.
-pub fn table(parameters: &[Parameter], addresses: &[[device_ptr; 4]]) -> Result<Vec<u8>> {
+pub fn table(
+    parameters: &[Parameter],
+    addresses: &[[device_ptr; 4]],
+    step: &AdamWStep,
+) -> Result<Vec<u8>> {
     let mut first_chunk = 0;
     let rows = parameters.iter().zip(addresses).map(|(own, addresses)| {
         let Parameter { size, dtype, rates } = *own;
@@ -86,6 +92,8 @@ pub fn table(parameters: &[Parameter], addresses: &[[device_ptr; 4]]) -> Result<
             dtype,
             decay: rates.decay as f32,
             rate: rates.rate as f32,
+            root_correction: step.root_correction as f32,
+            eps: step.eps as f32,
         };
         first_chunk += chunks(size) as u32;
         Ok(bytemuck::bytes_of(&row).to_vec())
@@ -122,7 +130,7 @@ mod tests {
         let plan = plan(&parameters, true, &STEP)?;
         let blocks: Vec<_> = plan.steps.iter().map(|step| step.grid[0]).collect();
         assert_eq!((blocks, plan.workspace_bytes), (vec![4, 1, 4], 16));
-        let bytes = table(&parameters, &[[16; 4]; 3])?;
+        let bytes = table(&parameters, &[[16; 4]; 3], &STEP)?;
         let rows: Vec<AdamWTensor> = bytes
             .chunks_exact(size_of::<AdamWTensor>())
             .map(bytemuck::pod_read_unaligned)
@@ -135,7 +143,8 @@ mod tests {
     #[test]
     fn no_element_and_other_dtypes_are_refused() {
         assert!(plan(&[parameter((0, DType::F32))], false, &STEP).is_err());
-        let message = table(&[parameter((1, DType::F64))], &[[16; 4]]).unwrap_err().to_string();
+        let refused = table(&[parameter((1, DType::F64))], &[[16; 4]], &STEP);
+        let message = refused.unwrap_err().to_string();
         assert!(message.contains("F64"), "{message}");
     }
 }

@@ -1,5 +1,6 @@
 // Made from kernels/abi.h by scripts/bindings.sh; not edited by hand.
 
+pub const DROPOUT_SEED_AT: u32 = 65536;
 pub const DROPOUT_THREADS: u32 = 256;
 pub const LAYER_NORM_THREADS: u32 = 128;
 pub const LAYER_NORM_COLUMN_WARPS: u32 = 8;
@@ -63,7 +64,7 @@ impl Default for EncodedTensorMap {
         }
     }
 }
-#[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at\n least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1."]
+#[doc = " Where a dropout mask lies (see philox.cuh): seed and stream address it, an element is kept if its 16 bits are at\n least `threshold`, and multiplied by `scale`. No dropout is threshold 0 and scale 1. With DROPOUT_SEED_AT in the\n threshold, the seed's words are its address. The attention's kernels take no such mask."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct DropoutMask {
@@ -1130,7 +1131,7 @@ const _: () = {
     ["Offset of field: SumPartialsParams::size"]
         [::std::mem::offset_of!(SumPartialsParams, size) - 24usize];
 };
-#[doc = " A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors\n before it. A step multiplies it by `decay` and subtracts `rate` times its direction."]
+#[doc = " A parameter of `size` elements, with its gradient and moments in f32. `first_chunk` counts the chunks of the tensors\n before it. A step multiplies it by `decay` and subtracts `rate` times its direction. All that differs from step to\n step is in this table, so a graph of the kernels makes every step."]
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, bytemuck :: Pod, bytemuck :: Zeroable)]
 pub struct AdamWTensor {
@@ -1143,10 +1144,12 @@ pub struct AdamWTensor {
     pub dtype: u32,
     pub decay: f32,
     pub rate: f32,
+    pub root_correction: f32,
+    pub eps: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AdamWTensor"][::std::mem::size_of::<AdamWTensor>() - 56usize];
+    ["Size of AdamWTensor"][::std::mem::size_of::<AdamWTensor>() - 64usize];
     ["Alignment of AdamWTensor"][::std::mem::align_of::<AdamWTensor>() - 8usize];
     ["Offset of field: AdamWTensor::parameter"]
         [::std::mem::offset_of!(AdamWTensor, parameter) - 0usize];
@@ -1162,6 +1165,9 @@ const _: () = {
     ["Offset of field: AdamWTensor::dtype"][::std::mem::offset_of!(AdamWTensor, dtype) - 44usize];
     ["Offset of field: AdamWTensor::decay"][::std::mem::offset_of!(AdamWTensor, decay) - 48usize];
     ["Offset of field: AdamWTensor::rate"][::std::mem::offset_of!(AdamWTensor, rate) - 52usize];
+    ["Offset of field: AdamWTensor::root_correction"]
+        [::std::mem::offset_of!(AdamWTensor, root_correction) - 56usize];
+    ["Offset of field: AdamWTensor::eps"][::std::mem::offset_of!(AdamWTensor, eps) - 60usize];
 };
 #[doc = " A step of AdamW over all tensors of a table. `partials` f32 `[chunks]`: sums of the squared gradients. `loss` is an\n f32 or 0. `outcome` f32 `[4]` has the norm of all gradients first. The second is 0, or says which tensor, from 1, has\n the first gradient that is not finite. The third is the loss. The fourth is the factor of the gradients: NaN if\n nothing may change."]
 #[repr(C)]
@@ -1177,12 +1183,10 @@ pub struct AdamWParams {
     pub beta1_rest: f32,
     pub beta2: f32,
     pub beta2_rest: f32,
-    pub root_correction: f32,
-    pub eps: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of AdamWParams"][::std::mem::size_of::<AdamWParams>() - 64usize];
+    ["Size of AdamWParams"][::std::mem::size_of::<AdamWParams>() - 56usize];
     ["Alignment of AdamWParams"][::std::mem::align_of::<AdamWParams>() - 8usize];
     ["Offset of field: AdamWParams::tensors"]
         [::std::mem::offset_of!(AdamWParams, tensors) - 0usize];
@@ -1201,9 +1205,6 @@ const _: () = {
     ["Offset of field: AdamWParams::beta2"][::std::mem::offset_of!(AdamWParams, beta2) - 48usize];
     ["Offset of field: AdamWParams::beta2_rest"]
         [::std::mem::offset_of!(AdamWParams, beta2_rest) - 52usize];
-    ["Offset of field: AdamWParams::root_correction"]
-        [::std::mem::offset_of!(AdamWParams, root_correction) - 56usize];
-    ["Offset of field: AdamWParams::eps"][::std::mem::offset_of!(AdamWParams, eps) - 60usize];
 };
 #[doc = " The `kernel x kernel` neighbourhood of every position of x `[batch, h, w, channels]`, or of one in each `stride x\n stride`, zero outside: columns `[batch, rows, cols, kernel, kernel, channels]`. The backward makes the gradient x of\n that of columns. `vectors` of channels, or `channels` single ones; `count` of what is made."]
 #[repr(C)]

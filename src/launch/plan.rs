@@ -137,7 +137,7 @@ mod tests {
         fn fill(&self, plan: &Plan, dropouts: &[Option<Dropout>]) -> Result<Vec<Launch>> {
             let Self([inputs, outputs], workspace) = self;
             let workspace = (plan.workspace_bytes > 0).then_some(*workspace);
-            let operands = Operands { inputs, outputs, workspace, dropouts };
+            let operands = Operands { inputs, outputs, workspace, dropouts, ..Default::default() };
             plan.steps.iter().map(|step| step.fill(&operands)).collect()
         }
     }

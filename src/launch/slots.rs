@@ -6,7 +6,7 @@
 //! ```
 //! Planners add offsets to addresses and compare them with null. So they plan with slots, or, in tests, with memory.
 
-use super::bindings::{device_ptr, DropoutMask};
+use super::bindings::{device_ptr, DropoutMask, DROPOUT_SEED_AT};
 use crate::philox::Dropout;
 use candle_core::{bail, Result};
 
@@ -60,6 +60,15 @@ pub(super) fn mask(dropout: Option<Dropout>) -> DropoutMask {
     }
 }
 
+/// The mask of whatever seed lies at the address.
+fn replayed(mask: DropoutMask, known: bool, at: device_ptr) -> Result<DropoutMask> {
+    if !known {
+        bail!("a replay has new dropout masks, so their seed must be that of the recorded mode")
+    }
+    let (seed_low, seed_high) = (at as u32, (at >> 32) as u32);
+    Ok(DropoutMask { seed_low, seed_high, threshold: mask.threshold + DROPOUT_SEED_AT, ..mask })
+}
+
 /// Addresses and seeds that fill the slots of a plan in one call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Operands<'a> {
@@ -71,6 +80,8 @@ pub struct Operands<'a> {
     pub workspace: Option<device_ptr>,
     /// The dropouts.
     pub dropouts: &'a [Option<Dropout>],
+    /// The seed that is replaced, and the address of those in its place.
+    pub replayed: Option<(u64, device_ptr)>,
 }
 
 impl Operands<'_> {
@@ -93,7 +104,15 @@ impl Operands<'_> {
     pub(super) fn mask(&self, slot: DropoutMask) -> Result<DropoutMask> {
         let Some(index) = slot.seed_low.checked_sub(1) else { return Ok(slot) };
         match self.dropouts.get(index as usize) {
-            Some(&Some(dropout)) => Ok(mask(Some(dropout))),
+            Some(&Some(dropout)) => {
+                let mask = mask(Some(dropout));
+                match self.replayed {
+                    Some((seed, at)) if mask.threshold > 0 => {
+                        replayed(mask, dropout.seed == seed, at)
+                    }
+                    _ => Ok(mask),
+                }
+            }
             _ => bail!("the plan has dropout {index}, and the call has none"),
         }
     }
@@ -106,7 +125,8 @@ mod tests {
     #[test]
     fn slots_become_addresses() -> Result<()> {
         let (inputs, outputs, workspace) = ([0x1000, 0x7f00_0000_2000], [0x3000], Some(0x4000));
-        let operands = Operands { inputs: &inputs, outputs: &outputs, workspace, dropouts: &[] };
+        let (inputs, outputs) = (&inputs[..], &outputs[..]);
+        let operands = Operands { inputs, outputs, workspace, ..Default::default() };
         for (slot, address) in [
             (0, 0),
             (0x1234, 0x1234),
@@ -134,6 +154,22 @@ mod tests {
         assert_eq!(filled(Some(dropout(1)))?, words(mask(second)));
         assert_eq!(filled(None)?, words(mask(None)));
         assert!(filled(Some(dropout(0))).is_err() && filled(Some(dropout(2))).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_replayed_seed_is_an_address() -> Result<()> {
+        let own = Dropout { p: 0.25, seed: 3 << 32, stream: 7 };
+        let (dropouts, at) = ([Some(own), Some(Dropout { p: 0.0, ..own })], 0x7f00_1234_5678);
+        let operands = Operands { dropouts: &dropouts, ..Default::default() };
+        let filled = |seed, index| {
+            Operands { replayed: Some((seed, at)), ..operands }.mask(mask(Some(dropout(index))))
+        };
+        let found = filled(own.seed, 0)?;
+        assert_eq!((found.seed_low, found.seed_high, found.stream), (0x1234_5678, 0x7f00, 7));
+        assert_eq!(found.threshold, own.threshold() + DROPOUT_SEED_AT);
+        assert_eq!(filled(own.seed, 1)?.threshold, 0);
+        assert!(filled(own.seed + 1, 0).unwrap_err().to_string().contains("seed"));
         Ok(())
     }
 }

@@ -81,10 +81,10 @@ pub use dora::{dora_linear, dora_weight_norm};
 pub use dropout::dropout;
 pub use fused::{lora_linear, lora_qkv, rel_pos_attention};
 #[cfg(feature = "cuda")]
-pub(crate) use gpu::adamw;
-#[cfg(feature = "cuda")]
 #[doc(hidden)] // its place is `cuda`
 pub use gpu::self_test_report;
+#[cfg(feature = "cuda")]
+pub(crate) use gpu::{adamw, recorded};
 pub use layer_norm::layer_norm;
 pub use multi_head::multi_head_attention;
 pub(crate) use params::{concat, pack};
@@ -93,6 +93,15 @@ pub(crate) use resize::resize_cubic;
 pub use resize::{
     bicubic_resize_matrix, linear_resize_matrix, resize_bicubic, resize_bilinear, resize_linear,
 };
+
+/// Whether this thread records a step for a CUDA graph, or warms up for that. The graph may read no tensor that a cache
+/// frees.
+pub(crate) fn prepares_graph() -> bool {
+    #[cfg(feature = "cuda")]
+    return crate::driver::prepares_graph();
+    #[cfg(not(feature = "cuda"))]
+    false
+}
 
 /// The gradients of a custom operation's three inputs.
 type Gradients =

@@ -70,7 +70,7 @@ impl SamPositionalEmbedding {
     /// while the frequencies are fixed.
     pub fn grid(&self, side: usize) -> Result<Tensor> {
         let frequencies = &self.positional_embedding.0;
-        if frequencies.track_op() {
+        if frequencies.track_op() || ops::prepares_graph() {
             return self.computed_grid(side);
         }
         let mut last = self.last_grid.lock().unwrap_or_else(PoisonError::into_inner);

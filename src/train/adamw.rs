@@ -14,6 +14,9 @@
 //!
 //! Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; `torch/optim/adam.py`.
 
+#[cfg(feature = "cuda")]
+mod by_kernels;
+
 use super::groups::Factors;
 use super::{AdamWConfig, Gradients, ParameterGroups};
 use crate::ops::{optimizer, Collector};
@@ -249,31 +252,6 @@ impl AdamW {
             slot.update(gradient, step, rates)?;
         }
         Ok(StepMeasures { grad_norm, loss })
-    }
-
-    /// All parameters at once.
-    #[cfg(feature = "cuda")]
-    fn apply_by_kernels(
-        &self,
-        gradients: &Gradients,
-        loss: Option<&Tensor>,
-        step: &AdamWStep,
-    ) -> candle_core::Result<StepMeasures> {
-        use crate::ops::adamw::{self, Outcome};
-        let loss = match (loss, self.slots.first()) {
-            (Some(loss), Some(slot)) => Some(loss.to_device(slot.var.device())?),
-            _ => None,
-        };
-        let rates = self.slots.iter().map(|slot| self.config.rates(self.steps + 1, slot.factors));
-        let tensors = self.slots.iter().map(|slot| slot.tensors().map(|(_, tensor)| tensor));
-        let rows: Vec<_> = tensors.zip(rates).collect();
-        let Outcome { grad_norm, not_finite, loss } =
-            adamw::step(&rows, gradients.tensors(), loss.as_ref(), step)?;
-        check_loss(loss, self.steps)?;
-        match not_finite {
-            Some(place) => Err(self.not_finite(place)),
-            None => Ok(StepMeasures { grad_norm, loss }),
-        }
     }
 
     /// Every parameter and its moments, copied: `parameter.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`.

@@ -86,6 +86,8 @@ mod shards;
 // The check of gradients in `testing` uses all of it.
 #[cfg_attr(not(feature = "testing"), allow(dead_code))]
 pub(crate) mod slope;
+#[cfg(feature = "cuda")]
+mod step_graphs;
 #[cfg(feature = "images")]
 mod stored;
 #[cfg(feature = "images")]
@@ -140,6 +142,8 @@ pub use schedule::{Decay, Plateau, Schedule};
 pub use scores::{iou, Scores};
 #[cfg(feature = "images")]
 pub use segmentation::{Batch, BatchConfig, BatchImages, BatchSource};
+#[cfg(feature = "cuda")]
+pub use step_graphs::{StepGraphs, StepInput};
 #[cfg(feature = "images")]
 pub use summary::Summary;
 pub use trainer::{StepMetrics, Trainer};

@@ -148,6 +148,41 @@ pub struct Batch {
     pub loss: LossWeights,
 }
 
+/// A round with a point asks the host where the mask before it is wrong.
+#[cfg(feature = "cuda")]
+impl super::StepInput for Batch {
+    fn map(
+        &self,
+        change: &mut dyn FnMut(&Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Self> {
+        let images = match &self.images {
+            BatchImages::Pixels(pixels) => BatchImages::Pixels(change(pixels)?),
+            BatchImages::Embeddings(kept) => BatchImages::Embeddings(change(kept)?),
+        };
+        let mut groups = self.groups.clone();
+        for PromptedObjects { prompts, objects, .. } in &mut groups {
+            let SamInput { input_points, input_labels, input_boxes, .. } = prompts;
+            let prompts = [input_points, input_labels, input_boxes].into_iter().flatten();
+            let masks = objects.iter_mut();
+            let masks = masks.flat_map(|o| std::iter::once(&mut o.targets).chain(&mut o.ignored));
+            for tensor in prompts.chain(masks) {
+                *tensor = change(tensor)?;
+            }
+        }
+        Ok(Self { images, groups, ..self.clone() })
+    }
+
+    fn form(&self) -> Option<String> {
+        let Self { images, groups, rounds, loss, .. } = self;
+        if rounds.iter().any(|round| round.point) {
+            return None;
+        }
+        let kept = matches!(images, BatchImages::Embeddings(_));
+        let places: Vec<_> = groups.iter().map(|group| &group.images).collect();
+        Some(format!("{kept} {places:?} {rounds:?} {loss:?}"))
+    }
+}
+
 /// The logit of a pixel that is to be ignored: as background it adds nothing to the loss.
 const IGNORED_LOGIT: f32 = -100.0;
 

@@ -9,6 +9,8 @@
 //! the bits of one that was not. With one part a step, part and step are the same number. Many processes share the
 //! parts of a step, see [`Communicator`].
 
+#[cfg(feature = "cuda")]
+mod by_graph;
 mod state;
 
 use super::adamw::check_loss;
@@ -227,9 +229,8 @@ impl Trainer {
     ) -> candle_core::Result<StepMetrics> {
         self.agree()?;
         let step = self.steps();
-        let mode =
-            |part| Mode::Train { seed: StepRng::new(self.config.seed, "dropout", part).bits64() };
-        let mut loss = |part: u64| scalar(loss(part, mode(part))?, step);
+        let seeds = self.seeds();
+        let mut loss = |part: u64| scalar(loss(part, Mode::Train { seed: seeds(part) })?, step);
         let communicator = self.communicator.clone();
         let (rank, size) = (communicator.rank() as u64, communicator.size() as u64);
         let parts = self.config.accumulation * size;
@@ -260,20 +261,38 @@ impl Trainer {
             together(&*communicator, looked, |()| vec![])?;
             self.zeros_checked = true;
         }
-        let lr = self.config.optimizer.lr * self.config.schedule.factor(step, &self.evaluations);
-        self.optimizer.set_learning_rate(lr);
-        let StepMeasures { grad_norm, loss } =
-            self.optimizer.apply(&gradients, Some(&sum), self.config.max_grad_norm)?;
-        if let Some(averages) = &mut self.averages {
-            averages.update(step + 1)?;
-        }
-        let loss = loss / parts as f32;
-        self.losses.push(loss);
+        self.schedule();
+        let measures = self.optimizer.apply(&gradients, Some(&sum), self.config.max_grad_norm)?;
+        let made = self.made(measures, parts)?;
         if !is_first {
             (times.steps, times.update) = (1, start.elapsed());
             self.times += times;
         }
-        Ok(StepMetrics { step: step + 1, loss, lr, grad_norm })
+        Ok(made)
+    }
+
+    /// The seed of each part's dropout masks.
+    fn seeds(&self) -> impl Fn(u64) -> u64 {
+        let seed = self.config.seed;
+        move |part| StepRng::new(seed, "dropout", part).bits64()
+    }
+
+    /// Gives the optimizer the learning rate of the next step.
+    fn schedule(&mut self) {
+        let factor = self.config.schedule.factor(self.steps(), &self.evaluations);
+        self.optimizer.set_learning_rate(self.config.optimizer.lr * factor);
+    }
+
+    /// Notes a step that the optimizer has made, of so many parts.
+    fn made(&mut self, measures: StepMeasures, parts: u64) -> candle_core::Result<StepMetrics> {
+        let StepMeasures { grad_norm, loss } = measures;
+        let step = self.steps();
+        if let Some(averages) = &mut self.averages {
+            averages.update(step)?;
+        }
+        let loss = loss / parts as f32;
+        self.losses.push(loss);
+        Ok(StepMetrics { step, loss, lr: self.optimizer.config().lr, grad_norm })
     }
 
     /// The loss of a part, without its graph, and its share of the step's gradients.

@@ -13,13 +13,13 @@ use candle_sam_lora::cuda;
 use candle_sam_lora::lora::{inject, LoraConfig};
 use candle_sam_lora::nn::{set_trainable, trainable_variables, without_gradients, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamVisionEncoder};
-use candle_sam_lora::train::{AdamW, AdamWConfig};
+use candle_sam_lora::train::{AdamW, AdamWConfig, StepGraphs, Trainer, TrainerConfig};
 use libtest_mimic::Trial;
 use std::fmt::Write as _;
 use std::path::Path;
 
 /// Kinds of events, and the beginnings of the names that are counted as such.
-const KINDS: [(&str, &[&str]); 7] = [
+const KINDS: [(&str, &[&str]); 8] = [
     ("launches", &["cuLaunchKernel"]),
     ("of candle", &["candle::"]),
     ("cuBLAS", &["cublasGemm"]),
@@ -27,7 +27,13 @@ const KINDS: [(&str, &[&str]); 7] = [
     ("copies", &["cuMemcpyHtoD", "cuMemcpyDtoD"]),
     ("waits", &["cuMemcpyDtoH"]),
     ("allocations", &["cuMemAlloc"]),
+    ("graphs", &["cuGraphLaunch"]),
 ];
+/// Names of bytes moved beside products and attention.
+const MOVED: &[&str] = &["moved::"];
+
+/// The rank of the adapters, on q and v.
+const RANK: usize = 16;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Pass {
@@ -37,13 +43,16 @@ enum Pass {
     Evaluation,
     Training,
     Checkpointed,
+    /// A training step by a CUDA graph.
+    Replayed,
 }
 
-const PASSES: [(&str, Pass); 4] = [
+const PASSES: [(&str, Pass); 5] = [
     ("inference", Pass::Inference),
     ("evaluation", Pass::Evaluation),
     ("training", Pass::Training),
     ("checkpointed", Pass::Checkpointed),
+    ("replayed", Pass::Replayed),
 ];
 
 pub fn trials() -> Vec<Trial> {
@@ -57,7 +66,9 @@ pub fn trials() -> Vec<Trial> {
 fn run(device: &Device) -> Result<()> {
     cuda::self_test(false); // it compares values
     let kinds = KINDS.map(|(kind, _)| kind).join("\t");
-    let mut table = format!("# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\n");
+    let mut table = format!(
+        "# encoder\tdtype\tpass\tMiB before\tMiB at most\t{kinds}\tMiB moved beside products\tneeded\n"
+    );
     let sizes = [
         ("vit_b", DType::F32),
         ("vit_b", DType::BF16),
@@ -68,7 +79,12 @@ fn run(device: &Device) -> Result<()> {
         for (pass_name, pass) in PASSES {
             let config = SamConfig::by_name(name)?;
             let counts = counts(&config, dtype, pass, device)?;
-            writeln!(table, "{name}\t{}\t{pass_name}\t{}", dtype.as_str(), counts.join("\t"))?;
+            let needed = match pass {
+                Pass::Training => format!("{:.1}", mebibytes_needed(&config, dtype)),
+                _ => "-".to_string(),
+            };
+            let (dtype, counts) = (dtype.as_str(), counts.join("\t"));
+            writeln!(table, "{name}\t{dtype}\t{pass_name}\t{counts}\t{needed}")?;
         }
     }
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/launch-budget.tsv");
@@ -81,18 +97,22 @@ fn run(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Memory in use and at most, then a number for each of [`KINDS`], of the second of two equal passes.
+/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products, of the second of two equal
+/// passes.
 fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Result<Vec<String>> {
     let config = &config.vision_config;
     let weights = VarBuilder::zeros(dtype, device);
     let mut encoder = SamVisionEncoder::new(config, AttentionKind::Split, weights)?;
     set_trainable(&mut encoder, |_| false)?;
-    let lora = LoraConfig::new(16).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
+    let lora = LoraConfig::new(RANK).alpha(32.0).dropout(0.1).target_modules(["q", "v"]);
     inject(&mut encoder, &lora, 1)?;
     if pass == Pass::Inference {
         set_trainable(&mut encoder, |_| false)?;
     }
     encoder.gradient_checkpointing = pass == Pass::Checkpointed;
+    if pass == Pass::Replayed {
+        return replayed(&encoder, config.image_size, device);
+    }
     let trains = matches!(pass, Pass::Training | Pass::Checkpointed);
     let variables = if trains { trainable_variables(&encoder)? } else { vec![] };
     let mut optimizer =
@@ -100,7 +120,7 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
     let pixels = Tensor::zeros((1, 3, config.image_size, config.image_size), DType::F32, device)?;
     let mut both = [vec![], vec![]];
     for found in &mut both {
-        let before = KINDS.map(|(_, names)| counted(names));
+        let events = events();
         let [resident, _] = bytes()?;
         match &mut optimizer {
             None if pass == Pass::Evaluation => {
@@ -111,13 +131,66 @@ fn counts(config: &SamConfig, dtype: DType, pass: Pass, device: &Device) -> Resu
         }
         let [after, peak] = bytes()?;
         ensure!(after == resident, "{} bytes are left behind", after.abs_diff(resident));
-        let mebibytes =
-            [resident, peak].map(|bytes| format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
-        let events = KINDS.iter().zip(before).map(|((_, names), before)| counted(names) - before);
-        *found = mebibytes.into_iter().chain(events.map(|count| count.to_string())).collect();
+        *found = [resident, peak].map(mebibytes).into_iter().chain(events()).collect();
     }
     let [_, second] = both;
     Ok(second)
+}
+
+/// MiB of a training step beside products and attention, if each formula reads its tensors and writes its result once.
+fn mebibytes_needed(config: &SamConfig, dtype: DType) -> f64 {
+    let config = &config.vision_config;
+    let (tokens, layers) = (config.grid_size().pow(2), config.num_hidden_layers);
+    let (hidden, mlp, neck) = (config.hidden_size, config.mlp_dim(), config.output_channels);
+    // Two layer norms: x and y; the gradients of y and of the residual, x and its gradient. GELU's sum and both gradients.
+    let layer = tokens * (2 * (2 + 4) * hidden + 3 * mlp);
+    // The image as rows of patches; the sum with positions.
+    let embedding = tokens * (2 * 3 * config.patch_size.pow(2) + 3 * hidden);
+    // Two layer norms without residuals, the columns of 3 x 3 and their gradient, the change of layout and back.
+    let end = tokens * neck * (2 * (2 + 3) + 2 * (9 + 1) + 2 * 2);
+    // The loss: its input; that and the gradient.
+    let loss = tokens * neck * 3;
+    let typed = (layers * layer + embedding + end + loss) * dtype.size_in_bytes();
+    // A cast reads f32.
+    let cast = if dtype == DType::F32 { 0 } else { 4 + dtype.size_in_bytes() };
+    let pixels = 3 * config.image_size.pow(2) * cast;
+    // The norm reads gradients; AdamW reads them again, and reads and writes parameters and moments.
+    let adapters = layers * 2 * 2 * RANK * hidden * (4 + 28);
+    (typed + pixels + adapters) as f64 / f64::from(1 << 20)
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / f64::from(1 << 20))
+}
+
+/// Tells the number of each of [`KINDS`] since now, and the bytes moved.
+fn events() -> impl Fn() -> Vec<String> {
+    let before = (KINDS.map(|(_, names)| counted(names)), counted(MOVED));
+    move || {
+        let events = KINDS.iter().zip(before.0).map(|((_, names), before)| counted(names) - before);
+        let moved = mebibytes(counted(MOVED) - before.1);
+        events.map(|count| count.to_string()).chain([moved]).collect()
+    }
+}
+
+/// The fourth step of a trainer: the first replay of a graph that is there. The stand-in keeps all memory of a graph, so its
+/// bytes in use say nothing; those that a graph moves are not counted.
+fn replayed(encoder: &SamVisionEncoder, side: usize, device: &Device) -> Result<Vec<String>> {
+    let config = TrainerConfig { max_grad_norm: Some(1.0), ..TrainerConfig::new(1e-3) };
+    let mut trainer = Trainer::new(encoder, config)?;
+    let mut graphs = StepGraphs::new(|x: &Vec<Tensor>, mode| {
+        encoder.forward(&x[0], mode)?.sqr()?.mean_all()?.to_dtype(DType::F32)
+    });
+    let pixels = Tensor::zeros((1, 3, side, side), DType::F32, device)?;
+    let mut step = || trainer.step_by_graph(&mut graphs, |_| Ok(vec![pixels.clone()]));
+    for _ in 0..3 {
+        step()?;
+    }
+    let events = events();
+    step()?;
+    let mut events = events();
+    events.pop();
+    Ok(["-"; 2].map(String::from).into_iter().chain(events).chain(["-".to_string()]).collect())
 }
 
 /// A training step, as a trainer makes it.

@@ -30,6 +30,7 @@ mod model;
 mod ops;
 mod self_test;
 mod smoke;
+mod step_graphs;
 mod train;
 mod watchdog;
 
@@ -127,6 +128,7 @@ fn tests() -> ExitCode {
         model::trials(),
         adamw::trials(),
         train::trials(),
+        step_graphs::trials(),
         driver_calls::trials(),
         dry_run::trials(),
         self_test::trials(),

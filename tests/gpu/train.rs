@@ -6,10 +6,11 @@ use crate::{trial, with_each};
 use candle_core::{DType, Device, Error};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{inject, LoraConfig};
-use candle_sam_lora::nn::set_trainable;
+use candle_sam_lora::nn::{set_trainable, Mode};
 use candle_sam_lora::sam::{checkpoint, AttentionKind, SamConfig, SamModel, SamProcessor};
 use candle_sam_lora::train::{
-    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions, Trainer, TrainerConfig,
+    AdamWConfig, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions, StepGraphs, Trainer,
+    TrainerConfig,
 };
 use libtest_mimic::Trial;
 
@@ -20,14 +21,21 @@ const STEPS: u64 = 8;
 const BOUND: f32 = 1e-5;
 
 pub fn trials() -> Vec<Trial> {
-    vec![trial("train tiny-sam".to_string(), |device| {
-        let expected = unwatched(|| losses(&Device::Cpu)).map_err(Error::wrap)?;
-        with_each(device, || losses_are(&expected, device).map_err(Error::wrap))
-    })]
+    vec![
+        trial("train tiny-sam".to_string(), |device| {
+            let expected = unwatched(|| losses(&Device::Cpu, STEPS, false)).map_err(Error::wrap)?;
+            with_each(device, || losses_are(&expected, device).map_err(Error::wrap))
+        }),
+        trial("step graph tiny-sam".to_string(), |device| {
+            let losses = |by_graph| losses(device, 4, by_graph).map_err(Error::wrap);
+            assert_eq!(losses(true)?, losses(false)?);
+            Ok(())
+        }),
+    ]
 }
 
-/// The losses of a few steps of the command `finetune`, shortened.
-fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
+/// The losses of a few steps of the command `finetune`, shortened, by a CUDA graph or by plain launches.
+fn losses(device: &Device, steps: u64, by_graph: bool) -> anyhow::Result<Vec<f32>> {
     let assets = fixtures().join("../../assets");
     let (folder, nuclei) = (assets.join("tiny-sam"), assets.join("photos/nuclei/train"));
     let config = SamConfig::load(folder.join("config.json"))?;
@@ -51,14 +59,21 @@ fn losses(device: &Device) -> anyhow::Result<Vec<f32>> {
     };
     let adamw = AdamWConfig { lr: 1e-3, ..Default::default() };
     let mut trainer = Trainer::new(&model, TrainerConfig { seed: SEED, ..adamw.into() })?;
-    for _ in 0..STEPS {
-        trainer.step(|step, mode| Batch::draw(&source, step)?.loss(&model, mode))?;
+    let loss = |batch: &Batch, mode: Mode| batch.loss(&model, mode);
+    let draw = |step| Ok::<_, Error>(Batch::draw(&source, step)?);
+    let mut graphs = StepGraphs::new(loss);
+    for _ in 0..steps {
+        match by_graph {
+            true => trainer.step_by_graph(&mut graphs, draw)?,
+            false => trainer.step(|step, mode| loss(&draw(step)?, mode))?,
+        };
     }
+    assert_eq!(graphs.recorded(), usize::from(by_graph), "all images have one form");
     Ok(trainer.losses().to_vec())
 }
 
 fn losses_are(expected: &[f32], device: &Device) -> anyhow::Result<()> {
-    let got = losses(device)?;
+    let got = losses(device, STEPS, false)?;
     println!("CPU {expected:?}\nGPU {got:?}");
     assert_eq!(got.len(), STEPS as usize);
     let errors: Vec<f32> = got.iter().zip(expected).map(|(a, b)| (a / b - 1.0).abs()).collect();

@@ -116,7 +116,7 @@ fn by_kernels(
                 [at(&p[i], i, dtype), g, m, v]
             });
             let parameters = parameters(t);
-            let table = table(&parameters, &rows.collect::<Vec<_>>())?;
+            let table = table(&parameters, &rows.collect::<Vec<_>>(), &numbers(t, max_norm))?;
             let table = Memory::from_bytes_at(&table, 0);
             let plan = plan(&parameters, true, &numbers(t, max_norm))?;
             let outcome = Memory::for_elements(OUTCOME, DType::F32);
@@ -125,7 +125,7 @@ fn by_kernels(
                 inputs: &[table.address(), loss.address()],
                 outputs: &[outcome.address()],
                 workspace: Some(workspace.address()),
-                dropouts: &[],
+                ..Default::default()
             };
             launch_plan(device, &plan, &operands)?;
             outcomes.push(outcome);

@@ -29,6 +29,17 @@ fn the_mask_is_that_of_the_cpu() -> Result<()> {
                         ..Default::default()
                     };
                     launch_plan(device, &dropout::plan((rows, cols), dtype)?, &operands)?;
+                    // The mask of another seed, which lies in memory.
+                    let replayed = Memory::for_elements(rows * cols, dtype);
+                    let seed = Memory::from_bytes_at(&mask.seed.to_le_bytes(), 0);
+                    let operands = Operands {
+                        outputs: &[replayed.address()],
+                        dropouts: &[Some(Dropout { seed: 99, ..mask })],
+                        replayed: Some((99, seed.address())),
+                        ..operands
+                    };
+                    launch_plan(device, &dropout::plan((rows, cols), dtype)?, &operands)?;
+                    assert!(replayed.bytes() == y.bytes(), "{case}: of a seed in memory");
                     Ok(vec![y])
                 });
                 let factors = mask.mask(rows, cols);

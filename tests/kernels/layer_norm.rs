@@ -160,7 +160,7 @@ fn backward() -> Result<()> {
                 inputs: &[&x, &weight, &dy].map(|memory| at(memory, &case)),
                 outputs: &[at(&dx, &case), dweight.address(), dbias.address()],
                 workspace: Some(workspace.address()),
-                dropouts: &[],
+                ..Default::default()
             };
             launch_plan(device, &plan, &operands)?;
             Ok(vec![dx, dweight, dbias])

@@ -98,7 +98,8 @@ impl Case {
             {
                 let workspace = Memory::new(plan.workspace_bytes);
                 let workspace = Some(workspace.address());
-                let operands = Operands { inputs: &inputs, outputs, workspace, dropouts: &[] };
+                let inputs = &inputs[..];
+                let operands = Operands { inputs, outputs, workspace, ..Default::default() };
                 launch_plan(device, plan, &operands)?;
             }
             assert!(out.bytes() == unsaved.bytes(), "{}: what is saved changes out", self.name);
@@ -107,7 +108,7 @@ impl Case {
                 inputs: &[&q, &k, &v, &out, &saved, &grad].map(Memory::address),
                 outputs: &[&dq, &dk, &dv].map(Memory::address),
                 workspace: Some(workspace.address()),
-                dropouts: &[],
+                ..Default::default()
             };
             launch_plan(device, &backward, &operands)?;
             Ok(vec![out, dq, dk, dv])

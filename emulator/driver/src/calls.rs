@@ -1,5 +1,6 @@
 //! Counts, by name, calls of the driver's functions, launches of kernels, and launches permitted to begin early. For tests
-//! of the host's work. Candle's kernels have `candle::` before their names.
+//! of the host's work. Candle's kernels have `candle::` before their names. In a dry run `moved::` and a name stand for bytes
+//! (`traffic`).
 
 use std::collections::BTreeMap;
 use std::ffi::{c_char, CStr};
@@ -9,8 +10,13 @@ static CALLS: Mutex<BTreeMap<&'static str, u64>> = Mutex::new(BTreeMap::new());
 
 /// Counts a call, or a launch.
 pub fn count(name: &'static str) {
+    add(name, 1);
+}
+
+/// Adds to a count.
+pub fn add(name: &'static str, count: u64) {
     let mut calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);
-    *calls.entry(name).or_default() += 1;
+    *calls.entry(name).or_default() += count;
 }
 
 /// Tells `visit` every name, its length and its count.

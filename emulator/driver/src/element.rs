@@ -30,6 +30,16 @@ impl Element {
         })
     }
 
+    /// The size of one.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::U8 => 1,
+            Self::F16 | Self::BF16 => 2,
+            Self::F32 | Self::U32 => 4,
+            Self::F64 | Self::I64 => 8,
+        }
+    }
+
     /// # Safety
     /// There is such an element at this index.
     pub unsafe fn get(self, at: u64, index: usize) -> f64 {

@@ -131,6 +131,7 @@ unsafe extern "C" fn cuGraphInstantiateWithFlags(
 
 #[no_mangle]
 unsafe extern "C" fn cuGraphLaunch(executable: *mut Arc<Graph>, _stream: Stream) -> Status {
+    calls::count("cuGraphLaunch");
     // SAFETY: one of `cuGraphInstantiateWithFlags`', not yet destroyed.
     let graph = unsafe { &*executable };
     told(graph.work.iter().try_for_each(|work| work()))

@@ -3,7 +3,7 @@
 
 use crate::memory::Stream;
 use crate::{
-    calls, candle, device, dry_run, fault, graph, told, Outcome, Status, INVALID_CONTEXT,
+    calls, candle, device, dry_run, fault, graph, told, traffic, Outcome, Status, INVALID_CONTEXT,
     INVALID_VALUE, LAUNCH_FAILED, NOT_FOUND, NOT_SUPPORTED,
 };
 use candle_sam_lora_emulator::{Emulator, Launch, Mode, Sources, TensorMap, Timing};
@@ -43,8 +43,9 @@ enum Owner {
 
 struct Function {
     name: CString,
-    /// Name in the counts of launches.
+    /// Names in the counts of launches, and of bytes.
     counted: String,
+    moved: String,
     owner: Owner,
     /// Dynamic shared memory that a block may have.
     shared_bytes: AtomicU32,
@@ -81,8 +82,10 @@ unsafe extern "C" fn cuModuleGetFunction(
         let owner = *module;
         let prefix = if owner == Owner::Candle { "candle::" } else { "" };
         let counted = format!("{prefix}{}", name.to_string_lossy());
+        let moved = format!("moved::{counted}");
+        let new = Function { name, counted, moved, owner, shared_bytes };
         // SAFETY: the caller's address is one to write to.
-        unsafe { *function = Box::leak(Box::new(Function { name, counted, owner, shared_bytes })) };
+        unsafe { *function = Box::leak(Box::new(new)) };
     }))
 }
 
@@ -185,6 +188,8 @@ fn launch(
     calls::count(&function.counted);
     if function.owner == Owner::Candle {
         if dry_run::is_on() {
+            // SAFETY: as below.
+            calls::add(&function.moved, unsafe { traffic::of_candle(&name, arguments) });
             return Ok(());
         }
         // SAFETY: the arguments are those that candle's kernel of this name takes, by the caller's promise.
@@ -215,6 +220,8 @@ fn launch(
         }
     }
     if dry_run::is_on() {
+        // SAFETY: the one argument is the kernel's params struct, by the caller's promise.
+        calls::add(&function.moved, unsafe { traffic::of_crate(&name, config.grid, arguments) });
         return Ok(());
     }
     let emulator = emulator()?;

@@ -28,6 +28,7 @@ mod launch;
 mod libraries;
 mod memory;
 mod memory_calls;
+mod traffic;
 
 use std::sync::atomic::{AtomicI32, Ordering};
 

@@ -11,6 +11,7 @@ fn copy(stream: Stream, to: u64, from: u64, bytes: usize, ours: &[u64]) -> Outco
     }
     for &address in ours {
         check(address, bytes)?;
+        calls::add("moved::copies", bytes as u64);
     }
     graph::submit(stream, move || {
         // SAFETY: checked where it is the device's, else the caller's promise; the two may be the same memory.
@@ -78,6 +79,7 @@ unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
 #[no_mangle]
 unsafe extern "C" fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: Stream) -> Status {
     calls::count("cuMemsetD8Async");
+    calls::add("moved::memsets", bytes as u64);
     told(check(to, bytes).and_then(|()| {
         graph::submit(stream, move || {
             // SAFETY: checked.

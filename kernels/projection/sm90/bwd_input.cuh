@@ -114,7 +114,7 @@ __device__ __forceinline__ void add_low_rank(const ProjectionParams& p, typename
         for (uint32_t at = 0; at < Tile::kM * Tile::kCols / 32; ++at) {
             const uint32_t mine = row + at % Tile::kM * 64, first = at / Tile::kM * 32;
             if (col + first >= p.in_dim) break;
-            uint32_t keep = part.mask.threshold == 0 ? ~0u : keep_bits(part.mask, mine, (col + first) / 8);
+            uint32_t keep = part.mask.threshold == 0 ? ~0u : keep_bits(seeded(part.mask), mine, (col + first) / 8);
 #pragma unroll 1
             for (uint32_t n = 0; n < 4; n += kN) {
                 float products[kN][4] = {};

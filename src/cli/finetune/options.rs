@@ -172,6 +172,11 @@ pub struct Options {
     /// time, the same results
     #[arg(long)]
     pub gradient_checkpointing: bool,
+    /// Record training steps as CUDA graphs and replay them: the host launches a step at once, with the same results. Steps
+    /// with points as corrections run as ever. No GPU has run this yet
+    #[cfg(feature = "cuda")]
+    #[arg(long)]
+    pub cuda_graph: bool,
     /// Weight decay
     #[arg(long, default_value_t = 0.01)]
     pub weight_decay: f64,

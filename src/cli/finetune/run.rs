@@ -11,8 +11,10 @@ use super::report::Outcome;
 use super::results::{tell, Results};
 use super::training::Run;
 use crate::lora::{count_parameters, inject, save_adapter, unload, LoraConfig, ModuleNames};
-use crate::nn::{set_trainable, trainable_variables, ModuleTree, Node};
+use crate::nn::{set_trainable, trainable_variables, Mode, ModuleTree, Node};
 use crate::sam::{SamModel, SamProcessor};
+#[cfg(feature = "cuda")]
+use crate::train::StepGraphs;
 use crate::train::{Batch, BatchSource, Communicator, DatasetOptions, KeptEmbeddings, Trainer};
 use crate::{Error, Result};
 use anyhow::bail;
@@ -49,6 +51,11 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let Placement { device, dtype, quantize } = &place;
     let batch = options.batch();
     batch.validate()?;
+    #[cfg(feature = "cuda")]
+    if options.cuda_graph && !(device.is_cuda() && processes.size() == 1 && options.accumulate == 1)
+    {
+        bail!("--cuda-graph wants an NVIDIA GPU, one process and --accumulate 1")
+    }
     options.lora.config().validate()?;
     on_first(&**processes, || output::check(options))?;
     let source = model::find(options.model.as_deref(), options.adapter.as_deref(), console)?;
@@ -146,11 +153,21 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         device,
         embeddings: embeddings.as_ref(),
     };
-    let loss = |part, mode| Batch::draw(&batches, part)?.loss(&sam, mode);
+    let draw = |part| Ok::<_, candle_core::Error>(Batch::draw(&batches, part)?);
+    let loss = |batch: &Batch, mode: Mode| batch.loss(&sam, mode);
+    #[cfg(feature = "cuda")]
+    let mut graphs = options.cuda_graph.then(|| StepGraphs::new(loss));
+    let step = |trainer: &mut Trainer| {
+        #[cfg(feature = "cuda")]
+        if let Some(graphs) = &mut graphs {
+            return trainer.step_by_graph(graphs, draw);
+        }
+        trainer.step(|part, mode| loss(&draw(part)?, mode))
+    };
     let evaluate = || Ok(judge::scores(&judge.verdicts(&sam, of_held_out.as_ref(), 0)?));
     let eval_steps = options.eval_steps(train.len(), processes.size());
     let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
-    run.steps(&mut trainer, loss, evaluate)?;
+    run.steps(&mut trainer, step, evaluate)?;
     if processes.size() > 1 && trainer.times().steps > 0 {
         console.note(trainer.times());
     }

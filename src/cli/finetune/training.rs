@@ -4,7 +4,6 @@ use super::super::processes::on_first;
 use super::options::Options;
 use super::output::{self, ADAPTER, BEST, STATE, TABLE, TENSORBOARD};
 use crate::lora::{save_adapter, LoraConfig};
-use crate::nn::Mode;
 use crate::sam::SamModel;
 use crate::train::{
     best_evaluation, evaluations_since_best, Communicator, EventFile, HeldOutScores, MetricsCsv,
@@ -12,7 +11,6 @@ use crate::train::{
 };
 use crate::Result;
 use anyhow::{anyhow, bail};
-use candle_core::Tensor;
 use indicatif::ProgressBar;
 
 /// A run on its way.
@@ -34,7 +32,7 @@ impl Run<'_> {
     pub fn steps(
         &self,
         trainer: &mut Trainer,
-        loss: impl Fn(u64, Mode) -> candle_core::Result<Tensor>,
+        mut step: impl FnMut(&mut Trainer) -> candle_core::Result<StepMetrics>,
         evaluate: impl Fn() -> anyhow::Result<HeldOutScores>,
     ) -> anyhow::Result<()> {
         let (options, state) = (self.options, self.options.output.join(STATE));
@@ -58,7 +56,7 @@ impl Run<'_> {
         })?;
         let bar = progress_bar(options, trainer.steps());
         while trainer.steps() < options.steps && !self.impatient(trainer) {
-            let made = match trainer.step(&loss) {
+            let made = match step(trainer) {
                 Ok(made) => made,
                 Err(error) => return Err(self.keep_the_good(trainer, error)?),
             };

@@ -1,11 +1,47 @@
 //! A step of AdamW over all parameters by its kernels.
 
 use crate::driver::{operand, InPlace, Job};
-use crate::launch::adamw::{plan, table, Parameter, OUTCOME};
+use crate::launch::adamw::{plan, table, Parameter, OUTCOME, ROW_BYTES};
+use crate::launch::device_ptr;
 use crate::ops::custom::has_kernels;
 use crate::problem::{AdamWRates, AdamWStep};
 use candle_core::{bail, DType, Result, Shape, Tensor, Var};
 use std::collections::HashSet;
+
+/// A step whose kernels are launched.
+pub struct Launched {
+    outcome: Tensor,
+    parameters: Vec<Parameter>,
+    /// The table's addresses.
+    addresses: Vec<[device_ptr; 4]>,
+}
+
+impl Launched {
+    /// The same step, whose outcome is copied to a variable.
+    pub fn with_outcome(self, outcome: &Var) -> Result<Self> {
+        outcome.set(&self.outcome)?;
+        Ok(Self { outcome: outcome.as_detached_tensor(), ..self })
+    }
+
+    /// Waits for the step.
+    pub fn read(&self) -> Result<Outcome> {
+        let outcome = self.outcome.to_vec1::<f32>()?;
+        let [grad_norm, wrong, loss, _] = outcome[..] else { bail!("adamw: no outcome") };
+        let not_finite = (wrong as usize).checked_sub(1);
+        Ok(Outcome { grad_norm: grad_norm.into(), not_finite, loss })
+    }
+
+    /// The table of another step of the same tensors. Each parameter has its own numbers.
+    pub fn table(
+        &self,
+        rates: impl Iterator<Item = AdamWRates>,
+        step: &AdamWStep,
+    ) -> Result<Vec<u8>> {
+        let parameters = self.parameters.iter().zip(rates);
+        let parameters = parameters.map(|(parameter, rates)| Parameter { rates, ..*parameter });
+        table(&parameters.collect::<Vec<_>>(), &self.addresses, step)
+    }
+}
 
 /// Read back after a step.
 pub struct Outcome {
@@ -30,14 +66,19 @@ pub fn takes<'a>(parameters: impl Iterator<Item = &'a Var> + Clone) -> bool {
         })
 }
 
-/// Makes a step with the parameters' gradients in f32, and waits for it. Each row is a parameter and its moments, and the
-/// parameter's own numbers.
-pub fn step(
+/// Bytes of the table of so many parameters.
+pub fn table_bytes(parameters: usize) -> usize {
+    parameters * ROW_BYTES
+}
+
+/// Launches a step with the parameters' gradients in f32. Each row is a parameter and its moments, and the parameter's own
+/// numbers.
+pub fn launch(
     rows: &[([&Tensor; 3], AdamWRates)],
     gradients: &[Tensor],
     loss: Option<&Tensor>,
     step: &AdamWStep,
-) -> Result<Outcome> {
+) -> Result<Launched> {
     if let Some((([parameter, ..], _), gradient)) = rows
         .iter()
         .zip(gradients)
@@ -59,17 +100,16 @@ pub fn step(
     let read = loss.into_iter().chain(gradients).map(operand).collect::<Result<Vec<_>>>()?;
     let tensors = InPlace { changed: &changed, read: &read };
     let job = Job { op: "adamw", plan: &plan, dropouts: &[] };
+    let mut addresses = vec![];
     let outcome = job.run_in_place(
         &tensors,
         |changed, read| {
             let (gradients, rows) = (&read[read.len() - rows.len()..], changed.as_chunks::<3>().0);
             let rows = rows.iter().zip(gradients).map(|(&[p, m, v], &g)| [p, g, m, v]);
-            table(&parameters, &rows.collect::<Vec<_>>())
+            addresses = rows.collect();
+            table(&parameters, &addresses, step)
         },
         (DType::F32, &Shape::from(OUTCOME)),
     )?;
-    let outcome = outcome.to_vec1::<f32>()?;
-    let [grad_norm, wrong, loss, _] = outcome[..] else { bail!("adamw: no outcome") };
-    let not_finite = (wrong as usize).checked_sub(1);
-    Ok(Outcome { grad_norm: grad_norm.into(), not_finite, loss })
+    Ok(Launched { outcome, parameters, addresses })
 }

@@ -10,6 +10,7 @@ pub mod dropout;
 pub mod layer_norm;
 pub mod multi_head;
 pub mod projection;
+pub mod recorded;
 pub mod rel_pos_attention;
 mod self_test;
 

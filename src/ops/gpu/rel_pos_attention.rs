@@ -6,7 +6,7 @@ use crate::launch::rel_pos_attention::{self as kernels, Given, Pass};
 use crate::launch::Gpu;
 use crate::ops::Gradients;
 use crate::problem::AttentionProblem;
-use candle_core::{CudaStorage, DType, Result, Shape, Tensor};
+use candle_core::{bail, CudaStorage, DType, Result, Shape, Tensor};
 use std::sync::Arc;
 
 const OP: &str = AttentionProblem::OP;
@@ -29,6 +29,9 @@ impl Attention {
     /// Inputs: qkv, both tables, pad, the latter two or placeholders. Returns the output, and lse.
     pub fn forward(&self, inputs: [Tensor; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
         let (p, dtype) = (&self.problem, inputs[0].dtype());
+        if driver::is_recording() && p.dropout.is_some() {
+            bail!("the attention's dropout has one mask for all replays, so no step with it is recorded")
+        }
         let plan = self.plan(Pass::Forward, dtype)?;
         let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
         let lse_shape = Shape::from(plan.saved);
