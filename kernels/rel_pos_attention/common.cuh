@@ -128,7 +128,7 @@ __device__ __forceinline__ bool dropout_keeps(const DropoutMask& mask, uint64_t 
 }
 
 // Calls loop(std::true_type) with dropout and loop(std::false_type) without. A loop that asks in each step spends issue
-// slots on factors of 1. Loops without registers to spare are not worth it: `kTwice` is false, and the loop gets a bool.
+// slots on factors of 1. Unless `kTwice`, for loops without registers to spare, it gets a bool and asks.
 template <bool kTwice = true, class Loop>
 __device__ __forceinline__ void compile_twice(const DropoutMask& mask, Loop loop) {
     if constexpr (!kTwice) loop(mask.threshold != 0);
