@@ -127,13 +127,19 @@ __device__ __forceinline__ bool dropout_keeps(const DropoutMask& mask, uint64_t 
     return dropout_factor(mask, dropout_words(mask, row, col / 8), col % 8) > 0.0f;
 }
 
-// Calls loop(std::true_type) with dropout and loop(std::false_type) without. A loop that asks in each step spends issue
-// slots on factors of 1. Unless `kTwice`, for loops without registers to spare, it gets a bool and asks.
+// A bool that the compiler knows.
+template <bool kValue> struct Known {
+    static constexpr bool value = kValue;
+    __device__ constexpr operator bool() const { return kValue; }
+};
+
+// Calls loop(Known<true>) with dropout and loop(Known<false>) without. A loop that asks in each step spends issue slots
+// on factors of 1. Unless `kTwice`, for loops without registers to spare, it gets a bool and asks.
 template <bool kTwice = true, class Loop>
 __device__ __forceinline__ void compile_twice(const DropoutMask& mask, Loop loop) {
     if constexpr (!kTwice) loop(mask.threshold != 0);
-    else if (mask.threshold != 0) loop(std::true_type{});
-    else loop(std::false_type{});
+    else if (mask.threshold != 0) loop(Known<true>{});
+    else loop(Known<false>{});
 }
 
 // Starts copying the rows of the key tile with first key (y, x), of part 1 (keys) or 2 (values) of qkv.
