@@ -118,7 +118,7 @@ impl VisionAttention for Branched {
 }
 
 fn a_branch_gets_its_share(device: &Device) -> Result<()> {
-    /// Of f32 sums in another order, relative to the largest element.
+    /// For f32 sums in another order, relative to the largest element.
     const TOLERANCE: f64 = 1e-5;
     let mut encoder = encoder(&["q", "v"], DType::F32, device)?;
     let layer = &mut encoder.layers[2];

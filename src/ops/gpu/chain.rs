@@ -27,8 +27,8 @@ thread_local! {
     static LAST: RefCell<Option<Last>> = const { RefCell::new(None) };
 }
 
-/// Does work whose chains are joined. What a chain gives to another is used by nobody else, or the layers before it run
-/// their backward twice.
+/// Does work whose chains are joined. If anybody but the next chain uses a chain's output too, the layers before run their
+/// backward twice.
 pub fn joined<T>(work: impl FnOnce() -> T) -> T {
     /// Ends the joining, however the work ends.
     struct End;
