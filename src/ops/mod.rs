@@ -73,6 +73,7 @@ pub use crate::philox::{stream_of, Dropout};
 pub use crate::problem::Activation;
 pub use arguments::{Lora, Norm, Projection, RelPosAttention};
 pub use broadcast::{broadcast_add, repeat, scale_shift};
+pub(crate) use chain::joined;
 pub use chain::{attention_block, attention_layer, mlp_block};
 pub(crate) use collector::{without_collector, Collector};
 pub(crate) use computed::with_backward;

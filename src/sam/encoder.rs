@@ -88,8 +88,10 @@ impl SamVisionLayer {
 
     /// `[B, H, W, C] -> [B, H, W, C]`
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let x = self.attn.forward_normed(x, &self.layer_norm1, mode)?;
-        self.mlp.forward_normed(&x, &self.layer_norm2, mode)
+        ops::joined(|| {
+            let x = self.attn.forward_normed(x, &self.layer_norm1, mode)?;
+            self.mlp.forward_normed(&x, &self.layer_norm2, mode)
+        })
     }
 
     /// As `forward`, with the attention weights; see [`VisionAttention::forward_with_weights`].
@@ -246,10 +248,9 @@ impl SamVisionEncoder {
     }
 
     /// Layers and neck: embedded patches `[B, h, w, C]`, of a grid of any size, to `[B, h, w, output_channels]`.
-    pub(super) fn encode(&self, mut x: Tensor, mode: Mode) -> Result<Tensor> {
-        for layer in &self.layers {
-            x = self.run(layer, &x, mode)?;
-        }
+    pub(super) fn encode(&self, x: Tensor, mode: Mode) -> Result<Tensor> {
+        let mut layers = self.layers.iter();
+        let x = ops::joined(|| layers.try_fold(x, |x, layer| self.run(layer, &x, mode)))?;
         self.neck.forward(&x, mode)
     }
 

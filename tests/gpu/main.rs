@@ -25,6 +25,7 @@ mod emulated;
 mod graph;
 mod graphed;
 mod headline;
+mod joined;
 mod layers;
 mod model;
 mod ops;
@@ -122,6 +123,7 @@ fn tests() -> ExitCode {
     let trials = [
         ops::trials(),
         blocks::trials(),
+        joined::trials(),
         graph::trials(),
         graphed::trials(),
         emulated::trials(),

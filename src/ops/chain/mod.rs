@@ -153,6 +153,15 @@ pub fn mlp_block(
     chain.run(Residual::Input)
 }
 
+/// Does work whose chains are one node of candle's graph where each takes the output of the one before; on a GPU, see
+/// `gpu::chain::joined`.
+pub(crate) fn joined<T>(work: impl FnOnce() -> T) -> T {
+    #[cfg(feature = "cuda")]
+    return crate::ops::gpu::chain::joined(work);
+    #[cfg(not(feature = "cuda"))]
+    work()
+}
+
 fn chained<'a>(x: &Tensor, projections: impl IntoIterator<Item = &'a Projection<'a>>) -> bool {
     matches!(x.device(), Device::Cpu) && projections.into_iter().all(|p| !p.weight.track_op())
 }
