@@ -110,6 +110,8 @@ pub const TABLE: &[(Subject, &[Bug])] = &[
               old: "__syncthreads();  // everybody's copies of this tile have landed", new: "" },
         Bug { name: "no barrier before a stage is refilled", file: FWD, seen: &[wrong(early_unordered)],
               old: "__syncthreads();  // nobody reads this stage any more", new: "" },
+        Bug { name: "no barrier before keys take rel_w's place", file: FWD, seen: &[wrong(early_unordered)],
+              old: "__syncthreads();  // nobody reads rel_w in the stages any more", new: "" },
         Bug { name: "a shuffle that one lane leaves out", file: FWD, seen: &[reported(&["divergence"])],
               old: "new_max[half] = quad_max(new_max[half]);",
               new: "if (lane != 3) new_max[half] = quad_max(new_max[half]);" },
