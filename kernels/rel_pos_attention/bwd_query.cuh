@@ -274,106 +274,113 @@ __device__ __forceinline__ void rel_pos_attention_bwd_query(const RelPosAttentio
             copy_queries<Tile>(shared.q, unit, first, wide, qkv + head_column, 3 * channels);
             copy_queries<Tile>(shared.dout, unit, first, wide, global<const T>(p.dout) + head_column, channels);
         }
-        const KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, wide);
-        tiles.copy(0);
         const bool active = warp_first < queries;
         const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
-        float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
+        float* rel_w = bias.w + (16 * warp + g) * bias.stride_w + 2 * t;
         float* drel_h = gradients.dh + (16 * warp + g) * bias.stride_h;
-        float fragment_dw[kCols / 8][4] = {}, dq[kDim / 8][4] = {};
+        const auto column_at = [&](uint32_t x, int column, int half) {
+            return reinterpret_cast<Vec<float, 2>*>(rel_w + 8 * half * bias.stride_w + x + 8 * column);
+        };
+        float fragment_dw[kCols / 8][4], dq[kDim / 8][4] = {};
         int largest[2] = {-1, -1};  // in f32, the key whose weight is above 1/2
 
-        for (uint32_t tile = 0; tile < tiles.count; ++tile) {
-            const T(*keys)[kStride] = tiles.advance(tile);
-            if (active) {
-                const T(*values)[kStride] = keys + kKeys;
-                const auto [y, x] = tiles.first_key(tile);
-                // A stripe's drel_w stays in registers; its rel_w too would be too many, and is read where it lies.
-                if (y == 0)
-                    for (auto& column : fragment_dw)
-                        for (float& value : column) value = 0.0f;
-                const auto rel_w_at = [&](int column, int half) {
-                    return reinterpret_cast<Vec<float, 2>*>(rel_w + 8 * half * bias.stride_w + x + 8 * column + 2 * t);
-                };
-                uint32_t kept[2] = {};
-                if (s.dropout.threshold != 0) {
-                    kept[0] = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g)), y, x);
-                    kept[1] = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8)), y, x);
-                }
-
-                float row_sum[2] = {};
+        // The tile of `keys` and, behind them, values, whose first key is (y, x).
+        using Rows = const T(*)[kStride];  // nvcc 13.0 crashes on the type itself as a parameter of a generic lambda
+        const auto pass_tile = [&](auto dropped, Rows keys, uint32_t y, uint32_t x) {
+            const Rows values = keys + kKeys;
+            KeptKeys<Tile> kept[2] = {};
+            if (dropped) {
+                kept[0] = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g)), y, x);
+                kept[1] = kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8)), y, x);
+            }
+            float row_sum[2] = {}, bias_h[kRows][2];
 #pragma unroll
-                for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
-                    float scores[2][4] = {}, dweights[2][4] = {};
+            for (int r = 0; r < kRows; ++r)
 #pragma unroll
-                    for (int k = 0; k < kDim / 16; ++k) {
-                        if constexpr (!kQueriesInRegisters<Tile>) {
-                            load_a(q[k], &shared.q[16 * warp][16 * k], kStride);
-                            load_a(dout[k], &shared.dout[16 * warp][16 * k], kStride);
-                        }
-                        FragmentB<T> b[2];
-                        load_b(b, &keys[16 * chunk][16 * k], kStride);
-                        mma(scores[0], q[k], b[0]);
-                        mma(scores[1], q[k], b[1]);
-                        load_b(b, &values[16 * chunk][16 * k], kStride);
-                        mma(dweights[0], dout[k], b[0]);
-                        mma(dweights[1], dout[k], b[1]);
+                for (int half = 0; half < 2; ++half) bias_h[r][half] = rel_h[8 * half * bias.stride_h + y + r];
+#pragma unroll
+            for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
+                float scores[2][4] = {}, dweights[2][4] = {};
+#pragma unroll
+                for (int k = 0; k < kDim / 16; ++k) {
+                    if constexpr (!kQueriesInRegisters<Tile>) {
+                        load_a(q[k], &shared.q[16 * warp][16 * k], kStride);
+                        load_a(dout[k], &shared.dout[16 * warp][16 * k], kStride);
                     }
+                    FragmentB<T> b[2];
+                    load_b(b, &keys[16 * chunk][16 * k], kStride);
+                    mma(scores[0], q[k], b[0]);
+                    mma(scores[1], q[k], b[1]);
+                    load_b(b, &values[16 * chunk][16 * k], kStride);
+                    mma(dweights[0], dout[k], b[0]);
+                    mma(dweights[1], dout[k], b[1]);
+                }
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        const int n = 2 * chunk + j, r = n / (kCols / 8), column = n % (kCols / 8);
+                for (int j = 0; j < 2; ++j) {
+                    const int n = 2 * chunk + j, r = n / (kCols / 8), column = n % (kCols / 8);
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const auto bias_w = *column_at(x, column, half);
+#pragma unroll
+                        for (int c = 0; c < 2; ++c) {
+                            const int i = 2 * half + c;
+                            const float score = fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h[r][half];
+                            const float weight = statistics.weight(half, score);
+                            if constexpr (kExactWeights<T>)
+                                if (weight > 0.5f)
+                                    largest[half] = int((y + r) * s.side_w + x + 8 * column + 2 * t + c);
+                            float dweight = dweights[j][i];
+                            if (dropped)
+                                dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
+                            scores[j][i] = weight * (dweight - delta[half]);
+                            fragment_dw[column][i] += scores[j][i];
+                            row_sum[half] += scores[j][i];
+                        }
+                    }
+                    if (column == kCols / 8 - 1) {
 #pragma unroll
                         for (int half = 0; half < 2; ++half) {
-                            const float bias_h = rel_h[8 * half * bias.stride_h + y + r];
-                            const auto bias_w = *rel_w_at(column, half);
-#pragma unroll
-                            for (int c = 0; c < 2; ++c) {
-                                const int i = 2 * half + c;
-                                const float weight =
-                                    statistics.weight(half, fmaf(scores[j][i], scale, bias_w.at[c]) + bias_h);
-                                if constexpr (kExactWeights<T>)
-                                    if (weight > 0.5f)
-                                        largest[half] = int((y + r) * s.side_w + x + 8 * column + 2 * t + c);
-                                float dweight = dweights[j][i];
-                                if (s.dropout.threshold != 0)
-                                    dweight *= dropout_factor(s.dropout, kept[half], 2 * n + c);
-                                scores[j][i] = weight * (dweight - delta[half]);
-                                fragment_dw[column][i] += scores[j][i];
-                                row_sum[half] += scores[j][i];
-                            }
+                            const float sum = quad_sum(row_sum[half]);
+                            float& total = drel_h[8 * half * bias.stride_h + y + r];
+                            if (t == 0) total = x == 0 ? sum : total + sum;
+                            row_sum[half] = 0.0f;
                         }
-                        if (column == kCols / 8 - 1) {
-#pragma unroll
-                            for (int half = 0; half < 2; ++half) {
-                                const float sum = quad_sum(row_sum[half]);
-                                float& total = drel_h[8 * half * bias.stride_h + y + r];
-                                if (t == 0) total = x == 0 ? sum : total + sum;
-                                row_sum[half] = 0.0f;
-                            }
-                        }
-                    }
-                    FragmentA<T> a;
-                    make_a(a, scores[0], scores[1]);
-#pragma unroll
-                    for (int n = 0; n < kDim / 16; ++n) {
-                        FragmentB<T> b[2];
-                        load_b_trans(b, &keys[16 * chunk][16 * n], kStride);
-                        mma(dq[2 * n], a, b[0]);
-                        mma(dq[2 * n + 1], a, b[1]);
                     }
                 }
-                // Only this lane has read them.
-                if (y + kRows >= s.side_h) {
+                FragmentA<T> a;
+                make_a(a, scores[0], scores[1]);
 #pragma unroll
-                    for (int column = 0; column < kCols / 8; ++column)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half)
-                            *rel_w_at(column, half) = {fragment_dw[column][2 * half],
-                                                       fragment_dw[column][2 * half + 1]};
+                for (int n = 0; n < kDim / 16; ++n) {
+                    FragmentB<T> b[2];
+                    load_b_trans(b, &keys[16 * chunk][16 * n], kStride);
+                    mma(dq[2 * n], a, b[0]);
+                    mma(dq[2 * n + 1], a, b[1]);
                 }
             }
-            __syncthreads();  // nobody reads this stage any more; after the last, all see drel
+        };
+        for (uint32_t x = 0; x < s.side_w; x += kCols) {
+            // A stripe's drel_w stays in registers; its rel_w too would be too many, and is read where it lies.
+            for (auto& column : fragment_dw)
+                for (float& value : column) value = 0.0f;
+            KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, x, wide);
+            compile_twice<(kDim <= 64)>(s.dropout, [&](auto dropped) {
+                for (uint32_t y = 0; y < s.side_h; y += kRows) {
+                    const T(*keys)[kStride] = tiles.advance();
+                    if (active) pass_tile(dropped, keys, y, x);
+                    __syncthreads();  // nobody reads this stage any more
+                }
+            });
+            // Only this lane has read them.
+            if (active) {
+#pragma unroll
+                for (int column = 0; column < kCols / 8; ++column)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        *column_at(x, column, half) = {fragment_dw[column][2 * half],
+                                                       fragment_dw[column][2 * half + 1]};
+            }
         }
+        __syncthreads();  // all see drel
         if constexpr (kExactWeights<T>) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -127,11 +127,19 @@ __device__ __forceinline__ bool dropout_keeps(const DropoutMask& mask, uint64_t 
     return dropout_factor(mask, dropout_words(mask, row, col / 8), col % 8) > 0.0f;
 }
 
-// Calls loop(std::true_type) with dropout and loop(std::false_type) without. A loop that asks in each step spends issue
-// slots on factors of 1.
-template <class Loop> __device__ __forceinline__ void compile_twice(const DropoutMask& mask, Loop loop) {
-    if (mask.threshold != 0) loop(std::true_type{});
-    else loop(std::false_type{});
+// A bool that the compiler knows.
+template <bool kValue> struct Known {
+    static constexpr bool value = kValue;
+    __device__ constexpr operator bool() const { return kValue; }
+};
+
+// Calls loop(Known<true>) with dropout and loop(Known<false>) without. A loop that asks in each step spends issue slots
+// on factors of 1. Unless `kTwice`, for loops without registers to spare, it gets a bool and asks.
+template <bool kTwice = true, class Loop>
+__device__ __forceinline__ void compile_twice(const DropoutMask& mask, Loop loop) {
+    if constexpr (!kTwice) loop(mask.threshold != 0);
+    else if (mask.threshold != 0) loop(Known<true>{});
+    else loop(Known<false>{});
 }
 
 // Starts copying the rows of the key tile with first key (y, x), of part 1 (keys) or 2 (values) of qkv.
@@ -147,7 +155,57 @@ __device__ __forceinline__ void copy_keys(T (*rows)[Tile::kStride], const RelPos
     });
 }
 
-// The key tiles of a unit, stripe by stripe, on their way through the two stages: while one is worked on, the next is
+// The 16-byte vectors of a key tile that a thread copies, as many of its keys as of its values. They lie in one column
+// of channels and move on by whole key rows, so no step divides or looks a token up. They take registers, which only
+// tiles of one key row have to spare, and of those only the ones with head_dim 64.
+template <class Tile> struct KeyVectors {
+    using T = typename Tile::T;
+    static constexpr int kPieces = Tile::kDim / kVec<T>, kRowsAtOnce = Tile::kThreads / kPieces,
+                         kCount = ceil_div(Tile::kKeys, kRowsAtOnce);
+    const T* from;            // the tile's first key, in this thread's column
+    uint32_t offset[kCount];  // from there to each vector
+    uint32_t on_grid = 0;     // a bit for each vector: its column of the grid exists
+
+    __device__ __forceinline__ KeyVectors(const AttentionUnit& unit, const T* qkv, uint32_t x) {
+        const RelPosAttentionShape& s = unit.s;
+        const uint32_t channels = s.num_heads * s.head_dim;
+        from = qkv + unit.token({0, x}) * (3 * channels) + channels + unit.head * s.head_dim + column();
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+            const uint32_t key_row = row(k) / Tile::kCols, key_column = row(k) % Tile::kCols;
+            offset[k] = (key_row * s.w + key_column) * (3 * channels);
+            on_grid |= uint32_t(x + key_column < unit.valid_w && column() < s.head_dim) << k;
+        }
+    }
+    static __device__ __forceinline__ uint32_t column() { return threadIdx.x % kPieces * kVec<T>; }
+    static __device__ __forceinline__ uint32_t row(int k) { return threadIdx.x / kPieces + k * kRowsAtOnce; }
+    // Whether this thread has a vector of number k.
+    static __device__ __forceinline__ bool has(int k) {
+        constexpr bool kAll = Tile::kThreads % kPieces == 0;
+        return (kAll || threadIdx.x < kRowsAtOnce * kPieces) &&
+               ((k + 1) * kRowsAtOnce <= Tile::kKeys || row(k) < Tile::kKeys);
+    }
+    // Starts copying the keys and values of the tile with first key row y, and moves on to the next one.
+    __device__ __forceinline__ void copy(T (*rows)[Tile::kStride], const AttentionUnit& unit, uint32_t y) {
+        const uint32_t channels = unit.s.num_heads * unit.s.head_dim;
+        uint32_t valid = on_grid;
+        if (y + Tile::kRows > unit.valid_h) {
+#pragma unroll
+            for (int k = 0; k < kCount; ++k)
+                if (y + row(k) / Tile::kCols >= unit.valid_h) valid &= ~(1u << k);
+        }
+        const T* values = from + channels;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k)
+            if (has(k)) {
+                ptx::cp_async<16>(&rows[row(k)][column()], from + offset[k], valid >> k & 1);
+                ptx::cp_async<16>(&rows[Tile::kKeys + row(k)][column()], values + offset[k], valid >> k & 1);
+            }
+        from += uint64_t(Tile::kRows * unit.s.w) * (3 * channels);
+    }
+};
+
+// The key tiles of a stripe, from column x on, on their way through the two stages: while one is worked on, the next is
 // copied. Every thread of the block must come.
 template <class Tile> struct KeyTiles {
     using T = typename Tile::T;
@@ -155,44 +213,61 @@ template <class Tile> struct KeyTiles {
     const AttentionUnit& unit;
     typename Tile::Storage& shared;
     const T *qkv, *pad;
-    bool wide;
-    uint32_t of_stripe, count;
+    const uint32_t x;
+    uint32_t next = 0;  // the first key row of the tile that is copied next
+    bool wide, in_vectors;
+    struct None {
+        __device__ __forceinline__ None(const AttentionUnit&, const T*, uint32_t) {}
+    };
+    static constexpr bool kInVectors = Tile::kRows == 1 && Tile::kDim <= 64;
+    std::conditional_t<kInVectors, KeyVectors<Tile>, None> vectors;
 
+    // Starts the first one.
     __device__ __forceinline__ KeyTiles(const RelPosAttentionShape& s, const AttentionUnit& unit,
-                                        typename Tile::Storage& shared, const T* qkv, const T* pad, bool wide)
-        : s(s), unit(unit), shared(shared), qkv(qkv), pad(pad), wide(wide) {
-        of_stripe = ceil_div(s.side_h, uint32_t(Tile::kRows));
-        count = of_stripe * ceil_div(s.side_w, uint32_t(Tile::kCols));
+                                        typename Tile::Storage& shared, const T* qkv, const T* pad, uint32_t x,
+                                        bool wide)
+        : s(s), unit(unit), shared(shared), qkv(qkv), pad(pad), x(x), wide(wide), vectors(unit, qkv, x) {
+        // A key outside the grid is the pad, or zeros.
+        in_vectors = kInVectors && wide && (pad == nullptr || (unit.valid_h == s.side_h && unit.valid_w == s.side_w));
+        copy();
     }
-    __device__ __forceinline__ Token first_key(uint32_t tile) const {
-        return {tile % of_stripe * Tile::kRows, tile / of_stripe * Tile::kCols};
-    }
-    // Starts copying a tile, with whatever copies have been started before.
-    __device__ __forceinline__ void copy(uint32_t tile) const {
-        if (tile < count) {
-            const auto [y, x] = first_key(tile);
-            T(*rows)[Tile::kStride] = &shared.rows[tile % 2 * 2 * Tile::kKeys];
-            copy_keys<Tile>(rows, s, unit, y, x, wide, qkv, pad, 1);
-            copy_keys<Tile>(rows + Tile::kKeys, s, unit, y, x, wide, qkv, pad, 2);
-        }
-        ptx::cp_async_commit_group();
-    }
-    // Starts the next tile, and gives this one: its keys, and behind them its values. Before the next call, all must
-    // have done with them.
-    __device__ __forceinline__ const T (*advance(uint32_t tile) const)[Tile::kStride] {
-        copy(tile + 1);
+    // Starts the next tile, if there is one, and gives the one before it: its keys, and behind them its values. Before
+    // the next call, all must have done with them.
+    __device__ __forceinline__ const T (*advance())[Tile::kStride] {
+        T(*rows)[Tile::kStride] = stage(next - Tile::kRows);
+        copy();
         ptx::cp_async_wait_group<1>();
         __syncthreads();  // everybody's copies of this tile have landed
-        return &shared.rows[tile % 2 * 2 * Tile::kKeys];
+        return rows;
+    }
+
+  private:
+    // Where the tile with first key row y lies.
+    __device__ __forceinline__ T (*stage(uint32_t y) const)[Tile::kStride] {
+        return &shared.rows[y / Tile::kRows % 2 * (2 * Tile::kKeys)];
+    }
+    __device__ __forceinline__ void copy() {
+        if (next < s.side_h) {
+            T(*rows)[Tile::kStride] = stage(next);
+            if (in_vectors) {
+                if constexpr (kInVectors) vectors.copy(rows, unit, next);
+            } else {
+                copy_keys<Tile>(rows, s, unit, next, x, wide, qkv, pad, 1);
+                copy_keys<Tile>(rows + Tile::kKeys, s, unit, next, x, wide, qkv, pad, 2);
+            }
+        }
+        next += Tile::kRows;
+        ptx::cp_async_commit_group();
     }
 };
 
-// The biases of the block's queries behind the storage: rel_h [kQueries][stride_h], rel_w [kQueries][stride_w], times
-// log2(e), minus infinity where there is no key.
+// The biases of the block's queries: rel_h [kQueries][stride_h], and rel_w [kQueries][stride_w] from column x on. They
+// are times log2(e), and minus infinity where there is no key.
 template <class Tile> struct Biases {
     float *h, *w;
-    uint32_t stride_h, stride_w;
+    uint32_t stride_h, stride_w, x = 0;
 
+    // All columns, behind rel_h.
     __device__ __forceinline__ Biases(const RelPosAttentionShape& s, float* memory) {
         // Odd, and with 8 more, so that the rows of a fragment lie in different banks.
         stride_h = ceil_div(s.side_h, uint32_t(Tile::kRows)) * Tile::kRows | 1;
@@ -243,24 +318,27 @@ template <class T> struct Tables {
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
 // Fills the biases of this warp's queries: q R^T for all rows of the list on tensor cores, each put where its key is.
+// Stages so many rows of the tables at a time, a multiple of 16.
 // In f32, values that are not finite are computed anew, since an infinity in a table (a mask) is no operand of 3xTF32.
 // `queries` are q's rows [.., stride] in memory. Uses the staging memory; every thread of the block must come.
 template <class Tile, class T>
 __device__ __forceinline__ void project_tables(const Biases<Tile>& bias, typename Tile::Storage& shared,
                                                const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first,
                                                const FragmentA<T> (&q)[Tile::kDim / 16], const T* queries,
-                                               uint64_t stride, const Tables<T>& tables, bool wide) {
+                                               uint64_t stride, const Tables<T>& tables, bool wide,
+                                               int staged_rows = Tile::kStagedRows) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     float *h = bias.h + 16 * warp * bias.stride_h, *w = bias.w + 16 * warp * bias.stride_w;
     for (uint32_t i = lane; i < 16 * bias.stride_h; i += kWarp) h[i] = i % bias.stride_h < s.side_h ? 0.0f : -INFINITY;
-    for (uint32_t i = lane; i < 16 * bias.stride_w; i += kWarp) w[i] = i % bias.stride_w < s.side_w ? 0.0f : -INFINITY;
+    for (uint32_t i = lane; i < 16 * bias.stride_w; i += kWarp)
+        w[i] = bias.x + i % bias.stride_w < s.side_w ? 0.0f : -INFINITY;
     __syncwarp();
-    if (tables.h == nullptr) return;
+    if (tables.h == nullptr || first >= unit.queries()) return;
     const int g = lane / 4, t = lane % 4;
     const TableRows list(s, unit, first, Tile::kQueries);
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
-    for (uint32_t begin = 0; begin < list.count; begin += Tile::kStagedRows) {
-        const int count = int(min(list.count - begin, uint32_t(Tile::kStagedRows)));
+    for (uint32_t begin = 0; begin < list.count; begin += staged_rows) {
+        const int count = int(min(list.count - begin, uint32_t(staged_rows)));
         copy_rows<Tile>(wide, shared.rows, count, s.head_dim, tables.h,
                         [&](int row) { return tables.row(s, list.row(begin + row)); });
         wait_for_copies();
@@ -285,7 +363,8 @@ __device__ __forceinline__ void project_tables(const Biases<Tile>& bias, typenam
                             for (uint32_t c = 0; c < s.head_dim; ++c)
                                 product = fmaf(of_query[c], shared.rows[column][c], product);
                         }
-                    (is_h ? h[row * bias.stride_h + k] : w[row * bias.stride_w + k]) = product * kLog2e;
+                    if (is_h) h[row * bias.stride_h + k] = product * kLog2e;
+                    else if (k - bias.x < bias.stride_w) w[row * bias.stride_w + k - bias.x] = product * kLog2e;
                 });
             }
         }

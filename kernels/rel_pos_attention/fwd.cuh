@@ -6,11 +6,31 @@
 // `qkv [batch, h, w, 3, heads, head_dim]` -> `out [batch, h, w, heads, head_dim]` and lse f32 `[windows, heads,
 // tokens]`. With f32 operands, lse is `[windows, heads, tokens, 2]`: max in base 2, and sum.
 //
-// A block holds 16 kWarps queries of a unit, and computes their biases first. Then key tiles stream by, two in flight,
-// under an online softmax in base 2: p = exp2((q k scale log2(e) + rel_w) + (rel_h - max)). Scores are scaled in f32.
-// Operands in f32 are multiplied as 3xTF32 (fragment.cuh), which keeps f32's accuracy.
+// A block holds 16 kWarps queries of a unit. For each stripe it computes their biases first. Then key tiles stream by,
+// two in flight, under an online softmax in base 2: p = exp2((q k scale log2(e) + rel_w) + (rel_h - max)). Scores are
+// scaled in f32. Operands in f32 are multiplied as 3xTF32 (fragment.cuh), which keeps f32's accuracy.
 #pragma once
 #include "rel_pos_attention/common.cuh"
+
+// How far a maximum may rise, in base 2, before sums and output are scaled to it. Until then weights reach 2^8, which
+// 16 bits hold as exactly as 1. In f32 the largest weight has to be exactly 1 / sum, so no rise is left out.
+template <class T> constexpr float kMaximumRise = kExactWeights<T> ? 0.0f : 8.0f;
+
+// The biases of the forward: rel_h, and a stripe's rel_w. Registers take rel_w before the stages of keys and values
+// need its memory.
+template <class Tile> struct ForwardBiases : Biases<Tile> {
+    static constexpr int kStageBytes = sizeof(typename Tile::Storage), kRowBytes = kStageBytes / Tile::kStagedRows,
+                         kColumns = Tile::kCols + 8, kBytesOfW = Tile::kQueries * kColumns * 4,
+                         kRowsBeside = (kStageBytes - kBytesOfW) / kRowBytes / 16 * 16;  // of the tables
+    static_assert(kRowsBeside > 0, "beside rel_w, the stages have no room for the tables' rows");
+
+    __device__ __forceinline__ ForwardBiases(const RelPosAttentionShape& s, typename Tile::Storage& shared, uint32_t x)
+        : Biases<Tile>(s, reinterpret_cast<float*>(&shared + 1)) {
+        this->w = this->h - kBytesOfW / 4;
+        this->stride_w = kColumns;
+        this->x = x;
+    }
+};
 
 template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(const RelPosAttentionFwdParams& p) {
     using T = typename Tile::T;
@@ -31,108 +51,122 @@ template <class Tile> __device__ __forceinline__ void rel_pos_attention_fwd(cons
 
     FragmentA<T> q[kDim / 16];
     load_queries<Tile>(q, shared, unit, first, wide, qkv + head_column, 3 * channels);
-    const Biases<Tile> bias(s, reinterpret_cast<float*>(&shared + 1));
-    project_tables<Tile>(bias, shared, s, unit, first, q, qkv + head_column, 3 * channels, tables, wide);
-
-    const KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, wide);
-    tiles.copy(0);
 
     // A warp without queries helps with the copies alone.
     const uint32_t warp_first = first + 16 * warp;
     const bool active = warp_first < queries;
-    const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
-    const float* rel_w = bias.w + (16 * warp + g) * bias.stride_w;
     const float scale = s.softmax_scale * kLog2e;
-    float fragment_w[kCols / 8][4] = {}, out[kDim / 8][4] = {};
+    float fragment_w[kCols / 8][4], out[kDim / 8][4] = {};
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
 
-    for (uint32_t tile = 0; tile < tiles.count; ++tile) {
-        const T(*keys)[kStride] = tiles.advance(tile);
-        if (active) {
-            const T(*values)[kStride] = keys + kKeys;
-            const auto [y, x] = tiles.first_key(tile);
-            if (y == 0) {
+    // The tile of `keys` and, behind them, values, whose first key is (y, x); `rel_h` of this lane's first query.
+    using Rows = const T(*)[kStride];  // nvcc 13.0 crashes on the type itself as a parameter of a generic lambda
+    const auto pass_tile = [&](auto dropped, Rows keys, uint32_t y, uint32_t x, const float* rel_h, uint32_t stride_h) {
+        const Rows values = keys + kKeys;
+        float scores[kKeys / 8][4] = {};
+#pragma unroll
+        for (int k = 0; k < kDim / 16; ++k)
+#pragma unroll
+            for (int n = 0; n < kKeys / 16; ++n) {
+                FragmentB<T> b[2];
+                load_b(b, &keys[16 * n][16 * k], kStride);
+                mma(scores[2 * n], q[k], b[0]);
+                mma(scores[2 * n + 1], q[k], b[1]);
+            }
+
+        // Rows g and g + 8 of the warp's queries.
+        float bias_h[kRows][2], new_max[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            new_max[half] = row_max[half];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                bias_h[r][half] = rel_h[8 * half * stride_h + y + r];
+                float row = -INFINITY;
 #pragma unroll
                 for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        fragment_w[j][i] = rel_w[8 * (i / 2) * bias.stride_w + x + 8 * j + 2 * t + i % 2];
+                    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                        float& score = scores[r * (kCols / 8) + j][i];
+                        score = fmaf(score, scale, fragment_w[j][i]);
+                        if constexpr (kExactWeights<T>) score += bias_h[r][half];
+                        row = fmaxf(row, score);
+                    }
+                new_max[half] = fmaxf(new_max[half], kExactWeights<T> ? row : row + bias_h[r][half]);
             }
-            float scores[kKeys / 8][4] = {};
-#pragma unroll
-            for (int k = 0; k < kDim / 16; ++k)
-#pragma unroll
-                for (int n = 0; n < kKeys / 16; ++n) {
-                    FragmentB<T> b[2];
-                    load_b(b, &keys[16 * n][16 * k], kStride);
-                    mma(scores[2 * n], q[k], b[0]);
-                    mma(scores[2 * n + 1], q[k], b[1]);
-                }
-
-            // Rows g and g + 8 of the warp's queries.
+            new_max[half] = quad_max(new_max[half]);
+        }
+        if (ptx::any(new_max[0] > row_max[0] + kMaximumRise<T> || new_max[1] > row_max[1] + kMaximumRise<T>)) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float bias_h[kRows], new_max = row_max[half];
-#pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    bias_h[r] = rel_h[8 * half * bias.stride_h + y + r];
-                    float row = -INFINITY;
-#pragma unroll
-                    for (int j = 0; j < kCols / 8; ++j)
-#pragma unroll
-                        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                            float& score = scores[r * (kCols / 8) + j][i];
-                            score = fmaf(score, scale, fragment_w[j][i]);
-                            if constexpr (kExactWeights<T>) score += bias_h[r];
-                            row = fmaxf(row, score);
-                        }
-                    new_max = fmaxf(new_max, kExactWeights<T> ? row : row + bias_h[r]);
-                }
-                new_max = quad_max(new_max);
-                const float reference = finite_maximum(new_max), rescale = ptx::ex2_approx(row_max[half] - reference);
-                row_max[half] = new_max;
+                const float rescale = ptx::ex2_approx(row_max[half] - finite_maximum(new_max[half]));
+                row_max[half] = new_max[half];
                 row_sum[half] *= rescale;
 #pragma unroll
                 for (int n = 0; n < kDim / 8; ++n) {
                     out[n][2 * half] *= rescale;
                     out[n][2 * half + 1] *= rescale;
                 }
-#pragma unroll
-                for (int r = 0; r < kRows; ++r)
-#pragma unroll
-                    for (int j = 0; j < kCols / 8; ++j)
-#pragma unroll
-                        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                            float& score = scores[r * (kCols / 8) + j][i];
-                            score =
-                                ptx::ex2_approx(kExactWeights<T> ? score - reference : score + (bias_h[r] - reference));
-                            row_sum[half] += score;
-                        }
-                if (s.dropout.threshold != 0) {
-                    const uint32_t kept =
-                        kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8 * half)), y, x);
-#pragma unroll
-                    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-                        for (int i = 0; i < 2; ++i)
-                            scores[n][2 * half + i] *= dropout_factor(s.dropout, kept, 2 * n + i);
-                }
-            }
-
-#pragma unroll
-            for (int k = 0; k < kKeys / 16; ++k) {
-                FragmentA<T> weights;
-                make_a(weights, scores[2 * k], scores[2 * k + 1]);
-#pragma unroll
-                for (int n = 0; n < kDim / 16; ++n) {
-                    FragmentB<T> b[2];
-                    load_b_trans(b, &values[16 * k][16 * n], kStride);
-                    mma(out[2 * n], weights, b[0]);
-                    mma(out[2 * n + 1], weights, b[1]);
-                }
             }
         }
-        __syncthreads();  // nobody reads this stage any more
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float reference = finite_maximum(row_max[half]);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+#pragma unroll
+                for (int j = 0; j < kCols / 8; ++j)
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                        float& score = scores[r * (kCols / 8) + j][i];
+                        score = ptx::ex2_approx(kExactWeights<T> ? score - reference
+                                                                 : score + (bias_h[r][half] - reference));
+                        row_sum[half] += score;
+                    }
+            if (dropped) {
+                const KeptKeys<Tile> kept =
+                    kept_keys<Tile>(s, unit.dropout_row(unit.query(warp_first + g + 8 * half)), y, x);
+#pragma unroll
+                for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        scores[n][2 * half + i] *= dropout_factor(s.dropout, kept, 2 * n + i);
+            }
+        }
+
+#pragma unroll
+        for (int k = 0; k < kKeys / 16; ++k) {
+            FragmentA<T> weights;
+            make_a(weights, scores[2 * k], scores[2 * k + 1]);
+#pragma unroll
+            for (int n = 0; n < kDim / 16; ++n) {
+                FragmentB<T> b[2];
+                load_b_trans(b, &values[16 * k][16 * n], kStride);
+                mma(out[2 * n], weights, b[0]);
+                mma(out[2 * n + 1], weights, b[1]);
+            }
+        }
+    };
+    for (uint32_t x = 0; x < s.side_w; x += kCols) {
+        const ForwardBiases<Tile> bias(s, shared, x);
+        project_tables<Tile>(bias, shared, s, unit, first, q, qkv + head_column, 3 * channels, tables, wide,
+                             bias.kRowsBeside);
+        const float* rel_h = bias.h + (16 * warp + g) * bias.stride_h;
+        const float* rel_w = bias.w + (16 * warp + g) * bias.stride_w + 2 * t;
+#pragma unroll
+        for (int j = 0; j < kCols / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) fragment_w[j][i] = rel_w[8 * (i / 2) * bias.stride_w + 8 * j + i % 2];
+        __syncthreads();  // nobody reads rel_w in the stages any more
+
+        KeyTiles<Tile> tiles(s, unit, shared, qkv, pad, x, wide);
+        compile_twice<sizeof(T) == 2>(s.dropout, [&](auto dropped) {
+            for (uint32_t y = 0; y < s.side_h; y += kRows) {
+                const Rows keys = tiles.advance();
+                if (active) pass_tile(dropped, keys, y, x, rel_h, bias.stride_h);
+                __syncthreads();  // nobody reads this stage any more
+            }
+        });
     }
 
 #pragma unroll

@@ -50,10 +50,10 @@ impl Tile {
         format!("{family}_hd{}_cols{}", self.head_dim, self.cols)
     }
 
-    /// Shared memory of a block of the forward.
+    /// Shared memory of a block of the forward. It has rel_w in registers.
     pub fn forward_shared_bytes(&self, problem: &AttentionProblem) -> usize {
-        let [h, w] = bias_strides(problem, self.rows, self.cols);
-        self.forward_bytes + 4 * self.queries() * (h + w)
+        let [h, _] = bias_strides(problem, self.rows, self.cols);
+        self.forward_bytes + 4 * self.queries() * h
     }
 
     /// Shared memory of a block of the query pass. The gradients of rel_h need a place of their own if there are
