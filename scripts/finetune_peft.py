@@ -1,7 +1,9 @@
-"""The command `finetune` in PyTorch and PEFT, as the yardstick for the one in Rust.
+"""The plain recipe of the command `finetune` in PyTorch and PEFT, as the yardstick for the one in Rust.
 
     pip install torch==2.15.0 transformers==5.23.0 peft==0.21.2 numpy pillow
     python scripts/finetune_peft.py --prompt point
+
+It is the twin of `finetune --train adapters --corrections 0 --loss bce=4,dice=1 --batch 1 --prompts 12 --steps 250`.
 
 LoRA (r 16, alpha 32, dropout 0.1) on q and v of the vision encoder; prompt encoder and mask decoder stay frozen. A step
 takes one tile, turned or mirrored, and up to 12 of its instances. The loss is 4 BCE + dice of the single-mask output, as

@@ -9,6 +9,7 @@ use candle_nn::VarBuilder;
 use candle_sam_lora::cli::finetune::{Options, Outcome};
 use candle_sam_lora::lora::load_adapter;
 use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
+use candle_sam_lora::train::{BatchConfig, Decay};
 use clap::Parser;
 use finetune::{finetune, SHORT};
 use std::path::Path;
@@ -45,6 +46,28 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     let mut sam =
         SamModel::new(&config, AttentionKind::Split, VarBuilder::zeros(DType::F32, &Device::Cpu))?;
     assert_eq!(load_adapter(&mut sam, output.join("adapter"))?.rank, 16);
+    Ok(())
+}
+
+/// docs/training.md names the flags of the default, and those of adapters alone.
+#[test]
+fn the_guide_names_the_default_recipe() -> anyhow::Result<()> {
+    let guide = include_str!("../docs/training.md");
+    let after = |words: &str| {
+        let found = guide.split_once(words).and_then(|(_, rest)| rest.split_once('`'));
+        found.map(|(flags, _)| flags).ok_or_else(|| anyhow::anyhow!("no {words}"))
+    };
+    let options = |flags: &str| {
+        Options::try_parse_from(
+            [&["finetune"], &*flags.split_whitespace().collect::<Vec<_>>()].concat(),
+        )
+    };
+    let default = options(after("The default is `")?)?;
+    assert_eq!(format!("{default:?}"), format!("{:?}", options("")?));
+    let plain = options(after("*plain*: `")?)?;
+    assert_eq!(plain.batch(), BatchConfig { images: 2, prompts: 6, ..BatchConfig::default() });
+    assert_eq!(plain.train.names(), ["adapters"]);
+    assert_eq!(plain.trainer().schedule.decay, Decay::Constant);
     Ok(())
 }
 
@@ -482,6 +505,15 @@ fn doubles_go_by_their_overlap_where_no_objects_do() -> anyhow::Result<()> {
         let options = Options { automatic_nms: Some(options.nms(may_overlap)), ..options };
         options.generator().ok_or_else(|| anyhow::anyhow!("no automatic masks"))
     };
+    let told = |may_overlap: bool, more: &[&str]| {
+        let options = Options::try_parse_from([&["finetune"], more].concat())?;
+        anyhow::Ok(options.chosen_nms(may_overlap).unwrap_or_default())
+    };
+    assert!(told(false, &[])?.contains("masks with an IoU above 0.3"));
+    assert!(told(true, &[])?.contains("boxes alone"));
+    for other in [["--automatic-nms", "0.3"], ["--automatic", "0"]] {
+        assert_eq!(told(false, &other)?, "");
+    }
     let found = generator(false, &[])?;
     assert_eq!((found.box_nms_thresh, found.mask_nms_thresh), (Some(0.7), Some(0.3)));
     assert_eq!(generator(true, &[])?.mask_nms_thresh, None);

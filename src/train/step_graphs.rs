@@ -59,6 +59,7 @@ impl StepInput for Vec<Tensor> {
 ///     let input = |_part| Ok(vec![Tensor::randn(0f32, 1f32, (8, 4), &device)?]);
 ///     trainer.step_by_graph(&mut graphs, input)?;
 /// }
+/// println!("{} graphs: {} steps by them, {} plain", graphs.recorded(), graphs.replayed(), graphs.plain());
 /// # Ok(())
 /// # }
 /// ```
@@ -68,17 +69,29 @@ pub struct StepGraphs<F> {
     // Fields are dropped in this order: the graphs before what they read.
     pub(super) forms: HashMap<String, Option<RecordedForm>>,
     pub(super) loss: F,
+    pub(super) replayed: u64,
+    pub(super) plain: u64,
 }
 
 impl<F> StepGraphs<F> {
     /// No graph yet.
     pub fn new(loss: F) -> Self {
-        Self { forms: HashMap::new(), loss }
+        Self { forms: HashMap::new(), loss, replayed: 0, plain: 0 }
     }
 
     /// How many forms of inputs are recorded.
     pub fn recorded(&self) -> usize {
         self.forms.values().flatten().count()
+    }
+
+    /// How many steps were launched as graphs.
+    pub fn replayed(&self) -> u64 {
+        self.replayed
+    }
+
+    /// How many steps were launched operation by operation, those before a recording among them.
+    pub fn plain(&self) -> u64 {
+        self.plain
     }
 }
 

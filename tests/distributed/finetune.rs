@@ -7,7 +7,8 @@ use std::process::Command;
 
 /// A short run of the program, on the micrographs that come with it.
 const FINETUNE: &str =
-    "finetune --steps 3 --batch 1 --prompts 2 --eval-every 2 --overlays 2 --lora-dropout 0.1";
+    "finetune --steps 3 --batch 1 --prompts 2 --eval-every 2 --overlays 2 --lora-dropout 0.1 \
+                        --lr-schedule constant";
 const NUCLEI_IMAGES: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/assets/photos/nuclei/heldout/images");
 const NUCLEI_MASKS: &str =

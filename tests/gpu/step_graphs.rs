@@ -88,7 +88,8 @@ fn run(
             false => trainer.step(|part, mode| loss(&input(part)?, mode))?,
         });
     }
-    assert_eq!(graphs.recorded(), usize::from(by_graph));
+    let counts = (graphs.recorded(), graphs.replayed(), graphs.plain());
+    assert_eq!(counts, if by_graph { (1, STEPS - 2, 2) } else { (0, 0, 0) });
     let averages = trainer.with_averages(|| parameters(model))?;
     Ok(Run { made, parameters: parameters(model), averages })
 }

@@ -30,6 +30,7 @@ fn trains_on_a_shard_and_says_so() -> Result<()> {
     let out = succeed(here, "finetune", line)?;
     ensure!(out.contains("\n4 samples in 1 shard\n"), "{out}");
     ensure!(out.contains("3 images to train on, 1 held out"), "{out}");
+    ensure!(out.contains("an IoU above 0.3, as objects of masks do not overlap"), "{out}");
     ensure!(here.join("run/adapter/adapter_model.safetensors").exists());
     Ok(())
 }

@@ -17,6 +17,9 @@ use std::str::FromStr;
 /// IoU from which one of two masks is a double, where objects do not overlap.
 const AUTOMATIC_NMS: f64 = 0.3;
 
+/// The loss of runs that name none: shape, and the predicted IoU, by which masks are chosen.
+const LOSS: LossWeights = LossWeights { iou: 1.0, ..LossWeights::MASK };
+
 /// Trains LoRA adapters of SAM's image encoder, and its decoder, on images with masks
 ///
 /// Without arguments: on the small SAM and the micrographs of cell nuclei that come with the project. The output folder
@@ -95,7 +98,7 @@ pub struct Options {
     pub box_jitter: f64,
     /// Rounds after the first prompt, each with one more point where the mask is wrong; the image encoder runs once for
     /// all
-    #[arg(long, default_value_t = 0, value_name = "ROUNDS")]
+    #[arg(long, default_value_t = 1, value_name = "ROUNDS")]
     pub corrections: usize,
     /// Probability that such a round gets the last mask's logits too
     #[arg(long, default_value_t = 0.0, value_name = "PROBABILITY")]
@@ -105,7 +108,7 @@ pub struct Options {
     pub mask_rounds: usize,
     /// Weights of the loss's terms: bce, focal, dice, iou (of the predicted IoU) and multimask. The last one repeats the
     /// others for the best of the alternatives for a first prompt
-    #[arg(long, default_value_t, value_name = "TERM=WEIGHT,..")]
+    #[arg(long, default_value_t = LOSS, value_name = "TERM=WEIGHT,..")]
     pub loss: LossWeights,
     /// Trained parts, with commas: adapters (of the image encoder), decoder, prompt-encoder, or all
     #[arg(long, default_value_t, value_name = "PART,..")]
@@ -141,8 +144,8 @@ pub struct Options {
     /// Learning rate
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
-    /// The learning rate's way after the warm-up
-    #[arg(long, value_enum, default_value_t = ScheduleArg::Constant, value_name = "SCHEDULE")]
+    /// The learning rate's way after the warm-up. A run that may become longer needs `constant`
+    #[arg(long, value_enum, default_value_t = ScheduleArg::Cosine, value_name = "SCHEDULE")]
     pub lr_schedule: ScheduleArg,
     /// Steps in which the learning rate rises from 0
     #[arg(long, default_value_t = 0, value_name = "STEPS")]
@@ -173,7 +176,7 @@ pub struct Options {
     #[arg(long)]
     pub gradient_checkpointing: bool,
     /// Record training steps as CUDA graphs and replay them: the host launches a step at once, with the same results. Steps
-    /// with points as corrections run as ever. No GPU has run this yet
+    /// with points as corrections run as ever, so it wants --corrections 0. No GPU has run this yet
     #[cfg(feature = "cuda")]
     #[arg(long)]
     pub cuda_graph: bool,
@@ -394,6 +397,18 @@ impl Options {
     /// IoU from which one of two automatic masks is a double; 1 where boxes alone tell.
     pub fn nms(&self, may_overlap: bool) -> f64 {
         self.automatic_nms.unwrap_or(if may_overlap { 1.0 } else { AUTOMATIC_NMS })
+    }
+
+    /// A line on what the run chose by itself of doubles among automatic masks, if it did.
+    pub fn chosen_nms(&self, may_overlap: bool) -> Option<String> {
+        let chosen = match may_overlap {
+            true => "boxes alone, as objects of annotations may overlap".to_string(),
+            false => format!(
+                "masks with an IoU above {AUTOMATIC_NMS}, as objects of masks do not overlap"
+            ),
+        };
+        (self.automatic > 0 && self.automatic_nms.is_none())
+            .then(|| format!("doubles of automatic masks go by {chosen} (--automatic-nms)"))
     }
 
     /// Makes the masks of everything whose precision is judged, if it is: all candidates, less the doubles.

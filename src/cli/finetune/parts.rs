@@ -44,7 +44,7 @@ pub struct Parts(BTreeSet<Part>);
 
 impl Default for Parts {
     fn default() -> Self {
-        Self([Part::Adapters].into())
+        Self([Part::Adapters, Part::Decoder].into())
     }
 }
 

@@ -6,7 +6,7 @@ use super::data::datasets;
 use super::judge::{self, Judge};
 use super::options::{Options, Symmetries};
 use super::output::{self, ADAPTER};
-use super::parts::{Part, Parts};
+use super::parts::Part;
 use super::report::Outcome;
 use super::results::{tell, Results};
 use super::training::Run;
@@ -70,6 +70,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let config = sam.config().clone();
     let processor = model::processor(&folder, &config, console)?;
     let (train, held_out) = datasets(options, &**processes)?;
+    let chosen_nms = options.chosen_nms(train.may_overlap());
     let options = &Options {
         automatic_nms: Some(options.nms(train.may_overlap())),
         ..options.with_epochs(train.len(), processes.size())
@@ -81,6 +82,9 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         fits.map_err(|e| Error::file(path, e.to_string()))?;
     }
     console.note(format!("{} images to train on, {} held out", train.len(), held_out.len()));
+    if let Some(chosen) = chosen_nms {
+        console.note(chosen);
+    }
     match train.transparent() + held_out.transparent() {
         0 => {}
         count => console
@@ -116,8 +120,9 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     if options.data() != DatasetOptions::min_area(options.min_area) {
         settings.insert("reading".into(), json!(options.data()));
     }
-    if options.train != Parts::default() {
-        console.note(format!("trained: {}", options.train));
+    console.note(format!("trained: {}", options.train));
+    // Adapters alone are what a state without this was trained by.
+    if options.train.names() != ["adapters"] {
         settings.insert("train".into(), json!(options.train.names()));
     }
     if options.adapter.is_some() {
@@ -134,7 +139,8 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         lora.base_model_name_or_path = name_on_the_hub(options, &folder);
     }
     let mut trainer = Trainer::new(&sam, options.trainer())?.with_groups(&options.groups())?;
-    if batch.loss.iou > 0.0 {
+    // The best alternative alone learns its shape. The others' true IoUs still move the loss.
+    if batch.loss.iou > 0.0 && batch.loss.multimask > 0.0 {
         trainer = trainer.with_zero_gradients();
     }
     let mut trainer = trainer.with_settings(settings).with_communicator(processes.clone())?;
@@ -168,6 +174,15 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
     let eval_steps = options.eval_steps(train.len(), processes.size());
     let run = Run { options, sam: &sam, lora: &lora, eval_steps, processes: &**processes };
     run.steps(&mut trainer, step, evaluate)?;
+    #[cfg(feature = "cuda")]
+    if let Some(graphs) = &graphs {
+        console.note(format!(
+            "CUDA graphs: {} recorded; {} steps ran by them, {} plainly",
+            graphs.recorded(),
+            graphs.replayed(),
+            graphs.plain()
+        ));
+    }
     if processes.size() > 1 && trainer.times().steps > 0 {
         console.note(trainer.times());
     }

@@ -25,20 +25,25 @@ impl Trainer {
         graphs: &mut StepGraphs<F>,
         mut input: impl FnMut(u64) -> Result<I>,
     ) -> Result<StepMetrics> {
-        let StepGraphs { forms, loss } = graphs;
+        let StepGraphs { forms, loss, replayed, plain } = graphs;
         let loss = &*loss;
         let alone = self.config.accumulation == 1 && self.communicator.size() == 1;
         let gpu = self.optimizer.gpu().filter(|_| alone && self.zeros_checked);
         let Some(gpu) = gpu.cloned() else {
+            *plain += 1;
             return self.step(|part, mode| loss(&input(part)?, mode));
         };
         let input = input(self.steps())?;
         let form = form_of(&input)?;
         let form = form.filter(|form| forms.len() < MOST_FORMS || forms.contains_key(form));
-        let Some(form) = form else { return self.step(|_, mode| loss(&input, mode)) };
+        let Some(form) = form else {
+            *plain += 1;
+            return self.step(|_, mode| loss(&input, mode));
+        };
         match forms.entry(form) {
             Entry::Vacant(new) => {
                 let made = warm_up(&gpu, || self.step(|_, mode| loss(&input, mode)))?;
+                *plain += 1;
                 new.insert(None);
                 Ok(made)
             }
@@ -48,6 +53,7 @@ impl Trainer {
                     Some(recorded) if recorded.changes(self.optimizer.changed()) => recorded,
                     _ => self.record(loss, &input)?,
                 };
+                *replayed += 1;
                 self.replay(known.insert(recorded), &input)
             }
         }
