@@ -15,16 +15,24 @@ use candle_sam_lora::train::{
 };
 use libtest_mimic::Trial;
 use std::collections::BTreeSet;
+use std::process::Command;
 
 const STEPS: u64 = 5;
+/// Kernels of the encoder that read a seed: S, the gradient of A, and that of the input.
+const SEEDED: [&str; 3] = ["low_rank_input", "low_rank_weight", "projection_bwd_input"];
 const CONFIG: AdamWConfig =
     AdamWConfig { lr: 0.01, beta1: 0.8, beta2: 0.95, eps: 1e-3, weight_decay: 0.3 };
 
 pub fn trials() -> Vec<Trial> {
+    let emulated = calls("").is_some();
     let mut trials = vec![
         trial("step graph forms".to_string(), forms),
         trial("step graph refusals".to_string(), refusals),
     ];
+    for kernel in SEEDED {
+        let name = format!("step graph with a baked seed in {kernel}");
+        trials.push(trial(name, move |_| baked_seed_is_seen(kernel)).with_ignored_flag(!emulated));
+    }
     for dtype in [DType::F32, DType::BF16] {
         for checkpointed in [false, true] {
             let kind = if checkpointed { " checkpointed" } else { "" };
@@ -114,6 +122,19 @@ fn encoder(dtype: DType, checkpointed: bool, device: &Device) -> anyhow::Result<
         let found: BTreeSet<_> = expected.made.iter().map(|made| measure(made).to_bits()).collect();
         assert_eq!(found.len() as u64, STEPS, "the steps differ");
     }
+    Ok(())
+}
+
+/// A kernel that drops by the recorded step's seed in each replay, which the driver's stand-in plants in a process of its own.
+fn baked_seed_is_seen(kernel: &str) -> Result<()> {
+    let output = Command::new(std::env::current_exe()?)
+        .args(["--exact", "step graph encoder f32"])
+        .env("EMULATED_BAKED_SEED", kernel)
+        .output()?;
+    let log =
+        [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(!output.status.success(), "{kernel} was not missed");
+    assert!(log.concat().contains("left: Run"), "{}\n{}", log[0], log[1]);
     Ok(())
 }
 

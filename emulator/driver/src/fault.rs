@@ -2,16 +2,48 @@
 //!
 //! `EMULATED_FAULT` lists prefixes of kernels' names, separated by commas. The second half of such a kernel's output is
 //! wrong. One bit of every 16 is flipped: a 16th of an f16, half of a bf16 or f32.
+//!
+//! `EMULATED_BAKED_SEED` lists prefixes too. Such a kernel drops by the seeds of its first run in each replay of a graph.
 
 use crate::memory;
 use crate::Outcome;
 
 const FLIPPED: u8 = 1 << 6;
 
+/// DROPOUT_SEED_AT of kernels/abi.h.
+const SEED_AT: u32 = 0x10000;
+
 /// Whether the kernel of this name is to compute wrongly.
 pub fn is_planted(kernel: &str) -> bool {
-    let Ok(faults) = std::env::var("EMULATED_FAULT") else { return false };
-    faults.split(',').any(|prefix| !prefix.is_empty() && kernel.starts_with(prefix))
+    is_listed("EMULATED_FAULT", kernel)
+}
+
+/// Whether the kernel of this name is to keep the seeds of its first run.
+pub fn bakes_seeds(kernel: &str) -> bool {
+    is_listed("EMULATED_BAKED_SEED", kernel)
+}
+
+fn is_listed(variable: &str, kernel: &str) -> bool {
+    let Ok(prefixes) = std::env::var(variable) else { return false };
+    prefixes.split(',').any(|prefix| !prefix.is_empty() && kernel.starts_with(prefix))
+}
+
+/// The params with the seeds in place of their addresses: words that end with a threshold above `SEED_AT` are a mask.
+pub fn with_baked_seeds(params: &[u8]) -> Vec<u8> {
+    let mut params = params.to_vec();
+    for at in (0..params.len().saturating_sub(15)).step_by(4) {
+        let Some(&[address @ .., _, _, _, _, a, b, c, d]) = params[at..].first_chunk::<16>() else {
+            break;
+        };
+        let (address, threshold) = (u64::from_ne_bytes(address), u32::from_ne_bytes([a, b, c, d]));
+        if (SEED_AT..2 * SEED_AT).contains(&threshold) && memory::check(address, 8).is_ok() {
+            // SAFETY: eight bytes of live memory, which nobody writes while a kernel runs.
+            let seed = unsafe { (address as *const [u8; 8]).read() };
+            params[at..at + 8].copy_from_slice(&seed);
+            params[at + 12..at + 16].copy_from_slice(&(threshold - SEED_AT).to_ne_bytes());
+        }
+    }
+    params
 }
 
 /// Runs a kernel and spoils what it wrote to the memory that its params point to.

@@ -12,9 +12,10 @@
 //! (`candle`). Calls that the driver would refuse are refused. A kernel that fails leaves the device broken, as on a
 //! GPU, and says why on stderr.
 //!
-//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another. `EMULATED_FAULT`
-//! names kernels that compute wrongly. A kernel whose name contains `EMULATED_HANG` never ends, for tests of what watches the
-//! GPU. `EMULATED_DRY_RUN` turns the work off (`dry_run`). `emulated_driver_calls` tells how often a function was called,
+//! In the environment, `EMULATED_CAPABILITY` is the device's compute capability, 90 unless it says another.
+//! `EMULATED_FAULT` names kernels that compute wrongly, `EMULATED_BAKED_SEED` those whose replays drop as their first
+//! run did. A kernel whose name contains `EMULATED_HANG` never ends, for tests of what watches the GPU.
+//! `EMULATED_DRY_RUN` turns the work off (`dry_run`). `emulated_driver_calls` tells how often a function was called,
 //! `emulated_driver_bytes` how much memory is in use.
 
 mod calls;
