@@ -38,6 +38,46 @@ __device__ __forceinline__ void stage_tile(E* tile, const E* from, uint32_t stri
     }
 }
 
+// The 16-byte vectors of a tile that a thread copies. The tiles follow each other along a matrix's columns, or down its
+// rows. Their vectors lie at the same places, so no tile but the first one takes work for addresses.
+template <int kRows, int kCols, int kStride, int kThreads, bool kDown, class E> struct TileVectors {
+    static constexpr int kChunks = kCols / kVec<E>, kRowsAtOnce = kThreads / kChunks, kCount = kRows / kRowsAtOnce;
+    static_assert(kThreads % kChunks == 0 && kRows % kRowsAtOnce == 0);
+    // This thread's first vector of the next tile. It is an address, as nvcc 13.0 never ends on a pointer here.
+    device_ptr from;
+    uint32_t stride;  // elements of a row of the matrix
+    uint32_t valid;   // a bit for each vector
+
+    // The first tile begins at (first, k) of a matrix, or at (k, first) if tiles go down. They follow each other along
+    // k; `extent` is what the matrix has left of the other side.
+    __device__ __forceinline__ TileVectors(device_ptr matrix, uint32_t stride, uint32_t first, uint32_t k,
+                                           uint32_t extent)
+        : stride(stride), valid(0) {
+        const uint32_t top = kDown ? k : first, left = kDown ? first : k;
+        from = matrix + (uint64_t(top + row()) * stride + left + column()) * sizeof(E);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            valid |= uint32_t(kDown ? column() < extent : row() + i * kRowsAtOnce < extent) << i;
+    }
+    // Whether memory is aligned for them.
+    static __device__ __forceinline__ bool fit(device_ptr matrix, uint32_t stride, uint32_t first, uint32_t k,
+                                               uint32_t extent) {
+        return vectorisable<E>(stride | (kDown ? first | extent : k), matrix);
+    }
+    static __device__ __forceinline__ uint32_t row() { return threadIdx.x / kChunks; }
+    static __device__ __forceinline__ uint32_t column() { return threadIdx.x % kChunks * kVec<E>; }
+    // Starts copying the next tile.
+    __device__ __forceinline__ void copy(E* tile) {
+        const uint64_t row_bytes = uint64_t(stride) * sizeof(E);
+        E* to = tile + row() * kStride + column();
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            ptx::cp_async<16>(to + i * kRowsAtOnce * kStride, global<const E>(from + i * kRowsAtOnce * row_bytes),
+                              valid >> i & 1);
+        from += kDown ? kRows * row_bytes : kCols * sizeof(E);
+    }
+};
+
 // acc += left right over 32 of depth. `left` [m][32] is at the warp's first row, `right` at its first column: [n][32],
 // or [32][n] if kRightRows.
 template <bool kRightRows, int kLeftStride, int kRightStride, int kM, int kN, class T>
@@ -85,7 +125,7 @@ template <class Body> __device__ __forceinline__ void add_rounded(float (&acc)[4
 }
 
 // left(i, k) right(k, j) over kDepth of depth, i and j counted from the warp's corner. For each fragment (m, n) calls
-// add(m, n, body), and body(d) adds the product of this step of eight to d.
+// add(m, n, body), and body(d) adds the product of this step of eight to d. A left side of 16 bits is exact as it is.
 template <int kDepth, bool kSplitLeft, bool kSplitRight, int kM, int kN, class Left, class Right, class Add>
 __device__ __forceinline__ void product_tf32(Left left, Right right, Add add) {
     const int lane = threadIdx.x % kWarp, row = lane / 4, col = lane % 4;
@@ -96,7 +136,9 @@ __device__ __forceinline__ void product_tf32(Left left, Right right, Add add) {
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const Tf32 x = split_tf32(left(m * 16 + row + 8 * (i % 2), k + col + 4 * (i / 2)));
+                const auto element = left(m * 16 + row + 8 * (i % 2), k + col + 4 * (i / 2));
+                const float value = to_float(element);
+                const Tf32 x = sizeof(element) == 2 ? Tf32{__float_as_uint(value), 0} : split_tf32(value);
                 a_high[m][i] = x.high;
                 a_low[m][i] = x.low;
             }

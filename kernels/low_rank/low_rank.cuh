@@ -18,6 +18,8 @@ template <class T_, int kCols_, int kWarpsM_, int kWarpsN_, bool kLeftColumns_, 
     using T = T_;
     static constexpr int kRows = 64, kCols = kCols_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kDepth = 32, kStages = 3;
     static constexpr bool kLeftColumns = kLeftColumns_, kRightRows = kRightRows_;
+    // The widest one in f32 has no registers to spare for its copies.
+    static constexpr bool kInVectors = sizeof(T) == 2 || kCols == 16;
     static constexpr int kM = kRows / kWarpsM / 16, kN = kCols / kWarpsN / 8;
     static_assert(kWarpsM * kWarpsN * kWarp == LOW_RANK_THREADS);
     // As they lie in memory. The padding avoids bank conflicts.
@@ -87,17 +89,11 @@ template <class Tile> __device__ __forceinline__ void low_rank(const LowRankPara
     const int warp_i = warp / Tile::kWarpsN * Tile::kM * 16, warp_j = warp % Tile::kWarpsN * Tile::kN * 8;
     float acc[Tile::kM][Tile::kN][4] = {};
     const uint32_t steps = ceil_div(end - begin, uint32_t(Tile::kDepth));
-    const auto load_step = [&](uint32_t step) {
-        if (step < steps) load(step % kStages, begin + step * Tile::kDepth);
-        ptx::cp_async_commit_group();
-    };
-#pragma unroll 1
-    for (int step = 0; step < kStages - 1; ++step) load_step(step);
-#pragma unroll 1
-    for (uint32_t step = 0; step < steps; ++step) {
+    const auto wait = [] {
         ptx::cp_async_wait_group<kStages - 2>();
         __syncthreads();  // this stage has landed, and nobody reads the one before it any more
-        load_step(step + kStages - 1);
+    };
+    const auto multiply = [&](uint32_t step) {
         auto& stage = shared.stages[step % kStages];
         if (p.mask.threshold != 0) {
             const uint32_t k = begin + step * Tile::kDepth;
@@ -105,11 +101,43 @@ template <class Tile> __device__ __forceinline__ void low_rank(const LowRankPara
             __syncthreads();  // the mask is on
         }
         product_tf32<Tile::kDepth, sizeof(T) == 4, true, Tile::kM, Tile::kN>(
-            [&](int i, int k) {
-                return to_float(Tile::kLeftColumns ? stage.left[k][warp_i + i] : stage.left[warp_i + i][k]);
-            },
+            [&](int i, int k) { return Tile::kLeftColumns ? stage.left[k][warp_i + i] : stage.left[warp_i + i][k]; },
             [&](int k, int j) { return Tile::kRightRows ? stage.right[k][warp_j + j] : stage.right[warp_j + j][k]; },
             [&](int m, int n, auto body) { add_rounded(acc[m][n], body); });
+    };
+    // Copies run so many steps ahead of products.
+    constexpr uint32_t kAhead = kStages - 1;
+    const auto load_step = [&](uint32_t step) {
+        if (step < steps) load(step % kStages, begin + step * Tile::kDepth);
+        ptx::cp_async_commit_group();
+    };
+    uint32_t next = 0;
+#pragma unroll 1
+    for (; next < kAhead; ++next) load_step(next);
+    using Left = TileVectors<Tile::kLeftTileRows, Tile::kLeftTileCols, Tile::kLeftStride, LOW_RANK_THREADS,
+                             Tile::kLeftColumns, T>;
+    using Right = TileVectors<Tile::kRightTileRows, Tile::kRightTileCols, Tile::kRightStride, LOW_RANK_THREADS,
+                              Tile::kRightRows, float>;
+    const uint32_t k = begin + kAhead * Tile::kDepth;
+    const bool fit = Left::fit(p.left, p.left_stride, i0, k, rows) && Right::fit(p.right, p.right_stride, j0, k, cols);
+    if (Tile::kInVectors && fit) {
+        Left left(p.left, p.left_stride, i0, k, rows);
+        Right right(p.right, p.right_stride, j0, k, cols);
+#pragma unroll 1
+        for (; next < (end - begin) / Tile::kDepth; ++next) {
+            wait();
+            auto& stage = shared.stages[next % kStages];
+            left.copy(&stage.left[0][0]);
+            right.copy(&stage.right[0][0]);
+            ptx::cp_async_commit_group();
+            multiply(next - kAhead);
+        }
+    }
+#pragma unroll 1
+    for (; next < steps + kAhead; ++next) {
+        wait();
+        load_step(next);
+        multiply(next - kAhead);
     }
 
     const int lane = threadIdx.x % kWarp;

@@ -17,11 +17,16 @@ template <class Tile> struct BackwardSteps {
     uint32_t row0, col0;
     static constexpr uint32_t kDepth = Tile::template kDepth<T>, kLowRankDepth = Tile::template kDepth<float>;
 
-    __device__ __forceinline__ uint32_t count() const {
+    __device__ __forceinline__ uint32_t weights() const {
         uint32_t sum = 0;
 #pragma unroll
-        for (int i = 0; i < PROJECTION_PARTS; ++i)
-            sum += ceil_div(p.parts[i].out_dim, kDepth) + ceil_div(p.parts[i].rank, kLowRankDepth);
+        for (int i = 0; i < PROJECTION_PARTS; ++i) sum += ceil_div(p.parts[i].out_dim, kDepth);
+        return sum;
+    }
+    __device__ __forceinline__ uint32_t count() const {
+        uint32_t sum = weights();
+#pragma unroll
+        for (int i = 0; i < PROJECTION_PARTS; ++i) sum += ceil_div(p.parts[i].rank, kLowRankDepth);
         return sum;
     }
     __device__ __forceinline__ Step at(uint32_t index) const {
@@ -37,11 +42,11 @@ template <class Tile> struct BackwardSteps {
         }
         const ProjectionPart& part = p.parts[product % PROJECTION_PARTS];
         if (product < PROJECTION_PARTS)
-            return {global<const T>(p.left) + uint64_t(row0) * p.total + part.column,
-                    global<const T>(part.weight) + col0, p.total, p.in_dim,
+            return {p.left + (uint64_t(row0) * p.total + part.column) * sizeof(T),
+                    part.weight + uint64_t(col0) * sizeof(T), p.total, p.in_dim,
                     part.out_dim, (index - first) * kDepth, product, false};
-        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column,
-                global<const float>(part.a) + col0, p.s_stride, p.in_dim,
+        return {p.low_rank + (uint64_t(row0) * p.s_stride + part.s_column) * sizeof(float),
+                part.a + uint64_t(col0) * sizeof(float), p.s_stride, p.in_dim,
                 part.rank, (index - first) * kLowRankDepth, product - PROJECTION_PARTS, true};
     }
 };

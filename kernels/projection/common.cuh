@@ -43,7 +43,7 @@ template <class T_, int kRows_, int kCols_, int kWarpsM_, int kWarpsN_, bool kRi
 // One step of the sum: from depth k on of one of its products. `left` is at the tile's first row; `right` at its first
 // column (a row of memory, or a column).
 struct Step {
-    const void *left, *right;
+    device_ptr left, right;
     uint32_t left_stride, right_stride;
     uint32_t depth, k;  // of the product: all of it, and where this step begins
     uint32_t part;
@@ -54,7 +54,7 @@ template <class Tile, class E>
 __device__ __forceinline__ void stage_step(typename Tile::Stage& stage, const Step& s, uint32_t rows, uint32_t cols) {
     constexpr int kDepth = Tile::template kDepth<E>, kRightStride = Tile::template kRightStride<E>;
     const uint32_t k = s.k, depth = s.depth - k;
-    const E *left = static_cast<const E*>(s.left) + k, *right = static_cast<const E*>(s.right);
+    const E *left = global<const E>(s.left) + k, *right = global<const E>(s.right);
     E *left_tile = reinterpret_cast<E*>(stage.left), *right_tile = reinterpret_cast<E*>(stage.right);
     stage_tile<Tile::kRows, kDepth, Tile::template kLeftStride<E>, Tile::kThreads>(left_tile, left, s.left_stride, rows,
                                                                                    depth);
@@ -84,35 +84,45 @@ template <class Tile, class Body> __device__ __forceinline__ void add_product(fl
     else body(acc);
 }
 
+// The whole steps of a weights' product that come after one of its steps, if they can be copied in vectors.
+template <class Tile> struct WholeSteps {
+    using T = typename Tile::T;
+    static constexpr bool kRightRows = Tile::kRightRows;
+    static constexpr int kDepth = Tile::template kDepth<T>, kThreads = Tile::kThreads;
+    using Left = TileVectors<Tile::kRows, kDepth, Tile::template kLeftStride<T>, kThreads, false, T>;
+    using Right = TileVectors<kRightRows ? kDepth : Tile::kCols, kRightRows ? Tile::kCols : kDepth,
+                              Tile::template kRightStride<T>, kThreads, kRightRows, T>;
+    Left left;
+    Right right;
+    uint32_t count = 0;
+
+    __device__ __forceinline__ WholeSteps(const Step& s, uint32_t rows, uint32_t cols)
+        : left(s.left, s.left_stride, 0, s.k + kDepth, rows), right(s.right, s.right_stride, 0, s.k + kDepth, cols) {
+        const bool fit =
+            Left::fit(s.left, s.left_stride, 0, s.k, rows) && Right::fit(s.right, s.right_stride, 0, s.k, cols);
+        if (fit && !s.low_rank && s.depth - s.k >= kDepth) count = (s.depth - s.k) / kDepth - 1;
+    }
+    // Starts copying the next one.
+    __device__ __forceinline__ void copy(typename Tile::Stage& stage) {
+        left.copy(reinterpret_cast<T*>(stage.left));
+        right.copy(reinterpret_cast<T*>(stage.right));
+        --count;
+    }
+};
+
 // Runs the loop; rows and cols are what the matrices have left from the tile's corner. `steps.at(i)` is step i of
-// `steps.count()`; `low_rank(stage, step)` multiplies a stage of a low-rank one.
+// `steps.count()`, of which the first `steps.weights()` are of the weights' products. `low_rank(stage, step)`
+// multiplies a stage of the others.
 template <class Tile, class Steps, class LowRank>
 __device__ __forceinline__ void sum_steps(typename Tile::Storage& shared, typename Tile::Accumulators& acc,
                                           const Steps& steps, uint32_t rows, uint32_t cols, LowRank low_rank) {
     using T = typename Tile::T;
     constexpr uint32_t kStages = Tile::kStages;
-    const uint32_t count = steps.count();
-    const auto load = [&](uint32_t index) {
-        if (index < count) {
-            const Step step = steps.at(index);
-            auto& stage = shared.stages[index % kStages];
-            if (step.low_rank) stage_step<Tile, float>(stage, step, rows, cols);
-            else stage_step<Tile, T>(stage, step, rows, cols);
-        }
-        ptx::cp_async_commit_group();
-    };
-#pragma unroll 1
-    for (uint32_t index = 0; index < kStages - 1; ++index) load(index);
-#pragma unroll 1
-    for (uint32_t index = 0; index < count; ++index) {
-        ptx::cp_async_wait_group<kStages - 2>();
-        __syncthreads();  // this stage has landed, and nobody reads the one before it any more
-        load(index + kStages - 1);
-        const auto& stage = shared.stages[index % kStages];
-        const Step step = steps.at(index);
-        if (step.low_rank) {
-            low_rank(stage, step);
-        } else if constexpr (Tile::kSplit) {
+    const uint32_t count = steps.count(), weights = steps.weights();
+    const auto stage_of = [&](uint32_t index) -> typename Tile::Stage& { return shared.stages[index % kStages]; };
+    const auto multiply = [&](uint32_t index) {
+        const auto& stage = stage_of(index);
+        if constexpr (Tile::kSplit) {
             product_f32<Tile>(stage, [&](int m, int n, auto body) { add_product<Tile>(acc[m][n], body); });
         } else {
             constexpr int kLeftStride = Tile::template kLeftStride<T>, kRightStride = Tile::template kRightStride<T>;
@@ -120,6 +130,36 @@ __device__ __forceinline__ void sum_steps(typename Tile::Storage& shared, typena
                 acc, reinterpret_cast<const T*>(stage.left) + Tile::warp_row() * kLeftStride,
                 reinterpret_cast<const T*>(stage.right) + Tile::warp_col() * (Tile::kRightRows ? 1 : kRightStride));
         }
+    };
+    const auto wait = [] {
+        ptx::cp_async_wait_group<kStages - 2>();
+        __syncthreads();  // this stage has landed, and nobody reads the one before it any more
+    };
+    // Copies run so many steps ahead of products.
+    constexpr uint32_t kAhead = kStages - 1;
+    WholeSteps<Tile> whole(steps.at(0), rows, cols);
+    whole.count = 0;  // until the copies are ahead
+#pragma unroll 1
+    for (uint32_t next = 0; next < count + kAhead; ++next) {
+#pragma unroll 1
+        for (; whole.count > 0; ++next) {
+            wait();
+            whole.copy(stage_of(next));
+            ptx::cp_async_commit_group();
+            multiply(next - kAhead);
+        }
+        if (next >= kAhead) wait();
+        if (next < count) {
+            const Step step = steps.at(next);
+            if (step.low_rank) stage_step<Tile, float>(stage_of(next), step, rows, cols);
+            else stage_step<Tile, T>(stage_of(next), step, rows, cols);
+            if (next + 1 >= kAhead) whole = WholeSteps<Tile>(step, rows, cols);
+        }
+        ptx::cp_async_commit_group();
+        if (next < kAhead) continue;
+        const uint32_t index = next - kAhead;
+        if (index < weights) multiply(index);
+        else low_rank(stage_of(index), steps.at(index));
     }
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // the stages are free

@@ -17,18 +17,16 @@ template <class Tile> struct ForwardSteps {
     uint32_t row0, col0;
     static constexpr uint32_t kDepth = Tile::template kDepth<T>, kLowRankDepth = Tile::template kDepth<float>;
 
-    __device__ __forceinline__ uint32_t count() const {
-        return ceil_div(p.in_dim, kDepth) + ceil_div(part.rank, kLowRankDepth);
-    }
+    __device__ __forceinline__ uint32_t weights() const { return ceil_div(p.in_dim, kDepth); }
+    __device__ __forceinline__ uint32_t count() const { return weights() + ceil_div(part.rank, kLowRankDepth); }
     __device__ __forceinline__ Step at(uint32_t index) const {
-        const uint32_t base = ceil_div(p.in_dim, kDepth);
-        if (index < base)
-            return {global<const T>(p.left) + uint64_t(row0) * p.in_dim,
-                    global<const T>(part.weight) + uint64_t(col0) * p.in_dim, p.in_dim, p.in_dim,
+        if (index < weights())
+            return {p.left + uint64_t(row0) * p.in_dim * sizeof(T),
+                    part.weight + uint64_t(col0) * p.in_dim * sizeof(T), p.in_dim, p.in_dim,
                     p.in_dim, index * kDepth, 0, false};
-        return {global<const float>(p.low_rank) + uint64_t(row0) * p.s_stride + part.s_column,
-                global<const float>(part.b) + uint64_t(col0) * part.rank,
-                p.s_stride, part.rank, part.rank, (index - base) * kLowRankDepth, 0, true};
+        return {p.low_rank + (uint64_t(row0) * p.s_stride + part.s_column) * sizeof(float),
+                part.b + uint64_t(col0) * part.rank * sizeof(float),
+                p.s_stride, part.rank, part.rank, (index - weights()) * kLowRankDepth, 0, true};
     }
 };
 

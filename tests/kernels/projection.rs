@@ -28,7 +28,7 @@ pub const CASES: [Case; 12] = [
     // q and v, as most adapters have it; then all, each with its own rank; then k alone.
     Case { outs: &[40; 3], ranks: &[16, 0, 16], p: 0.1, bias: true, ..PLAIN },
     Case { rows: 67, outs: &[33; 3], ranks: &[1, 16, 17], p: 0.3, lora_bias: true, ..PLAIN },
-    Case { outs: &[72; 3], ranks: &[0, 64, 0], bias: true, lora_bias: true, ..PLAIN },
+    Case { outs: &[200; 3], ranks: &[0, 64, 0], bias: true, lora_bias: true, ..PLAIN },
     // More rows than a split of the gradients' sums has.
     Case { rows: 300, in_dim: 24, outs: &[16], ranks: &[5], p: 0.2, bias: true, ..PLAIN },
 ];
