@@ -98,8 +98,8 @@ fn run(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products, of the second of two equal
-/// passes; with them the allocations on the host.
+/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products. With them the allocations on
+/// the host. All are those of the second of two equal passes.
 fn counts(
     config: &SamConfig,
     dtype: DType,
