@@ -81,7 +81,7 @@ fn rows(dtype: DType) -> Result<Vec<Launch>> {
     let norm = dora::DoraNorm { out_dim: 768, in_dim: 768, rank: 16, scaling: 1.0 };
     launches.extend(dora::plan(&norm, dtype)?.steps);
     launches.extend(optimizer(dtype)?);
-    launches.extend(concat::plan(&[768; 3], dtype)?.steps);
+    launches.extend(concat::plan(&[768; 3], dtype)?.steps.clone());
     let neck = ConvColumns { batch: 1, h: 64, w: 64, channels: 256, kernel: 3, stride: 1 };
     for pass in [conv_columns::Pass::Forward, conv_columns::Pass::Backward] {
         launches.extend(conv_columns::plan(&neck, pass, dtype)?.steps);

@@ -1,23 +1,22 @@
 //! A job over any number of tensors, some changed in place. Its kernels find them by a table in device memory.
 
 use super::replay;
-use super::run::{read, tensor, write, Job};
+use super::run::{tensor, with_operands, write, Job};
 use super::stream::Stream;
 use crate::launch::slots::Operands;
 use crate::launch::{device_ptr, Backend};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr};
 use candle_core::{
-    bail, CpuStorage, CudaStorage, DType, Error, InplaceOp1, Layout, Result, Shape, Storage, Tensor,
+    bail, CpuStorage, CudaStorage, DType, Error, InplaceOp1, Layout, Result, Shape, Tensor,
 };
-use std::cell::Cell;
 
 /// The tensors of such a job, all on one GPU.
 pub(crate) struct InPlace<'a> {
     /// Changed by the kernels: contiguous f32, f16 or bf16.
     pub changed: &'a [&'a Tensor],
-    /// Read by the kernels; the plan's inputs after the table. Contiguous, as [`operand`](super::operand) makes them.
-    pub read: &'a [Tensor],
+    /// Read by the kernels; the plan's inputs after the table.
+    pub read: &'a [&'a Tensor],
 }
 
 impl Job<'_> {
@@ -32,32 +31,32 @@ impl Job<'_> {
         table: impl FnOnce(&[device_ptr], &[device_ptr]) -> Result<Vec<u8>>,
         (dtype, shape): (DType, &Shape),
     ) -> Result<Tensor> {
-        let InPlace { changed, read: inputs } = tensors;
+        let InPlace { changed, read } = tensors;
         let launched = || -> Result<Tensor> {
             let Some(first) = changed.first() else { bail!("no tensors") };
+            for tensor in *changed {
+                let layout = tensor.layout();
+                if !layout.is_contiguous() || layout.start_offset() > 0 {
+                    bail!("expected a contiguous tensor of its own memory, got {layout:?}")
+                }
+            }
             let device = first.device().as_cuda_device()?;
-            let stream = Stream(device.cuda_stream());
-            let touch_all = || changed.iter().map(|t| touch(t, &stream.0)).collect::<Result<_>>();
-            let addresses: Vec<_> = touch_all()?;
+            let stream = Stream::of(device)?;
+            touch_all(changed, &stream.stream)?;
             // SAFETY: the kernels write every element of the output.
             let mut out = unsafe { device.alloc_uninit(shape, dtype)? };
             let bytes = self.plan.workspace_bytes;
             let workspace = (bytes > 0).then(|| stream.alloc(bytes)).transpose()?;
-            {
-                let locks: Vec<_> = inputs.iter().map(Tensor::storage_and_layout).collect();
-                let guards = locks.iter().map(|(storage, layout)| match &**storage {
-                    Storage::Cuda(storage) => read(storage, layout, &stream.0),
-                    _ => bail!("expected a tensor on the GPU"),
-                });
-                let guards = guards.collect::<Result<Vec<_>>>()?;
-                let inputs: Vec<_> = guards.iter().map(|(address, _)| *address).collect();
-                let rows = table(&addresses, &inputs)?;
+            let all: Vec<_> = changed.iter().chain(*read).copied().collect();
+            with_operands(&all, &stream.stream, |addresses| {
+                let (changed, inputs) = addresses.split_at(changed.len());
+                let rows = table(changed, inputs)?;
                 // A recorded step finds one in memory, at every replay another.
                 let kept = replay::table();
                 let copied = kept.is_none().then(|| device.clone_htod(&rows)).transpose()?;
-                let table = copied.as_ref().map(|rows| rows.device_ptr(&stream.0).0).or(kept);
-                let inputs: Vec<_> = table.into_iter().chain(inputs).collect();
-                let (out, _written) = write(&mut out, &stream.0)?;
+                let table = copied.as_ref().map(|rows| rows.device_ptr(&stream.stream).0).or(kept);
+                let inputs: Vec<_> = table.iter().chain(inputs).copied().collect();
+                let (out, _written) = write(&mut out, &stream.stream)?;
                 let operands = Operands {
                     inputs: &inputs,
                     outputs: &[out],
@@ -68,28 +67,26 @@ impl Job<'_> {
                 for step in &self.plan.steps {
                     // SAFETY: as in `run`; the table has the addresses of tensors that live until the launches are
                     // made, and is freed in the stream's order.
-                    unsafe { stream.launch(&step.fill(&operands)?)? };
+                    unsafe { stream.launch(step, &operands)? };
                 }
-            }
-            // Other streams wait for the change.
-            touch_all()?;
+                Ok(())
+            })?;
+            touch_all(changed, &stream.stream)?;
             Ok(tensor(out, shape))
         };
         launched().map_err(|e| e.context(format!("{} on the GPU", self.op)))
     }
 }
 
-/// The address of a tensor that changes. This stream waits for all uses so far. Later uses on other streams wait for this one.
-fn touch(tensor: &Tensor, stream: &CudaStream) -> Result<device_ptr> {
-    let touch = Touch { stream, address: Cell::new(0) };
-    tensor.inplace_op1(&touch)?;
-    Ok(touch.address.get())
+/// This stream waits for all uses so far of tensors that change. Later uses on other streams wait for this one.
+fn touch_all(tensors: &[&Tensor], stream: &CudaStream) -> Result<()> {
+    if !stream.context().is_managing_stream_synchronization() {
+        return Ok(()); // there is no other stream
+    }
+    tensors.iter().try_for_each(|tensor| tensor.inplace_op1(&Touch(stream)))
 }
 
-struct Touch<'a> {
-    stream: &'a CudaStream,
-    address: Cell<device_ptr>,
-}
+struct Touch<'a>(&'a CudaStream);
 
 impl InplaceOp1 for Touch<'_> {
     fn name(&self) -> &'static str {
@@ -100,12 +97,7 @@ impl InplaceOp1 for Touch<'_> {
         Err(Error::msg("expected a tensor on the GPU"))
     }
 
-    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        let Some((0, _)) = layout.contiguous_offsets() else {
-            bail!("expected a contiguous tensor of its own memory, got {layout:?}")
-        };
-        let (address, _recorded) = write(storage, self.stream)?;
-        self.address.set(address);
-        Ok(())
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        write(storage, self.0).map(|_recorded| ())
     }
 }

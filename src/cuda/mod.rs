@@ -25,6 +25,6 @@ pub(crate) use in_place::InPlace;
 pub(crate) use modules::COMPILER;
 pub(crate) use pool::keep_freed_memory;
 pub(crate) use replay::{is_recording, prepares_graph, warm_up, Replay};
-pub(crate) use run::{operand, tensor, with_storages, Job};
+pub(crate) use run::{operand, tensor, Job};
 pub(crate) use stream::is_capturing;
 pub(crate) use trust::{self_test_is_on, Key};

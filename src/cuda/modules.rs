@@ -1,5 +1,6 @@
 //! The compiled kernels, embedded by build.rs, and which of them a context has loaded.
 
+use crate::launch::cache::QuickMap;
 use crate::launch::file_of;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaContext, CudaFunction, CudaModule};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
@@ -16,7 +17,8 @@ include!(concat!(env!("OUT_DIR"), "/images.rs"));
 pub(super) struct Loaded {
     /// By their place in [`IMAGES`].
     modules: HashMap<usize, Arc<CudaModule>>,
-    kernels: HashMap<String, Arc<Kernel>>,
+    /// They stay until the process ends: a graph may hold them.
+    kernels: QuickMap<String, &'static Kernel>,
 }
 
 /// A loaded kernel.
@@ -31,18 +33,18 @@ pub(super) fn kernel(
     context: &Arc<CudaContext>,
     loaded: &RwLock<Loaded>,
     name: &str,
-) -> Result<Arc<Kernel>> {
+) -> Result<&'static Kernel> {
     if let Some(kernel) = loaded.read().unwrap_or_else(PoisonError::into_inner).kernels.get(name) {
-        return Ok(kernel.clone());
+        return Ok(kernel);
     }
     loaded.write().unwrap_or_else(PoisonError::into_inner).load(context, name)
 }
 
 impl Loaded {
-    fn load(&mut self, context: &Arc<CudaContext>, name: &str) -> Result<Arc<Kernel>> {
+    fn load(&mut self, context: &Arc<CudaContext>, name: &str) -> Result<&'static Kernel> {
         // Another thread may have been first.
         if let Some(kernel) = self.kernels.get(name) {
-            return Ok(kernel.clone());
+            return Ok(kernel);
         }
         let files = IMAGES.iter().map(|(name, _)| *name);
         let Some(index) = file_of(name, files) else { bail!("no file of kernels holds {name}") };
@@ -63,8 +65,9 @@ impl Loaded {
         let function = module
             .load_function(name)
             .map_err(|e| Error::wrap(e).context(format!("kernel {name} in {}", IMAGES[index].0)))?;
-        let kernel = Arc::new(Kernel { function, permitted: AtomicU32::new(FREE_SHARED) });
-        self.kernels.insert(name.to_string(), kernel.clone());
+        let permitted = AtomicU32::new(FREE_SHARED);
+        let kernel: &'static Kernel = Box::leak(Box::new(Kernel { function, permitted }));
+        self.kernels.insert(name.to_string(), kernel);
         Ok(kernel)
     }
 }

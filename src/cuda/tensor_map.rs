@@ -1,7 +1,7 @@
 //! Tensor maps as the driver encodes them.
 
 use crate::launch::cache::Cache;
-use crate::launch::tensor_map::{Element, Swizzle, TensorMap};
+use crate::launch::tensor_map::{Element, Swizzle, TensorMap, MOST_DIMS};
 use candle_core::cuda_backend::cudarc::driver::sys::{self, *};
 use candle_core::{Error, Result};
 
@@ -31,20 +31,22 @@ pub(super) fn encode(map: &TensorMap) -> Result<Encoded> {
         Swizzle::Bytes64 => CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_64B,
         Swizzle::Bytes128 => CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
     };
-    let dims: Vec<u64> = map.dims.iter().map(|&n| n.into()).collect();
-    let steps = vec![1u32; dims.len()];
+    let (mut dims, steps) = ([0u64; MOST_DIMS], [1u32; MOST_DIMS]);
+    for (wide, &size) in dims.iter_mut().zip(map.dims()) {
+        *wide = size.into();
+    }
     let mut encoded = std::mem::MaybeUninit::<CUtensorMap>::zeroed();
-    // SAFETY: the arrays have as many elements as the rank says (`check`). The driver writes the map, which is plain
+    // SAFETY: the arrays have as many elements as the rank says, or more. The driver writes the map, which is plain
     // bytes and was zeroed, and keeps nothing.
     let bytes = unsafe {
         sys::cuTensorMapEncodeTiled(
             encoded.as_mut_ptr(),
             element,
-            dims.len() as u32,
+            map.dims().len() as u32,
             map.address as *mut std::ffi::c_void,
             dims.as_ptr(),
-            map.strides.as_ptr(),
-            map.tile.as_ptr(),
+            map.strides().as_ptr(),
+            map.tile().as_ptr(),
             steps.as_ptr(),
             CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle,

@@ -73,7 +73,8 @@ pub fn table(
     step: &AdamWStep,
 ) -> Result<Vec<u8>> {
     let mut first_chunk = 0;
-    let rows = parameters.iter().zip(addresses).map(|(own, addresses)| {
+    let mut rows = Vec::with_capacity(parameters.len() * ROW_BYTES);
+    for (own, addresses) in parameters.iter().zip(addresses) {
         let Parameter { size, dtype, rates } = *own;
         let [parameter, gradient, exp_avg, exp_avg_sq] = *addresses;
         let dtype = match dtype {
@@ -96,9 +97,9 @@ pub fn table(
             eps: step.eps as f32,
         };
         first_chunk += chunks(size) as u32;
-        Ok(bytemuck::bytes_of(&row).to_vec())
-    });
-    Ok(rows.collect::<Result<Vec<_>>>()?.concat())
+        rows.extend(bytemuck::bytes_of(&row));
+    }
+    Ok(rows)
 }
 
 fn chunks(size: usize) -> usize {

@@ -1,10 +1,12 @@
 //! A few vectors in a row: `kernels/concat/concat.cu`.
 
 use super::bindings::{ConcatParams, ConcatPart, CONCAT_PARTS, CONCAT_THREADS};
+use super::cache::Plans;
 use super::plan::Plan;
 use super::slots::{input, output};
 use super::Launch;
 use candle_core::{bail, DType, Result};
+use std::sync::{Arc, LazyLock};
 
 /// Most vectors that a launch takes.
 pub const MOST: usize = CONCAT_PARTS as usize;
@@ -14,7 +16,12 @@ pub const MOST: usize = CONCAT_PARTS as usize;
 /// # Errors
 /// - there are more than [`MOST`], or one is empty;
 /// - on other dtypes than f32, f16 and bf16.
-pub fn plan(lengths: &[usize], dtype: DType) -> Result<Plan> {
+pub fn plan(lengths: &[usize], dtype: DType) -> Result<Arc<Plan>> {
+    static PLANS: LazyLock<Plans<(Vec<usize>, DType)>> = LazyLock::new(Plans::default);
+    PLANS.get_or(&(lengths.to_vec(), dtype), |_| make(lengths, dtype).map(Arc::new))
+}
+
+fn make(lengths: &[usize], dtype: DType) -> Result<Plan> {
     if lengths.len() > MOST || lengths.contains(&0) {
         bail!("concat: up to {MOST} vectors that are not empty, got lengths {lengths:?}")
     }

@@ -6,8 +6,7 @@
 //!
 //! ```text
 //! <op>::plan(problem, ..)     -> plan::Plan: launches over operand slots, made once and kept
-//! Launch::fill(operands)      -> the launch of one call, with its addresses and dropout masks
-//! Backend::launch(launch)
+//! Backend::launch(launch, operands)    fills in the addresses and dropout masks of one call, and runs it
 //! ```
 
 pub mod adamw;
@@ -41,6 +40,7 @@ pub use gpu::{Architecture, Gpu};
 
 use bindings::Params;
 use candle_core::{bail, DType, Result};
+use slots::Operands;
 use tensor_map::TensorMap;
 
 /// A kernel's launch, as plain data.
@@ -112,15 +112,15 @@ pub trait Backend {
     /// Where the memory lies.
     fn address(&self, memory: &Self::Memory) -> device_ptr;
 
-    /// Encodes the tensor maps and runs the kernel, after those launched before.
+    /// Fills the launch with the operands of a call ([`Launch::fill`]) and runs the kernel, after those launched before.
     ///
     /// # Errors
     /// If there is no such kernel, or it cannot be launched.
     ///
     /// # Safety
-    /// The addresses in the params must be of live device memory, of the sizes that the kernel expects, until the
+    /// The addresses in the filled params must be of live device memory, of the sizes that the kernel expects, until the
     /// kernel has ended.
-    unsafe fn launch(&self, launch: &Launch) -> Result<()>;
+    unsafe fn launch(&self, launch: &Launch, operands: &Operands<'_>) -> Result<()>;
 }
 
 /// A size as kernels take it.

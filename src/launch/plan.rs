@@ -1,6 +1,8 @@
 //! A plan: what one pass over a problem launches, over slots. It is made once and serves every call.
 
+use super::bindings::EncodedTensorMap;
 use super::slots::Operands;
+use super::tensor_map::TensorMap;
 use super::Launch;
 use bytemuck::Pod;
 use candle_core::{bail, Result};
@@ -23,11 +25,16 @@ impl From<Launch> for Plan {
 }
 
 impl Launch {
-    /// The launch with the operands of a call in its slots.
+    /// The bytes of the params struct with the operands of a call in its slots, and the tensor maps as `encode` makes them.
     ///
     /// # Errors
-    /// - the call lacks an operand.
-    pub fn fill(&self, operands: &Operands<'_>) -> Result<Self> {
+    /// - the call lacks an operand;
+    /// - `encode` fails.
+    pub fn fill(
+        &self,
+        operands: &Operands<'_>,
+        mut encode: impl FnMut(&TensorMap) -> Result<[u8; size_of::<EncodedTensorMap>()]>,
+    ) -> Result<Vec<u8>> {
         let mut params = self.params.clone();
         for &start in self.slots.addresses {
             replace(&mut params, start, |slot| operands.at(slot))?;
@@ -35,15 +42,16 @@ impl Launch {
         for &start in self.slots.masks {
             replace(&mut params, start, |slot| operands.mask(slot))?;
         }
-        let mut tensor_maps = self.tensor_maps.clone();
-        for (_, map) in &mut tensor_maps {
+        for &(start, mut map) in &self.tensor_maps {
             map.address = operands.at(map.address)?;
+            replace(&mut params, start, |_| encode(&map))?;
         }
-        Ok(Self { kernel: self.kernel.clone(), params, tensor_maps, ..*self })
+        Ok(params)
     }
 }
 
 /// Replaces the value that stands there.
+#[inline]
 fn replace<T: Pod>(
     params: &mut [u8],
     start: usize,
@@ -138,9 +146,21 @@ mod tests {
             let Self([inputs, outputs], workspace) = self;
             let workspace = (plan.workspace_bytes > 0).then_some(*workspace);
             let operands = Operands { inputs, outputs, workspace, dropouts, ..Default::default() };
-            plan.steps.iter().map(|step| step.fill(&operands)).collect()
+            let filled = |step: &Launch| {
+                let mut maps = vec![];
+                let params = step.fill(&operands, |map| {
+                    maps.push(*map);
+                    Ok(NO_MAP)
+                })?;
+                let tensor_maps = step.tensor_maps.iter().map(|(start, _)| *start).zip(maps);
+                Ok(Launch { params, tensor_maps: tensor_maps.collect(), ..step.clone() })
+            };
+            plan.steps.iter().map(filled).collect()
         }
     }
+
+    /// The place of a tensor map that is not encoded.
+    const NO_MAP: [u8; 128] = [0; 128];
 
     #[test]
     fn a_filled_projection_is_one_planned_with_addresses() -> Result<()> {
@@ -256,7 +276,7 @@ mod tests {
         let problem = LayerNormProblem { rows: 5, size: 70, eps: 1e-6 };
         let plan = layer_norm::plan(&problem, layer_norm::Pass::Forward, DType::F32)?;
         let operands = Operands { inputs: &[256, 512], outputs: &[1024], ..Default::default() };
-        let message = plan.steps[0].fill(&operands).unwrap_err().to_string();
+        let message = plan.steps[0].fill(&operands, |_| Ok(NO_MAP)).unwrap_err().to_string();
         assert!(message.contains("input 2"), "{message}");
         Ok(())
     }

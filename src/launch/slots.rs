@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! slot             kind << 56 | index << 48 | offset      an address of a space of its own; all operands are aligned there
-//! Operands::at     operand[kind][index] + offset          what a launch gets; null stays null
+//! Operands::at     operand[kind][index] + offset          what a launch gets; null and other addresses stay
 //! ```
 //! Planners add offsets to addresses and compare them with null. So they plan with slots, or, in tests, with memory.
 
@@ -19,6 +19,20 @@ const INDEX: u32 = 8;
 
 const fn slot(kind: u64, index: usize) -> device_ptr {
     (kind << INDEX | index as u64) << OFFSET
+}
+
+const fn index(slot: device_ptr) -> usize {
+    (slot >> OFFSET) as usize & ((1 << INDEX) - 1)
+}
+
+#[cold]
+fn missing(slot: device_ptr) -> Result<device_ptr> {
+    let name = match slot >> (OFFSET + INDEX) {
+        INPUT => "input",
+        OUTPUT => "output",
+        _ => "workspace",
+    };
+    bail!("the plan reads {name} {}, and the call has none", index(slot))
 }
 
 /// The slot of an input.
@@ -86,23 +100,25 @@ pub struct Operands<'a> {
 
 impl Operands<'_> {
     /// The address that a slot stands for; of one that is no slot, itself.
+    #[inline]
     pub(super) fn at(&self, address: device_ptr) -> Result<device_ptr> {
-        let index = (address >> OFFSET) as usize & ((1 << INDEX) - 1);
-        let (name, base) = match address >> (OFFSET + INDEX) {
-            INPUT => ("input", self.inputs.get(index).copied()),
-            OUTPUT => ("output", self.outputs.get(index).copied().filter(|base| *base != 0)),
-            SCRATCH => ("workspace", self.workspace),
+        let (kind, index) = (address >> (OFFSET + INDEX), index(address));
+        let base = match kind {
+            INPUT => self.inputs.get(index).copied(),
+            OUTPUT => self.outputs.get(index).copied().filter(|base| *base != 0),
+            SCRATCH => self.workspace,
             _ => return Ok(address),
         };
         match base {
             Some(base) => Ok(base + (address & ((1 << OFFSET) - 1))),
-            None => bail!("the plan reads {name} {index}, and the call has none"),
+            None => missing(address),
         }
     }
 
-    /// The mask that a slot stands for; no dropout stays none.
+    /// The mask that a slot stands for; of one that is no slot, itself. A slot drops nothing.
     pub(super) fn mask(&self, slot: DropoutMask) -> Result<DropoutMask> {
-        let Some(index) = slot.seed_low.checked_sub(1) else { return Ok(slot) };
+        let index = slot.seed_low.checked_sub(1).filter(|_| slot.threshold == 0);
+        let Some(index) = index else { return Ok(slot) };
         match self.dropouts.get(index as usize) {
             Some(&Some(dropout)) => {
                 let mask = mask(Some(dropout));
@@ -153,6 +169,8 @@ mod tests {
         let filled = |slot| operands.mask(mask(slot)).map(words);
         assert_eq!(filled(Some(dropout(1)))?, words(mask(second)));
         assert_eq!(filled(None)?, words(mask(None)));
+        let own = Some(Dropout { p: 0.5, seed: 1, stream: 0 });
+        assert_eq!(filled(own)?, words(mask(own)));
         assert!(filled(Some(dropout(0))).is_err() && filled(Some(dropout(2))).is_err());
         Ok(())
     }

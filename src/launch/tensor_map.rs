@@ -5,7 +5,7 @@
 
 use super::bindings::device_ptr;
 use candle_core::{bail, Result};
-use std::sync::Arc;
+use std::hash::{Hash, Hasher};
 
 /// The longest dimension: coordinates are signed numbers of 32 bits.
 pub const LONGEST: usize = i32::MAX as usize;
@@ -54,25 +54,79 @@ impl Swizzle {
     }
 }
 
+/// Most dimensions that the copy engine takes.
+pub const MOST_DIMS: usize = 5;
+
 /// A tensor in device memory and its tiles. Dimensions are innermost first; the first one's elements lie side by side.
-/// Copies with another address share the rest.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMap {
     /// Address of the first element.
     pub address: device_ptr,
     /// Kind of element.
     pub element: Element,
-    /// Sizes, one to five.
-    pub dims: Arc<[u32]>,
-    /// Bytes from one index to the next of each dimension but the first.
-    pub strides: Arc<[u64]>,
-    /// Sizes of the tile. Elements outside the tensor are read as zeros and not written.
-    pub tile: Arc<[u32]>,
+    rank: usize,
+    dims: [u32; MOST_DIMS],
+    strides: [u64; MOST_DIMS - 1],
+    tile: [u32; MOST_DIMS],
     /// Swizzle of the tile in shared memory.
     pub swizzle: Swizzle,
 }
 
+/// A tensor has few maps, so its address is hash enough.
+impl Hash for TensorMap {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.address.hash(state);
+    }
+}
+
 impl TensorMap {
+    /// A tensor of one to five dimensions with elements of a kind. The strides are in bytes, from one index to the next of
+    /// each dimension but the first. Elements outside the tensor are read as zeros and not written.
+    ///
+    /// # Errors
+    /// - as [`Self::matrix`];
+    /// - strides or sizes of the tile are too few or too many.
+    pub fn new(
+        (address, element): (device_ptr, Element),
+        dims: &[u32],
+        strides: &[u64],
+        tile: &[u32],
+        swizzle: Swizzle,
+    ) -> Result<Self> {
+        let rank = dims.len();
+        if !(1..=MOST_DIMS).contains(&rank) || strides.len() + 1 != rank || tile.len() != rank {
+            bail!("a tensor map of {dims:?} in tiles of {tile:?}, {strides:?}: not what bulk copies take")
+        }
+        let mut map = Self {
+            address,
+            element,
+            rank,
+            dims: [1; MOST_DIMS],
+            strides: [0; MOST_DIMS - 1],
+            tile: [1; MOST_DIMS],
+            swizzle,
+        };
+        map.dims[..rank].copy_from_slice(dims);
+        map.strides[..rank - 1].copy_from_slice(strides);
+        map.tile[..rank].copy_from_slice(tile);
+        map.check().map(|()| map)
+    }
+
+    /// Sizes, one to five.
+    pub fn dims(&self) -> &[u32] {
+        &self.dims[..self.rank]
+    }
+
+    /// Bytes from one index to the next of each dimension but the first.
+    pub fn strides(&self) -> &[u64] {
+        &self.strides[..self.rank - 1]
+    }
+
+    /// Sizes of the tile.
+    pub fn tile(&self) -> &[u32] {
+        &self.tile[..self.rank]
+    }
+
     /// Columns of a matrix `[rows, cols]` with rows `stride` elements apart, in tiles of the given rows and columns.
     /// Tiles with rows of 32, 64 or 128 bytes are swizzled.
     ///
@@ -93,8 +147,7 @@ impl TensorMap {
             128 => Swizzle::Bytes128,
             _ => Swizzle::None,
         };
-        let map = Self::unswizzled(address, element, shape, tile)?;
-        Ok(Self { swizzle, ..map })
+        Self::of_matrix((address, element), shape, tile, swizzle)
     }
 
     /// The same as they lie: rows one after the other.
@@ -104,26 +157,31 @@ impl TensorMap {
     pub fn unswizzled(
         address: device_ptr,
         element: Element,
+        shape: (u32, u32, u32),
+        tile: (u32, u32),
+    ) -> Result<Self> {
+        Self::of_matrix((address, element), shape, tile, Swizzle::None)
+    }
+
+    fn of_matrix(
+        tensor: (device_ptr, Element),
         (rows, cols, stride): (u32, u32, u32),
         (tile_rows, tile_cols): (u32, u32),
+        swizzle: Swizzle,
     ) -> Result<Self> {
-        let strides = [u64::from(stride) * u64::from(element.bytes())].into();
-        let (dims, tile) = ([cols, rows].into(), [tile_cols, tile_rows].into());
-        let map = Self { address, element, dims, strides, tile, swizzle: Swizzle::None };
-        map.check()?;
-        Ok(map)
+        let stride = u64::from(stride) * u64::from(tensor.1.bytes());
+        Self::new(tensor, &[cols, rows], &[stride], &[tile_cols, tile_rows], swizzle)
     }
 
     /// # Errors
     /// On what the copy engine does not take.
     pub fn check(&self) -> Result<()> {
-        let Self { address, element, dims, strides, tile, swizzle } = self;
-        let rank = dims.len();
-        let row = tile.first().map_or(0, |n| n * element.bytes());
-        let shapes = (1..=5).contains(&rank) && strides.len() + 1 == rank && tile.len() == rank;
+        let (Self { address, element, swizzle, .. }, dims) = (self, self.dims());
+        let (strides, tile) = (self.strides(), self.tile());
+        let row = tile[0] * element.bytes();
         let tiles = tile.iter().all(|n| (1..=256).contains(n)) && row % 16 == 0;
         let swizzled = *swizzle == Swizzle::None || row == swizzle.bytes();
-        if !shapes || !tiles || !swizzled || dims.contains(&0) {
+        if !tiles || !swizzled || dims.contains(&0) {
             bail!("a tensor map of {dims:?} in tiles of {tile:?}, {swizzle:?}: not what bulk copies take")
         }
         if let Some(size) = dims.iter().find(|size| **size as usize > LONGEST) {
@@ -146,12 +204,12 @@ mod tests {
     fn a_matrix_is_swizzled_by_the_width_of_its_tiles() -> Result<()> {
         let map = TensorMap::matrix(256, Element::Bits16, (70, 40, 48), (128, 64))?;
         assert_eq!(
-            (&map.dims[..], &map.strides[..], &map.tile[..]),
+            (map.dims(), map.strides(), map.tile()),
             (&[40, 70][..], &[96][..], &[64, 128][..])
         );
         assert_eq!(map.swizzle, Swizzle::Bytes128);
         let map = TensorMap::matrix(256, Element::Tf32, (70, 40, 48), (16, 16))?;
-        assert_eq!((map.swizzle, &map.strides[..]), (Swizzle::Bytes64, &[192][..]));
+        assert_eq!((map.swizzle, map.strides()), (Swizzle::Bytes64, &[192][..]));
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! The tensors and numbers that norms, projections and attention take besides their input, and what does not fit.
 
-use super::check;
+use super::check::{self, Outline};
 use crate::cpu;
 use crate::philox::Dropout;
 use crate::problem::{AttentionProblem, LoraProblem, ProjectionProblem};
@@ -79,7 +79,8 @@ pub struct RelPosAttention<'a> {
 
 impl<'a> Projection<'a> {
     /// Checks the projection and its input.
-    pub(super) fn validate(&self, op: &'static str, x: &Tensor) -> Result<()> {
+    pub(super) fn validate<'x>(&self, op: &'static str, x: impl Into<Outline<'x>>) -> Result<()> {
+        let x = x.into();
         check::float(op, "x", x)?;
         check::not_empty(op, "x", x)?;
         let weight = self.weight;
@@ -88,7 +89,7 @@ impl<'a> Projection<'a> {
             Some(scales) => check::int8_weight(op, weight, scales, x)?,
             None => check::parameter(op, "weight", weight, x)?,
         }
-        let in_dim = x.dims()[x.rank() - 1];
+        let in_dim = x.width();
         if weight.rank() != 2 || weight.dims()[1] != in_dim {
             bail!("{op}: weight must have shape [out, {in_dim}], got {:?}", weight.dims())
         }
@@ -130,13 +131,9 @@ impl<'a> Projection<'a> {
     }
 
     /// Everything differentiable but the weight, in the order of `small_layout`.
-    pub(super) fn parameters(&self) -> Vec<&'a Tensor> {
-        let mut parameters = Vec::from_iter(self.bias);
-        if let Some(lora) = self.lora {
-            parameters.extend([lora.a, lora.b]);
-            parameters.extend(lora.b_bias);
-        }
-        parameters
+    pub(super) fn parameters(&self) -> impl Iterator<Item = &'a Tensor> {
+        let lora = self.lora.map(|lora| [Some(lora.a), Some(lora.b), lora.b_bias]);
+        self.bias.into_iter().chain(lora.into_iter().flatten().flatten())
     }
 
     /// The shapes.
@@ -155,12 +152,12 @@ impl<'a> Projection<'a> {
 }
 
 impl RelPosAttention<'_> {
-    /// Checks everything; returns the grid.
-    pub(super) fn validate(&self, qkv: &Tensor) -> Result<(usize, usize)> {
-        let op = AttentionProblem::OP;
+    /// Checks everything; returns the shape of qkv.
+    pub(super) fn validate<'x>(&self, qkv: impl Into<Outline<'x>>) -> Result<[usize; 4]> {
+        let (op, qkv) = (AttentionProblem::OP, qkv.into());
         check::float(op, "qkv", qkv)?;
-        let &[_, h, w, packed] = qkv.dims() else {
-            bail!("{op}: qkv must have shape [B, H, W, 3C], got {:?}", qkv.dims())
+        let &[batch, h, w, packed] = qkv.dims else {
+            bail!("{op}: qkv must have shape [B, H, W, 3C], got {:?}", qkv.dims)
         };
         check::not_empty(op, "qkv", qkv)?;
         let heads = self.num_heads;
@@ -191,6 +188,6 @@ impl RelPosAttention<'_> {
         if let Some(dropout) = self.dropout {
             dropout.validate(op)?;
         }
-        Ok((h, w))
+        Ok([batch, h, w, packed])
     }
 }

@@ -4,9 +4,9 @@
 //! of the GPU hand the gradients of an open collector's parameters to it instead, as views of what their kernels wrote. An
 //! operation asks for the collector in its forward, and keeps it for its backward.
 
+use crate::launch::cache::{QuickMap, QuickSet};
 use candle_core::{DType, Result, Tensor, TensorId};
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 thread_local! {
@@ -17,8 +17,8 @@ thread_local! {
 /// Gradients of some parameters, in the making.
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
-    parameters: HashSet<TensorId>,
-    found: Mutex<HashMap<TensorId, Tensor>>,
+    parameters: QuickSet<TensorId>,
+    found: Mutex<QuickMap<TensorId, Tensor>>,
 }
 
 /// Closes a collector again, however its work ends.

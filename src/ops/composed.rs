@@ -70,8 +70,7 @@ pub fn lora_qkv(x: &Tensor, projections: &[Projection<'_>; 3]) -> Result<Tensor>
 /// # Errors
 /// As [`rel_pos_attention`](super::rel_pos_attention()).
 pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<(Tensor, Tensor)> {
-    let (h, w) = config.validate(qkv)?;
-    let (batch, _, _, packed) = qkv.dims4()?;
+    let [batch, h, w, packed] = config.validate(qkv)?;
     let (heads, dim) = (config.num_heads, packed / 3 / config.num_heads);
     let windows = match config.window {
         Some(side) => partition(qkv, side, config.pad)?,

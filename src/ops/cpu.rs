@@ -3,6 +3,7 @@
 //! A single operation is a chain of one layer. In a longer chain intermediates are freed once no backward needs
 //! them, and reuse buffers. They are stored in the dtype of `x`, those of f16 in f32. Only the gradients of `x`, of the parameters and of a residual reach candle's store.
 
+use super::check::Outline;
 use super::computed::node;
 use super::custom::{tensor_like, to_f32, with_f32, Stored};
 use super::{params, Activation};
@@ -58,9 +59,9 @@ impl<'a> Chain<'a> {
         Self { op, x, dims: x.dims().to_vec(), stages: vec![], parameters: vec![], end: 0 }
     }
 
-    /// A tensor shaped and typed as the next layer's input, for the checks.
-    pub fn next_input(&self) -> Result<Tensor> {
-        Tensor::zeros(1, self.x.dtype(), self.x.device())?.broadcast_as(self.dims.as_slice())
+    /// The next layer's input, for the checks.
+    pub fn next_input(&self) -> Outline<'_> {
+        Outline { dims: &self.dims, ..self.x.into() }
     }
 
     /// One more layer, checked by the caller.

@@ -4,8 +4,9 @@
 //! below this file, in `projection.rs` and `rel_pos_attention.rs`.
 
 use super::arguments::{Projection, RelPosAttention};
+use super::check::{self, Outline};
 use super::custom::Engine;
-use super::{check, projection, rel_pos_attention as attention, Activation};
+use super::{projection, rel_pos_attention as attention, Activation};
 use crate::launch::{self, family::Family, Gpu};
 use crate::problem::{AttentionProblem, ProjectionProblem};
 use candle_core::{DType, Device, Result, Tensor};
@@ -113,15 +114,18 @@ pub fn rel_pos_attention(qkv: &Tensor, config: &RelPosAttention<'_>) -> Result<T
 }
 
 /// The engine for attention.
-pub(super) fn engine_of_attention(qkv: &Tensor, problem: &AttentionProblem) -> Result<Engine> {
-    let dtype = qkv.dtype();
-    engine(qkv.device(), dtype, |gpu| launch::rel_pos_attention::family(problem, dtype, gpu))
+pub(super) fn engine_of_attention<'a>(
+    qkv: impl Into<Outline<'a>>,
+    problem: &AttentionProblem,
+) -> Result<Engine> {
+    let Outline { dtype, device, .. } = qkv.into();
+    engine(device, dtype, |gpu| launch::rel_pos_attention::family(problem, dtype, gpu))
 }
 
 /// The engine for projections. A fused operation gives its weights no gradient, so trainable ones take the composed path,
 /// as do devices without kernels.
-pub(super) fn engine_of_projections(
-    x: &Tensor,
+pub(super) fn engine_of_projections<'a>(
+    x: impl Into<Outline<'a>>,
     projections: &[Projection<'_>],
     activation: Activation,
 ) -> Result<Engine> {
@@ -129,8 +133,9 @@ pub(super) fn engine_of_projections(
         return Ok(Engine::Composed);
     }
     let problems: Vec<_> = projections.iter().map(Projection::problem).collect();
-    let problem = launch::projection::Problem::of(x.dims(), &problems, activation);
-    engine(x.device(), x.dtype(), |gpu| launch::projection::family(&problem, x.dtype(), gpu))
+    let Outline { dims, dtype, device } = x.into();
+    let problem = launch::projection::Problem::of(dims, &problems, activation);
+    engine(device, dtype, |gpu| launch::projection::family(&problem, dtype, gpu))
 }
 
 /// The engine for a problem. `covered` says whether kernels of a GPU compute it, and whether a native family does.

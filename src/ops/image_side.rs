@@ -72,7 +72,7 @@ fn shape(
     let heads = attention.num_heads;
     let projections = attention.projections;
     let dropped = |p: &&Projection<'_>| p.lora.is_some_and(|lora| lora.dropout.is_some());
-    let parameters = projections.iter().flat_map(|p| p.parameters().into_iter().chain([p.weight]));
+    let parameters = projections.iter().flat_map(|p| p.parameters().chain([p.weight]));
     let inputs = [tokens, image.rows].into_iter().chain(image.q).chain(parameters);
     let (mut on_cpu, mut tracked) = (is_plain(image.positions), false);
     for tensor in inputs.chain(others.iter().copied()) {

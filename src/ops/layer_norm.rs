@@ -4,8 +4,9 @@
 //! y = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps),   the biased variance
 //! ```
 
+use super::check::{self, Outline};
 use super::cpu::{Chain, Layer, Residual};
-use super::{check, composed, fallback};
+use super::{composed, fallback};
 use crate::problem::LayerNormProblem;
 use candle_core::{bail, Device, Result, Tensor};
 
@@ -62,16 +63,22 @@ fn on_gpu(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor
     use super::{computed, custom::operand, gpu::layer_norm as gpu};
     let (x, weight, bias) = (operand(x)?, of_gpu(weight, x)?, of_gpu(bias, x)?);
     let inputs = (&x, Some(&weight), Some(&bias));
-    let (out, shape) = gpu::forward(eps, computed::three(inputs))?;
+    let (out, shape) = gpu::forward(eps, [&x, &weight, &bias])?;
     let out = (candle_core::Storage::Cuda(out), shape);
     computed::node(OP, inputs, out, move |inputs, _, grad| gpu::backward(eps, inputs, grad, None))
 }
 
 /// Checks everything.
-pub(super) fn validate(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<()> {
+pub(super) fn validate<'a>(
+    x: impl Into<Outline<'a>>,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+) -> Result<()> {
+    let x = x.into();
     check::float(OP, "x", x)?;
     check::not_empty(OP, "x", x)?;
-    let size = x.dims()[x.rank() - 1];
+    let size = x.width();
     for (name, tensor) in [("weight", weight), ("bias", bias)] {
         check::shape(OP, name, tensor, &[size])?;
         check::parameter(OP, name, tensor, x)?;

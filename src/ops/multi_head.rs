@@ -10,7 +10,7 @@ use super::computed::node;
 use super::custom::{from_f32, tensor_like, with_f32};
 use super::{check, composed, fallback};
 #[cfg(feature = "cuda")]
-use super::{computed, custom::operand, gpu::multi_head::MultiHead};
+use super::{custom::operand, gpu::multi_head::MultiHead};
 use crate::cpu::multi_head::{backward, forward, Inputs};
 #[cfg(feature = "cuda")]
 use crate::launch::{self, Gpu};
@@ -67,7 +67,7 @@ pub fn multi_head_attention(
 fn on_gpu(attention: MultiHead, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
     let (q, k, v) = (operand(q)?, operand(k)?, operand(v)?);
     let inputs = (&q, Some(&k), Some(&v));
-    let (out, shape, saved) = attention.forward(computed::three(inputs))?;
+    let (out, shape, saved) = attention.forward([&q, &k, &v])?;
     let out = (Storage::Cuda(out), shape);
     node(OP, inputs, out, move |inputs, value, grad| {
         attention.backward(inputs, (value, &saved), grad)

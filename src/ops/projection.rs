@@ -103,7 +103,8 @@ impl Call<'_> {
         let residual = self.residual.map(operand).transpose()?;
         let (op, has_residual) = (call.op, residual.is_some());
         let inputs = (&x, packed.as_ref(), residual.as_ref());
-        let (out, shape, saved) = call.forward(computed::three(inputs), has_residual)?;
+        let [second, third] = [&packed, &residual].map(|input| input.as_ref().unwrap_or(&x));
+        let (out, shape, saved) = call.forward([&x, second, third], has_residual)?;
         let out = (candle_core::Storage::Cuda(out), shape);
         computed::node(op, inputs, out, move |[x, parameters, residual], _, grad| {
             let dresidual = (has_residual && residual.track_op()).then(|| grad.clone());
@@ -124,14 +125,13 @@ pub(super) fn of_gpu(
     gpu: Gpu,
 ) -> Result<(Projections, Option<Tensor>)> {
     let op = ProjectionProblem::op(projections.len());
-    let (layer, tensors) = layer(projections, activation);
-    let Layer::Projections { problems, weights, .. } = layer else {
-        bail!("{op}: the layer is no projection")
-    };
+    let problems = projections.iter().map(Projection::problem).collect();
     // Kernels take one dtype; weights in int8, with scales, were refused before.
-    let weights = weights.iter().map(|(weight, _)| operand(&weight.to_dtype(x.dtype())?));
+    let weights = projections.iter().map(|part| operand(&part.weight.to_dtype(x.dtype())?));
     let weights = weights.collect::<Result<Vec<_>>>()?;
-    let trained: Vec<_> = tensors.iter().filter(|tensor| tensor.track_op()).cloned().collect();
+    let tensors: Vec<_> = projections.iter().flat_map(Projection::parameters).collect();
+    let trained: Vec<_> =
+        tensors.iter().filter(|tensor| tensor.track_op()).map(|&tensor| tensor.clone()).collect();
     let is_trained = !trained.is_empty();
     let takes_all = |collector: &Arc<Collector>| trained.iter().all(|t| collector.takes(t));
     let collector = Collector::open().filter(|collector| is_trained && takes_all(collector));
@@ -145,10 +145,10 @@ pub(super) fn of_gpu(
     let (parameters, in_place) = places(&tensors, x.dtype(), packs)?;
     let collected =
         collector.map(|collector| Collected { collector, tensors: trained, but_first: packs > 0 });
-    let (dims, keep) = (x.dims().to_vec(), tracked || is_trained);
+    let (shape, keep) = (x.shape().clone(), tracked || is_trained);
     let call = Projections {
         op,
-        dims,
+        shape,
         problems,
         activation,
         weights,
@@ -165,11 +165,12 @@ pub(super) fn of_gpu(
 /// `packs` trained ones are packed.
 #[cfg(any(test, feature = "cuda"))]
 fn places(
-    tensors: &[Tensor],
+    tensors: &[&Tensor],
     dtype: DType,
     mut packs: usize,
 ) -> Result<(Vec<Parameter>, Vec<Tensor>)> {
-    let (mut parameters, mut in_place) = (vec![], vec![]);
+    let (mut parameters, mut in_place) =
+        (Vec::with_capacity(tensors.len()), Vec::with_capacity(tensors.len()));
     for tensor in tensors {
         let trained = tensor.track_op();
         let (packed, typed) = (trained && packs > 0, tensor.rank() == 1 && tensor.dtype() == dtype);
@@ -178,7 +179,7 @@ fn places(
         parameters.push(Parameter { packed, typed, trained });
         if !packed {
             let read_as = if typed { dtype } else { DType::F32 };
-            in_place.push(operand(&tensor.detach().to_dtype(read_as)?)?);
+            in_place.push(operand(&tensor.to_dtype(read_as)?)?);
         }
     }
     Ok((parameters, in_place))
@@ -199,7 +200,8 @@ mod tests {
         let base = Projection { weight: &weight, scales: None, bias: Some(&bias), lora: None };
         let adapted = Projection { lora: Some(lora), ..base };
         let read = |projections: &[Projection<'_>], packs| {
-            places(&layer(projections, Activation::Identity).1, DType::BF16, packs)
+            let tensors: Vec<_> = projections.iter().flat_map(Projection::parameters).collect();
+            places(&tensors, DType::BF16, packs)
         };
         let ids = |tensors: &[Tensor]| tensors.iter().map(Tensor::dtype).collect::<Vec<_>>();
 

@@ -11,6 +11,7 @@
 //! Source: `segment_anything/modeling/image_encoder.py`.
 
 use super::arguments::RelPosAttention;
+use super::check::Outline;
 use super::cpu::{Chain, Layer, Residual};
 use super::custom::Engine;
 use super::{composed, fallback, resize_linear};
@@ -109,7 +110,8 @@ fn on_gpu(qkv: &Tensor, (problem, tables, pad): Prepared<'_>, gpu: Gpu) -> Resul
     let pad = pad.map(operand).transpose()?;
     let inputs = (&qkv, input.as_ref(), pad.as_ref());
     let attention = Attention { problem, tables: frozen, pad: pad.is_some(), gpu };
-    let (out, shape, lse) = attention.forward(computed::three(inputs))?;
+    let [second, third] = [&input, &pad].map(|input| input.as_ref().unwrap_or(&qkv));
+    let (out, shape, lse) = attention.forward([&qkv, second, third])?;
     let out = (candle_core::Storage::Cuda(out), shape);
     computed::node(OP, inputs, out, move |inputs, value, grad| {
         attention.backward(inputs, (value, &lse), grad)
@@ -123,8 +125,11 @@ type Tables = Option<[Tensor; 2]>;
 type Prepared<'a> = (AttentionProblem, Tables, Option<&'a Tensor>);
 
 /// Checks everything and describes the problem.
-pub(super) fn prepare<'a>(qkv: &Tensor, config: &RelPosAttention<'a>) -> Result<Prepared<'a>> {
-    let (h, w) = config.validate(qkv)?;
+pub(super) fn prepare<'a, 'x>(
+    qkv: impl Into<Outline<'x>>,
+    config: &RelPosAttention<'a>,
+) -> Result<Prepared<'a>> {
+    let [batch, h, w, packed] = config.validate(qkv)?;
     let (side_h, side_w) = config.window.map_or((h, w), |window| (window, window));
     let tables = match config.rel_pos {
         None => None,
@@ -133,7 +138,6 @@ pub(super) fn prepare<'a>(qkv: &Tensor, config: &RelPosAttention<'a>) -> Result<
             resize_linear(rel_pos_w, 2 * side_w - 1)?,
         ]),
     };
-    let (batch, _, _, packed) = qkv.dims4()?;
     let problem = AttentionProblem {
         batch,
         h,

@@ -25,6 +25,7 @@ mod emulated;
 mod graph;
 mod graphed;
 mod headline;
+mod host_allocations;
 mod joined;
 mod layers;
 mod model;

@@ -57,34 +57,32 @@ impl Backend for Device<'_> {
         memory.address()
     }
 
-    unsafe fn launch(&self, launch: &Launch) -> Result<()> {
-        self.with(launch, |launch| unsafe { self.emulator.launch(launch, self.mode) })
+    unsafe fn launch(&self, launch: &Launch, operands: &Operands<'_>) -> Result<()> {
+        self.with(launch, operands, |launch| unsafe { self.emulator.launch(launch, self.mode) })
     }
 }
 
 impl<'a> Device<'a> {
     /// Begins a launch that may begin before those before it have ended; what it writes by then is an error.
-    fn begin(&self, launch: &Launch) -> Result<Begun<'a>> {
+    fn begin(&self, launch: &Launch, operands: &Operands<'_>) -> Result<Begun<'a>> {
         let before = live_bytes();
-        // SAFETY: as `launch_all`.
-        let begun =
-            self.with(launch, |launch| unsafe { self.emulator.begin(launch, self.mode) })?;
+        // SAFETY: as `launch_with`.
+        let begun = self
+            .with(launch, operands, |launch| unsafe { self.emulator.begin(launch, self.mode) })?;
         if live_bytes() != before {
             bail!("{} has written before griddepcontrol.wait", launch.kernel)
         }
         Ok(begun)
     }
 
-    /// Gives the launch to the emulator, its tensor maps encoded.
+    /// Gives the launch with its operands to the emulator.
     fn with<T>(
         &self,
         launch: &Launch,
+        operands: &Operands<'_>,
         run: impl FnOnce(&EmulatorLaunch<'_>) -> std::result::Result<T, String>,
     ) -> Result<T> {
-        let mut params = launch.params.clone();
-        for (start, map) in &launch.tensor_maps {
-            params[*start..][..128].copy_from_slice(&encode(map).map_err(Error::msg)?);
-        }
+        let params = launch.fill(operands, |map| encode(map).map_err(Error::msg))?;
         let launch = EmulatorLaunch {
             kernel: &launch.kernel,
             grid: launch.grid,
@@ -102,9 +100,9 @@ impl<'a> Device<'a> {
 pub fn encode(map: &TensorMap) -> std::result::Result<[u8; 128], String> {
     candle_sam_lora_emulator::TensorMap {
         address: map.address,
-        dims: &map.dims,
-        strides: &map.strides,
-        tile: &map.tile,
+        dims: map.dims(),
+        strides: map.strides(),
+        tile: map.tile(),
         element_bytes: map.element.bytes(),
         round_tf32: map.element == Element::Tf32,
         swizzle: map.swizzle.bytes(),
@@ -256,18 +254,22 @@ pub fn in_modes(
 
 /// Launches a plan's steps with these operands.
 pub fn launch_plan(device: &Device, plan: &Plan, operands: &Operands<'_>) -> Result<()> {
-    let launches = plan.steps.iter().map(|step| step.fill(operands));
-    launch_all(device, &launches.collect::<Result<Vec<_>>>()?)
+    launch_with(device, &plan.steps, operands)
+}
+
+/// Launches what was planned with addresses.
+pub fn launch_all(device: &Device, launches: &[Launch]) -> Result<()> {
+    launch_with(device, launches, &Operands::default())
 }
 
 /// Launches one after the other; those that may begin before the one before them do, up to their wait.
-pub fn launch_all(device: &Device, launches: &[Launch]) -> Result<()> {
+fn launch_with(device: &Device, launches: &[Launch], operands: &Operands<'_>) -> Result<()> {
     for chain in launches.chunk_by(|_, next| next.begins_early) {
         let Some((first, dependents)) = chain.split_first() else { continue };
-        let begun = dependents.iter().map(|launch| device.begin(launch));
+        let begun = dependents.iter().map(|launch| device.begin(launch, operands));
         let begun = begun.collect::<Result<Vec<_>>>()?;
         // SAFETY: the tests keep the memory whose addresses they pass until they have read the outputs.
-        unsafe { device.launch(first)? };
+        unsafe { device.launch(first, operands)? };
         begun.into_iter().try_for_each(|begun| begun.end().map_err(Error::msg))?;
     }
     Ok(())

@@ -141,18 +141,11 @@ fn bulk_copies_fill_with_zeros_before_and_behind_a_tensor_and_leave_out_what_lie
     let map = |address, shape: &[usize], tile: &[u32]| {
         let dims: Vec<u32> = shape.iter().rev().map(|&n| n as u32).collect();
         let strides = (1..dims.len()).map(|d| 4 * dims[..d].iter().product::<u32>() as u64);
-        let (element, swizzle) = (Element::Bits32, Swizzle::None);
-        TensorMap {
-            address,
-            element,
-            strides: strides.collect(),
-            dims: dims.into(),
-            tile: tile.into(),
-            swizzle,
-        }
+        let strides: Vec<_> = strides.collect();
+        TensorMap::new((address, Element::Bits32), &dims, &strides, tile, Swizzle::None)
     };
-    let from_map = map(from.address(), &FROM, &[4, 3, 2, 2]);
-    let to_map = map(to.address(), &TO, &[4, 3, 4]);
+    let from_map = map(from.address(), &FROM, &[4, 3, 2, 2])?;
+    let to_map = map(to.address(), &TO, &[4, 3, 4])?;
     // The tile [2, 2, 3, 4] from (2, 0, 1, -1), as a tile [4, 3, 4] to (0, 1, 0).
     let input = values(&input);
     let tile = |i: usize, j: usize, k: usize, l: usize| {
@@ -253,14 +246,8 @@ fn blocks_of_a_cluster_load_for_each_other() -> Result<()> {
     let expected = values(&input.sum(1)?.repeat((1, 2))?); // both blocks of a cluster have the same
     let (memory, out) =
         (Memory::from_tensor(&input), Memory::for_elements(clusters * 2 * 16 * 32, DType::F32));
-    let map = TensorMap {
-        address: memory.address(),
-        element: Element::Bits32,
-        dims: [32, (clusters * steps * 16) as u32].into(),
-        strides: [4 * 32].into(),
-        tile: [32, 8].into(),
-        swizzle: Swizzle::None,
-    };
+    let matrix = ((clusters * steps * 16) as u32, 32, 32);
+    let map = TensorMap::unswizzled(memory.address(), Element::Bits32, matrix, (8, 32))?;
     let grid = [2 * clusters as u32, 1, 1];
     let blocks = Blocks { grid, threads: 64, shared_bytes: 5120, cluster: 2 };
     let words = [out.address(), steps as u64];

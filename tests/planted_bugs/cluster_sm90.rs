@@ -4,7 +4,7 @@ use crate::common::{random, values};
 use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
 use candle_core::{DType, Result};
-use candle_sam_lora::launch::tensor_map::{Element, Swizzle, TensorMap};
+use candle_sam_lora::launch::tensor_map::{Element, TensorMap};
 use candle_sam_lora::launch::Launch;
 
 const FILE: &str = "cluster_sm90.cu";
@@ -26,14 +26,8 @@ fn run(device: &Device, cluster: u32) -> Result<f64> {
     let input = random(1, (STEPS, 16 * 32));
     let expected = values(&input.sum(0)?.repeat(2)?);
     let input = Memory::from_tensor(&input);
-    let map = TensorMap {
-        address: input.address(),
-        element: Element::Bits32,
-        dims: [32, 16 * STEPS as u32].into(),
-        strides: [4 * 32].into(),
-        tile: [32, 8].into(),
-        swizzle: Swizzle::None,
-    };
+    let matrix = (16 * STEPS as u32, 32, 32);
+    let map = TensorMap::unswizzled(input.address(), Element::Bits32, matrix, (8, 32))?;
     let out = Memory::for_elements(2 * 16 * 32, DType::F32);
     let launch = Launch {
         kernel: "cluster_sm90".to_string(),

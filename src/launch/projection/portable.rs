@@ -61,30 +61,49 @@ fn to_u32(what: &str, value: usize) -> Result<u32> {
         .or_else(|_| bail!("projection: {what} of {value} is more than a kernel takes"))
 }
 
+/// Width of the packed output.
+fn total(parts: &[ProjectionProblem]) -> usize {
+    parts.iter().map(|part| part.out_dim).sum()
+}
+
+/// The activation as kernels take it.
+///
+/// # Errors
+/// - kernels do not take the shapes or the activation.
+fn check(problem: &Problem<'_>) -> Result<u32> {
+    let Problem { rows, in_dim, projections: parts, .. } = *problem;
+    let total = total(parts);
+    let empty = rows == 0 || in_dim == 0 || parts.iter().any(|part| part.out_dim == 0);
+    if empty || parts.is_empty() || parts.len() > PROJECTION_PARTS as usize {
+        let count = parts.len();
+        bail!("projection: kernels want 1 to 3 projections that are not empty, got {count} of [{rows}, {in_dim}] -> {total}")
+    }
+    for (what, size) in [("rows", rows), ("in_dim", in_dim), ("out_dim", total)] {
+        to_u32(what, size)?;
+    }
+    for lora in parts.iter().filter_map(|part| part.lora) {
+        to_u32("rank", lora.rank)?;
+    }
+    Ok(match problem.activation {
+        Activation::Identity => ACTIVATION_IDENTITY,
+        Activation::Gelu => ACTIVATION_GELU,
+        Activation::Relu => ACTIVATION_RELU,
+        other => bail!("projection: no kernel computes {other:?}"),
+    })
+}
+
 impl<'a> Shapes<'a> {
     pub(in crate::launch) fn new(problem: &'a Problem<'a>) -> Result<Self> {
-        let Problem { rows, in_dim, projections: parts, .. } = *problem;
-        let total: usize = parts.iter().map(|part| part.out_dim).sum();
-        let empty = rows == 0 || in_dim == 0 || parts.iter().any(|part| part.out_dim == 0);
-        if empty || parts.is_empty() || parts.len() > PROJECTION_PARTS as usize {
-            let count = parts.len();
-            bail!("projection: kernels want 1 to 3 projections that are not empty, got {count} of [{rows}, {in_dim}] -> {total}")
-        }
-        to_u32("rows", rows)?;
+        let activation = check(problem)?;
+        let Problem { in_dim, projections: parts, .. } = *problem;
         let (layouts, small_len) = small_layout(in_dim, parts);
         let mut s_stride = 0;
         let mut s_columns = Vec::new();
         for part in parts {
             s_columns.push(s_stride);
-            s_stride += to_u32("rank", part.lora.map_or(0, |lora| lora.rank))?.next_multiple_of(4);
+            s_stride += part.lora.map_or(0, |lora| lora.rank as u32).next_multiple_of(4);
         }
-        let (in_dim, total) = (to_u32("in_dim", in_dim)?, to_u32("out_dim", total)?);
-        let activation = match problem.activation {
-            Activation::Identity => ACTIVATION_IDENTITY,
-            Activation::Gelu => ACTIVATION_GELU,
-            Activation::Relu => ACTIVATION_RELU,
-            other => bail!("projection: no kernel computes {other:?}"),
-        };
+        let (in_dim, total) = (in_dim as u32, total(parts) as u32);
         Ok(Self { problem, layouts, small_len, in_dim, total, activation, s_stride, s_columns })
     }
 
@@ -247,7 +266,7 @@ pub(in crate::launch) fn low_rank(
 
 /// Whether there are kernels for this problem; without, the composed graph computes it.
 pub fn covers(problem: &Problem<'_>, dtype: DType) -> bool {
-    crate::launch::dtype_name("projection", dtype).is_ok() && Shapes::new(problem).is_ok()
+    crate::launch::dtype_name("projection", dtype).is_ok() && check(problem).is_ok()
 }
 
 /// f32 elements of S, which the forward writes and the backward reads; 0 without LoRA. Its layout is the kernels' own.

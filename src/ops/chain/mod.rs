@@ -168,22 +168,22 @@ fn chained<'a>(x: &Tensor, projections: impl IntoIterator<Item = &'a Projection<
 
 impl Chain<'_> {
     fn layer_norm(&mut self, norm: &Norm<'_>) -> Result<()> {
-        layer_norm::validate(&self.next_input()?, norm.weight, norm.bias, norm.eps)?;
+        layer_norm::validate(self.next_input(), norm.weight, norm.bias, norm.eps)?;
         self.push(layer_norm::layer(norm.weight, norm.bias, norm.eps));
         Ok(())
     }
 
     fn projections(&mut self, parts: &[Projection<'_>], activation: Activation) -> Result<()> {
-        let (op, x) = (ProjectionProblem::op(parts.len()), self.next_input()?);
+        let (op, x) = (ProjectionProblem::op(parts.len()), self.next_input());
         for part in parts {
-            part.validate(op, &x)?;
+            part.validate(op, x)?;
         }
         self.push(projection::layer(parts, activation));
         Ok(())
     }
 
     fn attention(&mut self, config: &RelPosAttention<'_>) -> Result<()> {
-        let prepared = attention::prepare(&self.next_input()?, config)?;
+        let prepared = attention::prepare(self.next_input(), config)?;
         self.push(attention::layer(prepared));
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use crate::launch::Gpu;
 use crate::ops::arguments::{Norm, CHAIN as OP};
+use crate::ops::check::Outline;
 use crate::ops::custom::{has_kernels, operand, Engine};
 use crate::ops::gpu::chain::Chain;
 use crate::ops::{fused, layer_norm, projection, rel_pos_attention as attention};
@@ -23,18 +24,21 @@ pub fn attend(
         return Ok(None);
     }
     let Some(x) = input(x, norm)? else { return Ok(None) };
-    let Some(qkv_gpu) = gpu(&x, qkv, Activation::Identity)? else { return Ok(None) };
+    let outline = Outline::from(&x);
+    let Some(qkv_gpu) = gpu(outline, qkv, Activation::Identity)? else { return Ok(None) };
     if let [q, k, v] = qkv {
         projection::equal_widths(&[*q, *k, *v])?;
     }
-    let packed = like(&x, qkv)?;
-    let prepared = attention::prepare(&packed, config)?;
-    let Engine::Gpu(attention_gpu) = fused::engine_of_attention(&packed, &prepared.0)? else {
+    let packed_dims = with_width(x.dims(), width(qkv));
+    let packed = Outline { dims: &packed_dims, ..outline };
+    let prepared = attention::prepare(packed, config)?;
+    let Engine::Gpu(attention_gpu) = fused::engine_of_attention(packed, &prepared.0)? else {
         return Ok(None);
     };
-    let attended = packed.narrow(3, 0, prepared.0.channels())?;
-    let Some(proj_gpu) = gpu(&attended, &[*proj], Activation::Identity)? else { return Ok(None) };
-    if norm.is_some() && like(&x, &[*proj])?.dims() != x.dims() {
+    let attended_dims = with_width(x.dims(), prepared.0.channels());
+    let attended = Outline { dims: &attended_dims, ..outline };
+    let Some(proj_gpu) = gpu(attended, &[*proj], Activation::Identity)? else { return Ok(None) };
+    if norm.is_some() && width(&[*proj]) != outline.width() {
         return Ok(None); // the single operations say what does not fit
     }
 
@@ -55,10 +59,12 @@ pub fn mlp(
     lin2: &Projection<'_>,
 ) -> Result<Option<Tensor>> {
     let Some(x) = input(x, Some(norm))? else { return Ok(None) };
-    let Some(first) = gpu(&x, &[*lin1], activation)? else { return Ok(None) };
-    let hidden = like(&x, &[*lin1])?;
-    let Some(second) = gpu(&hidden, &[*lin2], Activation::Identity)? else { return Ok(None) };
-    if like(&x, &[*lin2])?.dims() != x.dims() {
+    let outline = Outline::from(&x);
+    let Some(first) = gpu(outline, &[*lin1], activation)? else { return Ok(None) };
+    let hidden_dims = with_width(x.dims(), width(&[*lin1]));
+    let hidden = Outline { dims: &hidden_dims, ..outline };
+    let Some(second) = gpu(hidden, &[*lin2], Activation::Identity)? else { return Ok(None) };
+    if width(&[*lin2]) != outline.width() {
         return Ok(None);
     }
 
@@ -84,7 +90,7 @@ fn input(x: &Tensor, norm: Option<&Norm<'_>>) -> Result<Option<Tensor>> {
 }
 
 /// The GPU with the kernels that compute projections of `x`, if any do.
-fn gpu(x: &Tensor, parts: &[Projection<'_>], activation: Activation) -> Result<Option<Gpu>> {
+fn gpu(x: Outline<'_>, parts: &[Projection<'_>], activation: Activation) -> Result<Option<Gpu>> {
     let op = ProjectionProblem::op(parts.len());
     for part in parts {
         part.validate(op, x)?;
@@ -98,13 +104,18 @@ fn gpu(x: &Tensor, parts: &[Projection<'_>], activation: Activation) -> Result<O
     })
 }
 
-/// A tensor shaped and typed as the projections' output, for checks and plans. It has one element of memory.
-fn like(x: &Tensor, parts: &[Projection<'_>]) -> Result<Tensor> {
-    let mut dims = x.dims().to_vec();
+/// Width of the output of projections that were checked.
+fn width(parts: &[Projection<'_>]) -> usize {
+    parts.iter().map(|part| part.weight.dims()[0]).sum()
+}
+
+/// The same shape with another last dimension.
+fn with_width(dims: &[usize], width: usize) -> Vec<usize> {
+    let mut dims = dims.to_vec();
     if let Some(last) = dims.last_mut() {
-        *last = parts.iter().map(|part| part.weight.dims()[0]).sum();
+        *last = width;
     }
-    x.detach().flatten_all()?.narrow(0, 0, 1)?.broadcast_as(dims)
+    dims
 }
 
 fn normed(chain: &mut Chain, norm: Option<&Norm<'_>>) -> Result<()> {

@@ -1,6 +1,6 @@
 //! A step of AdamW over all parameters by its kernels.
 
-use crate::driver::{operand, InPlace, Job};
+use crate::driver::{InPlace, Job};
 use crate::launch::adamw::{plan, table, Parameter, OUTCOME, ROW_BYTES};
 use crate::launch::device_ptr;
 use crate::ops::custom::has_kernels;
@@ -97,7 +97,7 @@ pub fn launch(
     let parameters: Vec<_> = parameters.collect();
     let changed: Vec<_> = rows.iter().flat_map(|(tensors, _)| *tensors).collect();
     let plan = plan(&parameters, loss.is_some(), step)?;
-    let read = loss.into_iter().chain(gradients).map(operand).collect::<Result<Vec<_>>>()?;
+    let read: Vec<_> = loss.into_iter().chain(gradients).collect();
     let tensors = InPlace { changed: &changed, read: &read };
     let job = Job { op: "adamw", plan: &plan, dropouts: &[] };
     let mut addresses = vec![];

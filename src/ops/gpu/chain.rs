@@ -9,9 +9,9 @@
 
 use super::projection::{Projections, Saved};
 use super::rel_pos_attention::Attention;
-use crate::ops::computed::{self, three};
+use crate::driver;
+use crate::ops::computed;
 use crate::ops::Gradients;
-use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaStorage, Result, Shape, Storage, Tensor, TensorId};
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -103,14 +103,12 @@ impl Chain {
         Self { op, x, stages: vec![], out: None, packed: vec![] }
     }
 
-    /// The next layer's input, without a graph.
+    /// The next layer's input; that of the first one is x.
     pub fn input(&mut self) -> Tensor {
         match (self.out.take(), self.stages.last()) {
-            (Some((storage, shape)), _) => {
-                Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
-            }
+            (Some((storage, shape)), _) => driver::tensor(storage, shape),
             (None, Some(Stage { layer: Layer::Attention { out, .. }, .. })) => out.clone(),
-            (None, _) => self.x.detach(),
+            (None, _) => self.x.clone(),
         }
     }
 
@@ -126,8 +124,7 @@ impl Chain {
         eps: f64,
         [weight, bias]: [Tensor; 2],
     ) -> Result<()> {
-        let inputs = [input.clone(), weight.clone(), bias.clone()];
-        self.out = Some(super::layer_norm::forward(eps, inputs)?);
+        self.out = Some(super::layer_norm::forward(eps, [&input, &weight, &bias])?);
         let reads = self.is_tracked();
         self.push(Layer::Norm { eps, weight, bias }, input, reads);
         Ok(())
@@ -140,8 +137,7 @@ impl Chain {
         (call, packed): (Projections, Option<Tensor>),
         residual: bool,
     ) -> Result<()> {
-        let (parameters, x) = (packed.as_ref().map(Tensor::detach), self.x.detach());
-        let inputs = three((&input, parameters.as_ref(), residual.then_some(&x)));
+        let inputs = [&input, packed.as_ref().unwrap_or(&input), &self.x];
         let (out, shape, saved) = call.forward(inputs, residual)?;
         self.out = Some((out, shape));
         let trained = call.is_trained();
@@ -157,8 +153,9 @@ impl Chain {
         input: Tensor,
         (call, pad): (Attention, Option<Tensor>),
     ) -> Result<()> {
-        let (out, shape, lse) = call.forward(three((&input, None, pad.as_ref())))?;
-        let out = Tensor::from_storage(Storage::Cuda(out), shape, BackpropOp::none(), false);
+        let inputs = [&input, &input, pad.as_ref().unwrap_or(&input)];
+        let (out, shape, lse) = call.forward(inputs)?;
+        let out = driver::tensor(out, shape);
         let reads = self.is_tracked();
         self.push(Layer::Attention { call, pad, lse, out }, input, reads);
         Ok(())
@@ -249,28 +246,29 @@ impl Node {
             let before = tracked || stages[..index].iter().any(is_trained);
             // Where nobody reads the input, the gradient stands in for it.
             let input = match (index, input) {
-                (0, _) => x.detach(),
-                (_, Some(input)) => input.clone(),
-                (_, None) => grad.clone(),
+                (0, _) => x,
+                (_, Some(input)) => input,
+                (_, None) => &grad,
             };
             let dx = match layer {
                 _ if !before && !is_trained(&stages[index]) => return Ok(None),
                 Layer::Norm { eps, weight, bias } => {
                     let residual = residual.as_ref().filter(|_| index == 0);
-                    super::layer_norm::backward(*eps, [&input, weight, bias], &grad, residual)?.0
+                    super::layer_norm::backward(*eps, [input, weight, bias], &grad, residual)?.0
                 }
                 Layer::Projections { call, saved, packed: at } => {
-                    let parameters = at.map_or(&input, |at| &packed[at]);
+                    let parameters = at.map_or(input, |at| &packed[at]);
                     let (dx, dparameters) =
-                        call.backward([&input, parameters], before, saved, &grad)?;
+                        call.backward([input, parameters], before, saved, &grad)?;
                     if let Some(at) = at {
                         of_packed[*at] = dparameters;
                     }
                     dx
                 }
                 Layer::Attention { call, pad, lse, out } => {
-                    let pad = pad.as_ref().unwrap_or(&input);
-                    call.backward([&input, &input, pad], (out, lse), &grad)?.0
+                    // Its tables are frozen, and the gradient stands in for what is not there.
+                    let pad = pad.as_ref().unwrap_or(&grad);
+                    call.backward([input, &grad, pad], (out, lse), &grad)?.0
                 }
             };
             match dx {

@@ -25,6 +25,6 @@ pub fn concat(vectors: &[Tensor]) -> Result<Option<Tensor>> {
     let (plan, shape) = (plan(&lengths, dtype)?, Shape::from(lengths.iter().sum::<usize>()));
     let job = Job { op: "concat", plan: &plan, dropouts: &[] };
     let inputs: Vec<_> = vectors.iter().collect();
-    let [out] = job.run_on_tensors(&inputs, [Some((dtype, &shape))])?;
+    let [out] = job.run_to_tensors(&inputs, [Some((dtype, &shape))])?;
     Ok(out)
 }

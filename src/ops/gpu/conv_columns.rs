@@ -1,6 +1,6 @@
 //! A convolution's columns by their kernels.
 
-use crate::driver::{operand, with_storages, Job};
+use crate::driver::Job;
 use crate::launch::conv_columns::{plan, Pass};
 use crate::problem::ConvColumns;
 use candle_core::{CudaStorage, Result, Shape, Tensor};
@@ -12,7 +12,7 @@ pub fn forward(problem: &ConvColumns, x: &Tensor) -> Result<(CudaStorage, Shape)
     let shape = Shape::from((problem.batch, problem.rows(), problem.cols(), problem.width()));
     let (plan, dtype) = (plan(problem, Pass::Forward, x.dtype())?, x.dtype());
     let job = Job { op: OP, plan: &plan, dropouts: &[] };
-    let [columns] = with_storages(OP, &[operand(x)?], |inputs| job.run(inputs, [(dtype, &shape)]))?;
+    let [columns] = job.run(&[x], [(dtype, &shape)])?;
     Ok((columns, shape))
 }
 
@@ -22,6 +22,6 @@ pub fn backward(problem: &ConvColumns, grad: &Tensor) -> Result<Option<Tensor>> 
     let plan = plan(problem, Pass::Backward, grad.dtype())?;
     let job = Job { op: OP, plan: &plan, dropouts: &[] };
     let shape = Shape::from((batch, h, w, channels));
-    let [dx] = job.run_on_tensors(&[grad], [Some((grad.dtype(), &shape))])?;
+    let [dx] = job.run_to_tensors(&[grad], [Some((grad.dtype(), &shape))])?;
     Ok(dx)
 }

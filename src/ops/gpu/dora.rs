@@ -11,6 +11,6 @@ pub fn norm(weight: &Tensor, a: &Tensor, b: &Tensor, scaling: f64) -> Result<Ten
     let plan = kernels::plan(&problem, weight.dtype())?;
     let job = Job { op: "dora-norm", plan: &plan, dropouts: &[] };
     let norm = Some((DType::F32, &Shape::from(out_dim)));
-    let [Some(norm)] = job.run_on_tensors(&[weight, a, b], [norm])? else { bail!("no norm") };
+    let [Some(norm)] = job.run_to_tensors(&[weight, a, b], [norm])? else { bail!("no norm") };
     Ok(norm)
 }

@@ -1,6 +1,6 @@
 //! LayerNorm by its kernels; weight and bias cost nothing in the backward while they are frozen.
 
-use crate::driver::{self, Job};
+use crate::driver::Job;
 use crate::launch::layer_norm::{self as kernels, Pass};
 use crate::ops::Gradients;
 use crate::problem::LayerNormProblem;
@@ -14,11 +14,11 @@ fn problem(shape: &Shape, eps: f64) -> LayerNormProblem {
 }
 
 /// Inputs: x, weight, bias.
-pub fn forward(eps: f64, inputs: [Tensor; 3]) -> Result<(CudaStorage, Shape)> {
+pub fn forward(eps: f64, inputs: [&Tensor; 3]) -> Result<(CudaStorage, Shape)> {
     let (shape, dtype) = (inputs[0].shape(), inputs[0].dtype());
     let plan = kernels::plan(&problem(shape, eps), Pass::Forward, dtype)?;
     let job = Job { op: OP, plan: &plan, dropouts: &[] };
-    let [y] = driver::with_storages(OP, &inputs, |inputs| job.run(inputs, [(dtype, shape)]))?;
+    let [y] = job.run(&inputs, [(dtype, shape)])?;
     Ok((y, shape.clone()))
 }
 
@@ -37,10 +37,10 @@ pub fn backward(
     let (job, mut inputs) = (Job { op: OP, plan: &plan, dropouts: &[] }, vec![x, weight, grad]);
     inputs.extend(residual);
     if !trained {
-        let [dx] = job.run_on_tensors(&inputs, [Some((dtype, x.shape()))])?;
+        let [dx] = job.run_to_tensors(&inputs, [Some((dtype, x.shape()))])?;
         return Ok((dx, None, None));
     }
     let outputs = [x, weight, bias].map(|t| Some((dtype, t.shape())));
-    let [dx, dweight, dbias] = job.run_on_tensors(&inputs, outputs)?;
+    let [dx, dweight, dbias] = job.run_to_tensors(&inputs, outputs)?;
     Ok((dx, dweight, dbias))
 }

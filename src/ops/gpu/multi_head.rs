@@ -5,8 +5,7 @@ use crate::launch::multi_head::{self as kernels, Pass};
 use crate::launch::Gpu;
 use crate::ops::Gradients;
 use crate::problem::MultiHeadProblem;
-use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor};
+use candle_core::{CudaStorage, DType, Result, Shape, Tensor};
 
 const OP: &str = MultiHeadProblem::OP;
 
@@ -19,18 +18,17 @@ pub struct MultiHead {
 
 impl MultiHead {
     /// Inputs: q, k, v. Returns the output, and what a backward needs.
-    pub fn forward(&self, inputs: [Tensor; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
+    pub fn forward(&self, inputs: [&Tensor; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
         let (p, dtype) = (&self.problem, inputs[0].dtype());
-        let saves = inputs.iter().any(Tensor::track_op);
+        let saves = inputs.iter().any(|input| input.track_op());
         let plan = kernels::plan(p, Pass::Forward { saves }, dtype, &self.gpu)?;
         let shape = Shape::from((p.batch, p.queries, p.channels()));
         // One element where nothing is kept: there is no empty memory on the device.
         let saved_shape = Shape::from(plan.saved.max(1));
         let job = Job { op: OP, plan: &plan, dropouts: &[] };
         let outputs = [(dtype, &shape), (DType::F32, &saved_shape)];
-        let [out, saved] = driver::with_storages(OP, &inputs, |inputs| job.run(inputs, outputs))?;
-        let saved = Storage::Cuda(saved);
-        Ok((out, shape, Tensor::from_storage(saved, saved_shape, BackpropOp::none(), false)))
+        let [out, saved] = job.run(&inputs, outputs)?;
+        Ok((out, shape, driver::tensor(saved, saved_shape)))
     }
 
     /// Inputs: q, k, v; the output and what the forward saved; the output's gradient.
@@ -47,7 +45,7 @@ impl MultiHead {
         let job = Job { op: OP, plan: &plan, dropouts: &[] };
         let output = |wanted: bool, like| wanted.then_some((dtype, Tensor::shape(like)));
         let outputs = [output(of_q, q), output(of_k || of_v, k), output(of_k || of_v, v)];
-        let [dq, dk, dv] = job.run_on_tensors(&[q, k, v, out, saved, grad], outputs)?;
+        let [dq, dk, dv] = job.run_to_tensors(&[q, k, v, out, saved, grad], outputs)?;
         Ok((dq, dk.filter(|_| of_k), dv.filter(|_| of_v)))
     }
 }

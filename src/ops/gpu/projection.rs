@@ -29,7 +29,7 @@ pub struct Projections {
     /// The operation's name, for errors.
     pub op: &'static str,
     /// Shape of x.
-    pub dims: Vec<usize>,
+    pub shape: Shape,
     pub problems: Vec<ProjectionProblem>,
     pub activation: Activation,
     /// Frozen weights, of the dtype of x.
@@ -48,7 +48,7 @@ pub struct Projections {
 
 impl Projections {
     fn plan(&self, pass: Pass, dtype: DType) -> Result<Arc<Plan>> {
-        let problem = Problem::of(&self.dims, &self.problems, self.activation);
+        let problem = Problem::of(self.shape.dims(), &self.problems, self.activation);
         kernels::plan(&problem, pass, Some(&self.parameters), dtype, &self.gpu)
     }
 
@@ -64,27 +64,27 @@ impl Projections {
     /// Inputs: x, packed parameters, the residual; placeholders for the latter two.
     pub fn forward(
         &self,
-        inputs: [Tensor; 3],
+        inputs: [&Tensor; 3],
         residual: bool,
     ) -> Result<(CudaStorage, Shape, Saved)> {
         let dtype = inputs[0].dtype();
         let sum = self.keep && self.activation != Activation::Identity;
         let plan = self.plan(Pass::Forward { residual, sum }, dtype)?;
-        let mut dims = self.dims.clone();
+        let mut dims = self.shape.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = self.problems.iter().map(|part| part.out_dim).sum();
         }
         let shape = Shape::from(dims);
-        let low_rank_shape = Shape::from(plan.saved);
-        let low_rank = (plan.saved > 0).then_some((DType::F32, &low_rank_shape));
+        let low_rank_shape = (plan.saved > 0).then(|| Shape::from(plan.saved));
+        let low_rank = low_rank_shape.as_ref().map(|shape| (DType::F32, shape));
         let sum = sum.then_some((dtype, &shape));
-        let all: Vec<_> = inputs.into_iter().chain(self.captured().cloned()).collect();
+        let inputs: Vec<_> = inputs.into_iter().chain(self.captured()).collect();
         let job = Job { op: self.op, plan: &plan, dropouts: &self.dropouts() };
         let outputs = [Some((dtype, &shape)), low_rank, sum];
-        let [out, low_rank, sum] =
-            driver::with_storages(self.op, &all, |inputs| job.run_some(inputs, outputs))?;
+        let [out, low_rank, sum] = job.run_some(&inputs, outputs)?;
         let Some(out) = out else { bail!("{}: no output", self.op) };
-        let low_rank = low_rank.map(|storage| driver::tensor(storage, &low_rank_shape));
+        let low_rank = low_rank.zip(low_rank_shape);
+        let low_rank = low_rank.map(|(storage, shape)| driver::tensor(storage, shape));
         let sum = sum.map(|storage| driver::tensor(storage, &shape));
         Ok((out, shape, Saved { low_rank, sum }))
     }
@@ -106,20 +106,18 @@ impl Projections {
         let dparameters = self.is_trained();
         let plan = self.plan(Pass::Backward { dx, parameters: dparameters }, x.dtype())?;
         // Where nothing was kept nobody reads, and the gradient stands in for it.
-        let kept = |tensor: &'_ Option<Tensor>| tensor.clone().unwrap_or_else(|| grad.clone());
-        let (low_rank, sum) = (kept(&saved.low_rank), kept(&saved.sum));
-        let mut inputs = vec![x, parameters, &low_rank, &sum, grad];
-        inputs.extend(self.captured());
-        let length = match &self.collected {
+        let [low_rank, sum] = [&saved.low_rank, &saved.sum].map(|t| t.as_ref().unwrap_or(grad));
+        let inputs = [x, parameters, low_rank, sum, grad];
+        let inputs: Vec<_> = inputs.into_iter().chain(self.captured()).collect();
+        let length = || match &self.collected {
             Some(Collected { tensors, .. }) => tensors.iter().map(Tensor::elem_count).sum(),
             None => parameters.elem_count(),
         };
-        let shape = &Shape::from(length);
-        let x_shape = Shape::from(self.dims.as_slice());
-        let outputs =
-            [dx.then_some((x.dtype(), &x_shape)), dparameters.then_some((DType::F32, shape))];
+        let packed = dparameters.then(|| Shape::from(length()));
+        let of_parameters = packed.as_ref().map(|shape| (DType::F32, shape));
+        let outputs = [dx.then_some((x.dtype(), &self.shape)), of_parameters];
         let job = Job { op: self.op, plan: &plan, dropouts: &self.dropouts() };
-        let [of_x, of_parameters] = job.run_on_tensors(&inputs, outputs)?;
+        let [of_x, of_parameters] = job.run_to_tensors(&inputs, outputs)?;
         let (Some(collected), Some(all)) = (&self.collected, &of_parameters) else {
             return Ok((of_x, of_parameters));
         };

@@ -27,7 +27,7 @@ impl Attention {
     }
 
     /// Inputs: qkv, both tables, pad, the latter two or placeholders. Returns the output, and lse.
-    pub fn forward(&self, inputs: [Tensor; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
+    pub fn forward(&self, inputs: [&Tensor; 3]) -> Result<(CudaStorage, Shape, Tensor)> {
         let (p, dtype) = (&self.problem, inputs[0].dtype());
         if driver::is_recording() && p.dropout.is_some() {
             bail!("the attention's dropout has one mask for all replays, so no step with it is recorded")
@@ -35,11 +35,11 @@ impl Attention {
         let plan = self.plan(Pass::Forward, dtype)?;
         let shape = Shape::from((p.batch, p.h, p.w, p.channels()));
         let lse_shape = Shape::from(plan.saved);
-        let all: Vec<_> = inputs.into_iter().chain(self.tables.iter().flatten().cloned()).collect();
+        let inputs: Vec<_> = inputs.into_iter().chain(self.tables.iter().flatten()).collect();
         let job = Job { op: OP, plan: &plan, dropouts: &[p.dropout] };
         let outputs = [(dtype, &shape), (DType::F32, &lse_shape)];
-        let [out, lse] = driver::with_storages(OP, &all, |inputs| job.run(inputs, outputs))?;
-        Ok((out, shape, driver::tensor(lse, &lse_shape)))
+        let [out, lse] = job.run(&inputs, outputs)?;
+        Ok((out, shape, driver::tensor(lse, lse_shape)))
     }
 
     /// Inputs: qkv, both tables, pad; the output and lse; the output's gradient.
@@ -59,7 +59,7 @@ impl Attention {
         let job = Job { op: OP, plan: &plan, dropouts: &[self.problem.dropout] };
         let outputs = [(true, qkv), (tables_wanted, tables), (pad_wanted, pad)];
         let outputs = outputs.map(|(wanted, like)| wanted.then_some((dtype, like.shape())));
-        let [dqkv, dtables, dpad] = job.run_on_tensors(&inputs, outputs)?;
+        let [dqkv, dtables, dpad] = job.run_to_tensors(&inputs, outputs)?;
         Ok((dqkv, dtables, dpad))
     }
 }

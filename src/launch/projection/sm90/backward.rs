@@ -43,8 +43,7 @@ pub fn backward_with(
     // a is not copied: the kernel reads it element by element.
     let mut addresses = vec![dout, dx, workspace];
     addresses.extend(operands.weights);
-    let shapes = Shapes::new(problem)?;
-    if !copies_take(&shapes, dtype, &addresses) {
+    if !copies_take(problem, dtype, &addresses) {
         return Ok(None);
     }
     let launches = backward_by(problem, dtype, operands, |shapes, operands| {
@@ -124,7 +123,7 @@ mod tests {
             // Each block of a cluster of two loads half of the weights' depth.
             let (cluster, grid, depth) = if tile.cluster == 2 { (2, 4, 32) } else { (1, 5, 64) };
             assert_eq!((dx.cluster, dx.grid), (cluster, [grid, 1, 1]));
-            let [g, weight] = [0, 1].map(|map| &dx.tensor_maps[map].1.tile[..]);
+            let [g, weight] = [0, 1].map(|map| dx.tensor_maps[map].1.tile());
             assert_eq!((g, weight), (&[64, 128][..], &[64, depth][..]));
             assert_eq!(dx.tensor_maps.len(), 2 + 2 + 1);
             let end = |(start, _): &(usize, TensorMap)| start + 128;

@@ -19,33 +19,32 @@ pub(in crate::launch) const PIECE: (u32, u32) = (16, 64);
 pub(in crate::launch) const DEPTH: u32 = 64;
 const LOW_RANK_DEPTH: u32 = 32;
 
-/// Whether the forward or the gradient of x is the kernels' for Hopper, for operands that bulk copies take.
-///
-/// # Errors
-/// On shapes that no kernel takes.
-pub(in crate::launch) fn covers(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Result<bool> {
-    let shapes = Shapes::new(problem)?;
-    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    let has_tile = |pass, widths: &[u32]| pick(pass, shapes.rows(), widths, gpu).is_some();
-    Ok(copies_take(&shapes, dtype, &[])
-        && (has_tile(Pass::Forward, &widths) || has_tile(Pass::BackwardInput, &[shapes.in_dim])))
+/// Whether the forward or the gradient of x is the kernels' for Hopper, for operands that bulk copies take. The portable
+/// kernels take the problem.
+pub(in crate::launch) fn covers(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> bool {
+    let has_tile = |pass, widths: &[u32]| pick(pass, problem.rows as u64, widths, gpu).is_some();
+    copies_take(problem, dtype, &[])
+        && (has_tile(Pass::Forward, &widths(problem))
+            || has_tile(Pass::BackwardInput, &[problem.in_dim as u32]))
+}
+
+fn widths(problem: &Problem<'_>) -> Vec<u32> {
+    problem.projections.iter().map(|part| part.out_dim as u32).collect()
 }
 
 /// Whether bulk copies take the matrices: 16 bits an element, rows and addresses of multiples of 16 bytes, sizes that a
 /// coordinate counts.
 pub(in crate::launch) fn copies_take(
-    shapes: &Shapes<'_>,
+    &Problem { rows, in_dim, projections, .. }: &Problem<'_>,
     dtype: DType,
     addresses: &[device_ptr],
 ) -> bool {
-    let widths = shapes.problem.projections.iter().map(|part| part.out_dim);
+    let widths = projections.iter().map(|part| part.out_dim);
     matches!(dtype, DType::F16 | DType::BF16)
-        && shapes.in_dim.is_multiple_of(8)
-        && widths.into_iter().all(|width| width.is_multiple_of(8))
+        && in_dim.is_multiple_of(8)
+        && widths.clone().all(|width| width.is_multiple_of(8))
         && addresses.iter().all(|address| address.is_multiple_of(16))
-        && [shapes.problem.rows, shapes.in_dim as usize, shapes.total as usize]
-            .iter()
-            .all(|size| *size <= LONGEST)
+        && rows.max(in_dim).max(widths.sum()) <= LONGEST
 }
 
 /// Hopper launches of [`crate::launch::projection::forward`]; none where the kernels do not cover the problem, or the
@@ -59,8 +58,7 @@ pub fn forward(
     operands: &ForwardOperands<'_>,
     gpu: &Gpu,
 ) -> Result<Option<Vec<Launch>>> {
-    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
-    match pick(Pass::Forward, problem.rows as u64, &widths, gpu) {
+    match pick(Pass::Forward, problem.rows as u64, &widths(problem), gpu) {
         Some(tile) => forward_with(tile, problem, dtype, operands, gpu),
         None => Ok(None),
     }
@@ -84,11 +82,11 @@ pub fn forward_with(
     addresses.extend(parts.iter().flat_map(|part| [part.weight, part.b]));
     // Rows of b are its ranks.
     let ranks = shapes.adapted().all(|(_, lora)| lora.rank.is_multiple_of(4));
-    if !ranks || !copies_take(&shapes, dtype, &addresses) {
+    if !ranks || !copies_take(problem, dtype, &addresses) {
         return Ok(None);
     }
     let (rows, in_dim, total) = (problem.rows as u32, shapes.in_dim, shapes.total);
-    let widths: Vec<u32> = problem.projections.iter().map(|part| part.out_dim as u32).collect();
+    let widths = widths(problem);
 
     type Params = ProjectionFwdSm90Params;
     let mut maps = Maps::default();
@@ -215,7 +213,7 @@ mod tests {
         assert!(out.tensor_maps.iter().map(end).max() <= Some(out.params.len()));
         // k begins 192 columns into the weight's rows' outputs, in a map of its own.
         let (_, k) = &out.tensor_maps[5];
-        assert_eq!((k.address, &k.dims[..]), (768, &[64, 192][..]));
+        assert_eq!((k.address, k.dims()), (768, &[64, 192][..]));
 
         // A cluster of two loads the weights, and b, in halves, and is there as a whole.
         let tile = &Pass::Forward.tiles()[1];
@@ -223,7 +221,7 @@ mod tests {
         let in_clusters = &launches.unwrap()[1];
         assert_eq!(in_clusters.kernel, "projection_fwd_sm90_pingpong_128x192_x2_f16");
         assert_eq!((out.cluster, in_clusters.cluster, in_clusters.grid), (1, 2, [4, 1, 1]));
-        let tiles = |launch: &Launch| launch.tensor_maps.iter().map(|m| m.1.tile[1]).collect();
+        let tiles = |launch: &Launch| launch.tensor_maps.iter().map(|m| m.1.tile()[1]).collect();
         let (whole, halves): (Vec<_>, Vec<_>) = (tiles(out), tiles(in_clusters));
         assert_eq!(
             (&whole[..4], &halves[..4]),

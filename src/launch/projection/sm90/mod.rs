@@ -15,6 +15,5 @@ pub(super) const NATIVE: Native =
     Native { family, forward: forward::forward, backward: backward::backward };
 
 fn family(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Option<Family> {
-    let covered = forward::covers(problem, dtype, gpu).unwrap_or(false);
-    covered.then_some(Family::Projection)
+    forward::covers(problem, dtype, gpu).then_some(Family::Projection)
 }

@@ -150,15 +150,8 @@ fn bias_maps(
         let (shape, tile) = ((rows, pitch, pitch), (queries, columns as u32));
         TensorMap::unswizzled(between.bias, Element::Bits32, shape, tile)
     };
-    let delta = TensorMap {
-        address: between.delta,
-        element: Element::Bits32,
-        dims: [rows].into(),
-        strides: [].into(),
-        tile: [queries].into(),
-        swizzle: Swizzle::None,
-    };
-    delta.check()?;
+    let delta = (between.delta, Element::Bits32);
+    let delta = TensorMap::new(delta, &[rows], &[], &[queries], Swizzle::None)?;
     Ok(vec![
         (offset_of!(Params, rel_w_map), biases(stride_w)?),
         (offset_of!(Params, rel_h_map), biases(stride_h)?),
@@ -215,7 +208,7 @@ mod tests {
         assert_eq!((key.grid, key.block), ([4 * 12 * 32, 1, 1], [384, 1, 1]));
         let stage = 2 * 64 * 64 * 2 + (64 * (68 + 4 + 1) * 4usize).next_multiple_of(1024);
         assert_eq!(key.shared_bytes as usize, 4 * stage + 2 * 128 * 64 * 2 + 1024);
-        let tiles: Vec<_> = key.tensor_maps.iter().map(|(_, map)| map.tile.to_vec()).collect();
+        let tiles: Vec<_> = key.tensor_maps.iter().map(|(_, map)| map.tile().to_vec()).collect();
         let expected: [&[u32]; 6] =
             [&[64, 64, 2, 1], &[64, 64, 1], &[64, 64, 1], &[68, 64], &[4, 64], &[64]];
         assert_eq!(tiles, expected);

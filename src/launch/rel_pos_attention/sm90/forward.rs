@@ -10,7 +10,6 @@ use crate::launch::tensor_map::{Element, Swizzle, TensorMap, LONGEST};
 use crate::launch::{narrow, AttentionProblem, Gpu, Launch};
 use candle_core::{DType, Result};
 use std::mem::offset_of;
-use std::sync::Arc;
 
 const FAMILY: &str = "rel_pos_attention_fwd_sm90";
 /// Channels of the first part of a panel; a head of 80 has a second one.
@@ -47,13 +46,10 @@ pub(in crate::launch) fn panel_maps(
         strides.push(stride);
     }
     let size = |&size: &usize| narrow("rel-pos-attention", "a dimension", size);
-    let dims = dims.iter().map(size).collect::<Result<Arc<[_]>>>()?;
-    let strides: Arc<[_]> = strides.into();
+    let dims = dims.iter().map(size).collect::<Result<Vec<_>>>()?;
     let map = |channels: usize, swizzle| {
-        let (dims, strides) = (dims.clone(), strides.clone());
-        let tile = [channels].iter().chain(tile).map(|&n| n as u32).collect();
-        let map = TensorMap { address, element, dims, strides, tile, swizzle };
-        map.check().map(|()| map)
+        let tile: Vec<_> = [channels].iter().chain(tile).map(|&n| n as u32).collect();
+        TensorMap::new((address, element), &dims, &strides, &tile, swizzle)
     };
     let mut maps = vec![(at + offset_of!(PanelMaps, wide), map(WIDE, Swizzle::Bytes128)?)];
     if head_dim > WIDE {
@@ -180,7 +176,7 @@ mod tests {
     #[test]
     fn tensor_maps_stand_where_the_kernel_reads_them() -> Result<()> {
         let maps = launch(AttentionProblem { head_dim: 80, ..GLOBAL })?.unwrap().tensor_maps;
-        let found: Vec<_> = maps.iter().map(|(at, map)| (*at, map.tile.to_vec())).collect();
+        let found: Vec<_> = maps.iter().map(|(at, map)| (*at, map.tile().to_vec())).collect();
         let tokens = |channels| vec![channels, 64, 1, 1];
         let table = |at| [(at, vec![64, 64]), (at + 128, vec![16, 64])];
         let expected =
@@ -188,7 +184,7 @@ mod tests {
         assert_eq!(found, expected.concat());
         let tables: Vec<_> = maps[2..].iter().map(|(_, map)| map.address).collect();
         assert_eq!(tables, INPUTS.tables.map(|at| [at; 2]).concat());
-        assert_eq!(maps[0].1.strides[..], [5760, 64 * 5760, 4096 * 5760]);
+        assert_eq!(maps[0].1.strides(), [5760, 64 * 5760, 4096 * 5760]);
         Ok(())
     }
 
