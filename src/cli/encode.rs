@@ -150,7 +150,7 @@ fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
     let (place, images) = division.each(|| {
         Ok((
             options.backend.open(division.processes())?,
-            images(std::slice::from_ref(&options.input))?,
+            images(std::slice::from_ref(&options.input), console)?,
         ))
     })?;
     division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;
