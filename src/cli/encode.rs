@@ -190,6 +190,9 @@ fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
 /// The files to be read and written.
 fn jobs(input: &Path, output: &Path) -> anyhow::Result<Vec<Job>> {
     if !input.is_dir() {
+        if output.exists() && input.canonicalize().ok() == output.canonicalize().ok() {
+            bail!("{}: --input and --output are one file", output.display())
+        }
         return Ok(vec![Job { input: input.into(), output: output.into() }]);
     }
     let mut jobs = vec![];

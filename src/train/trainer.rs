@@ -274,7 +274,7 @@ impl Trainer {
     /// Fails unless all trained parameters are finite. The step after one that made them infinite tells so, too; after the
     /// last step of a run nothing else does.
     ///
-    /// [Example](Self)
+    /// [Example](crate::train::Trainer)
     ///
     /// # Errors
     /// - a parameter holds a value that is not finite.
