@@ -147,7 +147,7 @@ fn plan(
         new.insert(path, adapter);
     }
     check(&file.path().display().to_string(), &slots, headers(file.tensors()))?;
-    let mut tensors = values_of(&file)?;
+    let mut tensors = values_of(file)?;
     for (path, adapter) in &mut new {
         for (leaf, tensor) in adapter.tensors_mut() {
             if let Some(value) = tensors.remove(&key(path, leaf)) {
