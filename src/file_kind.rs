@@ -48,7 +48,10 @@ const fn foreign(
 const UNPACK: &str = "unpack it first";
 const AS_IMAGE: &str = "write an image as PNG or TIFF";
 
-const FOREIGN: [Foreign; 19] = [
+const AS_TIFF: &str = "write its planes as TIFF";
+const AS_FRAMES: &str = "write its frames as PNG";
+
+const FOREIGN: [Foreign; 35] = [
     foreign(0, b"\x93NUMPY", "a NumPy array (.npy)", AS_IMAGE),
     foreign(0, b"\x89HDF", "an HDF5 file", "write images as TIFF, weights as safetensors"),
     foreign(0, b"GGUF", "a GGUF file", "write the weights as safetensors"),
@@ -59,6 +62,22 @@ const FOREIGN: [Foreign; 19] = [
     foreign(4, b"ftypavif", "an AVIF image", AS_IMAGE),
     foreign(4, b"ftyphe", "a HEIC image", AS_IMAGE),
     foreign(4, b"ftypmif1", "a HEIF image", AS_IMAGE),
+    foreign(4, b"ftypmsf1", "a HEIF image", AS_IMAGE),
+    foreign(0, b"\xff\x0a", "a JPEG XL image", AS_IMAGE),
+    foreign(0, b"\0\0\0\x0cJXL ", "a JPEG XL image", AS_IMAGE),
+    foreign(0, b"\x76\x2f\x31\x01", "an OpenEXR image", AS_IMAGE),
+    foreign(344, b"ni1\0", "the header of a NIfTI volume", AS_TIFF),
+    foreign(4, b"n+2\0", "a NIfTI volume", AS_TIFF),
+    foreign(0, b"ZISRAWFILE", "a CZI file of Zeiss", AS_TIFF),
+    foreign(0, b"\xda\xce\xbe\x0a", "an ND2 file of Nikon", AS_TIFF),
+    foreign(0, b"\x70\0\0\0", "a LIF file of Leica", AS_TIFF),
+    foreign(0, b"\xd0\xcf\x11\xe0", "an OLE file, as Olympus' OIB", AS_TIFF),
+    foreign(0, b"NRRD000", "an NRRD volume", AS_TIFF),
+    foreign(0, b"SIMPLE  =", "a FITS file", AS_TIFF),
+    foreign(0, b"MATLAB 5.0", "a MATLAB file", AS_TIFF),
+    foreign(4, b"ftyp", "a film (MP4 or MOV)", AS_FRAMES),
+    foreign(8, b"AVI LIST", "a film (AVI)", AS_FRAMES),
+    foreign(0, b"\x1aE\xdf\xa3", "a film (Matroska or WebM)", AS_FRAMES),
     foreign(0, b"8BPS", "a Photoshop file", AS_IMAGE),
     foreign(0, b"%PDF", "a PDF document", "write its pages as PNG"),
     foreign(0, b"\x1f\x8b", "a gzip archive", UNPACK),
@@ -169,6 +188,10 @@ mod tests {
             (b"\x89HDF\r\n\x1a\n", "HDF5"),
             (b"\x1f\x8b\x08\0", "gzip"),
             (b"\0\0\0\x20ftypavif", "AVIF"),
+            (b"\0\0\0\x20ftypisom", "a film"),
+            (b"ZISRAWFILE\0\0", "CZI"),
+            (b"\xda\xce\xbe\x0a\0", "ND2"),
+            (b"\xff\x0a\xfa\x1f", "JPEG XL"),
         ] {
             let named = stand_in(bytes).unwrap_or_default();
             assert!(named.contains(expected), "{expected}: {named}");

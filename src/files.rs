@@ -10,14 +10,16 @@ mod sealed;
 pub(crate) use checksum::Checksum;
 pub(crate) use sealed::Seal;
 
-use crate::file_kind::{Kind, PICKLE};
+use crate::file_kind::{stand_in, Kind, PICKLE};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::Dtype;
-use std::collections::{BTreeMap, HashMap};
+use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
+use serde::Deserializer;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
@@ -113,6 +115,10 @@ pub fn write_atomic(
 /// Creates a folder and its parents.
 pub fn create_dir(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
+    if path.exists() && !path.is_dir() {
+        let message = "is a file; expected a folder, or a name for a new one";
+        return Err(Error::io(path, std::io::Error::new(ErrorKind::NotADirectory, message)));
+    }
     std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))
 }
 
@@ -127,6 +133,48 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
         return Err(Error::file(path, format!("larger than {MAX_TEXT} bytes, not a text file")));
     }
     Ok(text)
+}
+
+/// Reads a JSON file of some kind, which the error names. A byte order mark, as editors on Windows write it, is skipped.
+///
+/// # Errors
+/// - as [`read_text`];
+/// - another kind of file is in its place;
+/// - the text is not of this kind.
+pub(crate) fn read_json<T: DeserializeOwned>(path: impl AsRef<Path>, kind: &str) -> Result<T> {
+    let path = path.as_ref();
+    let text = read_text(path)?;
+    if let Some(what) = stand_in(text.as_bytes()) {
+        return Err(Error::file(path, format!("not {kind}: {what}")));
+    }
+    serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        .map_err(|e| Error::file(path, format!("not {kind}: {e}")))
+}
+
+/// The first name that a JSON object has twice. Readers differ in which of the two counts.
+fn twice(json: &[u8]) -> Option<String> {
+    struct Names<'a>(&'a mut Option<String>);
+    impl<'de> Visitor<'de> for Names<'_> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+            let mut names = HashSet::new();
+            while let Some((name, IgnoredAny)) = map.next_entry::<String, _>()? {
+                if !names.insert(name.clone()) {
+                    self.0.get_or_insert(name);
+                }
+            }
+            Ok(())
+        }
+    }
+    let mut found = None;
+    // The parser below tells every other fault.
+    let _ = serde_json::Deserializer::from_slice(json).deserialize_map(Names(&mut found));
+    found
 }
 
 /// An open safetensors file whose header has been read and checked; its tensors are read one at a time.
@@ -178,6 +226,9 @@ impl TensorFile {
         }
         let mut header = vec![0u8; header_length as usize];
         file.read_exact(&mut header).map_err(|e| invalid(&e))?;
+        if let Some(name) = twice(&header) {
+            return Err(invalid(&format!("its header has {name} twice")));
+        }
         // Parsing checks that the tensors fill the data without gap or overlap, each as large as its shape says.
         let header: Metadata = serde_json::from_slice(&header).map_err(|e| invalid(&e))?;
         let data_start = 8 + header_length;

@@ -6,7 +6,7 @@ use candle_sam_lora::nn::{
     self, Adapter, Linear, ModuleTree, Node, NodeMut, Unmerged, DEFAULT_ADAPTER,
 };
 use candle_sam_lora::sam::checkpoint::{
-    load, save, save_pretrained, to_hugging_face, to_original, Naming, DEEPSEEK_OCR,
+    load, save, save_pretrained, sizes, to_hugging_face, to_original, Naming, DEEPSEEK_OCR,
 };
 use candle_sam_lora::sam::SamConfig;
 use candle_sam_lora::{files, Error, Result};
@@ -434,6 +434,17 @@ fn paths_that_hold_no_checkpoint_are_named() {
     assert!(message(folder.path().into()).contains("expected weights: model.safetensors"));
     assert!(message(folder.path().join("nothing.safetensors")).contains("nothing.safetensors"));
     assert!(message(folder.path().join("sam_vit_b.pth")).contains("sam_vit_b.pth: No such file"));
+    for number in [1, 2] {
+        let part = format!("model-0000{number}-of-00002.safetensors");
+        write(&folder.path().join(part), &BTreeMap::new());
+    }
+    let error = message(folder.path().into());
+    assert!(error.contains("parts of a checkpoint") && error.contains("index.json"), "{error}");
+    let other = folder.path().join("other.safetensors");
+    let name = "image_encoder.trunk.patch_embed.proj.bias".to_string();
+    write(&other, &BTreeMap::from([(name, Tensor::ones(1, DType::F32, &Device::Cpu).unwrap())]));
+    let error = sizes(&other).unwrap_err().to_string();
+    assert!(error.contains("no image encoder of a SAM") && error.contains("SAM 2"), "{error}");
     let blocked = folder.path().join("file");
     std::fs::write(&blocked, "").unwrap();
     let into_file = save(&Flat(small()), blocked.join("x.safetensors"), Naming::HuggingFace, None);

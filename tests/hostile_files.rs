@@ -107,6 +107,7 @@ fn headers_that_lie_are_refused() {
             "offsets of 2^64",
             with_header(&two("[0,8]", "[18446744073709551608,18446744073709551615]"), 8),
         ),
+        ("one name twice", with_header(&two("[0,8]", "[0,8]").replace("\"b\"", "\"a\""), 8)),
         ("unknown dtype", with_header(&entry("[2]", "[0,8]").replace("F32", "F31"), 8)),
         ("dtype without support", with_header(&entry("[16]", "[0,8]").replace("F32", "F4"), 8)),
     ];

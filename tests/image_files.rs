@@ -127,6 +127,20 @@ fn pages_and_channels_are_chosen_or_refused() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_preview_is_not_taken_for_the_image() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("camera.dng");
+    let mut encoder = TiffEncoder::new(std::fs::File::create(&path)?)?;
+    let mut preview = encoder.new_image::<colortype::Gray8>(SIDE, SIDE)?;
+    preview.encoder().write_tag(tiff::tags::Tag::NewSubfileType, 1u32)?;
+    preview.encoder().write_tag(tiff::tags::Tag::SubIfd, 8u32)?;
+    preview.write_data(&ramp().map(|v| v as u8).collect::<Vec<_>>())?;
+    let message = read_image(&path).expect_err("a preview").to_string();
+    assert!(message.contains("camera.dng") && message.contains("it is a preview"), "{message}");
+    Ok(())
+}
+
+#[test]
 fn bitmaps_of_netpbm_are_read() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("cells.pbm");
@@ -153,7 +167,8 @@ fn cut_and_other_files_are_named() -> anyhow::Result<()> {
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>Sign in</html>", "HTML page"),
         (b"", "0 bytes"),
-        (b"what is this?", "no PNG, JPEG, TIFF"),
+        (b"what is this?", "\"what is this\", are those of no PNG, JPEG, TIFF"),
+        (b"ZISRAWFILE\0\0\0\0", "a CZI file of Zeiss"),
         (wide, "33000 x 100 pixels; a side may have 32768"),
         (many, "3221225472 bytes decoded; 1073741824 (1 GiB)"),
     ] {

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{
     adapter_state, add_adapter, inject, load_adapter, merge, save_adapter, save_pretrained,
-    set_adapter_state, BiasTraining, LoraConfig, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
+    set_adapter_state, BiasTraining, LoraConfig, ModuleNames, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
 };
 use candle_sam_lora::nn::{
     trainable_variables, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER,
@@ -437,4 +437,29 @@ proptest! {
             prop_assert!(!adapted(&model).is_empty());
         }
     }
+}
+
+#[test]
+fn values_that_are_not_finite_are_refused_by_name() {
+    let key = "base_model.model.q.lora_B.weight";
+    for value in [f64::NAN, f64::INFINITY, 1e300] {
+        let dir = changed(&fixture("dora"), |tensors| {
+            let like = tensors[key].to_dtype(DType::F64).unwrap().ones_like().unwrap();
+            tensors.insert(key.to_string(), (like * value).unwrap());
+        });
+        let error = refused(dir.path()).to_string();
+        assert!(error.contains(key) && error.contains(TENSORS_FILE), "{value}: {error}");
+        assert!(error.contains("NaN, infinite or too large"), "{value}: {error}");
+    }
+}
+
+#[test]
+fn an_excluded_layer_is_no_other_spelling() {
+    let mut config = LoraConfig::new(2).target_modules(["lin1"]);
+    let dir = tempfile::tempdir().unwrap();
+    save_adapter(&injected(&config, 0), &config, dir.path()).unwrap();
+    config.exclude_modules = Some(ModuleNames::List(vec!["mlp.lin1".into()]));
+    std::fs::write(dir.path().join(CONFIG_FILE), config.to_json().unwrap()).unwrap();
+    let error = refused(dir.path()).to_string();
+    assert!(error.contains("does not fit this model"), "{error}");
 }

@@ -236,3 +236,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_stands_in_the_place_of_the_file_is_named() {
+    let text = minimal().to_string();
+    let config = read_config(format!("\u{feff}{text}").as_bytes()).expect("a byte order mark");
+    assert_eq!(config.target_modules, Some(ModuleNames::List(vec!["q".into()])));
+    for (text, expected) in [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
+        ("<!DOCTYPE html><html>", "an HTML page"),
+        ("", "0 bytes"),
+        (r#"{"peft_type": "LORA", "target_modules": {"a": 1}}"#, "a list of names of modules"),
+        (r#"{"peft_type": "LORA", "init_lora_weights": 1}"#, "true, false or the name"),
+    ] {
+        let error = read_config(text.as_bytes()).expect_err(expected).to_string();
+        assert!(error.contains(expected) && error.contains(CONFIG_FILE), "{error}");
+    }
+}

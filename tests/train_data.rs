@@ -48,6 +48,7 @@ fn labels_of_16_bits_colours_and_binary_parts_become_instances() -> anyhow::Resu
     ImageBuffer::<Luma<u16>, _>::from_fn(12, 10, |x, y| Luma([labels.get_pixel(x, y).0[0] as u16]))
         .save(masks.join("labels.png"))?;
     std::fs::write(masks.join("SOURCES.md"), "no image")?;
+    std::fs::create_dir(images.join("more"))?;
     let dataset = Dataset::open(&images, &masks, &DatasetOptions::min_area(9))?;
     assert_eq!(dataset.len(), 3);
     for index in 0..3 {
@@ -59,6 +60,12 @@ fn labels_of_16_bits_colours_and_binary_parts_become_instances() -> anyhow::Resu
             "{found:?}"
         );
     }
+    let lines = dataset.summary().lines().join("\n");
+    assert!(
+        lines.contains("left alone, files and folders beside images and masks: 2: "),
+        "{lines}"
+    );
+    assert!(lines.contains("more") && lines.contains("SOURCES.md"), "{lines}");
     // The smaller instance goes when more pixels are asked for.
     assert_eq!(
         Dataset::open(&images, &masks, &DatasetOptions::min_area(10))?.load(0)?.instances.len(),

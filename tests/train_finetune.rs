@@ -273,7 +273,12 @@ fn a_run_that_gets_no_better_stops() -> anyhow::Result<()> {
 fn a_loss_that_is_no_number_keeps_the_last_good_adapter() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let output = folder.path().join("run");
-    let wild = ["--steps", "9", "--lr", "1e30", "--overlays", "0"];
+    // Nothing follows the last step.
+    let wild = ["--steps", "1", "--lr", "1e38", "--overlays", "0", "--automatic", "0"];
+    let message = finetune(&output, &[&SHORT[..], &wild].concat()).expect_err("wild").to_string();
+    assert!(message.contains("is no longer finite"), "{message}");
+    assert!(message.contains("the adapter as it was after step 0, in adapter/"), "{message}");
+    let wild = ["--steps", "9", "--lr", "1e30", "--overlays", "0", "--overwrite"];
     let message = finetune(&output, &short(&wild)).expect_err("a wild learning rate").to_string();
     assert!(
         message.contains("train: step 2: the loss is")
@@ -340,6 +345,10 @@ fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()>
         (&missing, vec!["--resume"], "--resume: there is no"),
         (&missing, vec!["--device", "cuda:99"], "cuda:99"),
         (&missing, vec!["--prompts", "0"], "a prompt at least"),
+        (&missing, vec!["--batch", "100000000000"], "images and prompts each at most"),
+        (&missing, vec!["--lr-schedule", "plateau"], "--eval-every"),
+        (&missing, vec!["--loss", "bce=1,bce=2"], "bce is there twice"),
+        (&mine.join("thesis.txt"), vec![], "thesis.txt: is a file; expected a folder"),
         (&missing, vec!["--save-every", "0"], "--save-every"),
         (&missing, vec!["--rank", "0"], "rank"),
         (&missing, vec!["--lr", "nan"], "lr must be finite"),

@@ -200,7 +200,8 @@ fn hostile_shards_are_refused_by_file_and_entry() -> Result<()> {
     let first_two = 2 * 512 + block(good[0].1.len()) + block(good[1].1.len());
     let gzip = [b"\x1f\x8b\x08\0".as_slice(), &bytes].concat();
     let cases: Vec<(&str, Vec<u8>, &[&str])> = vec![
-        ("an image", sample(1)?.0, &["is no TAR"]),
+        ("an image", sample(1)?.0, &["is no TAR and no folder"]),
+        ("a PNG", b"\x89PNG\r\n\x1a\n".repeat(99), &["no folder: it is a PNG image"]),
         ("text", b"no TAR at all, but text".to_vec(), &["is no TAR"]),
         ("empty", vec![], &["it has no end"]),
         ("gzip", gzip, &["is compressed by gzip", "gunzip"]),

@@ -1,11 +1,12 @@
 //! The program's speech: notes for people, results for people or machines, progress on a terminal.
 
 use super::processes::Told;
+use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fmt::Display;
-use std::io::{stderr, stdout, Write};
+use std::io::{stderr, stdout, ErrorKind, Write};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
@@ -69,12 +70,13 @@ impl Console {
         self.say(Line::Out(if self.json { object.to_string() } else { text.to_string() }));
     }
 
-    /// Prints a line. A closed pipe, as `head` leaves it, is no reason to stop.
+    /// Prints a line. A closed pipe, as `head` leaves it, is no reason to stop; [`exit_code`] tells of lines that were
+    /// lost otherwise.
     pub fn say(self, line: Line) {
         match (self.voice, line) {
             (Voice::Mute, _) => {}
             (Voice::Kept, line) => KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(line),
-            (Voice::Aloud, Line::Out(line)) => drop(writeln!(stdout(), "{line}")),
+            (Voice::Aloud, Line::Out(line)) => print(&line),
             (Voice::Aloud, Line::Err(line)) => drop(writeln!(stderr(), "{line}")),
         }
     }
@@ -96,13 +98,30 @@ impl Console {
     }
 }
 
+/// Why the first line for standard output was lost.
+static LOST: Mutex<Option<std::io::Error>> = Mutex::new(None);
+
+fn print(line: &str) {
+    match writeln!(stdout(), "{line}") {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            LOST.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+        _ => {}
+    }
+}
+
 /// The lines that were kept; none are then.
 pub fn take_kept() -> Vec<Line> {
     std::mem::take(&mut *KEPT.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// The exit code of `result`; prints the error, if it is one.
+/// The exit code of `result`; prints the error, if it is one. A line that standard output did not take is one, too.
 pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    let lost = LOST.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let result = match (result, lost) {
+        (Ok(()), Some(error)) => Err(anyhow!("standard output: {error}")),
+        (result, _) => result,
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Told>() => ExitCode::FAILURE,

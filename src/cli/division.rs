@@ -3,7 +3,7 @@
 use super::arguments::ModelArguments;
 use super::console::{take_kept, Console, Line};
 use super::model::{Placement, Prompted, Source};
-use super::processes::Processes;
+use super::processes::{Processes, Told};
 use crate::files::{create_dir, Checksum};
 use crate::nn::{ModuleTree, Node};
 use crate::train::{check_agreement, share, together, Communicator};
@@ -182,7 +182,8 @@ impl Division {
             bar.set_length(names.len() as u64);
         }
         let work = |item: usize, alive: &dyn Fn()| -> Result<Vec<u8>> {
-            let result = work(item, Turn { console: voice, alive })?;
+            let result = work(item, Turn { console: voice, alive })
+                .map_err(|error| with_name(error, &names[item]))?;
             Ok(serde_json::to_vec(&(take_kept(), result))?)
         };
         let (mut waiting, mut next, mut done) = (BTreeMap::<usize, Vec<Line>>::new(), 0, 0);
@@ -209,5 +210,13 @@ impl Division {
             Ok(())
         };
         share(&*self.processes, names.len(), work, collect)
+    }
+}
+
+/// The error of an item, with its name if the text lacks it.
+fn with_name(error: anyhow::Error, name: &str) -> anyhow::Error {
+    match error.is::<Told>() || error.to_string().contains(name) {
+        true => error,
+        false => anyhow!("{name}: {error}"),
     }
 }

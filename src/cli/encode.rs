@@ -150,7 +150,7 @@ fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
     let (place, images) = division.each(|| {
         Ok((
             options.backend.open(division.processes())?,
-            images(std::slice::from_ref(&options.input))?,
+            images(std::slice::from_ref(&options.input), console)?,
         ))
     })?;
     division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;
@@ -190,6 +190,9 @@ fn embed_images(options: &Options, division: &Division) -> anyhow::Result<()> {
 /// The files to be read and written.
 fn jobs(input: &Path, output: &Path) -> anyhow::Result<Vec<Job>> {
     if !input.is_dir() {
+        if output.exists() && input.canonicalize().ok() == output.canonicalize().ok() {
+            bail!("{}: --input and --output are one file", output.display())
+        }
         return Ok(vec![Job { input: input.into(), output: output.into() }]);
     }
     let mut jobs = vec![];

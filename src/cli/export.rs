@@ -32,6 +32,9 @@ pub struct Options {
     console: Console,
 }
 
+/// Endings of files that PyTorch would read as its own.
+const PICKLED: [&str; 4] = ["pth", "pt", "bin", "ckpt"];
+
 /// Formats of other tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
@@ -46,15 +49,21 @@ enum Format {
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let Options { format, destination, console, .. } = options;
     let (console, output) = (*console, destination.output.as_path());
-    destination.check(match format {
+    let names: &[&str] = match format {
         Format::Transformers => &model_folder::FILES,
         Format::Original => &[""],
         Format::FusedAdapter => &[CONFIG_FILE, TENSORS_FILE],
-    })?;
+    };
+    destination.check(names)?;
+    let ending = output.extension().unwrap_or_default().to_ascii_lowercase();
+    if *format == Format::Original && PICKLED.iter().any(|pickled| ending == *pickled) {
+        bail!("{}: is written as safetensors; choose a name that ends so", output.display())
+    }
     if *format == Format::FusedAdapter && !options.model.is_adapted() {
         bail!("name the adapter to export with --adapter")
     }
     let source = options.model.find(console)?;
+    destination.spare(names, &source)?;
     let dtype = options.storage.dtype();
     match format {
         Format::Transformers => {

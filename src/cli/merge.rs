@@ -29,6 +29,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         bail!("name the adapter to merge with --adapter")
     }
     let source = options.model.find(console)?;
+    options.destination.spare(&model_folder::FILES, &source)?;
     let model = merged(&source, console)?;
     let processor = source.processor(model.config(), console)?;
     model_folder::write(&model, &processor, output, options.storage.dtype())?;

@@ -56,6 +56,11 @@ enum Command {
 
 /// Runs the program with these arguments, the first of them its name.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // Errors are one line: candle adds a backtrace where RUST_BACKTRACE alone is set, which is for panics.
+    const BACKTRACE: &str = "RUST_LIB_BACKTRACE";
+    if std::env::var_os(BACKTRACE).is_none() {
+        std::env::set_var(BACKTRACE, "0");
+    }
     let program = match Program::try_parse_from(arguments) {
         Ok(program) => program,
         Err(error) => {

@@ -1,6 +1,7 @@
 //! Models from their files: weights, adapter, image processor.
 
 use super::console::Console;
+use crate::file_kind::Kind;
 use crate::lora::{
     adapter_keys, load_adapter_as, load_adapter_tensors, read_samed_adapter, LoraConfig,
     CONFIG_FILE,
@@ -10,7 +11,7 @@ use crate::sam::{
     checkpoint, AttentionKind, SamConfig, SamHqModel, SamModel, SamPredictor, SamProcessor,
     SamVisionEncoder,
 };
-use crate::{hub, Result};
+use crate::{hub, Error, Result};
 use anyhow::{anyhow, Context};
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
@@ -87,8 +88,12 @@ fn base_of(adapter: &Path, console: Console) -> anyhow::Result<PathBuf> {
     let shown = adapter.display();
     let nameless = || format!("{shown}: does not name its base model; name it with --model");
     if is_foreign(adapter) {
-        return Err(anyhow!(nameless()));
+        return Err(match Kind::of_file(adapter) {
+            Kind::Foreign(what) => Error::file(adapter, what).into(),
+            _ => anyhow!(nameless()),
+        });
     }
+    adapter_keys(adapter)?; // tells where no adapter is there
     let config = match adapter.is_dir() {
         true => adapter.join(CONFIG_FILE),
         false => adapter.with_file_name(CONFIG_FILE),

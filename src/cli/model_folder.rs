@@ -1,6 +1,8 @@
 //! Models written as others read them: the folder of transformers' `save_pretrained`, the file of segment-anything.
 
 use super::arguments::Storage;
+use super::model::Source;
+use crate::lora::{CONFIG_FILE, TENSORS_FILE};
 use crate::sam::checkpoint::{self, Naming};
 use crate::sam::{SamConfig, SamModel, SamProcessor};
 use crate::{files, write_atomic, Error, Result};
@@ -27,14 +29,35 @@ impl Destination {
     /// # Errors
     /// - a result is there and `--overwrite` was not given.
     pub fn check(&self, names: &[&str]) -> anyhow::Result<()> {
-        let paths = names.iter().map(|name| match name {
-            &"" => self.output.clone(),
-            name => self.output.join(name),
-        });
-        if let Some(path) = paths.into_iter().find(|path| path.exists() && !self.overwrite) {
+        if let Some(path) = self.paths(names).find(|path| path.exists() && !self.overwrite) {
             bail!("{}: exists already; choose another --output or --overwrite", path.display())
         }
         Ok(())
+    }
+
+    /// Refuses results in the place of a file that they are made from, whatever `--overwrite` says.
+    ///
+    /// # Errors
+    /// - a result would replace the model or the adapter.
+    pub fn spare(&self, names: &[&str], source: &Source) -> anyhow::Result<()> {
+        let inputs = [Some(&source.weights), source.adapter.as_ref()].into_iter().flatten();
+        let inputs = inputs.flat_map(|input| {
+            let inside = FILES.iter().chain(&[CONFIG_FILE, TENSORS_FILE]);
+            inside.map(move |name| input.join(name)).chain([input.clone()])
+        });
+        let inputs: Vec<_> = inputs.filter_map(|path| path.canonicalize().ok()).collect();
+        let is_input = |path: &PathBuf| path.canonicalize().is_ok_and(|p| inputs.contains(&p));
+        if let Some(path) = self.paths(names).find(is_input) {
+            bail!("{}: the result is made from it; choose another --output", path.display())
+        }
+        Ok(())
+    }
+
+    fn paths<'a>(&'a self, names: &'a [&str]) -> impl Iterator<Item = PathBuf> + 'a {
+        names.iter().map(|name| match *name {
+            "" => self.output.clone(),
+            name => self.output.join(name),
+        })
     }
 }
 

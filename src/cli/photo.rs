@@ -1,14 +1,17 @@
 //! Images for the model: which files, how they are read, and what was understood of them.
 
 use super::console::Console;
-use crate::sam::{is_transparent, LargeImage, ReadOptions, Tiling, ValueRange};
+use crate::sam::{is_transparent, ImageFolder, LargeImage, ReadOptions, Tiling, ValueRange};
 use crate::Result;
 use anyhow::bail;
 use image::DynamicImage;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// Endings of the files that are taken as images in a folder.
-const ENDINGS: [&str; 9] = ["png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pnm"];
+/// Parts of the names of this program's results, between the image's stem and the ending.
+const RESULTS: [&str; 3] = ["mask", "overlay", "labels"];
+/// How many names stand for all.
+const NAMES: usize = 3;
 
 /// How image files are read
 #[derive(clap::Args, Clone, Debug)]
@@ -64,30 +67,36 @@ impl PhotoArguments {
     }
 }
 
-/// The images that are named, and those of the folders that are, in the order of their names; no two with one stem.
-pub fn images(named: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+/// The images that are named, and those of the folders that are, in the order of their names; no two with one stem. Says
+/// what it left alone in the folders.
+pub fn images(named: &[PathBuf], console: Console) -> anyhow::Result<Vec<PathBuf>> {
     let mut images = vec![];
     for path in named {
         if !path.is_dir() {
             images.push(path.clone());
             continue;
         }
-        let ending = |path: &Path| {
-            let ending = path.extension().and_then(|ending| ending.to_str());
-            ending.is_some_and(|e| ENDINGS.contains(&e.to_ascii_lowercase().as_str()))
+        let folder = ImageFolder::list(path)?;
+        if folder.images.is_empty() {
+            return Err(folder.without_image(path).into());
+        }
+        let stems: BTreeSet<_> =
+            folder.images.iter().map(|image| image.with_extension("")).collect();
+        let is_result = |image: &PathBuf| {
+            let stem = image.with_extension("");
+            let kind = stem.extension().and_then(|kind| kind.to_str());
+            kind.is_some_and(|kind| RESULTS.contains(&kind))
+                && stems.contains(&stem.with_extension(""))
         };
-        let mut found = vec![];
-        for entry in std::fs::read_dir(path)? {
-            let path = entry?.path();
-            let hidden = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
-            if path.is_file() && ending(&path) && !hidden {
-                found.push(path);
-            }
-        }
-        if found.is_empty() {
-            bail!("{}: the folder has no image ({})", path.display(), ENDINGS.join(", "))
-        }
-        found.sort();
+        let (results, found) = folder.images.into_iter().partition::<Vec<_>, _>(is_result);
+        let names = results.iter().filter_map(|path| Some(path.file_name()?.to_string_lossy()));
+        left_alone(
+            path,
+            "named as results of this program",
+            names.map(Into::into).collect(),
+            console,
+        );
+        left_alone(path, "files and folders that are no image", folder.others, console);
         images.extend(found);
     }
     let mut stems: Vec<_> = images.iter().map(|path| (path.file_stem(), path)).collect();
@@ -100,6 +109,16 @@ pub fn images(named: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
         )
     }
     Ok(images)
+}
+
+/// Says what was left alone in a folder.
+fn left_alone(folder: &Path, what: &str, names: Vec<String>, console: Console) {
+    let (folder, count) = (folder.display(), names.len());
+    if count > 0 {
+        let more = if count > NAMES { ", .." } else { "" };
+        let first = names[..count.min(NAMES)].join(", ");
+        console.note(format!("{folder}: left alone, {what}: {count}: {first}{more}"));
+    }
 }
 
 /// An image as it is, with nothing to say about it.

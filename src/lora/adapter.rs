@@ -10,10 +10,10 @@ use super::inject::Plan;
 use super::keys::{spelling, Spelling};
 use super::state::{check, described, headers, named_adapter_state, Slot};
 use super::{BiasTraining, LoraConfig};
-use crate::nn::checkpoint::{Names, TensorReader};
+use crate::nn::checkpoint::{all_finite, Names, TensorReader};
 use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
 use crate::{files, Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -209,10 +209,14 @@ pub fn load_adapter_as(
         .and_then(|plan| {
             check(&path.display().to_string(), &plan.slots(), headers(file.tensors()))
         });
+    let of_file = |error| match error {
+        Error::Config(message) => Error::file(&config_path, message),
+        other => other,
+    };
     let mut respelled = None;
     let (config, mut keys) = match straight {
         Ok(()) => (config, None),
-        Err(error) => match spelling(model, name, &config, &file, names)? {
+        Err(error) => match spelling(model, name, &config, &file, names).map_err(of_file)? {
             Some(Spelling { config, keys, example }) => {
                 respelled = Some(example);
                 (config, Some(keys))
@@ -227,7 +231,7 @@ pub fn load_adapter_as(
             keys.iter().map(|(key, in_file)| Ok((key.clone(), file.info(in_file)?.clone())));
         check(&path.display().to_string(), &slots, headers(&infos.collect::<Result<_>>()?))?;
     }
-    let mut values = file.read_all(&Device::Cpu)?;
+    let mut values = values_of(&file)?;
     if let Some(keys) = keys.take() {
         let renamed =
             keys.into_iter().filter_map(|(key, in_file)| Some((key, values.remove(&in_file)?)));
@@ -285,7 +289,27 @@ fn fill(
 pub fn read_adapter(dir: impl AsRef<Path>) -> Result<(LoraConfig, BTreeMap<String, Tensor>)> {
     let dir = dir.as_ref();
     let (config, file) = open_adapter(dir)?;
-    Ok((config, file.read_all(&Device::Cpu)?))
+    Ok((config, values_of(&file)?))
+}
+
+/// All tensors of an adapter's file.
+///
+/// # Errors
+/// - a tensor cannot be read;
+/// - a value is no number or infinite, or becomes so in f32.
+pub(super) fn values_of(file: &TensorReader) -> Result<BTreeMap<String, Tensor>> {
+    let values = file.read_all(&Device::Cpu)?;
+    values.iter().try_for_each(|(key, tensor)| check_value(file.path(), key, tensor))?;
+    Ok(values)
+}
+
+/// Fails where a tensor of an adapter's file has a value that is not finite in f32.
+pub(super) fn check_value(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
+    if tensor.dtype().is_float() && !all_finite(&tensor.to_dtype(DType::F32)?) {
+        let message = format!("{key} has values that are NaN, infinite or too large for f32");
+        return Err(Error::file(path, message));
+    }
+    Ok(())
 }
 
 /// The keys of the tensors in an adapter's file, as they are there.

@@ -36,9 +36,7 @@ impl LoraConfig {
     /// When the file cannot be read, is no JSON of this kind, or does not pass [`validate`](Self::validate).
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = files::read_text(path)?;
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|e| Error::file(path, format!("not a LoRA configuration: {e}")))?;
+        let config: Self = files::read_json(path, "a LoRA configuration")?;
         config.validate().map_err(|e| Error::file(path, e.to_string()))?;
         config.warnings().iter().for_each(|line| warn(&path.display(), line));
         Ok(config)

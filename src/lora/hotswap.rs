@@ -9,7 +9,7 @@
 //!
 //! Source: PEFT 0.21, `hotswap_adapter` in `utils/hotswap.py`.
 
-use super::adapter::open_adapter;
+use super::adapter::{open_adapter, values_of};
 use super::state::{check, headers, refuse_merged, Slot, PREFIX};
 use super::switch::check_known;
 use super::target::Matcher;
@@ -19,7 +19,7 @@ use crate::nn::{
     adapter_tensor_name, check_settable, set_values, Adapter, ModuleTree, Node, NodeMut,
 };
 use crate::{Error, Result};
-use candle_core::{DType, Device, Var};
+use candle_core::{DType, Var};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -147,7 +147,7 @@ fn plan(
         new.insert(path, adapter);
     }
     check(&file.path().display().to_string(), &slots, headers(file.tensors()))?;
-    let mut tensors = file.read_all(&Device::Cpu)?;
+    let mut tensors = values_of(file)?;
     for (path, adapter) in &mut new {
         for (leaf, tensor) in adapter.tensors_mut() {
             if let Some(value) = tensors.remove(&key(path, leaf)) {

@@ -11,6 +11,7 @@
 //! Sources: github.com/hitachinsk/SAMed, `sam_lora_image_encoder.py`; github.com/computational-cell-analytics/micro-sam,
 //! `micro_sam/models/peft_sam.py`.
 
+use super::adapter::check_value;
 use super::describe::{describe, layer_paths, Layers};
 use super::qkv::attentions;
 use super::state::PREFIX;
@@ -156,6 +157,7 @@ pub fn read_samed_adapter(
             return Err(wrong(format!("{name}: expected a matrix, got {shape:?}")));
         };
         let tensor = file.read(name, &Device::Cpu)?;
+        check_value(path, name, &tensor)?;
         layers.insert(format!("{block}.{layer}"), (if is_a { rows } else { columns }, 1.0));
         let leaf = if is_a { "lora_A" } else { "lora_B" };
         if tensors.insert(format!("{PREFIX}{block}.{layer}.{leaf}.weight"), tensor).is_some() {

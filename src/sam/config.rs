@@ -408,8 +408,7 @@ pub fn model_type(path: impl AsRef<Path>) -> Result<String> {
 }
 
 pub(super) fn read<T: serde::de::DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
-    serde_json::from_str(&files::read_text(path)?)
-        .map_err(|e| Error::file(path, format!("not {kind}: {e}")))
+    files::read_json(path, kind)
 }
 
 /// Reads a side given as `S` or, as Hugging Face allows, `[S, S]`.

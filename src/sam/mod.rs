@@ -92,6 +92,8 @@ pub use image_file::{
     convert_to_rgb, is_transparent, read_image, LargeImage, Picture, Raster, RasterKind,
     ReadOptions, SampleType, Samples, ValueRange,
 };
+#[cfg(feature = "images")]
+pub(crate) use image_file::{has_image_ending, is_image, ImageFolder};
 pub use mask_decoder::{PreparedImages, SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]

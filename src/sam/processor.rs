@@ -127,9 +127,7 @@ fn find_config(folder: &Path) -> Result<Option<(PathBuf, ProcessorConfig)>> {
 }
 
 fn read_config<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_str(&files::read_text(path)?).map_err(|e| {
-        Error::file(path, format!("not a configuration of SAM's image processor: {e}"))
-    })
+    files::read_json(path, "a configuration of SAM's image processor")
 }
 
 impl SamProcessor {

@@ -17,6 +17,7 @@
 #[cfg(feature = "cuda")]
 mod by_kernels;
 
+use super::gradients::first_not_finite;
 use super::groups::Factors;
 use super::{AdamWConfig, Gradients, ParameterGroups};
 use crate::ops::{optimizer, Collector};
@@ -193,6 +194,14 @@ impl AdamW {
     /// Fails unless all gradients are finite, as a step does.
     pub(super) fn check(&self, gradients: &Gradients) -> candle_core::Result<()> {
         gradients.first_not_finite()?.map_or(Ok(()), |place| Err(self.not_finite(place)))
+    }
+
+    /// Fails unless all parameters are finite, as after a step with too high a rate.
+    pub(super) fn check_parameters(&self) -> candle_core::Result<()> {
+        let tensors = self.parameters().map(|(_, var)| var.as_tensor());
+        let Some(place) = first_not_finite(tensors)? else { return Ok(()) };
+        let name = self.slots.get(place).map_or("?", |slot| &slot.name);
+        bail!("train: step {}: {name} is no longer finite; try a lower learning rate", self.steps)
     }
 
     /// Names and variables, in their order.

@@ -9,7 +9,9 @@
 //! annotations of images that are not listed, and parts of fewer than three points, as in pycocotools. Categories do
 //! not matter here.
 
-use super::coco_json::{other_format, proper, Annotation, Id, Instances, OneImage, Segmentation};
+use super::coco_json::{
+    found_instead, proper, text_format, Annotation, Id, Instances, OneImage, Segmentation,
+};
 use super::summary::Named;
 use crate::file_kind::stand_in;
 use crate::sam::rle::{self, Runs, Size};
@@ -72,6 +74,7 @@ impl Segmentation {
                 Ok(vec![rle::checked(counts.iter().map(|count| count.0).collect(), image)?])
             }
             Self::Compressed { counts, .. } => Ok(vec![rle::decompressed(counts, image)?]),
+            Self::Other(_) => Err(self.fault().unwrap_or_default()),
         }
     }
 
@@ -105,7 +108,8 @@ pub(super) struct Annotations {
 
 const CROWDS: &str = "left out, annotations marked as crowds";
 const WITHOUT: &str = "left out, annotations without an outline";
-const BROKEN: &str = "left out, parts of outlines with fewer than three points";
+const BROKEN: &str =
+    "left out, parts of outlines with fewer than three points, half a point or a coordinate that is no number";
 
 /// Annotations that are no single object.
 #[derive(Default)]
@@ -165,16 +169,18 @@ pub(super) fn of_image(path: &Path, bytes: &[u8]) -> Result<(CocoImage, Vec<(Str
 /// - the file is unreadable or no such JSON;
 /// - no image has an object.
 pub(super) fn read(path: &Path) -> Result<Annotations> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
     let not_coco = |why: &str| Error::file(path, format!("not COCO's instances: {why}"));
-    if let Some(named) = stand_in(&bytes) {
+    if path.is_dir() {
+        return Err(not_coco("it is a folder; expected one file of JSON for all images"));
+    }
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    if let Some(named) = text_format(&bytes).or_else(|| stand_in(&bytes)) {
         return Err(not_coco(&named));
     }
     let text = std::str::from_utf8(&bytes).map_err(|_| not_coco("it is no text in UTF-8"))?;
     let text = proper(text);
-    let Instances { images, annotations } = serde_json::from_str(&text).map_err(|e| {
-        not_coco(&other_format(&text).map_or(e.to_string(), |name| format!("it is {name}")))
-    })?;
+    let Instances { images, annotations } = serde_json::from_str(&text)
+        .map_err(|e| not_coco(&found_instead(&text).unwrap_or(e.to_string())))?;
     let file: Arc<Path> = path.into();
     let mut read = Annotations::default();
     let (mut places, mut nameless) = (BTreeMap::new(), vec![]);
@@ -210,6 +216,11 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
             strange.add(format!("annotation {id}: there is no image {image_id}"));
             continue;
         };
+        let outline = annotation.segmentation.as_ref().filter(|_| !annotation.is_crowd());
+        if let Some(fault) = outline.and_then(Segmentation::fault) {
+            read.faults.push(Error::file(path, format!("annotation {id}: {fault}")));
+            continue;
+        }
         image.objects.extend(left_out.object(annotation));
     }
     let LeftOut { crowds, without, broken } = left_out;

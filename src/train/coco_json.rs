@@ -84,12 +84,18 @@ impl<'de> Deserialize<'de> for Id {
         #[serde(untagged, expecting = "an id must be a number or a string")]
         enum Written {
             Whole(i64),
+            Large(u64),
             Number(f64),
             Text(String),
             Nothing(()),
         }
         Ok(Self(match Written::deserialize(deserializer)? {
             Written::Whole(id) => id.to_string(),
+            Written::Large(id) => id.to_string(),
+            // Beyond 2^53 two ids may be one number.
+            Written::Number(id) if id.abs() > (1u64 << 53) as f64 => {
+                return Err(serde::de::Error::custom(format!("the id {id} has more than 64 bits")))
+            }
             Written::Number(id) => id.to_string(),
             Written::Text(id) => id,
             Written::Nothing(()) => String::new(),
@@ -127,15 +133,34 @@ impl Loose {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "a segmentation must be polygons, [[x, y, ..], ..], or {size: [height, width], counts}, the counts \
-                 whole numbers or a string"
-)]
+#[serde(untagged)]
 pub(super) enum Segmentation {
     Polygons(Vec<Vec<Coordinate>>),
-    Runs { size: [Count; 2], counts: Vec<Count> },
-    Compressed { size: [Count; 2], counts: String },
+    Runs {
+        size: [Count; 2],
+        counts: Vec<Count>,
+    },
+    Compressed {
+        size: [Count; 2],
+        counts: String,
+    },
+    /// None of these.
+    Other(Value),
+}
+
+impl Segmentation {
+    /// The fault of an outline of another kind.
+    pub fn fault(&self) -> Option<String> {
+        const SHOWN: usize = 80;
+        let Self::Other(value) = self else { return None };
+        let text = value.to_string();
+        let shown: String = text.chars().take(SHOWN).collect();
+        let more = if shown.len() < text.len() { ".." } else { "" };
+        Some(format!(
+            "a segmentation must be polygons, [[x, y, ..], ..], or {{size: [height, width], counts}}, the counts whole \
+             numbers or a string; it is {shown}{more}"
+        ))
+    }
 }
 
 /// A coordinate; null, as which NaN is read, is NaN.
@@ -187,9 +212,46 @@ pub(super) fn proper(text: &str) -> Cow<'_, str> {
     Cow::Owned(proper)
 }
 
-/// Which other format the file has.
-pub(super) fn other_format(text: &str) -> Option<&'static str> {
-    let value: Value = serde_json::from_str(text).ok()?;
+/// Which format of texts other than JSON the file has.
+pub(super) fn text_format(bytes: &[u8]) -> Option<String> {
+    const START: usize = 4096;
+    let start = String::from_utf8_lossy(&bytes[..bytes.len().min(START)]);
+    let start = start.trim_start_matches('\u{feff}').trim_start();
+    if start.starts_with('<') && start.contains("<annotation") {
+        return Some("it is XML, as CVAT and Pascal VOC have it; export it as COCO".into());
+    }
+    let numbers = start.lines().next()?.split_whitespace().map(str::parse::<f64>);
+    let numbers: Vec<f64> = numbers.collect::<Result<_, _>>().ok()?;
+    (numbers.len() >= 5)
+        .then(|| "it is a text of numbers, as YOLO has it; export it as COCO".into())
+}
+
+/// The content found in the place of COCO's instances; none where it is JSON with images and annotations.
+pub(super) fn found_instead(text: &str) -> Option<String> {
+    const WANTED: [&str; 2] = ["images", "annotations"];
+    const SHOWN: usize = 8;
+    let expected = "expected an object with images and annotations";
+    let Ok(value) = serde_json::from_str::<Value>(text) else {
+        let is_json = text.trim_start().starts_with(['{', '[']);
+        let start: String = text.trim_start().chars().take(40).collect();
+        return (!is_json).then(|| format!("expected JSON, it begins with {start:?}"));
+    };
+    if let Some(name) = other_format(&value) {
+        return Some(format!("it is {name}"));
+    }
+    match value {
+        Value::Object(map) if WANTED.iter().all(|key| map.contains_key(*key)) => None,
+        Value::Object(map) => {
+            let keys: Vec<&str> = map.keys().map(String::as_str).take(SHOWN).collect();
+            Some(format!("{expected}, got one with {}", keys.join(", ")))
+        }
+        Value::Array(_) => Some(format!("{expected}, got a list")),
+        _ => Some(format!("{expected}, got one value")),
+    }
+}
+
+/// Which other format the JSON has.
+fn other_format(value: &Value) -> Option<&'static str> {
     let has = |value: &Value, keys: &[&str]| keys.iter().all(|key| value.get(key).is_some());
     if let Some(first) = value.as_array().and_then(|list| list.first()) {
         return Some(match first {
@@ -211,7 +273,7 @@ pub(super) fn other_format(text: &str) -> Option<&'static str> {
     let is_via = |value: &Value| {
         value.as_object().is_some_and(|map| map.values().any(|v| has(v, &["filename", "regions"])))
     };
-    Some(match &value {
+    Some(match value {
         v if has(v, &["image", "annotations"]) => {
             "SA-1B's file of one image; COCO's instances hold all images and their annotations in one file"
         }
@@ -256,10 +318,35 @@ mod tests {
             (r#"{"x.jpg123": {"filename": "x.jpg", "regions": []}}"#, "VGG Image Annotator"),
             (r#"[{"image_id": 1, "score": 0.5}]"#, "COCO's results"),
             (r#"{"type": "FeatureCollection", "features": []}"#, "GeoJSON"),
+            (r#"{"video_id": 1, "masklet": []}"#, "got one with video_id, masklet"),
+            ("[1]", "got a list"),
+            ("image,rle", "begins with \"image,rle\""),
         ] {
-            assert!(other_format(text).is_some_and(|name| name.contains(expected)), "{expected}");
+            assert!(found_instead(text).is_some_and(|name| name.contains(expected)), "{expected}");
         }
-        assert_eq!(other_format("{}"), None);
-        assert_eq!(other_format("[1]"), None);
+        assert_eq!(found_instead(r#"{"images": 1, "annotations": []}"#), None);
+        assert_eq!(found_instead("{\"images\": ["), None, "the parser says where it ends");
+    }
+
+    #[test]
+    fn texts_of_other_tools_are_named() {
+        for (text, expected) in [
+            ("<?xml version=\"1.0\"?>\n<annotations><version>", "CVAT"),
+            ("\u{feff} <annotation><folder>", "Pascal VOC"),
+            ("0 0.1 0.2 0.3 0.4\n", "YOLO"),
+        ] {
+            assert!(text_format(text.as_bytes()).is_some_and(|name| name.contains(expected)));
+        }
+        assert_eq!(text_format(b"<html>"), None);
+        assert_eq!(text_format(b"1 2\n"), None);
+        assert_eq!(text_format(b"{\"images\": []}"), None);
+    }
+
+    #[test]
+    fn long_ids_stay_apart() {
+        let id = |text: &str| serde_json::from_str::<Id>(text).map(|Id(id)| id);
+        assert_eq!(id("18446744073709551615").ok().as_deref(), Some("18446744073709551615"));
+        assert_eq!(id("7.0").ok().as_deref(), Some("7"));
+        assert!(id("1180591620717411303424").is_err());
     }
 }

@@ -2,14 +2,11 @@
 
 use super::stored::Stored;
 use super::tar_file;
+use crate::sam::{has_image_ending, ImageFolder};
 use crate::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use unicode_normalization::UnicodeNormalization;
-
-/// File name endings taken for images; other files in the folders are left alone, hidden ones too.
-const ENDINGS: [&str; 13] =
-    ["png", "apng", "jpg", "jpeg", "tif", "tiff", "bmp", "webp", "gif", "pbm", "pgm", "ppm", "pnm"];
 
 /// Suffixes of file names, before their endings.
 ///
@@ -33,19 +30,26 @@ pub(super) struct Named {
     pub mask: Stored,
 }
 
-/// The pairs of images and masks, by the images' names, and everything that is wrong with their names. Several folders or
-/// TARs are read as one folder with all their files.
+/// Images and masks by their names, and the rest of their folders.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// By the images' names.
+    pub pairs: Vec<Named>,
+    /// Everything that is wrong with names.
+    pub faults: Vec<Error>,
+    /// Visible files and folders that are no image, or have not the suffix.
+    pub left_alone: BTreeSet<PathBuf>,
+}
+
+/// The pairs of images and masks. Several folders or TARs are read as one folder with all their files.
 ///
 /// # Errors
 /// - a folder or TAR cannot be read, or has no image;
 /// - one folder is given for both, and nothing tells images from masks.
-pub(super) fn pairs(
-    images: &[PathBuf],
-    masks: &[PathBuf],
-    suffixes: &Suffixes,
-) -> Result<(Vec<Named>, Vec<Error>)> {
-    let mut faults = vec![];
-    let (image_files, mask_files) = (files(images, &mut faults)?, files(masks, &mut faults)?);
+pub(super) fn pairs(images: &[PathBuf], masks: &[PathBuf], suffixes: &Suffixes) -> Result<Found> {
+    let Found { mut pairs, mut faults, mut left_alone } = Found::default();
+    let image_files = files(images, &mut faults, &mut left_alone)?;
+    let mask_files = files(masks, &mut faults, &mut left_alone)?;
     let of_images = |folder: &&PathBuf| images.iter().any(|other| same_folder(folder, other));
     let same = masks.iter().find(of_images);
     if let Some(folder) = same.filter(|_| suffixes.mask == suffixes.image) {
@@ -57,7 +61,10 @@ pub(super) fn pairs(
     let same = same.is_some();
     let mut by_name = BTreeMap::new();
     for file in mask_files {
-        let Some(key) = key(&file.path, &suffixes.mask) else { continue };
+        let Some(key) = key(&file.path, &suffixes.mask) else {
+            left_alone.extend((!same).then_some(file.path));
+            continue;
+        };
         if same && suffixes.mask.is_empty() && stem(&file.path).ends_with(&suffixes.image) {
             continue;
         }
@@ -65,7 +72,10 @@ pub(super) fn pairs(
     }
     let mut wanted = BTreeMap::new();
     for file in image_files {
-        let Some(key) = key(&file.path, &suffixes.image) else { continue };
+        let Some(key) = key(&file.path, &suffixes.image) else {
+            left_alone.extend((!same).then_some(file.path));
+            continue;
+        };
         if same && suffixes.image.is_empty() && stem(&file.path).ends_with(&suffixes.mask) {
             continue;
         }
@@ -79,7 +89,6 @@ pub(super) fn pairs(
         let message = format!("has no image whose name ends with {}", suffixes.image);
         return Err(Error::file(named(images), message));
     }
-    let mut pairs = vec![];
     for (key, image) in wanted {
         let full =
             image.path.file_name().map(|name| nfc(&name.to_string_lossy())).unwrap_or_default();
@@ -88,7 +97,9 @@ pub(super) fn pairs(
         {
             Some(mask) => pairs.push(Named { name: stem(&image.path), image, mask }),
             None => {
-                let hint = suffix_hint(&by_name, &key, &suffixes.mask);
+                let hint = suffix_hint(&by_name, &key, &suffixes.mask)
+                    .or_else(|| format_hint(&left_alone, &key, &suffixes.mask));
+                let hint = hint.unwrap_or_default();
                 let stem = format!("{key}{}", suffixes.mask);
                 let message =
                     format!("has no mask: {} has no file of this stem, {stem}{hint}", named(masks));
@@ -96,11 +107,12 @@ pub(super) fn pairs(
             }
         }
     }
-    for mask in by_name.values() {
-        let message = format!("has no image: {} has no file of this stem", named(images));
+    for (key, mask) in &by_name {
+        let hint = format_hint(&left_alone, key, &suffixes.image).unwrap_or_default();
+        let message = format!("has no image: {} has no file of this stem{hint}", named(images));
         faults.push(Error::file(&mask.path, message));
     }
-    Ok((pairs, faults))
+    Ok(Found { pairs, faults, left_alone })
 }
 
 fn insert(
@@ -120,42 +132,46 @@ fn insert(
     }
 }
 
-/// The image files of folders and TARs.
-fn files(places: &[PathBuf], faults: &mut Vec<Error>) -> Result<Vec<Stored>> {
+/// The image files of folders and TARs, and what else lies in the folders.
+fn files(
+    places: &[PathBuf],
+    faults: &mut Vec<Error>,
+    left_alone: &mut BTreeSet<PathBuf>,
+) -> Result<Vec<Stored>> {
     let mut all = vec![];
     for place in places {
         if !place.is_file() {
-            all.extend(in_folder(place, faults)?.into_iter().map(Stored::file));
+            all.extend(in_folder(place, faults, left_alone)?.into_iter().map(Stored::file));
             continue;
         }
         let files = tar_file::entries(place, faults)?.into_iter().map(|entry| entry.stored);
-        let ending = |path: &Path| path.extension().map(|e| e.to_string_lossy().to_lowercase());
         let before = all.len();
-        all.extend(files.filter(|file| ending(&file.path).is_some_and(|e| is_image(&e))));
+        for file in files {
+            match has_image_ending(&file.path) {
+                true => all.push(file),
+                false => drop(left_alone.insert(file.path)),
+            }
+        }
         if all.len() == before {
-            let message = format!("the TAR has no image ({})", ENDINGS.join(", "));
-            return Err(Error::file(place, message));
+            return Err(Error::file(place, "the TAR has no image"));
         }
     }
     Ok(all)
 }
 
-/// Whether a name's ending, in small letters, is an image's.
-pub(super) fn is_image(ending: &str) -> bool {
-    ENDINGS.contains(&ending)
-}
-
 /// The image files of a folder in the order of their names.
-fn in_folder(folder: &Path, faults: &mut Vec<Error>) -> Result<Vec<PathBuf>> {
+fn in_folder(
+    folder: &Path,
+    faults: &mut Vec<Error>,
+    left_alone: &mut BTreeSet<PathBuf>,
+) -> Result<Vec<PathBuf>> {
     let mut files = vec![];
-    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
-        let path = entry.map_err(|e| Error::io(folder, e))?.path();
-        let ending = path.extension().and_then(|e| e.to_str()).map(str::to_lowercase);
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-        let is_hidden = name.is_none_or(|name| name.starts_with('.'));
-        if is_hidden || !ending.is_some_and(|e| is_image(&e)) || path.is_dir() {
-            continue;
-        }
+    let listed = ImageFolder::list(folder)?;
+    if listed.images.is_empty() {
+        return Err(listed.without_image(folder));
+    }
+    left_alone.extend(listed.others.iter().map(|name| folder.join(name)));
+    for path in listed.images {
         if path.file_stem().and_then(|stem| stem.to_str()).is_none() {
             faults.push(Error::file(&path, "the file name is not valid Unicode"));
         } else if !path.exists() {
@@ -164,11 +180,6 @@ fn in_folder(folder: &Path, faults: &mut Vec<Error>) -> Result<Vec<PathBuf>> {
             files.push(path);
         }
     }
-    if files.is_empty() && faults.is_empty() {
-        let message = format!("the folder has no image ({})", ENDINGS.join(", "));
-        return Err(Error::file(folder, message));
-    }
-    files.sort();
     Ok(files)
 }
 
@@ -201,13 +212,19 @@ fn same_but_case(names: &BTreeMap<String, Stored>, name: &str) -> Option<String>
 }
 
 /// Which suffix would find a mask.
-fn suffix_hint(masks: &BTreeMap<String, Stored>, image: &str, suffix: &str) -> String {
+fn suffix_hint(masks: &BTreeMap<String, Stored>, image: &str, suffix: &str) -> Option<String> {
     let longer = masks.keys().filter_map(|mask| mask.strip_prefix(image));
-    match longer.filter(|rest| rest.starts_with(['_', '-', '.', ' '])).min_by_key(|rest| rest.len())
-    {
-        Some(rest) => format!("; it has {image}{rest}{suffix}: try --mask-suffix {rest}{suffix}"),
-        None => String::new(),
-    }
+    let longer = longer.filter(|rest| rest.starts_with(['_', '-', '.', ' ']));
+    let rest = longer.min_by_key(|rest| rest.len())?;
+    Some(format!("; it has {image}{rest}{suffix}: try --mask-suffix {rest}{suffix}"))
+}
+
+/// Which file of this stem is there, but has another format.
+fn format_hint(left_alone: &BTreeSet<PathBuf>, name: &str, suffix: &str) -> Option<String> {
+    let wanted = format!("{name}{suffix}");
+    let found = left_alone.iter().find(|path| path.is_file() && stem(path) == wanted)?;
+    let found = found.file_name()?.to_string_lossy();
+    Some(format!("; {found} is of a format that is not read: write PNG or TIFF"))
 }
 
 /// Where an image of annotations is, and whether it is there under another path, case or ending than its name says.
@@ -221,21 +238,18 @@ pub(super) fn on_disk(folder: &Path, name: &str) -> (PathBuf, bool) {
     if folder.join(last).exists() {
         return (folder.join(last), true);
     }
-    let lower = |path: &Path| path.to_string_lossy().to_lowercase();
+    let lower = |path: &Path| nfc(&path.to_string_lossy().to_lowercase());
     let names = || {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         entries.map(|entry| PathBuf::from(entry.file_name()))
     };
-    let is_image = |path: &Path| {
-        let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
-        ending.is_some_and(|ending| self::is_image(&ending))
-    };
     // An image written in another format has the stem, or the name if that has no ending.
     let wanted = Path::new(last);
-    let stem = if is_image(wanted) { wanted.with_extension("") } else { wanted.to_path_buf() };
+    let stem =
+        if has_image_ending(wanted) { wanted.with_extension("") } else { wanted.to_path_buf() };
     let same_name = names().filter(|path| lower(path) == lower(wanted));
-    let same_stem =
-        names().filter(|path| is_image(path) && lower(&path.with_extension("")) == lower(&stem));
+    let same_stem = names()
+        .filter(|path| has_image_ending(path) && lower(&path.with_extension("")) == lower(&stem));
     let found = only(same_name).or_else(|| only(same_stem));
     found.map_or((whole, false), |name| (folder.join(name), true))
 }
@@ -262,7 +276,7 @@ mod tests {
     fn paired(images: &[&str], masks: &[&str], image: &str, mask: &str) -> (usize, Vec<String>) {
         let (_root, a, b) = tree(images, masks);
         let suffixes = Suffixes { image: image.into(), mask: mask.into() };
-        let (pairs, faults) = pairs(&[a], &[b], &suffixes).expect("folders");
+        let Found { pairs, faults, .. } = pairs(&[a], &[b], &suffixes).expect("folders");
         (pairs.len(), faults.iter().map(Error::to_string).collect())
     }
 
@@ -292,6 +306,26 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_alone_is_told() {
+        let (root, a, b) = tree(&["x.png", "y.heic", "Thumbs.db", ".z"], &["x.png", "y.npy"]);
+        std::fs::create_dir(a.join("sub.png")).expect("a folder");
+        let places = ([a], [b]);
+        let found = pairs(&places.0, &places.1, &Suffixes::default()).expect("folders");
+        let names = found.left_alone.iter().filter_map(|path| path.file_name()?.to_str());
+        assert_eq!(names.collect::<Vec<_>>(), ["sub.png", "y.heic", "y.npy"]);
+        let error = pairs(&[root.path().into()], &places.1, &Suffixes::default());
+        let error = error.expect_err("no image").to_string();
+        assert!(error.ends_with("; it holds images/, masks/"), "{error}");
+    }
+
+    #[test]
+    fn files_of_other_formats_are_named() {
+        let (_, faults) = paired(&["a.png", "b.czi"], &["a.npy", "b.png"], "", "");
+        assert!(faults[0].contains("a.npy is of a format that is not read"), "{}", faults[0]);
+        assert!(faults[1].contains("b.czi is of a format that is not read"), "{}", faults[1]);
+    }
+
+    #[test]
     fn all_faults_are_told_and_the_suffix_is_guessed() {
         let (pairs, faults) =
             paired(&["a.png", "b.png", "c.png"], &["a_mask.png", "c.png", "d.png"], "", "");
@@ -309,7 +343,7 @@ mod tests {
         let error = pairs(&both, &both, &Suffixes::default()).expect_err("both").to_string();
         assert!(error.contains("--mask-suffix"), "{error}");
         let masks = Suffixes { mask: "_masks".into(), ..Default::default() };
-        let (found, faults) = pairs(&both, &both, &masks).expect("a folder");
+        let Found { pairs: found, faults, .. } = pairs(&both, &both, &masks).expect("a folder");
         assert_eq!((found.len(), faults.len()), (1, 1), "the flows have no mask");
         assert!(found[0].mask.path.ends_with("x_masks.tif"));
     }
@@ -319,7 +353,7 @@ mod tests {
     fn broken_links_are_faults() {
         let (_root, a, b) = tree(&["x.png"], &["x.png"]);
         std::os::unix::fs::symlink("/nowhere.png", a.join("y.png")).expect("a link");
-        let (_, faults) = pairs(&[a], &[b], &Suffixes::default()).expect("folders");
+        let Found { faults, .. } = pairs(&[a], &[b], &Suffixes::default()).expect("folders");
         assert!(faults[0].to_string().contains("y.png: is a link to a file that is not there"));
     }
 }

@@ -69,10 +69,7 @@ impl Gradients {
 
     /// The place of the first one that is not finite.
     pub(super) fn first_not_finite(&self) -> Result<Option<usize>> {
-        // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
-        let zeros = self.tensors.iter().map(|gradient| (gradient * 0.0)?.flatten_all()?.sum_all());
-        let zeros = Tensor::stack(&zeros.collect::<Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
-        Ok(zeros.iter().position(|zero| zero.is_nan()))
+        first_not_finite(self.tensors.iter())
     }
 
     /// In the order of the parameters.
@@ -148,4 +145,14 @@ pub(super) fn causes() -> String {
         "Freeze them with nn::set_trainable if the loss does not depend on them; else an operation lost their gradient: \
          {ENDS_THE_GRAPH}"
     )
+}
+
+/// The place of the first tensor with a value that is not finite.
+pub(super) fn first_not_finite<'a>(
+    tensors: impl Iterator<Item = &'a Tensor>,
+) -> Result<Option<usize>> {
+    // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
+    let zeros = tensors.map(|tensor| (tensor * 0.0)?.flatten_all()?.sum_all());
+    let zeros = Tensor::stack(&zeros.collect::<Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
+    Ok(zeros.iter().position(|zero| zero.is_nan()))
 }

@@ -1,7 +1,7 @@
 //! The images of a data set and where their truth is, before any of them is read.
 
 use super::coco;
-use super::folder::{on_disk, pairs, Named as NamedPair};
+use super::folder::{on_disk, pairs, Found, Named as NamedPair};
 use super::sample::{DatasetOptions, Pair, Truth};
 use super::shards::{self, ShardSample, ShardTruth, Shards};
 use super::stored::Stored;
@@ -36,6 +36,8 @@ pub enum TruthFiles {
     Beside,
 }
 
+const LEFT_ALONE: &str = "left alone, files and folders beside images and masks";
+
 /// The pairs of a data set, and what there is to tell of them.
 pub(super) struct Listing {
     pub pairs: Vec<Pair>,
@@ -60,12 +62,23 @@ impl Listing {
         }
         match truth {
             TruthFiles::Masks(masks) => {
-                let (found, faults) = pairs(images, masks, &options.suffixes)?;
+                let Found { pairs: found, faults, left_alone } =
+                    pairs(images, masks, &options.suffixes)?;
                 let pair =
                     |NamedPair { name, image, mask }| Pair::new(name, image, Truth::Mask(mask));
                 let truth = masks.first().cloned().unwrap_or_default();
                 let pairs = found.into_iter().map(pair).collect();
-                Ok(Self { pairs, faults, truth, notes: vec![], shards: None })
+                let name = |path: &PathBuf| match path.is_dir() {
+                    true => path.display().to_string(),
+                    false => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                };
+                let mut others = Named::default();
+                others.extend(left_alone.iter().map(name));
+                let mut notes = vec![];
+                if others.count() > 0 {
+                    notes.push((LEFT_ALONE.to_string(), others));
+                }
+                Ok(Self { pairs, faults, truth, notes, shards: None })
             }
             TruthFiles::Coco(annotations) => of_coco(images, annotations, options),
             TruthFiles::Beside => of_shards(images),

@@ -203,7 +203,7 @@ impl FromStr for LossWeights {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let mut weights = Self::NONE;
+        let (mut weights, mut seen) = (Self::NONE, vec![]);
         for part in text.split(',') {
             let wrong = || format!("expected TERM=WEIGHT, got {part:?}");
             let (name, weight) = part.trim().split_once('=').ok_or_else(wrong)?;
@@ -211,7 +211,13 @@ impl FromStr for LossWeights {
             let mut known = weights.named();
             let names = known.each_ref().map(|(name, _)| *name).join(", ");
             match known.iter_mut().find(|(known, _)| *known == name.trim()) {
-                Some((_, place)) => **place = weight,
+                Some((name, _)) if seen.contains(name) => {
+                    return Err(format!("{name} is there twice"))
+                }
+                Some((name, place)) => {
+                    seen.push(*name);
+                    **place = weight;
+                }
                 None => return Err(format!("no term {name:?}; there are {names}")),
             }
         }

@@ -67,6 +67,12 @@ impl BatchConfig {
             );
             return Err(Error::config(message));
         }
+        if self.images.max(self.prompts) > MOST {
+            let Self { images, prompts, .. } = self;
+            return Err(Error::config(format!(
+                "a step takes {MOST} images and prompts each at most, got {images} images and {prompts} prompts each"
+            )));
+        }
         self.kind.validate()?;
         self.corrections.validate()?;
         self.loss.validate()
@@ -184,6 +190,9 @@ impl super::StepInput for Batch {
 }
 
 /// The logit of a pixel that is to be ignored: as background it adds nothing to the loss.
+/// The most images of a step, and the most prompts of an image; more is a mistake that no memory holds.
+const MOST: usize = 1 << 16;
+
 const IGNORED_LOGIT: f32 = -100.0;
 
 impl Batch {

@@ -7,10 +7,10 @@
 //! ```
 //! Samples are in the order of their keys, in however many TARs. So they are those of a folder with the same files.
 
-use super::folder::is_image;
 use super::stored::Stored;
 use super::summary::Named;
 use super::tar_file::{self, TarEntry};
+use crate::sam::is_image;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! The entries of a TAR, by their offsets: an entry is read by a seek, and nothing is unpacked.
 
 use super::stored::Stored;
+use crate::file_kind::Kind;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -58,8 +59,16 @@ pub(super) fn entries(path: &Path, faults: &mut Vec<Error>) -> Result<Vec<TarEnt
     let mut archive = Archive::new(file);
     for entry in archive.entries_with_seek().map_err(io)? {
         let entry = entry.map_err(|e| {
-            let what = if end == 0 { "is no TAR" } else { "is a damaged or truncated TAR" };
-            Error::file(path, format!("{what}{}: {e}", after(&last)))
+            match (end, Kind::of_file(path)) {
+                (0, Kind::Foreign(what)) => {
+                    Error::file(path, format!("is no TAR and no folder: {what}"))
+                }
+                // The bytes in the place of its numbers are no matter of the user's.
+                (0, _) => Error::file(path, "is no TAR and no folder"),
+                _ => {
+                    Error::file(path, format!("is a damaged or truncated TAR{}: {e}", after(&last)))
+                }
+            }
         })?;
         let bytes = entry.path_bytes().into_owned();
         let name = String::from_utf8_lossy(&bytes).into_owned();

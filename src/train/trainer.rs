@@ -271,6 +271,17 @@ impl Trainer {
         Ok(made)
     }
 
+    /// Fails unless all trained parameters are finite. The step after one that made them infinite tells so, too; after the
+    /// last step of a run nothing else does.
+    ///
+    /// [Example](crate::train::Trainer)
+    ///
+    /// # Errors
+    /// - a parameter holds a value that is not finite.
+    pub fn check_parameters(&self) -> candle_core::Result<()> {
+        self.optimizer.check_parameters()
+    }
+
     /// The seed of each part's dropout masks.
     fn seeds(&self) -> impl Fn(u64) -> u64 {
         let seed = self.config.seed;

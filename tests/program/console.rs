@@ -84,6 +84,38 @@ fn a_closed_pipe_is_no_error() -> Result<()> {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn results_that_are_lost_are_an_error() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let full = std::fs::File::options().write(true).open("/dev/full")?;
+    let output = Command::new(env!("CARGO_BIN_EXE_candle-sam-lora"))
+        .arg("params")
+        .current_dir(temporary.path())
+        .stdout(full)
+        .output()?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(
+        output.status.code() == Some(1) && said.starts_with("error: standard output"),
+        "{said}"
+    );
+    Ok(())
+}
+
+#[test]
+fn an_error_is_one_line_that_names_the_image() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    image::GrayImage::new(9999, 1).save(temporary.path().join("narrow.png"))?;
+    let output = Command::new(env!("CARGO_BIN_EXE_candle-sam-lora"))
+        .args(["segment", "narrow.png", "--point", "1,0"])
+        .env("RUST_BACKTRACE", "1")
+        .current_dir(temporary.path())
+        .output()?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(said.starts_with("error: narrow.png: ") && said.lines().count() == 1, "{said}");
+    Ok(())
+}
+
+#[test]
 fn threads_do_not_change_a_run() -> Result<()> {
     let temporary = tempfile::tempdir()?;
     let line = "--steps 2 --batch 1 --prompts 2 --overlays 1 --lora-dropout 0.1 --quiet";

@@ -75,7 +75,18 @@ fn merged_models_compute_what_peft_computes() -> Result<()> {
         folder("tiny").display(),
         adapters().join("lora_qv").display()
     );
-    fail(here, "merge", &source, 1, &["lora_qv/model.safetensors", "exists", "--overwrite"])
+    fail(here, "merge", &source, 1, &["lora_qv/model.safetensors", "exists", "--overwrite"])?;
+    let adapter = adapters().join("lora_qv");
+    let own =
+        format!("--model lora_qv --adapter {} --output lora_qv --overwrite", adapter.display());
+    fail(here, "merge", &own, 1, &["lora_qv/model.safetensors: the result is made from it"])?;
+    fail(
+        here,
+        "export",
+        "--format original --output x.PTH",
+        1,
+        &["x.PTH: is written as safetensors"],
+    )
 }
 
 /// The folder has what `SamModel.from_pretrained` and `SamProcessor.from_pretrained` look for.

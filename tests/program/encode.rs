@@ -188,6 +188,8 @@ fn says_what_is_wrong() -> Result<()> {
     let model = folder("tiny");
     let command = format!("--input in --output out --model {}", model.display());
     fails("--input in", 2, &["--output"])?;
+    std::fs::write(here.join("own"), "mine")?;
+    fails("--input own --output ./own", 1, &["./own: --input and --output are one file"])?;
     fails(&command, 1, &["error: in: ", "No such file"])?;
     input(&[("pixels", pixels)])?;
     fails(&command, 1, &["error: in: has no tensor pixel_values"])?;

@@ -17,9 +17,12 @@ fn finds_everything_in_a_folder() -> Result<()> {
     image::RgbImage::new(40, 30).save(photos.join("black.png"))?;
     std::fs::write(photos.join(".hidden.png"), b"nothing")?;
     std::fs::write(photos.join("notes.txt"), b"nothing")?;
+    std::fs::write(photos.join("coins.overlay.png"), b"nothing")?;
     let command =
         "photos --points-per-side 8 --iou 0.6 --stability 0.6 --nms 0.5 --each --output out";
     let out = succeed(here, "masks", command)?;
+    ensure!(out.contains("left alone, files and folders that are no image: 1: notes.txt"), "{out}");
+    ensure!(out.contains("results of this program: 1: coins.overlay.png"), "{out}");
     let json: serde_json::Value =
         serde_json::from_slice(&std::fs::read(here.join("out/masks.json"))?)?;
     let annotations = json["annotations"].as_array().context("no annotations")?;
@@ -57,6 +60,15 @@ fn says_what_is_wrong() -> Result<()> {
     fails("none.png", 1, &["none.png"])?;
     fails(&format!("{image} nuclei_r6c0.tif"), 1, &["the same names"])?;
     fails(&format!("{image} --points-per-side 0"), 1, &["points_per_side is 0"])?;
+    fails(&format!("{image} --points-per-side {}", usize::MAX), 1, &["expected at most 4096"])?;
+    for (flag, threshold) in
+        [("iou", "pred_iou"), ("stability", "stability_score"), ("mask-nms", "mask_nms")]
+    {
+        let said = format!("{threshold}_thresh is no number");
+        fails(&format!("{image} --{flag} nan"), 1, &[&said])?;
+    }
+    std::fs::write(here.join("file"), "")?;
+    fails(&format!("{image} --output file"), 1, &["file: is a file; expected a folder"])?;
     fails(&format!("{image} --crop-layers 9"), 1, &["crop_n_layers is 9"])
 }
 

@@ -289,6 +289,9 @@ fn says_what_is_wrong() -> Result<()> {
     let own = "own.png --point 1,1 --overwrite --mask ./own.png";
     fails(own, 1, &["own.png: is the image itself"])?;
     ensure!(std::fs::read(here.join("own.png"))? == std::fs::read(micrograph().0)?, "overwritten");
+    fails(&format!("{image} --point 1,1 --mask a.jpg"), 1, &["a.jpg", "ends in .png"])?;
+    let png = format!("--adapter own.png --point 1,1 {image}");
+    fails(&png, 1, &["own.png: it is a PNG image"])?;
     let same = format!("{image} --point 1,1 --mask a.png --overlay a.png");
     fails(&same, 1, &["--mask and --overlay are both a.png"])?;
     std::fs::write(here.join("a.png"), "mine")?;

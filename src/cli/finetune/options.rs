@@ -145,7 +145,13 @@ pub struct Options {
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f64,
     /// The learning rate's way after the warm-up. A run that may become longer needs `constant`
-    #[arg(long, value_enum, default_value_t = ScheduleArg::Cosine, value_name = "SCHEDULE")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = ScheduleArg::Cosine,
+        value_name = "SCHEDULE",
+        requires_if("plateau", "eval_every")
+    )]
     pub lr_schedule: ScheduleArg,
     /// Steps in which the learning rate rises from 0
     #[arg(long, default_value_t = 0, value_name = "STEPS")]

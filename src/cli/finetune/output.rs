@@ -1,6 +1,7 @@
 //! The output folder: what a run writes there, and that nobody's files are lost.
 
 use super::options::Options;
+use crate::files::create_dir;
 use crate::{Error, Result};
 use anyhow::bail;
 use std::path::Path;
@@ -66,6 +67,9 @@ pub fn check(options: &Options) -> anyhow::Result<()> {
     if !output.exists() {
         return Ok(());
     }
+    if !output.is_dir() {
+        bail!("{}: is a file; expected a folder, or a name for a new one", output.display())
+    }
     for entry in std::fs::read_dir(output).map_err(|e| Error::io(output, e))? {
         let name = entry?.file_name();
         let name = name.to_string_lossy();
@@ -96,7 +100,7 @@ pub fn check(options: &Options) -> anyhow::Result<()> {
 /// Makes the output folder, and marks the run in it as not finished; a new run finds nothing of an old one.
 pub fn begin(options: &Options) -> Result<()> {
     let output = &options.output;
-    std::fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
+    create_dir(output)?;
     if !options.resume {
         for name in LEFTOVERS {
             remove(&options.output.join(name))?;

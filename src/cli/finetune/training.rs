@@ -56,14 +56,23 @@ impl Run<'_> {
         })?;
         let bar = progress_bar(options, trainer.steps());
         while trainer.steps() < options.steps && !self.impatient(trainer) {
-            let made = match step(trainer) {
+            let is_last = |step: u64| step == options.steps;
+            let is_due = |step: u64| {
+                self.eval_steps.is_some_and(|every| step.is_multiple_of(every) || is_last(step))
+            };
+            let stepped = step(trainer).and_then(|made| {
+                // A step that follows tells of parameters that are not finite; after these none may follow.
+                if is_last(made.step) || is_due(made.step) {
+                    trainer.check_parameters()?;
+                }
+                Ok(made)
+            });
+            let made = match stepped {
                 Ok(made) => made,
                 Err(error) => return Err(self.keep_the_good(trainer, error)?),
             };
-            let last = made.step == options.steps;
-            let due = self.eval_steps.is_some_and(|every| made.step.is_multiple_of(every) || last);
             let judged = || trainer.with_averages(|| bar.suspend(&evaluate));
-            let scores = due.then(judged).transpose()?.transpose()?;
+            let scores = is_due(made.step).then(judged).transpose()?.transpose()?;
             if let Some(scores) = scores {
                 trainer.note(scores);
                 if best_evaluation(trainer.evaluations()).is_some_and(|best| best.step == made.step)
@@ -75,7 +84,7 @@ impl Run<'_> {
                 Some(log) => Ok(log.note(&made, scores.as_ref())?),
                 None => Ok(()),
             })?;
-            let saved = made.step.is_multiple_of(options.save_every) || last;
+            let saved = made.step.is_multiple_of(options.save_every) || is_last(made.step);
             if saved || self.impatient(trainer) {
                 trainer.save(&state)?;
             }

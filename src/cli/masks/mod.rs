@@ -33,7 +33,7 @@ fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
     let (place, images, truth) = division.each(|| {
         let (place, images) =
-            (options.backend.open(division.processes())?, images(&options.images)?);
+            (options.backend.open(division.processes())?, images(&options.images, console)?);
         Ok((place, images, options.calibration.open(options.photo.options(), console)?))
     })?;
     division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;

@@ -9,7 +9,9 @@ use super::draw;
 use super::embeddings::{EmbeddingArguments, Origin, Tally};
 use super::photo::{images, is_whole, PhotoArguments};
 use super::processes::Processes;
-use crate::sam::{convert_to_rgb, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
+use crate::sam::{
+    convert_to_rgb, has_image_ending, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor,
+};
 use anyhow::{bail, Context};
 use image::{DynamicImage, GrayImage};
 use prompts::{PromptArguments, Prompts};
@@ -84,8 +86,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 
 fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
-    let (place, mut jobs) =
-        division.each(|| Ok((options.backend.open(division.processes())?, options.jobs()?)))?;
+    let (place, mut jobs) = division
+        .each(|| Ok((options.backend.open(division.processes())?, options.jobs(console)?)))?;
     division.agree_on_inputs(jobs.iter().map(|job| job.image.as_path()))?;
     let (count, several) = (jobs.len(), jobs.len() > 1);
     if options.resume {
@@ -137,8 +139,8 @@ fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
 }
 
 impl Options {
-    fn jobs(&self) -> anyhow::Result<Vec<Job>> {
-        let images = images(&self.images)?;
+    fn jobs(&self, console: Console) -> anyhow::Result<Vec<Job>> {
+        let images = images(&self.images, console)?;
         let several = images.len() > 1;
         images.into_iter().map(|image| self.job(image, several)).collect()
     }
@@ -168,6 +170,14 @@ impl Options {
             false => self.output.join(format!("{stem}.{ending}.png")),
         };
         let path = path.clone().unwrap_or_else(named);
+        if has_image_ending(&path)
+            && path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png"))
+        {
+            bail!(
+                "{}: the {ending} is written as PNG; choose a name that ends in .png",
+                path.display()
+            )
+        }
         if path.canonicalize().is_ok_and(|path| image.canonicalize().is_ok_and(|i| i == path)) {
             bail!("{}: is the image itself; choose another place", path.display())
         }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// [Example](crate::lora::LoraConfig)
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a list of names of modules, or a regular expression")]
 pub enum ModuleNames {
     /// A path matches if it equals a name or ends with `.` and a name.
     List(Vec<String>),
@@ -28,7 +28,7 @@ impl ModuleNames {
 ///
 /// [Example](crate::lora::LoraConfig)
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected one value or a list of such")]
 pub enum ValueOrList<T> {
     /// Written without brackets.
     Value(T),
@@ -66,7 +66,7 @@ pub enum BiasTraining {
 ///
 /// [Example](crate::lora::LoraConfig)
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected true, false or the name of an initialisation")]
 pub enum InitLoraWeights {
     /// `true`: A Kaiming-uniform, B zero; `false`: both random.
     Default(bool),

@@ -211,7 +211,7 @@ fn read(
 }
 
 /// Whether a tensor that fills its storage on the CPU holds neither NaN nor infinity.
-fn all_finite(tensor: &Tensor) -> bool {
+pub(crate) fn all_finite(tensor: &Tensor) -> bool {
     let (storage, _) = tensor.storage_and_layout();
     match &*storage {
         Storage::Cpu(CpuStorage::F32(values)) => values.iter().all(|v| v.is_finite()),

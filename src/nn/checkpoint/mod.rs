@@ -35,11 +35,11 @@ mod torch;
 
 pub use crate::weights_file::split_prefix;
 pub use load::load;
-pub(crate) use load::with_prefix;
+pub(crate) use load::{all_finite, with_prefix};
 pub use loaded::Loaded;
 pub(crate) use names::root_of;
 pub use names::{Fused, Names, Part};
 pub(crate) use reader::TensorReader;
 pub use save::save;
-pub(crate) use shapes::shapes;
+pub(crate) use shapes::{related, shapes};
 pub(crate) use source::shape_of;

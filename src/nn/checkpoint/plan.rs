@@ -204,6 +204,13 @@ pub(super) fn shown_unread(unread: &BTreeMap<String, String>) -> String {
     format!("{}{more}", first.collect::<Vec<_>>().join(", "))
 }
 
+/// Which related model has tensors of these names, if one has.
+pub(super) fn relative(names: &Names, in_file: &[impl AsRef<str>]) -> Option<String> {
+    let has = |pattern: &str| in_file.iter().any(|name| matches(name.as_ref(), pattern));
+    let (_, what) = names.relatives.iter().find(|(pattern, _)| has(pattern))?;
+    Some(format!("it is a checkpoint of {what}"))
+}
+
 /// Why a file differs in this way, if that can be told.
 fn note(
     source: &Source,
@@ -215,12 +222,9 @@ fn note(
         let unread = shown_unread(&source.unread);
         return Some(format!("it holds tensors of kinds that are not read: {unread}"));
     }
-    let relative = names
-        .relatives
-        .iter()
-        .find(|(pattern, _)| surplus.iter().any(|name| matches(name, pattern)));
-    if let Some((_, what)) = relative {
-        return Some(format!("it is a checkpoint of {what}"));
+    let relative = relative(names, surplus);
+    if relative.is_some() {
+        return relative;
     }
     let in_part = |name: &str, part: &Part| name.split('.').next() == Some(part.path);
     let is_missing = |part: &&Part| {

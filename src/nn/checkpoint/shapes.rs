@@ -2,6 +2,7 @@
 
 use super::names::Names;
 use super::place::{Place, Spellings};
+use super::plan::relative;
 use super::source::Source;
 use crate::Result;
 use std::collections::BTreeMap;
@@ -28,4 +29,9 @@ pub(crate) fn shapes(path: &Path, names: &Names, anchor: &str) -> Result<Vec<(St
         }
     }
     Ok(models)
+}
+
+/// Which related model a checkpoint is of, by the names of its tensors, if that can be told.
+pub(crate) fn related(path: &Path, names: &Names) -> Result<Option<String>> {
+    Ok(relative(names, &Source::open(path)?.names()))
 }

@@ -1,7 +1,6 @@
 //! Where a checkpoint's tensors lie: one file, or several with an index.
 
 use super::reader::TensorReader;
-use crate::file_kind::Kind;
 use crate::files;
 use crate::weights_file::{choose_weights, split_prefix, Choice, USUAL};
 use crate::{Error, Result};
@@ -114,8 +113,14 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
     match choose_weights(&names.iter().map(String::as_str).collect::<Vec<_>>()) {
         Choice::One(name) => return Ok(path.join(name)),
         Choice::Several(found) => {
-            let message =
-                format!("several files may be the weights: {}; name one", found.join(", "));
+            let listed = found.join(", ");
+            let message = match found.iter().all(|name| is_shard(name)) {
+                true => format!(
+                    "has parts of a checkpoint, {listed}, but not their index, {}",
+                    USUAL[1]
+                ),
+                false => format!("several files may be the weights: {listed}; name one"),
+            };
             return Err(Error::file(path, message));
         }
         Choice::Nothing => {}
@@ -139,13 +144,18 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
     ))
 }
 
+/// Whether a name is that of a part of a checkpoint, as `model-00001-of-00002.safetensors`.
+fn is_shard(name: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+    stem.rsplit_once("-of-").is_some_and(|(start, of)| {
+        digits(of) && start.rsplit_once('-').is_some_and(|(_, number)| digits(number))
+    })
+}
+
 /// The files an index names, each checked to be a plain file name, beside the index and holding what it should.
 fn shards(index_path: &Path) -> Result<Vec<PathBuf>> {
-    if let Kind::Foreign(what) = Kind::of_file(index_path) {
-        return Err(Error::file(index_path, what));
-    }
-    let index: Index = serde_json::from_str(&files::read_text(index_path)?)
-        .map_err(|e| Error::file(index_path, format!("not an index of files of weights: {e}")))?;
+    let index: Index = files::read_json(index_path, "an index of files of weights")?;
     let folder = index_path.parent().unwrap_or(Path::new(""));
     let names: BTreeSet<&String> = index.weight_map.values().collect();
     let mut paths = Vec::with_capacity(names.len());

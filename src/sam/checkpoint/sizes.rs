@@ -4,7 +4,7 @@
 //! These are the published ones of the same width, or the file needs a `config.json`.
 
 use super::SAM;
-use crate::nn::checkpoint::{shapes, split_prefix, with_prefix};
+use crate::nn::checkpoint::{related, shapes, split_prefix, with_prefix};
 use crate::sam::{SamConfig, SamVisionConfig};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -155,10 +155,10 @@ fn configuration<C: Configuration>(path: &Path) -> Result<(C, Option<PathBuf>)> 
 fn told<C: Configuration>(path: &Path) -> Result<C> {
     let models = shapes(path, &SAM, "vision_encoder.patch_embed.projection.weight")?;
     if models.is_empty() {
-        return Err(Error::file(
-            path,
-            "holds no image encoder of a SAM: no tensor patch_embed.proj.weight",
-        ));
+        let known = related(path, &SAM)?.map_or_else(String::new, |what| format!("; {what}"));
+        let message =
+            format!("holds no image encoder of a SAM: no tensor patch_embed.proj.weight{known}");
+        return Err(Error::file(path, message));
     }
     let mut found: Vec<(String, C)> = Vec::new();
     let mut error = None;

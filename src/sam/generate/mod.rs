@@ -39,6 +39,9 @@ use statistics::Rejection;
 /// A crop's border cuts objects off: boxes that end so near to it, in pixels, are dropped.
 const NEAR_EDGE: f32 = 20.0;
 
+/// The most points along a side: more than pixels of the images that SAM sees, and few enough to list.
+const MOST_POINTS: usize = 4096;
+
 /// Masks brought to the image's size at one time.
 const RESIZED_TOGETHER: usize = 8;
 
@@ -303,6 +306,9 @@ impl MaskGenerator {
         let refuse = |message: String| Err(Error::Config(format!("mask generation: {message}")));
         match self {
             Self { points_per_side: 0, .. } => refuse("points_per_side is 0".into()),
+            Self { points_per_side: side, .. } if *side > MOST_POINTS => {
+                refuse(format!("points_per_side is {side}, expected at most {MOST_POINTS}"))
+            }
             Self { points_per_batch: 0, .. } => refuse("points_per_batch is 0".into()),
             Self { crop_n_points_downscale_factor: 0, .. } => {
                 refuse("crop_n_points_downscale_factor is 0".into())
@@ -313,8 +319,23 @@ impl MaskGenerator {
             Self { crop_n_layers: layers @ 6.., .. } => {
                 refuse(format!("crop_n_layers is {layers}, expected at most 5"))
             }
-            _ => Ok(()),
+            _ => match self.thresholds().into_iter().find(|(_, value)| value.is_nan()) {
+                Some((name, _)) => refuse(format!("{name} is no number (NaN)")),
+                None => Ok(()),
+            },
         }
+    }
+
+    fn thresholds(&self) -> [(&'static str, f64); 7] {
+        [
+            ("pred_iou_thresh", self.pred_iou_thresh),
+            ("stability_score_thresh", self.stability_score_thresh),
+            ("stability_score_offset", self.stability_score_offset),
+            ("mask_threshold", self.mask_threshold),
+            ("crop_nms_thresh", self.crop_nms_thresh),
+            ("box_nms_thresh", self.box_nms_thresh.unwrap_or_default()),
+            ("mask_nms_thresh", self.mask_nms_thresh.unwrap_or_default()),
+        ]
     }
 
     /// The masks at some points of a crop that are good enough.

@@ -1,6 +1,7 @@
 //! Image files: pictures for a model, and the stored values of masks.
 
 mod colours;
+mod folder;
 mod frames;
 mod jpeg;
 mod large;
@@ -12,6 +13,7 @@ mod tiff_chunks;
 mod tiff_file;
 
 pub use colours::{convert_to_rgb, is_transparent};
+pub(crate) use folder::{has_image_ending, is_image, ImageFolder};
 pub use large::LargeImage;
 pub(crate) use limits::MAX_SIDE;
 pub use range::ValueRange;
@@ -355,8 +357,12 @@ fn read_file(path: &Path) -> Result<Vec<u8>> {
 
 fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {
     let unknown = || {
-        let other = "its first bytes are those of no PNG, JPEG, TIFF, BMP, WebP, GIF or PNM";
-        stand_in(bytes).unwrap_or_else(|| other.to_string())
+        const SHOWN: usize = 12;
+        let first = bytes[..bytes.len().min(SHOWN)].escape_ascii();
+        let other = || {
+            format!("its first bytes, \"{first}\", are those of no PNG, JPEG, TIFF, BMP, WebP, GIF or PNM")
+        };
+        stand_in(bytes).unwrap_or_else(other)
     };
     // BigTIFF, for files beyond 4 GiB.
     if bytes.starts_with(b"II+\0") || bytes.starts_with(b"MM\0+") {

@@ -102,6 +102,7 @@ impl std::fmt::Display for Page {
 ///
 /// # Errors
 /// - the file is no TIFF or damaged;
+/// - its pages are previews of an image within them;
 /// - one page holds a stack, as ImageJ writes large ones.
 pub(super) fn pages(bytes: &[u8]) -> Result<Vec<usize>, String> {
     pages_of(&mut open(Cursor::new(bytes))?)
@@ -110,6 +111,7 @@ pub(super) fn pages(bytes: &[u8]) -> Result<Vec<usize>, String> {
 /// As [`pages`], of a file at its first image.
 pub(super) fn pages_of(decoder: &mut Decoder<impl Source>) -> Result<Vec<usize>, String> {
     let stack = stack(decoder);
+    let has_inner = decoder.find_tag(Tag::SubIfd).ok().flatten().is_some();
     let (mut pages, mut place) = (vec![], 0);
     loop {
         let kind: u32 = decoder.find_tag_unsigned(Tag::NewSubfileType).ok().flatten().unwrap_or(0);
@@ -124,6 +126,11 @@ pub(super) fn pages_of(decoder: &mut Decoder<impl Source>) -> Result<Vec<usize>,
             pages.push(place);
             break;
         }
+    }
+    if pages.is_empty() && has_inner {
+        return Err("it is a preview, and the image itself is hidden within it, as in a camera's raw file (DNG, NEF): \
+                    develop it into TIFF or PNG"
+            .into());
     }
     if pages.is_empty() {
         pages.push(0);
