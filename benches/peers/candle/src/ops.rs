@@ -104,9 +104,9 @@ pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
 }
 
 impl RelPosAttention<'_> {
-    /// The grid; the layers measured here are of shapes that fit.
-    pub fn validate(&self, qkv: &Tensor) -> Result<(usize, usize)> {
-        let (_, h, w, _) = qkv.dims4()?;
-        Ok((h, w))
+    /// The shape of qkv; the layers measured here are of shapes that fit.
+    pub fn validate(&self, qkv: &Tensor) -> Result<[usize; 4]> {
+        let (batch, h, w, packed) = qkv.dims4()?;
+        Ok([batch, h, w, packed])
     }
 }
