@@ -152,7 +152,8 @@ pub(super) fn first_not_finite<'a>(
     tensors: impl Iterator<Item = &'a Tensor>,
 ) -> Result<Option<usize>> {
     // 0 times a finite number is 0; times an infinity or a NaN it is NaN.
-    let zeros = tensors.map(|tensor| (tensor * 0.0)?.flatten_all()?.sum_all());
+    let zeros =
+        tensors.map(|tensor| (tensor * 0.0)?.flatten_all()?.sum_all()?.to_dtype(DType::F32));
     let zeros = Tensor::stack(&zeros.collect::<Result<Vec<_>>>()?, 0)?.to_vec1::<f32>()?;
     Ok(zeros.iter().position(|zero| zero.is_nan()))
 }
