@@ -1,8 +1,8 @@
 //! Memory, launches, allocations and copies of a training step and of an inference. The driver's stand-in counts them in a dry
 //! run (emulator/driver/src/dry_run.rs), where the encoders have their real sizes and every value is zero.
 //!
-//! The counts are those of scripts/launch-budget.tsv, or the test fails. `CANDLE_SAM_LORA_WRITE_BUDGET` in the environment makes
-//! the file anew.
+//! The counts are those of scripts/launch-budget.tsv, or the test fails. Host allocations may differ a little: a hash map with a
+//! seed of its own grows when it will. `CANDLE_SAM_LORA_WRITE_BUDGET` in the environment makes the file anew.
 
 use crate::driver_calls::{calls, stand_in};
 use crate::host_allocations;
@@ -94,12 +94,28 @@ fn run(device: &Device) -> Result<()> {
         return std::fs::write(&file, table).with_context(|| file.display().to_string());
     }
     let expected = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-    ensure!(table == expected, "{} has other counts:\n{expected}", file.display());
+    let agree = table.lines().count() == expected.lines().count()
+        && table.lines().zip(expected.lines()).all(|(got, expected)| agrees(got, expected));
+    ensure!(agree, "{} has other counts:\n{expected}", file.display());
     Ok(())
 }
 
-/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products, of the second of equal passes.
-/// With them the allocations on the host: the fewer of the second and the third, since a cache may grow in one of them.
+/// Whether two lines of the table are equal, but for 2 host allocations and one of a hundred.
+fn agrees(got: &str, expected: &str) -> bool {
+    let split = |line: &str| {
+        let (counts, on_host) = line.rsplit_once('\t')?;
+        Some((counts.to_string(), on_host.parse::<u64>().ok()?))
+    };
+    match (split(got), split(expected)) {
+        (Some((got, on_host)), Some((expected, most))) => {
+            got == expected && on_host.abs_diff(most) <= 2 + most / 100
+        }
+        _ => got == expected,
+    }
+}
+
+/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products, of the second of two equal
+/// passes. With them its allocations on the host.
 fn counts(
     config: &SamConfig,
     dtype: DType,
@@ -124,8 +140,8 @@ fn counts(
     let mut optimizer =
         if trains { Some(AdamW::new(variables, AdamWConfig::default())?) } else { None };
     let pixels = Tensor::zeros((1, 3, config.image_size, config.image_size), DType::F32, device)?;
-    let mut passes = [(vec![], 0), (vec![], 0), (vec![], 0)];
-    for (found, on_host) in &mut passes {
+    let mut both = [(vec![], 0), (vec![], 0)];
+    for (found, on_host) in &mut both {
         let events = events();
         let [resident, _] = bytes()?;
         let before = host_allocations::count();
@@ -141,8 +157,8 @@ fn counts(
         ensure!(after == resident, "{} bytes are left behind", after.abs_diff(resident));
         *found = [resident, peak].map(mebibytes).into_iter().chain(events()).collect();
     }
-    let [_, (counts, second), (_, third)] = passes;
-    Ok((counts, second.min(third)))
+    let [_, second] = both;
+    Ok(second)
 }
 
 /// MiB of a training step beside products and attention, if each formula reads its tensors and writes its result once.
