@@ -3,9 +3,13 @@
 
 pub mod adapters;
 pub mod cases;
+pub mod finetune;
 pub mod limits;
 pub mod model;
 pub mod operations;
+pub mod property;
+pub mod small;
+pub mod vit;
 
 use candle_core::{Device, Result, Tensor};
 use candle_sam_lora::testing;

@@ -1,7 +1,7 @@
 //! The bits do not depend on how gradients travel, on the network, or on threads; the times of a step say where it went.
 
 use super::network::Network;
-use super::run::{adapted, bits, go_on, trainer, KINDS, PARTS};
+use super::run::{adapted, bits, go_on, loss, trainer, KINDS, PARTS};
 use super::threads::on_threads;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -86,7 +86,7 @@ fn delays_change_times_and_no_bits() -> Result<()> {
                 if is_slow {
                     std::thread::sleep(SLOW);
                 }
-                super::loss(&sam, part, mode)
+                loss(&sam, part, mode)
             })?;
         }
         Ok((bits(&run, &sam)?, *run.times()))

@@ -12,7 +12,7 @@ use candle_sam_lora::nn::{named_parameters, set_trainable, Mode};
 use candle_sam_lora::sam::{AttentionKind, SamInput, SamModel};
 use libtest_mimic::Trial;
 
-/// Twice the CPU's 5.4e-6 (tests/sam_model.rs): the same arithmetic in f32, summed in cuBLAS' order.
+/// Twice the CPU's 5.4e-6 (tests/sam/model.rs): the same arithmetic in f32, summed in cuBLAS' order.
 const VALUES: f64 = 1.1e-5;
 /// Likewise twice the CPU's 7.6e-6.
 const GRADIENTS: f64 = 1.6e-5;

@@ -15,7 +15,7 @@ pub fn inputs(tensors: &Tensors, prefixes: &[&str]) -> Tensors {
     tensors.iter().filter_map(|(name, t)| Some((wanted(name)?, t.clone()))).collect()
 }
 
-/// Largest relative error, of f32 against f64 (tests/sam_model.rs).
+/// Largest relative error, of f32 against f64 (tests/sam/model.rs).
 const BOUND: f64 = 2e-5;
 
 /// A written tensor must be the expected one.
