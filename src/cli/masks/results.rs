@@ -65,6 +65,13 @@ impl Results<'_> {
         self.file("overlay.png")
     }
 
+    /// The files that an image may get, but for single masks after the first.
+    pub fn all(&self) -> Vec<PathBuf> {
+        let labels = [0, usize::MAX].map(|masks| self.labels(masks));
+        let first = self.each.then(|| self.single(0));
+        labels.into_iter().chain([self.overlay()]).chain(self.geojson()).chain(first).collect()
+    }
+
     fn single(&self, index: usize) -> PathBuf {
         self.file(&format!("{:04}.png", index + 1))
     }
