@@ -5,7 +5,7 @@ use super::console::Console;
 use super::division::{Division, Turn};
 use super::embeddings::{EmbeddingArguments, Origin, Tally};
 use super::model::{Placement, Source};
-use super::photo::{images, PhotoArguments};
+use super::photo::{images, is_newer, PhotoArguments};
 use super::processes::Processes;
 use crate::nn::{Mode, ModuleTree};
 use crate::sam::{
@@ -99,7 +99,9 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
     let all = jobs.len();
     // Inputs are looked at before the model is loaded, which may take long.
     let is_done = division.survey(all, |index| {
-        let is_done = options.resume && TensorFile::open(&jobs[index].output).is_ok();
+        let Job { input, output } = &jobs[index];
+        let is_done =
+            options.resume && !is_newer(input, output) && TensorFile::open(output).is_ok();
         if !is_done {
             TensorFile::open(&jobs[index].input)?;
         }

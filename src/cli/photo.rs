@@ -134,6 +134,12 @@ pub fn read_plain(path: &Path) -> Result<DynamicImage> {
     Ok(ReadOptions::default().read(path)?.image)
 }
 
+/// Whether a file was changed after its result was written.
+pub fn is_newer(file: &Path, result: &Path) -> bool {
+    let time = |path: &Path| path.metadata().and_then(|found| found.modified());
+    matches!((time(file), time(result)), (Ok(file), Ok(result)) if file > result)
+}
+
 /// Whether an image is there that can be read to its end.
 pub fn is_whole(path: &Path) -> bool {
     read_plain(path).is_ok()

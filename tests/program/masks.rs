@@ -131,6 +131,14 @@ fn a_killed_run_is_continued_to_the_same_bytes() -> Result<()> {
     std::fs::write(&overlay, &bytes[..bytes.len() / 2])?;
     let out = succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
     ensure!(out.contains("1 of 2 images were done") && std::fs::read(&overlay)? == bytes, "{out}");
+    // It is there once, also for the run after that.
+    let json = whole("masks.json")?;
+    succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
+    ensure!(whole("masks.json")? == json, "an image is there twice");
+    // An image that was changed since is made again.
+    std::fs::copy(here.join("photos/a.png"), here.join("photos/b.png"))?;
+    let out = succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
+    ensure!(out.contains("1 of 2 images were done"), "{out}");
     for other in ["--points-per-side 4".to_string(), format!("{QUICK} --mask-nms 0.3")] {
         let line = format!("photos --output whole --resume {other}");
         fail(here, "masks", &line, 1, &["masks.jsonl", "other settings (generator)"])?;

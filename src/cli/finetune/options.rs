@@ -353,6 +353,8 @@ impl Options {
         let (adapts, lora, usual_lora) = (self.train.has(Part::Adapters), &self.lora, &usual.lora);
         let with_masks = self.coco.is_none() || !(self.val_masks.is_empty());
         let beside_coco = "with --coco: it is about masks";
+        let paired =
+            self.images.is_empty() || !(self.masks.is_empty() && self.val_masks.is_empty());
         let holds_out = !self.images.is_empty() && self.val_images.is_empty();
         let turns = !(adapts || self.no_augment || self.embeddings == Some("none".into()));
         let plateau = self.lr_schedule == ScheduleArg::Plateau;
@@ -375,8 +377,8 @@ impl Options {
             ("--lora-bias", lora.lora_bias, adapts, no_adapters),
             ("--use-rslora", lora.use_rslora, adapts, no_adapters),
             ("--val-fraction", self.val_fraction != usual.val_fraction, holds_out, "with these images"),
-            ("--mask-suffix", self.mask_suffix != usual.mask_suffix, with_masks, beside_coco),
-            ("--image-suffix", self.image_suffix != usual.image_suffix, with_masks, beside_coco),
+            ("--mask-suffix", self.mask_suffix != usual.mask_suffix, paired, "without --masks"),
+            ("--image-suffix", self.image_suffix != usual.image_suffix, paired, "without --masks"),
             ("--ignore", self.ignore.is_some(), with_masks, beside_coco),
             ("--background", self.background.is_some(), with_masks, beside_coco),
             ("--parts", self.parts, with_masks, beside_coco),

@@ -123,9 +123,9 @@ fn finish(
     };
     let drawn = images.iter().zip(&names).filter(is_drawn).map(|(path, _)| path);
     let sheets = options.write_sheets(&drawn.collect::<Vec<_>>())?;
-    let text = format!("{total} masks of {} images in {}", images.len(), json.display());
+    let text = format!("{total} masks of {} images in {}", done.len(), json.display());
     let object = json!({
-        "images": images.len(),
+        "images": done.len(),
         "skipped": skipped,
         "masks": total,
         "coco": json,

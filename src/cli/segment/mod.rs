@@ -7,7 +7,7 @@ use super::console::Console;
 use super::division::{Division, Turn};
 use super::draw;
 use super::embeddings::{EmbeddingArguments, Origin, Tally};
-use super::photo::{images, is_whole, named_as_png, PhotoArguments};
+use super::photo::{images, is_newer, is_whole, named_as_png, PhotoArguments};
 use super::processes::Processes;
 use crate::sam::{convert_to_rgb, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use anyhow::{bail, Context};
@@ -73,7 +73,7 @@ impl Job {
     }
 
     fn is_done(&self) -> bool {
-        is_whole(&self.mask) && is_whole(&self.overlay)
+        !is_newer(&self.image, &self.mask) && is_whole(&self.mask) && is_whole(&self.overlay)
     }
 }
 
