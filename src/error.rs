@@ -54,7 +54,7 @@ pub enum Error {
     #[error("gradients: {0}")]
     Gradients(String),
     /// A name that is neither a folder nor to be had from the hub, see [`hub`](crate::hub).
-    #[error("{name}: no such folder here; {message}")]
+    #[error("{name}: no such file or folder here; {message}")]
     Hub {
         /// The given name.
         name: String,

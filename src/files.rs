@@ -57,7 +57,8 @@ fn parent(path: &Path) -> &Path {
 /// Writes what will become the file at `path` beside it, so that several files can be replaced once all are complete.
 ///
 /// # Errors
-/// When the folder cannot be written to, the disk is full, or `write` fails; no partial file remains.
+/// When there is something else than a file, the folder cannot be written to, the disk is full, or `write` fails; no
+/// partial file remains.
 pub fn stage(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
@@ -78,12 +79,23 @@ pub fn stage_file(
     if !folder.is_dir() {
         return Err(Error::file(path, format!("there is no folder {}", folder.display())));
     }
+    // A new file would take the place of a device, such as /dev/null, for every program.
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        return Err(Error::file(
+            path,
+            "is a folder, device or pipe; expected a file, or a name for a new one",
+        ));
+    }
     // Without the name of the temporary file, which is no matter of the user's.
-    let file = temporary().tempfile_in(folder).map_err(|e| Error::io(path, e.kind().into()))?;
+    let failed = |e: std::io::Error| match e.kind() {
+        ErrorKind::Other => Error::io(path, e),
+        kind => Error::io(path, kind.into()),
+    };
+    let file = temporary().tempfile_in(folder).map_err(failed)?;
     let mut buffered = BufWriter::with_capacity(1 << 20, file);
-    write(&mut buffered).map_err(|e| Error::io(path, e))?;
-    let file = buffered.into_inner().map_err(|e| Error::io(path, e.into_error()))?;
-    file.as_file().sync_all().map_err(|e| Error::io(path, e))?;
+    write(&mut buffered).map_err(failed)?;
+    let file = buffered.into_inner().map_err(|e| failed(e.into_error()))?;
+    file.as_file().sync_all().map_err(failed)?;
     Ok(Staged { file, path: path.to_path_buf() })
 }
 
@@ -147,8 +159,21 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: impl AsRef<Path>, kind: &str)
     if let Some(what) = stand_in(text.as_bytes()) {
         return Err(Error::file(path, format!("not {kind}: {what}")));
     }
-    serde_json::from_str(text.trim_start_matches('\u{feff}'))
-        .map_err(|e| Error::file(path, format!("not {kind}: {e}")))
+    let text = text.trim_start_matches('\u{feff}');
+    serde_json::from_str(text)
+        .map_err(|e| Error::file(path, format!("not {kind}: {e}{}", before(text, &e))))
+}
+
+/// The end of a JSON text before an error: it names the value that is wrong.
+fn before(text: &str, error: &serde_json::Error) -> String {
+    const SHOWN: usize = 60;
+    let line = error.line().checked_sub(1).and_then(|line| text.lines().nth(line));
+    let part: Vec<char> = line.unwrap_or_default().chars().take(error.column()).collect();
+    let part: String = part[part.len().saturating_sub(SHOWN)..].iter().collect();
+    match part.trim() {
+        "" => String::new(),
+        part => format!(", after `{part}`"),
+    }
 }
 
 /// The first name that a JSON object has twice. Readers differ in which of the two counts.
@@ -201,7 +226,11 @@ impl TensorFile {
             Error::file(&path, format!("not a valid safetensors file: {e}"))
         };
         let mut file = File::open(&path).map_err(|e| Error::io(&path, e))?;
-        let length = file.metadata().map_err(|e| Error::io(&path, e))?.len();
+        let found = file.metadata().map_err(|e| Error::io(&path, e))?;
+        if found.is_dir() {
+            return Err(Error::file(&path, "is a folder; expected a file"));
+        }
+        let length = found.len();
         match Kind::of_file(&path) {
             Kind::Foreign(what) => return Err(Error::file(&path, what)),
             Kind::Pickle => return Err(Error::file(&path, PICKLE)),

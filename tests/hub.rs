@@ -340,7 +340,10 @@ fn who_is_not_let_in_is_told(here: &Path) -> Result<()> {
 fn what_is_not_there_is_told(here: &Path) -> Result<()> {
     let hub = tiny()?.run()?;
     let refuses = |name: &str, words: &[&str]| refused(here, &hub.address, name, &[], words);
-    refuses("facebook/sam-huge", &["no such folder here", "no such repository", &hub.address])?;
+    refuses(
+        "facebook/sam-huge",
+        &["no such file or folder here", "no such repository", &hub.address],
+    )?;
     refuses("facebook/sam-tiny@v9", &["no revision v9", &hub.address])?;
     hub.requests();
     for name in [

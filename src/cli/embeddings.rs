@@ -51,6 +51,11 @@ impl EmbeddingArguments {
         Embeddings { store: store.map(|store| store.with_options(photo.options())) }
     }
 
+    /// Whether embeddings are kept.
+    pub fn is_given(&self) -> bool {
+        self.embeddings.is_some()
+    }
+
     /// The folder that is named.
     pub fn folder(&self) -> Option<&Path> {
         self.embeddings.as_deref().filter(|place| *place != Path::new("beside"))

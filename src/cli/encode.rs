@@ -5,7 +5,7 @@ use super::console::Console;
 use super::division::{Division, Turn};
 use super::embeddings::{EmbeddingArguments, Origin, Tally};
 use super::model::{Placement, Source};
-use super::photo::{images, PhotoArguments};
+use super::photo::{images, is_newer, PhotoArguments};
 use super::processes::Processes;
 use crate::nn::{Mode, ModuleTree};
 use crate::sam::{
@@ -99,7 +99,9 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
     let all = jobs.len();
     // Inputs are looked at before the model is loaded, which may take long.
     let is_done = division.survey(all, |index| {
-        let is_done = options.resume && TensorFile::open(&jobs[index].output).is_ok();
+        let Job { input, output } = &jobs[index];
+        let is_done =
+            options.resume && !is_newer(input, output) && TensorFile::open(output).is_ok();
         if !is_done {
             TensorFile::open(&jobs[index].input)?;
         }
@@ -119,7 +121,15 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
     let bar = console.bar(jobs.len() as u64, "files");
     let work = |item: usize, turn: Turn<'_>| {
         let Job { input, output } = &jobs[item];
-        let mut tensors = model.run(Request::read(input, &place)?, options)?;
+        let request = Request::read(input, &place)?;
+        let largest = request.largest_pixel()?;
+        if largest > MOST_NORMALISED {
+            let name = input.display();
+            turn.console.note(format!(
+                "{name}: pixel_values reach {largest}; normalised ones, as SAM's image processor gives, are -3 to 3"
+            ));
+        }
+        let mut tensors = model.run(request, options)?;
         for tensor in tensors.values_mut() {
             *tensor = tensor.to_dtype(DType::F32)?;
         }
@@ -214,6 +224,8 @@ fn jobs(input: &Path, output: &Path) -> anyhow::Result<Vec<Job>> {
     Ok(jobs)
 }
 
+/// Larger pixels are not normalised.
+const MOST_NORMALISED: f32 = 20.0;
 const PROMPTS: [&str; 4] = ["input_points", "input_labels", "input_boxes", "input_masks"];
 
 /// The tensors of one file.
@@ -247,6 +259,14 @@ impl<'a> Request<'a> {
             bail!("{}: input_labels without input_points", path.display())
         }
         Ok(Self { path, pixel_values, prompts })
+    }
+
+    /// The largest magnitude of a pixel.
+    fn largest_pixel(&self) -> candle_core::Result<f32> {
+        match self.pixel_values.elem_count() {
+            0 => Ok(0.0),
+            _ => self.pixel_values.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar(),
+        }
     }
 
     /// Refuses prompts, which `model` does not take.

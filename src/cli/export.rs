@@ -8,8 +8,9 @@ use super::model_folder::{self, Destination, StorageArgument};
 use crate::lora::{fuse_qkv, write_adapter, CONFIG_FILE, TENSORS_FILE};
 use crate::nn::DEFAULT_ADAPTER;
 use crate::sam::checkpoint::{self, Naming};
-use crate::sam::AttentionKind;
+use crate::sam::{has_image_ending, AttentionKind};
 use anyhow::bail;
+use candle_core::DType;
 use clap::ValueEnum;
 use serde_json::json;
 use std::path::Path;
@@ -56,7 +57,14 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     };
     destination.check(names)?;
     let ending = output.extension().unwrap_or_default().to_ascii_lowercase();
-    if *format == Format::Original && PICKLED.iter().any(|pickled| ending == *pickled) {
+    let is_other = PICKLED.iter().any(|pickled| ending == *pickled) || has_image_ending(output);
+    if *format != Format::Original && (is_other || ending == "safetensors") {
+        bail!("{}: is written as a folder; choose a name without this ending", output.display())
+    }
+    if *format == Format::FusedAdapter && options.storage.dtype() != DType::F32 {
+        bail!("--dtype has no effect with --format fused-adapter: adapters are f32")
+    }
+    if *format == Format::Original && is_other {
         bail!("{}: is written as safetensors; choose a name that ends so", output.display())
     }
     if *format == Format::FusedAdapter && !options.model.is_adapted() {

@@ -2,6 +2,7 @@
 
 use crate::lora::LoraConfig;
 use crate::sam::AttentionKind;
+use crate::{Error, Result};
 use clap::Args;
 
 /// The layers that are adapted, and how.
@@ -34,17 +35,37 @@ impl LoraArguments {
     /// The same as PEFT's `LoraConfig`.
     pub fn config(&self) -> LoraConfig {
         let config = LoraConfig::new(self.rank).alpha(self.alpha).dropout(self.dropout);
-        let names: Vec<&str> = self.target_modules.split(',').map(str::trim).collect();
-        let is_name = |name: &&str| name.chars().all(|c| c.is_alphanumeric() || "_.".contains(c));
-        let mut config = if names.iter().all(is_name) {
-            config.target_modules(names.into_iter().filter(|name| !name.is_empty()))
-        } else {
-            config.target_regex(&self.target_modules)
+        let mut config = match self.names() {
+            Some(names) => config.target_modules(names),
+            None => config.target_regex(&self.target_modules),
         };
         config.use_dora = self.use_dora;
         config.lora_bias = self.lora_bias;
         config.use_rslora = self.use_rslora;
         config
+    }
+
+    /// The targets, if they are names.
+    fn names(&self) -> Option<Vec<&str>> {
+        let names: Vec<&str> = self.target_modules.split(',').map(str::trim).collect();
+        let is_name = |name: &&str| name.chars().all(|c| c.is_alphanumeric() || "_.".contains(c));
+        let named = names.iter().all(is_name);
+        named.then(|| names.into_iter().filter(|name| !name.is_empty()).collect())
+    }
+
+    /// Refuses a name that no layer has among those that were adapted, where others have one.
+    pub fn check_targets(&self, adapted: &[String]) -> Result<()> {
+        let is_there = |name: &&str| {
+            let ends = |path: &String| path == name || path.ends_with(&format!(".{name}"));
+            adapted.iter().any(ends)
+        };
+        match self.names().into_iter().flatten().find(|name| !is_there(name)) {
+            Some(name) => Err(Error::config(format!(
+                "--target-modules {}: no layer to adapt is called {name:?}",
+                self.target_modules
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// The attention whose names the targets mean: one `qkv`, or `q`, `k` and `v`.

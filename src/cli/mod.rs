@@ -68,6 +68,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    if let Err(error) = processes::check_threads() {
+        return console::exit_code(Err(error));
+    }
     console::exit_code(match &program.command {
         Command::Masks(options) => masks::run(options),
         Command::Segment(options) => segment::run(options),

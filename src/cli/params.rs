@@ -25,7 +25,8 @@ pub struct Options {
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut model = model(options)?;
-    inject(model.as_mut(), &options.lora.config(), 0)?;
+    let adapted = inject(model.as_mut(), &options.lora.config(), 0)?;
+    options.lora.check_targets(&adapted)?;
     let count = count_parameters(model.as_ref());
     options.console.result(count, json!({ "trainable": count.trainable, "all": count.all }));
     Ok(())

@@ -1,7 +1,10 @@
 //! Images for the model: which files, how they are read, and what was understood of them.
 
 use super::console::Console;
-use crate::sam::{is_transparent, ImageFolder, LargeImage, ReadOptions, Tiling, ValueRange};
+use crate::sam::{
+    has_image_ending, is_transparent, shortened, ImageFolder, LargeImage, ReadOptions, Tiling,
+    ValueRange,
+};
 use crate::Result;
 use anyhow::bail;
 use image::DynamicImage;
@@ -10,8 +13,6 @@ use std::path::{Path, PathBuf};
 
 /// Parts of the names of this program's results, between the image's stem and the ending.
 const RESULTS: [&str; 3] = ["mask", "overlay", "labels"];
-/// How many names stand for all.
-const NAMES: usize = 3;
 
 /// How image files are read
 #[derive(clap::Args, Clone, Debug)]
@@ -115,15 +116,28 @@ pub fn images(named: &[PathBuf], console: Console) -> anyhow::Result<Vec<PathBuf
 fn left_alone(folder: &Path, what: &str, names: Vec<String>, console: Console) {
     let (folder, count) = (folder.display(), names.len());
     if count > 0 {
-        let more = if count > NAMES { ", .." } else { "" };
-        let first = names[..count.min(NAMES)].join(", ");
-        console.note(format!("{folder}: left alone, {what}: {count}: {first}{more}"));
+        console.note(format!("{folder}: left alone, {what}: {count}: {}", shortened(&names)));
     }
+}
+
+/// Refuses a name that ends as an image of another format than PNG, which is written.
+pub fn named_as_png(path: &Path, what: &str) -> anyhow::Result<()> {
+    let is_png = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("png"));
+    if has_image_ending(path) && !is_png {
+        bail!("{}: the {what} is written as PNG; choose a name that ends in .png", path.display())
+    }
+    Ok(())
 }
 
 /// An image as it is, with nothing to say about it.
 pub fn read_plain(path: &Path) -> Result<DynamicImage> {
     Ok(ReadOptions::default().read(path)?.image)
+}
+
+/// Whether a file was changed after its result was written.
+pub fn is_newer(file: &Path, result: &Path) -> bool {
+    let time = |path: &Path| path.metadata().and_then(|found| found.modified());
+    matches!((time(file), time(result)), (Ok(file), Ok(result)) if file > result)
 }
 
 /// Whether an image is there that can be read to its end.

@@ -5,6 +5,23 @@ use anyhow::Context;
 use std::io::{stderr, Write};
 use std::sync::Arc;
 
+/// More threads than any host has cores take minutes to start.
+const MOST_THREADS: i64 = 1024;
+
+/// Refuses numbers of threads in the environment that are none, or too many. Their readers pass over the former.
+pub fn check_threads() -> anyhow::Result<()> {
+    for name in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
+        let Ok(text) = std::env::var(name) else { continue };
+        let is_right = |count: i64| (0..=MOST_THREADS).contains(&count);
+        if !text.is_empty() && !text.parse().is_ok_and(is_right) {
+            anyhow::bail!(
+                "{name} is {text:?}, expected a number of threads, {MOST_THREADS} at most"
+            )
+        }
+    }
+    Ok(())
+}
+
 /// How long processes wait for each other
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Processes {
@@ -13,7 +30,7 @@ pub struct Processes {
     #[arg(long, default_value_t = 1800, value_name = "SECONDS")]
     wait: u64,
     /// Threads of this process [default: RAYON_NUM_THREADS, or its share of the host's cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MOST_THREADS))]
     threads: Option<u16>,
 }
 

@@ -16,19 +16,28 @@ const FONT: (&str, i32) = ("sans-serif", 14);
 /// Rows of one file; more pictures go into further files.
 const ROWS: usize = 50;
 
-/// A sheet of `columns` pictures a row. Returns its files: `path`, and with many pictures `STEM.2.png` and so on.
+/// The files of a sheet of so many pictures: `path`, and with many pictures `STEM.2.png` and so on.
+pub fn files(path: &Path, pictures: usize, columns: usize) -> Vec<PathBuf> {
+    let file = |index: usize| match index {
+        0 => path.to_path_buf(),
+        _ => path.with_extension(format!("{}.png", index + 1)),
+    };
+    (0..pictures.div_ceil(of_a_file(columns))).map(file).collect()
+}
+
+/// A sheet of `columns` pictures a row. Returns its [`files`].
 pub fn write(path: &Path, pictures: &[(String, PathBuf)], columns: usize) -> Result<Vec<PathBuf>> {
     register_font()?;
-    let mut files = vec![];
-    for (index, part) in pictures.chunks(columns.max(1) * ROWS).enumerate() {
-        let path = match index {
-            0 => path.to_path_buf(),
-            _ => path.with_extension(format!("{}.png", index + 1)),
-        };
-        save_png(&path, &sheet(part, columns.clamp(1, part.len()))?.into())?;
-        files.push(path);
+    let files = files(path, pictures.len(), columns);
+    for (path, part) in files.iter().zip(pictures.chunks(of_a_file(columns))) {
+        save_png(path, &sheet(part, columns.clamp(1, part.len()))?.into())?;
     }
     Ok(files)
+}
+
+/// How many pictures a file has.
+fn of_a_file(columns: usize) -> usize {
+    columns.max(1).saturating_mul(ROWS)
 }
 
 fn sheet(pictures: &[(String, PathBuf)], columns: usize) -> Result<RgbImage> {

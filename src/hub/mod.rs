@@ -74,7 +74,7 @@ mod tests {
         assert_eq!(folder("src/hub")?, std::path::Path::new("src/hub"));
         let message = folder("../nowhere").map(drop).map_err(|e| e.to_string());
         let expected =
-            "../nowhere: no such folder here; a name on the Hugging Face hub is owner/name or \
+            "../nowhere: no such file or folder here; a name on the Hugging Face hub is owner/name or \
                         owner/name@revision";
         assert_eq!(message, Err(expected.to_string()));
         if cfg!(not(feature = "hub")) {

@@ -267,12 +267,7 @@ fn fill(
     mut tensors: BTreeMap<String, Tensor>,
     source: &dyn std::fmt::Display,
 ) -> Result<()> {
-    for name in &plan.unknown_modules {
-        warn(
-            source,
-            &format!("modules_to_save: no module is called {name:?}; PEFT passes over it"),
-        );
-    }
+    plan.idle.iter().for_each(|line| warn(source, line));
     let mut values = plan.base_values()?;
     values.extend(
         slots.into_iter().filter_map(|(key, slot)| Some((slot.name, tensors.remove(&key)?))),

@@ -68,7 +68,8 @@ impl LoraConfig {
             let (name, value) = (shortened(&name.escape_debug()), shortened(value));
             format!("{name} is {value}, a key that is not known here and has no effect: results may differ")
         });
-        lines.chain(self.refused_task_type()).collect()
+        let idle = || "lora_alpha is 0: the adapter has no effect".to_string();
+        lines.chain(self.refused_task_type()).chain((self.alpha == 0.0).then(idle)).collect()
     }
 
     /// Tells of a task type that PEFT refuses for a model as SAM.

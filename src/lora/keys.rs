@@ -158,10 +158,8 @@ fn fit(
         });
         let Some(keys) = pairs.collect::<Option<BTreeMap<_, _>>>() else { continue };
         // Keys as they are were refused already.
-        if keys.iter().all(|(key, in_file)| key == in_file) {
-            continue;
-        }
-        let example = keys.iter().next().map(|(key, in_file)| (in_file.clone(), key.clone()));
+        let other = keys.iter().find(|(key, in_file)| key != in_file);
+        let example = other.map(|(key, in_file)| (in_file.clone(), key.clone()));
         if let Some(example) = example.filter(|_| keys.len() == slots.len()) {
             found = Some(Spelling { config: config.clone(), keys, example });
         }

@@ -37,9 +37,7 @@ impl<'a> Names<'a> {
         Ok(match names {
             None => Self::List(&[]),
             Some(ModuleNames::List(names)) => Self::List(names),
-            Some(ModuleNames::Regex(pattern)) => {
-                Self::Regex(compile(&format!(r"\A(?:{pattern})\z"))?)
-            }
+            Some(ModuleNames::Regex(pattern)) => Self::Regex(compile(r"\A(?:", pattern, r")\z")?),
         })
     }
 
@@ -54,6 +52,9 @@ impl<'a> Names<'a> {
         }
     }
 }
+
+/// A block's index, behind the name of the list of blocks.
+const INDEX: &str = r"\.(?P<idx>\d+)\.)";
 
 /// The blocks that are asked for.
 struct Layers<'a> {
@@ -76,10 +77,9 @@ impl<'a> Layers<'a> {
             Some(names) => names.as_slice(),
         };
         let patterns = if patterns.is_empty() {
-            vec![compile(r"\A(?:.*?\.[^.]*\.(?P<idx>\d+)\.)")?]
+            vec![compile(r"\A(?:.*?\.", "[^.]*", INDEX)?]
         } else {
-            let before =
-                |name: &String| compile(&format!(r"\A(?:(?:^|.*?\.){name}\.(?P<idx>\d+)\.)"));
+            let before = |name: &String| compile(r"\A(?:(?:^|.*?\.)", name, INDEX);
             patterns.iter().map(before).collect::<Result<_>>()?
         };
         Ok(Some(Self { indices, patterns }))
@@ -100,13 +100,18 @@ impl<'a> Layers<'a> {
 /// Digits of a number in a pattern, at most: the engine makes room for every group up to the one that is referred to.
 const MOST_DIGITS: usize = 4;
 
-fn compile(pattern: &str) -> Result<Regex> {
+/// The expression of a configuration, between what PEFT's rule adds to it.
+fn compile(before: &str, pattern: &str, after: &str) -> Result<Regex> {
     if pattern.split(|c: char| !c.is_ascii_digit()).any(|number| number.len() > MOST_DIGITS) {
         return Err(Error::config(format!(
             "regular expression {pattern:?}: a number has more than {MOST_DIGITS} digits"
         )));
     }
-    Regex::new(pattern).map_err(|e| Error::config(format!("regular expression {pattern:?}: {e}")))
+    Regex::new(&format!("{before}{pattern}{after}")).map_err(|e| {
+        // Places in the error are those of the pattern as it was given.
+        let e = Regex::new(pattern).err().unwrap_or(e);
+        Error::config(format!("regular expression {pattern:?}: {e}"))
+    })
 }
 
 fn is_match(regex: &Regex, path: &str) -> Result<bool> {
@@ -122,7 +127,7 @@ fn compile_suffixes<T: Copy>(
 ) -> Result<Vec<(Regex, T)>> {
     patterns
         .iter()
-        .map(|(pattern, value)| Ok((compile(&format!(r"\A(.*\.)?({pattern})\z"))?, *value)))
+        .map(|(pattern, value)| Ok((compile(r"\A(.*\.)?(", pattern, r")\z")?, *value)))
         .collect()
 }
 
@@ -154,7 +159,7 @@ impl<'a> Matcher<'a> {
                 .modules_to_save
                 .iter()
                 .flatten()
-                .map(|name| compile(&format!(r"\A(^|.*\.){name}($|\..*)")))
+                .map(|name| compile(r"\A(^|.*\.)", name, r"($|\..*)"))
                 .collect::<Result<_>>()?,
             ranks: compile_suffixes(&config.rank_pattern)?,
             alphas: compile_suffixes(&config.alpha_pattern)?,
@@ -195,6 +200,32 @@ impl<'a> Matcher<'a> {
     /// Whether the module at `path` is trained and saved whole.
     pub(super) fn is_saved(&self, path: &str) -> bool {
         self.config.modules_to_save.iter().flatten().any(|name| path.ends_with(name.as_str()))
+    }
+
+    /// Tells of patterns of ranks and alphas that none of these layers matches.
+    pub(super) fn idle_patterns<'b>(
+        &self,
+        layers: impl Iterator<Item = &'b String> + Clone,
+    ) -> Result<Vec<String>> {
+        let ranks = self.config.rank_pattern.keys().zip(self.ranks.iter().map(|(regex, _)| regex));
+        let alphas =
+            self.config.alpha_pattern.keys().zip(self.alphas.iter().map(|(regex, _)| regex));
+        let mut idle = vec![];
+        for (what, (pattern, regex)) in ranks
+            .map(|found| ("rank_pattern", found))
+            .chain(alphas.map(|found| ("alpha_pattern", found)))
+        {
+            let mut matched = false;
+            for path in layers.clone() {
+                matched = matched || is_match(regex, path)?;
+            }
+            if !matched {
+                idle.push(format!(
+                    "{what}: no adapted layer matches {pattern:?}; PEFT passes over it"
+                ));
+            }
+        }
+        Ok(idle)
     }
 
     /// Rank and scaling of the module at `path`.

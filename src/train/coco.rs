@@ -187,7 +187,9 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
     for entry in images {
         let id = entry.id.clone();
         let error = |message: &str| Error::file(path, format!("image {id}: {message}"));
-        let mut name = entry.file_name().unwrap_or_default();
+        // An absolute path is looked for by its end, as one of Windows is.
+        let name = entry.file_name().unwrap_or_default();
+        let mut name = name.trim_start_matches('/').to_string();
         let inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
         if name.is_empty() || !Path::new(&name.replace('\\', "/")).components().all(inside) {
             let message = match name.is_empty() {

@@ -81,7 +81,7 @@ pub(super) struct Id(pub String);
 impl<'de> Deserialize<'de> for Id {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(untagged, expecting = "an id must be a number or a string")]
+        #[serde(untagged, expecting = "expected a number or a string for an id or a name")]
         enum Written {
             Whole(i64),
             Large(u64),

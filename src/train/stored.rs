@@ -1,5 +1,6 @@
 //! The bytes of a data set's file: a file on disk, or an entry of a TAR.
 
+use crate::sam::read_file;
 use crate::{Error, Result};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -52,7 +53,7 @@ impl Stored {
     pub fn read(&self) -> Result<Vec<u8>> {
         let failed = |e| Error::io(&self.path, e);
         let Some(Entry { tar, offset, len }) = &self.entry else {
-            return std::fs::read(&self.path).map_err(failed);
+            return read_file(&self.path);
         };
         let mut file = File::open(tar).map_err(failed)?;
         file.seek(SeekFrom::Start(*offset)).map_err(failed)?;

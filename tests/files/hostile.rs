@@ -125,6 +125,30 @@ fn a_folder_is_no_file() {
     assert!(read_image(folder.path()).is_err());
 }
 
+/// A device, as /dev/null, stays what it is for all programs.
+#[cfg(unix)]
+#[test]
+fn no_file_replaces_a_device() -> anyhow::Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("mask.png");
+    let _socket = std::os::unix::net::UnixListener::bind(&path)?;
+    let error = candle_sam_lora::write_atomic(&path, |_| Ok(())).expect_err("a socket");
+    assert!(error.to_string().contains("mask.png: is a folder, device or pipe"), "{error}");
+    assert!(std::fs::metadata(&path)?.file_type().is_socket());
+    Ok(())
+}
+
+/// The value that is wrong is shown: numbers of lines alone say little.
+#[test]
+fn errors_in_json_show_the_value() {
+    let json = "{\n  \"peft_type\": \"LORA\",\n  \"bias\": null\n}";
+    let error = in_file("adapter_config.json", json.as_bytes(), |path| LoraConfig::load(path));
+    let error = error.expect_err("no bias").to_string();
+    assert!(error.contains("adapter_config.json: not a LoRA configuration"), "{error}");
+    assert!(error.contains("line 3") && error.contains("after `\"bias\":"), "{error}");
+}
+
 /// Positions and bytes to overwrite, where to cut, and what to append.
 /// Not by the name of a temporary file, which is no matter of the user's.
 #[test]

@@ -180,3 +180,39 @@ fn cut_and_other_files_are_named() -> anyhow::Result<()> {
     assert_eq!(read_image(&path)?.width(), 64);
     Ok(())
 }
+
+/// A TIFF whose only strip is a JPEG of 64 x 64 greys, of which the last `cut` bytes are not there.
+fn tiff_of_jpeg(cut: usize) -> anyhow::Result<Vec<u8>> {
+    let mut jpeg = std::io::Cursor::new(Vec::new());
+    let picture = image::GrayImage::from_fn(64, 64, |x, y| image::Luma([(x * y) as u8]));
+    DynamicImage::from(picture).write_to(&mut jpeg, ImageFormat::Jpeg)?;
+    let jpeg = jpeg.into_inner();
+    // Width, height, bits, compression, colours, offset, channels, rows of a strip, length.
+    let tags = [256u16, 257, 258, 259, 262, 273, 277, 278, 279];
+    let offset = 8 + 2 + 12 * tags.len() as u32 + 4;
+    let values = [64, 64, 8, 7, 1, offset, 1, 64, jpeg.len() as u32];
+    let mut tiff = b"II*\0\x08\0\0\0".to_vec();
+    tiff.extend((tags.len() as u16).to_le_bytes());
+    for (tag, value) in tags.iter().zip(values) {
+        const LONG: u16 = 4;
+        tiff.extend(tag.to_le_bytes().into_iter().chain(LONG.to_le_bytes()));
+        tiff.extend(1u32.to_le_bytes().into_iter().chain(value.to_le_bytes()));
+    }
+    tiff.extend([0; 4]);
+    tiff.extend(&jpeg[..jpeg.len() - cut]);
+    Ok(tiff)
+}
+
+#[test]
+fn a_jpeg_that_is_cut_within_a_tiff_is_an_error() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("x.tif");
+    std::fs::write(&path, tiff_of_jpeg(0)?)?;
+    assert_eq!(read_image(&path)?.width(), 64);
+    for cut in [1, 30, 300] {
+        std::fs::write(&path, tiff_of_jpeg(cut)?)?;
+        let message = read_image(&path).expect_err("cut").to_string();
+        assert!(message.contains("one of the JPEGs within ends early"), "{cut}: {message}");
+    }
+    Ok(())
+}

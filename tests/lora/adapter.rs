@@ -460,3 +460,16 @@ fn an_excluded_layer_is_no_other_spelling() {
     let error = refused(dir.path()).to_string();
     assert!(error.contains("does not fit this model"), "{error}");
 }
+
+/// As it was written, without what PEFT's rules add to it.
+#[test]
+fn a_wrong_expression_is_shown_with_its_file() {
+    let mut config = LoraConfig::new(2).target_modules(["lin1"]);
+    let dir = tempfile::tempdir().unwrap();
+    save_adapter(&injected(&config, 0), &config, dir.path()).unwrap();
+    config.rank_pattern.insert("mlp.(lin1".into(), 2);
+    std::fs::write(dir.path().join(CONFIG_FILE), config.to_json().unwrap()).unwrap();
+    let error = refused(dir.path()).to_string();
+    let expected = format!("{CONFIG_FILE}: regular expression \"mlp.(lin1\": ");
+    assert!(error.contains(&expected), "{error}");
+}

@@ -135,5 +135,12 @@ fn threads_do_not_change_a_run() -> Result<()> {
     }
     let Ended { code, err, .. } = run(temporary.path(), "finetune", "--threads 0")?;
     ensure!(code == Some(2) && err.contains("--threads"), "{code:?}: {err}");
+    for (name, threads) in [("RAYON_NUM_THREADS", "100000"), ("CANDLE_NUM_THREADS", "four")] {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_candle-sam-lora"));
+        let output = program.arg("params").env(name, threads).output()?;
+        let err = String::from_utf8(output.stderr)?;
+        let expected = format!("{name} is {threads:?}, expected a number of threads");
+        ensure!(output.status.code() == Some(1) && err.contains(&expected), "{err}");
+    }
     Ok(())
 }

@@ -80,13 +80,19 @@ fn merged_models_compute_what_peft_computes() -> Result<()> {
     let own =
         format!("--model lora_qv --adapter {} --output lora_qv --overwrite", adapter.display());
     fail(here, "merge", &own, 1, &["lora_qv/model.safetensors: the result is made from it"])?;
-    fail(
-        here,
-        "export",
-        "--format original --output x.PTH",
-        1,
-        &["x.PTH: is written as safetensors"],
-    )
+    let name = adapter.display();
+    for (line, words) in [
+        ("--format original --output x.PTH".into(), "x.PTH: is written as safetensors"),
+        ("--format original --output x.png".into(), "x.png: is written as safetensors"),
+        ("--format transformers --output x.safetensors".into(), "is written as a folder"),
+        (
+            format!("--format fused-adapter --adapter {name} --dtype bf16 --output x"),
+            "--dtype has no effect",
+        ),
+    ] {
+        fail(here, "export", &line, 1, &[words])?;
+    }
+    fail(here, "import", "lora_qv --output x", 1, &["lora_qv: is a folder; expected a file"])
 }
 
 /// The folder has what `SamModel.from_pretrained` and `SamProcessor.from_pretrained` look for.

@@ -159,14 +159,20 @@ fn tells_what_is_passed_over() -> Result<()> {
     let config = config
         .replace("\"use_dora\": false", "\"use_dora\": false, \"use_superlora\": 7")
         .replace("\"task_type\": null", "\"task_type\": \"CAUSAL_LM\"")
+        .replace("\"rank_pattern\": {}", "\"rank_pattern\": {\"zzz\": 2}")
         .replace("\"modules_to_save\": null", "\"modules_to_save\": [\"classifier\"]");
     std::fs::write(adapter.join("adapter_config.json"), config)?;
     let command =
         format!("--input in --output out --adapter adapter --model {}", folder("tiny").display());
     let Ended { code, err, .. } = run(here, "encode", &command)?;
     let lines: Vec<&str> = err.lines().collect();
-    ensure!(code == Some(0) && lines.len() == 3, "{code:?}: {err}");
-    for (line, words) in lines.iter().zip(["use_superlora is 7", "CAUSAL_LM", "\"classifier\""]) {
+    ensure!(code == Some(0) && lines.len() == 4, "{code:?}: {err}");
+    for (line, words) in lines.iter().zip([
+        "use_superlora is 7",
+        "CAUSAL_LM",
+        "\"classifier\"",
+        "layer matches \"zzz\"",
+    ]) {
         let start = "warning: adapter/adapter_config.json: ";
         ensure!(line.starts_with(start) && line.contains(words), "{words}: {err}");
     }
@@ -203,9 +209,13 @@ fn says_what_is_wrong() -> Result<()> {
     fails(&command, 1, &["error: in: pixel_values are u8; expected normalised floats"])?;
     input(&[("pixel_values", pixels), ("input_labels", &io["points_boxes/input_labels"])])?;
     fails(&command, 1, &["input_labels without input_points"])?;
+    input(&[("pixel_values", &(pixels * 100.0)?)])?;
+    let out = succeed(here, "encode", &command)?;
+    ensure!(out.contains("in: pixel_values reach "), "{out}");
+    std::fs::remove_file(here.join("out"))?;
     input(&[("pixel_values", pixels)])?;
-    fails("--input in --output out --model none", 1, &["none", "no such folder"])?;
-    fails(&format!("{command} --adapter none"), 1, &["none", "no such folder"])?;
+    fails("--input in --output out --model none", 1, &["none", "no such file or folder"])?;
+    fails(&format!("{command} --adapter none"), 1, &["none", "no such file or folder"])?;
     fails(&format!("{command} --device tpu"), 1, &["tpu", "cpu, cuda"])?;
     std::fs::create_dir(here.join("old"))?;
     std::fs::write(

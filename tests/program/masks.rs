@@ -67,6 +67,20 @@ fn says_what_is_wrong() -> Result<()> {
         let said = format!("{threshold}_thresh is no number");
         fails(&format!("{image} --{flag} nan"), 1, &[&said])?;
     }
+    fails(&format!("{image} --nms 3"), 1, &["crop_nms_thresh is 3, expected 0 to 1"])?;
+    let calibrated = "--calibrate-images i --calibrate-masks m --geojson";
+    fails(calibrated, 1, &["--geojson has no effect without IMAGES"])?;
+    fails(&format!("{image} --sheet s.jpg"), 1, &["s.jpg", "ends in .png"])?;
+    let [truth, picture] = ["a.labels.png", "a.png"].map(|name| here.join(name));
+    std::fs::copy(micrograph().1, &truth)?;
+    std::fs::copy(micrograph().0, &picture)?;
+    fails("a.png --output .", 1, &["a.labels.png: exists already", "--overwrite"])?;
+    let both = "a.png a.labels.png --output . --overwrite";
+    fails(both, 1, &["a.labels.png: is one of the images itself"])?;
+    fails("a.png --overwrite --sheet a.png", 1, &["a.png: is one of the images itself"])?;
+    for (copy, original) in [(truth, micrograph().1), (picture, micrograph().0)] {
+        ensure!(std::fs::read(copy)? == std::fs::read(original)?, "replaced");
+    }
     std::fs::write(here.join("file"), "")?;
     fails(&format!("{image} --output file"), 1, &["file: is a file; expected a folder"])?;
     fails(&format!("{image} --crop-layers 9"), 1, &["crop_n_layers is 9"])
@@ -117,6 +131,14 @@ fn a_killed_run_is_continued_to_the_same_bytes() -> Result<()> {
     std::fs::write(&overlay, &bytes[..bytes.len() / 2])?;
     let out = succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
     ensure!(out.contains("1 of 2 images were done") && std::fs::read(&overlay)? == bytes, "{out}");
+    // It is there once, also for the run after that.
+    let json = whole("masks.json")?;
+    succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
+    ensure!(whole("masks.json")? == json, "an image is there twice");
+    // An image that was changed since is made again.
+    std::fs::copy(here.join("photos/a.png"), here.join("photos/b.png"))?;
+    let out = succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
+    ensure!(out.contains("1 of 2 images were done"), "{out}");
     for other in ["--points-per-side 4".to_string(), format!("{QUICK} --mask-nms 0.3")] {
         let line = format!("photos --output whole --resume {other}");
         fail(here, "masks", &line, 1, &["masks.jsonl", "other settings (generator)"])?;

@@ -277,7 +277,7 @@ fn says_what_is_wrong() -> Result<()> {
     fails(&image.to_string(), 1, &["--point X,Y", "--box X0,Y0,X1,Y1"])?;
     fails(&format!("{image} --point 1"), 1, &["--point 1", "expected X,Y"])?;
     fails(&format!("{image} --point 1,2,3"), 1, &["label of 0 or 1"])?;
-    fails(&format!("{image} --point 1,y"), 1, &["\"y\" is no number"])?;
+    fails(&format!("{image} --point 1,y"), 1, &["--point \"1,y\"", "got \"y\""])?;
     fails(&format!("{image} --point -1,2"), 1, &["outside", &format!("{width} x {height}")])?;
     fails(&format!("{image} --box 9,9,3,3"), 1, &["--box", "X0 < X1"])?;
     let beyond = format!("{image} --box {0},0,{1},{height}", width + 1, width + 9);
@@ -294,10 +294,15 @@ fn says_what_is_wrong() -> Result<()> {
     fails(&png, 1, &["own.png: it is a PNG image"])?;
     let same = format!("{image} --point 1,1 --mask a.png --overlay a.png");
     fails(&same, 1, &["--mask and --overlay are both a.png"])?;
+    std::fs::create_dir(here.join("x"))?;
+    let same = format!("{image} --point 1,1 --mask x/../c.png --overlay c.png --overwrite");
+    fails(&same, 1, &["--mask and --overlay are both"])?;
+    let output = format!("{image} --point 1,1 --mask d.png --overlay e.png --output x");
+    fails(&output, 1, &["--output has no effect"])?;
     std::fs::write(here.join("a.png"), "mine")?;
     fails(&format!("{image} --point 1,1 --mask a.png"), 1, &["a.png", "--overwrite"])?;
     ensure!(std::fs::read(here.join("a.png"))? == b"mine", "a.png was overwritten");
-    fails(&format!("{image} --point 1,1 --model none"), 1, &["none", "no such folder"])
+    fails(&format!("{image} --point 1,1 --model none"), 1, &["none", "no such file or folder"])
 }
 
 /// Each image of a folder gets the prompts; what is there and whole is not made again.

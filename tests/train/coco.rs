@@ -108,7 +108,8 @@ fn what_is_wrong_is_named() -> anyhow::Result<()> {
             ("/images/0/file_name", json!("../x.png")),
             "image 7: file_name \"../x.png\" leads out of the folder",
         ),
-        (("/images/0/file_name", json!("/etc/passwd")), "leads out of the folder"),
+        (("/images/0/file_name", json!("/etc/../passwd")), "leads out of the folder"),
+        (("/images/0/file_name", json!("/etc/passwd.png")), "etc/passwd.png: No such file"),
         (("/images/0/file_name", json!("")), "image 7: it has no file_name"),
         (("/images/0/file_name", json!("y.png")), "y.png"),
         (("/images/0/height", json!(4_000_000_000u32)), "1 to 32768"),
@@ -260,7 +261,9 @@ fn images_are_found_under_other_endings_and_it_is_said() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
     let file = folder.path().join("instances.json");
-    for name in [json!("x.jpg"), json!("x"), json!("X.PNG"), json!("train/x.tif")] {
+    for name in
+        [json!("x.jpg"), json!("x"), json!("X.PNG"), json!("train/x.tif"), json!("/data/x.png")]
+    {
         let mut other = good();
         other["images"][0]["file_name"] = name.clone();
         std::fs::write(&file, other.to_string())?;
@@ -271,6 +274,10 @@ fn images_are_found_under_other_endings_and_it_is_said() -> anyhow::Result<()> {
             "{name}: {lines:?}"
         );
     }
+    // Decomposed on disk, as some systems write it, and composed in the annotations.
+    RgbImage::new(6, 4).save(folder.path().join("Zella\u{308}.png"))?;
+    std::fs::write(&file, good().to_string().replace("x.png", "Zell\u{e4}.png"))?;
+    assert_eq!(Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1))?.len(), 1);
     RgbImage::new(6, 4).save(folder.path().join("x.bmp"))?;
     std::fs::write(&file, good().to_string().replace("x.png", "x.jpg"))?;
     let two = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1));

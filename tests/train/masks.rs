@@ -236,6 +236,13 @@ fn the_background_is_told_or_asked_for() {
         let error = interpret(&grey(Unsigned(8), |_| value), &MaskOptions::default()).unwrap_err();
         assert!(error.contains("is the whole image"), "{error}");
     }
+    // Errors name the values of the file, not the steps that fractions become.
+    for (value, expected) in
+        [(0.25, "of the value 0.25, is the whole"), (f64::INFINITY, "infinite")]
+    {
+        let error = interpret(&grey(Float(32), |_| value), &MaskOptions::default()).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
     assert_eq!(read(&grey(Unsigned(8), |_| 0.0)).meaning, Meaning::Empty);
 }
 

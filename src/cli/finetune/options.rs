@@ -4,12 +4,13 @@ use super::super::arguments::Backend;
 use super::super::console::Console;
 use super::super::lora_arguments::LoraArguments;
 use super::super::processes::Processes;
-use super::parts::Parts;
+use super::parts::{Part, Parts};
 use crate::sam::{MaskGenerator, ReadOptions, ValueRange};
 use crate::train::{
     AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
     ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
 };
+use anyhow::bail;
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -342,6 +343,58 @@ impl Options {
                 parts: self.parts,
                 page: self.mask_page,
             },
+        }
+    }
+
+    /// Refuses flags that have no effect beside the others.
+    pub fn check_idle(&self) -> anyhow::Result<()> {
+        let usual = Self::parse_from(["finetune"]);
+        let no_adapters = "where --train has no adapters";
+        let (adapts, lora, usual_lora) = (self.train.has(Part::Adapters), &self.lora, &usual.lora);
+        let with_masks = self.coco.is_none() || !(self.val_masks.is_empty());
+        let beside_coco = "with --coco: it is about masks";
+        let paired =
+            self.images.is_empty() || !(self.masks.is_empty() && self.val_masks.is_empty());
+        let holds_out = !self.images.is_empty() && self.val_images.is_empty();
+        let turns = !(adapts || self.no_augment || self.embeddings == Some("none".into()));
+        let plateau = self.lr_schedule == ScheduleArg::Plateau;
+        let no_plateau = "without --lr-schedule plateau";
+        let (mixed, boxed) = (self.prompt == PromptArg::Mixed, self.prompt != PromptArg::Point);
+        let given = self.mask_probability != usual.mask_probability;
+        #[rustfmt::skip]
+        let flags = [
+            ("--boxes", self.boxes != usual.boxes, mixed, "without --prompt mixed"),
+            ("--box-jitter", self.box_jitter != usual.box_jitter, boxed, "with --prompt point"),
+            ("--mask-probability", given, self.corrections > 0, "with --corrections 0"),
+            ("--plateau-factor", self.plateau_factor != usual.plateau_factor, plateau, no_plateau),
+            ("--plateau-patience", self.plateau_patience != usual.plateau_patience, plateau, no_plateau),
+            ("--symmetries", self.symmetries != usual.symmetries, turns, "where no turned image is embedded"),
+            ("--gradient-checkpointing", self.gradient_checkpointing, adapts, no_adapters),
+            ("--rank", lora.rank != usual_lora.rank, adapts, no_adapters),
+            ("--alpha", lora.alpha != usual_lora.alpha, adapts, no_adapters),
+            ("--dropout", lora.dropout != usual_lora.dropout, adapts, no_adapters),
+            ("--use-dora", lora.use_dora, adapts, no_adapters),
+            ("--lora-bias", lora.lora_bias, adapts, no_adapters),
+            ("--use-rslora", lora.use_rslora, adapts, no_adapters),
+            ("--val-fraction", self.val_fraction != usual.val_fraction, holds_out, "with these images"),
+            ("--mask-suffix", self.mask_suffix != usual.mask_suffix, paired, "without --masks"),
+            ("--image-suffix", self.image_suffix != usual.image_suffix, paired, "without --masks"),
+            ("--ignore", self.ignore.is_some(), with_masks, beside_coco),
+            ("--background", self.background.is_some(), with_masks, beside_coco),
+            ("--parts", self.parts, with_masks, beside_coco),
+            ("--mask-page", self.mask_page.is_some(), with_masks, beside_coco),
+            ("--automatic-nms", self.automatic_nms.is_some(), self.automatic > 0, "with --automatic 0"),
+        ];
+        let idle = flags.iter().find(|(_, is_given, has_effect, _)| *is_given && !has_effect);
+        match (idle, self.automatic_nms) {
+            (Some((flag, .., when)), _) => bail!("{flag} has no effect {when}"),
+            (None, Some(iou)) if !(0.0..=1.0).contains(&iou) => {
+                bail!("--automatic-nms is {iou}, expected 0 to 1")
+            }
+            _ if lora.alpha == 0.0 && adapts => {
+                bail!("--alpha 0: adapters would have no effect")
+            }
+            _ => Ok(()),
         }
     }
 

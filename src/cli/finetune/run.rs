@@ -20,6 +20,7 @@ use crate::{Error, Result};
 use anyhow::bail;
 use candle_core::DType;
 use serde_json::{json, Map};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -35,6 +36,7 @@ pub fn run(options: &Options) -> anyhow::Result<Outcome> {
 }
 
 fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result<Outcome> {
+    options.check_idle()?;
     if options.save_every == 0 {
         bail!("--save-every must be at least 1")
     }
@@ -57,6 +59,7 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         bail!("--cuda-graph wants an NVIDIA GPU, one process and --accumulate 1")
     }
     options.lora.config().validate()?;
+    options.generator().map_or(Ok(()), |generator| generator.validate())?;
     on_first(&**processes, || output::check(options))?;
     let source = model::find(options.model.as_deref(), options.adapter.as_deref(), console)?;
     let folder = source.weights.clone();
@@ -82,6 +85,13 @@ fn train(options: &Options, processes: &Arc<dyn Communicator>) -> anyhow::Result
         fits.map_err(|e| Error::file(path, e.to_string()))?;
     }
     console.note(format!("{} images to train on, {} held out", train.len(), held_out.len()));
+    let trained: BTreeSet<_> = train.sizes().map(|(path, _)| path).collect();
+    let seen = held_out.sizes().filter(|(path, _)| trained.contains(path)).count();
+    if seen > 0 {
+        console.note(format!(
+            "{seen} of the images held out are trained on too: their scores tell nothing about other images"
+        ));
+    }
     if let Some(chosen) = chosen_nms {
         console.note(chosen);
     }
@@ -263,12 +273,13 @@ fn kept_embeddings<'a>(
 fn adapt_encoder(sam: &mut SamModel, options: &Options) -> Result<LoraConfig> {
     let mut config = options.lora.config();
     let in_encoder = |name: &String| name.starts_with("vision_encoder.");
-    let adapted = inject(sam, &config, options.seed)?;
+    let mut adapted = inject(sam, &config, options.seed)?;
     if !adapted.iter().all(in_encoder) {
         unload(sam)?;
         config.exclude_modules = Some(ModuleNames::Regex(r"(?!vision_encoder\.).*".into()));
-        inject(sam, &config, options.seed)?;
+        adapted = inject(sam, &config, options.seed)?;
     }
+    options.lora.check_targets(&adapted)?;
     Ok(config)
 }
 

@@ -12,7 +12,7 @@ use crate::sam::{CocoAnnotations, GeneratedMask};
 use crate::{write_atomic, Error, Result};
 use anyhow::bail;
 use serde_json::{json, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -66,7 +66,13 @@ impl Journal {
                 keys.join(", ")
             )
         }
-        Ok(Self::with(folder, settings, lines.collect()))
+        // The later of two lines counts: its image was made again.
+        let mut entries: Vec<Value> = lines.collect();
+        let mut names = BTreeSet::new();
+        entries.reverse();
+        entries.retain(|entry| names.insert(name_of(entry).map(str::to_string)));
+        entries.reverse();
+        Ok(Self::with(folder, settings, entries))
     }
 
     fn with(folder: &Path, settings: Value, entries: Vec<Value>) -> Self {

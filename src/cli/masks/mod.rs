@@ -6,12 +6,13 @@ mod options;
 mod rejected;
 mod results;
 
+use options::FileArguments;
 pub use options::Options;
 
 use super::console::Console;
 use super::division::{Division, Turn};
 use super::embeddings::{Embeddings, Origin, Tally};
-use super::photo::images;
+use super::photo::{images, named_as_png};
 use super::sheet;
 use crate::sam::{Generated, LargeImage, MaskGenerator, SamPredictor};
 use crate::train::Dataset;
@@ -21,6 +22,7 @@ use journal::{coco_text, Journal};
 use results::{best_iou, is_large, Results};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -31,6 +33,10 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 
 fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
+    division.each(|| {
+        options.check_idle()?;
+        Ok(options.generator.generator().validate()?)
+    })?;
     let (place, images, truth) = division.each(|| {
         let (place, images) =
             (options.backend.open(division.processes())?, images(&options.images, console)?);
@@ -39,7 +45,7 @@ fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     division.agree_on_inputs(images.iter().map(PathBuf::as_path))?;
     let journal = match images.is_empty() {
         true => None,
-        false => Some(open_journal(options, truth.as_ref(), division)?),
+        false => Some(open_journal(options, &images, truth.as_ref(), division)?),
     };
     let (source, model) = division.load(&options.model, &place)?;
     let (predictor, generator) = division.each(|| {
@@ -117,9 +123,9 @@ fn finish(
     };
     let drawn = images.iter().zip(&names).filter(is_drawn).map(|(path, _)| path);
     let sheets = options.write_sheets(&drawn.collect::<Vec<_>>())?;
-    let text = format!("{total} masks of {} images in {}", images.len(), json.display());
+    let text = format!("{total} masks of {} images in {}", done.len(), json.display());
     let object = json!({
-        "images": images.len(),
+        "images": done.len(),
         "skipped": skipped,
         "masks": total,
         "coco": json,
@@ -228,12 +234,36 @@ impl Options {
         }
     }
 
+    /// Refuses results in the place of an image, and of files that may not be replaced.
+    fn spare_files(&self, images: &[PathBuf]) -> anyhow::Result<()> {
+        let FileArguments { sheet, columns, overwrite, resume, .. } = &self.files;
+        let mut results: Vec<PathBuf> =
+            images.iter().flat_map(|image| self.results(image).all()).collect();
+        if let Some(path) = sheet {
+            named_as_png(path, "contact sheet")?;
+            results.extend(sheet::files(path, images.len(), (*columns).into()));
+        }
+        let of_images: BTreeSet<_> = images.iter().flat_map(|path| path.canonicalize()).collect();
+        for path in results {
+            if path.canonicalize().is_ok_and(|path| of_images.contains(&path)) {
+                bail!("{}: is one of the images itself; choose another place", path.display())
+            }
+            if path.exists() && !overwrite && !resume {
+                bail!(
+                    "{}: exists already; choose another place, --resume or --overwrite",
+                    path.display()
+                )
+            }
+        }
+        Ok(())
+    }
+
     /// Draws the contact sheets of images with overlays, if they are wanted; returns their files.
     fn write_sheets(&self, images: &[&PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
         let Some(path) = &self.files.sheet else { return Ok(vec![]) };
         let overlay = |image: &&PathBuf| (name_of(image), self.results(image).overlay());
         let pictures: Vec<_> = images.iter().map(overlay).collect();
-        sheet::write(path, &pictures, self.files.columns)
+        sheet::write(path, &pictures, self.files.columns.into())
     }
 }
 
@@ -245,6 +275,7 @@ fn name_of(path: &Path) -> String {
 /// Begins the record of a run, or goes on with that of an earlier one of the same settings.
 fn open_journal(
     options: &Options,
+    images: &[PathBuf],
     truth: Option<&Dataset>,
     division: &Division,
 ) -> anyhow::Result<Journal> {
@@ -256,7 +287,10 @@ fn open_journal(
             "{}: exists already; choose another --output, --resume or --overwrite",
             path.display()
         ),
-        _ => Ok(options.settings(truth)),
+        _ => {
+            options.spare_files(images)?;
+            Ok(options.settings(truth))
+        }
     })?;
     division.make_folder(folder)?;
     // The first process writes it only after all have read it, for they wait for each other below.

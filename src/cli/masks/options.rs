@@ -8,6 +8,7 @@ use super::super::processes::Processes;
 use super::calibration::CalibrationArguments;
 use crate::sam::{MaskGenerator, Tiling};
 use crate::train::Dataset;
+use anyhow::bail;
 use serde_json::{json, Value};
 use std::path::PathBuf;
 
@@ -56,6 +57,26 @@ impl Options {
             "tiles": format!("{:?}", self.tiles.tiling()),
             "backend": format!("{:?}", self.backend),
         })
+    }
+}
+
+impl Options {
+    /// Refuses flags about results where no image is named that would have some.
+    pub fn check_idle(&self) -> anyhow::Result<()> {
+        let FileArguments { each, geojson, sheet, overwrite, resume, .. } = &self.files;
+        let flags = [
+            ("--each", *each),
+            ("--geojson", *geojson),
+            ("--sheet", sheet.is_some()),
+            ("--overwrite", *overwrite),
+            ("--resume", *resume),
+            ("--tile", self.tiles.tile.is_some()),
+            ("--embeddings", self.embeddings.is_given()),
+        ];
+        match flags.iter().find(|(_, is_given)| *is_given && self.images.is_empty()) {
+            Some((flag, _)) => bail!("{flag} has no effect without IMAGES"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -138,8 +159,14 @@ pub struct FileArguments {
     #[arg(long, value_name = "FILE.png")]
     pub sheet: Option<PathBuf>,
     /// Pictures in a row of the sheet
-    #[arg(long, default_value_t = 5, value_name = "N", requires = "sheet")]
-    pub columns: usize,
+    #[arg(
+        long,
+        default_value_t = 5,
+        value_name = "N",
+        requires = "sheet",
+        value_parser = clap::value_parser!(u16).range(1..)
+    )]
+    pub columns: u16,
     /// Replace files that exist
     #[arg(long)]
     pub overwrite: bool,

@@ -1,7 +1,7 @@
 //! The files of one image.
 
 use super::super::draw;
-use super::super::photo::is_whole;
+use super::super::photo::{is_newer, is_whole};
 use crate::sam::{
     convert_to_rgb, label_image, save_geojson, save_label_strips, save_labels, Crop, Generated,
     GeneratedMask, LargeImage,
@@ -65,14 +65,22 @@ impl Results<'_> {
         self.file("overlay.png")
     }
 
+    /// The files that an image may get, but for single masks after the first.
+    pub fn all(&self) -> Vec<PathBuf> {
+        let labels = [0, usize::MAX].map(|masks| self.labels(masks));
+        let first = self.each.then(|| self.single(0));
+        labels.into_iter().chain([self.overlay()]).chain(self.geojson()).chain(first).collect()
+    }
+
     fn single(&self, index: usize) -> PathBuf {
         self.file(&format!("{:04}.png", index + 1))
     }
 
-    /// Whether all files of an image of this size and of so many masks are there and can be read.
+    /// Whether all files of an image of this size and of so many masks are there, can be read, and are not older than it.
     pub fn are_whole(&self, size: (u32, u32), masks: usize) -> bool {
         let labels = self.labels(masks);
-        (if self.tiled { has_all_strips(&labels) } else { is_whole(&labels) })
+        !is_newer(self.image, &labels)
+            && (if self.tiled { has_all_strips(&labels) } else { is_whole(&labels) })
             && (!self.is_drawn(size) || is_whole(&self.overlay()))
             && self.geojson().is_none_or(|path| is_json(&path))
             && (0..masks).filter(|_| self.each).all(|index| is_whole(&self.single(index)))

@@ -7,11 +7,9 @@ use super::console::Console;
 use super::division::{Division, Turn};
 use super::draw;
 use super::embeddings::{EmbeddingArguments, Origin, Tally};
-use super::photo::{images, is_whole, PhotoArguments};
+use super::photo::{images, is_newer, is_whole, named_as_png, PhotoArguments};
 use super::processes::Processes;
-use crate::sam::{
-    convert_to_rgb, has_image_ending, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor,
-};
+use crate::sam::{convert_to_rgb, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use anyhow::{bail, Context};
 use image::{DynamicImage, GrayImage};
 use prompts::{PromptArguments, Prompts};
@@ -75,7 +73,7 @@ impl Job {
     }
 
     fn is_done(&self) -> bool {
-        is_whole(&self.mask) && is_whole(&self.overlay)
+        !is_newer(&self.image, &self.mask) && is_whole(&self.mask) && is_whole(&self.overlay)
     }
 }
 
@@ -149,9 +147,12 @@ impl Options {
         if several && (self.mask.is_some() || self.overlay.is_some()) {
             bail!("--mask and --overlay are for one image; name a folder with --output")
         }
+        if self.mask.is_some() && self.overlay.is_some() && self.output != Path::new(".") {
+            bail!("--output has no effect beside --mask and --overlay")
+        }
         let mask = self.destination(&image, &self.mask, "mask")?;
         let overlay = self.destination(&image, &self.overlay, "overlay")?;
-        if mask == overlay {
+        if place(&mask) == place(&overlay) {
             bail!("--mask and --overlay are both {}", mask.display())
         }
         Ok(Job { image, mask, overlay })
@@ -170,14 +171,7 @@ impl Options {
             false => self.output.join(format!("{stem}.{ending}.png")),
         };
         let path = path.clone().unwrap_or_else(named);
-        if has_image_ending(&path)
-            && path.extension().is_some_and(|e| !e.eq_ignore_ascii_case("png"))
-        {
-            bail!(
-                "{}: the {ending} is written as PNG; choose a name that ends in .png",
-                path.display()
-            )
-        }
+        named_as_png(&path, ending)?;
         if path.canonicalize().is_ok_and(|path| image.canonicalize().is_ok_and(|i| i == path)) {
             bail!("{}: is the image itself; choose another place", path.display())
         }
@@ -193,6 +187,13 @@ impl Options {
         let objects = Prompts::parse(&self.prompts, size, console)?;
         Ok((image, objects))
     }
+}
+
+/// A path in its folder's own spelling.
+fn place(path: &Path) -> PathBuf {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).canonicalize();
+    folder.map_or_else(|_| path.into(), |f| f.join(path.file_name().unwrap_or_default()))
 }
 
 /// A mask and the IoU that the model expects of it.

@@ -42,7 +42,7 @@ impl Prompts {
         let mut objects: Vec<Self> = Vec::new();
         let (mut largest, mut fractions) = (0f32, false);
         for text in &given.boxes {
-            let [x0, y0, x1, y1] = numbers(text)?[..] else {
+            let [x0, y0, x1, y1] = numbers("--box", text)?[..] else {
                 bail!("--box {text}: expected X0,Y0,X1,Y1")
             };
             if x0 >= x1 || y0 >= y1 {
@@ -66,7 +66,7 @@ impl Prompts {
             objects.push(Self { sides: Some(clipped), ..Self::default() });
         }
         for text in &given.points {
-            let (x, y, label, object) = match numbers(text)?[..] {
+            let (x, y, label, object) = match numbers("--point", text)?[..] {
                 [x, y] => (x, y, 1.0, 1.0),
                 [x, y, label] => (x, y, label, 1.0),
                 [x, y, label, object] => (x, y, label, object),
@@ -115,10 +115,10 @@ impl Prompts {
     }
 }
 
-fn numbers(text: &str) -> anyhow::Result<Vec<f32>> {
+fn numbers(flag: &str, text: &str) -> anyhow::Result<Vec<f32>> {
     let number = |part: &str| match part.trim().parse::<f32>() {
         Ok(number) if number.is_finite() => Ok(number),
-        _ => Err(anyhow!("{text}: {part:?} is no number")),
+        _ => Err(anyhow!("{flag} {text:?}: expected numbers with commas between, got {part:?}")),
     };
     text.split(',').map(number).collect()
 }

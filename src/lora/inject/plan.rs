@@ -32,8 +32,8 @@ pub(in crate::lora) struct Plan<'a> {
     pub(super) targets: BTreeMap<String, Target>,
     /// Base tensors saved with the adapter, by their name in the model; the parameters among them are trained.
     pub(super) base: BTreeMap<String, (String, Tensor)>,
-    /// Names in `modules_to_save` without a module; PEFT passes over them.
-    pub(in crate::lora) unknown_modules: Vec<String>,
+    /// Names and patterns of the configuration that mean nothing in the model; PEFT passes over them.
+    pub(in crate::lora) idle: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
@@ -49,7 +49,13 @@ impl<'a> Plan<'a> {
         let targets = find_targets(model, &matcher)?;
         let mut base = BTreeMap::new();
         let tensors = base_tensors(model);
-        let unknown_modules = unknown_modules(&tensors, config);
+        let unknown = unknown_modules(&tensors, config).into_iter();
+        let mut idle: Vec<String> = unknown
+            .map(|name| {
+                format!("modules_to_save: no module is called {name:?}; PEFT passes over it")
+            })
+            .collect();
+        idle.extend(matcher.idle_patterns(targets.keys())?);
         refuse_nested(&tensors, &matcher)?;
         for BaseTensor { name, value, is_parameter, .. } in tensors {
             let is_adapted = |module: &str| targets.contains_key(module);
@@ -66,7 +72,7 @@ impl<'a> Plan<'a> {
             }
         }
         refuse_int8(config, &targets, &base)?;
-        Ok(Self { config, name, active, targets, base, unknown_modules })
+        Ok(Self { config, name, active, targets, base, idle })
     }
 
     /// Leaves and shapes of the tensors of one adapter.

@@ -2,7 +2,7 @@
 
 use super::names::{matches, Names, Part};
 use super::place::{Place, Spellings};
-use super::source::Source;
+use super::source::{is_shard, Source};
 use crate::nn::{check_settable, is_adapter_tensor, refuse_int8, ModuleTree, Node};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{DType, Device};
@@ -221,6 +221,10 @@ fn note(
     if !missing.is_empty() && !source.unread.is_empty() {
         let unread = shown_unread(&source.unread);
         return Some(format!("it holds tensors of kinds that are not read: {unread}"));
+    }
+    let name = source.path.file_name().map(|name| name.to_string_lossy());
+    if source.files.len() == 1 && name.is_some_and(|name| is_shard(&name)) {
+        return Some("it is one part of a checkpoint: name the folder, or the index".into());
     }
     let relative = relative(names, surplus);
     if relative.is_some() {

@@ -145,7 +145,7 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
 }
 
 /// Whether a name is that of a part of a checkpoint, as `model-00001-of-00002.safetensors`.
-fn is_shard(name: &str) -> bool {
+pub(super) fn is_shard(name: &str) -> bool {
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
     stem.rsplit_once("-of-").is_some_and(|(start, of)| {

@@ -32,10 +32,12 @@ impl ImageFolder {
             if name.starts_with('.') || OF_SYSTEMS.contains(&name.to_lowercase().as_str()) {
                 continue;
             }
-            match path.is_dir() {
-                true => others.push(format!("{name}/")),
-                false if has_image_ending(&path) => images.push(path),
-                false => others.push(name.into_owned()),
+            match std::fs::metadata(&path) {
+                Ok(found) if found.is_dir() => others.push(format!("{name}/")),
+                // Reading a pipe would wait for its writer.
+                Ok(found) if !found.is_file() => others.push(name.into_owned()),
+                _ if has_image_ending(&path) => images.push(path),
+                _ => others.push(name.into_owned()),
             }
         }
         images.sort();
@@ -45,13 +47,19 @@ impl ImageFolder {
 
     /// The error of a folder without an image.
     pub fn without_image(&self, folder: &Path) -> Error {
-        let (count, first) = (self.others.len(), self.others.iter().take(NAMES));
-        let first = first.cloned().collect::<Vec<_>>().join(", ");
-        let more = if count > NAMES { ", .." } else { "" };
         let endings = ENDINGS.join(", ");
-        let content = if count == 0 { "is empty".into() } else { format!("holds {first}{more}") };
+        let content = match self.others.is_empty() {
+            true => "is empty".into(),
+            false => format!("holds {}", shortened(&self.others)),
+        };
         Error::file(folder, format!("the folder has no image ({endings}); it {content}"))
     }
+}
+
+/// The first names of a list, and dots in the place of others.
+pub(crate) fn shortened(names: &[String]) -> String {
+    let more = if names.len() > NAMES { ", .." } else { "" };
+    format!("{}{more}", names[..names.len().min(NAMES)].join(", "))
 }
 
 /// Whether an ending, in small letters, is an image's.

@@ -5,6 +5,13 @@ pub(crate) const MAX_SIDE: u32 = 1 << 15;
 /// No image may need more memory to decode, in bytes.
 pub(super) const MAX_DECODED: u64 = 1 << 30;
 
+/// No file may be longer, in bytes.
+pub(super) const MAX_FILE: u64 = 4 << 30;
+
+/// The program's flags that choose a page of an image, and of a mask.
+pub(super) const PAGE: &str = "--page";
+pub(super) const MASK_PAGE: &str = "--mask-page";
+
 /// Refuses sizes beyond the limits.
 pub(super) fn check_size(width: u32, height: u32, a_pixel: u64) -> Result<(), String> {
     if width.max(height) > MAX_SIDE {

@@ -13,7 +13,7 @@ mod tiff_chunks;
 mod tiff_file;
 
 pub use colours::{convert_to_rgb, is_transparent};
-pub(crate) use folder::{has_image_ending, is_image, ImageFolder};
+pub(crate) use folder::{has_image_ending, is_image, shortened, ImageFolder};
 pub use large::LargeImage;
 pub(crate) use limits::MAX_SIDE;
 pub use range::ValueRange;
@@ -24,8 +24,9 @@ use crate::{Error, Result};
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, ImageResult};
-use limits::{check_size, MAX_DECODED};
-use std::io::Cursor;
+use limits::{check_size, MASK_PAGE, MAX_DECODED, MAX_FILE, PAGE};
+use std::fs::File;
+use std::io::{Cursor, Read};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 
@@ -106,7 +107,7 @@ impl ReadOptions {
 
     fn decode(&self, bytes: Vec<u8>) -> std::result::Result<Picture, String> {
         let format = format(&bytes)?;
-        let page = self.select(&bytes, format)?;
+        let page = self.select(&bytes, format, PAGE)?;
         let (mut image, orientation, sample_type, (range, not_numbers)) = match self
             .raster(&bytes, format, page)?
         {
@@ -161,6 +162,9 @@ impl ReadOptions {
         if format == ImageFormat::Jpeg && !jpeg::is_complete(bytes) {
             return Err("the JPEG is cut off: its data end before the image does".into());
         }
+        if is_tiff {
+            tiff_file::check_whole(bytes, place, channel)?;
+        }
         if is_tiff && (place > 0 || channel.is_some()) {
             return Ok(Decoded::Tiff);
         }
@@ -183,11 +187,12 @@ impl ReadOptions {
         }
     }
 
-    /// The place of the wanted page, and the wanted channel of a TIFF of one page.
+    /// The place of the wanted page, and the wanted channel of a TIFF of one page. Errors name `flag`.
     fn select(
         &self,
         bytes: &[u8],
         format: ImageFormat,
+        flag: &str,
     ) -> std::result::Result<(usize, Option<usize>), String> {
         let places = match format {
             ImageFormat::Tiff => tiff_file::pages(bytes)?,
@@ -201,7 +206,7 @@ impl ReadOptions {
                 Ok((places[0], Some(page - 1)))
             }
             (count, None) => {
-                Err(format!("it has {count} {what}; choose one (--page 1 to {count})"))
+                Err(format!("it has {count} {what}; choose one ({flag} 1 to {count})"))
             }
             (count, Some(page)) => places
                 .get(page.wrapping_sub(1))
@@ -244,7 +249,7 @@ impl Raster {
             return Err("a mask must be stored without loss, as PNG or TIFF, not as JPEG".into());
         }
         let options = ReadOptions { range: ValueRange::Type, page };
-        let (place, channel) = options.select(&bytes, format)?;
+        let (place, channel) = options.select(&bytes, format, MASK_PAGE)?;
         match format {
             ImageFormat::Tiff => {
                 let wanted = tiff_file::Wanted { place, channel, values: true };
@@ -351,8 +356,24 @@ fn decode_plain(
     decode().map_err(failed)
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|e| Error::io(path, e))
+/// The bytes of an image file.
+///
+/// # Errors
+/// - the file cannot be read, or has more than 4 GiB.
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let read = || {
+        let file = File::open(path)?;
+        let found = file.metadata()?;
+        // Devices may have no end.
+        let most = if found.is_file() { MAX_FILE } else { MAX_DECODED };
+        let mut bytes = Vec::with_capacity(found.len().min(most) as usize);
+        file.take(most + 1).read_to_end(&mut bytes).map(|_| (bytes, most))
+    };
+    let (bytes, most) = read().map_err(|e| Error::io(path, e))?;
+    match bytes.len() as u64 > most {
+        true => Err(Error::file(path, format!("is no image: it has more than {most} bytes"))),
+        false => Ok(bytes),
+    }
 }
 
 fn format(bytes: &[u8]) -> std::result::Result<ImageFormat, String> {

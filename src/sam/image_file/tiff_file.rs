@@ -1,6 +1,7 @@
 //! TIFFs of any depth: integers of 1 to 64 bits, floats of 16 to 64, palettes, JPEG and YCbCr, pages.
 
-use super::limits::{check_size, unpacked, MAX_DECODED};
+use super::jpeg::is_complete;
+use super::limits::{check_size, unpacked, MASK_PAGE, MAX_DECODED, PAGE};
 use super::raster::{Raster, RasterKind, SampleType, Samples};
 use image::metadata::Orientation;
 use std::io::{Cursor, Read, Seek};
@@ -19,6 +20,8 @@ pub(super) const BLACK_IS_ZERO: u16 = 1;
 pub(super) const RGB: u16 = 2;
 const PALETTE: u16 = 3;
 const YCBCR: u16 = 6;
+/// A value of the tag Compression.
+const JPEG: u16 = 7;
 
 /// Tags of a page.
 pub(super) struct Page {
@@ -52,6 +55,14 @@ impl Page {
             3 => SampleType::Float(bits),
             _ => SampleType::Unsigned(bits),
         }
+    }
+
+    /// Why its channels are no image, and what helps.
+    fn too_many_channels(&self, channels: usize, flag: &str) -> String {
+        format!(
+            "{self}: its {channels} channels are neither grey, with or without opacity, nor colours; choose one \
+             ({flag} 1 to {channels})"
+        )
     }
 
     /// Whether the first extra channel is opacity.
@@ -155,6 +166,35 @@ pub(super) fn has_associated_alpha(bytes: &[u8]) -> bool {
     open(Cursor::new(bytes)).is_ok_and(|mut decoder| Page::of(&mut decoder).has_associated_alpha())
 }
 
+/// Refuses what decoders pass over. They drop channels after the fourth, where none is wanted. They fill what is missing
+/// of a JPEG that is cut off with grey.
+pub(super) fn check_whole(
+    bytes: &[u8],
+    place: usize,
+    channel: Option<usize>,
+) -> Result<(), String> {
+    let mut decoder = at(bytes, place)?;
+    let page = Page::of(&mut decoder);
+    if page.channels > 4 && channel.is_none() {
+        return Err(page.too_many_channels(page.channels.into(), PAGE));
+    }
+    if page.compression != JPEG {
+        return Ok(());
+    }
+    let mut tag = |tag| decoder.find_tag_unsigned_vec::<u64>(tag).ok().flatten();
+    let offsets = tag(Tag::StripOffsets).or_else(|| tag(Tag::TileOffsets)).unwrap_or_default();
+    let lengths = tag(Tag::StripByteCounts).or_else(|| tag(Tag::TileByteCounts));
+    let is_whole = |(offset, length): (u64, u64)| {
+        let end = offset.checked_add(length).and_then(|end| usize::try_from(end).ok());
+        let part = end.and_then(|end| bytes.get(offset as usize..end));
+        length == 0 || part.is_some_and(is_complete)
+    };
+    match offsets.into_iter().zip(lengths.unwrap_or_default()).all(is_whole) {
+        true => Ok(()),
+        false => Err("the TIFF is cut off: one of the JPEGs within ends early".into()),
+    }
+}
+
 /// How a page is to be read.
 #[derive(Clone, Copy)]
 pub(super) struct Wanted {
@@ -223,10 +263,8 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
                 RasterKind::Grey
             }
             _ => {
-                return Err(format!(
-                    "{page}: its {channels} channels are neither grey, with or without opacity, nor colours; choose \
-                     one (--page 1 to {channels})"
-                ))
+                let flag = if wanted.values { MASK_PAGE } else { PAGE };
+                return Err(page.too_many_channels(channels, flag));
             }
         },
     };

@@ -23,7 +23,7 @@ pub(super) use meaning::turned;
 pub use meaning::{Mask, Meaning};
 pub use options::MaskOptions;
 
-use crate::sam::Raster;
+use crate::sam::{read_file, Raster};
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -37,7 +37,7 @@ use std::path::Path;
 /// - its pixels are not those of a mask, see [the rules](Meaning).
 pub fn read_mask(path: impl AsRef<Path>, options: &MaskOptions) -> Result<Mask> {
     let path = path.as_ref();
-    read_mask_bytes(path, std::fs::read(path).map_err(|e| Error::io(path, e))?, options)
+    read_mask_bytes(path, read_file(path)?, options)
 }
 
 /// As [`read_mask`], of a file whose bytes are at hand.

@@ -3,7 +3,7 @@
 use super::meaning::{Mask, Meaning};
 use super::parts::{parts, Part};
 use super::soft;
-use super::values::{Source, Values};
+use super::values::{Source, Values, STEPS};
 use super::MaskOptions;
 use crate::train::labels::{LabelImage, IGNORED};
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,8 +43,8 @@ pub(super) fn mask(
         refuse_dark_objects(&objects, total, found)?;
     }
     let by_parts = binary || options.parts || meaning == Meaning::Opacity;
-    refuse_whole_image(&counts, &objects, total, by_parts)?;
-    let mut remarks = remarks(&objects, total);
+    refuse_whole_image(&counts, &objects, total, (by_parts, found))?;
+    let mut remarks = remarks(&objects, total, found);
     if found.no_number > 0 {
         remarks.push(format!("{} pixels are no number and taken for background", found.no_number));
     }
@@ -88,7 +88,8 @@ fn levels(
     let noise =
         counts.len() > 2 && soft::is_noise(values, columns, options.background.unwrap_or(0));
     // Probabilities seldom have an exact 0.
-    let probabilities = found.fractions && !counts.contains_key(&0) && options.background.is_none();
+    let probabilities =
+        found.fractions.is_some() && !counts.contains_key(&0) && options.background.is_none();
     if !noise && !probabilities {
         return Ok((values.clone(), meaning));
     }
@@ -117,9 +118,10 @@ fn refuse_dark_objects(objects: &[&Part], total: usize, found: &Values) -> Resul
         None => Ok(()),
         Some(part) => {
             let (value, share) = (written(part.value, found), percent(part.area, total));
+            let stored = stored(part.value, found);
             Err(format!(
-                "the one value beside 0, {value}, surrounds everything and covers {share} of the image: if objects are \
-                 0, say --background {value}, if not, --background 0"
+                "the one value beside 0, {stored}, surrounds everything and covers {share} of the image: if objects \
+                 are 0, say --background {value}, if not, --background 0"
             ))
         }
     }
@@ -129,7 +131,7 @@ fn refuse_whole_image(
     counts: &BTreeMap<i64, usize>,
     objects: &[&Part],
     total: usize,
-    by_parts: bool,
+    (by_parts, found): (bool, &Values),
 ) -> Result<(), String> {
     let largest = if by_parts {
         objects.iter().map(|part| (part.value, part.area)).max_by_key(|(_, area)| *area)
@@ -140,19 +142,20 @@ fn refuse_whole_image(
     match largest.filter(|(_, area)| whole(*area)) {
         None => Ok(()),
         Some((value, area)) => Err(format!(
-            "one object, of the value {value}, is the whole image ({area} of {total} pixels)"
+            "one object, of the value {}, is the whole image ({area} of {total} pixels)",
+            stored(value, found)
         )),
     }
 }
 
 /// Objects that may be none.
-fn remarks(objects: &[&Part], total: usize) -> Vec<String> {
+fn remarks(objects: &[&Part], total: usize, found: &Values) -> Vec<String> {
     let odd = objects.iter().filter(|part| part.borders() == 4 || part.area * 10 > total * 9);
     odd.map(|part| {
         let share = percent(part.area, total);
         format!(
             "an object of the value {} touches {} borders of the image and covers {share}",
-            part.value,
+            stored(part.value, found),
             part.borders()
         )
     })
@@ -297,8 +300,9 @@ fn background(
         None => Ok(0),
         Some(part) => {
             let (value, share) = (written(part.value, found), percent(part.area, total));
+            let stored = stored(part.value, found);
             Err(format!(
-                "no pixel is 0, the background; the value {value} surrounds everything and covers {share}: say \
+                "no pixel is 0, the background; the value {stored} surrounds everything and covers {share}: say \
                  --background {value} if it is the background, --background 0 if it is an object"
             ))
         }
@@ -329,6 +333,17 @@ fn written(value: i64, found: &Values) -> String {
     match found.source {
         Source::Colour if (0..1 << 24).contains(&value) => format!("#{value:06x}"),
         _ => value.to_string(),
+    }
+}
+
+/// A value as it is in the file.
+fn stored(value: i64, found: &Values) -> String {
+    match found.fractions {
+        Some((low, high)) => {
+            let rounded = format!("{:.4}", low + value as f64 / STEPS * (high - low));
+            rounded.trim_end_matches('0').trim_end_matches('.').into()
+        }
+        None => written(value, found),
     }
 }
 

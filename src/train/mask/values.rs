@@ -27,9 +27,12 @@ pub(super) struct Values {
     pub top: Option<i64>,
     /// Pixels that are no number, taken for background.
     pub no_number: usize,
-    /// Whether they are fractions, as of probabilities, and not labels.
-    pub fractions: bool,
+    /// The smallest and the largest of fractions, as of probabilities, that became 0 to [`STEPS`]; none for labels.
+    pub fractions: Option<(f64, f64)>,
 }
+
+/// Steps that fractions are divided into.
+pub(super) const STEPS: f64 = 65535.0;
 
 /// The values of a raster.
 ///
@@ -40,7 +43,7 @@ pub(super) struct Values {
 /// with opacity     of one colour: the opacity; else 0 where less than half opaque, and the colour elsewhere
 /// ```
 /// # Errors
-/// - a label is beyond 2^53, where the numbers that are read are no longer exact.
+/// - a label is infinite, or beyond 2^53, where the numbers that are read are no longer exact.
 pub(super) fn values(raster: &Raster) -> Result<Values, String> {
     let (channels, colours) = (raster.channels(), raster.kind.colours());
     let pixels = raster.samples.len() / channels.max(1);
@@ -94,7 +97,7 @@ pub(super) fn values(raster: &Raster) -> Result<Values, String> {
             (source, top) = (Source::Opacity, None);
         }
     }
-    Ok(Values { values: all, source, top, no_number: 0, fractions: false })
+    Ok(Values { values: all, source, top, no_number: 0, fractions: None })
 }
 
 /// Makes transparent pixels background; or returns true, with the opacity as the values, if all have one colour.
@@ -132,6 +135,9 @@ fn look_at(opacity: &[i64], values: &mut [i64]) -> bool {
 
 /// Floats: labels if all are whole numbers, else levels.
 fn floats(values: Vec<f64>) -> Result<Values, String> {
+    if values.iter().any(|value| value.is_infinite()) {
+        return Err("a value is infinite, which no label is".into());
+    }
     let finite = || values.iter().filter(|value| value.is_finite());
     let no_number = values.len() - finite().count();
     let (source, top) = (Source::Grey, None);
@@ -140,14 +146,14 @@ fn floats(values: Vec<f64>) -> Result<Values, String> {
             return Err(format!("the value {value} is beyond 2^53, too large for a label"));
         }
         let values = values.iter().map(|v| if v.is_finite() { *v as i64 } else { 0 }).collect();
-        return Ok(Values { values, source, top, no_number, fractions: false });
+        return Ok(Values { values, source, top, no_number, fractions: None });
     }
     let low = finite().copied().fold(f64::INFINITY, f64::min).min(0.0);
     let high = finite().copied().fold(f64::NEG_INFINITY, f64::max);
     let steps = |value: &f64| match value.is_finite() {
-        true => ((value - low) / (high - low).max(f64::MIN_POSITIVE) * 65535.0).round() as i64,
+        true => ((value - low) / (high - low).max(f64::MIN_POSITIVE) * STEPS).round() as i64,
         false => 0,
     };
     let values = values.iter().map(steps).collect();
-    Ok(Values { values, source, top, no_number, fractions: true })
+    Ok(Values { values, source, top, no_number, fractions: Some((low, high)) })
 }
