@@ -4,6 +4,7 @@ use super::console::Console;
 use super::model::{self, Placement, Quantize, Source};
 use crate::train::{device_of_rank, Communicator};
 use crate::Error;
+use anyhow::bail;
 use candle_core::DType;
 use clap::ValueEnum;
 use std::path::PathBuf;
@@ -29,6 +30,14 @@ impl ModelArguments {
     /// The files that are meant.
     pub fn find(&self, console: Console) -> anyhow::Result<Source> {
         model::find(self.model.as_deref(), self.adapter.as_deref(), console)
+    }
+}
+
+/// Refuses thresholds outside of 0 to 1.
+pub fn check_fractions(flags: &[(&str, Option<f64>)]) -> anyhow::Result<()> {
+    match flags.iter().find(|(_, value)| value.is_some_and(|v| !(0.0..=1.0).contains(&v))) {
+        Some((flag, Some(value))) => bail!("{flag} is {value}, expected 0 to 1"),
+        _ => Ok(()),
     }
 }
 

@@ -67,7 +67,7 @@ fn says_what_is_wrong() -> Result<()> {
         let said = format!("{threshold}_thresh is no number");
         fails(&format!("{image} --{flag} nan"), 1, &[&said])?;
     }
-    fails(&format!("{image} --nms 3"), 1, &["crop_nms_thresh is 3, expected 0 to 1"])?;
+    fails(&format!("{image} --nms 3"), 1, &["--nms is 3, expected 0 to 1"])?;
     let calibrated = "--calibrate-images i --calibrate-masks m --geojson";
     fails(calibrated, 1, &["--geojson has no effect without IMAGES"])?;
     fails(&format!("{image} --sheet s.jpg"), 1, &["s.jpg", "ends in .png"])?;

@@ -1,6 +1,6 @@
 //! The command line of `finetune`.
 
-use super::super::arguments::Backend;
+use super::super::arguments::{check_fractions, Backend};
 use super::super::console::Console;
 use super::super::lora_arguments::LoraArguments;
 use super::super::processes::Processes;
@@ -386,16 +386,13 @@ impl Options {
             ("--automatic-nms", self.automatic_nms.is_some(), self.automatic > 0, "with --automatic 0"),
         ];
         let idle = flags.iter().find(|(_, is_given, has_effect, _)| *is_given && !has_effect);
-        match (idle, self.automatic_nms) {
-            (Some((flag, .., when)), _) => bail!("{flag} has no effect {when}"),
-            (None, Some(iou)) if !(0.0..=1.0).contains(&iou) => {
-                bail!("--automatic-nms is {iou}, expected 0 to 1")
-            }
-            _ if lora.alpha == 0.0 && adapts => {
-                bail!("--alpha 0: adapters would have no effect")
-            }
-            _ => Ok(()),
+        if let Some((flag, .., when)) = idle {
+            bail!("{flag} has no effect {when}")
         }
+        if lora.alpha == 0.0 && adapts {
+            bail!("--alpha 0: adapters would have no effect")
+        }
+        check_fractions(&[("--automatic-nms", self.automatic_nms)])
     }
 
     /// The optimizer and how it is used.

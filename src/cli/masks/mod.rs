@@ -35,7 +35,7 @@ fn find_all(options: &Options, division: &Division) -> anyhow::Result<()> {
     let console = division.console;
     division.each(|| {
         options.check_idle()?;
-        Ok(options.generator.generator().validate()?)
+        options.generator.check()
     })?;
     let (place, images, truth) = division.each(|| {
         let (place, images) =

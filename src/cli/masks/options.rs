@@ -1,6 +1,6 @@
 //! The command line of `masks`, in groups: what is found, what is written.
 
-use super::super::arguments::{Backend, ModelArguments};
+use super::super::arguments::{check_fractions, Backend, ModelArguments};
 use super::super::console::Console;
 use super::super::embeddings::EmbeddingArguments;
 use super::super::photo::PhotoArguments;
@@ -111,6 +111,16 @@ pub struct GeneratorArguments {
 }
 
 impl GeneratorArguments {
+    /// Refuses settings that no generator has, or that find nothing.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.generator().validate()?;
+        check_fractions(&[
+            ("--stability", Some(self.stability)),
+            ("--nms", Some(self.nms)),
+            ("--mask-nms", self.mask_nms),
+        ])
+    }
+
     /// The generator of these settings.
     pub fn generator(&self) -> MaskGenerator {
         MaskGenerator {

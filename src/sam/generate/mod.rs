@@ -320,31 +320,22 @@ impl MaskGenerator {
             Self { crop_n_layers: layers @ 6.., .. } => {
                 refuse(format!("crop_n_layers is {layers}, expected at most 5"))
             }
-            _ => {
-                let thresholds = self.thresholds();
-                if let Some((name, ..)) = thresholds.iter().find(|(_, value, _)| value.is_nan()) {
-                    return refuse(format!("{name} is no number (NaN)"));
-                }
-                let is_outside =
-                    |value: f64, is_fraction| is_fraction && !(0.0..=1.0).contains(&value);
-                match thresholds.into_iter().find(|(_, value, kind)| is_outside(*value, *kind)) {
-                    Some((name, value, _)) => refuse(format!("{name} is {value}, expected 0 to 1")),
-                    None => Ok(()),
-                }
-            }
+            _ => match self.thresholds().into_iter().find(|(_, value)| value.is_nan()) {
+                Some((name, _)) => refuse(format!("{name} is no number (NaN)")),
+                None => Ok(()),
+            },
         }
     }
 
-    /// Each with its name, and whether it is a fraction; predicted IoUs may be above 1.
-    fn thresholds(&self) -> [(&'static str, f64, bool); 7] {
+    fn thresholds(&self) -> [(&'static str, f64); 7] {
         [
-            ("pred_iou_thresh", self.pred_iou_thresh, false),
-            ("stability_score_thresh", self.stability_score_thresh, true),
-            ("stability_score_offset", self.stability_score_offset, false),
-            ("mask_threshold", self.mask_threshold, false),
-            ("crop_nms_thresh", self.crop_nms_thresh, true),
-            ("box_nms_thresh", self.box_nms_thresh.unwrap_or_default(), true),
-            ("mask_nms_thresh", self.mask_nms_thresh.unwrap_or_default(), true),
+            ("pred_iou_thresh", self.pred_iou_thresh),
+            ("stability_score_thresh", self.stability_score_thresh),
+            ("stability_score_offset", self.stability_score_offset),
+            ("mask_threshold", self.mask_threshold),
+            ("crop_nms_thresh", self.crop_nms_thresh),
+            ("box_nms_thresh", self.box_nms_thresh.unwrap_or_default()),
+            ("mask_nms_thresh", self.mask_nms_thresh.unwrap_or_default()),
         ]
     }
 
