@@ -2,8 +2,7 @@
 
 use super::console::Console;
 use crate::sam::{
-    has_image_ending, is_transparent, shortened, ImageFolder, LargeImage, ReadOptions, Tiling,
-    ValueRange,
+    has_image_ending, is_transparent, ImageFolder, LargeImage, ReadOptions, Tiling, ValueRange,
 };
 use crate::Result;
 use anyhow::bail;
@@ -116,7 +115,10 @@ pub fn images(named: &[PathBuf], console: Console) -> anyhow::Result<Vec<PathBuf
 fn left_alone(folder: &Path, what: &str, names: Vec<String>, console: Console) {
     let (folder, count) = (folder.display(), names.len());
     if count > 0 {
-        console.note(format!("{folder}: left alone, {what}: {count}: {}", shortened(&names)));
+        console.note(format!(
+            "{folder}: left alone, {what}: {count}: {}",
+            ImageFolder::shortened(&names)
+        ));
     }
 }
 

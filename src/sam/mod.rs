@@ -93,7 +93,7 @@ pub use image_file::{
     ReadOptions, SampleType, Samples, ValueRange,
 };
 #[cfg(feature = "images")]
-pub(crate) use image_file::{has_image_ending, is_image, read_file, shortened, ImageFolder};
+pub(crate) use image_file::{has_image_ending, is_image, read_file, ImageFolder};
 pub use mask_decoder::{PreparedImages, SamFeedForward, SamMaskDecoder, SamMaskDecoderInput};
 pub use model::{SamInput, SamModel, SamOutput};
 #[cfg(feature = "images")]

@@ -1,18 +1,14 @@
 //! LoRA on a model of candle_nn's layers, compared with what PEFT computes.
 
-#[allow(dead_code)]
-#[path = "../../examples/any_model.rs"]
-mod example;
-
 use crate::common::model::{bits, fixtures, relative_error, Tensors};
 use crate::common::random;
+use crate::examples::any_model::{Config, Vit};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{linear, Module, VarBuilder, VarMap};
 use candle_sam_lora::files::read_tensors;
 use candle_sam_lora::lora::{read_adapter, write_adapter, BiasTraining, LoraConfig, LoraLinear};
 use candle_sam_lora::nn::Mode;
-use example::{Config, Vit};
 use std::path::PathBuf;
 
 /// f32 against f64 through two blocks; PyTorch's own f32 is 1e-6 off.

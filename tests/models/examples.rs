@@ -1,7 +1,7 @@
 //! The examples run.
 
 #[path = "../../examples/any_model.rs"]
-mod any_model;
+pub mod any_model;
 #[path = "../../examples/encode.rs"]
 mod encode;
 #[path = "../../examples/hack_gated_attention.rs"]

@@ -50,16 +50,16 @@ impl ImageFolder {
         let endings = ENDINGS.join(", ");
         let content = match self.others.is_empty() {
             true => "is empty".into(),
-            false => format!("holds {}", shortened(&self.others)),
+            false => format!("holds {}", Self::shortened(&self.others)),
         };
         Error::file(folder, format!("the folder has no image ({endings}); it {content}"))
     }
-}
 
-/// The first names of a list, and dots in the place of others.
-pub(crate) fn shortened(names: &[String]) -> String {
-    let more = if names.len() > NAMES { ", .." } else { "" };
-    format!("{}{more}", names[..names.len().min(NAMES)].join(", "))
+    /// The first names of a list, and dots in the place of others.
+    pub fn shortened(names: &[String]) -> String {
+        let more = if names.len() > NAMES { ", .." } else { "" };
+        format!("{}{more}", names[..names.len().min(NAMES)].join(", "))
+    }
 }
 
 /// Whether an ending, in small letters, is an image's.

@@ -13,7 +13,7 @@ mod tiff_chunks;
 mod tiff_file;
 
 pub use colours::{convert_to_rgb, is_transparent};
-pub(crate) use folder::{has_image_ending, is_image, shortened, ImageFolder};
+pub(crate) use folder::{has_image_ending, is_image, ImageFolder};
 pub use large::LargeImage;
 pub(crate) use limits::MAX_SIDE;
 pub use range::ValueRange;
