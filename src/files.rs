@@ -72,7 +72,7 @@ pub fn stage(
 /// As [`stage`].
 pub fn stage_file(
     path: impl AsRef<Path>,
-    write: impl FnOnce(&mut BufWriter<NamedTempFile>) -> std::io::Result<()>,
+    write: impl FnOnce(&mut BufWriter<&File>) -> std::io::Result<()>,
 ) -> Result<Staged> {
     let path = path.as_ref();
     let folder = parent(path);
@@ -86,15 +86,12 @@ pub fn stage_file(
             "is a folder, device or pipe; expected a file, or a name for a new one",
         ));
     }
-    // Without the name of the temporary file, which is no matter of the user's.
-    let failed = |e: std::io::Error| match e.kind() {
-        ErrorKind::Other => Error::io(path, e),
-        kind => Error::io(path, kind.into()),
-    };
-    let file = temporary().tempfile_in(folder).map_err(failed)?;
-    let mut buffered = BufWriter::with_capacity(1 << 20, file);
+    // Errors are without the name of the temporary file, which is no matter of the user's.
+    let failed = |e: std::io::Error| Error::io(path, e);
+    let file = temporary().tempfile_in(folder).map_err(|e| failed(e.kind().into()))?;
+    let mut buffered = BufWriter::with_capacity(1 << 20, file.as_file());
     write(&mut buffered).map_err(failed)?;
-    let file = buffered.into_inner().map_err(|e| failed(e.into_error()))?;
+    buffered.into_inner().map_err(|e| failed(e.into_error()))?;
     file.as_file().sync_all().map_err(failed)?;
     Ok(Staged { file, path: path.to_path_buf() })
 }
