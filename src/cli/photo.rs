@@ -131,6 +131,21 @@ pub fn named_as_png(path: &Path, what: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses results in the place of an image that is read.
+pub fn spare<'a>(
+    images: &[PathBuf],
+    results: impl IntoIterator<Item = &'a PathBuf>,
+) -> anyhow::Result<()> {
+    let read: BTreeSet<_> = images.iter().flat_map(|path| path.canonicalize()).collect();
+    let is_read = |path: &&PathBuf| path.canonicalize().is_ok_and(|path| read.contains(&path));
+    match results.into_iter().find(is_read) {
+        Some(path) => {
+            bail!("{}: is one of the images itself; choose another place", path.display())
+        }
+        None => Ok(()),
+    }
+}
+
 /// An image as it is, with nothing to say about it.
 pub fn read_plain(path: &Path) -> Result<DynamicImage> {
     Ok(ReadOptions::default().read(path)?.image)

@@ -12,7 +12,7 @@ pub use options::Options;
 use super::console::Console;
 use super::division::{Division, Turn};
 use super::embeddings::{Embeddings, Origin, Tally};
-use super::photo::{images, named_as_png};
+use super::photo::{images, named_as_png, spare};
 use super::sheet;
 use crate::sam::{Generated, LargeImage, MaskGenerator, SamPredictor};
 use crate::train::Dataset;
@@ -22,7 +22,6 @@ use journal::{coco_text, Journal};
 use results::{best_iou, is_large, Results};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -243,11 +242,8 @@ impl Options {
             named_as_png(path, "contact sheet")?;
             results.extend(sheet::files(path, images.len(), (*columns).into()));
         }
-        let of_images: BTreeSet<_> = images.iter().flat_map(|path| path.canonicalize()).collect();
+        spare(images, &results)?;
         for path in results {
-            if path.canonicalize().is_ok_and(|path| of_images.contains(&path)) {
-                bail!("{}: is one of the images itself; choose another place", path.display())
-            }
             if path.exists() && !overwrite && !resume {
                 bail!(
                     "{}: exists already; choose another place, --resume or --overwrite",

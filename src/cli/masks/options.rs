@@ -58,9 +58,7 @@ impl Options {
             "backend": format!("{:?}", self.backend),
         })
     }
-}
 
-impl Options {
     /// Refuses flags about results where no image is named that would have some.
     pub fn check_idle(&self) -> anyhow::Result<()> {
         let FileArguments { each, geojson, sheet, overwrite, resume, .. } = &self.files;

@@ -7,7 +7,7 @@ use super::console::Console;
 use super::division::{Division, Turn};
 use super::draw;
 use super::embeddings::{EmbeddingArguments, Origin, Tally};
-use super::photo::{images, is_newer, is_whole, named_as_png, PhotoArguments};
+use super::photo::{images, is_newer, is_whole, named_as_png, spare, PhotoArguments};
 use super::processes::Processes;
 use crate::sam::{convert_to_rgb, ImageEmbedding, Prediction, Prompt, Rle, SamPredictor};
 use anyhow::{bail, Context};
@@ -140,7 +140,12 @@ impl Options {
     fn jobs(&self, console: Console) -> anyhow::Result<Vec<Job>> {
         let images = images(&self.images, console)?;
         let several = images.len() > 1;
-        images.into_iter().map(|image| self.job(image, several)).collect()
+        let jobs: Vec<Job> = images
+            .iter()
+            .map(|image| self.job(image.clone(), several))
+            .collect::<anyhow::Result<_>>()?;
+        spare(&images, jobs.iter().flat_map(|job| [&job.mask, &job.overlay]))?;
+        Ok(jobs)
     }
 
     fn job(&self, image: PathBuf, several: bool) -> anyhow::Result<Job> {
