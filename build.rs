@@ -1,5 +1,5 @@
-//! Compiles the CUDA kernels, with the `cuda` feature alone: `kernels/*/*.cu` for every GPU from compute capability 8.0 on,
-//! and `kernels/*/sm90/*.cu` for Hopper. The crate embeds each as a fat binary.
+//! Compiles the CUDA kernels, with the `cuda` feature alone: `kernels/*/*.cu` for every GPU from compute capability 8.0
+//! on, and `kernels/*/sm90/*.cu` for Hopper. The crate embeds each as a fat binary.
 //!
 //! | environment | meaning |
 //! |---|---|

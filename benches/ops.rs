@@ -1,7 +1,7 @@
 //! Every operation beside what one would write with candle's own, forward and backward.
 //!
-//! `cargo bench --bench ops`; a filter such as `-- windowed` picks cases. The choice by default ends in minutes:
-//! ViT-B whole, ViT-L and ViT-H forward, global backward of the composed graph on a 32 x 32 grid. BENCH_ALL=1 is everything
+//! `cargo bench --bench ops`; a filter such as `-- windowed` picks cases. The choice by default ends in minutes: ViT-B
+//! whole, ViT-L and ViT-H forward, global backward of the composed graph on a 32 x 32 grid. BENCH_ALL=1 is everything
 //! at 64 x 64. Threads follow RAYON_NUM_THREADS, the device CANDLE_SAM_DEVICE.
 
 mod support;

@@ -13,7 +13,10 @@ pub fn advice((major, minor): Release, hopper: bool) -> Option<String> {
         );
     }
     if hopper && (major, minor) < (13, 1) {
-        known.push("Hopper's attention backward reads keys from shared memory, since ptxas overwrites them in registers");
+        known.push(
+            "Hopper's attention backward reads keys from shared memory, since ptxas overwrites them in \
+             registers",
+        );
     }
     if ((12, 8)..(13, 3)).contains(&(major, minor)) {
         known.push("ptxas may corrupt registers where branches diverge in two nested levels");

@@ -1,4 +1,5 @@
-//! The files of a folder of kernels: for build.rs, which compiles them for GPUs, and for the emulator, which includes this.
+//! The files of a folder of kernels: for build.rs, which compiles them for GPUs, and for the emulator, which includes
+//! this.
 
 use std::path::{Path, PathBuf};
 

@@ -1,7 +1,7 @@
 //! LoRA on a model that is not SAM: a vision transformer of candle_nn's layers, under timm's names.
 //!
-//! The lines marked 1 to 4 are the guide's steps. Load the model, write its attention with `q`, `k` and `v` apart, swap it
-//! in, add LoRA to `q` and `v`. The base learns to find nuclei; LoRA then teaches it coins.
+//! The lines marked 1 to 4 are the guide's steps. Load the model, write its attention with `q`, `k` and `v` apart, swap
+//! it in, add LoRA to `q` and `v`. The base learns to find nuclei; LoRA then teaches it coins.
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor, D};
@@ -162,8 +162,8 @@ fn photographs(folder: &str, config: &Config) -> Result<(Tensor, Tensor)> {
     Ok((Tensor::from_vec(images, (count, 1, side, side), &Device::Cpu)?, masks))
 }
 
-/// Sets matrices to values between -1 and 1 over the square root of their inputs, and biases to zero. The values depend on
-/// `seed` alone; candle's own are others in every run.
+/// Sets matrices to values between -1 and 1 over the square root of their inputs, and biases to zero. The values depend
+/// on `seed` alone; candle's own are others in every run.
 fn initialise(map: &VarMap, mut seed: u64) -> Result<()> {
     let mut uniform = || {
         // Steele, Lea and Flood's splitmix64.

@@ -1,7 +1,7 @@
 //! Cells by Cellpose-SAM: `cargo run --release --example cellpose MODEL IMAGE LABELS`.
 //!
-//! MODEL is a checkpoint of Cellpose 4, such as `~/.cellpose/models/cpsam_v2`. LABELS is a PNG of 16 bits or a TIFF of 32,
-//! the number of the cell in each pixel.
+//! MODEL is a checkpoint of Cellpose 4, such as `~/.cellpose/models/cpsam_v2`. LABELS is a PNG of 16 bits or a TIFF of
+//! 32, the number of the cell in each pixel.
 
 use anyhow::{bail, Result};
 use candle_core::{DType, Device};

@@ -4,8 +4,8 @@ use crate::{Error, Result};
 use candle_core::Device;
 
 /// `cpu`, or `cuda` / `cuda:N`: the first or the N-th GPU, if the crate was built with the `cuda` feature. The GPU's
-/// memory that tensors give back stays with this process, for the tensors of the next step. `metal` / `metal:N` is a GPU
-/// of Apple's, if the crate was built with `metal`.
+/// memory that tensors give back stays with this process, for the tensors of the next step. `metal` / `metal:N` is a
+/// GPU of Apple's, if the crate was built with `metal`.
 ///
 /// ```
 /// use candle_sam_lora::{device, gpus, release_buffers};

@@ -144,7 +144,8 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
     Ok(text)
 }
 
-/// Reads a JSON file of some kind, which the error names. A byte order mark, as editors on Windows write it, is skipped.
+/// Reads a JSON file of some kind, which the error names. A byte order mark, as editors on Windows write it, is
+/// skipped.
 ///
 /// # Errors
 /// - as [`read_text`];

@@ -2,11 +2,11 @@
 //!
 //! # In the repository alone
 //!
-//! Measurements (`docs/performance.md`, `docs/log`), the pages for contributors (`docs/kernels.md`, `docs/emulator.md`),
-//! the shipped model, the photographs and the jobs for clusters are files of the repository.
+//! Measurements (`docs/performance.md`, `docs/log`), the pages for contributors (`docs/kernels.md`,
+//! `docs/emulator.md`), the shipped model, the photographs and the jobs for clusters are files of the repository.
 
-/// A module a document. The first definition of a link's label counts, so the file of links comes first. Then a label that
-/// leads to a file in the repository leads to a page here.
+/// A module a document. The first definition of a link's label counts, so the file of links comes first. Then a label
+/// that leads to a file in the repository leads to a page here.
 macro_rules! guides {
     ($($name:ident $file:literal)*) => {$(
         #[doc = include_str!("guide_links.md")]

@@ -336,7 +336,8 @@ pub fn small_layout(in_dim: usize, projections: &[ProjectionProblem]) -> (Vec<Sm
     small_layout_of(in_dim, projections, || true)
 }
 
-/// The layout of those small tensors for which `is_in` says so, asked for each in its order. The others' ranges are empty.
+/// The layout of those small tensors for which `is_in` says so, asked for each in its order. The others' ranges are
+/// empty.
 pub fn small_layout_of(
     in_dim: usize,
     projections: &[ProjectionProblem],

@@ -56,8 +56,8 @@ fn has_ending(name: &str, endings: &[&str]) -> bool {
     known && !name.starts_with('.') && !BESIDE.iter().any(|start| name.starts_with(start))
 }
 
-/// Takes `FILE#PREFIX` apart, which names one of several models in a file: the path, and the text before the names of the
-/// model's tensors. A path that is there is whole, whatever its name.
+/// Takes `FILE#PREFIX` apart, which names one of several models in a file: the path, and the text before the names of
+/// the model's tensors. A path that is there is whole, whatever its name.
 ///
 /// [Example](crate::sam::checkpoint)
 pub fn split_prefix(path: &Path) -> (PathBuf, Option<String>) {

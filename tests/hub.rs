@@ -1,5 +1,5 @@
-//! Models and adapters by their names on the hub: real requests to a small server on this machine that answers as the hub
-//! does (tests/hub/server.rs).
+//! Models and adapters by their names on the hub: real requests to a small server on this machine that answers as the
+//! hub does (tests/hub/server.rs).
 //!
 //! The environment says where hub and cache are, and it belongs to a process. So the tests run the program, and this
 //! binary again, which then prints what `hub::folder` gives.

@@ -27,8 +27,8 @@ pub fn normal(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> 
     Tensor::randn(0f32, 1f32, shape, device)?.to_dtype(dtype)
 }
 
-/// An input in as many copies as keep a GPU's cache from holding it between repetitions. On the CPU there is one copy: the
-/// other tensors of a repetition flush its caches anyway.
+/// An input in as many copies as keep a GPU's cache from holding it between repetitions. On the CPU there is one copy:
+/// the other tensors of a repetition flush its caches anyway.
 pub struct Rotating {
     copies: Vec<Tensor>,
     next: Cell<usize>,

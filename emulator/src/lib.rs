@@ -30,7 +30,8 @@ pub use tensor_map::TensorMap;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::path::Path;
 
-/// The text of `src/launch/tile_table.rs`: the tiles of a folder of kernels, with the shared memory that their blocks take.
+/// The text of `src/launch/tile_table.rs`: the tiles of a folder of kernels, with the shared memory that their blocks
+/// take.
 ///
 /// # Errors
 /// The compiler's output.

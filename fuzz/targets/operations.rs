@@ -257,7 +257,8 @@ fn one(u: &mut Unstructured) -> Drawn<()> {
             run(&inputs, trained, &plain).expect("what the fused takes, the composed takes");
         assert_eq!(ours.dims(), theirs.dims());
         same("result", &ours, &theirs);
-        // A sum that is exactly 0 comes of zeros; there candle has another derivative of ReLU than PyTorch and this crate.
+        // A sum that is exactly 0 comes of zeros; there candle has another derivative of ReLU than PyTorch and this
+        // crate.
         let kink = matches!(activation, Activation::Relu)
             && inputs.iter().any(|t| values(t).contains(&0.0));
         for (index, (grad, expected)) in grads.iter().zip(&expected).enumerate() {

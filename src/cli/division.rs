@@ -167,8 +167,9 @@ impl Division {
         all.ok_or_else(|| anyhow!("a process did not look at its share"))
     }
 
-    /// Does items, which the processes take as they become free. The first process collects the results as they come. It
-    /// prints the lines of an item once those before it are printed. `bar` counts items if several processes do them.
+    /// Does items, which the processes take as they become free. The first process collects the results as they come.
+    /// It prints the lines of an item once those before it are printed. `bar` counts items if several processes do
+    /// them.
     pub fn divide<T: Serialize + DeserializeOwned>(
         &self,
         names: &[String],

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 /// Where embeddings are kept
 #[derive(clap::Args, Clone, Debug)]
 pub struct EmbeddingArguments {
-    /// Keep image embeddings in this folder, or `beside` the images; one that is there is read if image, model and adapter
-    /// agree
+    /// Keep image embeddings in this folder, or `beside` the images; one that is there is read if image, model and
+    /// adapter agree
     #[arg(long, value_name = "DIR|beside")]
     embeddings: Option<PathBuf>,
 }

@@ -1,4 +1,5 @@
-//! `encode`: tensors through a model, for comparison with other implementations and for work of one's own on embeddings.
+//! `encode`: tensors through a model, for comparison with other implementations and for work of one's own on
+//! embeddings.
 
 use super::arguments::{Backend, ModelArguments};
 use super::console::Console;

@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 
 /// Turns a file of SAMed or micro-sam into a PEFT adapter and a model folder
 ///
-/// Writes OUTPUT/adapter if the file holds LoRA, and OUTPUT/model if it holds parts of SAM. The other commands read them by
-/// --adapter and --model; PEFT and transformers read them too.
+/// Writes OUTPUT/adapter if the file holds LoRA, and OUTPUT/model if it holds parts of SAM. The other commands read
+/// them by --adapter and --model; PEFT and transformers read them too.
 #[derive(clap::Args)]
 pub struct Options {
     /// The file, of torch.save or safetensors

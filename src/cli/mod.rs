@@ -1,7 +1,7 @@
 //! The program `candle-sam-lora`: one file a command, and what commands share.
 //!
-//! A command is a struct of options and a function `run`. Results go to standard output, progress to standard error. An error
-//! is one line there and exit code 1, a wrong command line exit code 2.
+//! A command is a struct of options and a function `run`. Results go to standard output, progress to standard error. An
+//! error is one line there and exit code 1, a wrong command line exit code 2.
 
 mod arguments;
 mod console;

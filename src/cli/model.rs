@@ -170,7 +170,8 @@ pub fn processor(path: &Path, config: &SamConfig, console: Console) -> Result<Sa
     let size = config.vision_config.image_size;
     let missing = |folder: &Path| {
         console.note(format!(
-            "{}: neither processor_config.json nor preprocessor_config.json is there; images are processed as SAM's are",
+            "{}: neither processor_config.json nor preprocessor_config.json is there; images are processed as SAM's \
+             are",
             folder.display()
         ));
     };

@@ -67,8 +67,8 @@ impl PhotoArguments {
     }
 }
 
-/// The images that are named, and those of the folders that are, in the order of their names; no two with one stem. Says
-/// what it left alone in the folders.
+/// The images that are named, and those of the folders that are, in the order of their names; no two with one stem.
+/// Says what it left alone in the folders.
 pub fn images(named: &[PathBuf], console: Console) -> anyhow::Result<Vec<PathBuf>> {
     let mut images = vec![];
     for path in named {

@@ -104,8 +104,8 @@ pub fn on_first(
     together(communicator, own, |()| vec![]).map(|_| ())
 }
 
-/// The result of this process. An error that names a rank is an error of all: the first process tells it, before MPI may
-/// end and mpirun with it. With an error of its own, a process ends the others.
+/// The result of this process. An error that names a rank is an error of all: the first process tells it, before MPI
+/// may end and mpirun with it. With an error of its own, a process ends the others.
 pub fn ended<T>(communicator: &dyn Communicator, result: anyhow::Result<T>) -> anyhow::Result<T> {
     let rank = communicator.rank();
     result.map_err(|error| match communicator.size() {

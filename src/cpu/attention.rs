@@ -13,11 +13,11 @@
 //! The projected tables are `q R^T` for every table row; a query reads, and in the backward writes, the stretch that
 //! belongs to its place. Sums that cross units (tables, pad) are taken in the order of the units.
 //!
-//! Where one weight is 1 and the others are 0, O is that key's value. The backward's scores have the forward's bits, and D
-//! those of the key's dP, so that dS is exactly 0. Keys of 1e4 would turn any rounding left in dS into a large
-//! gradient. In bf16 the weights are the forward's rounded ones, and D has the output's error of rounding, too. Where one
-//! weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero, so their actual sum
-//! is taken off the largest weight's dS. That makes it as exact as the others' sum.
+//! Where one weight is 1 and the others are 0, O is that key's value. The backward's scores have the forward's bits,
+//! and D those of the key's dP, so that dS is exactly 0. Keys of 1e4 would turn any rounding left in dS into a large
+//! gradient. In bf16 the weights are the forward's rounded ones, and D has the output's error of rounding, too. Where
+//! one weight is nearly 1, its dS is small beside the roundings of dP and D. A row's dS add up to zero, so their actual
+//! sum is taken off the largest weight's dS. That makes it as exact as the others' sum.
 
 use super::bf16;
 use super::block::{Block, Tables};

@@ -73,7 +73,8 @@ impl Packed {
         Self { kind: Kind::Pair, ..Self::from_transposed(rows, n, k / 2) }
     }
 
-    /// As [`from_rows`](Self::from_rows), of `rows [k, n / 2]` in pairs along n, which become pairs along k. Both are even.
+    /// As [`from_rows`](Self::from_rows), of `rows [k, n / 2]` in pairs along n, which become pairs along k. Both are
+    /// even.
     pub fn from_rows_of_pairs(rows: &[f32], k: usize, n: usize) -> Self {
         let packed = Self::pack(n, k / 2, |first, panel| {
             let some = first / 2..n.min(first + PANEL) / 2;

@@ -4,9 +4,9 @@
 //! xhat = (x - mean) rstd,   y = xhat w + b
 //! dx = rstd (g w - mean(g w) - xhat mean(g w xhat)),   dw = sum_rows g xhat,   db = sum_rows g
 //! ```
-//! A row's statistics are summed in f64, the variance around the mean, so a large common offset does not cancel;
-//! the backward recomputes them. In a block that is in cache they are summed in f32 and corrected. Rows run in parallel,
-//! in blocks of fixed size.
+//! A row's statistics are summed in f64, the variance around the mean, so a large common offset does not cancel; the
+//! backward recomputes them. In a block that is in cache they are summed in f32 and corrected. Rows run in parallel, in
+//! blocks of fixed size.
 
 use super::buffer::Elements;
 use super::element::Element;
@@ -88,8 +88,8 @@ fn centred<S: Simd>(simd: S, row: &mut [S::f32s], eps: f32) -> (S::f32s, S::f32s
     (simd.splat_f32s(left), simd.splat_f32s(1.0 / (variance + eps).sqrt()))
 }
 
-/// `grad` becomes the gradient of `x [rows, size]`, and x its normalised rows; for blocks that are in cache. Those of the
-/// weight and the bias are added to `sums`.
+/// `grad` becomes the gradient of `x [rows, size]`, and x its normalised rows; for blocks that are in cache. Those of
+/// the weight and the bias are added to `sums`.
 pub fn gradient_in_place(
     x: &mut [f32],
     grad: &mut [f32],

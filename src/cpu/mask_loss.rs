@@ -1,8 +1,10 @@
 //! The losses of mask prediction, mask by mask, and their gradient, without an intermediate of the masks' size.
 //!
 //! ```text
-//! p = sigmoid(x)    bce = max(x, 0) - x t + ln(1 + exp(-|x|))    focal = (a t + (1 - a) (1 - t)) m^2 bce    m = p + t - 2 p t
-//! loss = w_bce mean(bce) + w_focal mean(focal) + w_dice (1 - (2 O + 1) / (T + 1))      O = sum(p t)    T = sum p + sum t
+//! p = sigmoid(x)    m = p + t - 2 p t    bce = max(x, 0) - x t + ln(1 + exp(-|x|))
+//! focal = (a t + (1 - a) (1 - t)) m^2 bce
+//! loss = w_bce mean(bce) + w_focal mean(focal) + w_dice (1 - (2 O + 1) / (T + 1))
+//! O = sum(p t)    T = sum p + sum t
 //! ```
 //! Sums are taken in f32 over a few vectors and in f64 over those, in a fixed order.
 
@@ -91,8 +93,8 @@ pub fn ious(x: &[f32], t: &[f32], pixels: usize) -> Vec<f32> {
     masks.map(of_mask).collect()
 }
 
-/// Calls `f` with all whole vectors of two slices, and with the rest. The rest is filled up with pixels far outside of any
-/// object: their terms are zero.
+/// Calls `f` with all whole vectors of two slices, and with the rest. The rest is filled up with pixels far outside of
+/// any object: their terms are zero.
 #[inline(always)]
 fn in_vectors(x: &[f32], t: &[f32], mut f: impl FnMut(&[f32], &[f32])) {
     let whole = x.len() / MAX_LANES * MAX_LANES;

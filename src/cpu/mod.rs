@@ -1,4 +1,5 @@
-//! The CPU path: blocked, parallel over rayon's threads, O(N) in memory, with all sums in f32. Elements are stored in f32 or bf16.
+//! The CPU path: blocked, parallel over rayon's threads, O(N) in memory, with all sums in f32. Elements are stored in
+//! f32 or bf16.
 //!
 //! Plain slices and shapes; no tensors. Results do not depend on the number of threads: every sum is taken in a
 //! fixed order.

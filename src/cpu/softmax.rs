@@ -81,8 +81,8 @@ impl WithSimd for Online<'_> {
     }
 }
 
-/// Turns scores into the final weights P, and dP into `dS = P (dP - delta)` with its sums over each key row and over each
-/// column.
+/// Turns scores into the final weights P, and dP into `dS = P (dP - delta)` with its sums over each key row and over
+/// each column.
 pub struct Gradient<'a> {
     /// The scores and biases.
     pub row: Row<'a>,

@@ -20,8 +20,8 @@ pub(crate) struct InPlace<'a> {
 }
 
 impl Job<'_> {
-    /// Launches the plan, whose first input is the table that `table` makes of the addresses of what is changed and what is
-    /// read. Returns the plan's one output.
+    /// Launches the plan, whose first input is the table that `table` makes of the addresses of what is changed and
+    /// what is read. Returns the plan's one output.
     ///
     /// # Errors
     /// As [`run`](Self::run).

@@ -35,8 +35,8 @@ impl Kernels {
 
 static CHOICE: AtomicU8 = AtomicU8::new(Kernels::Native as u8);
 
-/// Takes these kernels in every forward from now on, in the whole process. A backward goes on with those of its forward, a
-/// graph with those that it was captured with.
+/// Takes these kernels in every forward from now on, in the whole process. A backward goes on with those of its
+/// forward, a graph with those that it was captured with.
 ///
 /// [Example](crate::cuda)
 pub fn set_kernels(kernels: Kernels) {

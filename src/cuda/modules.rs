@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-// IMAGES: name and fat binary of every file of kernels; CAPABILITIES: what they were compiled for, sorted; COMPILER: by what.
+// IMAGES: name and fat binary of every file of kernels; CAPABILITIES: what they were compiled for, sorted; COMPILER: by
+// what.
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// The modules and kernels that a context has loaded.
@@ -76,8 +77,8 @@ impl Loaded {
 const FREE_SHARED: u32 = 48 * 1024;
 
 impl Kernel {
-    /// Raises the kernel's limit of shared memory to the device's, if a launch wants more than it may have. Never lowers it:
-    /// a graph may hold a launch that wants more than this one.
+    /// Raises the kernel's limit of shared memory to the device's, if a launch wants more than it may have. Never
+    /// lowers it: a graph may hold a launch that wants more than this one.
     pub fn permit_shared(&self, bytes: u32, most: usize) -> Result<()> {
         if bytes <= self.permitted.load(Ordering::Relaxed) {
             return Ok(());

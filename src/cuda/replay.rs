@@ -42,8 +42,8 @@ fn during<T>(work: Work, run: impl FnOnce() -> T) -> T {
     run()
 }
 
-/// Whether a step is recorded on this thread, or warms up for that. A tensor that it keeps for later steps may not be one
-/// that a cache frees.
+/// Whether a step is recorded on this thread, or warms up for that. A tensor that it keeps for later steps may not be
+/// one that a cache frees.
 pub(crate) fn prepares_graph() -> bool {
     WORK.get().is_some()
 }

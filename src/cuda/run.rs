@@ -37,8 +37,8 @@ impl Job<'_> {
         made.and_then(|made| made.try_into().ok()).ok_or_else(|| Error::msg("an output is missing"))
     }
 
-    /// Launches the plan on the stream of the inputs' device; returns its outputs, new contiguous tensors that the kernels
-    /// write entirely. Inputs are f32, f16 or bf16 tensors; [`operand`] makes those contiguous that are not.
+    /// Launches the plan on the stream of the inputs' device; returns its outputs, new contiguous tensors that the
+    /// kernels write entirely. Inputs are f32, f16 or bf16 tensors; [`operand`] makes those contiguous that are not.
     ///
     /// # Errors
     /// - inputs are not on one device;

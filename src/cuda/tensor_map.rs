@@ -10,8 +10,8 @@ type Encoded = [u8; 128];
 /// An encoder's forward and backward have about a thousand maps.
 const GENERATION: usize = 2048;
 
-/// Encoded maps by what they are made of. An encoded map holds addresses and sizes alone, so it stays right while memory
-/// comes and goes.
+/// Encoded maps by what they are made of. An encoded map holds addresses and sizes alone, so it stays right while
+/// memory comes and goes.
 pub(super) type EncodedMaps = Cache<TensorMap, Encoded, GENERATION>;
 
 /// The 128 bytes that bulk copies read.

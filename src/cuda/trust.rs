@@ -11,8 +11,8 @@ use std::sync::{Mutex, PoisonError};
 
 static ON: AtomicBool = AtomicBool::new(true);
 
-/// Whether native kernels are tested before their first use, in the whole process; they are, unless told otherwise. A family
-/// that was refused stays refused, and one whose use began untested is tested at its next use once tests are on.
+/// Whether native kernels are tested before their first use, in the whole process; they are, unless told otherwise. A
+/// family that was refused stays refused, and one whose use began untested is tested at its next use once tests are on.
 ///
 /// [Example](crate::cuda)
 pub fn self_test(on: bool) {

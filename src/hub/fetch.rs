@@ -135,7 +135,8 @@ fn read_here(files: &[RemoteFile]) -> Result<Vec<&RemoteFile>, String> {
     if weights.or(adapter).is_none() {
         let names: Vec<&str> = files.iter().take(20).map(|file| file.name.as_str()).collect();
         return Err(format!(
-            "the repository has no weights: neither safetensors nor a file of torch.save (.bin, .pth, .pt, .ckpt); it has {}",
+            "the repository has no weights: neither safetensors nor a file of torch.save (.bin, .pth, .pt, .ckpt); \
+             it has {}",
             names.join(", ")
         ));
     }

@@ -11,8 +11,8 @@ use candle_core::{bail, DType, Result};
 
 const OP: &str = "adamw";
 
-/// Elements of the outcome, as `AdamWParams` in `kernels/abi.h` has them: norm, place of a gradient that is not finite, loss,
-/// factor of the gradients.
+/// Elements of the outcome, as `AdamWParams` in `kernels/abi.h` has them: norm, place of a gradient that is not finite,
+/// loss, factor of the gradients.
 pub const OUTCOME: usize = 4;
 
 /// Bytes of a row of the table.
@@ -29,8 +29,8 @@ pub struct Parameter {
     pub rates: AdamWRates,
 }
 
-/// The launches of a step: sums of squares, their norm, the update. Inputs: the [`table`], and the loss in f32, if there is
-/// one; output: the outcome, [`OUTCOME`] f32.
+/// The launches of a step: sums of squares, their norm, the update. Inputs: the [`table`], and the loss in f32, if
+/// there is one; output: the outcome, [`OUTCOME`] f32.
 ///
 /// # Errors
 /// - there is no element;
@@ -62,8 +62,8 @@ pub fn plan(parameters: &[Parameter], has_loss: bool, step: &AdamWStep) -> Resul
     Ok(Plan { steps, workspace_bytes: size_of::<f32>() * chunks, saved: 0 })
 }
 
-/// The table of the tensors: a parameter's row has the addresses of it, its gradient, `exp_avg` and `exp_avg_sq`. Beside these
-/// are the numbers that differ from step to step.
+/// The table of the tensors: a parameter's row has the addresses of it, its gradient, `exp_avg` and `exp_avg_sq`.
+/// Beside these are the numbers that differ from step to step.
 ///
 /// # Errors
 /// - a dtype is not f32, f16 or bf16.

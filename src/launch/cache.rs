@@ -49,8 +49,8 @@ impl Hasher for Quick {
     }
 }
 
-/// At most two generations of `GENERATION` values, by what they are made of. When the young generation is full it becomes
-/// the old one, which is forgotten; a value that is used again in time stays.
+/// At most two generations of `GENERATION` values, by what they are made of. When the young generation is full it
+/// becomes the old one, which is forgotten; a value that is used again in time stays.
 #[derive(Debug)]
 pub struct Cache<K, V, const GENERATION: usize>(Mutex<[QuickMap<K, V>; 2]>);
 

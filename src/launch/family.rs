@@ -3,8 +3,8 @@
 use candle_core::DType;
 use std::fmt;
 
-/// An architecture's own kernels for an operation's forward and backward: tested, trusted and refused together, for each
-/// dtype.
+/// An architecture's own kernels for an operation's forward and backward: tested, trusted and refused together, for
+/// each dtype.
 ///
 /// [Example](crate::guide::cuda)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

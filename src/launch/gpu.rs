@@ -1,5 +1,5 @@
-//! The GPU as a value: its properties, and the kernels that the build holds for it. Kernels, tiles and grids follow from it,
-//! so every choice can be tested on any GPU, without one.
+//! The GPU as a value: its properties, and the kernels that the build holds for it. Kernels, tiles and grids follow
+//! from it, so every choice can be tested on any GPU, without one.
 
 use super::tiles::Forced;
 
@@ -83,8 +83,8 @@ impl Gpu {
         }
     }
 
-    /// Whether devices of this capability launch kernels early. Drivers for CUDA 12.3 (12030) and newer keep the permission
-    /// as an edge of a graph where launches are captured.
+    /// Whether devices of this capability launch kernels early. Drivers for CUDA 12.3 (12030) and newer keep the
+    /// permission as an edge of a graph where launches are captured.
     pub fn launches_early(capability: (u32, u32), driver: i32) -> bool {
         capability >= (9, 0) && driver >= 12_030
     }

@@ -29,8 +29,8 @@ fn row_blocks(problem: &LayerNormProblem) -> u64 {
 pub enum Pass {
     /// Inputs x, weight, bias; output y.
     Forward,
-    /// Inputs x, weight, the gradient of y, that of a residual, which is added to dx. Outputs dx, and the gradients of weight
-    /// and bias if they are trained.
+    /// Inputs x, weight, the gradient of y, that of a residual, which is added to dx. Outputs dx, and the gradients of
+    /// weight and bias if they are trained.
     Backward {
         /// Whether weight and bias are.
         trained: bool,

@@ -88,8 +88,8 @@ impl Launch {
     }
 }
 
-/// The place of a kernel's file among files of kernels: its name begins with that of its file, and of several the longest is
-/// meant.
+/// The place of a kernel's file among files of kernels: its name begins with that of its file, and of several the
+/// longest is meant.
 pub fn file_of<'a>(kernel: &str, files: impl IntoIterator<Item = &'a str>) -> Option<usize> {
     let holds = |name: &str| {
         kernel.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
@@ -112,14 +112,15 @@ pub trait Backend {
     /// Where the memory lies.
     fn address(&self, memory: &Self::Memory) -> device_ptr;
 
-    /// Fills the launch with the operands of a call ([`Launch::fill`]) and runs the kernel, after those launched before.
+    /// Fills the launch with the operands of a call ([`Launch::fill`]) and runs the kernel, after those launched
+    /// before.
     ///
     /// # Errors
     /// If there is no such kernel, or it cannot be launched.
     ///
     /// # Safety
-    /// The addresses in the filled params must be of live device memory, of the sizes that the kernel expects, until the
-    /// kernel has ended.
+    /// The addresses in the filled params must be of live device memory, of the sizes that the kernel expects, until
+    /// the kernel has ended.
     unsafe fn launch(&self, launch: &Launch, operands: &Operands<'_>) -> Result<()>;
 }
 

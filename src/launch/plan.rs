@@ -25,7 +25,8 @@ impl From<Launch> for Plan {
 }
 
 impl Launch {
-    /// The bytes of the params struct with the operands of a call in its slots, and the tensor maps as `encode` makes them.
+    /// The bytes of the params struct with the operands of a call in its slots, and the tensor maps as `encode` makes
+    /// them.
     ///
     /// # Errors
     /// - the call lacks an operand;

@@ -1,11 +1,13 @@
-//! The findings of a self-test: errors, bounds, and the choice that follows. This module does not know how a family runs.
+//! The findings of a self-test: errors, bounds, and the choice that follows. This module does not know how a family
+//! runs.
 //!
 //! ```text
 //! error = max |got - truth| / max |truth|           of each result: the output, each gradient
 //! bound = 2 max(error of the composed graph, one rounding of the dtype), at most MOST_ROUNDINGS roundings
 //! ```
-//! The truth is computed in f32, from the inputs as the kernels get them. The composed graph is what a user would run without
-//! the kernels, in the same dtype. A bound from a composed graph that is itself wrong would pass everything, hence the limit.
+//! The truth is computed in f32, from the inputs as the kernels get them. The composed graph is what a user would run
+//! without the kernels, in the same dtype. A bound from a composed graph that is itself wrong would pass everything,
+//! hence the limit.
 
 use super::family::Family;
 use candle_core::DType;

@@ -1,7 +1,7 @@
 //! Operands by number: a plan is made before the addresses are known, and serves every call of the same problem.
 //!
 //! ```text
-//! slot             kind << 56 | index << 48 | offset      an address of a space of its own; all operands are aligned there
+//! slot             kind << 56 | index << 48 | offset      an address in a space of its own; operands are aligned there
 //! Operands::at     operand[kind][index] + offset          what a launch gets; null and other addresses stay
 //! ```
 //! Planners add offsets to addresses and compare them with null. So they plan with slots, or, in tests, with memory.

@@ -80,8 +80,8 @@ impl Hash for TensorMap {
 }
 
 impl TensorMap {
-    /// A tensor of one to five dimensions with elements of a kind. The strides are in bytes, from one index to the next of
-    /// each dimension but the first. Elements outside the tensor are read as zeros and not written.
+    /// A tensor of one to five dimensions with elements of a kind. The strides are in bytes, from one index to the next
+    /// of each dimension but the first. Elements outside the tensor are read as zeros and not written.
     ///
     /// # Errors
     /// - as [`Self::matrix`];

@@ -1,4 +1,5 @@
-//! `adapter_config.json`, read and written; the parts of it that are passed over, and those that PEFT will refuse, are told.
+//! `adapter_config.json`, read and written; the parts of it that are passed over, and those that PEFT will refuse, are
+//! told.
 
 use super::config::{is_neutral, UNSUPPORTED};
 use super::LoraConfig;

@@ -8,8 +8,8 @@
 //! ```
 //! Both add `B A x` without a scaling, so alpha is the rank here.
 //!
-//! Sources: github.com/hitachinsk/SAMed, `sam_lora_image_encoder.py`; github.com/computational-cell-analytics/micro-sam,
-//! `micro_sam/models/peft_sam.py`.
+//! Sources: github.com/hitachinsk/SAMed, `sam_lora_image_encoder.py`;
+//! github.com/computational-cell-analytics/micro-sam, `micro_sam/models/peft_sam.py`.
 
 use super::adapter::check_value;
 use super::describe::{describe, layer_paths, Layers};

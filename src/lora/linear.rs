@@ -11,8 +11,8 @@ use candle_nn::VarBuilder;
 
 /// A linear layer with LoRA, in the place of a `candle_nn::Linear`: its `forward` is `candle_nn::Module`'s.
 ///
-/// A model of candle_nn's layers stays as it is, but for the layers that may be adapted. Adapters live in a `VarBuilder`
-/// of their own, under PEFT's names, so one constructor serves training and loading:
+/// A model of candle_nn's layers stays as it is, but for the layers that may be adapted. Adapters live in a
+/// `VarBuilder` of their own, under PEFT's names, so one constructor serves training and loading:
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

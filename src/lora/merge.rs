@@ -128,8 +128,8 @@ fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<
 /// ```
 ///
 /// # Errors
-/// When the model carries no active adapter, a LoRA bias meets a layer without bias, as in PEFT, or a weight is in int8.
-/// The model is unchanged then.
+/// When the model carries no active adapter, a LoRA bias meets a layer without bias, as in PEFT, or a weight is in
+/// int8. The model is unchanged then.
 pub fn merge(model: &mut dyn ModuleTree) -> Result<()> {
     merge_checked(model, false)
 }

@@ -1,8 +1,8 @@
 //! Parameters that are held fixed, and those that share another's value.
 //!
-//! A constant may be a parameter in PyTorch, and two parameters may be one tensor there, as SAM's position features are.
-//! Checkpoints and counts leave no trace of either, but an adapter can: PEFT trains a copy of every parameter of a module
-//! in `modules_to_save`.
+//! A constant may be a parameter in PyTorch, and two parameters may be one tensor there, as SAM's position features
+//! are. Checkpoints and counts leave no trace of either, but an adapter can: PEFT trains a copy of every parameter of a
+//! module in `modules_to_save`.
 
 use super::{Fixed, ModuleTree, Node, NodeMut};
 use crate::Result;

@@ -7,12 +7,12 @@ use crate::{Error, Result, TensorMismatch};
 use candle_nn::VarBuilder;
 use std::collections::HashMap;
 
-/// Puts the tensors of a `VarBuilder` into a module, by name, in the builder's dtype and on its device. A `VarMap` keeps the
-/// dtype of its variables.
+/// Puts the tensors of a `VarBuilder` into a module, by name, in the builder's dtype and on its device. A `VarMap`
+/// keeps the dtype of its variables.
 ///
 /// The module's parameters become the builder's tensors: with a `VarMap` behind it, the map's variables. The names are
-/// those of [`named_parameters`](super::named_parameters); `vb.pp("..")` puts a prefix before them. Adapters stay as they
-/// are, and must not be merged.
+/// those of [`named_parameters`](super::named_parameters); `vb.pp("..")` puts a prefix before them. Adapters stay as
+/// they are, and must not be merged.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -1,7 +1,7 @@
 //! Layers on top of [`crate::ops`], and the named tree they form.
 //!
-//! A struct of layers becomes a [`ModuleTree`] by naming its fields with [`module_tree!`](crate::module_tree). Adapters,
-//! checkpoints, optimizers and reports work on any such tree.
+//! A struct of layers becomes a [`ModuleTree`] by naming its fields with [`module_tree!`](crate::module_tree).
+//! Adapters, checkpoints, optimizers and reports work on any such tree.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};

@@ -22,8 +22,8 @@ pub enum Node<'a> {
     /// Says that the tensor of this name, met next, is a [`Fixed`] parameter. It is met as a buffer, and as
     /// a parameter once an adapter trains it.
     Fixed,
-    /// A [`Tied`](super::Tied) parameter without a value of its own, and the name of the tensor whose value it has, below
-    /// the nearest module around both.
+    /// A [`Tied`](super::Tied) parameter without a value of its own, and the name of the tensor whose value it has,
+    /// below the nearest module around both.
     Tied(&'static str),
     /// A layer that can be adapted, met before its own parameters.
     Layer(Layer<'a>),
@@ -343,8 +343,9 @@ pub fn trainable_variables(module: &dyn ModuleTree) -> Result<Vec<(String, Var)>
     Ok(variables)
 }
 
-/// A copy that shares every value and has no variables: its forward keeps no graph, so it takes the memory of an inference.
-/// It sees what an optimizer changes later, and what [`set_trainable`] and adapters' injection change it does not.
+/// A copy that shares every value and has no variables: its forward keeps no graph, so it takes the memory of an
+/// inference. It sees what an optimizer changes later, and what [`set_trainable`] and adapters' injection change it
+/// does not.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -379,9 +380,9 @@ pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {
 
 /// Makes each parameter trainable or frozen as `wanted` says of its name.
 ///
-/// A parameter that is trainable already keeps its variable, which a `VarMap` may hold too. One that was frozen becomes a
-/// new variable with a copy of its values, because candle cannot make a tensor a variable in place. So does one that is
-/// computed from a variable, or that shares its variable with a parameter to be frozen.
+/// A parameter that is trainable already keeps its variable, which a `VarMap` may hold too. One that was frozen becomes
+/// a new variable with a copy of its values, because candle cannot make a tensor a variable in place. So does one that
+/// is computed from a variable, or that shares its variable with a parameter to be frozen.
 ///
 /// [Example](crate::nn)
 ///

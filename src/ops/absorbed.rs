@@ -1,8 +1,8 @@
 //! The image side of the mask decoder with gradients, on the CPU.
 //!
-//! Tokens absorb the projections in candle's graph, in products of few rows, which carry the gradients of tokens, weights
-//! and adapters. The operations here know absorbed tokens alone, [`crate::cpu::image_side`] has the formulas. Everything
-//! is in f32: the backward's sums cancel.
+//! Tokens absorb the projections in candle's graph, in products of few rows, which carry the gradients of tokens,
+//! weights and adapters. The operations here know absorbed tokens alone, [`crate::cpu::image_side`] has the formulas.
+//! Everything is in f32: the backward's sums cancel.
 
 use super::computed::node;
 use super::custom::{tensor_like, with_f32};
@@ -47,8 +47,8 @@ pub(super) fn tokens_to_image(
         Some(bias) => broadcast_add(&out, bias)?,
         None => out,
     };
-    // k's bias has a gradient of zero. With none an optimizer would not decay it. candle drops a factor of zero from the
-    // graph, but no tensor of zeros.
+    // k's bias has a gradient of zero. With none an optimizer would not decay it. candle drops a factor of zero from
+    // the graph, but no tensor of zeros.
     if let Some(bias) = k.bias.as_ref().filter(|bias| bias.track_op()) {
         out = broadcast_add(&out, &(bias * bias.zeros_like()?)?.sum_all()?)?;
     }

@@ -4,8 +4,8 @@
 //! scale_shift   y = x * scale + shift      dx = dy * scale     dscale = sum dy * x     dshift = sum dy
 //! repeat        y = t, as often as asked   dt = sum dy
 //! ```
-//! candle's `broadcast_mul`, `broadcast_add` and `broadcast_as` take these sums in the storage's dtype: in bf16 a sum of
-//! ones ends at 256. Here products and sums are f32, and each result is rounded once. `scale` and `shift` may be f32
+//! candle's `broadcast_mul`, `broadcast_add` and `broadcast_as` take these sums in the storage's dtype: in bf16 a sum
+//! of ones ends at 256. Here products and sums are f32, and each result is rounded once. `scale` and `shift` may be f32
 //! beside an `x` in 16 bits.
 
 use super::check;

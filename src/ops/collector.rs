@@ -1,8 +1,8 @@
 //! Gradients of parameters, past candle's store.
 //!
-//! candle's backward fills a tensor with zeros and adds to it, for every gradient of every input of an operation. Operations
-//! of the GPU hand the gradients of an open collector's parameters to it instead, as views of what their kernels wrote. An
-//! operation asks for the collector in its forward, and keeps it for its backward.
+//! candle's backward fills a tensor with zeros and adds to it, for every gradient of every input of an operation.
+//! Operations of the GPU hand the gradients of an open collector's parameters to it instead, as views of what their
+//! kernels wrote. An operation asks for the collector in its forward, and keeps it for its backward.
 
 use crate::launch::cache::{QuickMap, QuickSet};
 use candle_core::{DType, Result, Tensor, TensorId};

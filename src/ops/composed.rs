@@ -1,5 +1,5 @@
-//! The operations written with candle's own: the way one would write them without this crate, but for the gradients that
-//! are sums over rows. Those are taken in f32, see [`scale_shift`].
+//! The operations written with candle's own: the way one would write them without this crate, but for the gradients
+//! that are sums over rows. Those are taken in f32, see [`scale_shift`].
 //!
 //! Differentiable in everything, weights included, but they hold every intermediate; the attention builds its
 //! N x N weights. They are the oracle of the fused operations and the path for what those do not cover. Shapes that do
@@ -147,7 +147,8 @@ fn relative_table(table: &Tensor, side: usize) -> Result<Tensor> {
     let index: Vec<u32> =
         (0..side).flat_map(|i| (0..side).map(move |j| (i + side - 1 - j) as u32)).collect();
     let index = Tensor::from_vec(index, side * side, table.device())?;
-    // In f32, where the backward adds up the rows that share an entry; and candle selects rows of contiguous tables only.
+    // In f32, where the backward adds up the rows that share an entry; and candle selects rows of contiguous tables
+    // only.
     let rows = resize_linear(&table.to_dtype(DType::F32)?, 2 * side - 1)?.contiguous()?;
     rows.index_select(&index, 0)?.to_dtype(table.dtype())?.reshape((side, side, ()))
 }

@@ -15,8 +15,8 @@ pub(super) fn three((first, second, third): Inputs<'_>) -> [Tensor; 3] {
     [first.clone(), or_placeholder(second), or_placeholder(third)]
 }
 
-/// `value` as a function of `inputs`; `backward` takes the inputs and the gradient of the value. A missing input reaches
-/// `backward` as a placeholder without a gradient.
+/// `value` as a function of `inputs`; `backward` takes the inputs and the gradient of the value. A missing input
+/// reaches `backward` as a placeholder without a gradient.
 pub(crate) fn with_backward(
     name: &'static str,
     inputs: Inputs<'_>,

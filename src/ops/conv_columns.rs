@@ -3,8 +3,8 @@
 //! ```text
 //! columns[i, j, (a, b)] = x[s i + a - half, s j + b - half], zero outside       a, b = 0 .. k
 //! ```
-//! The gradient adds up each position's places in f32, tap by tap. On the CPU and on a GPU with kernels each direction is
-//! one pass.
+//! The gradient adds up each position's places in f32, tap by tap. On the CPU and on a GPU with kernels each direction
+//! is one pass.
 
 use super::computed::{node, with_backward};
 use super::custom::Stored;

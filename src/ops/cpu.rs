@@ -1,7 +1,8 @@
 //! The CPU engine: layers in a row as one node of candle's graph, `last(.. first(x))`, and a residual.
 //!
-//! A single operation is a chain of one layer. In a longer chain intermediates are freed once no backward needs
-//! them, and reuse buffers. They are stored in the dtype of `x`, those of f16 in f32. Only the gradients of `x`, of the parameters and of a residual reach candle's store.
+//! A single operation is a chain of one layer. In a longer chain intermediates are freed once no backward needs them,
+//! and reuse buffers. They are stored in the dtype of `x`, those of f16 in f32. Only the gradients of `x`, of the
+//! parameters and of a residual reach candle's store.
 
 use super::check::Outline;
 use super::computed::node;

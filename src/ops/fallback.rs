@@ -1,4 +1,5 @@
-//! Operations that run as a graph of candle's say so: an event of `tracing` with the target `candle_sam_lora::composed`.
+//! Operations that run as a graph of candle's say so: an event of `tracing` with the target
+//! `candle_sam_lora::composed`.
 
 use candle_core::Tensor;
 

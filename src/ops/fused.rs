@@ -1,7 +1,8 @@
-//! The operations whose problems several engines compute: checked, then run by the one that is fastest here and trusted.
+//! The operations whose problems several engines compute: checked, then run by the one that is fastest here and
+//! trusted.
 //!
-//! The first use of a GPU's kernels tests them, which runs the same problems by each engine. So what runs an engine stands
-//! below this file, in `projection.rs` and `rel_pos_attention.rs`.
+//! The first use of a GPU's kernels tests them, which runs the same problems by each engine. So what runs an engine
+//! stands below this file, in `projection.rs` and `rel_pos_attention.rs`.
 
 use super::arguments::{Projection, RelPosAttention};
 use super::check::{self, Outline};
@@ -122,8 +123,8 @@ pub(super) fn engine_of_attention<'a>(
     engine(device, dtype, |gpu| launch::rel_pos_attention::family(problem, dtype, gpu))
 }
 
-/// The engine for projections. A fused operation gives its weights no gradient, so trainable ones take the composed path,
-/// as do devices without kernels.
+/// The engine for projections. A fused operation gives its weights no gradient, so trainable ones take the composed
+/// path, as do devices without kernels.
 pub(super) fn engine_of_projections<'a>(
     x: impl Into<Outline<'a>>,
     projections: &[Projection<'_>],

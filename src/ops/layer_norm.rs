@@ -12,8 +12,8 @@ use candle_core::{bail, Device, Result, Tensor};
 
 const OP: &str = LayerNormProblem::OP;
 
-/// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three. Weight and bias may be f32
-/// beside an `x` in 16 bits.
+/// LayerNorm: `x [.., C]`, `weight [C]`, `bias [C]` -> `[.., C]`, with gradients for all three. Weight and bias may be
+/// f32 beside an `x` in 16 bits.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

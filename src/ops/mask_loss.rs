@@ -13,8 +13,8 @@ fn covers(x: &Tensor, t: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32 && !t.track_op()
 }
 
-/// The weighted sum of the terms for each mask, `[N, ..]` and `[N, ..] -> [N]`, with a gradient for `x`; none where candle's
-/// operations have to compute it.
+/// The weighted sum of the terms for each mask, `[N, ..]` and `[N, ..] -> [N]`, with a gradient for `x`; none where
+/// candle's operations have to compute it.
 pub(crate) fn mask_losses(x: &Tensor, t: &Tensor, terms: MaskTerms) -> Result<Option<Tensor>> {
     if !covers(x, t) {
         return Ok(None);

@@ -14,8 +14,8 @@
 //! | [`scale_shift`], [`broadcast_add`], [`repeat`] | a small tensor applied to all of a large one |
 //! | [`matmul`] | candle's, summed in f32 |
 //!
-//! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output.
-//! Where the fused code does not apply, the same operation runs as a graph of candle's own ones: slower, larger, equally
+//! All take f32, f16 and bf16 tensors of any strides and offset, accumulate in f32 and round once at the output. Where
+//! the fused code does not apply, the same operation runs as a graph of candle's own ones: slower, larger, equally
 //! differentiable. The feature `testing` shows it as `testing::composed`.
 //!
 //! ```

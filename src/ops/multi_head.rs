@@ -3,8 +3,8 @@
 //! ```text
 //! out_n = sum_m softmax_m(softmax_scale q_n . k_m) v_m      for each head
 //! ```
-//! On the CPU and by the kernels of a GPU nothing of size queries x keys is allocated, and q, k and v are read in place.
-//! Heads of more than 32 channels are the composed graph's on a GPU.
+//! On the CPU and by the kernels of a GPU nothing of size queries x keys is allocated, and q, k and v are read in
+//! place. Heads of more than 32 channels are the composed graph's on a GPU.
 
 use super::computed::node;
 use super::custom::{from_f32, tensor_like, with_f32};

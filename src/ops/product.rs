@@ -3,8 +3,8 @@
 //! ```text
 //! y = drop(a) b        da = drop(dy b^T)        db = drop(a)^T dy        [.., rows, k], [.., k, n] -> [.., rows, n]
 //! ```
-//! On the CPU candle's product in f16 rounds partial sums to f16. Here 16-bit operands are widened to f32 while a product
-//! runs; candle's graph keeps them as they are.
+//! On the CPU candle's product in f16 rounds partial sums to f16. Here 16-bit operands are widened to f32 while a
+//! product runs; candle's graph keeps them as they are.
 
 use super::computed::with_backward;
 use crate::philox::Dropout;

@@ -161,8 +161,8 @@ pub(super) fn of_gpu(
     Ok((call, packed))
 }
 
-/// Where kernels find each parameter, and those that they read in place: biases in `dtype` or f32, adapters in f32. The first
-/// `packs` trained ones are packed.
+/// Where kernels find each parameter, and those that they read in place: biases in `dtype` or f32, adapters in f32. The
+/// first `packs` trained ones are packed.
 #[cfg(any(test, feature = "cuda"))]
 fn places(
     tensors: &[&Tensor],

@@ -1,4 +1,5 @@
-//! Attention with decomposed relative positions, as SAM's image encoder has it, global or in windows, by a given engine.
+//! Attention with decomposed relative positions, as SAM's image encoder has it, global or in windows, by a given
+//! engine.
 //!
 //! ```text
 //! S[n, m] = softmax_scale q_n . k_m + rel_h[n, h_m] + rel_w[n, w_m]            O = dropout(softmax(S)) V

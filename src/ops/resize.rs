@@ -1,8 +1,10 @@
 //! Resizing of one dimension, as a product with a small constant matrix.
 //!
 //! ```text
-//! linear   src(i) = max((i + 0.5) * L_in / L_out - 0.5, 0),  y[i] = lerp(x[floor src], x[min(floor src + 1, L_in - 1)])
-//! bicubic  y[i] = sum_j w_ij x[j],  w_ij ~ keys((j + 0.5 - (i + 0.5) * L_in / L_out) / max(L_in / L_out, 1)),  sum_j w_ij = 1
+//! linear   src(i) = max((i + 0.5) * L_in / L_out - 0.5, 0)
+//!          y[i] = lerp(x[floor src], x[min(floor src + 1, L_in - 1)])
+//! bicubic  w_ij ~ keys((j + 0.5 - (i + 0.5) * L_in / L_out) / max(L_in / L_out, 1)),  sum_j w_ij = 1
+//!          y[i] = sum_j w_ij x[j]
 //! ```
 //! These are `torch.nn.functional.interpolate(align_corners=False)` with `mode="linear"`, and with `mode="bicubic",
 //! antialias=True`, whose kernel is Keys' with a = -1/2, widened where the result is smaller. Being matrix products
@@ -106,8 +108,8 @@ pub fn bicubic_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> 
     Tensor::from_vec(matrix, (len_out, len_in), device)
 }
 
-/// The matrix `[len_out, len_in]` of the cubic resizing of a vector without antialiasing, in f32. Beyond the ends, the last
-/// element is repeated.
+/// The matrix `[len_out, len_in]` of the cubic resizing of a vector without antialiasing, in f32. Beyond the ends, the
+/// last element is repeated.
 fn cubic_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> Result<Tensor> {
     const A: f64 = -0.75;
     if len_in == 0 || len_out == 0 {
@@ -138,16 +140,17 @@ pub fn resize_bicubic(grid: &Tensor, side: usize) -> Result<Tensor> {
     resize_grids(grid, [side; 2], bicubic_resize_matrix)
 }
 
-/// Resizes grids of vectors bilinearly: `[B, H, W, C] -> [B, h, w, C]`, computed in f32. Grids of that size are given back
-/// as they are.
+/// Resizes grids of vectors bilinearly: `[B, H, W, C] -> [B, h, w, C]`, computed in f32. Grids of that size are given
+/// back as they are.
 ///
 /// [Example](crate::ops::resize_linear)
 pub fn resize_bilinear(grids: &Tensor, size: [usize; 2]) -> Result<Tensor> {
     resize_grids(grids, size, linear_resize_matrix)
 }
 
-/// Resizes grids of vectors with Keys' kernel for a = -3/4, not antialiased, as `torch.nn.functional.interpolate(mode="bicubic")`
-/// by default: `[B, H, W, C] -> [B, h, w, C]`, computed in f32. Grids of that size are given back as they are.
+/// Resizes grids of vectors with Keys' kernel for a = -3/4, not antialiased, as
+/// `torch.nn.functional.interpolate(mode="bicubic")` by default: `[B, H, W, C] -> [B, h, w, C]`, computed in f32. Grids
+/// of that size are given back as they are.
 pub(crate) fn resize_cubic(grids: &Tensor, size: [usize; 2]) -> Result<Tensor> {
     resize_grids(grids, size, cubic_resize_matrix)
 }

@@ -4,9 +4,9 @@
 //! - use candle_transformers::models::segment_anything::sam;
 //! + use candle_sam_lora::sam::candle_transformers as sam;
 //! ```
-//! Embeddings and IoU scores agree to f32's rounding. Mask logits differ by a few thousandths: candle-transformers' mask
-//! decoder approximates the exact GELU that SAM was trained with, and this one does not. Masks of everything are in
-//! [`MaskGenerator`](super::MaskGenerator) in the place of `generate_masks`; `new_tiny`, MobileSAM, is not here.
+//! Embeddings and IoU scores agree to f32's rounding. Mask logits differ by a few thousandths: candle-transformers'
+//! mask decoder approximates the exact GELU that SAM was trained with, and this one does not. Masks of everything are
+//! in [`MaskGenerator`](super::MaskGenerator) in the place of `generate_masks`; `new_tiny`, MobileSAM, is not here.
 //!
 //! Source: `candle_transformers::models::segment_anything::sam` 0.11.
 
@@ -93,8 +93,8 @@ impl Sam {
         Ok((masks.i((.., ..height, ..width))?, iou))
     }
 
-    /// Mask logits `[1, masks, 256, 256]` and IoU scores `[1, masks]`. A point is `(x, y, inside)`, x and y as fractions
-    /// of the image's width and height.
+    /// Mask logits `[1, masks, 256, 256]` and IoU scores `[1, masks]`. A point is `(x, y, inside)`, x and y as
+    /// fractions of the image's width and height.
     ///
     /// # Errors
     /// - a shape does not fit.

@@ -1,4 +1,5 @@
-//! The SAM of DeepSeek-OCR and Unlimited-OCR: SAM's image encoder, made to take images of several sizes and to give fewer, wider tokens.
+//! The SAM of DeepSeek-OCR and Unlimited-OCR: SAM's image encoder, made to take images of several sizes and to give
+//! fewer, wider tokens.
 //!
 //! ```text
 //! x = patch_embed(pixel_values) + bicubic(pos_embed)         [B, h, h, C]      any h; 32, 40, 64, 80 in use
@@ -102,8 +103,9 @@ impl DeepSeekOcrEncoder {
         })
     }
 
-    /// The encoder in a checkpoint of DeepSeek-OCR or Unlimited-OCR: a file, a folder, or a name on the Hugging Face hub
-    /// (feature `hub`). The names in it are the makers' or transformers'. `net_2` and `net_3` get the widths that they have there; the rest of the checkpoint is left alone.
+    /// The encoder in a checkpoint of DeepSeek-OCR or Unlimited-OCR: a file, a folder, or a name on the Hugging Face
+    /// hub (feature `hub`). The names in it are the makers' or transformers'. `net_2` and `net_3` get the widths that
+    /// they have there; the rest of the checkpoint is left alone.
     ///
     /// # Errors
     /// - there is no such path, and the hub does not give it;
@@ -139,8 +141,8 @@ impl DeepSeekOcrEncoder {
         Ok(encoder)
     }
 
-    /// `[B, channels, S, S] -> [B, 1024, h / 4, h / 4]`, h the patches along a side, rounded up; S is any multiple of the
-    /// patch size, 512, 640, 1024 and 1280 in DeepSeek-OCR.
+    /// `[B, channels, S, S] -> [B, 1024, h / 4, h / 4]`, h the patches along a side, rounded up; S is any multiple of
+    /// the patch size, 512, 640, 1024 and 1280 in DeepSeek-OCR.
     ///
     /// # Errors
     /// When `pixel_values` has no such shape, or an attention fails.

@@ -1,5 +1,5 @@
-//! The high-resolution vision tower of DeepSeek-VL's hybrid models: SAM's image encoder and a projection. Its tokens are made
-//! of the image embedding and of the output of the first global layer.
+//! The high-resolution vision tower of DeepSeek-VL's hybrid models: SAM's image encoder and a projection. Its tokens
+//! are made of the image embedding and of the output of the first global layer.
 //!
 //! ```text
 //! proj(x) = conv2(conv1(bilinear(x)))                       [B, C, h, h] -> [B, 4C, side, side]
@@ -84,8 +84,8 @@ module_in_evaluation! {
 }
 
 impl DeepseekVlHighRes {
-    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives a tower to be filled. DeepSeek-VL 7B has SAM ViT-B's
-    /// encoder, the default configuration, and 24 tokens along a `side`.
+    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives a tower to be filled. DeepSeek-VL 7B has SAM
+    /// ViT-B's encoder, the default configuration, and 24 tokens along a `side`.
     ///
     /// # Errors
     /// - the side is 0;
@@ -127,8 +127,8 @@ impl DeepseekVlHighRes {
         })
     }
 
-    /// The tower in a checkpoint of DeepSeek-VL's hybrid models: a file, a folder, or a name on the Hugging Face hub (feature
-    /// `hub`, `deepseek-community/deepseek-vl-7b-chat`). The other parts of it are left alone.
+    /// The tower in a checkpoint of DeepSeek-VL's hybrid models: a file, a folder, or a name on the Hugging Face hub
+    /// (feature `hub`, `deepseek-community/deepseek-vl-7b-chat`). The other parts of it are left alone.
     ///
     /// # Errors
     /// - there is no such path, and the hub does not give it;

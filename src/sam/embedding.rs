@@ -55,7 +55,8 @@ impl EmbeddingPrecision {
 pub struct EmbeddingOrigin {
     /// Checksum of the image file's bytes.
     pub image: String,
-    /// The [`ReadOptions`](super::ReadOptions) as JSON. Text, because numbers read from JSON may differ in the last bit.
+    /// The [`ReadOptions`](super::ReadOptions) as JSON. Text, because numbers read from JSON may differ in the last
+    /// bit.
     pub reading: String,
     /// The [`SamProcessor`](super::SamProcessor) as JSON.
     pub processor: String,

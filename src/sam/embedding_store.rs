@@ -16,7 +16,8 @@ use serde::Serialize;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-/// Keeps embeddings in files: a file is read if image, model, adapters, processor and precision agree, else computed anew.
+/// Keeps embeddings in files: a file is read if image, model, adapters, processor and precision agree, else computed
+/// anew.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -71,8 +72,8 @@ impl EmbeddingStore {
         Self { options, ..self }
     }
 
-    /// The numbers in the files; [`EmbeddingPrecision::Exact`] otherwise. A computed embedding is rounded as one that is
-    /// read.
+    /// The numbers in the files; [`EmbeddingPrecision::Exact`] otherwise. A computed embedding is rounded as one that
+    /// is read.
     pub fn with_precision(self, precision: EmbeddingPrecision) -> Self {
         Self { precision, ..self }
     }
@@ -95,8 +96,8 @@ impl EmbeddingStore {
         self.kept(predictor, (image, &origin), picture)
     }
 
-    /// The embedding of pixels, whatever file they came from: a turned image, or the entry of an archive. Files that are
-    /// there serve as in [`get_or_embed`](Self::get_or_embed).
+    /// The embedding of pixels, whatever file they came from: a turned image, or the entry of an archive. Files that
+    /// are there serve as in [`get_or_embed`](Self::get_or_embed).
     ///
     /// # Errors
     /// - the store has no folder: pixels lie beside nothing;

@@ -182,8 +182,8 @@ pub struct SamVisionEncoderOutput {
 }
 
 impl SamVisionEncoder {
-    /// With the tensors of a `VarBuilder` and the same attention in every layer. `VarBuilder::zeros` gives an encoder to
-    /// be filled.
+    /// With the tensors of a `VarBuilder` and the same attention in every layer. `VarBuilder::zeros` gives an encoder
+    /// to be filled.
     ///
     /// # Errors
     /// - the configuration is impossible, see [`SamVisionConfig::validate`];

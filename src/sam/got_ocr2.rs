@@ -52,8 +52,8 @@ module_in_evaluation! {
 }
 
 impl GotOcr2Encoder {
-    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives an encoder to be filled. GOT-OCR 2.0 has SAM ViT-B's
-    /// encoder, the default configuration, and a `width` of 1024.
+    /// With the tensors of a `VarBuilder`; `VarBuilder::zeros` gives an encoder to be filled. GOT-OCR 2.0 has SAM
+    /// ViT-B's encoder, the default configuration, and a `width` of 1024.
     ///
     /// # Errors
     /// - the width is 0;

@@ -11,8 +11,8 @@
 //! Masks are those of SAM-HQ's own code. Those of transformers 5.23 differ: it upscales the image as it was before the
 //! transformer, its sides exchanged. As there, several masks come in the order of their scores.
 //!
-//! Source: `mask_decoder_hq.py` of SAM-HQ, names of `modeling_sam_hq.py`; Ke et al., "Segment Anything in High Quality",
-//! NeurIPS 2023.
+//! Source: `mask_decoder_hq.py` of SAM-HQ, names of `modeling_sam_hq.py`; Ke et al., "Segment Anything in High
+//! Quality", NeurIPS 2023.
 
 use super::mask_decoder::SamFeedForward;
 use super::{checkpoint, AttentionKind, SamConfig, SamInput, SamModel, SamOutput};

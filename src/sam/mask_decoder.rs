@@ -21,8 +21,8 @@ use candle_nn::VarBuilder;
 use std::ops::Range;
 
 /// Prompts of an image that are decoded in one call when nothing is trained; on the CPU two calls run at a time. Each
-/// prompt has an image of its own, 4 MB, which stays in the third-level cache. The prompts of a call share the work that
-/// it prepares, such as packed weights.
+/// prompt has an image of its own, 4 MB, which stays in the third-level cache. The prompts of a call share the work
+/// that it prepares, such as packed weights.
 const PROMPTS_TOGETHER: usize = 4;
 
 /// Epsilon of the norm between the upscaling convolutions, whatever the configuration says.
@@ -235,8 +235,8 @@ impl SamMaskDecoder {
         self.prompt(&images, input.sparse, chosen, mode)
     }
 
-    /// Everything that all prompts of the images share; the prompts of `input` are not read. About `prompts` of an image
-    /// are to come.
+    /// Everything that all prompts of the images share; the prompts of `input` are not read. About `prompts` of an
+    /// image are to come.
     ///
     /// # Errors
     /// When shapes do not fit.

@@ -4,8 +4,8 @@
 //! has exactly the tensor names of its checkpoints. Tokens and feature maps are channels last, `[B, H, W, C]`,
 //! everywhere inside; only what Hugging Face shows its users as `[B, C, H, W]` is so here too.
 //!
-//! The attention of the image encoder is a trait, [`VisionAttention`]; [`guide::hack_your_own`](crate::guide::hack_your_own) shows how to put
-//! one's own into some or all layers.
+//! The attention of the image encoder is a trait, [`VisionAttention`];
+//! [`guide::hack_your_own`](crate::guide::hack_your_own) shows how to put one's own into some or all layers.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};

@@ -167,7 +167,8 @@ impl SamModel {
         self.forward_masks(input, self.mask_decoder.masks_of(input.multimask_output), mode)
     }
 
-    /// As `forward`, with the masks `chosen` whatever `multimask_output` says: 0 is the single one, the alternatives follow.
+    /// As `forward`, with the masks `chosen` whatever `multimask_output` says: 0 is the single one, the alternatives
+    /// follow.
     ///
     /// # Errors
     /// As `forward`, or when there are no such masks.
@@ -203,8 +204,8 @@ impl SamModel {
         Ok(SamOutput { iou_scores, pred_masks })
     }
 
-    /// Image embeddings `[B, C, h, w]` ready for many prompts without logits, in evaluation. On the CPU the result remembers
-    /// the parameters that it was made with: 400 kB in a published SAM.
+    /// Image embeddings `[B, C, h, w]` ready for many prompts without logits, in evaluation. On the CPU the result
+    /// remembers the parameters that it was made with: 400 kB in a published SAM.
     ///
     /// # Errors
     /// When the shape does not fit.
@@ -227,8 +228,8 @@ impl SamModel {
         Ok(images)
     }
 
-    /// Whether [`prepare`](Self::prepare) would give these images again: no weight or adapter that it reads has changed since.
-    /// Always false on a GPU, where making them costs less than asking.
+    /// Whether [`prepare`](Self::prepare) would give these images again: no weight or adapter that it reads has changed
+    /// since. Always false on a GPU, where making them costs less than asking.
     ///
     /// # Errors
     /// When a tensor cannot be read.

@@ -261,8 +261,8 @@ impl<'a> SamPredictor<'a> {
         Rle::from_mask(&inside, (height as u32, width as u32))
     }
 
-    /// The embedding, ready for prompts. That of the last call serves again for the same embedding, if nothing is trained.
-    /// Another model may own the same memory, so parameters are compared.
+    /// The embedding, ready for prompts. That of the last call serves again for the same embedding, if nothing is
+    /// trained. Another model may own the same memory, so parameters are compared.
     fn prepared(&self, embedding: &Tensor) -> candle_core::Result<PreparedImages> {
         let mut trained = embedding.track_op();
         self.model.visit("", &mut |_, node| {

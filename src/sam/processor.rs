@@ -223,7 +223,10 @@ impl SamProcessor {
         let side = |side: usize| (side as f64 * scale + 0.5) as usize;
         let resized = (side(height), side(width));
         if resized.0 == 0 || resized.1 == 0 {
-            bail!("an image of {width} x {height} pixels is too narrow: resized to {} nothing is left of it", self.longest_edge)
+            let edge = self.longest_edge;
+            bail!(
+                "an image of {width} x {height} pixels is too narrow: resized to {edge} nothing is left of it"
+            )
         }
         Ok(Frame { original: (height, width), resized })
     }

@@ -66,8 +66,8 @@ impl SamPositionalEmbedding {
         Tensor::cat(&[phases.sin()?, phases.cos()?], D::Minus1)?.reshape(dims)
     }
 
-    /// The centres of an image's side x side patches: `[1, side, side, 2 num_pos_feats]`, in f32. Kept for the next call
-    /// while the frequencies are fixed.
+    /// The centres of an image's side x side patches: `[1, side, side, 2 num_pos_feats]`, in f32. Kept for the next
+    /// call while the frequencies are fixed.
     pub fn grid(&self, side: usize) -> Result<Tensor> {
         let frequencies = &self.positional_embedding.0;
         if frequencies.track_op() || ops::prepares_graph() {

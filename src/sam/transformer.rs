@@ -398,8 +398,8 @@ impl SamTwoWayTransformer {
         })
     }
 
-    /// Heads of the first layer that all `prompts` of an image share, unless adapters drop. Images are `[B, h w, C]`, positions
-    /// `[1, h w, C]`. Without gradients on the CPU, 16 bits are widened here, once for all prompts.
+    /// Heads of the first layer that all `prompts` of an image share, unless adapters drop. Images are `[B, h w, C]`,
+    /// positions `[1, h w, C]`. Without gradients on the CPU, 16 bits are widened here, once for all prompts.
     ///
     /// # Errors
     /// When shapes do not fit.

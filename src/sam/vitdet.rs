@@ -6,7 +6,8 @@
 //! ```
 //! The position embeddings are a ViT's, of a grid of another size, its class token first.
 //!
-//! Source: `modeling_vitdet.py`; Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022.
+//! Source: `modeling_vitdet.py`; Li et al., "Exploring Plain Vision Transformer Backbones for Object
+//! Detection", ECCV 2022.
 
 use super::config::{read, side, HiddenAct};
 use super::{checkpoint, AttentionKind, LayerContext, SamVisionConfig, SamVisionLayer};
@@ -250,8 +251,8 @@ impl VitDetBackbone {
         Ok(Self { position_embeddings, projection, layers })
     }
 
-    /// The backbone in a folder with `config.json` and weights, or by a name on the Hugging Face hub (feature `hub`). Other
-    /// tensors of the checkpoint are left alone.
+    /// The backbone in a folder with `config.json` and weights, or by a name on the Hugging Face hub (feature `hub`).
+    /// Other tensors of the checkpoint are left alone.
     ///
     /// # Errors
     /// - there is no such folder, and the hub does not give it;
@@ -282,8 +283,8 @@ impl VitDetBackbone {
         x.permute((0, 3, 1, 2))
     }
 
-    /// The maps that detectors choose from, `[B, C, h, w]` each: the embedded patches (`stem`) and the output of each layer
-    /// (`stage1` and so on).
+    /// The maps that detectors choose from, `[B, C, h, w]` each: the embedded patches (`stem`) and the output of each
+    /// layer (`stage1` and so on).
     ///
     /// # Errors
     /// - as [`forward`](Self::forward).

@@ -74,8 +74,8 @@ pub use gradients::{check_gradients, GradientCheck, GradientReport, Verdict};
 
 /// The operations as graphs of candle's own, but for gradients that are sums over rows: those are taken in f32.
 ///
-/// Every intermediate is kept, and the attention builds its `N x N` weights. [`ops`](crate::ops) runs these graphs where
-/// its own code does not apply.
+/// Every intermediate is kept, and the attention builds its `N x N` weights. [`ops`](crate::ops) runs these graphs
+/// where its own code does not apply.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -5,8 +5,8 @@
 //! m   <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
 //! p   <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //! ```
-//! The moments m and v (`exp_avg`, `exp_avg_sq`) are f32 whatever the parameter's dtype, and so is the update. On a GPU three
-//! kernels check, measure, clip and update all parameters at once, and the host waits once.
+//! The moments m and v (`exp_avg`, `exp_avg_sq`) are f32 whatever the parameter's dtype, and so is the update. On a GPU
+//! three kernels check, measure, clip and update all parameters at once, and the host waits once.
 //!
 //! A trainable parameter without a gradient is an error, not a parameter left alone. Wherever an operation has no
 //! gradient, candle drops it silently. A run that trains half of its parameters looks like one that trains them all. A
@@ -159,8 +159,8 @@ impl AdamW {
             .map_err(|error| self.failed(error))
     }
 
-    /// The value of a loss, and the gradients of its backward, in the parameters' order. On a GPU its operations hand over
-    /// most of them past candle's store, with fewer launches than [`gradients`](Self::gradients) takes.
+    /// The value of a loss, and the gradients of its backward, in the parameters' order. On a GPU its operations hand
+    /// over most of them past candle's store, with fewer launches than [`gradients`](Self::gradients) takes.
     ///
     /// # Errors
     /// - `loss` fails;

@@ -5,9 +5,10 @@
 //!             `evaluations` [evaluations, 11] in f64: step and scores; NaN of masks that were not made
 //! metadata    "state": "<checksum> <JSON of step, seed, settings>"
 //! ```
-//! A run killed at any instant leaves a complete file. The state before is kept beside it, in `<stem>.previous.<ending>`,
-//! and is what a run goes on from if the newest one is damaged. The checksum is that of `files/sealed.rs`. `settings` is whatever must
-//! not change between a run and its continuation: hyperparameters, the model's and the data's listing.
+//! A run killed at any instant leaves a complete file. The state before is kept beside it, in
+//! `<stem>.previous.<ending>`, and is what a run goes on from if the newest one is damaged. The checksum is that of
+//! `files/sealed.rs`. `settings` is whatever must not change between a run and its continuation: hyperparameters, the
+//! model's and the data's listing.
 
 use super::{HeldOutScores, StepScores};
 use crate::files::{Seal, TensorFile};

@@ -1,12 +1,13 @@
 //! Prompts that answer the model, as a user corrects it: a point where its mask is wrong, and the mask itself.
 //!
 //! ```text
-//! first round   a point or a box                             -> the single mask, and alternatives where they are trained
-//! each other    + a point drawn where the last mask is wrong: on the object in a false negative, off it in a false positive
+//! first round   a point or a box                         -> the single mask, and alternatives where they are trained
+//! each other    + a point where the last mask is wrong: on the object in a false negative, off it in a false positive
 //!               + with a probability, the last mask's logits, without gradient
 //! mask rounds   the logits alone are new: one is the last round, others come at random places
 //! ```
-//! The single mask is corrected. A mask without a fault gets one more point on the object. All is drawn from (seed, part).
+//! The single mask is corrected. A mask without a fault gets one more point on the object. All is drawn from (seed,
+//! part).
 //!
 //! Source: Kirillov et al., "Segment Anything", 2023, appendix A: eight points, two mask rounds, logits in every round.
 
@@ -150,8 +151,8 @@ impl PromptedObjects {
         Ok(())
     }
 
-    /// A point for each object where its logits `[G P, 4h, 4w]` are wrong, in pixels of the model's input: `[G P, 1, 1, 2]`
-    /// and labels `[G P, 1, 1]`.
+    /// A point for each object where its logits `[G P, 4h, 4w]` are wrong, in pixels of the model's input:
+    /// `[G P, 1, 1, 2]` and labels `[G P, 1, 1]`.
     fn corrections(
         &self,
         logits: &Tensor,

@@ -84,8 +84,8 @@ impl Dataset {
 
     /// As [`open_files`](Self::open_files), by several processes, each of which reads its share of the files.
     ///
-    /// All must list the same names and sizes. Contents are compared when a sample is loaded, with what the process found
-    /// that read it first.
+    /// All must list the same names and sizes. Contents are compared when a sample is loaded, with what the process
+    /// found that read it first.
     ///
     /// # Errors
     /// - as [`open_files`](Self::open_files), on every rank;

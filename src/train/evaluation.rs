@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! every instance -> points on it, or its tight box -> low-resolution logits -> mask of the image's size -> scores
-//! first of these -> and four corrections, each a point where the mask is wrong                          -> their IoU
-//! the image      -> masks of everything, each with its predicted IoU                                    -> their matches
+//! first of these -> and four corrections, each a point where the mask is wrong -> their IoU
+//! the image      -> masks of everything, each with its predicted IoU -> their matches
 //! ```
 //! Corrections are points alone: the logits are not fed back. They are the same in every run, as far as masks are.
 //! Masks and scores are computed in the window that holds the found and the true object. So an image of a thousand

@@ -1,7 +1,8 @@
 //! Whether a mask belongs to an image as it is stored or as its EXIF data turn it, where it has the size of both.
 //!
-//! Borders of objects are edges of the image. Where they lie on clearly stronger edges once the mask is turned as the image
-//! was, the mask was drawn on the stored pixels. That is remarked; the mask is taken to be of the turned image all the same.
+//! Borders of objects are edges of the image. Where they lie on clearly stronger edges once the mask is turned as the
+//! image was, the mask was drawn on the stored pixels. That is remarked; the mask is taken to be of the turned image
+//! all the same.
 
 use super::labels::LabelImage;
 use super::mask::turned;

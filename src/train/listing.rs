@@ -11,8 +11,8 @@ use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Where the images of a data set are and their truth. Several places are read as one with all their files, in the order
-/// of the names.
+/// Where the images of a data set are and their truth. Several places are read as one with all their files, in the
+/// order of the names.
 ///
 /// [Example](crate::train::Dataset)
 #[derive(Clone, Debug)]

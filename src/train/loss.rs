@@ -28,7 +28,8 @@ pub fn bce_with_logits(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     over_all_pixels(&x, &t, MaskTerms { bce: 1.0, ..NOTHING })
 }
 
-/// Focal loss of logits against targets of the same shape, averaged over all elements: a scalar. Alpha is 0.25, gamma 2.
+/// Focal loss of logits against targets of the same shape, averaged over all elements: a scalar. Alpha is 0.25, gamma
+/// 2.
 ///
 /// [Example](crate::train::LossWeights)
 pub fn focal_loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
@@ -145,8 +146,8 @@ impl LossWeights {
         Ok(())
     }
 
-    /// The loss of M masks for each of N objects, a scalar. It is the mean over objects of the best mask's loss, and over all
-    /// masks of the IoU term. Logits are `[N, M, h, w]`, predicted IoUs `[N, M]`, targets `[N, h, w]`.
+    /// The loss of M masks for each of N objects, a scalar. It is the mean over objects of the best mask's loss, and
+    /// over all masks of the IoU term. Logits are `[N, M, h, w]`, predicted IoUs `[N, M]`, targets `[N, h, w]`.
     ///
     /// # Errors
     /// When shapes do not fit.

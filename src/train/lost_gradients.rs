@@ -46,7 +46,8 @@ pub(super) fn missing(
 /// Fails when `loss`, whose value is `here`, depends on elements whose gradient is exactly zero.
 ///
 /// Many gradients are rightly zero: that of a LoRA's A while B is zero, or of an embedding that is not used. Then the
-/// loss has no slope when all such elements move together: two more losses tell in most cases, twelve or more in others.
+/// loss has no slope when all such elements move together: two more losses tell in most cases, twelve or more in
+/// others.
 pub(super) fn check_zeros<'a>(
     parameters: impl Iterator<Item = (&'a str, &'a Var)>,
     gradients: &Gradients,

@@ -2,7 +2,8 @@
 //! segmentation accuracy.
 //!
 //! ```text
-//! match    at IoUs 0.5, 0.55, .. 0.95: best score first, a mask takes the free object of the highest IoU, if that is enough
+//! match    at IoUs 0.5, 0.55, .. 0.95: best score first, a mask takes the free object of the highest IoU,
+//!          if that is enough
 //! AP       mean over the ten of the precision at 101 recalls, each the highest at that recall or beyond
 //! SA       mean over the ten of true / (true + false + missed), of the masks with a score of at least `sa_cut`
 //! ```

@@ -3,7 +3,8 @@
 //! ```text
 //! iou, dice, boundary_f1     of the single mask for the first prompt
 //! iou_at_3, iou_at_5         of the single mask after two and four points more, each where the mask before was wrong
-//! iou_error                  |predicted - true IoU|, the mean over the single mask and the alternatives for the first prompt
+//! iou_error                  |predicted - true IoU|, the mean over the single mask and the alternatives for the first
+//!                            prompt
 //! ```
 
 #[cfg(feature = "images")]

@@ -196,8 +196,8 @@ const MOST: usize = 1 << 16;
 const IGNORED_LOGIT: f32 = -100.0;
 
 impl Batch {
-    /// Draws the batch of `step`, a function of seed and step. An image with fewer instances than prompts has some of them
-    /// prompted again.
+    /// Draws the batch of `step`, a function of seed and step. An image with fewer instances than prompts has some of
+    /// them prompted again.
     ///
     /// # Errors
     /// - a file became unreadable.
@@ -258,8 +258,8 @@ impl Batch {
 
     /// The mean over images and rounds of the [`LossWeights::loss`].
     ///
-    /// The alternatives for a first prompt add theirs, by [`LossWeights::multimask`]. Trained parameters of prompt encoder and
-    /// mask decoder that the draws leave out get gradients of zero.
+    /// The alternatives for a first prompt add theirs, by [`LossWeights::multimask`]. Trained parameters of prompt
+    /// encoder and mask decoder that the draws leave out get gradients of zero.
     ///
     /// # Errors
     /// When shapes do not fit.

@@ -17,8 +17,8 @@ pub trait StepInput: Sized {
     /// - `change` fails.
     fn map(&self, change: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self>;
 
-    /// Whatever decides on the launches besides the tensors' shapes and dtypes. None if the loss asks for values on the host,
-    /// so that no graph can hold it.
+    /// Whatever decides on the launches besides the tensors' shapes and dtypes. None if the loss asks for values on the
+    /// host, so that no graph can hold it.
     fn form(&self) -> Option<String>;
 }
 
@@ -33,15 +33,16 @@ impl StepInput for Vec<Tensor> {
     }
 }
 
-/// A loss, and CUDA graphs of the steps that were made with it by [`Trainer::step_by_graph`]: forward, backward and optimizer.
+/// A loss, and CUDA graphs of the steps that were made with it by [`Trainer::step_by_graph`]: forward, backward and
+/// optimizer.
 ///
-/// There is a graph for each form of the input: its shapes, its dtypes and [`StepInput::form`]. The first step of a form runs as
-/// ever, the second one is recorded, and it and all later ones are replayed. Copied before each replay are the input, the
-/// seed of the dropout masks and the learning rate. So a replay has the bits of plain launches.
+/// There is a graph for each form of the input: its shapes, its dtypes and [`StepInput::form`]. The first step of a
+/// form runs as ever, the second one is recorded, and it and all later ones are replayed. Copied before each replay are
+/// the input, the seed of the dropout masks and the learning rate. So a replay has the bits of plain launches.
 ///
-/// A graph reads the model's tensors in place, so this owns the loss and all that the loss owns or borrows. The loss's host
-/// code runs only while a graph is recorded: the active adapter and the kernels are those of that time. Graphs stay on
-/// their thread.
+/// A graph reads the model's tensors in place, so this owns the loss and all that the loss owns or borrows. The loss's
+/// host code runs only while a graph is recorded: the active adapter and the kernels are those of that time. Graphs
+/// stay on their thread.
 ///
 /// ```no_run
 /// # fn main() -> candle_sam_lora::Result<()> {

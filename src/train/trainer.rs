@@ -119,8 +119,8 @@ impl Trainer {
         })
     }
 
-    /// Does not look at gradients of zero in the first step. The predicted IoU's target is such a case: it follows masks
-    /// that learn no shape, on purpose without a gradient.
+    /// Does not look at gradients of zero in the first step. The predicted IoU's target is such a case: it follows
+    /// masks that learn no shape, on purpose without a gradient.
     pub fn with_zero_gradients(mut self) -> Self {
         self.zeros_checked = true;
         self
@@ -271,8 +271,8 @@ impl Trainer {
         Ok(made)
     }
 
-    /// Fails unless all trained parameters are finite. The step after one that made them infinite tells so, too; after the
-    /// last step of a run nothing else does.
+    /// Fails unless all trained parameters are finite. The step after one that made them infinite tells so, too; after
+    /// the last step of a run nothing else does.
     ///
     /// [Example](crate::train::Trainer)
     ///

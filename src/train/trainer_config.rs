@@ -18,8 +18,8 @@ pub struct TrainerConfig {
     pub accumulation: u64,
     /// Largest norm of all gradients together; longer ones are shortened to it.
     pub max_grad_norm: Option<f64>,
-    /// Decay of an average of the parameters over the steps, see [`Trainer::with_averages`](super::Trainer::with_averages);
-    /// none keeps no average.
+    /// Decay of an average of the parameters over the steps, see
+    /// [`Trainer::with_averages`](super::Trainer::with_averages); none keeps no average.
     pub ema: Option<f64>,
     /// Whatever is random is drawn from it and from the step.
     pub seed: u64,

@@ -18,8 +18,8 @@ pub struct Kind {
     pub gradients: f64,
 }
 
-/// Every kind, with the errors that tests/fixtures/f32_yardstick.py prints. Some adapters are strong and their gradients
-/// ill-conditioned, so the model's depth alone says too little: 4.1e-5 here, where PyTorch has 2.9e-5.
+/// Every kind, with the errors that tests/fixtures/f32_yardstick.py prints. Some adapters are strong and their
+/// gradients ill-conditioned, so the model's depth alone says too little: 4.1e-5 here, where PyTorch has 2.9e-5.
 pub const KINDS: [Kind; 16] = [
     Kind { name: "lora_qv", outputs: 1.4e-6, gradients: 8.9e-6 },
     Kind { name: "lora_qkv", outputs: 2.2e-6, gradients: 2.2e-5 },

@@ -1,4 +1,5 @@
-//! The fixtures of `gen/attention_limits.py`: the attention with a saturated softmax, and with values that are not finite.
+//! The fixtures of `gen/attention_limits.py`: the attention with a saturated softmax, and with values that are not
+//! finite.
 
 use super::{cases, values, Case};
 use candle_core::{Result, Tensor};
@@ -144,7 +145,8 @@ fn class(x: f64) -> usize {
 pub enum Rule {
     /// Its queries on the grid, each element's kind.
     Exact,
-    /// Its queries on the grid, whether an element is finite: terms that are infinite both ways, in another order, are NaN.
+    /// Its queries on the grid, whether an element is finite: terms that are infinite both ways, in another order, are
+    /// NaN.
     Finite,
     /// As `Finite`, with the queries of padded tokens.
     FiniteWithPadding,
@@ -176,8 +178,8 @@ impl NotFinite {
         cases("ops/attention_not_finite.safetensors").into_iter().map(make).collect()
     }
 
-    /// The first difference of a tensor from PyTorch's, if any. An element differs by its kind (number, NaN, infinity), or
-    /// by more than `bound`. The bound is relative to the largest value if that is above 1.
+    /// The first difference of a tensor from PyTorch's, if any. An element differs by its kind (number, NaN, infinity),
+    /// or by more than `bound`. The bound is relative to the largest value if that is above 1.
     pub fn difference(&self, name: &str, got: &[f64], bound: f64, rule: Rule) -> Option<String> {
         let real = rule != Rule::FiniteWithPadding && self.settings.window.is_some();
         let real = if real { "real_" } else { "" };

@@ -108,8 +108,8 @@ pub fn tensor_error(got: &Tensor, expected: &Tensor) -> f64 {
     error(&values(got), &values(expected))
 }
 
-/// Results of random shapes may cancel, or hang on large scores; then no computation in f32 is that close. So many times
-/// the change is allowed too that inputs make which are one unit in the last place off.
+/// Results of random shapes may cancel, or hang on large scores; then no computation in f32 is that close. So many
+/// times the change is allowed too that inputs make which are one unit in the last place off.
 pub const TIMES_ROUNDING: f64 = 8.0;
 
 /// Every element one unit in its last place away, up or down by chance.

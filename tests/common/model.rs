@@ -104,14 +104,14 @@ pub fn lookup(tensors: &Tensors, name: &str) -> Result<Tensor> {
     bail!("no {name}")
 }
 
-/// The parameter whose gradient measures the error of `name`'s. A bias of all keys shifts every score of a row alike, so
-/// its gradient is zero but for rounding. The queries' bias measures that.
+/// The parameter whose gradient measures the error of `name`'s. A bias of all keys shifts every score of a row alike,
+/// so its gradient is zero but for rounding. The queries' bias measures that.
 pub fn measured_by(name: &str) -> String {
     name.replace("k_proj.bias", "q_proj.bias").replace(".k.bias", ".q.bias")
 }
 
-/// The error of every gradient of a variable, by name. Where PyTorch has none, or zeros for a part that is sliced away, ours
-/// must be zero too.
+/// The error of every gradient of a variable, by name. Where PyTorch has none, or zeros for a part that is sliced away,
+/// ours must be zero too.
 pub fn gradient_errors(
     model: &dyn ModuleTree,
     gradients: &GradStore,

@@ -1,5 +1,5 @@
-//! A small vision transformer as an existing candle program has it. Its weights are in a `VarMap`, with a fused `qkv`; for
-//! this crate q, k and v are views of it.
+//! A small vision transformer as an existing candle program has it. Its weights are in a `VarMap`, with a fused `qkv`;
+//! for this crate q, k and v are views of it.
 #![allow(dead_code)]
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};

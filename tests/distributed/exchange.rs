@@ -1,4 +1,5 @@
-//! The bits do not depend on how gradients travel, on the network, or on threads; the times of a step say where it went.
+//! The bits do not depend on how gradients travel, on the network, or on threads; the times of a step say where it
+//! went.
 
 use super::network::Network;
 use super::run::{adapted, bits, go_on, loss, trainer, KINDS, PARTS};

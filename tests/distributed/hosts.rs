@@ -12,7 +12,8 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/mpi_two_hosts
 /// Exit status of the script where network namespaces or TUN devices are forbidden.
 const FORBIDDEN: i32 = 77;
 
-/// Does a job by one process on each host. Returns the script's output and its time, or nothing where hosts are forbidden.
+/// Does a job by one process on each host. Returns the script's output and its time, or nothing where hosts are
+/// forbidden.
 fn on_two_hosts(cable: &[&str], job: &Job) -> Result<Option<(Output, Duration)>> {
     let start = Instant::now();
     let output = Command::new("python3")

@@ -3,7 +3,8 @@
 //!
 //! The run is a process of its own, stopped at every system call (ptrace). A point is a call that changes a file or a
 //! folder: open for writing, write, sync, rename, unlink, mkdir, chmod. `cargo test --test faults -- --ignored` takes
-//! more steps and more kinds of refusal. Linux on x86-64, where processes may be traced; elsewhere there is nothing to run.
+//! more steps and more kinds of refusal. Linux on x86-64, where processes may be traced; elsewhere there is nothing to
+//! run.
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod full_disk;

@@ -252,8 +252,8 @@ const PIECES: [&[u8]; 24] = [
     b"ctorch._utils\n_rebuild_tensor_v2\n",
 ];
 
-/// Damages the fixtures at random, mostly in their pickles: `TORCH_CASES` times. No input may panic, ask for memory that
-/// its file does not have, or change the model and fail.
+/// Damages the fixtures at random, mostly in their pickles: `TORCH_CASES` times. No input may panic, ask for memory
+/// that its file does not have, or change the model and fail.
 #[test]
 fn damaged_files_are_errors_or_what_they_hold() {
     let cases = std::env::var("TORCH_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(3000u64);

@@ -1,5 +1,5 @@
-//! The residual branches of an encoder layer as one operation on the GPU. Values and gradients have the bits of the single
-//! operations, with and without adapters and a gradient of the input.
+//! The residual branches of an encoder layer as one operation on the GPU. Values and gradients have the bits of the
+//! single operations, with and without adapters and a gradient of the input.
 
 use crate::common::{random, values};
 use crate::{trial, with_each};

@@ -1,8 +1,9 @@
-//! Memory, launches, allocations and copies of a training step and of an inference. The driver's stand-in counts them in a dry
-//! run (emulator/driver/src/dry_run.rs), where the encoders have their real sizes and every value is zero.
+//! Memory, launches, allocations and copies of a training step and of an inference. The driver's stand-in counts them
+//! in a dry run (emulator/driver/src/dry_run.rs), where the encoders have their real sizes and every value is zero.
 //!
-//! The counts are those of scripts/launch-budget.tsv, or the test fails. Host allocations may differ a little: a hash map with a
-//! seed of its own grows when it will. `CANDLE_SAM_LORA_WRITE_BUDGET` in the environment makes the file anew.
+//! The counts are those of scripts/launch-budget.tsv, or the test fails. Host allocations may differ a little: a hash
+//! map with a seed of its own grows when it will. `CANDLE_SAM_LORA_WRITE_BUDGET` in the environment makes the file
+//! anew.
 
 use crate::driver_calls::{calls, stand_in};
 use crate::host_allocations;
@@ -114,8 +115,8 @@ fn agrees(got: &str, expected: &str) -> bool {
     }
 }
 
-/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products, of the second of two equal
-/// passes. With them its allocations on the host.
+/// Memory in use and at most, a number for each of [`KINDS`], and bytes moved beside products, of the second of two
+/// equal passes. With them its allocations on the host.
 fn counts(
     config: &SamConfig,
     dtype: DType,
@@ -166,7 +167,8 @@ fn mebibytes_needed(config: &SamConfig, dtype: DType) -> f64 {
     let config = &config.vision_config;
     let (tokens, layers) = (config.grid_size().pow(2), config.num_hidden_layers);
     let (hidden, mlp, neck) = (config.hidden_size, config.mlp_dim(), config.output_channels);
-    // Two layer norms: x and y; the gradients of y and of the residual, x and its gradient. GELU's sum and both gradients.
+    // Two layer norms: x and y; the gradients of y and of the residual, x and its gradient. GELU's sum and both
+    // gradients.
     let layer = tokens * (2 * (2 + 4) * hidden + 3 * mlp);
     // The image as rows of patches; the sum with positions.
     let embedding = tokens * (2 * 3 * config.patch_size.pow(2) + 3 * hidden);
@@ -197,8 +199,8 @@ fn events() -> impl Fn() -> Vec<String> {
     }
 }
 
-/// The fourth step of a trainer: the first replay of a graph that is there. The stand-in keeps all memory of a graph, so its
-/// bytes in use say nothing; those that a graph moves are not counted.
+/// The fourth step of a trainer: the first replay of a graph that is there. The stand-in keeps all memory of a graph,
+/// so its bytes in use say nothing; those that a graph moves are not counted.
 fn replayed(
     encoder: &SamVisionEncoder,
     side: usize,

@@ -1,8 +1,8 @@
-//! The GPU against the emulator, which runs the same kernels from their sources on the same inputs. The machine needs the
-//! sources and a C++ compiler. Emulated are the portable kernels; a GPU with others is held against them with both.
+//! The GPU against the emulator, which runs the same kernels from their sources on the same inputs. The machine needs
+//! the sources and a C++ compiler. Emulated are the portable kernels; a GPU with others is held against them with both.
 //!
-//! The two differ where the emulator does not know the hardware's last bits. These are the order and rounding of the sums
-//! inside the tensor cores, and the approximations of 2^x, division and square root.
+//! The two differ where the emulator does not know the hardware's last bits. These are the order and rounding of the
+//! sums inside the tensor cores, and the approximations of 2^x, division and square root.
 
 #[path = "../kernels/attention_case.rs"]
 mod attention_case;
@@ -52,8 +52,8 @@ type Bounds = [f64; 3];
 /// either side of a middle when they are rounded.
 const ELEMENTWISE: Bounds = [1e-6, 1.0 / 1024.0, 1.0 / 128.0];
 /// f32: what each is allowed to be off the truth, in sums of another order. Else two steps. Operands that are rounded
-/// on the way, the attention's weights and LoRA's `A x`, may differ by a step too. In a sum with all others that is less
-/// than a step of the result.
+/// on the way, the attention's weights and LoRA's `A x`, may differ by a step too. In a sum with all others that is
+/// less than a step of the result.
 const PRODUCTS: Bounds = [1e-5, 2.0 / 1024.0, 2.0 / 128.0];
 
 fn compare(what: &str, dtype: DType, gpu: &Tensor, emulated: &Memory, bounds: Bounds) {

@@ -1,4 +1,5 @@
-//! Allocations of this program on the host. The driver's stand-in has an allocator of its own, so its own are not counted.
+//! Allocations of this program on the host. The driver's stand-in has an allocator of its own, so its own are not
+//! counted.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;

@@ -1,5 +1,5 @@
-//! Layers of the image encoder as one node of candle's graph: gradients have the bits that the blocks have apart. Where an
-//! attention of a user's uses a block's output once more, they are the same sums in another order.
+//! Layers of the image encoder as one node of candle's graph: gradients have the bits that the blocks have apart. Where
+//! an attention of a user's uses a block's output once more, they are the same sums in another order.
 
 use crate::common::{random, values};
 use crate::{trial, with_each};

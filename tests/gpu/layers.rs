@@ -63,8 +63,8 @@ pub struct Family {
     heads: usize,
 }
 
-/// The families, those that matter most first. ViT-B has 12 heads of 64 channels, ViT-H 16 of 80, and the mask decoder 8
-/// of 16.
+/// The families, those that matter most first. ViT-B has 12 heads of 64 channels, ViT-H 16 of 80, and the mask decoder
+/// 8 of 16.
 pub const FAMILIES: [Family; 12] = {
     const fn vit_b(name: &'static str, kind: Kind) -> Family {
         Family { name, kind, head_dim: 64, heads: 12 }

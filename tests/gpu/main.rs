@@ -1,9 +1,9 @@
 //! Everything that wants a GPU, in one binary. The operations run against the f64 reference, the composed graph and the
-//! emulator. They run in every dtype, behind any strides, again and again, on two streams, in a CUDA graph. The model and its
-//! training follow. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
+//! emulator. They run in every dtype, behind any strides, again and again, on two streams, in a CUDA graph. The model
+//! and its training follow. Without a device it says so and passes, unless CANDLE_SAM_LORA_REQUIRE_GPU is set.
 //!
-//! scripts/gpu/ has one binary for all. Called as `cases` or `finetune`, this one is the benchmark or the command of that
-//! name. Called as `smoke` or `headline`, it compares or measures at SAM's sizes.
+//! scripts/gpu/ has one binary for all. Called as `cases` or `finetune`, this one is the benchmark or the command of
+//! that name. Called as `smoke` or `headline`, it compares or measures at SAM's sizes.
 //!
 //! | environment | meaning |
 //! |---|---|
@@ -53,8 +53,8 @@ fn gpu() -> std::result::Result<&'static Device, String> {
     gpu.as_ref().map_err(String::clone)
 }
 
-/// Sees at a test's end, however it comes, whether the GPU still answers. After an illegal access it never does again in
-/// this process: to go on would blame the tests that follow.
+/// Sees at a test's end, however it comes, whether the GPU still answers. After an illegal access it never does again
+/// in this process: to go on would blame the tests that follow.
 struct Watch<'a> {
     test: &'a str,
     device: &'a Device,

@@ -1,5 +1,5 @@
-//! The kernels' self-test: right kernels pass; wrong ones, which the driver's stand-in plants, are named and replaced, and
-//! no other family is.
+//! The kernels' self-test: right kernels pass; wrong ones, which the driver's stand-in plants, are named and replaced,
+//! and no other family is.
 
 use crate::common::{error, gradients, random, values};
 use crate::driver_calls::calls;

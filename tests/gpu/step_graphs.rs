@@ -125,7 +125,8 @@ fn encoder(dtype: DType, checkpointed: bool, device: &Device) -> anyhow::Result<
     Ok(())
 }
 
-/// A kernel that drops by the recorded step's seed in each replay, which the driver's stand-in plants in a process of its own.
+/// A kernel that drops by the recorded step's seed in each replay, which the driver's stand-in plants in a process of
+/// its own.
 fn baked_seed_is_seen(kernel: &str) -> Result<()> {
     let output = Command::new(std::env::current_exe()?)
         .args(["--exact", "step graph encoder f32"])

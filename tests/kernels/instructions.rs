@@ -154,8 +154,8 @@ fn staged_products() -> Result<()> {
     Ok(())
 }
 
-/// The largest errors, in units of 2^-23: of GELU by `max(1, |x|)`, of its derivative, and of GELU by itself where `|x|` is at
-/// most 3.
+/// The largest errors, in units of 2^-23: of GELU by `max(1, |x|)`, of its derivative, and of GELU by itself where
+/// `|x|` is at most 3.
 #[test]
 fn gelu_is_accurate_over_the_whole_range() -> Result<()> {
     use candle_sam_lora::testing::reference::gelu;

@@ -1,5 +1,5 @@
-//! The projections' kernels: values and gradients against the f64 reference, for every dtype and tile. The cases have odd
-//! shapes, ranks from 1 to 256, and any subset of q, k and v adapted.
+//! The projections' kernels: values and gradients against the f64 reference, for every dtype and tile. The cases have
+//! odd shapes, ranks from 1 to 256, and any subset of q, k and v adapted.
 
 use crate::common::{error, gradients, values, Worst};
 use crate::device::{bound, in_modes, launch_all, Memory, DTYPES};

@@ -25,8 +25,8 @@ const LARGE: [Case; 3] = [
 const IN_CLUSTERS: Case =
     Case { rows: 260, in_dim: 200, outs: &[72, 40], ranks: &[16, 0], residual: true, ..TRAINED };
 
-/// The low-rank products of the gradient of x, for every tile. Ranks are less and more than the sixteen that are multiplied
-/// at once, of one to three projections. Tiles end within 32 columns and 16 rows.
+/// The low-rank products of the gradient of x, for every tile. Ranks are less and more than the sixteen that are
+/// multiplied at once, of one to three projections. Tiles end within 32 columns and 16 rows.
 const LOW_RANKS: [Case; 3] = [
     Case { rows: 133, in_dim: 200, outs: &[40, 24, 8], ranks: &[1, 16, 4], p: 0.3, ..PLAIN },
     Case { rows: 133, outs: &[72, 40], ranks: &[33, 64], p: 0.1, ..PLAIN },
@@ -44,9 +44,9 @@ struct Run {
     modes: Vec<Mode>,
 }
 
-/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not. In bf16 those of
-/// `every_tile` with all that blocks make by themselves, and what clusters are to be tried with. Ranks are to be multiples of
-/// `rank`.
+/// All cases that bulk copies take, with the tiles, which they take by turns, f16 the ones that bf16 does not. In bf16
+/// those of `every_tile` with all that blocks make by themselves, and what clusters are to be tried with. Ranks are to
+/// be multiples of `rank`.
 fn cases(
     dtype: DType,
     tiles: &'static [Tile],

@@ -78,7 +78,8 @@ fn check_output(case: &Case, out: &Memory, worst: &mut Worst) -> Result<()> {
 /// Makes the launch of a forward for these inputs and outputs, if its kernels cover the case.
 type Forward = dyn Fn(&Case, &Inputs, [u64; 2]) -> Result<Option<Launch>>;
 
-/// Runs a forward for Hopper in these modes: the output against the f64 reference, and lse against the portable kernel's.
+/// Runs a forward for Hopper in these modes: the output against the f64 reference, and lse against the portable
+/// kernel's.
 pub fn check_hopper_forward(
     case: &Case,
     modes: impl Iterator<Item = Mode>,
@@ -231,7 +232,8 @@ fn run_backward(
     }))
 }
 
-/// The gradients against the composed graph's in f32; with `frozen`, dqkv has the same bits where nothing else is wanted.
+/// The gradients against the composed graph's in f32; with `frozen`, dqkv has the same bits where nothing else is
+/// wanted.
 pub fn check_backward(
     kernels: Kernels,
     case: &Case,

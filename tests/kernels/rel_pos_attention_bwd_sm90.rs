@@ -52,8 +52,8 @@ fn backward() -> Result<()> {
     check_all(Kernels::Hopper, "bwd", "rel_pos_attention backward on sm_90a")
 }
 
-/// The key pass has two forms: which one a GPU runs depends on the compiler. A default build of the emulator has the one
-/// with keys in registers, which `backward` runs.
+/// The key pass has two forms: which one a GPU runs depends on the compiler. A default build of the emulator has the
+/// one with keys in registers, which `backward` runs.
 #[test]
 fn backward_with_keys_in_shared_memory() -> Result<()> {
     let title = "rel_pos_attention backward on sm_90a, keys in shared memory";

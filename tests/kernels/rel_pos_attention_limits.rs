@@ -1,4 +1,5 @@
-//! The attention's kernels at their limits, against PyTorch in f32: a saturated softmax, and values that are not finite.
+//! The attention's kernels at their limits, against PyTorch in f32: a saturated softmax, and values that are not
+//! finite.
 
 use crate::attention_case::{forward_on, Case, Shapes, GLOBAL};
 use crate::common::limits::{self, NotFinite, Rule, Saturated};
@@ -53,7 +54,8 @@ fn run(kernels: Kernels, case: &Case, grad_out: &Tensor) -> Result<Vec<(&'static
     Ok(all)
 }
 
-/// f32 gradients at any size of the logits are within four times PyTorch's error, or what 3xTF32 leaves out of a product.
+/// f32 gradients at any size of the logits are within four times PyTorch's error, or what 3xTF32 leaves out of a
+/// product.
 #[test]
 fn saturated_f32_gradients_are_as_exact_as_pytorch() -> Result<()> {
     let mut failures = Vec::new();
@@ -115,8 +117,8 @@ fn bf16_not_finite_spreads_as_in_pytorch() -> Result<()> {
     check_not_finite(DType::BF16, 0.05, Rule::Finite)
 }
 
-/// A mask in one channel of one row of a table, under queries that are positive. Queries that read the row get NaN in that
-/// channel, and nothing else does. Hopper's kernels beside the portable ones, which PyTorch's fixtures hold.
+/// A mask in one channel of one row of a table, under queries that are positive. Queries that read the row get NaN in
+/// that channel, and nothing else does. Hopper's kernels beside the portable ones, which PyTorch's fixtures hold.
 #[test]
 fn hopper_masks_in_tables_touch_their_readers_alone() -> Result<()> {
     let whole = Shapes { grid: (5, 64), ..GLOBAL };

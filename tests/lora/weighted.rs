@@ -1,4 +1,5 @@
-//! Weighted sums of adapters against PEFT's `add_weighted_adapter`: all its kinds, the random ones with our masks in PEFT's place.
+//! Weighted sums of adapters against PEFT's `add_weighted_adapter`: all its kinds, the random ones with our masks in
+//! PEFT's place.
 
 use crate::support::blocks::{below, facts, input, loaded, read, Net, F32_BOUND, NAMES};
 use crate::support::{bits, relative_error, snapshot};

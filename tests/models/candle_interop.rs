@@ -1,4 +1,5 @@
-//! A candle program uses this crate: its layers become ours, ours are its `Module`s, its `VarBuilder` gives the weights.
+//! A candle program uses this crate: its layers become ours, ours are its `Module`s, its `VarBuilder` gives the
+//! weights.
 
 use crate::common::model::{self, bits};
 use crate::common::random;

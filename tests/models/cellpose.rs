@@ -1,5 +1,5 @@
-//! Cellpose-SAM against the package cellpose (tests/fixtures/gen/cellpose.py): the network and its gradients in f64, whole
-//! images in f32, labels of given flow fields pixel for pixel.
+//! Cellpose-SAM against the package cellpose (tests/fixtures/gen/cellpose.py): the network and its gradients in f64,
+//! whole images in f32, labels of given flow fields pixel for pixel.
 
 use crate::common::model;
 use crate::common::model::{
@@ -14,8 +14,8 @@ use candle_sam_lora::sam::{checkpoint, normalized_image, AttentionKind, SamVisio
 use candle_sam_lora::sam::{CellDynamics, CellFlows, CellposeSam};
 use image::{DynamicImage, RgbImage};
 
-/// Three times PyTorch's own error in f32, which is 5.8e-6 for values and 2.0e-5 for gradients. There as here, the places
-/// where tables are resized are in f32.
+/// Three times PyTorch's own error in f32, which is 5.8e-6 for values and 2.0e-5 for gradients. There as here, the
+/// places where tables are resized are in f32.
 const TOLERANCE: f64 = 1.8e-5;
 const GRADIENT_TOLERANCE: f64 = 6.0e-5;
 const KINDS: [AttentionKind; 2] = [AttentionKind::Fused, AttentionKind::Split];

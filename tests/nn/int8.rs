@@ -1,5 +1,6 @@
-//! Frozen weights in int8: the integers beside NumPy's, values and gradients beside f64 loops. The error is compared with
-//! that of PyTorch's dynamic int8 (tests/fixtures/gen/int8.py). A quantized model refuses by name what it cannot do.
+//! Frozen weights in int8: the integers beside NumPy's, values and gradients beside f64 loops. The error is compared
+//! with that of PyTorch's dynamic int8 (tests/fixtures/gen/int8.py). A quantized model refuses by name what it cannot
+//! do.
 
 use crate::common::model;
 use crate::common::{cases, error, gradients, random, tensor_error, values};
@@ -157,7 +158,8 @@ fn values_and_gradients_agree_with_f64_loops() -> Result<()> {
     Ok(())
 }
 
-/// In bf16 values and gradients are rounded once more; the composed graph multiplies the same weights in floating point.
+/// In bf16 values and gradients are rounded once more; the composed graph multiplies the same weights in floating
+/// point.
 #[test]
 fn bf16_and_packed_projections_agree_with_the_composed_graph() -> Result<()> {
     const C: usize = 96;

@@ -1,5 +1,5 @@
-//! Models and adapters used at once. Threads that share a model get the bits of one that has it alone. Models do not see
-//! each other.
+//! Models and adapters used at once. Threads that share a model get the bits of one that has it alone. Models do not
+//! see each other.
 
 use crate::common::model::{bits, model, read};
 use anyhow::Result;

@@ -1,5 +1,5 @@
-//! Activations against transformers' `ACT2FN` (tests/fixtures/gen/activations.py), values and gradients, under every name
-//! a configuration may have.
+//! Activations against transformers' `ACT2FN` (tests/fixtures/gen/activations.py), values and gradients, under every
+//! name a configuration may have.
 
 use crate::common::{cases, gradients, values, Case};
 use candle_core::{DType, Result, Tensor};

@@ -73,8 +73,8 @@ fn gradients_agree_with_the_composed_graph() -> Result<()> {
     Ok(())
 }
 
-/// In f16 and bf16 the operation may be at most twice as far from the truth as the composed graph in that dtype. That graph
-/// sums in f32 too. Sums over thousands of rows have PyTorch's errors as their bounds, in `row_sums.rs`.
+/// In f16 and bf16 the operation may be at most twice as far from the truth as the composed graph in that dtype. That
+/// graph sums in f32 too. Sums over thousands of rows have PyTorch's errors as their bounds, in `row_sums.rs`.
 #[test]
 fn half_precision_is_no_worse_than_twice_the_eager_error() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {

@@ -1,5 +1,5 @@
-//! Gradients that are sums over thousands of rows, in bf16 and f16. They are at most twice as far from float64 as PyTorch's
-//! and PEFT's in that dtype; `tests/fixtures/gen/row_sums.py` measured those errors.
+//! Gradients that are sums over thousands of rows, in bf16 and f16. They are at most twice as far from float64 as
+//! PyTorch's and PEFT's in that dtype; `tests/fixtures/gen/row_sums.py` measured those errors.
 
 use crate::common;
 use candle_core::{DType, Device, Result, Tensor, Var};

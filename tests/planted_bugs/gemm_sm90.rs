@@ -1,4 +1,5 @@
-//! Hopper's staged product and its store through shared memory: `tests/kernels/sm90/gemm_sm90.cu`, `instructions_sm90.cu`.
+//! Hopper's staged product and its store through shared memory: `tests/kernels/sm90/gemm_sm90.cu`,
+//! `instructions_sm90.cu`.
 
 use crate::common::{random, values};
 use crate::device::{launch_all, Device, Memory};

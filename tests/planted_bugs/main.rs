@@ -1,7 +1,7 @@
 //! Bugs planted in copies of the kernels, one at a time, each of which the emulator or the result must show.
 //!
-//! A [`Subject`](harness::Subject) runs kernels from such a copy; a [`Bug`](harness::Bug) is a row of the subject's table. Each row is
-//! a test: `cargo test --release --test planted_bugs -- 'gemm: '` runs the rows of one subject.
+//! A [`Subject`](harness::Subject) runs kernels from such a copy; a [`Bug`](harness::Bug) is a row of the subject's
+//! table. Each row is a test: `cargo test --release --test planted_bugs -- 'gemm: '` runs the rows of one subject.
 
 mod attention;
 #[path = "../kernels/attention_case.rs"]

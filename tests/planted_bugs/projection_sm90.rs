@@ -1,6 +1,7 @@
 //! The projections' kernels for Hopper, run by the crate's launch code: S and the output, dS and the gradient of x.
 //!
-//! A bug is seen if it changes a bit of an output. tests/kernels/projection_sm90.rs shows that unharmed outputs are right.
+//! A bug is seen if it changes a bit of an output. tests/kernels/projection_sm90.rs shows that unharmed outputs are
+//! right.
 
 use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;

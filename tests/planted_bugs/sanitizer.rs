@@ -62,8 +62,8 @@ impl Sanitizer {
     }
 }
 
-/// A command `env` without address randomisation, if the system allows that. Sanitizers of older compilers sometimes find
-/// their addresses taken where the system scatters them widely.
+/// A command `env` without address randomisation, if the system allows that. Sanitizers of older compilers sometimes
+/// find their addresses taken where the system scatters them widely.
 fn with_fixed_addresses() -> Command {
     let fixed = [std::env::consts::ARCH, "--addr-no-randomize"];
     let works = Command::new("setarch").args(fixed).arg("true").output();

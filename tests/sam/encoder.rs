@@ -1,5 +1,5 @@
-//! The image encoder against PyTorch in f64, in both forms of attention. Three models differ in grid, head width, padding
-//! and positions. An attention that is not ours is among the tests.
+//! The image encoder against PyTorch in f64, in both forms of attention. Three models differ in grid, head width,
+//! padding and positions. An attention that is not ours is among the tests.
 
 use crate::common::model;
 use crate::common::model::{model, read, relative_error, Worst};

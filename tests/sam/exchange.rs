@@ -1,5 +1,5 @@
-//! Adapters exchanged with tools that know the fused `qkv` alone, against PEFT, and those of SAMed and micro-sam, against
-//! PyTorch; all in f64.
+//! Adapters exchanged with tools that know the fused `qkv` alone, against PEFT, and those of SAMed and micro-sam,
+//! against PyTorch; all in f64.
 
 use crate::common;
 use crate::common::adapters::{adapted, folder, read, run, Kind, KINDS, TIMES_PYTORCH};

@@ -1,5 +1,5 @@
-//! SAM-HQ against transformers in f64: values of every kind of prompt, gradients, both namings, adapters. The decoder there is
-//! corrected as `tests/fixtures/gen/hq.py` says.
+//! SAM-HQ against transformers in f64: values of every kind of prompt, gradients, both namings, adapters. The decoder
+//! there is corrected as `tests/fixtures/gen/hq.py` says.
 
 use crate::common::model::{
     below, bits, folder, gradient_errors, read, relative_error, scalars, Tensors, Worst,

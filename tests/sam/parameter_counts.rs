@@ -1,5 +1,5 @@
-//! The trainable-parameter line of SAM ViT-B with LoRA r=16, from the real model. It is what PEFT prints for every variant.
-//! The two lines of the guide are DoRA's (docs/parameter-counts.md).
+//! The trainable-parameter line of SAM ViT-B with LoRA r=16, from the real model. It is what PEFT prints for every
+//! variant. The two lines of the guide are DoRA's (docs/parameter-counts.md).
 
 use crate::common::model;
 use candle_sam_lora::lora::{count_parameters, inject, BiasTraining, LoraConfig, ParameterCount};

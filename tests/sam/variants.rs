@@ -1,5 +1,6 @@
-//! Configurations that no published SAM has, against transformers in f64 (tests/fixtures/gen/variants.py). They differ in
-//! activations, downsampling rates and missing layers. An image is no whole number of patches; image encoders stand alone.
+//! Configurations that no published SAM has, against transformers in f64 (tests/fixtures/gen/variants.py). They differ
+//! in activations, downsampling rates and missing layers. An image is no whole number of patches; image encoders stand
+//! alone.
 
 use crate::common::model;
 use crate::common::model::{below, fixtures, gradient_errors, largest, Tensors, Worst};

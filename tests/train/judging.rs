@@ -86,8 +86,8 @@ fn naive_iou(found: &[bool], truth: &[bool]) -> f64 {
     count(|a, b| a && b) / count(|a, b| a || b)
 }
 
-/// The IoUs of one object with 1 to 5 points, each but the first where the mask before is wrong. Each mask is predicted from
-/// scratch with the whole image, and compared pixel by pixel.
+/// The IoUs of one object with 1 to 5 points, each but the first where the mask before is wrong. Each mask is predicted
+/// from scratch with the whole image, and compared pixel by pixel.
 fn naive_conversation(
     Tiny { model, processor, .. }: &Tiny,
     sample: &Sample,

@@ -18,7 +18,8 @@ use std::collections::BTreeMap;
 /// As far from the truth as eager PyTorch in the same dtype, at most so many times.
 const TIMES_EAGER: f64 = 2.0;
 
-/// Images whose errors of a decoder's gradients are compared by their medians, see tests/fixtures/gen/mixed_precision.py.
+/// Images whose errors of a decoder's gradients are compared by their medians, see
+/// tests/fixtures/gen/mixed_precision.py.
 const IMAGES: usize = 32;
 
 /// The norm of the difference.
@@ -98,8 +99,8 @@ fn rounded(kind: &str, dtype: DType) -> anyhow::Result<SamModel> {
     Ok(sam)
 }
 
-/// Ours and PEFT's errors of the decoder's gradients, by their names, of the rolled images. Ours are against our own in f32,
-/// whose error is a thousand times smaller.
+/// Ours and PEFT's errors of the decoder's gradients, by their names, of the rolled images. Ours are against our own in
+/// f32, whose error is a thousand times smaller.
 fn errors_of_rolled_images(
     case: &Case,
     inputs: &Tensors,
@@ -196,8 +197,9 @@ fn activations_and_gradients_are_as_near_as_pefts() -> anyhow::Result<()> {
                 [ours, theirs] = [0, 1].map(|side| median(all().map(|e| e[side]).collect()));
             }
             all = (all.0 + ours * ours, all.1 + theirs * theirs);
-            // In the decoder chance has a part: ReLUs whose argument is nearer to zero than either side's error, and biases of
-            // three elements. The gradient of the keys' bias is zero but for rounding, as in tests/sam/model.rs.
+            // In the decoder chance has a part: ReLUs whose argument is nearer to zero than either side's error, and
+            // biases of three elements. The gradient of the keys' bias is zero but for rounding, as in
+            // tests/sam/model.rs.
             if name.contains("mask_decoder") {
                 let size = case.tensor(&name.replace("k_proj.bias", "q_proj.bias"));
                 theirs = theirs.max(typical * squares(&size).sqrt());

@@ -1,4 +1,5 @@
-//! Data sets in several folders and in TARs: the samples of one folder, each read by one process, and hostile files refused.
+//! Data sets in several folders and in TARs: the samples of one folder, each read by one process, and hostile files
+//! refused.
 
 use crate::threads::on_threads;
 use anyhow::Result;

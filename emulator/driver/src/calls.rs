@@ -1,6 +1,6 @@
-//! Counts, by name, calls of the driver's functions, launches of kernels, and launches permitted to begin early. For tests
-//! of the host's work. Candle's kernels have `candle::` before their names. In a dry run `moved::` and a name stand for bytes
-//! (`traffic`).
+//! Counts, by name, calls of the driver's functions, launches of kernels, and launches permitted to begin early. For
+//! tests of the host's work. Candle's kernels have `candle::` before their names. In a dry run `moved::` and a name
+//! stand for bytes (`traffic`).
 
 use std::collections::BTreeMap;
 use std::ffi::{c_char, CStr};

@@ -215,8 +215,8 @@ unsafe fn index_select(arguments: &Arguments, index: Element, element: Element) 
     })
 }
 
-/// `(indices, number of them, in, out, left, _, dim of out, right)`: adds `in` to the named ones of the middle of `out`,
-/// as `[left, dim, right]`.
+/// `(indices, number of them, in, out, left, _, dim of out, right)`: adds `in` to the named ones of the middle of
+/// `out`, as `[left, dim, right]`.
 unsafe fn index_add(arguments: &Arguments, index: Element, element: Element) -> Work {
     // SAFETY: as `kernel`.
     let ([indices, x, y], [chosen, left, dim, right]) = unsafe {

@@ -66,8 +66,8 @@ unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, bytes: i32, _device: i32
     SUCCESS
 }
 
-/// Few multiprocessors, so that persistent kernels have several tiles a block in small cases; an H200's or A100's in a dry
-/// run.
+/// Few multiprocessors, so that persistent kernels have several tiles a block in small cases; an H200's or A100's in a
+/// dry run.
 #[no_mangle]
 unsafe extern "C" fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, _device: i32) -> Status {
     calls::count("cuDeviceGetAttribute");

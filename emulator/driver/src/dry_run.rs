@@ -1,5 +1,5 @@
-//! The dry run: the driver counts what it is asked for and does not do it. So a model of any size shows in seconds what it
-//! launches and how much memory it takes. Nobody touches the memory; what the host copies back is zero.
+//! The dry run: the driver counts what it is asked for and does not do it. So a model of any size shows in seconds what
+//! it launches and how much memory it takes. Nobody touches the memory; what the host copies back is zero.
 
 use std::sync::OnceLock;
 

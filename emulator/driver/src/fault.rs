@@ -3,7 +3,8 @@
 //! `EMULATED_FAULT` lists prefixes of kernels' names, separated by commas. The second half of such a kernel's output is
 //! wrong. One bit of every 16 is flipped: a 16th of an f16, half of a bf16 or f32.
 //!
-//! `EMULATED_BAKED_SEED` lists prefixes too. Such a kernel drops by the seeds of its first run in each replay of a graph.
+//! `EMULATED_BAKED_SEED` lists prefixes too. Such a kernel drops by the seeds of its first run in each replay of a
+//! graph.
 
 use crate::memory;
 use crate::Outcome;

@@ -180,8 +180,8 @@ extern "C" fn cuStreamWaitEvent(_stream: Stream, _event: usize, _flags: u32) -> 
     SUCCESS
 }
 
-/// When each event was recorded, in seconds since the first one: work is done where it is submitted, so the host's clock
-/// is the stream's.
+/// When each event was recorded, in seconds since the first one: work is done where it is submitted, so the host's
+/// clock is the stream's.
 fn events<T>(change: impl FnOnce(&mut HashMap<usize, f64>) -> T) -> T {
     static EVENTS: OnceLock<Mutex<HashMap<usize, f64>>> = OnceLock::new();
     change(&mut EVENTS.get_or_init(Default::default).lock().unwrap_or_else(PoisonError::into_inner))

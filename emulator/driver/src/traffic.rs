@@ -1,7 +1,7 @@
 //! Bytes that kernels beside products and attention move, in a dry run: each reads or writes each of its tensors once.
 //!
-//! A tensor is what remains of the live memory from its address on. So a view counts with what lies behind it, unless the
-//! kernel says how many elements it takes.
+//! A tensor is what remains of the live memory from its address on. So a view counts with what lies behind it, unless
+//! the kernel says how many elements it takes.
 
 use crate::element::{Arguments, Element};
 use crate::memory;

@@ -1,5 +1,5 @@
-//! Prints the Rust declarations of a C header: `bindings kernels/abi.h > src/launch/bindings.rs`. Behind them stands, for
-//! each struct, where its addresses and dropout masks lie: its slots, which a launch fills.
+//! Prints the Rust declarations of a C header: `bindings kernels/abi.h > src/launch/bindings.rs`. Behind them stands,
+//! for each struct, where its addresses and dropout masks lie: its slots, which a launch fills.
 
 use std::collections::HashMap;
 
@@ -46,7 +46,8 @@ pub trait Params: bytemuck::NoUninit {
 }
 ";
 
-/// The implementations of `Params`, from the text of the declarations. No struct has padding, so sizes add up to offsets.
+/// The implementations of `Params`, from the text of the declarations. No struct has padding, so sizes add up to
+/// offsets.
 fn slots(declarations: &str) -> Result<String, String> {
     let mut known = leaves();
     let mut text = String::new();

@@ -71,8 +71,8 @@ pub fn scores(verdicts: &[Verdict]) -> HeldOutScores {
 }
 
 impl Judge<'_> {
-    /// Prompts every object of the held-out images; the first `shown` images are drawn. `kept` has the images' embeddings by
-    /// this model.
+    /// Prompts every object of the held-out images; the first `shown` images are drawn. `kept` has the images'
+    /// embeddings by this model.
     pub fn verdicts(
         &self,
         sam: &SamModel,

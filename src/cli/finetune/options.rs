@@ -30,17 +30,18 @@ const LOSS: LossWeights = LossWeights { iou: 1.0, ..LossWeights::MASK };
 /// best/ is the adapter that did best on the held-out images.
 #[derive(Parser, Clone, Debug)]
 pub struct Options {
-    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the Hugging
-    /// Face hub [default: the small SAM of this project]
+    /// Folder with config.json and safetensors weights, or, with the feature `hub`, OWNER/NAME[@REVISION] on the
+    /// Hugging Face hub [default: the small SAM of this project]
     #[arg(long, value_name = "DIR|NAME")]
     pub model: Option<PathBuf>,
-    /// Folder or TAR of images to train on; may be repeated, or be @FILE with a path a line. Without --masks a TAR holds them,
-    /// too, as WebDataset has them: 12.jpg with 12.png, 12.mask.png or 12.json [default: the micrographs of this project]
+    /// Folder or TAR of images to train on; may be repeated, or be @FILE with a path a line. Without --masks a TAR
+    /// holds them, too, as WebDataset has them: 12.jpg with 12.png, 12.mask.png or 12.json [default: the micrographs of
+    /// this project]
     #[arg(long, value_name = "DIR|TAR|@FILE")]
     pub images: Vec<PathBuf>,
-    /// Folder or TAR of their masks, with the same file stems. Where a mask has one value beside 0, each connected part is
-    /// an object; where it has several, each value is one. The run says what it took, and docs/data.md has all rules. As
-    /// --images, may be several
+    /// Folder or TAR of their masks, with the same file stems. Where a mask has one value beside 0, each connected part
+    /// is an object; where it has several, each value is one. The run says what it took, and docs/data.md has all
+    /// rules. As --images, may be several
     #[arg(long, value_name = "DIR|TAR|@FILE", requires = "images", group = "truth")]
     pub masks: Vec<PathBuf>,
     /// Instead of masks, COCO's instances JSON with polygons or run lengths
@@ -107,8 +108,8 @@ pub struct Options {
     /// Rounds with nothing new but these logits, the last one and others at random places; SAM has 2
     #[arg(long, default_value_t = 0, value_name = "ROUNDS")]
     pub mask_rounds: usize,
-    /// Weights of the loss's terms: bce, focal, dice, iou (of the predicted IoU) and multimask. The last one repeats the
-    /// others for the best of the alternatives for a first prompt
+    /// Weights of the loss's terms: bce, focal, dice, iou (of the predicted IoU) and multimask. The last one repeats
+    /// the others for the best of the alternatives for a first prompt
     #[arg(long, default_value_t = LOSS, value_name = "TERM=WEIGHT,..")]
     pub loss: LossWeights,
     /// Trained parts, with commas: adapters (of the image encoder), decoder, prompt-encoder, or all
@@ -123,8 +124,8 @@ pub struct Options {
     pub adapter: Option<PathBuf>,
     #[command(flatten)]
     pub lora: LoraArguments,
-    /// Place of the training images' embeddings if nothing of the image encoder is trained. A folder, `memory`, or `none`
-    /// [default: memory, up to 4 GiB]
+    /// Place of the training images' embeddings if nothing of the image encoder is trained. A folder, `memory`, or
+    /// `none` [default: memory, up to 4 GiB]
     #[arg(long, value_name = "DIR|memory|none")]
     pub embeddings: Option<PathBuf>,
     /// Embeddings of turned and mirrored images
@@ -163,8 +164,8 @@ pub struct Options {
     /// Evaluations without a higher held-out IoU before the rate falls
     #[arg(long, default_value_t = 10, value_name = "EVALUATIONS")]
     pub plateau_patience: u64,
-    /// Keep averages of the trained parameters, an older one's weight falling by this factor a step; they are evaluated and
-    /// saved
+    /// Keep averages of the trained parameters, an older one's weight falling by this factor a step; they are evaluated
+    /// and saved
     #[arg(long, value_name = "DECAY")]
     pub ema: Option<f64>,
     /// Largest norm of all gradients together; longer ones are shortened to it [default: no limit]
@@ -182,8 +183,8 @@ pub struct Options {
     /// time, the same results
     #[arg(long)]
     pub gradient_checkpointing: bool,
-    /// Record training steps as CUDA graphs and replay them: the host launches a step at once, with the same results. Steps
-    /// with points as corrections run as ever, so it wants --corrections 0. No GPU has run this yet
+    /// Record training steps as CUDA graphs and replay them: the host launches a step at once, with the same results.
+    /// Steps with points as corrections run as ever, so it wants --corrections 0. No GPU has run this yet
     #[cfg(feature = "cuda")]
     #[arg(long)]
     pub cuda_graph: bool,

@@ -84,8 +84,8 @@ impl Parts {
         chosen.map(|(name, _)| *name).collect()
     }
 
-    /// Makes the parts trainable in a model with adapters of `config`. Returns the configuration of all that is trained,
-    /// to be saved as one adapter. Without trained adapters their B stays as it is, zero if they are new.
+    /// Makes the parts trainable in a model with adapters of `config`. Returns the configuration of all that is
+    /// trained, to be saved as one adapter. Without trained adapters their B stays as it is, zero if they are new.
     pub fn prepare(
         &self,
         sam: &mut SamModel,
@@ -114,8 +114,8 @@ impl Parts {
     }
 }
 
-/// Whether a loss of these batches can depend on a parameter of decoder or prompt encoder: weight decay alone would move
-/// the rest.
+/// Whether a loss of these batches can depend on a parameter of decoder or prompt encoder: weight decay alone would
+/// move the rest.
 fn is_reached(name: &str, batch: &BatchConfig) -> bool {
     let corrections = &batch.corrections;
     let (points, boxes) = match batch.kind {

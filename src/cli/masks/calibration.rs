@@ -14,8 +14,8 @@ const MIN_AREA: usize = 20;
 /// Images that thresholds are chosen on
 #[derive(clap::Args, Clone, Debug)]
 pub struct CalibrationArguments {
-    /// Choose --iou, --stability and --mask-nms on the images of this folder, print them and use them; without IMAGES print
-    /// them only. A --mask-nms that is given stays
+    /// Choose --iou, --stability and --mask-nms on the images of this folder, print them and use them; without IMAGES
+    /// print them only. A --mask-nms that is given stays
     #[arg(
         long,
         value_name = "DIR",

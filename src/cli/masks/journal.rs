@@ -170,8 +170,8 @@ impl Journal {
     }
 }
 
-/// An image of a height and width with its masks, as COCO's JSON. It is text, where an f32 has its own digits; as a value
-/// it would have those of an f64.
+/// An image of a height and width with its masks, as COCO's JSON. It is text, where an f32 has its own digits; as a
+/// value it would have those of an f64.
 ///
 /// # Errors
 /// - the JSON cannot be written.

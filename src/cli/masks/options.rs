@@ -14,8 +14,8 @@ use std::path::PathBuf;
 
 /// Finds everything in images: masks of all objects, without a prompt
 ///
-/// Writes masks.json (COCO, run lengths). Each image gets its labels (16 bits, 0 is background) and a copy with all masks
-/// drawn in. masks.jsonl gets a line after each image. From it --resume goes on, whatever stopped the run.
+/// Writes masks.json (COCO, run lengths). Each image gets its labels (16 bits, 0 is background) and a copy with all
+/// masks drawn in. masks.jsonl gets a line after each image. From it --resume goes on, whatever stopped the run.
 #[derive(clap::Args)]
 pub struct Options {
     /// Images, or folders of images
@@ -96,8 +96,8 @@ pub struct GeneratorArguments {
     /// One of two masks goes whose boxes overlap by a higher IoU
     #[arg(long, default_value_t = 0.7)]
     nms: f64,
-    /// The worse of two masks goes that overlap by a higher IoU. The value 0.3 suits objects that do not cover each other
-    /// [default: boxes alone]
+    /// The worse of two masks goes that overlap by a higher IoU. The value 0.3 suits objects that do not cover each
+    /// other [default: boxes alone]
     #[arg(long, value_name = "IOU")]
     mask_nms: Option<f64>,
     /// Layers of crops, for small objects: layer n has 4^n crops, each encoded by itself

@@ -76,7 +76,8 @@ impl Results<'_> {
         self.file(&format!("{:04}.png", index + 1))
     }
 
-    /// Whether all files of an image of this size and of so many masks are there, can be read, and are not older than it.
+    /// Whether all files of an image of this size and of so many masks are there, can be read, and are not older than
+    /// it.
     pub fn are_whole(&self, size: (u32, u32), masks: usize) -> bool {
         let labels = self.labels(masks);
         !is_newer(self.image, &labels)

@@ -99,7 +99,8 @@ impl Prompts {
         }
         if fractions && largest <= 1.0 && width.min(height) > 2.0 {
             console.note(format!(
-                "all coordinates are within 0 to 1: they are taken as pixels of the image of {size}, not as fractions of it"
+                "all coordinates are within 0 to 1: they are taken as pixels of the image of {size}, not as fractions \
+                 of it"
             ));
         }
         Ok(objects)

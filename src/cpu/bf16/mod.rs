@@ -119,7 +119,8 @@ pub fn weights(row: Row<'_>, max: f32, out: &mut [f32]) -> OnlineStep {
     portable::weights(row, max, out)
 }
 
-/// [`Gradient`] with the rounded weights of the forward: dS adds up to zero as far as D is that of the forward's output.
+/// [`Gradient`] with the rounded weights of the forward: dS adds up to zero as far as D is that of the forward's
+/// output.
 pub fn gradient(gradient: Gradient<'_>) {
     #[cfg(target_arch = "x86_64")]
     if available() {

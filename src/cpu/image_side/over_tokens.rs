@@ -30,8 +30,8 @@ impl WithSimd for OverTokens<'_> {
 }
 
 impl OverTokens<'_> {
-    /// A literal `heads` lets the compiler unroll the loops over heads. Three passes over rows that are in cache: a vector
-    /// is never loaded right after narrower stores.
+    /// A literal `heads` lets the compiler unroll the loops over heads. Three passes over rows that are in cache: a
+    /// vector is never loaded right after narrower stores.
     #[inline(always)]
     fn rows<S: Simd>(self, simd: S, heads: usize) {
         let Self { scores, last, constants, used, .. } = self;

@@ -3,7 +3,7 @@
 //! ```text
 //! y_m = norm(r_m)      r_m = x_m + base + sum_c P[m, c] V_c      S[m, c] = scale z_m . K_c + constant_c
 //! dP[m, c] = dr_m . V_c          dS: see `over_tokens`           dV_c = sum_m P[m, c] dr_m
-//! dK_c = scale sum_m dS[m, c] z_m          dz_m = scale sum_c dS[m, c] K_c          dx_m = dr_m (+ dz_m, where z is x + p)
+//! dK_c = scale sum_m dS[m, c] z_m      dz_m = scale sum_c dS[m, c] K_c      dx_m = dr_m (+ dz_m, where z is x + p)
 //! ```
 //! Weights of a head add up to one, and a softmax knows differences alone. So K and V are relative to those of the last
 //! token, which has no columns.
@@ -236,8 +236,8 @@ struct Block {
 }
 
 impl Group<'_> {
-    /// Adds to the gradients of the rows x from `first` on, of z, of the tokens and of the norm. Without a place for dz, z is
-    /// x and a shift.
+    /// Adds to the gradients of the rows x from `first` on, of z, of the tokens and of the norm. Without a place for
+    /// dz, z is x and a shift.
     fn add_gradients(
         &self,
         (s, norm): (&Shape, (&[f32], f64)),
@@ -286,8 +286,8 @@ pub struct Gradients {
     pub side: Vec<f32>,
 }
 
-/// The gradients for the gradient `grad` of what [`mixed`] gave. Rows that are scored without a shift are a tensor of their
-/// own; else they are x.
+/// The gradients for the gradient `grad` of what [`mixed`] gave. Rows that are scored without a shift are a tensor of
+/// their own; else they are x.
 pub fn mixed_backward(
     s: &Shape,
     x: &[f32],

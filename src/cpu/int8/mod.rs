@@ -5,9 +5,9 @@
 //! w[j, p] = w_scale[j] wq[j, p]          wq + 128 is a byte, w_scale = max |w[j]| / 127, fixed
 //! y[i, j] = x_scale[i] w_scale[j] (sum over p of xq[i, p] (wq[j, p] + 128)  - 128 sum over p of xq[i, p])
 //! ```
-//! The instruction multiplies unsigned bytes by signed ones, hence the 128. Four neighbours in p make a quad of 32 bits.
-//! A quad travels as the f32 of the same bits, which is never computed with. So packing is that of f32 with a quarter of
-//! the depth. Behind the quads of a row of activations lie its scale and its correction.
+//! The instruction multiplies unsigned bytes by signed ones, hence the 128. Four neighbours in p make a quad of 32
+//! bits. A quad travels as the f32 of the same bits, which is never computed with. So packing is that of f32 with a
+//! quarter of the depth. Behind the quads of a row of activations lie its scale and its correction.
 //!
 //! The sums are integers, and what follows is rounded in one order. So every instruction set gives the same bits.
 
@@ -43,7 +43,8 @@ pub fn product(c: (&mut [f32], usize), operands: &Operands<'_>) {
     portable::product(c, operands);
 }
 
-/// Rows of `k` activations as A, `k / 4 + TAIL` elements each. A row with a number that is not finite has a scale of NaN.
+/// Rows of `k` activations as A, `k / 4 + TAIL` elements each. A row with a number that is not finite has a scale of
+/// NaN.
 pub fn rows<T: Element>(x: &[T], k: usize) -> Vec<f32> {
     let stride = k / 4 + TAIL;
     let mut out = vec![0f32; x.len() / k * stride];

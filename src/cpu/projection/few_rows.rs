@@ -1,7 +1,7 @@
 //! The forward for so few rows that packing a weight costs more than the product.
 //!
-//! Weights are read once, where they lie. A vector holds neighbours in depth. Some rows of x meet some rows of the weight
-//! in registers, and each sum ends with one sum over a vector.
+//! Weights are read once, where they lie. A vector holds neighbours in depth. Some rows of x meet some rows of the
+//! weight in registers, and each sum ends with one sum over a vector.
 
 use super::{dropped, Projections, Weight};
 use crate::cpu::blocked::Packed;
@@ -26,8 +26,8 @@ pub fn applies(rows: usize, in_dim: usize) -> bool {
     (1..=MOST).contains(&rows) && in_dim >= WIDE
 }
 
-/// `out [rows, sum of out_dim]` for `x [rows, in]` where [`applies`] and no backward follows. None where a weight is in int8: its
-/// products are of packed weights alone.
+/// `out [rows, sum of out_dim]` for `x [rows, in]` where [`applies`] and no backward follows. None where a weight is in
+/// int8: its products are of packed weights alone.
 pub fn forward(layer: &Projections<'_>, x: &[f32], residual: Option<&[f32]>) -> Option<Buffer> {
     let (in_dim, total) = (layer.in_dim, layer.total());
     let mut out = Buffer::any(x.len() / in_dim * total);

@@ -82,7 +82,8 @@ impl<'a> Weight<'a> {
         }
     }
 
-    /// Packed for products with a gradient of type `T`. An int8 weight has the values of its integers times their scales.
+    /// Packed for products with a gradient of type `T`. An int8 weight has the values of its integers times their
+    /// scales.
     fn by_rows<T: Element>(&self, k: usize, n: usize) -> Packed {
         match self {
             Self::F32(weight) => Packed::from_rows(weight, k, n),

@@ -34,8 +34,8 @@ pub fn family(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> Option<Option<F
     (gpu.portable && covers(problem, dtype)).then(own)
 }
 
-/// A pass, and which of its optional operands there are. Behind the inputs that are named here come the weights, then the
-/// parameters that are read in place.
+/// A pass, and which of its optional operands there are. Behind the inputs that are named here come the weights, then
+/// the parameters that are read in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pass {
     /// Inputs x, packed parameters, residual; outputs out, S, the sum before the activation.
@@ -45,7 +45,8 @@ pub enum Pass {
         /// Whether the sum is kept.
         sum: bool,
     },
-    /// Inputs x, packed parameters, S, the sum, the gradient of out; outputs dx, those of the trained parameters, packed.
+    /// Inputs x, packed parameters, S, the sum, the gradient of out; outputs dx, those of the trained parameters,
+    /// packed.
     Backward {
         /// Whether dx is wanted.
         dx: bool,
@@ -78,8 +79,8 @@ struct Key {
     gpu: Gpu,
 }
 
-/// The launches of a pass, with `parameters` in the order of `problem::small_layout`; none if all are packed and trained. A
-/// call has a dropout for each projection.
+/// The launches of a pass, with `parameters` in the order of `problem::small_layout`; none if all are packed and
+/// trained. A call has a dropout for each projection.
 ///
 /// # Errors
 /// - no kernel covers the problem;

@@ -76,7 +76,10 @@ fn check(problem: &Problem<'_>) -> Result<u32> {
     let empty = rows == 0 || in_dim == 0 || parts.iter().any(|part| part.out_dim == 0);
     if empty || parts.is_empty() || parts.len() > PROJECTION_PARTS as usize {
         let count = parts.len();
-        bail!("projection: kernels want 1 to 3 projections that are not empty, got {count} of [{rows}, {in_dim}] -> {total}")
+        bail!(
+            "projection: kernels want 1 to 3 projections that are not empty, got {count} of [{rows}, {in_dim}] -> \
+             {total}"
+        )
     }
     for (what, size) in [("rows", rows), ("in_dim", in_dim), ("out_dim", total)] {
         to_u32(what, size)?;

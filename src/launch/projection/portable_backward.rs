@@ -97,7 +97,8 @@ pub fn workspace_bytes(problem: &Problem<'_>, dtype: DType) -> usize {
 /// The gradients that are wanted, in launches to run in this order.
 ///
 /// # Errors
-/// On other dtypes than f32, f16 and bf16, on shapes that no kernel takes, and if the sum before an activation is absent.
+/// On other dtypes than f32, f16 and bf16, on shapes that no kernel takes, and if the sum before an activation is
+/// absent.
 pub fn backward(
     problem: &Problem<'_>,
     dtype: DType,

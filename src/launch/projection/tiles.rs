@@ -10,8 +10,8 @@ pub use super::tile::{LowRankTile, Product, Tile};
 /// All tiles, the largest first; for tests.
 pub const TILES: &[Tile] = PROJECTION;
 
-/// The tile for an output of `rows` rows in these widths: the first that is not too wide and makes enough blocks, else the
-/// last. Too few blocks leave multiprocessors idle.
+/// The tile for an output of `rows` rows in these widths: the first that is not too wide and makes enough blocks, else
+/// the last. Too few blocks leave multiprocessors idle.
 pub fn pick(rows: u64, widths: &[u64], gpu: &Gpu) -> &'static Tile {
     let serves = |tile: &&Tile| {
         // A width that fills at most half of the last tile wastes more than a smaller tile costs.

@@ -77,7 +77,11 @@ fn check_tile(
     }
     let bytes = tile.backward_shared_bytes(problem);
     if bytes > SHARED_BYTES {
-        bail!("{OP}: windows of {} x {} tokens need {bytes} bytes of shared memory a block, over {SHARED_BYTES}", problem.side_h, problem.side_w)
+        let (side_h, side_w) = (problem.side_h, problem.side_w);
+        bail!(
+            "{OP}: windows of {side_h} x {side_w} tokens need {bytes} bytes of shared memory a block, over \
+             {SHARED_BYTES}"
+        )
     }
     Ok(())
 }
@@ -105,8 +109,8 @@ pub(in crate::launch) fn rows(problem: &AttentionProblem) -> usize {
     problem.windows() * problem.num_heads * problem.tokens()
 }
 
-/// Elements of `lse`, f32: `[windows, heads, tokens]`. With f32 operands `[windows, heads, tokens, 2]`, the maximum in base 2
-/// and the sum.
+/// Elements of `lse`, f32: `[windows, heads, tokens]`. With f32 operands `[windows, heads, tokens, 2]`, the maximum in
+/// base 2 and the sum.
 pub fn lse_elements(problem: &AttentionProblem, dtype: DType) -> usize {
     rows(problem) * if dtype == DType::F32 { 2 } else { 1 }
 }

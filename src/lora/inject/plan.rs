@@ -131,7 +131,8 @@ impl<'a> Plan<'a> {
             values.extend(start.weight.map(|weight| (format!("{path}.weight"), weight)));
             Ok(values)
         };
-        // On a GPU every thread has a stream of its own, which knows nothing of the others' work: this thread does it all.
+        // On a GPU every thread has a stream of its own, which knows nothing of the others' work: this thread does it
+        // all.
         let on_the_cpu = self.targets.values().all(|target| target.weight.device().is_cpu());
         let starts = match on_the_cpu {
             true => self.targets.par_iter().map(values_of).collect::<Result<Vec<_>>>()?,

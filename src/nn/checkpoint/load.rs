@@ -18,12 +18,13 @@ use std::path::Path;
 /// The most places in a file that are compared with the model.
 const MAX_PLACES: usize = 16;
 
-/// Fills `model` from a checkpoint: a file of safetensors or of `torch.save`, an index of several, or a folder with either.
+/// Fills `model` from a checkpoint: a file of safetensors or of `torch.save`, an index of several, or a folder with
+/// either.
 ///
 /// The model may lie below a prefix or in a dict of the file, as `model` or `state_dict`; the result says where it was
-/// found. `FILE#PREFIX` names one of several models in a file. Tensors of f32, f16, bf16 and f64 are cast to the model's dtype. Parameters that are variables, or views of one,
-/// stay so with new values in place. Adapters stay as they are, and must not be merged. `names` says which tensors are
-/// fused, renamed and ignored.
+/// found. `FILE#PREFIX` names one of several models in a file. Tensors of f32, f16, bf16 and f64 are cast to the
+/// model's dtype. Parameters that are variables, or views of one, stay so with new values in place. Adapters stay as
+/// they are, and must not be merged. `names` says which tensors are fused, renamed and ignored.
 ///
 /// [Example](crate::nn::checkpoint)
 ///

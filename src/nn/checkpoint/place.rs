@@ -1,8 +1,8 @@
 //! Where in a file a model lies: below which prefix, and whether the file holds one of its parts alone.
 //!
-//! Every name of the file is compared with all the names that the model's tensors may have in a file. Text before such a
-//! name is a place where the model may lie: nothing, `module.`, `model.sam.`, `teacher.`. The plan decides: the place is
-//! where the whole model fits. Where it fits at several, bare names win. Without them the file is refused, since a
+//! Every name of the file is compared with all the names that the model's tensors may have in a file. Text before such
+//! a name is a place where the model may lie: nothing, `module.`, `model.sam.`, `teacher.`. The plan decides: the place
+//! is where the whole model fits. Where it fits at several, bare names win. Without them the file is refused, since a
 //! teacher and a student have one shape and different values.
 
 use super::names::Names;

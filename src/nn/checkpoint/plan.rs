@@ -67,7 +67,8 @@ pub(super) struct Available {
     pub own: Option<String>,
 }
 
-/// Brings the names of a file at `place` to the tree's. Where the model is a `part`, only this part's tensors are available.
+/// Brings the names of a file at `place` to the tree's. Where the model is a `part`, only this part's tensors are
+/// available.
 pub(super) fn available(
     source: &Source,
     names: &Names,

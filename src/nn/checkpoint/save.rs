@@ -10,8 +10,8 @@ use std::path::Path;
 /// Writes every parameter and buffer of `model` to one safetensors file, in the model's dtype or in `dtype`, fused and
 /// renamed as `names` says.
 ///
-/// Adapters are left out: the file holds the base model, or, where adapters are merged, the merged one. An existing file
-/// is replaced only by a complete one.
+/// Adapters are left out: the file holds the base model, or, where adapters are merged, the merged one. An existing
+/// file is replaced only by a complete one.
 ///
 /// [Example](crate::nn::checkpoint)
 ///

@@ -11,8 +11,8 @@ use std::path::Path;
 /// Shapes of tensors by their names in the tree.
 pub(crate) type Shapes = BTreeMap<String, Vec<usize>>;
 
-/// The tensors' shapes of every model in a checkpoint, by their names in the tree, with the prefix of each. A model is where
-/// the tensor `anchor` is, a name in the tree.
+/// The tensors' shapes of every model in a checkpoint, by their names in the tree, with the prefix of each. A model is
+/// where the tensor `anchor` is, a name in the tree.
 pub(crate) fn shapes(path: &Path, names: &Names, anchor: &str) -> Result<Vec<(String, Shapes)>> {
     let source = Source::open(path)?;
     let places = Spellings::new(names, std::iter::once(anchor)).places(&source, names);

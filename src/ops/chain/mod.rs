@@ -7,8 +7,8 @@
 //! ```
 //! Each is one node of candle's graph, see [`crate::ops::cpu`], with the arithmetic of the single operations.
 //!
-//! On the CPU, and on a GPU whose kernels compute each layer and where only projections are trained. Elsewhere, and with
-//! trainable weights, the single operations run one after the other.
+//! On the CPU, and on a GPU whose kernels compute each layer and where only projections are trained. Elsewhere, and
+//! with trainable weights, the single operations run one after the other.
 
 use crate::ops::arguments::{Norm, CHAIN as OP};
 use crate::ops::cpu::{Chain, Residual};

@@ -10,8 +10,8 @@ use crate::ops::{Activation, Projection, RelPosAttention};
 use crate::problem::ProjectionProblem;
 use candle_core::{Result, Tensor};
 
-/// `x + proj(rel_pos_attention(qkv(layer_norm(x))))`, or without a norm the layer alone. None where kernels do not compute
-/// all of it.
+/// `x + proj(rel_pos_attention(qkv(layer_norm(x))))`, or without a norm the layer alone. None where kernels do not
+/// compute all of it.
 pub fn attend(
     x: &Tensor,
     norm: Option<&Norm<'_>>,

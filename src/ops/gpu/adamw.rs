@@ -71,8 +71,8 @@ pub fn table_bytes(parameters: usize) -> usize {
     parameters * ROW_BYTES
 }
 
-/// Launches a step with the parameters' gradients in f32. Each row is a parameter and its moments, and the parameter's own
-/// numbers.
+/// Launches a step with the parameters' gradients in f32. Each row is a parameter and its moments, and the parameter's
+/// own numbers.
 pub fn launch(
     rows: &[([&Tensor; 3], AdamWRates)],
     gradients: &[Tensor],

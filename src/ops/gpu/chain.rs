@@ -1,11 +1,11 @@
 //! Layers in a row by the kernels of a GPU, as one node of candle's graph: `last(.. first(x))`, or that plus x.
 //!
-//! Only projections may be trained in it. A layer runs when it is added, and its input is kept if its backward reads it.
-//! The backward of a frozen projection does not, so a frozen MLP keeps neither normed nor activated rows. Gradients go
-//! from layer to layer; those of `x` and of the trained parameters alone reach candle's store.
+//! Only projections may be trained in it. A layer runs when it is added, and its input is kept if its backward reads
+//! it. The backward of a frozen projection does not, so a frozen MLP keeps neither normed nor activated rows. Gradients
+//! go from layer to layer; those of `x` and of the trained parameters alone reach candle's store.
 //!
-//! While [`joined`] does its work, a chain on the last one's output goes on with it, as one node. So the gradient between
-//! them does not pass through candle's store, which would fill a tensor with zeros and add to it.
+//! While [`joined`] does its work, a chain on the last one's output goes on with it, as one node. So the gradient
+//! between them does not pass through candle's store, which would fill a tensor with zeros and add to it.
 
 use super::projection::{Projections, Saved};
 use super::rel_pos_attention::Attention;
@@ -27,8 +27,8 @@ thread_local! {
     static LAST: RefCell<Option<Last>> = const { RefCell::new(None) };
 }
 
-/// Does work whose chains are joined. If anybody but the next chain uses a chain's output too, the layers before run their
-/// backward twice.
+/// Does work whose chains are joined. If anybody but the next chain uses a chain's output too, the layers before run
+/// their backward twice.
 pub fn joined<T>(work: impl FnOnce() -> T) -> T {
     /// Ends the joining, however the work ends.
     struct End;

@@ -1,5 +1,5 @@
-//! The kernels that compute a problem on a GPU: the one place where this is decided, before an operation's forward and for
-//! its backward too.
+//! The kernels that compute a problem on a GPU: the one place where this is decided, before an operation's forward and
+//! for its backward too.
 
 use super::self_test;
 use crate::driver;
@@ -11,8 +11,8 @@ use candle_core::{CudaDevice, DType, Result};
 /// The GPU with the kernels that compute a problem; none if the composed graph does. `covered` is none where no kernel
 /// computes it, else the native family that does.
 ///
-/// The first problem of a family and dtype on a device waits for the family's self-test. A capture cannot wait, so in one a
-/// family that was never tested is not used: the portable kernels are.
+/// The first problem of a family and dtype on a device waits for the family's self-test. A capture cannot wait, so in
+/// one a family that was never tested is not used: the portable kernels are.
 pub fn gpu(
     device: &CudaDevice,
     dtype: DType,

@@ -41,8 +41,9 @@ pub fn first_use(device: &CudaDevice, key: Key, gpu: Gpu) -> Result<Choice> {
     }
 }
 
-/// Tests every family of native kernels that this device can run, and the portable kernels that stand in for them, in f16 and
-/// bf16. A family that is refused here is not used from now on. On a GPU without native kernels the portable ones are tested.
+/// Tests every family of native kernels that this device can run, and the portable kernels that stand in for them, in
+/// f16 and bf16. A family that is refused here is not used from now on. On a GPU without native kernels the portable
+/// ones are tested.
 ///
 /// [Example](crate::cuda)
 ///

@@ -5,8 +5,8 @@
 //! flow   = (heat(y + 1) - heat(y - 1), heat(x + 1) - heat(x - 1)), normalized
 //! error  = mean over the cell of |flow - field / 5|^2
 //! ```
-//! Source: `masks_to_flows_gpu`, `flow_error` in `dynamics.py` of Cellpose 4.2. Cellpose computes the heat of images of more
-//! than 40 megapixels in f32, this module always in f64.
+//! Source: `masks_to_flows_gpu`, `flow_error` in `dynamics.py` of Cellpose 4.2. Cellpose computes the heat of images of
+//! more than 40 megapixels in f32, this module always in f64.
 
 use super::flows::CellFlows;
 use super::regions::{self, Region};

@@ -6,8 +6,8 @@
 //! seeds = maxima of 5 x 5, above 10    each grows 5 times by a pixel where count > 2
 //! label = seed that the end lies on    of several the fullest
 //! ```
-//! Every step is computed in the order and precision of Cellpose's own, so that labels are equal pixel for pixel. Cellpose
-//! sorts equally full seeds in any order, this module in reading order.
+//! Every step is computed in the order and precision of Cellpose's own, so that labels are equal pixel for pixel.
+//! Cellpose sorts equally full seeds in any order, this module in reading order.
 //!
 //! Source: `dynamics.py` of Cellpose 4.2.
 

@@ -7,8 +7,8 @@
 //! ```
 //! The three channels are the flow down, the flow to the right and the logit of the cell probability.
 //!
-//! Source: `vit.py` (`CPSAM`), `core.py`, `transforms.py`, `dynamics.py` of Cellpose 4.2; Pachitariu et al., "Cellpose-SAM:
-//! superhuman generalization for cellular segmentation", 2025.
+//! Source: `vit.py` (`CPSAM`), `core.py`, `transforms.py`, `dynamics.py` of Cellpose 4.2; Pachitariu et al.,
+//! "Cellpose-SAM: superhuman generalization for cellular segmentation", 2025.
 
 mod consistency;
 mod dynamics;
@@ -71,8 +71,8 @@ module_in_evaluation! {
 }
 
 impl CellposeSam {
-    /// The network in a checkpoint of Cellpose 4, such as `~/.cellpose/models/cpsam_v2`: ViT-L, patches of 8 pixels, images
-    /// of 256.
+    /// The network in a checkpoint of Cellpose 4, such as `~/.cellpose/models/cpsam_v2`: ViT-L, patches of 8 pixels,
+    /// images of 256.
     ///
     /// # Errors
     /// - there is no such path, and the hub does not give it;
@@ -89,8 +89,8 @@ impl CellposeSam {
         Ok(model)
     }
 
-    /// With the tensors of a `VarBuilder`. `sam` is the SAM whose tables the network has; the sides of the image and of a
-    /// patch are its own.
+    /// With the tensors of a `VarBuilder`. `sam` is the SAM whose tables the network has; the sides of the image and of
+    /// a patch are its own.
     ///
     /// # Errors
     /// - as [`SamVisionEncoder::new`].

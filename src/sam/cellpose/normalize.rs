@@ -13,8 +13,8 @@ const SAMPLED: usize = 224;
 /// Two percentiles that are no further apart make an empty channel.
 const LEAST_RANGE: f32 = 1e-3;
 
-/// `[channels, H, W]` in f32: one channel of a grey image, or red, green and blue. The 1st percentile of a channel is at 0,
-/// the 99th at 1; a channel of one value is 0. Alpha is left out.
+/// `[channels, H, W]` in f32: one channel of a grey image, or red, green and blue. The 1st percentile of a channel is
+/// at 0, the 99th at 1; a channel of one value is 0. Alpha is left out.
 ///
 /// [Example](crate::sam::CellposeSam)
 ///

@@ -39,8 +39,8 @@ pub(super) fn regions(labels: &[u32], width: usize) -> Vec<Region> {
     regions
 }
 
-/// Drops the labels that `keep` does not want, by label and number of pixels. The others are numbered from 1, in the order
-/// of their first pixels.
+/// Drops the labels that `keep` does not want, by label and number of pixels. The others are numbered from 1, in the
+/// order of their first pixels.
 pub(super) fn retain(labels: &mut [u32], keep: impl Fn(usize, usize) -> bool) {
     let mut sizes: HashMap<u32, usize> = HashMap::new();
     labels
@@ -55,8 +55,8 @@ pub(super) fn retain(labels: &mut [u32], keep: impl Fn(usize, usize) -> bool) {
     }
 }
 
-/// Gives the pixels that a label surrounds, cut off by its sides from the rim of its box, to that label. Labels are taken
-/// in order, and their boxes as they were at first.
+/// Gives the pixels that a label surrounds, cut off by its sides from the rim of its box, to that label. Labels are
+/// taken in order, and their boxes as they were at first.
 pub(super) fn fill_holes(labels: &mut [u32], width: usize) {
     for (label, region) in (1..).zip(regions(labels, width)) {
         let (rows, columns) = (region.height(), region.width());

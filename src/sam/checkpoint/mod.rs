@@ -47,9 +47,9 @@ pub enum Naming {
 
 /// Fills a SAM, or a part of one, from a checkpoint; see [`nn::checkpoint::load`].
 ///
-/// Reads Hugging Face's and the original naming, also below a prefix such as `model.`, and `qkv` fused or split. An image
-/// encoder, prompt encoder or mask decoder alone, bare or in a [`SamVisionModel`](crate::sam::SamVisionModel), takes its
-/// part of a whole SAM. From SAMed's and micro-sam's files it takes all but the adapters.
+/// Reads Hugging Face's and the original naming, also below a prefix such as `model.`, and `qkv` fused or split. An
+/// image encoder, prompt encoder or mask decoder alone, bare or in a [`SamVisionModel`](crate::sam::SamVisionModel),
+/// takes its part of a whole SAM. From SAMed's and micro-sam's files it takes all but the adapters.
 ///
 /// [Example](crate::sam::checkpoint)
 ///

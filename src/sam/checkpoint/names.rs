@@ -1,5 +1,5 @@
-//! The names of tensors in files of SAM and of models made of it. Modules use Hugging Face's; files have these, or their
-//! makers'.
+//! The names of tensors in files of SAM and of models made of it. Modules use Hugging Face's; files have these, or
+//! their makers'.
 //!
 //! Source: `transformers/models/sam/convert_sam_to_hf.py`.
 
@@ -65,8 +65,8 @@ pub const SAM: Names = Names {
     ..Names::PLAIN
 };
 
-/// Files of DeepSeek-OCR and Unlimited-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads from
-/// them too.
+/// Files of DeepSeek-OCR and Unlimited-OCR, whose encoder is a SAM's and two convolutions. A SAM's encoder alone loads
+/// from them too.
 ///
 /// [Example](crate::nn::checkpoint::Names)
 pub const DEEPSEEK_OCR: Names = Names {
@@ -76,8 +76,8 @@ pub const DEEPSEEK_OCR: Names = Names {
     ..SAM
 };
 
-/// Files of DeepSeek-VL's hybrid models, as transformers writes them. The high-resolution tower is read, the other parts
-/// are not.
+/// Files of DeepSeek-VL's hybrid models, as transformers writes them. The high-resolution tower is read, the other
+/// parts are not.
 ///
 /// [Example](crate::nn::checkpoint::Names)
 pub const DEEPSEEK_VL: Names = Names {
@@ -102,7 +102,8 @@ pub const VITDET: Names = Names {
     ..Names::PLAIN
 };
 
-/// Files of GOT-OCR 2.0, as transformers writes them. The encoder and the projector are read, the language model is not.
+/// Files of GOT-OCR 2.0, as transformers writes them. The encoder and the projector are read, the language model is
+/// not.
 ///
 /// [Example](crate::nn::checkpoint::Names)
 pub const GOT_OCR2: Names =

@@ -51,8 +51,8 @@ impl std::fmt::Display for Sizes {
     }
 }
 
-/// The configuration of the SAM in a checkpoint: `config.json` in its folder, or else the sizes of its tensors. For a single
-/// file the `config.json` beside it counts only if it has the sizes of the tensors.
+/// The configuration of the SAM in a checkpoint: `config.json` in its folder, or else the sizes of its tensors. For a
+/// single file the `config.json` beside it counts only if it has the sizes of the tensors.
 ///
 /// [Example](crate::sam::SamConfig)
 ///
@@ -267,7 +267,9 @@ impl Shapes<'_> {
         if !vision.use_rel_pos {
             let known = ENCODER_HEADS.iter().find(|(known, _)| *known == width);
             let (_, heads) = known.ok_or_else(|| {
-                self.wrong(format!("an image encoder of width {width} may have any number of heads; put {CONFIG_FILE} beside it"))
+                self.wrong(format!(
+                    "an image encoder of width {width} may have any number of heads; put {CONFIG_FILE} beside it"
+                ))
             })?;
             vision.num_attention_heads = *heads;
         }
@@ -307,7 +309,9 @@ impl Shapes<'_> {
             self.shape::<2>("mask_decoder.iou_prediction_head.proj_in.weight")?[0];
         let known = DECODER_HEADS.iter().find(|(known, _)| *known == width);
         let (_, heads) = known.ok_or_else(|| {
-            self.wrong(format!("a mask decoder of width {width} may have any number of heads; put {CONFIG_FILE} beside it"))
+            self.wrong(format!(
+                "a mask decoder of width {width} may have any number of heads; put {CONFIG_FILE} beside it"
+            ))
         })?;
         decoder.num_attention_heads = *heads;
         Ok(())

@@ -160,7 +160,8 @@ impl Calibrator {
         self.objects += truth.len();
     }
 
-    /// Adds candidates whose truth is known; `objects` more true objects, which they may name from the present count on.
+    /// Adds candidates whose truth is known; `objects` more true objects, which they may name from the present count
+    /// on.
     pub fn add_scored(&mut self, candidates: &[ScoredCandidate], objects: usize) {
         self.objects += objects;
         self.candidates.extend(candidates);
@@ -301,12 +302,12 @@ fn correlation(a: &[f64], b: &[f64]) -> Option<f64> {
 }
 
 impl MaskGenerator {
-    /// The thresholds of predicted IoU, stability and the masks' overlap with the highest F1 on images with true masks. The
-    /// other settings stay as they are, and so does a `mask_nms_thresh` that is set.
+    /// The thresholds of predicted IoU, stability and the masks' overlap with the highest F1 on images with true masks.
+    /// The other settings stay as they are, and so does a `mask_nms_thresh` that is set.
     ///
-    /// Without one, none and 0.7 to 0.1 are tried. The gentlest of equal ones is taken. Doubles are suppressed among all
-    /// candidates, before the thresholds. With a stability threshold the generator may so keep some masks more than the
-    /// calibration counts.
+    /// Without one, none and 0.7 to 0.1 are tried. The gentlest of equal ones is taken. Doubles are suppressed among
+    /// all candidates, before the thresholds. With a stability threshold the generator may so keep some masks more than
+    /// the calibration counts.
     ///
     /// # Errors
     /// - as [`generate`](Self::generate), or an image cannot be had;

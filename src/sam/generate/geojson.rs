@@ -8,8 +8,8 @@ use std::path::Path;
 /// One feature for a mask, a `Polygon` or, of several parts, a `MultiPolygon`; see
 /// [`Rle::polygons`](crate::sam::Rle::polygons).
 ///
-/// Coordinates are pixels, y downward. The properties are `id`, `predicted_iou`, `stability_score`, `area` in pixels, and
-/// `bbox` as `[x0, y0, x1, y1]`, the outer edges of the first and last pixels.
+/// Coordinates are pixels, y downward. The properties are `id`, `predicted_iou`, `stability_score`, `area` in pixels,
+/// and `bbox` as `[x0, y0, x1, y1]`, the outer edges of the first and last pixels.
 ///
 /// [Example](crate::sam::label_image)
 pub fn geojson_feature(id: usize, mask: &GeneratedMask) -> Value {
@@ -33,7 +33,8 @@ pub fn geojson_feature(id: usize, mask: &GeneratedMask) -> Value {
     })
 }
 
-/// Writes masks as a `FeatureCollection`, numbered from 1, or leaves what was there. One feature at a time is in memory.
+/// Writes masks as a `FeatureCollection`, numbered from 1, or leaves what was there. One feature at a time is in
+/// memory.
 ///
 /// [Example](crate::guide::everything)
 ///

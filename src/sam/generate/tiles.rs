@@ -77,8 +77,8 @@ impl Tiling {
 
     /// The masks of a large image: `segment` gives those of each window, in the window's size; they are stitched.
     ///
-    /// An image of one tile gives the masks of `segment` unchanged. Masks come in the order of their first tile. Memory is
-    /// that of one window, of what `segment` needs for it, and of the run lengths found.
+    /// An image of one tile gives the masks of `segment` unchanged. Masks come in the order of their first tile. Memory
+    /// is that of one window, of what `segment` needs for it, and of the run lengths found.
     ///
     /// # Errors
     /// - as [`tiles`](Self::tiles) and [`LargeImage::region`];

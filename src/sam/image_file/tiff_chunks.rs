@@ -1,7 +1,7 @@
 //! Regions of a TIFF from the strips or tiles that hold them.
 //!
-//! Strips that are not compressed are read row by row, for some programs write the whole image as one. Others are decoded
-//! one at a time.
+//! Strips that are not compressed are read row by row, for some programs write the whole image as one. Others are
+//! decoded one at a time.
 
 use super::colours;
 use super::range::{streamed_limits, ValueRange, MOST_VALUES};

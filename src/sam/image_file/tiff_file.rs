@@ -166,8 +166,8 @@ pub(super) fn has_associated_alpha(bytes: &[u8]) -> bool {
     open(Cursor::new(bytes)).is_ok_and(|mut decoder| Page::of(&mut decoder).has_associated_alpha())
 }
 
-/// Refuses what decoders pass over. They drop channels after the fourth, where none is wanted. They fill what is missing
-/// of a JPEG that is cut off with grey.
+/// Refuses what decoders pass over. They drop channels after the fourth, where none is wanted. They fill what is
+/// missing of a JPEG that is cut off with grey.
 pub(super) fn check_whole(
     bytes: &[u8],
     place: usize,

@@ -4,8 +4,8 @@ use super::Communicator;
 use crate::{Error, Result};
 use candle_core::Device;
 
-/// Opens a device by its name, as [`device`](crate::device()) does. `cuda` is the GPU whose number is that of this process
-/// among those of its host.
+/// Opens a device by its name, as [`device`](crate::device()) does. `cuda` is the GPU whose number is that of this
+/// process among those of its host.
 ///
 /// [Example](crate::train::share)
 ///

@@ -6,11 +6,12 @@
 //! gradient  ((g0   +   g1)  + ..    + gN-1)  +  gN)   + ..           added in this order, whoever computed it
 //! ```
 //! Floating-point sums depend on their order, so ranks send each part's gradient and not sums of their own. Small
-//! gradients go to all ranks. With large gradients, rank r adds the r-th chunk of all, and the chunks are gathered once a
-//! step. A parameter then crosses the network twice, however many ranks there are. Norm, clipping and optimizer are then the same
-//! computation on every rank.
+//! gradients go to all ranks. With large gradients, rank r adds the r-th chunk of all, and the chunks are gathered once
+//! a step. A parameter then crosses the network twice, however many ranks there are. Norm, clipping and optimizer are
+//! then the same computation on every rank.
 //!
-//! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names it.
+//! Before each exchange every rank says whether its part succeeded. A failure on one is an error on all, which names
+//! it.
 
 mod agreement;
 mod broadcast;
@@ -44,8 +45,8 @@ const GRACE: Duration = Duration::from_secs(1);
 
 /// Processes that work on one run together, and how they exchange bytes.
 ///
-/// Every rank makes the same calls in the same order. An error means that the exchange failed, not that another rank's work
-/// did; the run ends then, because ranks may have stopped at different calls.
+/// Every rank makes the same calls in the same order. An error means that the exchange failed, not that another rank's
+/// work did; the run ends then, because ranks may have stopped at different calls.
 ///
 /// [Example](crate::train::share)
 pub trait Communicator: std::fmt::Debug + Send + Sync {

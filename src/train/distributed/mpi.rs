@@ -47,9 +47,9 @@ impl std::fmt::Debug for Mpi {
 impl Mpi {
     /// Joins the job that started this process; alone if none did.
     ///
-    /// `patience` is how long a rank waits in an exchange for the others. It must be longer than the slowest part of a step
-    /// and the slowest evaluation. MPI cannot take back a message, so when it has passed the job is aborted: one line to
-    /// stderr says which ranks did not come.
+    /// `patience` is how long a rank waits in an exchange for the others. It must be longer than the slowest part of a
+    /// step and the slowest evaluation. MPI cannot take back a message, so when it has passed the job is aborted: one
+    /// line to stderr says which ranks did not come.
     ///
     /// # Errors
     /// - MPI was initialized before;

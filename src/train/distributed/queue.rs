@@ -26,8 +26,8 @@ const WAIT: u8 = 4;
 const NEXT: u8 = 5;
 const END: u8 = 6;
 
-/// Does the items `0..count` on all ranks. `work` does one and returns its result. On rank 0 `collect` gets all results, as
-/// they come.
+/// Does the items `0..count` on all ranks. `work` does one and returns its result. On rank 0 `collect` gets all
+/// results, as they come.
 ///
 /// `work` calls its second argument now and then, as a sign of life: a rank that gives none within the communicator's
 /// patience ends the job.

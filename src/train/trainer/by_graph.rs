@@ -10,11 +10,11 @@ use std::collections::hash_map::Entry;
 use std::time::Instant;
 
 impl Trainer {
-    /// Makes one step, by a graph where [`StepGraphs`] has one for the form of the input. `input` gets the number of the part
-    /// and returns what the loss is computed from. The step has the bits of [`step`](Self::step).
+    /// Makes one step, by a graph where [`StepGraphs`] has one for the form of the input. `input` gets the number of
+    /// the part and returns what the loss is computed from. The step has the bits of [`step`](Self::step).
     ///
-    /// The run's first step is made as ever. So is every step of several parts or processes, or by other kernels than those
-    /// of a GPU. Averages of the parameters are updated after the graph.
+    /// The run's first step is made as ever. So is every step of several parts or processes, or by other kernels than
+    /// those of a GPU. Averages of the parameters are updated after the graph.
     ///
     /// # Errors
     /// - as [`step`](Self::step);

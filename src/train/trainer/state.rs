@@ -41,7 +41,8 @@ impl Trainer {
         Ok(done)
     }
 
-    /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one. Rank 0 writes it.
+    /// Writes the run's state to `path`, atomically; the one that was there is kept as the previous one. Rank 0 writes
+    /// it.
     ///
     /// # Errors
     /// - the file cannot be written, on every rank.

@@ -6,8 +6,8 @@
 //! ```
 //! The layers are `src/ops/composed.rs`, the same source as the `composed` of `benches/cases.rs`, with candle's own
 //! dropout; the encoder is candle-transformers'. Unlike there, nothing here switches on a feature of candle's
-//! dependencies: its matrix products are those of a program without this crate. With `--features avx512` they are those of a
-//! program with it.
+//! dependencies: its matrix products are those of a program without this crate. With `--features avx512` they are those
+//! of a program with it.
 
 // Each program uses a part of what they share.
 mod candle_sam;

@@ -19,8 +19,8 @@ pub(in crate::launch) const PIECE: (u32, u32) = (16, 64);
 pub(in crate::launch) const DEPTH: u32 = 64;
 const LOW_RANK_DEPTH: u32 = 32;
 
-/// Whether the forward or the gradient of x is the kernels' for Hopper, for operands that bulk copies take. The portable
-/// kernels take the problem.
+/// Whether the forward or the gradient of x is the kernels' for Hopper, for operands that bulk copies take. The
+/// portable kernels take the problem.
 pub(in crate::launch) fn covers(problem: &Problem<'_>, dtype: DType, gpu: &Gpu) -> bool {
     let has_tile = |pass, widths: &[u32]| pick(pass, problem.rows as u64, widths, gpu).is_some();
     copies_take(problem, dtype, &[])

@@ -57,18 +57,19 @@ impl Pass {
 
 /// A tile, whatever its cluster.
 type Kind = (Schedule, u32);
-/// For widths of ViT-L and ViT-H, which tiles of 192 do not fill. A step of 64 of depth takes `rows cols / 32` cycles of the
-/// tensor cores and `128 (rows + cols / cluster)` bytes from the L2 cache. That is 32 bytes a cycle, without a cluster
+/// For widths of ViT-L and ViT-H, which tiles of 192 do not fill. A step of 64 of depth takes `rows cols / 32` cycles
+/// of the tensor cores and `128 (rows + cols / cluster)` bytes from the L2 cache. That is 32 bytes a cycle, without a
+/// cluster
 /// 48. The gradient of x costs 245 to 262 cycles a column with LoRA, against 216 in ping-pong tiles. ViT-L fills 5.3 of
 /// 6 of those. Without LoRA, as in most linears, it costs 204.
 const COOPERATIVE: Kind = (Schedule::Cooperative, 256);
-/// For the rest: 37 bytes a cycle, without a cluster 53, and an epilogue that costs nothing. A tile of ViT-B's qkv has products
-/// of 28 thousand cycles. Two masks and low-rank products take one warpgroup 24 thousand, beside the other's products.
-/// All warps together would take 10 to 14 thousand before the next tile.
+/// For the rest: 37 bytes a cycle, without a cluster 53, and an epilogue that costs nothing. A tile of ViT-B's qkv has
+/// products of 28 thousand cycles. Two masks and low-rank products take one warpgroup 24 thousand, beside the other's
+/// products. All warps together would take 10 to 14 thousand before the next tile.
 const PING_PONG: Kind = (Schedule::PingPong, 192);
 
-/// The tile for an output of `rows` rows in these widths. Reckoned, not measured: none where there would be fewer tiles than for
-/// every other multiprocessor, since smaller portable ones are faster then.
+/// The tile for an output of `rows` rows in these widths. Reckoned, not measured: none where there would be fewer tiles
+/// than for every other multiprocessor, since smaller portable ones are faster then.
 pub fn pick(pass: Pass, rows: u64, widths: &[u32], gpu: &Gpu) -> Option<&'static Tile> {
     if let Some(tile) = pass.forced(&gpu.forced) {
         return Some(tile);

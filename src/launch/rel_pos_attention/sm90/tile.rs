@@ -6,8 +6,8 @@ use crate::launch::AttentionProblem;
 /// Shared memory that a block may have on Hopper.
 pub(in crate::launch) const SHARED_BYTES: usize = 227 << 10;
 
-/// A key tile of whole rows of `cols` columns, for a block of queries that it streams past: the forward, and the backward's
-/// query pass.
+/// A key tile of whole rows of `cols` columns, for a block of queries that it streams past: the forward, and the
+/// backward's query pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamTile {
     /// Channels of a head.

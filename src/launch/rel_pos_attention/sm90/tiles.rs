@@ -26,8 +26,9 @@ pub fn widths(head_dim: usize) -> impl Iterator<Item = usize> {
     of_head.map(|tile| tile.cols)
 }
 
-/// The tiles of a problem, none for other heads. They are those of `cols` columns, if any are given and there are such; else
-/// those whose stripes leave least of the window's width empty. The forward's is one whose biases fit in shared memory.
+/// The tiles of a problem, none for other heads. They are those of `cols` columns, if any are given and there are such;
+/// else those whose stripes leave least of the window's width empty. The forward's is one whose biases fit in shared
+/// memory.
 pub fn pick(problem: &AttentionProblem, cols: Option<usize>) -> Option<Tiles> {
     let (head_dim, width) = (problem.head_dim, problem.side_w);
     let stream =

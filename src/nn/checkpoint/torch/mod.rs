@@ -1,7 +1,7 @@
 //! Files of `torch.save`: a zip archive with one pickle, which says what the tensors are, and one entry a storage.
 //!
-//! The pickle is read as data (see [`pickle`](super::pickle)), so a file can run no code. Every size is compared with the
-//! archive before anything is allocated for it; entries are stored, never compressed.
+//! The pickle is read as data (see [`pickle`](super::pickle)), so a file can run no code. Every size is compared with
+//! the archive before anything is allocated for it; entries are stored, never compressed.
 //!
 //! ```text
 //! <root>/data.pkl       the object: a state dict, or dicts, lists and modules that hold one
