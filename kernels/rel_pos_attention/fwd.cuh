@@ -42,7 +42,7 @@ template <class Tile, int kParts> struct ForwardBiases : Biases<Tile> {
 
 // A block has kParts times the tile's queries, and each of its warps 16 of each part. An operand of keys or values is
 // read once for all parts.
-template <class Tile, int kParts>
+template <class Tile, int kParts = 1>
 __device__ __forceinline__ void rel_pos_attention_fwd(const RelPosAttentionFwdParams& p) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kCols = Tile::kCols, kRows = Tile::kRows, kKeys = Tile::kKeys,
