@@ -19,18 +19,21 @@
 #define LARGE_HEADS(X, elements, ...) elements(X, 64, __VA_ARGS__) elements(X, 80, __VA_ARGS__)
 
 /* Attention, forward and query pass: X(element, type, head_dim, columns and key rows of a key tile, warps of 16
- * queries). If two widths leave equally little of a window's width empty, the first one is taken.
+ * queries, parts). If two widths leave equally little of a window's width empty, the first one is taken.
  *
  * - 64: rel_h is one number for 64 keys. A block's 64 queries are one row of SAM's grid of 64 x 64.
  * - 16: a window's row of 14 is 16, and its 196 queries are two blocks of 112. In f32, of twice the bytes, a tile has
  *   half the keys.
  * - 40: grids of 40 and 80, which stripes of 16 or 64 do not fill.
+ *
+ * In the forward, a warp has 16 queries of each part. A tile with two parts has half the columns and twice the key rows
+ * there, so that rel_w takes no more registers. For 32 queries only heads of 64 channels have registers enough.
  */
-#define REL_POS_ATTENTION_TILES(X) \
-    LARGE_HEADS(X, HALF, 64, 1, 4) \
-    HEADS(X, HALF, 16, 4, 7)       \
-    LARGE_HEADS(X, HALF, 40, 2, 4) \
-    HEADS(X, FLOAT, 16, 2, 4)
+#define REL_POS_ATTENTION_TILES(X)                    \
+    HALF(X, 64, 64, 1, 4, 2) HALF(X, 80, 64, 1, 4, 1) \
+    HEADS(X, HALF, 16, 4, 7, 1)                       \
+    LARGE_HEADS(X, HALF, 40, 2, 4, 1)                 \
+    HEADS(X, FLOAT, 16, 2, 4, 1)
 
 /* Attention, key pass: X(element, type, head_dim, queries of a step). */
 #define REL_POS_ATTENTION_BWD_KEY_TILES(X) \

@@ -36,10 +36,11 @@ static std::string capitalised(std::string word) {
     return word;
 }
 
-#define ATTENTION(suffix, T, dim, cols, rows, warps)                                                              \
-    row("attention::Tile { element_bytes: %zu, head_dim: %d, cols: %d, rows: %d, warps: %d, forward_bytes: %zu, " \
-        "backward_bytes: %zu }",                                                                                  \
-        sizeof(T), dim, cols, rows, warps, sizeof(AttentionTile<T, dim, cols, rows, warps>::Storage),             \
+#define ATTENTION(suffix, T, dim, cols, rows, warps, parts)                                              \
+    row("attention::Tile { element_bytes: %zu, head_dim: %d, cols: %d, rows: %d, warps: %d, parts: %d, " \
+        "forward_bytes: %zu, backward_bytes: %zu }",                                                     \
+        sizeof(T), dim, cols, rows, warps, parts,                                                        \
+        sizeof(AttentionTile<T, dim, cols / parts, rows * parts, warps>::Storage),                       \
         sizeof(QueryPassShared<AttentionTile<T, dim, cols, rows, warps>>));
 #define ATTENTION_KEY(suffix, T, dim, queries)                                 \
     row("attention::KeyTile { element_bytes: %zu, head_dim: %d, bytes: %zu }", \

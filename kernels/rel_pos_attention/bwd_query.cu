@@ -3,7 +3,7 @@
 #include "rel_pos_attention/bwd_query.cuh"
 #include "tiles.h"
 
-#define INSTANCE(suffix, T, dim, cols, rows, warps)                                                    \
+#define INSTANCE(suffix, T, dim, cols, rows, warps, parts)                                             \
     KERNEL(rel_pos_attention_bwd_query_hd##dim##_cols##cols##_##suffix, RelPosAttentionBwdQueryParams, \
            32 * warps, 1) {                                                                            \
         rel_pos_attention_bwd_query<AttentionTile<T, dim, cols, rows, warps>>(p);                      \

@@ -156,52 +156,41 @@ __device__ __forceinline__ void copy_keys(T (*rows)[Tile::kStride], const RelPos
 }
 
 // The 16-byte vectors of a key tile that a thread copies, as many of its keys as of its values. They lie in one column
-// of channels and move on by whole key rows, so no step divides or looks a token up. They take registers, which only
-// tiles of one key row have to spare, and of those only the ones with head_dim 64.
+// of channels, and all threads copy a whole stretch of a key row at once. So no step divides or looks a token up, and a
+// thread keeps one address.
 template <class Tile> struct KeyVectors {
     using T = typename Tile::T;
-    static constexpr int kPieces = Tile::kDim / kVec<T>, kRowsAtOnce = Tile::kThreads / kPieces,
-                         kCount = ceil_div(Tile::kKeys, kRowsAtOnce);
-    const T* from;            // the tile's first key, in this thread's column
-    uint32_t offset[kCount];  // from there to each vector
-    uint32_t on_grid = 0;     // a bit for each vector: its column of the grid exists
+    static constexpr int kPieces = Tile::kDim / kVec<T>, kKeysAtOnce = Tile::kThreads / kPieces,
+                         kCount = Tile::kKeys / kKeysAtOnce, kOfRow = Tile::kCols / kKeysAtOnce;
+    // With f32, the kernels have no registers for them.
+    static constexpr bool kPossible =
+        sizeof(T) == 2 && Tile::kThreads % kPieces == 0 && Tile::kCols % kKeysAtOnce == 0;
+    device_ptr from;       // this thread's first key of the next tile; nvcc 13.0 never ends on a pointer here
+    uint32_t on_grid = 0;  // a bit for each of its keys in a row: this column of the grid exists
 
     __device__ __forceinline__ KeyVectors(const AttentionUnit& unit, const T* qkv, uint32_t x) {
         const RelPosAttentionShape& s = unit.s;
         const uint32_t channels = s.num_heads * s.head_dim;
-        from = qkv + unit.token({0, x}) * (3 * channels) + channels + unit.head * s.head_dim + column();
+        from = device_ptr(qkv + unit.token({0, x + key(0)}) * (3 * channels) + channels + unit.head * s.head_dim +
+                          column());
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-            const uint32_t key_row = row(k) / Tile::kCols, key_column = row(k) % Tile::kCols;
-            offset[k] = (key_row * s.w + key_column) * (3 * channels);
-            on_grid |= uint32_t(x + key_column < unit.valid_w && column() < s.head_dim) << k;
-        }
+        for (int k = 0; k < kOfRow; ++k)
+            on_grid |= uint32_t(x + key(k) < unit.valid_w && column() < s.head_dim) << k;
     }
     static __device__ __forceinline__ uint32_t column() { return threadIdx.x % kPieces * kVec<T>; }
-    static __device__ __forceinline__ uint32_t row(int k) { return threadIdx.x / kPieces + k * kRowsAtOnce; }
-    // Whether this thread has a vector of number k.
-    static __device__ __forceinline__ bool has(int k) {
-        constexpr bool kAll = Tile::kThreads % kPieces == 0;
-        return (kAll || threadIdx.x < kRowsAtOnce * kPieces) &&
-               ((k + 1) * kRowsAtOnce <= Tile::kKeys || row(k) < Tile::kKeys);
-    }
+    static __device__ __forceinline__ uint32_t key(int k) { return threadIdx.x / kPieces + k * kKeysAtOnce; }
     // Starts copying the keys and values of the tile with first key row y, and moves on to the next one.
     __device__ __forceinline__ void copy(T (*rows)[Tile::kStride], const AttentionUnit& unit, uint32_t y) {
         const uint32_t channels = unit.s.num_heads * unit.s.head_dim;
-        uint32_t valid = on_grid;
-        if (y + Tile::kRows > unit.valid_h) {
 #pragma unroll
-            for (int k = 0; k < kCount; ++k)
-                if (y + row(k) / Tile::kCols >= unit.valid_h) valid &= ~(1u << k);
+        for (int k = 0; k < kCount; ++k) {
+            const int row = k / kOfRow, stretch = k % kOfRow;
+            const T* keys = global<const T>(from) + (row * unit.s.w + stretch * kKeysAtOnce) * (3 * channels);
+            const bool valid = y + row < unit.valid_h && on_grid >> stretch & 1;
+            ptx::cp_async<16>(&rows[key(k)][column()], keys, valid);
+            ptx::cp_async<16>(&rows[Tile::kKeys + key(k)][column()], keys + channels, valid);
         }
-        const T* values = from + channels;
-#pragma unroll
-        for (int k = 0; k < kCount; ++k)
-            if (has(k)) {
-                ptx::cp_async<16>(&rows[row(k)][column()], from + offset[k], valid >> k & 1);
-                ptx::cp_async<16>(&rows[Tile::kKeys + row(k)][column()], values + offset[k], valid >> k & 1);
-            }
-        from += uint64_t(Tile::kRows * unit.s.w) * (3 * channels);
+        from += uint64_t(Tile::kRows * unit.s.w) * (3 * channels) * sizeof(T);
     }
 };
 
@@ -219,7 +208,7 @@ template <class Tile> struct KeyTiles {
     struct None {
         __device__ __forceinline__ None(const AttentionUnit&, const T*, uint32_t) {}
     };
-    static constexpr bool kInVectors = Tile::kRows == 1 && Tile::kDim <= 64;
+    static constexpr bool kInVectors = KeyVectors<Tile>::kPossible;
     std::conditional_t<kInVectors, KeyVectors<Tile>, None> vectors;
 
     // Starts the first one.
@@ -266,39 +255,49 @@ template <class Tile> struct KeyTiles {
 template <class Tile> struct Biases {
     float *h, *w;
     uint32_t stride_h, stride_w, x = 0;
+    // Those that project_tables computes: rel_w of so many columns from `first_column` on; rel_h, unless it is there.
+    uint32_t first_column = 0, columns;
+    bool with_h = true;
 
     // All columns, behind rel_h.
     __device__ __forceinline__ Biases(const RelPosAttentionShape& s, float* memory) {
         // Odd, and with 8 more, so that the rows of a fragment lie in different banks.
         stride_h = ceil_div(s.side_h, uint32_t(Tile::kRows)) * Tile::kRows | 1;
         stride_w = ceil_div(s.side_w, uint32_t(Tile::kCols)) * Tile::kCols + 8;
+        columns = s.side_w;
         h = memory;
         w = memory + Tile::kQueries * stride_h;
     }
 };
 
 // The rows of both tables that the queries `first ..` of a unit need, as one list. The first part is rel_pos_h's rows,
-// from the first query's distance to the last key row on. The second part is all of rel_pos_w.
+// from the first query's distance to the last key row on, or nothing. The second part is rel_pos_w's rows of so many
+// key columns from x on.
 struct TableRows {
-    uint32_t first_h, count_h, count, side_h, side_w;
+    uint32_t first_h, count_h, first_w, count, side_h, side_w;
 
     __device__ __forceinline__ TableRows(const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first,
-                                         uint32_t queries) {
+                                         uint32_t queries, bool with_h, uint32_t x, uint32_t columns) {
         const uint32_t last = min(first + queries, unit.queries()) - 1;
         first_h = unit.query(first).y;
-        count_h = unit.query(last).y - first_h + s.side_h;
-        count = count_h + 2 * s.side_w - 1;
+        count_h = with_h ? unit.query(last).y - first_h + s.side_h : 0;
+        first_w = s.side_w - min(x + columns, s.side_w);
+        count = count_h + 2 * s.side_w - 1 - (x + first_w);
         side_h = s.side_h;
         side_w = s.side_w;
     }
+    // All of rel_pos_w.
+    __device__ __forceinline__ TableRows(const RelPosAttentionShape& s, const AttentionUnit& unit, uint32_t first,
+                                         uint32_t queries)
+        : TableRows(s, unit, first, queries, true, 0, s.side_w) {}
     // Which row of the two tables, one after the other, is number i.
     __device__ __forceinline__ uint32_t row(uint32_t i) const {
-        return i < count_h ? first_h + i : 2 * side_h - 1 + i - count_h;
+        return i < count_h ? first_h + i : 2 * side_h - 1 + i - count_h + first_w;
     }
     // Calls found(is_h, k) if number i of the list is the distance of the query from key row or column k.
     template <class Found> __device__ __forceinline__ void key_of(uint32_t i, Token query, Found found) const {
         const bool is_h = i < count_h;
-        const uint32_t k = is_h ? query.y + side_h - 1 - first_h - i : query.x + side_w - 1 - (i - count_h);
+        const uint32_t k = is_h ? query.y + side_h - 1 - first_h - i : query.x + side_w - 1 - (i - count_h) - first_w;
         if (i < count && k < (is_h ? side_h : side_w)) found(is_h, k);
     }
 };
@@ -329,13 +328,16 @@ __device__ __forceinline__ void project_tables(const Biases<Tile>& bias, typenam
                                                int staged_rows = Tile::kStagedRows) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     float *h = bias.h + 16 * warp * bias.stride_h, *w = bias.w + 16 * warp * bias.stride_w;
-    for (uint32_t i = lane; i < 16 * bias.stride_h; i += kWarp) h[i] = i % bias.stride_h < s.side_h ? 0.0f : -INFINITY;
+    if (bias.with_h)
+        for (uint32_t i = lane; i < 16 * bias.stride_h; i += kWarp)
+            h[i] = i % bias.stride_h < s.side_h ? 0.0f : -INFINITY;
     for (uint32_t i = lane; i < 16 * bias.stride_w; i += kWarp)
         w[i] = bias.x + i % bias.stride_w < s.side_w ? 0.0f : -INFINITY;
     __syncwarp();
     if (tables.h == nullptr || first >= unit.queries()) return;
     const int g = lane / 4, t = lane % 4;
-    const TableRows list(s, unit, first, Tile::kQueries);
+    const TableRows list(s, unit, first, Tile::kQueries, bias.with_h, bias.first_column,
+                         bias.columns);
     const Token query[2] = {unit.query(first + 16 * warp + g), unit.query(first + 16 * warp + g + 8)};
     for (uint32_t begin = 0; begin < list.count; begin += staged_rows) {
         const int count = int(min(list.count - begin, uint32_t(staged_rows)));

@@ -17,9 +17,9 @@ constexpr int min_blocks(int bytes, int dim, int warps) {
     return warps > 4 && dim <= 64 ? kBlocksOfWindows : 0;
 }
 
-#define INSTANCE(suffix, T, dim, cols, rows, warps)                                                     \
+#define INSTANCE(suffix, T, dim, cols, rows, warps, parts)                                              \
     KERNEL(rel_pos_attention_fwd_hd##dim##_cols##cols##_##suffix, RelPosAttentionFwdParams, 32 * warps, \
            min_blocks(sizeof(T), dim, warps)) {                                                         \
-        rel_pos_attention_fwd<AttentionTile<T, dim, cols, rows, warps>>(p);                             \
+        rel_pos_attention_fwd<AttentionTile<T, dim, cols / parts, rows * parts, warps>, parts>(p);      \
     }
 REL_POS_ATTENTION_TILES(INSTANCE)

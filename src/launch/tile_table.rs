@@ -8,18 +8,18 @@ use super::rel_pos_attention::tile as attention;
 
 #[rustfmt::skip]
 pub const ATTENTION: &[attention::Tile] = &[
-    attention::Tile { element_bytes: 2, head_dim: 64, cols: 64, rows: 1, warps: 4, forward_bytes: 36864, backward_bytes: 36864 },
-    attention::Tile { element_bytes: 2, head_dim: 80, cols: 64, rows: 1, warps: 4, forward_bytes: 45056, backward_bytes: 45056 },
-    attention::Tile { element_bytes: 2, head_dim: 16, cols: 16, rows: 4, warps: 7, forward_bytes: 12288, backward_bytes: 12288 },
-    attention::Tile { element_bytes: 2, head_dim: 32, cols: 16, rows: 4, warps: 7, forward_bytes: 20480, backward_bytes: 20480 },
-    attention::Tile { element_bytes: 2, head_dim: 64, cols: 16, rows: 4, warps: 7, forward_bytes: 36864, backward_bytes: 36864 },
-    attention::Tile { element_bytes: 2, head_dim: 80, cols: 16, rows: 4, warps: 7, forward_bytes: 45056, backward_bytes: 45056 },
-    attention::Tile { element_bytes: 2, head_dim: 64, cols: 40, rows: 2, warps: 4, forward_bytes: 46080, backward_bytes: 46080 },
-    attention::Tile { element_bytes: 2, head_dim: 80, cols: 40, rows: 2, warps: 4, forward_bytes: 56320, backward_bytes: 56320 },
-    attention::Tile { element_bytes: 4, head_dim: 16, cols: 16, rows: 2, warps: 4, forward_bytes: 12288, backward_bytes: 24576 },
-    attention::Tile { element_bytes: 4, head_dim: 32, cols: 16, rows: 2, warps: 4, forward_bytes: 20480, backward_bytes: 40960 },
-    attention::Tile { element_bytes: 4, head_dim: 64, cols: 16, rows: 2, warps: 4, forward_bytes: 36864, backward_bytes: 73728 },
-    attention::Tile { element_bytes: 4, head_dim: 80, cols: 16, rows: 2, warps: 4, forward_bytes: 45056, backward_bytes: 90112 },
+    attention::Tile { element_bytes: 2, head_dim: 64, cols: 64, rows: 1, warps: 4, parts: 2, forward_bytes: 36864, backward_bytes: 36864 },
+    attention::Tile { element_bytes: 2, head_dim: 80, cols: 64, rows: 1, warps: 4, parts: 1, forward_bytes: 45056, backward_bytes: 45056 },
+    attention::Tile { element_bytes: 2, head_dim: 16, cols: 16, rows: 4, warps: 7, parts: 1, forward_bytes: 12288, backward_bytes: 12288 },
+    attention::Tile { element_bytes: 2, head_dim: 32, cols: 16, rows: 4, warps: 7, parts: 1, forward_bytes: 20480, backward_bytes: 20480 },
+    attention::Tile { element_bytes: 2, head_dim: 64, cols: 16, rows: 4, warps: 7, parts: 1, forward_bytes: 36864, backward_bytes: 36864 },
+    attention::Tile { element_bytes: 2, head_dim: 80, cols: 16, rows: 4, warps: 7, parts: 1, forward_bytes: 45056, backward_bytes: 45056 },
+    attention::Tile { element_bytes: 2, head_dim: 64, cols: 40, rows: 2, warps: 4, parts: 1, forward_bytes: 46080, backward_bytes: 46080 },
+    attention::Tile { element_bytes: 2, head_dim: 80, cols: 40, rows: 2, warps: 4, parts: 1, forward_bytes: 56320, backward_bytes: 56320 },
+    attention::Tile { element_bytes: 4, head_dim: 16, cols: 16, rows: 2, warps: 4, parts: 1, forward_bytes: 12288, backward_bytes: 24576 },
+    attention::Tile { element_bytes: 4, head_dim: 32, cols: 16, rows: 2, warps: 4, parts: 1, forward_bytes: 20480, backward_bytes: 40960 },
+    attention::Tile { element_bytes: 4, head_dim: 64, cols: 16, rows: 2, warps: 4, parts: 1, forward_bytes: 36864, backward_bytes: 73728 },
+    attention::Tile { element_bytes: 4, head_dim: 80, cols: 16, rows: 2, warps: 4, parts: 1, forward_bytes: 45056, backward_bytes: 90112 },
 ];
 
 #[rustfmt::skip]

@@ -1,6 +1,6 @@
 //! The attention's portable kernels: bugs in the staging, which the emulator catches, and in the mathematics.
 
-use crate::attention_case::{gradients_by, Backward, Case, Shapes, WINDOWED};
+use crate::attention_case::{gradients_by, Backward, Case, Shapes, GLOBAL, WINDOWED};
 use crate::common::values;
 use crate::device::{launch_all, Device, Memory};
 use crate::harness::*;
@@ -30,6 +30,22 @@ KERNEL(rel_pos_attention_bwd_key_hd16_f32, RelPosAttentionBwdKeyParams, 128) { r
 };
 const SHORT: Subject = Subject { run: |device| vec![run(device, 64)], ..ATTENTION };
 const RIGHT: f64 = 1e-5;
+/// The forward of two parts: 32 queries a warp, and two stripes of 32 columns.
+const PARTS: Subject = Subject {
+    name: "attention of two parts",
+    source: Source::Instances(
+        r#"
+#include "rel_pos_attention/fwd.cuh"
+KERNEL(rel_pos_attention_fwd_hd64_cols64_f16, RelPosAttentionFwdParams, 128) {
+    rel_pos_attention_fwd<AttentionTile<__half, 64, 32, 2, 4>, 2>(p);
+}
+"#,
+    ),
+    modes: timings,
+    run: |device| vec![run_parts(device)],
+    right_up_to: 5e-3,
+    wrong_above: 2e-2,
+};
 
 /// Two windows, the second hanging over the grid; ten key rows of ten columns are five tiles of two rows.
 const SHAPES: Shapes = Shapes { grid: (10, 15), dim: 16, window: Some(10), ..WINDOWED };
@@ -97,6 +113,18 @@ fn run(device: &Device, fewer_bytes: u32) -> Result<f64> {
     Ok(forward.max(expected.error_of_gradients(&backward)))
 }
 
+/// The forward alone; the second of two blocks has queries in its first part only.
+fn run_parts(device: &Device) -> Result<f64> {
+    const SHAPES: Shapes = Shapes { grid: (3, 64), dim: 64, heads: 1, ..GLOBAL };
+    static EXPECTED: LazyLock<Expected> = LazyLock::new(|| Expected::new(SHAPES, DType::F16));
+    let (expected, case) = (&*EXPECTED, &EXPECTED.case);
+    let (on_device, outputs) = (case.memory(), case.outputs());
+    let [out, lse] = outputs.each_ref().map(Memory::address);
+    let forward = attention::forward(&case.problem, case.dtype, &on_device.inputs(), out, lse)?;
+    launch_all(device, &[forward])?;
+    Ok(expected.error_of_out(&outputs[0]))
+}
+
 const COMMON: &str = "rel_pos_attention/common.cuh";
 const FWD: &str = "rel_pos_attention/fwd.cuh";
 
@@ -113,16 +141,29 @@ pub const TABLE: &[(Subject, &[Bug])] = &[
         Bug { name: "no barrier before keys take rel_w's place", file: FWD, seen: &[wrong(early_unordered)],
               old: "__syncthreads();  // nobody reads rel_w in the stages any more", new: "" },
         Bug { name: "a shuffle that one lane leaves out", file: FWD, seen: &[reported(&["divergence"])],
-              old: "new_max[half] = quad_max(new_max[half]);",
-              new: "if (lane != 3) new_max[half] = quad_max(new_max[half]);" },
+              old: "if constexpr (!kLanesVote) new_max[m][half] = quad_max(new_max[m][half]);",
+              new: "if (lane != 3) new_max[m][half] = quad_max(new_max[m][half]);" },
         Bug { name: "rel_h looked up by the tile's number", file: FWD, seen: &[wrong(always)],
-              old: "bias_h[r][half] = rel_h[8 * half * stride_h + y + r];",
-              new: "bias_h[r][half] = rel_h[8 * half * stride_h + y / kRows];" },
+              old: "rel_h[(m * kQueries + 8 * half) * stride_h + y + r];",
+              new: "rel_h[(m * kQueries + 8 * half) * stride_h + y / kRows];" },
         Bug { name: "padded keys left out", file: COMMON, seen: &[wrong(always)],
               old: "return pad != nullptr && key.y < s.side_h && key.x < s.side_w ? pad + column : nullptr;",
               new: "return nullptr;" },
         Bug { name: "a forgotten table term of dq", file: "rel_pos_attention/bwd_query.cuh", seen: &[wrong(always)],
               old: "if (tables.h != nullptr) add_table_terms", new: "if (false) add_table_terms" },
+    ]),
+    (PARTS, &[
+        UNHARMED,
+        Bug { name: "rel_h of the first part for all", file: FWD, seen: &[wrong(always)],
+              old: "rel_h[(m * kQueries + 8 * half) * stride_h", new: "rel_h[8 * half * stride_h" },
+        Bug { name: "rel_w of the first stripe for all", file: FWD, seen: &[wrong(always)],
+              old: "this->first_column = x;", new: "this->first_column = 0;" },
+        Bug { name: "rel_w of a part read while the next is projected", file: FWD, seen: &[wrong(early_unordered)],
+              old: "__syncthreads();  // nobody reads rel_w in the stages any more", new: "" },
+        Bug { name: "maxima that lanes keep for themselves", file: FWD, seen: &[wrong(always)],
+              old: "if constexpr (kLanesVote) new_max[m][half] = quad_max(new_max[m][half]);", new: "" },
+        Bug { name: "a rise of which one lane alone knows", file: FWD, seen: &[reported(&["divergence"])],
+              old: "if (ptx::any(rises)) {", new: "if (rises) {" },
     ]),
     (SHORT, &[
         Bug { name: "too little shared memory", seen: &[reported(&["wrote byte"])], ..UNHARMED },

@@ -57,6 +57,7 @@ pub fn check(
 ///
 /// # Errors
 /// - a head of 16-bit channels is of an odd number of them, or an address is no multiple of 4;
+/// - the forward does not take the scale or the height of the window ([`Tile::takes`]);
 /// - the biases of the grid do not fit into shared memory.
 fn check_tile(
     tile: &Tile,
@@ -70,6 +71,9 @@ fn check_tile(
             "{OP}: a head of {} {dtype:?} must start and end at multiples of 4 bytes",
             problem.head_dim
         )
+    }
+    if !tile.takes(problem) {
+        bail!("{OP}: the forward of {tile:?} does not take {problem:?}")
     }
     let bytes = tile.backward_shared_bytes(problem);
     if bytes > SHARED_BYTES {
@@ -151,7 +155,7 @@ pub fn forward_with(
     check_tile(tile, problem, dtype, &[qkv, rel_pos_h, rel_pos_w, pad, out, lse])?;
     let params = RelPosAttentionFwdParams { qkv, tables, pad, out, lse, shape: shape(problem) };
     let threads = 32 * tile.warps as u32;
-    let grid = [tile.blocks(problem), 1, 1];
+    let grid = [tile.forward_blocks(problem), 1, 1];
     let launch = Launch::new(&tile.instance(FORWARD), dtype, grid, threads, &params)?;
     Ok(Launch { shared_bytes: tile.forward_shared_bytes(problem) as u32, ..launch })
 }
@@ -418,9 +422,9 @@ pub(in crate::launch) mod tests {
     fn every_query_of_every_head_has_a_place_in_a_block() -> Result<()> {
         let launch = forward(&GLOBAL, DType::BF16, &INPUTS, 4, 8)?;
         assert_eq!(launch.kernel, "rel_pos_attention_fwd_hd64_cols64_bf16");
-        assert_eq!((launch.grid, launch.block), ([4 * 12 * 64, 1, 1], [128, 1, 1]));
-        // Two stages of 64 keys and values of 72 elements; 65 biases of 64 queries.
-        assert_eq!(launch.shared_bytes, 4 * 64 * 72 * 2 + 64 * 65 * 4);
+        assert_eq!((launch.grid, launch.block), ([4 * 12 * 32, 1, 1], [128, 1, 1]));
+        // Two stages of 64 keys and values of 72 elements; 65 biases of 128 queries.
+        assert_eq!(launch.shared_bytes, 4 * 64 * 72 * 2 + 128 * 65 * 4);
         let launch = forward(&WINDOWED, DType::F16, &INPUTS, 4, 8)?;
         assert_eq!(launch.kernel, "rel_pos_attention_fwd_hd64_cols16_f16");
         // 25 windows an image, 196 queries in blocks of 112.

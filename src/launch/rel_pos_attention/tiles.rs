@@ -39,7 +39,8 @@ pub fn pick(
     dtype: DType,
     cols: Option<usize>,
 ) -> Option<&'static Tile> {
-    by_width(candidates(problem, dtype), problem.side_w, cols, |tile| tile.cols)
+    let tiles = candidates(problem, dtype).filter(|tile| tile.takes(problem));
+    by_width(tiles, problem.side_w, cols, |tile| tile.cols)
 }
 
 /// The tile of `cols` columns, or the first of those whose stripes leave least of `width` empty.
@@ -89,6 +90,18 @@ mod tests {
         assert_eq!(tile(64, DType::BF16, 32).1, 16);
         assert_eq!(pick(&AttentionProblem { head_dim: 81, ..GLOBAL }, DType::F16, None), None);
         assert_eq!(pick(&GLOBAL, DType::F64, None), None);
+    }
+
+    #[test]
+    fn a_tile_of_two_parts_needs_a_divisor_and_room() {
+        let problem = AttentionProblem { side_w: 56, ..GLOBAL };
+        let cols = |problem| pick(&problem, DType::BF16, None).map(|tile| tile.cols);
+        assert_eq!(cols(problem), Some(64));
+        for softmax_scale in [0.0, -0.125, 1e-7, f32::INFINITY, f32::NAN] {
+            assert_eq!(cols(AttentionProblem { softmax_scale, ..problem }), Some(16));
+        }
+        // With many rows, rel_h of twice the queries takes more than rel_h and rel_w of the query pass.
+        assert_eq!(cols(AttentionProblem { side_h: 200, ..problem }), Some(16));
     }
 
     #[test]
