@@ -220,7 +220,7 @@ impl Evaluator<'_> {
         let any = ignored.contains(&true);
         let mut masks = vec![];
         for mask in found {
-            let score = generator.ranking.score(&mask);
+            let score = mask.score(generator.ranking);
             let mut inside = mask.mask;
             if any {
                 let pixels = inside.to_mask();

@@ -187,7 +187,7 @@ fn rankings_keep_what_a_naive_suppression_keeps() -> Result<()> {
 fn masks_without_a_pixel_rank_last() -> Result<()> {
     let some = disc((32, 32), (16.0, 16.0), 5.0)?;
     let none = GeneratedMask { stability_score: f32::NAN, ..some.clone() };
-    let score = |mask| Ranking::IouTimesStability.score(mask);
+    let score = |mask: &GeneratedMask| mask.score(Ranking::IouTimesStability);
     ensure!(score(&none).total_cmp(&score(&some)).is_lt() && score(&none) < -f32::MAX);
     Ok(())
 }

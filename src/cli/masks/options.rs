@@ -101,7 +101,7 @@ pub struct GeneratorArguments {
     #[arg(long, value_name = "IOU")]
     mask_nms: Option<f64>,
     /// Which of two masks is better: by predicted IoU (iou), as SAM has it, or by predicted IoU times stability
-    /// (iou-stability), which suits fine-tuned models
+    /// (iou-stability)
     #[arg(long, default_value_t, value_name = "iou|iou-stability")]
     ranking: Ranking,
     /// Layers of crops, for small objects: layer n has 4^n crops, each encoded by itself

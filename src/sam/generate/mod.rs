@@ -139,6 +139,15 @@ pub struct GeneratedMask {
     pub crop: Crop,
 }
 
+impl GeneratedMask {
+    /// The score by which a ranking orders masks.
+    ///
+    /// [Example](crate::sam::Ranking)
+    pub fn score(&self, ranking: Ranking) -> f32 {
+        ranking.score(self.iou_score, self.stability_score)
+    }
+}
+
 /// Masks, and what became of the other candidates.
 ///
 /// [Example](crate::guide::everything)
@@ -262,7 +271,7 @@ impl MaskGenerator {
             self.points_per_side / divisor
         };
         let total = crops.iter().map(|(_, layer)| side(*layer).pow(2)).sum();
-        let score = |mask: &GeneratedMask| self.ranking.score(mask);
+        let score = |mask: &GeneratedMask| mask.score(self.ranking);
         let mut done = 0;
         let mut found = vec![];
         let mut statistics = GenerationStatistics::default();
@@ -299,7 +308,7 @@ impl MaskGenerator {
     fn without_doubles(&self, mut found: Vec<GeneratedMask>) -> Result<Vec<GeneratedMask>> {
         if let Some(threshold) = self.mask_nms_thresh {
             found = keep(found, |masks| {
-                let scores: Vec<f32> = masks.iter().map(|mask| self.ranking.score(mask)).collect();
+                let scores: Vec<f32> = masks.iter().map(|mask| mask.score(self.ranking)).collect();
                 let masks: Vec<&Rle> = masks.iter().map(|mask| &mask.mask).collect();
                 suppress::by_masks(&masks, &scores, threshold)
             });

@@ -1,6 +1,5 @@
 //! Which of two masks is better.
 
-use super::GeneratedMask;
 use std::str::FromStr;
 
 /// The score that orders masks: of two doubles the one with the lower score goes, and average precision ranks by it.
@@ -11,6 +10,7 @@ use std::str::FromStr;
 /// let generator = MaskGenerator { ranking: Ranking::IouTimesStability, ..MaskGenerator::default() };
 /// assert_eq!(generator.ranking.to_string(), "iou-stability");
 /// assert_eq!("iou".parse(), Ok(Ranking::PredictedIou));
+/// assert_eq!(generator.ranking.score(0.8, 0.5), 0.4);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ranking {
@@ -22,12 +22,12 @@ pub enum Ranking {
 }
 
 impl Ranking {
-    /// The score of a mask; a higher one is better.
-    pub fn score(self, mask: &GeneratedMask) -> f32 {
+    /// The score of a mask with this predicted IoU and stability; a higher one is better.
+    pub fn score(self, predicted_iou: f32, stability: f32) -> f32 {
         match self {
-            Self::PredictedIou => mask.iou_score,
-            Self::IouTimesStability if mask.stability_score.is_nan() => f32::NEG_INFINITY,
-            Self::IouTimesStability => mask.iou_score * mask.stability_score,
+            Self::PredictedIou => predicted_iou,
+            Self::IouTimesStability if stability.is_nan() => f32::NEG_INFINITY,
+            Self::IouTimesStability => predicted_iou * stability,
         }
     }
 }
