@@ -104,10 +104,12 @@ fn masks_equal_those_of_transformers_and_of_the_original() -> Result<()> {
     Ok(())
 }
 
+type Score = fn(&GeneratedMask) -> f32;
+
 /// The best mask stays, all that overlap it by more than the threshold go, and so on among the rest.
 fn naively(
     masks: &[GeneratedMask],
-    score: fn(&GeneratedMask) -> f32,
+    score: Score,
     threshold: f64,
     iou: fn(&GeneratedMask, &GeneratedMask) -> f64,
 ) -> Vec<GeneratedMask> {
@@ -154,7 +156,7 @@ fn rankings_keep_what_a_naive_suppression_keeps() -> Result<()> {
         ..MaskGenerator::default()
     };
     let candidates = all.generate(&predictor, &image)?;
-    let rankings: [(Ranking, fn(&GeneratedMask) -> f32); 2] = [
+    let rankings: [(Ranking, Score); 2] = [
         (Ranking::PredictedIou, |mask| mask.iou_score),
         (Ranking::IouTimesStability, |mask| mask.iou_score * mask.stability_score),
     ];
