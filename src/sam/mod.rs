@@ -83,7 +83,7 @@ pub use encoder::{
 pub use generate::{
     geojson_feature, label_image, save_geojson, save_label_strips, save_labels, Calibration,
     Calibrator, CocoAnnotations, Crop, Generated, GeneratedMask, GenerationStatistics,
-    MaskGenerator, ScoredCandidate, Tile, Tiling,
+    MaskGenerator, Ranking, ScoredCandidate, Tile, Tiling,
 };
 pub use got_ocr2::{GotOcr2Encoder, GotOcr2Projector};
 pub use hq::{SamHqImages, SamHqModel, SamHqParts};

@@ -3,7 +3,7 @@
 //! ```text
 //! every instance -> points on it, or its tight box -> low-resolution logits -> mask of the image's size -> scores
 //! first of these -> and four corrections, each a point where the mask is wrong -> their IoU
-//! the image      -> masks of everything, each with its predicted IoU -> their matches
+//! the image      -> masks of everything, each with its score -> their matches
 //! ```
 //! Corrections are points alone: the logits are not fed back. They are the same in every run, as far as masks are.
 //! Masks and scores are computed in the window that holds the found and the true object. So an image of a thousand
@@ -46,7 +46,7 @@ pub struct ImageEvaluation {
 /// [Example](crate::train::evaluate_image)
 #[derive(Clone, Debug)]
 pub struct AutomaticMasks {
-    /// Each with its predicted IoU, without pixels that the truth ignores.
+    /// Each with its score by the generator's ranking, without pixels that the truth ignores.
     pub masks: Vec<(f32, Rle)>,
     /// How they match the image's instances.
     pub matches: MaskMatches,
@@ -68,7 +68,8 @@ pub struct Evaluator<'a> {
     pub kind: PromptKind,
     /// Where the model is.
     pub device: &'a Device,
-    /// Makes masks of everything to judge, too. Average precision ranks them, so it is to keep those of low scores.
+    /// Makes masks of everything to judge, too. Average precision ranks them as it does, so it is to keep those of low
+    /// scores.
     pub generator: Option<&'a MaskGenerator>,
 }
 
@@ -219,6 +220,7 @@ impl Evaluator<'_> {
         let any = ignored.contains(&true);
         let mut masks = vec![];
         for mask in found {
+            let score = mask.score(generator.ranking);
             let mut inside = mask.mask;
             if any {
                 let pixels = inside.to_mask();
@@ -227,7 +229,7 @@ impl Evaluator<'_> {
                 inside = Rle::from_mask(&pixels, (height, width))?;
             }
             if inside.area() > 0 {
-                masks.push((mask.iou_score, inside));
+                masks.push((score, inside));
             }
         }
         let object = |instance| sample.object(instance);

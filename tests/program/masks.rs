@@ -139,7 +139,8 @@ fn a_killed_run_is_continued_to_the_same_bytes() -> Result<()> {
     std::fs::copy(here.join("photos/a.png"), here.join("photos/b.png"))?;
     let out = succeed(here, "masks", &format!("photos {QUICK} --output whole --resume"))?;
     ensure!(out.contains("1 of 2 images were done"), "{out}");
-    for other in ["--points-per-side 4".to_string(), format!("{QUICK} --mask-nms 0.3")] {
+    let stable = format!("{QUICK} --ranking iou-stability");
+    for other in ["--points-per-side 4".to_string(), format!("{QUICK} --mask-nms 0.3"), stable] {
         let line = format!("photos --output whole --resume {other}");
         fail(here, "masks", &line, 1, &["masks.jsonl", "other settings (generator)"])?;
     }

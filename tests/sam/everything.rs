@@ -9,7 +9,7 @@ use candle_sam_lora::lora;
 use candle_sam_lora::nn::Mode;
 use candle_sam_lora::sam::{
     label_image, save_labels, AttentionKind, CocoAnnotations, Crop, GeneratedMask, MaskGenerator,
-    Prompt, Rle, SamInput, SamPredictor,
+    Prompt, Ranking, Rle, SamInput, SamPredictor,
 };
 use image::{DynamicImage, RgbImage};
 use std::collections::BTreeMap;
@@ -101,6 +101,96 @@ fn masks_equal_those_of_transformers_and_of_the_original() -> Result<()> {
         let generator = generator(&facts["settings"])?;
         same(case, &generator.generate(&predictor, &image)?, facts, &tensors)?;
     }
+    Ok(())
+}
+
+type Score = fn(&GeneratedMask) -> f32;
+
+/// The best mask stays, all that overlap it by more than the threshold go, and so on among the rest.
+fn naively(
+    masks: &[GeneratedMask],
+    score: Score,
+    threshold: f64,
+    iou: fn(&GeneratedMask, &GeneratedMask) -> f64,
+) -> Vec<GeneratedMask> {
+    let mut left = masks.to_vec();
+    let mut kept: Vec<GeneratedMask> = vec![];
+    while let Some(best) =
+        (0..left.len()).max_by(|a, b| score(&left[*a]).total_cmp(&score(&left[*b])))
+    {
+        let best = left.remove(best);
+        left.retain(|mask| iou(&best, mask) <= threshold);
+        kept.push(best);
+    }
+    kept
+}
+
+fn box_iou(a: &GeneratedMask, b: &GeneratedMask) -> f64 {
+    let [a, b] = [a.bounds, b.bounds].map(|bounds| bounds.map(f64::from));
+    let area = |[x0, y0, x1, y1]: [f64; 4]| (x1 - x0) * (y1 - y0);
+    let side = |i: usize| (a[i + 2].min(b[i + 2]) - a[i].max(b[i])).max(0.0);
+    let both = side(0) * side(1);
+    both / (area(a) + area(b) - both).max(1.0)
+}
+
+fn pixel_iou(a: &GeneratedMask, b: &GeneratedMask) -> f64 {
+    let (a, b) = (a.mask.to_mask(), b.mask.to_mask());
+    let count =
+        |inside: fn(bool, bool) -> bool| a.iter().zip(&b).filter(|(a, b)| inside(**a, **b)).count();
+    count(|a, b| a && b) as f64 / count(|a, b| a || b).max(1) as f64
+}
+
+/// Each ranking keeps the better of two doubles by its own score, by boxes and by masks, and orders what stays.
+#[test]
+fn rankings_keep_what_a_naive_suppression_keeps() -> Result<()> {
+    let (tensors, _) = io()?;
+    let model = shipped(AttentionKind::Split)?;
+    let predictor = SamPredictor::new(&model);
+    let image = picture(&tensors["grid/image"])?;
+    let all = MaskGenerator {
+        points_per_side: 6,
+        pred_iou_thresh: 0.0,
+        // Drops masks without a pixel alone.
+        stability_score_thresh: 1e-9,
+        crop_nms_thresh: 1.0,
+        ..MaskGenerator::default()
+    };
+    let candidates = all.generate(&predictor, &image)?;
+    let rankings: [(Ranking, Score); 2] = [
+        (Ranking::PredictedIou, |mask| mask.iou_score),
+        (Ranking::IouTimesStability, |mask| mask.iou_score * mask.stability_score),
+    ];
+    let mut kept = vec![];
+    for (ranking, score) in rankings {
+        let generator = MaskGenerator {
+            ranking,
+            crop_nms_thresh: 0.7,
+            mask_nms_thresh: Some(0.3),
+            ..all.clone()
+        };
+        let want = naively(&naively(&candidates, score, 0.7, box_iou), score, 0.3, pixel_iou);
+        // By the original's order of steps, too: boxes go within the crop.
+        let original =
+            MaskGenerator { box_nms_thresh: Some(0.7), crop_nms_thresh: 1.0, ..generator.clone() };
+        for generator in [generator, original] {
+            let found = generator.generate(&predictor, &image)?;
+            let key = |mask: &GeneratedMask| (mask.mask.compressed(), mask.point.map(f32::to_bits));
+            let [got, naive] = [&found, &want].map(|m| m.iter().map(key).collect::<Vec<_>>());
+            ensure!(got == naive, "{ranking}: {} masks, not {}", found.len(), want.len());
+        }
+        kept.push(want.iter().map(|mask| mask.mask.compressed()).collect::<Vec<_>>());
+    }
+    ensure!(candidates.len() > 2 * kept[0].len() && kept[0] != kept[1], "{kept:?}");
+    Ok(())
+}
+
+/// A mask without a pixel, whose stability is 0 / 0, is the worst.
+#[test]
+fn masks_without_a_pixel_rank_last() -> Result<()> {
+    let some = disc((32, 32), (16.0, 16.0), 5.0)?;
+    let none = GeneratedMask { stability_score: f32::NAN, ..some.clone() };
+    let score = |mask: &GeneratedMask| mask.score(Ranking::IouTimesStability);
+    ensure!(score(&none).total_cmp(&score(&some)).is_lt() && score(&none) < -f32::MAX);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use candle_sam_lora::cli::finetune::{Options, Outcome};
 use candle_sam_lora::lora::load_adapter;
-use candle_sam_lora::sam::{AttentionKind, SamConfig, SamModel};
+use candle_sam_lora::sam::{AttentionKind, Ranking, SamConfig, SamModel};
 use candle_sam_lora::train::{BatchConfig, Decay};
 use clap::Parser;
 use std::path::Path;
@@ -36,6 +36,7 @@ fn the_loss_falls_and_everything_is_written() -> anyhow::Result<()> {
     assert_eq!(metrics["mean_iou_after"].as_f64(), Some(after));
     assert_eq!(metrics["held_out"].as_array().map(Vec::len), Some(16));
     assert_eq!(metrics["automatic"]["nms"].as_f64(), Some(0.3));
+    assert_eq!(metrics["automatic"]["ranking"], "iou");
 
     // The adapter is one for the shipped model.
     let config =
@@ -365,6 +366,11 @@ fn what_cannot_be_done_is_refused_and_nothing_is_touched() -> anyhow::Result<()>
         (&missing, vec!["--symmetries", "recomputed"], "--symmetries has no effect"),
         (&missing, vec!["--val-fraction", "0.5"], "--val-fraction has no effect"),
         (&missing, vec!["--automatic", "0", "--automatic-nms", "0.5"], "with --automatic 0"),
+        (
+            &missing,
+            vec!["--automatic", "0", "--automatic-ranking", "iou-stability"],
+            "with --automatic 0",
+        ),
         (&missing, vec!["--automatic-nms", "nan"], "--automatic-nms is NaN"),
         (&missing, vec!["--alpha", "0"], "adapters would have no effect"),
         (&missing, vec!["--images", "i", "--coco", "c", "--parts"], "--parts has no effect"),
@@ -534,6 +540,9 @@ fn doubles_go_by_their_overlap_where_no_objects_do() -> anyhow::Result<()> {
     }
     let found = generator(false, &[])?;
     assert_eq!((found.box_nms_thresh, found.mask_nms_thresh), (Some(0.7), Some(0.3)));
+    assert_eq!(found.ranking, Ranking::PredictedIou);
+    let ranked = generator(true, &["--automatic-ranking", "iou-stability"])?;
+    assert_eq!(ranked.ranking, Ranking::IouTimesStability);
     assert_eq!(generator(true, &[])?.mask_nms_thresh, None);
     assert_eq!(generator(true, &["--automatic-nms", "0.5"])?.mask_nms_thresh, Some(0.5));
     assert_eq!(generator(false, &["--automatic-nms", "1"])?.mask_nms_thresh, None);

@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_sam_lora::nn::Mode;
-use candle_sam_lora::sam::{AttentionKind, MaskGenerator, Rle, SamInput, SamModel, SamProcessor};
+use candle_sam_lora::sam::{
+    AttentionKind, MaskGenerator, Ranking, Rle, SamInput, SamModel, SamProcessor,
+};
 use candle_sam_lora::train::{
     evaluate_image, mask_on_grid, Dataset, DatasetOptions, Evaluator, Instance, MaskMatches,
     MaskScores, Prompt, PromptKind, Sample, StepRng,
@@ -188,7 +190,7 @@ fn predicted_ious_are_compared_with_the_true_ones() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Automatic masks of an evaluation are those of the generator, and pixels to be ignored count for neither side.
+/// Automatic masks of an evaluation are those of the generator with its scores, and pixels to be ignored count for neither side.
 #[test]
 fn automatic_masks_are_judged_without_ignored_pixels() -> anyhow::Result<()> {
     let tiny = tiny(1)?;
@@ -197,6 +199,7 @@ fn automatic_masks_are_judged_without_ignored_pixels() -> anyhow::Result<()> {
         points_per_side: 4,
         pred_iou_thresh: 0.0,
         stability_score_thresh: 0.0,
+        ranking: Ranking::IouTimesStability,
         ..MaskGenerator::original()
     };
     let device = &Device::Cpu;
@@ -214,7 +217,7 @@ fn automatic_masks_are_judged_without_ignored_pixels() -> anyhow::Result<()> {
     let expected: Vec<_> = expected
         .into_iter()
         .filter(|mask| mask.mask.area() > 0)
-        .map(|mask| (mask.iou_score, mask.mask))
+        .map(|mask| (mask.iou_score * mask.stability_score, mask.mask))
         .collect();
     assert!(!expected.is_empty() && found.masks == expected);
     assert_eq!(found.matches.objects, samples[0].instances.len());

@@ -51,7 +51,7 @@ pub struct Verdict {
 pub struct Shown {
     /// The prompted ones, drawn.
     pub prompted: RgbImage,
-    /// Those found without a prompt, with their predicted IoUs.
+    /// Those found without a prompt, with their scores.
     pub automatic: Vec<(f32, Rle)>,
 }
 

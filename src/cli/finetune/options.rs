@@ -5,7 +5,7 @@ use super::super::console::Console;
 use super::super::lora_arguments::LoraArguments;
 use super::super::processes::Processes;
 use super::parts::{Part, Parts};
-use crate::sam::{MaskGenerator, ReadOptions, ValueRange};
+use crate::sam::{MaskGenerator, Ranking, ReadOptions, ValueRange};
 use crate::train::{
     AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
     ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
@@ -234,6 +234,10 @@ pub struct Options {
     /// annotations 1]
     #[arg(long, value_name = "IOU")]
     pub automatic_nms: Option<f64>,
+    /// Which of two automatic masks is better: by predicted IoU (iou), as SAM has it, or by predicted IoU times stability
+    /// (iou-stability)
+    #[arg(long, default_value_t, value_name = "iou|iou-stability")]
+    pub automatic_ranking: Ranking,
     /// Held-out images to draw before and after
     #[arg(long, default_value_t = 8, value_name = "IMAGES")]
     pub overlays: usize,
@@ -362,6 +366,7 @@ impl Options {
         let no_plateau = "without --lr-schedule plateau";
         let (mixed, boxed) = (self.prompt == PromptArg::Mixed, self.prompt != PromptArg::Point);
         let given = self.mask_probability != usual.mask_probability;
+        let (automatic, no_automatic) = (self.automatic > 0, "with --automatic 0");
         #[rustfmt::skip]
         let flags = [
             ("--boxes", self.boxes != usual.boxes, mixed, "without --prompt mixed"),
@@ -384,7 +389,8 @@ impl Options {
             ("--background", self.background.is_some(), with_masks, beside_coco),
             ("--parts", self.parts, with_masks, beside_coco),
             ("--mask-page", self.mask_page.is_some(), with_masks, beside_coco),
-            ("--automatic-nms", self.automatic_nms.is_some(), self.automatic > 0, "with --automatic 0"),
+            ("--automatic-nms", self.automatic_nms.is_some(), automatic, no_automatic),
+            ("--automatic-ranking", self.automatic_ranking != usual.automatic_ranking, automatic, no_automatic),
         ];
         let idle = flags.iter().find(|(_, is_given, has_effect, _)| *is_given && !has_effect);
         if let Some((flag, .., when)) = idle {
@@ -475,6 +481,7 @@ impl Options {
             pred_iou_thresh: 0.0,
             stability_score_thresh: 0.0,
             mask_nms_thresh: self.automatic_nms.filter(|iou| *iou < 1.0),
+            ranking: self.automatic_ranking,
             ..MaskGenerator::original()
         })
     }

@@ -46,8 +46,8 @@ impl Page<'_> {
             ("Prompted masks", "One point or box an object, in white; the truth's outlines, too."),
             (
                 "Automatic masks",
-                "Found without a prompt. Shown are those whose predicted IoU reaches the cut of the best segmentation \
-                 accuracy; the truth is outlined in white.",
+                "Found without a prompt. Shown are those whose score reaches the cut of the best segmentation accuracy; \
+                 the truth is outlined in white.",
             ),
         ];
         for (kind, (title, explained)) in sections.into_iter().enumerate() {
@@ -90,7 +90,7 @@ impl Page<'_> {
             "AP of automatic masks, IoU 0.5 to 0.95",
             "AP of automatic masks, IoU 0.5",
             "segmentation accuracy of automatic masks",
-            "cut of the predicted IoU for it",
+            "cut of the score for it",
         ];
         for (name, (before, after)) in names.iter().zip(before.values().iter().zip(after.values()))
         {

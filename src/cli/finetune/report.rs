@@ -36,7 +36,11 @@ pub fn metrics(
         "prompt": format!("{:?}", options.prompt).to_lowercase(),
         "batch": options.batch(),
         "train": options.train.names(),
-        "automatic": { "points_per_side": options.automatic, "nms": options.automatic_nms },
+        "automatic": {
+            "points_per_side": options.automatic,
+            "nms": options.automatic_nms,
+            "ranking": options.automatic_ranking.to_string(),
+        },
         "parameters": trainable,
         "mean_iou_before": outcome.before.objects.iou,
         "mean_iou_after": outcome.after.objects.iou,

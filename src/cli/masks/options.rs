@@ -6,7 +6,7 @@ use super::super::embeddings::EmbeddingArguments;
 use super::super::photo::PhotoArguments;
 use super::super::processes::Processes;
 use super::calibration::CalibrationArguments;
-use crate::sam::{MaskGenerator, Tiling};
+use crate::sam::{MaskGenerator, Ranking, Tiling};
 use crate::train::Dataset;
 use anyhow::bail;
 use serde_json::{json, Value};
@@ -100,6 +100,10 @@ pub struct GeneratorArguments {
     /// other [default: boxes alone]
     #[arg(long, value_name = "IOU")]
     mask_nms: Option<f64>,
+    /// Which of two masks is better: by predicted IoU (iou), as SAM has it, or by predicted IoU times stability
+    /// (iou-stability)
+    #[arg(long, default_value_t, value_name = "iou|iou-stability")]
+    ranking: Ranking,
     /// Layers of crops, for small objects: layer n has 4^n crops, each encoded by itself
     #[arg(long, default_value_t = 0, conflicts_with = "embeddings")]
     crop_layers: u32,
@@ -126,6 +130,7 @@ impl GeneratorArguments {
             points_per_batch: self.points_per_batch,
             pred_iou_thresh: self.iou,
             stability_score_thresh: self.stability,
+            ranking: self.ranking,
             crop_nms_thresh: self.nms,
             mask_nms_thresh: self.mask_nms,
             crop_n_layers: self.crop_layers,

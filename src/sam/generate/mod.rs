@@ -6,7 +6,7 @@
 //!                    -> run lengths in the image                   of several of the same thing, the best stays
 //! ```
 //! A mask is stable if it hardly changes with the threshold: its pixels above `mask_threshold + offset`, divided by
-//! those above `mask_threshold - offset`.
+//! those above `mask_threshold - offset`. The better of two masks is the one with the higher [`Ranking::score`].
 //!
 //! Source: `pipeline("mask-generation")` of transformers; `SamAutomaticMaskGenerator` of segment-anything.
 
@@ -15,6 +15,7 @@ mod crops;
 mod geojson;
 mod labels;
 mod output;
+mod ranking;
 mod regions;
 mod statistics;
 mod stitch;
@@ -26,6 +27,7 @@ pub use crops::{Crop, Tile};
 pub use geojson::{geojson_feature, save_geojson};
 pub use labels::{label_image, save_label_strips, save_labels};
 pub use output::CocoAnnotations;
+pub use ranking::Ranking;
 pub use statistics::GenerationStatistics;
 pub use tiles::Tiling;
 
@@ -82,10 +84,12 @@ pub struct MaskGenerator {
     pub crop_overlap_ratio: f64,
     /// Points along a side are divided by this in each further layer.
     pub crop_n_points_downscale_factor: usize,
-    /// If the boxes of two masks overlap by a higher IoU, one mask goes. It is the worse one by predicted IoU, or, with
+    /// Which of two masks is better.
+    pub ranking: Ranking,
+    /// If the boxes of two masks overlap by a higher IoU, one mask goes. It is the worse one, or, with
     /// `box_nms_thresh`, the one from the larger crop.
     pub crop_nms_thresh: f64,
-    /// As `crop_nms_thresh` within each crop, by predicted IoU, before crops are compared. The original has it,
+    /// As `crop_nms_thresh` within each crop, where the worse one goes, before crops are compared. The original has it,
     /// transformers has not.
     pub box_nms_thresh: Option<f64>,
     /// The worse of two masks goes that overlap themselves by a higher IoU. It keeps crossing objects, whose boxes
@@ -107,6 +111,7 @@ impl Default for MaskGenerator {
             crop_n_layers: 0,
             crop_overlap_ratio: 512.0 / 1500.0,
             crop_n_points_downscale_factor: 1,
+            ranking: Ranking::PredictedIou,
             crop_nms_thresh: 0.7,
             box_nms_thresh: None,
             mask_nms_thresh: None,
@@ -132,6 +137,15 @@ pub struct GeneratedMask {
     pub point: [f32; 2],
     /// Where the model looked.
     pub crop: Crop,
+}
+
+impl GeneratedMask {
+    /// The score by which a ranking orders masks.
+    ///
+    /// [Example](crate::sam::Ranking)
+    pub fn score(&self, ranking: Ranking) -> f32 {
+        ranking.score(self.iou_score, self.stability_score)
+    }
 }
 
 /// Masks, and what became of the other candidates.
@@ -257,6 +271,7 @@ impl MaskGenerator {
             self.points_per_side / divisor
         };
         let total = crops.iter().map(|(_, layer)| side(*layer).pow(2)).sum();
+        let score = |mask: &GeneratedMask| mask.score(self.ranking);
         let mut done = 0;
         let mut found = vec![];
         let mut statistics = GenerationStatistics::default();
@@ -275,13 +290,12 @@ impl MaskGenerator {
                 progress(done, total);
             }
             if let Some(threshold) = self.box_nms_thresh {
-                of_crop = keep(of_crop, |masks| by_boxes(masks, threshold, |mask| mask.iou_score));
+                of_crop = keep(of_crop, |masks| by_boxes(masks, threshold, score));
             }
             found.extend(of_crop);
         }
         if self.box_nms_thresh.is_none() {
-            found =
-                keep(found, |masks| by_boxes(masks, self.crop_nms_thresh, |mask| mask.iou_score));
+            found = keep(found, |masks| by_boxes(masks, self.crop_nms_thresh, score));
         } else if crops.len() > 1 {
             let smallness =
                 |mask: &GeneratedMask| 1.0 / (mask.crop.width() as f32 * mask.crop.height() as f32);
@@ -294,7 +308,7 @@ impl MaskGenerator {
     fn without_doubles(&self, mut found: Vec<GeneratedMask>) -> Result<Vec<GeneratedMask>> {
         if let Some(threshold) = self.mask_nms_thresh {
             found = keep(found, |masks| {
-                let scores: Vec<f32> = masks.iter().map(|mask| mask.iou_score).collect();
+                let scores: Vec<f32> = masks.iter().map(|mask| mask.score(self.ranking)).collect();
                 let masks: Vec<&Rle> = masks.iter().map(|mask| &mask.mask).collect();
                 suppress::by_masks(&masks, &scores, threshold)
             });
