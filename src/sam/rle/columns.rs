@@ -12,7 +12,7 @@ impl Rle {
         let mut start = 0;
         ends(&self.counts).flat_map(move |(end, inside)| {
             let first = std::mem::replace(&mut start, end);
-            let columns = match inside && first < end {
+            let columns = match inside && first < end && height > 0 {
                 true => first / height..end.div_ceil(height),
                 false => 0..0,
             };
