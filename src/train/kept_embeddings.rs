@@ -41,9 +41,11 @@ pub struct KeptEmbeddings<'a> {
     predictor: SamPredictor<'a>,
     store: Option<EmbeddingStore>,
     keeps_turned: bool,
-    /// By number, way, width and checksum of the pixels: another data set has other images of the same numbers.
-    memory: Mutex<BTreeMap<(usize, FlipRotate, [u32; 2]), Tensor>>,
+    memory: Mutex<BTreeMap<Key, Tensor>>,
 }
+
+/// Number, way, width and checksum of the pixels: another data set has other images of the same numbers.
+type Key = (usize, FlipRotate, [u32; 2]);
 
 impl<'a> KeptEmbeddings<'a> {
     /// In memory.
