@@ -162,6 +162,9 @@ fn runs_of_no_mask_are_no_panic() {
         let mask = Rle { size, counts };
         let has_pixels = size.0 > 0;
         assert_eq!(mask.bounds().is_some(), has_pixels, "{mask:?}");
+        let area: i64 = mask.polygons().iter().flatten().map(|ring| doubled_area(ring) / 2).sum();
+        let painted = mask.to_mask().into_iter().filter(|inside| *inside).count();
+        assert_eq!(area, painted as i64, "{mask:?}");
         assert_eq!(mask.to_mask().len(), (size.0 * size.1) as usize);
         assert!(mask.intersection(&mask) == mask.area() && !mask.compressed().is_empty());
     }
