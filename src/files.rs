@@ -131,6 +131,13 @@ pub fn create_dir(path: impl AsRef<Path>) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))
 }
 
+/// Waits for a folder's lock, and keeps it until the result is dropped: `File::lock` to write files that belong
+/// together, `File::lock_shared` to read them. Without effect where the system does not lock folders.
+pub(crate) fn locked(folder: &Path, lock: fn(&File) -> std::io::Result<()>) -> Option<File> {
+    let folder = File::open(folder).ok()?;
+    lock(&folder).is_ok().then_some(folder)
+}
+
 /// Reads a text file of at most 64 MiB.
 pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
     let path = path.as_ref();

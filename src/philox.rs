@@ -113,10 +113,19 @@ impl Dropout {
 
     /// Checks that `p` is a probability below 1.
     pub(crate) fn validate(&self, op: &'static str) -> Result<()> {
-        if !(0.0..1.0).contains(&self.p) || self.threshold() >= 65536 {
-            bail!("{op}: dropout probability must be in [0, 1), got {}", self.p)
+        if !Self::is_probability(self.p) {
+            bail!("{op}: dropout probability must be in {}, got {}", Self::RANGE, self.p)
         }
         Ok(())
+    }
+
+    /// Probabilities that a mask can have, as errors give them.
+    pub(crate) const RANGE: &'static str = "[0, 1) and below 1 - 2^-17";
+
+    /// Whether `p` drops less than everything, rounded as masks round it.
+    pub(crate) fn is_probability(p: f64) -> bool {
+        let dropout = Self { p, seed: 0, stream: 0 };
+        (0.0..1.0).contains(&p) && dropout.threshold() < 65536
     }
 
     /// An element is kept if its 16 bits are at least this.

@@ -3,7 +3,7 @@
 //! The two files belong together: tensors under another configuration would load and be silently wrong. So both are
 //! written beside their destination first. Where the configuration stays the same, replacing the tensors is one step.
 //! Where it changes, the old one is removed first and the new one comes last. So a folder caught half-way has no
-//! configuration and does not load.
+//! configuration and does not load. Writers and readers of one folder take turns, by a lock of the folder.
 
 use super::config_file::warn;
 use super::inject::Plan;
@@ -15,6 +15,7 @@ use crate::nn::{ModuleTree, DEFAULT_ADAPTER};
 use crate::{files, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Name of the configuration in an adapter folder.
@@ -53,6 +54,7 @@ pub const PICKLED_TENSORS_FILE: &str = "adapter_model.bin";
 ///
 /// # Errors
 /// - the model carries no adapter or a merged one;
+/// - `config` describes another adapter than the model's: other layers, ranks, scalings or kinds;
 /// - the folder cannot be written.
 ///
 /// An adapter that was there before is then still there, unless the last step failed, the exchange of complete files.
@@ -99,6 +101,7 @@ pub fn write_adapter(
     config.refused_task_type().iter().for_each(|line| warn(&config_path.display(), line));
     let staged_tensors = files::stage_tensors(dir.join(TENSORS_FILE), tensors)?;
     let staged_config = files::stage(&config_path, |file| file.write_all(json.as_bytes()))?;
+    let _alone = files::locked(dir, File::lock);
     match std::fs::read(&config_path) {
         Ok(old) if old == json.as_bytes() => return staged_tensors.commit(),
         Ok(_) => std::fs::remove_file(&config_path).map_err(|e| Error::io(&config_path, e))?,
@@ -376,8 +379,10 @@ fn adapters_below(path: &Path, depth: usize) -> Vec<String> {
 /// As [`read_adapter`], of the tensors the header alone: what does not fit a model is refused by it.
 pub(super) fn open_adapter(dir: &Path) -> Result<(LoraConfig, TensorReader)> {
     let (config, tensors) = adapter_files(dir)?;
+    let pair = config.parent().and_then(|folder| files::locked(folder, File::lock_shared));
     let config = LoraConfig::load(config)?;
     let mut file = TensorReader::open(tensors)?;
+    drop(pair);
     if config.bias == BiasTraining::All && config.modules_to_save.is_some() {
         let shapes: BTreeMap<_, _> =
             file.tensors().iter().map(|(key, info)| (key.clone(), info.shape.clone())).collect();

@@ -14,8 +14,8 @@
 use super::target::Matcher;
 use super::{BiasTraining, LoraConfig};
 use crate::nn::{
-    adapter_tensor_name, check_settable, is_adapter_tensor, set_values, ModuleTree, Node, NodeMut,
-    DEFAULT_ADAPTER,
+    adapter_tensor_name, check_settable, is_adapter_tensor, set_values, Adapter, ModuleTree, Node,
+    NodeMut, DEFAULT_ADAPTER,
 };
 use crate::{Error, Result, TensorMismatch};
 use candle_core::Tensor;
@@ -25,6 +25,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// PEFT's prefix of tensor names.
 pub(super) const PREFIX: &str = "base_model.model.";
+
+/// How many layers an error lists.
+const SHOWN: usize = 3;
 
 /// A tensor of the model that is saved with the adapter.
 pub(super) struct Slot {
@@ -69,11 +72,18 @@ pub(super) fn saved_tensors(
 ) -> Result<Vec<(String, String, Tensor)>> {
     let matcher = Matcher::new(config)?;
     let mut adapted = BTreeSet::new();
-    let mut saved = Vec::new();
+    let (mut saved, mut differences) = (Vec::new(), Ok(Vec::new()));
     model.visit("", &mut |path, node| {
         let (tensor, is_buffer) = match node {
             Node::Layer(layer) => {
-                if let Some(own) = layer.adapters.get(adapter) {
+                let own = layer.adapters.get(adapter);
+                if let Ok(found) = &mut differences {
+                    match difference(&matcher, config, path, (layer.weight, own)) {
+                        Ok(difference) => found.extend(difference),
+                        Err(error) => differences = Err(error),
+                    }
+                }
+                if let Some(own) = own {
                     adapted.insert(path.to_string());
                     saved.extend(own.tensors().map(|(leaf, tensor)| {
                         let name = adapter_tensor_name(path, adapter, leaf);
@@ -100,7 +110,42 @@ pub(super) fn saved_tensors(
             _ => Error::config(format!("the model carries no adapter called {adapter:?}")),
         });
     }
+    let differences = differences?;
+    if !differences.is_empty() {
+        let shown: Vec<_> = differences.iter().take(SHOWN).map(String::as_str).collect();
+        return Err(Error::config(format!(
+            "the configuration is not that of the adapter {adapter:?}, {} layers differ: {}",
+            differences.len(),
+            shown.join("; ")
+        )));
+    }
     Ok(saved)
+}
+
+/// How a layer's adapter differs from the one that `config` describes. With other tensors, a saved adapter does not
+/// load; with another scaling it computes something else.
+fn difference(
+    matcher: &Matcher<'_>,
+    config: &LoraConfig,
+    path: &str,
+    (weight, adapter): (&Tensor, Option<&Adapter>),
+) -> Result<Option<String>> {
+    let is_target = matcher.is_target(path, weight.rank() == 2)?;
+    let Some(adapter) = adapter else {
+        return Ok(is_target.then(|| format!("{path} is a target without this adapter")));
+    };
+    if !is_target {
+        return Ok(Some(format!("{path} has this adapter and is no target")));
+    }
+    let (rank, scaling) = matcher.rank_and_scaling(path)?;
+    let described = (rank, scaling, config.use_dora, config.lora_bias);
+    let (has_dora, has_bias) = (adapter.magnitude.is_some(), adapter.b_bias.is_some());
+    let found = (adapter.rank(), adapter.scaling, has_dora, has_bias);
+    let said = |(rank, scaling, dora, bias): (usize, f64, bool, bool)| {
+        format!("rank {rank}, scaling {scaling}, use_dora {dora}, lora_bias {bias}")
+    };
+    Ok((described != found)
+        .then(|| format!("{path} has {}, the configuration {}", said(found), said(described))))
 }
 
 pub(super) fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
@@ -151,7 +196,8 @@ pub(super) fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// When the model carries no adapter, or a merged one.
+/// - the model carries no adapter, or a merged one;
+/// - `config` describes another adapter than the model's.
 pub fn adapter_state(
     model: &dyn ModuleTree,
     config: &LoraConfig,
@@ -164,7 +210,7 @@ pub fn adapter_state(
 /// [Example](crate::lora::adapter_state)
 ///
 /// # Errors
-/// When the model carries no such adapter, or a merged one.
+/// As [`adapter_state`], of the adapter called `name`.
 pub fn named_adapter_state(
     model: &dyn ModuleTree,
     name: &str,
@@ -183,8 +229,10 @@ pub fn named_adapter_state(
 /// [Example](crate::lora::adapter_state)
 ///
 /// # Errors
-/// [`Error::Mismatch`] with every missing, surplus and mis-shaped tensor; when the model carries no adapter or a
-/// merged one. The model is unchanged then.
+/// - as [`adapter_state`];
+/// - [`Error::Mismatch`] with every missing, surplus and mis-shaped tensor.
+///
+/// The model is unchanged then.
 pub fn set_adapter_state(
     model: &mut dyn ModuleTree,
     config: &LoraConfig,

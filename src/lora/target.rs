@@ -194,6 +194,16 @@ impl<'a> Matcher<'a> {
         if let Some(names) = &self.config.layers_pattern {
             note += &format!("; layers_pattern is {:?}", names.as_slice());
         }
+        if let Some(excluded) = &self.config.exclude_modules {
+            note += &match excluded {
+                ModuleNames::List(names) => format!("; exclude_modules is {names:?}"),
+                ModuleNames::Regex(pattern) => format!("; exclude_modules is {pattern:?}"),
+            };
+        }
+        if let Some(saved) = self.config.modules_to_save.as_ref().filter(|names| !names.is_empty())
+        {
+            note += &format!("; modules_to_save, which are no targets, is {saved:?}");
+        }
         note
     }
 

@@ -2,6 +2,7 @@
 
 use super::adapters::is_adapter_tensor;
 use super::int8::refuse_int8;
+use super::tree::refuse_twins;
 use super::{ModuleTree, Node, NodeMut};
 use crate::{Error, Result, TensorMismatch};
 use candle_nn::VarBuilder;
@@ -37,7 +38,8 @@ use std::collections::HashMap;
 /// - a parameter or buffer of the module is missing, or has another shape: all of them are listed;
 /// - a tensor cannot be read;
 /// - an adapter is merged;
-/// - a weight is in int8.
+/// - a weight is in int8;
+/// - two tensors of the module have one name.
 ///
 /// The module and the map are unchanged then.
 pub fn load(module: &mut dyn ModuleTree, vb: &VarBuilder<'_>) -> Result<()> {
@@ -46,6 +48,7 @@ pub fn load(module: &mut dyn ModuleTree, vb: &VarBuilder<'_>) -> Result<()> {
         prefix => format!("VarBuilder at {prefix}"),
     };
     refuse_int8(module, "loaded anew")?;
+    refuse_twins(module)?;
     let mut mismatch = TensorMismatch { source, ..Default::default() };
     let (mut values, mut refused, mut merged) = (HashMap::new(), String::new(), None);
     module.visit("", &mut |name, node| {

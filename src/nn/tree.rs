@@ -7,8 +7,8 @@
 use super::variables::Training;
 use super::{adapter_tensor_name, Adapters};
 use crate::{Error, Result};
-use candle_core::{DType, Tensor, Var};
-use std::collections::{BTreeMap, HashSet};
+use candle_core::{DType, Tensor, TensorId, Var};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// A node that a walk meets.
 ///
@@ -322,6 +322,24 @@ pub fn named_parameters(module: &dyn ModuleTree) -> Vec<(String, Tensor)> {
     parameters
 }
 
+/// Fails where two tensors of a tree have one name. Whoever walks by names would read or change one of them alone.
+pub(crate) fn refuse_twins(module: &dyn ModuleTree) -> Result<()> {
+    let (mut names, mut twin) = (HashSet::new(), None);
+    module.visit("", &mut |name, node| {
+        if let Node::Parameter(_) | Node::Buffer(_) = node {
+            if !names.insert(name.to_string()) {
+                twin.get_or_insert_with(|| name.to_string());
+            }
+        }
+    });
+    match twin {
+        Some(name) => Err(Error::config(format!(
+            "two tensors of the model are called {name:?}: give them names of their own, or list a shared one once"
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// The variables behind the trainable parameters, for an optimizer to update in place, by the parameters' names.
 ///
 /// A parameter may be a view of a variable, as q, k and v are of a fused `qkv`. The variable behind it is trained
@@ -382,7 +400,8 @@ pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {
 ///
 /// A parameter that is trainable already keeps its variable, which a `VarMap` may hold too. One that was frozen becomes
 /// a new variable with a copy of its values, because candle cannot make a tensor a variable in place. So does one that
-/// is computed from a variable, or that shares its variable with a parameter to be frozen.
+/// is computed from a variable, or that shares its variable with a parameter to be frozen. Parameters that are one
+/// tensor become one variable.
 ///
 /// [Example](crate::nn)
 ///
@@ -405,11 +424,20 @@ pub fn set_trainable(
         }
         choices.insert(name, train);
     }
+    let mut made: HashMap<TensorId, Tensor> = HashMap::new();
     module.visit_mut("", &mut |name, node| {
         let NodeMut::Parameter(tensor) = node else { return Ok(()) };
         match (choices.get(name), Training::of(tensor)?) {
             (Some(true), Training::Trained(variable)) if !frozen.contains(&variable.id()) => {}
-            (Some(true), _) => *tensor = Var::from_tensor(&tensor.detach())?.into_inner(),
+            (Some(true), _) => {
+                let tied = made.get(&tensor.id()).cloned();
+                let new = match tied {
+                    Some(variable) => variable,
+                    None => Var::from_tensor(&tensor.detach())?.into_inner(),
+                };
+                made.insert(tensor.id(), new.clone());
+                *tensor = new;
+            }
             _ => *tensor = tensor.detach(),
         }
         Ok(())

@@ -62,6 +62,7 @@ pub fn linear_resize_matrix(len_in: usize, len_out: usize, device: &Device) -> R
 /// # }
 /// ```
 pub fn resize_linear(table: &Tensor, len_out: usize) -> Result<Tensor> {
+    float("table", table)?;
     let (len_in, _) = table.dims2()?;
     if len_in == len_out {
         return Ok(table.clone());
@@ -155,12 +156,21 @@ pub(crate) fn resize_cubic(grids: &Tensor, size: [usize; 2]) -> Result<Tensor> {
     resize_grids(grids, size, cubic_resize_matrix)
 }
 
+/// Integers would be cut off, not rounded.
+fn float(name: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.dtype() {
+        DType::F64 => Ok(()),
+        _ => super::check::float("resize", name, tensor),
+    }
+}
+
 /// Resizes rows and columns of grids with the matrices of a kernel.
 fn resize_grids(
     grids: &Tensor,
     [height, width]: [usize; 2],
     matrix: impl Fn(usize, usize, &Device) -> Result<Tensor>,
 ) -> Result<Tensor> {
+    float("grids", grids)?;
     let (batch, h, w, channels) = grids.dims4()?;
     if [h, w] == [height, width] {
         return Ok(grids.clone());

@@ -39,7 +39,8 @@ impl SamPatchEmbeddings {
     /// `[B, channels, S, S] -> [B, h, w, C]`, from any float dtype to that of the weights.
     pub fn forward(&self, pixel_values: &Tensor, mode: Mode) -> Result<Tensor> {
         let (channels, side) = (self.projection.weight.dim(1)?, self.image_size);
-        if pixel_values.rank() != 4 || pixel_values.dims()[1..] != [channels, side, side] {
+        if !matches!(*pixel_values.dims(), [b, c, h, w] if b > 0 && [c, h, w] == [channels, side, side])
+        {
             bail!(
                 "vision_encoder: pixel_values must have shape [B, {channels}, {side}, {side}], got {:?}",
                 pixel_values.dims()

@@ -296,7 +296,8 @@ impl SamModel {
     fn check_embeddings(&self, embeddings: &Tensor) -> candle_core::Result<()> {
         let (channels, side) =
             (self.mask_decoder.mask_tokens.weight.dim(1)?, self.config.vision_config.grid_size());
-        if embeddings.rank() != 4 || embeddings.dims()[1..] != [channels, side, side] {
+        if !matches!(*embeddings.dims(), [b, c, h, w] if b > 0 && [c, h, w] == [channels, side, side])
+        {
             bail!(
                 "sam: image_embeddings must have shape [B, {channels}, {side}, {side}], got {:?}",
                 embeddings.dims()

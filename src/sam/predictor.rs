@@ -253,6 +253,10 @@ impl<'a> SamPredictor<'a> {
         prediction: &Prediction,
         index: usize,
     ) -> Result<Rle> {
+        let count = prediction.logits.dims().first().copied().unwrap_or(0);
+        if index >= count {
+            return Err(Error::config(format!("mask {index} of a prediction of {count} masks")));
+        }
         let logits = prediction.logits.get(index)?;
         let logits = self.processor.resize_masks(&logits, &image.frame)?;
         let inside: Vec<bool> =

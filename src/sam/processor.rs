@@ -27,12 +27,14 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Points `[.., 2]` as (x, y) in pixels of the original image, in pixels of SAM's input.
+    /// Points `[.., 2]` as (x, y) in pixels of the original image, in pixels of SAM's input. The result is f64
+    /// for f64, else f32.
     pub fn scale_points(&self, points: &Tensor) -> candle_core::Result<Tensor> {
         self.scale(points, 2)
     }
 
-    /// Boxes `[.., 4]` as (x0, y0, x1, y1) in pixels of the original image, in pixels of SAM's input.
+    /// Boxes `[.., 4]` as (x0, y0, x1, y1) in pixels of the original image, in pixels of SAM's input. The
+    /// result is f64 for f64, else f32.
     pub fn scale_boxes(&self, boxes: &Tensor) -> candle_core::Result<Tensor> {
         self.scale(boxes, 4)
     }
@@ -45,7 +47,9 @@ impl Frame {
         let y = self.resized.0 as f64 / self.original.0 as f64;
         let factors: Vec<f64> = [x, y].into_iter().cycle().take(last).collect();
         let factors = Tensor::from_vec(factors, last, coordinates.device())?;
-        coordinates.broadcast_mul(&factors.to_dtype(coordinates.dtype())?)
+        // An integer holds no fraction, and 16 bits not each pixel of a photograph.
+        let dtype = if coordinates.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        coordinates.to_dtype(dtype)?.broadcast_mul(&factors.to_dtype(dtype)?)
     }
 }
 
@@ -199,22 +203,43 @@ impl SamProcessor {
             image_mean: config.image_mean.unwrap_or(default.image_mean),
             image_std: config.image_std.unwrap_or(default.image_std),
         };
-        let edge = processor.longest_edge;
-        let message = format!("size.longest_edge is {edge}, expected 1 to {image_size}");
-        require((1..=image_size).contains(&edge), message)?;
-        let finite = processor.image_mean.iter().all(|v| v.is_finite())
-            && processor.image_std.iter().all(|v| v.is_finite() && *v > 0.0)
-            && processor.rescale_factor.is_finite();
-        let message = "image_mean, image_std and rescale_factor must be finite, image_std positive";
-        require(finite, message.to_string())?;
+        processor.check().map_err(|message| Error::file(path, message))?;
         Ok(processor)
+    }
+
+    /// Fails with what no processor can have: an image that the input has no room for, or pixels that are no numbers.
+    fn check(&self) -> std::result::Result<(), String> {
+        let (edge, pad, most) = (self.longest_edge, self.pad_size, MAX_SIDE as usize);
+        let positive = |value: &f32| value.is_finite() && *value > 0.0;
+        let finite = self.image_mean.iter().all(|value| value.is_finite())
+            && self.image_std.iter().all(positive)
+            && self.rescale_factor.is_finite();
+        if pad > most {
+            return Err(format!("pad_size is {pad}, expected at most {most}"));
+        }
+        if !(1..=pad).contains(&edge) {
+            return Err(format!("size.longest_edge is {edge}, expected 1 to {pad}"));
+        }
+        match finite {
+            true => Ok(()),
+            false => {
+                Err("image_mean, image_std and rescale_factor must be finite, image_std positive"
+                    .into())
+            }
+        }
+    }
+
+    fn checked(&self) -> candle_core::Result<()> {
+        self.check().map_err(|message| candle_core::Error::msg(format!("processor: {message}")))
     }
 
     /// The frame of an image of this size.
     ///
     /// # Errors
-    /// When the image is empty, longer than 32768 pixels, or so narrow that nothing of it is left after resizing.
+    /// - the image is empty, longer than 32768 pixels, or so narrow that nothing of it is left after resizing;
+    /// - the processor's sizes or numbers are impossible.
     pub fn frame(&self, height: usize, width: usize) -> candle_core::Result<Frame> {
+        self.checked()?;
         let longest = height.max(width);
         if height == 0 || width == 0 || longest > MAX_SIDE as usize {
             bail!("an image of {width} x {height} pixels, expected 1 to {MAX_SIDE} a side")
@@ -292,16 +317,24 @@ impl SamProcessor {
     /// The matrices that resize masks of `low` rows and columns to those of the original image.
     ///
     /// # Errors
-    /// - the frame is larger than this processor's input.
+    /// - the frame is empty, larger than this processor's input, or of a larger image than [`frame`](Self::frame)
+    ///   takes.
     pub(crate) fn mask_resizer(
         &self,
         low: (usize, usize),
         frame: &Frame,
         device: &Device,
     ) -> candle_core::Result<MaskResizer> {
+        self.checked()?;
         let matrix = |low: usize, resized: usize, original: usize| -> candle_core::Result<Tensor> {
-            if resized > self.pad_size {
+            if !(1..=self.pad_size).contains(&resized) {
                 bail!("masks: a frame of {:?} in an input of {}", frame.resized, self.pad_size)
+            }
+            if !(1..=MAX_SIDE as usize).contains(&original) {
+                bail!(
+                    "masks: a frame of an image of {:?}, expected 1 to {MAX_SIDE} a side",
+                    frame.original
+                )
             }
             let up = ops::linear_resize_matrix(low, self.pad_size, device)?;
             let back = ops::linear_resize_matrix(resized, original, device)?;

@@ -220,7 +220,8 @@ impl SamPromptEncoder {
     /// `shared` is the image's, for prompts without frequencies of their own.
     ///
     /// # Errors
-    /// When a prompt's shape does not fit `batch` or the other prompts.
+    /// - a prompt's shape does not fit `batch` or the other prompts;
+    /// - on the CPU, a label is none of the four.
     pub fn forward(
         &self,
         prompts: &SamPrompts<'_>,
@@ -313,6 +314,17 @@ impl SamPromptEncoder {
                 refuse("input_labels", format!("{:?}", &points.dims()[..3]), labels)?
             }
             (None, Some(_)) => bail!("prompt_encoder: input_labels without input_points"),
+            // A GPU would have to be waited for.
+            (_, Some(labels)) if labels.device().is_cpu() => {
+                let labels = labels.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                let known = [1.0, 0.0, NOT_A_POINT as f32, PADDING as f32];
+                if let Some(label) = labels.iter().find(|label| !known.contains(label)) {
+                    bail!(
+                        "prompt_encoder: input_labels must be 1, 0, -1 or -10, got {label}; corners of a box are \
+                         input_boxes"
+                    )
+                }
+            }
             _ => {}
         }
         if let Some(boxes) = prompts.input_boxes {

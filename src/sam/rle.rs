@@ -73,19 +73,20 @@ impl Rle {
 
     /// `[x0, y0, x1, y1]`, the first and the last column and row of the object; none without a pixel.
     pub fn bounds(&self) -> Option<[u32; 4]> {
-        let height = self.size.0;
-        let (mut bounds, mut place) = (None, 0u32);
-        for (index, run) in self.counts.iter().enumerate() {
-            if index % 2 == 1 && *run > 0 {
-                let (first, last) = (place, place + run - 1);
+        let height = u64::from(self.size.0);
+        let (mut bounds, mut first) = (None, 0);
+        for (end, inside) in ends(&self.counts) {
+            if inside && first < end && height > 0 {
+                let last = end - 1;
                 let (x0, x1) = (first / height, last / height);
                 // A run over the end of a column touches the first row and the last.
                 let (y0, y1) =
                     if x0 == x1 { (first % height, last % height) } else { (0, height - 1) };
+                let [x0, y0, x1, y1] = [x0, y0, x1, y1].map(|side| side as u32);
                 let [a0, b0, a1, b1] = bounds.unwrap_or([x0, y0, x1, y1]);
                 bounds = Some([a0.min(x0), b0.min(y0), a1.max(x1), b1.max(y1)]);
             }
-            place += run;
+            first = end;
         }
         bounds
     }

@@ -5,8 +5,9 @@
 //! m   <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
 //! p   <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //! ```
-//! The moments m and v (`exp_avg`, `exp_avg_sq`) are f32 whatever the parameter's dtype, and so is the update. On a GPU
-//! three kernels check, measure, clip and update all parameters at once, and the host waits once.
+//! The moments m and v (`exp_avg`, `exp_avg_sq`) are f32 whatever the parameter's dtype, and so is the update. A
+//! parameter in f64 keeps its digits. On a GPU three kernels check, measure, clip and update all parameters at once,
+//! and the host waits once.
 //!
 //! A trainable parameter without a gradient is an error, not a parameter left alone. Wherever an operation has no
 //! gradient, candle drops it silently. A run that trains half of its parameters looks like one that trains them all. A
@@ -363,8 +364,10 @@ impl Slot {
         step: &AdamWStep,
         rates: AdamWRates,
     ) -> candle_core::Result<()> {
-        let p = self.var.as_detached_tensor().to_dtype(DType::F32)?;
-        if p.device().is_cpu() {
+        let p = self.var.as_detached_tensor();
+        let in_f64 = p.dtype() == DType::F64;
+        let p = if in_f64 { p } else { p.to_dtype(DType::F32)? };
+        if p.device().is_cpu() && !in_f64 {
             let tensors = [&p, &self.exp_avg, &self.exp_avg_sq];
             let [p, m, v] = optimizer::adamw(tensors, gradient, step, rates)?;
             (self.exp_avg, self.exp_avg_sq) = (m, v);
@@ -375,7 +378,7 @@ impl Slot {
         self.exp_avg_sq =
             ((&self.exp_avg_sq * step.beta2)? + (gradient.sqr()? * step.beta2_rest)?)?;
         let denominator = ((self.exp_avg_sq.sqrt()? * step.root_correction)? + step.eps)?;
-        let update = ((&self.exp_avg / denominator)? * rates.rate)?;
+        let update = ((&self.exp_avg / denominator)? * rates.rate)?.to_dtype(p.dtype())?;
         self.var.set(&(p - update)?.to_dtype(self.var.dtype())?)
     }
 }

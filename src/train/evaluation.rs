@@ -20,7 +20,7 @@ use crate::nn::{without_gradients, Mode};
 use crate::sam::{
     ImageEmbedding, MaskGenerator, Rle, SamInput, SamModel, SamPredictor, SamProcessor,
 };
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use image::DynamicImage;
 
@@ -111,7 +111,8 @@ impl Evaluator<'_> {
     ///
     /// # Errors
     /// - model and processor do not fit each other;
-    /// - the image is too narrow.
+    /// - the image is too narrow;
+    /// - the sample's image, masks and instances do not fit each other.
     pub fn evaluate(
         &self,
         sample: &Sample,
@@ -129,7 +130,8 @@ impl Evaluator<'_> {
     /// As [`evaluate`](Self::evaluate), with the image's embedding by this model.
     ///
     /// # Errors
-    /// - the embedding does not fit the model.
+    /// - the embedding does not fit the model, or is of an image of another size;
+    /// - the sample's image, masks and instances do not fit each other.
     pub fn evaluate_embedded(
         &self,
         sample: &Sample,
@@ -147,6 +149,13 @@ impl Evaluator<'_> {
         mut progress: impl FnMut(usize),
     ) -> Result<ImageEvaluation> {
         let ImageEmbedding { tensor: embeddings, frame, .. } = embedding;
+        sample.check()?;
+        let (width, height) = sample.image.dimensions();
+        if frame.original != (height as usize, width as usize) {
+            let (name, found) = (&sample.name, frame.original);
+            let message = format!("an embedding of {found:?} pixels, expected ({height}, {width})");
+            return Err(Error::config(format!("{name}: {message}")));
+        }
         let mut resizer = None;
         let mut found = ImageEvaluation {
             prompts: vec![],

@@ -41,8 +41,11 @@ pub struct KeptEmbeddings<'a> {
     predictor: SamPredictor<'a>,
     store: Option<EmbeddingStore>,
     keeps_turned: bool,
-    memory: Mutex<BTreeMap<(usize, FlipRotate), Tensor>>,
+    memory: Mutex<BTreeMap<Key, Tensor>>,
 }
+
+/// Number, way, width and checksum of the pixels: another data set has other images of the same numbers.
+type Key = (usize, FlipRotate, [u32; 2]);
 
 impl<'a> KeptEmbeddings<'a> {
     /// In memory.
@@ -92,12 +95,13 @@ impl<'a> KeptEmbeddings<'a> {
             let kept = store.get_or_embed_pixels(&self.predictor, &sample.name, &sample.image)?;
             return Ok(kept.embedding);
         }
+        let key = (index, way, [width, crc32c::crc32c(sample.image.as_raw())]);
         let memory = || self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kept) = memory().get(&(index, way)) {
+        if let Some(kept) = memory().get(&key) {
             return Ok(ImageEmbedding { tensor: kept.clone(), hq_features: None, frame });
         }
         let computed = self.predictor.embed(&image())?.tensor;
-        memory().insert((index, way), computed.clone());
+        memory().insert(key, computed.clone());
         Ok(ImageEmbedding { tensor: computed, hq_features: None, frame })
     }
 }

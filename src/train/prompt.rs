@@ -120,7 +120,8 @@ impl PromptKind {
 pub fn random_point(labels: &LabelImage, instance: &Instance, draws: &mut StepRng) -> [f32; 2] {
     let [x0, y0, x1, y1] = instance.bounds;
     let pixels = (y0..=y1).flat_map(|y| (x0..=x1).map(move |x| (x, y)));
-    let mut inside = pixels.filter(|&(x, y)| labels.get_pixel(x, y).0[0] == instance.label);
+    let value = |x, y| labels.get_pixel_checked(x, y).map(|pixel| pixel.0[0]);
+    let mut inside = pixels.filter(|&(x, y)| value(x, y) == Some(instance.label));
     let (x, y) = inside.nth(draws.below(instance.area.max(1))).unwrap_or((x0, y0));
     [x as f32, y as f32]
 }

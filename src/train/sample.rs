@@ -32,7 +32,40 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// Fails unless the image, its layers and its instances fit each other. The fields are public.
+    ///
+    /// # Errors
+    /// - a layer has another size than the image;
+    /// - an instance is of no layer, or leaves it.
+    pub(super) fn check(&self) -> Result<()> {
+        let refuse = |message: String| Err(Error::config(format!("{}: {message}", self.name)));
+        let (width, height) = self.image.dimensions();
+        if let Some(layer) = self.layers.iter().find(|layer| layer.dimensions() != (width, height))
+        {
+            let (w, h) = layer.dimensions();
+            return refuse(format!("a mask of {w} x {h} pixels, the image has {width} x {height}"));
+        }
+        for Instance { label, layer, bounds: [x0, y0, x1, y1], .. } in &self.instances {
+            let layers = self.layers.len();
+            if *layer >= layers {
+                return refuse(format!(
+                    "object {label} is of mask {layer}, and there are {layers}"
+                ));
+            }
+            if x0 > x1 || y0 > y1 || *x1 >= width || *y1 >= height {
+                let bounds = [x0, y0, x1, y1];
+                return refuse(format!(
+                    "object {label} in {bounds:?} of {width} x {height} pixels"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// The mask that has one of the instances.
+    ///
+    /// # Panics
+    /// The instance is of no layer of this sample.
     pub fn labels(&self, instance: &Instance) -> &LabelImage {
         &self.layers[instance.layer]
     }
@@ -40,9 +73,14 @@ impl Sample {
     /// The mask of one of the instances.
     ///
     /// # Errors
+    /// - the instance is of no layer of this sample;
     /// - the image has more than 2^32 pixels.
     pub fn object(&self, instance: &Instance) -> Result<Rle> {
-        let labels = self.labels(instance);
+        let Some(labels) = self.layers.get(instance.layer) else {
+            let (layer, layers) = (instance.layer, self.layers.len());
+            let message = format!("object {} is of mask {layer}, of {layers}", instance.label);
+            return Err(Error::config(format!("{}: {message}", self.name)));
+        };
         let inside: Vec<bool> = labels.iter().map(|label| *label == instance.label).collect();
         Rle::from_mask(&inside, (labels.height(), labels.width()))
     }

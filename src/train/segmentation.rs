@@ -17,7 +17,7 @@ use super::{
 use crate::nn::{trainable_variables, Mode};
 use crate::sam::{Frame, ImageEmbedding, SamInput, SamModel, SamOutput, SamProcessor};
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{bail, DType, Device, Tensor};
 use image::DynamicImage;
 use serde::Serialize;
 
@@ -152,6 +152,8 @@ pub struct Batch {
     pub draws: StepRng,
     /// The terms of the loss.
     pub loss: LossWeights,
+    /// Side of the masks that the targets are for, [`BatchSource::mask_size`].
+    pub mask_size: usize,
 }
 
 /// A round with a point asks the host where the mask before it is wrong.
@@ -253,7 +255,7 @@ impl Batch {
             Some(_) => BatchImages::Embeddings(images),
             None => BatchImages::Pixels(images),
         };
-        Ok(Self { images, groups, rounds, draws, loss: config.loss })
+        Ok(Self { images, groups, rounds, draws, loss: config.loss, mask_size })
     }
 
     /// The mean over images and rounds of the [`LossWeights::loss`].
@@ -262,7 +264,8 @@ impl Batch {
     /// encoder and mask decoder that the draws leave out get gradients of zero.
     ///
     /// # Errors
-    /// When shapes do not fit.
+    /// - shapes do not fit;
+    /// - the model's masks have another side than [`mask_size`](Self::mask_size).
     pub fn loss(&self, model: &SamModel, mode: Mode) -> candle_core::Result<Tensor> {
         let encoder = &model.vision_encoder;
         let embeddings = match &self.images {
@@ -317,6 +320,10 @@ impl Batch {
     ) -> candle_core::Result<Tensor> {
         let ObjectMasks { targets, ignored } = objects;
         let (_, rows, cols) = targets.dims3()?;
+        let (side, mask_size) = (output.pred_masks.dim(3)?, self.mask_size);
+        if side != mask_size {
+            bail!("batch: its targets are for masks of a side of {mask_size}, and the model's have {side}")
+        }
         let mut masks = output.pred_masks.get(image)?.narrow(2, 0, rows)?.narrow(3, 0, cols)?;
         let scores = output.iou_scores.get(image)?;
         if let Some(ignored) = ignored {

@@ -64,7 +64,7 @@ fn corrected(pixel_values: &Tensor, part: u64) -> candle_core::Result<Batch> {
     let objects = vec![ObjectMasks { targets, ignored: None }];
     let groups = vec![PromptedObjects { images: vec![0], prompts, objects }];
     let images = BatchImages::Pixels(pixel_values.clone());
-    Ok(Batch { images, groups, rounds, draws, loss: LossWeights::SAM })
+    Ok(Batch { images, groups, rounds, draws, loss: LossWeights::SAM, mask_size: 32 })
 }
 
 /// The loss of a part: an image, a point and targets drawn from its number, and SAM's loss over rounds of corrections.

@@ -8,8 +8,9 @@ use crate::support::{adapted, bits, relative_error, snapshot, trained};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_sam_lora::lora::{
-    adapter_state, add_adapter, inject, load_adapter, merge, save_adapter, save_pretrained,
-    set_adapter_state, BiasTraining, LoraConfig, ModuleNames, CARD_FILE, CONFIG_FILE, TENSORS_FILE,
+    adapter_state, add_adapter, inject, load_adapter, merge, read_adapter, save_adapter,
+    save_pretrained, set_adapter_state, write_adapter, BiasTraining, LoraConfig, ModuleNames,
+    CARD_FILE, CONFIG_FILE, TENSORS_FILE,
 };
 use candle_sam_lora::nn::{
     trainable_variables, Buffer, Fixed, Linear, Mode, Tied, DEFAULT_ADAPTER,
@@ -472,4 +473,67 @@ fn a_wrong_expression_is_shown_with_its_file() {
     let error = refused(dir.path()).to_string();
     let expected = format!("{CONFIG_FILE}: regular expression \"mlp.(lin1\": ");
     assert!(error.contains(&expected), "{error}");
+}
+
+/// Each tensor tells the configuration that it belongs to.
+#[cfg(unix)]
+#[test]
+fn writers_of_one_folder_take_turns() {
+    const WRITES: usize = 30;
+    let dir = tempfile::tempdir().unwrap();
+    let write = |alpha: f64| {
+        let config = LoraConfig::new(4).alpha(alpha).target_modules(["q", "v"]);
+        let mut tensors = adapter_state(&injected(&config, 0), &config).unwrap();
+        for tensor in tensors.values_mut() {
+            *tensor = (tensor.ones_like().unwrap() * alpha).unwrap();
+        }
+        for _ in 0..WRITES {
+            write_adapter(&config, &tensors, dir.path()).unwrap();
+        }
+    };
+    let read = || {
+        let (config, tensors) = read_adapter(dir.path()).unwrap();
+        for tensor in tensors.values() {
+            let value = tensor.flatten_all().unwrap().get(0).unwrap().to_scalar::<f32>().unwrap();
+            assert_eq!(f64::from(value), config.alpha);
+        }
+    };
+    write(8.0);
+    std::thread::scope(|scope| {
+        let writers = [8.0, 16.0].map(|alpha| scope.spawn(move || write(alpha)));
+        while !writers.iter().all(|writer| writer.is_finished()) {
+            read();
+        }
+    });
+    read();
+}
+
+/// Other tensors would not load; another scaling would load and compute something else.
+#[test]
+fn another_configuration_than_the_adapters_is_refused() {
+    let base = || LoraConfig::new(4).alpha(8.0).target_modules(["q", "v"]);
+    let mut model = injected(&base(), 0);
+    let state = adapter_state(&model, &base()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for (config, parts) in [
+        (base().alpha(16.0), ["scaling 2", "scaling 4"]),
+        (base().rslora(), ["scaling 2", "scaling 4"]),
+        (base().alpha_of("v", 80.0), ["v has rank 4, scaling 2", "scaling 20"]),
+        (LoraConfig::new(8).alpha(16.0).target_modules(["q", "v"]), ["rank 4", "rank 8"]),
+        (base().dora(), ["use_dora false", "use_dora true"]),
+        (base().lora_bias(), ["lora_bias false", "lora_bias true"]),
+        (base().target_modules(["q"]), ["1 layers differ", "v has this adapter and is no target"]),
+        (base().target_modules(["q", "v", "head"]), ["head", "a target without this adapter"]),
+    ] {
+        let path = dir.path().join("adapter");
+        let saved = save_adapter(&model, &config, &path).unwrap_err().to_string();
+        let set = set_adapter_state(&mut model, &config, &state).unwrap_err().to_string();
+        for error in [saved, set] {
+            let named = error.contains("the configuration is not that of the adapter \"default\"");
+            assert!(named && parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+        assert!(!path.exists());
+    }
+    // Dropout is for training alone.
+    save_adapter(&model, &base().dropout(0.5), dir.path()).unwrap();
 }

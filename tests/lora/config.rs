@@ -193,7 +193,7 @@ fn numbers_that_are_none_are_refused() {
         assert!(config().alpha(alpha).validate().is_err());
         assert!(config().alpha_of("q", alpha).validate().is_err());
     }
-    for dropout in [f64::NAN, 1.0, -1e-9] {
+    for dropout in [f64::NAN, 1.0, 0.999_999_9, -1e-9] {
         assert!(config().dropout(dropout).validate().is_err());
     }
     assert!(

@@ -168,6 +168,11 @@ fn a_refusal_names_its_reason_and_changes_nothing() {
         Net::base,
         [
             (new().target_modules(["query"]), "head, lin1, lin2, q, v"),
+            (new().target_modules(["q"]).exclude_modules(["q"]), "exclude_modules is [\"q\"]"),
+            (
+                new().target_modules(["lin1"]).modules_to_save(["mlp.lin1"]),
+                "modules_to_save, which",
+            ),
             (new().target_modules(["norm"]), "norm is no linear layer"),
             (new().target_modules(["mlp"]), "mlp is no linear layer"),
             (new().target_regex("("), "regular expression \"(\": "),
@@ -184,6 +189,13 @@ fn a_refusal_names_its_reason_and_changes_nothing() {
     let error = inject(&mut model, &config(), 1).unwrap_err().to_string();
     assert!(error.contains("already carries an adapter"), "{error}");
     assert_eq!(snapshot(&model), injected);
+}
+
+#[test]
+fn a_model_without_named_layers_is_told_so() {
+    let config = LoraConfig::new(2).target_regex("all-linear");
+    let error = inject(&mut Net::base().q, &config, 0).unwrap_err().to_string();
+    assert!(error.contains("no linear layer or convolution in a field of a name"), "{error}");
 }
 
 #[test]

@@ -5,5 +5,6 @@ mod common;
 mod gradient_checkpoint;
 mod int8;
 mod lost_gradients;
+mod names;
 mod sharing;
 mod views;

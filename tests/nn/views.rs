@@ -159,6 +159,25 @@ struct Computed {
 
 module_tree!(Computed { linear });
 
+/// As an embedding and a head that share their weight, in a frozen model.
+#[test]
+fn one_frozen_tensor_under_two_names_becomes_one_variable() -> Result<()> {
+    struct Tied {
+        embedding: Tensor,
+        head: Linear,
+        other: Tensor,
+    }
+    module_tree!(Tied { embedding, head, other });
+    let weight = Tensor::ones((3, 4), DType::F32, &Device::Cpu)?;
+    let head = Linear::new(weight.clone(), None);
+    let mut tied = Tied { embedding: weight.clone(), head, other: weight.copy()? };
+    set_trainable(&mut tied, |_| true)?;
+    assert_eq!(trained(&tied)?, ["embedding+head.weight", "other"]);
+    set_trainable(&mut tied, |name| name != "embedding")?;
+    assert_eq!(trained(&tied)?, ["head.weight", "other"]);
+    Ok(())
+}
+
 fn computed() -> Result<(Var, Computed)> {
     let var = Var::ones((2, 2), DType::F32, &Device::Cpu)?;
     let weight = var.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;

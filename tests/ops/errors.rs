@@ -201,6 +201,19 @@ fn a_frozen_weight_behind_a_graph_is_not_cut_off() -> Result<()> {
     Ok(())
 }
 
+/// A resized integer would be cut off.
+#[test]
+fn resizes_of_integers() {
+    for dtype in [DType::U8, DType::I64] {
+        let (table, grids) = (zeros(&[3, 4]), zeros(&[1, 3, 3, 4]));
+        let (table, grids) = (table.to_dtype(dtype).unwrap(), grids.to_dtype(dtype).unwrap());
+        let got = format!("{dtype:?}");
+        fails(ops::resize_linear(&table, 5), &["resize", "table", &got]);
+        fails(ops::resize_bilinear(&grids, [5, 5]), &["resize", "grids", &got]);
+        fails(ops::resize_bicubic(&grids, 5), &["resize", "grids", &got]);
+    }
+}
+
 proptest! {
     #![proptest_config(property::config(300))]
 

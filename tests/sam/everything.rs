@@ -313,6 +313,10 @@ fn label_images_hold_every_mask() -> Result<()> {
     let labels = label_image(&masks, size);
     let place = |y: usize, x: usize| labels[y * 50 + x];
     ensure!(place(20, 20) == 1 && place(20, 30) == 2 && place(0, 49) == 0);
+    // A smaller image has the same labels.
+    let part = label_image(&masks, (25, 24));
+    let cut: Vec<u32> = labels.chunks(50).take(25).flat_map(|row| row[..24].to_vec()).collect();
+    ensure!(part == cut);
     let folder = tempfile::tempdir()?;
     let folder = folder.path();
     for name in ["labels.png", "labels.tif"] {

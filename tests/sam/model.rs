@@ -239,6 +239,18 @@ fn inputs_that_do_not_fit_are_refused() -> Result<()> {
             "image_embeddings must have shape [B, 24, 8, 8], got [2, 24, 8, 7]",
         ),
         (
+            SamInput {
+                pixel_values: None,
+                image_embeddings: zeros(&[0, 24, 8, 8])?,
+                ..good.clone()
+            },
+            "image_embeddings must have shape [B, 24, 8, 8], got [0, 24, 8, 8]",
+        ),
+        (
+            SamInput { pixel_values: zeros(&[0, 3, 64, 64])?, ..good.clone() },
+            "pixel_values must have shape [B, 3, 64, 64], got [0, 3, 64, 64]",
+        ),
+        (
             SamInput { input_points: zeros(&[1, 2, 3, 2])?, ..good.clone() },
             "input_points must have shape [2, P, N, 2], got [1, 2, 3, 2]",
         ),
@@ -255,6 +267,14 @@ fn inputs_that_do_not_fit_are_refused() -> Result<()> {
             "input_labels must have shape [2, 2, 3], got [2, 2, 4]",
         ),
         (SamInput { input_points: None, ..good.clone() }, "input_labels without input_points"),
+        (
+            // Corners of a box in the original's ONNX model.
+            SamInput {
+                input_labels: Some((Tensor::ones((2, 2, 3), DType::F32, &Device::Cpu)? * 2.0)?),
+                ..good.clone()
+            },
+            "input_labels must be 1, 0, -1 or -10, got 2",
+        ),
         (
             SamInput { input_boxes: zeros(&[2, 3, 4])?, ..good.clone() },
             "input_boxes must have shape [2, 2, 4], got [2, 3, 4]",

@@ -148,3 +148,24 @@ fn features_hold_polygons_and_scores() -> Result<()> {
     ensure!(json["features"] == serde_json::json!([]));
     Ok(())
 }
+
+/// The fields are public. Runs beyond the size, and a size without pixels, are no panic.
+#[test]
+fn runs_of_no_mask_are_no_panic() {
+    for (size, counts) in [
+        ((0, 0), vec![0, 1]),
+        ((0, 5), vec![2, 3, 1]),
+        ((2, 0), vec![0, 2]),
+        ((2, 2), vec![0, 99]),
+        ((2, 2), vec![1, u32::MAX, 5, u32::MAX]),
+    ] {
+        let mask = Rle { size, counts };
+        let has_pixels = size.0 > 0;
+        assert_eq!(mask.bounds().is_some(), has_pixels, "{mask:?}");
+        let area: i64 = mask.polygons().iter().flatten().map(|ring| doubled_area(ring) / 2).sum();
+        let painted = mask.to_mask().into_iter().filter(|inside| *inside).count();
+        assert_eq!(area, painted as i64, "{mask:?}");
+        assert_eq!(mask.to_mask().len(), (size.0 * size.1) as usize);
+        assert!(mask.intersection(&mask) == mask.area() && !mask.compressed().is_empty());
+    }
+}

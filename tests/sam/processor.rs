@@ -79,6 +79,54 @@ fn prompts_are_scaled_as_transformers_does() {
 }
 
 #[test]
+fn prompts_of_every_dtype_are_scaled_alike() {
+    let frame = SamProcessor::new(SIDE).frame(3 * SIDE, 3 * SIDE).unwrap();
+    let device = Device::Cpu;
+    let points = Tensor::new(&[[100u32, 61], [3, 0]], &device).unwrap();
+    let boxes = Tensor::new(&[[3u32, 0, 100, 61]], &device).unwrap();
+    for dtype in [DType::U8, DType::U32, DType::I64, DType::F16, DType::BF16, DType::F64] {
+        let scaled = frame.scale_points(&points.to_dtype(dtype).unwrap()).unwrap();
+        let third = |pixels: f64| pixels / 3.0;
+        let expected = [100.0, 61.0, 3.0, 0.0].map(third);
+        let scaled_boxes = frame.scale_boxes(&boxes.to_dtype(dtype).unwrap()).unwrap();
+        let of_boxes = [3.0, 0.0, 100.0, 61.0].map(third);
+        for (found, expected) in [(scaled, expected), (scaled_boxes, of_boxes)] {
+            for (found, expected) in values(&found).iter().zip(expected) {
+                assert!((f64::from(*found) - expected).abs() < 1e-5, "{dtype:?}: {found}");
+            }
+        }
+    }
+}
+
+/// Fields are public, so a caller may set any.
+#[test]
+fn impossible_processors_and_frames_are_refused() {
+    let (image, good) = (DynamicImage::new_rgb8(30, 20), SamProcessor::new(SIDE));
+    let mask = Tensor::zeros((SIDE / 4, SIDE / 4), DType::F32, &Device::Cpu).unwrap();
+    let frame = good.frame(20, 30).unwrap();
+    for (processor, said) in [
+        (SamProcessor { longest_edge: SIDE + 1, ..good.clone() }, "longest_edge is"),
+        (SamProcessor { longest_edge: 0, ..good.clone() }, "longest_edge is 0, expected 1 to"),
+        (SamProcessor::new(usize::MAX), "pad_size is 18446744073709551615, expected at most 32768"),
+        (SamProcessor { image_std: [1.0, 0.0, 1.0], ..good.clone() }, "image_std positive"),
+        (SamProcessor { rescale_factor: f64::NAN, ..good.clone() }, "must be finite"),
+    ] {
+        let preprocessed = processor.preprocess(&image, &Device::Cpu).unwrap_err().to_string();
+        let resized = processor.resize_masks(&mask, &frame).unwrap_err().to_string();
+        assert!(preprocessed.contains(said) && resized.contains(said), "{preprocessed} {resized}");
+    }
+    for (original, resized, said) in [
+        ((20, 30), (SIDE + 1, 1), "a frame of"),
+        ((20, 30), (0, 1), "a frame of"),
+        ((1 << 33, 1), (1, 1), "expected 1 to 32768 a side"),
+        ((20, 0), (1, 1), "expected 1 to 32768 a side"),
+    ] {
+        let error = good.resize_masks(&mask, &Frame { original, resized }).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+#[test]
 fn masks_come_back_as_transformers_brings_them() {
     let fixture = fixture();
     let processor = SamProcessor::new(SIDE);

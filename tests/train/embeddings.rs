@@ -1,6 +1,9 @@
 //! Embeddings that are computed once give the bits of embeddings that are computed in every step.
 
 use crate::common::finetune::{finetune, SHORT};
+use candle_core::{DType, Device};
+use candle_sam_lora::sam::{AttentionKind, SamModel, SamProcessor};
+use candle_sam_lora::train::{Dataset, DatasetOptions, FlipRotate, KeptEmbeddings, Sample};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -131,6 +134,29 @@ fn embeddings_of_a_trained_encoder_are_refused() -> anyhow::Result<()> {
         let message = finetune(&output, &arguments).expect_err("trained").to_string();
         assert!(message.contains("--embeddings: the image encoder is trained"), "{message}");
         assert!(!output.exists());
+    }
+    Ok(())
+}
+
+/// Two data sets, each with an image 0.
+#[test]
+fn kept_embeddings_are_of_the_pixels_that_are_given() -> anyhow::Result<()> {
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
+    let folder = assets.join("tiny-sam");
+    let model = SamModel::from_pretrained(&folder, AttentionKind::Fused, DType::F32, &Device::Cpu)?;
+    let processor = SamProcessor::load(&folder, model.config().vision_config.image_size)?;
+    let kept = KeptEmbeddings::in_memory(&model, &processor);
+    let heldout = assets.join("photos/coins/heldout");
+    let options = DatasetOptions::min_area(20);
+    let dataset = Dataset::open(heldout.join("images"), heldout.join("masks"), &options)?;
+    let samples = [dataset.load(0)?, dataset.load(1)?];
+    let values = |kept: &KeptEmbeddings<'_>, sample: &Sample| -> anyhow::Result<Vec<f32>> {
+        let embedding = kept.get(0, FlipRotate::NONE, sample)?;
+        Ok(embedding.tensor.flatten_all()?.to_vec1()?)
+    };
+    for sample in [&samples[0], &samples[1], &samples[0]] {
+        let alone = values(&KeptEmbeddings::in_memory(&model, &processor), sample)?;
+        assert!(values(&kept, sample)? == alone, "{}", sample.name);
     }
     Ok(())
 }

@@ -6,8 +6,8 @@ use candle_sam_lora::sam::{
     AttentionKind, MaskGenerator, Ranking, Rle, SamInput, SamModel, SamProcessor,
 };
 use candle_sam_lora::train::{
-    evaluate_image, mask_on_grid, Dataset, DatasetOptions, Evaluator, Instance, MaskMatches,
-    MaskScores, Prompt, PromptKind, Sample, StepRng,
+    evaluate_image, mask_on_grid, Batch, BatchConfig, BatchSource, Dataset, DatasetOptions,
+    Evaluator, Instance, MaskMatches, MaskScores, Prompt, PromptKind, Sample, StepRng,
 };
 use serde::Deserialize;
 
@@ -190,7 +190,8 @@ fn predicted_ious_are_compared_with_the_true_ones() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Automatic masks of an evaluation are those of the generator with its scores, and pixels to be ignored count for neither side.
+/// Automatic masks of an evaluation are those of the generator with its scores, and pixels to be ignored count for
+/// neither side.
 #[test]
 fn automatic_masks_are_judged_without_ignored_pixels() -> anyhow::Result<()> {
     let tiny = tiny(1)?;
@@ -235,5 +236,57 @@ fn automatic_masks_are_judged_without_ignored_pixels() -> anyhow::Result<()> {
     let hidden = Rle::from_mask(&hidden, (size.1, size.0))?;
     assert!(found.masks.iter().all(|(_, mask)| mask.intersection(&hidden) == 0));
     assert_eq!(found.matches.objects, ignoring.instances.len());
+    Ok(())
+}
+
+/// Fields are public, so a sample and a batch may be of anyone's making.
+#[test]
+fn samples_and_batches_that_do_not_fit_are_refused() -> anyhow::Result<()> {
+    let Tiny { model, processor, samples } = &tiny(1)?;
+    let device = &Device::Cpu;
+    let refused = |change: &dyn Fn(&mut Sample), said: &str| {
+        let mut sample = samples[0].clone();
+        change(&mut sample);
+        let found = evaluate_image(model, processor, &sample, PromptKind::Point, device);
+        let error = found.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(said) && error.contains(&sample.name), "{error}");
+    };
+    refused(&|sample| sample.instances[0].layer = 7, "is of mask 7, and there are 1");
+    refused(&|sample| sample.instances[0].bounds = [9999, 9999, 99999, 99999], "[9999, 9999");
+    refused(&|sample| sample.instances[0].bounds = [5, 5, 4, 5], "[5, 5, 4, 5]");
+    refused(&|sample| sample.image = image::RgbImage::new(9, 8), "the image has 9 x 8");
+
+    let elsewhere = Instance { layer: 7, ..samples[0].instances[0] };
+    let error = samples[0].object(&elsewhere).unwrap_err().to_string();
+    assert!(error.contains("is of mask 7, of 1"), "{error}");
+
+    let predictor = candle_sam_lora::sam::SamPredictor::with_processor(model, processor.clone());
+    let other = predictor.embed(&image::DynamicImage::new_rgb8(30, 20))?;
+    let evaluator =
+        Evaluator { model, processor, kind: PromptKind::Point, device, generator: None };
+    let found = evaluator.evaluate_embedded(&samples[0], &other, |_| ());
+    let error = found.map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("an embedding of (20, 30) pixels"), "{error}");
+
+    let folder = format!("{ROOT}/assets/photos/coins/heldout");
+    let options = DatasetOptions::min_area(20);
+    let dataset = Dataset::open(format!("{folder}/images"), format!("{folder}/masks"), &options)?;
+    let side = 4 * model.config().vision_config.grid_size();
+    for mask_size in [side / 2, side] {
+        let config = BatchConfig { prompts: 2, ..Default::default() };
+        let (seed, embeddings) = (0, None);
+        let dataset = &dataset;
+        let source =
+            BatchSource { dataset, processor, config, mask_size, seed, device, embeddings };
+        let loss = Batch::draw(&source, 0)?.loss(model, Mode::Eval);
+        match loss {
+            Ok(loss) => assert!(mask_size == side && loss.to_scalar::<f32>()?.is_finite()),
+            Err(error) => {
+                let said =
+                    format!("for masks of a side of {}, and the model's have {side}", side / 2);
+                assert!(mask_size < side && error.to_string().contains(&said), "{error}");
+            }
+        }
+    }
     Ok(())
 }

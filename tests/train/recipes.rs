@@ -172,6 +172,7 @@ fn rounds_of_corrections_are_pytorchs() -> anyhow::Result<()> {
                 .to_vec(),
             draws: StepRng::new(case.integer("seed"), "corrections", case.integer("part")),
             loss: LossWeights { multimask: case.number("multimask"), ..LossWeights::SAM },
+            mask_size: 4 * model.config().vision_config.grid_size(),
         };
         let loss = batch.loss(&model, Mode::Eval)?;
         let expected = common::values(&case.tensor("loss"))[0];
@@ -224,7 +225,9 @@ fn points_and_boxes_in_one_batch_are_the_mean_of_both() -> anyhow::Result<()> {
     let loss = |pixels: Tensor, groups: Vec<PromptedObjects>| {
         let draws = StepRng::new(1, "corrections", 2);
         let images = BatchImages::Pixels(pixels);
-        let batch = Batch { images, groups, rounds: vec![], draws, loss: LossWeights::SAM };
+        let mask_size = 4 * model.config().vision_config.grid_size();
+        let batch =
+            Batch { images, groups, rounds: vec![], draws, loss: LossWeights::SAM, mask_size };
         batch.loss(&model, Mode::Eval)?.to_scalar::<f32>()
     };
     let points = loss(pixels("points")?, vec![group("points", vec![0])?])?;

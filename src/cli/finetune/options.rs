@@ -234,8 +234,8 @@ pub struct Options {
     /// annotations 1]
     #[arg(long, value_name = "IOU")]
     pub automatic_nms: Option<f64>,
-    /// Which of two automatic masks is better: by predicted IoU (iou), as SAM has it, or by predicted IoU times stability
-    /// (iou-stability)
+    /// Which of two automatic masks is better: by predicted IoU (iou), as SAM has it, or by predicted IoU times
+    /// stability (iou-stability)
     #[arg(long, default_value_t, value_name = "iou|iou-stability")]
     pub automatic_ranking: Ranking,
     /// Held-out images to draw before and after

@@ -1,6 +1,7 @@
 //! Refuses, by name, settings that no adapter can have and settings that this crate does not support.
 
 use super::{InitLoraWeights, LoraConfig, ModuleNames, ValueOrList};
+use crate::philox::Dropout;
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -50,8 +51,9 @@ impl LoraConfig {
                 return refuse(format!("the alpha {name} must be finite, got {alpha}"));
             }
         }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return refuse(format!("lora_dropout must be in [0, 1), got {}", self.dropout));
+        if !Dropout::is_probability(self.dropout) {
+            let range = Dropout::RANGE;
+            return refuse(format!("lora_dropout must be in {range}, got {}", self.dropout));
         }
         if self.target_modules.as_ref().is_none_or(ModuleNames::is_empty) {
             return refuse("target_modules is empty: name the layers to adapt".to_string());

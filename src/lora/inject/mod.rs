@@ -30,6 +30,7 @@ pub(super) use plan::Plan;
 /// - a layer is both targeted and to be saved;
 /// - no module has a name to be saved (PEFT passes over that one in silence);
 /// - a module to be saved is a list or lies in another;
+/// - two tensors of the model have one name;
 /// - the model already carries an adapter of the name "default".
 ///
 /// The model is unchanged then.

@@ -6,7 +6,7 @@ use crate::lora::init::{adapter_shapes, initial, magnitude, uniform, Layer};
 use crate::lora::state::{ancestors, base_key, split_last, Slot, PREFIX};
 use crate::lora::target::Matcher;
 use crate::lora::{InitLoraWeights, LoraConfig};
-use crate::nn::{adapter_tensor_name, is_adapter_tensor, ModuleTree, Node};
+use crate::nn::{adapter_tensor_name, is_adapter_tensor, refuse_twins, ModuleTree, Node};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -44,6 +44,7 @@ impl<'a> Plan<'a> {
     ) -> Result<Self> {
         config.validate()?;
         check_name(name)?;
+        refuse_twins(model)?;
         let active = check_others(model, name, config)?.unwrap_or_else(|| vec![name.to_string()]);
         let matcher = Matcher::new(config)?;
         let targets = find_targets(model, &matcher)?;
@@ -208,12 +209,13 @@ fn find_targets(model: &dyn ModuleTree, matcher: &Matcher<'_>) -> Result<BTreeMa
     }
     if targets.is_empty() {
         let names: BTreeSet<_> = layers.keys().map(|path| split_last(path).1).collect();
-        let shown: Vec<_> = names.into_iter().take(SHOWN).collect();
-        return Err(Error::config(format!(
-            "target_modules matches no layer; layers here are called, for example: {}{}",
-            shown.join(", "),
-            matcher.narrowed_by()
-        )));
+        let shown: Vec<_> = names.into_iter().filter(|name| !name.is_empty()).take(SHOWN).collect();
+        let layers = match shown.is_empty() {
+            true => "the model has no linear layer or convolution in a field of a name".to_string(),
+            false => format!("layers here are called, for example: {}", shown.join(", ")),
+        };
+        let narrowed = matcher.narrowed_by();
+        return Err(Error::config(format!("target_modules matches no layer; {layers}{narrowed}")));
     }
     Ok(targets)
 }

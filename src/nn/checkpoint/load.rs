@@ -36,7 +36,8 @@ const MAX_PLACES: usize = 16;
 /// - a tensor is not floating point, or holds NaN or infinity;
 /// - a parameter is computed from a variable;
 /// - an adapter is merged;
-/// - a weight is in int8.
+/// - a weight is in int8;
+/// - two tensors of the model have one name.
 pub fn load(model: &mut dyn ModuleTree, path: impl AsRef<Path>, names: &Names) -> Result<Loaded> {
     let source = Source::open(path.as_ref())?;
     let root = names.root(model);

@@ -3,7 +3,7 @@
 use super::names::{matches, Names, Part};
 use super::place::{Place, Spellings};
 use super::source::{is_shard, Source};
-use crate::nn::{check_settable, is_adapter_tensor, refuse_int8, ModuleTree, Node};
+use crate::nn::{check_settable, is_adapter_tensor, refuse_int8, refuse_twins, ModuleTree, Node};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{DType, Device};
 use safetensors::Dtype;
@@ -30,6 +30,7 @@ pub(super) enum Origin {
 /// The tensors of the model, adapters left out.
 pub(super) fn targets(model: &dyn ModuleTree, root: &str) -> Result<BTreeMap<String, Target>> {
     refuse_int8(model, "loaded anew")?;
+    refuse_twins(model)?;
     let mut targets = BTreeMap::new();
     let (mut merged, mut settable) = (None, Ok(()));
     model.visit(root, &mut |name, node| match node {

@@ -1,7 +1,7 @@
 //! Writing a model as a checkpoint other tools read.
 
 use super::names::Names;
-use crate::nn::{is_adapter_tensor, refuse_int8, ModuleTree, Node};
+use crate::nn::{is_adapter_tensor, refuse_int8, refuse_twins, ModuleTree, Node};
 use crate::{files, Error, Result};
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use std::path::Path;
 /// # Errors
 /// - a weight is in int8;
 /// - the file cannot be written;
-/// - two tensors have one name in the file, and differ.
+/// - two tensors have one name in the model, or one in the file and differ.
 pub fn save(
     model: &dyn ModuleTree,
     path: impl AsRef<Path>,
@@ -26,6 +26,7 @@ pub fn save(
     dtype: Option<DType>,
 ) -> Result<()> {
     refuse_int8(model, "saved as a checkpoint")?;
+    refuse_twins(model)?;
     let mut split = BTreeMap::new();
     model.visit(names.root(model), &mut |name, node| {
         if let Node::Parameter(tensor) | Node::Buffer(tensor) = node {

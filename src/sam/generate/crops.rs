@@ -16,14 +16,14 @@ pub struct Crop {
 }
 
 impl Crop {
-    /// In pixels.
+    /// In pixels; 0 where `right` is not beyond `left`.
     pub fn width(&self) -> u32 {
-        self.right - self.left
+        self.right.saturating_sub(self.left)
     }
 
-    /// In pixels.
+    /// In pixels; 0 where `bottom` is not beyond `top`.
     pub fn height(&self) -> u32 {
-        self.bottom - self.top
+        self.bottom.saturating_sub(self.top)
     }
 
     /// Corners `[x0, y0, x1, y1]`.

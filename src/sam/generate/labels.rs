@@ -14,7 +14,7 @@ use tiff::{TiffError, TiffResult};
 const STRIP_ROWS: u32 = 64;
 
 /// A number for each pixel of an image of a height and width. It is 0 where there is no mask, else the place of the
-/// smallest mask on it, from 1.
+/// smallest mask on it, from 1. Masks' pixels outside of the image are left out.
 ///
 /// ```
 /// use candle_sam_lora::sam::{geojson_feature, label_image, save_labels};
@@ -60,7 +60,7 @@ fn label_rows(
         if top >= rows.end || bottom < rows.start {
             continue;
         }
-        for (x, y0, y1) in mask.mask.pieces() {
+        for (x, y0, y1) in mask.mask.pieces().filter(|piece| piece.0 < width) {
             for y in y0.max(rows.start)..y1.min(rows.end) {
                 labels[(y - rows.start) as usize * width as usize + x as usize] = *index as u32 + 1;
             }

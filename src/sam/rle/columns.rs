@@ -9,10 +9,13 @@ impl Rle {
     /// The object's pieces, column by column from above.
     pub(in crate::sam) fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {
         let height = u64::from(self.size.0);
+        // Runs may be of anyone's making, and longer than the mask.
+        let pixels = height * u64::from(self.size.1);
         let mut start = 0;
         ends(&self.counts).flat_map(move |(end, inside)| {
+            let end = end.min(pixels);
             let first = std::mem::replace(&mut start, end);
-            let columns = match inside && first < end {
+            let columns = match inside && first < end && height > 0 {
                 true => first / height..end.div_ceil(height),
                 false => 0..0,
             };
