@@ -103,6 +103,17 @@ fn children(pid: u32) -> Result<Vec<i32>> {
     Ok(text.split_whitespace().map(str::parse).collect::<std::result::Result<_, _>>()?)
 }
 
+/// Removes files that a killed process was still writing, beside their destinations.
+fn forget_unfinished(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(".tmp") {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// Kills the last of three processes once an image is done; any other number goes on to the same bytes.
 pub fn a_killed_job_is_resumed_by_others() -> Result<()> {
     let folder = inputs()?;
@@ -124,6 +135,7 @@ pub fn a_killed_job_is_resumed_by_others() -> Result<()> {
         let output = job.wait_with_output()?;
         // A quick machine may have done all before.
         ensure!(killed != 0 || !output.status.success() || done() == 7, "the kill went unnoticed");
+        forget_unfinished(&folder.path().join("out"))?;
         let resumed = ended(&mut program(size, folder.path(), &format!("{line} --resume")))?.0;
         ensure!(resumed.status.success(), "{size}: {}", text(&resumed.stderr));
         let told = text(&resumed.stderr) + &text(&resumed.stdout);
