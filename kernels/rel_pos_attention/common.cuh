@@ -15,6 +15,10 @@
 // a score of 1e3, lse has lost all below 1e-4, and so have all of the row's weights, more than f32 may lose. In f32
 // rel_h also joins the score before the maximum is taken off, so that the largest one's weight is exactly 1 / sum.
 template <class T> constexpr bool kExactWeights = sizeof(T) == 4;
+
+// How far a maximum may rise, in base 2, before sums and output are scaled to it. Until then weights reach 2^8, which
+// 16 bits hold as exactly as 1. In f32 the largest weight has to be exactly 1 / sum, so no rise is left out.
+template <class T> constexpr float kMaximumRise = kExactWeights<T> ? 0.0f : 8.0f;
 // Numbers of a query that the backward's passes share: delta; in f32 delta, max, 1 / sum and one that is not used.
 template <class T> constexpr int kRowStatistics = kExactWeights<T> ? 4 : 1;
 

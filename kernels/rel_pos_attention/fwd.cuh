@@ -12,10 +12,6 @@
 #pragma once
 #include "rel_pos_attention/common.cuh"
 
-// How far a maximum may rise, in base 2, before sums and output are scaled to it. Until then weights reach 2^8, which
-// 16 bits hold as exactly as 1. In f32 the largest weight has to be exactly 1 / sum, so no rise is left out.
-template <class T> constexpr float kMaximumRise = kExactWeights<T> ? 0.0f : 8.0f;
-
 // The biases of the forward: rel_h of all parts, and rel_w of one part and stripe. Registers take rel_w before the
 // stages of keys and values need its memory.
 template <class Tile, int kParts> struct ForwardBiases : Biases<Tile> {

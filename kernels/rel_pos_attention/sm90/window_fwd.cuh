@@ -32,13 +32,14 @@ struct TwoKeyRows {
     static constexpr int kCols = 16, kRows = 2, kKeys = kCols * kRows;
 };
 
-// The key rows y and y + 1, y even; the second may be behind the window's end and does not count then.
+// The key rows y and y + 1, y even. The second may be behind the window's end: its rel_h is minus infinity.
 template <class Tile>
 __device__ __forceinline__ void attend_key_rows(
-    WindowQueries<Tile>& state, const RelPosAttentionShape& s, uint64_t dropout_row, const typename Tile::Row* queries,
+    WindowQueries<Tile>& state, const AttentionUnit& unit, const typename Tile::Row* queries,
     const typename Tile::Row* keys, const typename Tile::Row* values, uint32_t y) {
     using T = typename Tile::T;
     constexpr int kDim = Tile::kDim, kStride = Tile::kStride;
+    const RelPosAttentionShape& s = unit.s;
     const uint32_t lane = threadIdx.x % kWarp, first[2] = {y * s.side_w, min(y + 1, s.side_h - 1) * s.side_w};
     const float scale = s.softmax_scale * kLog2e;
 
@@ -55,15 +56,18 @@ __device__ __forceinline__ void attend_key_rows(
         }
     }
 
+    // Each lane compares its own scores with the maximum, so that only a rise takes shuffles.
+    float bias_h[2][2], new_max[2];
+    bool rises = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float bias_h[2], new_max = state.row_max[half];
+        new_max[half] = state.row_max[half];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             // Lane t of four has key rows 2 t and 2 t + 1 of eight.
             const int i = 2 * half + r;
-            bias_h[r] = ptx::shfl_idx(y < 8 ? state.rel_h[0][i] : state.rel_h[1][i], int(lane / 4 * 4 + y % 8 / 2));
-            if (y + r >= s.side_h) bias_h[r] = -INFINITY;
+            bias_h[r][half] =
+                ptx::shfl_idx(y < 8 ? state.rel_h[0][i] : state.rel_h[1][i], int(lane / 4 * 4 + y % 8 / 2));
             float row = -INFINITY;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -71,28 +75,38 @@ __device__ __forceinline__ void attend_key_rows(
                 score = fmaf(score, scale, state.fragment_w[j / 2][2 * half + j % 2]);
                 row = fmaxf(row, score);
             }
-            new_max = fmaxf(new_max, row + bias_h[r]);
+            new_max[half] = fmaxf(new_max[half], row + bias_h[r][half]);
         }
-        new_max = quad_max(new_max);
-        const float reference = finite_maximum(new_max), rescale = ptx::ex2_approx(state.row_max[half] - reference);
-        state.row_max[half] = new_max;
-        float sum = 0.0f;
+        rises |= new_max[half] > state.row_max[half] + kMaximumRise<T>;
+    }
+    if (ptx::any(rises)) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            new_max[half] = quad_max(new_max[half]);
+            const float rescale = ptx::ex2_approx(state.row_max[half] - finite_maximum(new_max[half]));
+            state.row_max[half] = new_max[half];
+            state.row_sum[half] *= rescale;
+#pragma unroll
+            for (int n = 0; n < kDim / 8; ++n) {
+                state.out[n][2 * half] *= rescale;
+                state.out[n][2 * half + 1] *= rescale;
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float reference = finite_maximum(state.row_max[half]);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 float& score = scores[2 * r + j / 2][2 * half + j % 2];
-                score = ptx::ex2_approx(score + (bias_h[r] - reference));
-                sum += score;
+                score = ptx::ex2_approx(score + (bias_h[r][half] - reference));
+                state.row_sum[half] += score;
             }
-        state.row_sum[half] = fmaf(state.row_sum[half], rescale, sum);
-#pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) {
-            state.out[n][2 * half] *= rescale;
-            state.out[n][2 * half + 1] *= rescale;
-        }
         if (s.dropout.threshold != 0) {
-            const auto kept = kept_keys<TwoKeyRows>(s, dropout_row + 8 * half, y, 0);
+            const Token query{threadIdx.x / kWarp, lane / 4 + 8 * half};
+            const auto kept = kept_keys<TwoKeyRows>(s, unit.dropout_row(query), y, 0);
 #pragma unroll
             for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -158,11 +172,11 @@ __device__ __forceinline__ void rel_pos_attention_window_fwd_sm90(const RelPosAt
         for (int i = 0; i < 8; ++i) {
             const uint32_t n = g + 8 * (i % 4 / 2), x = 8 * (i / 4) + 2 * t + i % 2;
             state.fragment_w[i / 4][i % 4] = x < s.side_w ? rel_w[min(n, s.side_w - 1)][x] : -INFINITY;
+            if (x >= s.side_h) state.rel_h[i / 4][i % 4] = -INFINITY;
         }
-        const uint64_t dropout_row = unit.dropout_row({warp, g});
 #pragma unroll 1
         for (uint32_t y = 0; y < s.side_h; y += 2)
-            attend_key_rows<Tile>(state, s, dropout_row, own, stage.keys, stage.values, y);
+            attend_key_rows<Tile>(state, unit, own, stage.keys, stage.values, y);
 
         float inverse[2];
 #pragma unroll
