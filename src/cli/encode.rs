@@ -9,12 +9,12 @@ use super::model::{Placement, Source};
 use super::photo::{images, is_newer, PhotoArguments};
 use super::processes::Processes;
 use super::settings;
+use crate::files::Seal;
 use crate::nn::{Mode, ModuleTree};
 use crate::sam::{
     model_type, DeepSeekOcrEncoder, ReadOptions, SamInput, SamModel, SamVisionConfig,
     SamVisionEncoderOutput, SamVisionModel,
 };
-use crate::files::Seal;
 use crate::{read_tensors, TensorFile};
 use anyhow::{anyhow, bail};
 use candle_core::{DType, Device, Tensor};

@@ -43,6 +43,12 @@ impl PhotoArguments {
             console
                 .note(format!("{name}: values {low} to {high} are black to white (see --range)"));
         }
+        if image.has_unnamed_channel() {
+            console.note(unnamed_channel(path));
+        }
+        if image.has_alpha() {
+            console.note(format!("{}: transparent pixels are laid on white", path.display()));
+        }
         Ok(image)
     }
 
@@ -60,11 +66,19 @@ impl PhotoArguments {
             let (name, count) = (path.display(), picture.not_numbers);
             console.note(format!("{name}: {count} samples are no numbers (NaN) and black here"));
         }
+        if picture.unnamed_channel {
+            console.note(unnamed_channel(path));
+        }
         if is_transparent(&picture.image) {
             console.note(format!("{}: transparent pixels are laid on white", path.display()));
         }
         Ok(picture.image)
     }
+}
+
+fn unnamed_channel(path: &Path) -> String {
+    let name = path.display();
+    format!("{name}: its fourth channel has no meaning in the file and is left out; --page 4 takes it alone")
 }
 
 /// The images that are named, and those of the folders that are, in the order of their names; no two with one stem.

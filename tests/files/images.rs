@@ -1,9 +1,9 @@
 //! Image files of every depth, with pages, cut off, or none at all.
 
-use candle_sam_lora::sam::{read_image, ReadOptions, ValueRange};
+use candle_sam_lora::sam::{read_image, Crop, LargeImage, ReadOptions, ValueRange};
 use image::{DynamicImage, ImageFormat, RgbImage};
 use std::path::{Path, PathBuf};
-use tiff::encoder::{colortype, TiffEncoder};
+use tiff::encoder::{colortype, Compression, TiffEncoder};
 
 const SIDE: u32 = 16;
 
@@ -123,6 +123,67 @@ fn pages_and_channels_are_chosen_or_refused() -> anyhow::Result<()> {
     let message = read_image(&path).expect_err("frames").to_string();
     assert!(message.contains("it has 2 frames"), "{message}");
     assert!(levels(&path, page(2))?[0] > 190);
+    Ok(())
+}
+
+/// Aerial pictures hold infrared light in a fourth channel. It is no opacity, whether read in whole or in parts.
+#[test]
+fn a_channel_without_a_meaning_is_left_out_and_can_be_chosen() -> anyhow::Result<()> {
+    fn write<C: colortype::ColorType>(
+        path: &Path,
+        (extra, compression): (u16, Compression),
+        values: &[C::Inner],
+    ) -> anyhow::Result<()>
+    where
+        [C::Inner]: tiff::encoder::TiffValue,
+    {
+        let encoder = TiffEncoder::new(std::fs::File::create(path)?)?;
+        let mut encoder = encoder.with_compression(compression);
+        let mut image = encoder.new_image::<C>(SIDE, SIDE)?;
+        image.rows_per_strip(4)?;
+        image.encoder().write_tag(tiff::tags::Tag::ExtraSamples, extra)?;
+        Ok(image.write_data(values)?)
+    }
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("infrared.tif");
+    let values: Vec<u8> = ramp().flat_map(|v| [v as u8, 200 - v as u8 / 2, 7, v as u8]).collect();
+    let wide: Vec<u16> = values.iter().map(|v| u16::from(*v) * 257).collect();
+    let expected = image::RgbImage::from_fn(SIDE, SIDE, |x, y| {
+        let place = 4 * (y * SIDE + x) as usize;
+        image::Rgb([values[place], values[place + 1], values[place + 2]])
+    });
+    let page = |page| ReadOptions { page: Some(page), ..Default::default() };
+    let all = Crop { left: 0, top: 0, right: SIDE, bottom: SIDE };
+    for (is_wide, extra, compression) in [
+        (false, 0, Compression::Uncompressed),
+        (false, 0, Compression::Lzw),
+        (true, 0, Compression::Uncompressed),
+        (true, 0, Compression::Lzw),
+        (false, 2, Compression::Uncompressed),
+    ] {
+        match is_wide {
+            true => write::<colortype::RGBA16>(&path, (extra, compression), &wide)?,
+            false => write::<colortype::RGBA8>(&path, (extra, compression), &values)?,
+        }
+        let picture = ReadOptions::default().read(&path)?;
+        let mut large = LargeImage::open(&path, &ReadOptions::default())?;
+        assert!(large.decoded_whole().is_none(), "{:?}", large.decoded_whole());
+        let part = large.region(&all)?.to_rgba8();
+        assert_eq!(part, picture.image.to_rgba8(), "{is_wide} {extra}");
+        assert_eq!(picture.unnamed_channel, extra == 0);
+        assert_eq!(large.has_unnamed_channel(), extra == 0);
+        assert_eq!(large.has_alpha(), extra == 2);
+        if extra == 2 {
+            assert_eq!(part.as_raw(), &values);
+            let message = levels(&path, page(2)).expect_err("of one page").to_string();
+            assert!(message.contains("there is no 2 among its pages: it has 1"), "{message}");
+            continue;
+        }
+        assert_eq!(picture.image.to_rgb8(), expected, "{is_wide}");
+        assert_eq!(levels(&path, page(4))?, ramp().map(|v| v as u8).collect::<Vec<_>>());
+        let message = levels(&path, page(5)).expect_err("of four channels").to_string();
+        assert!(message.contains("--page 1 to 4"), "{message}");
+    }
     Ok(())
 }
 

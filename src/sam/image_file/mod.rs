@@ -54,6 +54,9 @@ pub struct Picture {
     pub sample_type: SampleType,
     /// Samples that are no numbers, which became black.
     pub not_numbers: usize,
+    /// Whether a TIFF has a channel beside its colours that it gives no meaning. It is left out; as `page` it can be
+    /// chosen.
+    pub unnamed_channel: bool,
     /// Width and height before it was turned as its EXIF data say; `None` if it was not turned.
     pub stored: Option<(u32, u32)>,
     /// How its EXIF data turned it.
@@ -108,6 +111,9 @@ impl ReadOptions {
     fn decode(&self, bytes: Vec<u8>) -> std::result::Result<Picture, String> {
         let format = format(&bytes)?;
         let page = self.select(&bytes, format, PAGE)?;
+        let unnamed_channel = format == ImageFormat::Tiff
+            && page.1.is_none()
+            && tiff_file::has_unnamed_channel(&bytes, page.0);
         let (mut image, orientation, sample_type, (range, not_numbers)) = match self
             .raster(&bytes, format, page)?
         {
@@ -142,7 +148,7 @@ impl ReadOptions {
             .filter(|range| !(matches!(sample_type, SampleType::Float(_)) && *range == (0.0, 1.0)));
         let turned = orientation != Orientation::NoTransforms;
         let stored = turned.then_some(stored);
-        Ok(Picture { image, range, sample_type, not_numbers, stored, orientation })
+        Ok(Picture { image, range, sample_type, not_numbers, unnamed_channel, stored, orientation })
     }
 
     /// Whether the samples may be scaled; those of 8 bits only where it is asked for.

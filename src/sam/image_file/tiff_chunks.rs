@@ -24,6 +24,7 @@ pub(super) struct Chunks {
     kind: RasterKind,
     sample_type: SampleType,
     associated: bool,
+    unnamed_channel: bool,
 }
 
 /// Rows of an image that are looked at together where strips are not compressed.
@@ -46,9 +47,14 @@ impl Chunks {
         let page = Page::of(&mut decoder);
         let mut tag = |tag| decoder.find_tag_unsigned::<u16>(tag).ok().flatten().unwrap_or(1);
         let (planes, orientation) = (tag(Tag::PlanarConfiguration), tag(Tag::Orientation));
+        let size = decoder.dimensions().map_err(|e| tiff_file::plainly(&e))?;
+        let chunk = decoder.chunk_dimensions();
+        let is_plain = page.compression == 1 && chunk.0 == size.0;
         let kind = match (page.photometric, page.channels) {
             (BLACK_IS_ZERO, 1) => RasterKind::Grey,
             (RGB, 3) => RasterKind::Rgb,
+            // The decoder gives the colours alone; where it is not asked, all channels are there.
+            (RGB, 4) if page.has_unnamed_channel() && !is_plain => RasterKind::Rgb,
             (RGB, 4) => RasterKind::Rgba,
             _ => return Err(format!("{page}, is not read in parts")),
         };
@@ -61,15 +67,12 @@ impl Chunks {
         if (planes, orientation) != (1, 1) {
             return Err(format!("{page}, turned or in planes, is not read in parts"));
         }
-        let size = decoder.dimensions().map_err(|e| tiff_file::plainly(&e))?;
-        let chunk = decoder.chunk_dimensions();
         if chunk.0 == 0 || chunk.1 == 0 || size.0 == 0 || size.1 == 0 {
             return Err(format!("{page}, has no pixels"));
         }
         if u64::from(size.0) * u64::from(size.1) > u64::from(u32::MAX) {
             return Err(format!("{page}, has more than 2^32 - 1 pixels"));
         }
-        let is_plain = page.compression == 1 && chunk.0 == size.0;
         let strips = match is_plain {
             true => decoder.find_tag_unsigned_vec(Tag::StripOffsets).ok().flatten(),
             false => None,
@@ -78,18 +81,35 @@ impl Chunks {
             return Err(format!("{page}, is one strip"));
         }
         let (sample_type, associated) = (page.sample_type(), page.has_associated_alpha());
-        Ok(Self { decoder, size, chunk, strips, kind, sample_type, associated })
+        let unnamed_channel = page.has_unnamed_channel();
+        Ok(Self { decoder, size, chunk, strips, kind, sample_type, associated, unnamed_channel })
     }
 
     fn channels(&self) -> usize {
         self.kind.colours() + usize::from(self.kind.has_alpha())
     }
 
+    /// Whether the file has a channel without a meaning beside its colours, which is left out.
+    pub fn has_unnamed_channel(&self) -> bool {
+        self.unnamed_channel
+    }
+
+    /// Whether the file has opacity.
+    pub fn has_alpha(&self) -> bool {
+        self.kind.has_alpha() && !self.unnamed_channel
+    }
+
     /// A region as an image, its values scaled by `range`.
     pub fn region(&mut self, region: Corners, range: ValueRange) -> Result<DynamicImage, String> {
         let [x0, y0, x1, y1] = region;
         let samples = self.samples(region)?;
-        let raster = Raster::new(x1 - x0, y1 - y0, self.kind, self.sample_type, samples)
+        let (kind, samples) = match self.kind {
+            RasterKind::Rgba if self.unnamed_channel => {
+                (RasterKind::Rgb, tiff_file::colours(&samples))
+            }
+            kind => (kind, samples),
+        };
+        let raster = Raster::new(x1 - x0, y1 - y0, kind, self.sample_type, samples)
             .ok_or("fewer pixels than its size says")?;
         let image = match raster.scaled(range)? {
             Some((image, _)) => image,

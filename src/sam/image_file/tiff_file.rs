@@ -70,6 +70,16 @@ impl Page {
         matches!(self.extra.first(), Some(1 | 2))
     }
 
+    /// Whether a channel follows the colours that the file gives no meaning: infrared light, say.
+    pub fn has_unnamed_channel(&self) -> bool {
+        self.photometric == RGB && self.channels == 4 && self.extra.first() == Some(&0)
+    }
+
+    /// Whether there are more channels than colours and opacity.
+    fn has_unknown_channels(&self) -> bool {
+        self.photometric == RGB && (self.channels > 4 || self.has_unnamed_channel())
+    }
+
     /// Whether colours are multiplied by the opacity.
     pub fn has_associated_alpha(&self) -> bool {
         self.extra.first() == Some(&1)
@@ -166,6 +176,11 @@ pub(super) fn has_associated_alpha(bytes: &[u8]) -> bool {
     open(Cursor::new(bytes)).is_ok_and(|mut decoder| Page::of(&mut decoder).has_associated_alpha())
 }
 
+/// Whether a page has a channel that the file gives no meaning beside its colours.
+pub(super) fn has_unnamed_channel(bytes: &[u8], place: usize) -> bool {
+    at(bytes, place).is_ok_and(|mut decoder| Page::of(&mut decoder).has_unnamed_channel())
+}
+
 /// Refuses what decoders pass over. They drop channels after the fourth, where none is wanted. They fill what is
 /// missing of a JPEG that is cut off with grey.
 pub(super) fn check_whole(
@@ -219,8 +234,9 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     if wanted.values && matches!(page.compression, 6 | 7) {
         return Err("a mask must be stored without loss, not with JPEG".into());
     }
-    // The decoder inverts where 0 is white, and reads no palettes: let it take either for plain grey.
-    if matches!(page.photometric, WHITE_IS_ZERO | PALETTE) {
+    // The decoder inverts where 0 is white, reads no palettes, and drops what follows the colours: let it take all
+    // for plain grey, of several channels.
+    if matches!(page.photometric, WHITE_IS_ZERO | PALETTE) || page.has_unknown_channels() {
         set_photometric(&mut bytes, place, BLACK_IS_ZERO);
     }
     let mut decoder = at(&bytes, wanted.place)?;
@@ -228,7 +244,7 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     let (width, height) = decoder.dimensions().map_err(failed)?;
     let bytes_a_sample = if page.bits <= 16 && page.format == 1 { 2 } else { 8 };
     check_size(width, height, u64::from(page.channels) * bytes_a_sample)?;
-    let colours = if page.photometric == PALETTE && !wanted.values {
+    let map = if page.photometric == PALETTE && !wanted.values {
         Some(decoder.get_tag_u16_vec(Tag::ColorMap).map_err(failed)?)
     } else {
         None
@@ -251,27 +267,36 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
         samples =
             picked(&samples, (0..pixels).flat_map(|p| (0..channels).map(move |c| c * pixels + p)));
     }
-    let kind = match (page.photometric, channels) {
-        (PALETTE, 1) if wanted.values => RasterKind::Palette,
-        (WHITE_IS_ZERO | BLACK_IS_ZERO | PALETTE, 1) => RasterKind::Grey,
-        (WHITE_IS_ZERO | BLACK_IS_ZERO, 2) if page.has_alpha() => RasterKind::GreyAlpha,
-        (BLACK_IS_ZERO | RGB | YCBCR, 3) => RasterKind::Rgb,
-        (RGB, 4) => RasterKind::Rgba,
-        _ => match wanted.channel {
-            Some(channel) if channel < channels => {
-                samples = picked(&samples, (0..pixels).map(|p| p * channels + channel));
-                RasterKind::Grey
-            }
-            _ => {
-                let flag = if wanted.values { MASK_PAGE } else { PAGE };
-                return Err(page.too_many_channels(channels, flag));
-            }
-        },
+    let known = match (page.photometric, channels) {
+        (PALETTE, 1) if wanted.values => Some(RasterKind::Palette),
+        (WHITE_IS_ZERO | BLACK_IS_ZERO | PALETTE, 1) => Some(RasterKind::Grey),
+        (WHITE_IS_ZERO | BLACK_IS_ZERO, 2) if page.has_alpha() => Some(RasterKind::GreyAlpha),
+        (BLACK_IS_ZERO | RGB | YCBCR, 3) => Some(RasterKind::Rgb),
+        (RGB, 4) if !page.has_unnamed_channel() => Some(RasterKind::Rgba),
+        _ => None,
+    };
+    let kind = match (known, wanted.channel) {
+        (Some(kind), None | Some(0)) => kind,
+        (Some(_), Some(channel)) => {
+            return Err(format!("there is no {} among its pages: it has 1", channel + 1));
+        }
+        (None, Some(channel)) if channel < channels => {
+            samples = picked(&samples, (0..pixels).map(|p| p * channels + channel));
+            RasterKind::Grey
+        }
+        (None, None) if page.has_unnamed_channel() => {
+            samples = colours(&samples);
+            RasterKind::Rgb
+        }
+        (None, _) => {
+            let flag = if wanted.values { MASK_PAGE } else { PAGE };
+            return Err(page.too_many_channels(channels, flag));
+        }
     };
     if let (YCBCR, Samples::U8(values)) = (page.photometric, &mut samples) {
         values.chunks_exact_mut(3).for_each(to_rgb);
     }
-    let (kind, sample_type, samples) = match colours {
+    let (kind, sample_type, samples) = match map {
         Some(map) => (RasterKind::Rgb, SampleType::Unsigned(8), coloured(&samples, &map)),
         None => (kind, page.sample_type(), samples),
     };
@@ -339,6 +364,11 @@ fn samples(decoded: DecodingResult) -> Samples {
         DecodingResult::F32(values) => wide(values),
         DecodingResult::F64(values) => wide(values),
     }
+}
+
+/// The first three of four channels.
+pub(super) fn colours(samples: &Samples) -> Samples {
+    picked(samples, (0..samples.len() / 4 * 4).filter(|place| place % 4 < 3))
 }
 
 fn picked(samples: &Samples, places: impl Iterator<Item = usize>) -> Samples {
