@@ -116,7 +116,7 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
     let (place, mut jobs) = division.each(|| {
         let place = options.backend.open(division.processes())?;
         if options.photo.options() != ReadOptions::default() {
-            bail!("--range and --page are for images, which --embeddings takes")
+            bail!("--range, --page and --channels are for images, which --embeddings takes")
         }
         Ok((place, jobs(&options.input, output)?))
     })?;

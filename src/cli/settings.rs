@@ -1,4 +1,4 @@
-//! What the results of a run depend on. It is kept with them, so that `--resume` goes on with nothing else.
+//! The settings of a run are kept with its results, so that `--resume` goes on with no others.
 
 use crate::files::Checksum;
 use anyhow::bail;

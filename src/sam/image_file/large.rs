@@ -73,7 +73,7 @@ impl LargeImage {
         let why = match format(&head) {
             Ok(ImageFormat::Tiff) => {
                 let file = File::open(path).map_err(|e| Error::io(path, e))?;
-                let opened = guarded(path, || Ok(Chunks::open(file, options.page)))?;
+                let opened = guarded(path, || Ok(Chunks::open(file, options)))?;
                 match opened {
                     Ok(mut chunks) => {
                         let range = guarded(path, || chunks.resolved(options.range))?;

@@ -1,7 +1,8 @@
 //! TIFFs of any depth: integers of 1 to 64 bits, floats of 16 to 64, palettes, JPEG and YCbCr, pages.
 
+use super::channels::{Channels, Chosen};
 use super::jpeg::is_complete;
-use super::limits::{check_size, unpacked, MASK_PAGE, MAX_DECODED, PAGE};
+use super::limits::{check_size, unpacked, CHANNELS, MASK_PAGE, MAX_DECODED, PAGE};
 use super::raster::{Raster, RasterKind, SampleType, Samples};
 use image::metadata::Orientation;
 use std::io::{Cursor, Read, Seek};
@@ -59,9 +60,13 @@ impl Page {
 
     /// Why its channels are no image, and what helps.
     fn too_many_channels(&self, channels: usize, flag: &str) -> String {
+        let three = match flag == PAGE {
+            true => format!(", or three as red, green and blue ({CHANNELS} R,G,B)"),
+            false => String::new(),
+        };
         format!(
             "{self}: its {channels} channels are neither grey, with or without opacity, nor colours; choose one \
-             ({flag} 1 to {channels})"
+             ({flag} 1 to {channels}){three}"
         )
     }
 
@@ -73,6 +78,18 @@ impl Page {
     /// Whether a channel follows the colours that the file gives no meaning: infrared light, say.
     pub fn has_unnamed_channel(&self) -> bool {
         self.photometric == RGB && self.channels == 4 && self.extra.first() == Some(&0)
+    }
+
+    /// The places of the chosen channels.
+    ///
+    /// # Errors
+    /// - its samples are no brightnesses, or there is no such channel.
+    pub fn places(&self, chosen: Channels) -> Result<[usize; 3], String> {
+        match self.photometric {
+            BLACK_IS_ZERO | RGB => chosen.places(self.channels.into()),
+            _ => Err(format!("{self}: its channels are no brightnesses to choose from")),
+        }
+        .map_err(|why| format!("{CHANNELS} {chosen}: {why}"))
     }
 
     /// Whether there are more channels than colours and opacity.
@@ -183,14 +200,10 @@ pub(super) fn has_unnamed_channel(bytes: &[u8], place: usize) -> bool {
 
 /// Refuses what decoders pass over. They drop channels after the fourth, where none is wanted. They fill what is
 /// missing of a JPEG that is cut off with grey.
-pub(super) fn check_whole(
-    bytes: &[u8],
-    place: usize,
-    channel: Option<usize>,
-) -> Result<(), String> {
+pub(super) fn check_whole(bytes: &[u8], place: usize, chosen: Chosen) -> Result<(), String> {
     let mut decoder = at(bytes, place)?;
     let page = Page::of(&mut decoder);
-    if page.channels > 4 && channel.is_none() {
+    if page.channels > 4 && matches!(chosen, Chosen::All) {
         return Err(page.too_many_channels(page.channels.into(), PAGE));
     }
     if page.compression != JPEG {
@@ -215,8 +228,8 @@ pub(super) fn check_whole(
 pub(super) struct Wanted {
     /// The page's place among the images of the file.
     pub place: usize,
-    /// The one channel that is wanted, from 0.
-    pub channel: Option<usize>,
+    /// The channels that are wanted.
+    pub chosen: Chosen,
     /// Whether the values count, not the colours they mean: indices stay, and 0 stays 0.
     pub values: bool,
 }
@@ -234,8 +247,8 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     if wanted.values && matches!(page.compression, 6 | 7) {
         return Err("a mask must be stored without loss, not with JPEG".into());
     }
-    // The decoder inverts where 0 is white, reads no palettes, and drops what follows the colours: let it take all
-    // for plain grey, of several channels.
+    // The decoder inverts where 0 is white, reads no palettes, and drops what follows the colours. It takes all of
+    // these for plain grey here, perhaps of several channels.
     if matches!(page.photometric, WHITE_IS_ZERO | PALETTE) || page.has_unknown_channels() {
         set_photometric(&mut bytes, place, BLACK_IS_ZERO);
     }
@@ -275,17 +288,22 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
         (RGB, 4) if !page.has_unnamed_channel() => Some(RasterKind::Rgba),
         _ => None,
     };
-    let kind = match (known, wanted.channel) {
-        (Some(kind), None | Some(0)) => kind,
-        (Some(_), Some(channel)) => {
+    let kind = match (known, wanted.chosen) {
+        (Some(kind), Chosen::All | Chosen::One(0)) => kind,
+        (Some(_), Chosen::One(channel)) => {
             return Err(format!("there is no {} among its pages: it has 1", channel + 1));
         }
-        (None, Some(channel)) if channel < channels => {
+        (None, Chosen::One(channel)) if channel < channels => {
             samples = picked(&samples, (0..pixels).map(|p| p * channels + channel));
             RasterKind::Grey
         }
-        (None, None) if page.has_unnamed_channel() => {
-            samples = colours(&samples);
+        (_, Chosen::Three(three)) => {
+            let places = page.places(three)?;
+            samples = three_of(&samples, places, channels);
+            RasterKind::Rgb
+        }
+        (None, Chosen::All) if page.has_unnamed_channel() => {
+            samples = three_of(&samples, [0, 1, 2], channels);
             RasterKind::Rgb
         }
         (None, _) => {
@@ -366,9 +384,10 @@ fn samples(decoded: DecodingResult) -> Samples {
     }
 }
 
-/// The first three of four channels.
-pub(super) fn colours(samples: &Samples) -> Samples {
-    picked(samples, (0..samples.len() / 4 * 4).filter(|place| place % 4 < 3))
+/// Three of some channels.
+pub(super) fn three_of(samples: &Samples, places: [usize; 3], channels: usize) -> Samples {
+    let pixels = samples.len() / channels;
+    picked(samples, (0..pixels).flat_map(|p| places.map(|place| p * channels + place)))
 }
 
 fn picked(samples: &Samples, places: impl Iterator<Item = usize>) -> Samples {
