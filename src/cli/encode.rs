@@ -8,14 +8,16 @@ use super::embeddings::{EmbeddingArguments, Origin, Tally};
 use super::model::{Placement, Source};
 use super::photo::{images, is_newer, PhotoArguments};
 use super::processes::Processes;
+use super::settings;
+use crate::files::Seal;
 use crate::nn::{Mode, ModuleTree};
 use crate::sam::{
     model_type, DeepSeekOcrEncoder, ReadOptions, SamInput, SamModel, SamVisionConfig,
     SamVisionEncoderOutput, SamVisionModel,
 };
-use crate::{read_tensors, write_tensors, TensorFile};
+use crate::{read_tensors, TensorFile};
 use anyhow::{anyhow, bail};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -74,7 +76,32 @@ struct Job {
     output: PathBuf,
 }
 
+/// A file of results holds its run's settings.
+const RESULT: Seal = Seal { key: "candle-sam-lora settings", what: "a result of encode" };
+
+impl Job {
+    /// Whether a whole result of these settings is there, as new as its input.
+    fn is_done(&self, settings: &Value) -> anyhow::Result<bool> {
+        let read = TensorFile::open(&self.output).and_then(|file| RESULT.read(&file, &Device::Cpu));
+        let Ok((text, _)) = read else { return Ok(false) };
+        settings::check(&self.output, &serde_json::from_str(&text).unwrap_or_default(), settings)?;
+        Ok(!is_newer(&self.input, &self.output))
+    }
+}
+
 type Tensors = BTreeMap<String, Tensor>;
+
+impl Options {
+    /// All that a result depends on, beside its input, as checksums.
+    fn settings(&self) -> Value {
+        settings::checksums(&json!({
+            "model": format!("{:?}", self.model),
+            "deepseek-ocr": self.deepseek_ocr,
+            "single-mask": self.single_mask,
+            "backend": format!("{:?}", self.backend),
+        }))
+    }
+}
 
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let division = Division::join(options.processes, options.console)?;
@@ -89,7 +116,7 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
     let (place, mut jobs) = division.each(|| {
         let place = options.backend.open(division.processes())?;
         if options.photo.options() != ReadOptions::default() {
-            bail!("--range and --page are for images, which --embeddings takes")
+            bail!("--range, --page and --channels are for images, which --embeddings takes")
         }
         Ok((place, jobs(&options.input, output)?))
     })?;
@@ -98,13 +125,13 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
         division.make_folder(output)?;
     }
     let all = jobs.len();
+    let settings = &options.settings();
     // Inputs are looked at before the model is loaded, which may take long.
     let is_done = division.survey(all, |index| {
-        let Job { input, output } = &jobs[index];
-        let is_done =
-            options.resume && !is_newer(input, output) && TensorFile::open(output).is_ok();
+        let job = &jobs[index];
+        let is_done = options.resume && job.is_done(settings)?;
         if !is_done {
-            TensorFile::open(&jobs[index].input)?;
+            TensorFile::open(&job.input)?;
         }
         Ok(is_done)
     })?;
@@ -130,11 +157,15 @@ fn encode_files(options: &Options, output: &Path, division: &Division) -> anyhow
                 "{name}: pixel_values reach {largest}; normalised ones, as SAM's image processor gives, are -3 to 3"
             ));
         }
+        if options.single_mask && !request.has_prompts() {
+            let name = input.display();
+            turn.console.note(format!("{name}: has no prompts; --single-mask has no effect"));
+        }
         let mut tensors = model.run(request, options)?;
         for tensor in tensors.values_mut() {
             *tensor = tensor.to_dtype(DType::F32)?;
         }
-        write_tensors(output, &tensors)?;
+        RESULT.stage(output, &settings.to_string(), &tensors)?.commit()?;
         let shapes = tensors.iter().map(|(name, tensor)| (name.clone(), json!(tensor.dims())));
         let object = json!({
             "input": input,
@@ -262,6 +293,10 @@ impl<'a> Request<'a> {
         Ok(Self { path, pixel_values, prompts })
     }
 
+    fn has_prompts(&self) -> bool {
+        self.prompts.iter().any(Option::is_some)
+    }
+
     /// The largest magnitude of a pixel.
     fn largest_pixel(&self) -> candle_core::Result<f32> {
         match self.pixel_values.elem_count() {
@@ -272,7 +307,7 @@ impl<'a> Request<'a> {
 
     /// Refuses prompts, which `model` does not take.
     fn without_prompts(&self, model: &str) -> anyhow::Result<&Tensor> {
-        if self.prompts.iter().any(Option::is_some) {
+        if self.has_prompts() {
             bail!("{}: has prompts, but {model}", self.path.display())
         }
         Ok(&self.pixel_values)
@@ -360,7 +395,7 @@ fn prompted(sam: &SamModel, request: Request<'_>, single_mask: bool) -> anyhow::
     let encoded = encoder.forward_with_states(&request.pixel_values, false, Mode::Eval)?;
     let embeddings = encoded.image_embeddings.clone();
     let mut output = tensors_of(encoded);
-    if request.prompts.iter().any(Option::is_some) {
+    if request.has_prompts() {
         let [input_points, input_labels, input_boxes, input_masks] = request.prompts;
         let input = SamInput {
             pixel_values: None,

@@ -22,6 +22,7 @@ mod params;
 mod photo;
 mod processes;
 mod segment;
+mod settings;
 mod sheet;
 
 use clap::{CommandFactory, Parser, Subcommand};

@@ -2,7 +2,8 @@
 
 use super::console::Console;
 use crate::sam::{
-    has_image_ending, is_transparent, ImageFolder, LargeImage, ReadOptions, Tiling, ValueRange,
+    has_image_ending, is_transparent, Channels, ImageFolder, LargeImage, ReadOptions, Tiling,
+    ValueRange,
 };
 use crate::Result;
 use anyhow::bail;
@@ -22,12 +23,15 @@ pub struct PhotoArguments {
     /// Page, frame or channel of an image that has several, from 1
     #[arg(long, value_name = "N")]
     page: Option<usize>,
+    /// Channels of a TIFF that become red, green and blue, from 1
+    #[arg(long, value_name = "R,G,B")]
+    channels: Option<Channels>,
 }
 
 impl PhotoArguments {
     /// How images are read.
     pub fn options(&self) -> ReadOptions {
-        ReadOptions { range: self.range, page: self.page }
+        ReadOptions { range: self.range, page: self.page, channels: self.channels }
     }
 
     /// Opens an image that is read in tiles; says if it has several and had to be decoded whole, and
@@ -42,6 +46,12 @@ impl PhotoArguments {
             let name = path.display();
             console
                 .note(format!("{name}: values {low} to {high} are black to white (see --range)"));
+        }
+        if image.has_unnamed_channel() {
+            console.note(unnamed_channel(path));
+        }
+        if image.has_alpha() {
+            console.note(format!("{}: transparent pixels are laid on white", path.display()));
         }
         Ok(image)
     }
@@ -60,11 +70,19 @@ impl PhotoArguments {
             let (name, count) = (path.display(), picture.not_numbers);
             console.note(format!("{name}: {count} samples are no numbers (NaN) and black here"));
         }
+        if picture.unnamed_channel {
+            console.note(unnamed_channel(path));
+        }
         if is_transparent(&picture.image) {
             console.note(format!("{}: transparent pixels are laid on white", path.display()));
         }
         Ok(picture.image)
     }
+}
+
+fn unnamed_channel(path: &Path) -> String {
+    let name = path.display();
+    format!("{name}: its fourth channel has no meaning in the file and is left out; see --page and --channels")
 }
 
 /// The images that are named, and those of the folders that are, in the order of their names; no two with one stem.

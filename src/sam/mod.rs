@@ -89,7 +89,7 @@ pub use got_ocr2::{GotOcr2Encoder, GotOcr2Projector};
 pub use hq::{SamHqImages, SamHqModel, SamHqParts};
 #[cfg(feature = "images")]
 pub use image_file::{
-    convert_to_rgb, is_transparent, read_image, LargeImage, Picture, Raster, RasterKind,
+    convert_to_rgb, is_transparent, read_image, Channels, LargeImage, Picture, Raster, RasterKind,
     ReadOptions, SampleType, Samples, ValueRange,
 };
 #[cfg(feature = "images")]

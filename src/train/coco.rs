@@ -211,10 +211,12 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
     }
     let total = annotations.len();
     let (mut left_out, mut strange) = (LeftOut::default(), Named::default());
+    let (mut known, mut twice) = (BTreeMap::new(), Named::default());
     for annotation in annotations {
         let Annotation { id, image_id, .. } = &annotation;
-        let place = places.get(image_id);
-        let Some(image) = place.and_then(|place| read.images.get_mut(*place)) else {
+        let Some((place, image)) =
+            places.get(image_id).and_then(|place| Some((*place, read.images.get_mut(*place)?)))
+        else {
             strange.add(format!("annotation {id}: there is no image {image_id}"));
             continue;
         };
@@ -223,7 +225,16 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
             read.faults.push(Error::file(path, format!("annotation {id}: {fault}")));
             continue;
         }
-        image.objects.extend(left_out.object(annotation));
+        let Some(object) = left_out.object(annotation) else { continue };
+        // Files that were joined may hold an annotation twice; other tools give many annotations one id.
+        let first = known.get(&object.id).filter(|(other, _)| *other == place);
+        let first: Option<&Object> = first.and_then(|(_, index)| image.objects.get(*index));
+        if first.is_some_and(|first| first.segmentation == object.segmentation) {
+            twice.add(format!("annotation {}", object.id));
+            continue;
+        }
+        known.insert(object.id.clone(), (place, image.objects.len()));
+        image.objects.push(object);
     }
     let LeftOut { crowds, without, broken } = left_out;
     // An image without an object needs no name.
@@ -255,6 +266,7 @@ pub(super) fn read(path: &Path) -> Result<Annotations> {
     read.left_out = [
         (CROWDS, crowds),
         (WITHOUT, without),
+        ("left out, annotations that are there twice", twice),
         ("left out, annotations of images that are not listed", strange),
         (BROKEN, broken),
         ("left out, images without an object", Named::counted(unlabelled)),

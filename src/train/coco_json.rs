@@ -132,7 +132,7 @@ impl Loose {
     }
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Segmentation {
     Polygons(Vec<Vec<Coordinate>>),
@@ -164,7 +164,7 @@ impl Segmentation {
 }
 
 /// A coordinate; null, as which NaN is read, is NaN.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Coordinate(pub f64);
 
 impl<'de> Deserialize<'de> for Coordinate {

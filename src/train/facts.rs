@@ -15,6 +15,7 @@ pub(super) struct PictureFacts {
     pub sample_type: String,
     pub is_turned: bool,
     pub has_not_numbers: bool,
+    pub has_unnamed_channel: bool,
     /// Whether it is nearly black.
     pub is_dark: bool,
 }
@@ -39,6 +40,7 @@ impl PictureFacts {
             sample_type: picture.sample_type.to_string(),
             is_turned: picture.stored.is_some(),
             has_not_numbers: picture.not_numbers > 0,
+            has_unnamed_channel: picture.unnamed_channel,
             is_dark: is_eight_bits && is_dark(picture.image.as_bytes()),
         }
     }

@@ -63,6 +63,7 @@ pub struct Summary {
     turned: Named,
     dark: Named,
     not_numbers: Named,
+    unnamed_channels: Named,
     empty: Named,
     too_small: Named,
     remarks: Vec<(String, String)>,
@@ -129,6 +130,9 @@ impl Summary {
         }
         if picture.has_not_numbers {
             self.not_numbers.add(name);
+        }
+        if picture.has_unnamed_channel {
+            self.unnamed_channels.add(name);
         }
         if picture.is_dark {
             self.dark.add(name);
@@ -199,6 +203,13 @@ impl Summary {
                 "samples that are no numbers (NaN) are black in {}: {}",
                 files(self.not_numbers.count, "image"),
                 self.not_numbers.names()
+            ));
+        }
+        if self.unnamed_channels.count > 0 {
+            lines.push(format!(
+                "a fourth channel without a meaning is left out of {}: {}",
+                files(self.unnamed_channels.count, "image"),
+                self.unnamed_channels.names()
             ));
         }
         if self.dark.count > 0 {
@@ -303,12 +314,21 @@ mod tests {
             let image = image::GrayImage::from_pixel(2, 2, image::Luma([value])).into();
             let sample_type = SampleType::Unsigned(8);
             let orientation = image::metadata::Orientation::NoTransforms;
-            let (range, stored, not_numbers) = (None, None, usize::from(name == "bright.png"));
-            let picture = Picture { image, range, sample_type, not_numbers, stored, orientation };
+            let picture = Picture {
+                image,
+                range: None,
+                sample_type,
+                not_numbers: usize::from(name == "bright.png"),
+                unnamed_channel: name == "dark.png",
+                stored: None,
+                orientation,
+            };
             summary.add_picture(name, &PictureFacts::of(&picture));
         }
         let black = "samples that are no numbers (NaN) are black in 1 image: bright.png";
         assert!(summary.lines().iter().any(|line| line == black));
+        let fourth = "a fourth channel without a meaning is left out of 1 image: dark.png";
+        assert!(summary.lines().iter().any(|line| line == fourth));
         let dark = "nearly black, no value of 8 bits above 31: 1 image: dark.png";
         assert!(summary.lines().iter().any(|line| line.starts_with(dark)));
         (0..9).for_each(|n| summary.add_empty(&format!("{n}.png")));

@@ -1,9 +1,10 @@
 //! Image files of every depth, with pages, cut off, or none at all.
 
-use candle_sam_lora::sam::{read_image, ReadOptions, ValueRange};
+use candle_sam_lora::sam::{read_image, Channels, Crop, LargeImage, ReadOptions, ValueRange};
 use image::{DynamicImage, ImageFormat, RgbImage};
 use std::path::{Path, PathBuf};
-use tiff::encoder::{colortype, TiffEncoder};
+use tiff::encoder::{colortype, Compression, TiffEncoder};
+use tiff::tags::Tag;
 
 const SIDE: u32 = 16;
 
@@ -77,12 +78,12 @@ fn the_range_is_told_and_can_be_given() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path =
         write::<colortype::Gray16>(&folder.path().join("a.tif"), &[&|v| 100 + 3 * v as u16])?;
-    let read = |range| ReadOptions { range, page: None }.read(&path);
+    let read = |range| ReadOptions { range, ..Default::default() }.read(&path);
     assert_eq!(read(ValueRange::Auto)?.range, Some((100.0, 865.0)));
     assert_eq!(read(ValueRange::MinMax)?.range, Some((100.0, 865.0)));
     assert_eq!(read(ValueRange::Fixed(0.0, 1000.0))?.range, Some((0.0, 1000.0)));
     assert_eq!(read(ValueRange::Type)?.range, None);
-    let options = |range| ReadOptions { range, page: None };
+    let options = |range| ReadOptions { range, ..Default::default() };
     assert_eq!(levels(&path, options(ValueRange::Fixed(0.0, 1000.0)))?[255], 221);
     assert_eq!(levels(&path, options(ValueRange::Type))?[255], 3);
     Ok(())
@@ -126,14 +127,98 @@ fn pages_and_channels_are_chosen_or_refused() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Aerial pictures hold infrared light in a fourth channel. It is no opacity, whether read in whole or in parts.
+#[test]
+fn a_channel_without_a_meaning_is_left_out_and_can_be_chosen() -> anyhow::Result<()> {
+    fn write<C: colortype::ColorType>(
+        path: &Path,
+        (photometric, extra, compression): (u16, u16, Compression),
+        values: &[C::Inner],
+    ) -> anyhow::Result<()>
+    where
+        [C::Inner]: tiff::encoder::TiffValue,
+    {
+        let encoder = TiffEncoder::new(std::fs::File::create(path)?)?;
+        let mut encoder = encoder.with_compression(compression);
+        let mut image = encoder.new_image::<C>(SIDE, SIDE)?;
+        image.rows_per_strip(4)?;
+        image.encoder().write_tag(Tag::PhotometricInterpretation, photometric)?;
+        image.encoder().write_tag(Tag::ExtraSamples, extra)?;
+        Ok(image.write_data(values)?)
+    }
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("infrared.tif");
+    let values: Vec<u8> = ramp().flat_map(|v| [v as u8, 200 - v as u8 / 2, 7, v as u8]).collect();
+    let wide: Vec<u16> = values.iter().map(|v| u16::from(*v) * 257).collect();
+    let expected = image::RgbImage::from_fn(SIDE, SIDE, |x, y| {
+        let place = 4 * (y * SIDE + x) as usize;
+        image::Rgb([values[place], values[place + 1], values[place + 2]])
+    });
+    let page = |page| ReadOptions { page: Some(page), ..Default::default() };
+    let infrared = |channels| ReadOptions { channels: Some(channels), ..Default::default() };
+    let all = Crop { left: 0, top: 0, right: SIDE, bottom: SIDE };
+    const GREY: u16 = 1;
+    const RGB: u16 = 2;
+    for (is_wide, tags) in [
+        (false, (RGB, 0, Compression::Uncompressed)),
+        (false, (RGB, 0, Compression::Lzw)),
+        (true, (RGB, 0, Compression::Uncompressed)),
+        (true, (RGB, 0, Compression::Lzw)),
+        (false, (RGB, 2, Compression::Uncompressed)),
+        (false, (GREY, 0, Compression::Uncompressed)),
+        (true, (GREY, 0, Compression::Lzw)),
+    ] {
+        match is_wide {
+            true => write::<colortype::RGBA16>(&path, tags, &wide)?,
+            false => write::<colortype::RGBA8>(&path, tags, &values)?,
+        }
+        let (photometric, extra, _) = tags;
+        if extra == 0 {
+            let options = infrared("4,1,2".parse().map_err(anyhow::Error::msg)?);
+            let picture = options.read(&path)?.image.to_rgb8();
+            let first = |place: usize| [values[place + 3], values[place], values[place + 1]];
+            assert!((0..256).all(|p| picture.as_raw()[3 * p..3 * p + 3] == first(4 * p)));
+            let part = LargeImage::open(&path, &options)?.region(&all)?.to_rgb8();
+            assert_eq!(part, picture, "{is_wide} {photometric}");
+            let message = infrared(Channels([1, 2, 5])).read(&path).expect_err("5").to_string();
+            assert!(message.contains("--channels 1,2,5: there is no channel 5"), "{message}");
+        }
+        if photometric == GREY {
+            let message = read_image(&path).expect_err("of four channels").to_string();
+            assert!(message.contains("(--page 1 to 4), or three"), "{message}");
+            assert_eq!(levels(&path, page(4))?, ramp().map(|v| v as u8).collect::<Vec<_>>());
+            continue;
+        }
+        let picture = ReadOptions::default().read(&path)?;
+        let mut large = LargeImage::open(&path, &ReadOptions::default())?;
+        assert!(large.decoded_whole().is_none(), "{:?}", large.decoded_whole());
+        let part = large.region(&all)?.to_rgba8();
+        assert_eq!(part, picture.image.to_rgba8(), "{is_wide} {extra}");
+        assert_eq!(picture.unnamed_channel, extra == 0);
+        assert_eq!(large.has_unnamed_channel(), extra == 0);
+        assert_eq!(large.has_alpha(), extra == 2);
+        if extra == 2 {
+            assert_eq!(part.as_raw(), &values);
+            let message = levels(&path, page(2)).expect_err("of one page").to_string();
+            assert!(message.contains("there is no 2 among its pages: it has 1"), "{message}");
+            continue;
+        }
+        assert_eq!(picture.image.to_rgb8(), expected, "{is_wide}");
+        assert_eq!(levels(&path, page(4))?, ramp().map(|v| v as u8).collect::<Vec<_>>());
+        let message = levels(&path, page(5)).expect_err("of four channels").to_string();
+        assert!(message.contains("--page 1 to 4"), "{message}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_preview_is_not_taken_for_the_image() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("camera.dng");
     let mut encoder = TiffEncoder::new(std::fs::File::create(&path)?)?;
     let mut preview = encoder.new_image::<colortype::Gray8>(SIDE, SIDE)?;
-    preview.encoder().write_tag(tiff::tags::Tag::NewSubfileType, 1u32)?;
-    preview.encoder().write_tag(tiff::tags::Tag::SubIfd, 8u32)?;
+    preview.encoder().write_tag(Tag::NewSubfileType, 1u32)?;
+    preview.encoder().write_tag(Tag::SubIfd, 8u32)?;
     preview.write_data(&ramp().map(|v| v as u8).collect::<Vec<_>>())?;
     let message = read_image(&path).expect_err("a preview").to_string();
     assert!(message.contains("camera.dng") && message.contains("it is a preview"), "{message}");

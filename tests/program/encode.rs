@@ -252,8 +252,14 @@ fn takes_a_folder_and_goes_on_with_it() -> Result<()> {
     let out = succeed(here, "encode", &format!("{command} --resume"))?;
     ensure!(out.contains("1 of 2 results are there already") && !out.contains("out/a"), "{out}");
     ensure!(std::fs::read(here.join("out/b.safetensors"))? == whole, "another file");
+    for (other, told) in [("--dtype bf16", "(backend)"), ("--single-mask", "(single-mask)")] {
+        let line = format!("{command} {other} --resume");
+        fail(here, "encode", &line, 1, &["out/a.safetensors", "other settings", told])?;
+    }
     fail(here, "encode", "--input in --output in --model none", 1, &["are one folder"])?;
 
+    let out = succeed(here, "encode", &format!("{command} --single-mask"))?;
+    ensure!(out.contains("in/a.safetensors: has no prompts; --single-mask has no effect"), "{out}");
     succeed(here, "encode", &format!("{command} --dtype bf16"))?;
     let rough = &read(here.join("out/b.safetensors"))?["image_embeddings"];
     let error = relative_error(rough, &io["encoder/image_embeddings"])?;

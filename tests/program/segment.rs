@@ -190,12 +190,12 @@ fn clips_boxes_and_doubts_fractions() -> Result<()> {
     let image = micrograph().0;
     let command =
         |rest: &str| format!("{} {rest} --mask m.png --overlay o.png --overwrite", image.display());
-    let bytes = || std::fs::read(here.join("m.png"));
+    let pixels = || image::open(here.join("m.png"));
     let out = succeed(here, "segment", &command("--box -0.7,10,40,50"))?;
     ensure!(out.contains("--box -0.7,10,40,50: clipped to the image, 0,10,40,50"), "{out}");
-    let clipped = bytes()?;
+    let clipped = pixels()?;
     succeed(here, "segment", &command("--box 0,10,40,50"))?;
-    ensure!(bytes()? == clipped, "another mask");
+    ensure!(pixels()? == clipped, "another mask");
     let out = succeed(here, "segment", &command("--point 0.6,0.5"))?;
     ensure!(out.contains("taken as pixels"), "{out}");
     let out = succeed(here, "segment", &command("--point 6,0.5"))?;
@@ -210,11 +210,11 @@ fn reads_weights_of_any_name() -> Result<()> {
     let here = temporary.path();
     let image = micrograph().0;
     let shipped = root().join("assets/tiny-sam");
-    let mask = |model: &str| -> Result<(Vec<u8>, String)> {
+    let mask = |model: &str| -> Result<(image::DynamicImage, String)> {
         let rest =
             format!("--point 30,30 --mask m.png --overlay o.png --overwrite --model {model}");
         let out = succeed(here, "segment", &format!("{} {rest}", image.display()))?;
-        Ok((std::fs::read(here.join("m.png"))?, out))
+        Ok((image::open(here.join("m.png"))?, out))
     };
     let expected = mask(&shipped.display().to_string())?.0;
     let tensors = read(shipped.join("model.safetensors"))?;
@@ -326,5 +326,17 @@ fn takes_a_folder_and_goes_on_with_it() -> Result<()> {
     let out = succeed(here, "segment", &format!("{command} --resume"))?;
     ensure!(out.contains("1 of 2 results are there already") && !out.contains("a.png"), "{out}");
     ensure!(std::fs::read(&mask)? == whole, "another mask");
+    for (other, told) in [
+        ("--point 9,30", "(prompts)"),
+        ("--point 30,30 --multimask", "(multimask)"),
+        ("--point 30,30 --dtype bf16", "(backend)"),
+    ] {
+        let line = format!("photos {other} --output out --resume");
+        fail(here, "segment", &line, 1, &["out/a.mask.png", "other settings", told])?;
+    }
+    image::open(&mask)?.save(&mask)?;
+    let resumed = format!("{command} --resume");
+    fail(here, "segment", &resumed, 1, &["out/b.mask.png", "prompts, "])?;
+    ensure!(!whole.windows(6).any(|bytes| bytes == b"photos"), "a folder's name in a mask");
     fail(here, "segment", "photos --point 1,1 --mask m.png", 1, &["are for one image"])
 }

@@ -111,7 +111,7 @@ fn whatever_differs_is_told_and_computed() -> Result<()> {
     other.randomize(3, 0.02)?;
     ensure!(said(&store, &other, &image)?.starts_with("the model is another: expected "));
     ensure!(said(&store, &plain, &image)?.starts_with("the model is another: expected "));
-    let range = ReadOptions { range: ValueRange::Fixed(0.1, 200.3), page: None };
+    let range = ReadOptions { range: ValueRange::Fixed(0.1, 200.3), ..Default::default() };
     let ranged = store.clone().with_options(range);
     ensure!(said(&ranged, &plain, &image)?.starts_with("the reading of the image is another"));
     ensure!(said(&ranged, &plain, &image)? == "read");

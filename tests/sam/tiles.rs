@@ -81,7 +81,7 @@ fn write_all(size: Size) -> Result<Vec<(PathBuf, ReadOptions)>> {
             ValueRange::Percentile,
             ValueRange::Fixed(10.0, 300.0),
         ] {
-            files.push((path.clone(), ReadOptions { range, page: None }));
+            files.push((path.clone(), ReadOptions { range, ..Default::default() }));
         }
     }
     let path = scratch("single.tif")?;

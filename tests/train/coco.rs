@@ -233,6 +233,25 @@ fn annotations_without_an_outline_are_left_out_and_counted() -> anyhow::Result<(
     Ok(())
 }
 
+/// Joined files hold annotations twice. One id for several objects is no such case.
+#[test]
+fn annotations_that_are_there_twice_count_once() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    RgbImage::new(6, 4).save(folder.path().join("x.png"))?;
+    let file = folder.path().join("instances.json");
+    let mut joined = good();
+    let mut other = joined["annotations"][0].clone();
+    let same = other.clone();
+    other["segmentation"] = json!([[0, 0, 3, 0, 3, 3]]);
+    joined["annotations"].as_array_mut().expect("annotations").extend([same, other]);
+    std::fs::write(&file, joined.to_string())?;
+    let dataset = Dataset::open_coco(folder.path(), &file, &DatasetOptions::min_area(1))?;
+    assert_eq!(dataset.summary().objects(), 2);
+    let said = "left out, annotations that are there twice: 1: annotation 3";
+    assert!(dataset.summary().lines().contains(&said.to_string()));
+    Ok(())
+}
+
 /// Subsets keep the annotations of images that they dropped, and drop the names of images without objects.
 #[test]
 fn what_belongs_to_no_image_is_left_out() -> anyhow::Result<()> {

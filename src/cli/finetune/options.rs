@@ -5,7 +5,7 @@ use super::super::console::Console;
 use super::super::lora_arguments::LoraArguments;
 use super::super::processes::Processes;
 use super::parts::{Part, Parts};
-use crate::sam::{MaskGenerator, Ranking, ReadOptions, ValueRange};
+use crate::sam::{Channels, MaskGenerator, Ranking, ReadOptions, ValueRange};
 use crate::train::{
     AdamWConfig, BatchConfig, Corrections, DatasetOptions, Decay, LossWeights, MaskOptions,
     ParameterGroups, Plateau, PromptKind, Schedule, Suffixes, TrainerConfig,
@@ -83,6 +83,9 @@ pub struct Options {
     /// Page, frame or channel of images that have several, from 1
     #[arg(long, value_name = "N")]
     pub page: Option<usize>,
+    /// Channels of TIFFs that become red, green and blue, from 1
+    #[arg(long, value_name = "R,G,B")]
+    pub channels: Option<Channels>,
     /// Page of masks that have several, from 1
     #[arg(long, value_name = "N")]
     pub mask_page: Option<usize>,
@@ -341,7 +344,7 @@ impl Options {
             min_area: self.min_area,
             strict: self.strict,
             suffixes: Suffixes { image: self.image_suffix.clone(), mask: self.mask_suffix.clone() },
-            images: ReadOptions { range: self.range, page: self.page },
+            images: ReadOptions { range: self.range, page: self.page, channels: self.channels },
             masks: MaskOptions {
                 ignore: self.ignore.clone().map(|Ignore(values)| values),
                 background: self.background,

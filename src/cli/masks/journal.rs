@@ -8,9 +8,9 @@
 //! A line that a kill cut off is dropped. Lines are in the order in which images were done, at the end in that of the
 //! images of the run. Numbers of images and annotations are those of their places.
 
+use super::super::settings;
 use crate::sam::{CocoAnnotations, GeneratedMask};
 use crate::{write_atomic, Error, Result};
-use anyhow::bail;
 use serde_json::{json, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -47,7 +47,7 @@ impl Journal {
     /// # Errors
     /// - the one that is there has other settings;
     /// - a file cannot be read or written.
-    pub fn resume(folder: &Path, settings: Value) -> anyhow::Result<Self> {
+    pub fn resume(folder: &Path, run: Value) -> anyhow::Result<Self> {
         let path = folder.join(FILES[0]);
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -56,15 +56,8 @@ impl Journal {
         };
         let mut lines = text.lines().map_while(|line| serde_json::from_str::<Value>(line).ok());
         let earlier = lines.next().map(|mut first| first["settings"].take());
-        if let Some(earlier) = earlier.filter(|earlier| *earlier != settings) {
-            let differs = |key: &&String| earlier.get(*key) != settings.get(*key);
-            let keys = settings.as_object().into_iter().flat_map(|settings| settings.keys());
-            let keys: Vec<&str> = keys.filter(differs).map(String::as_str).collect();
-            bail!(
-                "{}: is of a run with other settings ({}); choose another --output or --overwrite",
-                path.display(),
-                keys.join(", ")
-            )
+        if let Some(earlier) = earlier {
+            settings::check(&path, &earlier, &run)?;
         }
         // The later of two lines counts: its image was made again.
         let mut entries: Vec<Value> = lines.collect();
@@ -72,7 +65,7 @@ impl Journal {
         entries.reverse();
         entries.retain(|entry| names.insert(name_of(entry).map(str::to_string)));
         entries.reverse();
-        Ok(Self::with(folder, settings, entries))
+        Ok(Self::with(folder, run, entries))
     }
 
     fn with(folder: &Path, settings: Value, entries: Vec<Value>) -> Self {

@@ -1,5 +1,6 @@
 //! `segment`: objects cut out of images by points and boxes.
 
+mod mask_file;
 mod prompts;
 
 use super::arguments::{Backend, ModelArguments};
@@ -13,7 +14,7 @@ use crate::sam::{convert_to_rgb, ImageEmbedding, Prediction, Prompt, Rle, SamPre
 use anyhow::{bail, Context};
 use image::{DynamicImage, GrayImage};
 use prompts::{PromptArguments, Prompts};
-use serde_json::json;
+use serde_json::{json, Value};
 use std::path::{Path, PathBuf};
 
 /// Cuts objects out of images of any size and format
@@ -72,8 +73,9 @@ impl Job {
         self.image.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    fn is_done(&self) -> bool {
-        !is_newer(&self.image, &self.mask) && is_whole(&self.mask) && is_whole(&self.overlay)
+    fn is_done(&self, settings: &Value) -> anyhow::Result<bool> {
+        let is_there = mask_file::is_there(&self.mask, settings)?;
+        Ok(is_there && !is_newer(&self.image, &self.mask) && is_whole(&self.overlay))
     }
 }
 
@@ -88,8 +90,9 @@ fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
         .each(|| Ok((options.backend.open(division.processes())?, options.jobs(console)?)))?;
     division.agree_on_inputs(jobs.iter().map(|job| job.image.as_path()))?;
     let (count, several) = (jobs.len(), jobs.len() > 1);
+    let settings = &options.settings();
     if options.resume {
-        let is_done = division.survey(count, |index| Ok(jobs[index].is_done()))?;
+        let is_done = division.survey(count, |index| jobs[index].is_done(settings))?;
         let mut is_done = is_done.into_iter();
         jobs.retain(|_| !is_done.next().unwrap_or(false));
         console.note(format!("{} of {count} results are there already", count - jobs.len()));
@@ -120,7 +123,7 @@ fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
             None => predictor.embed(&opened.0)?,
         };
         let objects = segment(&predictor, &embedding, &opened.1, options.multimask)?;
-        write(opened, &objects, job)?;
+        write(opened, &objects, job, settings)?;
         let prefix = if several { format!("{}: ", names[item]) } else { String::new() };
         report(console.kept(), job, &objects, &prefix);
         Ok(origin)
@@ -137,6 +140,17 @@ fn segment_all(options: &Options, division: &Division) -> anyhow::Result<()> {
 }
 
 impl Options {
+    /// All that a mask depends on, beside its image.
+    fn settings(&self) -> Value {
+        json!({
+            "prompts": format!("{:?}", self.prompts),
+            "model": format!("{:?}", self.model),
+            "photo": format!("{:?}", self.photo),
+            "multimask": self.multimask,
+            "backend": format!("{:?}", self.backend),
+        })
+    }
+
     fn jobs(&self, console: Console) -> anyhow::Result<Vec<Job>> {
         let images = images(&self.images, console)?;
         let several = images.len() > 1;
@@ -228,6 +242,7 @@ fn write(
     (image, prompts): (DynamicImage, Vec<Prompts>),
     objects: &[Object],
     job: &Job,
+    settings: &Value,
 ) -> anyhow::Result<()> {
     let mut overlay = convert_to_rgb(&image)?;
     let mut labels = vec![0u8; image.width() as usize * image.height() as usize];
@@ -249,7 +264,7 @@ fn write(
     let mask = GrayImage::from_raw(image.width(), image.height(), labels)
         .context("the mask is not of the image's size")?;
     draw::save_png(&job.overlay, &overlay.into())?;
-    Ok(draw::save_png(&job.mask, &mask.into())?)
+    Ok(mask_file::write(&job.mask, &mask, settings)?)
 }
 
 fn report(console: Console, job: &Job, objects: &[Object], prefix: &str) {

@@ -2,7 +2,7 @@
 
 use super::limits::MAX_DECODED;
 use super::tiff_chunks::Chunks;
-use super::{format, guarded, ReadOptions, ValueRange};
+use super::{format, guarded, Picture, ReadOptions, ValueRange};
 use crate::sam::generate::Crop;
 use crate::{Error, Result};
 use image::{DynamicImage, ImageFormat};
@@ -34,6 +34,7 @@ pub struct LargeImage {
     pixels: Pixels,
     range: ValueRange,
     scaled: Option<(f64, f64)>,
+    unnamed_channel: bool,
     decoded_whole: Option<String>,
 }
 
@@ -46,7 +47,8 @@ enum Pixels {
 impl From<DynamicImage> for LargeImage {
     fn from(image: DynamicImage) -> Self {
         let (path, range) = (PathBuf::from("an image in memory"), ValueRange::Type);
-        Self { path, pixels: Pixels::Whole(image), range, scaled: None, decoded_whole: None }
+        let pixels = Pixels::Whole(image);
+        Self { path, pixels, range, scaled: None, unnamed_channel: false, decoded_whole: None }
     }
 }
 
@@ -71,16 +73,25 @@ impl LargeImage {
         let why = match format(&head) {
             Ok(ImageFormat::Tiff) => {
                 let file = File::open(path).map_err(|e| Error::io(path, e))?;
-                let opened = guarded(path, || Ok(Chunks::open(file, options.page)))?;
+                let opened = guarded(path, || Ok(Chunks::open(file, options)))?;
                 match opened {
                     Ok(mut chunks) => {
                         let range = guarded(path, || chunks.resolved(options.range))?;
+                        let unnamed_channel = chunks.has_unnamed_channel();
                         let (path, pixels) = (path.into(), Pixels::Chunks(Box::new(chunks)));
                         let scaled = match range {
                             ValueRange::Fixed(low, high) => Some((low, high)),
                             _ => None,
                         };
-                        return Ok(Self { path, pixels, range, scaled, decoded_whole: None });
+                        let decoded_whole = None;
+                        return Ok(Self {
+                            path,
+                            pixels,
+                            range,
+                            scaled,
+                            unnamed_channel,
+                            decoded_whole,
+                        });
                     }
                     Err(why) => format!("decoded as a whole: {why}"),
                 }
@@ -98,9 +109,9 @@ impl LargeImage {
                 format!("{why}; its {length} bytes are too many, {MAX_DECODED} are the most");
             return Err(Error::file(path, message));
         }
-        let picture = options.read(path)?;
-        let (pixels, range, scaled) = (Pixels::Whole(picture.image), options.range, picture.range);
-        Ok(Self { path: path.into(), pixels, range, scaled, decoded_whole: Some(why) })
+        let Picture { image, range: scaled, unnamed_channel, .. } = options.read(path)?;
+        let (path, pixels, range) = (path.into(), Pixels::Whole(image), options.range);
+        Ok(Self { path, pixels, range, scaled, unnamed_channel, decoded_whole: Some(why) })
     }
 
     /// Height and width in pixels.
@@ -119,6 +130,20 @@ impl LargeImage {
     /// The values that are black and white, where the samples are scaled.
     pub fn range(&self) -> Option<(f64, f64)> {
         self.scaled
+    }
+
+    /// Whether the file has a channel beside its colours that it gives no meaning; see
+    /// [`Picture::unnamed_channel`](crate::sam::Picture::unnamed_channel).
+    pub fn has_unnamed_channel(&self) -> bool {
+        self.unnamed_channel
+    }
+
+    /// Whether it has opacity, so that regions may be transparent.
+    pub fn has_alpha(&self) -> bool {
+        match &self.pixels {
+            Pixels::Whole(image) => image.color().has_alpha(),
+            Pixels::Chunks(chunks) => chunks.has_alpha(),
+        }
     }
 
     /// A region, its pixels as [`ReadOptions::read`] gives them.

@@ -8,8 +8,9 @@ pub(super) const MAX_DECODED: u64 = 1 << 30;
 /// No file may be longer, in bytes.
 pub(super) const MAX_FILE: u64 = 4 << 30;
 
-/// The program's flags that choose a page of an image, and of a mask.
+/// The program's flags that choose a page of an image, its channels, and a page of a mask.
 pub(super) const PAGE: &str = "--page";
+pub(super) const CHANNELS: &str = "--channels";
 pub(super) const MASK_PAGE: &str = "--mask-page";
 
 /// Refuses sizes beyond the limits.

@@ -1,5 +1,6 @@
 //! Image files: pictures for a model, and the stored values of masks.
 
+mod channels;
 mod colours;
 mod folder;
 mod frames;
@@ -12,6 +13,7 @@ mod raster;
 mod tiff_chunks;
 mod tiff_file;
 
+pub use channels::Channels;
 pub use colours::{convert_to_rgb, is_transparent};
 pub(crate) use folder::{has_image_ending, is_image, ImageFolder};
 pub use large::LargeImage;
@@ -21,10 +23,11 @@ pub use raster::{Raster, RasterKind, SampleType, Samples};
 
 use crate::file_kind::stand_in;
 use crate::{Error, Result};
+use channels::Chosen;
 use image::codecs::bmp::BmpDecoder;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, ImageResult};
-use limits::{check_size, MASK_PAGE, MAX_DECODED, MAX_FILE, PAGE};
+use limits::{check_size, CHANNELS, MASK_PAGE, MAX_DECODED, MAX_FILE, PAGE};
 use std::fs::File;
 use std::io::{Cursor, Read};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -39,6 +42,8 @@ pub struct ReadOptions {
     pub range: ValueRange,
     /// The page, frame or channel to read, from 1, of a file that has several. Without it such a file is an error.
     pub page: Option<usize>,
+    /// The channels of a TIFF that become red, green and blue. `page` is a page then, and no channel.
+    pub channels: Option<Channels>,
 }
 
 /// An image as a viewer shows it, and how it came to be.
@@ -54,6 +59,9 @@ pub struct Picture {
     pub sample_type: SampleType,
     /// Samples that are no numbers, which became black.
     pub not_numbers: usize,
+    /// Whether a TIFF has a channel beside its colours that it gives no meaning. It is left out; as `page` it can be
+    /// chosen.
+    pub unnamed_channel: bool,
     /// Width and height before it was turned as its EXIF data say; `None` if it was not turned.
     pub stored: Option<(u32, u32)>,
     /// How its EXIF data turned it.
@@ -108,6 +116,9 @@ impl ReadOptions {
     fn decode(&self, bytes: Vec<u8>) -> std::result::Result<Picture, String> {
         let format = format(&bytes)?;
         let page = self.select(&bytes, format, PAGE)?;
+        let unnamed_channel = format == ImageFormat::Tiff
+            && matches!(page.1, Chosen::All)
+            && tiff_file::has_unnamed_channel(&bytes, page.0);
         let (mut image, orientation, sample_type, (range, not_numbers)) = match self
             .raster(&bytes, format, page)?
         {
@@ -124,8 +135,8 @@ impl ReadOptions {
                 (image, orientation, sample_type, (range, not_numbers))
             }
             Decoded::Tiff => {
-                let (place, channel) = page;
-                let wanted = tiff_file::Wanted { place, channel, values: false };
+                let (place, chosen) = page;
+                let wanted = tiff_file::Wanted { place, chosen, values: false };
                 let (raster, associated) = tiff_file::decode(bytes, wanted)?;
                 let (image, range) = match raster.scaled(self.range)? {
                     Some((image, range)) => (image, Some(range)),
@@ -142,7 +153,7 @@ impl ReadOptions {
             .filter(|range| !(matches!(sample_type, SampleType::Float(_)) && *range == (0.0, 1.0)));
         let turned = orientation != Orientation::NoTransforms;
         let stored = turned.then_some(stored);
-        Ok(Picture { image, range, sample_type, not_numbers, stored, orientation })
+        Ok(Picture { image, range, sample_type, not_numbers, unnamed_channel, stored, orientation })
     }
 
     /// Whether the samples may be scaled; those of 8 bits only where it is asked for.
@@ -156,16 +167,16 @@ impl ReadOptions {
         &self,
         bytes: &[u8],
         format: ImageFormat,
-        (place, channel): (usize, Option<usize>),
+        (place, chosen): (usize, Chosen),
     ) -> std::result::Result<Decoded, String> {
         let is_tiff = format == ImageFormat::Tiff;
         if format == ImageFormat::Jpeg && !jpeg::is_complete(bytes) {
             return Err("the JPEG is cut off: its data end before the image does".into());
         }
         if is_tiff {
-            tiff_file::check_whole(bytes, place, channel)?;
+            tiff_file::check_whole(bytes, place, chosen)?;
         }
-        if is_tiff && (place > 0 || channel.is_some()) {
+        if is_tiff && (place > 0 || !matches!(chosen, Chosen::All)) {
             return Ok(Decoded::Tiff);
         }
         if place > 0 {
@@ -187,30 +198,36 @@ impl ReadOptions {
         }
     }
 
-    /// The place of the wanted page, and the wanted channel of a TIFF of one page. Errors name `flag`.
+    /// The place of the wanted page, and the wanted channels of a TIFF. Errors name `flag`.
     fn select(
         &self,
         bytes: &[u8],
         format: ImageFormat,
         flag: &str,
-    ) -> std::result::Result<(usize, Option<usize>), String> {
+    ) -> std::result::Result<(usize, Chosen), String> {
+        let is_tiff = format == ImageFormat::Tiff;
+        let chosen = match self.channels {
+            Some(_) if !is_tiff => return Err(format!("{CHANNELS} is for TIFFs alone")),
+            Some(channels) => Chosen::Three(channels),
+            None => Chosen::All,
+        };
         let places = match format {
             ImageFormat::Tiff => tiff_file::pages(bytes)?,
             _ => (0..frames::count(bytes, format).map_err(|e| plainly(&e, format))?).collect(),
         };
-        let what = if format == ImageFormat::Tiff { "pages" } else { "frames" };
+        let what = if is_tiff { "pages" } else { "frames" };
         match (places.len(), self.page) {
-            (1, None) => Ok((places[0], None)),
-            (1, Some(1)) if format != ImageFormat::Tiff => Ok((0, None)),
-            (1, Some(page)) if page > 0 && format == ImageFormat::Tiff => {
-                Ok((places[0], Some(page - 1)))
+            (1, None) => Ok((places[0], chosen)),
+            (1, Some(1)) if !is_tiff => Ok((0, chosen)),
+            (1, Some(page)) if page > 0 && is_tiff && self.channels.is_none() => {
+                Ok((places[0], Chosen::One(page - 1)))
             }
             (count, None) => {
                 Err(format!("it has {count} {what}; choose one ({flag} 1 to {count})"))
             }
             (count, Some(page)) => places
                 .get(page.wrapping_sub(1))
-                .map(|place| (*place, None))
+                .map(|place| (*place, chosen))
                 .ok_or(format!("there is no {page} among its {what}: it has {count}")),
         }
     }
@@ -248,16 +265,16 @@ impl Raster {
         if format == ImageFormat::Jpeg {
             return Err("a mask must be stored without loss, as PNG or TIFF, not as JPEG".into());
         }
-        let options = ReadOptions { range: ValueRange::Type, page };
-        let (place, channel) = options.select(&bytes, format, MASK_PAGE)?;
+        let options = ReadOptions { range: ValueRange::Type, page, channels: None };
+        let (place, chosen) = options.select(&bytes, format, MASK_PAGE)?;
         match format {
             ImageFormat::Tiff => {
-                let wanted = tiff_file::Wanted { place, channel, values: true };
+                let wanted = tiff_file::Wanted { place, chosen, values: true };
                 Ok(tiff_file::decode(bytes, wanted)?.0)
             }
             ImageFormat::Png if place == 0 => png_file::decode(&bytes),
             ImageFormat::Bmp => indexed_bmp(&bytes),
-            _ => match options.raster(&bytes, format, (place, None))? {
+            _ => match options.raster(&bytes, format, (place, Chosen::All))? {
                 Decoded::Plain(image, orientation) => Self::from_decoded(&image)
                     .map(|raster| Self { orientation, ..raster })
                     .ok_or("its pixels are of no kind that a mask has".into()),

@@ -3,10 +3,10 @@
 //! Strips that are not compressed are read row by row, for some programs write the whole image as one. Others are
 //! decoded one at a time.
 
-use super::colours;
 use super::range::{streamed_limits, ValueRange, MOST_VALUES};
 use super::raster::{Raster, RasterKind, SampleType, Samples};
 use super::tiff_file::{self, Page, BLACK_IS_ZERO, RGB};
+use super::{colours, ReadOptions};
 use image::DynamicImage;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -24,6 +24,10 @@ pub(super) struct Chunks {
     kind: RasterKind,
     sample_type: SampleType,
     associated: bool,
+    unnamed_channel: bool,
+    /// How many samples a pixel has, and the three of them that are its colours, if not all are taken.
+    channels: usize,
+    picked: Option<[usize; 3]>,
 }
 
 /// Rows of an image that are looked at together where strips are not compressed.
@@ -33,11 +37,11 @@ const BAND_ROWS: u32 = 64;
 type Corners = [u32; 4];
 
 impl Chunks {
-    /// A page of a file, or why it is not read in parts. `page` counts from 1.
-    pub fn open(file: File, page: Option<usize>) -> Result<Self, String> {
+    /// A page of a file, or why it is not read in parts.
+    pub fn open(file: File, options: &ReadOptions) -> Result<Self, String> {
         let mut decoder = tiff_file::open(BufReader::new(file))?;
         let pages = tiff_file::pages_of(&mut decoder)?;
-        let place = match (&pages[..], page) {
+        let place = match (&pages[..], options.page) {
             ([only], None) => *only,
             ([_, _, ..], Some(page)) => *pages.get(page.wrapping_sub(1)).ok_or("no such page")?,
             _ => return Err("one of its pages or channels must be chosen".into()),
@@ -46,10 +50,22 @@ impl Chunks {
         let page = Page::of(&mut decoder);
         let mut tag = |tag| decoder.find_tag_unsigned::<u16>(tag).ok().flatten().unwrap_or(1);
         let (planes, orientation) = (tag(Tag::PlanarConfiguration), tag(Tag::Orientation));
-        let kind = match (page.photometric, page.channels) {
-            (BLACK_IS_ZERO, 1) => RasterKind::Grey,
-            (RGB, 3) => RasterKind::Rgb,
-            (RGB, 4) => RasterKind::Rgba,
+        let size = decoder.dimensions().map_err(|e| tiff_file::plainly(&e))?;
+        let chunk = decoder.chunk_dimensions();
+        let is_plain = page.compression == 1 && chunk.0 == size.0;
+        let channels = usize::from(page.channels);
+        let picked = options.channels.map(|three| page.places(three)).transpose()?;
+        // The decoder drops what follows colours. Where it is not asked, all channels are there.
+        let has_all = is_plain || page.photometric == BLACK_IS_ZERO;
+        let (kind, channels, picked) = match (page.photometric, channels, picked) {
+            (BLACK_IS_ZERO | RGB, 1.., Some(_)) if has_all => (RasterKind::Rgb, channels, picked),
+            (BLACK_IS_ZERO, 1, None) => (RasterKind::Grey, 1, None),
+            (RGB, 3, _) => (RasterKind::Rgb, 3, picked),
+            (RGB, 4, None) if page.has_unnamed_channel() => match has_all {
+                true => (RasterKind::Rgb, 4, Some([0, 1, 2])),
+                false => (RasterKind::Rgb, 3, None),
+            },
+            (RGB, 4, None) => (RasterKind::Rgba, 4, None),
             _ => return Err(format!("{page}, is not read in parts")),
         };
         if !matches!((page.bits, page.format), (8 | 16, 1)) {
@@ -61,15 +77,12 @@ impl Chunks {
         if (planes, orientation) != (1, 1) {
             return Err(format!("{page}, turned or in planes, is not read in parts"));
         }
-        let size = decoder.dimensions().map_err(|e| tiff_file::plainly(&e))?;
-        let chunk = decoder.chunk_dimensions();
         if chunk.0 == 0 || chunk.1 == 0 || size.0 == 0 || size.1 == 0 {
             return Err(format!("{page}, has no pixels"));
         }
         if u64::from(size.0) * u64::from(size.1) > u64::from(u32::MAX) {
             return Err(format!("{page}, has more than 2^32 - 1 pixels"));
         }
-        let is_plain = page.compression == 1 && chunk.0 == size.0;
         let strips = match is_plain {
             true => decoder.find_tag_unsigned_vec(Tag::StripOffsets).ok().flatten(),
             false => None,
@@ -78,29 +91,55 @@ impl Chunks {
             return Err(format!("{page}, is one strip"));
         }
         let (sample_type, associated) = (page.sample_type(), page.has_associated_alpha());
-        Ok(Self { decoder, size, chunk, strips, kind, sample_type, associated })
+        let unnamed_channel = page.has_unnamed_channel() && options.channels.is_none();
+        Ok(Self {
+            decoder,
+            size,
+            chunk,
+            strips,
+            kind,
+            sample_type,
+            associated,
+            unnamed_channel,
+            channels,
+            picked,
+        })
     }
 
-    fn channels(&self) -> usize {
-        self.kind.colours() + usize::from(self.kind.has_alpha())
+    /// Whether the file has a channel without a meaning beside its colours, which is left out.
+    pub fn has_unnamed_channel(&self) -> bool {
+        self.unnamed_channel
+    }
+
+    /// Whether the file has opacity.
+    pub fn has_alpha(&self) -> bool {
+        self.kind.has_alpha()
     }
 
     /// A region as an image, its values scaled by `range`.
     pub fn region(&mut self, region: Corners, range: ValueRange) -> Result<DynamicImage, String> {
         let [x0, y0, x1, y1] = region;
         let samples = self.samples(region)?;
+        let samples = match self.picked {
+            Some(places) => tiff_file::three_of(&samples, places, self.channels),
+            None => samples,
+        };
         let raster = Raster::new(x1 - x0, y1 - y0, self.kind, self.sample_type, samples)
             .ok_or("fewer pixels than its size says")?;
         let image = match raster.scaled(range)? {
             Some((image, _)) => image,
             None => raster.unscaled()?,
         };
-        Ok(if self.associated { colours::unassociated(image) } else { image })
+        Ok(if self.associated && self.kind.has_alpha() {
+            colours::unassociated(image)
+        } else {
+            image
+        })
     }
 
     fn samples(&mut self, region: Corners) -> Result<Samples, String> {
         let [x0, y0, x1, y1] = region;
-        let count = (x1 - x0) as usize * (y1 - y0) as usize * self.channels();
+        let count = (x1 - x0) as usize * (y1 - y0) as usize * self.channels;
         let mut samples = match self.sample_type {
             SampleType::Unsigned(8) => Samples::U8(vec![0; count]),
             _ => Samples::U16(vec![0; count]),
@@ -115,10 +154,10 @@ impl Chunks {
                 let (chunk, decoded) = self.chunk_at(column, row)?;
                 match (&decoded, &mut samples) {
                     (DecodingResult::U8(from), Samples::U8(to)) => {
-                        copy((from, chunk), (to, region), self.channels());
+                        copy((from, chunk), (to, region), self.channels);
                     }
                     (DecodingResult::U16(from), Samples::U16(to)) => {
-                        copy((from, chunk), (to, region), self.channels());
+                        copy((from, chunk), (to, region), self.channels);
                     }
                     _ => return Err("damaged: its samples are of another type".into()),
                 }
@@ -135,7 +174,7 @@ impl Chunks {
         samples: &mut Samples,
     ) -> Result<(), String> {
         let is_little = self.decoder.byte_order() == ByteOrder::LittleEndian;
-        let a_pixel = self.channels() * if matches!(samples, Samples::U8(_)) { 1 } else { 2 };
+        let a_pixel = self.channels * if matches!(samples, Samples::U8(_)) { 1 } else { 2 };
         let mut bytes = vec![0; (x1 - x0) as usize * a_pixel];
         for (index, y) in (y0..y1).enumerate() {
             let strip = strips.get((y / self.chunk.1) as usize).ok_or("damaged: too few strips")?;
@@ -171,7 +210,7 @@ impl Chunks {
         let (width, height) = self.decoder.chunk_data_dimensions(index);
         let (x0, y0) = (column * self.chunk.0, row * self.chunk.1);
         let decoded = self.decoder.read_chunk(index).map_err(|e| tiff_file::plainly(&e))?;
-        let expected = width as usize * height as usize * self.channels();
+        let expected = width as usize * height as usize * self.channels;
         let found = match &decoded {
             DecodingResult::U8(samples) => samples.len(),
             DecodingResult::U16(samples) => samples.len(),
@@ -191,7 +230,10 @@ impl Chunks {
             ValueRange::Auto if narrow => return Ok(ValueRange::Type),
             _ => {}
         }
-        let (colours, channels) = (self.kind.colours(), self.channels());
+        let (colours, channels, picked) = (self.kind.colours(), self.channels, self.picked);
+        let is_colour = |place: usize| {
+            picked.map_or(place % channels < colours, |three| three.contains(&(place % channels)))
+        };
         let (width, height) = self.size;
         let total = u64::from(width) * u64::from(height) * channels as u64;
         let step = (total / MOST_VALUES as u64).max(1);
@@ -199,7 +241,7 @@ impl Chunks {
         let band = if self.strips.is_some() { BAND_ROWS } else { self.chunk.1 };
         for top in (0..height).step_by(band as usize) {
             let samples = self.samples([0, top, width, height.min(top.saturating_add(band))])?;
-            for index in (0..samples.len()).filter(|index| index % channels < colours) {
+            for index in (0..samples.len()).filter(|index| is_colour(*index)) {
                 let value = match &samples {
                     Samples::U8(values) => u16::from(values[index]),
                     Samples::U16(values) => values[index],

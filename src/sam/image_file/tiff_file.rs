@@ -1,7 +1,8 @@
 //! TIFFs of any depth: integers of 1 to 64 bits, floats of 16 to 64, palettes, JPEG and YCbCr, pages.
 
+use super::channels::{Channels, Chosen};
 use super::jpeg::is_complete;
-use super::limits::{check_size, unpacked, MASK_PAGE, MAX_DECODED, PAGE};
+use super::limits::{check_size, unpacked, CHANNELS, MASK_PAGE, MAX_DECODED, PAGE};
 use super::raster::{Raster, RasterKind, SampleType, Samples};
 use image::metadata::Orientation;
 use std::io::{Cursor, Read, Seek};
@@ -59,15 +60,41 @@ impl Page {
 
     /// Why its channels are no image, and what helps.
     fn too_many_channels(&self, channels: usize, flag: &str) -> String {
+        let three = match flag == PAGE {
+            true => format!(", or three as red, green and blue ({CHANNELS} R,G,B)"),
+            false => String::new(),
+        };
         format!(
             "{self}: its {channels} channels are neither grey, with or without opacity, nor colours; choose one \
-             ({flag} 1 to {channels})"
+             ({flag} 1 to {channels}){three}"
         )
     }
 
     /// Whether the first extra channel is opacity.
     fn has_alpha(&self) -> bool {
         matches!(self.extra.first(), Some(1 | 2))
+    }
+
+    /// Whether a channel follows the colours that the file gives no meaning: infrared light, say.
+    pub fn has_unnamed_channel(&self) -> bool {
+        self.photometric == RGB && self.channels == 4 && self.extra.first() == Some(&0)
+    }
+
+    /// The places of the chosen channels.
+    ///
+    /// # Errors
+    /// - its samples are no brightnesses, or there is no such channel.
+    pub fn places(&self, chosen: Channels) -> Result<[usize; 3], String> {
+        match self.photometric {
+            BLACK_IS_ZERO | RGB => chosen.places(self.channels.into()),
+            _ => Err(format!("{self}: its channels are no brightnesses to choose from")),
+        }
+        .map_err(|why| format!("{CHANNELS} {chosen}: {why}"))
+    }
+
+    /// Whether there are more channels than colours and opacity.
+    fn has_unknown_channels(&self) -> bool {
+        self.photometric == RGB && (self.channels > 4 || self.has_unnamed_channel())
     }
 
     /// Whether colours are multiplied by the opacity.
@@ -166,16 +193,17 @@ pub(super) fn has_associated_alpha(bytes: &[u8]) -> bool {
     open(Cursor::new(bytes)).is_ok_and(|mut decoder| Page::of(&mut decoder).has_associated_alpha())
 }
 
+/// Whether a page has a channel that the file gives no meaning beside its colours.
+pub(super) fn has_unnamed_channel(bytes: &[u8], place: usize) -> bool {
+    at(bytes, place).is_ok_and(|mut decoder| Page::of(&mut decoder).has_unnamed_channel())
+}
+
 /// Refuses what decoders pass over. They drop channels after the fourth, where none is wanted. They fill what is
 /// missing of a JPEG that is cut off with grey.
-pub(super) fn check_whole(
-    bytes: &[u8],
-    place: usize,
-    channel: Option<usize>,
-) -> Result<(), String> {
+pub(super) fn check_whole(bytes: &[u8], place: usize, chosen: Chosen) -> Result<(), String> {
     let mut decoder = at(bytes, place)?;
     let page = Page::of(&mut decoder);
-    if page.channels > 4 && channel.is_none() {
+    if page.channels > 4 && matches!(chosen, Chosen::All) {
         return Err(page.too_many_channels(page.channels.into(), PAGE));
     }
     if page.compression != JPEG {
@@ -200,8 +228,8 @@ pub(super) fn check_whole(
 pub(super) struct Wanted {
     /// The page's place among the images of the file.
     pub place: usize,
-    /// The one channel that is wanted, from 0.
-    pub channel: Option<usize>,
+    /// The channels that are wanted.
+    pub chosen: Chosen,
     /// Whether the values count, not the colours they mean: indices stay, and 0 stays 0.
     pub values: bool,
 }
@@ -219,8 +247,9 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     if wanted.values && matches!(page.compression, 6 | 7) {
         return Err("a mask must be stored without loss, not with JPEG".into());
     }
-    // The decoder inverts where 0 is white, and reads no palettes: let it take either for plain grey.
-    if matches!(page.photometric, WHITE_IS_ZERO | PALETTE) {
+    // The decoder inverts where 0 is white, reads no palettes, and drops what follows the colours. It takes all of
+    // these for plain grey here, perhaps of several channels.
+    if matches!(page.photometric, WHITE_IS_ZERO | PALETTE) || page.has_unknown_channels() {
         set_photometric(&mut bytes, place, BLACK_IS_ZERO);
     }
     let mut decoder = at(&bytes, wanted.place)?;
@@ -228,7 +257,7 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
     let (width, height) = decoder.dimensions().map_err(failed)?;
     let bytes_a_sample = if page.bits <= 16 && page.format == 1 { 2 } else { 8 };
     check_size(width, height, u64::from(page.channels) * bytes_a_sample)?;
-    let colours = if page.photometric == PALETTE && !wanted.values {
+    let map = if page.photometric == PALETTE && !wanted.values {
         Some(decoder.get_tag_u16_vec(Tag::ColorMap).map_err(failed)?)
     } else {
         None
@@ -251,27 +280,41 @@ pub(super) fn decode(mut bytes: Vec<u8>, wanted: Wanted) -> Result<(Raster, bool
         samples =
             picked(&samples, (0..pixels).flat_map(|p| (0..channels).map(move |c| c * pixels + p)));
     }
-    let kind = match (page.photometric, channels) {
-        (PALETTE, 1) if wanted.values => RasterKind::Palette,
-        (WHITE_IS_ZERO | BLACK_IS_ZERO | PALETTE, 1) => RasterKind::Grey,
-        (WHITE_IS_ZERO | BLACK_IS_ZERO, 2) if page.has_alpha() => RasterKind::GreyAlpha,
-        (BLACK_IS_ZERO | RGB | YCBCR, 3) => RasterKind::Rgb,
-        (RGB, 4) => RasterKind::Rgba,
-        _ => match wanted.channel {
-            Some(channel) if channel < channels => {
-                samples = picked(&samples, (0..pixels).map(|p| p * channels + channel));
-                RasterKind::Grey
-            }
-            _ => {
-                let flag = if wanted.values { MASK_PAGE } else { PAGE };
-                return Err(page.too_many_channels(channels, flag));
-            }
-        },
+    let known = match (page.photometric, channels) {
+        (PALETTE, 1) if wanted.values => Some(RasterKind::Palette),
+        (WHITE_IS_ZERO | BLACK_IS_ZERO | PALETTE, 1) => Some(RasterKind::Grey),
+        (WHITE_IS_ZERO | BLACK_IS_ZERO, 2) if page.has_alpha() => Some(RasterKind::GreyAlpha),
+        (BLACK_IS_ZERO | RGB | YCBCR, 3) => Some(RasterKind::Rgb),
+        (RGB, 4) if !page.has_unnamed_channel() => Some(RasterKind::Rgba),
+        _ => None,
+    };
+    let kind = match (known, wanted.chosen) {
+        (Some(kind), Chosen::All | Chosen::One(0)) => kind,
+        (Some(_), Chosen::One(channel)) => {
+            return Err(format!("there is no {} among its pages: it has 1", channel + 1));
+        }
+        (None, Chosen::One(channel)) if channel < channels => {
+            samples = picked(&samples, (0..pixels).map(|p| p * channels + channel));
+            RasterKind::Grey
+        }
+        (_, Chosen::Three(three)) => {
+            let places = page.places(three)?;
+            samples = three_of(&samples, places, channels);
+            RasterKind::Rgb
+        }
+        (None, Chosen::All) if page.has_unnamed_channel() => {
+            samples = three_of(&samples, [0, 1, 2], channels);
+            RasterKind::Rgb
+        }
+        (None, _) => {
+            let flag = if wanted.values { MASK_PAGE } else { PAGE };
+            return Err(page.too_many_channels(channels, flag));
+        }
     };
     if let (YCBCR, Samples::U8(values)) = (page.photometric, &mut samples) {
         values.chunks_exact_mut(3).for_each(to_rgb);
     }
-    let (kind, sample_type, samples) = match colours {
+    let (kind, sample_type, samples) = match map {
         Some(map) => (RasterKind::Rgb, SampleType::Unsigned(8), coloured(&samples, &map)),
         None => (kind, page.sample_type(), samples),
     };
@@ -339,6 +382,12 @@ fn samples(decoded: DecodingResult) -> Samples {
         DecodingResult::F32(values) => wide(values),
         DecodingResult::F64(values) => wide(values),
     }
+}
+
+/// Three of some channels.
+pub(super) fn three_of(samples: &Samples, places: [usize; 3], channels: usize) -> Samples {
+    let pixels = samples.len() / channels;
+    picked(samples, (0..pixels).flat_map(|p| places.map(|place| p * channels + place)))
 }
 
 fn picked(samples: &Samples, places: impl Iterator<Item = usize>) -> Samples {
