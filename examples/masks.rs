@@ -30,7 +30,7 @@ pub fn main() -> Result<()> {
 
     let (folder, size) = (std::env::temp_dir(), (image.height(), image.width()));
     let mut annotations = CocoAnnotations::default();
-    annotations.push("coins_r0c2.png", size, &masks);
+    annotations.push("coins_r0c2.png", size, &masks)?;
     annotations.save(folder.join("candle-sam-lora-coins.json"))?;
     save_labels(folder.join("candle-sam-lora-coins.png"), &label_image(&masks, size), size)?;
     Ok(())

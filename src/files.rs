@@ -47,7 +47,7 @@ impl Staged {
 }
 
 /// The folder of a file.
-fn parent(path: &Path) -> &Path {
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -121,9 +121,21 @@ pub fn write_atomic(
     stage(path, write)?.commit()
 }
 
+/// Refuses the empty name, as of a variable that is not set. Systems take it for the folder that the program runs in
+/// when files are written, and for none when they are read.
+pub(crate) fn check_folder_name(path: &Path) -> Result<()> {
+    match path.as_os_str().is_empty() {
+        true => {
+            Err(Error::config("the name of a folder is empty; . is that where the program runs"))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Creates a folder and its parents.
 pub fn create_dir(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
+    check_folder_name(path)?;
     if path.exists() && !path.is_dir() {
         let message = "is a file; expected a folder, or a name for a new one";
         return Err(Error::io(path, std::io::Error::new(ErrorKind::NotADirectory, message)));

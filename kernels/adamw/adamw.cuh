@@ -7,7 +7,8 @@
 //   p <- p decay - rate m / (sqrt(v) root_correction + eps)               decay, rate, .. of each parameter
 //
 // A chunk is a block, wherever it runs, so no sum depends on the grid. The update rounds after every operation, as the
-// CPU's does: equal gradients make equal parameters. Nothing changes if the loss or a gradient is not finite.
+// CPU's does: equal gradients make equal parameters. Nothing changes if the loss, a gradient or the norm's square is
+// not finite in f32.
 #pragma once
 #include "common/reduce.cuh"
 
@@ -106,10 +107,12 @@ __device__ __forceinline__ void adamw_outcome(const AdamWParams& p) {
     const double norm = sqrt(shared.sums[0]), factor = double(p.max_norm) / (norm + 1e-6);
     const float loss = p.loss != 0 ? *global<const float>(p.loss) : 0.0f;
     float* outcome = global<float>(p.outcome);
+    const double rounded = double(float(norm));  // as the host sees it
+    const bool usable = tensor == 0 && is_finite(loss) && rounded * rounded <= double(kLargest);
     outcome[0] = float(norm);
     outcome[1] = float(tensor);
     outcome[2] = loss;
-    outcome[3] = tensor != 0 || !is_finite(loss) ? __int_as_float(0x7FC00000) : factor < 1.0 ? float(factor) : 1.0f;
+    outcome[3] = !usable ? __int_as_float(0x7FC00000) : factor < 1.0 ? float(factor) : 1.0f;
 }
 
 template <class T>

@@ -323,6 +323,7 @@ pub fn adapter_keys(dir: impl AsRef<Path>) -> Result<Vec<String>> {
 
 /// The configuration and the tensors of an adapter, by its folder or its file of tensors.
 fn adapter_files(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    files::check_folder_name(path)?;
     let is_dir = path.is_dir();
     let config = if is_dir { path.join(CONFIG_FILE) } else { path.with_file_name(CONFIG_FILE) };
     if !is_dir {

@@ -10,13 +10,14 @@
 //! Source: PEFT 0.21, `hotswap_adapter` in `utils/hotswap.py`.
 
 use super::adapter::{open_adapter, values_of};
-use super::state::{check, headers, refuse_merged, Slot, PREFIX};
+use super::state::{check, headers, Slot, PREFIX};
 use super::switch::check_known;
 use super::target::Matcher;
 use super::{LoraConfig, CONFIG_FILE};
 use crate::nn::checkpoint::TensorReader;
 use crate::nn::{
-    adapter_tensor_name, check_settable, set_values, Adapter, ModuleTree, Node, NodeMut,
+    adapter_tensor_name, check_settable, refuse_merged, set_values, Adapter, ModuleTree, Node,
+    NodeMut,
 };
 use crate::{Error, Result};
 use candle_core::{DType, Var};
@@ -24,7 +25,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Replaces the adapter called `name` by the one in the folder `dir`, whose configuration is returned. The name, what
-/// is active and what is trainable stay. Save the result with that configuration only if both have the same layers.
+/// is active and what is trainable stay. A clone shares variables, so it gets trainable values too, one after the other
+/// while other threads compute with it. Frozen adapters ([`set_trainable`](crate::nn::set_trainable)) are replaced, and
+/// a clone keeps the old ones: serve those. Save the result with that configuration only if both have the same layers.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -59,14 +59,21 @@ fn is_finite(tensor: &Tensor) -> Result<bool> {
 fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<()> {
     refuse_int8(model, "merged with an adapter")?;
     let mut results = Vec::new();
-    let mut has_adapter = false;
+    let (mut has_adapter, mut disabled) = (false, None);
     model.visit("", &mut |path, node| {
         let Node::Layer(layer) = node else { return };
         has_adapter |= layer.adapters.activated().next().is_some();
+        if layer.adapters.disabled && !layer.adapters.is_empty() {
+            disabled.get_or_insert_with(|| path.to_string());
+        }
         if layer.adapters.unmerged.is_none() && layer.adapters.activated().next().is_some() {
             results.push((path.to_string(), merged(path, layer)));
         }
     });
+    if let Some(path) = disabled {
+        let message = format!("the adapters of {path} are disabled: enable them first");
+        return Err(Error::config(message));
+    }
     if !has_adapter {
         return Err(Error::config("the model has no adapter in use to merge"));
     }
@@ -128,8 +135,11 @@ fn merge_checked(model: &mut dyn ModuleTree, refuse_non_finite: bool) -> Result<
 /// ```
 ///
 /// # Errors
-/// When the model carries no active adapter, a LoRA bias meets a layer without bias, as in PEFT, or a weight is in
-/// int8. The model is unchanged then.
+/// - the model carries no active adapter, or its adapters are disabled;
+/// - a LoRA bias meets a layer without bias, as in PEFT;
+/// - a weight is in int8.
+///
+/// The model is unchanged then.
 pub fn merge(model: &mut dyn ModuleTree) -> Result<()> {
     merge_checked(model, false)
 }

@@ -14,8 +14,8 @@
 use super::target::Matcher;
 use super::{BiasTraining, LoraConfig};
 use crate::nn::{
-    adapter_tensor_name, check_settable, is_adapter_tensor, set_values, Adapter, ModuleTree, Node,
-    NodeMut, DEFAULT_ADAPTER,
+    adapter_tensor_name, check_settable, is_adapter_tensor, refuse_merged, set_values, Adapter,
+    ModuleTree, Node, NodeMut, DEFAULT_ADAPTER,
 };
 use crate::{Error, Result, TensorMismatch};
 use candle_core::Tensor;
@@ -146,20 +146,6 @@ fn difference(
     };
     Ok((described != found)
         .then(|| format!("{path} has {}, the configuration {}", said(found), said(described))))
-}
-
-pub(super) fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
-    let mut merged = None;
-    model.visit("", &mut |path, node| {
-        if let Node::Layer(layer) = node {
-            if layer.adapters.unmerged.is_some() {
-                merged.get_or_insert_with(|| path.to_string());
-            }
-        }
-    });
-    merged.map_or(Ok(()), |path| {
-        Err(Error::config(format!("the adapter of {path} is merged: unmerge the model first")))
-    })
 }
 
 /// A copy of every tensor that belongs to the adapter of `model`, under PEFT's keys. `config` is the one it was

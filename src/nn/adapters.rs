@@ -103,10 +103,12 @@ impl Adapters {
         }
     }
 
-    /// Takes an adapter out; its name stays among the active ones.
+    /// Takes an adapter out; its name stays among the active ones. After the last one nothing is disabled.
     pub fn remove(&mut self, name: &str) -> Option<Adapter> {
         let place = self.named.iter().position(|(own, _)| own == name)?;
-        Some(self.named.remove(place).1)
+        let removed = self.named.remove(place).1;
+        self.disabled &= !self.named.is_empty();
+        Some(removed)
     }
 
     /// The active adapters that this layer has, whether disabled, merged or not.

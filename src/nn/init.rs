@@ -1,6 +1,7 @@
 //! Random weights that depend only on a seed and on each parameter's name.
 
 use super::int8::refuse_int8;
+use super::tree::refuse_merged;
 use super::variables::{check_settable, set_values};
 use super::{ModuleTree, Node, NodeMut};
 use crate::philox::{philox4x32, stream_of};
@@ -18,7 +19,7 @@ use rayon::prelude::*;
 ///
 /// # Errors
 /// - `std` is negative or not finite;
-/// - a weight is in int8;
+/// - a weight is in int8, or has a merged adapter;
 /// - a tensor is computed from a variable, or is a broadcast view of one.
 ///
 /// The module is unchanged then.
@@ -27,6 +28,7 @@ pub fn randomize(module: &mut dyn ModuleTree, seed: u64, std: f64) -> Result<()>
         return Err(Error::config(format!("std of random weights must be >= 0, got {std}")));
     }
     refuse_int8(module, "filled with random numbers")?;
+    refuse_merged(module)?;
     let mut settable = Ok(());
     module.visit("", &mut |name, node| {
         if let (Ok(()), Node::Parameter(tensor) | Node::Buffer(tensor)) = (&settable, node) {

@@ -66,9 +66,9 @@ pub use load::load;
 pub use low_rank::LowRank;
 pub use mlp::MlpBlock;
 pub use mode::Mode;
-pub(crate) use tree::refuse_twins;
 pub use tree::{
     child, join, named_parameters, set_trainable, trainable_variables, without_gradients, Buffer,
     Fixed, Layer, LayerMut, ModuleTree, Node, NodeMut,
 };
+pub(crate) use tree::{refuse_merged, refuse_twins};
 pub(crate) use variables::{check_settable, set_values, Training, ENDS_THE_GRAPH};

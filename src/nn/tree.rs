@@ -340,6 +340,21 @@ pub(crate) fn refuse_twins(module: &dyn ModuleTree) -> Result<()> {
     }
 }
 
+/// Fails where a layer has a merged adapter: unmerging would undo whatever is done to its weight until then.
+pub(crate) fn refuse_merged(model: &dyn ModuleTree) -> Result<()> {
+    let mut merged = None;
+    model.visit("", &mut |path, node| {
+        if let Node::Layer(layer) = node {
+            if layer.adapters.unmerged.is_some() {
+                merged.get_or_insert_with(|| path.to_string());
+            }
+        }
+    });
+    merged.map_or(Ok(()), |path| {
+        Err(Error::config(format!("the adapter of {path} is merged: unmerge the model first")))
+    })
+}
+
 /// The variables behind the trainable parameters, for an optimizer to update in place, by the parameters' names.
 ///
 /// A parameter may be a view of a variable, as q, k and v are of a fused `qkv`. The variable behind it is trained
@@ -396,6 +411,19 @@ pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {
     Ok(copy)
 }
 
+/// The weights and biases that unmerging replaces.
+fn merged_tensors(module: &dyn ModuleTree) -> HashSet<TensorId> {
+    let mut merged = HashSet::new();
+    module.visit("", &mut |_, node| {
+        let Node::Layer(layer) = node else { return };
+        let Some(old) = &layer.adapters.unmerged else { return };
+        let kept = [Some(&old.weight), old.bias.as_ref()].map(|tensor| tensor.map(Tensor::id));
+        let now = [Some(layer.weight), layer.bias].map(|tensor| tensor.map(Tensor::id));
+        merged.extend(now.into_iter().flatten().filter(|id| !kept.contains(&Some(*id))));
+    });
+    merged
+}
+
 /// Makes each parameter trainable or frozen as `wanted` says of its name.
 ///
 /// A parameter that is trainable already keeps its variable, which a `VarMap` may hold too. One that was frozen becomes
@@ -407,6 +435,7 @@ pub fn without_gradients<M: ModuleTree + Clone>(module: &M) -> Result<M> {
 ///
 /// # Errors
 /// - a parameter to be trained is in int8;
+/// - a layer whose weight is to be trained has a merged adapter: unmerging would take the trained weight away;
 /// - a tensor cannot be allocated.
 pub fn set_trainable(
     module: &mut dyn ModuleTree,
@@ -414,10 +443,15 @@ pub fn set_trainable(
 ) -> Result<()> {
     let mut choices = BTreeMap::new();
     let mut frozen = HashSet::new();
+    let merged = merged_tensors(module);
     for (name, tensor) in named_parameters(module) {
         let train = wanted(&name);
         if train && tensor.dtype() == DType::U8 {
             return Err(Error::config(format!("{name} is in int8 and cannot be trained")));
+        }
+        if train && merged.contains(&tensor.id()) {
+            let message = format!("{name} has a merged adapter: unmerge the model first");
+            return Err(Error::config(message));
         }
         if let (false, Training::Trained(variable)) = (train, Training::of(&tensor)?) {
             frozen.insert(variable.id());

@@ -41,7 +41,7 @@ impl Sam {
     /// With the tensors of a `VarBuilder`, under the names of the original segment-anything.
     ///
     /// # Errors
-    /// - the sizes are impossible;
+    /// - the sizes are impossible, or a global layer is none of the encoder's;
     /// - a tensor is missing or has another shape.
     pub fn new(
         encoder_embed_dim: usize,
@@ -50,6 +50,9 @@ impl Sam {
         encoder_global_attn_indexes: &[usize],
         vb: VarBuilder<'_>,
     ) -> CandleResult<Self> {
+        if let Some(index) = encoder_global_attn_indexes.iter().find(|i| **i >= encoder_depth) {
+            bail!("sam: layer {index} of {encoder_depth} has no attention that could be global")
+        }
         let mut config = SamConfig::vit_b();
         let vision = &mut config.vision_config;
         vision.hidden_size = encoder_embed_dim;
@@ -133,7 +136,9 @@ impl Sam {
     /// # Errors
     /// - the image is larger, or has another shape.
     pub fn preprocess(&self, img: &Tensor) -> CandleResult<Tensor> {
-        let (_, height, width) = img.dims3()?;
+        let &[3, height, width] = img.dims() else {
+            bail!("sam: an image must have shape [3, h, w], got {:?}", img.dims())
+        };
         if height.max(width) > IMAGE_SIZE {
             bail!("image is too large ({width}, {height}), maximum size {IMAGE_SIZE}")
         }

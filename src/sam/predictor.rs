@@ -3,6 +3,7 @@
 //! Source: `SamPredictor` of segment-anything.
 
 use super::identity::{self, Identity};
+use super::prompt_encoder::is_near;
 use super::{
     Frame, PreparedImages, Rle, SamHqImages, SamHqModel, SamInput, SamModel, SamProcessor,
 };
@@ -216,7 +217,7 @@ impl<'a> SamPredictor<'a> {
     /// Prompts with equally many points run together; those with logits run alone.
     ///
     /// # Errors
-    /// - a prompt is empty, or a coordinate is not finite;
+    /// - a prompt is empty, or a coordinate is not finite or beyond 2^24 pixels;
     /// - logits or the embedding do not have the model's shape.
     pub fn predict(
         &self,
@@ -342,8 +343,10 @@ fn tensors(prompts: &[&Prompt], frame: &Frame, device: &Device) -> Result<SamInp
 
 fn check(index: usize, prompt: &Prompt) -> Result<()> {
     let places = prompt.points.iter().flat_map(|point| [point.x, point.y]);
-    if !places.chain(prompt.bounds.into_iter().flatten()).all(f32::is_finite) {
-        return Err(Error::Config(format!("prompt {index}: a coordinate is not finite")));
+    let far = places.chain(prompt.bounds.into_iter().flatten()).find(|value| !is_near(*value));
+    if let Some(value) = far {
+        let message = format!("prompt {index}: the coordinate {value:e} is no pixel near an image");
+        return Err(Error::Config(message));
     }
     if prompt.points.is_empty() && prompt.bounds.is_none() && prompt.logits.is_none() {
         return Err(Error::Config(format!("prompt {index}: no point, no box and no logits")));

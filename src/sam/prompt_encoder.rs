@@ -22,8 +22,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Label of a point that is none: it pads a prompt that has no box.
 const NOT_A_POINT: f64 = -1.0;
+/// The largest coordinate, 2^24: of larger numbers f32 has not each.
+const FARTHEST: f32 = 16_777_216.0;
 /// Label of a point that pads a shorter list of points in a batch: its embedding is zero.
 const PADDING: f64 = -10.0;
+
+/// Whether a coordinate is finite and no further from the image than f32 tells pixels apart.
+pub(super) fn is_near(coordinate: f32) -> bool {
+    coordinate.abs() <= FARTHEST
+}
 
 /// Random Fourier features of positions, shared by the image and the prompts.
 ///
@@ -221,7 +228,9 @@ impl SamPromptEncoder {
     ///
     /// # Errors
     /// - a prompt's shape does not fit `batch` or the other prompts;
-    /// - on the CPU, a label is none of the four.
+    /// - on the CPU, a label is none of the four, or a coordinate is no place near an image.
+    ///
+    /// On a GPU such a label gives a token of NaN, and no error: the host would have to wait for the GPU.
     pub fn forward(
         &self,
         prompts: &SamPrompts<'_>,
@@ -273,17 +282,20 @@ impl SamPromptEncoder {
         }
         let labels = labels.reshape((batch, count, (), 1))?;
         let has_label = |label: f64| labels.eq(label)?.to_dtype(DType::F32);
-        let placed = (has_label(NOT_A_POINT)? + has_label(PADDING)?)?.affine(-1.0, 1.0)?;
+        let (none, off, on) = (has_label(NOT_A_POINT)?, has_label(0.0)?, has_label(1.0)?);
+        let (placed, unplaced) = ((&off + &on)?, (&none + has_label(PADDING)?)?);
+        // 1 or 0; NaN for any other label, which a GPU cannot refuse without a wait.
+        let placed = (&placed / (&placed + unplaced)?)?;
         let positions = shared.forward(&(centres / self.image_size as f64)?)?;
         let dtype = self.not_a_point_embed.weight.dtype();
         let mut tokens = positions.broadcast_mul(&placed)?.to_dtype(dtype)?;
-        for (label, embedding) in [
-            (NOT_A_POINT, &self.not_a_point_embed),
-            (0.0, &self.point_embed[0]),
-            (1.0, &self.point_embed[1]),
+        for (has_label, embedding) in [
+            (none, &self.not_a_point_embed),
+            (off, &self.point_embed[0]),
+            (on, &self.point_embed[1]),
         ] {
             let chosen = ops::repeat(&embedding.weight, tokens.shape())?;
-            tokens = (tokens + chosen.broadcast_mul(&has_label(label)?.to_dtype(dtype)?)?)?;
+            tokens = (tokens + chosen.broadcast_mul(&has_label.to_dtype(dtype)?)?)?;
         }
         Ok(tokens)
     }
@@ -302,6 +314,14 @@ impl SamPromptEncoder {
         let refuse = |name: &str, expected: String, tensor: &Tensor| {
             bail!("prompt_encoder: {name} must have shape {expected}, got {:?}", tensor.dims())
         };
+        let coordinates = [prompts.input_points, prompts.input_boxes];
+        for (name, tensor) in ["input_points", "input_boxes"].into_iter().zip(coordinates) {
+            let Some(tensor) = tensor.filter(|tensor| tensor.device().is_cpu()) else { continue };
+            let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            if let Some(value) = values.iter().find(|value| !is_near(**value)) {
+                bail!("prompt_encoder: {name} must be pixels of the image, got {value:e}")
+            }
+        }
         let mut count = None;
         if let Some(points) = prompts.input_points {
             match *points.dims() {

@@ -26,7 +26,7 @@ use crate::problem::{AdamWRates, AdamWStep};
 use crate::{Error, Result, TensorMismatch};
 use candle_core::{backprop::GradStore, bail, DType, Tensor, Var};
 use candle_nn::Optimizer;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 /// A parameter and its moments.
@@ -94,7 +94,7 @@ impl AdamW {
     ///
     /// # Errors
     /// - there are no parameters;
-    /// - two parameters share a name;
+    /// - two parameters share a name, or are one variable, which a step would change twice;
     /// - a parameter is not a float tensor;
     /// - the configuration is invalid.
     pub fn new<P: Into<Parameter>>(parameters: Vec<P>, config: AdamWConfig) -> Result<Self> {
@@ -102,13 +102,17 @@ impl AdamW {
         if parameters.is_empty() {
             return Err(Error::config("adamw: the model has no trainable parameter"));
         }
-        let mut names = BTreeSet::new();
+        let (mut names, mut variables) = (BTreeSet::new(), HashMap::new());
         let mut slots = Vec::with_capacity(parameters.len());
         for (position, parameter) in parameters.into_iter().enumerate() {
             let Parameter { name, var } = parameter.into();
             let name = name.unwrap_or_else(|| position.to_string());
             if !names.insert(name.clone()) {
                 return Err(Error::config(format!("adamw: two parameters are named {name}")));
+            }
+            if let Some(other) = variables.insert(var.id(), name.clone()) {
+                let message = format!("adamw: {other} and {name} are one variable; name it once");
+                return Err(Error::config(message));
             }
             if !matches!(var.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
                 return Err(Error::config(format!(
@@ -186,6 +190,17 @@ impl AdamW {
         candle_core::Error::msg(format!("adamw: step {}: {error}", self.steps + 1))
     }
 
+    /// Fails where the norm's square is infinite in f32, as the second moments of such gradients are: their parameters
+    /// would stand still from then on.
+    fn check_norm(&self, norm: f64) -> candle_core::Result<()> {
+        match norm * norm <= f64::from(f32::MAX) {
+            true => Ok(()),
+            false => Err(self.failed(candle_core::Error::msg(format!(
+                "the norm of the gradients is {norm:e}, and its square is infinite in f32; try a lower learning rate"
+            )))),
+        }
+    }
+
     /// The error on the gradient of the parameter in this place.
     fn not_finite(&self, place: usize) -> candle_core::Error {
         let name = self.slots.get(place).map_or("?", |slot| &slot.name);
@@ -215,7 +230,7 @@ impl AdamW {
     /// On a GPU the step is launched before the host sees the gradients and `loss`, a scalar in f32.
     ///
     /// # Errors
-    /// - the loss or a gradient is not finite; nothing was changed then;
+    /// - the loss, a gradient or the square of the norm is not finite in f32; nothing was changed then;
     /// - a gradient does not fit its parameter;
     /// - the learning rate was set to a negative number, or to one that is not finite.
     pub fn apply(
@@ -254,6 +269,7 @@ impl AdamW {
         if !grad_norm.is_finite() {
             self.check(gradients)?; // or only the squares are infinite
         }
+        self.check_norm(grad_norm)?;
         let clipped = step.max_norm.map(|most| gradients.clone().clipped(grad_norm, most));
         let clipped = clipped.transpose()?;
         let gradients = clipped.as_ref().unwrap_or(gradients).tensors();

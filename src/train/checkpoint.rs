@@ -11,13 +11,14 @@
 //! model's and the data's listing.
 
 use super::{HeldOutScores, StepScores};
-use crate::files::{Seal, TensorFile};
+use crate::files::{self, Seal, TensorFile};
 use crate::{Error, Result};
 use candle_core::{bail, DType, Device, Tensor};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 const SEAL: Seal = Seal { key: "state", what: "a training state" };
@@ -52,6 +53,7 @@ struct Header {
 
 impl TrainingState {
     /// Writes the state, atomically; the one that was there becomes the [`previous_state_path`] one.
+    /// Writers of one file take turns.
     ///
     /// # Errors
     /// When the file cannot be written; the old one remains then.
@@ -59,6 +61,7 @@ impl TrainingState {
         let path = path.as_ref();
         let (header, tensors) = self.contents()?;
         let staged = SEAL.stage(path, &header, &tensors)?;
+        let _alone = files::locked(files::parent(path), File::lock);
         if path.is_file() {
             std::fs::rename(path, previous_state_path(path)).map_err(|e| Error::io(path, e))?;
         }

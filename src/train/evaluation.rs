@@ -165,7 +165,7 @@ impl Evaluator<'_> {
             automatic: None,
         };
         for (index, instance) in sample.instances.iter().enumerate() {
-            let prompts = self.kind.fixed(sample.labels(instance), instance);
+            let prompts = self.kind.fixed(sample.labels(instance)?, instance);
             let first = prompt_tensor(&prompts, frame, self.device)?;
             let input =
                 SamInput { image_embeddings: Some(embeddings.clone()), ..prompt_input(&first)? };
@@ -178,7 +178,7 @@ impl Evaluator<'_> {
                 none => none.insert(Resizer::new(self.processor, (rows, cols), frame)?),
             };
             let predicted = output.iou_scores.squeeze(0)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-            let truth = Truth::new(sample, instance);
+            let truth = Truth::new(sample, instance)?;
             let (mut mask, mut scores) = (None, vec![]);
             for (index, predicted) in predicted.iter().enumerate() {
                 let logits = logits.get(index)?;
@@ -279,8 +279,8 @@ struct Truth<'a> {
 }
 
 impl<'a> Truth<'a> {
-    fn new(sample: &'a Sample, instance: &'a Instance) -> Self {
-        Self { labels: sample.labels(instance), instance }
+    fn new(sample: &'a Sample, instance: &'a Instance) -> Result<Self> {
+        Ok(Self { labels: sample.labels(instance)?, instance })
     }
 
     fn size(&self) -> (usize, usize) {

@@ -64,10 +64,14 @@ impl Sample {
 
     /// The mask that has one of the instances.
     ///
-    /// # Panics
-    /// The instance is of no layer of this sample.
-    pub fn labels(&self, instance: &Instance) -> &LabelImage {
-        &self.layers[instance.layer]
+    /// # Errors
+    /// - the instance is of no layer of this sample.
+    pub fn labels(&self, instance: &Instance) -> Result<&LabelImage> {
+        let Instance { label, layer, .. } = instance;
+        self.layers.get(*layer).ok_or_else(|| {
+            let (name, layers) = (&self.name, self.layers.len());
+            Error::config(format!("{name}: object {label} is of mask {layer}, of {layers}"))
+        })
     }
 
     /// The mask of one of the instances.
@@ -76,11 +80,7 @@ impl Sample {
     /// - the instance is of no layer of this sample;
     /// - the image has more than 2^32 pixels.
     pub fn object(&self, instance: &Instance) -> Result<Rle> {
-        let Some(labels) = self.layers.get(instance.layer) else {
-            let (layer, layers) = (instance.layer, self.layers.len());
-            let message = format!("object {} is of mask {layer}, of {layers}", instance.label);
-            return Err(Error::config(format!("{}: {message}", self.name)));
-        };
+        let labels = self.labels(instance)?;
         let inside: Vec<bool> = labels.iter().map(|label| *label == instance.label).collect();
         Rle::from_mask(&inside, (labels.height(), labels.width()))
     }

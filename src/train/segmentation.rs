@@ -229,8 +229,8 @@ impl Batch {
             let window = MaskWindow::new(&frame, processor.pad_size, mask_size);
             let kind = config.kind.of_image(&mut draws);
             let chosen = choose(&sample, config.prompts, &mut draws)?;
-            let prompt = |found: &Instance| kind.draw(sample.labels(found), found, &mut draws);
-            let drawn: Vec<Prompt> = chosen.iter().map(prompt).collect();
+            let prompt = |found: &Instance| Ok(kind.draw(sample.labels(found)?, found, &mut draws));
+            let drawn: Vec<Prompt> = chosen.iter().map(prompt).collect::<Result<_>>()?;
             let prompts = prompt_tensor(&drawn, &frame, device)?;
             images.push(image);
             prompted.push((prompts, window.masks(&sample, &chosen, device)?));
@@ -379,7 +379,7 @@ impl MaskWindow {
         let shape = (instances.len(), rows, cols);
         let (mut targets, mut left, mut any) = (vec![], vec![], false);
         for instance in instances {
-            let labels = sample.labels(instance);
+            let labels = sample.labels(instance)?;
             let target = mask_on_grid(labels, instance.label, rows, cols, pitch);
             let ignored = ignored(labels, rows, cols, pitch);
             any |= ignored.is_some();

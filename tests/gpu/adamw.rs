@@ -27,7 +27,7 @@ pub fn trials() -> Vec<Trial> {
         trial("steps as on the CPU", steps),
         trial("continues bit for bit", continues),
         trial("changes nothing where a gradient is not finite", not_finite),
-        trial("takes a variable twice and f64 as well", by_candle),
+        trial("takes f64 beside f32", by_candle),
         trial("is three launches, a copy and a wait", launches),
         trial("in a trainer", in_a_trainer),
         trial("gradients past candle's store have its bits", past_the_store),
@@ -110,6 +110,11 @@ fn not_finite(device: &Device) -> Result<()> {
         let message = optimizer.apply(&gradients, None, None).expect_err("not finite").to_string();
         assert!(message.contains("step 3: the gradient of 1 is not finite"), "{message}");
     }
+    for max_norm in [None, Some(1.0)] {
+        let gradients = gradients(&optimizer, &vars, 2, 1e20)?;
+        let message = optimizer.apply(&gradients, None, max_norm).expect_err("squares").to_string();
+        assert!(message.contains("its square is infinite in f32"), "{message}");
+    }
     let gradients = gradients(&optimizer, &vars, 2, 1.0)?;
     let loss = Tensor::new(f32::NAN, device)?;
     let message = optimizer.apply(&gradients, Some(&loss), None).expect_err("a loss").to_string();
@@ -121,15 +126,15 @@ fn not_finite(device: &Device) -> Result<()> {
 fn by_candle(device: &Device) -> Result<()> {
     let run = |device: &Device| -> Result<(Vec<f64>, Vec<f64>)> {
         let wide = random(1, 5).to_dtype(DType::F64)?.to_device(device)?;
-        let (wide, twice) =
+        let (wide, narrow) =
             (Var::from_tensor(&wide)?, Var::from_tensor(&random(2, 6).to_device(device)?)?);
-        let parameters = [("a", &wide), ("b", &twice), ("c", &twice)];
+        let parameters = [("a", &wide), ("b", &narrow)];
         let parameters = parameters.map(|(name, var)| (name.to_string(), var.clone()));
         let mut optimizer = AdamW::new(parameters.to_vec(), CONFIG)?;
-        let loss = (wide.sqr()?.sum_all()?.to_dtype(DType::F32)? + twice.sqr()?.sum_all()?)?;
+        let loss = (wide.sqr()?.sum_all()?.to_dtype(DType::F32)? + narrow.sqr()?.sum_all()?)?;
         let gradients = optimizer.gradients(&loss.backward()?)?;
         optimizer.apply(&gradients, Some(&loss.detach()), Some(1.0))?;
-        Ok((values(&wide), values(&twice)))
+        Ok((values(&wide), values(&narrow)))
     };
     let (found, expected) = (run(device)?, run(&Device::Cpu)?);
     for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {

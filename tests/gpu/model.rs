@@ -34,6 +34,9 @@ pub fn trials() -> Vec<Trial> {
     trials.push(trial("model gradients".to_string(), |device| {
         with_each(device, || gradients(device).map_err(Error::wrap))
     }));
+    trials.push(trial("model unknown labels give no number".to_string(), |device| {
+        unknown_label(device).map_err(Error::wrap)
+    }));
     trials
 }
 
@@ -64,6 +67,27 @@ fn values(name: &str, kind: AttentionKind, device: &Device) -> anyhow::Result<()
         }
     }
     worst.assert_within(VALUES);
+    Ok(())
+}
+
+/// A GPU cannot refuse a label without a wait, so the scores of its prompt are NaN, and those of others are not.
+fn unknown_label(device: &Device) -> anyhow::Result<()> {
+    let model = model_on(device, "tiny", AttentionKind::Fused, DType::F32)?;
+    let pixels = read("tiny", "io.safetensors")?["encoder/pixel_values"].to_device(device)?;
+    let batch = pixels.dim(0)?;
+    let labels = Tensor::new(&[1f32, 2.0], device)?.reshape((1, 2, 1))?;
+    let input = SamInput {
+        pixel_values: Some(pixels),
+        input_points: Some(Tensor::ones((batch, 2, 1, 2), DType::F32, device)?),
+        input_labels: Some(labels.broadcast_as((batch, 2, 1))?.contiguous()?),
+        ..SamInput::default()
+    };
+    let scores = model.forward(&input, Mode::Eval)?.iou_scores.to_vec3::<f32>()?;
+    for prompts in scores {
+        let nan: Vec<bool> = prompts.concat().iter().map(|score| score.is_nan()).collect();
+        let masks = nan.len() / 2;
+        anyhow::ensure!(!nan[..masks].contains(&true) && !nan[masks..].contains(&false), "{nan:?}");
+    }
     Ok(())
 }
 

@@ -252,6 +252,11 @@ fn a_folder_that_cannot_be_written_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "x").unwrap();
+    // As of a variable that is not set.
+    let message = save_adapter(&model, &config(), "").unwrap_err().to_string();
+    assert!(message.contains("the name of a folder is empty"), "{message}");
+    let message = load_adapter(&mut Net::base(), "").unwrap_err().to_string();
+    assert!(message.contains("the name of a folder is empty"), "{message}");
     let error = save_adapter(&model, &config(), &file).unwrap_err();
     assert!(matches!(error, Error::Io { .. }), "{error}");
     assert_eq!(std::fs::read(&file).unwrap(), b"x");

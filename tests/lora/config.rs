@@ -3,7 +3,7 @@
 use crate::common::property;
 use crate::support::folders::read_config;
 use crate::support::linears::{fixture, KINDS};
-use candle_sam_lora::lora::{BiasTraining, LoraConfig, ModuleNames, CONFIG_FILE};
+use candle_sam_lora::lora::{BiasTraining, InitLoraWeights, LoraConfig, ModuleNames, CONFIG_FILE};
 use proptest::prelude::*;
 use serde_json::{json, Value};
 
@@ -189,10 +189,14 @@ fn wrong_and_unsupported_values_are_refused_by_name() {
 fn numbers_that_are_none_are_refused() {
     let config = || LoraConfig::new(4).target_modules(["q"]);
     assert!(config().validate().is_ok());
-    for alpha in [f64::NAN, f64::INFINITY] {
+    for alpha in [f64::NAN, f64::INFINITY, 1e39] {
         assert!(config().alpha(alpha).validate().is_err());
         assert!(config().alpha_of("q", alpha).validate().is_err());
     }
+    let mut endless = config();
+    endless.init_lora_weights = InitLoraWeights::Named("pissa_niter_99999999".into());
+    let message = endless.validate().unwrap_err().to_string();
+    assert!(message.contains("fewer than 1000 iterations"), "{message}");
     for dropout in [f64::NAN, 1.0, 0.999_999_9, -1e-9] {
         assert!(config().dropout(dropout).validate().is_err());
     }

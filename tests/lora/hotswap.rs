@@ -48,8 +48,12 @@ fn variables_of_the_same_shape_stay_and_get_the_new_values() {
         assert_eq!(old.as_tensor().id(), new.as_tensor().id(), "{name} is another variable");
     }
     assert_eq!(bits(&forward(&model)), bits(&forward(&loaded("e"))));
-    // Frozen tensors stay frozen.
+    // Frozen tensors stay frozen, and those of a clone are its own.
     set_trainable(&mut model, |_| false).unwrap();
+    let served = model.clone();
+    hotswap_adapter(&mut model, "default", adapter("a")).unwrap();
+    assert_eq!(bits(&forward(&model)), bits(&forward(&loaded("a"))));
+    assert_eq!(bits(&forward(&served)), bits(&forward(&loaded("e"))));
     hotswap_adapter(&mut model, "default", adapter("wider")).unwrap();
     assert!(trainable_variables(&model).unwrap().is_empty());
 }

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use candle_sam_lora::lora::{
     load_adapter, merge, merge_and_unload, safe_merge, unload, unmerge, LoraConfig,
 };
-use candle_sam_lora::nn::{trainable_variables, Mode, DEFAULT_ADAPTER};
+use candle_sam_lora::nn::{randomize, set_trainable, trainable_variables, Mode, DEFAULT_ADAPTER};
 
 #[test]
 fn merged_equals_unmerged_and_peft() {
@@ -124,4 +124,20 @@ fn half_precision_weights_are_rounded_once() {
         unmerge(&mut model).unwrap();
         assert_eq!(bits(&model.q.weight), original);
     }
+}
+
+#[test]
+fn weights_that_unmerging_would_undo_are_refused() {
+    let mut model = loaded("lora_bias");
+    merge(&mut model).unwrap();
+    let before = snapshot(&model);
+    let trained = set_trainable(&mut model, |_| true).unwrap_err().to_string();
+    let random = randomize(&mut model, 0, 0.1).unwrap_err().to_string();
+    for message in [trained, random] {
+        assert!(message.contains("merged"), "{message}");
+    }
+    assert_eq!(snapshot(&model), before);
+    set_trainable(&mut model, |_| false).unwrap();
+    unmerge(&mut model).unwrap();
+    set_trainable(&mut model, |_| true).unwrap();
 }

@@ -208,6 +208,13 @@ fn disabled_adapters_are_as_if_they_were_not() {
     merge(&mut model).unwrap();
     disable_adapters(&mut model).unwrap();
     assert_eq!(forward(&model), base, "merged ones are taken out");
+    let message = merge(&mut model).unwrap_err().to_string();
+    assert!(message.contains("disabled"), "{message}");
+    for name in ["a", "c", "conv"] {
+        delete_adapter(&mut model, name).unwrap();
+    }
+    load_named_adapter(&mut model, "a", adapter("a")).unwrap();
+    assert_eq!(forward(&model), forward(&loaded(&["a"])), "a new adapter is not disabled");
 }
 
 #[test]

@@ -109,11 +109,15 @@ fn an_encoder_of_ours_feeds_their_decoder() -> Result<()> {
 }
 
 #[test]
-fn an_image_that_is_too_large_is_refused() -> Result<()> {
+fn impossible_images_and_layers_are_refused() -> Result<()> {
     let (dim, depth, heads, global) = SIZES;
     let sam = ours::Sam::new(dim, depth, heads, global, weights()?)?;
     let error = sam.embeddings(&Tensor::zeros((3, 20, 1025), DType::F32, &Device::Cpu)?);
     assert!(error.unwrap_err().to_string().contains("maximum size 1024"));
+    let error = sam.embeddings(&Tensor::zeros((1, 20, 20), DType::F32, &Device::Cpu)?);
+    assert!(error.unwrap_err().to_string().contains("must have shape [3, h, w], got [1, 20, 20]"));
+    let error = ours::Sam::new(dim, depth, heads, &[depth], weights()?).map(drop);
+    assert!(error.unwrap_err().to_string().contains("no attention that could be global"));
     Ok(())
 }
 

@@ -251,8 +251,9 @@ fn what_is_no_prompt_or_no_setting_is_refused() -> Result<()> {
     let embedding = predictor.embed(&image)?;
     for (prompt, words) in [
         (Prompt::default(), "no point, no box"),
-        (Prompt::at(f32::NAN, 1.0), "not finite"),
-        (Prompt::within([0.0, 0.0, f32::INFINITY, 1.0]), "not finite"),
+        (Prompt::at(f32::NAN, 1.0), "NaN is no pixel"),
+        (Prompt::at(1.0, f32::MAX), "3.4028235e38 is no pixel"),
+        (Prompt::within([0.0, 0.0, f32::INFINITY, 1.0]), "inf is no pixel"),
     ] {
         let error = predictor.predict(&embedding, &[prompt], true).err().context("accepted")?;
         ensure!(error.to_string().contains(words), "{error}");
@@ -347,8 +348,14 @@ fn annotations_are_coco() -> Result<()> {
     let size = (40, 50);
     let masks = [disc(size, (20.0, 20.0), 4.0)?, disc(size, (30.0, 40.0), 12.0)?];
     let mut annotations = CocoAnnotations::default();
-    annotations.push("empty.png", (3, 4), &[]);
-    annotations.push("two.png", size, &masks);
+    let outside = GeneratedMask { bounds: [4, 0, 50, 1], ..masks[0].clone() };
+    let turned = GeneratedMask { bounds: [4, 0, 3, 1], ..masks[0].clone() };
+    for (size, mask) in [((50, 40), masks[0].clone()), (size, outside), (size, turned)] {
+        let error = annotations.push("odd.png", size, &[mask]).err().context("accepted")?;
+        ensure!(error.to_string().contains("mask 0 has (height, width) (40, 50)"), "{error}");
+    }
+    annotations.push("empty.png", (3, 4), &[])?;
+    annotations.push("two.png", size, &masks)?;
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("masks.json");
     annotations.save(&path)?;

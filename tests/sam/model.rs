@@ -268,6 +268,13 @@ fn inputs_that_do_not_fit_are_refused() -> Result<()> {
         ),
         (SamInput { input_points: None, ..good.clone() }, "input_labels without input_points"),
         (
+            SamInput {
+                input_points: Some((Tensor::ones((2, 2, 3, 2), DType::F32, &Device::Cpu)? * 1e30)?),
+                ..good.clone()
+            },
+            "input_points must be pixels of the image, got 1e30",
+        ),
+        (
             // Corners of a box in the original's ONNX model.
             SamInput {
                 input_labels: Some((Tensor::ones((2, 2, 3), DType::F32, &Device::Cpu)? * 2.0)?),

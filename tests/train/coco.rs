@@ -23,7 +23,7 @@ fn write_images(folder: &Path, instances: &Value) -> anyhow::Result<()> {
 /// The pixels of each instance.
 fn masks(sample: &Sample) -> Vec<Vec<u8>> {
     let mask = |instance| {
-        let labels = sample.labels(instance).pixels();
+        let labels = sample.labels(instance).expect("a layer").pixels();
         labels.map(|label| u8::from(label.0[0] == instance.label)).collect()
     };
     sample.instances.iter().map(mask).collect()

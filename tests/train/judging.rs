@@ -78,7 +78,8 @@ fn tiny(images: usize) -> anyhow::Result<Tiny> {
 
 /// Whether each pixel is the object's, row by row.
 fn truth(sample: &Sample, instance: &Instance) -> Vec<bool> {
-    sample.labels(instance).iter().map(|label| *label == instance.label).collect()
+    let labels = sample.labels(instance).expect("a layer");
+    labels.iter().map(|label| *label == instance.label).collect()
 }
 
 fn naive_iou(found: &[bool], truth: &[bool]) -> f64 {
@@ -126,7 +127,7 @@ fn naive_conversation(
         let side = logits.dim(0)?;
         let pitch = frame.original.0 as f64 / side as f64;
         let wanted =
-            mask_on_grid(sample.labels(instance), instance.label, side, side, (pitch, pitch));
+            mask_on_grid(sample.labels(instance)?, instance.label, side, side, (pitch, pitch));
         let low = logits.to_vec2::<f32>()?;
         let places: Vec<(usize, usize)> =
             (0..side).flat_map(|y| (0..side).map(move |x| (x, y))).collect();

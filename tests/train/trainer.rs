@@ -52,6 +52,52 @@ fn schedules_are_transformers() {
     }
 }
 
+/// Moments of such gradients are infinite, and their parameters stand still from then on.
+#[test]
+fn gradients_of_infinite_squares_are_refused() -> anyhow::Result<()> {
+    let var = Var::from_slice(&[1f32, 2.0], 2, &Device::Cpu)?;
+    for max_norm in [None, Some(1.0)] {
+        let mut optimizer = AdamW::new(vec![var.clone()], AdamWConfig::default())?;
+        let loss = (var.as_tensor() * 1e20)?.sum_all()?;
+        let gradients = optimizer.gradients(&loss.backward()?)?;
+        let message = optimizer.apply(&gradients, None, max_norm).expect_err("taken").to_string();
+        assert!(message.contains("its square is infinite in f32"), "{message}");
+        assert_eq!((optimizer.steps(), var.to_vec1::<f32>()?), (0, vec![1.0, 2.0]));
+    }
+    Ok(())
+}
+
+#[test]
+fn one_variable_under_two_names_is_refused() -> anyhow::Result<()> {
+    let var = Var::ones(2, DType::F32, &Device::Cpu)?;
+    let twice = ["a", "b"].map(|name| (name.to_string(), var.clone())).to_vec();
+    let message = AdamW::new(twice, AdamWConfig::default()).expect_err("taken").to_string();
+    assert!(message.contains("a and b are one variable"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn writers_of_one_state_take_turns() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let state = TrainingState {
+        step: 0,
+        seed: 0,
+        settings: Default::default(),
+        losses: vec![],
+        evaluations: vec![],
+        tensors: [("a".to_string(), Tensor::ones(8, DType::F32, &Device::Cpu)?)].into(),
+    };
+    std::thread::scope(|scope| {
+        let save = || (0..20).try_for_each(|_| state.save(&path));
+        let writers = [0, 1, 2, 3].map(|_| scope.spawn(save));
+        writers.into_iter().try_for_each(|writer| writer.join().expect("a panic"))
+    })?;
+    TrainingState::load(&path, &Device::Cpu)?;
+    TrainingState::load(previous_state_path(&path), &Device::Cpu)?;
+    Ok(())
+}
+
 #[test]
 fn clipping_is_pytorchs() -> Result<()> {
     let cases = cases("clip");

@@ -69,7 +69,7 @@ fn enlarged(sample: &Sample) -> (RgbImage, u32) {
 
 fn outline_truth(image: &mut RgbImage, sample: &Sample, factor: u32) {
     for instance in &sample.instances {
-        let labels = sample.labels(instance);
+        let Ok(labels) = sample.labels(instance) else { continue };
         let [x0, y0, x1, y1] = instance.bounds;
         let inside = |x: u32, y: u32| labels.get_pixel(x0 + x, y0 + y).0[0] == instance.label;
         let window = [x0, y0, x1 - x0 + 1, y1 - y0 + 1];

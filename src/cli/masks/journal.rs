@@ -168,14 +168,10 @@ impl Journal {
 ///
 /// # Errors
 /// - the JSON cannot be written.
-pub fn coco_text(
-    name: &str,
-    size: (u32, u32),
-    masks: &[GeneratedMask],
-) -> serde_json::Result<String> {
+pub fn coco_text(name: &str, size: (u32, u32), masks: &[GeneratedMask]) -> anyhow::Result<String> {
     let mut single = CocoAnnotations::default();
-    single.push(name, size, masks);
-    serde_json::to_string(&single)
+    single.push(name, size, masks)?;
+    Ok(serde_json::to_string(&single)?)
 }
 
 /// The name of an entry's image.

@@ -1,12 +1,16 @@
 //! Refuses, by name, settings that no adapter can have and settings that this crate does not support.
 
 use super::{InitLoraWeights, LoraConfig, ModuleNames, ValueOrList};
+use crate::lora::init::pissa_iterations;
 use crate::philox::Dropout;
 use crate::{Error, Result};
 use serde_json::Value;
 
 /// The largest rank taken: above it a configuration is a mistake, and its tensors would not fit any memory.
 const MAX_RANK: usize = 1 << 16;
+
+/// PiSSA's iterations converge within some dozens.
+const MOST_ITERATIONS: usize = 1000;
 
 /// PEFT features that would change the result and are not followed here; refused unless null, false or empty.
 pub(in crate::lora) const UNSUPPORTED: [&str; 12] = [
@@ -47,8 +51,8 @@ impl LoraConfig {
         for (name, alpha) in std::iter::once(("lora_alpha", self.alpha))
             .chain(self.alpha_pattern.iter().map(|(name, alpha)| (name.as_str(), *alpha)))
         {
-            if !alpha.is_finite() {
-                return refuse(format!("the alpha {name} must be finite, got {alpha}"));
+            if !(alpha as f32).is_finite() {
+                return refuse(format!("the alpha {name} must be finite in f32, got {alpha:e}"));
             }
         }
         if !Dropout::is_probability(self.dropout) {
@@ -89,6 +93,11 @@ impl LoraConfig {
                 return refuse(format!(
                     "init_lora_weights {name:?} is not supported: it changes the base weights or the layer; \
                      convert the adapter to plain LoRA with PEFT first"
+                ));
+            }
+            if let Some(Some(iterations @ MOST_ITERATIONS..)) = pissa_iterations(name) {
+                return refuse(format!(
+                    "init_lora_weights {name:?}: expected fewer than {MOST_ITERATIONS} iterations, got {iterations}"
                 ));
             }
             if self.lora_bias {

@@ -6,7 +6,6 @@ use crate::launch::device_ptr;
 use crate::ops::custom::has_kernels;
 use crate::problem::{AdamWRates, AdamWStep};
 use candle_core::{bail, DType, Result, Shape, Tensor, Var};
-use std::collections::HashSet;
 
 /// A step whose kernels are launched.
 pub struct Launched {
@@ -45,7 +44,7 @@ impl Launched {
 
 /// Read back after a step.
 pub struct Outcome {
-    /// The norm of all gradients together, before clipping.
+    /// The norm of all gradients together, before clipping. Nothing was changed if its square is infinite in f32.
     pub grad_norm: f64,
     /// The place of the first parameter whose gradient is not finite; nothing was changed then.
     pub not_finite: Option<usize>,
@@ -53,16 +52,14 @@ pub struct Outcome {
     pub loss: f32,
 }
 
-/// Whether the kernels take these parameters: several tensors of one GPU, each once.
+/// Whether the kernels take these parameters: tensors of one GPU.
 pub fn takes<'a>(parameters: impl Iterator<Item = &'a Var> + Clone) -> bool {
     let Some(first) = parameters.clone().next() else { return false };
-    let mut known = HashSet::new();
     has_kernels(first.device())
         && parameters.clone().any(|var| var.elem_count() > 0)
         && parameters.into_iter().all(|var| {
             matches!(var.dtype(), DType::F32 | DType::F16 | DType::BF16)
                 && var.device().same_device(first.device())
-                && known.insert(var.id())
         })
 }
 

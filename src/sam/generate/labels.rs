@@ -32,7 +32,7 @@ const STRIP_ROWS: u32 = 64;
 /// save_labels(std::env::temp_dir().join("candle-sam-lora-labels.tif"), &labels, (2, 2))?;
 /// assert_eq!(geojson_feature(1, &masks[0])["properties"]["area"], 3);
 /// let mut coco = CocoAnnotations::default();
-/// coco.push("photo.png", (2, 2), &masks);
+/// coco.push("photo.png", (2, 2), &masks)?;
 /// coco.save(std::env::temp_dir().join("candle-sam-lora-annotations.json"))?;
 /// # Ok(())
 /// # }

@@ -56,7 +56,27 @@ struct CocoCategory {
 
 impl CocoAnnotations {
     /// Adds an image of a height and width and its masks, all of the one category "object".
-    pub fn push(&mut self, file_name: &str, (height, width): (u32, u32), masks: &[GeneratedMask]) {
+    ///
+    /// # Errors
+    /// - a mask is of another size, or its bounds are no box within the image; nothing was added then.
+    pub fn push(
+        &mut self,
+        file_name: &str,
+        (height, width): (u32, u32),
+        masks: &[GeneratedMask],
+    ) -> Result<()> {
+        for (place, mask) in masks.iter().enumerate() {
+            let (size, bounds) = (mask.mask.size(), mask.bounds);
+            let [x0, y0, x1, y1] = bounds;
+            if size != (height, width) || x0 > x1 || y0 > y1 || x1 >= width || y1 >= height {
+                let message = format!(
+                    "{file_name}: mask {place} has (height, width) {size:?} and bounds {bounds:?}, the image has \
+                     {:?}",
+                    (height, width)
+                );
+                return Err(Error::Config(message));
+            }
+        }
         if self.categories.is_empty() {
             self.categories.push(CocoCategory { id: 1, name: "object" });
         }
@@ -64,7 +84,6 @@ impl CocoAnnotations {
         self.images.push(CocoImage { id: image_id, file_name: file_name.into(), width, height });
         for mask in masks {
             let [x0, y0, x1, y1] = mask.bounds;
-            let (height, width) = mask.mask.size();
             self.annotations.push(CocoAnnotation {
                 id: self.annotations.len() + 1,
                 image_id,
@@ -79,6 +98,7 @@ impl CocoAnnotations {
                 crop_box: [mask.crop.left, mask.crop.top, mask.crop.width(), mask.crop.height()],
             });
         }
+        Ok(())
     }
 
     /// Writes the file, or leaves what was there.

@@ -132,7 +132,9 @@ impl View {
             || (bounds[2] + 1 == window.right && window.right < size.1)
             || (bounds[3] + 1 == window.bottom && window.bottom < size.0);
         let Crop { left: x0, top: y0, right: x1, bottom: y1 } = mask.crop;
-        let crop = Crop { left: x0 + left, top: y0 + top, right: x1 + left, bottom: y1 + top };
+        let [x0, x1] = [x0, x1].map(|x| x.saturating_add(left));
+        let [y0, y1] = [y0, y1].map(|y| y.saturating_add(top));
+        let crop = Crop { left: x0, top: y0, right: x1, bottom: y1 };
         let point = [mask.point[0] + left as f32, mask.point[1] + top as f32];
         let mask = GeneratedMask { mask: placed, bounds, point, crop, ..mask };
         Some(Self { mask, window: *window, cut, area, tile: 0 })

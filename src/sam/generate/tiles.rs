@@ -12,6 +12,9 @@ use crate::sam::{LargeImage, SamPredictor};
 use crate::{Error, Result};
 use image::DynamicImage;
 
+/// More than tiles of a useful size in any image, and few enough to list.
+const MOST_TILES: u64 = 1 << 20;
+
 /// How an image is cut into tiles.
 ///
 /// [Example](crate::guide::everything)
@@ -37,7 +40,8 @@ impl Tiling {
     ///
     /// # Errors
     /// - `tile` is 0, or `same_object_iou` is not above 0 and at most 1;
-    /// - the image has no pixel, or 2^32 or more.
+    /// - the image has no pixel, or 2^32 or more;
+    /// - there are more than 2^20 tiles.
     pub fn tiles(&self, (height, width): (u32, u32)) -> Result<Vec<Tile>> {
         let refuse = |message: String| Err(Error::Config(format!("tiles: {message}")));
         if self.tile == 0 {
@@ -51,6 +55,14 @@ impl Tiling {
         if !(1..=u64::from(u32::MAX)).contains(&pixels) {
             let message = format!("an image of {width} x {height} pixels, expected 1 to 2^32 - 1");
             return refuse(message);
+        }
+        let (rows, columns) = (height.div_ceil(self.tile), width.div_ceil(self.tile));
+        if u64::from(rows) * u64::from(columns) > MOST_TILES {
+            let tile = self.tile;
+            return refuse(format!(
+                "tile is {tile}: an image of {width} x {height} pixels would have {columns} x {rows} tiles, expected at \
+                 most {MOST_TILES}"
+            ));
         }
         let (rows, columns) = (self.parts(height), self.parts(width));
         let tile = |&(top, bottom): &(u32, u32), &(left, right): &(u32, u32)| Tile {
@@ -159,6 +171,7 @@ mod tests {
             (Tiling { same_object_iou: f64::NAN, ..usual }, (9, 9), "same_object_iou"),
             (usual, (0, 9), "9 x 0 pixels"),
             (usual, (1 << 16, 1 << 16), "2^32"),
+            (Tiling { tile: 1, ..usual }, (1 << 15, 1 << 16), "65536 x 32768 tiles"),
         ] {
             let error = tiling.tiles(size).expect_err("accepted").to_string();
             assert!(error.contains(words), "{error}");

@@ -44,7 +44,7 @@ impl AdamW {
         check_loss(loss, self.steps)?;
         match not_finite {
             Some(place) => Err(self.not_finite(place)),
-            None => Ok(StepMeasures { grad_norm, loss }),
+            None => self.check_norm(grad_norm).map(|()| StepMeasures { grad_norm, loss }),
         }
     }
 

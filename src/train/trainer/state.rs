@@ -6,13 +6,14 @@
 //! An error of one rank is an error of all.
 
 use super::Trainer;
-use crate::files::TensorFile;
+use crate::files::{self, TensorFile};
 use crate::train::averages::Averages;
 use crate::train::distributed::{broadcast, together};
 use crate::train::{previous_state_path, TrainingState};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 
 impl Trainer {
@@ -90,6 +91,7 @@ impl Trainer {
             Err(damage) => match self.read(&previous_state_path(path)) {
                 Ok(state) => {
                     self.go_on(&previous_state_path(path), state)?;
+                    let _alone = files::locked(files::parent(path), File::lock);
                     // Or the next state saved would push the damaged one into the place of this one.
                     std::fs::rename(previous_state_path(path), path)
                         .map_err(|e| Error::io(path, e))?;
