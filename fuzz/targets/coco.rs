@@ -88,7 +88,7 @@ fn samples(annotations: &[u8]) -> Option<Vec<Sample>> {
     let load = |index| {
         let sample = dataset.load(index).unwrap();
         for instance in &sample.instances {
-            let labels = sample.labels(instance);
+            let labels = sample.labels(instance).unwrap();
             assert_eq!(labels.dimensions(), sample.image.dimensions());
             let pixels = labels.pixels().filter(|pixel| pixel.0[0] == instance.label).count();
             assert!(pixels == instance.area && pixels > 0);

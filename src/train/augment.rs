@@ -11,11 +11,12 @@ pub fn sample_indices(len: usize, batch: usize, seed: u64, step: u64) -> Vec<usi
     if len == 0 {
         return Vec::new();
     }
-    let first = step * batch as u64;
-    (first..first + batch as u64)
+    let (first, batch) = (u128::from(step) * batch as u128, batch as u128);
+    (first..first + batch)
         .map(|place| {
-            let (epoch, place) = (place / len as u64, (place % len as u64) as usize);
-            StepRng::new(seed, "order", epoch).permutation(len)[place]
+            let (epoch, place) = (place / len as u128, (place % len as u128) as usize);
+            // Epochs beyond 2^64 repeat the first ones.
+            StepRng::new(seed, "order", epoch as u64).permutation(len)[place]
         })
         .collect()
 }

@@ -41,9 +41,12 @@ impl StepRng {
         u64::from(self.bits()) << 32 | u64::from(self.bits())
     }
 
-    /// Uniform in `0..n`, for `n` from 1 to 2^32; without bias (Lemire's method).
+    /// Uniform in `0..n`; without bias (Lemire's method) up to 2^32, above with one of n / 2^64 at most. 0 for 0.
     pub fn below(&mut self, n: usize) -> usize {
         let n = n as u64;
+        if n > 1 << 32 {
+            return ((u128::from(self.bits64()) * u128::from(n)) >> 64) as usize;
+        }
         let biased = (1u64 << 32) % n.max(1);
         loop {
             let product = u64::from(self.bits()) * n;
@@ -88,6 +91,15 @@ mod tests {
         // 22.46 is the 0.999 quantile of chi-square with 6 degrees of freedom.
         let chi2: f64 = counts.iter().map(|c| (c - 1e4) * (c - 1e4) / 1e4).sum();
         assert!(chi2 < 22.46, "chi-square {chi2}, counts {counts:?}");
+    }
+
+    #[test]
+    fn below_takes_every_number() {
+        let mut draws = StepRng::new(3, "below", 0);
+        assert_eq!((draws.below(0), draws.below(1)), (0, 0));
+        let half = usize::MAX / 2;
+        let high = (0..1000).filter(|_| draws.below(usize::MAX) > half).count();
+        assert!((400..600).contains(&high), "{high} of 1000 in the upper half");
     }
 
     #[test]

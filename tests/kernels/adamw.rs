@@ -205,10 +205,17 @@ fn nothing_changes_where_a_gradient_or_the_loss_is_not_finite() -> Result<()> {
 }
 
 #[test]
-fn finite_gradients_with_infinite_squares_are_finite() -> Result<()> {
+fn finite_gradients_with_infinite_squares_change_nothing() -> Result<()> {
+    let unchanged: Vec<_> = tensors(1)?.iter().map(values).collect();
     let [mut gradients, _] = gradients()?;
     gradients[0] = Tensor::new(&[1e30f32], &Device::Cpu)?;
-    let (_, outcomes) = by_kernels(&[gradients], LOSS, Some(1.0))?;
-    assert_eq!(outcomes[0], [f64::INFINITY, 0.0, LOSS.into(), 0.0]);
+    for max_norm in [None, Some(1.0)] {
+        let (found, outcomes) = by_kernels(&[gradients.clone()], LOSS, max_norm)?;
+        assert_eq!(outcomes[0][..3], [f64::INFINITY, 0.0, LOSS.into()]);
+        assert!(outcomes[0][3].is_nan(), "{:?}", outcomes[0]);
+        for ([parameter, m, v], before) in found.iter().zip(&unchanged) {
+            assert!(parameter == before && m.iter().chain(v).all(|moment| *moment == 0.0));
+        }
+    }
     Ok(())
 }

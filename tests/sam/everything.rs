@@ -263,7 +263,9 @@ fn what_is_no_prompt_or_no_setting_is_refused() -> Result<()> {
         (MaskGenerator { points_per_side: 0, ..usual.clone() }, "points_per_side"),
         (MaskGenerator { points_per_batch: 0, ..usual.clone() }, "points_per_batch"),
         (MaskGenerator { crop_n_layers: 9, ..usual.clone() }, "crop_n_layers"),
-        (MaskGenerator { crop_overlap_ratio: f64::NAN, ..usual }, "crop_overlap_ratio"),
+        (MaskGenerator { crop_overlap_ratio: f64::NAN, ..usual.clone() }, "crop_overlap_ratio"),
+        (MaskGenerator { stability_score_offset: -1.0, ..usual.clone() }, "stability_score_offset"),
+        (MaskGenerator { mask_threshold: f64::INFINITY, ..usual }, "mask_threshold"),
     ] {
         let error = generator.generate(&predictor, &image).err().context("accepted")?;
         ensure!(error.to_string().contains(words), "{error}");

@@ -145,6 +145,9 @@ fn the_order_is_a_function_of_seed_and_step_and_covers_every_epoch() {
         epoch.sort_unstable();
         assert_eq!(epoch, [0, 1, 2, 3, 4]);
     }
+    let mut last = [u64::MAX - 1, u64::MAX].map(|step| sample_indices(4, 2, 3, step)).concat();
+    last.sort_unstable();
+    assert_eq!(last, [0, 1, 2, 3], "the last epoch has every image once, too");
     assert_ne!(order, (0..10).flat_map(|step| sample_indices(5, 2, 4, step)).collect::<Vec<_>>());
 }
 

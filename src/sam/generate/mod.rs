@@ -334,6 +334,14 @@ impl MaskGenerator {
             Self { crop_n_layers: layers @ 6.., .. } => {
                 refuse(format!("crop_n_layers is {layers}, expected at most 5"))
             }
+            Self { stability_score_offset: offset, .. }
+                if *offset < 0.0 || offset.is_infinite() =>
+            {
+                refuse(format!("stability_score_offset is {offset}, expected 0 or more"))
+            }
+            Self { mask_threshold, .. } if mask_threshold.is_infinite() => {
+                refuse(format!("mask_threshold is {mask_threshold}, which is no logit"))
+            }
             _ => match self.thresholds().into_iter().find(|(_, value)| value.is_nan()) {
                 Some((name, _)) => refuse(format!("{name} is no number (NaN)")),
                 None => Ok(()),
