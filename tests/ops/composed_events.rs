@@ -44,7 +44,20 @@ impl Subscriber for Seen {
     fn exit(&self, _: &Id) {}
 }
 
+/// In a process of its own. Where a thread without a subscriber meets an event first, `tracing` may believe that
+/// nobody wants it: it asks the one subscriber that there is by the default of that thread.
 #[test]
+fn composed_graphs_are_told() -> Result<()> {
+    let test = "composed_events::a_trained_weight_is_told_and_a_frozen_one_is_not";
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    let output = command.args(["--exact", test, "--ignored"]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    Ok(())
+}
+
+#[test]
+#[ignore = "wants a process of its own: composed_graphs_are_told"]
 fn a_trained_weight_is_told_and_a_frozen_one_is_not() -> Result<()> {
     let (x, weight) = (random(1, &[3, 4]), Var::from_tensor(&random(2, &[5, 4]))?);
     let seen = Seen::default();
