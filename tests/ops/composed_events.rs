@@ -44,8 +44,8 @@ impl Subscriber for Seen {
     fn exit(&self, _: &Id) {}
 }
 
-/// In a process of its own. Where a thread without a subscriber meets an event first, `tracing` may believe that
-/// nobody wants it: it asks the one subscriber that there is by the default of that thread.
+/// In a process of its own. Where a thread without a subscriber meets an event first, `tracing` may take it for
+/// unwanted everywhere. It asks that thread's subscriber alone, as long as there is one in all.
 #[test]
 fn composed_graphs_are_told() -> Result<()> {
     let test = "composed_events::a_trained_weight_is_told_and_a_frozen_one_is_not";
