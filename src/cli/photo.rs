@@ -51,7 +51,8 @@ impl PhotoArguments {
             console.note(unnamed_channel(path));
         }
         if image.has_alpha() {
-            console.note(format!("{}: transparent pixels are laid on white", path.display()));
+            console
+                .note(format!("{}: where it is transparent, it is laid on white", path.display()));
         }
         Ok(image)
     }

@@ -16,7 +16,7 @@ pub fn check(file: &Path, earlier: &Value, settings: &Value) -> anyhow::Result<(
         return Ok(());
     }
     bail!(
-        "{}: is of a run with other settings ({}); choose another --output or --overwrite",
+        "{}: is of a run with other settings ({}); choose another --output, or go without --resume",
         file.display(),
         if differing.is_empty() { "of another version".to_string() } else { differing.join(", ") }
     )
